@@ -1,0 +1,162 @@
+//! What the splice engine's programs and the daemon agree on: the values in the maps, and the counters.
+//!
+//! The maps themselves are listed in `docs/architecture.md`. Everything is in the host's byte order and laid out
+//! as C would; `zeroed` values are valid everywhere.
+
+/// The largest header a socket can carry: the design limit of the PROXY protocol specification (section 2.2).
+pub const HEADER_CAPACITY: usize = crate::proxy::MAX_LEN;
+
+/// The value in a backend socket's storage (map `HEADERS`): the bytes that `inject` puts in front of the first
+/// payload.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Header {
+    /// Bytes used of `bytes`, from [`Header::SHORTEST`] to [`HEADER_CAPACITY`].
+    pub len: u32,
+    /// One of [`Header::ARMED`], [`Header::SENT`].
+    pub state: u32,
+    /// How many bytes of the message that carries the header are a doorbell, and taken out again: 0 or 1.
+    pub doorbell: u32,
+    /// Keeps `bytes` on a word's boundary, for the copy in words.
+    pub reserved: u32,
+    /// The rendered header.
+    pub bytes: [u8; HEADER_CAPACITY],
+}
+
+impl Header {
+    /// Waiting for the first message.
+    pub const ARMED: u32 = 1;
+    /// `inject` has put the header into a message that the kernel was told to send.
+    pub const SENT: u32 = 2;
+    /// No PROXY header is shorter: the fixed part of version 2 has 16 bytes, the shortest line of version 1 that
+    /// is ever sent (TCP4) 32.
+    pub const SHORTEST: usize = 16;
+
+    /// The header `rendered`, ready to go; `None` if its length is outside what a header can have.
+    #[must_use]
+    pub fn armed(rendered: &[u8], doorbell: bool) -> Option<Self> {
+        let len = u32::try_from(rendered.len()).ok()?;
+        let mut bytes = [0; HEADER_CAPACITY];
+        bytes.get_mut(..rendered.len())?.copy_from_slice(rendered);
+        (rendered.len() >= Self::SHORTEST).then_some(Self {
+            len,
+            state: Self::ARMED,
+            doorbell: u32::from(doorbell),
+            reserved: 0,
+            bytes,
+        })
+    }
+}
+
+/// The value for one spliced direction (map `FLOWS`, by the source's socket cookie).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Bytes handed to the target since the flow was made.
+    pub redirected: u64,
+    /// Bytes that had no target to go to. Above zero the stream is broken: reset, never FIN.
+    pub lost: u64,
+    /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
+    pub last_ns: u64,
+}
+
+/// Every way through a program ends in one of these; each is an index of the per-CPU array `COUNTERS`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// `inject`: header put in front of the client's first payload.
+    HeaderBeforePayload,
+    /// `inject`: header sent alone, the doorbell taken out.
+    HeaderAlone,
+    /// `inject`: a later message of a socket whose header is already sent; passed as it is.
+    AfterHeader,
+    /// `inject`: the socket has no header in its storage; dropped.
+    NoHeader,
+    /// `inject`: the stored header has an impossible length; dropped.
+    BadHeader,
+    /// `inject`: the kernel could not make room in front; dropped.
+    PushFailed,
+    /// `inject`: the room the kernel made is not what was asked for; dropped.
+    ShortRoom,
+    /// `inject`: the doorbell could not be taken out; dropped.
+    PopFailed,
+    /// `verdict`: payload handed to the other socket.
+    Redirected,
+    /// `verdict`: a segment without payload (a bare FIN) discarded; the daemon forwards the FIN.
+    Empty,
+    /// `verdict`: payload of a socket that has no flow; dropped.
+    NoFlow,
+    /// `verdict`: payload whose target has left the map; dropped and counted in the flow as lost.
+    NoTarget,
+}
+
+impl Counter {
+    /// All of them, in the order of their indices.
+    pub const ALL: [Self; 12] = [
+        Self::HeaderBeforePayload,
+        Self::HeaderAlone,
+        Self::AfterHeader,
+        Self::NoHeader,
+        Self::BadHeader,
+        Self::PushFailed,
+        Self::ShortRoom,
+        Self::PopFailed,
+        Self::Redirected,
+        Self::Empty,
+        Self::NoFlow,
+        Self::NoTarget,
+    ];
+
+    /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
+    #[must_use]
+    pub const fn labels(self) -> (&'static str, &'static str) {
+        match self {
+            Self::HeaderBeforePayload => ("inject", "header_before_payload"),
+            Self::HeaderAlone => ("inject", "header_alone"),
+            Self::AfterHeader => ("inject", "after_header"),
+            Self::NoHeader => ("inject", "no_header"),
+            Self::BadHeader => ("inject", "bad_header"),
+            Self::PushFailed => ("inject", "push_failed"),
+            Self::ShortRoom => ("inject", "short_room"),
+            Self::PopFailed => ("inject", "pop_failed"),
+            Self::Redirected => ("verdict", "redirected"),
+            Self::Empty => ("verdict", "empty"),
+            Self::NoFlow => ("verdict", "no_flow"),
+            Self::NoTarget => ("verdict", "no_target"),
+        }
+    }
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    // SAFETY: `repr(C)`, plain integers and bytes, no padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Header {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Flow {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_stand_at_their_index() {
+        for (index, counter) in Counter::ALL.into_iter().enumerate() {
+            assert_eq!(counter as usize, index);
+        }
+    }
+
+    #[test]
+    fn a_header_of_impossible_length_is_never_armed() {
+        for (len, fits) in [(0, false), (15, false), (16, true), (232, true), (536, true), (537, false)] {
+            assert_eq!(Header::armed(&[7; 600][..len], true).is_some(), fits, "{len}");
+        }
+    }
+
+    #[test]
+    fn the_copy_in_words_needs_whole_aligned_words() {
+        assert_eq!(core::mem::offset_of!(Header, bytes) % 8, 0);
+        assert_eq!(HEADER_CAPACITY % 8, 0);
+        assert_eq!(size_of::<Header>(), 16 + HEADER_CAPACITY);
+    }
+}

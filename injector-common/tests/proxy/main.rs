@@ -1,0 +1,17 @@
+//! The PROXY protocol by tables, by properties, and against two independent implementations.
+
+// `cfg(test)` tells clippy that helpers in these modules are tests too.
+#[cfg(test)]
+mod addresses;
+#[cfg(test)]
+mod encoding;
+#[cfg(test)]
+mod forging;
+#[cfg(test)]
+mod oracles;
+#[cfg(test)]
+mod parsing;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod samples;

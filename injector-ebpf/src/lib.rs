@@ -1,0 +1,2 @@
+//! Nothing to export: the crate is its programs.
+#![no_std]

@@ -1,0 +1,95 @@
+//! The maps of the splice engine, behind functions. Sizes are set by the daemon when it loads them.
+
+use core::ptr::{self, NonNull};
+
+use aya_ebpf::{
+    bindings::sk_action,
+    btf_maps::{HashMap, PerCpuArray, SkStorage, SockHash},
+    helpers::generated::{bpf_ktime_get_ns, bpf_sk_storage_get},
+    macros::btf_map,
+    programs::{SkBuffContext, SkMsgContext},
+};
+use injector_common::splice::{Counter, Flow, Header};
+
+/// Placeholder: the daemon sets the real size from its connection limit.
+const SIZED_BY_THE_DAEMON: usize = 1;
+
+/// Backend sockets whose header has yet to go; the only map that runs `inject`.
+#[btf_map]
+static INJECT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
+
+/// The header of a backend socket; lives and dies with the socket.
+#[btf_map]
+static HEADERS: SkStorage<Header> = SkStorage::new();
+
+/// Source's cookie → the socket its payload goes to. No program runs on it.
+#[btf_map]
+static TARGETS: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
+
+/// Sockets that are a source; the only map that runs `verdict`.
+#[btf_map]
+static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
+
+/// Source's cookie → what was carried.
+#[btf_map]
+static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// One slot for each [`Counter`].
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
+
+/// Counts that a program went this way.
+#[inline(always)]
+pub(super) fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: a per-CPU slot; BPF programs are not preempted by another program of the same CPU that writes it
+        // in a way that would matter for a statistic.
+        unsafe { *slot += 1 };
+    }
+}
+
+/// The header that waits at the socket which `message` is sent on.
+#[inline(always)]
+pub(super) fn header(message: &SkMsgContext) -> Option<NonNull<Header>> {
+    // SAFETY: `msg` is the program's context, which the kernel keeps valid; `sk` is its own full socket, and the
+    // helper checks it for null. aya-ebpf reaches storage only by a SockAddrContext, hence the raw helper.
+    let value = unsafe {
+        let socket = (*message.msg).__bindgen_anon_3.sk;
+        if socket.is_null() {
+            return None;
+        }
+        bpf_sk_storage_get(ptr::from_ref(&HEADERS).cast_mut().cast(), socket.cast(), ptr::null_mut(), 0)
+    };
+    NonNull::new(value.cast())
+}
+
+/// What was carried from the socket with this cookie.
+#[inline(always)]
+pub(super) fn flow(source: u64) -> Option<NonNull<Flow>> {
+    FLOWS.get_ptr_mut(&source).and_then(NonNull::new)
+}
+
+/// Counts `len` bytes as handed to the target.
+#[inline(always)]
+pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
+    // SAFETY: a map value stays valid while the program runs. `verdict` runs under the lock of the source socket
+    // (tcp_data_ready, net/ipv4/tcp_input.c), so each flow has one writer at a time and needs no atomics; the
+    // daemon's look-up copies whole words.
+    unsafe {
+        (*flow.as_ptr()).redirected += len;
+        (*flow.as_ptr()).last_ns = bpf_ktime_get_ns();
+    }
+}
+
+/// Counts `len` bytes as lost: the daemon resets both sides when it sees them.
+#[inline(always)]
+pub(super) fn add_lost(flow: NonNull<Flow>, len: u64) {
+    // SAFETY: as in `add_redirected`.
+    unsafe { (*flow.as_ptr()).lost += len };
+}
+
+/// Hands the payload to the target of the source with this cookie; `false` if there is none.
+#[inline(always)]
+pub(super) fn redirect(payload: &SkBuffContext, source: u64) -> bool {
+    TARGETS.redirect_skb(payload, source, 0) as u32 == sk_action::SK_PASS
+}

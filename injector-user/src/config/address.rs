@@ -1,0 +1,137 @@
+//! Addresses as people write them, with advice where they cannot mean what they say.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use super::{
+    Backend, Host,
+    section::{At, Section},
+};
+
+/// `metrics.listen`; what is wrong is reported.
+pub(super) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<SocketAddr>> {
+    match socket_address(text, Some(9145)) {
+        Ok(address) => Some((at, address)),
+        Err(advice) => {
+            section.field_problem(at, "listen", &format!(" {text:?}: {advice}"));
+            None
+        }
+    }
+}
+
+/// An address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error says what to write; `usual_port` is
+/// the port it uses to say so.
+pub(super) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok(address);
+    }
+    let usual = usual_port.unwrap_or(25);
+    if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Err(format!("the port is missing: write {:?}", SocketAddr::new(ip, usual).to_string()));
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    if let Ok(port) = port.parse::<u16>() {
+        return Err(match host {
+            "" | "*" => format!(
+                "the address is missing: write \"0.0.0.0:{port}\" for IPv4, or \"[::]:{port}\" for IPv6 and \
+                 IPv4"
+            ),
+            _ if host.parse::<Ipv6Addr>().is_ok() => {
+                format!("an IPv6 address stands in brackets: write \"[{host}]:{port}\"")
+            }
+            _ => format!("{host:?} is no IP address: write one of this host, such as \"192.0.2.10:{port}\""),
+        });
+    }
+    Err(format!(
+        "must be an IP address and a port, such as \"192.0.2.10:{usual}\" or \"[2001:db8::10]:{usual}\""
+    ))
+}
+
+/// A backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error says what to write.
+pub(super) fn backend(text: &str) -> Result<Backend, String> {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return backend_address(address);
+    }
+    if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        let address = SocketAddr::new(ip, 2525).to_string();
+        return Err(format!(
+            "the port is missing: write {address:?} with the port on which it expects the header"
+        ));
+    }
+    let Some((host, port)) = text.rsplit_once(':') else {
+        host_name(text)?;
+        return Err(format!(
+            "the port is missing: write \"{text}:2525\" with the port on which it expects the header"
+        ));
+    };
+    let port: u16 = port.parse().map_err(|_| format!("port {port:?} must be a number from 1 to 65535"))?;
+    if host.parse::<Ipv6Addr>().is_ok() {
+        return Err(format!("an IPv6 address stands in brackets: write \"[{host}]:{port}\""));
+    }
+    refuse_port_0(port)?;
+    Ok(Backend { host: Host::Name(host_name(host)?), port })
+}
+
+fn backend_address(address: SocketAddr) -> Result<Backend, String> {
+    refuse_port_0(address.port())?;
+    if address.ip().is_unspecified() {
+        return Err(format!("{} is no address to connect to: name the host", address.ip()));
+    }
+    if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) {
+        return Err("link-local addresses with a zone are not supported: use a global address".to_owned());
+    }
+    Ok(Backend { host: Host::Ip(address.ip()), port: address.port() })
+}
+
+fn refuse_port_0(port: u16) -> Result<(), String> {
+    if port == 0 { Err("port must be 1 to 65535".to_owned()) } else { Ok(()) }
+}
+
+/// Checks a host name (RFC 1123, section 2.1; underscores as Docker and others use them) and brings it to
+/// lower case without the final dot. The error says what is wrong.
+pub(super) fn host_name(text: &str) -> Result<String, String> {
+    let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    let label_ok = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    };
+    // RFC 1035, section 2.3.4: 255 bytes on the wire, which leaves 253 in text.
+    if name.len() > 253 || !name.split('.').all(label_ok) {
+        return Err(format!("{text:?} is no host name"));
+    }
+    // "192.0.2" or "192.0.2.300": no top-level domain is numeric, so a resolver would only be confused.
+    if name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit())) {
+        return Err(format!("{text:?} is neither a host name nor an IP address"));
+    }
+    Ok(name)
+}
+
+/// Whether a socket bound to one address would take connections meant for the other. `[::]` takes IPv4 as
+/// well, and an IPv4-mapped address is that IPv4 address.
+pub(super) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    if one.port() != other.port() || one.port() == 0 {
+        return false;
+    }
+    let (one, other) = (one.ip().to_canonical(), other.ip().to_canonical());
+    one == other || covers(one, other) || covers(other, one)
+}
+
+fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
+    wildcard.is_unspecified() && (wildcard.is_ipv6() || other.is_ipv4())
+}
+
+/// Whether a connection to `backend` surely comes back to a listener bound to `bind`.
+pub(super) fn loops_back(bind: SocketAddr, backend: &Backend) -> bool {
+    if bind.port() != backend.port {
+        return false;
+    }
+    let bind = bind.ip().to_canonical();
+    match &backend.host {
+        Host::Ip(ip) => {
+            let ip = ip.to_canonical();
+            ip == bind || (ip.is_loopback() && covers(bind, ip))
+        }
+        Host::Name(name) => name == "localhost" && (bind.is_loopback() || bind.is_unspecified()),
+    }
+}

@@ -1,0 +1,362 @@
+//! The configuration file: TOML in, checked types out.
+//!
+//! Every mistake in a file is reported at once, each with its line, the listener it belongs to and what would
+//! be right. What comes out of [`Config::load`] needs no further checks. `docs/config.md` is the reference
+//! for people.
+
+mod address;
+mod listener;
+mod problem;
+mod receiver;
+mod section;
+mod summary;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt, fs,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
+
+pub(crate) use self::section::{DurationError, MOST_CONNECTIONS, parse_duration};
+use self::{
+    problem::Problems,
+    section::{Section, Zero},
+};
+pub use self::{
+    problem::{ConfigError, Problem},
+    receiver::UNIQUE_ID_LEN,
+    summary::summary,
+};
+use crate::protocol::Protocol;
+
+/// A complete configuration, as small as it gets, with the names of the project's documentation.
+pub const EXAMPLE: &str = r#"[metrics]
+listen = "127.0.0.1:9145"
+
+[[listener]]
+name = "smtp"
+bind = ["192.0.2.10:25", "[2001:db8::10]:25"]
+protocol = "smtp"
+engine = "auto"
+backends = ["mail.internal:2525"]
+"#;
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where metrics and health are served; `None`: nowhere.
+    pub metrics: Option<Metrics>,
+    /// Limits over all listeners.
+    pub limits: Limits,
+    /// How the daemon stops.
+    pub stop: Stop,
+    /// What is logged, and how.
+    pub log: Log,
+    /// At least one, with distinct names and addresses.
+    pub listeners: Vec<Listener>,
+}
+
+/// `[metrics]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Address of `/metrics`, `/healthz` and `/readyz`.
+    pub listen: SocketAddr,
+}
+
+/// `[limits]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at one time, over all listeners; at least 1.
+    pub max_connections: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_connections: 10_000 }
+    }
+}
+
+/// `[stop]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop {
+    /// How long sessions may go on after SIGTERM; zero cuts them at once.
+    pub deadline: Duration,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(30) }
+    }
+}
+
+/// `[log]`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Shape of a line.
+    pub format: LogFormat,
+    /// The least severe level that is written.
+    pub level: LogLevel,
+}
+
+/// Shape of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The least severe level that is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogLevel {
+    /// What needs a person.
+    Error,
+    /// What may need a person.
+    Warn,
+    /// Start, stop, and one line per connection.
+    #[default]
+    Info,
+    /// Each step of a connection, with client addresses.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// Which engine moves the bytes of a listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineChoice {
+    /// The best engine whose self-test passes on this machine.
+    #[default]
+    Auto,
+    /// Kernel sockmap; refuse to start where it does not work.
+    Splice,
+    /// User space.
+    Relay,
+}
+
+/// `[[listener]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Unique; `[a-z0-9_-]`, at most 63 bytes. The value of the label `listener`.
+    pub name: String,
+    /// At least one; no two listeners overlap. Port 0 lets the kernel choose.
+    pub bind: Vec<SocketAddr>,
+    /// What is spoken on it.
+    pub protocol: Protocol,
+    /// How its bytes are moved.
+    pub engine: EngineChoice,
+    /// At least one, tried in order.
+    pub backends: Vec<Backend>,
+    /// How often backend names are resolved again.
+    pub resolve_interval: Duration,
+    /// Connections at one time on this listener, besides [`Limits::max_connections`].
+    pub max_connections: Option<usize>,
+    /// All greater than zero, save `header_wait` where the server speaks first.
+    pub timeouts: Timeouts,
+    /// What the backend can read.
+    pub receiver: Receiver,
+}
+
+/// A mail server that expects the PROXY header on this port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Backend {
+    /// Address or name.
+    pub host: Host,
+    /// Never 0.
+    pub port: u16,
+}
+
+/// An address, or a name to resolve.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Host {
+    /// As written.
+    Ip(IpAddr),
+    /// A DNS name in lower case, without the final dot.
+    Name(String),
+}
+
+/// `[listener.timeouts]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For all attempts to reach a backend together.
+    pub connect: Duration,
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// How long the header waits for the client's first bytes before it goes alone; below 3 s. Zero where the
+    /// server speaks first.
+    pub header_wait: Duration,
+    /// Without a byte in the remaining direction, once one side has finished.
+    pub half_closed: Duration,
+}
+
+/// `[listener.receiver]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Version of the header.
+    pub version: ProxyVersion,
+    /// The largest v2 header in bytes, 52 to 536. Every header of this listener fits, whatever the address
+    /// family.
+    pub max_header: usize,
+    /// Add a `PP2_TYPE_CRC32C`.
+    pub crc32c: bool,
+    /// Add a `PP2_TYPE_UNIQUE_ID` of [`UNIQUE_ID_LEN`] bytes.
+    pub unique_id: bool,
+    /// Add a `PP2_TYPE_AUTHORITY` with this host name.
+    pub authority: Option<String>,
+    /// Add a `PP2_TYPE_NOOP` whose value is this many zero bytes; at least 1.
+    pub noop: Option<u16>,
+    /// Further TLVs, of distinct kinds, none of them empty.
+    pub custom: Vec<CustomTlv>,
+}
+
+/// Version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ProxyVersion {
+    /// Text, without TLVs: for receivers that know no other.
+    V1,
+    /// Binary.
+    #[default]
+    V2,
+}
+
+/// A TLV whose meaning is agreed between this configuration and its backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CustomTlv {
+    /// `PP2_TYPE_MIN_CUSTOM` to `PP2_TYPE_MAX_CUSTOM`: 0xE0 to 0xEF (PROXY protocol, section 2.2.7).
+    pub kind: u8,
+    /// At least one byte.
+    pub value: Vec<u8>,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Checks the text of a file; `file_name` only appears in messages. The error holds every problem found.
+    pub fn parse(text: &str, file_name: &str) -> Result<Self, ConfigError> {
+        let problems = Problems::new(text, file_name);
+        let config = match toml::de::DeTable::parse(text) {
+            Ok(table) => read(Section::root(&table, &problems)),
+            Err(error) => {
+                problems.add(error.span().map_or(0, |span| span.start), None, error.message().to_owned());
+                None
+            }
+        };
+        match (config, problems.into_error()) {
+            (Some(config), None) => Ok(config),
+            (_, Some(error)) => Err(error),
+            (None, None) => Err(ConfigError::Incomplete { file: file_name.to_owned() }),
+        }
+    }
+}
+
+fn read(root: Section<'_>) -> Option<Config> {
+    let metrics = root.section("metrics").and_then(|section| {
+        let listen = section.required("listen", |section, field| section.string(field));
+        let listen = listen.and_then(|(at, text)| address::listen(&section, at, text));
+        section.finish();
+        listen
+    });
+    let mut limits = Limits::default();
+    if let Some(section) = root.section("limits") {
+        limits.max_connections = section.count("max_connections").unwrap_or(limits.max_connections);
+        section.finish();
+    }
+    let mut stop = Stop::default();
+    if let Some(section) = root.section("stop") {
+        stop.deadline =
+            section.duration("deadline", Zero::Allowed).map_or(stop.deadline, |(_, deadline)| deadline);
+        section.finish();
+    }
+    let mut log = Log::default();
+    if let Some(section) = root.section("log") {
+        log.format = section.choice("format", &LogFormat::CHOICES).unwrap_or_default();
+        log.level = section.choice("level", &LogLevel::CHOICES).unwrap_or_default();
+        section.finish();
+    }
+    let listeners = listener::read_all(&root, metrics);
+    root.finish();
+    let metrics = metrics.map(|(_, listen)| Metrics { listen });
+    Some(Config { metrics, limits, stop, log, listeners: listeners? })
+}
+
+impl LogFormat {
+    const CHOICES: [(&'static str, Self); 2] = [("human", Self::Human), ("json", Self::Json)];
+}
+
+impl LogLevel {
+    const CHOICES: [(&'static str, Self); 5] = [
+        ("error", Self::Error),
+        ("warn", Self::Warn),
+        ("info", Self::Info),
+        ("debug", Self::Debug),
+        ("trace", Self::Trace),
+    ];
+
+    /// The same level in the terms of `tracing`.
+    pub const fn tracing(self) -> tracing::Level {
+        match self {
+            Self::Error => tracing::Level::ERROR,
+            Self::Warn => tracing::Level::WARN,
+            Self::Info => tracing::Level::INFO,
+            Self::Debug => tracing::Level::DEBUG,
+            Self::Trace => tracing::Level::TRACE,
+        }
+    }
+}
+
+impl EngineChoice {
+    const CHOICES: [(&'static str, Self); 3] =
+        [("auto", Self::Auto), ("splice", Self::Splice), ("relay", Self::Relay)];
+
+    /// As in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Splice => "splice",
+            Self::Relay => "relay",
+        }
+    }
+}
+
+impl fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl fmt::Display for ProxyVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(ip) => ip.fmt(f),
+            Self::Name(name) => f.pad(name),
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+        }
+    }
+}

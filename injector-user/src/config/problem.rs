@@ -1,0 +1,111 @@
+//! What is wrong with a configuration file, and where.
+
+use std::{cell::RefCell, fmt, io, path::PathBuf};
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Read {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file has problems: all of them, in the order of the file, one a line.
+    #[error("{}", join(.0))]
+    Invalid(Vec<Problem>),
+    /// The file could not be understood, and the checks failed to say why: a defect of the injector.
+    #[error(
+        "{file}: not understood, and no reason is known: please report this file as a defect of the injector"
+    )]
+    Incomplete {
+        /// As given.
+        file: String,
+    },
+}
+
+/// One problem, at one place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// As given to the parser.
+    pub file: String,
+    /// From 1.
+    pub line: usize,
+    /// In characters, from 1.
+    pub column: usize,
+    /// Name of the listener it belongs to, or `#2` for the second one if that has no name.
+    pub listener: Option<String>,
+    /// The field, what it holds, what is wrong and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}: ", self.file, self.line, self.column)?;
+        match &self.listener {
+            Some(listener) if listener.starts_with('#') => write!(f, "listener {listener}: ")?,
+            Some(listener) => write!(f, "listener {listener:?}: ")?,
+            None => {}
+        }
+        f.write_str(&self.message)
+    }
+}
+
+fn join(problems: &[Problem]) -> String {
+    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// Collects the problems of one file.
+#[derive(Debug)]
+pub(super) struct Problems<'t> {
+    text: &'t str,
+    file: &'t str,
+    found: RefCell<Vec<(usize, Problem)>>,
+}
+
+impl<'t> Problems<'t> {
+    pub(super) fn new(text: &'t str, file: &'t str) -> Self {
+        Self { text, file, found: RefCell::default() }
+    }
+
+    /// Notes a problem at a byte offset of the text.
+    pub(super) fn add(&self, at: usize, listener: Option<&str>, message: String) {
+        let (line, column) = position(self.text, at);
+        let listener = listener.map(str::to_owned);
+        let problem = Problem { file: self.file.to_owned(), line, column, listener, message };
+        self.found.borrow_mut().push((at, problem));
+    }
+
+    /// The line of a byte offset, to point at a second place from within a message.
+    pub(super) fn line(&self, at: usize) -> usize {
+        position(self.text, at).0
+    }
+
+    /// All problems in the order of the file, or `None` if there are none.
+    pub(super) fn into_error(self) -> Option<ConfigError> {
+        let mut found = self.found.into_inner();
+        found.sort_by_key(|(at, _)| *at);
+        (!found.is_empty())
+            .then(|| ConfigError::Invalid(found.into_iter().map(|(_, problem)| problem).collect()))
+    }
+}
+
+fn position(text: &str, at: usize) -> (usize, usize) {
+    let before = text.get(..at).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+/// The entry of `known` that was probably meant by `word`.
+pub(super) fn closest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    // A third of the word may be wrong: enough for a typing error, too little to suggest something unrelated.
+    let limit = (word.chars().count() / 3).max(1);
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&word.to_lowercase(), candidate), candidate))
+        .filter(|(distance, _)| *distance <= limit)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}

@@ -1,0 +1,315 @@
+//! Reads one table of the file, field by field, and notes every field that is wrong, missing or unknown.
+//!
+//! `serde` stops at the first mistake and does not know in which listener it was; here a file is read to its
+//! end.
+
+use std::{cell::RefCell, time::Duration};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::problem::{Problems, closest};
+
+/// Longer is surely a mistake, and adding it to a clock could overflow.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// No machine holds more connections than this.
+pub(crate) const MOST_CONNECTIONS: usize = 1 << 30;
+
+/// A value together with the byte offset at which it stands.
+pub(super) type At<T> = (usize, T);
+
+/// Whether a duration may be zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Zero {
+    Allowed,
+    Refused,
+}
+
+/// A table of the file.
+#[derive(Debug)]
+pub(super) struct Section<'t> {
+    table: &'t DeTable<'t>,
+    /// Offset of the table itself, for what is missing in it.
+    at: usize,
+    /// What its fields are called in messages: empty, or ending in a dot.
+    prefix: String,
+    listener: Option<String>,
+    problems: &'t Problems<'t>,
+    /// Every field that was asked for: the rest is unknown.
+    known: RefCell<Vec<&'static str>>,
+}
+
+impl<'t> Section<'t> {
+    pub(super) fn root(table: &'t Spanned<DeTable<'t>>, problems: &'t Problems<'t>) -> Self {
+        Self::new(table.get_ref(), 0, String::new(), None, problems)
+    }
+
+    fn new(
+        table: &'t DeTable<'t>,
+        at: usize,
+        prefix: String,
+        listener: Option<String>,
+        problems: &'t Problems<'t>,
+    ) -> Self {
+        Self { table, at, prefix, listener, problems, known: RefCell::default() }
+    }
+
+    /// Notes what is wrong with this section at `at`.
+    pub(super) fn problem(&self, at: usize, message: impl Into<String>) {
+        self.problems.add(at, self.listener.as_deref(), message.into());
+    }
+
+    /// Notes what is wrong with a field: `limits.max_connections 0: must be …`.
+    pub(super) fn field_problem(&self, at: usize, field: &str, what: &str) {
+        self.problem(at, format!("{}{field}{what}", self.prefix));
+    }
+
+    /// The line of an offset.
+    pub(super) fn line(&self, at: usize) -> usize {
+        self.problems.line(at)
+    }
+
+    /// Where the section begins.
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Sets the listener under which problems from now on are reported.
+    pub(super) fn set_listener(&mut self, listener: String) {
+        self.listener = Some(listener);
+    }
+
+    /// The name of the listener, as reported.
+    pub(super) fn listener(&self) -> &str {
+        self.listener.as_deref().unwrap_or_default()
+    }
+
+    /// Reports the fields that nobody asked for.
+    pub(super) fn finish(self) {
+        let known = self.known.borrow();
+        for (key, _) in self.table {
+            if !known.contains(&key.get_ref().as_ref()) {
+                self.unknown_field(key, &known);
+            }
+        }
+    }
+
+    fn unknown_field(&self, key: &Spanned<std::borrow::Cow<'_, str>>, known: &[&'static str]) {
+        let name = key.get_ref();
+        let advice = match closest(name, known.iter().copied()) {
+            Some(meant) => format!("did you mean `{}{meant}`?", self.prefix),
+            None => format!("known here: {}", known.join(", ")),
+        };
+        self.problem(key.span().start, format!("unknown field `{}{name}`, {advice}", self.prefix));
+    }
+
+    /// Whether the field is there at all.
+    pub(super) fn has(&self, field: &str) -> bool {
+        self.table.contains_key(field)
+    }
+
+    fn get(&self, field: &'static str) -> Option<At<&'t DeValue<'t>>> {
+        self.known.borrow_mut().push(field);
+        self.table.get(field).map(|value| (value.span().start, value.get_ref()))
+    }
+
+    fn wrong_type(&self, at: usize, field: &str, expected: &str, found: &DeValue<'_>) {
+        let found = match found {
+            DeValue::Table(_) => "a table",
+            DeValue::Array(_) => "a list",
+            DeValue::String(_) => "a string",
+            DeValue::Integer(_) => "an integer",
+            DeValue::Float(_) => "a fraction",
+            DeValue::Boolean(_) => "true or false",
+            DeValue::Datetime(_) => "a date",
+        };
+        self.field_problem(at, field, &format!(": must be {expected}, not {found}"));
+    }
+
+    /// A sub-table.
+    pub(super) fn section(&self, field: &'static str) -> Option<Section<'t>> {
+        let (at, value) = self.get(field)?;
+        let Some(table) = value.as_table() else {
+            self.wrong_type(at, field, &format!("a table, written [{}{field}]", self.path()), value);
+            return None;
+        };
+        let prefix = format!("{}{field}.", self.prefix);
+        Some(Self::new(table, at, prefix, self.listener.clone(), self.problems))
+    }
+
+    /// An array of tables.
+    pub(super) fn sections(&self, field: &'static str) -> Option<Vec<Section<'t>>> {
+        let (at, value) = self.get(field)?;
+        let expected = format!("a list of tables, each written [[{}{field}]]", self.path());
+        let Some(items) = value.as_array() else {
+            self.wrong_type(at, field, &expected, value);
+            return None;
+        };
+        let mut sections = Vec::new();
+        for item in items {
+            let at = item.span().start;
+            let Some(table) = item.get_ref().as_table() else {
+                self.wrong_type(at, field, &expected, item.get_ref());
+                continue;
+            };
+            // The fields of a listener go by their own name: the listener's stands in front of them.
+            let prefix =
+                if self.listener.is_some() { format!("{}{field}.", self.prefix) } else { String::new() };
+            sections.push(Self::new(table, at, prefix, self.listener.clone(), self.problems));
+        }
+        Some(sections)
+    }
+
+    /// As a table header would name this section, with a final dot.
+    fn path(&self) -> String {
+        let listener = if self.listener.is_some() { "listener." } else { "" };
+        format!("{listener}{}", self.prefix)
+    }
+
+    /// A string; wrong types are reported.
+    pub(super) fn string(&self, field: &'static str) -> Option<At<&'t str>> {
+        let (at, value) = self.get(field)?;
+        let text = value.as_str();
+        if text.is_none() {
+            self.wrong_type(at, field, "a string", value);
+        }
+        Some((at, text?))
+    }
+
+    /// Reads a field with `read` and reports it if it is missing altogether.
+    pub(super) fn required<T>(
+        &self,
+        field: &'static str,
+        read: impl FnOnce(&Self, &'static str) -> Option<T>,
+    ) -> Option<T> {
+        if !self.has(field) {
+            self.field_problem(self.at, field, " is missing");
+        }
+        read(self, field)
+    }
+
+    /// A list of strings; at least one where the field is given. Wrong types are reported.
+    pub(super) fn strings(&self, field: &'static str) -> Option<Vec<At<&'t str>>> {
+        let (at, value) = self.get(field)?;
+        let Some(items) = value.as_array() else {
+            self.wrong_type(at, field, "a list of strings", value);
+            return None;
+        };
+        if items.is_empty() {
+            self.field_problem(at, field, ": must not be empty");
+        }
+        let strings = items.iter().filter_map(|item| {
+            let text = item.get_ref().as_str();
+            if text.is_none() {
+                self.wrong_type(item.span().start, field, "a list of strings", item.get_ref());
+            }
+            Some((item.span().start, text?))
+        });
+        Some(strings.collect())
+    }
+
+    /// True or false; wrong types are reported.
+    pub(super) fn flag(&self, field: &'static str) -> Option<At<bool>> {
+        let (at, value) = self.get(field)?;
+        let flag = value.as_bool();
+        if flag.is_none() {
+            self.wrong_type(at, field, "true or false", value);
+        }
+        Some((at, flag?))
+    }
+
+    /// An integer between `least` and `most`; everything else is reported.
+    pub(super) fn integer(&self, field: &'static str, least: u64, most: u64) -> Option<At<u64>> {
+        let (at, value) = self.get(field)?;
+        let Some(integer) = value.as_integer() else {
+            self.wrong_type(at, field, "an integer", value);
+            return None;
+        };
+        let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
+        let number = number.filter(|number| (least..=most).contains(number));
+        if number.is_none() {
+            let range =
+                if most == u64::MAX { format!("at least {least}") } else { format!("{least} to {most}") };
+            self.field_problem(at, field, &format!(" {integer}: must be {range}"));
+        }
+        Some((at, number?))
+    }
+
+    /// A number of things, at least 1.
+    pub(super) fn count(&self, field: &'static str) -> Option<usize> {
+        let (_, number) = self.integer(field, 1, MOST_CONNECTIONS as u64)?;
+        usize::try_from(number).ok()
+    }
+
+    /// A string such as `"30s"`; everything else is reported.
+    pub(super) fn duration(&self, field: &'static str, zero: Zero) -> Option<At<Duration>> {
+        const EXPECTED: &str = "a duration such as \"30s\", \"1m 30s\" or \"250ms\"";
+        let (at, value) = self.get(field)?;
+        let Some(text) = value.as_str() else {
+            self.wrong_type(at, field, EXPECTED, value);
+            return None;
+        };
+        match parse_duration(text) {
+            Ok(duration) if duration.is_zero() && zero == Zero::Refused => {
+                self.field_problem(at, field, &format!(" {text:?}: must be more than zero"));
+                None
+            }
+            Ok(duration) => Some((at, duration)),
+            Err(DurationError::NotADuration) => {
+                self.field_problem(at, field, &format!(" {text:?}: must be {EXPECTED}"));
+                None
+            }
+            Err(error) => {
+                self.field_problem(at, field, &format!(" {text:?}: {error}"));
+                None
+            }
+        }
+    }
+
+    /// One of the words in `choices`; everything else is reported with the likely one.
+    pub(super) fn choice<T: Copy>(&self, field: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
+        let text = self.string(field)?;
+        self.choose(field, text, choices)
+    }
+
+    /// The same for a string that has been read already.
+    pub(super) fn choose<T: Copy>(
+        &self,
+        field: &'static str,
+        (at, text): At<&str>,
+        choices: &[(&'static str, T)],
+    ) -> Option<T> {
+        let found = choices.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
+        if found.is_none() {
+            self.unknown_choice(at, field, text, &choices.iter().map(|(word, _)| *word).collect::<Vec<_>>());
+        }
+        found
+    }
+
+    fn unknown_choice(&self, at: usize, field: &str, text: &str, words: &[&str]) {
+        let advice = closest(text, words.iter().copied());
+        let advice = advice.map(|meant| format!("did you mean {meant:?}? ")).unwrap_or_default();
+        self.field_problem(at, field, &format!(" {text:?}: {advice}must be one of {}", words.join(", ")));
+    }
+}
+
+/// Why a text is no duration the injector accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DurationError {
+    #[error("must be a duration such as 30s, \"1m 30s\" or 250ms")]
+    NotADuration,
+    #[error("must be at most 7days")]
+    TooLong,
+}
+
+/// Reads `30s`, `1m 30s`, `250ms`; up to seven days.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, DurationError> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration > LONGEST => Err(DurationError::TooLong),
+        Ok(duration) => Ok(duration),
+        Err(_) => Err(DurationError::NotADuration),
+    }
+}

@@ -1,0 +1,85 @@
+//! What `injector check` prints: what would run, in full, defaults included.
+
+use std::fmt::{self, Write as _};
+
+use super::{Config, Listener, ProxyVersion, Receiver};
+use crate::protocol::Speaker;
+
+/// Describes a configuration for people: one block per listener, every default written out.
+pub fn summary(config: &Config) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(&mut out, config);
+    out
+}
+
+fn write(out: &mut String, config: &Config) -> fmt::Result {
+    for listener in &config.listeners {
+        write_listener(out, listener)?;
+        writeln!(out)?;
+    }
+    let count = config.listeners.len();
+    write!(out, "{count} listener{}, ", if count == 1 { "" } else { "s" })?;
+    write!(out, "at most {} connections, ", config.limits.max_connections)?;
+    writeln!(
+        out,
+        "sessions may go on for {} after SIGTERM",
+        humantime::format_duration(config.stop.deadline)
+    )?;
+    match config.metrics {
+        Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen),
+        None => writeln!(out, "no metrics (add [metrics] listen)"),
+    }
+}
+
+fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
+    writeln!(out, "{} ({}, engine {})", listener.name, listener.protocol, listener.engine)?;
+    writeln!(out, "  listens on   {}", join(&listener.bind))?;
+    let resolves = listener.backends.iter().any(|backend| matches!(backend.host, super::Host::Name(_)));
+    let interval = humantime::format_duration(listener.resolve_interval);
+    let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
+    writeln!(out, "  backends     {}{resolves}", join(&listener.backends))?;
+    writeln!(out, "  header       {}", header(&listener.receiver))?;
+    let timeouts = &listener.timeouts;
+    let [connect, idle, half_closed, wait] =
+        [timeouts.connect, timeouts.idle, timeouts.half_closed, timeouts.header_wait]
+            .map(humantime::format_duration);
+    write!(out, "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}")?;
+    match listener.protocol.speaks_first() {
+        Speaker::Server => writeln!(out)?,
+        Speaker::Client | Speaker::Unknown => writeln!(out, ", header waits {wait} for the client")?,
+    }
+    match listener.max_connections {
+        Some(most) => writeln!(out, "  connections  at most {most}"),
+        None => Ok(()),
+    }
+}
+
+fn header(receiver: &Receiver) -> String {
+    let mut tlvs = Vec::new();
+    if receiver.crc32c {
+        tlvs.push("crc32c".to_owned());
+    }
+    if receiver.unique_id {
+        tlvs.push("unique_id".to_owned());
+    }
+    if let Some(name) = &receiver.authority {
+        tlvs.push(format!("authority {name}"));
+    }
+    if let Some(length) = receiver.noop {
+        tlvs.push(format!("noop of {length} bytes"));
+    }
+    for custom in &receiver.custom {
+        tlvs.push(format!("{:#X} of {} bytes", custom.kind, custom.value.len()));
+    }
+    let longest = receiver.longest_header();
+    let tlvs = if tlvs.is_empty() { "no TLVs".to_owned() } else { tlvs.join(", ") };
+    match receiver.version {
+        ProxyVersion::V1 => format!("PROXY v1, up to {longest} bytes"),
+        ProxyVersion::V2 => format!("PROXY v2, up to {longest} bytes, {tlvs}"),
+    }
+}
+
+fn join(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

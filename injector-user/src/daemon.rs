@@ -1,0 +1,259 @@
+//! `injector run`: everything that needs rights first, then without them until the stop.
+
+use std::{
+    fmt::Write as _,
+    hash::{BuildHasher as _, RandomState},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use socket2::Socket;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Semaphore, watch},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    backend::Backends,
+    config::{Config, EngineChoice, Listener},
+    engine::Engine,
+    listener::{self, Door, Limits},
+    metrics::{Metrics, Readiness, http},
+    protocol::Speaker,
+    rights,
+    selftest::Findings,
+    session::Context,
+    sys,
+    watch::Watch,
+};
+
+/// How long sessions may take to end after they were cut.
+const AFTER_THE_CUT: Duration = Duration::from_secs(3);
+
+/// Runs until it is told to stop.
+///
+/// # Errors
+/// When it cannot start; each says what to do.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let nofile = sys::raise_nofile().context("reading the limit of open files")?;
+    let carried = listener::connections_for(nofile);
+    if carried == 0 {
+        bail!(
+            "a limit of {nofile} open files carries no connection: raise it (LimitNOFILE= in systemd, ulimit -n)"
+        );
+    }
+    let wanted = config.limits.max_connections;
+    if carried < wanted {
+        tracing::warn!(
+            nofile,
+            connections = carried,
+            wanted,
+            "the limit of open files carries fewer connections than limits.max_connections: raise it to {}",
+            wanted * 2 + 128
+        );
+    }
+
+    // With all rights: sockets, programs.
+    let listening = bind_all(&config)?;
+    let exporter = match config.metrics {
+        Some(metrics) => Some(listener::bind(metrics.listen).context("metrics.listen")?),
+        None => None,
+    };
+    let findings = Findings::gather(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX));
+    let engines = choose(&config, &findings)?;
+
+    // Without.
+    give_up_rights(&findings);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(serve(config, nofile, listening, exporter, engines, findings))
+}
+
+fn bind_all(config: &Config) -> anyhow::Result<Vec<Vec<Socket>>> {
+    let bind = |listener: &Listener| {
+        let sockets: Result<Vec<_>, _> = listener.bind.iter().copied().map(listener::bind).collect();
+        sockets.with_context(|| format!("listener {:?}", listener.name))
+    };
+    config.listeners.iter().map(bind).collect()
+}
+
+fn choose(config: &Config, findings: &Findings) -> anyhow::Result<Vec<Arc<dyn Engine>>> {
+    let fault = findings.splice_fault();
+    if let Some(fault) = &fault {
+        let asked = config.listeners.iter().any(|listener| listener.engine != EngineChoice::Relay);
+        if asked {
+            tracing::warn!(reason = fault, "the splice engine cannot run here");
+        }
+    }
+    let mut engines = Vec::new();
+    for listener in &config.listeners {
+        let engine = findings.engine(listener.engine).map_err(|fault| {
+            anyhow::anyhow!(
+                "listener {:?}: engine \"splice\" cannot run here: {fault}; \
+                 `injector selftest` shows all checks, engine = \"auto\" would take relay",
+                listener.name
+            )
+        })?;
+        let reason = match (listener.engine, &fault) {
+            (EngineChoice::Auto, None) => "auto: all checks of splice passed".to_owned(),
+            (EngineChoice::Auto, Some(fault)) => format!("auto: splice cannot run here: {fault}"),
+            (EngineChoice::Splice | EngineChoice::Relay, _) => "configured".to_owned(),
+        };
+        tracing::info!(listener = listener.name, engine = engine.name(), reason, "engine chosen");
+        engines.push(engine);
+    }
+    Ok(engines)
+}
+
+/// Maps stay usable by their descriptors; see [`crate::splice::Splice::works_without_rights`] for the exception.
+fn give_up_rights(findings: &Findings) {
+    #[cfg(feature = "bpf")]
+    let keep: &[_] = match findings.splice_engine() {
+        Some(splice) if !splice.works_without_rights() => &[caps::Capability::CAP_BPF],
+        _ => &[],
+    };
+    #[cfg(not(feature = "bpf"))]
+    let keep: &[_] = {
+        let _ = findings;
+        &[]
+    };
+    match rights::drop_all_but(keep) {
+        Ok(kept) => tracing::info!(?kept, "capabilities given up"),
+        Err(error) => tracing::warn!(%error, "capabilities could not be given up"),
+    }
+}
+
+async fn serve(
+    config: Config,
+    nofile: u64,
+    listening: Vec<Vec<Socket>>,
+    exporter: Option<Socket>,
+    engines: Vec<Arc<dyn Engine>>,
+    findings: Findings,
+) -> anyhow::Result<()> {
+    // First, so that no signal ends the process unheard.
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+
+    let metrics = Metrics::new();
+    let (ready, readiness) = watch::channel(Readiness::Starting);
+    observe(&metrics, &findings, &config, nofile);
+    let exporting = CancellationToken::new();
+    if let Some(exporter) = exporter {
+        let exporter = tokio::net::TcpListener::from_std(exporter.into()).context("metrics.listen")?;
+        tokio::spawn(http::serve(exporter, metrics.clone(), readiness, exporting.clone()));
+    }
+
+    let stop = CancellationToken::new();
+    let cut = CancellationToken::new();
+    let sessions = TaskTracker::new();
+    let doors = TaskTracker::new();
+    let watch = Watch::start().context("watching for hang-ups")?;
+    let limits = Limits::new(config.limits.max_connections, nofile);
+    let run_id = RandomState::new().hash_one(std::process::id());
+    for ((listener, sockets), engine) in config.listeners.iter().zip(listening).zip(engines) {
+        let backends = Arc::new(Backends::new(listener));
+        tokio::spawn(Arc::clone(&backends).keep_resolving(stop.clone()));
+        let door = Door {
+            context: Arc::new(Context {
+                listener: listener.name.clone(),
+                protocol: listener.protocol,
+                expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
+                backends,
+                metrics: metrics.listener(&listener.name, engine.name()),
+                engine,
+                timeouts: listener.timeouts,
+                receiver: listener.receiver.clone(),
+                watch: watch.clone(),
+                cut: cut.clone(),
+                run_id,
+            }),
+            limits: limits.clone(),
+            own: listener.max_connections.map(|most| Arc::new(Semaphore::new(most))),
+            sessions: sessions.clone(),
+            stop: stop.clone(),
+        };
+        for socket in sockets {
+            let address = socket.local_addr().ok().and_then(|address| address.as_socket());
+            tracing::info!(
+                listener = listener.name,
+                address = address.map(tracing::field::display),
+                "listening"
+            );
+            doors.spawn(door.clone().keep_open(socket));
+        }
+    }
+    ready.send_replace(Readiness::Ready);
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    ready.send_replace(Readiness::Stopping);
+    stop.cancel();
+    doors.close();
+    doors.wait().await;
+    sessions.close();
+    let left = sessions.len();
+    let deadline = config.stop.deadline;
+    tracing::info!(
+        sessions = left,
+        ?deadline,
+        "stopping: no new connections; a second signal cuts what is left"
+    );
+    let cut_now = async {
+        tokio::select! {
+            () = tokio::time::sleep(deadline) => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let finished = tokio::select! {
+        () = sessions.wait() => true,
+        () = cut_now => false,
+    };
+    let mut count = 0;
+    if !finished {
+        count = sessions.len();
+        cut.cancel();
+        if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
+            tracing::warn!(sessions = sessions.len(), "sessions that did not end");
+        }
+    }
+    exporting.cancel();
+    let mut summary = String::new();
+    let _ =
+        write!(summary, "{} sessions finished by themselves, {count} were cut", left.saturating_sub(count));
+    tracing::info!(cut = count, "stopped: {summary}");
+    Ok(())
+}
+
+/// What the metrics and the log take from the programs and the configuration.
+fn observe(metrics: &Metrics, findings: &Findings, config: &Config, nofile: u64) {
+    metrics.set_max_connections(config.limits.max_connections.min(listener::connections_for(nofile)));
+    for (engine, fault) in [("splice", findings.splice_fault()), ("relay", None)] {
+        metrics.set_engine(engine, fault.is_none());
+    }
+    #[cfg(feature = "bpf")]
+    if let Some(splice) = findings.splice_engine() {
+        metrics.watch_programs(Arc::clone(splice) as Arc<dyn crate::metrics::BpfCounters>);
+        match splice.logger() {
+            Ok(logger) => drop(tokio::spawn(follow(logger))),
+            Err(error) => tracing::warn!(%error, "the programs' log cannot be read"),
+        }
+    }
+}
+
+/// Passes on what the programs log, until the daemon ends.
+#[cfg(feature = "bpf")]
+async fn follow(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
+    let Ok(mut logger) = sys::poll(logger, tokio::io::Interest::READABLE) else {
+        return;
+    };
+    while let Ok(mut ready) = logger.readable_mut().await {
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
+    }
+}

@@ -1,0 +1,285 @@
+//! One end of a connection: a non-blocking TCP socket that can be read and written by user space, or only watched
+//! while the kernel carries its payload.
+
+use std::{
+    cell::RefCell,
+    io::{self, IoSlice, Read as _},
+    net::{Shutdown, SocketAddr},
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::io::{Interest, Ready, unix::AsyncFd};
+
+use crate::{
+    sys,
+    watch::{Watch, Watched},
+};
+
+/// Bytes of the buffer that user space reads into.
+const SCRATCH_SIZE: usize = 64 * 1024;
+
+/// The receive buffer of every socket: fixed, since autotuning would see a reader of infinite speed where the kernel
+/// takes the payload away at once. The kernel doubles it, and caps it at net.core.rmem_max.
+const RECEIVE_BUFFER: usize = 256 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_SIZE].into_boxed_slice());
+}
+
+/// What the session needs to be told about a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Payload arrives that user space reads.
+    pub read: bool,
+    /// User space may have to wait for room to write.
+    pub write: bool,
+}
+
+const EVERYTHING: Needs = Needs { read: true, write: true };
+
+type Io = AsyncFd<Arc<Socket>>;
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Endpoint {
+    socket: Arc<Socket>,
+    cookie: u64,
+    peer: SocketAddr,
+    local: SocketAddr,
+    watch: Watch,
+    // Exactly these two follow `needs`; see `arm`.
+    io: Option<Io>,
+    watched: Option<Watched<Arc<Socket>>>,
+    needs: Needs,
+}
+
+impl Endpoint {
+    /// Takes over an accepted socket: non-blocking, without Nagle, kept alive.
+    ///
+    /// # Errors
+    /// When the socket is no longer connected, or the runtime cannot poll it.
+    pub fn accepted(socket: Socket, watch: &Watch) -> io::Result<Self> {
+        prepare(&socket)?;
+        let socket = Arc::new(socket);
+        let io = register(&socket, EVERYTHING)?;
+        Self::connected(socket, io, watch)
+    }
+
+    /// Connects to `address`. Dropping the future gives up.
+    ///
+    /// # Errors
+    /// As connect(2).
+    pub async fn connect(address: SocketAddr, watch: &Watch) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        prepare(&socket)?;
+        receive_buffer(&socket)?;
+        match socket.connect(&address.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        let socket = Arc::new(socket);
+        let io = register(&socket, EVERYTHING)?;
+        if let Some(io) = &io {
+            let _ = io.ready(Interest::WRITABLE).await?;
+        }
+        match socket.take_error()? {
+            Some(error) => Err(error),
+            None => Self::connected(socket, io, watch),
+        }
+    }
+
+    fn connected(socket: Arc<Socket>, io: Option<Io>, watch: &Watch) -> io::Result<Self> {
+        let address = |address: socket2::SockAddr| address.as_socket().ok_or(io::ErrorKind::InvalidInput);
+        Ok(Self {
+            cookie: socket.cookie()?,
+            peer: address(socket.peer_addr()?)?,
+            local: address(socket.local_addr()?)?,
+            watch: watch.clone(),
+            io,
+            watched: None,
+            needs: EVERYTHING,
+            socket,
+        })
+    }
+
+    /// The kernel's number for this socket, never used again while the machine runs (`SO_COOKIE`).
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// Whom it is connected to.
+    #[must_use]
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// The address at our side; for a client's socket what the client connected to.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Asks to be told just that. A socket that user space does not read is watched for hang-up instead, so that the
+    /// payload that the kernel carries wakes nobody.
+    ///
+    /// # Errors
+    /// When it cannot be registered.
+    pub fn arm(&mut self, needs: Needs) -> io::Result<()> {
+        if needs == self.needs {
+            return Ok(());
+        }
+        self.io = None;
+        self.io = register(&self.socket, needs)?;
+        if needs.read {
+            self.watched = None;
+        } else if self.watched.is_none() {
+            self.watched = Some(self.watch.add(Arc::clone(&self.socket), self.cookie)?);
+        }
+        self.needs = needs;
+        Ok(())
+    }
+
+    /// Waits for payload and hands it to `take` out of a buffer that all connections of the thread share; empty is the
+    /// peer's FIN. Cancel safe.
+    ///
+    /// # Errors
+    /// As recv(2).
+    pub async fn read<T>(&self, take: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
+        let Some(io) = &self.io else { return std::future::pending().await };
+        let mut take = Some(take);
+        loop {
+            let mut ready = io.ready(Interest::READABLE).await?;
+            let taken = SCRATCH.with_borrow_mut(|scratch| {
+                let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
+                    Ok(result) => result?,
+                    Err(_would_block) => return Ok(None),
+                };
+                // A short read has emptied the queue: the next one would only say EAGAIN.
+                if count > 0 && count < scratch.len() {
+                    ready.clear_ready_matching(Ready::READABLE);
+                }
+                Ok::<_, io::Error>(take.take().map(|take| take(scratch.get(..count).unwrap_or_default())))
+            })?;
+            if let Some(taken) = taken {
+                return Ok(taken);
+            }
+        }
+    }
+
+    /// Writes what fits now, without waiting; 0 when nothing fits.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub fn try_write(&self, payload: &[u8]) -> io::Result<usize> {
+        self.try_write_all(&[IoSlice::new(payload)])
+    }
+
+    /// Writes what fits of several pieces by one call, so that they leave in one segment where they can.
+    ///
+    /// # Errors
+    /// As sendmsg(2).
+    pub fn try_write_all(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        loop {
+            match self.socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Waits for room and writes what fits. Cancel safe.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub async fn write(&self, payload: &[u8]) -> io::Result<usize> {
+        let Some(io) = &self.io else { return std::future::pending().await };
+        loop {
+            let mut ready = io.ready(Interest::WRITABLE).await?;
+            match ready.try_io(|io| io.get_ref().send_with_flags(payload, libc::MSG_NOSIGNAL)) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(result) => return result,
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Resolves when the peer has finished sending, for a socket that user space does not read. Cancel safe.
+    pub async fn finished(&self) {
+        match &self.watched {
+            Some(watched) => watched.finished().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Resolves with the error when the connection breaks, whoever carries its payload. Cancel safe.
+    pub async fn broken(&self) -> io::Error {
+        match (&self.watched, &self.io) {
+            (Some(watched), _) => watched.broken().await,
+            (None, Some(io)) => {
+                // An error of the readiness itself means the runtime is going: as broken as can be.
+                let _ = io.ready(Interest::ERROR).await;
+            }
+            (None, None) => std::future::pending().await,
+        }
+        match self.socket.take_error() {
+            Ok(Some(error)) | Err(error) => error,
+            Ok(None) => io::ErrorKind::ConnectionReset.into(),
+        }
+    }
+
+    /// Tells the peer that nothing more comes (FIN).
+    ///
+    /// # Errors
+    /// As shutdown(2).
+    pub fn finish(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Write)
+    }
+
+    /// Closes with a RST, so that the peer never takes what it got for the whole.
+    pub fn reset(self) {
+        // If it fails, the socket is gone already.
+        let _ = self.socket.set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl AsRawFd for Endpoint {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// Fixes the receive buffer; before connect(2) or listen(2), so that the window scale fits it.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn receive_buffer(socket: &Socket) -> io::Result<()> {
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)
+}
+
+fn prepare(socket: &Socket) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
+    socket.set_out_of_band_inline(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(4);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
+    let interest = match needs {
+        Needs { read: true, write: true } => Interest::READABLE | Interest::WRITABLE,
+        Needs { read: true, write: false } => Interest::READABLE,
+        Needs { read: false, write: true } => Interest::WRITABLE,
+        Needs { read: false, write: false } => return Ok(None),
+    };
+    sys::poll(Arc::clone(socket), interest | Interest::ERROR).map(Some)
+}

@@ -1,0 +1,132 @@
+//! What the session asks of an engine. Engines differ only in how bytes move; the life of a connection is the same.
+
+use std::{fmt::Debug, io};
+
+use injector_common::splice::Flow;
+
+use crate::{endpoint::Endpoint, relay};
+
+/// An engine that terminates TCP.
+pub trait Engine: Debug + Send + Sync {
+    /// Its name in the configuration, in logs and in labels.
+    fn name(&self) -> &'static str;
+
+    /// Sends `header`, whole and in one piece, and behind it what fits of `payload` (which may be empty) on a socket
+    /// that has sent nothing yet.
+    ///
+    /// # Errors
+    /// The connection must be reset: the backend has read nothing, or nobody knows what.
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected>;
+
+    /// Has the kernel carry what `source` receives to `target`; `None` if this engine never does. All that user space
+    /// read of `source` must have been written.
+    fn enrol(&self, source: &Endpoint, target: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>>;
+}
+
+/// How a header went out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injected {
+    /// Bytes of the payload that went along.
+    pub payload: usize,
+    /// Why user space sent it although the engine has a program for it.
+    pub refused: Option<&'static str>,
+}
+
+/// One direction in the hands of the kernel. Dropping it takes the direction back; what is then still under way is
+/// lost, so drop it only after [`Spliced::delivered`], or to reset.
+pub trait Spliced: Debug + Send + Sync {
+    /// What was carried so far.
+    ///
+    /// # Errors
+    /// When nobody knows any more; the connection must be reset.
+    fn flow(&self) -> io::Result<Flow>;
+
+    /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
+    /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    ///
+    /// # Errors
+    /// When bytes were lost: reset, never FIN. A broken target is no error here; it is never delivered.
+    fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool>;
+}
+
+/// Why a direction stays in user space: the label of `injector_enrolment_failures_total`, and the whole story.
+#[derive(Debug)]
+pub struct Refused {
+    /// One of a closed set.
+    pub reason: &'static str,
+    /// For the log.
+    pub detail: String,
+}
+
+/// The engine without BPF.
+#[derive(Debug)]
+pub struct Relay;
+
+impl Engine for Relay {
+    fn name(&self) -> &'static str {
+        "relay"
+    }
+
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+        let payload = relay::inject(backend, header, payload)?;
+        Ok(Injected { payload, refused: None })
+    }
+
+    fn enrol(&self, _: &Endpoint, _: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>> {
+        None
+    }
+}
+
+#[cfg(feature = "bpf")]
+mod kernel {
+    use aya::maps::MapError;
+
+    use std::sync::Arc;
+
+    use super::{Endpoint, Engine, Flow, Injected, Refused, Spliced, io, relay};
+    use crate::splice::{
+        Splice,
+        inject::InjectError,
+        verdict::{self, reason_of},
+    };
+
+    impl Engine for Arc<Splice> {
+        fn name(&self) -> &'static str {
+            "splice"
+        }
+
+        fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+            match Splice::inject(self, backend, header, payload) {
+                Ok(payload) => Ok(Injected { payload, refused: None }),
+                // Nothing has gone out: user space still can send it in one piece.
+                Err(InjectError::Refused(error)) => {
+                    let reason = match &error {
+                        MapError::SyscallError(error) => reason_of(&error.io_error),
+                        _ => "other",
+                    };
+                    let payload = relay::inject(backend, header, payload)?;
+                    Ok(Injected { payload, refused: Some(reason) })
+                }
+                Err(InjectError::Dropped(error)) => Err(error),
+                Err(error @ InjectError::NotPlaced) => Err(io::Error::other(error)),
+            }
+        }
+
+        fn enrol(&self, source: &Endpoint, target: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>> {
+            Some(match verdict::Spliced::enrol(self, source, target) {
+                Ok(spliced) => Ok(Box::new(spliced)),
+                Err(error) => Err(Refused { reason: error.reason(), detail: error.to_string() }),
+            })
+        }
+    }
+
+    impl Spliced for verdict::Spliced {
+        fn flow(&self) -> io::Result<Flow> {
+            self.flow().map_err(io::Error::other)
+        }
+
+        fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
+            self.delivered(source, target, read)
+        }
+    }
+}

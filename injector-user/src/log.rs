@@ -1,0 +1,148 @@
+//! Logging: one line per event on standard error, for people or as JSON.
+//!
+//! Standard error, because standard output belongs to what a command was asked to print (`check`,
+//! `selftest`); systemd and Kubernetes collect both.
+//!
+//! A client's address appears in one place above DEBUG: the line that ends its connection. Everything else
+//! that is written at INFO and above must do without, so that logs can be kept and shared.
+//!
+//! What crates write through `log` (aya-log does, for the BPF programs) arrives here too.
+
+use std::{env, io};
+
+use tracing::Subscriber;
+use tracing_subscriber::{
+    EnvFilter,
+    fmt::{self, MakeWriter},
+    util::{SubscriberInitExt, TryInitError},
+};
+
+use crate::config::{Log, LogFormat};
+
+/// Filter directives that take the place of the configured level, such as
+/// `info,injector_user::session=debug`.
+pub const FILTER_VARIABLE: &str = "INJECTOR_LOG";
+
+/// Why there is no log.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// [`FILTER_VARIABLE`] holds no filter.
+    #[error(
+        "{FILTER_VARIABLE}={directives:?} is no log filter ({reason}): use directives such as \"debug\" \
+         or \"info,injector_user=debug\""
+    )]
+    Filter {
+        /// The variable's value.
+        directives: String,
+        /// What the filter's parser says.
+        reason: String,
+    },
+    /// Another subscriber is in place: logging was started twice.
+    #[error("logging is set up already: {0}")]
+    Taken(#[from] TryInitError),
+}
+
+/// Starts logging for the whole process, to standard error. To be called once, before threads start.
+pub fn init(log: &Log) -> Result<(), LogError> {
+    let filter = filter(log, env::var(FILTER_VARIABLE).ok().as_deref())?;
+    subscriber(log.format, filter, io::stderr).try_init()?;
+    Ok(())
+}
+
+/// The filter: `directives` if there are any, else the configured level.
+fn filter(log: &Log, directives: Option<&str>) -> Result<EnvFilter, LogError> {
+    let builder = EnvFilter::builder().with_default_directive(log.level.tracing().into());
+    match directives {
+        None | Some("") => Ok(builder.parse_lossy("")),
+        Some(directives) => builder.parse(directives).map_err(|error| LogError::Filter {
+            directives: directives.to_owned(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+fn subscriber<W>(format: LogFormat, filter: EnvFilter, writer: W) -> Box<dyn Subscriber + Send + Sync>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    // Both shapes stamp their lines with RFC 3339 in UTC.
+    let builder = fmt::Subscriber::builder().with_env_filter(filter).with_writer(writer);
+    match format {
+        LogFormat::Human => Box::new(builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).finish()),
+        LogFormat::Json => Box::new(
+            builder.json().flatten_event(true).with_current_span(false).with_span_list(false).finish(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::config::LogLevel;
+
+    /// Everything written, shared with the subscriber.
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn written(format: LogFormat, level: LogLevel, directives: Option<&str>) -> String {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let filter = filter(&Log { format, level }, directives).unwrap();
+        tracing::subscriber::with_default(subscriber(format, filter, move || writer.clone()), || {
+            tracing::info!(listener = "smtp", bytes = 12, "connection closed");
+            tracing::debug!("detail");
+        });
+        let bytes = sink.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn json_lines_are_flat_and_stamped_in_utc() {
+        let text = written(LogFormat::Json, LogLevel::Info, None);
+        let line: serde_json::Value = serde_json::from_str(text.trim_end()).unwrap();
+        assert_eq!(line["level"], "INFO");
+        assert_eq!(line["message"], "connection closed");
+        assert_eq!(line["listener"], "smtp");
+        assert_eq!(line["bytes"], 12);
+        let stamp = line["timestamp"].as_str().unwrap();
+        humantime::parse_rfc3339(stamp).unwrap_or_else(|error| panic!("{stamp}: {error}"));
+        assert!(stamp.ends_with('Z'), "{stamp}");
+    }
+
+    #[test]
+    fn human_lines_carry_message_and_fields() {
+        let text = written(LogFormat::Human, LogLevel::Info, None);
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains("INFO") && text.contains("connection closed"), "{text}");
+    }
+
+    #[test]
+    fn the_level_decides_unless_the_variable_does() {
+        let lines = |level, directives| written(LogFormat::Human, level, directives).lines().count();
+        assert_eq!(lines(LogLevel::Info, None), 1);
+        assert_eq!(lines(LogLevel::Debug, None), 2);
+        assert_eq!(lines(LogLevel::Error, None), 0);
+        assert_eq!(lines(LogLevel::Info, Some("")), 1);
+        assert_eq!(lines(LogLevel::Error, Some("debug")), 2);
+        assert_eq!(lines(LogLevel::Error, Some("injector_user=info")), 1);
+    }
+
+    #[test]
+    fn a_bad_filter_is_named() {
+        let error = filter(&Log::default(), Some("injector=loud")).unwrap_err().to_string();
+        assert!(error.starts_with("INJECTOR_LOG=\"injector=loud\" is no log filter"), "{error}");
+    }
+}

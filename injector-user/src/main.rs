@@ -1,0 +1,42 @@
+//! The command line of the daemon; everything else is in the library.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use injector_user::{
+    cli::{self, Cli, Command},
+    config::{self, Config},
+    daemon, log,
+    selftest::Findings,
+};
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("injector: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Run(args) => {
+            let mut config = Config::load(&args.config)?;
+            cli::apply(&mut config, &args);
+            log::init(&config.log)?;
+            daemon::run(config)?;
+        }
+        Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
+        Command::Selftest(args) => {
+            let findings = Findings::gather(1);
+            if args.json {
+                println!("{:#}", findings.json());
+            } else {
+                print!("{}", findings.text());
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

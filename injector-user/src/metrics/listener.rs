@@ -1,0 +1,220 @@
+//! The handles of one listener, looked up once.
+
+use std::{sync::Arc, time::Duration};
+
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+
+use super::{BytesLabels, EndLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
+use crate::session::{Bytes, End};
+
+/// Why a connection was turned away before its backend spoke: the label `reason`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedReason {
+    /// The configured limit is reached.
+    TooManyConnections,
+    /// No file descriptors are left.
+    NoDescriptors,
+    /// Every address of the backend refused.
+    BackendRefused,
+    /// No address of the backend answered in time.
+    BackendTimeout,
+    /// The backend could not be reached for another reason.
+    BackendUnreachable,
+    /// The backend's name has no address.
+    BackendUnresolved,
+    /// The backend closed before its first byte.
+    NoBanner,
+    /// The client sent a PROXY header of its own.
+    ForgedHeader,
+    /// The daemon is stopping.
+    Stopping,
+}
+
+impl RefusedReason {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::TooManyConnections,
+        Self::NoDescriptors,
+        Self::BackendRefused,
+        Self::BackendTimeout,
+        Self::BackendUnreachable,
+        Self::BackendUnresolved,
+        Self::NoBanner,
+        Self::ForgedHeader,
+        Self::Stopping,
+    ];
+
+    /// The name in logs and labels.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TooManyConnections => "too_many_connections",
+            Self::NoDescriptors => "no_descriptors",
+            Self::BackendRefused => "backend_refused",
+            Self::BackendTimeout => "backend_timeout",
+            Self::BackendUnreachable => "backend_unreachable",
+            Self::BackendUnresolved => "backend_unresolved",
+            Self::NoBanner => "no_banner",
+            Self::ForgedHeader => "forged_header",
+            Self::Stopping => "stopping",
+        }
+    }
+
+    /// The refusal that an admitted connection's end amounts to, if it does.
+    const fn of(end: End) -> Option<Self> {
+        match end {
+            End::BackendRefused => Some(Self::BackendRefused),
+            End::BackendTimeout => Some(Self::BackendTimeout),
+            End::BackendUnreachable => Some(Self::BackendUnreachable),
+            End::BackendUnresolved => Some(Self::BackendUnresolved),
+            End::NoBanner => Some(Self::NoBanner),
+            End::Forged => Some(Self::ForgedHeader),
+            _ => None,
+        }
+    }
+}
+
+/// The metrics of one listener and the engine that serves it. Clones share them.
+#[derive(Clone, Debug)]
+pub struct ListenerMetrics(Arc<Handles>);
+
+#[derive(Debug)]
+struct Handles {
+    name: Arc<str>,
+    families: Families,
+    accepted: Counter,
+    active: Gauge,
+    refused: [(RefusedReason, Counter); RefusedReason::ALL.len()],
+    closed: [(End, Counter); End::ALL.len()],
+    headers_sent: Counter,
+    headers_failed: Counter,
+    to_backend: Planes,
+    to_client: Planes,
+    first_byte: Histogram,
+    enrolments: Counter,
+}
+
+/// One direction's bytes.
+#[derive(Debug)]
+struct Planes {
+    relayed: Counter,
+    spliced: Counter,
+}
+
+impl Planes {
+    fn count(&self, bytes: Bytes) {
+        self.relayed.inc_by(bytes.relayed);
+        self.spliced.inc_by(bytes.spliced);
+    }
+}
+
+/// Counts a connection as active until it is dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Active(Gauge);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl ListenerMetrics {
+    pub(super) fn new(families: &Families, name: &str, engine: &'static str) -> Self {
+        let name: Arc<str> = name.into();
+        let plain = ListenerLabels { listener: Arc::clone(&name) };
+        let served = ServedLabels { listener: Arc::clone(&name), engine };
+        let refused = |reason: RefusedReason| {
+            let labels = ReasonLabels { listener: Arc::clone(&name), reason: reason.name() };
+            (reason, families.refused.get_or_create_owned(&labels))
+        };
+        let closed = |end: End| {
+            let labels = EndLabels { listener: Arc::clone(&name), engine, end: end.name() };
+            (end, families.closed.get_or_create_owned(&labels))
+        };
+        let bytes = |direction, plane| {
+            families.bytes.get_or_create_owned(&BytesLabels { listener: Arc::clone(&name), direction, plane })
+        };
+        let planes =
+            |direction| Planes { relayed: bytes(direction, "relayed"), spliced: bytes(direction, "spliced") };
+        Self(Arc::new(Handles {
+            accepted: families.accepted.get_or_create_owned(&plain),
+            active: families.active.get_or_create_owned(&served),
+            refused: RefusedReason::ALL.map(refused),
+            closed: End::ALL.map(closed),
+            headers_sent: families.headers_sent.get_or_create_owned(&served),
+            headers_failed: families.headers_failed.get_or_create_owned(&served),
+            to_backend: planes("client_to_backend"),
+            to_client: planes("backend_to_client"),
+            first_byte: families.first_byte.get_or_create_owned(&plain),
+            enrolments: families.enrolments.get_or_create_owned(&plain),
+            families: families.clone(),
+            name,
+        }))
+    }
+
+    /// A connection was accepted.
+    pub fn accepted(&self) {
+        self.0.accepted.inc();
+    }
+
+    /// A connection was turned away before it was admitted. What [`ListenerMetrics::closed`] reports counts
+    /// itself.
+    pub fn refused(&self, reason: RefusedReason) {
+        count(&self.0.refused, reason);
+    }
+
+    /// A connection is being served, until the guard goes.
+    pub fn active(&self) -> Active {
+        self.0.active.inc();
+        Active(self.0.active.clone())
+    }
+
+    /// An admitted connection ended; if that was before its backend spoke, it counts as refused as well.
+    pub fn closed(&self, end: End) {
+        count(&self.0.closed, end);
+        if let Some(reason) = RefusedReason::of(end) {
+            self.refused(reason);
+        }
+    }
+
+    /// A header went out.
+    pub fn header_sent(&self) {
+        self.0.headers_sent.inc();
+    }
+
+    /// A header could not be put in front; the connection is reset.
+    pub fn header_failed(&self) {
+        self.0.headers_failed.inc();
+    }
+
+    /// Payload moved: what is new since the last call.
+    pub fn bytes(&self, to_backend: Bytes, to_client: Bytes) {
+        self.0.to_backend.count(to_backend);
+        self.0.to_client.count(to_client);
+    }
+
+    /// The backend spoke for the first time, this long after its header.
+    pub fn first_byte(&self, after: Duration) {
+        self.0.first_byte.observe(after.as_secs_f64());
+    }
+
+    /// The kernel carries one more direction.
+    pub fn enrolled(&self) {
+        self.0.enrolments.inc();
+    }
+
+    /// A header or a direction stayed in user space because the kernel would not have it; `reason` is of a
+    /// closed set.
+    pub fn enrolment_failed(&self, reason: &'static str) {
+        let labels = ReasonLabels { listener: Arc::clone(&self.0.name), reason };
+        self.0.families.enrolment_failures.get_or_create(&labels).inc();
+    }
+}
+
+/// The arrays are short, and this is once per connection.
+fn count<K: Copy + PartialEq>(counters: &[(K, Counter)], key: K) {
+    if let Some((_, counter)) = counters.iter().find(|(of, _)| *of == key) {
+        counter.inc();
+    }
+}

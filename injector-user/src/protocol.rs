@@ -1,0 +1,285 @@
+//! What the injector has to know of each mail protocol: who speaks first, how to refuse politely, how long a
+//! healthy connection may be silent.
+//!
+//! A pure table. The injector never parses the protocols themselves.
+
+use std::{fmt, time::Duration};
+
+/// A protocol a listener can be told to carry (`protocol = "…"`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// Mail between servers, clear text or STARTTLS (RFC 5321), port 25.
+    Smtp,
+    /// Mail from users, clear text or STARTTLS (RFC 6409), port 587.
+    Submission,
+    /// Mail from users over implicit TLS (RFC 8314), port 465.
+    Submissions,
+    /// Mailbox access, clear text or STARTTLS (RFC 9051), port 143.
+    Imap,
+    /// Mailbox access over implicit TLS (RFC 8314), port 993.
+    Imaps,
+    /// Mailbox download, clear text or STLS (RFC 1939), port 110.
+    Pop3,
+    /// Mailbox download over implicit TLS (RFC 8314), port 995.
+    Pop3s,
+    /// ManageSieve, clear text or STARTTLS (RFC 5804), port 4190.
+    Sieve,
+    /// Any other protocol over TCP.
+    Plain,
+}
+
+/// Which end sends the first byte of a fresh connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaker {
+    /// The client: a TLS ClientHello.
+    Client,
+    /// The server: a banner.
+    Server,
+    /// Either; the header may wait for the client only for a moment.
+    Unknown,
+}
+
+/// Why a client is turned away before a backend has spoken to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The limit on connections, or on file descriptors, is reached.
+    TooManyConnections,
+    /// No backend could be reached.
+    BackendUnavailable,
+    /// The injector is shutting down.
+    Stopping,
+}
+
+/// The timeouts that hold where the configuration says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DefaultTimeouts {
+    /// For all attempts to reach a backend together.
+    pub connect: Duration,
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// How long the header waits to go out together with the client's first bytes. Zero where the server
+    /// speaks first: there is nothing to wait for.
+    pub header_wait: Duration,
+    /// Without a byte in the remaining direction, once one side has finished.
+    pub half_closed: Duration,
+}
+
+const fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+const fn minutes(minutes: u64) -> Duration {
+    Duration::from_secs(minutes * 60)
+}
+
+impl Protocol {
+    /// Every protocol, in the order in which they are listed to people.
+    pub const ALL: [Self; 9] = [
+        Self::Smtp,
+        Self::Submission,
+        Self::Submissions,
+        Self::Imap,
+        Self::Imaps,
+        Self::Pop3,
+        Self::Pop3s,
+        Self::Sieve,
+        Self::Plain,
+    ];
+
+    /// The name used in the configuration, in logs and in labels.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Smtp => "smtp",
+            Self::Submission => "submission",
+            Self::Submissions => "submissions",
+            Self::Imap => "imap",
+            Self::Imaps => "imaps",
+            Self::Pop3 => "pop3",
+            Self::Pop3s => "pop3s",
+            Self::Sieve => "sieve",
+            Self::Plain => "plain",
+        }
+    }
+
+    /// Who sends the first byte: with implicit TLS the client (RFC 8446, section 2), else the server with its
+    /// banner (RFC 5321 section 3.1, RFC 9051 section 2.2, RFC 1939 section 4, RFC 5804 section 1.1).
+    pub const fn speaks_first(self) -> Speaker {
+        match self {
+            Self::Submissions | Self::Imaps | Self::Pop3s => Speaker::Client,
+            Self::Smtp | Self::Submission | Self::Imap | Self::Pop3 | Self::Sieve => Speaker::Server,
+            Self::Plain => Speaker::Unknown,
+        }
+    }
+
+    /// What to send in place of the banner before closing, or `None` where only a reset can be understood:
+    /// inside TLS, and in a protocol the injector does not know.
+    ///
+    /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections 3.8 and
+    ///   4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463, section 3.4). Senders
+    ///   queue and retry.
+    /// - IMAP: `BYE` in place of the greeting refuses the connection (RFC 3501 and RFC 9051, section 7.1.5);
+    ///   `UNAVAILABLE` says that a subsystem is down for now (RFC 5530, section 3; RFC 9051, section 7.1).
+    /// - POP3: `-ERR` (RFC 1939, section 3) with `SYS/TEMP`: not the user's fault and likely to pass (RFC
+    ///   3206, section 4).
+    /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section 1.3).
+    pub const fn refusal(self, why: Refusal) -> Option<&'static [u8]> {
+        use Refusal::{BackendUnavailable, Stopping, TooManyConnections};
+        let line: &'static str = match (self, why) {
+            (Self::Smtp | Self::Submission, TooManyConnections) => {
+                "421 4.3.2 Too many connections, try again later\r\n"
+            }
+            (Self::Smtp | Self::Submission, BackendUnavailable) => {
+                "421 4.3.2 Mail service not available, try again later\r\n"
+            }
+            (Self::Smtp | Self::Submission, Stopping) => {
+                "421 4.3.2 Service shutting down, try again later\r\n"
+            }
+            (Self::Imap, TooManyConnections) => "* BYE Too many connections, try again later\r\n",
+            (Self::Imap, BackendUnavailable) => {
+                "* BYE [UNAVAILABLE] Mail service not available, try again later\r\n"
+            }
+            (Self::Imap, Stopping) => "* BYE Service shutting down, try again later\r\n",
+            (Self::Pop3, TooManyConnections) => "-ERR [SYS/TEMP] Too many connections, try again later\r\n",
+            (Self::Pop3, BackendUnavailable) => {
+                "-ERR [SYS/TEMP] Mail service not available, try again later\r\n"
+            }
+            (Self::Pop3, Stopping) => "-ERR [SYS/TEMP] Service shutting down, try again later\r\n",
+            (Self::Sieve, TooManyConnections) => {
+                "BYE (TRYLATER) \"Too many connections, try again later\"\r\n"
+            }
+            (Self::Sieve, BackendUnavailable) => {
+                "BYE (TRYLATER) \"Mail service not available, try again later\"\r\n"
+            }
+            (Self::Sieve, Stopping) => "BYE (TRYLATER) \"Service shutting down, try again later\"\r\n",
+            (Self::Submissions | Self::Imaps | Self::Pop3s | Self::Plain, _) => return None,
+        };
+        Some(line.as_bytes())
+    }
+
+    /// The timeouts for a listener that sets none.
+    ///
+    /// Idle is longer than anything a conforming peer may do in silence, so that the server's own limit comes
+    /// first:
+    ///
+    /// - SMTP: a client waits up to 10 minutes for the answer to the end of the data (RFC 5321, section
+    ///   4.5.3.2.6).
+    /// - IMAP: a server must allow at least 30 minutes (RFC 9051, section 5.4), and IDLE is renewed every 29
+    ///   (RFC 2177, section 3).
+    /// - POP3: at least 10 minutes (RFC 1939, section 3).
+    /// - ManageSieve: at least 30 minutes (RFC 5804, section 1.2).
+    pub const fn timeouts(self) -> DefaultTimeouts {
+        DefaultTimeouts {
+            connect: seconds(5),
+            idle: match self {
+                Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => minutes(11),
+                Self::Imap | Self::Imaps | Self::Sieve => minutes(35),
+                Self::Plain => minutes(60),
+            },
+            header_wait: match self.speaks_first() {
+                Speaker::Client => seconds(1),
+                // Every connection in which the server turns out to speak first pays this once.
+                Speaker::Unknown => Duration::from_millis(100),
+                Speaker::Server => Duration::ZERO,
+            },
+            half_closed: match self {
+                // A client may pipeline its message and QUIT, finish, and still be owed the answer to the
+                // data.
+                Self::Smtp | Self::Submission | Self::Submissions => minutes(11),
+                Self::Imap | Self::Imaps | Self::Pop3 | Self::Pop3s | Self::Sieve => minutes(1),
+                Self::Plain => minutes(5),
+            },
+        }
+    }
+
+    /// The well-known port, for advice in messages only (RFC 5321, 6409, 8314, 9051, 1939, 5804).
+    pub const fn usual_port(self) -> Option<u16> {
+        match self {
+            Self::Smtp => Some(25),
+            Self::Submission => Some(587),
+            Self::Submissions => Some(465),
+            Self::Imap => Some(143),
+            Self::Imaps => Some(993),
+            Self::Pop3 => Some(110),
+            Self::Pop3s => Some(995),
+            Self::Sieve => Some(4190),
+            Self::Plain => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REFUSALS: [Refusal; 3] =
+        [Refusal::TooManyConnections, Refusal::BackendUnavailable, Refusal::Stopping];
+
+    #[test]
+    fn a_protocol_is_refused_in_words_exactly_when_its_server_speaks_first() {
+        for protocol in Protocol::ALL {
+            for why in REFUSALS {
+                assert_eq!(
+                    protocol.refusal(why).is_some(),
+                    protocol.speaks_first() == Speaker::Server,
+                    "{protocol} {why:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn refusals_are_one_line_of_the_protocol() {
+        // Limit: RFC 5321 section 4.5.3.1.5 and RFC 2449 section 4 both say 512 bytes with CRLF.
+        let start = |protocol| match protocol {
+            Protocol::Smtp | Protocol::Submission => "421 4.3.2 ",
+            Protocol::Imap => "* BYE ",
+            Protocol::Pop3 => "-ERR [SYS/TEMP] ",
+            Protocol::Sieve => "BYE (TRYLATER) \"",
+            other => panic!("{other} has no refusal"),
+        };
+        for protocol in Protocol::ALL {
+            for why in REFUSALS {
+                let Some(line) = protocol.refusal(why) else { continue };
+                let line = std::str::from_utf8(line).unwrap();
+                assert!(line.is_ascii() && line.len() <= 512, "{line:?}");
+                assert!(line.starts_with(start(protocol)), "{line:?}");
+                assert_eq!(line.find("\r\n"), Some(line.len() - 2), "{line:?}");
+                let quotes = if protocol == Protocol::Sieve { 2 } else { 0 };
+                assert_eq!(line.matches('"').count(), quotes, "{line:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn idle_outlasts_what_the_protocol_allows_in_silence() {
+        let least = |protocol| match protocol {
+            Protocol::Smtp | Protocol::Submission | Protocol::Submissions => minutes(10),
+            Protocol::Imap | Protocol::Imaps | Protocol::Sieve => minutes(30),
+            Protocol::Pop3 | Protocol::Pop3s => minutes(10),
+            Protocol::Plain => minutes(30),
+        };
+        for protocol in Protocol::ALL {
+            assert!(protocol.timeouts().idle > least(protocol), "{protocol}");
+        }
+    }
+
+    #[test]
+    fn the_header_waits_only_where_a_client_may_speak_first() {
+        for protocol in Protocol::ALL {
+            let waits = !protocol.timeouts().header_wait.is_zero();
+            assert_eq!(waits, protocol.speaks_first() != Speaker::Server, "{protocol}");
+        }
+    }
+
+    #[test]
+    fn names_are_distinct() {
+        let names: std::collections::BTreeSet<_> = Protocol::ALL.map(Protocol::name).into_iter().collect();
+        assert_eq!(names.len(), Protocol::ALL.len());
+    }
+}

@@ -1,0 +1,167 @@
+//! How a connection ended, and the one line that says so.
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+/// How a connection ended: the field `end` of its log line and the label of `injector_connections_closed_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum End {
+    /// The client finished first, then the backend: everything was delivered.
+    ClientClosed,
+    /// The backend finished first, then the client: everything was delivered.
+    BackendClosed,
+    /// The client reset the connection or vanished.
+    ClientReset,
+    /// The backend reset the connection or vanished.
+    BackendReset,
+    /// The backend closed or reset before its first byte: it does not want the header, or has trouble of its own.
+    NoBanner,
+    /// No byte either way for too long.
+    Idle,
+    /// One side had finished, and the other was silent for too long.
+    HalfClosed,
+    /// The client sent a PROXY header of its own.
+    Forged,
+    /// The header could not be put in front of the payload.
+    HeaderFailed,
+    /// The kernel dropped payload.
+    Lost,
+    /// Cut at the deadline of a stop.
+    Cut,
+    /// Every address of the backend refused.
+    BackendRefused,
+    /// No address of the backend answered in time.
+    BackendTimeout,
+    /// The backend could not be reached for another reason, such as no route.
+    BackendUnreachable,
+    /// The backend's name has no address.
+    BackendUnresolved,
+    /// The daemon was stopping when the connection came.
+    Stopping,
+    /// The daemon itself failed, for instance for want of descriptors.
+    Internal,
+}
+
+impl End {
+    /// All of them.
+    pub const ALL: [Self; 17] = [
+        Self::ClientClosed,
+        Self::BackendClosed,
+        Self::ClientReset,
+        Self::BackendReset,
+        Self::NoBanner,
+        Self::Idle,
+        Self::HalfClosed,
+        Self::Forged,
+        Self::HeaderFailed,
+        Self::Lost,
+        Self::Cut,
+        Self::BackendRefused,
+        Self::BackendTimeout,
+        Self::BackendUnreachable,
+        Self::BackendUnresolved,
+        Self::Stopping,
+        Self::Internal,
+    ];
+
+    /// The name in logs and labels.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ClientClosed => "client_closed",
+            Self::BackendClosed => "backend_closed",
+            Self::ClientReset => "client_reset",
+            Self::BackendReset => "backend_reset",
+            Self::NoBanner => "no_banner",
+            Self::Idle => "idle",
+            Self::HalfClosed => "half_closed",
+            Self::Forged => "forged_header",
+            Self::HeaderFailed => "header_failed",
+            Self::Lost => "lost",
+            Self::Cut => "cut",
+            Self::BackendRefused => "backend_refused",
+            Self::BackendTimeout => "backend_timeout",
+            Self::BackendUnreachable => "backend_unreachable",
+            Self::BackendUnresolved => "backend_unresolved",
+            Self::Stopping => "stopping",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// Whether both sides got every byte and a FIN.
+    #[must_use]
+    pub const fn clean(self) -> bool {
+        matches!(self, Self::ClientClosed | Self::BackendClosed)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Bytes of one direction, by the plane that carried them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// Copied by user space.
+    pub relayed: u64,
+    /// Carried by the kernel.
+    pub spliced: u64,
+}
+
+/// What is known of a finished connection.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The client.
+    pub client: SocketAddr,
+    /// The address of ours that it connected to.
+    pub local: SocketAddr,
+    /// The listener's name.
+    pub listener: String,
+    /// The backend, once one was reached.
+    pub backend: Option<SocketAddr>,
+    /// The engine's name.
+    pub engine: &'static str,
+    /// From the client to the backend, without the header.
+    pub to_backend: Bytes,
+    /// From the backend to the client.
+    pub to_client: Bytes,
+    /// From the accept on.
+    pub duration: Duration,
+    /// How it ended.
+    pub end: End,
+    /// What the kernel said, where it said something.
+    pub error: Option<String>,
+}
+
+impl Report {
+    /// Writes the line. It is the only one above DEBUG that names a client.
+    pub fn log(&self) {
+        tracing::info!(
+            client = %self.client,
+            listener = self.listener,
+            local = %self.local,
+            backend = self.backend.map(tracing::field::display),
+            engine = self.engine,
+            bytes_to_backend = self.to_backend.relayed + self.to_backend.spliced,
+            bytes_to_client = self.to_client.relayed + self.to_client.spliced,
+            spliced_to_backend = self.to_backend.spliced,
+            spliced_to_client = self.to_client.spliced,
+            duration_ms = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+            end = self.end.name(),
+            error = self.error,
+            "connection closed"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_distinct() {
+        let names: std::collections::BTreeSet<_> = End::ALL.into_iter().map(End::name).collect();
+        assert_eq!(names.len(), End::ALL.len());
+    }
+}

@@ -1,0 +1,266 @@
+//! The life of one connection, from its accept to the line in the log:
+//!
+//! ```text
+//! accepted → admitted → connecting → injecting → relaying ⇄ spliced → half-closed → closed
+//! ```
+//!
+//! Accepting and admission are in [`crate::listener`]; what follows is here, in the order in which it happens. From the
+//! header on, [`pump`] carries both directions, each a [`lane`] that decides by [`direction`]. The engines differ only
+//! in how bytes move ([`crate::engine`]).
+
+mod direction;
+pub mod end;
+mod lane;
+mod pump;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::{Buf as _, BytesMut};
+use injector_common::proxy::{Forgery, forgery};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+pub use self::end::{Bytes, End, Report};
+use self::pump::Pump;
+use crate::{
+    backend::{Backends, Unreachable},
+    config::{Receiver, Timeouts, UNIQUE_ID_LEN},
+    endpoint::Endpoint,
+    engine::{Engine, Injected},
+    header::Rendered,
+    metrics::ListenerMetrics,
+    protocol::{Protocol, Refusal, Speaker},
+    watch::Watch,
+};
+
+/// What all connections of a listener share.
+#[derive(Debug)]
+pub struct Context {
+    /// The listener's name.
+    pub listener: String,
+    /// What is spoken.
+    pub protocol: Protocol,
+    /// Whether a backend that closes without a byte has failed: in mail protocols the server always answers.
+    pub expects_banner: bool,
+    /// Where connections go.
+    pub backends: Arc<Backends>,
+    /// What moves their bytes.
+    pub engine: Arc<dyn Engine>,
+    /// How long they may take.
+    pub timeouts: Timeouts,
+    /// What the backend can read.
+    pub receiver: Receiver,
+    /// Counters of the listener.
+    pub metrics: ListenerMetrics,
+    /// Hang-ups of spliced sockets.
+    pub watch: Watch,
+    /// Cancelled when the time of a stop is over.
+    pub cut: CancellationToken,
+    /// Makes the unique ids of this run differ from those of another.
+    pub run_id: u64,
+}
+
+/// Serves an admitted connection to its end, and reports it.
+pub async fn serve(context: &Context, client: Endpoint) {
+    let accepted = Instant::now();
+    let (peer, local) = (client.peer(), client.local());
+    let finished = live(context, client).await;
+    let report = Report {
+        client: peer,
+        local,
+        listener: context.listener.clone(),
+        backend: finished.backend,
+        engine: context.engine.name(),
+        to_backend: finished.to_backend,
+        to_client: finished.to_client,
+        duration: accepted.elapsed(),
+        end: finished.end,
+        error: finished.error,
+    };
+    context.metrics.closed(report.end);
+    report.log();
+}
+
+/// What [`live`] leaves behind.
+#[derive(Debug)]
+struct Finished {
+    backend: Option<SocketAddr>,
+    to_backend: Bytes,
+    to_client: Bytes,
+    end: End,
+    error: Option<String>,
+}
+
+impl Finished {
+    fn early(end: End, backend: Option<SocketAddr>, error: Option<String>) -> Self {
+        Self { backend, to_backend: Bytes::default(), to_client: Bytes::default(), end, error }
+    }
+}
+
+async fn live(context: &Context, client: Endpoint) -> Finished {
+    // connecting
+    let connecting = context.backends.connect(context.timeouts.connect, &context.watch);
+    let connected = tokio::select! {
+        connected = connecting => connected,
+        _ = client.broken() => return Finished::early(End::ClientReset, None, None),
+        () = context.cut.cancelled() => {
+            refuse(client, context.protocol, Refusal::Stopping).await;
+            return Finished::early(End::Cut, None, None);
+        }
+    };
+    let backend = match connected {
+        Ok(backend) => backend,
+        Err(error) => {
+            refuse(client, context.protocol, Refusal::BackendUnavailable).await;
+            return Finished::early(unreachable(&error), None, Some(error.to_string()));
+        }
+    };
+    let peer = backend.peer();
+
+    // injecting
+    let first = match first_payload(context, &client, &backend).await {
+        Ok(first) => first,
+        Err((end, error)) => {
+            if end != End::ClientClosed {
+                client.reset();
+                backend.reset();
+            }
+            return Finished::early(end, Some(peer), error.map(|error| error.to_string()));
+        }
+    };
+    let injected = match inject(context, &client, &backend, &first) {
+        Ok(injected) => injected,
+        Err(error) => {
+            context.metrics.header_failed();
+            backend.reset();
+            client.reset();
+            return Finished::early(End::HeaderFailed, Some(peer), Some(error.to_string()));
+        }
+    };
+    context.metrics.header_sent();
+    if let Some(reason) = injected.refused {
+        context.metrics.enrolment_failed(reason);
+    }
+
+    // relaying ⇄ spliced, half-closed
+    let read = first.payload.len() as u64;
+    let mut held = first.payload;
+    held.advance(injected.payload);
+    let outcome = Pump::new(context, client, backend, read, held, first.gated).run().await;
+
+    // closed
+    if let Some(client) = outcome.client {
+        refuse(client, context.protocol, Refusal::BackendUnavailable).await;
+    }
+    Finished {
+        backend: Some(peer),
+        to_backend: outcome.to_backend,
+        to_client: outcome.to_client,
+        end: outcome.end,
+        error: outcome.error.map(|error| error.to_string()),
+    }
+}
+
+/// What the client said before the header went out.
+#[derive(Debug, Default)]
+struct First {
+    payload: BytesMut,
+    /// Not yet known whether it forges a header.
+    gated: bool,
+}
+
+/// Where the client speaks first, waits for its first bytes, so that header and payload leave together. A client that
+/// says nothing in time gets a header alone.
+async fn first_payload(
+    context: &Context,
+    client: &Endpoint,
+    backend: &Endpoint,
+) -> Result<First, (End, Option<io::Error>)> {
+    let mut first = First { payload: BytesMut::new(), gated: true };
+    if context.protocol.speaks_first() == Speaker::Server {
+        return Ok(first);
+    }
+    let deadline = Instant::now() + context.timeouts.header_wait;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let payload = &mut first.payload;
+        let read = tokio::select! {
+            read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
+            error = backend.broken() => return Err((End::NoBanner, Some(error))),
+            () = context.cut.cancelled() => return Err((End::Cut, None)),
+        };
+        match read {
+            Err(_elapsed) => return Ok(first),
+            // Without a byte there is nothing to tell the backend, not even who it was.
+            Ok(Ok(0)) if first.payload.is_empty() => return Err((End::ClientClosed, None)),
+            // The FIN stays visible: the pump reads it again.
+            Ok(Ok(0)) => return Ok(first),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err((End::ClientReset, Some(error))),
+        }
+        match forgery(&first.payload) {
+            Forgery::Yes => return Err((End::Forged, None)),
+            Forgery::Undecided => {}
+            Forgery::No => {
+                first.gated = false;
+                return Ok(first);
+            }
+        }
+    }
+}
+
+/// Renders the header and has the engine send it, with what the client has said where that may be passed on.
+fn inject(context: &Context, client: &Endpoint, backend: &Endpoint, first: &First) -> io::Result<Injected> {
+    let id = unique_id(context.run_id, client.cookie());
+    let header =
+        Rendered::new(&context.receiver, client.peer(), client.local(), &id).map_err(io::Error::other)?;
+    let payload = if first.gated { &[] } else { &first.payload[..] };
+    context.engine.inject(backend, header.as_bytes(), payload)
+}
+
+/// 32 hexadecimal digits: the run, and the client's socket within it.
+fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
+    let digit = |shift: u32| {
+        let (word, shift) = if shift < 16 { (run, shift) } else { (cookie, shift - 16) };
+        char::from_digit((word >> (60 - 4 * shift) & 0xF) as u32, 16).map_or(b'0', |digit| digit as u8)
+    };
+    let mut id = [0; UNIQUE_ID_LEN];
+    for (at, byte) in (0..).zip(&mut id) {
+        *byte = digit(at);
+    }
+    id
+}
+
+/// Turns a client away: in its protocol's own words where the server speaks first in clear text, else by a reset.
+pub async fn refuse(client: Endpoint, protocol: Protocol, why: Refusal) {
+    /// Long enough for a client far away to take the line and close.
+    const PATIENCE: Duration = Duration::from_secs(2);
+
+    let Some(line) = protocol.refusal(why) else { return client.reset() };
+    if client.try_write(line).is_err() || client.finish().is_err() {
+        return client.reset();
+    }
+    // Closing with unread bytes would send a reset, which can overtake the line.
+    let drained = async { while client.read(<[u8]>::len).await.is_ok_and(|count| count > 0) {} };
+    let _ = timeout(PATIENCE, drained).await;
+}
+
+fn unreachable(error: &Unreachable) -> End {
+    match error {
+        Unreachable::Unresolved => End::BackendUnresolved,
+        Unreachable::Refused { .. } => End::BackendRefused,
+        Unreachable::Timeout { .. } => End::BackendTimeout,
+        Unreachable::Other { .. } => End::BackendUnreachable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_unique_id_is_the_run_and_the_socket_in_hexadecimal() {
+        let id = unique_id(0x0123_4567_89ab_cdef, 0xfeed);
+        assert_eq!(std::str::from_utf8(&id).unwrap(), "0123456789abcdef000000000000feed");
+    }
+}

@@ -1,0 +1,274 @@
+//! Carries both directions of a connection from the header to the end.
+
+use std::{io, time::Duration};
+
+use bytes::BytesMut;
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Context,
+    direction::Want,
+    end::{Bytes, End},
+    lane::{Break, Enrolment, Lane, Progress},
+};
+use crate::endpoint::{Endpoint, Needs};
+
+/// How often the counters of a long connection are brought up to date.
+const ACCOUNT_EVERY: Duration = Duration::from_secs(5);
+
+/// A connection whose header is sent.
+#[derive(Debug)]
+pub(super) struct Pump<'a> {
+    context: &'a Context,
+    client: Endpoint,
+    backend: Endpoint,
+    to_backend: Lane,
+    to_client: Lane,
+    header_sent: Instant,
+    /// When payload last passed through user space.
+    last: Instant,
+    accounted: (Bytes, Bytes),
+    backend_finished_first: bool,
+    gone: Gone,
+}
+
+/// Which socket takes nothing any more, its peer having closed for good. What the peer sent before its FIN is still
+/// delivered to the other side.
+#[derive(Debug, Default)]
+struct Gone {
+    client: bool,
+    backend: bool,
+}
+
+/// How the pump stopped.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) end: End,
+    pub(super) error: Option<io::Error>,
+    pub(super) to_backend: Bytes,
+    pub(super) to_client: Bytes,
+    /// Still open where the client can be told something in its own protocol.
+    pub(super) client: Option<Endpoint>,
+}
+
+impl<'a> Pump<'a> {
+    /// `read` bytes of the client were read before, of which `held` are not written yet.
+    pub(super) fn new(
+        context: &'a Context,
+        client: Endpoint,
+        backend: Endpoint,
+        read: u64,
+        held: BytesMut,
+        gated: bool,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            context,
+            client,
+            backend,
+            to_backend: Lane::new(read, held, gated),
+            to_client: Lane::new(0, BytesMut::new(), false),
+            header_sent: now,
+            last: now,
+            accounted: Default::default(),
+            backend_finished_first: false,
+            gone: Gone::default(),
+        }
+    }
+
+    /// Until both directions are finished or something breaks.
+    pub(super) async fn run(mut self) -> Outcome {
+        let (end, error) = self.carry().await;
+        self.account();
+        let (to_backend, to_client) = (self.to_backend.bytes(), self.to_client.bytes());
+        // The directions leave the kernel's maps before their sockets close.
+        let Self { client, backend, to_backend: _, to_client: _, .. } = self;
+        let client = if end == End::NoBanner {
+            backend.reset();
+            Some(client)
+        } else {
+            if !end.clean() {
+                // After a loss, or what may be one, neither side may take what it got for the whole.
+                backend.reset();
+                client.reset();
+            }
+            None
+        };
+        Outcome { end, error, to_backend, to_client, client }
+    }
+
+    async fn carry(&mut self) -> (End, Option<io::Error>) {
+        let timer = sleep_until(self.last + ACCOUNT_EVERY.min(self.silence_allowed()));
+        tokio::pin!(timer);
+        loop {
+            if let Err(error) = self.prepare() {
+                return (End::Internal, Some(error));
+            }
+            if self.finished() {
+                let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
+                return (first, None);
+            }
+            let Self { client, backend, to_backend, to_client, context, gone, .. } = self;
+            // Of a socket that user space reads, reading says how it ended, after its last byte.
+            let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
+            let stepped = tokio::select! {
+                stepped = to_backend.step(client, backend) => Step::ToBackend(stepped),
+                stepped = to_client.step(backend, client) => Step::ToClient(stepped),
+                error = client.broken(), if hear_client && !gone.client => Step::ToClient(Err(Break::Target(error))),
+                error = backend.broken(), if hear_backend && !gone.backend => Step::ToBackend(Err(Break::Target(error))),
+                () = &mut timer => Step::Timer,
+                () = context.cut.cancelled() => return (End::Cut, None),
+            };
+            match stepped {
+                Step::ToBackend(Ok(progress)) => self.note(progress),
+                Step::ToClient(Ok(progress)) => {
+                    self.note_first_byte(progress);
+                    self.note(progress);
+                    if self.no_banner() {
+                        return (End::NoBanner, None);
+                    }
+                    self.backend_finished_first |= self.to_client.ended() && !self.to_backend.ended();
+                }
+                Step::ToBackend(Err(Break::Target(error))) => {
+                    self.gone.backend = true;
+                    self.backend_finished_first |= !self.to_backend.ended();
+                    self.to_backend.abandon();
+                    if !self.to_client.reads_source() && !self.to_client.complete(&self.backend) {
+                        return self.broken(Break::Target(error), End::ClientReset, End::BackendReset);
+                    }
+                }
+                Step::ToClient(Err(Break::Target(error))) => {
+                    self.gone.client = true;
+                    self.to_client.abandon();
+                    if !self.to_backend.reads_source() && !self.to_backend.complete(&self.client) {
+                        return self.broken(Break::Target(error), End::BackendReset, End::ClientReset);
+                    }
+                }
+                Step::ToBackend(Err(broken)) => {
+                    return self.broken(broken, End::ClientReset, End::BackendReset);
+                }
+                Step::ToClient(Err(broken)) => {
+                    return self.broken(broken, End::BackendReset, End::ClientReset);
+                }
+                Step::Timer => {
+                    self.account();
+                    if let Some(end) = self.silent_too_long() {
+                        return (end, None);
+                    }
+                    let left = (self.last_activity() + self.silence_allowed()).duration_since(Instant::now());
+                    timer.as_mut().reset(Instant::now() + ACCOUNT_EVERY.min(left));
+                }
+            }
+        }
+    }
+
+    /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
+    fn prepare(&mut self) -> io::Result<()> {
+        let Self { client, backend, to_backend, to_client, context, .. } = self;
+        let enrolments = [
+            ("client_to_backend", to_backend.enrol(&*context.engine, client, backend)),
+            ("backend_to_client", to_client.enrol(&*context.engine, backend, client)),
+        ];
+        for (direction, enrolment) in enrolments {
+            match enrolment {
+                Enrolment::NotNow => {}
+                Enrolment::Done => context.metrics.enrolled(),
+                Enrolment::Refused(refused) => {
+                    tracing::debug!(
+                        direction,
+                        reason = refused.reason,
+                        detail = refused.detail,
+                        "stays relayed"
+                    );
+                    context.metrics.enrolment_failed(refused.reason);
+                }
+            }
+        }
+        client.arm(Needs { read: to_backend.reads_source(), write: to_client.writes_target() })?;
+        backend.arm(Needs { read: to_client.reads_source(), write: to_backend.writes_target() })
+    }
+
+    fn finished(&self) -> bool {
+        self.to_backend.want() == Want::Nothing && self.to_client.want() == Want::Nothing
+    }
+
+    fn note(&mut self, progress: Progress) {
+        if progress == Progress::Read {
+            self.last = Instant::now();
+        }
+    }
+
+    /// The first byte of a backend always passes through user space.
+    fn note_first_byte(&mut self, progress: Progress) {
+        if progress == Progress::Read && self.accounted.1 == Bytes::default() && !self.to_client.silent() {
+            self.context.metrics.first_byte(self.header_sent.elapsed());
+            self.account();
+        }
+    }
+
+    /// The backend ended before its first byte, while the client still had something to say or to wait for.
+    fn no_banner(&self) -> bool {
+        self.to_client.ended()
+            && self.to_client.silent()
+            && !self.to_backend.ended()
+            && self.context.expects_banner
+    }
+
+    fn broken(&self, broken: Break, source: End, target: End) -> (End, Option<io::Error>) {
+        let (end, error) = match broken {
+            Break::Source(error) => (source, Some(error)),
+            Break::Target(error) => (target, Some(error)),
+            Break::Lost(error) => (End::Lost, Some(error)),
+            Break::Forged => (End::Forged, None),
+        };
+        let refused = end == End::BackendReset
+            && self.to_client.silent()
+            && !self.to_backend.ended()
+            && self.context.expects_banner;
+        (if refused { End::NoBanner } else { end }, error)
+    }
+
+    fn silence_allowed(&self) -> Duration {
+        let half_closed = self.to_backend.ended() || self.to_client.ended();
+        let timeouts = &self.context.timeouts;
+        if half_closed { timeouts.half_closed } else { timeouts.idle }
+    }
+
+    fn silent_too_long(&self) -> Option<End> {
+        if self.last_activity().elapsed() < self.silence_allowed() {
+            return None;
+        }
+        let half_closed = self.to_backend.ended() || self.to_client.ended();
+        Some(if half_closed { End::HalfClosed } else { End::Idle })
+    }
+
+    /// When payload last passed, in whichever plane.
+    fn last_activity(&self) -> Instant {
+        let carried = self.to_backend.last_carried_ns().max(self.to_client.last_carried_ns());
+        let since = crate::sys::monotonic_ns().saturating_sub(carried);
+        let carried = Instant::now().checked_sub(Duration::from_nanos(since));
+        carried.map_or(self.last, |carried| carried.max(self.last))
+    }
+
+    /// Brings the byte counters up to date.
+    fn account(&mut self) {
+        let (to_backend, to_client) = (self.to_backend.bytes(), self.to_client.bytes());
+        self.context
+            .metrics
+            .bytes(difference(to_backend, self.accounted.0), difference(to_client, self.accounted.1));
+        self.accounted = (to_backend, to_client);
+    }
+}
+
+enum Step {
+    ToBackend(Result<Progress, Break>),
+    ToClient(Result<Progress, Break>),
+    Timer,
+}
+
+fn difference(now: Bytes, before: Bytes) -> Bytes {
+    Bytes {
+        relayed: now.relayed.saturating_sub(before.relayed),
+        spliced: now.spliced.saturating_sub(before.spliced),
+    }
+}

@@ -1,0 +1,61 @@
+//! Putting the header in front of the first bytes that the backend reads, by the program `inject`.
+
+use std::io;
+
+use aya::maps::MapError;
+use injector_common::splice::Header;
+use thiserror::Error;
+
+use super::Splice;
+use crate::endpoint::Endpoint;
+
+/// The byte that carries a header alone; the program takes it out again.
+const DOORBELL: &[u8] = &[0];
+
+/// Why `inject` did not place a header.
+#[derive(Debug, Error)]
+pub enum InjectError {
+    /// Nothing was sent and the program was not involved: the header may still go another way.
+    #[error("the socket could not be enrolled for its header: {0}")]
+    Refused(#[source] MapError),
+    /// The program dropped the message, or the send failed. The connection is lost; the backend has read nothing.
+    #[error("the header was not placed: {0}")]
+    Dropped(#[source] io::Error),
+    /// The kernel took the message but the program did not mark the header as sent: what the backend reads is not
+    /// known.
+    #[error("the header was not placed: the program did not run")]
+    NotPlaced,
+}
+
+impl Splice {
+    /// Sends `header` and behind it what fits of `payload`, which may be empty, on a socket that has sent nothing
+    /// yet. Returns how many bytes of `payload` went along.
+    ///
+    /// # Errors
+    /// [`InjectError`]. All but `Refused` mean that the connection must be reset.
+    pub fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> Result<usize, InjectError> {
+        let alone = payload.is_empty();
+        let header = Header::armed(header, alone).ok_or_else(|| {
+            InjectError::Dropped(io::Error::new(io::ErrorKind::InvalidInput, "impossible header length"))
+        })?;
+        self.maps.store_header(backend, &header).map_err(InjectError::Refused)?;
+        self.maps.watch_first_message(backend.cookie(), backend).map_err(InjectError::Refused)?;
+        let placed = self.send_through(backend, if alone { DOORBELL } else { payload });
+        // The program stays on a socket until it has left all maps: out, before it is spliced.
+        let left = self.maps.unwatch_first_message(backend.cookie());
+        let sent = placed?;
+        left.map_err(|_| InjectError::NotPlaced)?;
+        Ok(if alone { 0 } else { sent })
+    }
+
+    fn send_through(&self, backend: &Endpoint, message: &[u8]) -> Result<usize, InjectError> {
+        let sent = backend.try_write(message).map_err(InjectError::Dropped)?;
+        if sent == 0 {
+            return Err(InjectError::Dropped(io::ErrorKind::WouldBlock.into()));
+        }
+        match self.maps.header(backend) {
+            Ok(header) if header.state == Header::SENT => Ok(sent),
+            _ => Err(InjectError::NotPlaced),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The maps of the splice engine, behind functions; their kernel side is `injector-ebpf/src/splice/maps.rs`.
+
+use std::{os::fd::AsRawFd, sync::Mutex};
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash},
+};
+use injector_common::splice::{Counter, Flow, Header};
+
+use super::{LoadError, Sockets, lock};
+
+pub(super) struct Maps {
+    pub(super) inject: Sockets,
+    pub(super) verdict: Sockets,
+    targets: Sockets,
+    headers: Mutex<SkStorage<MapData, Header>>,
+    flows: Mutex<HashMap<MapData, u64, Flow>>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
+        Ok(Self {
+            inject: Mutex::new(take::<SockHash<_, _>>(programs, "INJECT")?),
+            verdict: Mutex::new(take::<SockHash<_, _>>(programs, "VERDICT")?),
+            targets: Mutex::new(take::<SockHash<_, _>>(programs, "TARGETS")?),
+            headers: Mutex::new(take::<SkStorage<_, _>>(programs, "HEADERS")?),
+            flows: Mutex::new(take::<HashMap<_, _, _>>(programs, "FLOWS")?),
+            counters: take(programs, "COUNTERS")?,
+        })
+    }
+
+    pub(super) fn store_header(&self, socket: &impl AsRawFd, header: &Header) -> Result<(), MapError> {
+        lock(&self.headers).insert(socket, header, 0)
+    }
+
+    pub(super) fn header(&self, socket: &impl AsRawFd) -> Result<Header, MapError> {
+        lock(&self.headers).get(socket, 0)
+    }
+
+    pub(super) fn watch_first_message(&self, cookie: u64, socket: &impl AsRawFd) -> Result<(), MapError> {
+        lock(&self.inject).insert(cookie, socket.as_raw_fd(), NOEXIST)
+    }
+
+    pub(super) fn unwatch_first_message(&self, cookie: u64) -> Result<(), MapError> {
+        lock(&self.inject).remove(&cookie)
+    }
+
+    pub(super) fn add_flow(&self, source: u64) -> Result<(), MapError> {
+        lock(&self.flows).insert(source, Flow::default(), NOEXIST)
+    }
+
+    pub(super) fn flow(&self, source: u64) -> Result<Flow, MapError> {
+        lock(&self.flows).get(&source, 0)
+    }
+
+    pub(super) fn remove_flow(&self, source: u64) -> Result<(), MapError> {
+        lock(&self.flows).remove(&source)
+    }
+
+    pub(super) fn add_target(&self, source: u64, target: &impl AsRawFd) -> Result<(), MapError> {
+        lock(&self.targets).insert(source, target.as_raw_fd(), NOEXIST)
+    }
+
+    pub(super) fn remove_target(&self, source: u64) -> Result<(), MapError> {
+        lock(&self.targets).remove(&source)
+    }
+
+    pub(super) fn add_source(&self, cookie: u64, socket: &impl AsRawFd) -> Result<(), MapError> {
+        lock(&self.verdict).insert(cookie, socket.as_raw_fd(), NOEXIST)
+    }
+
+    pub(super) fn remove_source(&self, cookie: u64) -> Result<(), MapError> {
+        lock(&self.verdict).remove(&cookie)
+    }
+
+    pub(super) fn counted(&self, counter: Counter) -> u64 {
+        self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
+    }
+
+    /// Sockets and flows in all maps.
+    pub(super) fn entries(&self) -> Result<usize, MapError> {
+        let mut entries = 0;
+        for sockets in [&self.inject, &self.verdict, &self.targets] {
+            for key in lock(sockets).keys() {
+                key?;
+                entries += 1;
+            }
+        }
+        for key in lock(&self.flows).keys() {
+            key?;
+            entries += 1;
+        }
+        Ok(entries)
+    }
+
+    /// Uses a map as a session would, under a key that no socket has: cookies start at 1.
+    pub(super) fn probe(&self) -> Result<(), MapError> {
+        self.add_flow(0)?;
+        self.remove_flow(0)
+    }
+}
+
+/// `BPF_NOEXIST`: a cookie is one socket's for good, so an entry that is already there is a mistake of ours.
+const NOEXIST: u64 = 1;
+
+fn take<M>(programs: &mut Ebpf, map: &'static str) -> Result<M, LoadError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let data = programs.take_map(map).ok_or(LoadError::Missing(map))?;
+    data.try_into().map_err(|error| LoadError::Map { map, error })
+}

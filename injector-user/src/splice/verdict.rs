@@ -1,0 +1,149 @@
+//! Having the payload of one direction carried by the program `verdict`.
+
+use std::{io, sync::Arc};
+
+use aya::maps::MapError;
+use injector_common::splice::Flow;
+use thiserror::Error;
+
+use super::Splice;
+use crate::{
+    endpoint::Endpoint,
+    sys::{self, TcpInfo},
+};
+
+/// Why a direction stays in user space.
+#[derive(Debug, Error)]
+pub enum EnrolError {
+    /// A map refused a socket or a flow.
+    #[error("map {map}: {error}")]
+    Map {
+        /// The map's name.
+        map: &'static str,
+        /// What the kernel said.
+        #[source]
+        error: MapError,
+    },
+    /// The target acknowledged so fast that its counts could not be read twice alike.
+    #[error("the target's acknowledgements did not hold still")]
+    Unsteady,
+    /// A socket would not say its state.
+    #[error(transparent)]
+    Socket(#[from] io::Error),
+}
+
+impl EnrolError {
+    /// The label of `injector_enrolment_failures_total`.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Map { error: MapError::SyscallError(error), .. } => reason_of(&error.io_error),
+            Self::Map { .. } => "other",
+            Self::Unsteady => "unsteady",
+            Self::Socket(_) => "socket",
+        }
+    }
+}
+
+/// The label for what the kernel said to a map update.
+#[must_use]
+pub fn reason_of(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        // Only established sockets enrol: an early FIN comes to this (sock_map_sk_state_allowed, net/core/sock_map.c).
+        Some(libc::EOPNOTSUPP) => "not_established",
+        Some(libc::E2BIG | libc::ENOSPC) => "map_full",
+        Some(libc::ENOMEM) => "no_memory",
+        Some(libc::EPERM | libc::EACCES) => "not_permitted",
+        _ => "other",
+    }
+}
+
+/// One direction of a connection in the hands of the kernel. Dropping it takes the direction back; what is then still
+/// on its way to the target is lost, so drop it only after [`Spliced::delivered`], or to reset.
+#[derive(Debug)]
+pub struct Spliced {
+    splice: Arc<Splice>,
+    source: u64,
+    /// What the target had queued in its life before the first redirected byte.
+    base: u64,
+}
+
+impl Spliced {
+    /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source` must have
+    /// been written to `target`.
+    ///
+    /// # Errors
+    /// [`EnrolError`]; nothing has changed then.
+    pub fn enrol(splice: &Arc<Splice>, source: &Endpoint, target: &Endpoint) -> Result<Self, EnrolError> {
+        let base = queued_steadily(target)?;
+        let failed = |map| move |error| EnrolError::Map { map, error };
+        let maps = &splice.maps;
+        maps.add_flow(source.cookie()).map_err(failed("FLOWS"))?;
+        // From here on dropping undoes what was done; removing what is not there does no harm.
+        let spliced = Self { splice: Arc::clone(splice), source: source.cookie(), base };
+        maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
+        maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
+        // What came in before waits in the receive queue for the next segment, which may never come.
+        sys::kick(source)?;
+        Ok(spliced)
+    }
+
+    /// What was carried so far.
+    ///
+    /// # Errors
+    /// When the flow is gone from its map, which only somebody else can have done.
+    pub fn flow(&self) -> Result<Flow, MapError> {
+        self.splice.maps.flow(self.source)
+    }
+
+    /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
+    /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    ///
+    /// # Errors
+    /// When bytes were lost: reset, never FIN.
+    pub fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
+        let received = sys::tcp_info(source)?.bytes_received;
+        let flow = self.flow().map_err(io::Error::other)?;
+        if flow.lost > 0 {
+            return Err(io::Error::other(format!("{} bytes found no target", flow.lost)));
+        }
+        // The FIN counts one.
+        if read + flow.redirected + 1 != received {
+            sys::kick(source)?;
+            return Ok(false);
+        }
+        let info = sys::tcp_info(target)?;
+        if !matches!(info.state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
+            // Broken; its own event says how.
+            return Ok(false);
+        }
+        // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
+        let queued = info.bytes_acked + sys::unacknowledged(target)?;
+        Ok(queued.wrapping_sub(self.base) == flow.redirected)
+    }
+}
+
+impl Drop for Spliced {
+    fn drop(&mut self) {
+        let maps = &self.splice.maps;
+        // First no more payload comes, then the target may go. Errors mean that an entry is not there: the kernel
+        // takes a closed socket out by itself.
+        let _ = maps.remove_source(self.source);
+        let _ = maps.remove_target(self.source);
+        let _ = maps.remove_flow(self.source);
+    }
+}
+
+/// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no
+/// acknowledgement fell between.
+fn queued_steadily(socket: &Endpoint) -> Result<u64, EnrolError> {
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        let before = sys::tcp_info(socket)?.bytes_acked;
+        let waiting = sys::unacknowledged(socket)?;
+        if sys::tcp_info(socket)?.bytes_acked == before {
+            return Ok(before + waiting);
+        }
+    }
+    Err(EnrolError::Unsteady)
+}

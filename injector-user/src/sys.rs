@@ -1,0 +1,278 @@
+//! The system calls that no crate wraps: the only module of the daemon with `unsafe` in it.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// What `TCP_INFO` says of a socket (struct tcp_info, include/uapi/linux/tcp.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpInfo {
+    /// One of the `TCP_*` states, [`TcpInfo::ESTABLISHED`] among them.
+    pub state: u8,
+    /// Bytes the peer has acknowledged. Its zero lies anywhere: compare differences only.
+    pub bytes_acked: u64,
+    /// Bytes received in order since the connection began, a received FIN counting one.
+    pub bytes_received: u64,
+}
+
+impl TcpInfo {
+    /// `TCP_ESTABLISHED`, include/net/tcp_states.h.
+    pub const ESTABLISHED: u8 = 1;
+    /// `TCP_CLOSE_WAIT`: the peer has finished, we have not.
+    pub const CLOSE_WAIT: u8 = 8;
+}
+
+/// Reads `TCP_INFO`. Taking the socket lock, it also waits for a segment that the kernel is just working on.
+///
+/// # Errors
+/// As getsockopt(2); a kernel older than 4.1 gives a shorter structure, reported as `InvalidData`.
+pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
+    const BYTES_ACKED: usize = 120;
+    const BYTES_RECEIVED: usize = 128;
+    const END: libc::socklen_t = 136;
+
+    let mut raw = [0_u8; END as usize];
+    let mut len = END;
+    // SAFETY: `raw` is writable for `len` bytes, and the kernel writes at most that many.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            raw.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    let word = |at: usize| -> io::Result<u64> {
+        let bytes = raw.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+        bytes.map(u64::from_ne_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    };
+    if len < END {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(TcpInfo { state: raw[0], bytes_acked: word(BYTES_ACKED)?, bytes_received: word(BYTES_RECEIVED)? })
+}
+
+/// Bytes in the socket's write queue: not sent, or sent and not acknowledged (`SIOCOUTQ`, tcp(7)).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn unacknowledged(socket: &impl AsRawFd) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ (the number of TIOCOUTQ) writes one int.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
+    u64::try_from(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// The length of an option that is one int.
+const INT: libc::socklen_t = 4;
+
+/// Makes the kernel look at the receive queue again, as if a segment had just arrived: setting `SO_RCVLOWAT` calls
+/// the socket's data-ready hook (tcp_set_rcvlowat, net/ipv4/tcp.c), which is the verdict program where one is
+/// attached.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn kick(socket: &impl AsRawFd) -> io::Result<()> {
+    let one: libc::c_int = 1;
+    // SAFETY: the value is one int, which outlives the call.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const one).cast(),
+            INT,
+        )
+    })
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the clock of `bpf_ktime_get_ns`.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is writable; with this clock and a valid pointer the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
+}
+
+/// The soft limit of open descriptors after raising it as far as the hard limit allows.
+///
+/// # Errors
+/// As getrlimit(2). Failing to raise is no error: the present limit is returned.
+pub fn raise_nofile() -> io::Result<u64> {
+    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
+    // SAFETY: getrlimit fills the structure when it returns 0.
+    let mut limit = unsafe {
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, limit.as_mut_ptr()))?;
+        limit.assume_init()
+    };
+    let before = limit.rlim_cur;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: a valid structure, read only.
+    let raised = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0;
+    Ok(if raised { limit.rlim_cur } else { before })
+}
+
+/// Has the runtime poll `inner`.
+///
+/// # Errors
+/// When the runtime's epoll instance does not take it.
+pub fn poll<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    // SAFETY: by the contract of `AsFd`, the descriptor of `inner` stays open and the same as long as `inner` lives,
+    // and nothing here takes `inner` out or mutates it.
+    let registered = unsafe { AsyncFd::register_with_interest(inner, interest) };
+    Ok(registered?)
+}
+
+/// An epoll instance for what tokio cannot ask for: hang-up without readability.
+#[derive(Debug)]
+pub struct Epoll(OwnedFd);
+
+/// One event of [`Epoll::wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hangup {
+    /// What was given to [`Epoll::add`].
+    pub key: u64,
+    /// The socket has an error pending or is closed both ways; otherwise the peer has only finished sending.
+    pub broken: bool,
+}
+
+impl Epoll {
+    /// A new, empty instance.
+    ///
+    /// # Errors
+    /// As epoll_create1(2).
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        check(fd)?;
+        // SAFETY: the kernel has just given us this descriptor.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Watches `socket` for the peer's FIN, errors and hang-up, edge-triggered.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
+    pub fn add(&self, socket: &impl AsRawFd, key: u64) -> io::Result<()> {
+        #[expect(clippy::cast_sign_loss, reason = "EPOLLET is the sign bit of a mask")]
+        let events = (libc::EPOLLRDHUP | libc::EPOLLET) as u32;
+        let mut event = libc::epoll_event { events, u64: key };
+        // SAFETY: the event is read during the call.
+        check(unsafe {
+            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, socket.as_raw_fd(), &raw mut event)
+        })
+    }
+
+    /// Forgets `socket`.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
+    pub fn remove(&self, socket: &impl AsRawFd) -> io::Result<()> {
+        // SAFETY: EPOLL_CTL_DEL reads no event.
+        check(unsafe {
+            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_DEL, socket.as_raw_fd(), std::ptr::null_mut())
+        })
+    }
+
+    /// What has happened, without waiting; at most 64 events a call.
+    ///
+    /// # Errors
+    /// As epoll_wait(2).
+    pub fn wait(&self) -> io::Result<Vec<Hangup>> {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
+        // SAFETY: the array is writable for as many events as it is said to hold.
+        let count = unsafe { libc::epoll_wait(self.0.as_raw_fd(), events.as_mut_ptr(), 64, 0) };
+        check(count)?;
+        #[expect(clippy::cast_sign_loss, reason = "a mask, and a count that was just checked")]
+        let (broken, count) = ((libc::EPOLLERR | libc::EPOLLHUP) as u32, count as usize);
+        Ok(events
+            .iter()
+            .take(count)
+            .map(|event| Hangup { key: event.u64, broken: event.events & broken != 0 })
+            .collect())
+    }
+}
+
+impl AsFd for Epoll {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Epoll {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        time::Duration,
+    };
+
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let out = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (out, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn tcp_info_counts_received_bytes_and_one_for_the_fin() {
+        let (mut out, mut inside) = pair();
+        assert_eq!(tcp_info(&inside).unwrap().bytes_received, 0);
+        out.write_all(&[7; 1000]).unwrap();
+        inside.read_exact(&mut [0; 1000]).unwrap();
+        assert_eq!(tcp_info(&inside).unwrap().bytes_received, 1000);
+
+        out.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(inside.read(&mut [0; 1]).unwrap(), 0);
+        let info = tcp_info(&inside).unwrap();
+        assert_eq!((info.bytes_received, info.state), (1001, TcpInfo::CLOSE_WAIT));
+    }
+
+    #[test]
+    fn acknowledged_and_queued_bytes_add_up_to_what_was_written() {
+        let (mut out, _stalled) = pair();
+        out.set_nonblocking(true).unwrap();
+        let base = tcp_info(&out).unwrap().bytes_acked;
+        let mut written = 0;
+        while let Ok(n) = out.write(&[7; 65536]) {
+            written += n as u64;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        let acked = tcp_info(&out).unwrap().bytes_acked;
+        let queued = unacknowledged(&out).unwrap();
+        assert!(queued > 0);
+        assert_eq!(acked + queued - base, written);
+    }
+
+    #[test]
+    fn epoll_reports_a_fin_but_no_payload() {
+        let epoll = Epoll::new().unwrap();
+        let (mut out, inside) = pair();
+        epoll.add(&inside, 42).unwrap();
+        out.write_all(b"payload").unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(epoll.wait().unwrap(), []);
+        out.shutdown(std::net::Shutdown::Write).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(epoll.wait().unwrap(), [Hangup { key: 42, broken: false }]);
+        epoll.remove(&inside).unwrap();
+    }
+}

@@ -1,0 +1,152 @@
+//! Hang-ups of sockets whose payload user space does not read.
+//!
+//! Registered with tokio, a spliced socket would wake the daemon for every message that the kernel carries. Here it
+//! is watched for the peer's FIN, errors and hang-up alone: an epoll instance of our own, which tokio polls as one
+//! descriptor.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::Notify,
+};
+
+use crate::sys::{self, Epoll};
+
+/// Watches sockets for hang-up; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Watch(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    watched: Mutex<HashMap<u64, Arc<Signal>>>,
+}
+
+#[derive(Debug, Default)]
+struct Signal {
+    finished: AtomicBool,
+    broken: AtomicBool,
+    changed: Notify,
+}
+
+impl Watch {
+    /// Starts watching, as a task of the present runtime.
+    ///
+    /// # Errors
+    /// As epoll_create1(2), or when the runtime cannot poll the instance.
+    pub fn start() -> io::Result<Self> {
+        let watch = Self(Arc::new(Shared { epoll: Epoll::new()?, watched: Mutex::default() }));
+        let polled = sys::poll(EpollOf(Arc::clone(&watch.0)), Interest::READABLE)?;
+        tokio::spawn(dispatch(polled));
+        Ok(watch)
+    }
+
+    /// Watches `socket`, which has the cookie `cookie`, until the result is dropped.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2); a socket can be watched once at a time.
+    pub fn add<S: AsRawFd>(&self, socket: S, cookie: u64) -> io::Result<Watched<S>> {
+        let signal = Arc::new(Signal::default());
+        self.0.lock().insert(cookie, Arc::clone(&signal));
+        let watched = Watched { watch: self.clone(), socket, cookie, signal };
+        self.0.epoll.add(&watched.socket, cookie)?;
+        Ok(watched)
+    }
+}
+
+/// A watched socket.
+#[derive(Debug)]
+pub struct Watched<S: AsRawFd> {
+    watch: Watch,
+    socket: S,
+    cookie: u64,
+    signal: Arc<Signal>,
+}
+
+impl<S: AsRawFd> Watched<S> {
+    /// Resolves once the peer has finished sending, or the socket is broken. Cancel safe.
+    pub async fn finished(&self) {
+        self.until(|signal| signal.finished.load(Ordering::Acquire)).await;
+    }
+
+    /// Resolves once the socket has an error pending or is closed both ways. Cancel safe.
+    pub async fn broken(&self) {
+        self.until(|signal| signal.broken.load(Ordering::Acquire)).await;
+    }
+
+    async fn until(&self, reached: impl Fn(&Signal) -> bool) {
+        loop {
+            let changed = self.signal.changed.notified();
+            tokio::pin!(changed);
+            // Registered before the look: a change in between is not missed.
+            changed.as_mut().enable();
+            if reached(&self.signal) {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl<S: AsRawFd> Drop for Watched<S> {
+    fn drop(&mut self) {
+        // A closed socket leaves epoll by itself.
+        let _ = self.watch.0.epoll.remove(&self.socket);
+        self.watch.0.lock().remove(&self.cookie);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Signal>>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct EpollOf(Arc<Shared>);
+
+impl AsFd for EpollOf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.epoll.as_fd()
+    }
+}
+
+impl AsRawFd for EpollOf {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.epoll.as_raw_fd()
+    }
+}
+
+async fn dispatch(polled: AsyncFd<EpollOf>) {
+    while let Ok(mut ready) = polled.readable().await {
+        let shared = &polled.get_ref().0;
+        let events = match shared.epoll.wait() {
+            Ok(events) => events,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!(%error, "watching spliced sockets for hang-up failed");
+                return;
+            }
+        };
+        if events.is_empty() {
+            ready.clear_ready();
+        }
+        for event in events {
+            // Dropped meanwhile: nobody waits for it any more.
+            let Some(signal) = shared.lock().get(&event.key).cloned() else { continue };
+            signal.finished.store(true, Ordering::Release);
+            if event.broken {
+                signal.broken.store(true, Ordering::Release);
+            }
+            signal.changed.notify_waiters();
+        }
+    }
+}

@@ -6,7 +6,13 @@ mod maps;
 pub mod selftest;
 pub mod verdict;
 
-use std::{fmt, sync::Mutex};
+use std::{
+    fmt,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -90,12 +96,17 @@ impl Splice {
         Ok(Self { maps, programs: Mutex::new(programs) })
     }
 
-    /// The log lines that the programs write; can be taken once.
+    /// The log lines that the programs write from now on, as `log` records; can be taken once. What they wrote before,
+    /// in the self-test, is thrown away: it provokes what would alarm an operator.
     ///
     /// # Errors
     /// When it was taken already.
     pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
-        EbpfLogger::init(&mut lock(&self.programs))
+        let mut logger =
+            EbpfLogger::init_with_logger(&mut lock(&self.programs), &PROGRAM_LOG as &dyn log::Log)?;
+        logger.flush();
+        PROGRAM_LOG.heard.store(true, Ordering::Relaxed);
+        Ok(logger)
     }
 
     /// The loaded programs and what they cost the verifier.
@@ -133,6 +144,29 @@ impl Splice {
             without_rights.join()
         });
         matches!(tried, Ok(Some(())))
+    }
+}
+
+static PROGRAM_LOG: ProgramLog = ProgramLog { heard: AtomicBool::new(false) };
+
+/// Passes on what the programs log, once it is to be heard.
+struct ProgramLog {
+    heard: AtomicBool,
+}
+
+impl log::Log for ProgramLog {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        self.heard.load(Ordering::Relaxed) && log::logger().enabled(metadata)
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.heard.load(Ordering::Relaxed) {
+            log::logger().log(record);
+        }
+    }
+
+    fn flush(&self) {
+        log::logger().flush();
     }
 }
 

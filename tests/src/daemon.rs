@@ -1,0 +1,301 @@
+//! The injector under test, run as users run it: a binary, a configuration file, a log, metrics over HTTP.
+//!
+//! Names that the daemon gives to its metrics and log fields are constants here and nowhere else in the testbed.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::forward::Forward;
+use crate::log_file::{LogFile, Mark};
+use crate::metrics::{self, Metrics};
+use crate::netns::{self, Entrance, Netns};
+use crate::process::{POLL, Process};
+
+/// Payload bytes, by [`DIRECTION`] and [`PLANE`].
+pub const BYTES: &str = "injector_bytes_total";
+/// Label: which way bytes went.
+pub const DIRECTION: &str = "direction";
+/// From the client to the backend.
+pub const TO_BACKEND: &str = "client_to_backend";
+/// From the backend to the client.
+pub const TO_CLIENT: &str = "backend_to_client";
+/// Label: who carried them.
+pub const PLANE: &str = "plane";
+/// The kernel.
+pub const SPLICED: &str = "spliced";
+/// User space.
+pub const RELAYED: &str = "relayed";
+/// Headers put in front of a connection.
+pub const HEADERS_SENT: &str = "injector_headers_sent_total";
+/// Connections reset because that failed.
+pub const HEADERS_FAILED: &str = "injector_headers_failed_total";
+/// The message of the one line per finished connection.
+pub const CONNECTION_CLOSED: &str = "connection closed";
+
+/// Where the binary under test is; without it, the one beside this test's own binary.
+const BINARY_VARIABLE: &str = "INJECTOR_BIN";
+
+/// How long the daemon may take to become ready.
+const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long it may take to end; its own deadline for draining sessions has to fit in.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// A configuration for one engine: these forwards, and metrics at an address of the namespace.
+#[must_use]
+pub fn configuration(forwards: &[Forward], engine: &str, metrics: SocketAddr) -> String {
+    let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n");
+    for Forward { name, protocol, bind, backend } in forwards {
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "\n[[listener]]\nname = \"{name}\"\nbind = [\"{bind}\"]\nprotocol = \"{protocol}\"\n\
+             engine = \"{engine}\"\nbackends = [\"{backend}\"]\n"
+        );
+    }
+    text
+}
+
+/// A running injector; killed on drop.
+#[derive(Debug)]
+pub struct Injector {
+    // Before the directory: fields are dropped in this order.
+    process: Process,
+    netns: Entrance,
+    metrics: SocketAddr,
+    log: LogFile,
+    _dir: TempDir,
+}
+
+impl Injector {
+    /// Starts `injector run` with a configuration (TOML, with `metrics.listen`) and waits until `/readyz` says so.
+    ///
+    /// # Errors
+    /// When there is no binary, or the daemon ends or is not ready within ten seconds; the error carries its log.
+    pub fn start(netns: &Netns, config: &str) -> anyhow::Result<Self> {
+        Self::start_by(netns, &[], config)
+    }
+
+    /// As [`Self::start`], by a command that takes one more argument, which it has a shell `exec`: `capsh … -- -c`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_by(netns: &Netns, by: &[&str], config: &str) -> anyhow::Result<Self> {
+        let metrics = metrics_address(config)?;
+        let dir = netns::scratch_dir("injector")?;
+        let file = dir.path().join("injector.toml");
+        fs::write(&file, config)?;
+        let log = LogFile::new(dir.path().join("injector.log"));
+        let mut command = match by.split_first() {
+            None => {
+                let mut command = netns.command(binary()?);
+                command.arg("run").arg("--config").arg(&file);
+                command
+            }
+            Some((program, arguments)) => {
+                let mut command = netns.command(program);
+                let line = format!("exec {} run --config {}", binary()?.display(), file.display());
+                command.args(arguments).arg(line);
+                command
+            }
+        };
+        forget_settings(&mut command);
+        command.env("INJECTOR_LOG_FORMAT", "json");
+        let process = Process::start("injector", netns, command, log.path())?;
+        let mut injector = Self { process, netns: netns.entrance(), metrics, log, _dir: dir };
+        match injector.wait_ready() {
+            Ok(()) => Ok(injector),
+            Err(error) => Err(error.context(format!("the injector logged:\n{}", injector.log()))),
+        }
+    }
+
+    /// One scrape of its metrics.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn metrics(&self) -> anyhow::Result<Metrics> {
+        self.netns.run(|| Metrics::scrape(self.metrics))?.context("cannot read the injector's metrics")
+    }
+
+    /// The one line of every connection that has ended so far, in that order.
+    ///
+    /// # Errors
+    /// When the log has a line that is not JSON.
+    pub fn sessions(&self) -> anyhow::Result<Vec<Session>> {
+        parse_sessions(&self.log())
+    }
+
+    /// All it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.since(Mark::default())
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Sends SIGTERM.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn ask_to_stop(&mut self) -> anyhow::Result<()> {
+        self.process.signal(libc::SIGTERM)
+    }
+
+    /// Waits for the end after [`Self::ask_to_stop`], and returns how it ended and all it logged.
+    ///
+    /// # Errors
+    /// When it has not ended after a minute.
+    pub fn wait_stopped(self) -> anyhow::Result<(ExitStatus, String)> {
+        let Self { process, log, _dir, .. } = self;
+        let status = process.wait(STOP_LIMIT);
+        let log = log.since(Mark::default());
+        let status = status.with_context(|| format!("the injector logged:\n{log}"))?;
+        Ok((status, log))
+    }
+
+    /// Sends SIGTERM, waits, and returns how it ended and all it logged.
+    ///
+    /// # Errors
+    /// As [`Self::wait_stopped`].
+    pub fn stop(mut self) -> anyhow::Result<(ExitStatus, String)> {
+        self.ask_to_stop()?;
+        self.wait_stopped()
+    }
+
+    fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let answer = self.netns.run(|| metrics::get(self.metrics, "/readyz"))?;
+            if matches!(answer, Ok((200, _))) {
+                return Ok(());
+            }
+            self.process.ensure_running()?;
+            ensure!(Instant::now() < deadline, "not ready after {START_LIMIT:?}: /readyz gives {answer:?}");
+            thread::sleep(POLL);
+        }
+    }
+}
+
+/// What the daemon says of one finished connection.
+#[derive(Clone, Debug)]
+pub struct Session(Value);
+
+impl Session {
+    /// A field as text; numbers and booleans as JSON writes them.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<String> {
+        match field(&self.0, name)? {
+            Value::String(text) => Some(text.clone()),
+            Value::Null => None,
+            other => Some(other.to_string()),
+        }
+    }
+
+    /// A field as a number.
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<u64> {
+        field(&self.0, name)?.as_u64()
+    }
+
+    /// The client's address.
+    #[must_use]
+    pub fn client(&self) -> Option<SocketAddr> {
+        self.field("client")?.parse().ok()
+    }
+}
+
+/// Picks the lines of finished connections.
+///
+/// # Errors
+/// When a line is not JSON.
+pub fn parse_sessions(log: &str) -> anyhow::Result<Vec<Session>> {
+    let parse = |line| {
+        serde_json::from_str::<Value>(line)
+            .with_context(|| format!("the log has a line that is not JSON: {line}"))
+    };
+    let lines = log.lines().map(parse).collect::<anyhow::Result<Vec<_>>>()?;
+    let closed = |line: &Value| field(line, "message").is_some_and(|message| message == CONNECTION_CLOSED);
+    Ok(lines.into_iter().filter(closed).map(Session).collect())
+}
+
+/// A field at the top or, as tracing's JSON format has it by default, under `fields`.
+fn field<'a>(line: &'a Value, name: &str) -> Option<&'a Value> {
+    line.get("fields").and_then(|fields| fields.get(name)).or_else(|| line.get(name))
+}
+
+/// The binary under test.
+///
+/// # Errors
+/// When there is none.
+pub fn binary() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os(BINARY_VARIABLE) {
+        let path = PathBuf::from(path);
+        ensure!(path.is_file(), "{BINARY_VARIABLE} is {}, which is no file", path.display());
+        return Ok(path);
+    }
+    // target/PROFILE/deps/TEST-HASH, and target/PROFILE/injector.
+    let own = std::env::current_exe()?;
+    match own.parent().and_then(Path::parent).map(|profile| profile.join("injector")) {
+        Some(path) if path.is_file() => Ok(path),
+        _ => bail!("no injector to test: run `cargo build -p injector-user`, or set {BINARY_VARIABLE}"),
+    }
+}
+
+/// Takes the daemon's settings out of the environment: a test's outcome must not depend on the developer's shell.
+fn forget_settings(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("INJECTOR_")) {
+            command.env_remove(&name);
+        }
+    }
+}
+
+fn metrics_address(config: &str) -> anyhow::Result<SocketAddr> {
+    let config: toml::Table = config.parse().context("the configuration is no TOML")?;
+    let listen =
+        config.get("metrics").and_then(|metrics| metrics.get("listen")).and_then(toml::Value::as_str);
+    listen.context("the configuration has no metrics.listen")?.parse().context("metrics.listen is no address")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netns::{Family, VIP_RELAY};
+    use crate::service::SMTP;
+
+    #[test]
+    fn sessions_are_found_with_fields_flat_or_nested() {
+        let log = "{\"message\":\"connection closed\",\"client\":\"[2001:db8:c::7]:9\",\"bytes\":7}\n\
+                   {\"fields\":{\"message\":\"listening\"}}\n\
+                   {\"fields\":{\"message\":\"connection closed\",\"client\":\"198.51.100.7:9\"}}\n";
+        let sessions = parse_sessions(log).unwrap();
+        let clients: Vec<_> =
+            sessions.iter().filter_map(Session::client).map(|client| client.to_string()).collect();
+        assert_eq!(clients, ["[2001:db8:c::7]:9", "198.51.100.7:9"]);
+        assert_eq!(sessions[0].number("bytes"), Some(7));
+        assert!(parse_sessions("thread 'main' panicked\n").is_err());
+    }
+
+    #[test]
+    fn the_metrics_address_is_read_back_from_the_configuration() {
+        let address = "127.0.0.1:9145".parse().unwrap();
+        let forward = Forward::to_mail(VIP_RELAY, SMTP, Family::V6);
+        let config = configuration(&[forward], "relay", address);
+        assert_eq!(metrics_address(&config).unwrap(), address);
+        assert!(config.contains("bind = [\"[2001:db8:a::11]:25\"]"), "{config}");
+        assert!(config.contains("backends = [\"[fd25::2]:2525\"]"), "{config}");
+    }
+}

@@ -1,0 +1,148 @@
+//! Clients: SMTP by lettre, IMAP by async-imap, each inside a namespace.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use futures::TryStreamExt;
+use lettre::address::Envelope;
+use lettre::transport::smtp::authentication::{Credentials, Mechanism};
+use lettre::transport::smtp::client::{Certificate, SmtpConnection, TlsParameters, TlsParametersBuilder};
+use lettre::transport::smtp::extension::ClientId;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::certificate::MAIL_NAME;
+use crate::dovecot::PASSWORD;
+use crate::message::{DOMAIN, Message};
+use crate::netns::Netns;
+use crate::service::Security;
+
+/// How long a client waits for any one thing: longer than the receivers' own limits, so that theirs show.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where a client connects, and whose certificate it accepts.
+#[derive(Clone, Copy, Debug)]
+pub struct Server<'a> {
+    /// The address.
+    pub address: SocketAddr,
+    /// The authority to trust, PEM.
+    pub authority_pem: &'a str,
+}
+
+/// Sends a message to `user` and returns the queue id under which the server keeps it. Logs in as that user, too, where
+/// the connection is secured: those are submission ports.
+///
+/// # Errors
+/// When any command fails.
+pub fn send(
+    netns: &Netns,
+    server: Server<'_>,
+    security: Security,
+    user: &str,
+    message: &Message,
+) -> anyhow::Result<String> {
+    netns
+        .run(|| send_here(server, security, user, message))?
+        .with_context(|| format!("cannot send a message to {}", server.address))
+}
+
+fn send_here(
+    server: Server<'_>,
+    security: Security,
+    user: &str,
+    message: &Message,
+) -> anyhow::Result<String> {
+    let hello = ClientId::Domain("client.example.test".to_owned());
+    let tls = tls_parameters(server.authority_pem)?;
+    let at_once = (security == Security::ImplicitTls).then_some(&tls);
+    let mut connection = SmtpConnection::connect(server.address, Some(PATIENCE), &hello, at_once, None)?;
+    if security == Security::StartTls {
+        connection.starttls(&tls, &hello)?;
+    }
+    if security != Security::Plain {
+        let credentials = Credentials::new(user.to_owned(), PASSWORD.to_owned());
+        connection.auth(&[Mechanism::Plain], &credentials)?;
+    }
+    let sender = "sender@client.example.test".parse()?;
+    let envelope = Envelope::new(Some(sender), vec![format!("{user}@{DOMAIN}").parse()?])?;
+    // lettre ends every message with CRLF and a dot, whether it ends with CRLF of its own or not.
+    let text = message.bytes.strip_suffix(b"\r\n").context("a message has to end with CRLF")?;
+    let response = connection.send(&envelope, text)?;
+    connection.quit()?;
+    let text = response.message().collect::<Vec<_>>().join(" ");
+    let queue_id = text.split_once("queued as ").map(|(_, id)| id.trim().to_owned());
+    queue_id.with_context(|| format!("no queue id in: {text}"))
+}
+
+fn tls_parameters(authority_pem: &str) -> anyhow::Result<TlsParameters> {
+    let authority = Certificate::from_pem(authority_pem.as_bytes())?;
+    Ok(TlsParametersBuilder::new(MAIL_NAME.to_owned()).add_root_certificate(authority).build_rustls()?)
+}
+
+/// What an IMAP session saw.
+#[derive(Debug)]
+pub struct Mailbox {
+    /// All messages of the inbox, oldest first, as the server has them.
+    pub messages: Vec<Vec<u8>>,
+    /// The client's own end of the connection: what the server must have logged.
+    pub client: SocketAddr,
+}
+
+/// Logs in by IMAP over TLS, appends the messages given, and fetches the whole inbox.
+///
+/// # Errors
+/// When any command fails, or all of it takes longer than twenty seconds.
+pub fn read_inbox(
+    netns: &Netns,
+    server: Server<'_>,
+    user: &str,
+    append: &[&Message],
+) -> anyhow::Result<Mailbox> {
+    let session = async {
+        let session = tokio::time::timeout(PATIENCE, read_inbox_here(server, user, append)).await;
+        session.map_err(|_| anyhow!("not done after {PATIENCE:?}"))?
+    };
+    let mailbox = netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(session)
+    })?;
+    mailbox.with_context(|| format!("cannot read the inbox of {user} at {}", server.address))
+}
+
+async fn read_inbox_here(server: Server<'_>, user: &str, append: &[&Message]) -> anyhow::Result<Mailbox> {
+    let tcp = TcpStream::connect(server.address).await?;
+    let client = tcp.local_addr()?;
+    let mut imap = async_imap::Client::new(secure(tcp, server.authority_pem).await?);
+    imap.read_response().await?.context("no greeting")?;
+    let mut session = imap.login(user, PASSWORD).await.map_err(|(error, _)| error)?;
+    for message in append {
+        session.append("INBOX", None, None, &message.bytes).await?;
+    }
+    let inbox = session.select("INBOX").await?;
+    let mut messages = Vec::new();
+    // A range in an empty mailbox would be an error.
+    if inbox.exists > 0 {
+        let fetched: Vec<_> = session.fetch("1:*", "BODY.PEEK[]").await?.try_collect().await?;
+        messages.extend(fetched.iter().filter_map(|fetch| fetch.body()).map(<[u8]>::to_vec));
+    }
+    session.logout().await?;
+    Ok(Mailbox { messages, client })
+}
+
+/// TLS with the mail host's name checked against the authority.
+async fn secure(tcp: TcpStream, authority_pem: &str) -> anyhow::Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(
+        CertificateDer::from_pem_slice(authority_pem.as_bytes()).map_err(|error| anyhow!("{error:?}"))?,
+    )?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let config = config.with_root_certificates(roots).with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(MAIL_NAME)?, tcp).await?)
+}

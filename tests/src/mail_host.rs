@@ -1,0 +1,62 @@
+//! The mail host: Postfix and Dovecot in the mail namespace, with one certificate; Postfix delivers to Dovecot.
+
+use anyhow::Context;
+use tempfile::TempDir;
+
+use crate::certificate::Certificate;
+use crate::dovecot::Dovecot;
+use crate::log_file::Mark;
+use crate::netns::{self, Netns};
+use crate::postfix::{Neighbours, Postfix};
+
+/// Both servers; ended on drop.
+#[derive(Debug)]
+pub struct MailHost {
+    /// Takes mail.
+    pub postfix: Postfix,
+    /// Gives it back, and knows the passwords.
+    pub dovecot: Dovecot,
+    /// What they prove their name with.
+    pub certificate: Certificate,
+    _dir: TempDir,
+}
+
+/// Places in both logs.
+#[derive(Clone, Copy, Debug)]
+pub struct Marks {
+    /// In Postfix's.
+    pub postfix: Mark,
+    /// In Dovecot's.
+    pub dovecot: Mark,
+}
+
+impl MailHost {
+    /// Starts both servers.
+    ///
+    /// # Errors
+    /// As [`Postfix::start`] and [`Dovecot::start`].
+    pub fn start(netns: &Netns) -> anyhow::Result<Self> {
+        let dir = netns::scratch_dir("certificate")?;
+        let certificate = Certificate::new(dir.path())?;
+        let dovecot = Dovecot::start(netns, &certificate).context("cannot start Dovecot")?;
+        let (lmtp_socket, auth_socket) = (dovecot.lmtp_socket(), dovecot.auth_socket());
+        let neighbours =
+            Neighbours { lmtp_socket: &lmtp_socket, auth_socket: &auth_socket, certificate: &certificate };
+        let postfix = Postfix::start(netns, neighbours).context("cannot start Postfix")?;
+        Ok(Self { postfix, dovecot, certificate, _dir: dir })
+    }
+
+    /// The present ends of both logs.
+    #[must_use]
+    pub fn mark(&self) -> Marks {
+        Marks { postfix: self.postfix.log().mark(), dovecot: self.dovecot.log().mark() }
+    }
+
+    /// What both logged since then, for error messages.
+    #[must_use]
+    pub fn logged_since(&self, marks: Marks) -> String {
+        let (postfix, dovecot) =
+            (self.postfix.log().since(marks.postfix), self.dovecot.log().since(marks.dovecot));
+        format!("Postfix logged:\n{postfix}Dovecot logged:\n{dovecot}")
+    }
+}

@@ -1,0 +1,252 @@
+//! Postfix with its own directories: 2525, 4465 and 5587 demand a PROXY header, 25, 465 and 587 know none.
+//!
+//! Proof lines: `postfix/2525/postscreen[…]: CONNECT from [CLIENT]:PORT to [VIP]:25`, and from every smtpd
+//! `QUEUE-ID: client=unknown[CLIENT]:PORT`. Every service logs under the number of its port, so a line says who wrote it.
+
+use std::fs::{self, Permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tempfile::TempDir;
+
+use crate::certificate::{Certificate, MAIL_NAME};
+use crate::log_file::{LogFile, Mark};
+use crate::message::DOMAIN;
+use crate::netns::{self, Family, MAIL, Netns};
+use crate::process::Process;
+use crate::service::{MATRIX, SMTP};
+
+/// A running Postfix; ended on drop.
+#[derive(Debug)]
+pub struct Postfix {
+    // Before the directory: fields are dropped in this order.
+    _master: Process,
+    log: LogFile,
+    _dir: TempDir,
+}
+
+/// Where Postfix hands over mail, and asks for passwords.
+#[derive(Clone, Copy, Debug)]
+pub struct Neighbours<'a> {
+    /// Dovecot's LMTP socket.
+    pub lmtp_socket: &'a Path,
+    /// Dovecot's authentication socket.
+    pub auth_socket: &'a Path,
+    /// Certificate and key.
+    pub certificate: &'a Certificate,
+}
+
+impl Postfix {
+    /// Starts it and waits until all six ports are open.
+    ///
+    /// # Errors
+    /// When Postfix is not installed, refuses its configuration or does not listen within ten seconds.
+    pub fn start(netns: &Netns, neighbours: Neighbours<'_>) -> anyhow::Result<Self> {
+        let dir = netns::scratch_dir("postfix")?;
+        // Its processes run as the user postfix and have to reach the queue.
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
+        let config = dir.path().join("etc");
+        for path in [&config, &dir.path().join("queue"), &dir.path().join("data")] {
+            fs::create_dir(path)?;
+        }
+        fs::write(config.join("main.cf"), main_cf(dir.path(), neighbours))?;
+        fs::write(config.join("master.cf"), master_cf())?;
+        give_data_to_postfix(&dir.path().join("data"), &config)?;
+        make_queue(netns, &config)?;
+
+        let log = LogFile::new(dir.path().join("mail.log"));
+        let mut command = netns.command(daemon_directory(&config)?.join("master"));
+        // In the foreground, leading its own process group, which is the one it ends with itself.
+        command.arg("-d").arg("-c").arg(&config).process_group(0);
+        let mut master = Process::start("postfix", netns, command, &dir.path().join("master.out"))?;
+        let smtp_ports = MATRIX.iter().filter(|service| service.protocol != "imaps");
+        let ports: Vec<_> = smtp_ports.flat_map(|service| [service.stock, service.proxied]).collect();
+        let sockets =
+            Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
+        let sockets: Vec<_> = sockets.into_iter().flatten().collect();
+        master
+            .wait_listening(netns, &sockets, Duration::from_secs(10))
+            .with_context(|| format!("Postfix logged:\n{}", log.since(Mark::default())))?;
+        Ok(Self { _master: master, log, _dir: dir })
+    }
+
+    /// Its log.
+    #[must_use]
+    pub fn log(&self) -> &LogFile {
+        &self.log
+    }
+
+    /// Waits for the line in which smtpd ties a queued message to its client, and returns that client.
+    ///
+    /// # Errors
+    /// When there is no such line within the limit.
+    pub fn client_of(
+        &self,
+        mark: Mark,
+        queue_id: &str,
+        port: u16,
+        limit: Duration,
+    ) -> anyhow::Result<SocketAddr> {
+        let service = format!("postfix/{port}/smtpd[");
+        let line = self.log.wait_for(mark, &[&service, &format!(" {queue_id}: client=")], limit)?;
+        let client = line.split_once(": client=").map(|(_, client)| client).and_then(parse_client);
+        client.with_context(|| format!("no client address in: {line}"))
+    }
+
+    /// Waits until the queued message lies in the mailbox.
+    ///
+    /// # Errors
+    /// When it does not within the limit, or delivery fails.
+    pub fn wait_delivered(&self, mark: Mark, queue_id: &str, limit: Duration) -> anyhow::Result<()> {
+        let line = self.log.wait_for(mark, &[&format!(" {queue_id}: to="), "status="], limit)?;
+        ensure!(line.contains("status=sent"), "not delivered: {line}");
+        Ok(())
+    }
+}
+
+/// Reads `NAME[ADDRESS]:PORT`, followed by anything (`smtpd_client_port_logging`).
+fn parse_client(text: &str) -> Option<SocketAddr> {
+    let (ip, rest) = text.split_once('[')?.1.split_once("]:")?;
+    let port = rest.split(|other: char| !other.is_ascii_digit()).next()?;
+    Some(SocketAddr::new(ip.parse().ok()?, port.parse().ok()?))
+}
+
+fn main_cf(dir: &Path, neighbours: Neighbours<'_>) -> String {
+    let dir = dir.display();
+    let Neighbours { lmtp_socket, auth_socket, certificate } = neighbours;
+    format!(
+        "compatibility_level = 3.6
+queue_directory = {dir}/queue
+data_directory = {dir}/data
+maillog_file = {dir}/mail.log
+maillog_file_prefixes = {dir}
+myhostname = {MAIL_NAME}
+mydestination =
+inet_interfaces = all
+inet_protocols = all
+# Nobody is trusted for an address: a test must not pass because of where it comes from.
+mynetworks = 127.0.0.0/8 [::1]/128
+alias_maps =
+# There is no DNS in the namespaces.
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+smtpd_client_port_logging = yes
+# Many connections from one address are what tests make.
+smtpd_client_connection_count_limit = 0
+default_process_limit = 50
+
+virtual_mailbox_domains = {DOMAIN}
+virtual_mailbox_maps = static:any
+virtual_transport = lmtp:unix:{lmtp_socket}
+
+smtpd_tls_security_level = may
+smtpd_tls_chain_files = {key}, {chain}
+smtpd_tls_session_cache_database =
+smtpd_sasl_type = dovecot
+smtpd_sasl_path = {auth_socket}
+smtpd_tls_auth_only = yes
+smtpd_relay_restrictions = permit_sasl_authenticated, reject_unauth_destination
+
+# The greet test stays: whoever passes has been seen by postscreen, under the address in the header. Shorter than the
+# default of 2 to 6 s, for every new client of a run waits for it.
+postscreen_greet_wait = 1s
+postscreen_greet_action = enforce
+postscreen_upstream_proxy_timeout = 5s
+",
+        lmtp_socket = lmtp_socket.display(),
+        auth_socket = auth_socket.display(),
+        key = certificate.key.display(),
+        chain = certificate.chain.display(),
+    )
+}
+
+/// Services that take mail from the network, then Postfix's own (the list of its `master.cf`, unchrooted).
+fn master_cf() -> String {
+    let proxied = "-o smtpd_upstream_proxy_protocol=haproxy";
+    let submission = "-o smtpd_sasl_auth_enable=yes \
+                      -o smtpd_recipient_restrictions=permit_sasl_authenticated,reject";
+    let starttls = "-o smtpd_tls_security_level=encrypt";
+    let wrapper = "-o smtpd_tls_wrappermode=yes";
+    format!(
+        "25 inet n - n - - smtpd -o syslog_name=postfix/25
+{postscreen} inet n - n - 1 postscreen -o syslog_name=postfix/{postscreen} \
+             -o postscreen_upstream_proxy_protocol=haproxy
+smtpd pass - - n - - smtpd -o syslog_name=postfix/{postscreen}
+465 inet n - n - - smtpd -o syslog_name=postfix/465 {wrapper} {submission}
+4465 inet n - n - - smtpd -o syslog_name=postfix/4465 {wrapper} {submission} {proxied}
+587 inet n - n - - smtpd -o syslog_name=postfix/587 {starttls} {submission}
+5587 inet n - n - - smtpd -o syslog_name=postfix/5587 {starttls} {submission} {proxied}
+dnsblog unix - - n - 0 dnsblog
+tlsproxy unix - - n - 0 tlsproxy
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+tlsmgr unix - - n 1000? 1 tlsmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+proxywrite unix - - n - 1 proxymap
+showq unix n - n - - showq
+error unix - - n - - error
+retry unix - - n - - error
+lmtp unix - - n - - lmtp
+anvil unix - - n - 1 anvil
+postlog unix-dgram n - n - 1 postlogd
+",
+        postscreen = SMTP.proxied,
+    )
+}
+
+/// `data_directory` has to belong to `mail_owner`, which Postfix does not see to itself.
+fn give_data_to_postfix(data: &Path, config: &Path) -> anyhow::Result<()> {
+    let owner = setting(config, "mail_owner")?;
+    let status = Command::new("chown").arg(&owner).arg(data).status().context("cannot run chown")?;
+    ensure!(status.success(), "cannot give {} to {owner}", data.display());
+    Ok(())
+}
+
+/// Has Postfix make the queue's directories and look at the configuration.
+fn make_queue(netns: &Netns, config: &Path) -> anyhow::Result<()> {
+    let mut check = netns.command("postfix");
+    let output = check.arg("-c").arg(config).arg("check").output().context("cannot run postfix")?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "postfix check: {}", complaints.trim());
+    Ok(())
+}
+
+fn daemon_directory(config: &Path) -> anyhow::Result<PathBuf> {
+    Ok(setting(config, "daemon_directory")?.into())
+}
+
+fn setting(config: &Path, name: &str) -> anyhow::Result<String> {
+    let mut command = Command::new("postconf");
+    let output = command.arg("-c").arg(config).args(["-h", name]).output();
+    let output = output.context("cannot run postconf (install postfix)")?;
+    ensure!(output.status.success(), "postconf {name}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_read_from_log_lines() {
+        for (text, client) in [
+            ("unknown[198.51.100.7]:40000", "198.51.100.7:40000"),
+            ("unknown[2001:db8:c::7]:1, sasl_method=PLAIN", "[2001:db8:c::7]:1"),
+        ] {
+            assert_eq!(parse_client(text), Some(client.parse().unwrap()));
+        }
+        assert_eq!(parse_client("unknown[unknown]"), None);
+    }
+}

@@ -1,0 +1,43 @@
+//! The ports of a mail host, stock and behind the injector.
+
+/// How a client secures the connection to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Security {
+    /// Clear text.
+    Plain,
+    /// Clear text until STARTTLS (RFC 3207).
+    StartTls,
+    /// TLS from the first byte (RFC 8314).
+    ImplicitTls,
+}
+
+/// One service, as clients and the injector reach it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Its name in the injector's configuration (`protocol = …`).
+    pub protocol: &'static str,
+    /// The port clients use, and the mail network directly, without a PROXY header.
+    pub stock: u16,
+    /// The mail host's port that demands a PROXY header.
+    pub proxied: u16,
+    /// What a client does after connecting.
+    pub security: Security,
+}
+
+/// SMTP between servers, with postscreen in front.
+pub const SMTP: Service = Service { protocol: "smtp", stock: 25, proxied: 2525, security: Security::Plain };
+/// Submission with implicit TLS.
+pub const SUBMISSIONS: Service =
+    Service { protocol: "submissions", stock: 465, proxied: 4465, security: Security::ImplicitTls };
+/// Submission with STARTTLS.
+pub const SUBMISSION: Service =
+    Service { protocol: "submission", stock: 587, proxied: 5587, security: Security::StartTls };
+/// IMAP with implicit TLS.
+pub const IMAPS: Service =
+    Service { protocol: "imaps", stock: 993, proxied: 10993, security: Security::ImplicitTls };
+/// POP3 with implicit TLS.
+pub const POP3S: Service =
+    Service { protocol: "pop3s", stock: 995, proxied: 10995, security: Security::ImplicitTls };
+
+/// The four ports of the matrix, in the order reports list them.
+pub const MATRIX: [Service; 4] = [SMTP, SUBMISSIONS, SUBMISSION, IMAPS];

@@ -1,0 +1,172 @@
+//! Clients that are turned away: politely in clear text, by a reset in TLS, each counted under its reason.
+
+use std::io::{ErrorKind, Write};
+use std::net::TcpListener;
+
+use anyhow::ensure;
+
+use crate::Run;
+use crate::world::{Ending, World, accept, accept_with_header, counted, ended, ending, finished, pass};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("backend refuses/smtp", |world, engine| backend_refuses(world, engine, "smtp", Some("421 4.3.2 "))),
+    ("backend refuses/imap", |world, engine| backend_refuses(world, engine, "imap", Some("* BYE "))),
+    ("backend refuses/pop3", |world, engine| backend_refuses(world, engine, "pop3", Some("-ERR "))),
+    ("backend refuses/submissions", |world, engine| backend_refuses(world, engine, "submissions", None)),
+    ("backend silent", backend_silent),
+    ("backend unresolved", backend_unresolved),
+    ("backend closes before its banner", backend_closes_early),
+    ("backend resets before its banner", backend_resets_early),
+    ("the next backend is tried", next_backend),
+    ("too many connections", too_many),
+    ("forged header/v2", |world, engine| forged(world, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)),
+    ("forged header/v1", |world, engine| forged(world, engine, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n", 64)),
+    ("forged header/byte by byte", |world, engine| forged(world, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11", 1)),
+    ("forged header/in front of TLS", forged_tls),
+    ("almost a header is no header", almost_forged),
+];
+
+fn refused(world: &World, line: Option<&str>) -> anyhow::Result<()> {
+    let mut client = match world.client() {
+        // Reset so fast that connecting already says so.
+        Err(error) if line.is_none() && was_reset(&error) => return Ok(()),
+        client => client?,
+    };
+    match (line, ending(&mut client)?) {
+        (Some(start), Ending::Fin(seen)) => {
+            let seen = String::from_utf8_lossy(&seen).into_owned();
+            ensure!(
+                seen.starts_with(start) && seen.ends_with("\r\n"),
+                "{seen:?} where {start:?} was expected"
+            );
+        }
+        (None, Ending::Reset(seen)) => ensure!(seen.is_empty(), "bytes before the reset: {seen:?}"),
+        (line, ending) => anyhow::bail!("{ending:?} where {line:?} was expected"),
+    }
+    Ok(())
+}
+
+fn was_reset(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
+fn backend_refuses(world: &World, engine: &str, protocol: &str, line: Option<&str>) -> anyhow::Result<()> {
+    let injector = world.injector(engine, protocol, "")?;
+    refused(world, line)?;
+    ended(&injector, "backend_refused")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_refused")], 1.0)
+}
+
+fn backend_silent(world: &World, engine: &str) -> anyhow::Result<()> {
+    // A neighbour that does not exist answers nothing for three seconds.
+    let extra = "backends = [\"10.25.0.77:25\"]\n[listener.timeouts]\nconnect = \"300ms\"";
+    let injector = world.injector(engine, "smtp", extra)?;
+    refused(world, Some("421 4.3.2 "))?;
+    ended(&injector, "backend_timeout")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_timeout")], 1.0)
+}
+
+fn backend_unresolved(world: &World, engine: &str) -> anyhow::Result<()> {
+    let injector = world.injector(engine, "smtp", "backends = [\"nowhere.invalid:25\"]")?;
+    refused(world, Some("421 4.3.2 "))?;
+    ended(&injector, "backend_unresolved")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_unresolved")], 1.0)
+}
+
+fn backend_closes_early(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    let closing = std::thread::spawn(move || accept_with_header(&backend).map(drop));
+    refused(world, Some("421 4.3.2 "))?;
+    closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
+    ended(&injector, "no_banner")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "no_banner")], 1.0)
+}
+
+fn backend_resets_early(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "imap", "")?;
+    // Closed with the header unread: a reset.
+    let closing = std::thread::spawn(move || accept(&backend).map(drop));
+    refused(world, Some("* BYE "))?;
+    closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
+    ended(&injector, "no_banner")?;
+    Ok(())
+}
+
+fn next_backend(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let extra = "backends = [\"10.25.0.2:12599\", \"10.25.0.2:12500\"]";
+    let injector = world.injector(engine, "smtp", extra)?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 second\r\n")?;
+    drop((client, server));
+    let sessions = finished(&injector, 1)?;
+    ensure!(sessions[0].field("backend").as_deref() == Some("10.25.0.2:12500"), "{sessions:?}");
+    Ok(())
+}
+
+fn too_many(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "\n\n[limits]\nmax_connections = 1")?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 one\r\n")?;
+    refused(world, Some("421 4.3.2 Too many"))?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "too_many_connections")], 1.0)?;
+    counted(&injector, "injector_connections_active", &[], 1.0)?;
+    drop((client, server));
+    finished(&injector, 1)?;
+    // The place is free again.
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 two\r\n")
+}
+
+/// The backend reads the injector's header and nothing of the client's, which is reset.
+fn forged(world: &World, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    let mut client = world.client()?;
+    let (mut server, header, rest) = accept_with_header(&backend)?;
+    ensure!(header.source == client.local_addr()? && rest.is_empty(), "{header:?} {rest:?}");
+    let mut reset = false;
+    for piece in bytes.chunks(piece) {
+        // A reset that writing was told of, reading is not told of again.
+        match client.write_all(piece) {
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => reset = true,
+            Err(_) if reset => break,
+            written => written?,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    ensure!(reset || ending(&mut client)? == Ending::Reset(Vec::new()), "the forging client was not reset");
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something forged");
+    ended(&injector, "forged_header")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "forged_header")], 1.0)
+}
+
+/// Where the client speaks first, the backend does not even get a header.
+fn forged_tls(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "imaps", "")?;
+    let mut client = world.client()?;
+    let mut server = accept(&backend)?;
+    client.write_all(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c")?;
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the forging client was not reset");
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something");
+    ended(&injector, "forged_header")?;
+    Ok(())
+}
+
+fn almost_forged(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend: TcpListener = world.backend()?;
+    let _injector = world.injector(engine, "smtp", "")?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    client.write_all(b"PRO")?;
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    client.write_all(b"FIT\r\n")?;
+    crate::world::expect(&mut server, b"PROFIT\r\n")
+}

@@ -1,0 +1,223 @@
+//! Payload, whole and in order, to the end: both directions, half-closes, resets.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use socket2::SockRef;
+
+use crate::Run;
+use crate::world::{Ending, World, accept_with_header, ended, ending, expect, finished, pass};
+
+/// Enough to go round every buffer on the way many times.
+const BULK: usize = 24 << 20;
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("transfer/both ways at once", both_ways),
+    ("transfer/client finishes first", client_half_closes),
+    ("transfer/backend finishes first", backend_half_closes),
+    ("transfer/backend says goodbye and is gone", goodbye),
+    ("transfer/byte by byte", byte_by_byte),
+    ("transfer/backend resets", backend_resets),
+    ("transfer/client resets", client_resets),
+    ("idle/cut after the timeout", idle),
+    ("idle/payload keeps it alive", kept_alive),
+    ("idle/half closed", half_closed_idle),
+];
+
+/// A client and a backend that have exchanged their first words.
+fn joined(
+    world: &World,
+    engine: &str,
+    extra: &str,
+) -> anyhow::Result<(injector_tests::daemon::Injector, TcpStream, TcpStream)> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", extra)?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    Ok((injector, client, server))
+}
+
+/// Bytes that repeat only after 251 times 256: a lost, doubled or swapped piece is seen.
+fn pattern(seed: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|at| ((at + seed) % 251 ^ (at >> 8) % 256) as u8).collect()
+}
+
+fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    stream.write_all(bytes).context("sending")?;
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut seen = Vec::with_capacity(bytes.len());
+    stream.read_to_end(&mut seen).with_context(|| format!("after {} bytes", seen.len()))?;
+    let same = seen.iter().zip(bytes).take_while(|(seen, sent)| seen == sent).count();
+    ensure!(
+        seen.len() == bytes.len() && same == bytes.len(),
+        "{} of {} bytes, the same up to {same}",
+        seen.len(),
+        bytes.len()
+    );
+    Ok(())
+}
+
+fn both_ways(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(world, engine, "")?;
+    let (up, down) = (pattern(1, BULK), pattern(7, BULK));
+    std::thread::scope(|scope| {
+        let tasks = [
+            scope.spawn(|| send_all(&client, &up)),
+            scope.spawn(|| receive_all(&server, &up)),
+            scope.spawn(|| send_all(&server, &down)),
+            scope.spawn(|| receive_all(&client, &down)),
+        ];
+        tasks.into_iter().try_for_each(|task| task.join().map_err(|_| anyhow::anyhow!("panicked"))?)
+    })?;
+    let sessions = finished(&injector, 1)?;
+    let session = sessions.first().context("no line")?;
+    ensure!(
+        ["client_closed", "backend_closed"].contains(&session.field("end").unwrap_or_default().as_str()),
+        "{session:?}"
+    );
+    let bulk = BULK as u64;
+    ensure!(session.number("bytes_to_backend") == Some(bulk + 13), "{session:?}");
+    ensure!(session.number("bytes_to_client") == Some(bulk + 11), "{session:?}");
+    let spliced = if engine == "splice" { bulk } else { 0 };
+    ensure!(session.number("spliced_to_backend") == Some(spliced), "{session:?}");
+    ensure!(session.number("spliced_to_client") == Some(spliced), "{session:?}");
+    Ok(())
+}
+
+/// The backend answers a client that has finished, at its leisure.
+fn client_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    client.write_all(b"DATA and more\r\n")?;
+    client.shutdown(Shutdown::Write)?;
+    ensure!(
+        ending(&mut server)? == Ending::Fin(b"DATA and more\r\n".to_vec()),
+        "the backend did not get it all"
+    );
+    std::thread::sleep(Duration::from_millis(100));
+    for _ in 0..3 {
+        pass(&mut server, &mut client, b"250 taken\r\n")?;
+    }
+    drop(server);
+    ensure!(ending(&mut client)? == Ending::Fin(Vec::new()), "the client did not get the end");
+    ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+fn backend_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    server.write_all(b"221 bye\r\n")?;
+    server.shutdown(Shutdown::Write)?;
+    ensure!(ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "the client did not get it all");
+    std::thread::sleep(Duration::from_millis(100));
+    pass(&mut client, &mut server, b"last words\r\n")?;
+    drop(client);
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend did not get the end");
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+/// A backend that has closed answers what still comes with a reset (TLS clients say goodbye to it). What it sent before
+/// belongs to the client all the same, however slowly it reads.
+fn goodbye(world: &World, engine: &str) -> anyhow::Result<()> {
+    const LAST: usize = 300_000;
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    let last = pattern(3, LAST);
+    server.write_all(&last)?;
+    drop(server);
+    std::thread::sleep(Duration::from_millis(50));
+    // Draws the reset out of the closed backend.
+    client.write_all(b"goodbye\r\n")?;
+    std::thread::sleep(Duration::from_millis(50));
+    let mut seen = Vec::new();
+    // Afterwards a FIN, or a reset for the goodbye that nobody read.
+    let _ = client.read_to_end(&mut seen);
+    ensure!(seen == last, "{} of {LAST} bytes", seen.len());
+    drop(client);
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+fn byte_by_byte(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (_injector, mut client, mut server) = joined(world, engine, "")?;
+    let bytes = pattern(5, 2000);
+    for byte in bytes.chunks(1) {
+        client.write_all(byte)?;
+        server.write_all(byte)?;
+    }
+    expect(&mut server, &bytes)?;
+    expect(&mut client, &bytes)
+}
+
+/// Closes with a reset.
+fn reset(stream: TcpStream) -> anyhow::Result<()> {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    Ok(())
+}
+
+/// A reset on one side is a reset on the other, at once, and never looks like an end.
+fn backend_resets(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    pass(&mut server, &mut client, b"250 half of a sent")?;
+    let start = Instant::now();
+    reset(server)?;
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client saw a clean end");
+    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ended(&injector, "backend_reset")?;
+    Ok(())
+}
+
+fn client_resets(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    pass(&mut client, &mut server, b"DATA half of a sent")?;
+    let start = Instant::now();
+    reset(client)?;
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend saw a clean end");
+    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ended(&injector, "client_reset")?;
+    Ok(())
+}
+
+fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+    let start = Instant::now();
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
+    let after = start.elapsed();
+    ensure!(after > Duration::from_millis(300) && after < Duration::from_secs(2), "after {after:?}");
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "no reset at the backend");
+    ended(&injector, "idle")?;
+    Ok(())
+}
+
+/// Also where no byte passes through user space.
+fn kept_alive(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+    for _ in 0..8 {
+        std::thread::sleep(Duration::from_millis(150));
+        pass(&mut client, &mut server, b"NOOP\r\n")?;
+    }
+    ensure!(injector.sessions()?.is_empty(), "cut although it was alive");
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
+    ended(&injector, "idle")?;
+    Ok(())
+}
+
+fn half_closed_idle(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) =
+        joined(world, engine, "[listener.timeouts]\nhalf_closed = \"300ms\"")?;
+    client.shutdown(Shutdown::Write)?;
+    let start = Instant::now();
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the FIN did not pass");
+    ended(&injector, "half_closed")?;
+    let after = start.elapsed();
+    // The first look is after five seconds at the latest: until then the idle timeout was in force.
+    ensure!(after < Duration::from_secs(7), "after {after:?}");
+    drop(client);
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! The three namespaces, plain sockets in them, and an injector between them.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use injector_common::proxy::{ParseError, Parsed, parse};
+use injector_tests::daemon::{Injector, Session};
+use injector_tests::netns::{CLIENT, Family, MAIL, Topology, VIP_SPLICE};
+
+/// Nothing here takes longer unless it hangs.
+pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+/// Where clients connect.
+pub(crate) const PORT: u16 = 2500;
+/// Where the backend listens.
+pub(crate) const BACKEND_PORT: u16 = 12500;
+
+/// The namespaces, made once.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) topology: Topology,
+}
+
+impl World {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        Ok(Self { topology: Topology::new()? })
+    }
+
+    /// A backend that listens at [`BACKEND_PORT`].
+    pub(crate) fn backend(&self) -> anyhow::Result<TcpListener> {
+        self.topology.mail.run(|| TcpListener::bind(backend_address()))?.context("backend")
+    }
+
+    /// An injector with one listener for `protocol`; `extra` are further lines of it.
+    pub(crate) fn injector(&self, engine: &str, protocol: &str, extra: &str) -> anyhow::Result<Injector> {
+        Injector::start(&self.topology.edge, &config(engine, protocol, extra))
+    }
+
+    /// An injector that a command ending in `-c` starts, with this configuration.
+    pub(crate) fn injector_by(&self, command: &[&str], config: &str) -> anyhow::Result<Injector> {
+        Injector::start_by(&self.topology.edge, command, config)
+    }
+
+    /// A client's connection to the injector.
+    pub(crate) fn client(&self) -> anyhow::Result<TcpStream> {
+        let connect = || TcpStream::connect_timeout(&public_address(), LIMIT);
+        let client = self.topology.client.run(connect)?.context("connecting to the injector")?;
+        patient(&client)?;
+        Ok(client)
+    }
+}
+
+/// Where clients connect.
+pub(crate) fn public_address() -> SocketAddr {
+    SocketAddr::new(VIP_SPLICE.of(Family::V4), PORT)
+}
+
+/// Where the backend listens.
+pub(crate) fn backend_address() -> SocketAddr {
+    SocketAddr::new(MAIL.of(Family::V4), BACKEND_PORT)
+}
+
+pub(crate) fn client_ip() -> IpAddr {
+    CLIENT.of(Family::V4)
+}
+
+pub(crate) fn metrics_address() -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9145)
+}
+
+/// A configuration with one listener. Lines of `extra` before its first blank line belong to the listener; what follows
+/// stands at the end of the file.
+pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
+    let (own, rest) = extra.split_once("\n\n").unwrap_or((extra, ""));
+    let backends = if own.contains("backends = ") {
+        String::new()
+    } else {
+        format!("backends = [\"{}\"]\n", backend_address())
+    };
+    format!(
+        "[metrics]\nlisten = \"{}\"\n\n[[listener]]\nname = \"test\"\nbind = [\"{}\"]\nprotocol = \"{protocol}\"\n\
+         engine = \"{engine}\"\n{backends}{own}\n\n{rest}\n",
+        metrics_address(),
+        public_address()
+    )
+}
+
+pub(crate) fn patient(stream: &TcpStream) -> anyhow::Result<()> {
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    Ok(stream.set_nodelay(true)?)
+}
+
+/// Accepts one connection, within the limit.
+pub(crate) fn accept(listener: &TcpListener) -> anyhow::Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                patient(&stream)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                ensure!(Instant::now() < deadline, "the injector did not connect to the backend");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => bail!("accepting at the backend: {error}"),
+        }
+    }
+}
+
+/// Accepts one connection and reads its header, which must come whole in the first read; returns what came behind it.
+pub(crate) fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, Header, Vec<u8>)> {
+    let mut stream = accept(listener)?;
+    let mut first = vec![0; 16384];
+    let count = stream.read(&mut first).context("reading the header")?;
+    first.truncate(count);
+    let header = match parse(&first) {
+        Ok(parsed) => Header::of(&first, &parsed),
+        Err(ParseError::Incomplete { needed }) => {
+            bail!("{count} bytes in the first read, the header has {needed}")
+        }
+        Err(error) => bail!("no header but {first:02x?}: {error}"),
+    };
+    let rest = first.split_off(header.bytes.len());
+    Ok((stream, header, rest))
+}
+
+/// What a backend read first.
+#[derive(Debug)]
+pub(crate) struct Header {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) source: SocketAddr,
+    pub(crate) destination: SocketAddr,
+}
+
+impl Header {
+    fn of(first: &[u8], parsed: &Parsed<'_>) -> Self {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let (source, destination) = parsed
+            .command
+            .addresses()
+            .map_or((nowhere, nowhere), |addresses| (addresses.source(), addresses.destination()));
+        Self { bytes: first.get(..parsed.len).unwrap_or_default().to_vec(), source, destination }
+    }
+}
+
+/// How the other side ended a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// A FIN, after these bytes.
+    Fin(Vec<u8>),
+    /// A reset, after these bytes.
+    Reset(Vec<u8>),
+}
+
+/// Reads to the end, whichever it is.
+pub(crate) fn ending(stream: &mut TcpStream) -> anyhow::Result<Ending> {
+    let mut seen = Vec::new();
+    match stream.read_to_end(&mut seen) {
+        Ok(_) => Ok(Ending::Fin(seen)),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(Ending::Reset(seen)),
+        Err(error) => Err(error).with_context(|| format!("after {} bytes", seen.len())),
+    }
+}
+
+/// Reads exactly what is expected.
+pub(crate) fn expect(stream: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut seen = vec![0; bytes.len()];
+    stream
+        .read_exact(&mut seen)
+        .with_context(|| format!("waiting for {:?}", String::from_utf8_lossy(bytes)))?;
+    ensure!(
+        seen == bytes,
+        "{:?} where {:?} was expected",
+        String::from_utf8_lossy(&seen),
+        String::from_utf8_lossy(bytes)
+    );
+    Ok(())
+}
+
+/// Says something and expects an answer at the other end.
+pub(crate) fn pass(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    from.write_all(bytes)?;
+    expect(to, bytes)
+}
+
+/// Waits until `count` connections have their line, and returns them all.
+pub(crate) fn finished(injector: &Injector, count: usize) -> anyhow::Result<Vec<Session>> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let sessions = injector.sessions()?;
+        if sessions.len() >= count {
+            ensure!(sessions.len() == count, "{} lines for {count} connections", sessions.len());
+            return Ok(sessions);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{} of {count} connections ended; logged:\n{}",
+            sessions.len(),
+            injector.log()
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The one finished connection ended so.
+pub(crate) fn ended(injector: &Injector, end: &str) -> anyhow::Result<Session> {
+    let mut sessions = finished(injector, 1)?;
+    let session = sessions.remove(0);
+    let seen = session.field("end").unwrap_or_default();
+    ensure!(
+        seen == end,
+        "ended {seen:?} where {end:?} was expected: {session:?}\nlogged:\n{}",
+        injector.log()
+    );
+    Ok(session)
+}
+
+/// A counter of the listener has this value.
+pub(crate) fn counted(
+    injector: &Injector,
+    name: &str,
+    labels: &[(&str, &str)],
+    value: f64,
+) -> anyhow::Result<()> {
+    let seen = injector.metrics()?.sum(name, labels);
+    ensure!((seen - value).abs() < 0.5, "{name}{labels:?} is {seen}, expected {value}");
+    Ok(())
+}

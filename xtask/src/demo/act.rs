@@ -1,0 +1,197 @@
+//! What happens on the stage: a message sent and fetched again, seen from the client, the backend and the injector.
+
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use injector_tests::demo_backend::client::{self, Route};
+use injector_tests::demo_backend::{Backend, Protocol, Visit};
+use injector_tests::message::{DOMAIN, Message};
+use injector_tests::metrics::Metrics;
+use injector_tests::netns::Family;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::injector::Injector;
+use super::stage::Stage;
+
+/// How long the backend may take to close a connection and record it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whose mailbox it is.
+const USER: &str = "demo";
+
+/// A protocol of the demo.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Service {
+    /// What the backend speaks.
+    pub(super) protocol: Protocol,
+    /// The protocol's name in the injector's configuration.
+    pub(super) name: &'static str,
+    /// The backend's port where it can choose one: the alternative port that demands a header.
+    pub(super) backend_port: u16,
+}
+
+/// Sending mail.
+pub(super) const SMTP: Service = Service { protocol: Protocol::Smtp, name: "smtp", backend_port: 2525 };
+/// Reading mail, without TLS so that everything can be compared.
+pub(super) const IMAP: Service = Service { protocol: Protocol::Imap, name: "imap", backend_port: 10143 };
+
+impl Service {
+    /// The listener's name for one family.
+    pub(super) fn listener_name(self, family: Family) -> String {
+        format!("{}-{}", self.name, family.name())
+    }
+}
+
+/// Everything that was seen.
+pub(super) struct Performance {
+    /// The connection that came straight to the backend, without a header.
+    pub(super) uninvited: Visit,
+    /// One per family.
+    pub(super) acts: Vec<Act>,
+    /// The injector's metrics before the first act.
+    pub(super) before: Metrics,
+    /// And after the last.
+    pub(super) after: Metrics,
+    /// How the daemon ended on SIGTERM.
+    pub(super) stopped: ExitStatus,
+}
+
+/// A message sent over SMTP and fetched over IMAP, in one family.
+pub(super) struct Act {
+    /// Which.
+    pub(super) family: Family,
+    /// The message as sent.
+    pub(super) sent: Vec<u8>,
+    /// As the backend stored it.
+    pub(super) stored: Vec<u8>,
+    /// As it came back.
+    pub(super) fetched: Vec<u8>,
+    /// The two connections, SMTP first.
+    pub(super) exchanges: [Exchange; 2],
+}
+
+/// One connection from three points of view.
+pub(super) struct Exchange {
+    /// Its protocol.
+    pub(super) service: Service,
+    /// The client's own end, as the client knows it: the truth.
+    pub(super) client: SocketAddr,
+    /// Where it connected to.
+    pub(super) listener: SocketAddr,
+    /// What the backend saw.
+    pub(super) visit: Visit,
+    /// What the injector logged, fields by name.
+    pub(super) line: Value,
+}
+
+impl Performance {
+    /// All connections through the injector.
+    pub(super) fn exchanges(&self) -> impl Iterator<Item = &Exchange> {
+        self.acts.iter().flat_map(|act| &act.exchanges)
+    }
+}
+
+impl Exchange {
+    /// A number in the injector's line; 0 if it is not there.
+    pub(super) fn logged(&self, field: &str) -> u64 {
+        self.line[field].as_u64().unwrap_or(0)
+    }
+
+    /// The listener's name in the injector's configuration.
+    pub(super) fn listener_name(&self) -> String {
+        let family = if self.listener.is_ipv4() { Family::V4 } else { Family::V6 };
+        self.service.listener_name(family)
+    }
+}
+
+/// Goes straight to the backend's SMTP port, past the injector, and speaks without a header.
+pub(super) async fn knock_without_header(stage: &Stage, backend: &Backend) -> Result<Visit> {
+    let before = backend.visits().borrow().len();
+    let to = *backend.smtp().first().context("the backend has no SMTP address")?;
+    let knock = async move {
+        let mut stream = TcpStream::connect(to).await?;
+        stream.write_all(b"EHLO uninvited.example\r\n").await?;
+        // Closed with our line unread, which arrives as a reset; what was seen is in the backend's record.
+        let _reset = stream.read_to_end(&mut Vec::new()).await;
+        anyhow::Ok(())
+    };
+    stage.edge.run(timeout(PATIENCE, knock)).await???;
+    visit(backend, before).await
+}
+
+/// Sends a message through the injector, and fetches it through the injector.
+pub(super) async fn perform(
+    stage: &Stage,
+    backend: &Backend,
+    injector: &mut Injector,
+    family: Family,
+    account: &(String, String),
+) -> Result<Act> {
+    let sent = Message::new(&format!("demo-{}", family.name()), USER).bytes;
+    let smtp = send(stage, backend, injector, family, &sent).await?;
+    let stored = backend.messages().pop().context("the backend has no message")?.content;
+    let (imap, fetched) = fetch(stage, backend, injector, family, account).await?;
+    Ok(Act { family, sent, stored, fetched, exchanges: [smtp, imap] })
+}
+
+async fn send(
+    stage: &Stage,
+    backend: &Backend,
+    injector: &mut Injector,
+    family: Family,
+    message: &[u8],
+) -> Result<Exchange> {
+    let before = backend.visits().borrow().len();
+    let listener = stage.listener(SMTP, family);
+    let route = Route { from: Some(stage.client_ip(family)), ..Route::to(listener) };
+    let message = message.to_vec();
+    let recipient = format!("{USER}@{DOMAIN}");
+    let work = async move { client::send(&route, "sender@client.example.test", &recipient, &message).await };
+    let client = stage.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
+    let visit = visit(backend, before).await?;
+    let line = injector.line_about(client).await?;
+    Ok(Exchange { service: SMTP, client, listener, visit, line })
+}
+
+async fn fetch(
+    stage: &Stage,
+    backend: &Backend,
+    injector: &mut Injector,
+    family: Family,
+    account: &(String, String),
+) -> Result<(Exchange, Vec<u8>)> {
+    let before = backend.visits().borrow().len();
+    let listener = stage.listener(IMAP, family);
+    let route = Route { from: Some(stage.client_ip(family)), ..Route::to(listener) };
+    let account = account.clone();
+    let work = async move { client::fetch(&route, &account).await };
+    let fetched = stage.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
+    let visit = visit(backend, before).await?;
+    let line = injector.line_about(fetched.local).await?;
+    let exchange = Exchange { service: IMAP, client: fetched.local, listener, visit, line };
+    Ok((exchange, fetched.newest))
+}
+
+/// Adds to a client's trouble what the backend, which may be the cause, has against the connections after `before` others.
+fn with_refusals(error: anyhow::Error, backend: &Backend, before: usize) -> anyhow::Error {
+    let visits = backend.visits();
+    let refusals: Vec<_> =
+        visits.borrow().iter().skip(before).filter_map(|visit| visit.header.clone().err()).collect();
+    match refusals.first() {
+        Some(refusal) => error.context(format!("the backend refused the connection ({refusal})")),
+        None => error,
+    }
+}
+
+/// The backend's record of the first connection after `before` others.
+async fn visit(backend: &Backend, before: usize) -> Result<Visit> {
+    let mut visits = backend.visits();
+    let seen = timeout(PATIENCE, visits.wait_for(|visits| visits.len() > before)).await;
+    let seen = seen.context("the backend did not see the connection end")??;
+    seen.get(before).cloned().context("the backend has lost a record")
+}

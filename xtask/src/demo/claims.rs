@@ -1,0 +1,309 @@
+//! What the demo claims, each checked against what was seen: the demo succeeds only if all of it holds.
+
+use injector_tests::daemon::{BYTES, DIRECTION, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use injector_tests::metrics::Metrics;
+
+use super::Engine;
+use super::act::{Exchange, Performance};
+
+/// Headers sent, by listener.
+const HEADERS_SENT: &str = "injector_headers_sent_total";
+/// Connections accepted, by listener.
+const ACCEPTED: &str = "injector_connections_accepted_total";
+
+/// A statement, and the first thing that speaks against it.
+#[derive(Debug)]
+pub(super) struct Claim {
+    /// What is claimed.
+    pub(super) text: String,
+    /// Why it does not hold; `None` if it does.
+    pub(super) against: Option<String>,
+}
+
+/// Payload bytes during the demo, by direction and plane, as the metrics have them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Carried {
+    /// Client to backend, by the kernel.
+    pub(super) spliced_to_backend: u64,
+    /// Client to backend, by the daemon.
+    pub(super) relayed_to_backend: u64,
+    /// Backend to client, by the kernel.
+    pub(super) spliced_to_client: u64,
+    /// Backend to client, by the daemon.
+    pub(super) relayed_to_client: u64,
+}
+
+/// Checks everything.
+pub(super) fn of(performance: &Performance, engine: Engine) -> Vec<Claim> {
+    let every = |check: fn(&Exchange) -> Option<String>| performance.exchanges().find_map(check);
+    vec![
+        claim("a client that comes without a header is turned away by the backend", uninvited(performance)),
+        claim("the backend saw the client's own address and port, every time", every(source)),
+        claim("and the public address that the client had connected to", every(destination)),
+        claim("which is more than the TCP connection could tell it", every(peer)),
+        claim(
+            "messages are stored, and fetched again, byte for byte as they were sent",
+            messages(performance),
+        ),
+        claim("exactly one header was sent for every connection accepted", headers(performance)),
+        claim("the injector, its metrics and the backend counted the same bytes", counts(performance)),
+        claim(&planes_text(engine), planes(carried(performance), engine)),
+        claim("every connection has its line in the log, and ended cleanly", lines(performance, engine)),
+        claim("the daemon ended by itself when asked to", stopped(performance)),
+    ]
+}
+
+/// What the metrics say of the payload.
+pub(super) fn carried(performance: &Performance) -> Carried {
+    let sum = |direction, plane| {
+        moved(&performance.before, &performance.after, BYTES, &[(DIRECTION, direction), (PLANE, plane)])
+    };
+    Carried {
+        spliced_to_backend: sum(TO_BACKEND, SPLICED),
+        relayed_to_backend: sum(TO_BACKEND, RELAYED),
+        spliced_to_client: sum(TO_CLIENT, SPLICED),
+        relayed_to_client: sum(TO_CLIENT, RELAYED),
+    }
+}
+
+/// How far a counter went; 0 for one that went back.
+fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)]) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "saturates, and counts bytes of a demo"
+    )]
+    let whole = |value: f64| value as u64;
+    whole(after.sum(name, labels) - before.sum(name, labels))
+}
+
+fn claim(text: &str, against: Option<String>) -> Claim {
+    Claim { text: text.to_owned(), against }
+}
+
+/// `None` if both are equal, else what was seen and what was expected.
+fn differ<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
+    (seen != expected).then(|| format!("{what}: {seen:?} instead of {expected:?}"))
+}
+
+fn uninvited(performance: &Performance) -> Option<String> {
+    let visit = &performance.uninvited;
+    match &visit.header {
+        Ok(header) => Some(format!("it found a header of {} bytes", header.raw.len())),
+        Err(_) if visit.sent > 0 => Some(format!("it answered {} bytes", visit.sent)),
+        Err(_) => None,
+    }
+}
+
+fn source(exchange: &Exchange) -> Option<String> {
+    let name = exchange.listener_name();
+    match &exchange.visit.header {
+        Ok(header) => differ(&name, header.source, Some(exchange.client)),
+        Err(refusal) => Some(format!("{name}: {refusal}")),
+    }
+}
+
+fn destination(exchange: &Exchange) -> Option<String> {
+    let header = exchange.visit.header.as_ref().ok()?;
+    differ(&exchange.listener_name(), header.destination, Some(exchange.listener))
+}
+
+fn peer(exchange: &Exchange) -> Option<String> {
+    let same = exchange.visit.peer == exchange.client;
+    same.then(|| format!("{}: the TCP peer is the client already", exchange.listener_name()))
+}
+
+fn messages(performance: &Performance) -> Option<String> {
+    performance.acts.iter().find_map(|act| {
+        let sizes =
+            format!("{} sent, {} stored, {} fetched", act.sent.len(), act.stored.len(), act.fetched.len());
+        (act.stored != act.sent || act.fetched != act.sent).then(|| format!("{}: {sizes}", act.family.name()))
+    })
+}
+
+fn headers(performance: &Performance) -> Option<String> {
+    performance.exchanges().find_map(|exchange| {
+        let listener = exchange.listener_name();
+        let moved = |name| moved(&performance.before, &performance.after, name, &[("listener", &listener)]);
+        differ(&format!("{listener}: accepted, sent"), (moved(ACCEPTED), moved(HEADERS_SENT)), (1, 1))
+    })
+}
+
+fn counts(performance: &Performance) -> Option<String> {
+    let line_by_line = performance.exchanges().find_map(|exchange| {
+        let logged = (exchange.logged("bytes_to_backend"), exchange.logged("bytes_to_client"));
+        let by_backend = (exchange.visit.received, exchange.visit.sent);
+        differ(&format!("{}: to backend, to client", exchange.listener_name()), logged, by_backend)
+    });
+    let carried = carried(performance);
+    let total = |field| performance.exchanges().map(|exchange| exchange.logged(field)).sum::<u64>();
+    line_by_line.or_else(|| {
+        let logged = Carried {
+            spliced_to_backend: total("spliced_to_backend"),
+            relayed_to_backend: total("bytes_to_backend") - total("spliced_to_backend"),
+            spliced_to_client: total("spliced_to_client"),
+            relayed_to_client: total("bytes_to_client") - total("spliced_to_client"),
+        };
+        differ("metrics and log", carried, logged)
+    })
+}
+
+fn planes_text(engine: Engine) -> String {
+    match engine {
+        Engine::Splice => "the kernel carried payload in both directions".to_owned(),
+        Engine::Relay => "the daemon carried all payload, as the relay engine does".to_owned(),
+    }
+}
+
+fn planes(carried: Carried, engine: Engine) -> Option<String> {
+    let spliced = (carried.spliced_to_backend, carried.spliced_to_client);
+    let relayed = (carried.relayed_to_backend, carried.relayed_to_client);
+    let holds = match engine {
+        Engine::Splice => spliced.0 > 0 && spliced.1 > 0,
+        Engine::Relay => spliced == (0, 0) && relayed.0 > 0 && relayed.1 > 0,
+    };
+    (!holds).then(|| format!("to backend and to client: spliced {spliced:?}, relayed {relayed:?}"))
+}
+
+fn lines(performance: &Performance, engine: Engine) -> Option<String> {
+    performance.exchanges().find_map(|exchange| {
+        let (end, used) = (&exchange.line["end"], &exchange.line["engine"]);
+        let clean = *end == "client_closed" || *end == "backend_closed";
+        let holds = clean && *used == engine.name();
+        (!holds).then(|| format!("{}: engine {used}, end {end}", exchange.listener_name()))
+    })
+}
+
+fn stopped(performance: &Performance) -> Option<String> {
+    (!performance.stopped.success()).then(|| performance.stopped.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::ExitStatus;
+
+    use injector_tests::demo_backend::{Header, Refusal, Visit};
+    use injector_tests::netns::Family;
+    use serde_json::json;
+
+    use super::super::act::{Act, IMAP, SMTP, Service};
+    use super::*;
+
+    /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the kernel.
+    fn exchange(service: Service) -> Exchange {
+        let client = "198.51.100.7:40000".parse().unwrap();
+        let listener = "192.0.2.10:25".parse().unwrap();
+        let header = Header { raw: vec![0; 28], source: Some(client), destination: Some(listener) };
+        let visit = Visit {
+            protocol: service.protocol,
+            peer: "10.25.0.1:50000".parse().unwrap(),
+            header: Ok(header),
+            received: 10,
+            sent: 20,
+        };
+        let line = json!({
+            "bytes_to_backend": 10, "bytes_to_client": 20, "spliced_to_backend": 4, "spliced_to_client": 5,
+            "engine": "splice", "end": "client_closed",
+        });
+        Exchange { service, client, listener, visit, line }
+    }
+
+    /// A demo in IPv4 alone in which all goes well.
+    fn performance() -> Performance {
+        let mut after = String::new();
+        for listener in ["smtp-ipv4", "imap-ipv4"] {
+            for (direction, plane, bytes) in [
+                (TO_BACKEND, SPLICED, 4),
+                (TO_BACKEND, RELAYED, 6),
+                (TO_CLIENT, SPLICED, 5),
+                (TO_CLIENT, RELAYED, 15),
+            ] {
+                let labels =
+                    format!("listener=\"{listener}\",{DIRECTION}=\"{direction}\",{PLANE}=\"{plane}\"");
+                after += &format!("{BYTES}{{{labels}}} {bytes}\n");
+            }
+            after += &format!(
+                "{ACCEPTED}{{listener=\"{listener}\"}} 1\n{HEADERS_SENT}{{listener=\"{listener}\"}} 1\n"
+            );
+        }
+        let uninvited = Visit {
+            header: Err(Refusal::Malformed { seen: b"EHLO".to_vec(), reason: "no signature".to_owned() }),
+            sent: 0,
+            ..exchange(SMTP).visit
+        };
+        let message = b"Subject: x\r\n\r\n".to_vec();
+        Performance {
+            uninvited,
+            acts: vec![Act {
+                family: Family::V4,
+                sent: message.clone(),
+                stored: message.clone(),
+                fetched: message,
+                exchanges: [exchange(SMTP), exchange(IMAP)],
+            }],
+            before: Metrics::default(),
+            after: Metrics::parse(&(after + "# EOF\n")).unwrap(),
+            stopped: ExitStatus::from_raw(0),
+        }
+    }
+
+    fn fallen(performance: &Performance, engine: Engine) -> Vec<String> {
+        of(performance, engine)
+            .into_iter()
+            .filter(|claim| claim.against.is_some())
+            .map(|claim| claim.text)
+            .collect()
+    }
+
+    #[test]
+    fn a_good_performance_holds() {
+        assert_eq!(fallen(&performance(), Engine::Splice), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_claim_can_fall() {
+        type Spoil = fn(&mut Performance);
+        let cases: [(&str, Spoil); 12] = [
+            ("without a header", |p| p.uninvited.header = p.acts[0].exchanges[0].visit.header.clone()),
+            ("without a header", |p| p.uninvited.sent = 9),
+            ("own address and port", |p| p.acts[0].exchanges[1].client.set_port(1)),
+            ("own address and port", |p| p.acts[0].exchanges[0].visit.header = Err(Refusal::Silent)),
+            ("connected to", |p| p.acts[0].exchanges[0].listener.set_port(1)),
+            ("more than the TCP", |p| p.acts[0].exchanges[0].visit.peer = p.acts[0].exchanges[0].client),
+            ("byte for byte", |p| p.acts[0].fetched[3] ^= 1),
+            ("byte for byte", |p| p.acts[0].stored.truncate(3)),
+            ("one header", |p| p.before = p.after.clone()),
+            ("counted the same", |p| p.acts[0].exchanges[0].visit.received += 1),
+            ("ended cleanly", |p| p.acts[0].exchanges[0].line["end"] = json!("lost")),
+            ("ended by itself", |p| p.stopped = ExitStatus::from_raw(9)),
+        ];
+        for (text, spoil) in cases {
+            let mut performance = performance();
+            spoil(&mut performance);
+            let fallen = fallen(&performance, Engine::Splice);
+            assert!(fallen.iter().any(|fallen| fallen.contains(text)), "{text}: {fallen:?}");
+        }
+    }
+
+    #[test]
+    fn the_engine_decides_which_plane_must_have_carried() {
+        let all = Carried {
+            spliced_to_backend: 1,
+            relayed_to_backend: 1,
+            spliced_to_client: 1,
+            relayed_to_client: 1,
+        };
+        let cases = [
+            (Engine::Splice, all, true),
+            (Engine::Splice, Carried { spliced_to_client: 0, ..all }, false),
+            (Engine::Splice, Carried { spliced_to_backend: 0, ..all }, false),
+            (Engine::Relay, all, false),
+            (Engine::Relay, Carried { spliced_to_backend: 0, spliced_to_client: 0, ..all }, true),
+            (Engine::Relay, Carried::default(), false),
+        ];
+        for (engine, carried, holds) in cases {
+            assert_eq!(planes(carried, engine).is_none(), holds, "{engine:?} {carried:?}");
+        }
+    }
+}

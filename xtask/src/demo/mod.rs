@@ -1,0 +1,166 @@
+//! `cargo xtask demo`: mail through the injector, for people to watch and for machines to check.
+//!
+//! As root the story has three hosts, each a network namespace; without root they are three sockets on loopback and the
+//! engine is relay. In reading order: [`stage`] is where things happen, [`injector`] the daemon in the middle, [`act`]
+//! one message sent and fetched, [`screen`] and [`story`] what a person sees, and [`claims`] what must be true in the end.
+//!
+//! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the whole demo is one future:
+//! a signal drops that future, so Ctrl-C, an error and the normal end clean up by the same path.
+
+mod act;
+mod claims;
+mod header;
+mod injector;
+mod screen;
+mod stage;
+mod story;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use injector_tests::demo_backend::{Backend, Config};
+use injector_tests::netns;
+use tokio::signal::unix::{SignalKind, signal};
+
+use self::act::Performance;
+use self::injector::Injector;
+use self::stage::Stage;
+use crate::{AlreadyTold, build, cargo, setup};
+
+#[derive(clap::Args)]
+pub(crate) struct DemoArgs {
+    /// Which engine carries the payload [default: splice, or relay without root]
+    #[arg(long, value_enum)]
+    engine: Option<Engine>,
+
+    /// Use an optimised daemon; compiles for longer
+    #[arg(long, short)]
+    release: bool,
+
+    /// Show everything the daemon logged
+    #[arg(long, short)]
+    verbose: bool,
+
+    /// Keep the daemon's configuration and log, and say where they are
+    #[arg(long)]
+    keep_logs: bool,
+}
+
+/// What carries the payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Engine {
+    /// The kernel, between two sockets (sockmap); needs root
+    Splice,
+    /// The daemon, by read and write
+    Relay,
+}
+
+impl Engine {
+    /// Its name in the daemon's configuration and log.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Splice => "splice",
+            Self::Relay => "relay",
+        }
+    }
+}
+
+pub(crate) fn run(args: &DemoArgs) -> Result<()> {
+    let no_root = netns::unavailable();
+    let engine = args.engine.unwrap_or(if no_root.is_some() { Engine::Relay } else { Engine::Splice });
+    ensure!(
+        engine == Engine::Relay || no_root.is_none(),
+        "the splice engine loads BPF programs, which needs root: run `sudo --preserve-env=PATH cargo xtask demo`, or ask for --engine relay"
+    );
+    let binary = daemon(engine, args.release)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let holds = runtime.block_on(async {
+        // Before anything is made: from here on a signal no longer ends this process, but the future.
+        let interrupted = interruption()?;
+        tokio::select! {
+            holds = show(args, engine, binary) => holds,
+            name = interrupted => Err(anyhow::anyhow!("{name}: stopped, and everything that was made is removed")),
+        }
+    })?;
+    if holds { Ok(()) } else { Err(AlreadyTold.into()) }
+}
+
+/// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be missing.
+fn daemon(engine: Engine, release: bool) -> Result<PathBuf> {
+    if netns::unavailable().is_none() {
+        setup::ensure(&[setup::Group::Bpf, setup::Group::Demo])?;
+        return build::daemon(release);
+    }
+    debug_assert_eq!(engine, Engine::Relay);
+    build_relay_only(release)
+}
+
+/// Builds the daemon with stable Rust alone. It takes the place of one with BPF inside, which the next `build` restores
+/// by linking once more: a folder of its own would mean compiling every dependency again.
+fn build_relay_only(release: bool) -> Result<PathBuf> {
+    let mut command = cargo::cargo();
+    command.arg("build").args(cargo::HOST_PACKAGES).args(["--bin", "injector", "--no-default-features"]);
+    command.args(release.then_some("--release"));
+    let made = cargo::executables(&mut command)?;
+    let daemon = made.into_iter().find(|made| made.target == "injector" && made.kind == "bin");
+    daemon.map(|daemon| daemon.path).context("cargo built no program `injector`")
+}
+
+/// Waits for the signals that people and terminals end programs with; returns the name of the first.
+fn interruption() -> Result<impl Future<Output = &'static str>> {
+    let mut int = signal(SignalKind::interrupt())?;
+    let mut term = signal(SignalKind::terminate())?;
+    let mut hup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = int.recv() => "interrupted",
+            _ = term.recv() => "terminated",
+            _ = hup.recv() => "terminal closed",
+        }
+    })
+}
+
+/// The whole demo; true if every claim holds.
+async fn show(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> {
+    // Dropped last to first: the daemon ends before the hosts it runs on go away.
+    let stage = Stage::set()?;
+    let account = Config::default().account;
+    let config =
+        Config { smtp: stage.backends(act::SMTP), imap: stage.backends(act::IMAP), ..Config::default() };
+    let backend = stage.mail.run(Backend::start(config)).await??;
+    let mut injector = Injector::start(&stage, &backend, engine, &binary).await?;
+    story::opening(&stage, &injector, engine);
+
+    let outcome = perform(&stage, &backend, &mut injector, account).await;
+    if outcome.is_err() || args.verbose {
+        story::log(&injector);
+    }
+    if args.keep_logs {
+        story::kept(&injector.keep_files());
+    }
+    let performance = outcome?;
+    story::told(&performance);
+    let claims = claims::of(&performance, engine);
+    Ok(story::verdict(&claims, &stage, &performance))
+}
+
+/// The parts in which something happens, each printed as soon as it is over.
+async fn perform(
+    stage: &Stage,
+    backend: &Backend,
+    injector: &mut Injector,
+    account: (String, String),
+) -> Result<Performance> {
+    let uninvited = act::knock_without_header(stage, backend).await?;
+    story::uninvited(&uninvited);
+    let before = injector.metrics(stage).await?;
+    let mut acts = Vec::new();
+    for &family in stage.families {
+        let act = act::perform(stage, backend, injector, family, &account).await?;
+        story::act(&act, stage);
+        acts.push(act);
+    }
+    let after = injector.metrics(stage).await?;
+    let stopped = injector.stop().await?;
+    Ok(Performance { uninvited, acts, before, after, stopped })
+}

@@ -1,0 +1,163 @@
+//! Where the demo happens: three namespaces, or loopback.
+
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+
+use anyhow::{Context as _, Result};
+use injector_tests::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology, VIP_SPLICE};
+use tokio::runtime::{Builder, Runtime};
+
+use super::act::Service;
+
+/// The hosts, and who has which address.
+pub(super) struct Stage {
+    /// Where mail is sent and read.
+    pub(super) client: Host,
+    /// Where the injector runs.
+    pub(super) edge: Host,
+    /// Where the backend runs.
+    pub(super) mail: Host,
+    /// Both, but for loopback on a machine without IPv6.
+    pub(super) families: &'static [Family],
+    ports: Ports,
+    /// Last: the runtimes above have sockets inside.
+    topology: Option<Topology>,
+}
+
+/// The edge's ports: in the namespaces those of real mail, on loopback any that are free.
+struct Ports {
+    smtp: u16,
+    imap: u16,
+    metrics: u16,
+}
+
+impl Stage {
+    /// Makes the namespaces if this process may, and uses loopback otherwise.
+    pub(super) fn set() -> Result<Self> {
+        if injector_tests::netns::unavailable().is_some() {
+            let here = || Host::new(None);
+            let [smtp, imap, metrics] = free_ports()?;
+            let ports = Ports { smtp, imap, metrics };
+            let has_v6 = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+            let families = if has_v6 { &Family::ALL[..] } else { &[Family::V4] };
+            return Ok(Self {
+                client: here()?,
+                edge: here()?,
+                mail: here()?,
+                families,
+                ports,
+                topology: None,
+            });
+        }
+        let topology = Topology::new().context("cannot make the three network namespaces")?;
+        Ok(Self {
+            client: Host::new(Some(&topology.client))?,
+            edge: Host::new(Some(&topology.edge))?,
+            mail: Host::new(Some(&topology.mail))?,
+            families: &Family::ALL,
+            ports: Ports { smtp: 25, imap: 143, metrics: 9145 },
+            topology: Some(topology),
+        })
+    }
+
+    /// The namespace in which the injector is to be started; `None` on loopback.
+    pub(super) fn edge_netns(&self) -> Option<&Netns> {
+        self.topology.as_ref().map(|topology| &topology.edge)
+    }
+
+    /// Whether there are three hosts, and not only loopback.
+    pub(super) fn is_real(&self) -> bool {
+        self.topology.is_some()
+    }
+
+    /// The address that mail is sent from.
+    pub(super) fn client_ip(&self, family: Family) -> IpAddr {
+        match (&self.topology, family) {
+            (Some(_), _) => CLIENT.of(family),
+            // All of 127.0.0.0/8 is local, so IPv4 can have a client of its own; IPv6 has ::1 and nothing else.
+            (None, Family::V4) => Ipv4Addr::new(127, 0, 0, 2).into(),
+            (None, Family::V6) => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
+    /// The edge's address towards the backend: all that the backend would know without the injector's header.
+    pub(super) fn edge_ip(&self, family: Family) -> IpAddr {
+        self.or_loopback(EDGE_INSIDE.of(family), family)
+    }
+
+    /// Where clients connect.
+    pub(super) fn listener(&self, service: Service, family: Family) -> SocketAddr {
+        let port = match service.protocol {
+            injector_tests::demo_backend::Protocol::Smtp => self.ports.smtp,
+            injector_tests::demo_backend::Protocol::Imap => self.ports.imap,
+        };
+        SocketAddr::new(self.or_loopback(VIP_SPLICE.of(family), family), port)
+    }
+
+    /// Where the backend is to listen for a service, by family; on loopback at any free port.
+    pub(super) fn backends(&self, service: Service) -> Vec<SocketAddr> {
+        let port = if self.is_real() { service.backend_port } else { 0 };
+        let address = |family: &Family| SocketAddr::new(self.or_loopback(MAIL.of(*family), *family), port);
+        self.families.iter().map(address).collect()
+    }
+
+    /// Where the injector is to answer scrapes: on the edge, for the edge.
+    pub(super) fn metrics(&self) -> SocketAddr {
+        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.ports.metrics)
+    }
+
+    fn or_loopback(&self, real: IpAddr, family: Family) -> IpAddr {
+        match (&self.topology, family) {
+            (Some(_), _) => real,
+            (None, Family::V4) => Ipv4Addr::LOCALHOST.into(),
+            (None, Family::V6) => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+}
+
+/// One host: a runtime whose threads, and so whose sockets, are in its namespace.
+pub(super) struct Host(Option<Runtime>);
+
+impl Host {
+    fn new(netns: Option<&Netns>) -> Result<Self> {
+        // One worker, started here and now: a thread begins in the namespace of the thread that starts it.
+        let build = || Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = match netns {
+            Some(netns) => netns.run(build)?,
+            None => build(),
+        };
+        Ok(Self(Some(runtime.context("cannot start a host's runtime")?)))
+    }
+
+    /// Runs `work` on this host.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T> {
+        let runtime = self.0.as_ref().context("this host is gone")?;
+        runtime.spawn(work).await.context("work on a host of the demo panicked")
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // A runtime must not be waited for inside another; its sockets are closed all the same.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Ports that nobody uses on loopback, in neither family, at this moment.
+fn free_ports<const N: usize>() -> Result<[u16; N]> {
+    let mut held = Vec::new();
+    let mut ports = [0; N];
+    for port in &mut ports {
+        let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on loopback")?;
+        *port = v4.local_addr()?.port();
+        // Held until all are chosen, so that none comes twice.
+        let v6 = TcpListener::bind((Ipv6Addr::LOCALHOST, *port));
+        held.push((v4, v6));
+    }
+    Ok(ports)
+}

@@ -1,0 +1,318 @@
+//! The demo as it is told, part by part.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use injector_tests::demo_backend::{Protocol, Visit};
+use injector_tests::metrics::{Metrics, Sample};
+use injector_tests::netns::Family;
+use serde_json::Value;
+
+use super::Engine;
+use super::act::{Act, Exchange, IMAP, Performance, SMTP};
+use super::claims::{self, Claim};
+use super::header;
+use super::injector::Injector;
+use super::screen::{Ink, count, heading, hex, ink, mark, row, wrapped};
+use super::stage::Stage;
+
+/// Who is where.
+pub(super) fn opening(stage: &Stage, injector: &Injector, engine: Engine) {
+    println!(
+        "{}",
+        ink(Ink::Bold, "Mail through the injector, from a client to a backend that demands a PROXY header")
+    );
+    if !stage.is_real() {
+        println!(
+            "\n  Not root, so this is loopback and the relay engine. What cannot be shown this way: three hosts in\n  \
+             network namespaces of their own, and payload carried by the kernel. Over IPv6 even the client and\n  \
+             the edge have one address, ::1, and only their ports differ. Run it as root to see the rest."
+        );
+    }
+    let columns = |client: &str, edge: &str, mail: &str| println!("  {client:<22}{edge:<44}{mail}");
+    if !stage.families.contains(&Family::V6) {
+        println!("\n  This machine has no IPv6, so that half is missing.");
+    }
+    println!();
+    columns("client", "edge: the injector, which mail sees as …", "mail: the backend");
+    for &family in stage.families {
+        let listener = stage.listener(SMTP, family);
+        let both = format!("{listener}, :{}", stage.listener(IMAP, family).port());
+        let client = stage.client_ip(family).to_string();
+        let arrow = ink(Ink::Dim, "→");
+        let backends =
+            |service| stage.backends(service).into_iter().find(|to| to.is_ipv4() == listener.is_ipv4());
+        let mail = match (backends(SMTP), backends(IMAP)) {
+            (Some(smtp), Some(imap)) if smtp.port() != 0 => format!("{smtp}, :{}", imap.port()),
+            (Some(smtp), _) => format!("{}, free ports", smtp.ip()),
+            (None, _) => String::new(),
+        };
+        println!(
+            "  {client:<20}{arrow} {:<41} {arrow} {mail}",
+            format!("{both}  as {}", stage.edge_ip(family))
+        );
+    }
+    println!(
+        "\n  engine {}, daemon pid {}, metrics on {} of the edge",
+        engine.name(),
+        injector.pid(),
+        stage.metrics()
+    );
+}
+
+/// The connection that nobody asked in.
+pub(super) fn uninvited(visit: &Visit) {
+    heading("Straight to the backend, without a header");
+    match &visit.header {
+        Err(refusal) => row("the backend closed the connection", &ink(Ink::Dim, &refusal.to_string())),
+        Ok(_) => row("the backend let it in", &ink(Ink::Red, "it should not have")),
+    }
+}
+
+/// One family's message, there and back.
+pub(super) fn act(act: &Act, stage: &Stage) {
+    for exchange in &act.exchanges {
+        let (protocol, what) = match exchange.service.protocol {
+            Protocol::Smtp => ("SMTP", "a message sent through the injector"),
+            Protocol::Imap => ("IMAP", "the message fetched through the injector"),
+        };
+        let family = if act.family == Family::V4 { "IPv4" } else { "IPv6" };
+        heading(&format!("{protocol} over {family}: {what}"));
+        addresses(exchange, stage, act.family);
+        match exchange.service.protocol {
+            Protocol::Smtp => {
+                message("stored by the backend", &act.sent, &act.stored);
+                header_in_full(exchange);
+            }
+            Protocol::Imap => message("fetched by the client", &act.sent, &act.fetched),
+        }
+    }
+}
+
+fn addresses(exchange: &Exchange, stage: &Stage, family: Family) {
+    row("the client is", &exchange.client.to_string());
+    let edge = if exchange.visit.peer.ip() == stage.edge_ip(family) { "the edge" } else { "not the edge" };
+    row("without the header the backend would see", &format!("{}  ({edge})", exchange.visit.peer));
+    let seen = match &exchange.visit.header {
+        Ok(header) => header.source.map_or_else(|| "nobody (LOCAL)".to_owned(), |source| source.to_string()),
+        Err(refusal) => refusal.to_string(),
+    };
+    let same = seen == exchange.client.to_string();
+    row("with it the backend saw", &format!("{}  {}", ink(Ink::Cyan, &seen), mark(same)));
+}
+
+fn message(what: &str, sent: &[u8], arrived: &[u8]) {
+    let same = sent == arrived;
+    let verdict = if same { "the same bytes as sent" } else { "NOT the bytes sent" };
+    row(what, &format!("{} bytes, {verdict}  {}", count(arrived.len() as u64), mark(same)));
+}
+
+fn header_in_full(exchange: &Exchange) {
+    let Ok(seen) = &exchange.visit.header else { return };
+    println!("  the header, {} bytes, whole in the backend's first read:", seen.raw.len());
+    match header::fields(&seen.raw) {
+        Ok(fields) => {
+            for header::Field { bytes, meaning } in fields {
+                println!("    {:<50}{meaning}", hex(&bytes));
+            }
+        }
+        Err(error) => println!("    {}: {error}", hex(&seen.raw)),
+    }
+}
+
+/// What the injector says of it all: planes, metrics, log.
+pub(super) fn told(performance: &Performance) {
+    planes(performance);
+    metrics(&performance.before, &performance.after);
+    heading("The daemon's one line per connection");
+    for exchange in performance.exchanges() {
+        for line in wrapped(&words(&exchange.line)) {
+            println!("{line}");
+        }
+    }
+}
+
+fn planes(performance: &Performance) {
+    heading("Who carried the payload");
+    let columns = |name: &str, kernel: &str, daemon: &str, share: &str| {
+        println!("  {name:<26}{kernel:>18}{daemon:>18}{share:>18}");
+    };
+    columns("bytes", "kernel (spliced)", "daemon (relayed)", "by the kernel");
+    let line = |name: &str, spliced: u64, relayed: u64| {
+        columns(name, &count(spliced), &count(relayed), &share(spliced, relayed));
+    };
+    for exchange in performance.exchanges() {
+        for (way, direction) in [("→ backend", "to_backend"), ("→ client", "to_client")] {
+            let spliced = exchange.logged(&format!("spliced_{direction}"));
+            let all = exchange.logged(&format!("bytes_{direction}"));
+            line(&format!("{:<10} {way}", exchange.listener_name()), spliced, all.saturating_sub(spliced));
+        }
+    }
+    let carried = claims::carried(performance);
+    line("all        → backend", carried.spliced_to_backend, carried.relayed_to_backend);
+    line("all        → client", carried.spliced_to_client, carried.relayed_to_client);
+}
+
+/// The kernel's part in tenths of a percent, rounded down: 100 % means every byte.
+fn share(spliced: u64, relayed: u64) -> String {
+    let thousandths = (spliced * 1000).checked_div(spliced + relayed);
+    thousandths.map_or_else(|| "-".to_owned(), |share| format!("{}.{} %", share / 10, share % 10))
+}
+
+/// Metrics that changed, all listeners together; but not the buckets of histograms, nor the times at which series were
+/// made.
+fn metrics(before: &Metrics, after: &Metrics) {
+    heading("Metrics that moved, all listeners together");
+    let mut changes = totals(after);
+    for (title, earlier) in totals(before) {
+        *changes.entry(title).or_default() -= earlier;
+    }
+    for (title, change) in changes.into_iter().filter(|(_, change)| *change != 0.0) {
+        println!("  {:>12}  {title}", signed(change));
+    }
+}
+
+/// The sum of every series over all listeners, by name and remaining labels.
+fn totals(metrics: &Metrics) -> BTreeMap<String, f64> {
+    let shown = |sample: &&Sample| !sample.name.ends_with("_bucket") && !sample.name.ends_with("_created");
+    let mut totals = BTreeMap::new();
+    for sample in metrics.samples().iter().filter(shown) {
+        *totals.entry(title(sample)).or_default() += sample.value;
+    }
+    totals
+}
+
+fn title(sample: &Sample) -> String {
+    let others = sample.labels.iter().filter(|(name, _)| name != "listener");
+    let labels: Vec<_> = others.map(|(name, value)| format!("{name}={value}")).collect();
+    if labels.is_empty() { sample.name.clone() } else { format!("{}{{{}}}", sample.name, labels.join(",")) }
+}
+
+/// `+1,234`, or with six decimals where it is no whole number (seconds).
+fn signed(change: f64) -> String {
+    let sign = if change < 0.0 { '-' } else { '+' };
+    let size = change.abs();
+    if size.fract() != 0.0 {
+        return format!("{sign}{size:.6}");
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "whole and positive; saturates"
+    )]
+    let whole = size as u64;
+    format!("{sign}{}", count(whole))
+}
+
+/// The fields that begin a line, in this order; the others follow by name.
+const FIRST_FIELDS: [&str; 5] = ["client", "listener", "local", "backend", "engine"];
+
+/// Fields that every line of the log has, and that say nothing here.
+const FRAME_FIELDS: [&str; 4] = ["timestamp", "level", "target", "message"];
+
+/// A line of the log as `name=value`.
+fn words(line: &Value) -> Vec<String> {
+    let Some(fields) = line.as_object() else { return vec![line.to_string()] };
+    let word = |name: &str, value: &Value| match value {
+        Value::String(text) => format!("{name}={text}"),
+        other => format!("{name}={other}"),
+    };
+    let first = FIRST_FIELDS.iter().filter_map(|name| Some(word(name, fields.get(*name)?)));
+    let is_other = |name: &str| !FIRST_FIELDS.contains(&name) && !FRAME_FIELDS.contains(&name);
+    let others = fields.iter().filter(|(name, _)| is_other(name)).map(|(name, value)| word(name, value));
+    first.chain(others).collect()
+}
+
+/// The daemon's whole log.
+pub(super) fn log(injector: &Injector) {
+    heading("The daemon's log");
+    for line in injector.log().lines() {
+        println!("  {line}");
+    }
+}
+
+/// Where the files are that were to be kept.
+pub(super) fn kept(directory: &Path) {
+    println!("\nThe daemon's configuration and log are kept in {}", directory.display());
+}
+
+/// Every claim, and one line for all of them; true if all hold.
+pub(super) fn verdict(claims: &[Claim], stage: &Stage, performance: &Performance) -> bool {
+    heading("Claims checked");
+    for claim in claims {
+        println!("  {} {}", mark(claim.against.is_none()), claim.text);
+        if let Some(against) = &claim.against {
+            println!("      {}", ink(Ink::Red, against));
+        }
+    }
+    let fallen = claims.iter().filter(|claim| claim.against.is_some()).count();
+    let carried = claims::carried(performance);
+    let spliced = count(carried.spliced_to_backend + carried.spliced_to_client);
+    let relayed = count(carried.relayed_to_backend + carried.relayed_to_client);
+    let place = if stage.is_real() { "three namespaces" } else { "loopback only" };
+    let connections = performance.exchanges().count();
+    println!();
+    if fallen == 0 {
+        let sums = format!("{connections} connections, {spliced} bytes spliced, {relayed} relayed");
+        let text = format!("PASSED: all {} claims hold; {sums}; {place}", claims.len());
+        println!("{}", ink(Ink::Green, &text));
+    } else {
+        println!(
+            "{}",
+            ink(Ink::Red, &format!("FAILED: {fallen} of {} claims do not hold; {place}", claims.len()))
+        );
+    }
+    fallen == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn shares_never_claim_more_than_was_spliced() {
+        let cases = [
+            ((0, 0), "-"),
+            ((1, 0), "100.0 %"),
+            ((9_999, 1), "99.9 %"),
+            ((0, 5), "0.0 %"),
+            ((1, 2), "33.3 %"),
+        ];
+        for ((spliced, relayed), text) in cases {
+            assert_eq!(share(spliced, relayed), text);
+        }
+    }
+
+    #[test]
+    fn a_log_line_begins_with_who_and_where() {
+        let line = json!({"timestamp": "t", "level": "INFO", "message": "connection closed", "end": "idle",
+            "client": "192.0.2.1:9", "engine": "splice", "bytes": 7, "listener": "smtp"});
+        let words = words(&line);
+        assert_eq!(words[..3], ["client=192.0.2.1:9", "listener=smtp", "engine=splice"]);
+        let mut others = words[3..].to_vec();
+        others.sort();
+        assert_eq!(others, ["bytes=7", "end=idle"]);
+    }
+
+    #[test]
+    fn listeners_are_summed_and_other_labels_are_not() {
+        let text = "a_total{listener=\"smtp\",plane=\"spliced\"} 2\na_total{listener=\"imap\",plane=\"spliced\"} 3\n\
+            a_total{listener=\"imap\",plane=\"relayed\"} 4\nb_bucket{le=\"1\"} 5\nb_sum 6\n# EOF\n";
+        let totals = totals(&Metrics::parse(text).unwrap());
+        let totals: Vec<_> = totals.iter().map(|(title, total)| (title.as_str(), *total)).collect();
+        assert_eq!(
+            totals,
+            [("a_total{plane=relayed}", 4.0), ("a_total{plane=spliced}", 5.0), ("b_sum", 6.0)]
+        );
+    }
+
+    #[test]
+    fn changes_carry_their_sign() {
+        let cases = [(1234.0, "+1,234"), (-2.0, "-2"), (0.0125, "+0.012500")];
+        for (change, text) in cases {
+            assert_eq!(signed(change), text);
+        }
+    }
+}

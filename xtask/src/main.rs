@@ -1,0 +1,68 @@
+//! The project's own commands: `cargo xtask <verb>`, one verb per file.
+
+mod build;
+mod cargo;
+mod ci;
+mod demo;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The injector's workbench.
+///
+/// Every verb first sees to it that what it needs is there, so on a fresh machine `cargo xtask demo` is all there is
+/// to type.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", arg_required_else_help = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Find or install what building, the demo and the tests need; fast when nothing is missing
+    Setup(setup::SetupArgs),
+    /// Build the daemon, BPF programs included
+    Build(build::BuildArgs),
+    /// Watch mail go through the injector, in network namespaces of its own
+    Demo(demo::DemoArgs),
+    /// Run the unit tests, then the privileged ones against real mail servers
+    Test(test::TestArgs),
+    /// Everything that must hold before a change lands: format, lint, docs, build, test
+    Ci,
+}
+
+/// The verb has failed and has already said why.
+#[derive(Debug)]
+pub(crate) struct AlreadyTold;
+
+impl std::fmt::Display for AlreadyTold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("failed, as said above")
+    }
+}
+
+impl std::error::Error for AlreadyTold {}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Setup(args) => setup::run(&args),
+        Verb::Build(args) => build::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Test(args) => test::run(&args),
+        Verb::Ci => ci::run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            if !error.is::<AlreadyTold>() {
+                eprintln!("error: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,442 @@
+//! `cargo xtask setup`: finds or installs what building, the demo and the tests need.
+//!
+//! It looks at everything first and installs only what is missing, packages before anything else: so an operator who may not
+//! install is told the exact commands before something has been changed. Each look costs a fraction of a second, and every
+//! other verb begins with one.
+
+mod apt;
+mod cache;
+mod job;
+mod linker;
+mod packages;
+mod toolchain;
+
+use std::{
+    env,
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+pub(crate) use self::toolchain::BPF_TARGET;
+use self::{
+    cache::Cache,
+    toolchain::{Core, Link, Way},
+};
+use crate::AlreadyTold;
+
+#[derive(clap::Args)]
+pub(crate) struct SetupArgs {
+    /// Say what is missing and install nothing; fails if anything is
+    #[arg(long)]
+    check: bool,
+    /// See to one group alone (repeatable)
+    #[arg(long, value_name = "GROUP")]
+    only: Vec<Group>,
+}
+
+/// What something is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Group {
+    /// Building the BPF programs
+    Bpf,
+    /// The demo, beside the build
+    Demo,
+    /// The mail servers and clients of the tests
+    Mail,
+}
+
+impl Group {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Bpf, Self::Demo, Self::Mail];
+}
+
+pub(crate) fn run(args: &SetupArgs) -> Result<()> {
+    let groups = if args.only.is_empty() { &Group::ALL[..] } else { &args.only };
+    let cache = Cache::locate()?;
+    if args.check {
+        return check(groups, &cache);
+    }
+    let survey = install(groups, &cache)?;
+    for line in &survey.present {
+        println!("ok       {line}");
+    }
+    Ok(())
+}
+
+/// Sees to it that what the groups need is there; silent when it is.
+///
+/// # Errors
+/// When something is missing and can't be installed: with what to do.
+pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
+    install(groups, &Cache::locate()?).map(drop)
+}
+
+/// The toolchain that compiles BPF; it must be set up.
+pub(crate) fn bpf_toolchain() -> Result<BpfToolchain> {
+    survey(&[Group::Bpf], &Cache::locate()?, false)?.toolchain.context("run `cargo xtask setup` first")
+}
+
+/// A toolchain that compiles BPF, with what it takes from the environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BpfToolchain {
+    /// What rustup calls it.
+    pub(crate) name: String,
+    core: Core,
+    linker_dir: PathBuf,
+}
+
+impl BpfToolchain {
+    /// A program out of it.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = toolchain::rustup_run(&self.name, program);
+        let path = env::var_os("PATH").unwrap_or_default();
+        let folders = std::iter::once(self.linker_dir.clone()).chain(env::split_paths(&path));
+        if let Ok(path) = env::join_paths(folders) {
+            command.env("PATH", path);
+        }
+        command.envs(self.bootstrap().map(|value| ("RUSTC_BOOTSTRAP", value)));
+        command
+    }
+
+    /// Whether it has to compile `core` itself.
+    pub(crate) fn builds_core(&self) -> bool {
+        self.core == Core::Built
+    }
+
+    /// A stable compiler lets this one crate use unstable features. The crate's name, for `1` would make aya-build ask for
+    /// `-Z build-std`, which needs a source that is not there.
+    fn bootstrap(&self) -> Option<&'static str> {
+        (self.core == Core::Prebuilt).then_some("aya_ebpf")
+    }
+
+    /// The lines that injector-user's build script reads.
+    fn record(&self) -> String {
+        format!(
+            "# Written by `cargo xtask setup`; read by injector-user/build.rs.\n\
+             TOOLCHAIN={}\nRUSTC_BOOTSTRAP={}\nBPF_LINKER_DIR={}\n",
+            self.name,
+            self.bootstrap().unwrap_or_default(),
+            self.linker_dir.display()
+        )
+    }
+}
+
+/// Something to be installed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Missing {
+    /// A Debian package.
+    Package { name: String, why: String },
+    /// rustup's nightly, or its component rust-src.
+    Nightly { present: bool },
+    /// A name by which rustup runs `/usr/bin/rustc`.
+    Link { name: &'static str },
+    /// bpf-linker for this LLVM, which can be built here.
+    Linker { llvm: u32 },
+    /// bpf-linker, and no LLVM to build it with.
+    LinkerByHand { llvm: u32 },
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Package { name, why } => write!(f, "package {name}: {why}"),
+            Self::Nightly { present: false } => {
+                f.write_str("rustup's nightly with rust-src: compiling the BPF programs")
+            }
+            Self::Nightly { present: true } => {
+                f.write_str("component rust-src of rustup's nightly: `core` for BPF")
+            }
+            Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
+            Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
+                write!(f, "bpf-linker {} (LLVM {llvm}): linking the BPF programs", linker::VERSION)
+            }
+        }
+    }
+}
+
+/// What is there and what is not.
+#[derive(Debug, Default)]
+struct Survey {
+    present: Vec<String>,
+    missing: Vec<Missing>,
+    toolchain: Option<BpfToolchain>,
+}
+
+/// Looks, and changes nothing but apt's lists, and these only when `may_update` and nothing else would do.
+fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
+    let mut survey = Survey::default();
+    if groups.contains(&Group::Bpf) {
+        survey.bpf(cache, may_update)?;
+    }
+    survey.tools(packages::tools(groups));
+    Ok(survey)
+}
+
+impl Survey {
+    fn tools(&mut self, tools: Vec<packages::Tool>) {
+        let (present, missing): (Vec<_>, Vec<_>) = tools.into_iter().partition(packages::Tool::is_present);
+        if !present.is_empty() {
+            let names: Vec<_> = present.iter().map(|tool| tool.package.as_str()).collect();
+            self.present.push(names.join(", "));
+        }
+        self.missing
+            .extend(missing.into_iter().map(|it| Missing::Package { name: it.package, why: it.why.into() }));
+    }
+
+    fn bpf(&mut self, cache: &Cache, may_update: bool) -> Result<()> {
+        let machine = toolchain::look(|| compiler_offered(cache, may_update))?;
+        match toolchain::choose(&machine, toolchain::oldest())? {
+            Way::System { llvm } => {
+                let linker = self.linker(cache, llvm, false);
+                match toolchain::system_link()? {
+                    Link::Made(name) => self.toolchain(name.to_owned(), Core::Prebuilt, llvm, linker)?,
+                    Link::Wanted(name) => self.missing.push(Missing::Link { name }),
+                }
+            }
+            Way::Rustup { name, core, llvm } => {
+                let linker = self.linker(cache, llvm, true);
+                self.toolchain(name, core, llvm, linker)?;
+            }
+            Way::InstallSystem => self.debian_compiler(cache)?,
+            Way::InstallNightly { present } => self.missing.push(Missing::Nightly { present }),
+        }
+        Ok(())
+    }
+
+    fn toolchain(&mut self, name: String, core: Core, llvm: u32, linker: Option<PathBuf>) -> Result<()> {
+        toolchain::has_cargo(&name)?;
+        let how = match core {
+            Core::Prebuilt => "with its own core",
+            Core::Built => "core from rust-src",
+        };
+        self.present.push(format!("BPF compiler: rustup toolchain `{name}`, {how}, LLVM {llvm}"));
+        self.toolchain = linker.map(|linker_dir| BpfToolchain { name, core, linker_dir });
+        Ok(())
+    }
+
+    /// Finds the linker, or notes what it takes to have it.
+    fn linker(&mut self, cache: &Cache, llvm: u32, of_rustup: bool) -> Option<PathBuf> {
+        if let Some(folder) = linker::find(cache, llvm, of_rustup) {
+            self.present.push(format!("bpf-linker: {}", folder.display()));
+            return Some(folder);
+        }
+        let needs = packages::linker_needs(llvm);
+        if linker::has_own_llvm() {
+            self.missing.push(Missing::Linker { llvm });
+        } else if needs.iter().all(packages::Tool::is_present)
+            || apt::is_here() && (!of_rustup || apt::knows(needs.iter().map(|tool| tool.package.as_str())))
+        {
+            self.tools(needs);
+            self.missing.push(Missing::Linker { llvm });
+        } else {
+            self.missing.push(Missing::LinkerByHand { llvm });
+        }
+        None
+    }
+
+    /// All that Debian's compiler will take, as far as apt tells beforehand.
+    fn debian_compiler(&mut self, cache: &Cache) -> Result<()> {
+        let debian = packages::DEBIAN_COMPILER;
+        self.missing
+            .extend(debian.map(|(name, why)| Missing::Package { name: name.into(), why: why.into() }));
+        if let Link::Wanted(name) = toolchain::system_link()? {
+            self.missing.push(Missing::Link { name });
+        }
+        if let Some(llvm) = apt::llvm_of_compiler() {
+            self.linker(cache, llvm, false);
+        }
+        Ok(())
+    }
+}
+
+/// Whether Debian's compiler can be had; where that isn't known yet, the package lists are fetched once.
+fn compiler_offered(cache: &Cache, may_update: bool) -> bool {
+    if !apt::is_here() {
+        return false;
+    }
+    if apt::offers_compiler() || !may_update || !apt::may_install() {
+        return apt::offers_compiler();
+    }
+    match apt::update(cache) {
+        Ok(()) => apt::offers_compiler(),
+        Err(error) => {
+            eprintln!("setup: {error:#}");
+            false
+        }
+    }
+}
+
+fn check(groups: &[Group], cache: &Cache) -> Result<()> {
+    let survey = survey(groups, cache, false)?;
+    for line in &survey.present {
+        println!("ok       {line}");
+    }
+    for missing in &survey.missing {
+        println!("missing  {missing}");
+    }
+    if survey.missing.is_empty() {
+        return Ok(());
+    }
+    match refusal(&survey.missing) {
+        Some(why) => println!("\n{why}"),
+        None => println!("\n`cargo xtask setup` installs what is missing"),
+    }
+    Err(AlreadyTold.into())
+}
+
+/// Installs until nothing is missing. One installation may show the next need (a compiler its LLVM), hence the rounds.
+fn install(groups: &[Group], cache: &Cache) -> Result<Survey> {
+    const ROUNDS: usize = 6;
+    let survey = self::survey(groups, cache, false)?;
+    if survey.missing.is_empty() {
+        return finish(survey, cache);
+    }
+    if !apt::may_install()
+        && let Some(why) = refusal(&survey.missing)
+    {
+        bail!("{why}");
+    }
+    let _lock = cache.lock()?;
+    for _ in 0..ROUNDS {
+        let survey = self::survey(groups, cache, true)?;
+        if survey.missing.is_empty() {
+            return finish(survey, cache);
+        }
+        install_next(&survey.missing, cache)?;
+    }
+    let survey = self::survey(groups, cache, false)?;
+    let left: Vec<_> = survey.missing.iter().map(ToString::to_string).collect();
+    bail!("still missing after everything was installed: {}", left.join("; "))
+}
+
+fn finish(survey: Survey, cache: &Cache) -> Result<Survey> {
+    if let Some(toolchain) = &survey.toolchain {
+        cache.record(&toolchain.record())?;
+    }
+    Ok(survey)
+}
+
+/// Installs all missing packages or, where none is, the first of what else is missing.
+fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
+    if let Some(why) = refusal(missing) {
+        bail!("{why}");
+    }
+    let packages = package_names(missing);
+    if !packages.is_empty() {
+        return apt::install(&packages, cache);
+    }
+    match missing.first() {
+        Some(Missing::Nightly { present }) => install_nightly(*present, cache),
+        Some(Missing::Link { name }) => link(name, cache),
+        Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
+        Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
+    }
+}
+
+fn package_names(missing: &[Missing]) -> Vec<String> {
+    let name = |it: &Missing| match it {
+        Missing::Package { name, .. } => Some(name.clone()),
+        _ => None,
+    };
+    missing.iter().filter_map(name).collect()
+}
+
+/// Why nothing can be installed here, with what the operator has to do; none if setup can go on by itself.
+fn refusal(missing: &[Missing]) -> Option<String> {
+    let by_hand = missing.iter().find_map(|it| match it {
+        Missing::LinkerByHand { llvm } => Some(*llvm),
+        _ => None,
+    });
+    if let Some(llvm) = by_hand {
+        return Some(linker_by_hand(llvm));
+    }
+    let packages = package_names(missing);
+    if packages.is_empty() || apt::is_here() && apt::may_install() {
+        return None;
+    }
+    Some(packages_by_hand(&packages, apt::is_here()))
+}
+
+/// What an operator does who has to install packages himself.
+fn packages_by_hand(packages: &[String], debian: bool) -> String {
+    let mut text = String::new();
+    if debian {
+        text.push_str("what is missing has to be installed by root, so nothing was changed. Run\n\n");
+        for command in packages::commands(packages, true) {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "    {command}");
+        }
+    } else {
+        text.push_str("this is no Debian-like system, so nothing was changed. Install what these Debian packages hold:\n\n");
+        let _ = writeln!(text, "    {}", packages.join(" "));
+    }
+    text.push_str("\nand then `cargo xtask setup` again; it does the rest without root");
+    text
+}
+
+fn linker_by_hand(llvm: u32) -> String {
+    format!(
+        "bpf-linker is missing, and so is an LLVM {llvm} to build it with. Either\n\n    \
+         cargo binstall bpf-linker\n\nor any other way to have a released bpf-linker in PATH, or\n\n    \
+         LLVM_PREFIX=/where/llvm-{llvm}/is cargo xtask setup"
+    )
+}
+
+fn install_nightly(present: bool, cache: &Cache) -> Result<()> {
+    let arguments: &[&str] = if present {
+        &["component", "add", "rust-src", "--toolchain", "nightly"]
+    } else {
+        &["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"]
+    };
+    let command = format!("rustup {}", arguments.join(" "));
+    eprintln!("setup: {command} …");
+    let log = job::fresh(cache.log("rustup")?)?;
+    job::run(Command::new("rustup").args(arguments).env_remove("RUST_BACKTRACE"), &log).with_context(|| {
+        format!(
+            "compiling BPF takes a nightly with rust-src, or Debian's rustc-web with libstd-rust-web-dev-bpf \
+             (not to be had here). Run `{command}` where it may, or name a toolchain in {}",
+            toolchain::CHOICE
+        )
+    })
+}
+
+fn link(name: &str, cache: &Cache) -> Result<()> {
+    eprintln!("setup: rustup toolchain link {name} /usr");
+    let log = job::fresh(cache.log("rustup")?)?;
+    job::run(Command::new("rustup").args(["toolchain", "link", name]).arg(Path::new("/usr")), &log)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_script_is_told_what_the_toolchain_needs() {
+        let mut toolchain =
+            BpfToolchain { name: "bpf".into(), core: Core::Prebuilt, linker_dir: "/t/bin".into() };
+        assert!(
+            toolchain.record().ends_with("TOOLCHAIN=bpf\nRUSTC_BOOTSTRAP=aya_ebpf\nBPF_LINKER_DIR=/t/bin\n")
+        );
+        toolchain.core = Core::Built;
+        assert!(toolchain.record().contains("\nRUSTC_BOOTSTRAP=\n"), "a nightly needs none");
+    }
+
+    #[test]
+    fn who_may_not_install_gets_the_commands() {
+        let text = packages_by_hand(&["postfix".into(), "swaks".into()], true);
+        for command in packages::commands(&["postfix".into(), "swaks".into()], true) {
+            assert!(text.contains(&format!("\n    {command}\n")), "{text}");
+        }
+        let elsewhere = packages_by_hand(&["swaks".into()], false);
+        assert!(elsewhere.contains("    swaks\n") && !elsewhere.contains("apt-get"), "{elsewhere}");
+    }
+
+    #[test]
+    fn without_packages_there_is_nothing_to_refuse() {
+        assert_eq!(refusal(&[Missing::Link { name: "bpf" }, Missing::Linker { llvm: 22 }]), None);
+        assert!(refusal(&[Missing::LinkerByHand { llvm: 24 }]).unwrap().contains("LLVM 24"));
+    }
+}

@@ -1,0 +1,157 @@
+//! A long command: its output goes to a log, and an interruption reaches it, so that what has to be put back is.
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cargo;
+
+/// How many of a failed command's last lines are shown.
+const SHOWN: usize = 25;
+
+/// Set by the first SIGINT, SIGTERM or SIGHUP.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note(_signal: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// While it lives, interruptions end this program's job instead of this program.
+struct Signals {
+    before: [(libc::c_int, libc::sighandler_t); 3],
+}
+
+impl Signals {
+    fn take() -> Self {
+        let before = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(|signal| {
+            // SAFETY: the handler only stores to an atomic, which is async-signal-safe, and has the type that signal(2)
+            // wants. A handler, unlike SIG_IGN, is not inherited by the programs that are started.
+            (signal, unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) })
+        });
+        Self { before }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        for (signal, handler) in self.before.iter().filter(|(_, handler)| *handler != libc::SIG_ERR) {
+            // SAFETY: the handler is the one that signal(2) itself returned for this signal.
+            unsafe { libc::signal(*signal, *handler) };
+        }
+    }
+}
+
+/// Runs a command, its output appended to a log.
+///
+/// # Errors
+/// When it can't be started, is interrupted or fails: with the last lines of the log.
+pub(super) fn run(command: &mut Command, log: &Path) -> Result<()> {
+    let _signals = Signals::take();
+    let name = cargo::line(command);
+    let mut output = File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("cannot write the log {}", log.display()))?;
+    writeln!(output, "$ {name}").context("writing the log")?;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().context("opening the log twice")?)
+        .stderr(output)
+        .spawn()
+        .with_context(|| format!("cannot start `{name}`"))?;
+    let status = wait(child).with_context(|| format!("waiting for `{name}`"))?;
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        bail!("interrupted; what was begun has been taken back");
+    }
+    if !status.success() {
+        bail!("`{name}` failed ({status}); the end of {}:\n{}", log.display(), tail(log));
+    }
+    Ok(())
+}
+
+fn wait(mut child: Child) -> Result<ExitStatus> {
+    let mut told = false;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if INTERRUPTED.load(Ordering::Relaxed) && !told {
+            told = true;
+            terminate(&child);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// From the terminal the signal came to the whole group; a signal for this process alone is passed on.
+fn terminate(child: &Child) {
+    if let Ok(pid) = libc::pid_t::try_from(child.id()) {
+        // SAFETY: kill(2) touches no memory; the child has not been waited for, so the number is still its own.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+}
+
+fn tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let lines = &lines[lines.len().saturating_sub(SHOWN)..];
+    lines.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+/// Begins a log anew.
+pub(super) fn fresh(log: PathBuf) -> Result<PathBuf> {
+    File::create(&log).with_context(|| format!("cannot write the log {}", log.display()))?;
+    Ok(log)
+}
+
+/// Whether a program starts and says its version, as a cached tool should.
+pub(super) fn version(program: &Path) -> Option<String> {
+    let output = Command::new(program).arg("--version").stdin(Stdio::null()).output().ok()?;
+    let healthy = output.status.success() && output.status.signal().is_none();
+    healthy.then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_shows_the_end_of_its_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = fresh(folder.path().join("job.log")).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "seq 1 100; echo broken >&2; exit 3"]);
+        let error = run(&mut command, &log).unwrap_err().to_string();
+        assert!(
+            error.contains("exit status: 3") && error.contains("| 100\n") && error.contains("| broken"),
+            "{error}"
+        );
+        assert!(!error.contains("| 50\n"), "{error}");
+    }
+
+    #[test]
+    fn a_success_is_silent_and_logged() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("job.log");
+        run(Command::new("echo").arg("done"), &log).unwrap();
+        assert_eq!(fs::read_to_string(&log).unwrap(), "$ echo done\ndone\n");
+    }
+
+    #[test]
+    fn a_tool_that_does_not_run_has_no_version() {
+        assert!(version(Path::new("/no/such/tool")).is_none());
+        assert!(version(Path::new("/bin/false")).is_none());
+        assert!(version(Path::new("/bin/ls")).is_some());
+    }
+}

@@ -1,0 +1,135 @@
+//! bpf-linker: makes one BPF object of the compiler's bitcode.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{cache::Cache, job, packages};
+use crate::cargo;
+
+/// The release that is built.
+pub(super) const VERSION: &str = "0.13.0";
+
+/// The LLVM majors this release can be linked with: its features `llvm-NN`.
+const LLVMS: std::ops::RangeInclusive<u32> = 21..=23;
+
+/// The folder of the linker's program for this LLVM, if it is there and runs.
+///
+/// One in the cache was built for that LLVM. One in PATH is the operator's, and counts for a toolchain of rustup's: the
+/// released ones carry a newer LLVM than any Rust does, and that reads older bitcode.
+pub(super) fn find(cache: &Cache, llvm: u32, accept_path: bool) -> Option<PathBuf> {
+    let cached = folder(cache, llvm).join("bin");
+    if job::version(&cached.join("bpf-linker")).is_some_and(|said| said.contains(VERSION)) {
+        return Some(cached);
+    }
+    let own = packages::program("bpf-linker").filter(|_| accept_path)?;
+    job::version(&own)?;
+    own.parent().map(Path::to_path_buf)
+}
+
+fn folder(cache: &Cache, llvm: u32) -> PathBuf {
+    cache.tool(&format!("bpf-linker-{VERSION}-llvm{llvm}"))
+}
+
+/// Where this LLVM's headers and libraries are: `LLVM_PREFIX` if the operator set it, or as Debian lays them.
+fn prefix() -> Option<PathBuf> {
+    env::var_os("LLVM_PREFIX").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// Whether the operator points to an LLVM of his own, so that no package is needed.
+pub(super) fn has_own_llvm() -> bool {
+    prefix().is_some()
+}
+
+/// Builds the linker and puts it in its place when it is whole and runs.
+///
+/// # Errors
+/// When it doesn't build or run. Nothing is left behind.
+pub(super) fn build(cache: &Cache, llvm: u32) -> Result<()> {
+    if !LLVMS.contains(&llvm) {
+        bail!(
+            "bpf-linker {VERSION} links with LLVM {} to {}, and the BPF compiler has {llvm}: choose another compiler by {}",
+            LLVMS.start(),
+            LLVMS.end(),
+            super::toolchain::CHOICE
+        );
+    }
+    eprintln!("setup: bpf-linker {VERSION} (LLVM {llvm}): building, about two minutes …");
+    let partial = cache.partial()?;
+    let log = job::fresh(cache.log("bpf-linker")?)?;
+    job::run(&mut install_command(partial.path(), llvm), &log).context("bpf-linker could not be built")?;
+    let program = partial.path().join("bin/bpf-linker");
+    let said = job::version(&program).unwrap_or_default();
+    if !said.contains(VERSION) {
+        bail!("the bpf-linker just built doesn't run (it said {said:?}); see {}", log.display());
+    }
+    place(partial, &folder(cache, llvm))
+}
+
+fn install_command(root: &Path, llvm: u32) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo::forget_this_package(&mut command);
+    command
+        .args(["install", "--locked", "--no-track", &format!("bpf-linker@{VERSION}")])
+        .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
+        .arg(root)
+        .env("LLVM_PREFIX", prefix().unwrap_or_else(|| format!("/usr/lib/llvm-{llvm}").into()))
+        .env("CARGO_TARGET_DIR", root.join("target"))
+        // Away from the workspace, whose settings are not meant for it.
+        .current_dir(root);
+    command
+}
+
+/// Renames the finished folder into its place; what was there and no longer ran goes.
+fn place(partial: tempfile::TempDir, finished: &Path) -> Result<()> {
+    let failed = |what: &str| format!("cannot {what} {}", finished.display());
+    if let Err(error) = fs::remove_dir_all(partial.path().join("target")) {
+        eprintln!("setup: a build folder stays in {}: {error}", finished.display());
+    }
+    if finished.exists() {
+        fs::remove_dir_all(finished).with_context(|| failed("remove the old"))?;
+    }
+    fs::rename(partial.path(), finished).with_context(|| failed("rename into place"))?;
+    // Renamed away: there is nothing left to remove.
+    let _ = partial.keep();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn tool(folder: &Path, script: &str) {
+        fs::create_dir_all(folder.join("bin")).unwrap();
+        let program = folder.join("bin/bpf-linker");
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn a_finished_tool_takes_the_place_of_a_broken_one_without_its_build_folder() {
+        let cache = tempfile::tempdir().unwrap();
+        let finished = cache.path().join("bpf-linker-1-llvm22");
+        tool(&finished, "exit 1");
+        let partial = tempfile::tempdir_in(cache.path()).unwrap();
+        tool(partial.path(), "echo bpf-linker 1");
+        fs::create_dir(partial.path().join("target")).unwrap();
+        place(partial, &finished).unwrap();
+        assert_eq!(job::version(&finished.join("bin/bpf-linker")).as_deref(), Some("bpf-linker 1"));
+        assert!(!finished.join("target").exists());
+        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_linker_is_built_for_the_compilers_llvm() {
+        let line = cargo::line(&install_command(Path::new("/partial"), 23));
+        assert!(line.contains("--no-default-features --features llvm-23 --root /partial"), "{line}");
+        assert!(line.contains(&format!("bpf-linker@{VERSION}")), "{line}");
+    }
+}

@@ -1,0 +1,201 @@
+//! What must be on the machine, where Debian has it, and why.
+
+use std::{
+    env, iter,
+    path::{Path, PathBuf},
+};
+
+use super::Group;
+
+/// Something the build, the demo or the tests call upon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Tool {
+    /// How to see whether it is there.
+    probe: Probe,
+    /// The Debian package that brings it.
+    pub(super) package: String,
+    /// What it is needed for, to finish the sentence "… is needed for".
+    pub(super) why: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Probe {
+    /// A program in PATH or an `sbin` folder, which an ordinary user's PATH lacks.
+    Program(&'static str),
+    /// A file, at the first place where it is; distributions differ.
+    File(Vec<PathBuf>),
+}
+
+impl Tool {
+    pub(super) fn is_present(&self) -> bool {
+        match &self.probe {
+            Probe::Program(name) => program(name).is_some(),
+            Probe::File(places) => places.iter().any(|place| place.exists()),
+        }
+    }
+}
+
+fn tool(probe: Probe, package: impl Into<String>, why: &'static str) -> Tool {
+    Tool { probe, package: package.into(), why }
+}
+
+/// Where a program is.
+pub(super) fn program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    let folders = env::join_paths(env::split_paths(&path).chain(sbin)).ok()?;
+    which::which_in(name, Some(folders), Path::new("/")).ok()
+}
+
+/// tool, Debian package, what it is needed for, groups
+const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
+    ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail]),
+    ("postfix", "postfix", "postscreen and smtpd behind the injector", &[Group::Mail]),
+    ("dovecot", "dovecot-core", "IMAP behind the injector", &[Group::Mail]),
+    ("haproxy", "haproxy", "a second receiver, and a sender to compare with", &[Group::Mail]),
+    ("nft", "nftables", "faults on the way: drops and rejects inside the tests' namespaces", &[Group::Mail]),
+    ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
+    ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
+    ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
+    ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
+];
+
+/// files (any of them), Debian package, what it is needed for, groups
+const FILES: &[(&[&str], &str, &str, &[Group])] = &[
+    (
+        &["/usr/lib/dovecot/imap-login", "/usr/libexec/dovecot/imap-login"],
+        "dovecot-imapd",
+        "IMAP on 993 and 10993",
+        &[Group::Mail],
+    ),
+    (
+        &["/usr/lib/dovecot/lmtp", "/usr/libexec/dovecot/lmtp"],
+        "dovecot-lmtpd",
+        "delivery from Postfix into the mailbox",
+        &[Group::Mail],
+    ),
+    (
+        &["/usr/lib/dovecot/pop3-login", "/usr/libexec/dovecot/pop3-login"],
+        "dovecot-pop3d",
+        "POP3 behind the injector",
+        &[Group::Mail],
+    ),
+    (
+        &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"],
+        "ca-certificates",
+        "TLS clients that want a set of authorities",
+        &[Group::Mail],
+    ),
+];
+
+/// Everything the groups call upon, apart from what builds BPF.
+pub(super) fn tools(groups: &[Group]) -> Vec<Tool> {
+    let wanted = |of: &[Group]| of.iter().any(|group| groups.contains(group));
+    let programs = PROGRAMS
+        .iter()
+        .filter(|(.., of)| wanted(of))
+        .map(|(name, package, why, _)| tool(Probe::Program(name), *package, why));
+    let files = FILES.iter().filter(|(.., of)| wanted(of)).map(|(places, package, why, _)| {
+        tool(Probe::File(places.iter().map(PathBuf::from).collect()), *package, why)
+    });
+    programs.chain(files).collect()
+}
+
+/// Debian's own way to compile for BPF: a compiler with a prebuilt `core`.
+pub(super) const DEBIAN_COMPILER: [(&str, &str); 2] = [
+    ("rustc-web", "compiling the BPF programs"),
+    ("libstd-rust-web-dev-bpf", "the prebuilt `core` for BPF: no nightly and no build-std"),
+];
+
+/// What linking bpf-linker with Debian's LLVM takes.
+pub(super) fn linker_needs(llvm: u32) -> Vec<Tool> {
+    let file = |path: String| Probe::File(vec![path.into()]);
+    vec![
+        tool(Probe::Program("c++"), "g++", "the C++ library that LLVM stands on"),
+        tool(
+            file(format!("/usr/include/llvm-{llvm}/llvm/IR/Module.h")),
+            format!("llvm-{llvm}-dev"),
+            "bpf-linker is linked with the compiler's own LLVM",
+        ),
+        tool(
+            file(format!("/usr/lib/llvm-{llvm}/lib/libPolly.a")),
+            format!("libpolly-{llvm}-dev"),
+            "a part of that LLVM",
+        ),
+        tool(file("/usr/include/zlib.h".into()), "zlib1g-dev", "LLVM stands on it"),
+        tool(file("/usr/include/zstd.h".into()), "libzstd-dev", "LLVM stands on it"),
+    ]
+}
+
+/// The commands that install these packages, as one would type them. With `update` the package lists are fetched first.
+pub(super) fn commands(packages: &[String], update: bool) -> Vec<String> {
+    let preseed = packages
+        .iter()
+        .any(|name| name == "postfix")
+        .then(|| format!("echo '{POSTFIX_ANSWER}' | sudo debconf-set-selections"));
+    let install = format!(
+        "sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends {}",
+        packages.join(" ")
+    );
+    update
+        .then(|| "sudo apt-get update".to_owned())
+        .into_iter()
+        .chain(preseed)
+        .chain(iter::once(install))
+        .collect()
+}
+
+/// Postfix' installer asks what kind of site this is. None: the tests write their own configuration.
+pub(super) const POSTFIX_ANSWER: &str = "postfix postfix/main_mailer_type select No configuration";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(tools: &[Tool]) -> Vec<&str> {
+        tools.iter().map(|tool| tool.package.as_str()).collect()
+    }
+
+    #[test]
+    fn the_demo_needs_only_namespaces_and_a_build_nothing_of_it() {
+        assert_eq!(names(&tools(&[Group::Demo])), ["iproute2"]);
+        assert_eq!(names(&tools(&[Group::Bpf])), [""; 0]);
+    }
+
+    #[test]
+    fn a_tool_of_two_groups_is_named_once() {
+        let both = tools(&Group::ALL);
+        assert_eq!(both, tools(&[Group::Mail]));
+        let packages = names(&both);
+        let mut unique = packages.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(unique.len(), packages.len(), "{packages:?}");
+        assert!(packages.contains(&"postfix") && packages.contains(&"dovecot-lmtpd"));
+    }
+
+    #[test]
+    fn the_linkers_packages_follow_the_compilers_llvm() {
+        let packages = linker_needs(23);
+        assert!(names(&packages).contains(&"llvm-23-dev"));
+        assert!(names(&packages).contains(&"libpolly-23-dev"));
+        assert!(packages.iter().all(|tool| !tool.why.is_empty()));
+    }
+
+    #[test]
+    fn postfix_is_answered_before_it_asks() {
+        let commands = commands(&["postfix".into(), "swaks".into()], true);
+        assert_eq!(commands.len(), 3);
+        assert_eq!(commands[0], "sudo apt-get update");
+        assert!(commands[1].contains("No configuration"));
+        assert!(commands[2].ends_with("--no-install-recommends postfix swaks"));
+        assert_eq!(super::commands(&["swaks".into()], false).len(), 1);
+    }
+
+    #[test]
+    fn a_missing_program_is_missing() {
+        assert!(program("sh").is_some());
+        assert!(program("no-such-program-of-the-injector").is_none());
+        assert!(!tool(Probe::File(vec!["/no/such/file".into()]), "none", "none").is_present());
+    }
+}

@@ -1,0 +1,299 @@
+//! `cargo xtask test`: unit, property and documentation tests, then the privileged ones against real mail servers.
+//!
+//! Cargo builds; the test programs are run from here, so that the counts are theirs, a hung one ends, and what they left on
+//! the machine is seen.
+
+mod leftovers;
+mod report;
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::process::ExitStatusExt as _,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use self::{
+    leftovers::Before,
+    report::{Output, Report},
+};
+use crate::{
+    AlreadyTold, build,
+    cargo::{self, Executable},
+    setup::{self, Group},
+};
+
+/// The package whose test targets need privileges.
+const PRIVILEGED: &str = "injector-tests";
+
+#[derive(clap::Args)]
+pub(crate) struct TestArgs {
+    /// Only what any user can run: unit, property and documentation tests
+    #[arg(long)]
+    unit: bool,
+    /// Only the privileged tests, in network namespaces with real mail servers
+    #[arg(long)]
+    integration: bool,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+    /// End a test program that takes longer
+    #[arg(long, value_name = "MINUTES", default_value_t = LIMIT)]
+    limit: u64,
+}
+
+const LIMIT: u64 = 20;
+
+impl Default for TestArgs {
+    fn default() -> Self {
+        Self { unit: false, integration: false, filter: None, limit: LIMIT }
+    }
+}
+
+impl TestArgs {
+    fn runs_unit(&self) -> bool {
+        self.unit || !self.integration
+    }
+
+    fn runs_integration(&self) -> bool {
+        self.integration || !self.unit
+    }
+}
+
+pub(crate) fn run(args: &TestArgs) -> Result<()> {
+    let start = Instant::now();
+    let obstacle = if args.runs_integration() { obstacle() } else { None };
+    let privileged = args.runs_integration() && obstacle.is_none();
+    setup::ensure(if privileged { &Group::ALL } else { &[Group::Bpf] })?;
+    let programs = compile()?;
+    let mut report = Report::default();
+    if args.runs_unit() {
+        unit(args, &programs, &mut report)?;
+    }
+    if privileged {
+        integration(args, &programs, &mut report)?;
+    } else if let Some(why) = obstacle {
+        cannot_run(args, &programs, &why, &mut report)?;
+    }
+    println!("\n{}", report.render(start.elapsed()));
+    if report.passed() { Ok(()) } else { Err(AlreadyTold.into()) }
+}
+
+/// Builds every test program.
+fn compile() -> Result<Vec<Executable>> {
+    let mut command = cargo::cargo();
+    command.arg("test").args(cargo::HOST_PACKAGES).arg("--no-run");
+    let mut programs = cargo::executables(&mut command)?;
+    programs.retain(|program| program.harness);
+    programs.sort_by_key(title);
+    Ok(programs)
+}
+
+fn title(program: &Executable) -> String {
+    format!("{} {} {}", program.package, program.kind, program.target)
+}
+
+fn is_privileged(program: &&Executable) -> bool {
+    program.package == PRIVILEGED && program.kind == "test"
+}
+
+fn unit(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result<()> {
+    for program in programs.iter().filter(|program| !is_privileged(program)) {
+        let title = title(program);
+        let ran = watch(&title, &mut harness(program, args), args.limit)?;
+        report.add(title, ran);
+    }
+    let mut documentation = cargo::cargo();
+    documentation.arg("test").args(cargo::HOST_PACKAGES).args(["--doc", "--"]).args(&args.filter);
+    report.add("documentation".into(), watch("documentation", &mut documentation, args.limit)?);
+    Ok(())
+}
+
+/// The privileged tests, and afterwards a look at what they left.
+fn integration(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result<()> {
+    let daemon = build::daemon(false)?;
+    let before = Before::look()?;
+    for program in programs.iter().filter(is_privileged) {
+        let title = title(program);
+        let ran = watch(&title, harness(program, args).env("INJECTOR_BIN", &daemon), args.limit)?;
+        report.add(title, ran);
+    }
+    for left in before.left_behind() {
+        report.fail(format!("left behind: {left}"));
+    }
+    if programs.iter().filter(is_privileged).count() == 0 {
+        report.fail(format!("{PRIVILEGED} has no privileged tests"));
+    } else if args.filter.is_none() || args.integration {
+        report.demand_one_run(PRIVILEGED);
+    }
+    Ok(())
+}
+
+/// A test program as cargo would start it: in its package's folder.
+fn harness(program: &Executable, args: &TestArgs) -> Command {
+    let mut command = Command::new(&program.path);
+    cargo::forget_this_package(&mut command);
+    command.current_dir(&program.folder).env("CARGO_MANIFEST_DIR", &program.folder).args(&args.filter);
+    command
+}
+
+/// Why the privileged tests can't run here, found out by doing what they do first.
+fn obstacle() -> Option<String> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let is_root =
+        status.lines().any(|line| line.starts_with("Uid:") && line.split_whitespace().nth(2) == Some("0"));
+    if !is_root {
+        return Some("they make network namespaces and load BPF programs, which takes root".into());
+    }
+    match Command::new("unshare").args(["--net", "--mount", "true"]).output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Some(format!(
+                "this root may not make network namespaces ({said}); a container needs --privileged"
+            ))
+        }
+        Err(error) => Some(format!("cannot start unshare, of util-linux: {error}")),
+    }
+}
+
+/// Counts the privileged tests as skipped and says why: a run without them has not passed.
+fn cannot_run(args: &TestArgs, programs: &[Executable], why: &str, report: &mut Report) -> Result<()> {
+    println!("\n-- the privileged tests cannot run: {why}");
+    for program in programs.iter().filter(is_privileged) {
+        let mut command = harness(program, args);
+        let output = command
+            .arg("--list")
+            .output()
+            .with_context(|| format!("cannot start {}", program.path.display()))?;
+        let list = String::from_utf8_lossy(&output.stdout).into_owned();
+        let names: Vec<_> = list.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+        for name in &names {
+            println!("   skipped: {name}");
+        }
+        report.add(title(program), Output::skipped(names.len()));
+    }
+    report.refuse(format!("the privileged tests did not run: {why} (--unit runs the others alone)"));
+    Ok(())
+}
+
+/// Runs a test program, showing what it prints, and gathers its results.
+fn watch(title: &str, command: &mut Command, limit_minutes: u64) -> Result<Output> {
+    println!("\n-- {title}");
+    let start = Instant::now();
+    let limit = Duration::from_secs(limit_minutes.saturating_mul(60));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {}", Path::new(command.get_program()).display()))?;
+    let mut output = Output::default();
+    let in_time = read_until(&mut child, &mut output, start + limit);
+    if !in_time {
+        child.kill().with_context(|| format!("cannot end {title}"))?;
+    }
+    let status = child.wait().with_context(|| format!("waiting for {title}"))?;
+    output.took = start.elapsed();
+    if !in_time {
+        output.complain(format!("ended after {limit_minutes} minutes (--limit)"));
+    } else if !status.success() && !output.has_failures() {
+        output.complain(how_it_ended(status));
+    } else if !output.is_complete() {
+        output.complain("printed no result".into());
+    }
+    Ok(output)
+}
+
+fn how_it_ended(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(signal) => format!("killed by signal {signal}"),
+        None => format!("failed without a failed test ({status})"),
+    }
+}
+
+/// Passes the program's lines on until it closes its output; false when the time is over before.
+///
+/// A server that the program started may hold the output open for ever, so its end is looked for as well.
+fn read_until(child: &mut Child, output: &mut Output, deadline: Instant) -> bool {
+    const GRACE: Duration = Duration::from_millis(300);
+    let Some(stdout) = child.stdout.take() else { return true };
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        let mut reader = BufReader::new(stdout);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+            if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                break;
+            }
+            line.clear();
+        }
+    });
+    loop {
+        match lines.recv_timeout(GRACE) {
+            Ok(line) => {
+                println!("{line}");
+                output.line(&line);
+            }
+            Err(RecvTimeoutError::Disconnected) => return true,
+            Err(RecvTimeoutError::Timeout) if matches!(child.try_wait(), Ok(Some(_))) => return true,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str, limit_minutes: u64) -> Output {
+        watch("test", Command::new("sh").args(["-c", script]), limit_minutes).unwrap()
+    }
+
+    const RESULT: &str = "echo 'test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out'";
+
+    #[test]
+    fn the_counts_are_the_programs_own() {
+        let output = sh(RESULT, 1);
+        assert_eq!((output.passed, output.failed, output.skipped), (2, 0, 1));
+        assert!(!output.has_failures());
+    }
+
+    #[test]
+    fn a_program_that_dies_or_says_nothing_has_failed() {
+        for script in ["kill -SEGV $$", "exit 3", "true", &format!("{RESULT}; exit 1")] {
+            assert!(sh(script, 1).has_failures(), "{script}");
+        }
+    }
+
+    #[test]
+    fn a_hung_program_is_ended() {
+        let output = sh("exec sleep 60", 0);
+        assert!(output.has_failures() && output.took < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn an_output_held_open_by_a_server_does_not_hold_the_run() {
+        let output = sh(&format!("{RESULT}; sleep 3 &"), 1);
+        assert!(!output.has_failures() && output.took < Duration::from_millis(2500));
+    }
+
+    #[test]
+    fn both_parts_run_unless_one_is_asked_for() {
+        let parts = |unit, integration| {
+            let args = TestArgs { unit, integration, ..TestArgs::default() };
+            (args.runs_unit(), args.runs_integration())
+        };
+        assert_eq!(parts(false, false), (true, true));
+        assert_eq!(parts(true, true), (true, true));
+        assert_eq!(parts(true, false), (true, false));
+        assert_eq!(parts(false, true), (false, true));
+    }
+}

@@ -1,0 +1,207 @@
+//! What the test programs said, added up.
+
+use std::{fmt::Write as _, time::Duration};
+
+/// The results of one test program, taken from its own output; libtest and libtest-mimic print the same.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Output {
+    pub(super) passed: usize,
+    pub(super) failed: usize,
+    /// Ignored tests, which said they can't run here.
+    pub(super) skipped: usize,
+    pub(super) took: Duration,
+    failures: Vec<String>,
+    /// What was wrong with the program itself; counts as one failure.
+    complaint: Option<String>,
+    /// `test result:` lines seen; documentation tests print one for each package.
+    results: usize,
+}
+
+impl Output {
+    /// Of a program that was not run.
+    pub(super) fn skipped(count: usize) -> Self {
+        Self { skipped: count, results: 1, ..Self::default() }
+    }
+
+    /// Takes one line of the program's output.
+    pub(super) fn line(&mut self, line: &str) {
+        if let Some(result) = line.strip_prefix("test result:") {
+            self.results += 1;
+            self.passed += count(result, "passed");
+            self.failed += count(result, "failed");
+            self.skipped += count(result, "ignored");
+        } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix("FAILED")) {
+            self.failures.push(name.trim_end_matches([' ', '.']).to_owned());
+        }
+    }
+
+    /// Notes that something was wrong beside the tests.
+    pub(super) fn complain(&mut self, what: String) {
+        self.complaint = Some(what);
+    }
+
+    pub(super) fn has_failures(&self) -> bool {
+        self.failed > 0 || self.complaint.is_some()
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.results > 0
+    }
+
+    fn failed_in_all(&self) -> usize {
+        self.failed + usize::from(self.complaint.is_some())
+    }
+}
+
+/// The number before a word: `ok. 5 passed; 0 failed; …`.
+fn count(result: &str, what: &str) -> usize {
+    let words: Vec<&str> = result.split([' ', ';']).filter(|word| !word.is_empty()).collect();
+    let pair = words.windows(2).find(|pair| pair[1] == what);
+    pair.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+}
+
+/// Everything that ran.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    programs: Vec<(String, Output)>,
+    /// Failures of the run as a whole; each counts as one.
+    failures: Vec<String>,
+    /// Why the run does not count although nothing has failed.
+    refusals: Vec<String>,
+}
+
+impl Report {
+    pub(super) fn add(&mut self, title: String, output: Output) {
+        self.programs.push((title, output));
+    }
+
+    pub(super) fn fail(&mut self, what: String) {
+        self.failures.push(what);
+    }
+
+    pub(super) fn refuse(&mut self, why: String) {
+        self.refusals.push(why);
+    }
+
+    /// A run in which every privileged test was skipped has shown nothing.
+    pub(super) fn demand_one_run(&mut self, package: &str) {
+        let of_package =
+            self.programs.iter().filter(|(title, _)| title.starts_with(&format!("{package} test ")));
+        if of_package.map(|(_, output)| output.passed + output.failed_in_all()).sum::<usize>() == 0 {
+            self.fail("not one privileged test ran".into());
+        }
+    }
+
+    pub(super) fn passed(&self) -> bool {
+        let (passed, failed, _) = self.totals();
+        failed == 0 && passed > 0 && self.refusals.is_empty()
+    }
+
+    fn totals(&self) -> (usize, usize, usize) {
+        let sum =
+            |of: fn(&Output) -> usize| self.programs.iter().map(|(_, output)| of(output)).sum::<usize>();
+        let failed = sum(Output::failed_in_all) + self.failures.len();
+        (sum(|output| output.passed), failed, sum(|output| output.skipped))
+    }
+
+    /// A table, what went wrong, and the totals as the last line: `N passed, N failed[, N skipped]`.
+    pub(super) fn render(&self, took: Duration) -> String {
+        let mut text = String::from("passed  failed  skipped  seconds  target\n");
+        for (title, output) in &self.programs {
+            let seconds = output.took.as_secs_f32();
+            // Writing to a String cannot fail, here and below.
+            let _ = writeln!(
+                text,
+                "{:>6}  {:>6}  {:>7}  {seconds:>7.1}  {title}",
+                output.passed,
+                output.failed_in_all(),
+                output.skipped
+            );
+        }
+        for line in self.troubles() {
+            let _ = writeln!(text, "{line}");
+        }
+        let (passed, failed, skipped) = self.totals();
+        if passed + failed + skipped == 0 {
+            let _ = writeln!(text, "no test has such a name");
+        }
+        let _ = writeln!(text, "the whole took {:.0} s", took.as_secs_f32());
+        let _ = write!(text, "{passed} passed, {failed} failed");
+        if skipped > 0 {
+            let _ = write!(text, ", {skipped} skipped");
+        }
+        text
+    }
+
+    fn troubles(&self) -> impl Iterator<Item = String> {
+        let of_programs = self.programs.iter().flat_map(|(title, output)| {
+            let names = output.failures.iter().chain(&output.complaint);
+            names.map(move |what| format!("FAILED  {title}: {what}"))
+        });
+        let whole = self.failures.iter().chain(&self.refusals).map(|what| format!("FAILED  {what}"));
+        of_programs.chain(whole)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(lines: &[&str]) -> Output {
+        let mut output = Output::default();
+        lines.iter().for_each(|line| output.line(line));
+        output
+    }
+
+    fn report(lines: &[&str]) -> Report {
+        let mut report = Report::default();
+        report.add("injector-tests test splice".into(), output(lines));
+        report
+    }
+
+    const GOOD: &str =
+        "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s";
+    const BAD: &str =
+        "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s";
+
+    #[test]
+    fn several_results_add_up() {
+        let both = output(&["running 6 tests", GOOD, "test smtp::ipv4 ... FAILED", BAD, "5 passed"]);
+        assert_eq!((both.passed, both.failed, both.skipped), (8, 2, 1));
+        assert_eq!(both.failures, ["smtp::ipv4"]);
+        assert!(both.is_complete() && both.has_failures());
+        assert!(!output(&["running 0 tests"]).is_complete());
+    }
+
+    #[test]
+    fn the_last_line_has_the_totals() {
+        let mut report = report(&[GOOD]);
+        assert!(report.passed());
+        assert_eq!(report.render(Duration::ZERO).lines().last(), Some("5 passed, 0 failed, 1 skipped"));
+        report.fail("left behind: network namespace inj-1-edge".into());
+        assert!(!report.passed());
+        let text = report.render(Duration::ZERO);
+        assert_eq!(text.lines().last(), Some("5 passed, 1 failed, 1 skipped"));
+        assert!(text.contains("FAILED  left behind: network namespace inj-1-edge\n"));
+    }
+
+    #[test]
+    fn a_run_that_shows_nothing_has_not_passed() {
+        assert!(!report(&["test result: ok. 0 passed; 0 failed; 0 ignored"]).passed());
+        assert!(!report(&[BAD]).passed());
+        let mut refused = report(&[GOOD]);
+        refused.refuse("root".into());
+        assert!(!refused.passed());
+    }
+
+    #[test]
+    fn skipping_every_privileged_test_fails() {
+        let mut skipped = report(&["test result: ok. 0 passed; 0 failed; 7 ignored; 0 measured"]);
+        skipped.add("xtask bin xtask".into(), output(&[GOOD]));
+        skipped.demand_one_run("injector-tests");
+        assert!(!skipped.passed());
+        let mut ran = report(&[GOOD]);
+        ran.demand_one_run("injector-tests");
+        assert!(ran.passed());
+    }
+}

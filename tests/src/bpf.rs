@@ -71,11 +71,11 @@ impl DaemonMap {
 
     fn name(&self) -> anyhow::Result<String> {
         /// Of `bpf_map_info`: its size up to and with the name, and where the name is.
-        const INFO: usize = 40;
+        const INFO: u32 = 40;
         const NAME: usize = 24;
-        let mut info = [0_u8; INFO];
+        let mut info = [0_u8; INFO as usize];
         let mut query =
-            Attributes::new().fd(0, &self.0).u32(4, INFO as u32).pointer(8, info.as_mut_ptr().cast_const());
+            Attributes::new().fd(0, &self.0).u32(4, INFO).pointer(8, info.as_mut_ptr().cast_const());
         call(BPF_OBJ_GET_INFO_BY_FD, &mut query).context("asking for a map's name")?;
         let name = info.get(NAME..).unwrap_or_default();
         let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());

@@ -43,7 +43,12 @@ fn joined(
 
 /// Bytes that repeat only after 251 times 256: a lost, doubled or swapped piece is seen.
 fn pattern(seed: usize, len: usize) -> Vec<u8> {
-    (0..len).map(|at| ((at + seed) % 251 ^ (at >> 8) % 256) as u8).collect()
+    let byte = |at: usize| {
+        let [low, ..] = ((at + seed) % 251).to_le_bytes();
+        let [_, high, ..] = at.to_le_bytes();
+        low ^ high
+    };
+    (0..len).map(byte).collect()
 }
 
 fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {

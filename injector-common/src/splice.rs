@@ -58,6 +58,38 @@ pub struct Flow {
     pub lost: u64,
     /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
     pub last_ns: u64,
+    /// When `redirected` has come this far, the program rings [`Alarm`].
+    pub alarm_at: u64,
+    /// 1 once payload is left to user space instead; it stays so, or payload would overtake payload.
+    pub passing: u64,
+}
+
+impl Flow {
+    /// A flow that has carried nothing.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { redirected: 0, lost: 0, last_ns: 0, alarm_at: FIRST_ALARM, passing: 0 }
+    }
+}
+
+/// Bytes after which a flow rings for the first time: what a stalled target can hold back unnoticed.
+pub const FIRST_ALARM: u64 = 64 * 1024;
+
+/// When to ring again after `redirected` bytes: after as much again, but at the latest after `step`. Long streams ring
+/// seldom for their size, short ones never.
+#[must_use]
+#[inline(always)]
+pub const fn next_alarm(redirected: u64, step: u64) -> u64 {
+    let more = if redirected < step { redirected } else { step };
+    redirected.wrapping_add(more)
+}
+
+/// What the program puts into the ring buffer `ALARMS`: look at the target of this source.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alarm {
+    /// The source's socket cookie.
+    pub source: u64,
 }
 
 /// Every way through a program ends in one of these; each is an index of the per-CPU array `COUNTERS`.
@@ -88,11 +120,17 @@ pub enum Counter {
     NoFlow,
     /// `verdict`: payload whose target has left the map; dropped and counted in the flow as lost.
     NoTarget,
+    /// `verdict`: payload left to user space, because the target does not keep up.
+    Passed,
+    /// `verdict`: the daemon was asked to look at a target.
+    AlarmRung,
+    /// `verdict`: the ring buffer was full; the next payload tries again.
+    AlarmLost,
 }
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::HeaderBeforePayload,
         Self::HeaderAlone,
         Self::AfterHeader,
@@ -105,6 +143,9 @@ impl Counter {
         Self::Empty,
         Self::NoFlow,
         Self::NoTarget,
+        Self::Passed,
+        Self::AlarmRung,
+        Self::AlarmLost,
     ];
 
     /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
@@ -123,6 +164,9 @@ impl Counter {
             Self::Empty => ("verdict", "empty"),
             Self::NoFlow => ("verdict", "no_flow"),
             Self::NoTarget => ("verdict", "no_target"),
+            Self::Passed => ("verdict", "passed"),
+            Self::AlarmRung => ("verdict", "alarm_rung"),
+            Self::AlarmLost => ("verdict", "alarm_lost"),
         }
     }
 }
@@ -144,6 +188,18 @@ mod tests {
         for (index, counter) in Counter::ALL.into_iter().enumerate() {
             assert_eq!(counter as usize, index);
         }
+    }
+
+    #[test]
+    fn alarms_come_at_doubling_sizes_and_then_every_step() {
+        const STEP: u64 = 512 * 1024;
+        let mut at = Flow::new().alarm_at;
+        let mut rung = [0; 7];
+        for slot in &mut rung {
+            *slot = at / 1024;
+            at = next_alarm(at, STEP);
+        }
+        assert_eq!(rung, [64, 128, 256, 512, 1024, 1536, 2048]);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
     protocol::Speaker,
     rights,
     selftest::Findings,
-    session::Context,
+    session::{Context, Ledger},
     sys,
     watch::Watch,
 };
@@ -61,7 +61,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         Some(metrics) => Some(listener::bind(metrics.listen).context("metrics.listen")?),
         None => None,
     };
-    let findings = Findings::gather(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX));
+    let connections = u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX);
+    let findings = if config.listeners.iter().all(|listener| listener.engine == EngineChoice::Relay) {
+        Findings::untried("no listener asks for it")
+    } else {
+        Findings::gather(connections, &config.splice.marks)
+    };
     let engines = choose(&config, &findings)?;
 
     // Without.
@@ -81,11 +86,10 @@ fn bind_all(config: &Config) -> anyhow::Result<Vec<Vec<Socket>>> {
 
 fn choose(config: &Config, findings: &Findings) -> anyhow::Result<Vec<Arc<dyn Engine>>> {
     let fault = findings.splice_fault();
-    if let Some(fault) = &fault {
-        let asked = config.listeners.iter().any(|listener| listener.engine != EngineChoice::Relay);
-        if asked {
-            tracing::warn!(reason = fault, "the splice engine cannot run here");
-        }
+    if let Some(fault) = &fault
+        && config.listeners.iter().any(|listener| listener.engine != EngineChoice::Relay)
+    {
+        tracing::warn!(reason = fault, "the splice engine cannot run here");
     }
     let mut engines = Vec::new();
     for listener in &config.listeners {
@@ -139,7 +143,9 @@ async fn serve(
 
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
+    let ledger = Ledger::default();
     observe(&metrics, &findings, &config, nofile);
+    metrics.watch_backlog(ledger.clone());
     let exporting = CancellationToken::new();
     if let Some(exporter) = exporter {
         let exporter = tokio::net::TcpListener::from_std(exporter.into()).context("metrics.listen")?;
@@ -166,6 +172,9 @@ async fn serve(
                 engine,
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
+                pays: config.splice.pays,
+                marks: config.splice.marks,
+                ledger: ledger.clone(),
                 watch: watch.clone(),
                 cut: cut.clone(),
                 run_id,
@@ -238,6 +247,12 @@ fn observe(metrics: &Metrics, findings: &Findings, config: &Config, nofile: u64)
     }
     #[cfg(feature = "bpf")]
     if let Some(splice) = findings.splice_engine() {
+        let alarms = Arc::clone(splice);
+        tokio::spawn(async move {
+            if let Err(error) = alarms.follow_alarms().await {
+                tracing::error!(%error, "nobody hears the programs' alarms: slow readers are not held back");
+            }
+        });
         metrics.watch_programs(Arc::clone(splice) as Arc<dyn crate::metrics::BpfCounters>);
         match splice.logger() {
             Ok(logger) => drop(tokio::spawn(follow(logger))),

@@ -6,7 +6,10 @@ use std::{
     io::{self, IoSlice, Read as _},
     net::{Shutdown, SocketAddr},
     os::fd::{AsRawFd, RawFd},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -54,6 +57,8 @@ pub struct Endpoint {
     io: Option<Io>,
     watched: Option<Watched<Arc<Socket>>>,
     needs: Needs,
+    /// The last read took all there was.
+    emptied: AtomicBool,
 }
 
 impl Endpoint {
@@ -101,6 +106,7 @@ impl Endpoint {
             io,
             watched: None,
             needs: EVERYTHING,
+            emptied: AtomicBool::new(false),
             socket,
         })
     }
@@ -153,6 +159,7 @@ impl Endpoint {
         let mut take = Some(take);
         loop {
             let mut ready = io.ready(Interest::READABLE).await?;
+            let closed = ready.ready().is_read_closed();
             let taken = SCRATCH.with_borrow_mut(|scratch| {
                 let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
                     Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
@@ -160,6 +167,7 @@ impl Endpoint {
                     Err(_would_block) => return Ok(None),
                 };
                 // A short read has emptied the queue: the next one would only say EAGAIN.
+                self.emptied.store(count < scratch.len(), Ordering::Relaxed);
                 if count > 0 && count < scratch.len() {
                     ready.clear_ready_matching(Ready::READABLE);
                 }
@@ -168,7 +176,20 @@ impl Endpoint {
             if let Some(taken) = taken {
                 return Ok(taken);
             }
+            if closed {
+                // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still
+                // with a worker, and says EAGAIN until then.
+                drop(ready);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
         }
+    }
+
+    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, which
+    /// the kernel's plane would carry once more, from its first byte (tcp_read_skb, net/ipv4/tcp.c, knows no offset).
+    #[must_use]
+    pub fn emptied(&self) -> bool {
+        self.emptied.load(Ordering::Relaxed)
     }
 
     /// Writes what fits now, without waiting; 0 when nothing fits.
@@ -217,8 +238,8 @@ impl Endpoint {
         }
     }
 
-    /// Resolves with the error when the connection breaks, whoever carries its payload. Cancel safe.
-    pub async fn broken(&self) -> io::Error {
+    /// Resolves when the connection breaks, with its error, or when both sides have finished, with none. Cancel safe.
+    pub async fn closed(&self) -> Option<io::Error> {
         match (&self.watched, &self.io) {
             (Some(watched), _) => watched.broken().await,
             (None, Some(io)) => {
@@ -227,10 +248,7 @@ impl Endpoint {
             }
             (None, None) => std::future::pending().await,
         }
-        match self.socket.take_error() {
-            Ok(Some(error)) | Err(error) => error,
-            Ok(None) => io::ErrorKind::ConnectionReset.into(),
-        }
+        self.socket.take_error().unwrap_or_else(Some)
     }
 
     /// Tells the peer that nothing more comes (FIN).
@@ -239,6 +257,18 @@ impl Endpoint {
     /// As shutdown(2).
     pub fn finish(&self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
+    }
+
+    /// Waits until the peer has acknowledged all that it was sent, or is gone, or this time is over.
+    pub async fn taken(&self, within: Duration) {
+        let acknowledged = async {
+            let mut pause = Duration::from_millis(1);
+            while sys::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+        };
+        let _ = tokio::time::timeout(within, acknowledged).await;
     }
 
     /// Closes with a RST, so that the peer never takes what it got for the whole.

@@ -1,8 +1,13 @@
 //! What the session asks of an engine. Engines differ only in how bytes move; the life of a connection is the same.
 
-use std::{fmt::Debug, io};
+use std::{
+    fmt::Debug,
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use injector_common::splice::Flow;
+use tokio::sync::Notify;
 
 use crate::{endpoint::Endpoint, relay};
 
@@ -41,12 +46,66 @@ pub trait Spliced: Debug + Send + Sync {
     /// When nobody knows any more; the connection must be reset.
     fn flow(&self) -> io::Result<Flow>;
 
+    /// Rings when the backlog should be looked at.
+    fn bell(&self) -> &Bell;
+
+    /// What is on its way.
+    ///
+    /// # Errors
+    /// When nobody knows any more; the connection must be reset.
+    fn backlog(&self, target: &Endpoint) -> io::Result<Backlog>;
+
+    /// Lets the kernel go on after a look: the target has taken so much. Never after [`Spliced::hold`].
+    ///
+    /// # Errors
+    /// When the kernel refuses; the connection must be reset.
+    fn grant(&self, taken: u64) -> io::Result<()>;
+
+    /// Leaves what `source` receives from here on to user space, for good, so that TCP closes the window.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the connection must be reset.
+    fn hold(&self, source: &Endpoint) -> io::Result<()>;
+
     /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
     /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
     ///
     /// # Errors
     /// When bytes were lost: reset, never FIN. A broken target is no error here; it is never delivered.
     fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool>;
+}
+
+/// What is on its way to a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes that the target has not taken into its send queue.
+    pub bytes: u64,
+    /// Bytes that it has.
+    pub taken: u64,
+    /// The kernel has stopped carrying by itself, as after [`Spliced::hold`]: nobody looked in time.
+    pub held: bool,
+}
+
+/// Rung by the kernel, heard by a session.
+#[derive(Debug, Default)]
+pub struct Bell {
+    rung: AtomicBool,
+    changed: Notify,
+}
+
+impl Bell {
+    /// Rings.
+    pub fn ring(&self) {
+        self.rung.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    /// Resolves when it has rung since it was last heard. Cancel safe.
+    pub async fn heard(&self) {
+        while !self.rung.swap(false, Ordering::AcqRel) {
+            self.changed.notified().await;
+        }
+    }
 }
 
 /// Why a direction stays in user space: the label of `injector_enrolment_failures_total`, and the whole story.
@@ -83,7 +142,7 @@ mod kernel {
 
     use std::sync::Arc;
 
-    use super::{Endpoint, Engine, Flow, Injected, Refused, Spliced, io, relay};
+    use super::{Backlog, Bell, Endpoint, Engine, Flow, Injected, Refused, Spliced, io, relay};
     use crate::splice::{
         Splice,
         inject::InjectError,
@@ -115,14 +174,35 @@ mod kernel {
         fn enrol(&self, source: &Endpoint, target: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>> {
             Some(match verdict::Spliced::enrol(self, source, target) {
                 Ok(spliced) => Ok(Box::new(spliced)),
-                Err(error) => Err(Refused { reason: error.reason(), detail: error.to_string() }),
+                Err(error) => Err(refused(error)),
             })
         }
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+    fn refused(error: verdict::EnrolError) -> Refused {
+        Refused { reason: error.reason(), detail: error.to_string() }
     }
 
     impl Spliced for verdict::Spliced {
         fn flow(&self) -> io::Result<Flow> {
             self.flow().map_err(io::Error::other)
+        }
+
+        fn bell(&self) -> &Bell {
+            self.bell()
+        }
+
+        fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
+            self.backlog(target)
+        }
+
+        fn grant(&self, taken: u64) -> io::Result<()> {
+            self.grant(taken)
+        }
+
+        fn hold(&self, source: &Endpoint) -> io::Result<()> {
+            self.hold(source)
         }
 
         fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {

@@ -8,6 +8,7 @@ use injector_user::{
     config::{self, Config},
     daemon, log,
     selftest::Findings,
+    session::Marks,
 };
 
 fn main() -> ExitCode {
@@ -30,7 +31,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         Command::Selftest(args) => {
-            let findings = Findings::gather(1);
+            let findings = Findings::gather(16, &Marks::default());
             if args.json {
                 println!("{:#}", findings.json());
             } else {

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     config::EngineChoice,
     engine::{Engine, Relay},
+    session::Marks,
 };
 
 /// One check of an engine's mechanism.
@@ -32,14 +33,14 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Loads the programs with room for `connections`, and drives them.
+    /// Loads the programs with room for `connections`, holding back by these marks, and drives them.
     #[cfg(feature = "bpf")]
     #[must_use]
-    pub fn gather(connections: u32) -> Self {
+    pub fn gather(connections: u32, marks: &Marks) -> Self {
         use crate::splice::{Splice, selftest};
 
         let start = std::time::Instant::now();
-        let loaded = match Splice::load(connections) {
+        let loaded = match Splice::load(connections, marks.alarm_step(), marks.credit()) {
             Ok(splice) => Arc::new(splice),
             Err(error) => {
                 let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
@@ -62,9 +63,19 @@ impl Findings {
     /// Without BPF in the binary there is nothing to try.
     #[cfg(not(feature = "bpf"))]
     #[must_use]
-    pub fn gather(_connections: u32) -> Self {
-        let result = Err("this binary was built without BPF (--no-default-features)".to_owned());
-        Self { splice: vec![Check { name: "load", result, took: Duration::ZERO }], programs: Vec::new() }
+    pub fn gather(_connections: u32, _marks: &Marks) -> Self {
+        Self::untried("this binary was built without BPF (--no-default-features)")
+    }
+
+    /// Nothing was loaded, for this reason.
+    #[must_use]
+    pub fn untried(why: &str) -> Self {
+        Self {
+            splice: vec![Check { name: "load", result: Err(why.to_owned()), took: Duration::ZERO }],
+            programs: Vec::new(),
+            #[cfg(feature = "bpf")]
+            loaded: None,
+        }
     }
 
     /// Why the splice engine cannot run; `None` if it can.

@@ -20,3 +20,4 @@ pub mod netns;
 pub mod postfix;
 pub mod process;
 pub mod service;
+pub mod soak;

@@ -46,7 +46,7 @@ where
         if netns::unavailable().is_some() {
             return Ok(Completion::ignored_with("needs root, to load BPF programs"));
         }
-        let splice = Arc::new(Splice::load(64)?);
+        let splice = Arc::new(Splice::load(64, 512 << 10, 64 << 20)?);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let outcome = runtime.block_on(async {
             timeout(LIMIT, run(Arc::clone(&splice))).await.context("took too long")??;

@@ -5,6 +5,7 @@ mod cargo;
 mod ci;
 mod demo;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Verb {
     Demo(demo::DemoArgs),
     /// Run the unit tests, then the privileged ones against real mail servers
     Test(test::TestArgs),
+    /// Run random sessions through the daemon for minutes, and compare every byte
+    Soak(soak::SoakArgs),
     /// Everything that must hold before a change lands: format, lint, docs, build, test
     Ci,
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Build(args) => build::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Ci => ci::run(),
     };
     match done {

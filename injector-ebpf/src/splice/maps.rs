@@ -3,13 +3,14 @@
 use core::ptr::{self, NonNull};
 
 use aya_ebpf::{
+    Global,
     bindings::sk_action,
-    btf_maps::{HashMap, PerCpuArray, SkStorage, SockHash},
+    btf_maps::{HashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
     helpers::generated::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{Counter, Flow, Header};
+use injector_common::splice::{Alarm, Counter, Flow, Header, next_alarm};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -33,6 +34,19 @@ static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 /// Source's cookie → what was carried.
 #[btf_map]
 static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Source's cookie → how many bytes may be redirected in all, raised by the daemon as the target takes them. Written by
+/// the daemon alone: the flow is the program's.
+#[btf_map]
+static CREDIT: HashMap<u64, u64, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Asks the daemon to look at a target. Each alarm takes 16 bytes, and the daemon reads at once.
+#[btf_map]
+static ALARMS: RingBuf<Alarm, { 64 * 1024 }> = RingBuf::new();
+
+/// Bytes between two alarms of a long stream; set by the daemon when it loads the programs.
+#[unsafe(no_mangle)]
+static ALARM_STEP: Global<u64> = Global::new(512 * 1024);
 
 /// One slot for each [`Counter`].
 #[btf_map]
@@ -69,6 +83,26 @@ pub(super) fn flow(source: u64) -> Option<NonNull<Flow>> {
     FLOWS.get_ptr_mut(&source).and_then(NonNull::new)
 }
 
+/// Whether payload of this source is left to user space, because its target does not keep up or the daemon does not.
+/// Once it is so it stays so.
+#[inline(always)]
+pub(super) fn passes(flow: NonNull<Flow>, source: u64) -> bool {
+    // SAFETY: as in `add_redirected`; the credit is one word.
+    unsafe {
+        let flow = &mut *flow.as_ptr();
+        let credit = CREDIT.get_ptr(&source).map_or(0, |credit| *credit);
+        if flow.passing == 0 && flow.redirected < credit {
+            return false;
+        }
+        flow.last_ns = bpf_ktime_get_ns();
+        if flow.passing == 0 {
+            flow.passing = 1;
+            flow.alarm_at = 0;
+        }
+    }
+    true
+}
+
 /// Counts `len` bytes as handed to the target.
 #[inline(always)]
 pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
@@ -79,6 +113,21 @@ pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
         (*flow.as_ptr()).redirected += len;
         (*flow.as_ptr()).last_ns = bpf_ktime_get_ns();
     }
+}
+
+/// Rings if so much was carried that the daemon must look whether the target keeps up.
+#[inline(always)]
+pub(super) fn ring(flow: NonNull<Flow>, source: u64) {
+    // SAFETY: as in `add_redirected`.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    if flow.redirected < flow.alarm_at {
+        return;
+    }
+    if ALARMS.output(Alarm { source }, 0).is_err() {
+        return count(Counter::AlarmLost);
+    }
+    flow.alarm_at = if flow.passing == 0 { next_alarm(flow.redirected, ALARM_STEP.load()) } else { u64::MAX };
+    count(Counter::AlarmRung);
 }
 
 /// Counts `len` bytes as lost: the daemon resets both sides when it sees them.

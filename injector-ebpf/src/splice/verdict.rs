@@ -33,8 +33,14 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
     // SAFETY: the program's own context.
     let source = unsafe { bpf_get_socket_cookie(payload.as_ptr()) };
     let flow = maps::flow(source).ok_or(Counter::NoFlow)?;
+    // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
+    if maps::passes(flow, source) {
+        maps::ring(flow, source);
+        return Ok(Counter::Passed);
+    }
     // Counted before it leaves: whoever reads the count never sees less than what is under way.
     maps::add_redirected(flow, len.into());
+    maps::ring(flow, source);
     if maps::redirect(payload, source) {
         return Ok(Counter::Redirected);
     }

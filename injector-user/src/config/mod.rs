@@ -30,7 +30,10 @@ pub use self::{
     receiver::UNIQUE_ID_LEN,
     summary::summary,
 };
-use crate::protocol::Protocol;
+use crate::{
+    protocol::Protocol,
+    session::{Marks, Pays},
+};
 
 /// A complete configuration, as small as it gets, with the names of the project's documentation.
 pub const EXAMPLE: &str = r#"[metrics]
@@ -51,6 +54,8 @@ pub struct Config {
     pub metrics: Option<Metrics>,
     /// Limits over all listeners.
     pub limits: Limits,
+    /// How the splice engine uses the kernel.
+    pub splice: Splice,
     /// How the daemon stops.
     pub stop: Stop,
     /// What is logged, and how.
@@ -77,6 +82,15 @@ impl Default for Limits {
     fn default() -> Self {
         Self { max_connections: 10_000 }
     }
+}
+
+/// `[splice]`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Splice {
+    /// How much may wait in the kernel; `low < high` and `total_high < total_limit`.
+    pub marks: Marks,
+    /// When a direction is handed to the kernel.
+    pub pays: Pays,
 }
 
 /// `[stop]`
@@ -271,6 +285,7 @@ fn read(root: Section<'_>) -> Option<Config> {
         limits.max_connections = section.count("max_connections").unwrap_or(limits.max_connections);
         section.finish();
     }
+    let splice = root.section("splice").map(read_splice).unwrap_or_default();
     let mut stop = Stop::default();
     if let Some(section) = root.section("stop") {
         stop.deadline =
@@ -286,7 +301,34 @@ fn read(root: Section<'_>) -> Option<Config> {
     let listeners = listener::read_all(&root, metrics);
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
-    Some(Config { metrics, limits, stop, log, listeners: listeners? })
+    Some(Config { metrics, limits, splice, stop, log, listeners: listeners? })
+}
+
+fn read_splice(section: Section<'_>) -> Splice {
+    let mut splice = Splice::default();
+    let Splice { marks, pays } = &mut splice;
+    for (field, least, value) in [
+        ("high_water", 1, &mut marks.high),
+        ("low_water", 0, &mut marks.low),
+        ("total_high_water", 1, &mut marks.total_high),
+        ("total_limit", 1, &mut marks.total_limit),
+        ("enrol_after_messages", 1, &mut pays.messages),
+        ("enrol_after_bytes", 1, &mut pays.bytes),
+    ] {
+        *value = section.integer(field, least, 1 << 40).map_or(*value, |(_, given)| given);
+    }
+    for (lower, higher, names) in [
+        (marks.low, marks.high, ["low_water", "high_water"]),
+        (marks.total_high, marks.total_limit, ["total_high_water", "total_limit"]),
+    ] {
+        if lower >= higher {
+            let [low, high] = names;
+            section
+                .problem(section.at(), format!("splice.{low} = {lower} must be less than {high} = {higher}"));
+        }
+    }
+    section.finish();
+    splice
 }
 
 impl LogFormat {

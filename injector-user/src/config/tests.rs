@@ -43,8 +43,8 @@ fn the_example_means_what_it_says() {
     let config = Config::parse(EXAMPLE, "f.toml").unwrap();
     assert_eq!(config.metrics, Some(Metrics { listen: "127.0.0.1:9145".parse().unwrap() }));
     assert_eq!(
-        (config.limits, config.stop, config.log),
-        (Limits::default(), Stop::default(), Log::default())
+        (config.limits, config.splice, config.stop, config.log),
+        (Limits::default(), Splice::default(), Stop::default(), Log::default())
     );
     let default = Protocol::Smtp.timeouts();
     let expected = Listener {
@@ -76,6 +76,13 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert!(config.metrics.is_some());
     assert_ne!(config.limits, Limits::default());
     assert_ne!(config.stop, Stop::default());
+    let (splice, default) = (config.splice, Splice::default());
+    assert_ne!(splice.marks.high, default.marks.high);
+    assert_ne!(splice.marks.low, default.marks.low);
+    assert_ne!(splice.marks.total_high, default.marks.total_high);
+    assert_ne!(splice.marks.total_limit, default.marks.total_limit);
+    assert_ne!(splice.pays.messages, default.pays.messages);
+    assert_ne!(splice.pays.bytes, default.pays.bytes);
     assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
     let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
     let default = Protocol::Imaps.timeouts();
@@ -108,7 +115,7 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = std::collections::BTreeSet::new();
-    for section in ["metrics", "limits", "stop", "log"] {
+    for section in ["metrics", "limits", "splice", "stop", "log"] {
         let listen = if section == "metrics" { "listen = \"127.0.0.1:1\"\n" } else { "" };
         let fields = known(&format!("[{section}]\nzzzzzzzz = 1\n{listen}{LISTENER}"));
         real.extend(fields.iter().map(|field| format!("{section}.{field}")));

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
-use super::{BytesLabels, EndLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
+use super::{BytesLabels, ChangeLabels, EndLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
 use crate::session::{Bytes, End};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.
@@ -92,6 +92,8 @@ struct Handles {
     to_client: Planes,
     first_byte: Histogram,
     enrolments: Counter,
+    held: Counter,
+    taken_back: Counter,
 }
 
 /// One direction's bytes.
@@ -135,6 +137,9 @@ impl ListenerMetrics {
         let bytes = |direction, plane| {
             families.bytes.get_or_create_owned(&BytesLabels { listener: Arc::clone(&name), direction, plane })
         };
+        let change = |change| {
+            families.plane_changes.get_or_create_owned(&ChangeLabels { listener: Arc::clone(&name), change })
+        };
         let planes =
             |direction| Planes { relayed: bytes(direction, "relayed"), spliced: bytes(direction, "spliced") };
         Self(Arc::new(Handles {
@@ -148,6 +153,8 @@ impl ListenerMetrics {
             to_client: planes("backend_to_client"),
             first_byte: families.first_byte.get_or_create_owned(&plain),
             enrolments: families.enrolments.get_or_create_owned(&plain),
+            held: change("held"),
+            taken_back: change("taken_back"),
             families: families.clone(),
             name,
         }))
@@ -202,6 +209,16 @@ impl ListenerMetrics {
     /// The kernel carries one more direction.
     pub fn enrolled(&self) {
         self.0.enrolments.inc();
+    }
+
+    /// A spliced direction's source is left alone until the target has caught up.
+    pub fn held(&self) {
+        self.0.held.inc();
+    }
+
+    /// User space carries both directions of a connection again.
+    pub fn taken_back(&self) {
+        self.0.taken_back.inc();
     }
 
     /// A header or a direction stayed in user space because the kernel would not have it; `reason` is of a

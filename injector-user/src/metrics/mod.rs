@@ -24,6 +24,7 @@ pub use self::{
     listener::{Active, ListenerMetrics, RefusedReason},
     programs::BpfCounters,
 };
+use crate::session::Ledger;
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -56,6 +57,7 @@ struct Families {
     first_byte: Family<ListenerLabels, Histogram, fn() -> Histogram>,
     enrolments: Family<ListenerLabels, Counter>,
     enrolment_failures: Family<ReasonLabels, Counter>,
+    plane_changes: Family<ChangeLabels, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -87,6 +89,12 @@ struct BytesLabels {
     listener: Arc<str>,
     direction: &'static str,
     plane: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ChangeLabels {
+    listener: Arc<str>,
+    change: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -171,6 +179,11 @@ impl Metrics {
         self.0.engine_available.get_or_create(&EngineLabels { engine }).set(i64::from(available));
     }
 
+    /// Has the bytes that wait in the kernel read at every scrape.
+    pub fn watch_backlog(&self, ledger: Ledger) {
+        self.0.programs.watch_backlog(ledger);
+    }
+
     /// Has the counters of these programs read at every scrape, in place of those given before.
     pub fn watch_programs(&self, counters: Arc<dyn BpfCounters>) {
         self.0.programs.watch(counters);
@@ -200,6 +213,7 @@ impl Families {
             first_byte: Family::new_with_constructor(|| Histogram::new(FIRST_BYTE_BUCKETS)),
             enrolments: Family::default(),
             enrolment_failures: Family::default(),
+            plane_changes: Family::default(),
         };
         // OpenMetrics wants the unit at the end of the name, and the crate appends it: "injector" + "bytes".
         registry.register_with_unit(
@@ -234,6 +248,11 @@ impl Families {
             "enrolment_failures",
             "Headers or directions that stayed in user space because the kernel would not have them",
             families.enrolment_failures.clone(),
+        );
+        injector.register(
+            "plane_changes",
+            "Spliced directions held because the target did not keep up, and connections taken back to user space",
+            families.plane_changes.clone(),
         );
         families
     }
@@ -292,6 +311,7 @@ mod tests {
         let (metrics, _) = complete();
         let text = metrics.encode().unwrap();
         let expected = BTreeMap::from([
+            ("injector_backlog_bytes", ("gauge", Some("bytes"))),
             ("injector_bpf_events", ("counter", None)),
             ("injector_build", ("info", None)),
             ("injector_bytes", ("counter", Some("bytes"))),
@@ -306,6 +326,7 @@ mod tests {
             ("injector_headers_failed", ("counter", None)),
             ("injector_headers_sent", ("counter", None)),
             ("injector_max_connections", ("gauge", None)),
+            ("injector_plane_changes", ("counter", None)),
             ("process_start_time_seconds", ("gauge", Some("seconds"))),
         ]);
         assert_eq!(families(&text), expected, "{text}");

@@ -8,8 +8,11 @@ use std::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{MetricType, counter::ConstCounter},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    registry::Unit,
 };
+
+use crate::session::Ledger;
 
 /// What loaded programs have counted.
 pub trait BpfCounters: Send + Sync + Debug {
@@ -19,17 +22,32 @@ pub trait BpfCounters: Send + Sync + Debug {
 
 /// The programs being watched: none until they are loaded.
 #[derive(Debug, Default)]
-pub(super) struct Programs(RwLock<Option<Arc<dyn BpfCounters>>>);
+pub(super) struct Programs {
+    counters: RwLock<Option<Arc<dyn BpfCounters>>>,
+    backlog: RwLock<Ledger>,
+}
 
 impl Programs {
     pub(super) fn watch(&self, counters: Arc<dyn BpfCounters>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(counters);
+        *self.counters.write().unwrap_or_else(PoisonError::into_inner) = Some(counters);
+    }
+
+    pub(super) fn watch_backlog(&self, ledger: Ledger) {
+        *self.backlog.write().unwrap_or_else(PoisonError::into_inner) = ledger;
     }
 }
 
 impl Collector for Programs {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let Some(counters) = self.0.read().unwrap_or_else(PoisonError::into_inner).clone() else {
+        let backlog = self.backlog.read().unwrap_or_else(PoisonError::into_inner).total();
+        let gauge = encoder.encode_descriptor(
+            "backlog",
+            "Bytes that wait in the kernel for targets that do not keep up, as last looked at",
+            Some(&Unit::Bytes),
+            MetricType::Gauge,
+        )?;
+        ConstGauge::new(i64::try_from(backlog).unwrap_or(i64::MAX)).encode(gauge)?;
+        let Some(counters) = self.counters.read().unwrap_or_else(PoisonError::into_inner).clone() else {
             return Ok(());
         };
         let mut family = encoder.encode_descriptor(

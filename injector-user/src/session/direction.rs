@@ -8,6 +8,8 @@ pub(super) enum Plane {
     Relayed,
     /// `verdict` redirects.
     Spliced,
+    /// `verdict` has redirected more than the target takes: the source is left alone until the target has caught up.
+    Held,
 }
 
 /// What is to be done next for a direction.
@@ -19,6 +21,8 @@ pub(super) enum Want {
     Write,
     /// Wait for the source's FIN.
     Hangup,
+    /// Wait until the target has caught up.
+    Drain,
     /// Find out whether everything has reached the target.
     Proof,
     /// Send the target a FIN.
@@ -65,6 +69,7 @@ impl Direction {
             (Progress::Delivered, _) => Want::Fin,
             (Progress::Open, Plane::Spliced) => Want::Hangup,
             (Progress::Finishing, Plane::Spliced) => Want::Proof,
+            (_, Plane::Held) => Want::Drain,
             (_, Plane::Relayed) if self.held > 0 && !self.gated => Want::Write,
             (_, Plane::Relayed) => Want::Read,
         }
@@ -127,6 +132,19 @@ impl Direction {
     pub(super) fn spliced(&mut self) {
         debug_assert!(self.can_splice());
         self.plane = Plane::Spliced;
+    }
+
+    /// The kernel leaves to user space what the source sends. Its FIN, if it was seen, is seen again behind that.
+    pub(super) fn held_back(&mut self) {
+        debug_assert!(matches!(self.want(), Want::Hangup | Want::Proof));
+        self.plane = Plane::Held;
+        self.end = Progress::Open;
+    }
+
+    /// User space carries it again: all that the kernel took of the source is in the target's send queue.
+    pub(super) fn taken_back(&mut self) {
+        debug_assert_eq!(self.want(), Want::Drain);
+        self.plane = Plane::Relayed;
     }
 
     /// All that the source sent is in the target's send queue.
@@ -210,6 +228,16 @@ mod tests {
     }
 
     #[test]
+    fn a_held_direction_goes_back_to_user_space() {
+        let mut direction = relayed();
+        direction.spliced();
+        direction.held_back();
+        assert_eq!((direction.want(), direction.plane()), (Want::Drain, Plane::Held));
+        direction.taken_back();
+        assert_eq!((direction.want(), direction.can_splice()), (Want::Read, true));
+    }
+
+    #[test]
     fn a_gate_keeps_reading_and_writes_nothing() {
         let mut direction = Direction::new(0, 0, true);
         direction.read(3);
@@ -243,6 +271,8 @@ mod tests {
         Sends(u8),
         Accepts(u8),
         Splices,
+        Holds,
+        TakesBack,
         Finishes,
     }
 
@@ -250,7 +280,9 @@ mod tests {
         prop_oneof![
             4 => (1..=255_u8).prop_map(Step::Sends),
             4 => (1..=255_u8).prop_map(Step::Accepts),
-            1 => Just(Step::Splices),
+            2 => Just(Step::Splices),
+            2 => Just(Step::Holds),
+            1 => Just(Step::TakesBack),
             1 => Just(Step::Finishes),
         ]
     }
@@ -277,6 +309,8 @@ mod tests {
                         direction.wrote(count);
                     }
                     (Step::Splices, _) if direction.can_splice() => direction.spliced(),
+                    (Step::Holds, Want::Hangup | Want::Proof) => direction.held_back(),
+                    (Step::TakesBack, Want::Drain) => direction.taken_back(),
                     (Step::Finishes, Want::Read | Want::Write | Want::Hangup) => direction.source_finished(),
                     _ => {}
                 }
@@ -286,6 +320,9 @@ mod tests {
                 }
             }
             // Then the target drains: it always comes to an end.
+            if direction.want() == Want::Drain {
+                direction.taken_back();
+            }
             direction.source_finished();
             loop {
                 match direction.want() {

@@ -35,8 +35,8 @@ pub enum End {
     BackendUnreachable,
     /// The backend's name has no address.
     BackendUnresolved,
-    /// The daemon was stopping when the connection came.
-    Stopping,
+    /// Too much waited in the kernel over all connections, and some of it here.
+    Overload,
     /// The daemon itself failed, for instance for want of descriptors.
     Internal,
 }
@@ -59,7 +59,7 @@ impl End {
         Self::BackendTimeout,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
-        Self::Stopping,
+        Self::Overload,
         Self::Internal,
     ];
 
@@ -82,7 +82,7 @@ impl End {
             Self::BackendTimeout => "backend_timeout",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
-            Self::Stopping => "stopping",
+            Self::Overload => "overload",
             Self::Internal => "internal",
         }
     }
@@ -128,6 +128,8 @@ pub struct Report {
     pub to_client: Bytes,
     /// From the accept on.
     pub duration: Duration,
+    /// What the backend was told to call the connection, where it wants that.
+    pub unique_id: Option<String>,
     /// How it ended.
     pub end: End,
     /// What the kernel said, where it said something.
@@ -148,6 +150,7 @@ impl Report {
             spliced_to_backend = self.to_backend.spliced,
             spliced_to_client = self.to_client.spliced,
             duration_ms = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+            unique_id = self.unique_id,
             end = self.end.name(),
             error = self.error,
             "connection closed"

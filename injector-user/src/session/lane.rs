@@ -6,6 +6,7 @@ use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
 
 use super::{
+    backlog::{Judgement, Ledger, Marks, Share},
     direction::{Direction, Plane, Want},
     end::Bytes,
 };
@@ -17,6 +18,10 @@ use crate::{
 
 /// Longest pause between two looks whether a finished direction has been delivered.
 const PROOF_PAUSE: Duration = Duration::from_millis(4);
+/// Ends of file in a row, a millisecond apart, after which one is believed to be a reset.
+const EARLY_ENDS: u32 = 2000;
+/// Longest pause between two looks whether a target has caught up.
+const DRAIN_PAUSE: Duration = Duration::from_millis(16);
 
 /// Why a direction cannot go on.
 #[derive(Debug)]
@@ -29,6 +34,8 @@ pub(super) enum Break {
     Lost(io::Error),
     /// The source sent a PROXY header of its own.
     Forged,
+    /// Too much waits in the kernel over all connections, and here is some of it.
+    Overload,
 }
 
 /// One direction.
@@ -38,8 +45,17 @@ pub(super) struct Lane {
     /// Read and not yet written.
     held: BytesMut,
     spliced: Option<Box<dyn Spliced>>,
+    /// Payloads read in user space.
+    messages: u64,
     /// The engine refused this direction once, or never carries any.
     stays: bool,
+    marks: Marks,
+    /// Given up before its end: the source has been told that bytes arrived which nobody took.
+    cut: bool,
+    /// How often in a row there was an end of file, and then there was none.
+    early_ends: u32,
+    /// What waits in the kernel for the target.
+    share: Share,
 }
 
 /// What a step has brought.
@@ -47,6 +63,10 @@ pub(super) struct Lane {
 pub(super) enum Progress {
     /// Payload was read in user space.
     Read,
+    /// The kernel was told to leave the source to user space.
+    Held,
+    /// User space carries the direction again.
+    TakenBack,
     /// Anything else.
     Other,
 }
@@ -54,8 +74,18 @@ pub(super) enum Progress {
 impl Lane {
     /// A direction of which `held` was read before and not yet written. While `gated`, the first bytes are examined
     /// for a forged header.
-    pub(super) fn new(read: u64, held: BytesMut, gated: bool) -> Self {
-        Self { direction: Direction::new(read, held.len(), gated), held, spliced: None, stays: false }
+    pub(super) fn new(read: u64, held: BytesMut, gated: bool, marks: Marks, ledger: &Ledger) -> Self {
+        Self {
+            direction: Direction::new(read, held.len(), gated),
+            held,
+            spliced: None,
+            messages: u64::from(read > 0),
+            stays: false,
+            marks,
+            cut: false,
+            early_ends: 0,
+            share: ledger.share(),
+        }
     }
 
     pub(super) fn want(&self) -> Want {
@@ -66,6 +96,11 @@ impl Lane {
         self.direction.ended()
     }
 
+    /// Whether it was given up before its end.
+    pub(super) fn was_cut(&self) -> bool {
+        self.cut
+    }
+
     /// Whether the source has ever been read in user space; it is, before the kernel takes over.
     pub(super) fn silent(&self) -> bool {
         self.direction.read_bytes() == 0
@@ -73,15 +108,25 @@ impl Lane {
 
     /// The target takes nothing any more.
     pub(super) fn abandon(&mut self) {
+        self.cut |= self.want() != Want::Nothing;
         self.direction.abandon();
         self.held = BytesMut::new();
+        self.share.set(0);
     }
 
     /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
     /// of file to epoll, and to recv(2) once its error was fetched; only the count tells, in which a FIN is one.
     pub(super) fn complete(&self, source: &Endpoint) -> bool {
-        let passed = self.direction.read_bytes() + self.flow().redirected;
-        sys::tcp_info(source).is_ok_and(|info| info.bytes_received == passed + 1)
+        // The kernel may be working on the last segment, having announced its FIN already: asking waits for that, and
+        // only then is the flow's count final.
+        let Ok(info) = sys::tcp_info(source) else { return false };
+        info.bytes_received == self.direction.read_bytes() + self.flow().redirected + 1
+    }
+
+    /// Whether the kernel takes what the source sends away at once: then nothing waits to be read that could say how it
+    /// ended.
+    pub(super) fn runs_in_kernel(&self) -> bool {
+        self.direction.plane() == Plane::Spliced
     }
 
     pub(super) fn reads_source(&self) -> bool {
@@ -94,8 +139,7 @@ impl Lane {
 
     /// Bytes so far.
     pub(super) fn bytes(&self) -> Bytes {
-        let flow = self.flow();
-        Bytes { relayed: self.direction.read_bytes(), spliced: flow.redirected }
+        Bytes { relayed: self.direction.read_bytes(), spliced: self.flow().redirected }
     }
 
     /// `CLOCK_MONOTONIC` of the last payload that the kernel carried, in nanoseconds; 0 if none.
@@ -107,10 +151,17 @@ impl Lane {
         self.spliced.as_ref().and_then(|spliced| spliced.flow().ok()).unwrap_or_default()
     }
 
-    /// Hands the direction to the kernel if it is the moment: the first payload has gone through user space, and
+    /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
     /// nothing is held. Returns why the engine refused, the once that it does.
-    pub(super) fn enrol(&mut self, engine: &dyn Engine, source: &Endpoint, target: &Endpoint) -> Enrolment {
-        if self.stays || self.silent() || !self.direction.can_splice() {
+    pub(super) fn enrol(
+        &mut self,
+        engine: &dyn Engine,
+        pays: &Pays,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Enrolment {
+        let pays = pays.off(self.messages, self.direction.read_bytes());
+        if self.stays || !pays || !self.direction.can_splice() || !source.emptied() {
             return Enrolment::NotNow;
         }
         match engine.enrol(source, target) {
@@ -139,17 +190,13 @@ impl Lane {
                 self.held.advance(written);
                 self.direction.wrote(written);
             }
-            Want::Hangup => {
-                source.finished().await;
-                self.direction.source_finished();
-            }
-            Want::Proof => {
-                self.prove(source, target).await?;
-                self.direction.proven();
-            }
+            Want::Hangup => return self.attend(source, target).await,
+            Want::Drain => return self.drain(target).await,
+            Want::Proof => return self.prove(source, target).await,
             Want::Fin => {
                 target.finish().map_err(Break::Target)?;
                 self.direction.fin_sent();
+                self.share.set(0);
             }
             Want::Nothing => std::future::pending().await,
         }
@@ -157,12 +204,14 @@ impl Lane {
     }
 
     async fn read(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
-        let Self { direction, held, .. } = self;
+        let Self { direction, held, messages, early_ends, .. } = self;
         let taken = source.read(|payload| {
             if payload.is_empty() {
                 return None;
             }
             direction.read(payload.len());
+            *messages += 1;
+            *early_ends = 0;
             Some(take(direction, held, payload, target))
         });
         match taken.await.map_err(Break::Source)? {
@@ -171,26 +220,127 @@ impl Lane {
                 self.direction.source_finished();
                 Ok(Progress::Other)
             }
+            None if self.more_is_coming(source) => {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                Ok(Progress::Other)
+            }
             None => Err(Break::Source(io::ErrorKind::ConnectionReset.into())),
         }
     }
 
-    /// Looks until every byte of the finished source is queued at the target.
-    async fn prove(&self, source: &Endpoint, target: &Endpoint) -> Result<(), Break> {
-        let Some(spliced) = &self.spliced else { return Ok(()) };
-        let mut pause = Duration::from_millis(1);
-        // The worker that fills the target's queue has most often been there already, or needs this processor.
-        for _ in 0..2 {
-            if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
-                return Ok(());
+    /// Whether an end of file comes too early: of a socket that has been in the program's hands, recv(2) says 0 after the
+    /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
+    fn more_is_coming(&mut self, source: &Endpoint) -> bool {
+        let Some(spliced) = &self.spliced else { return false };
+        let Ok(info) = sys::tcp_info(source) else { return false };
+        let passed = self.direction.read_bytes() + spliced.flow().map_or(0, |flow| flow.redirected);
+        self.early_ends += 1;
+        info.bytes_received > passed + 1 && self.early_ends < EARLY_ENDS
+    }
+
+    /// While the kernel carries: until the source finishes, or what waits for the target has to be looked at.
+    async fn attend(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
+        tokio::select! {
+            biased;
+            () = spliced.bell().heard() => self.look(source, target),
+            () = source.finished() => {
+                self.direction.source_finished();
+                Ok(Progress::Other)
             }
-            tokio::task::yield_now().await;
         }
+    }
+
+    /// Looks at what waits for the target, and holds the source if it is too much.
+    pub(super) fn look(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+        let Some(spliced) = &self.spliced else { return Ok(Progress::Other) };
+        if self.direction.want() != Want::Hangup {
+            return Ok(Progress::Other);
+        }
+        let backlog = spliced.backlog(target).map_err(Break::Lost)?;
+        let total = self.share.set(backlog.bytes);
+        match self.marks.judge(backlog.bytes, total) {
+            Judgement::Reset => return Err(Break::Overload),
+            Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
+            Judgement::Go if !backlog.held => {
+                spliced.grant(backlog.taken).map_err(Break::Lost)?;
+                return Ok(Progress::Other);
+            }
+            Judgement::Go | Judgement::Hold => {}
+        }
+        self.direction.held_back();
+        Ok(Progress::Held)
+    }
+
+    /// While the source is held: until the target has taken all that is on its way. Then user space goes on, and keeps
+    /// the direction.
+    async fn drain(&mut self, target: &Endpoint) -> Result<Progress, Break> {
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let Some(spliced) = &self.spliced else {
+                return Err(Break::Lost(io::ErrorKind::NotFound.into()));
+            };
+            let backlog = spliced.backlog(target).map_err(Break::Lost)?;
+            let total = self.share.set(backlog.bytes);
+            if backlog.bytes == 0 {
+                self.stays = true;
+                self.direction.taken_back();
+                return Ok(Progress::TakenBack);
+            }
+            if self.marks.judge(backlog.bytes, total) == Judgement::Reset {
+                return Err(Break::Overload);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(DRAIN_PAUSE);
+        }
+    }
+
+    /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
+    /// them to user space.
+    async fn prove(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
+        let mut pause = Duration::from_millis(1);
+        let mut looks = 0;
         while !spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
+            if spliced.backlog(target).map_err(Break::Lost)?.held {
+                self.direction.held_back();
+                return Ok(Progress::Held);
+            }
+            looks += 1;
+            // The worker that fills the target's queue has most often been there already, or needs this processor.
+            if looks <= 2 {
+                tokio::task::yield_now().await;
+                continue;
+            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PROOF_PAUSE);
         }
-        Ok(())
+        self.direction.proven();
+        Ok(Progress::Other)
+    }
+}
+
+/// When the kernel's plane pays off: enrolling costs some 40 µs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pays {
+    /// After so many payloads in user space,
+    pub messages: u64,
+    /// or so many bytes.
+    pub bytes: u64,
+}
+
+impl Default for Pays {
+    fn default() -> Self {
+        Self { messages: 1, bytes: 1 }
+    }
+}
+
+impl Pays {
+    /// Whether a direction of which user space has read so much is worth enrolling. The first payload never is: it is
+    /// examined.
+    #[must_use]
+    pub fn off(&self, messages: u64, bytes: u64) -> bool {
+        messages > 0 && (messages >= self.messages || bytes >= self.bytes)
     }
 }
 

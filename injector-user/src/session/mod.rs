@@ -8,6 +8,7 @@
 //! header on, [`pump`] carries both directions, each a [`lane`] that decides by [`direction`]. The engines differ only
 //! in how bytes move ([`crate::engine`]).
 
+mod backlog;
 mod direction;
 pub mod end;
 mod lane;
@@ -20,8 +21,12 @@ use injector_common::proxy::{Forgery, forgery};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-pub use self::end::{Bytes, End, Report};
 use self::pump::Pump;
+pub use self::{
+    backlog::{Ledger, Marks},
+    end::{Bytes, End, Report},
+    lane::Pays,
+};
 use crate::{
     backend::{Backends, Unreachable},
     config::{Receiver, Timeouts, UNIQUE_ID_LEN},
@@ -52,6 +57,12 @@ pub struct Context {
     pub receiver: Receiver,
     /// Counters of the listener.
     pub metrics: ListenerMetrics,
+    /// When the kernel's plane pays off.
+    pub pays: Pays,
+    /// How much may wait in the kernel.
+    pub marks: Marks,
+    /// How much does, over all listeners.
+    pub ledger: Ledger,
     /// Hang-ups of spliced sockets.
     pub watch: Watch,
     /// Cancelled when the time of a stop is over.
@@ -64,6 +75,7 @@ pub struct Context {
 pub async fn serve(context: &Context, client: Endpoint) {
     let accepted = Instant::now();
     let (peer, local) = (client.peer(), client.local());
+    let id = unique_id(context.run_id, client.cookie());
     let finished = live(context, client).await;
     let report = Report {
         client: peer,
@@ -74,6 +86,7 @@ pub async fn serve(context: &Context, client: Endpoint) {
         to_backend: finished.to_backend,
         to_client: finished.to_client,
         duration: accepted.elapsed(),
+        unique_id: context.receiver.unique_id.then(|| String::from_utf8_lossy(&id).into_owned()),
         end: finished.end,
         error: finished.error,
     };
@@ -102,7 +115,7 @@ async fn live(context: &Context, client: Endpoint) -> Finished {
     let connecting = context.backends.connect(context.timeouts.connect, &context.watch);
     let connected = tokio::select! {
         connected = connecting => connected,
-        _ = client.broken() => return Finished::early(End::ClientReset, None, None),
+        _ = client.closed() => return Finished::early(End::ClientReset, None, None),
         () = context.cut.cancelled() => {
             refuse(client, context.protocol, Refusal::Stopping).await;
             return Finished::early(End::Cut, None, None);
@@ -186,7 +199,7 @@ async fn first_payload(
         let payload = &mut first.payload;
         let read = tokio::select! {
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
-            error = backend.broken() => return Err((End::NoBanner, Some(error))),
+            error = backend.closed() => return Err((End::NoBanner, error)),
             () = context.cut.cancelled() => return Err((End::Cut, None)),
         };
         match read {

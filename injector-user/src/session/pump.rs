@@ -16,6 +16,9 @@ use crate::endpoint::{Endpoint, Needs};
 /// How often the counters of a long connection are brought up to date.
 const ACCOUNT_EVERY: Duration = Duration::from_secs(5);
 
+/// How long a peer may take what it was sent last, before it is told by a reset that its own words found nobody.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+
 /// A connection whose header is sent.
 #[derive(Debug)]
 pub(super) struct Pump<'a> {
@@ -66,8 +69,8 @@ impl<'a> Pump<'a> {
             context,
             client,
             backend,
-            to_backend: Lane::new(read, held, gated),
-            to_client: Lane::new(0, BytesMut::new(), false),
+            to_backend: Lane::new(read, held, gated, context.marks, &context.ledger),
+            to_client: Lane::new(0, BytesMut::new(), false, context.marks, &context.ledger),
             header_sent: now,
             last: now,
             accounted: Default::default(),
@@ -80,21 +83,32 @@ impl<'a> Pump<'a> {
     pub(super) async fn run(mut self) -> Outcome {
         let (end, error) = self.carry().await;
         self.account();
-        let (to_backend, to_client) = (self.to_backend.bytes(), self.to_client.bytes());
+        let (to_backend, to_client) = self.accounted;
+        let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
         // The directions leave the kernel's maps before their sockets close.
         let Self { client, backend, to_backend: _, to_client: _, .. } = self;
-        let client = if end == End::NoBanner {
-            backend.reset();
-            Some(client)
-        } else {
-            if !end.clean() {
-                // After a loss, or what may be one, neither side may take what it got for the whole.
+        let mut left = None;
+        match end {
+            End::NoBanner => {
+                backend.reset();
+                left = Some(client);
+            }
+            // Whose words found nobody is told by a reset, after the last of what it was sent.
+            _ if end.clean() => {
+                for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
+                    if cut {
+                        endpoint.taken(LAST_WORDS).await;
+                        endpoint.reset();
+                    }
+                }
+            }
+            // After a loss, or what may be one, neither side may take what it got for the whole.
+            _ => {
                 backend.reset();
                 client.reset();
             }
-            None
-        };
-        Outcome { end, error, to_backend, to_client, client }
+        }
+        Outcome { end, error, to_backend, to_client, client: left }
     }
 
     async fn carry(&mut self) -> (End, Option<io::Error>) {
@@ -114,8 +128,8 @@ impl<'a> Pump<'a> {
             let stepped = tokio::select! {
                 stepped = to_backend.step(client, backend) => Step::ToBackend(stepped),
                 stepped = to_client.step(backend, client) => Step::ToClient(stepped),
-                error = client.broken(), if hear_client && !gone.client => Step::ToClient(Err(Break::Target(error))),
-                error = backend.broken(), if hear_backend && !gone.backend => Step::ToBackend(Err(Break::Target(error))),
+                error = client.closed(), if hear_client && !gone.client => Step::ClientGone(error),
+                error = backend.closed(), if hear_backend && !gone.backend => Step::BackendGone(error),
                 () = &mut timer => Step::Timer,
                 () = context.cut.cancelled() => return (End::Cut, None),
             };
@@ -129,21 +143,24 @@ impl<'a> Pump<'a> {
                     }
                     self.backend_finished_first |= self.to_client.ended() && !self.to_backend.ended();
                 }
-                Step::ToBackend(Err(Break::Target(error))) => {
+                Step::ToBackend(Err(Break::Target(error))) | Step::BackendGone(Some(error)) => {
                     self.gone.backend = true;
                     self.backend_finished_first |= !self.to_backend.ended();
                     self.to_backend.abandon();
-                    if !self.to_client.reads_source() && !self.to_client.complete(&self.backend) {
+                    if self.to_client.runs_in_kernel() && !self.to_client.complete(&self.backend) {
                         return self.broken(Break::Target(error), End::ClientReset, End::BackendReset);
                     }
                 }
-                Step::ToClient(Err(Break::Target(error))) => {
+                Step::ToClient(Err(Break::Target(error))) | Step::ClientGone(Some(error)) => {
                     self.gone.client = true;
                     self.to_client.abandon();
-                    if !self.to_backend.reads_source() && !self.to_backend.complete(&self.client) {
+                    if self.to_backend.runs_in_kernel() && !self.to_backend.complete(&self.client) {
                         return self.broken(Break::Target(error), End::BackendReset, End::ClientReset);
                     }
                 }
+                // Both have said their last, without an error: what was received is still passed on.
+                Step::BackendGone(None) => self.gone.backend = true,
+                Step::ClientGone(None) => self.gone.client = true,
                 Step::ToBackend(Err(broken)) => {
                     return self.broken(broken, End::ClientReset, End::BackendReset);
                 }
@@ -152,6 +169,9 @@ impl<'a> Pump<'a> {
                 }
                 Step::Timer => {
                     self.account();
+                    if let Err(broken) = self.look() {
+                        return self.broken(broken, End::Overload, End::Overload);
+                    }
                     if let Some(end) = self.silent_too_long() {
                         return (end, None);
                     }
@@ -166,8 +186,8 @@ impl<'a> Pump<'a> {
     fn prepare(&mut self) -> io::Result<()> {
         let Self { client, backend, to_backend, to_client, context, .. } = self;
         let enrolments = [
-            ("client_to_backend", to_backend.enrol(&*context.engine, client, backend)),
-            ("backend_to_client", to_client.enrol(&*context.engine, backend, client)),
+            ("client_to_backend", to_backend.enrol(&*context.engine, &context.pays, client, backend)),
+            ("backend_to_client", to_client.enrol(&*context.engine, &context.pays, backend, client)),
         ];
         for (direction, enrolment) in enrolments {
             match enrolment {
@@ -193,9 +213,20 @@ impl<'a> Pump<'a> {
     }
 
     fn note(&mut self, progress: Progress) {
-        if progress == Progress::Read {
-            self.last = Instant::now();
+        match progress {
+            Progress::Read => self.last = Instant::now(),
+            Progress::Held => self.context.metrics.held(),
+            Progress::TakenBack => self.context.metrics.taken_back(),
+            Progress::Other => {}
         }
+    }
+
+    /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
+    fn look(&mut self) -> Result<(), Break> {
+        let Self { client, backend, to_backend, to_client, .. } = self;
+        let looked = [to_backend.look(client, backend)?, to_client.look(backend, client)?];
+        looked.into_iter().for_each(|progress| self.note(progress));
+        Ok(())
     }
 
     /// The first byte of a backend always passes through user space.
@@ -210,8 +241,13 @@ impl<'a> Pump<'a> {
     fn no_banner(&self) -> bool {
         self.to_client.ended()
             && self.to_client.silent()
-            && !self.to_backend.ended()
+            && !self.client_finished()
             && self.context.expects_banner
+    }
+
+    /// Whether the client has said its last; a direction that was given up says nothing of that.
+    fn client_finished(&self) -> bool {
+        self.to_backend.ended() && !self.to_backend.was_cut()
     }
 
     fn broken(&self, broken: Break, source: End, target: End) -> (End, Option<io::Error>) {
@@ -220,10 +256,11 @@ impl<'a> Pump<'a> {
             Break::Target(error) => (target, Some(error)),
             Break::Lost(error) => (End::Lost, Some(error)),
             Break::Forged => (End::Forged, None),
+            Break::Overload => (End::Overload, None),
         };
         let refused = end == End::BackendReset
             && self.to_client.silent()
-            && !self.to_backend.ended()
+            && !self.client_finished()
             && self.context.expects_banner;
         (if refused { End::NoBanner } else { end }, error)
     }
@@ -263,6 +300,8 @@ impl<'a> Pump<'a> {
 enum Step {
     ToBackend(Result<Progress, Break>),
     ToClient(Result<Progress, Break>),
+    ClientGone(Option<io::Error>),
+    BackendGone(Option<io::Error>),
     Timer,
 }
 

@@ -4,7 +4,7 @@ use std::{os::fd::AsRawFd, sync::Mutex};
 
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash},
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
 };
 use injector_common::splice::{Counter, Flow, Header};
 
@@ -16,7 +16,9 @@ pub(super) struct Maps {
     targets: Sockets,
     headers: Mutex<SkStorage<MapData, Header>>,
     flows: Mutex<HashMap<MapData, u64, Flow>>,
+    credit: Mutex<HashMap<MapData, u64, u64>>,
     counters: PerCpuArray<MapData, u64>,
+    pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
 }
 
 impl Maps {
@@ -27,7 +29,9 @@ impl Maps {
             targets: Mutex::new(take::<SockHash<_, _>>(programs, "TARGETS")?),
             headers: Mutex::new(take::<SkStorage<_, _>>(programs, "HEADERS")?),
             flows: Mutex::new(take::<HashMap<_, _, _>>(programs, "FLOWS")?),
+            credit: Mutex::new(take::<HashMap<_, _, _>>(programs, "CREDIT")?),
             counters: take(programs, "COUNTERS")?,
+            alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
         })
     }
 
@@ -48,7 +52,7 @@ impl Maps {
     }
 
     pub(super) fn add_flow(&self, source: u64) -> Result<(), MapError> {
-        lock(&self.flows).insert(source, Flow::default(), NOEXIST)
+        lock(&self.flows).insert(source, Flow::new(), NOEXIST)
     }
 
     pub(super) fn flow(&self, source: u64) -> Result<Flow, MapError> {
@@ -57,6 +61,14 @@ impl Maps {
 
     pub(super) fn remove_flow(&self, source: u64) -> Result<(), MapError> {
         lock(&self.flows).remove(&source)
+    }
+
+    pub(super) fn set_credit(&self, source: u64, bytes: u64) -> Result<(), MapError> {
+        lock(&self.credit).insert(source, bytes, 0)
+    }
+
+    pub(super) fn remove_credit(&self, source: u64) -> Result<(), MapError> {
+        lock(&self.credit).remove(&source)
     }
 
     pub(super) fn add_target(&self, source: u64, target: &impl AsRawFd) -> Result<(), MapError> {
@@ -89,6 +101,10 @@ impl Maps {
             }
         }
         for key in lock(&self.flows).keys() {
+            key?;
+            entries += 1;
+        }
+        for key in lock(&self.credit).keys() {
             key?;
             entries += 1;
         }

@@ -1,13 +1,14 @@
 //! The splice engine, user half: it terminates TCP at both sides, has the header put in by `inject` and the payload
 //! carried by `verdict`. The programs are in `injector-ebpf/src/splice/`, under the same names.
 
+mod alarms;
 pub mod inject;
 mod maps;
 pub mod selftest;
 pub mod verdict;
 
 use std::{
-    fmt,
+    fmt, io,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -23,12 +24,14 @@ use aya_log::EbpfLogger;
 use injector_common::splice::Counter;
 use thiserror::Error;
 
-use self::maps::Maps;
+use self::{alarms::Alarms, maps::Maps};
 use crate::metrics::BpfCounters;
 
 /// The loaded and attached programs with their maps. Dropping it detaches them: end all sessions first.
 pub struct Splice {
     maps: Maps,
+    credit: u64,
+    alarms: Alarms,
     // Holds the attachments.
     programs: Mutex<Ebpf>,
 }
@@ -72,17 +75,21 @@ pub struct ProgramReport {
 }
 
 impl Splice {
-    /// Loads the programs, with maps for `connections` connections, and attaches them.
+    /// Loads the programs, with maps for `connections` connections, and attaches them. A direction rings for its
+    /// backlog to be looked at after every `alarm_step` bytes, and more often in the beginning; should nobody look in time,
+    /// the kernel stops carrying it when `credit` bytes may be waiting.
     ///
     /// # Errors
     /// [`LoadError`]: typically missing CAP_BPF or CAP_NET_ADMIN.
-    pub fn load(connections: u32) -> Result<Self, LoadError> {
+    pub fn load(connections: u32, alarm_step: u64, credit: u64) -> Result<Self, LoadError> {
         let directions = connections.saturating_mul(2);
         let mut programs = EbpfLoader::new()
             .map_max_entries("INJECT", connections)
             .map_max_entries("TARGETS", directions)
             .map_max_entries("VERDICT", directions)
             .map_max_entries("FLOWS", directions)
+            .map_max_entries("CREDIT", directions)
+            .override_global("ALARM_STEP", &alarm_step, true)
             .load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/injector-bpf")))?;
         let maps = Maps::take(&mut programs)?;
 
@@ -93,7 +100,7 @@ impl Splice {
         let verdict: &mut SkSkb = program(&mut programs, "verdict")?;
         verdict.load().map_err(failed("verdict"))?;
         verdict.attach(lock(&maps.verdict).fd()).map_err(failed("verdict"))?;
-        Ok(Self { maps, programs: Mutex::new(programs) })
+        Ok(Self { maps, credit, alarms: Alarms::default(), programs: Mutex::new(programs) })
     }
 
     /// The log lines that the programs write from now on, as `log` records; can be taken once. What they wrote before,
@@ -107,6 +114,16 @@ impl Splice {
         logger.flush();
         PROGRAM_LOG.heard.store(true, Ordering::Relaxed);
         Ok(logger)
+    }
+
+    /// Listens to what the programs ring, until the runtime ends. Without it nobody is held back.
+    ///
+    /// # Errors
+    /// When it was called already, or the runtime cannot poll the ring buffer.
+    pub async fn follow_alarms(&self) -> io::Result<()> {
+        let ring = lock(&self.maps.alarms).take();
+        let ring = ring.ok_or_else(|| io::Error::other("the alarms are followed already"))?;
+        self.alarms.follow(ring).await
     }
 
     /// The loaded programs and what they cost the verifier.

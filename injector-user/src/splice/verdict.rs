@@ -9,6 +9,7 @@ use thiserror::Error;
 use super::Splice;
 use crate::{
     endpoint::Endpoint,
+    engine::{Backlog, Bell},
     sys::{self, TcpInfo},
 };
 
@@ -66,6 +67,7 @@ pub struct Spliced {
     source: u64,
     /// What the target had queued in its life before the first redirected byte.
     base: u64,
+    bell: Arc<Bell>,
 }
 
 impl Spliced {
@@ -80,11 +82,14 @@ impl Spliced {
         let maps = &splice.maps;
         maps.add_flow(source.cookie()).map_err(failed("FLOWS"))?;
         // From here on dropping undoes what was done; removing what is not there does no harm.
-        let spliced = Self { splice: Arc::clone(splice), source: source.cookie(), base };
+        let bell = splice.alarms.add(source.cookie());
+        let spliced = Self { splice: Arc::clone(splice), source: source.cookie(), base, bell };
+        maps.set_credit(source.cookie(), splice.credit).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
-        // What came in before waits in the receive queue for the next segment, which may never come.
-        sys::kick(source)?;
+        // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
+        // an open socket; if it did, the proof kicks again.
+        let _ = sys::kick(source);
         Ok(spliced)
     }
 
@@ -94,6 +99,56 @@ impl Spliced {
     /// When the flow is gone from its map, which only somebody else can have done.
     pub fn flow(&self) -> Result<Flow, MapError> {
         self.splice.maps.flow(self.source)
+    }
+
+    /// Rings when the backlog should be looked at.
+    #[must_use]
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Bytes redirected that the target has not taken into its send queue: they wait on a list that knows no limit and
+    /// is charged to nobody (sk_psock_skb_redirect, net/core/skmsg.c).
+    ///
+    /// # Errors
+    /// When the target or the flow does not answer.
+    pub fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
+        // The target first: bytes redirected in between are then counted as waiting, never as taken.
+        let taken = self.taken(target)?;
+        let flow = self.flow().map_err(io::Error::other)?;
+        Ok(Backlog { bytes: flow.redirected.saturating_sub(taken), taken, held: flow.passing != 0 })
+    }
+
+    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`Spliced::hold`].
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn grant(&self, taken: u64) -> io::Result<()> {
+        self.splice.maps.set_credit(self.source, taken + self.splice.credit).map_err(io::Error::other)
+    }
+
+    /// Has the program leave to `source` what it receives from here on: it waits there for user space to read, charged
+    /// to the receive buffer, so that TCP closes the window. What was redirected goes on to the target.
+    ///
+    /// The source is not taken out of `VERDICT` for that: deleting an element takes no socket lock, and a segment that the
+    /// kernel is just handing to the program is then dropped (sk_psock_verdict_recv, net/core/skmsg.c, finds no program
+    /// and keeps its initial verdict).
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn hold(&self, source: &Endpoint) -> io::Result<()> {
+        self.splice.maps.set_credit(self.source, 0).map_err(io::Error::other)?;
+        // A segment may be in the program's hands just now, on another processor, under the lock of the socket, which
+        // this call takes: afterwards the program goes by the new credit, and what was redirected stands still.
+        sys::tcp_info(source)?;
+        Ok(())
+    }
+
+    /// Bytes of this flow in the target's send queue, and beyond.
+    fn taken(&self, target: &Endpoint) -> io::Result<u64> {
+        // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
+        let acknowledged = sys::tcp_info(target)?.bytes_acked;
+        Ok((acknowledged + sys::unacknowledged(target)?).saturating_sub(self.base))
     }
 
     /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
@@ -112,14 +167,12 @@ impl Spliced {
             sys::kick(source)?;
             return Ok(false);
         }
-        let info = sys::tcp_info(target)?;
-        if !matches!(info.state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
+        let state = sys::tcp_info(target)?.state;
+        if !matches!(state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
             // Broken; its own event says how.
             return Ok(false);
         }
-        // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
-        let queued = info.bytes_acked + sys::unacknowledged(target)?;
-        Ok(queued.wrapping_sub(self.base) == flow.redirected)
+        Ok(self.taken(target)? == flow.redirected)
     }
 }
 
@@ -131,6 +184,8 @@ impl Drop for Spliced {
         let _ = maps.remove_source(self.source);
         let _ = maps.remove_target(self.source);
         let _ = maps.remove_flow(self.source);
+        let _ = maps.remove_credit(self.source);
+        self.splice.alarms.remove(self.source);
     }
 }
 

@@ -146,10 +146,12 @@ fn dropped(world: &World, engine: &str) -> anyhow::Result<()> {
     let backend = world.backend()?;
     let injector = world.injector(engine, "smtp", "")?;
     DaemonMap::of(injector.pid(), "INJECT")?.drop_messages()?;
-    let mut client = world.client()?;
+    let client = world.client_unless_reset()?;
     let mut server = accept(&backend)?;
     ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something");
-    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
+    if let Some(mut client) = client {
+        ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
+    }
     ended(&injector, "header_failed")?;
     counted(&injector, "injector_headers_failed_total", &[], 1.0)?;
     counted(&injector, "injector_headers_sent_total", &[], 0.0)

@@ -27,10 +27,9 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 ];
 
 fn refused(world: &World, line: Option<&str>) -> anyhow::Result<()> {
-    let mut client = match world.client() {
-        // Reset so fast that connecting already says so.
-        Err(error) if line.is_none() && was_reset(&error) => return Ok(()),
-        client => client?,
+    let Some(mut client) = world.client_unless_reset()? else {
+        ensure!(line.is_none(), "reset where {line:?} was expected");
+        return Ok(());
     };
     match (line, ending(&mut client)?) {
         (Some(start), Ending::Fin(seen)) => {
@@ -44,10 +43,6 @@ fn refused(world: &World, line: Option<&str>) -> anyhow::Result<()> {
         (line, ending) => anyhow::bail!("{ending:?} where {line:?} was expected"),
     }
     Ok(())
-}
-
-fn was_reset(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
 fn backend_refuses(world: &World, engine: &str, protocol: &str, line: Option<&str>) -> anyhow::Result<()> {

@@ -76,7 +76,8 @@ fn nothing_left(world: &World, engine: &str) -> anyhow::Result<()> {
     // The last task may still be closing its sockets.
     std::thread::sleep(Duration::from_millis(100));
     let after = descriptors()?;
-    ensure!(after == before, "{before} descriptors before, {after} after {CONNECTIONS} connections");
+    // Before, the connection that asked for readiness may still have been open.
+    ensure!(after <= before, "{before} descriptors before, {after} after {CONNECTIONS} connections");
     let active = injector.metrics()?.sum("injector_connections_active", &[]);
     ensure!(active.abs() < 0.5, "{active} connections are still active");
     Ok(())

@@ -42,6 +42,14 @@ impl World {
         Injector::start_by(&self.topology.edge, command, config)
     }
 
+    /// A client's connection to the injector, which may be reset so fast that connecting already says so: then none.
+    pub(crate) fn client_unless_reset(&self) -> anyhow::Result<Option<TcpStream>> {
+        match self.client() {
+            Err(error) if was_reset(&error) => Ok(None),
+            client => client.map(Some),
+        }
+    }
+
     /// A client's connection to the injector.
     pub(crate) fn client(&self) -> anyhow::Result<TcpStream> {
         let connect = || TcpStream::connect_timeout(&public_address(), LIMIT);
@@ -49,6 +57,11 @@ impl World {
         patient(&client)?;
         Ok(client)
     }
+}
+
+fn was_reset(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<std::io::Error>();
+    error.is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
 /// Where clients connect.

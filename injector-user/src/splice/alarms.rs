@@ -1,0 +1,53 @@
+//! What `verdict` rings for, passed on to the direction that it concerns.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use aya::maps::{MapData, RingBuf};
+use injector_common::splice::Alarm;
+use tokio::io::Interest;
+
+use crate::{engine::Bell, sys};
+
+/// The bells of all spliced directions, by their source's cookie.
+#[derive(Debug, Default)]
+pub(super) struct Alarms(Mutex<HashMap<u64, Arc<Bell>>>);
+
+impl Alarms {
+    pub(super) fn add(&self, source: u64) -> Arc<Bell> {
+        let bell = Arc::new(Bell::default());
+        self.lock().insert(source, Arc::clone(&bell));
+        bell
+    }
+
+    pub(super) fn remove(&self, source: u64) {
+        self.lock().remove(&source);
+    }
+
+    fn ring(&self, source: u64) {
+        if let Some(bell) = self.lock().get(&source) {
+            bell.ring();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Bell>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes on what the programs ring, as long as the daemon runs.
+    pub(super) async fn follow(&self, ring: RingBuf<MapData>) -> io::Result<()> {
+        let mut ring = sys::poll(ring, Interest::READABLE)?;
+        loop {
+            let mut ready = ring.readable_mut().await?;
+            while let Some(alarm) = ready.get_inner_mut().next() {
+                if let Some(source) = alarm.first_chunk::<{ size_of::<Alarm>() }>() {
+                    self.ring(u64::from_ne_bytes(*source));
+                }
+            }
+            ready.clear_ready();
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! A short soak of either engine, with a fixed seed; `cargo xtask soak` runs long ones.
+//!
+//! Ignored unless asked for (`--ignored`): it depends on timing, and has not yet passed often enough in a row to stand in
+//! everybody's way.
+
+use std::time::Duration;
+
+use injector_tests::netns;
+use injector_tests::soak::{Engine, Options, run};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // A process has one set of namespaces.
+    arguments.test_threads = Some(1);
+    let trial = |engine: Engine| {
+        Trial::ignorable_test(format!("soak/{engine}"), move || soak(engine)).with_ignored_flag(true)
+    };
+    libtest_mimic::run(&arguments, Engine::ALL.map(trial).into()).exit();
+}
+
+fn soak(engine: Engine) -> Result<Completion, Failed> {
+    if let Some(reason) = netns::unavailable() {
+        return Ok(Completion::ignored_with(reason));
+    }
+    let options = Options {
+        seed: 20_250_307,
+        duration: Duration::from_secs(8),
+        at_once: 32,
+        engine,
+        planned: 100,
+        only: None,
+    };
+    let report = run(&options, &mut |line| println!("{line}"))?;
+    if report.passed() { Ok(Completion::Completed) } else { Err(Failed::from(report.to_string())) }
+}

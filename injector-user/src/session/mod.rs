@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Accepting and admission are in [`crate::listener`]; what follows is here, in the order in which it happens. From the
-//! header on, [`pump`] carries both directions, each a [`lane`] that decides by [`direction`]. The engines differ only
+//! header on, `pump` carries both directions, each a `lane` that decides by `direction`. The engines differ only
 //! in how bytes move ([`crate::engine`]).
 
 mod backlog;

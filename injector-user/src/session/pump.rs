@@ -85,8 +85,9 @@ impl<'a> Pump<'a> {
         self.account();
         let (to_backend, to_client) = self.accounted;
         let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
+        let Self { client, backend, to_backend: up, to_client: down, .. } = self;
         // The directions leave the kernel's maps before their sockets close.
-        let Self { client, backend, to_backend: _, to_client: _, .. } = self;
+        drop((up, down));
         let mut left = None;
         match end {
             End::NoBanner => {

@@ -1,4 +1,4 @@
-//! Builds the BPF programs (`injector-ebpf`) and leaves the object in `OUT_DIR/injector-bpf`.
+//! Builds the BPF programs (`injector-ebpf`) and leaves one object per engine in `OUT_DIR`.
 //!
 //! Which compiler and linker to use is what `cargo xtask setup` found out and wrote to
 //! `bpf-toolchain.env` in the tool cache; this script guesses nothing. Without the feature `bpf` it does nothing.

@@ -4,5 +4,6 @@
 //! daemon and in the tests.
 #![no_std]
 
+pub mod inline;
 pub mod proxy;
 pub mod splice;

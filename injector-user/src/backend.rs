@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{Backend, Host, Listener},
     endpoint::Endpoint,
+    engine::Engine,
     watch::Watch,
 };
 
@@ -89,11 +90,16 @@ impl Backends {
         }
     }
 
-    /// Connects to the first address that answers. All addresses together get `within`, each its share of what is left.
+    /// Connects to the first address that answers, on behalf of `engine`. All addresses together get `within`, each its share of what is left.
     ///
     /// # Errors
     /// [`Unreachable`], after every address was tried.
-    pub async fn connect(&self, within: Duration, watch: &Watch) -> Result<Endpoint, Unreachable> {
+    pub async fn connect(
+        &self,
+        within: Duration,
+        watch: &Watch,
+        engine: &dyn Engine,
+    ) -> Result<Endpoint, Unreachable> {
         let deadline = Instant::now() + within;
         let mut addresses = self.addresses();
         if addresses.is_empty() {
@@ -104,7 +110,7 @@ impl Backends {
         let mut worst = Unreachable::Unresolved;
         for (left, address) in (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses) {
             let share = deadline.saturating_duration_since(Instant::now()) / left;
-            let failed = match timeout(share, Endpoint::connect(address, watch)).await {
+            let failed = match timeout(share, Endpoint::connect(address, watch, engine)).await {
                 Ok(Ok(backend)) => return Ok(backend),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     Unreachable::Refused { address, error }
@@ -162,7 +168,7 @@ fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
+    use crate::{config::Config, engine::Relay};
 
     fn backends(list: &str) -> Backends {
         let text = format!(
@@ -186,7 +192,7 @@ mod tests {
         let (_listener, good) = listening().await;
         let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
-        let backend = backends.connect(Duration::from_secs(5), &watch).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap();
         assert_eq!(backend.peer(), good);
     }
 
@@ -194,7 +200,7 @@ mod tests {
     async fn all_refusing_is_a_refusal() {
         let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"{}\"", refusing().await));
-        let error = backends.connect(Duration::from_secs(5), &watch).await.unwrap_err();
+        let error = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
@@ -204,15 +210,17 @@ mod tests {
         let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"localhost:{}\"", good.port()));
         assert_eq!(backends.addresses(), []);
-        let backend = backends.connect(Duration::from_secs(5), &watch).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap();
         assert_eq!(backend.peer(), good);
     }
 
     #[tokio::test]
     async fn a_name_without_address_says_so() {
         let watch = Watch::start().unwrap();
-        let error =
-            backends("\"nowhere.invalid:25\"").connect(Duration::from_secs(5), &watch).await.unwrap_err();
+        let error = backends("\"nowhere.invalid:25\"")
+            .connect(Duration::from_secs(5), &watch, &Relay)
+            .await
+            .unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
     }
 }

@@ -60,6 +60,31 @@ pub enum Command {
     ///
     /// Drives the real mechanism over loopback sockets of its own and cleans up after itself.
     Selftest(SelftestArgs),
+    /// What engine "inline" has left in the kernel
+    #[cfg(feature = "bpf")]
+    #[command(subcommand)]
+    Inline(InlineCommand),
+}
+
+/// The verbs of `injector inline`.
+#[cfg(feature = "bpf")]
+#[derive(Clone, Debug, Subcommand)]
+pub enum InlineCommand {
+    /// Take the programs off all devices, and remove the maps and the NAT table
+    ///
+    /// Programs, maps and NAT outlive the daemon, so that connections go on while it restarts. Stop the daemon
+    /// first, for it attaches them again when devices change. Connections through the engine break.
+    Detach(DetachArgs),
+}
+
+/// Arguments of `injector inline detach`.
+#[cfg(feature = "bpf")]
+#[derive(Clone, Debug, Args)]
+pub struct DetachArgs {
+    /// The configuration file (TOML) that the daemon ran with [default: inline.pin and inline.table have their
+    /// defaults]
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -221,7 +246,7 @@ mod tests {
             ["--max-connections", "many"],
             ["--stop-deadline", "30"],
             ["--stop-deadline", "1year"],
-            ["--engine", "inline"],
+            ["--engine", "kernel"],
             ["--metrics-listen", "9145"],
         ] {
             let words = ["injector", "run", "--config", "f"].iter().chain(&flags);

@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     backend::Backends,
+    choice,
     config::{Config, EngineChoice, Listener},
     engine::Engine,
     listener::{self, Door, Limits},
@@ -36,7 +37,7 @@ const AFTER_THE_CUT: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// When it cannot start; each says what to do.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(mut config: Config) -> anyhow::Result<()> {
     let nofile = sys::raise_nofile().context("reading the limit of open files")?;
     let carried = listener::connections_for(nofile);
     if carried == 0 {
@@ -55,72 +56,66 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         );
     }
 
-    // With all rights: sockets, programs.
+    // With all rights: sockets, programs. Listeners that become inline have no sockets.
+    let mut findings = Findings::untried("no listener asks for it");
+    let choices = choice::inline(&mut config, &mut findings)?;
     let listening = bind_all(&config)?;
     let exporter = match config.metrics {
         Some(metrics) => Some(listener::bind(metrics.listen).context("metrics.listen")?),
         None => None,
     };
-    let connections = u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX);
-    let findings = if config.listeners.iter().all(|listener| listener.engine == EngineChoice::Relay) {
-        Findings::untried("no listener asks for it")
-    } else {
-        Findings::gather(connections, &config.splice.marks)
-    };
-    let engines = choose(&config, &findings)?;
+    if config.listeners.iter().any(|listener| choice::splices(listener.engine)) {
+        findings.try_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.marks);
+        findings.splice.log("splice");
+    }
+    let engines = choice::engines(&config, &choices, &findings)?;
+    #[cfg(feature = "bpf")]
+    let inline = crate::inline::start::start(&config)?;
 
     // Without.
-    give_up_rights(&findings);
+    #[cfg(feature = "bpf")]
+    let attaches = inline.is_some();
+    #[cfg(not(feature = "bpf"))]
+    let attaches = false;
+    give_up_rights(&findings, attaches);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(serve(config, nofile, listening, exporter, engines, findings))
+    runtime.block_on(serve(
+        config,
+        nofile,
+        listening,
+        exporter,
+        engines,
+        findings,
+        #[cfg(feature = "bpf")]
+        inline,
+    ))
 }
 
 fn bind_all(config: &Config) -> anyhow::Result<Vec<Vec<Socket>>> {
     let bind = |listener: &Listener| {
+        // Its packets never reach a socket.
+        if listener.engine == EngineChoice::Inline {
+            return Ok(Vec::new());
+        }
         let sockets: Result<Vec<_>, _> = listener.bind.iter().copied().map(listener::bind).collect();
         sockets.with_context(|| format!("listener {:?}", listener.name))
     };
     config.listeners.iter().map(bind).collect()
 }
 
-fn choose(config: &Config, findings: &Findings) -> anyhow::Result<Vec<Arc<dyn Engine>>> {
-    let fault = findings.splice_fault();
-    if let Some(fault) = &fault
-        && config.listeners.iter().any(|listener| listener.engine != EngineChoice::Relay)
-    {
-        tracing::warn!(reason = fault, "the splice engine cannot run here");
-    }
-    let mut engines = Vec::new();
-    for listener in &config.listeners {
-        let engine = findings.engine(listener.engine).map_err(|fault| {
-            anyhow::anyhow!(
-                "listener {:?}: engine \"splice\" cannot run here: {fault}; \
-                 `injector selftest` shows all checks, engine = \"auto\" would take relay",
-                listener.name
-            )
-        })?;
-        let reason = match (listener.engine, &fault) {
-            (EngineChoice::Auto, None) => "auto: all checks of splice passed".to_owned(),
-            (EngineChoice::Auto, Some(fault)) => format!("auto: splice cannot run here: {fault}"),
-            (EngineChoice::Splice | EngineChoice::Relay, _) => "configured".to_owned(),
-        };
-        tracing::info!(listener = listener.name, engine = engine.name(), reason, "engine chosen");
-        engines.push(engine);
-    }
-    Ok(engines)
-}
-
-/// Maps stay usable by their descriptors; see [`crate::splice::Splice::works_without_rights`] for the exception.
-fn give_up_rights(findings: &Findings) {
+/// Maps stay usable by their descriptors; see [`crate::splice::Splice::works_without_rights`] for the exception. Whoever
+/// `attaches` programs to devices that come later needs the rights for it then.
+fn give_up_rights(findings: &Findings, attaches: bool) {
     #[cfg(feature = "bpf")]
     let keep: &[_] = match findings.splice_engine() {
+        _ if attaches => &[caps::Capability::CAP_BPF, caps::Capability::CAP_NET_ADMIN],
         Some(splice) if !splice.works_without_rights() => &[caps::Capability::CAP_BPF],
         _ => &[],
     };
     #[cfg(not(feature = "bpf"))]
     let keep: &[_] = {
-        let _ = findings;
+        let _ = (findings, attaches);
         &[]
     };
     match rights::drop_all_but(keep) {
@@ -134,8 +129,9 @@ async fn serve(
     nofile: u64,
     listening: Vec<Vec<Socket>>,
     exporter: Option<Socket>,
-    engines: Vec<Arc<dyn Engine>>,
+    engines: Vec<Option<Arc<dyn Engine>>>,
     findings: Findings,
+    #[cfg(feature = "bpf")] inline: Option<crate::inline::start::Running>,
 ) -> anyhow::Result<()> {
     // First, so that no signal ends the process unheard.
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -146,6 +142,10 @@ async fn serve(
     let ledger = Ledger::default();
     observe(&metrics, &findings, &config, nofile);
     metrics.watch_backlog(ledger.clone());
+    #[cfg(feature = "bpf")]
+    if let Some(running) = inline {
+        watch_inline(running, &config, &metrics);
+    }
     let exporting = CancellationToken::new();
     if let Some(exporter) = exporter {
         let exporter = tokio::net::TcpListener::from_std(exporter.into()).context("metrics.listen")?;
@@ -160,6 +160,7 @@ async fn serve(
     let limits = Limits::new(config.limits.max_connections, nofile);
     let run_id = RandomState::new().hash_one(std::process::id());
     for ((listener, sockets), engine) in config.listeners.iter().zip(listening).zip(engines) {
+        let Some(engine) = engine else { continue };
         let backends = Arc::new(Backends::new(listener));
         tokio::spawn(Arc::clone(&backends).keep_resolving(stop.clone()));
         let door = Door {
@@ -239,11 +240,31 @@ async fn serve(
     Ok(())
 }
 
+/// Packets need nobody; the operator wants to know what becomes of them.
+#[cfg(feature = "bpf")]
+fn watch_inline(running: crate::inline::start::Running, config: &Config, metrics: &Metrics) {
+    metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn crate::metrics::BpfCounters>);
+    let books = crate::inline::start::books(config, metrics);
+    let inline = Arc::clone(&running.inline);
+    tokio::spawn(async move {
+        if let Err(error) = books.keep(&inline).await {
+            tracing::error!(%error, "nobody hears what becomes of the connections");
+        }
+    });
+    tokio::spawn(async move {
+        if let Err(error) = running.follow().await {
+            tracing::error!(error = format!("{error:#}"), "devices that come later are not served");
+        }
+    });
+}
+
 /// What the metrics and the log take from the programs and the configuration.
 fn observe(metrics: &Metrics, findings: &Findings, config: &Config, nofile: u64) {
     metrics.set_max_connections(config.limits.max_connections.min(listener::connections_for(nofile)));
-    for (engine, fault) in [("splice", findings.splice_fault()), ("relay", None)] {
-        metrics.set_engine(engine, fault.is_none());
+    metrics.set_engine("relay", true);
+    for (engine, tested) in [("inline", &findings.inline), ("splice", &findings.splice)] {
+        metrics.set_engine(engine, tested.fault().is_none());
+        tested.checks.iter().for_each(|check| metrics.set_check(engine, check));
     }
     #[cfg(feature = "bpf")]
     if let Some(splice) = findings.splice_engine() {

@@ -17,6 +17,7 @@ use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::io::{Interest, Ready, unix::AsyncFd};
 
 use crate::{
+    engine::Engine,
     sys,
     watch::{Watch, Watched},
 };
@@ -57,12 +58,14 @@ pub struct Endpoint {
     io: Option<Io>,
     watched: Option<Watched<Arc<Socket>>>,
     needs: Needs,
+    /// Of the peer's SYN; of an accepted socket it is read when it is asked for.
+    sequence: Option<u32>,
     /// The last read took all there was.
     emptied: AtomicBool,
 }
 
 impl Endpoint {
-    /// Takes over an accepted socket: non-blocking, without Nagle, kept alive.
+    /// Takes over an accepted socket: non-blocking, without Nagle.
     ///
     /// # Errors
     /// When the socket is no longer connected, or the runtime cannot poll it.
@@ -70,33 +73,42 @@ impl Endpoint {
         prepare(&socket)?;
         let socket = Arc::new(socket);
         let io = register(&socket, EVERYTHING)?;
-        Self::connected(socket, io, watch)
+        Self::connected(socket, io, None, watch)
     }
 
-    /// Connects to `address`. Dropping the future gives up.
+    /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up.
     ///
     /// # Errors
     /// As connect(2).
-    pub async fn connect(address: SocketAddr, watch: &Watch) -> io::Result<Self> {
+    pub async fn connect(address: SocketAddr, watch: &Watch, engine: &dyn Engine) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         prepare(&socket)?;
         receive_buffer(&socket)?;
+        let socket = Arc::new(socket);
+        let anchor = engine.anchor(&socket);
         match socket.connect(&address.into()) {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
         }
-        let socket = Arc::new(socket);
         let io = register(&socket, EVERYTHING)?;
         if let Some(io) = &io {
             let _ = io.ready(Interest::WRITABLE).await?;
         }
         match socket.take_error()? {
             Some(error) => Err(error),
-            None => Self::connected(socket, io, watch),
+            None => {
+                let sequence = anchor.and_then(|anchor| anchor.sequence());
+                Self::connected(socket, io, sequence, watch)
+            }
         }
     }
 
-    fn connected(socket: Arc<Socket>, io: Option<Io>, watch: &Watch) -> io::Result<Self> {
+    fn connected(
+        socket: Arc<Socket>,
+        io: Option<Io>,
+        sequence: Option<u32>,
+        watch: &Watch,
+    ) -> io::Result<Self> {
         let address = |address: socket2::SockAddr| address.as_socket().ok_or(io::ErrorKind::InvalidInput);
         Ok(Self {
             cookie: socket.cookie()?,
@@ -106,6 +118,7 @@ impl Endpoint {
             io,
             watched: None,
             needs: EVERYTHING,
+            sequence,
             emptied: AtomicBool::new(false),
             socket,
         })
@@ -115,6 +128,13 @@ impl Endpoint {
     #[must_use]
     pub fn cookie(&self) -> u64 {
         self.cookie
+    }
+
+    /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
+    /// it ([`accepts`]).
+    #[must_use]
+    pub fn first_sequence(&self) -> Option<u32> {
+        self.sequence.or_else(|| sys::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
     }
 
     /// Whom it is connected to.
@@ -185,8 +205,19 @@ impl Endpoint {
         }
     }
 
-    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, which
-    /// the kernel's plane would carry once more, from its first byte (tcp_read_skb, net/ipv4/tcp.c, knows no offset).
+    /// Waits until there is something to read, or an end. Cancel safe.
+    ///
+    /// # Errors
+    /// When the runtime no longer polls.
+    pub async fn readable(&self) -> io::Result<()> {
+        let Some(io) = &self.io else { return std::future::pending().await };
+        let mut ready = io.ready(Interest::READABLE).await?;
+        ready.retain_ready();
+        Ok(())
+    }
+
+    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
+    /// the program would have to cut off more than it can: the kernel joins segments that wait in a queue into one.
     #[must_use]
     pub fn emptied(&self) -> bool {
         self.emptied.load(Ordering::Relaxed)
@@ -271,6 +302,20 @@ impl Endpoint {
         let _ = tokio::time::timeout(within, acknowledged).await;
     }
 
+    /// From now on a peer that does not answer is given up: one that has been sent something after `user_timeout`, as is one
+    /// whose window stays closed for so long; an idle one is asked whether it lives after `keepalive` (whole seconds), and
+    /// from then on, and given up after `user_timeout` as well. By the kernel alone, whoever carries the payload.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn give_up_after(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+        let interval = (keepalive / 4).max(Duration::from_secs(1));
+        // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
+        let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
+        self.socket.set_tcp_keepalive(&probes)?;
+        self.socket.set_tcp_user_timeout(Some(user_timeout))
+    }
+
     /// Closes with a RST, so that the peer never takes what it got for the whole.
     pub fn reset(self) {
         // If it fails, the socket is gone already.
@@ -284,11 +329,32 @@ impl AsRawFd for Endpoint {
     }
 }
 
+/// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.
+fn syn_sequence(syn: &[u8]) -> Option<u32> {
+    const IPV6_HEADER: usize = 40;
+    const NEXT_HEADER: usize = 6;
+    let tcp = match syn.first()? >> 4 {
+        4 => usize::from(syn.first()? & 0xF) * 4,
+        6 if i32::from(*syn.get(NEXT_HEADER)?) == libc::IPPROTO_TCP => IPV6_HEADER,
+        _ => return None,
+    };
+    syn.get(tcp + 4..tcp + 8)?.first_chunk().copied().map(u32::from_be_bytes)
+}
+
+/// Readies a socket that is to accept: fixes the receive buffer, and saves the SYN of each connection until it is read.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn accepts(socket: &Socket) -> io::Result<()> {
+    receive_buffer(socket)?;
+    sys::save_syn(socket)
+}
+
 /// Fixes the receive buffer; before connect(2) or listen(2), so that the window scale fits it.
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn receive_buffer(socket: &Socket) -> io::Result<()> {
+fn receive_buffer(socket: &Socket) -> io::Result<()> {
     socket.set_recv_buffer_size(RECEIVE_BUFFER)
 }
 
@@ -296,12 +362,7 @@ fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
     // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
-    socket.set_out_of_band_inline(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(60))
-        .with_interval(Duration::from_secs(15))
-        .with_retries(4);
-    socket.set_tcp_keepalive(&keepalive)
+    socket.set_out_of_band_inline(true)
 }
 
 fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
@@ -312,4 +373,23 @@ fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
         Needs { read: false, write: false } => return Ok(None),
     };
     sys::poll(Arc::clone(socket), interest | Interest::ERROR).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sequence_number_of_a_saved_syn() {
+        let tcp = [0, 25, 0xC0, 0, 0xDE, 0xAD, 0xBE, 0xEF, 0, 0, 0, 0, 0x50, 2];
+        let ipv4 = |first| [&[first][..], &[0; 19], &tcp].concat();
+        let ipv6 = |next| [&[0x60, 0, 0, 0, 0, 20, next, 64][..], &[0; 32], &tcp].concat();
+        assert_eq!(syn_sequence(&ipv4(0x45)), Some(0xDEAD_BEEF));
+        assert_eq!(syn_sequence(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
+        assert_eq!(syn_sequence(&ipv6(6)), Some(0xDEAD_BEEF));
+        // An extension header, nothing, too little.
+        assert_eq!(syn_sequence(&ipv6(0)), None);
+        assert_eq!(syn_sequence(&[]), None);
+        assert_eq!(syn_sequence(ipv4(0x45).get(..26).unwrap()), None);
+    }
 }

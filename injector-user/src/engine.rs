@@ -3,10 +3,14 @@
 use std::{
     fmt::Debug,
     io,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use injector_common::splice::Flow;
+use socket2::Socket;
 use tokio::sync::Notify;
 
 use crate::{endpoint::Endpoint, relay};
@@ -23,9 +27,24 @@ pub trait Engine: Debug + Send + Sync {
     /// The connection must be reset: the backend has read nothing, or nobody knows what.
     fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected>;
 
+    /// Looks out for where the peer's stream begins, on a socket that has not begun to connect; `None` if this engine has no
+    /// use for it, or cannot.
+    fn anchor(&self, socket: &Arc<Socket>) -> Option<Box<dyn Anchor>>;
+
     /// Has the kernel carry what `source` receives to `target`; `None` if this engine never does. All that user space
-    /// read of `source` must have been written.
-    fn enrol(&self, source: &Endpoint, target: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>>;
+    /// read of `source`, `read` bytes, must have been written.
+    fn enrol(
+        &self,
+        source: &Endpoint,
+        target: &Endpoint,
+        read: u64,
+    ) -> Option<Result<Box<dyn Spliced>, Refused>>;
+}
+
+/// Looks out for where a stream begins, until it is dropped.
+pub trait Anchor: Debug + Send + Sync {
+    /// The sequence number of the peer's SYN, once it has come.
+    fn sequence(&self) -> Option<u32>;
 }
 
 /// How a header went out.
@@ -61,11 +80,25 @@ pub trait Spliced: Debug + Send + Sync {
     /// When the kernel refuses; the connection must be reset.
     fn grant(&self, taken: u64) -> io::Result<()>;
 
-    /// Leaves what `source` receives from here on to user space, for good, so that TCP closes the window.
+    /// Leaves what `source` receives from here on to user space, so that TCP closes the window.
     ///
     /// # Errors
     /// When the kernel refuses; the connection must be reset.
     fn hold(&self, source: &Endpoint) -> io::Result<()>;
+
+    /// After [`Spliced::hold`]: lets the kernel carry again once it sees that user space has written all that was left to it,
+    /// which is `written` bytes. `false` where there is more to read first. Until [`Spliced::withdraw`] user space neither reads
+    /// nor writes.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the connection must be reset.
+    fn offer(&self, written: u64) -> io::Result<bool>;
+
+    /// Takes [`Spliced::offer`] back, unless the kernel carries again by now.
+    ///
+    /// # Errors
+    /// When nobody knows any more; the connection must be reset.
+    fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer>;
 
     /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
     /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
@@ -84,6 +117,17 @@ pub struct Backlog {
     pub taken: u64,
     /// The kernel has stopped carrying by itself, as after [`Spliced::hold`]: nobody looked in time.
     pub held: bool,
+}
+
+/// What became of [`Spliced::offer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// The kernel carries.
+    Taken,
+    /// The kernel has carried, and stopped again: part of it is still on its way to the target.
+    Held,
+    /// It has not: user space goes on.
+    Void,
 }
 
 /// Rung by the kernel, heard by a session.
@@ -131,7 +175,11 @@ impl Engine for Relay {
         Ok(Injected { payload, refused: None })
     }
 
-    fn enrol(&self, _: &Endpoint, _: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>> {
+    fn anchor(&self, _: &Arc<Socket>) -> Option<Box<dyn Anchor>> {
+        None
+    }
+
+    fn enrol(&self, _: &Endpoint, _: &Endpoint, _: u64) -> Option<Result<Box<dyn Spliced>, Refused>> {
         None
     }
 }
@@ -140,11 +188,12 @@ impl Engine for Relay {
 mod kernel {
     use aya::maps::MapError;
 
-    use std::sync::Arc;
-
-    use super::{Backlog, Bell, Endpoint, Engine, Flow, Injected, Refused, Spliced, io, relay};
+    use super::{
+        Anchor, Arc, Backlog, Bell, Endpoint, Engine, Flow, Injected, Offer, Refused, Socket, Spliced, io,
+        relay,
+    };
     use crate::splice::{
-        Splice,
+        self, Splice,
         inject::InjectError,
         verdict::{self, reason_of},
     };
@@ -171,8 +220,18 @@ mod kernel {
             }
         }
 
-        fn enrol(&self, source: &Endpoint, target: &Endpoint) -> Option<Result<Box<dyn Spliced>, Refused>> {
-            Some(match verdict::Spliced::enrol(self, source, target) {
+        fn anchor(&self, socket: &Arc<Socket>) -> Option<Box<dyn Anchor>> {
+            // Without it the backend's direction stays relayed, and is counted as such.
+            splice::anchor::Anchor::new(self, socket).ok().map(|anchor| Box::new(anchor) as Box<dyn Anchor>)
+        }
+
+        fn enrol(
+            &self,
+            source: &Endpoint,
+            target: &Endpoint,
+            read: u64,
+        ) -> Option<Result<Box<dyn Spliced>, Refused>> {
+            Some(match verdict::Spliced::enrol(self, source, target, read) {
                 Ok(spliced) => Ok(Box::new(spliced)),
                 Err(error) => Err(refused(error)),
             })
@@ -203,6 +262,14 @@ mod kernel {
 
         fn hold(&self, source: &Endpoint) -> io::Result<()> {
             self.hold(source)
+        }
+
+        fn offer(&self, written: u64) -> io::Result<bool> {
+            self.offer(written)
+        }
+
+        fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
+            self.withdraw(source, target)
         }
 
         fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {

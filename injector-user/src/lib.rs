@@ -1,12 +1,17 @@
 //! The injector daemon. Start reading at [`session`]: the life of one connection.
 
 pub mod backend;
+#[cfg(feature = "bpf")]
+pub mod bpf;
+pub mod choice;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod endpoint;
 pub mod engine;
 pub mod header;
+#[cfg(feature = "bpf")]
+pub mod inline;
 pub mod listener;
 pub mod log;
 pub mod metrics;

@@ -1,11 +1,16 @@
 //! Listening sockets, and who is let in: limits decide before a backend is touched.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io::{self, Read as _},
+    net::{Shutdown, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tokio::{
-    io::Interest,
+    io::{Interest, unix::AsyncFd},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -24,8 +29,10 @@ const DESCRIPTORS_OF_OUR_OWN: u64 = 128;
 const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// How many clients are turned away politely at one time; the others are reset.
 const POLITE_REFUSALS: usize = 256;
-/// Pause after an accept that failed for want of descriptors or memory.
+/// Pause after an accept that failed for want of descriptors or memory, with no [`Spare`] left to make room.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often at most one listening socket says that there is no room.
+const SHORTAGE_EVERY: Duration = Duration::from_secs(10);
 /// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
@@ -57,7 +64,7 @@ pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
         socket.set_nonblocking(true)?;
         // A restart must not wait for the connections of the last run to leave TIME_WAIT.
         socket.set_reuse_address(true)?;
-        endpoint::receive_buffer(&socket)?;
+        endpoint::accepts(&socket)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         Ok(socket)
@@ -129,18 +136,26 @@ impl Door {
     /// When the runtime cannot poll the socket.
     pub async fn keep_open(self, socket: Socket) -> io::Result<()> {
         let socket = sys::poll(socket, Interest::READABLE)?;
+        let mut spare = Spare::kept_of(socket.get_ref());
+        let mut shortage = Shortage::default();
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
-                accepted = socket.async_io(Interest::READABLE, Socket::accept) => accepted,
+                accepted = accept(&socket) => accepted,
             };
             match accepted {
-                Ok((client, _)) => self.let_in(client),
+                Ok(client) if spare.keep(socket.get_ref()) => self.let_in(client),
+                Ok(client) => {
+                    shortage.tell(&self.context.listener);
+                    self.turn_away_at_once(client);
+                    spare.keep(socket.get_ref());
+                }
                 Err(error) if no_room(&error) => {
-                    tracing::warn!(listener = self.context.listener, %error, "cannot accept: lower limits.max_connections or raise the limit of open files");
-                    self.context.metrics.refused(RefusedReason::NoDescriptors);
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    shortage.tell(&self.context.listener);
+                    if !spare.give_up() {
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
                 }
                 // The client has gone meanwhile, or the network had news of it (accept(2)).
                 Err(error) => tracing::debug!(listener = self.context.listener, %error, "accept"),
@@ -174,6 +189,26 @@ impl Door {
         });
     }
 
+    /// Turns away without keeping the client's descriptor for a moment longer, as there is no other.
+    fn turn_away_at_once(&self, client: Socket) {
+        let metrics = &self.context.metrics;
+        metrics.accepted();
+        metrics.refused(RefusedReason::NoDescriptors);
+        let line = self.context.protocol.refusal(Refusal::TooManyConnections);
+        let told = line.is_some_and(|line| {
+            client.set_nonblocking(true).is_ok()
+                && client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok()
+                && client.shutdown(Shutdown::Write).is_ok()
+        });
+        if told {
+            // Closing with unread bytes would send a reset, which can overtake the line.
+            while (&client).read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+        } else {
+            // If it fails, the client has gone.
+            let _ = client.set_linger(Some(Duration::ZERO));
+        }
+    }
+
     fn admit(&self) -> Result<Admitted, RefusedReason> {
         let own = match &self.own {
             Some(own) => {
@@ -198,6 +233,63 @@ impl Door {
                 Err(_) => client.reset(),
             }
         });
+    }
+}
+
+/// The next client. Cancel safe.
+async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Socket> {
+    loop {
+        let mut ready = socket.readable().await?;
+        match ready.try_io(|socket| socket.get_ref().accept()) {
+            // The kernel looks for a descriptor before it looks for a client (__sys_accept4_file, net/socket.c).
+            Ok(Err(error)) if no_room(&error) && !sys::readable_now(socket)? => ready.clear_ready(),
+            Ok(result) => return result.map(|(client, _)| client),
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// A descriptor kept for the moment when there are no others: without one, nobody could even be told to come back later,
+/// and clients would wait in the kernel's queue until they give up.
+#[derive(Debug)]
+struct Spare(Option<Socket>);
+
+impl Spare {
+    /// Any descriptor will do; one more of this socket costs nothing else.
+    fn kept_of(socket: &Socket) -> Self {
+        Self(socket.try_clone().ok())
+    }
+
+    /// Whether it is there, having been taken again if that was possible.
+    fn keep(&mut self, socket: &Socket) -> bool {
+        if self.0.is_none() {
+            *self = Self::kept_of(socket);
+        }
+        self.0.is_some()
+    }
+
+    /// Makes room for one client; `false` if there was none to make.
+    fn give_up(&mut self) -> bool {
+        self.0.take().is_some()
+    }
+}
+
+/// Says that there is no room, and not with every client.
+#[derive(Debug, Default)]
+struct Shortage {
+    told: Option<Instant>,
+}
+
+impl Shortage {
+    fn tell(&mut self, listener: &str) {
+        if self.told.is_none_or(|told| told.elapsed() >= SHORTAGE_EVERY) {
+            self.told = Some(Instant::now());
+            tracing::warn!(
+                listener,
+                "no file descriptors are left, clients are turned away: lower limits.max_connections or raise the \
+                 limit of open files"
+            );
+        }
     }
 }
 

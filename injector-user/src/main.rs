@@ -30,8 +30,12 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             daemon::run(config)?;
         }
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
+        #[cfg(feature = "bpf")]
+        Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
         Command::Selftest(args) => {
-            let findings = Findings::gather(16, &Marks::default());
+            let mut findings = Findings::untried("");
+            findings.try_inline();
+            findings.try_splice(16, &Marks::default());
             if args.json {
                 println!("{:#}", findings.json());
             } else {
@@ -40,4 +44,20 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(feature = "bpf")]
+fn detach(args: &cli::DetachArgs) -> anyhow::Result<()> {
+    let settings = match &args.config {
+        Some(file) => Config::load(file)?.inline,
+        None => config::Inline::default(),
+    };
+    let removed = injector_user::inline::start::detach(&settings)?;
+    if removed.is_empty() {
+        println!("nothing was left of engine \"inline\"");
+    }
+    for what in removed {
+        println!("removed {what}");
+    }
+    Ok(())
 }

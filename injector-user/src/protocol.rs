@@ -62,6 +62,10 @@ pub struct DefaultTimeouts {
     pub header_wait: Duration,
     /// Without a byte in the remaining direction, once one side has finished.
     pub half_closed: Duration,
+    /// Without an answer to what a peer was sent.
+    pub user_timeout: Duration,
+    /// Silence after which a peer is asked whether it still lives.
+    pub keepalive: Duration,
 }
 
 const fn seconds(seconds: u64) -> Duration {
@@ -167,6 +171,9 @@ impl Protocol {
     ///   (RFC 2177, section 3).
     /// - POP3: at least 10 minutes (RFC 1939, section 3).
     /// - ManageSieve: at least 30 minutes (RFC 5804, section 1.2).
+    ///
+    /// A peer may leave its window closed for as long as it is busy with what it got: senders of mail wait 3
+    /// minutes for each block to be taken (RFC 5321, section 4.5.3.2.5), so the injector gives up after that.
     pub const fn timeouts(self) -> DefaultTimeouts {
         DefaultTimeouts {
             connect: seconds(5),
@@ -188,6 +195,8 @@ impl Protocol {
                 Self::Imap | Self::Imaps | Self::Pop3 | Self::Pop3s | Self::Sieve => minutes(1),
                 Self::Plain => minutes(5),
             },
+            user_timeout: minutes(5),
+            keepalive: minutes(1),
         }
     }
 

@@ -21,22 +21,133 @@ pub struct Check {
     pub took: Duration,
 }
 
+/// What was found out about one engine.
+#[derive(Clone, Debug)]
+pub struct Tested {
+    /// Its checks, in order; the first that fails rules it out.
+    pub checks: Vec<Check>,
+    /// The loaded programs and the instructions that the verifier walked.
+    pub programs: Vec<(String, Option<u32>)>,
+    /// Why nothing was tried.
+    untried: Option<String>,
+}
+
+impl Tested {
+    /// Nothing was loaded, for this reason.
+    fn untried(why: &str) -> Self {
+        Self { checks: Vec::new(), programs: Vec::new(), untried: Some(why.to_owned()) }
+    }
+
+    #[cfg(feature = "bpf")]
+    fn new(checks: Vec<Check>, programs: Vec<crate::bpf::ProgramReport>) -> Self {
+        let programs = programs.into_iter().map(|report| (report.name, report.verified_instructions));
+        Self { checks, programs: programs.collect(), untried: None }
+    }
+
+    /// Why the engine cannot run; `None` if it can.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        self.untried.clone().or_else(|| {
+            self.checks.iter().find_map(|check| {
+                let fault = check.result.as_ref().err()?;
+                Some(format!("{}: {fault}", check.name))
+            })
+        })
+    }
+
+    /// One line for each check, in the daemon's log.
+    pub fn log(&self, engine: &str) {
+        for Check { name, result, took } in &self.checks {
+            let seconds = took.as_secs_f64();
+            match result {
+                Ok(detail) => {
+                    tracing::info!(engine, check = name, passed = true, seconds, detail, "self-test");
+                }
+                Err(detail) => {
+                    tracing::warn!(engine, check = name, passed = false, seconds, detail, "self-test");
+                }
+            }
+        }
+    }
+
+    fn text(&self, engine: &str) -> String {
+        let mut text = format!("{engine}\n");
+        if let Some(why) = &self.untried {
+            let _ = writeln!(text, "  not tried: {why}");
+        }
+        for check in &self.checks {
+            let (mark, what) = match &check.result {
+                Ok(seen) => ("ok    ", seen),
+                Err(fault) => ("FAILED", fault),
+            };
+            let took = check.took.as_secs_f64() * 1000.0;
+            let _ = writeln!(text, "  {mark}  {:<22} {took:>7.1} ms  {what}", check.name);
+        }
+        for (name, instructions) in &self.programs {
+            let walked = instructions.map_or("?".to_owned(), |count| count.to_string());
+            let _ = writeln!(text, "  program {name}: {walked} instructions walked by the verifier");
+        }
+        text
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let check = |check: &Check| {
+            json!({
+                "name": check.name,
+                "passed": check.result.is_ok(),
+                "detail": check.result.as_ref().unwrap_or_else(|fault| fault),
+                "seconds": check.took.as_secs_f64(),
+            })
+        };
+        let program = |(name, instructions): &(String, Option<u32>)| json!({ "name": name, "verified_instructions": instructions });
+        json!({
+            "fault": self.fault(),
+            "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
+            "programs": self.programs.iter().map(program).collect::<Vec<_>>(),
+        })
+    }
+}
+
 /// What was found out about this machine.
 #[derive(Debug)]
 pub struct Findings {
-    /// The checks of the splice engine, in order; the first that fails rules it out.
-    pub splice: Vec<Check>,
-    /// The loaded programs and the instructions that the verifier walked.
-    pub programs: Vec<(String, Option<u32>)>,
+    /// About the inline engine.
+    pub inline: Tested,
+    /// About the splice engine.
+    pub splice: Tested,
     #[cfg(feature = "bpf")]
     loaded: Option<Arc<crate::splice::Splice>>,
 }
 
+const WITHOUT_BPF: &str = "this binary was built without BPF (--no-default-features)";
+
 impl Findings {
-    /// Loads the programs with room for `connections`, holding back by these marks, and drives them.
-    #[cfg(feature = "bpf")]
+    /// Nothing was tried, for this reason.
     #[must_use]
-    pub fn gather(connections: u32, marks: &Marks) -> Self {
+    pub fn untried(why: &str) -> Self {
+        let why = if cfg!(feature = "bpf") { why } else { WITHOUT_BPF };
+        Self {
+            inline: Tested::untried(why),
+            splice: Tested::untried(why),
+            #[cfg(feature = "bpf")]
+            loaded: None,
+        }
+    }
+
+    /// Drives the programs of the inline engine, with maps of their own.
+    #[cfg(feature = "bpf")]
+    pub fn try_inline(&mut self) {
+        let (checks, programs) = crate::inline::selftest::run();
+        self.inline = Tested::new(checks, programs);
+    }
+
+    /// Without BPF in the binary there is nothing to try.
+    #[cfg(not(feature = "bpf"))]
+    pub fn try_inline(&mut self) {}
+
+    /// Loads the programs of the splice engine with room for `connections`, holding back by these marks, and drives them.
+    #[cfg(feature = "bpf")]
+    pub fn try_splice(&mut self, connections: u32, marks: &Marks) {
         use crate::splice::{Splice, selftest};
 
         let start = std::time::Instant::now();
@@ -44,47 +155,30 @@ impl Findings {
             Ok(splice) => Arc::new(splice),
             Err(error) => {
                 let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
-                return Self { splice: vec![check], programs: Vec::new(), loaded: None };
+                self.splice = Tested::new(vec![check], Vec::new());
+                return;
             }
         };
         let seen = "programs verified and attached".to_owned();
-        let mut splice = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
+        let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
         match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => splice.extend(runtime.block_on(selftest::run(&loaded))),
+            Ok(runtime) => checks.extend(runtime.block_on(selftest::run(&loaded))),
             Err(error) => {
-                splice.push(Check { name: "runtime", result: Err(error.to_string()), took: Duration::ZERO });
+                checks.push(Check { name: "runtime", result: Err(error.to_string()), took: Duration::ZERO });
             }
         }
-        let programs =
-            loaded.programs().into_iter().map(|report| (report.name, report.verified_instructions));
-        Self { splice, programs: programs.collect(), loaded: Some(loaded) }
+        self.splice = Tested::new(checks, loaded.programs());
+        self.loaded = Some(loaded);
     }
 
     /// Without BPF in the binary there is nothing to try.
     #[cfg(not(feature = "bpf"))]
-    #[must_use]
-    pub fn gather(_connections: u32, _marks: &Marks) -> Self {
-        Self::untried("this binary was built without BPF (--no-default-features)")
-    }
-
-    /// Nothing was loaded, for this reason.
-    #[must_use]
-    pub fn untried(why: &str) -> Self {
-        Self {
-            splice: vec![Check { name: "load", result: Err(why.to_owned()), took: Duration::ZERO }],
-            programs: Vec::new(),
-            #[cfg(feature = "bpf")]
-            loaded: None,
-        }
-    }
+    pub fn try_splice(&mut self, _connections: u32, _marks: &Marks) {}
 
     /// Why the splice engine cannot run; `None` if it can.
     #[must_use]
     pub fn splice_fault(&self) -> Option<String> {
-        self.splice.iter().find_map(|check| {
-            let fault = check.result.as_ref().err()?;
-            Some(format!("{}: {fault}", check.name))
-        })
+        self.splice.fault()
     }
 
     /// The loaded splice engine, if all its checks passed.
@@ -94,7 +188,7 @@ impl Findings {
         self.loaded.as_ref().filter(|_| self.splice_fault().is_none())
     }
 
-    /// The engine for a listener that asks for `choice`.
+    /// The engine that ends connections for a listener that asks for `choice`.
     ///
     /// # Errors
     /// Why the engine that was asked for by name cannot run.
@@ -102,6 +196,7 @@ impl Findings {
         match (choice, self.splice_fault()) {
             (EngineChoice::Relay, _) | (EngineChoice::Auto, Some(_)) => Ok(Arc::new(Relay)),
             (EngineChoice::Splice, Some(fault)) => Err(fault),
+            (EngineChoice::Inline, _) => Err("serves packets, not sockets".to_owned()),
             (EngineChoice::Auto | EngineChoice::Splice, None) => self.best(),
         }
     }
@@ -117,7 +212,7 @@ impl Findings {
         Err("not built in".to_owned())
     }
 
-    /// The name of the engine that `auto` takes.
+    /// The name of the engine that `auto` takes where no `[inline]` is configured.
     #[must_use]
     pub fn chosen(&self) -> &'static str {
         if self.splice_fault().is_none() { "splice" } else { "relay" }
@@ -126,54 +221,32 @@ impl Findings {
     /// For people.
     #[must_use]
     pub fn text(&self) -> String {
-        let mut text = String::new();
-        let _ = writeln!(text, "splice");
-        for check in &self.splice {
-            let (mark, what) = match &check.result {
-                Ok(seen) => ("ok    ", seen),
-                Err(fault) => ("FAILED", fault),
-            };
-            let took = check.took.as_secs_f64() * 1000.0;
-            let _ = writeln!(text, "  {mark}  {:<22} {took:>7.1} ms  {what}", check.name);
-        }
-        for (name, instructions) in &self.programs {
-            let walked = instructions.map_or("?".to_owned(), |count| count.to_string());
-            let _ = writeln!(text, "  program {name}: {walked} instructions walked by the verifier");
-        }
-        let _ = writeln!(text, "relay\n  ok      needs nothing of the kernel\n");
-        let _ = match self.splice_fault() {
-            None => writeln!(text, "engine = \"auto\" takes splice: all its checks passed"),
+        let (inline, splice) = (self.inline.text("inline"), self.splice.text("splice"));
+        let sockets = match self.splice_fault() {
+            None => "engine = \"auto\" takes splice: all its checks passed".to_owned(),
             Some(fault) => {
-                writeln!(text, "engine = \"auto\" takes relay, since splice cannot run here: {fault}")
+                format!("engine = \"auto\" takes relay, since splice cannot run here: {fault}")
             }
         };
-        text
+        let packets = match self.inline.fault() {
+            None => {
+                "with an [inline] table in the configuration it takes inline for listeners whose backends are\n\
+                 reached by forwarding"
+                    .to_owned()
+            }
+            Some(fault) => format!("inline cannot run here: {fault}"),
+        };
+        format!("{inline}{splice}relay\n  ok      needs nothing of the kernel\n\n{sockets}\n{packets}\n")
     }
 
     /// For programs.
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
-        let checks: Vec<_> = self
-            .splice
-            .iter()
-            .map(|check| {
-                json!({
-                    "name": check.name,
-                    "passed": check.result.is_ok(),
-                    "detail": check.result.as_ref().unwrap_or_else(|fault| fault),
-                    "seconds": check.took.as_secs_f64(),
-                })
-            })
-            .collect();
-        let programs: Vec<_> = self
-            .programs
-            .iter()
-            .map(|(name, instructions)| json!({ "name": name, "verified_instructions": instructions }))
-            .collect();
         json!({
             "auto": self.chosen(),
             "reason": self.splice_fault(),
-            "splice": { "checks": checks, "programs": programs },
+            "inline": self.inline.json(),
+            "splice": self.splice.json(),
         })
     }
 }

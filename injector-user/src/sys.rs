@@ -78,17 +78,64 @@ const INT: libc::socklen_t = 4;
 /// # Errors
 /// As setsockopt(2).
 pub fn kick(socket: &impl AsRawFd) -> io::Result<()> {
-    let one: libc::c_int = 1;
+    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)
+}
+
+fn set_int(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the value is one int, which outlives the call.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) })
+}
+
+/// Has a listening socket keep the network and TCP header of each SYN for [`saved_syn`] (`TCP_SAVE_SYN`, Linux 4.3).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn save_syn(socket: &impl AsRawFd) -> io::Result<()> {
+    set_int(socket, libc::IPPROTO_TCP, libc::TCP_SAVE_SYN, 1)
+}
+
+/// The headers of the SYN that an accepted connection began with, once; empty afterwards, and of a connection that was
+/// accepted by SYN cookie (`TCP_SAVED_SYN`).
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn saved_syn(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
+    // The longest headers: 60 bytes of TCP, and an IPv6 chain that nobody sends.
+    let mut syn = vec![0_u8; 512];
+    let mut len: libc::socklen_t = 512;
+    // SAFETY: `syn` is writable for `len` bytes, and the kernel writes at most that many.
     check(unsafe {
-        libc::setsockopt(
+        libc::getsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const one).cast(),
-            INT,
+            libc::IPPROTO_TCP,
+            libc::TCP_SAVED_SYN,
+            syn.as_mut_ptr().cast(),
+            &raw mut len,
         )
-    })
+    })?;
+    syn.truncate(len as usize);
+    Ok(syn)
+}
+
+/// Runs a program of the type socket filter for every packet of `socket` (`SO_ATTACH_BPF`).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn attach_filter(socket: &impl AsRawFd, program: BorrowedFd<'_>) -> io::Result<()> {
+    set_int(socket, libc::SOL_SOCKET, libc::SO_ATTACH_BPF, program.as_raw_fd())
+}
+
+/// Takes the socket filter off (`SO_DETACH_BPF`).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn detach_filter(socket: &impl AsRawFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_SOCKET, libc::SO_DETACH_BPF, 0)
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of `bpf_ktime_get_ns`.
@@ -99,6 +146,14 @@ pub fn monotonic_ns() -> u64 {
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
     seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
+}
+
+/// The value in a record of a ring buffer; `None` if the record is shorter.
+#[cfg(feature = "bpf")]
+#[must_use]
+pub fn read_pod<T: aya::Pod>(record: &[u8]) -> Option<T> {
+    // SAFETY: the record is as long as a `T` or longer, a `Pod` has no invalid values, and alignment does not matter.
+    (record.len() >= size_of::<T>()).then(|| unsafe { std::ptr::read_unaligned(record.as_ptr().cast()) })
 }
 
 /// The soft limit of open descriptors after raising it as far as the hard limit allows.
@@ -117,6 +172,17 @@ pub fn raise_nofile() -> io::Result<u64> {
     // SAFETY: a valid structure, read only.
     let raised = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0;
     Ok(if raised { limit.rlim_cur } else { before })
+}
+
+/// Whether `socket` is readable at this moment; a listening one, whether a client waits.
+///
+/// # Errors
+/// As poll(2).
+pub fn readable_now(socket: &impl AsRawFd) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure, which outlives the call.
+    check(unsafe { libc::poll(&raw mut polled, 1, 0) })?;
+    Ok(polled.revents & libc::POLLIN != 0)
 }
 
 /// Has the runtime poll `inner`.

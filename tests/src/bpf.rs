@@ -1,5 +1,5 @@
-//! Spoiling the maps of a running daemon from outside, as the kernel allows to root: real failures of the real
-//! mechanism, without a hook in the daemon.
+//! The maps of a running daemon, from outside, as the kernel allows to root: spoiling them, for real failures of the real
+//! mechanism without a hook in the daemon, and counting what is in them.
 
 use std::fs;
 use std::io;
@@ -8,12 +8,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, bail};
 
 /// Commands of bpf(2), include/uapi/linux/bpf.h.
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_FREEZE: libc::c_long = 22;
 
+const BPF_MAP_TYPE_HASH: u32 = 1;
+const BPF_MAP_TYPE_SOCKHASH: u32 = 18;
 const BPF_PROG_TYPE_SK_MSG: u32 = 16;
 const BPF_SK_MSG_VERDICT: u32 = 7;
 
@@ -27,17 +30,18 @@ impl DaemonMap {
     /// # Errors
     /// When the process has no such map.
     pub fn of(pid: u32, name: &str) -> anyhow::Result<Self> {
-        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-            // A descriptor may be closed meanwhile.
-            let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
-            let id = info.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse::<u32>().ok());
-            let Some(id) = id else { continue };
-            let map = Self(descriptor(BPF_MAP_GET_FD_BY_ID, &mut Attributes::new().u32(0, id))?);
-            if map.name()? == name {
+        for id in map_ids(pid)? {
+            let map = Self::open(id)?;
+            if map.info()?.name == name {
                 return Ok(map);
             }
         }
         bail!("process {pid} has no map {name}")
+    }
+
+    fn open(id: u32) -> anyhow::Result<Self> {
+        let map = descriptor(BPF_MAP_GET_FD_BY_ID, &mut Attributes::new().u32(0, id));
+        Ok(Self(map.with_context(|| format!("opening BPF map {id}"))?))
     }
 
     /// From now on user space cannot change it.
@@ -69,18 +73,99 @@ impl DaemonMap {
         Ok(())
     }
 
-    fn name(&self) -> anyhow::Result<String> {
-        /// Of `bpf_map_info`: its size up to and with the name, and where the name is.
+    fn info(&self) -> anyhow::Result<Info> {
+        /// Of `struct bpf_map_info`: its size up to and with the name, and where things are in it.
         const INFO: u32 = 40;
+        const KIND: usize = 0;
+        const KEY_SIZE: usize = 8;
+        const MOST: usize = 16;
         const NAME: usize = 24;
         let mut info = [0_u8; INFO as usize];
         let mut query =
             Attributes::new().fd(0, &self.0).u32(4, INFO).pointer(8, info.as_mut_ptr().cast_const());
-        call(BPF_OBJ_GET_INFO_BY_FD, &mut query).context("asking for a map's name")?;
-        let name = info.get(NAME..).unwrap_or_default();
-        let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
-        Ok(String::from_utf8_lossy(name.get(..end).unwrap_or_default()).into_owned())
+        call(BPF_OBJ_GET_INFO_BY_FD, &mut query).context("asking about a map")?;
+        let number = |at: usize| {
+            let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default();
+            u32::from_ne_bytes(bytes)
+        };
+        let name = info.get(NAME..).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
+        Ok(Info {
+            kind: number(KIND),
+            key_size: usize::try_from(number(KEY_SIZE))?,
+            most: usize::try_from(number(MOST))?,
+            name: String::from_utf8_lossy(name).into_owned(),
+        })
     }
+
+    /// How many keys there are; exact while nobody changes the map.
+    fn count(&self, info: &Info) -> anyhow::Result<usize> {
+        let (mut key, mut next) = (vec![0_u8; info.key_size], vec![0_u8; info.key_size]);
+        let mut count = 0;
+        // A map that changes meanwhile may send the walk back to its start.
+        while count <= info.most {
+            let from = if count == 0 { std::ptr::null() } else { key.as_ptr() };
+            let mut step =
+                Attributes::new().fd(0, &self.0).pointer(8, from).pointer(16, next.as_mut_ptr().cast_const());
+            match call(BPF_MAP_GET_NEXT_KEY, &mut step) {
+                Ok(_) => count += 1,
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+                Err(error) => return Err(error).with_context(|| format!("walking BPF map {}", info.name)),
+            }
+            std::mem::swap(&mut key, &mut next);
+        }
+        Ok(count)
+    }
+}
+
+struct Info {
+    kind: u32,
+    key_size: usize,
+    most: usize,
+    name: String,
+}
+
+/// The numbers of all maps that a process has open.
+///
+/// # Errors
+/// When the process is gone.
+pub fn map_ids(pid: u32) -> anyhow::Result<Vec<u32>> {
+    let mut ids: Vec<u32> = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be closed meanwhile.
+        let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
+        ids.extend(info.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse::<u32>().ok()));
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// Whether a map with this number still exists, held by whomever or whatever.
+///
+/// # Errors
+/// As bpf(2).
+pub fn map_exists(id: u32) -> anyhow::Result<bool> {
+    match descriptor(BPF_MAP_GET_FD_BY_ID, &mut Attributes::new().u32(0, id)) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("looking for BPF map {id}")),
+    }
+}
+
+/// The hash maps of a process, sockets or not, with the number of their elements.
+///
+/// # Errors
+/// When the process is gone, or as bpf(2).
+pub fn map_entries(pid: u32) -> anyhow::Result<Vec<(String, usize)>> {
+    let mut entries = Vec::new();
+    for id in map_ids(pid)? {
+        let map = DaemonMap::open(id)?;
+        let info = map.info()?;
+        if matches!(info.kind, BPF_MAP_TYPE_HASH | BPF_MAP_TYPE_SOCKHASH) {
+            entries.push((info.name.clone(), map.count(&info)?));
+        }
+    }
+    Ok(entries)
 }
 
 /// `union bpf_attr`.
@@ -123,4 +208,35 @@ fn descriptor(command: libc::c_long, attributes: &mut Attributes) -> io::Result<
     let fd = call(command, attributes)?;
     // SAFETY: these commands return a descriptor that is ours.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_of_this_process_is_walked() {
+        const BPF_MAP_CREATE: libc::c_long = 0;
+        const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+        // Keys and values of four bytes, at most eight of them.
+        let create = Attributes::new().u32(0, BPF_MAP_TYPE_HASH).u32(4, 4).u32(8, 4).u32(12, 8);
+        let Ok(fd) = descriptor(BPF_MAP_CREATE, &mut create.put(28, b"counted")) else {
+            eprintln!("skipped: may not create BPF maps");
+            return;
+        };
+        let own = std::process::id();
+        let mine = || {
+            let entries = map_entries(own).unwrap();
+            entries.iter().find(|(name, _)| name == "counted").map(|(_, count)| *count)
+        };
+        assert_eq!(mine(), Some(0));
+        for key in [3_u32, 4, 5] {
+            let at = std::ptr::from_ref(&key).cast();
+            let update = Attributes::new().fd(0, &fd).pointer(8, at).pointer(16, at);
+            call(BPF_MAP_UPDATE_ELEM, &mut { update }).unwrap();
+        }
+        assert_eq!(mine(), Some(3));
+        assert!(map_ids(own).unwrap().into_iter().all(|id| map_exists(id).unwrap()));
+        assert!(!map_exists(u32::MAX).unwrap());
+    }
 }

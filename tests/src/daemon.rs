@@ -134,6 +134,28 @@ impl Injector {
         parse_sessions(&self.log())
     }
 
+    /// The same, once there are `count`.
+    ///
+    /// # Errors
+    /// As [`Self::sessions`], and when there are fewer after ten seconds, or more.
+    pub fn sessions_within(&self, count: usize) -> anyhow::Result<Vec<Session>> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let sessions = self.sessions()?;
+            if sessions.len() >= count {
+                ensure!(sessions.len() == count, "{} lines for {count} connections", sessions.len());
+                return Ok(sessions);
+            }
+            let ended = sessions.len();
+            ensure!(
+                Instant::now() < deadline,
+                "{ended} of {count} connections ended; logged:\n{}",
+                self.log()
+            );
+            thread::sleep(POLL);
+        }
+    }
+
     /// All it has logged.
     #[must_use]
     pub fn log(&self) -> String {

@@ -4,12 +4,15 @@
 //! makes the three networks, [`mail_host`] starts [`postfix`] and [`dovecot`] in one, [`haproxy`] or the [`daemon`] under
 //! test stands in the next, and [`mail_client`] sends and fetches [`message`]s in the last.
 
+pub mod bench;
 pub mod bpf;
+pub mod bpffs;
 pub mod certificate;
 pub mod daemon;
 pub mod demo_backend;
 pub mod dovecot;
 pub mod forward;
+pub mod gauges;
 pub mod haproxy;
 pub mod log_file;
 pub mod mail_client;
@@ -21,3 +24,4 @@ pub mod postfix;
 pub mod process;
 pub mod service;
 pub mod soak;
+pub mod sockets;

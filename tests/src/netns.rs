@@ -187,6 +187,14 @@ impl Netns {
         spawn_on_lasting_thread(command).with_context(|| format!("cannot start {what}"))
     }
 
+    /// `nft COMMANDS` inside, which are separated by semicolons.
+    ///
+    /// # Errors
+    /// When `nft` is missing or refuses; the error carries the commands and what it printed.
+    pub fn nft(&self, commands: &str) -> anyhow::Result<()> {
+        self.entrance().nft(commands)
+    }
+
     /// `ip -n NAME ARGS…`.
     ///
     /// # Errors
@@ -213,6 +221,17 @@ pub struct Entrance {
 }
 
 impl Entrance {
+    /// As [`Netns::nft`].
+    ///
+    /// # Errors
+    /// As [`Netns::nft`], and when the namespace is gone.
+    pub fn nft(&self, commands: &str) -> anyhow::Result<()> {
+        let output = self.run(|| Command::new("nft").arg(commands).output())?.context("cannot run nft")?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "nft {commands}: {complaint}");
+        Ok(())
+    }
+
     /// As [`Netns::run`].
     ///
     /// # Errors
@@ -382,6 +401,9 @@ for path in /run/netns/"$1"*; do
     for pid in $(ip netns pids "$name"); do kill -9 "$pid"; done
     ip netns del "$name"
 done
+while read -r _ place _; do
+    case $place in "${TMPDIR:-/tmp}/$1"*) umount "$place" ;; esac
+done < /proc/mounts
 rm -rf "${TMPDIR:-/tmp}/$1"*
 "#;
 

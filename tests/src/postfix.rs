@@ -47,15 +47,34 @@ impl Postfix {
     /// # Errors
     /// When Postfix is not installed, refuses its configuration or does not listen within ten seconds.
     pub fn start(netns: &Netns, neighbours: Neighbours<'_>) -> anyhow::Result<Self> {
-        let dir = netns::scratch_dir("postfix")?;
+        let smtp_ports = MATRIX.iter().filter(|service| service.protocol != "imaps");
+        let ports: Vec<_> = smtp_ports.flat_map(|service| [service.stock, service.proxied]).collect();
+        let sockets =
+            Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
+        let sockets: Vec<_> = sockets.into_iter().flatten().collect();
+        Self::start_with(netns, "postfix", |dir| main_cf(dir, neighbours), &master_cf(), &sockets)
+    }
+
+    /// Starts one with this `main.cf`, made for its directory, and this `master.cf`, and waits until it listens there.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub(crate) fn start_with(
+        netns: &Netns,
+        role: &str,
+        main_cf: impl FnOnce(&Path) -> String,
+        master_cf: &str,
+        sockets: &[SocketAddr],
+    ) -> anyhow::Result<Self> {
+        let dir = netns::scratch_dir(role)?;
         // Its processes run as the user postfix and have to reach the queue.
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
         let config = dir.path().join("etc");
         for path in [&config, &dir.path().join("queue"), &dir.path().join("data")] {
             fs::create_dir(path)?;
         }
-        fs::write(config.join("main.cf"), main_cf(dir.path(), neighbours))?;
-        fs::write(config.join("master.cf"), master_cf())?;
+        fs::write(config.join("main.cf"), main_cf(dir.path()))?;
+        fs::write(config.join("master.cf"), master_cf)?;
         give_data_to_postfix(&dir.path().join("data"), &config)?;
         make_queue(netns, &config)?;
 
@@ -64,13 +83,8 @@ impl Postfix {
         // In the foreground, leading its own process group, which is the one it ends with itself.
         command.arg("-d").arg("-c").arg(&config).process_group(0);
         let mut master = Process::start("postfix", netns, command, &dir.path().join("master.out"))?;
-        let smtp_ports = MATRIX.iter().filter(|service| service.protocol != "imaps");
-        let ports: Vec<_> = smtp_ports.flat_map(|service| [service.stock, service.proxied]).collect();
-        let sockets =
-            Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
-        let sockets: Vec<_> = sockets.into_iter().flatten().collect();
         master
-            .wait_listening(netns, &sockets, Duration::from_secs(10))
+            .wait_listening(netns, sockets, Duration::from_secs(10))
             .with_context(|| format!("Postfix logged:\n{}", log.since(Mark::default())))?;
         Ok(Self { _master: master, log, _dir: dir })
     }
@@ -223,6 +237,7 @@ fn make_queue(netns: &Netns, config: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where the programs of the daemons are.
 fn daemon_directory(config: &Path) -> anyhow::Result<PathBuf> {
     Ok(setting(config, "daemon_directory")?.into())
 }

@@ -11,7 +11,7 @@ use crate::{cargo, setup, test};
 
 pub(crate) fn run() -> Result<()> {
     step("format", format)?;
-    step("setup", || setup::ensure(&setup::Group::ALL))?;
+    step("setup", || setup::ensure(&setup::Group::USUAL))?;
     step("lint", lint)?;
     step("lint the BPF programs", lint_bpf)?;
     step("docs", docs)?;

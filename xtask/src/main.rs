@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask <verb>`, one verb per file.
 
+mod bench;
 mod build;
 mod cargo;
 mod ci;
@@ -35,6 +36,14 @@ enum Verb {
     Test(test::TestArgs),
     /// Run random sessions through the daemon for minutes, and compare every byte
     Soak(soak::SoakArgs),
+    /// Compare the engines with HAProxy, nginx and kernel NAT, in network namespaces of its own
+    Bench(bench::BenchArgs),
+    /// One end of the load generator, in one of bench's namespaces
+    #[command(name = injector_tests::bench::ends::ARGUMENT, hide = true)]
+    LoadEnd {
+        /// Which, and what it is to do
+        arguments: Vec<String>,
+    },
     /// Everything that must hold before a change lands: format, lint, docs, build, test
     Ci,
 }
@@ -58,6 +67,8 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
+        Verb::Bench(args) => bench::run(&args),
+        Verb::LoadEnd { arguments } => bench::end(&arguments),
         Verb::Ci => ci::run(),
     };
     match done {

@@ -6,6 +6,7 @@
 
 mod apt;
 mod cache;
+mod haproxy;
 mod job;
 mod linker;
 mod packages;
@@ -19,6 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use injector_tests::bench::peers::Programs;
 
 pub(crate) use self::toolchain::BPF_TARGET;
 use self::{
@@ -32,7 +34,7 @@ pub(crate) struct SetupArgs {
     /// Say what is missing and install nothing; fails if anything is
     #[arg(long)]
     check: bool,
-    /// See to one group alone (repeatable)
+    /// See to one group alone (repeatable) [default: bpf, demo, mail]
     #[arg(long, value_name = "GROUP")]
     only: Vec<Group>,
 }
@@ -46,15 +48,17 @@ pub(crate) enum Group {
     Demo,
     /// The mail servers and clients of the tests
     Mail,
+    /// Those that the benchmark compares with, beside the mail servers
+    Bench,
 }
 
 impl Group {
-    /// All of them.
-    pub(crate) const ALL: [Self; 3] = [Self::Bpf, Self::Demo, Self::Mail];
+    /// What is installed unless one asks for more: the benchmark is not everybody's, and its needs are large.
+    pub(crate) const USUAL: [Self; 3] = [Self::Bpf, Self::Demo, Self::Mail];
 }
 
 pub(crate) fn run(args: &SetupArgs) -> Result<()> {
-    let groups = if args.only.is_empty() { &Group::ALL[..] } else { &args.only };
+    let groups = if args.only.is_empty() { &Group::USUAL[..] } else { &args.only };
     let cache = Cache::locate()?;
     if args.check {
         return check(groups, &cache);
@@ -72,6 +76,16 @@ pub(crate) fn run(args: &SetupArgs) -> Result<()> {
 /// When something is missing and can't be installed: with what to do.
 pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
     install(groups, &Cache::locate()?).map(drop)
+}
+
+/// The programs that the benchmark compares with, as far as they are there.
+pub(crate) fn bench_programs() -> Result<Programs> {
+    let cache = Cache::locate()?;
+    let haproxies =
+        haproxy::RELEASES.iter().filter_map(|(series, _)| haproxy::find(&cache, series)).collect();
+    let module = packages::NGINX_STREAM.iter().map(Path::new).find(|place| place.is_file());
+    let nginx = packages::program("nginx").zip(module.and_then(Path::parent).map(Path::to_path_buf));
+    Ok(Programs { haproxies, nginx })
 }
 
 /// The toolchain that compiles BPF; it must be set up.
@@ -135,6 +149,8 @@ enum Missing {
     Link { name: &'static str },
     /// bpf-linker for this LLVM, which can be built here.
     Linker { llvm: u32 },
+    /// A version of HAProxy, to be had from another Debian release.
+    HaProxy { series: &'static str, suite: &'static str },
     /// bpf-linker, and no LLVM to build it with.
     LinkerByHand { llvm: u32 },
 }
@@ -148,6 +164,9 @@ impl std::fmt::Display for Missing {
             }
             Self::Nightly { present: true } => {
                 f.write_str("component rust-src of rustup's nightly: `core` for BPF")
+            }
+            Self::HaProxy { series, suite } => {
+                write!(f, "HAProxy {series}, as Debian {suite} has it: a peer of the benchmark")
             }
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
             Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
@@ -172,6 +191,9 @@ fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
         survey.bpf(cache, may_update)?;
     }
     survey.tools(packages::tools(groups));
+    if groups.contains(&Group::Bench) {
+        survey.haproxies(cache);
+    }
     Ok(survey)
 }
 
@@ -184,6 +206,15 @@ impl Survey {
         }
         self.missing
             .extend(missing.into_iter().map(|it| Missing::Package { name: it.package, why: it.why.into() }));
+    }
+
+    fn haproxies(&mut self, cache: &Cache) {
+        for (series, suite) in haproxy::RELEASES {
+            match haproxy::find(cache, series) {
+                Some(build) => self.present.push(format!("HAProxy {}", build.version)),
+                None => self.missing.push(Missing::HaProxy { series, suite }),
+            }
+        }
     }
 
     fn bpf(&mut self, cache: &Cache, may_update: bool) -> Result<()> {
@@ -332,6 +363,7 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         Some(Missing::Nightly { present }) => install_nightly(*present, cache),
         Some(Missing::Link { name }) => link(name, cache),
         Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
+        Some(Missing::HaProxy { series, suite }) => haproxy::fetch(cache, series, suite),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
     }
 }

@@ -69,7 +69,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let start = Instant::now();
     let obstacle = if args.runs_integration() { obstacle() } else { None };
     let privileged = args.runs_integration() && obstacle.is_none();
-    setup::ensure(if privileged { &Group::ALL } else { &[Group::Bpf] })?;
+    setup::ensure(if privileged { &Group::USUAL } else { &[Group::Bpf] })?;
     let programs = compile()?;
     let mut report = Report::default();
     if args.runs_unit() {

@@ -10,7 +10,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{Alarm, Counter, Flow, Header, next_alarm};
+use injector_common::splice::{Alarm, Counter, Credit, Flow, Header, Way, next_alarm};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -35,10 +35,13 @@ static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 #[btf_map]
 static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 
-/// Source's cookie → how many bytes may be redirected in all, raised by the daemon as the target takes them. Written by
-/// the daemon alone: the flow is the program's.
+/// Cookie of a socket that connects → the sequence number of the peer's SYN.
 #[btf_map]
-static CREDIT: HashMap<u64, u64, SIZED_BY_THE_DAEMON> = HashMap::new();
+static ANCHORS: HashMap<u64, u32, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Source's cookie → how far the program may go.
+#[btf_map]
+static CREDIT: HashMap<u64, Credit, SIZED_BY_THE_DAEMON> = HashMap::new();
 
 /// Asks the daemon to look at a target. Each alarm takes 16 bytes, and the daemon reads at once.
 #[btf_map]
@@ -62,6 +65,13 @@ pub(super) fn count(counter: Counter) {
     }
 }
 
+/// Remembers the sequence number of the SYN that this socket received. Where that fails, the socket's direction stays with
+/// user space.
+#[inline(always)]
+pub(super) fn set_anchor(cookie: u64, sequence: u32) {
+    let _ = ANCHORS.insert(cookie, sequence, 0);
+}
+
 /// The header that waits at the socket which `message` is sent on.
 #[inline(always)]
 pub(super) fn header(message: &SkMsgContext) -> Option<NonNull<Header>> {
@@ -83,24 +93,40 @@ pub(super) fn flow(source: u64) -> Option<NonNull<Flow>> {
     FLOWS.get_ptr_mut(&source).and_then(NonNull::new)
 }
 
-/// Whether payload of this source is left to user space, because its target does not keep up or the daemon does not.
-/// Once it is so it stays so.
+/// Where payload of this source goes now, by the daemon's credit; without one to user space.
 #[inline(always)]
-pub(super) fn passes(flow: NonNull<Flow>, source: u64) -> bool {
-    // SAFETY: as in `add_redirected`; the credit is one word.
-    unsafe {
-        let flow = &mut *flow.as_ptr();
-        let credit = CREDIT.get_ptr(&source).map_or(0, |credit| *credit);
-        if flow.passing == 0 && flow.redirected < credit {
-            return false;
-        }
-        flow.last_ns = bpf_ktime_get_ns();
-        if flow.passing == 0 {
-            flow.passing = 1;
-            flow.alarm_at = 0;
-        }
+pub(super) fn way(flow: NonNull<Flow>, source: u64) -> Way {
+    // SAFETY: as in `add_redirected`. The daemon replaces a credit as a whole.
+    unsafe { CREDIT.get_ptr(&source).map_or(Way::Pass, |credit| (*credit).way(flow.as_ref())) }
+}
+
+/// Counts `len` bytes as left to user space, and so all that follow; the daemon is to hear of the first.
+#[inline(always)]
+pub(super) fn add_passed(flow: NonNull<Flow>, len: u64) {
+    // SAFETY: as in `add_redirected`.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    flow.passed += len;
+    flow.last_ns = now();
+    if flow.passing == 0 {
+        flow.passing = 1;
+        flow.alarm_at = 0;
     }
-    true
+}
+
+/// The target gets payload again; the daemon is to hear of it.
+#[inline(always)]
+pub(super) fn resume(flow: NonNull<Flow>) {
+    // SAFETY: as in `add_redirected`.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    flow.passing = 0;
+    flow.alarm_at = 0;
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: takes nothing.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Counts `len` bytes as handed to the target.
@@ -111,7 +137,7 @@ pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
     // daemon's look-up copies whole words.
     unsafe {
         (*flow.as_ptr()).redirected += len;
-        (*flow.as_ptr()).last_ns = bpf_ktime_get_ns();
+        (*flow.as_ptr()).last_ns = now();
     }
 }
 
@@ -130,11 +156,31 @@ pub(super) fn ring(flow: NonNull<Flow>, source: u64) {
     count(Counter::AlarmRung);
 }
 
-/// Counts `len` bytes as lost: the daemon resets both sides when it sees them.
+/// Counts `len` bytes as lost: the daemon is to hear of it, and resets both sides.
 #[inline(always)]
 pub(super) fn add_lost(flow: NonNull<Flow>, len: u64) {
     // SAFETY: as in `add_redirected`.
-    unsafe { (*flow.as_ptr()).lost += len };
+    let flow = unsafe { &mut *flow.as_ptr() };
+    flow.lost += len;
+    flow.alarm_at = 0;
+}
+
+/// Whether the stream has lost something.
+#[inline(always)]
+pub(super) fn broken(flow: NonNull<Flow>) -> bool {
+    // SAFETY: as in `add_redirected`.
+    unsafe { (*flow.as_ptr()).lost > 0 }
+}
+
+/// How many bytes at the start of a segment were received before; `None` if it does not continue the stream. The next is
+/// expected behind it.
+#[inline(always)]
+pub(super) fn repeated(flow: NonNull<Flow>, sequence: u32, len: u32) -> Option<u32> {
+    // SAFETY: as in `add_redirected`.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    let repeated = injector_common::splice::repeated(flow.next, sequence, len)?;
+    flow.next = sequence.wrapping_add(len);
+    Some(repeated)
 }
 
 /// Hands the payload to the target of the source with this cookie; `false` if there is none.

@@ -1,10 +1,12 @@
 //! `verdict`: hands what a spliced socket receives to the other socket of its connection.
 
+use core::ptr::NonNull;
+
 use aya_ebpf::{
     EbpfContext as _, bindings::sk_action, helpers::generated::bpf_get_socket_cookie, macros::stream_verdict,
     programs::SkBuffContext,
 };
-use injector_common::splice::Counter;
+use injector_common::splice::{Counter, Flow, Way};
 
 use super::maps;
 
@@ -33,10 +35,26 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
     // SAFETY: the program's own context.
     let source = unsafe { bpf_get_socket_cookie(payload.as_ptr()) };
     let flow = maps::flow(source).ok_or(Counter::NoFlow)?;
-    // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
-    if maps::passes(flow, source) {
+    if maps::broken(flow) {
+        return Err(Counter::AfterLoss);
+    }
+    let Some(len) = cut_repeated(payload, flow, len) else {
+        maps::add_lost(flow, len.into());
         maps::ring(flow, source);
-        return Ok(Counter::Passed);
+        return Err(Counter::Misplaced);
+    };
+    match maps::way(flow, source) {
+        Way::Redirect => {}
+        Way::Resume => {
+            maps::resume(flow);
+            maps::count(Counter::Resumed);
+        }
+        // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
+        Way::Pass => {
+            maps::add_passed(flow, len.into());
+            maps::ring(flow, source);
+            return Ok(Counter::Passed);
+        }
     }
     // Counted before it leaves: whoever reads the count never sees less than what is under way.
     maps::add_redirected(flow, len.into());
@@ -45,5 +63,37 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
         return Ok(Counter::Redirected);
     }
     maps::add_lost(flow, len.into());
+    maps::ring(flow, source);
     Err(Counter::NoTarget)
+}
+
+/// Cuts off what the segment repeats, and returns the length of the rest; `None` if it does not continue the stream.
+///
+/// In general a program must not change a length here: the kernel takes what is left for what it has read (tcp_eat_skb,
+/// net/ipv4/tcp_bpf.c). For repeated bytes just that is right, and leaving them is not.
+#[inline(always)]
+fn cut_repeated(payload: &SkBuffContext, flow: NonNull<Flow>, len: u32) -> Option<u32> {
+    /// What sk_skb_adjust_room (net/core/filter.c) takes at a time.
+    const AT_A_TIME: u32 = 0xfff;
+    /// More than the largest segment there can be.
+    const TIMES: u32 = 64;
+
+    // The control block is TCP's own (struct tcp_skb_cb, include/net/tcp.h), which starts with the sequence number.
+    // SAFETY: the program's own context.
+    let sequence = unsafe { (*payload.skb.skb).cb[0] };
+    let repeated = maps::repeated(flow, sequence, len)?;
+    if repeated == 0 {
+        return Some(len);
+    }
+    let mut left = repeated;
+    for _ in 0..TIMES {
+        let piece = left.min(AT_A_TIME);
+        payload.adjust_room(-piece.cast_signed(), 0, 0).ok()?;
+        left -= piece;
+        if left == 0 {
+            maps::count(Counter::Trimmed);
+            return Some(len - repeated);
+        }
+    }
+    None
 }

@@ -11,6 +11,8 @@ use crate::protocol::{Protocol, Speaker};
 
 /// Dovecot gives a header 3 seconds (postscreen 5) and then closes.
 const HEADER_WAIT_LIMIT: Duration = Duration::from_secs(3);
+/// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
+const KEEPALIVE_LIMIT: Duration = Duration::from_secs(32_767);
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// A bind address with its place in the file and the name of its listener.
@@ -101,14 +103,6 @@ fn name(section: &mut Section<'_>, names: &mut BTreeMap<String, usize>) -> Optio
 
 fn engine(section: &Section<'_>) -> Option<EngineChoice> {
     let engine = section.string("engine")?;
-    if let (at, "inline") = engine {
-        section.field_problem(
-            at,
-            "engine",
-            " \"inline\": not built yet in this version; use auto, splice or relay",
-        );
-        return None;
-    }
     section.choose("engine", engine, &EngineChoice::CHOICES)
 }
 
@@ -170,6 +164,8 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
         idle: default.idle,
         header_wait: default.header_wait,
         half_closed: default.half_closed,
+        user_timeout: default.user_timeout,
+        keepalive: default.keepalive,
     };
     let Some(section) = section else { return timeouts };
     let set = |field, value: &mut Duration| {
@@ -180,6 +176,16 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
     set("connect", &mut timeouts.connect);
     set("idle", &mut timeouts.idle);
     set("half_closed", &mut timeouts.half_closed);
+    set("user_timeout", &mut timeouts.user_timeout);
+    if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
+        if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
+            let written = humantime::format_duration(keepalive);
+            let what =
+                format!(" \"{written}\": must be whole seconds, at most 9h 6m 7s: the kernel knows no other");
+            section.field_problem(at, "keepalive", &what);
+        }
+        timeouts.keepalive = keepalive;
+    }
     if let Some((at, wait)) = section.duration("header_wait", Zero::Refused) {
         let written = humantime::format_duration(wait);
         if protocol_known && protocol.speaks_first() == Speaker::Server {

@@ -41,14 +41,21 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "  backends     {}{resolves}", join(&listener.backends))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
     let timeouts = &listener.timeouts;
-    let [connect, idle, half_closed, wait] =
-        [timeouts.connect, timeouts.idle, timeouts.half_closed, timeouts.header_wait]
-            .map(humantime::format_duration);
+    let [connect, idle, half_closed, wait, user_timeout, keepalive] = [
+        timeouts.connect,
+        timeouts.idle,
+        timeouts.half_closed,
+        timeouts.header_wait,
+        timeouts.user_timeout,
+        timeouts.keepalive,
+    ]
+    .map(humantime::format_duration);
     write!(out, "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}")?;
     match listener.protocol.speaks_first() {
         Speaker::Server => writeln!(out)?,
         Speaker::Client | Speaker::Unknown => writeln!(out, ", header waits {wait} for the client")?,
     }
+    writeln!(out, "  dead peers   asked after {keepalive}, given up after {user_timeout}")?;
     match listener.max_connections {
         Some(most) => writeln!(out, "  connections  at most {most}"),
         None => Ok(()),

@@ -60,6 +60,8 @@ fn the_example_means_what_it_says() {
             idle: default.idle,
             header_wait: default.header_wait,
             half_closed: default.half_closed,
+            user_timeout: default.user_timeout,
+            keepalive: default.keepalive,
         },
         receiver: Receiver::default(),
     };
@@ -83,6 +85,12 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(splice.marks.total_limit, default.marks.total_limit);
     assert_ne!(splice.pays.messages, default.pays.messages);
     assert_ne!(splice.pays.bytes, default.pays.bytes);
+    let (inline, default) = (&config.inline, Inline::default());
+    assert_ne!((inline.nat, inline.attachment), (default.nat, default.attachment));
+    assert_ne!((inline.masquerade, inline.set_sysctls), (default.masquerade, default.set_sysctls));
+    assert_ne!((inline.flows, inline.idle), (default.flows, default.idle));
+    assert!(inline.table != default.table && inline.pin != default.pin);
+    assert!(!inline.client_devices.is_empty() && !inline.backend_devices.is_empty());
     assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
     let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
     let default = Protocol::Imaps.timeouts();
@@ -90,6 +98,8 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.timeouts.idle, default.idle);
     assert_ne!(listener.timeouts.header_wait, default.header_wait);
     assert_ne!(listener.timeouts.half_closed, default.half_closed);
+    assert_ne!(listener.timeouts.user_timeout, default.user_timeout);
+    assert_ne!(listener.timeouts.keepalive, default.keepalive);
     assert_ne!(listener.engine, EngineChoice::default());
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
     assert!(listener.max_connections.is_some());
@@ -115,7 +125,7 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = std::collections::BTreeSet::new();
-    for section in ["metrics", "limits", "splice", "stop", "log"] {
+    for section in ["metrics", "limits", "splice", "inline", "stop", "log"] {
         let listen = if section == "metrics" { "listen = \"127.0.0.1:1\"\n" } else { "" };
         let fields = known(&format!("[{section}]\nzzzzzzzz = 1\n{listen}{LISTENER}"));
         real.extend(fields.iter().map(|field| format!("{section}.{field}")));
@@ -174,7 +184,7 @@ fn unknown_fields_are_answered_with_what_was_probably_meant() {
     assert_problems(
         &and("[listener.timeouts]\ntls = \"5s\""),
         &["f.toml:7:1: listener \"smtp\": unknown field `timeouts.tls`, known here: connect, idle, \
-             half_closed, header_wait"],
+             half_closed, user_timeout, keepalive, header_wait"],
     );
     assert_problems(
         &and("[[listener.receiver.custom]]\nkind = 0xE0\nvalue = \"x\"\nvalues = 1"),
@@ -266,12 +276,7 @@ fn choices() {
     assert_problems(
         &and("engine = \"Relay\""),
         &["f.toml:6:10: listener \"smtp\": engine \"Relay\": did you mean \"relay\"? must be one of \
-             auto, splice, relay"],
-    );
-    assert_problems(
-        &and("engine = \"inline\""),
-        &["f.toml:6:10: listener \"smtp\": engine \"inline\": not built yet in this version; use auto, \
-             splice or relay"],
+             auto, inline, splice, relay"],
     );
     assert_problems(
         &format!("[log]\nformat = \"text\"\nlevel = \"warning\"\n{LISTENER}"),
@@ -602,12 +607,14 @@ smtp (smtp, engine auto)
   backends     mail.internal:2525 (names resolved every 15s)
   header       PROXY v2, up to 52 bytes, no TLVs
   timeouts     connect 5s, idle 11m, half-closed 11m
+  dead peers   asked after 1m, given up after 5m
 
 imaps (imaps, engine relay)
   listens on   [::]:993
   backends     192.0.2.20:10993
   header       PROXY v2, up to 94 bytes, crc32c, unique_id
   timeouts     connect 5s, idle 35m, half-closed 1m, header waits 1s for the client
+  dead peers   asked after 1m, given up after 5m
   connections  at most 50
 
 2 listeners, at most 10000 connections, sessions may go on for 30s after SIGTERM

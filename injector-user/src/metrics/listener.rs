@@ -94,6 +94,7 @@ struct Handles {
     enrolments: Counter,
     held: Counter,
     taken_back: Counter,
+    resumed: Counter,
 }
 
 /// One direction's bytes.
@@ -155,6 +156,7 @@ impl ListenerMetrics {
             enrolments: families.enrolments.get_or_create_owned(&plain),
             held: change("held"),
             taken_back: change("taken_back"),
+            resumed: change("resumed"),
             families: families.clone(),
             name,
         }))
@@ -216,9 +218,14 @@ impl ListenerMetrics {
         self.0.held.inc();
     }
 
-    /// User space carries both directions of a connection again.
+    /// User space carries a direction that was held.
     pub fn taken_back(&self) {
         self.0.taken_back.inc();
+    }
+
+    /// The kernel carries it again.
+    pub fn resumed(&self) {
+        self.0.resumed.inc();
     }
 
     /// A header or a direction stayed in user space because the kernel would not have it; `reason` is of a

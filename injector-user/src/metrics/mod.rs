@@ -24,7 +24,7 @@ pub use self::{
     listener::{Active, ListenerMetrics, RefusedReason},
     programs::BpfCounters,
 };
-use crate::session::Ledger;
+use crate::{selftest::Check, session::Ledger};
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -42,6 +42,8 @@ struct Inner {
     programs: Arc<Programs>,
     max_connections: Gauge,
     engine_available: Family<EngineLabels, Gauge>,
+    check: Family<CheckLabels, Gauge>,
+    check_took: Family<CheckLabels, Gauge<f64, AtomicU64>>,
 }
 
 /// The families with a label `listener`.
@@ -102,6 +104,12 @@ struct EngineLabels {
     engine: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CheckLabels {
+    engine: &'static str,
+    check: &'static str,
+}
+
 /// Whether the daemon may be sent connections, for `/readyz`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readiness {
@@ -158,9 +166,30 @@ impl Metrics {
             "1 if the engine passed its self-test on this machine, else 0",
             engine_available.clone(),
         );
+        let check = Family::default();
+        injector.register(
+            "selftest_check",
+            "1 if this check of an engine's self-test passed at the start, else 0",
+            check.clone(),
+        );
+        let check_took = Family::default();
+        injector.register_with_unit(
+            "selftest_check",
+            "How long this check of an engine's self-test took",
+            Unit::Seconds,
+            check_took.clone(),
+        );
         let programs = Arc::new(Programs::default());
         injector.register_collector(Box::new(Arc::clone(&programs)));
-        Self(Arc::new(Inner { registry, families, programs, max_connections, engine_available }))
+        Self(Arc::new(Inner {
+            registry,
+            families,
+            programs,
+            max_connections,
+            engine_available,
+            check,
+            check_took,
+        }))
     }
 
     /// The handles of a listener that `engine` serves. All their series exist from here on, at zero.
@@ -179,12 +208,19 @@ impl Metrics {
         self.0.engine_available.get_or_create(&EngineLabels { engine }).set(i64::from(available));
     }
 
+    /// Says how a check of an engine's self-test went.
+    pub fn set_check(&self, engine: &'static str, check: &Check) {
+        let labels = CheckLabels { engine, check: check.name };
+        self.0.check.get_or_create(&labels).set(i64::from(check.result.is_ok()));
+        self.0.check_took.get_or_create(&labels).set(check.took.as_secs_f64());
+    }
+
     /// Has the bytes that wait in the kernel read at every scrape.
     pub fn watch_backlog(&self, ledger: Ledger) {
         self.0.programs.watch_backlog(ledger);
     }
 
-    /// Has the counters of these programs read at every scrape, in place of those given before.
+    /// Has the counters of these programs read at every scrape, besides those given before.
     pub fn watch_programs(&self, counters: Arc<dyn BpfCounters>) {
         self.0.programs.watch(counters);
     }
@@ -251,7 +287,7 @@ impl Families {
         );
         injector.register(
             "plane_changes",
-            "Spliced directions held because the target did not keep up, and connections taken back to user space",
+            "Spliced directions held because the target did not keep up, taken back to user space, and resumed by the kernel",
             families.plane_changes.clone(),
         );
         families
@@ -282,6 +318,9 @@ mod tests {
         let metrics = Metrics::new();
         metrics.watch_programs(Arc::new(Counted));
         metrics.set_engine("splice", false);
+        let took = Duration::from_millis(250);
+        metrics.set_check("splice", &Check { name: "carry", result: Ok("seen".to_owned()), took });
+        metrics.set_check("splice", &Check { name: "slow_reader", result: Err("lost".to_owned()), took });
         metrics.set_max_connections(10);
         let listener = metrics.listener("smtp", "relay");
         listener.enrolment_failed("not_established");
@@ -327,6 +366,8 @@ mod tests {
             ("injector_headers_sent", ("counter", None)),
             ("injector_max_connections", ("gauge", None)),
             ("injector_plane_changes", ("counter", None)),
+            ("injector_selftest_check", ("gauge", None)),
+            ("injector_selftest_check_seconds", ("gauge", Some("seconds"))),
             ("process_start_time_seconds", ("gauge", Some("seconds"))),
         ]);
         assert_eq!(families(&text), expected, "{text}");
@@ -425,6 +466,9 @@ mod tests {
             (first_byte("0.005"), 1.0),
             (r#"injector_bpf_events_total{program="verdict",event="redirected"}"#.to_owned(), 5.0),
             (r#"injector_engine_available{engine="splice"}"#.to_owned(), 0.0),
+            (r#"injector_selftest_check{engine="splice",check="carry"}"#.to_owned(), 1.0),
+            (r#"injector_selftest_check{engine="splice",check="slow_reader"}"#.to_owned(), 0.0),
+            (r#"injector_selftest_check_seconds{engine="splice",check="carry"}"#.to_owned(), 0.25),
             ("injector_max_connections".to_owned(), 10.0),
             (format!(r#"injector_build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION")), 1.0),
         ] {

@@ -23,13 +23,13 @@ pub trait BpfCounters: Send + Sync + Debug {
 /// The programs being watched: none until they are loaded.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    counters: RwLock<Option<Arc<dyn BpfCounters>>>,
+    counters: RwLock<Vec<Arc<dyn BpfCounters>>>,
     backlog: RwLock<Ledger>,
 }
 
 impl Programs {
     pub(super) fn watch(&self, counters: Arc<dyn BpfCounters>) {
-        *self.counters.write().unwrap_or_else(PoisonError::into_inner) = Some(counters);
+        self.counters.write().unwrap_or_else(PoisonError::into_inner).push(counters);
     }
 
     pub(super) fn watch_backlog(&self, ledger: Ledger) {
@@ -47,16 +47,17 @@ impl Collector for Programs {
             MetricType::Gauge,
         )?;
         ConstGauge::new(i64::try_from(backlog).unwrap_or(i64::MAX)).encode(gauge)?;
-        let Some(counters) = self.counters.read().unwrap_or_else(PoisonError::into_inner).clone() else {
+        let watched = self.counters.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if watched.is_empty() {
             return Ok(());
-        };
+        }
         let mut family = encoder.encode_descriptor(
             "bpf_events",
             "What the programs in the kernel did",
             None,
             MetricType::Counter,
         )?;
-        for (program, event, count) in counters.read() {
+        for (program, event, count) in watched.iter().flat_map(|counters| counters.read()) {
             let labels = [("program", program), ("event", event)];
             ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
         }

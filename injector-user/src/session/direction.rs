@@ -10,6 +10,8 @@ pub(super) enum Plane {
     Spliced,
     /// `verdict` has redirected more than the target takes: the source is left alone until the target has caught up.
     Held,
+    /// User space has written all that it was left, and `verdict` takes over again if it sees it so.
+    Offered,
 }
 
 /// What is to be done next for a direction.
@@ -23,6 +25,8 @@ pub(super) enum Want {
     Hangup,
     /// Wait until the target has caught up.
     Drain,
+    /// Wait until there is something to read, or the kernel carries again.
+    Handover,
     /// Find out whether everything has reached the target.
     Proof,
     /// Send the target a FIN.
@@ -70,6 +74,7 @@ impl Direction {
             (Progress::Open, Plane::Spliced) => Want::Hangup,
             (Progress::Finishing, Plane::Spliced) => Want::Proof,
             (_, Plane::Held) => Want::Drain,
+            (_, Plane::Offered) => Want::Handover,
             (_, Plane::Relayed) if self.held > 0 && !self.gated => Want::Write,
             (_, Plane::Relayed) => Want::Read,
         }
@@ -134,9 +139,27 @@ impl Direction {
         self.plane = Plane::Spliced;
     }
 
+    /// The kernel may carry it again.
+    pub(super) fn offered(&mut self) {
+        debug_assert!(self.can_splice());
+        self.plane = Plane::Offered;
+    }
+
+    /// The kernel carries it again.
+    pub(super) fn resumed(&mut self) {
+        debug_assert_eq!(self.want(), Want::Handover);
+        self.plane = Plane::Spliced;
+    }
+
+    /// The kernel has not taken over, and will not.
+    pub(super) fn withdrawn(&mut self) {
+        debug_assert_eq!(self.want(), Want::Handover);
+        self.plane = Plane::Relayed;
+    }
+
     /// The kernel leaves to user space what the source sends. Its FIN, if it was seen, is seen again behind that.
     pub(super) fn held_back(&mut self) {
-        debug_assert!(matches!(self.want(), Want::Hangup | Want::Proof));
+        debug_assert!(matches!(self.want(), Want::Hangup | Want::Proof | Want::Handover));
         self.plane = Plane::Held;
         self.end = Progress::Open;
     }
@@ -235,6 +258,23 @@ mod tests {
         assert_eq!((direction.want(), direction.plane()), (Want::Drain, Plane::Held));
         direction.taken_back();
         assert_eq!((direction.want(), direction.can_splice()), (Want::Read, true));
+    }
+
+    #[test]
+    fn a_direction_goes_back_to_the_kernel_and_may_be_held_again() {
+        let mut direction = relayed();
+        direction.offered();
+        assert_eq!((direction.want(), direction.can_splice()), (Want::Handover, false));
+        direction.withdrawn();
+        assert_eq!(direction.want(), Want::Read);
+        direction.offered();
+        direction.resumed();
+        assert_eq!(direction.want(), Want::Hangup);
+        direction.held_back();
+        direction.taken_back();
+        direction.offered();
+        direction.held_back();
+        assert_eq!(direction.want(), Want::Drain);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! How a connection ended, and the one line that says so.
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{fmt, io, net::SocketAddr, time::Duration};
 
 /// How a connection ended: the field `end` of its log line and the label of `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -9,10 +9,14 @@ pub enum End {
     ClientClosed,
     /// The backend finished first, then the client: everything was delivered.
     BackendClosed,
-    /// The client reset the connection or vanished.
+    /// The client reset the connection.
     ClientReset,
-    /// The backend reset the connection or vanished.
+    /// The backend reset the connection.
     BackendReset,
+    /// The client did not answer any more.
+    ClientVanished,
+    /// The backend did not answer any more.
+    BackendVanished,
     /// The backend closed or reset before its first byte: it does not want the header, or has trouble of its own.
     NoBanner,
     /// No byte either way for too long.
@@ -43,11 +47,13 @@ pub enum End {
 
 impl End {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::ClientClosed,
         Self::BackendClosed,
         Self::ClientReset,
         Self::BackendReset,
+        Self::ClientVanished,
+        Self::BackendVanished,
         Self::NoBanner,
         Self::Idle,
         Self::HalfClosed,
@@ -71,6 +77,8 @@ impl End {
             Self::BackendClosed => "backend_closed",
             Self::ClientReset => "client_reset",
             Self::BackendReset => "backend_reset",
+            Self::ClientVanished => "client_vanished",
+            Self::BackendVanished => "backend_vanished",
             Self::NoBanner => "no_banner",
             Self::Idle => "idle",
             Self::HalfClosed => "half_closed",
@@ -84,6 +92,20 @@ impl End {
             Self::BackendUnresolved => "backend_unresolved",
             Self::Overload => "overload",
             Self::Internal => "internal",
+        }
+    }
+
+    /// A connection that broke because the kernel gave up on a silent peer, or the network said that nobody is there, was
+    /// not reset by that peer: it vanished.
+    #[must_use]
+    pub fn known_by(self, error: Option<&io::Error>) -> Self {
+        use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
+        let silent = error
+            .is_some_and(|error| matches!(error.kind(), TimedOut | HostUnreachable | NetworkUnreachable));
+        match self {
+            Self::ClientReset if silent => Self::ClientVanished,
+            Self::BackendReset if silent => Self::BackendVanished,
+            other => other,
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     endpoint::Endpoint,
-    engine::{Engine, Refused, Spliced},
+    engine::{Engine, Offer, Refused, Spliced},
     sys,
 };
 
@@ -45,6 +45,11 @@ pub(super) struct Lane {
     /// Read and not yet written.
     held: BytesMut,
     spliced: Option<Box<dyn Spliced>>,
+    /// What user space had read when the kernel first took over.
+    read_before: u64,
+    /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
+    /// the offer came to nothing, there is more to read.
+    offered_at: u64,
     /// Payloads read in user space.
     messages: u64,
     /// The engine refused this direction once, or never carries any.
@@ -67,6 +72,8 @@ pub(super) enum Progress {
     Held,
     /// User space carries the direction again.
     TakenBack,
+    /// The kernel carries the direction once more.
+    Resumed,
     /// Anything else.
     Other,
 }
@@ -79,6 +86,8 @@ impl Lane {
             direction: Direction::new(read, held.len(), gated),
             held,
             spliced: None,
+            read_before: 0,
+            offered_at: 0,
             messages: u64::from(read > 0),
             stays: false,
             marks,
@@ -130,7 +139,7 @@ impl Lane {
     }
 
     pub(super) fn reads_source(&self) -> bool {
-        self.direction.plane() == Plane::Relayed && !self.direction.ended()
+        matches!(self.direction.plane(), Plane::Relayed | Plane::Offered) && !self.direction.ended()
     }
 
     pub(super) fn writes_target(&self) -> bool {
@@ -161,12 +170,19 @@ impl Lane {
         target: &Endpoint,
     ) -> Enrolment {
         let pays = pays.off(self.messages, self.direction.read_bytes());
-        if self.stays || !pays || !self.direction.can_splice() || !source.emptied() {
+        if self.stays || !pays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
-        match engine.enrol(source, target) {
+        if self.spliced.is_some() {
+            return self.offer(target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
+        }
+        if !source.emptied() {
+            return Enrolment::NotNow;
+        }
+        match engine.enrol(source, target, self.direction.read_bytes()) {
             Some(Ok(spliced)) => {
                 self.spliced = Some(spliced);
+                self.read_before = self.direction.read_bytes();
                 self.direction.spliced();
                 Enrolment::Done
             }
@@ -181,6 +197,21 @@ impl Lane {
         }
     }
 
+    /// Offers the kernel to carry again, once the target has taken all but a little of what user space wrote.
+    fn offer(&mut self, target: &Endpoint) -> io::Result<()> {
+        let Some(spliced) = &self.spliced else { return Ok(()) };
+        let read = self.direction.read_bytes();
+        if read == self.offered_at || sys::unacknowledged(target)? > self.marks.low {
+            return Ok(());
+        }
+        self.offered_at = read;
+        let written = read - self.read_before;
+        if spliced.offer(written)? {
+            self.direction.offered();
+        }
+        Ok(())
+    }
+
     /// Waits for what the direction wants next, and does it. Cancel safe.
     pub(super) async fn step(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
         match self.direction.want() {
@@ -192,6 +223,7 @@ impl Lane {
             }
             Want::Hangup => return self.attend(source, target).await,
             Want::Drain => return self.drain(target).await,
+            Want::Handover => return self.hand_over(source, target).await,
             Want::Proof => return self.prove(source, target).await,
             Want::Fin => {
                 target.finish().map_err(Break::Target)?;
@@ -283,7 +315,6 @@ impl Lane {
             let backlog = spliced.backlog(target).map_err(Break::Lost)?;
             let total = self.share.set(backlog.bytes);
             if backlog.bytes == 0 {
-                self.stays = true;
                 self.direction.taken_back();
                 return Ok(Progress::TakenBack);
             }
@@ -293,6 +324,40 @@ impl Lane {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(DRAIN_PAUSE);
         }
+    }
+
+    /// While the kernel is offered the direction: until it has taken it, or there is more for user space to read.
+    async fn hand_over(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
+        loop {
+            tokio::select! {
+                biased;
+                // It may have been rung before the offer, when the direction was held.
+                () = spliced.bell().heard() => {
+                    if spliced.flow().map_err(Break::Lost)?.passing == 0 {
+                        break;
+                    }
+                }
+                readable = source.readable() => {
+                    readable.map_err(Break::Source)?;
+                    break;
+                }
+            }
+        }
+        Ok(match spliced.withdraw(source, target).map_err(Break::Lost)? {
+            Offer::Taken => {
+                self.direction.resumed();
+                Progress::Resumed
+            }
+            Offer::Held => {
+                self.direction.held_back();
+                Progress::Held
+            }
+            Offer::Void => {
+                self.direction.withdrawn();
+                Progress::Other
+            }
+        })
     }
 
     /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
@@ -353,6 +418,8 @@ pub(super) enum Enrolment {
     Done,
     /// User space keeps it.
     Refused(Refused),
+    /// The kernel does not say what it has carried: the connection cannot go on.
+    Lost(io::Error),
 }
 
 /// Passes on what was just read, as far as the target takes it now; the rest is held.

@@ -12,6 +12,8 @@ mod backlog;
 mod direction;
 pub mod end;
 mod lane;
+#[cfg(test)]
+mod model;
 mod pump;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -76,6 +78,7 @@ pub async fn serve(context: &Context, client: Endpoint) {
     let accepted = Instant::now();
     let (peer, local) = (client.peer(), client.local());
     let id = unique_id(context.run_id, client.cookie());
+    give_up_in_time(context, &client);
     let finished = live(context, client).await;
     let report = Report {
         client: peer,
@@ -92,6 +95,13 @@ pub async fn serve(context: &Context, client: Endpoint) {
     };
     context.metrics.closed(report.end);
     report.log();
+}
+
+fn give_up_in_time(context: &Context, peer: &Endpoint) {
+    let Timeouts { user_timeout, keepalive, .. } = context.timeouts;
+    if let Err(error) = peer.give_up_after(user_timeout, keepalive) {
+        tracing::warn!(listener = context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
+    }
 }
 
 /// What [`live`] leaves behind.
@@ -112,7 +122,7 @@ impl Finished {
 
 async fn live(context: &Context, client: Endpoint) -> Finished {
     // connecting
-    let connecting = context.backends.connect(context.timeouts.connect, &context.watch);
+    let connecting = context.backends.connect(context.timeouts.connect, &context.watch, &*context.engine);
     let connected = tokio::select! {
         connected = connecting => connected,
         _ = client.closed() => return Finished::early(End::ClientReset, None, None),
@@ -129,6 +139,7 @@ async fn live(context: &Context, client: Endpoint) -> Finished {
         }
     };
     let peer = backend.peer();
+    give_up_in_time(context, &backend);
 
     // injecting
     let first = match first_payload(context, &client, &backend).await {
@@ -169,7 +180,7 @@ async fn live(context: &Context, client: Endpoint) -> Finished {
         backend: Some(peer),
         to_backend: outcome.to_backend,
         to_client: outcome.to_client,
-        end: outcome.end,
+        end: outcome.end.known_by(outcome.error.as_ref()),
         error: outcome.error.map(|error| error.to_string()),
     }
 }
@@ -263,6 +274,12 @@ fn unreachable(error: &Unreachable) -> End {
         Unreachable::Unresolved => End::BackendUnresolved,
         Unreachable::Refused { .. } => End::BackendRefused,
         Unreachable::Timeout { .. } => End::BackendTimeout,
+        // No descriptor for the socket to it: the backend is not to blame.
+        Unreachable::Other { error, .. }
+            if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+        {
+            End::Internal
+        }
         Unreachable::Other { .. } => End::BackendUnreachable,
     }
 }

@@ -116,8 +116,8 @@ impl<'a> Pump<'a> {
         let timer = sleep_until(self.last + ACCOUNT_EVERY.min(self.silence_allowed()));
         tokio::pin!(timer);
         loop {
-            if let Err(error) = self.prepare() {
-                return (End::Internal, Some(error));
+            if let Err(ended) = self.prepare() {
+                return ended;
             }
             if self.finished() {
                 let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
@@ -135,6 +135,16 @@ impl<'a> Pump<'a> {
                 () = context.cut.cancelled() => return (End::Cut, None),
             };
             match stepped {
+                Step::ToBackend(Ok(Progress::Resumed))
+                    if self.gone.client && !self.to_backend.complete(&self.client) =>
+                {
+                    return (End::ClientReset, None);
+                }
+                Step::ToClient(Ok(Progress::Resumed))
+                    if self.gone.backend && !self.to_client.complete(&self.backend) =>
+                {
+                    return (End::BackendReset, None);
+                }
                 Step::ToBackend(Ok(progress)) => self.note(progress),
                 Step::ToClient(Ok(progress)) => {
                     self.note_first_byte(progress);
@@ -184,7 +194,7 @@ impl<'a> Pump<'a> {
     }
 
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
-    fn prepare(&mut self) -> io::Result<()> {
+    fn prepare(&mut self) -> Result<(), (End, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, .. } = self;
         let enrolments = [
             ("client_to_backend", to_backend.enrol(&*context.engine, &context.pays, client, backend)),
@@ -193,6 +203,7 @@ impl<'a> Pump<'a> {
         for (direction, enrolment) in enrolments {
             match enrolment {
                 Enrolment::NotNow => {}
+                Enrolment::Lost(error) => return Err((End::Lost, Some(error))),
                 Enrolment::Done => context.metrics.enrolled(),
                 Enrolment::Refused(refused) => {
                     tracing::debug!(
@@ -205,8 +216,12 @@ impl<'a> Pump<'a> {
                 }
             }
         }
-        client.arm(Needs { read: to_backend.reads_source(), write: to_client.writes_target() })?;
-        backend.arm(Needs { read: to_client.reads_source(), write: to_backend.writes_target() })
+        client
+            .arm(Needs { read: to_backend.reads_source(), write: to_client.writes_target() })
+            .and_then(|()| {
+                backend.arm(Needs { read: to_client.reads_source(), write: to_backend.writes_target() })
+            })
+            .map_err(|error| (End::Internal, Some(error)))
     }
 
     fn finished(&self) -> bool {
@@ -218,6 +233,7 @@ impl<'a> Pump<'a> {
             Progress::Read => self.last = Instant::now(),
             Progress::Held => self.context.metrics.held(),
             Progress::TakenBack => self.context.metrics.taken_back(),
+            Progress::Resumed => self.context.metrics.resumed(),
             Progress::Other => {}
         }
     }

@@ -4,11 +4,12 @@ use std::{os::fd::AsRawFd, sync::Mutex};
 
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
+    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
 };
-use injector_common::splice::{Counter, Flow, Header};
+use injector_common::splice::{Counter, Credit, Flow, Header};
 
-use super::{LoadError, Sockets, lock};
+use super::Sockets;
+use crate::bpf::{LoadError, lock, take_map as take};
 
 pub(super) struct Maps {
     pub(super) inject: Sockets,
@@ -16,7 +17,8 @@ pub(super) struct Maps {
     targets: Sockets,
     headers: Mutex<SkStorage<MapData, Header>>,
     flows: Mutex<HashMap<MapData, u64, Flow>>,
-    credit: Mutex<HashMap<MapData, u64, u64>>,
+    anchors: Mutex<HashMap<MapData, u64, u32>>,
+    credit: Mutex<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
     pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
 }
@@ -29,6 +31,7 @@ impl Maps {
             targets: Mutex::new(take::<SockHash<_, _>>(programs, "TARGETS")?),
             headers: Mutex::new(take::<SkStorage<_, _>>(programs, "HEADERS")?),
             flows: Mutex::new(take::<HashMap<_, _, _>>(programs, "FLOWS")?),
+            anchors: Mutex::new(take::<HashMap<_, _, _>>(programs, "ANCHORS")?),
             credit: Mutex::new(take::<HashMap<_, _, _>>(programs, "CREDIT")?),
             counters: take(programs, "COUNTERS")?,
             alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
@@ -51,8 +54,16 @@ impl Maps {
         lock(&self.inject).remove(&cookie)
     }
 
-    pub(super) fn add_flow(&self, source: u64) -> Result<(), MapError> {
-        lock(&self.flows).insert(source, Flow::new(), NOEXIST)
+    pub(super) fn anchor(&self, cookie: u64) -> Result<u32, MapError> {
+        lock(&self.anchors).get(&cookie, 0)
+    }
+
+    pub(super) fn remove_anchor(&self, cookie: u64) -> Result<(), MapError> {
+        lock(&self.anchors).remove(&cookie)
+    }
+
+    pub(super) fn add_flow(&self, source: u64, next: u32) -> Result<(), MapError> {
+        lock(&self.flows).insert(source, Flow::new(next), NOEXIST)
     }
 
     pub(super) fn flow(&self, source: u64) -> Result<Flow, MapError> {
@@ -63,8 +74,8 @@ impl Maps {
         lock(&self.flows).remove(&source)
     }
 
-    pub(super) fn set_credit(&self, source: u64, bytes: u64) -> Result<(), MapError> {
-        lock(&self.credit).insert(source, bytes, 0)
+    pub(super) fn set_credit(&self, source: u64, credit: Credit) -> Result<(), MapError> {
+        lock(&self.credit).insert(source, credit, 0)
     }
 
     pub(super) fn remove_credit(&self, source: u64) -> Result<(), MapError> {
@@ -104,6 +115,10 @@ impl Maps {
             key?;
             entries += 1;
         }
+        for key in lock(&self.anchors).keys() {
+            key?;
+            entries += 1;
+        }
         for key in lock(&self.credit).keys() {
             key?;
             entries += 1;
@@ -113,18 +128,10 @@ impl Maps {
 
     /// Uses a map as a session would, under a key that no socket has: cookies start at 1.
     pub(super) fn probe(&self) -> Result<(), MapError> {
-        self.add_flow(0)?;
+        self.add_flow(0, 0)?;
         self.remove_flow(0)
     }
 }
 
 /// `BPF_NOEXIST`: a cookie is one socket's for good, so an entry that is already there is a mistake of ours.
 const NOEXIST: u64 = 1;
-
-fn take<M>(programs: &mut Ebpf, map: &'static str) -> Result<M, LoadError>
-where
-    M: TryFrom<Map, Error = MapError>,
-{
-    let data = programs.take_map(map).ok_or(LoadError::Missing(map))?;
-    data.try_into().map_err(|error| LoadError::Map { map, error })
-}

@@ -2,6 +2,7 @@
 //! carried by `verdict`. The programs are in `injector-ebpf/src/splice/`, under the same names.
 
 mod alarms;
+pub(crate) mod anchor;
 pub mod inject;
 mod maps;
 pub mod selftest;
@@ -9,6 +10,7 @@ pub mod verdict;
 
 use std::{
     fmt, io,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,62 +18,28 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{MapData, MapError, SockHash},
-    programs::{ProgramError, SkMsg, SkSkb},
+    programs::{SkMsg, SkSkb, SocketFilter},
 };
 use aya_log::EbpfLogger;
 use injector_common::splice::Counter;
-use thiserror::Error;
 
 use self::{alarms::Alarms, maps::Maps};
-use crate::metrics::BpfCounters;
+use crate::{
+    bpf::{LoadError, ProgramReport, lock, program, reports},
+    metrics::BpfCounters,
+};
 
 /// The loaded and attached programs with their maps. Dropping it detaches them: end all sessions first.
 pub struct Splice {
     maps: Maps,
+    /// The program of that name.
+    anchor: OwnedFd,
     credit: u64,
     alarms: Alarms,
     // Holds the attachments.
     programs: Mutex<Ebpf>,
-}
-
-/// Why the engine cannot be had.
-#[derive(Debug, Error)]
-pub enum LoadError {
-    /// The kernel did not take the object: no rights, or a mechanism that it does not have.
-    #[error("loading the BPF programs: {}{}", chain(.0), advice(.0))]
-    Load(#[from] EbpfError),
-    /// A program was refused, by the verifier or at attachment.
-    #[error("program {program}: {}", refusal(.error))]
-    Program {
-        /// Its name.
-        program: &'static str,
-        /// What the kernel said.
-        #[source]
-        error: ProgramError,
-    },
-    /// A map is not what the daemon expects.
-    #[error("map {map}: {}", chain(.error))]
-    Map {
-        /// Its name.
-        map: &'static str,
-        /// What is wrong.
-        #[source]
-        error: MapError,
-    },
-    /// The object in this binary lacks a part: daemon and programs were not built together.
-    #[error("this binary's BPF object has no {0}; build it again with `cargo xtask build`")]
-    Missing(&'static str),
-}
-
-/// A loaded program, for reports.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProgramReport {
-    /// Its name.
-    pub name: String,
-    /// Instructions that the verifier walked to prove it safe; `None` before Linux 5.16.
-    pub verified_instructions: Option<u32>,
 }
 
 impl Splice {
@@ -84,13 +52,14 @@ impl Splice {
     pub fn load(connections: u32, alarm_step: u64, credit: u64) -> Result<Self, LoadError> {
         let directions = connections.saturating_mul(2);
         let mut programs = EbpfLoader::new()
+            .map_max_entries("ANCHORS", connections)
             .map_max_entries("INJECT", connections)
             .map_max_entries("TARGETS", directions)
             .map_max_entries("VERDICT", directions)
             .map_max_entries("FLOWS", directions)
             .map_max_entries("CREDIT", directions)
             .override_global("ALARM_STEP", &alarm_step, true)
-            .load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/injector-bpf")))?;
+            .load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/splice")))?;
         let maps = Maps::take(&mut programs)?;
 
         let failed = |program| move |error| LoadError::Program { program, error };
@@ -100,7 +69,11 @@ impl Splice {
         let verdict: &mut SkSkb = program(&mut programs, "verdict")?;
         verdict.load().map_err(failed("verdict"))?;
         verdict.attach(lock(&maps.verdict).fd()).map_err(failed("verdict"))?;
-        Ok(Self { maps, credit, alarms: Alarms::default(), programs: Mutex::new(programs) })
+        let anchor: &mut SocketFilter = program(&mut programs, "anchor")?;
+        anchor.load().map_err(failed("anchor"))?;
+        let anchor =
+            anchor.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?)).map_err(failed("anchor"))?;
+        Ok(Self { maps, anchor, credit, alarms: Alarms::default(), programs: Mutex::new(programs) })
     }
 
     /// The log lines that the programs write from now on, as `log` records; can be taken once. What they wrote before,
@@ -129,15 +102,7 @@ impl Splice {
     /// The loaded programs and what they cost the verifier.
     #[must_use]
     pub fn programs(&self) -> Vec<ProgramReport> {
-        let programs = lock(&self.programs);
-        programs
-            .programs()
-            .filter_map(|(name, program)| {
-                let info = program.info().ok()?;
-                let verified_instructions = info.verified_instruction_count();
-                Some(ProgramReport { name: name.to_owned(), verified_instructions })
-            })
-            .collect()
+        reports(&lock(&self.programs))
     }
 
     /// How many sockets and flows the maps hold now; all zero when no connection is spliced.
@@ -203,53 +168,4 @@ impl BpfCounters for Splice {
     }
 }
 
-fn program<'a, P>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
-where
-    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
-{
-    let program = programs.program_mut(name).ok_or(LoadError::Missing(name))?;
-    program.try_into().map_err(|error| LoadError::Program { program: name, error })
-}
-
 type Sockets = Mutex<SockHash<MapData, u64>>;
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// An error with all its causes, without repeating a cause that the error already prints.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
-}
-
-/// Why a program was refused; of the verifier's log the last words, which name the fault.
-fn refusal(error: &ProgramError) -> String {
-    let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
-    let log = verifier_log.to_string();
-    let statistics = ["verification time", "stack depth", "processed"];
-    let told = log.lines().filter(|line| !statistics.iter().any(|start| line.starts_with(start)));
-    let last: Vec<_> = told.filter(|line| !line.is_empty()).collect();
-    let last = last.split_at_checked(last.len().saturating_sub(2)).map_or(&last[..], |(_, last)| last);
-    format!("{io_error}; the verifier's last words: {}", last.join("; "))
-}
-
-fn advice(error: &EbpfError) -> &'static str {
-    let text = chain(error);
-    if text.contains("os error 1)") {
-        " (run as root, or with CAP_BPF and CAP_NET_ADMIN)"
-    } else if text.contains("os error 12)") {
-        " (not enough memory for the maps: lower limits.max_connections)"
-    } else {
-        ""
-    }
-}

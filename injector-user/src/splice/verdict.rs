@@ -1,15 +1,21 @@
 //! Having the payload of one direction carried by the program `verdict`.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use aya::maps::MapError;
-use injector_common::splice::Flow;
+use injector_common::splice::{Credit, Flow};
 use thiserror::Error;
 
 use super::Splice;
 use crate::{
     endpoint::Endpoint,
-    engine::{Backlog, Bell},
+    engine::{Backlog, Bell, Offer},
     sys::{self, TcpInfo},
 };
 
@@ -25,6 +31,9 @@ pub enum EnrolError {
         #[source]
         error: MapError,
     },
+    /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.
+    #[error("the sequence number at which the stream began is not known")]
+    Unanchored,
     /// The target acknowledged so fast that its counts could not be read twice alike.
     #[error("the target's acknowledgements did not hold still")]
     Unsteady,
@@ -40,6 +49,7 @@ impl EnrolError {
         match self {
             Self::Map { error: MapError::SyscallError(error), .. } => reason_of(&error.io_error),
             Self::Map { .. } => "other",
+            Self::Unanchored => "unanchored",
             Self::Unsteady => "unsteady",
             Self::Socket(_) => "socket",
         }
@@ -67,24 +77,38 @@ pub struct Spliced {
     source: u64,
     /// What the target had queued in its life before the first redirected byte.
     base: u64,
+    /// Of what was left to user space, how much it had written to the target when it last offered to go on.
+    written: AtomicU64,
     bell: Arc<Bell>,
 }
 
 impl Spliced {
-    /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source` must have
-    /// been written to `target`.
+    /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source`, `read` bytes, must
+    /// have been written to `target`.
     ///
     /// # Errors
     /// [`EnrolError`]; nothing has changed then.
-    pub fn enrol(splice: &Arc<Splice>, source: &Endpoint, target: &Endpoint) -> Result<Self, EnrolError> {
+    pub fn enrol(
+        splice: &Arc<Splice>,
+        source: &Endpoint,
+        target: &Endpoint,
+        read: u64,
+    ) -> Result<Self, EnrolError> {
+        let next = next_sequence(source, read).ok_or(EnrolError::Unanchored)?;
         let base = queued_steadily(target)?;
         let failed = |map| move |error| EnrolError::Map { map, error };
         let maps = &splice.maps;
-        maps.add_flow(source.cookie()).map_err(failed("FLOWS"))?;
+        maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
         // From here on dropping undoes what was done; removing what is not there does no harm.
         let bell = splice.alarms.add(source.cookie());
-        let spliced = Self { splice: Arc::clone(splice), source: source.cookie(), base, bell };
-        maps.set_credit(source.cookie(), splice.credit).map_err(failed("CREDIT"))?;
+        let spliced = Self {
+            splice: Arc::clone(splice),
+            source: source.cookie(),
+            base,
+            written: AtomicU64::new(0),
+            bell,
+        };
+        maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
         // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
@@ -116,6 +140,9 @@ impl Spliced {
         // The target first: bytes redirected in between are then counted as waiting, never as taken.
         let taken = self.taken(target)?;
         let flow = self.flow().map_err(io::Error::other)?;
+        if flow.lost > 0 {
+            return Err(lost(&flow));
+        }
         Ok(Backlog { bytes: flow.redirected.saturating_sub(taken), taken, held: flow.passing != 0 })
     }
 
@@ -124,7 +151,7 @@ impl Spliced {
     /// # Errors
     /// When the map refuses.
     pub fn grant(&self, taken: u64) -> io::Result<()> {
-        self.splice.maps.set_credit(self.source, taken + self.splice.credit).map_err(io::Error::other)
+        self.set_credit(Credit::up_to(taken + self.splice.credit))
     }
 
     /// Has the program leave to `source` what it receives from here on: it waits there for user space to read, charged
@@ -137,18 +164,56 @@ impl Spliced {
     /// # Errors
     /// When the map refuses.
     pub fn hold(&self, source: &Endpoint) -> io::Result<()> {
-        self.splice.maps.set_credit(self.source, 0).map_err(io::Error::other)?;
-        // A segment may be in the program's hands just now, on another processor, under the lock of the socket, which
-        // this call takes: afterwards the program goes by the new credit, and what was redirected stands still.
-        sys::tcp_info(source)?;
-        Ok(())
+        self.set_credit(Credit::up_to(0))?;
+        settle(source)
+    }
+
+    /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
+    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`Spliced::withdraw`] user space
+    /// must neither read nor write.
+    ///
+    /// The program decides, under the lock of the source: when [`Flow::passed`] is `written` at that moment, nothing of this
+    /// direction lies outside the target's send queue, and what is redirected from there on is queued behind it.
+    ///
+    /// # Errors
+    /// When the flow or the map does not answer.
+    pub fn offer(&self, written: u64) -> io::Result<bool> {
+        let flow = self.flow().map_err(io::Error::other)?;
+        if flow.passed != written {
+            return Ok(false);
+        }
+        self.written.store(written, Ordering::Relaxed);
+        self.set_credit(Credit { limit: flow.redirected + self.splice.credit, resume_at: written })?;
+        Ok(true)
+    }
+
+    /// Takes [`Spliced::offer`] back, and tells what the program has made of it.
+    ///
+    /// # Errors
+    /// When the flow, the map or a socket does not answer.
+    pub fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
+        let limit = self.flow().map_err(io::Error::other)?.redirected + self.splice.credit;
+        self.set_credit(Credit::up_to(limit))?;
+        settle(source)?;
+        let backlog = self.backlog(target)?;
+        Ok(match (backlog.held, backlog.bytes) {
+            (false, _) => Offer::Taken,
+            (true, 0) => Offer::Void,
+            // It was taken, and the program has stopped again by itself.
+            (true, _) => Offer::Held,
+        })
+    }
+
+    fn set_credit(&self, credit: Credit) -> io::Result<()> {
+        self.splice.maps.set_credit(self.source, credit).map_err(io::Error::other)
     }
 
     /// Bytes of this flow in the target's send queue, and beyond.
     fn taken(&self, target: &Endpoint) -> io::Result<u64> {
         // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
         let acknowledged = sys::tcp_info(target)?.bytes_acked;
-        Ok((acknowledged + sys::unacknowledged(target)?).saturating_sub(self.base))
+        let before = self.base + self.written.load(Ordering::Relaxed);
+        Ok((acknowledged + sys::unacknowledged(target)?).saturating_sub(before))
     }
 
     /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
@@ -160,7 +225,7 @@ impl Spliced {
         let received = sys::tcp_info(source)?.bytes_received;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
-            return Err(io::Error::other(format!("{} bytes found no target", flow.lost)));
+            return Err(lost(&flow));
         }
         // The FIN counts one.
         if read + flow.redirected + 1 != received {
@@ -187,6 +252,23 @@ impl Drop for Spliced {
         let _ = maps.remove_credit(self.source);
         self.splice.alarms.remove(self.source);
     }
+}
+
+/// Afterwards the program goes by the credit that was set before, and the flow's counts stand still unless it redirects: a
+/// segment may be in its hands just now, on another processor, under the lock of the socket, which this call takes.
+fn settle(source: &Endpoint) -> io::Result<()> {
+    sys::tcp_info(source).map(drop)
+}
+
+fn lost(flow: &Flow) -> io::Error {
+    io::Error::other(format!("{} bytes found no target, or did not continue the stream", flow.lost))
+}
+
+/// The sequence number of the byte behind the first `read` of the stream.
+#[expect(clippy::cast_possible_truncation, reason = "sequence numbers are counted modulo 2^32")]
+fn next_sequence(source: &Endpoint, read: u64) -> Option<u32> {
+    // The SYN counts one.
+    Some(source.first_sequence()?.wrapping_add(1).wrapping_add(read as u32))
 }
 
 /// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no

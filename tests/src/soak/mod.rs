@@ -4,13 +4,12 @@
 //! between them, and one session can be run again by itself. In reading order: `plan` draws, `stage` builds the
 //! namespaces and starts the daemon, `ends` are the clients and the backend, whose sockets `conversation` carries
 //! through the plan and whose bytes `content` follows, `verdict` judges a session by what its ends saw, `accounts`
-//! by what the daemon says, `gauges` measure the machine, and `report` is what a person reads.
+//! by what the daemon says, [`crate::gauges`] measure the machine, and `report` is what a person reads.
 
 mod accounts;
 mod content;
 mod conversation;
 mod ends;
-mod gauges;
 mod ledger;
 mod plan;
 mod report;
@@ -28,12 +27,12 @@ use tokio::sync::watch;
 use self::content::Content;
 use self::conversation::LIMIT;
 use self::ends::Shared;
-use self::gauges::MemoryWatch;
 use self::ledger::Ledger;
 use self::plan::Plan;
 pub use self::report::Report;
 use self::report::{After, Before};
 use self::stage::{MOST_SESSIONS, Stage};
+use crate::gauges::MemoryWatch;
 
 /// What carries the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

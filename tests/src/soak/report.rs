@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use super::Options;
 use super::accounts::{Accounts, Line};
 use super::ends::Shared;
-use super::gauges::{self, Memory};
 use super::ledger::Both;
 use super::plan::{Ending, Opening, Plan, Side};
 use super::stage::Stage;
 use super::verdict::Failure;
+use crate::bpf;
 use crate::daemon::{BYTES, DIRECTION, Injector, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use crate::gauges::{self, Memory};
 
 /// How many failures are printed in full.
 const MOST_SHOWN: usize = 20;
@@ -32,7 +33,7 @@ impl Before {
             descriptors = descriptors.min(gauges::descriptors(pid)?);
             thread::sleep(Duration::from_millis(50));
         }
-        Ok(Self { descriptors, entries: gauges::map_entries(pid)? })
+        Ok(Self { descriptors, entries: bpf::map_entries(pid)? })
     }
 }
 
@@ -55,7 +56,7 @@ impl After {
             // The scrape's own connection is closed a moment later.
             thread::sleep(Duration::from_millis(100));
             let pid = injector.pid();
-            let (descriptors, entries) = (gauges::descriptors(pid)?, gauges::map_entries(pid)?);
+            let (descriptors, entries) = (gauges::descriptors(pid)?, bpf::map_entries(pid)?);
             let after = Self { descriptors, entries, active };
             if after.is_as(before) || Instant::now() > deadline {
                 return Ok(after);
@@ -258,17 +259,19 @@ impl Report {
         let count = |name| metrics.sum(name, &[]) + 0.0;
         write!(
             f,
-            "planes        {} enrolments, {} refused, {} holds, {} resumes",
+            "planes        {} enrolments, {} refused",
             count("injector_enrolments_total"),
             count("injector_enrolment_failures_total"),
-            count("injector_holds_total"),
-            count("injector_resumes_total"),
         )?;
-        for sample in metrics.samples().iter().filter(|sample| sample.name == "injector_plane_changes_total")
-        {
-            let labels = sample.labels.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("/");
-            write!(f, ", {labels} {}", sample.value)?;
+        for change in ["held", "taken_back", "resumed"] {
+            write!(
+                f,
+                ", {} {change}",
+                metrics.sum("injector_plane_changes_total", &[("change", change)]) + 0.0
+            )?;
         }
+        let trimmed = metrics.sum("injector_bpf_events_total", &[("event", "trimmed")]) + 0.0;
+        write!(f, ", {trimmed} segments trimmed")?;
         match self.marks {
             Some((high, low)) => writeln!(f, " (water marks {high} and {low})"),
             None => writeln!(f, " (this daemon has no water marks)"),

@@ -2,11 +2,18 @@
 //! Each trial starts its own injector in the edge; client and backend are plain sockets of the test, in their namespaces,
 //! so that every byte and every reset at both ends is seen.
 
+mod choosing;
+mod crowds;
+mod endings;
 mod headers;
+mod hoard;
+mod overlaps;
 mod refusals;
 mod starting;
 mod stopping;
 mod transfers;
+mod vanished;
+mod victim;
 mod world;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,14 +27,25 @@ use world::World;
 const ENGINES: [&str; 2] = ["splice", "relay"];
 
 fn main() {
+    if let Some(habit) = victim::asked() {
+        return victim::run(habit);
+    }
     let mut arguments = Arguments::from_args();
     // They share addresses.
     arguments.test_threads.get_or_insert(1);
     let world = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();
     for engine in ENGINES {
-        let each =
-            refusals::TRIALS.iter().chain(headers::TRIALS).chain(transfers::TRIALS).chain(stopping::TRIALS);
+        let each = refusals::TRIALS
+            .iter()
+            .chain(headers::TRIALS)
+            .chain(transfers::TRIALS)
+            .chain(overlaps::TRIALS)
+            .chain(endings::TRIALS)
+            .chain(stopping::TRIALS)
+            .chain(crowds::TRIALS)
+            .chain(hoard::TRIALS)
+            .chain(vanished::TRIALS);
         for (name, run) in each {
             trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
         }
@@ -37,6 +55,13 @@ fn main() {
     }
     for (name, run) in starting::TRIALS {
         trials.push(trial(&world, format!("start/{name}"), run));
+    }
+    for (name, run) in choosing::TRIALS {
+        trials.push(trial(&world, format!("start/{name}"), run));
+    }
+    for refusal in choosing::REFUSALS {
+        let name = format!("start/inline/refused: {}", refusal.name);
+        trials.push(trial(&world, name, |world| choosing::refuses(world, refusal)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(world);

@@ -1,7 +1,7 @@
 //! Payload, whole and in order, to the end: both directions, half-closes, resets.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -23,6 +23,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("transfer/byte by byte", byte_by_byte),
     ("stalled/backend reads nothing for a while", |world, engine| stalled(world, engine, Reader::Backend)),
     ("stalled/client reads nothing for a while", |world, engine| stalled(world, engine, Reader::Client)),
+    ("stalled/and then by the kernel again", resumed),
     ("stalled/the sender finishes meanwhile", stalled_fin),
     ("stalled/the reader is gone", stalled_gone),
     ("transfer/backend resets", backend_resets),
@@ -33,22 +34,28 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 ];
 
 /// A client and a backend that have exchanged their first words.
-fn joined(
+pub(crate) fn joined(
     world: &World,
     engine: &str,
     extra: &str,
 ) -> anyhow::Result<(injector_tests::daemon::Injector, TcpStream, TcpStream)> {
     let backend = world.backend()?;
     let injector = world.injector(engine, "smtp", extra)?;
-    let mut client = world.client()?;
-    let (mut server, ..) = accept_with_header(&backend)?;
-    pass(&mut server, &mut client, b"220 hello\r\n")?;
-    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    let (client, server) = introduced(world, &backend)?;
     Ok((injector, client, server))
 }
 
+/// The same with an injector that runs already.
+pub(crate) fn introduced(world: &World, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    Ok((client, server))
+}
+
 /// Bytes that repeat only after 251 times 256: a lost, doubled or swapped piece is seen.
-fn pattern(seed: usize, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: usize, len: usize) -> Vec<u8> {
     let byte = |at: usize| {
         let [low, ..] = ((at + seed) % 251).to_le_bytes();
         let [_, high, ..] = at.to_le_bytes();
@@ -60,12 +67,12 @@ fn pattern(seed: usize, len: usize) -> Vec<u8> {
     bytes
 }
 
-fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     stream.write_all(bytes).context("sending")?;
     Ok(stream.shutdown(Shutdown::Write)?)
 }
 
-fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     let mut seen = Vec::with_capacity(bytes.len());
     stream.read_to_end(&mut seen).with_context(|| format!("after {} bytes", seen.len()))?;
     if seen == bytes {
@@ -235,6 +242,27 @@ fn stalled(world: &World, engine: &str, reader: Reader) -> anyhow::Result<()> {
     let waiting = injector.metrics()?.sum("injector_backlog_bytes", &[]);
     ensure!(waiting.abs() < 0.5, "{waiting} bytes are still on the books");
     Ok(())
+}
+
+/// When the target has caught up, and payload comes piece by piece, the kernel carries it again.
+fn resumed(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) = joined(world, engine, "")?;
+    let bytes = pattern(19, TOO_MUCH);
+    let taken = fill(&client, &bytes)?;
+    let mut seen = vec![0; taken];
+    server.read_exact(&mut seen)?;
+    ensure!(seen.iter().zip(&bytes).all(|(seen, sent)| seen == sent), "not what was sent");
+    let mut client = client;
+    for _ in 0..20 {
+        pass(&mut client, &mut server, b"NOOP\r\n")?;
+        pass(&mut server, &mut client, b"250 ok\r\n")?;
+    }
+    let changes = |change| {
+        anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &[("change", change)]) > 0.5)
+    };
+    ensure!(changes("resumed")? == (engine == "splice"), "resumed: {}", changes("resumed")?);
+    drop((client, server));
+    finished(&injector, 1).map(drop)
 }
 
 /// A FIN that comes while the source is held: the kernel does not take the source back, user space reads the rest.

@@ -1,16 +1,15 @@
 //! The three namespaces, plain sockets in them, and an injector between them.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use injector_common::proxy::{ParseError, Parsed, parse};
 use injector_tests::daemon::{Injector, Session};
 use injector_tests::netns::{CLIENT, Family, MAIL, Topology, VIP_SPLICE};
 
-/// Nothing here takes longer unless it hangs.
-pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) use injector_tests::sockets::{LIMIT, accept, expect, pass, patient};
+
 /// Where clients connect.
 pub(crate) const PORT: u16 = 2500;
 /// Where the backend listens.
@@ -99,32 +98,6 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     )
 }
 
-pub(crate) fn patient(stream: &TcpStream) -> anyhow::Result<()> {
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    Ok(stream.set_nodelay(true)?)
-}
-
-/// Accepts one connection, within the limit.
-pub(crate) fn accept(listener: &TcpListener) -> anyhow::Result<TcpStream> {
-    listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                patient(&stream)?;
-                return Ok(stream);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                ensure!(Instant::now() < deadline, "the injector did not connect to the backend");
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            Err(error) => bail!("accepting at the backend: {error}"),
-        }
-    }
-}
-
 /// Accepts one connection and reads its header, which must come whole in the first read; returns what came behind it.
 pub(crate) fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, Header, Vec<u8>)> {
     let mut stream = accept(listener)?;
@@ -180,44 +153,9 @@ pub(crate) fn ending(stream: &mut TcpStream) -> anyhow::Result<Ending> {
     }
 }
 
-/// Reads exactly what is expected.
-pub(crate) fn expect(stream: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
-    let mut seen = vec![0; bytes.len()];
-    stream
-        .read_exact(&mut seen)
-        .with_context(|| format!("waiting for {:?}", String::from_utf8_lossy(bytes)))?;
-    ensure!(
-        seen == bytes,
-        "{:?} where {:?} was expected",
-        String::from_utf8_lossy(&seen),
-        String::from_utf8_lossy(bytes)
-    );
-    Ok(())
-}
-
-/// Says something and expects an answer at the other end.
-pub(crate) fn pass(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
-    from.write_all(bytes)?;
-    expect(to, bytes)
-}
-
 /// Waits until `count` connections have their line, and returns them all.
 pub(crate) fn finished(injector: &Injector, count: usize) -> anyhow::Result<Vec<Session>> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let sessions = injector.sessions()?;
-        if sessions.len() >= count {
-            ensure!(sessions.len() == count, "{} lines for {count} connections", sessions.len());
-            return Ok(sessions);
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "{} of {count} connections ended; logged:\n{}",
-            sessions.len(),
-            injector.log()
-        );
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    injector.sessions_within(count)
 }
 
 /// The one finished connection ended so.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::OnceLock;
 
 use anyhow::{Context, anyhow};
+use injector_tests::bpffs::BpfFs;
 use injector_tests::daemon::{self, Injector};
 use injector_tests::forward::Forward;
 use injector_tests::haproxy::HaProxy;
@@ -13,11 +14,14 @@ use injector_tests::mail_host::{MailHost, Marks};
 use injector_tests::netns::{Family, Place, Topology};
 use injector_tests::service::{MATRIX, Service};
 
+use crate::kube_proxy;
+
 /// A column of the matrix: something on the edge that puts a header in front.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Front {
-    /// Also the engine's name in the injector's configuration.
     pub(crate) name: &'static str,
+    /// The engine's name in the injector's configuration.
+    pub(crate) engine: &'static str,
     pub(crate) vip: Place,
     pub(crate) kind: Kind,
 }
@@ -28,6 +32,17 @@ pub(crate) enum Kind {
     HaProxy,
     /// A daemon of its own, with metrics at that port of the edge's loopback.
     Injector { metrics_port: u16 },
+    /// The same, with an engine that forwards packets.
+    Inline { metrics_port: u16, nat: Nat },
+}
+
+/// Who translates addresses for the inline engine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Nat {
+    /// The daemon.
+    Managed,
+    /// Rules like those of kube-proxy.
+    KubeProxy,
 }
 
 /// A front that runs.
@@ -35,13 +50,18 @@ pub(crate) enum Kind {
 pub(crate) enum Running {
     HaProxy(HaProxy),
     Injector(Injector),
+    Inline {
+        injector: Injector,
+        /// What is pinned goes with it; programs and rules go with the namespace.
+        _bpffs: BpfFs,
+    },
 }
 
 impl Running {
     pub(crate) fn log(&self) -> String {
         match self {
             Self::HaProxy(haproxy) => haproxy.log(),
-            Self::Injector(injector) => injector.log(),
+            Self::Injector(injector) | Self::Inline { injector, .. } => injector.log(),
         }
     }
 }
@@ -105,8 +125,23 @@ impl Environment {
             Kind::HaProxy => HaProxy::start(edge, &forwards).map(Running::HaProxy),
             Kind::Injector { metrics_port } => {
                 let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), metrics_port);
-                let config = daemon::configuration(&forwards, front.name, metrics);
+                let config = daemon::configuration(&forwards, front.engine, metrics);
                 Injector::start(edge, &config).map(Running::Injector)
+            }
+            Kind::Inline { metrics_port, nat } => {
+                let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), metrics_port);
+                let bpffs = BpfFs::mount()?;
+                let nat = match nat {
+                    Nat::Managed => "managed",
+                    Nat::KubeProxy => {
+                        kube_proxy::write(edge, &forwards)?;
+                        "external"
+                    }
+                };
+                let listeners = daemon::configuration(&forwards, front.engine, metrics);
+                let pin = bpffs.path().display();
+                let config = format!("{listeners}\n[inline]\nnat = \"{nat}\"\npin = \"{pin}\"\n");
+                Ok(Running::Inline { injector: Injector::start(edge, &config)?, _bpffs: bpffs })
             }
         }
     }

@@ -124,7 +124,9 @@ impl<'a> Watch<'a> {
     pub(crate) fn start(running: &'a Running) -> anyhow::Result<Self> {
         let injector = match running {
             Running::HaProxy(_) => None,
-            Running::Injector(injector) => Some((injector, injector.metrics()?, injector.sessions()?.len())),
+            Running::Injector(injector) | Running::Inline { injector, .. } => {
+                Some((injector, injector.metrics()?, injector.sessions()?.len()))
+            }
         };
         Ok(Self { injector })
     }
@@ -136,9 +138,9 @@ impl<'a> Watch<'a> {
             let client = session.client().with_context(|| format!("no client in {session:?}"))?;
             ensure!(clients.contains(&client), "{client} is none of the clients {clients:?}");
             ensure!(
-                session.field("engine").as_deref() == Some(front.name),
+                session.field("engine").as_deref() == Some(front.engine),
                 "not by {}: {session:?}",
-                front.name
+                front.engine
             );
             let end = session.field("end").unwrap_or_default();
             ensure!(HARMLESS_ENDS.contains(&end.as_str()), "ended with {end:?}: {session:?}");

@@ -6,38 +6,52 @@
 mod environment;
 mod external;
 mod intra_cluster;
+mod kube_proxy;
 mod receivers;
 mod stopping;
 
 use std::sync::Arc;
 
 use anyhow::Context;
-use injector_tests::netns::{self, Family, VIP_HAPROXY, VIP_RELAY, VIP_SPLICE};
+use injector_tests::netns::{self, Family, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 use injector_tests::service::{IMAPS, MATRIX, SMTP, SUBMISSION};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use environment::{Environment, Front, Kind, Shared};
+use environment::{Environment, Front, Kind, Nat, Shared};
 
 /// The columns of the matrix. Another engine is another line.
-const FRONTS: [Front; 3] = [
-    Front { name: "haproxy", vip: VIP_HAPROXY, kind: Kind::HaProxy },
-    Front { name: "splice", vip: VIP_SPLICE, kind: Kind::Injector { metrics_port: 9145 } },
-    Front { name: "relay", vip: VIP_RELAY, kind: Kind::Injector { metrics_port: 9146 } },
+const FRONTS: [Front; 4] = [
+    Front { name: "haproxy", engine: "", vip: VIP_HAPROXY, kind: Kind::HaProxy },
+    Front { name: "splice", engine: "splice", vip: VIP_SPLICE, kind: Kind::Injector { metrics_port: 9145 } },
+    Front { name: "relay", engine: "relay", vip: VIP_RELAY, kind: Kind::Injector { metrics_port: 9146 } },
+    Front {
+        name: "inline",
+        engine: "inline",
+        vip: VIP_INLINE,
+        kind: Kind::Inline { metrics_port: 9147, nat: Nat::Managed },
+    },
 ];
+
+/// Columns in a testbed of their own: a host has one inline engine.
+const EXTERNAL: [Front; 1] = [Front {
+    name: "inline-kube",
+    engine: "inline",
+    vip: VIP_INLINE,
+    kind: Kind::Inline { metrics_port: 9147, nat: Nat::KubeProxy },
+}];
 
 fn main() {
     let mut arguments = Arguments::from_args();
     // The servers' logs are read from where they stood when a trial began: one trial at a time.
     arguments.test_threads.get_or_insert(1);
-    let shared = Arc::new(Shared::new(&FRONTS));
-    let trials = trials(&shared);
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    // Servers and namespaces go before the process does.
-    drop(shared);
-    conclusion.exit();
+    // A testbed is made by the first trial that needs it, and goes with the last: a process has one at a time.
+    let mut trials = testbed(&Arc::new(Shared::new(&FRONTS)));
+    trials.extend(columns(&Arc::new(Shared::new(&EXTERNAL)), &EXTERNAL));
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn trials(shared: &Arc<Shared>) -> Vec<Trial> {
+/// All trials of the first testbed: the servers alone, and the columns.
+fn testbed(shared: &Arc<Shared>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for family in Family::ALL {
         let name = family.name();
@@ -53,7 +67,13 @@ fn trials(shared: &Arc<Shared>) -> Vec<Trial> {
             trials.push(trial(shared, name, move |all| intra_cluster::direct(all, service, family)));
         }
     }
-    for (index, front) in FRONTS.iter().enumerate() {
+    trials.extend(columns(shared, &FRONTS));
+    trials
+}
+
+fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (index, front) in fronts.iter().enumerate() {
         for family in Family::ALL {
             for service in MATRIX {
                 let name = format!("{}/{}/{}→{}", front.name, family.name(), service.stock, service.proxied);

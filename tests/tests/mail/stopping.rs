@@ -25,7 +25,7 @@ pub(crate) fn sessions_finish(all: &Environment, front: Front) -> anyhow::Result
     forward.bind.set_port(PORT);
     let address = forward.bind;
     let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), METRICS_PORT);
-    let config = daemon::configuration(&[forward], front.name, metrics);
+    let config = daemon::configuration(&[forward], front.engine, metrics);
     let mut injector = Injector::start(&all.topology.edge, &config)?;
 
     let client = all.topology.client.run(|| -> anyhow::Result<SocketAddr> {

@@ -103,8 +103,8 @@ fn answer_postfix(log: &Path) -> Result<()> {
 
 /// Packages switch their services on for the next boot; the tests start their own servers, in their own namespaces.
 fn keep_off(packages: &[String], log: &Path) {
-    const SERVICES: [(&str, &str); 3] =
-        [("postfix", "postfix"), ("dovecot-core", "dovecot"), ("haproxy", "haproxy")];
+    const SERVICES: [(&str, &str); 4] =
+        [("postfix", "postfix"), ("dovecot-core", "dovecot"), ("haproxy", "haproxy"), ("nginx", "nginx")];
     let new = SERVICES.iter().filter(|(package, _)| packages.iter().any(|name| name == package));
     let units: Vec<_> = new.map(|(_, unit)| *unit).collect();
     if !units.is_empty()

@@ -115,6 +115,14 @@ fn folder(tools: Option<OsString>, xdg_cache: Option<OsString>, home: Option<OsS
         .context("nowhere to keep tools: none of INJECTOR_TOOLS, XDG_CACHE_HOME and HOME names a folder")
 }
 
+/// A cache of its own, for a test.
+#[cfg(test)]
+pub(super) fn scratch() -> (tempfile::TempDir, Cache) {
+    let temporary = tempfile::tempdir().expect("a temporary folder");
+    let cache = Cache { folder: temporary.path().to_path_buf() };
+    (temporary, cache)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -50,15 +50,26 @@ pub(super) fn program(name: &str) -> Option<PathBuf> {
 /// tool, Debian package, what it is needed for, groups
 const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail]),
+    ("nginx", "nginx", "a peer of the benchmark", &[Group::Bench]),
     ("postfix", "postfix", "postscreen and smtpd behind the injector", &[Group::Mail]),
     ("dovecot", "dovecot-core", "IMAP behind the injector", &[Group::Mail]),
     ("haproxy", "haproxy", "a second receiver, and a sender to compare with", &[Group::Mail]),
+    (
+        "iptables-nft-restore",
+        "iptables",
+        "rules of kube-proxy's shape, inside the tests' namespaces",
+        &[Group::Mail],
+    ),
     ("nft", "nftables", "faults on the way: drops and rejects inside the tests' namespaces", &[Group::Mail]),
     ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
 ];
+
+/// Where nginx has its stream module.
+pub(super) const NGINX_STREAM: &[&str] =
+    &["/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so"];
 
 /// files (any of them), Debian package, what it is needed for, groups
 const FILES: &[(&[&str], &str, &str, &[Group])] = &[
@@ -80,6 +91,7 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         "POP3 behind the injector",
         &[Group::Mail],
     ),
+    (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Bench]),
     (
         &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"],
         "ca-certificates",
@@ -164,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_tool_of_two_groups_is_named_once() {
-        let both = tools(&Group::ALL);
+        let both = tools(&Group::USUAL);
         assert_eq!(both, tools(&[Group::Mail]));
         let packages = names(&both);
         let mut unique = packages.clone();

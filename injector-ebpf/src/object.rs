@@ -1,8 +1,4 @@
-//! The programs of the injector. Each engine is one folder, with the same names as in the daemon.
-#![no_std]
-#![no_main]
-
-mod splice;
+//! What every object of programs needs.
 
 #[cfg(not(test))]
 #[panic_handler]

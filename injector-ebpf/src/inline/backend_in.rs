@@ -1,0 +1,186 @@
+//! `backend_in`: at the ingress of devices that backends answer by. Shifts what the backend acknowledges, and gives it the
+//! header again when it asks for the client's first byte: the header is in nobody's retransmission queue.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::{helpers::generated::bpf_redirect, macros::classifier, programs::TcContext};
+use injector_common::inline::{
+    ACK, Address, Counter, Event, FIN, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
+};
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+
+use super::{
+    ANSWER, DROP, NEXT, header, maps,
+    packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, parse},
+};
+
+#[classifier]
+fn backend_in(skb: TcContext) -> i32 {
+    receive::<Ethernet>(&skb)
+}
+
+#[classifier]
+fn backend_in_raw(skb: TcContext) -> i32 {
+    receive::<Raw>(&skb)
+}
+
+#[inline(always)]
+fn receive<L: Link>(skb: &TcContext) -> i32 {
+    let Some(packet) = maps::packet() else { return DROP };
+    match parse::<L>(skb, packet, From::Backend) {
+        Parsed::Tcp => {}
+        Parsed::Icmp => {
+            return match quoted(skb, packet) {
+                Ok(()) => NEXT,
+                Err(Failed) => {
+                    maps::count(Counter::RewriteFailed);
+                    DROP
+                }
+            };
+        }
+        _ => return NEXT,
+    }
+    if packet.segment.is(SYN)
+        && let Some(flow) = maps::pending(&packet.key)
+    {
+        return accept(skb, packet, flow);
+    }
+    match maps::established(&packet.key).or_else(|| maps::pending(&packet.key)) {
+        Some(flow) => pass(skb, packet, flow),
+        None => NEXT,
+    }
+}
+
+/// The backend answers the SYN: of the connection that is being opened, and no other.
+#[inline(always)]
+fn accept(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
+    // SAFETY: a map value, valid while the program runs.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    let segment = &packet.segment;
+    if segment.is(ACK) && segment.acknowledgement == flow.first {
+        flow.state |= Flow::ACCEPTED;
+        flow.acknowledged = segment.sequence.wrapping_add(1);
+        maps::supersede(&packet.key);
+    }
+    open_window(skb, packet, flow)
+}
+
+/// The header takes the first of the window that the backend opens.
+#[inline(always)]
+fn open_window(skb: &TcContext, packet: &Packet, flow: &Flow) -> i32 {
+    let window = u32::from(packet.window);
+    if window > flow.header_len && packet.set_window(skb, (window - flow.header_len) as u16).is_err() {
+        maps::count(Counter::RewriteFailed);
+        return DROP;
+    }
+    NEXT
+}
+
+#[inline(always)]
+fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
+    // SAFETY: as in `backend_out`.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    let segment = packet.segment;
+    let way = to_client(flow, &segment);
+    if acknowledges(flow, &segment) {
+        flow.state |= Flow::ACKNOWLEDGED;
+        maps::count(Counter::Acknowledged);
+        maps::tell(Event::ACKNOWLEDGED, &packet.key, flow);
+    }
+    let done = match way {
+        ToClient::Pass => Ok(()),
+        ToClient::Open => return open_window(skb, packet, flow),
+        ToClient::Shift => packet.acknowledge_earlier(skb, flow.header_len),
+        ToClient::Hold => packet
+            .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
+            .and_then(|()| packet.sack_earlier(skb, flow.header_len)),
+        ToClient::Answer => return answer(skb, packet, flow),
+    };
+    if done.is_err() {
+        maps::count(Counter::RewriteFailed);
+        return DROP;
+    }
+    account(&packet.key, flow, &segment);
+    NEXT
+}
+
+/// The backend asks for the client's first byte, which is the header's.
+#[inline(always)]
+fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
+    let now = maps::now();
+    if !flow.may_answer(now) {
+        maps::count(Counter::TooSoon);
+        return DROP;
+    }
+    if header::answer(skb, packet, flow).is_err() {
+        maps::count(Counter::AnswerFailed);
+        return DROP;
+    }
+    flow.state |= Flow::SENT;
+    flow.answered_ns = now;
+    flow.answered += 1;
+    maps::count(Counter::Answered);
+    skb.set_mark(ANSWER);
+    // SAFETY: reads the program's own context, and redirects to the device that it came by.
+    unsafe { bpf_redirect((*skb.skb.skb).ifindex, 0) as i32 }
+}
+
+#[inline(always)]
+fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
+    flow.last_ns = maps::now();
+    flow.to_client.packets += 1;
+    flow.to_client.bytes += u64::from(segment.payload);
+    if !segment.is(FIN | RST) || flow.closed() {
+        return;
+    }
+    flow.state |= if segment.is(RST) { Flow::BACKEND_RST } else { Flow::BACKEND_FIN };
+    if flow.closed() {
+        maps::count(Counter::Ended);
+        maps::tell(Event::ENDED, key, flow);
+    }
+}
+
+/// An ICMP error quotes the packet that caused it, with the numbers that the backend's side knows: the client must find its
+/// own, or it takes the error for forged (tcp_v4_err, net/ipv4/tcp_ipv4.c).
+#[inline(always)]
+fn quoted(skb: &TcContext, packet: &mut Packet) -> Result<(), Failed> {
+    const CHECKSUM: usize = 2;
+    const QUOTE: usize = 8;
+    const TCP: u8 = 6;
+    /// Destination unreachable (too big among them), time exceeded, parameter problem.
+    const ERRORS: [u8; 3] = [3, 11, 12];
+    const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
+
+    let icmp = packet.tcp;
+    let Ok(kind) = skb.load::<u8>(icmp) else { return Ok(()) };
+    let at = icmp + QUOTE;
+    // The quoted packet was sent towards the backend.
+    let key = &mut packet.key;
+    let tcp = if packet.ipv6 {
+        let Ok(quote) = skb.load::<Ipv6Hdr>(at) else { return Ok(()) };
+        if !ERRORS_V6.contains(&kind) || quote.next_hdr != TCP {
+            return Ok(());
+        }
+        (key.source.ip, key.backend.ip) = (quote.src_addr, quote.dst_addr);
+        at + Ipv6Hdr::LEN
+    } else {
+        let Ok(quote) = skb.load::<Ipv4Hdr>(at) else { return Ok(()) };
+        if !ERRORS.contains(&kind) || quote.proto != TCP {
+            return Ok(());
+        }
+        (key.source.ip, key.backend.ip) = (Address::mapped(quote.src_addr), Address::mapped(quote.dst_addr));
+        at + usize::from(quote.ihl())
+    };
+    let Ok([source, destination]) = skb.load::<[u16; 2]>(tcp) else { return Ok(()) };
+    let Ok(sequence) = skb.load::<u32>(tcp + SEQUENCE) else { return Ok(()) };
+    (key.source.port, key.backend.port) = (u16::from_be(source), u16::from_be(destination));
+    let Some(flow) = maps::established(key) else { return Ok(()) };
+    // SAFETY: a map value, valid while the program runs.
+    let flow = unsafe { flow.as_ref() };
+    let old = u32::from_be(sequence);
+    // The header's own packet was the client's acknowledgement, with the number of its first byte.
+    let in_header = old.wrapping_sub(flow.first) < flow.header_len;
+    let new = if in_header { flow.first } else { old.wrapping_sub(flow.header_len) };
+    skb.l4_csum_replace(icmp + CHECKSUM, sequence.into(), new.to_be().into(), 4).map_err(|_| Failed)?;
+    skb.store(tcp + SEQUENCE, &new.to_be(), 0).map_err(|_| Failed)
+}

@@ -1,0 +1,168 @@
+//! `backend_out`: at the egress of devices that lead to backends. Opens a flow for each SYN, adds the header to the end of the
+//! handshake, and shifts what the client sends.
+//!
+//! Fail closed: nothing that was forwarded reaches a backend's PROXY port without a flow.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use injector_common::inline::{Counter, Event, FIN, Flow, Key, RST, SYN, Segment, ToBackend, to_backend};
+
+use super::{
+    ANSWER, DROP, NEXT, header, maps,
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, SEQUENCE, parse},
+};
+
+#[classifier]
+fn backend_out(skb: TcContext) -> i32 {
+    send::<Ethernet>(&skb)
+}
+
+#[classifier]
+fn backend_out_raw(skb: TcContext) -> i32 {
+    send::<Raw>(&skb)
+}
+
+#[inline(always)]
+fn send<L: Link>(skb: &TcContext) -> i32 {
+    // SAFETY: the program's own context.
+    let (mark, from, device) =
+        unsafe { ((*skb.skb.skb).mark, (*skb.skb.skb).ingress_ifindex, (*skb.skb.skb).ifindex) };
+    if mark == ANSWER && from == device {
+        skb.set_mark(0);
+        return NEXT;
+    }
+    // What starts on this host itself has no client: health checks, its own mail.
+    let forwarded = from != 0;
+    let Some(packet) = maps::packet() else { return DROP };
+    match parse::<L>(skb, packet, From::Client) {
+        Parsed::Tcp => {}
+        Parsed::Unreadable if forwarded && maps::is_backend(&packet.to_host()) => {
+            maps::count(Counter::Fragment);
+            return DROP;
+        }
+        _ => return NEXT,
+    }
+    let key = &packet.key;
+    if packet.segment.is(SYN) {
+        return if forwarded && maps::is_backend(&key.backend) { open(packet) } else { NEXT };
+    }
+    let Some(flow) = flow(key, &packet.segment) else {
+        if forwarded && maps::is_backend(&key.backend) {
+            maps::count(Counter::NoFlow);
+            return DROP;
+        }
+        return NEXT;
+    };
+    pass(skb, packet, flow)
+}
+
+/// A SYN: the first of a connection, or sent again.
+#[inline(always)]
+fn open(packet: &Packet) -> i32 {
+    let key = &packet.key;
+    let first = packet.segment.sequence.wrapping_add(1);
+    let Some(slot) = maps::recall(packet.segment.sequence) else {
+        maps::count(Counter::NoSlot);
+        return DROP;
+    };
+    if let Some(flow) = maps::established(key) {
+        // SAFETY: a map value, valid while the program runs.
+        let flow = unsafe { flow.as_ref() };
+        // A late copy of this connection's own SYN.
+        if flow.first == first && !flow.closed() {
+            return NEXT;
+        }
+    }
+    if let Some(flow) = maps::pending(key) {
+        // Sent again. What the backend has answered meanwhile is still true.
+        // SAFETY: as above.
+        if unsafe { flow.as_ref() }.is_of(slot) {
+            return NEXT;
+        }
+    }
+    let Some(template) = maps::template(slot.listener, packet.ipv6) else {
+        maps::count(Counter::NoSlot);
+        return DROP;
+    };
+    if !maps::open(key, slot, template.len) {
+        maps::count(Counter::Full);
+        return DROP;
+    }
+    maps::count(Counter::Opened);
+    NEXT
+}
+
+/// The flow that a segment belongs to. The one that ends the handshake makes it one that stays.
+#[inline(always)]
+fn flow(key: &Key, segment: &Segment) -> Option<NonNull<Flow>> {
+    if let Some(flow) = maps::established(key) {
+        return Some(flow);
+    }
+    let pending = maps::pending(key)?;
+    // SAFETY: as in `open`.
+    let flow = unsafe { pending.as_ref() };
+    if segment.is(RST) {
+        return Some(pending);
+    }
+    if !flow.is_accepted_by(segment) {
+        return None;
+    }
+    let established = maps::establish(key, pending);
+    if established.is_none() {
+        maps::count(Counter::Full);
+    }
+    established
+}
+
+#[inline(always)]
+fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
+    // SAFETY: a map value, valid while the program runs. Segments of one direction may be worked on by several processors:
+    // bits are only ever set, and numbers that could then be off by one packet are statistics.
+    let flow = unsafe { &mut *flow.as_ptr() };
+    let segment = &packet.segment;
+    if !flow.is(Flow::ACKNOWLEDGED) {
+        flow.acknowledged = segment.acknowledgement;
+        flow.window = packet.window.into();
+    }
+    let done = match to_backend(flow, segment) {
+        ToBackend::Pass => Ok(()),
+        ToBackend::Shift => {
+            let shifted = segment.sequence.wrapping_add(flow.header_len);
+            packet.set_u32(skb, SEQUENCE, segment.sequence, shifted).map_err(|_| Counter::RewriteFailed)
+        }
+        ToBackend::Append => header::append(skb, packet, flow).map_err(|_| Counter::AppendFailed).map(|()| {
+            flow.state |= Flow::SENT;
+            flow.appended += 1;
+            maps::count(Counter::Appended);
+        }),
+    };
+    if let Err(failed) = done {
+        maps::count(failed);
+        return DROP;
+    }
+    account(&packet.key, flow, segment);
+    NEXT
+}
+
+#[inline(always)]
+fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
+    flow.last_ns = maps::now();
+    flow.to_backend.packets += 1;
+    flow.to_backend.bytes += u64::from(segment.payload);
+    if !segment.is(FIN | RST) || flow.closed() {
+        return;
+    }
+    if segment.is(RST) {
+        flow.state |= Flow::CLIENT_RST;
+    } else {
+        if !flow.is(Flow::BACKEND_FIN) {
+            flow.state |= Flow::CLIENT_FIRST;
+        }
+        flow.state |= Flow::CLIENT_FIN;
+    }
+    if flow.closed() {
+        maps::count(Counter::Ended);
+        maps::tell(Event::ENDED, key, flow);
+    }
+}

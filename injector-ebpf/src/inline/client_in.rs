@@ -1,0 +1,50 @@
+//! `client_in`: at the ingress of devices that clients come by. Remembers who sends a SYN, before NAT hides it.
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
+
+use super::{
+    DROP, NEXT, maps,
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, parse},
+};
+
+#[classifier]
+fn client_in(skb: TcContext) -> i32 {
+    look::<Ethernet>(&skb)
+}
+
+#[classifier]
+fn client_in_raw(skb: TcContext) -> i32 {
+    look::<Raw>(&skb)
+}
+
+#[inline(always)]
+fn look<L: Link>(skb: &TcContext) -> i32 {
+    let Some(packet) = maps::packet() else { return NEXT };
+    // Its destination stands where a backend's would.
+    let Parsed::Tcp = parse::<L>(skb, packet, From::Client) else { return NEXT };
+    let segment = packet.segment;
+    if !segment.is(SYN) || segment.is(ACK) {
+        return NEXT;
+    }
+    let Some(listener) = maps::listener(&packet.key.backend, packet.ipv6) else { return NEXT };
+    // The header's place would be in front of data that the backend may take before the handshake.
+    if segment.payload != 0 {
+        maps::count(Counter::FastOpen);
+        return DROP;
+    }
+    if remember(skb, packet, listener).is_some() {
+        maps::count(Counter::Remembered);
+    }
+    // Otherwise `backend_out` will drop it.
+    NEXT
+}
+
+#[inline(always)]
+fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<()> {
+    let mut addresses = HeaderAddresses::default();
+    packet.read_addresses(skb, &mut addresses).ok()?;
+    let sequence = packet.segment.sequence;
+    maps::slot(sequence)?.remember(sequence, listener, &addresses, maps::now());
+    Some(())
+}

@@ -1,0 +1,165 @@
+//! Putting the header into a packet.
+
+use core::ptr;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_csum_diff, bpf_skb_change_tail},
+    programs::TcContext,
+};
+use injector_common::inline::{ACK, Flow, HEADER_CAPACITY, HeaderAddresses, PSH, Template};
+use network_types::{ip::Ipv6Hdr, tcp::TcpHdr};
+
+use super::{
+    maps,
+    packet::{
+        CHECKSUM, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, LONGEST, Packet, TIMESTAMPS, TIMESTAMPS_LEN,
+        add_to_checksum, change_length, load_bytes, store_bytes,
+    },
+};
+
+/// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
+#[inline(always)]
+pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Failed> {
+    let sum = put(skb, packet, flow, packet.tcp_len, 0)?;
+    add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
+    let len = packet.tcp_len as u16;
+    change_length(skb, packet.tcp + CHECKSUM, len, len + flow.header_len as u16)
+}
+
+/// Turns a segment of the backend that has no payload round: it goes back as one of the client's, with the header.
+///
+/// Addresses and ports change places, which leaves every sum as it is. The timestamps do as well: the backend's echo is the
+/// client's clock, and anything older would fail the test for wrapped sequence numbers (RFC 7323, section 5). Other options
+/// are left out: a SACK block would not be the client's.
+#[inline(always)]
+pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
+    let with_timestamps = packet.has_timestamps(skb);
+    // One buffer for both headers.
+    packet.header = [0; LONGEST];
+    load_bytes(skb, packet.tcp, &mut packet.header, packet.tcp_len)?;
+    let without_old = sum_without(&mut packet.header);
+    let tcp = &mut packet.header;
+    let (checksum, value, echo) = ([tcp[16], tcp[17]], word(tcp, 24), word(tcp, 28));
+    let [source, destination] = [word(tcp, 0), word(tcp, 2)];
+
+    *tcp = [0; LONGEST];
+    let mut tcp_len = TcpHdr::LEN;
+    if with_timestamps {
+        tcp_len += TIMESTAMPS_LEN;
+        set_word(tcp, 20, TIMESTAMPS);
+        set_word(tcp, 24, echo);
+        set_word(tcp, 28, value);
+    }
+    [tcp[0], tcp[1]] = [destination[0], destination[1]];
+    [tcp[2], tcp[3]] = [source[0], source[1]];
+    set_word(tcp, 4, flow.first.to_be_bytes());
+    set_word(tcp, 8, flow.acknowledged.to_be_bytes());
+    tcp[12] = ((tcp_len / 4) as u8) << 4;
+    tcp[13] = ACK | PSH;
+    [tcp[14], tcp[15]] = (flow.window as u16).to_be_bytes();
+    // The checksum stays, and is changed by the difference.
+    [tcp[16], tcp[17]] = checksum;
+
+    let difference = put(skb, packet, flow, tcp_len, without_old)?;
+    store_bytes(skb, packet.tcp, &packet.header, tcp_len)?;
+    add_to_checksum(skb, packet.tcp + CHECKSUM, sum_with(&mut packet.header, difference))?;
+    let new_len = tcp_len as u16 + flow.header_len as u16;
+    change_length(skb, packet.tcp + CHECKSUM, packet.tcp_len as u16, new_len)?;
+    swap_addresses(skb, packet)
+}
+
+#[inline(always)]
+fn word(bytes: &[u8; LONGEST], at: usize) -> [u8; 4] {
+    [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]
+}
+
+#[inline(always)]
+fn set_word(bytes: &mut [u8; LONGEST], at: usize, word: [u8; 4]) {
+    [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]] = word;
+}
+
+/// Nothing less these bytes.
+#[inline(always)]
+fn sum_without(bytes: &mut [u8; LONGEST]) -> u32 {
+    // SAFETY: the buffer has the length given; zeros behind a header add nothing.
+    unsafe { bpf_csum_diff(bytes.as_mut_ptr().cast(), LONGEST as u32, ptr::null_mut(), 0, 0) as u32 }
+}
+
+/// A sum and these bytes.
+#[inline(always)]
+fn sum_with(bytes: &mut [u8; LONGEST], sum: u32) -> u32 {
+    // SAFETY: as above.
+    unsafe { bpf_csum_diff(ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), LONGEST as u32, sum) as u32 }
+}
+
+/// Makes room behind a TCP header that will have `tcp_len` bytes, fills in the header, sets the lengths in IP, and returns
+/// the header's sum added to `sum`. The header is written with its own length, though the flow knows it too: a changed
+/// configuration must not reach into a connection.
+#[inline(always)]
+fn put(skb: &TcContext, packet: &Packet, flow: &Flow, tcp_len: usize, sum: u32) -> Result<u32, Failed> {
+    let template = maps::template(flow.listener, packet.ipv6).ok_or(Failed)?;
+    let len = template.len as usize;
+    if len > HEADER_CAPACITY || template.len != flow.header_len {
+        return Err(Failed);
+    }
+    let at = packet.tcp + tcp_len;
+    // SAFETY: the program's own context.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr().cast(), (at + len) as u32, 0) } != 0 {
+        return Err(Failed);
+    }
+    store_bytes(skb, at, &template.bytes, len)?;
+    let addresses = &flow.addresses.bytes;
+    let addresses_len = if packet.ipv6 { HeaderAddresses::IPV6 } else { HeaderAddresses::IPV4 };
+    store_bytes(skb, at + Template::ADDRESSES_AT, addresses, addresses_len)?;
+    set_lengths(skb, packet, at + len - packet.ip)?;
+    // SAFETY: the addresses are in a map value, and have this length or more.
+    let sum = unsafe {
+        let (none, addresses) = (ptr::null_mut(), addresses.as_ptr().cast_mut().cast());
+        bpf_csum_diff(none, 0, addresses, addresses_len as u32, add(template.sum, sum))
+    };
+    Ok(sum as u32)
+}
+
+/// Ones' complement addition (RFC 1071).
+#[inline(always)]
+fn add(one: u32, other: u32) -> u32 {
+    let (sum, carry) = one.overflowing_add(other);
+    sum + u32::from(carry)
+}
+
+/// Says in the IP header how long the packet is from there on.
+#[inline(always)]
+fn set_lengths(skb: &TcContext, packet: &Packet, len: usize) -> Result<(), Failed> {
+    const TOTAL_LENGTH: usize = 2;
+    const IP_CHECKSUM: usize = 10;
+    const PAYLOAD_LENGTH: usize = 4;
+
+    if packet.ipv6 {
+        let len = (len - Ipv6Hdr::LEN) as u16;
+        return skb.store(packet.ip + PAYLOAD_LENGTH, &len.to_be(), 0).map_err(|_| Failed);
+    }
+    let old = skb.load::<u16>(packet.ip + TOTAL_LENGTH).map_err(|_| Failed)?;
+    let new = (len as u16).to_be();
+    skb.l3_csum_replace(packet.ip + IP_CHECKSUM, old.into(), new.into(), 2).map_err(|_| Failed)?;
+    skb.store(packet.ip + TOTAL_LENGTH, &new, 0).map_err(|_| Failed)
+}
+
+/// Source becomes destination, in IP and in Ethernet where there is one.
+#[inline(always)]
+fn swap_addresses(skb: &TcContext, packet: &Packet) -> Result<(), Failed> {
+    if packet.ipv6 {
+        let [source, destination] =
+            skb.load::<[[u8; 16]; 2]>(packet.ip + IPV6_ADDRESSES).map_err(|_| Failed)?;
+        skb.store(packet.ip + IPV6_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)?;
+    } else {
+        let [source, destination] =
+            skb.load::<[[u8; 4]; 2]>(packet.ip + IPV4_ADDRESSES).map_err(|_| Failed)?;
+        skb.store(packet.ip + IPV4_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)?;
+    }
+    if packet.ip == 0 {
+        return Ok(());
+    }
+    let [destination, source] = skb.load::<[[u8; 6]; 2]>(0).map_err(|_| Failed)?;
+    skb.store(0, &[source, destination], 0).map_err(|_| Failed)
+}

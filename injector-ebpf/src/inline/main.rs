@@ -1,0 +1,25 @@
+//! The inline engine: `client_in` remembers who sends a SYN, `backend_out` opens the flow, adds the header and shifts what the
+//! client sends, `backend_in` shifts what the backend acknowledges and gives it the header again if it was lost.
+//!
+//! Decisions are in `injector_common::inline`; here they are carried out. Each program exists twice: for devices with an
+//! Ethernet header, and for those without (`…_raw`).
+#![no_std]
+#![no_main]
+
+#[path = "../object.rs"]
+mod object;
+
+mod backend_in;
+mod backend_out;
+mod client_in;
+mod header;
+mod maps;
+mod packet;
+
+/// To the next program, and then on its way (`TCX_NEXT`; `TC_ACT_UNSPEC` for older kernels).
+const NEXT: i32 = -1;
+/// Nowhere (`TC_ACT_SHOT`, `TCX_DROP`).
+const DROP: i32 = 2;
+
+/// `skb->mark` of a header that answers the backend, from ingress to egress of the same device: it has its numbers already.
+const ANSWER: u32 = 0x1A9E_C70F;

@@ -1,0 +1,176 @@
+//! The maps of the inline engine, behind functions. They are pinned, and outlive the programs and the daemon.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    helpers::generated::bpf_ktime_get_ns,
+    macros::btf_map,
+};
+use injector_common::inline::{Address, Counter, Event, Flow, Key, Listener, Slot, Template};
+
+use super::packet::Packet;
+
+/// Placeholder: the daemon sets the real size.
+const SIZED_BY_THE_DAEMON: usize = 1;
+
+/// Listening address → listener. The address may be unspecified.
+#[btf_map]
+static LISTENERS: HashMap<Address, Listener, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Addresses of backends; with port 0 the hosts alone.
+#[btf_map]
+static BACKENDS: HashMap<Address, u32, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Headers without their addresses, by [`Template::index`].
+#[btf_map]
+static TEMPLATES: Array<Template, SIZED_BY_THE_DAEMON> = Array::new();
+
+/// SYNs between ingress and egress, by [`Slot::index`].
+#[btf_map]
+static SLOTS: PerCpuArray<Slot, { Slot::COUNT as usize }> = PerCpuArray::new();
+
+/// Connections whose client has not answered the backend: whoever floods with SYNs pushes out other SYNs only.
+#[btf_map]
+static PENDING: LruHashMap<Key, Flow, SIZED_BY_THE_DAEMON> = LruHashMap::new();
+
+/// Connections.
+#[btf_map]
+static FLOWS: HashMap<Key, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
+
+/// Where a flow is put together: the stack has no room for one.
+#[btf_map]
+static SCRATCH: PerCpuArray<Flow, 1> = PerCpuArray::new();
+
+/// Where a packet is read into, for the same reason.
+#[btf_map]
+static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+/// Tells the daemon what happened to a connection.
+#[btf_map]
+static EVENTS: RingBuf<Event, { 1024 * 1024 }> = RingBuf::new();
+
+/// One slot for each [`Counter`].
+#[btf_map]
+static TALLIES: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
+
+/// Counts that a program went this way.
+#[inline(always)]
+pub(super) fn count(counter: Counter) {
+    if let Some(slot) = TALLIES.get_ptr_mut(counter as u32) {
+        // SAFETY: a per-CPU slot, written by programs of this processor alone; a statistic.
+        unsafe { *slot += 1 };
+    }
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+#[inline(always)]
+pub(super) fn now() -> u64 {
+    // SAFETY: takes nothing.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// Where this program reads its packet into.
+#[inline(always)]
+pub(super) fn packet() -> Option<&'static mut Packet> {
+    // SAFETY: a per-CPU slot. Programs of these hooks run with softirqs disabled, one after the other, and each asks once.
+    PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
+}
+
+/// The listener at this address, or at this port of any.
+#[inline(always)]
+pub(super) fn listener(address: &Address, ipv6: bool) -> Option<u32> {
+    let own = LISTENERS.get_ptr(address).or_else(|| {
+        let any = if ipv6 { [0; 16] } else { Address::mapped([0; 4]) };
+        LISTENERS.get_ptr(&Address::new(any, address.port))
+    })?;
+    // SAFETY: a map value, which the daemon writes as a whole.
+    Some(unsafe { (*own).id })
+}
+
+/// Whether this is the PROXY port of a backend; with port 0, whether the host has one.
+#[inline(always)]
+pub(super) fn is_backend(address: &Address) -> bool {
+    BACKENDS.get_ptr(address).is_some()
+}
+
+/// The header of a listener for one family.
+#[inline(always)]
+pub(super) fn template(listener: u32, ipv6: bool) -> Option<&'static Template> {
+    let template = TEMPLATES.get(Template::index(listener, ipv6))?;
+    (template.len != 0).then_some(template)
+}
+
+/// The slot for a SYN with this sequence number.
+#[inline(always)]
+pub(super) fn slot(sequence: u32) -> Option<&'static mut Slot> {
+    let slot = SLOTS.get_ptr_mut(Slot::index(sequence))?;
+    // SAFETY: a per-CPU slot; softirqs of one processor do not interrupt each other, and it is asked for once a program.
+    Some(unsafe { &mut *slot })
+}
+
+/// Takes the slot of the SYN that leaves now.
+#[inline(always)]
+pub(super) fn recall(sequence: u32) -> Option<&'static Slot> {
+    let slot = slot(sequence)?;
+    if !slot.fits(sequence, now()) {
+        return None;
+    }
+    slot.at_ns = 0;
+    Some(slot)
+}
+
+/// The flow of an established connection.
+#[inline(always)]
+pub(super) fn established(key: &Key) -> Option<NonNull<Flow>> {
+    FLOWS.get_ptr_mut(key).and_then(NonNull::new)
+}
+
+/// The flow of a connection that is being opened.
+#[inline(always)]
+pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
+    PENDING.get_ptr_mut(key).and_then(NonNull::new)
+}
+
+/// Begins the connection of the client in this slot, whose header will have `header_len` bytes.
+#[inline(always)]
+pub(super) fn open(key: &Key, slot: &Slot, header_len: u32) -> bool {
+    let Some(flow) = SCRATCH.get_ptr_mut(0) else { return false };
+    // SAFETY: a per-CPU slot, used by nobody else before this program ends.
+    let flow = unsafe { &mut *flow };
+    let now = now();
+    *flow = Flow::opened(slot, header_len, now);
+    PENDING.insert(key, flow, 0).is_ok()
+}
+
+/// Forgets a connection of the same addresses that was before this one.
+#[inline(always)]
+pub(super) fn supersede(key: &Key) {
+    let _ = FLOWS.remove(key);
+}
+
+/// The client has answered: the flow stays until its end.
+#[inline(always)]
+pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>> {
+    // SAFETY: a map value, valid while the program runs.
+    let flow = unsafe { flow.as_ref() };
+    FLOWS.insert(key, flow, 0).ok()?;
+    let _ = PENDING.remove(key);
+    established(key)
+}
+
+/// Tells the daemon.
+#[inline(always)]
+pub(super) fn tell(kind: u32, key: &Key, flow: &Flow) {
+    let Some(mut entry) = EVENTS.reserve(0) else { return count(Counter::EventLost) };
+    // Field by field: the stack has no room for an event.
+    let event: *mut Event = entry.as_mut_ptr();
+    // SAFETY: the entry is ours, and as large as an event; every field is written.
+    unsafe {
+        (*event).kind = kind;
+        (*event).reserved = 0;
+        (*event).key = *key;
+        (*event).flow = *flow;
+    }
+    entry.submit(0);
+}

@@ -1,0 +1,348 @@
+//! Reading a packet's headers, and rewriting numbers in them with their checksums.
+//!
+//! Everything goes through helpers: they reach into packets whose headers are not in one piece, make them writable, and leave
+//! the checksum of a packet whose checksum is still to be computed (CHECKSUM_PARTIAL) as it must be.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
+    programs::TcContext,
+};
+use injector_common::inline::{Address, HeaderAddresses, Key, Segment};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+};
+
+/// Where things stand in a TCP header (RFC 9293, section 3.1).
+pub(super) const SEQUENCE: usize = 4;
+pub(super) const ACKNOWLEDGEMENT: usize = 8;
+pub(super) const FLAGS: usize = 13;
+pub(super) const WINDOW: usize = 14;
+pub(super) const CHECKSUM: usize = 16;
+
+/// Where source and destination stand in an IP header.
+pub(super) const IPV4_ADDRESSES: usize = 12;
+pub(super) const IPV6_ADDRESSES: usize = 8;
+
+/// `IPPROTO_TCP`, `IPPROTO_ICMP`, `IPPROTO_ICMPV6`.
+const TCP: u8 = 6;
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+
+/// `ETH_P_IP`, `ETH_P_IPV6`.
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86DD;
+
+/// Length of the link-layer header of a device.
+pub(super) trait Link {
+    /// In bytes.
+    const LEN: usize;
+}
+
+/// Ethernet.
+pub(super) struct Ethernet;
+
+impl Link for Ethernet {
+    const LEN: usize = EthHdr::LEN;
+}
+
+/// A device without link-layer header, such as tun or WireGuard.
+pub(super) struct Raw;
+
+impl Link for Raw {
+    const LEN: usize = 0;
+}
+
+/// What a packet is.
+pub(super) enum Parsed {
+    /// A whole TCP segment.
+    Tcp,
+    /// A fragment of TCP, or TCP behind something that is not read; [`Packet::to_host`] says to whom.
+    Unreadable,
+    /// ICMP or ICMPv6, whose header is at [`Packet::tcp`].
+    Icmp,
+    /// Anything else.
+    Other,
+}
+
+/// Who sent a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// The client's side.
+    Client,
+    /// The backend.
+    Backend,
+}
+
+/// A TCP segment in its packet. Offsets are from the start of the packet. It lies in a map: the stack is small.
+pub(super) struct Packet {
+    /// The IP header.
+    pub(super) ip: usize,
+    /// The TCP header.
+    pub(super) tcp: usize,
+    /// The TCP header's length, options included: 20 to 60.
+    pub(super) tcp_len: usize,
+    pub(super) ipv6: bool,
+    /// Source and destination, by who sent it.
+    pub(super) key: Key,
+    pub(super) segment: Segment,
+    pub(super) window: u16,
+    /// Where a TCP header is put together.
+    pub(super) header: [u8; LONGEST],
+}
+
+/// The longest TCP header.
+pub(super) const LONGEST: usize = 60;
+
+/// Reads the headers of a packet.
+#[inline(always)]
+pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+    packet.ip = L::LEN;
+    // SAFETY: the program's own context.
+    match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
+        IPV4 => parse_ipv4(skb, packet, from),
+        IPV6 => parse_ipv6(skb, packet, from),
+        _ => Parsed::Other,
+    }
+}
+
+#[inline(always)]
+fn parse_ipv4(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+    const MORE_OR_OFFSET: u16 = 0x3FFF;
+    const FRAGMENT: usize = 6;
+
+    let Ok(header) = skb.load::<Ipv4Hdr>(packet.ip) else { return Parsed::Other };
+    if header.proto != TCP && header.proto != ICMP {
+        return Parsed::Other;
+    }
+    let Ok(fragment) = skb.load::<u16>(packet.ip + FRAGMENT) else { return Parsed::Other };
+    packet.ipv6 = false;
+    packet.tcp = packet.ip + usize::from(header.ihl());
+    let (source, destination) = packet.ends(from);
+    source.ip = Address::mapped(header.src_addr);
+    destination.ip = Address::mapped(header.dst_addr);
+    if header.proto == ICMP {
+        return Parsed::Icmp;
+    }
+    if u16::from_be(fragment) & MORE_OR_OFFSET != 0 {
+        return Parsed::Unreadable;
+    }
+    parse_tcp(skb, packet, from, usize::from(u16::from_be_bytes(header.tot_len)))
+}
+
+#[inline(always)]
+fn parse_ipv6(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+    /// Hop-by-hop, routing, fragment, destination options: TCP may follow.
+    const BEFORE_OTHERS: [u8; 4] = [0, 43, 44, 60];
+
+    let Ok(header) = skb.load::<Ipv6Hdr>(packet.ip) else { return Parsed::Other };
+    packet.ipv6 = true;
+    packet.tcp = packet.ip + Ipv6Hdr::LEN;
+    let (source, destination) = packet.ends(from);
+    source.ip = header.src_addr;
+    destination.ip = header.dst_addr;
+    match header.next_hdr {
+        TCP => {}
+        ICMPV6 => return Parsed::Icmp,
+        next if BEFORE_OTHERS.contains(&next) => {
+            // What follows begins with what comes after it (RFC 8200, section 4).
+            return match skb.load::<u8>(packet.tcp) {
+                Ok(after) if after == TCP || BEFORE_OTHERS.contains(&after) => Parsed::Unreadable,
+                _ => Parsed::Other,
+            };
+        }
+        _ => return Parsed::Other,
+    }
+    parse_tcp(skb, packet, from, Ipv6Hdr::LEN + usize::from(u16::from_be_bytes(header.payload_len)))
+}
+
+#[inline(always)]
+fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: usize) -> Parsed {
+    let Ok(header) = skb.load::<[u8; TcpHdr::LEN]>(packet.tcp) else { return Parsed::Unreadable };
+    packet.tcp_len = usize::from(header[12] >> 4) * 4;
+    if packet.tcp_len < TcpHdr::LEN {
+        return Parsed::Unreadable;
+    }
+    let word = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let half = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+    // A jumbo packet has no length in its header; then it has no padding either.
+    let end = if total > Ipv6Hdr::LEN { packet.ip + total } else { skb.len() as usize };
+    packet.segment.payload = end.saturating_sub(packet.tcp + packet.tcp_len) as u32;
+    packet.segment.flags = header[FLAGS];
+    packet.segment.sequence = word(SEQUENCE);
+    packet.segment.acknowledgement = word(ACKNOWLEDGEMENT);
+    packet.window = half(WINDOW);
+    let (source, destination) = packet.ends(from);
+    source.port = half(0);
+    destination.port = half(2);
+    Parsed::Tcp
+}
+
+/// A helper has failed, and with it everything: what is half rewritten must not leave.
+pub(super) struct Failed;
+
+impl Packet {
+    /// Source and destination.
+    #[inline(always)]
+    fn ends(&mut self, from: From) -> (&mut Address, &mut Address) {
+        match from {
+            From::Client => (&mut self.key.source, &mut self.key.backend),
+            From::Backend => (&mut self.key.backend, &mut self.key.source),
+        }
+    }
+
+    /// The backend's host, whatever the port.
+    #[inline(always)]
+    pub(super) fn to_host(&self) -> Address {
+        Address::new(self.key.backend.ip, 0)
+    }
+
+    /// Replaces a 32-bit number of the TCP header.
+    #[inline(always)]
+    pub(super) fn set_u32(&self, skb: &TcContext, field: usize, old: u32, new: u32) -> Result<(), Failed> {
+        self.replace_u32(skb, self.tcp + field, old, new)
+    }
+
+    /// The same anywhere under the TCP checksum, at an even offset from the header.
+    #[inline(always)]
+    pub(super) fn replace_u32(&self, skb: &TcContext, at: usize, old: u32, new: u32) -> Result<(), Failed> {
+        let (old, new) = (old.to_be(), new.to_be());
+        skb.l4_csum_replace(self.tcp + CHECKSUM, old.into(), new.into(), 4).map_err(|_| Failed)?;
+        skb.store(at, &new, 0).map_err(|_| Failed)
+    }
+
+    /// Replaces the window.
+    #[inline(always)]
+    pub(super) fn set_window(&self, skb: &TcContext, new: u16) -> Result<(), Failed> {
+        let (old, new) = (self.window.to_be(), new.to_be());
+        skb.l4_csum_replace(self.tcp + CHECKSUM, old.into(), new.into(), 2).map_err(|_| Failed)?;
+        skb.store(self.tcp + WINDOW, &new, 0).map_err(|_| Failed)
+    }
+
+    /// Reads the addresses as a header has them.
+    #[inline(always)]
+    pub(super) fn read_addresses(&self, skb: &TcContext, into: &mut HeaderAddresses) -> Result<(), Failed> {
+        if self.ipv6 {
+            into.ipv6 = 1;
+            load_bytes(skb, self.ip + IPV6_ADDRESSES, &mut into.bytes, 32)?;
+            let (_, ports) = into.bytes.split_at_mut(32);
+            load_ports(skb, self.tcp, ports)
+        } else {
+            into.ipv6 = 0;
+            load_bytes(skb, self.ip + IPV4_ADDRESSES, &mut into.bytes, 8)?;
+            let (_, ports) = into.bytes.split_at_mut(8);
+            load_ports(skb, self.tcp, ports)
+        }
+    }
+
+    /// Makes what the segment acknowledges earlier by `less`, its SACK blocks as well (RFC 2018).
+    #[inline(always)]
+    pub(super) fn acknowledge_earlier(&self, skb: &TcContext, less: u32) -> Result<(), Failed> {
+        let acknowledgement = self.segment.acknowledgement;
+        self.set_u32(skb, ACKNOWLEDGEMENT, acknowledgement, acknowledgement.wrapping_sub(less))?;
+        self.sack_earlier(skb, less)
+    }
+
+    /// Makes the SACK blocks earlier by `less`.
+    ///
+    /// The option is looked for where every sender puts it: on a word's boundary behind two NOPs (RFC 2018, section 3; RFC 7323,
+    /// appendix A), first or behind the timestamps. A block that is not found is only of less use to the client.
+    #[inline(always)]
+    pub(super) fn sack_earlier(&self, skb: &TcContext, less: u32) -> Result<(), Failed> {
+        const EDGES: usize = 8;
+
+        let first = self.tcp + TcpHdr::LEN;
+        let at = if self.has_timestamps(skb) { first + TIMESTAMPS_LEN } else { first };
+        if self.tcp_len + self.tcp < at + 4 {
+            return Ok(());
+        }
+        let len = match skb.load::<[u8; 4]>(at) {
+            Ok([NOP, NOP, SACK, len]) => usize::from(len),
+            _ => return Ok(()),
+        };
+        for edge in 0..EDGES {
+            if 2 + (edge + 1) * 4 > len {
+                break;
+            }
+            let at = at + 4 + edge * 4;
+            let old = u32::from_be(skb.load::<u32>(at).map_err(|_| Failed)?);
+            self.replace_u32(skb, at, old, old.wrapping_sub(less))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the options begin with the timestamps, as those of nearly every segment do.
+    #[inline(always)]
+    pub(super) fn has_timestamps(&self, skb: &TcContext) -> bool {
+        self.tcp_len >= TcpHdr::LEN + TIMESTAMPS_LEN
+            && skb.load::<[u8; 4]>(self.tcp + TcpHdr::LEN).is_ok_and(|start| start == TIMESTAMPS)
+    }
+}
+
+/// Options (RFC 9293, section 3.1; RFC 2018; RFC 7323).
+const NOP: u8 = 1;
+const SACK: u8 = 5;
+/// Two NOPs, kind and length of the timestamps.
+pub(super) const TIMESTAMPS: [u8; 4] = [NOP, NOP, 8, 10];
+/// All of it.
+pub(super) const TIMESTAMPS_LEN: usize = 12;
+
+#[inline(always)]
+fn load_ports(skb: &TcContext, tcp: usize, into: &mut [u8]) -> Result<(), Failed> {
+    let Some((into, _)) = into.split_first_chunk_mut::<4>() else { return Err(Failed) };
+    load_bytes(skb, tcp, into, 4)
+}
+
+/// Reads `len` bytes, which fit.
+#[inline(always)]
+pub(super) fn load_bytes<const N: usize>(
+    skb: &TcContext,
+    at: usize,
+    into: &mut [u8; N],
+    len: usize,
+) -> Result<(), Failed> {
+    if len == 0 || len > N {
+        return Err(Failed);
+    }
+    // SAFETY: `into` holds `len` bytes by the check above.
+    let result =
+        unsafe { bpf_skb_load_bytes(skb.as_ptr().cast(), at as u32, into.as_mut_ptr().cast(), len as u32) };
+    if result == 0 { Ok(()) } else { Err(Failed) }
+}
+
+/// Writes the first `len` bytes of `from`, without a word to any checksum.
+#[inline(always)]
+pub(super) fn store_bytes<const N: usize>(
+    skb: &TcContext,
+    at: usize,
+    from: &[u8; N],
+    len: usize,
+) -> Result<(), Failed> {
+    if len == 0 || len > N {
+        return Err(Failed);
+    }
+    // SAFETY: `from` holds `len` bytes by the check above.
+    let result =
+        unsafe { bpf_skb_store_bytes(skb.as_ptr().cast(), at as u32, from.as_ptr().cast(), len as u32, 0) };
+    if result == 0 { Ok(()) } else { Err(Failed) }
+}
+
+/// Adds a difference of sums to the TCP checksum.
+#[inline(always)]
+pub(super) fn add_to_checksum(skb: &TcContext, checksum: usize, difference: u32) -> Result<(), Failed> {
+    // SAFETY: the program's own context; size 0 means that the last but one argument is a difference.
+    let result =
+        unsafe { bpf_l4_csum_replace(skb.as_ptr().cast(), checksum as u32, 0, difference.into(), 0) };
+    if result == 0 { Ok(()) } else { Err(Failed) }
+}
+
+/// Tells the TCP checksum that the segment's length has changed, which stands in the pseudo header.
+#[inline(always)]
+pub(super) fn change_length(skb: &TcContext, checksum: usize, old: u16, new: u16) -> Result<(), Failed> {
+    /// `BPF_F_PSEUDO_HDR`, and the size.
+    const PSEUDO_HEADER: u64 = 1 << 4;
+    skb.l4_csum_replace(checksum, old.to_be().into(), new.to_be().into(), PSEUDO_HEADER | 2)
+        .map_err(|_| Failed)
+}

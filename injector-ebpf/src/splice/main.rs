@@ -1,0 +1,12 @@
+//! The splice engine: `inject` puts the PROXY header in front of the first payload, `verdict` carries the rest, and `anchor`
+//! tells it where a stream begins.
+#![no_std]
+#![no_main]
+
+#[path = "../object.rs"]
+mod object;
+
+mod anchor;
+mod inject;
+mod maps;
+mod verdict;

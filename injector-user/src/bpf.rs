@@ -1,0 +1,120 @@
+//! What both engines in the kernel need of aya: programs and maps by name, reports on programs, and errors in words.
+
+use std::sync::Mutex;
+
+use aya::{
+    Ebpf, EbpfError,
+    maps::{Map, MapError},
+    programs::{Program, ProgramError},
+};
+use thiserror::Error;
+
+/// Why programs or maps cannot be had.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The kernel did not take the object: no rights, or a mechanism that it does not have.
+    #[error("loading the BPF programs: {}{}", chain(.0), advice(.0))]
+    Load(#[from] EbpfError),
+    /// A program was refused, by the verifier or at attachment.
+    #[error("program {program}: {}", refusal(.error))]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// What the kernel said.
+        #[source]
+        error: ProgramError,
+    },
+    /// A map is not what the daemon expects, or does not take what it is told.
+    #[error("map {map}: {}", chain(.error))]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// What is wrong.
+        #[source]
+        error: MapError,
+    },
+    /// The object in this binary lacks a part: daemon and programs were not built together.
+    #[error("this binary's BPF object has no {0}; build it again with `cargo xtask build`")]
+    Missing(&'static str),
+}
+
+/// A program of the object.
+pub(crate) fn program<'a, P>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    let program = programs.program_mut(name).ok_or(LoadError::Missing(name))?;
+    program.try_into().map_err(|error| LoadError::Program { program: name, error })
+}
+
+/// A map of the object, out of its hands.
+pub(crate) fn take_map<M>(programs: &mut Ebpf, map: &'static str) -> Result<M, LoadError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let data = programs.take_map(map).ok_or(LoadError::Missing(map))?;
+    data.try_into().map_err(|error| LoadError::Map { map, error })
+}
+
+/// A loaded program, for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramReport {
+    /// Its name.
+    pub name: String,
+    /// Instructions that the verifier walked to prove it safe; `None` before Linux 5.16.
+    pub verified_instructions: Option<u32>,
+}
+
+/// The loaded programs and what they cost the verifier.
+pub(crate) fn reports(programs: &Ebpf) -> Vec<ProgramReport> {
+    programs
+        .programs()
+        .filter_map(|(name, program)| {
+            let info = program.info().ok()?;
+            let verified_instructions = info.verified_instruction_count();
+            Some(ProgramReport { name: name.to_owned(), verified_instructions })
+        })
+        .collect()
+}
+
+/// Locks, whatever a thread that panicked has left.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// An error with all its causes, without repeating a cause that the error already prints.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Why a program was refused; of the verifier's log the last words, which name the fault.
+fn refusal(error: &ProgramError) -> String {
+    let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
+    let log = verifier_log.to_string();
+    let statistics = ["verification time", "stack depth", "processed"];
+    let told = log.lines().filter(|line| !statistics.iter().any(|start| line.starts_with(start)));
+    let last: Vec<_> = told.filter(|line| !line.is_empty()).collect();
+    let last = last.split_at_checked(last.len().saturating_sub(2)).map_or(&last[..], |(_, last)| last);
+    format!("{io_error}; the verifier's last words: {}", last.join("; "))
+}
+
+fn advice(error: &EbpfError) -> &'static str {
+    let text = chain(error);
+    if text.contains("os error 1)") {
+        " (run as root, or with CAP_BPF and CAP_NET_ADMIN)"
+    } else if text.contains("os error 12)") {
+        " (not enough memory for the maps: lower limits.max_connections)"
+    } else {
+        ""
+    }
+}

@@ -1,0 +1,193 @@
+//! Attaching the programs to devices, such that they stay attached when the daemon ends, and the next daemon takes over.
+
+use std::{fs, io, path::Path};
+
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    links::{FdLink, PinnedLink},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
+};
+use thiserror::Error;
+
+use super::{
+    Inline,
+    routes::{Interface, LinkKind},
+};
+use crate::{bpf::lock, config::Attachment};
+
+/// What a device leads to. It may be both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Clients come by it.
+    Client,
+    /// Backends are reached by it, and answer by it.
+    Backend,
+}
+
+impl Role {
+    const fn programs(self) -> &'static [(&'static str, TcAttachType)] {
+        match self {
+            Self::Client => &[("client_in", TcAttachType::Ingress)],
+            Self::Backend => &[("backend_in", TcAttachType::Ingress), ("backend_out", TcAttachType::Egress)],
+        }
+    }
+}
+
+/// Why a program does not hang on a device.
+#[derive(Debug, Error)]
+#[error("{program} on {device}: {}", crate::bpf::chain(&**.error))]
+pub struct AttachError {
+    program: &'static str,
+    device: String,
+    #[source]
+    error: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// The preference of our filters, where they are clsact's: before most others.
+const PREFERENCE: u16 = 9;
+
+impl Inline {
+    /// Attaches what belongs on this device. What hangs there already, by an earlier daemon as well, is replaced: a link in
+    /// place, so that no packet passes between; a filter of clsact by removing it first, so that some may.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn attach(&self, device: &Interface, role: Role, how: Attachment) -> Result<(), AttachError> {
+        let links = self.pins.join("links");
+        let mut programs = lock(&self.programs);
+        for (name, direction) in role.programs() {
+            let failed = |error: Failure| AttachError { program: name, device: device.name.clone(), error };
+            let variant = match device.kind {
+                LinkKind::Ethernet => (*name).to_owned(),
+                LinkKind::Headerless => format!("{name}_raw"),
+                LinkKind::Other(number) => {
+                    let what = format!("packets of link type {number} (ARPHRD) cannot be read");
+                    return Err(failed(what.into()));
+                }
+            };
+            let program =
+                programs.program_mut(&variant).ok_or_else(|| failed("not in this binary".into()))?;
+            let program: &mut SchedClassifier =
+                program.try_into().map_err(|error| failed(Box::new(error)))?;
+            let pin = links.join(format!("{name}@{}", device.name));
+            fs::create_dir_all(&links).map_err(|error| failed(Box::new(error)))?;
+            let attached = match how {
+                Attachment::Tcx => by_link(program, &device.name, *direction, &pin),
+                Attachment::Clsact => by_filter(program, &variant, &device.name, *direction),
+                Attachment::Auto if tcx_is_there() => by_link(program, &device.name, *direction, &pin),
+                Attachment::Auto => by_filter(program, &variant, &device.name, *direction),
+            };
+            attached.map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn by_link(
+    program: &mut SchedClassifier,
+    device: &str,
+    direction: TcAttachType,
+    pin: &Path,
+) -> Result<(), Failure> {
+    if let Some(link) = pinned(pin)?
+        && let Ok(id) = program.attach_to_link(link)
+    {
+        // The pin holds it.
+        std::mem::forget(program.take_link(id)?);
+        return Ok(());
+    }
+    // There was none, or its device is gone.
+    let _ = fs::remove_file(pin);
+    let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+    let id = program.attach_with_options(device, direction, options)?;
+    let link: FdLink = program.take_link(id)?.try_into()?;
+    link.pin(pin)?;
+    Ok(())
+}
+
+fn pinned(pin: &Path) -> Result<Option<SchedClassifierLink>, Failure> {
+    if !pin.exists() {
+        return Ok(None);
+    }
+    let link = FdLink::from(PinnedLink::from_pin(pin)?);
+    Ok(SchedClassifierLink::try_from(link).ok())
+}
+
+fn by_filter(
+    program: &mut SchedClassifier,
+    name: &str,
+    device: &str,
+    direction: TcAttachType,
+) -> Result<(), Failure> {
+    match tc::qdisc_add_clsact(device) {
+        Ok(()) | Err(TcError::AlreadyAttached) => {}
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Filters go by their names alone: the one of an earlier daemon cannot be removed once the new one hangs there.
+    let options = NlOptions { priority: PREFERENCE, ..NlOptions::default() };
+    let old = tc::qdisc_detach_program(device, direction, name);
+    match old {
+        Ok(()) => {}
+        Err(TcError::IoError(error)) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error.into()),
+    }
+    let id = program.attach_with_options(device, direction, TcAttachOptions::Netlink(options))?;
+    // It stays when the daemon ends.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+/// Whether the kernel has tcx: asked of `lo`, which everybody has.
+fn tcx_is_there() -> bool {
+    SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
+}
+
+/// Removes all that the engine has left under `pin`: links, and with them the programs, and maps. Connections that go
+/// through it break.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn detach(pin: &Path) -> io::Result<Vec<String>> {
+    let mut removed = detach_filters();
+    for folder in ["links", "maps"] {
+        let folder = pin.join(super::VERSION).join(folder);
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if folder.ends_with("links")
+                && let Ok(link) = PinnedLink::from_pin(entry.path())
+            {
+                drop(link.unpin()?);
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+            removed.push(entry.file_name().to_string_lossy().into_owned());
+        }
+        fs::remove_dir(&folder)?;
+    }
+    let _ = fs::remove_dir(pin.join(super::VERSION));
+    removed.sort();
+    Ok(removed)
+}
+
+/// Takes the programs off devices where they hang as filters of clsact, which nothing pins.
+fn detach_filters() -> Vec<String> {
+    let mut removed = Vec::new();
+    let devices = fs::read_dir("/sys/class/net").into_iter().flatten().filter_map(Result::ok);
+    for device in devices.filter_map(|entry| entry.file_name().into_string().ok()) {
+        for (name, direction) in [Role::Client, Role::Backend].iter().flat_map(|role| role.programs()) {
+            for variant in [(*name).to_owned(), format!("{name}_raw")] {
+                if tc::qdisc_detach_program(&device, *direction, &variant).is_ok() {
+                    removed.push(format!("{variant}@{device}"));
+                }
+            }
+        }
+    }
+    removed
+}

@@ -1,0 +1,235 @@
+//! What becomes of the connections: the programs tell by a ring buffer, the log and the metrics pass it on. And the sweep, which
+//! takes out of `FLOWS` what has ended.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use injector_common::inline::{Event, Flow, Key};
+use tokio::io::Interest;
+
+use super::{Inline, maps::socket_address, parties};
+use crate::{
+    bpf::lock,
+    metrics::{Active, ListenerMetrics},
+    session::{Bytes, End, Report},
+    sys,
+};
+
+/// How often flows that have ended are taken out.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// How often all flows are looked over: for their bytes, and for those that nobody told of.
+const SCAN_EVERY: Duration = Duration::from_secs(15);
+
+/// How long a flow stays after its end: a peer may send its last again, for twice the maximum segment lifetime. When room
+/// gets scarce, new connections are worth more than the last words of old ones.
+const fn linger(flows: usize, room: usize) -> Duration {
+    if flows < room / 2 {
+        Duration::from_secs(120)
+    } else if flows < room / 4 * 3 {
+        Duration::from_secs(5)
+    } else {
+        Duration::from_secs(1)
+    }
+}
+
+/// A listener, as the events need it.
+#[derive(Clone, Debug)]
+pub struct Listening {
+    /// Its name.
+    pub name: String,
+    /// Whether a backend that ends without a byte has failed.
+    pub expects_banner: bool,
+    /// Its counters.
+    pub metrics: ListenerMetrics,
+}
+
+/// Keeps the books: which connections there are, and how much of them is in the metrics.
+#[derive(Debug)]
+pub struct Books {
+    listeners: Vec<Listening>,
+    idle: Duration,
+    /// Flows that the map has room for.
+    room: usize,
+    open: Mutex<HashMap<Key, Entry>>,
+    /// Flows that have ended, the first to end in front.
+    ended: Mutex<VecDeque<(Instant, Key)>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    _active: Active,
+    to_backend: u64,
+    to_client: u64,
+}
+
+impl Books {
+    /// For these listeners, in the order of their ids. Connections without a packet for `idle` are taken for dead; the map has
+    /// `room` for so many.
+    #[must_use]
+    pub fn new(listeners: Vec<Listening>, idle: Duration, room: usize) -> Self {
+        Self { listeners, idle, room, open: Mutex::default(), ended: Mutex::default() }
+    }
+
+    /// Listens to the programs, and sweeps, until the runtime ends. Connections of an earlier daemon are taken over.
+    ///
+    /// # Errors
+    /// When it was called already, or the runtime cannot poll the ring buffer.
+    pub async fn keep(&self, inline: &Inline) -> io::Result<()> {
+        let ring = lock(&inline.maps.events).take();
+        let ring = ring.ok_or_else(|| io::Error::other("the events are followed already"))?;
+        let mut ring = sys::poll(ring, Interest::READABLE)?;
+        let mut sweep = tokio::time::interval(SWEEP_EVERY);
+        let mut scan = tokio::time::interval(SCAN_EVERY);
+        loop {
+            tokio::select! {
+                ready = ring.readable_mut() => {
+                    let mut ready = ready?;
+                    while let Some(record) = ready.get_inner_mut().next() {
+                        if let Some(event) = sys::read_pod::<Event>(&record) {
+                            self.note(&event);
+                        }
+                    }
+                    ready.clear_ready();
+                }
+                _ = sweep.tick() => self.sweep(inline),
+                _ = scan.tick() => self.scan(inline),
+            }
+        }
+    }
+
+    fn note(&self, event: &Event) {
+        match event.kind {
+            Event::ACKNOWLEDGED => self.began(event.key, &event.flow),
+            Event::ENDED => self.ended(&event.key, &event.flow, self.end_of(&event.flow)),
+            _ => {}
+        }
+    }
+
+    fn began(&self, key: Key, flow: &Flow) {
+        let Some(listening) = self.listener(flow) else { return };
+        let metrics = &listening.metrics;
+        let mut open = lock(&self.open);
+        open.entry(key).or_insert_with(|| {
+            metrics.accepted();
+            metrics.header_sent();
+            Entry { _active: metrics.active(), to_backend: 0, to_client: 0 }
+        });
+    }
+
+    fn ended(&self, key: &Key, flow: &Flow, end: End) {
+        let Some(listening) = self.listener(flow) else { return };
+        self.account(key, flow);
+        lock(&self.open).remove(key);
+        lock(&self.ended).push_back((Instant::now(), *key));
+        listening.metrics.closed(end);
+        let Some((client, local)) = parties(&flow.addresses) else { return };
+        let bytes = |spliced| Bytes { relayed: 0, spliced };
+        let report = Report {
+            client,
+            local,
+            listener: listening.name.clone(),
+            backend: Some(socket_address(&key.backend)),
+            engine: "inline",
+            to_backend: bytes(flow.to_backend.bytes),
+            to_client: bytes(flow.to_client.bytes),
+            duration: Duration::from_nanos(flow.last_ns.saturating_sub(flow.created_ns)),
+            unique_id: None,
+            end,
+            error: None,
+        };
+        report.log();
+    }
+
+    fn end_of(&self, flow: &Flow) -> End {
+        let expects_banner = self.listener(flow).is_some_and(|listening| listening.expects_banner);
+        let silent = expects_banner && flow.to_client.bytes == 0;
+        if flow.is(Flow::CLIENT_RST) {
+            End::ClientReset
+        } else if flow.is(Flow::BACKEND_RST) {
+            match (flow.is(Flow::ACCEPTED), silent) {
+                (false, _) => End::BackendRefused,
+                (true, true) => End::NoBanner,
+                (true, false) => End::BackendReset,
+            }
+        } else if flow.is(Flow::CLIENT_FIRST) {
+            End::ClientClosed
+        } else if silent {
+            End::NoBanner
+        } else {
+            End::BackendClosed
+        }
+    }
+
+    /// Brings the byte counters up to date.
+    fn account(&self, key: &Key, flow: &Flow) {
+        let Some(listening) = self.listener(flow) else { return };
+        let mut open = lock(&self.open);
+        let Some(entry) = open.get_mut(key) else { return };
+        let since = |now: u64, before: &mut u64| {
+            let bytes = now.saturating_sub(std::mem::replace(before, now));
+            Bytes { relayed: 0, spliced: bytes }
+        };
+        listening.metrics.bytes(
+            since(flow.to_backend.bytes, &mut entry.to_backend),
+            since(flow.to_client.bytes, &mut entry.to_client),
+        );
+    }
+
+    /// Takes out what has ended long enough ago.
+    fn sweep(&self, inline: &Inline) {
+        let mut ended = lock(&self.ended);
+        let linger = linger(ended.len(), self.room);
+        while let Some((since, key)) = ended.front()
+            && since.elapsed() > linger
+        {
+            // The same ports may be at work again.
+            if inline.maps.flow(key).is_ok_and(|flow| flow.closed()) {
+                let _ = inline.maps.forget(key);
+            }
+            ended.pop_front();
+        }
+    }
+
+    fn scan(&self, inline: &Inline) {
+        let now = sys::monotonic_ns();
+        let flows = inline.maps.flows();
+        let linger = linger(flows.len(), self.room);
+        for (key, flow) in flows {
+            let silent = Duration::from_nanos(now.saturating_sub(flow.last_ns));
+            if flow.closed() {
+                if silent > linger {
+                    let _ = inline.maps.forget(&key);
+                }
+                continue;
+            }
+            if silent > self.idle {
+                let _ = inline.maps.forget(&key);
+                self.ended(&key, &flow, End::Idle);
+                continue;
+            }
+            if flow.is(Flow::ACKNOWLEDGED) {
+                self.began(key, &flow);
+                self.account(&key, &flow);
+            }
+        }
+    }
+
+    fn listener(&self, flow: &Flow) -> Option<&Listening> {
+        self.listeners.get(usize::try_from(flow.listener).ok()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ended_flows_make_room_before_it_runs_out() {
+        let seconds = |flows| linger(flows, 65_536).as_secs();
+        assert_eq!([0, 32_767, 32_768, 49_151, 49_152, 65_536].map(seconds), [120, 120, 5, 5, 1, 1]);
+    }
+}

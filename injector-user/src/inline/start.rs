@@ -1,0 +1,294 @@
+//! Setting the engine to work for the listeners that ask for it, and following the devices as they come and go.
+
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
+
+use anyhow::{Context as _, anyhow, bail};
+
+use super::{
+    Books, Inline, Listening, Role, addresses,
+    forwarding::{self, Finding, Paths, Severity},
+    nat::{self, TableName},
+    routes::{Changes, Interface, LinkKind, RouteError, Routes},
+};
+use crate::{
+    config::{Config, EngineChoice, Inline as Settings, Listener, Nat},
+    metrics::Metrics,
+    protocol::Speaker,
+};
+
+/// The engine at work.
+#[derive(Debug)]
+pub struct Running {
+    /// The programs.
+    pub inline: Arc<Inline>,
+    settings: Settings,
+    backends: Vec<SocketAddr>,
+    attached: BTreeSet<(Interface, Role)>,
+}
+
+/// The listeners that the engine serves, in the order of their ids.
+#[must_use]
+pub fn listeners(config: &Config) -> Vec<&Listener> {
+    config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Inline).collect()
+}
+
+/// Loads the programs, tells them whom to serve, attaches them, and sets up NAT. `None` if no listener asks for it.
+///
+/// # Errors
+/// When it cannot run here; each says what to do. What was attached before stays as it was.
+pub fn start(config: &Config) -> anyhow::Result<Option<Running>> {
+    let listeners = listeners(config);
+    if listeners.is_empty() {
+        stand_back(&config.inline);
+        return Ok(None);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(begin(config, &listeners)).context("engine \"inline\"").map(Some)
+}
+
+/// Why the engine cannot serve each of these listeners; `None` where it can. All that [`start`] would refuse, without
+/// changing anything.
+#[must_use]
+pub fn unsuited(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+    let ask = |listener: &&Listener| -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(suits(&config.inline, listener))
+    };
+    listeners.iter().map(|listener| Some(format!("{:#}", ask(listener).err()?))).collect()
+}
+
+async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
+    let backends = possible(listener).map_err(anyhow::Error::msg)?;
+    let routes = Routes::open().context("asking for routes")?;
+    for backend in &backends {
+        let device = routes.towards(backend.ip()).await?;
+        if let LinkKind::Other(number) = device.kind {
+            let name = device.name;
+            bail!("{backend} is reached by {name}, whose packets (ARPHRD {number}) cannot be read");
+        }
+    }
+    super::pins(settings)?;
+    let places = places(settings, &backends).await?;
+    forwarded(settings, &[listener], &places)?;
+    if settings.nat == Nat::Managed {
+        // It needs nft and its rights, and what the rules cannot express is refused.
+        ruleset(settings, &[listener])?.is_applied()?;
+    }
+    Ok(())
+}
+
+/// Where a listener's backends are, if it asks for nothing that this engine cannot do.
+fn possible(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
+    for ipv6 in [false, true] {
+        super::template(&listener.receiver, ipv6)?;
+    }
+    addresses(listener)
+}
+
+/// No listener is inline any more: the NAT of an earlier run must not take new connections away from the sockets. Connections
+/// that it has sent on go on.
+fn stand_back(settings: &Settings) {
+    if !settings.given || settings.nat != Nat::Managed {
+        return;
+    }
+    let table: Result<TableName, _> = settings.table.parse();
+    let Ok(table) = table else { return };
+    // Without nft there is no NAT of ours either.
+    if !nat::is_there(&table).unwrap_or(false) {
+        return;
+    }
+    match nat::ruleset(&table, &[]).map_err(anyhow::Error::from).and_then(|empty| Ok(empty.apply()?)) {
+        Ok(change) => tracing::info!(table = settings.table, ?change, "NAT: no listener is inline"),
+        Err(error) => tracing::error!(
+            table = settings.table,
+            error = format!("{error:#}"),
+            "the table still sends new connections on: remove it (nft delete table inet {})",
+            settings.table
+        ),
+    }
+}
+
+async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Running> {
+    let settings = &config.inline;
+    let mut backends = Vec::new();
+    for listener in listeners {
+        let possible = possible(listener).map_err(|what| anyhow!("listener {:?}: {what}", listener.name))?;
+        backends.extend(possible);
+    }
+    // All that may fail without a trace comes first.
+    let ruleset = match settings.nat {
+        Nat::Managed => {
+            let ruleset = ruleset(settings, listeners)?;
+            // Whether there is nft, and may be used.
+            ruleset.is_applied()?;
+            Some(ruleset)
+        }
+        Nat::External => None,
+    };
+    let places = places(settings, &backends).await?;
+    check_forwarding(settings, listeners, &places)?;
+
+    let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
+    let inline = Arc::new(Inline::load(settings, count)?);
+    inline.serve(listeners)?;
+    let mut running = Running { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
+    running.attach(places)?;
+    if let Some(ruleset) = ruleset {
+        for chain in nat::chains_that_drop_forwarded().unwrap_or_default() {
+            tracing::warn!(
+                family = chain.family,
+                table = chain.table,
+                chain = chain.chain,
+                "drops what is forwarded unless a rule of it accepts: let connections to the backends through"
+            );
+        }
+        let change = ruleset.apply()?;
+        tracing::info!(table = settings.table, ?change, "NAT");
+    }
+    Ok(running)
+}
+
+fn ruleset(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<nat::Ruleset> {
+    let service = |listener: &&Listener| {
+        let backend = |address| nat::Backend { address, weight: 1 };
+        Ok(nat::Service {
+            name: listener.name.clone(),
+            listen: listener.bind.clone(),
+            backends: addresses(listener)?.into_iter().map(backend).collect(),
+            masquerade: settings.masquerade,
+        })
+    };
+    let services: Result<Vec<_>, String> = listeners.iter().map(service).collect();
+    let table: TableName = settings.table.parse()?;
+    Ok(nat::ruleset(&table, &services.map_err(anyhow::Error::msg)?)?)
+}
+
+/// Which programs belong where: those for backends on the devices that lead to them, those for clients everywhere, for a
+/// client may come by any of them.
+async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<BTreeSet<(Interface, Role)>> {
+    let routes = Routes::open().context("asking for routes")?;
+    let devices = routes.interfaces().await?;
+    let named = |names: &[String]| -> anyhow::Result<Vec<Interface>> {
+        let find = |name: &String| {
+            let device = devices.iter().find(|device| device.name == *name).cloned();
+            device.with_context(|| format!("there is no device {name:?} that is up"))
+        };
+        names.iter().map(find).collect()
+    };
+    let mut places = BTreeSet::new();
+    let clients = if settings.client_devices.is_empty() {
+        devices.iter().filter(|device| !matches!(device.kind, LinkKind::Other(_))).cloned().collect()
+    } else {
+        named(&settings.client_devices)?
+    };
+    places.extend(clients.into_iter().map(|device| (device, Role::Client)));
+    if !settings.backend_devices.is_empty() {
+        places.extend(named(&settings.backend_devices)?.into_iter().map(|device| (device, Role::Backend)));
+        return Ok(places);
+    }
+    for backend in backends {
+        match routes.towards(backend.ip()).await {
+            Ok(device) => drop(places.insert((device, Role::Backend))),
+            // It may come back, and nothing reaches it meanwhile.
+            Err(error @ RouteError::Unreachable { .. }) => {
+                tracing::warn!(%backend, %error, "no route to the backend");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(places)
+}
+
+/// What there is to say about forwarding between these places; an error if nothing would get through and nobody may change it.
+fn forwarded(
+    settings: &Settings,
+    listeners: &[&Listener],
+    places: &BTreeSet<(Interface, Role)>,
+) -> anyhow::Result<Vec<Finding>> {
+    let bound = || listeners.iter().flat_map(|listener| &listener.bind);
+    let mut interfaces: Vec<_> = places.iter().map(|(device, _)| device.name.clone()).collect();
+    interfaces.dedup();
+    let paths =
+        Paths { interfaces, ipv4: bound().any(SocketAddr::is_ipv4), ipv6: bound().any(SocketAddr::is_ipv6) };
+    let findings = forwarding::check(&paths)?;
+    let blocks = |finding: &&Finding| finding.severity == Severity::Blocks;
+    match findings.iter().find(blocks) {
+        Some(finding) if !settings.set_sysctls => {
+            bail!("{finding}; or have inline.set_sysctls = true set it")
+        }
+        _ => Ok(findings),
+    }
+}
+
+fn check_forwarding(
+    settings: &Settings,
+    listeners: &[&Listener],
+    places: &BTreeSet<(Interface, Role)>,
+) -> anyhow::Result<()> {
+    let findings = forwarded(settings, listeners, places)?;
+    for finding in findings.iter().filter(|finding| finding.severity == Severity::MayBlock) {
+        tracing::warn!("{finding}");
+    }
+    if settings.set_sysctls {
+        for setting in forwarding::set(&findings)? {
+            tracing::info!("set {setting}");
+        }
+    }
+    Ok(())
+}
+
+impl Running {
+    /// Attaches what is not attached yet, and forgets what is no longer there.
+    fn attach(&mut self, places: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
+        for (device, role) in places.difference(&self.attached) {
+            self.inline.attach(device, *role, self.settings.attachment)?;
+            tracing::info!(device = device.name, ?role, "attached");
+        }
+        self.attached = places;
+        Ok(())
+    }
+
+    /// Follows devices and routes until the runtime ends.
+    ///
+    /// # Errors
+    /// When the kernel does not tell of changes any more.
+    pub async fn follow(mut self) -> anyhow::Result<()> {
+        let mut changes = Changes::watch().context("listening to rtnetlink")?;
+        loop {
+            // What changed since the start counts.
+            match places(&self.settings, &self.backends).await {
+                Ok(places) => {
+                    if let Err(error) = self.attach(places) {
+                        tracing::error!(error = format!("{error:#}"), "not attached");
+                    }
+                }
+                Err(error) => tracing::error!(error = format!("{error:#}"), "devices and routes"),
+            }
+            changes.next().await?;
+        }
+    }
+}
+
+/// The books of the engine's connections.
+#[must_use]
+pub fn books(config: &Config, metrics: &Metrics) -> Books {
+    let listening = |listener: &&Listener| Listening {
+        name: listener.name.clone(),
+        expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
+        metrics: metrics.listener(&listener.name, "inline"),
+    };
+    let room = usize::try_from(config.inline.flows).unwrap_or(usize::MAX);
+    Books::new(listeners(config).iter().map(listening).collect(), config.inline.idle, room)
+}
+
+/// Removes all that the engine has left in the kernel, and says what there was.
+///
+/// # Errors
+/// When something cannot be removed; the rest stays.
+pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let table: TableName = settings.table.parse()?;
+    if settings.nat == Nat::Managed {
+        nat::remove(&table)?;
+    }
+    super::detach(&settings.pin).with_context(|| format!("{}", settings.pin.display()))
+}

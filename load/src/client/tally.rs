@@ -1,0 +1,24 @@
+//! What the threads of a client count together.
+
+use std::fmt::Display;
+
+use crate::order::Outcome;
+
+/// Failures, of which the first is kept in words.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failures {
+    count: u64,
+    first: Option<String>,
+}
+
+impl Failures {
+    pub(super) fn note(&mut self, what: &str, error: impl Display) {
+        self.count += 1;
+        self.first.get_or_insert_with(|| format!("{what}: {error}"));
+    }
+
+    pub(super) fn into(self, outcome: &mut Outcome) {
+        outcome.failures += self.count;
+        outcome.failure = outcome.failure.take().or(self.first);
+    }
+}

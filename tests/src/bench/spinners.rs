@@ -1,0 +1,88 @@
+//! One thread for each processor that does nothing, at the lowest priority there is.
+//!
+//! A processor that has nothing to do goes to sleep and takes its time to wake: on a virtual machine tens of microseconds,
+//! which hide what a peer adds. With a spinner there is no idle state. SCHED_IDLE gives way at once to all else, and
+//! niceness 19 has `/proc/stat` count it as `nice`, apart from work.
+
+use std::hint;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use anyhow::ensure;
+
+/// The threads; ended on drop.
+#[derive(Debug)]
+pub struct Spinners {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Spinners {
+    /// # Errors
+    /// When a thread cannot be lowered or bound.
+    pub fn start() -> anyhow::Result<Self> {
+        let mut spinners = Self { over: Arc::default(), threads: Vec::new() };
+        for processor in 0..thread::available_parallelism()?.get() {
+            let over = Arc::clone(&spinners.over);
+            let (told, hear) = std::sync::mpsc::channel();
+            spinners.threads.push(thread::spawn(move || {
+                let lowered = lower(processor);
+                let spins = lowered.is_ok();
+                if told.send(lowered).is_ok() && spins {
+                    while !over.load(Ordering::Relaxed) {
+                        hint::spin_loop();
+                    }
+                }
+            }));
+            hear.recv()??;
+        }
+        Ok(spinners)
+    }
+}
+
+impl Drop for Spinners {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // It cannot panic.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Binds the calling thread to a processor, at the lowest priority.
+fn lower(processor: usize) -> anyhow::Result<()> {
+    // SAFETY: all zeroes is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the number of a processor of this machine is less than CPU_SETSIZE.
+    unsafe { libc::CPU_SET(processor, &mut set) };
+    // SAFETY: 0 is the calling thread, and the set is as long as is said.
+    let bound = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
+    ensure!(bound == 0, "cannot bind a spinner: {}", io::Error::last_os_error());
+    // SAFETY: 0 is the calling thread: on Linux priorities are each thread's own.
+    let nice = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+    ensure!(nice == 0, "cannot lower a spinner: {}", io::Error::last_os_error());
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 is the calling thread, and the parameter lives for the call.
+    let idle = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const none) };
+    ensure!(idle == 0, "cannot set SCHED_IDLE: {}", io::Error::last_os_error());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use injector_load::cpu::background;
+    use std::time::Duration;
+
+    #[test]
+    fn spinning_is_counted_as_nice() {
+        let spinners = Spinners::start().unwrap();
+        let spent = background(Duration::from_millis(300)).unwrap();
+        drop(spinners);
+        // How much is left to them depends on who else runs; that it is not idle does not.
+        assert!(spent.nice > 0.0 || spent.busy() > spent.idle, "{spent:?}");
+    }
+}

@@ -1,0 +1,159 @@
+//! What a test costs the machine, and what must be as before when it is over.
+
+use std::fs;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::netns::Netns;
+
+/// How often memory is looked at.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// Memory of the machine and the daemon, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// `MemAvailable` of /proc/meminfo.
+    pub available: u64,
+    /// What the kernel has for itself: all that is neither free, nor a cache of files, nor a page of a process. What waits
+    /// on a socket's list without being charged to it is seen here alone.
+    pub kernel: u64,
+    /// `Slab` of /proc/meminfo.
+    pub slab: u64,
+    /// `mem` of TCP in /proc/net/sockstat, which counts pages for all namespaces.
+    pub tcp: u64,
+    /// `VmRSS` of the daemon.
+    pub daemon: u64,
+}
+
+impl Memory {
+    /// As it is now, with the daemon of this process id.
+    #[must_use]
+    pub fn now(daemon: u32) -> Self {
+        let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let (meminfo, status) = (text("/proc/meminfo"), text(&format!("/proc/{daemon}/status")));
+        Self {
+            available: kibibytes(&meminfo, "MemAvailable:"),
+            kernel: kernel(&meminfo),
+            slab: kibibytes(&meminfo, "Slab:"),
+            tcp: tcp_pages(&text("/proc/net/sockstat")) * 4096,
+            daemon: kibibytes(&status, "VmRSS:"),
+        }
+    }
+}
+
+/// Watches memory until it is asked for the extremes.
+#[derive(Debug)]
+pub struct MemoryWatch {
+    before: Memory,
+    stop: mpsc::Sender<()>,
+    watching: JoinHandle<Memory>,
+}
+
+impl MemoryWatch {
+    /// From now on.
+    #[must_use]
+    pub fn start(daemon: u32) -> Self {
+        let before = Memory::now(daemon);
+        let (stop, stopped) = mpsc::channel();
+        let watching = thread::spawn(move || {
+            let mut peak = before;
+            while stopped.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
+                let now = Memory::now(daemon);
+                peak = Memory {
+                    available: peak.available.min(now.available),
+                    kernel: peak.kernel.max(now.kernel),
+                    slab: peak.slab.max(now.slab),
+                    tcp: peak.tcp.max(now.tcp),
+                    daemon: peak.daemon.max(now.daemon),
+                };
+            }
+            peak
+        });
+        Self { before, stop, watching }
+    }
+
+    /// What was at the start, and the worst since.
+    #[must_use]
+    pub fn end(self) -> (Memory, Memory) {
+        drop(self.stop);
+        // It does not panic; without it there is nothing to report.
+        (self.before, self.watching.join().unwrap_or_default())
+    }
+}
+
+/// The number behind a name, in bytes; the kernel prints kibibytes.
+fn kibibytes(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// `MemTotal` without the rest that has names; the slabs that only cache files are among that.
+fn kernel(meminfo: &str) -> u64 {
+    let others = ["MemFree:", "Buffers:", "Cached:", "SwapCached:", "AnonPages:", "SReclaimable:"]
+        .map(|name| kibibytes(meminfo, name));
+    kibibytes(meminfo, "MemTotal:").saturating_sub(others.iter().sum())
+}
+
+/// Bytes that the TCP sockets of a namespace are charged with: queues for reading and writing, and what is set aside for
+/// them (`r`, `w` and `f` of `skmem`, ss(8)).
+///
+/// # Errors
+/// When there is no `ss`.
+pub fn socket_buffers(netns: &Netns) -> anyhow::Result<u64> {
+    let output = netns.command("ss").args(["-tamnH"]).output().context("cannot run ss (install iproute2)")?;
+    Ok(charged(&String::from_utf8_lossy(&output.stdout)))
+}
+
+fn charged(listing: &str) -> u64 {
+    let memories = listing.split("skmem:(").skip(1).filter_map(|rest| rest.split_once(')'));
+    // What is set aside may be less than nothing, which ss prints as if it had no sign.
+    let number = |text: &str| text.parse().map(u32::cast_signed).ok().map(i64::from);
+    let of = |field: &str| ["r", "w", "f"].into_iter().find_map(|name| number(field.strip_prefix(name)?));
+    let sum: i64 = memories.flat_map(|(memory, _)| memory.split(',').filter_map(of)).sum();
+    u64::try_from(sum).unwrap_or(0)
+}
+
+fn tcp_pages(text: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix("TCP:")).unwrap_or_default();
+    let mut fields = line.split_whitespace();
+    fields.find(|field| *field == "mem");
+    fields.next().and_then(|pages| pages.parse().ok()).unwrap_or(0)
+}
+
+/// Descriptors that a process has open.
+///
+/// # Errors
+/// When there is no such process.
+pub fn descriptors(pid: u32) -> anyhow::Result<usize> {
+    let path = format!("/proc/{pid}/fd");
+    Ok(fs::read_dir(&path).with_context(|| path.clone())?.count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_tables_are_read() {
+        assert_eq!(kibibytes("MemFree: 3 kB\nSlab:      12 kB\n", "Slab:"), 12 << 10);
+        assert_eq!(kibibytes("", "Slab:"), 0);
+        assert_eq!(
+            tcp_pages("sockets: used 9\nTCP: inuse 3 orphan 0 tw 5 alloc 7 mem 42\nUDP: inuse 1 mem 2\n"),
+            42
+        );
+        let listing = "ESTAB 0 0 a b\n\t skmem:(r1,rb2,t4,tb8,f16,w32,o64,bl128,d256) x\nc skmem:(r1000,f4294967295,w2001)\n";
+        assert_eq!(charged(listing), 3049);
+        let memory = Memory::now(std::process::id());
+        assert!(memory.available > 0 && memory.slab > 0 && memory.daemon > 0, "{memory:?}");
+    }
+
+    #[test]
+    fn a_descriptor_more_is_counted() {
+        let own = std::process::id();
+        assert!(descriptors(own).unwrap() > 2);
+        assert!(descriptors(u32::MAX).is_err());
+    }
+}

@@ -1,0 +1,212 @@
+//! `cargo xtask bench`: the engines against HAProxy, nginx, kernel NAT and the direct route, in namespaces of its own.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use injector_tests::{
+    bench::{
+        self, Options, ends, peers,
+        record::{Machine, Record, first_line},
+        report::{
+            self,
+            charts::{self, Chart},
+            docs, table,
+        },
+        work,
+    },
+    netns,
+};
+
+use crate::{AlreadyTold, build, cargo, setup};
+
+/// Where the testbed looks for the daemon.
+const BINARY_VARIABLE: &str = "INJECTOR_BIN";
+
+/// Where the charts lie beside docs/benchmarks.md.
+const CHARTS: &str = "benchmarks";
+
+#[derive(clap::Args)]
+pub(crate) struct BenchArgs {
+    /// Print the ratios alone, of what matters most; under three minutes
+    #[arg(long)]
+    quick: bool,
+    /// Compare when the splice engine enrols a connection, instead of engines
+    #[arg(long, conflicts_with = "quick")]
+    enrolment: bool,
+    /// Measure these peers alone: names, or what they begin with [see --list]
+    #[arg(long, value_name = "PEER", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Measure this work alone: names, or what they begin with [see --list]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    work: Vec<String>,
+    /// Say what there is, and measure nothing
+    #[arg(long)]
+    list: bool,
+    /// How often everything is measured [default: 5, quick: 3]
+    #[arg(long, value_name = "COUNT")]
+    repeats: Option<usize>,
+    /// How long one measurement takes [default: 3, quick: 1]
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<f64>,
+    /// Keep the processors from idle states, by a spinner of lowest priority on each
+    #[arg(long)]
+    spinners: bool,
+    /// Measure on a busy machine; the figures are worth little, and the report says so
+    #[arg(long)]
+    noisy: bool,
+    /// Write all that was measured to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the charts into this folder, one SVG for each work
+    #[arg(long, value_name = "FOLDER")]
+    charts: Option<PathBuf>,
+    /// Put the results into docs/benchmarks.md, and their charts beside it
+    #[arg(long)]
+    write_docs: bool,
+    /// Measure nothing, and report what is in this file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "enrolment", "only", "work", "json"])]
+    from: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    let record = match &args.from {
+        Some(file) => read(file)?,
+        None => {
+            let Some(record) = measure(args)? else { return Ok(()) };
+            record
+        }
+    };
+    if let Some(file) = &args.json {
+        let text = serde_json::to_string_pretty(&record)?;
+        fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(folder) = &args.charts {
+        draw(&charts::all(&record)?, folder)?;
+    }
+    if args.write_docs {
+        write_docs(&record)?;
+    }
+    let text = if args.quick { table::ratios(&record) } else { table::full(&record) };
+    println!("\n{}\n\n{text}", report::heading(&record));
+    if record.failures().next().is_some() { Err(AlreadyTold.into()) } else { Ok(()) }
+}
+
+fn draw(charts: &[Chart], folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    for Chart { work, svg } in charts {
+        let path = folder.join(format!("{work}.svg"));
+        fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn write_docs(record: &Record) -> Result<()> {
+    let docs = cargo::workspace().join("docs");
+    let page = docs.join("benchmarks.md");
+    let text = fs::read_to_string(&page).with_context(|| format!("cannot read {}", page.display()))?;
+    let charts = charts::all(record)?;
+    let folder = docs.join(CHARTS);
+    // Charts of works that are no longer there must not stay.
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    draw(&charts, &folder)?;
+    let text = docs::insert(&text, record, &charts, CHARTS)?;
+    fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))?;
+    println!("written: {}", page.display());
+    Ok(())
+}
+
+/// Runs as one end of the load generator; see [`ends`].
+pub(crate) fn end(arguments: &[String]) -> Result<()> {
+    ends::run(arguments)
+}
+
+fn read(file: &Path) -> Result<Record> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no record of a run", file.display()))
+}
+
+/// `None` where nothing was to be measured.
+fn measure(args: &BenchArgs) -> Result<Option<Record>> {
+    if args.list {
+        list(&options(args)?)?;
+        return Ok(None);
+    }
+    if let Some(reason) = netns::unavailable() {
+        bail!("the benchmark {reason}");
+    }
+    setup::ensure(&[setup::Group::Bpf, setup::Group::Mail, setup::Group::Bench])?;
+    let mut options = options(args)?;
+    // A daemon that is given is taken as it is: an older one, say, to compare with.
+    if env::var_os(BINARY_VARIABLE).is_none() {
+        let daemon = build::daemon(true)?;
+        // SAFETY: the only thread: setup and build have ended theirs, and the benchmark starts its own below.
+        unsafe { env::set_var(BINARY_VARIABLE, daemon) };
+    }
+    options.machine = machine();
+    let (peers, works) = bench::choose(&options)?;
+    let count = peers.len() * works.len() * options.repeats;
+    println!(
+        "bench: {} peers, {} works, {} repeats: {count} measurements",
+        peers.len(),
+        works.len(),
+        options.repeats
+    );
+    bench::run(&options, &mut |line| println!("{line}")).map(Some)
+}
+
+fn options(args: &BenchArgs) -> Result<Options> {
+    let programs = setup::bench_programs()?;
+    let own = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    // What was asked for, or what these flags stand for.
+    let or = |given: &[String], quick: Vec<String>, enrolment: Vec<String>| match given {
+        [] if args.quick => quick,
+        [] if args.enrolment => enrolment,
+        given => given.to_vec(),
+    };
+    let repeats = args.repeats.unwrap_or(if args.quick { 3 } else { 5 });
+    let seconds = args.seconds.unwrap_or(if args.quick { 1.0 } else { 3.0 });
+    ensure!((1..=1000).contains(&repeats), "--repeats {repeats}: must be 1 to 1000");
+    ensure!((0.1..=600.0).contains(&seconds), "--seconds {seconds}: must be 0.1 to 600");
+    Ok(Options {
+        peers: or(&args.only, peers::quick(&programs), peers::for_enrolment(&programs)),
+        works: or(&args.work, own(&work::QUICK), own(&work::ENROLMENT)),
+        repeats,
+        seconds,
+        noisy: args.noisy,
+        spinners: args.spinners,
+        enrolment: args.enrolment,
+        programs,
+        machine: Machine::default(),
+    })
+}
+
+fn list(options: &Options) -> Result<()> {
+    let (peers, works) = bench::choose(options)?;
+    for peer in peers {
+        println!("{:<24} {}", peer.name, peer.about);
+    }
+    println!();
+    for work in works {
+        println!("{:<24} {}", work.name(), work.about());
+    }
+    Ok(())
+}
+
+fn machine() -> Machine {
+    let daemon = env::var_os(BINARY_VARIABLE).unwrap_or_default();
+    let said = |command: &mut Command| first_line(command).unwrap_or_default();
+    let version = said(Command::new(daemon).arg("--version"));
+    let commit = said(
+        Command::new("git")
+            .current_dir(cargo::workspace())
+            .args(["describe", "--always", "--dirty", "--tags"]),
+    );
+    let rustc = said(Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())).arg("--version"));
+    Machine { injector: format!("{version} ({commit})"), rustc, ..Machine::here() }
+}

@@ -12,11 +12,13 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail, ensure};
 
@@ -101,6 +103,9 @@ const PREFIX: &str = "inj-";
 /// Where iproute2 keeps the names of namespaces.
 const NETNS_DIR: &str = "/run/netns";
 
+/// How long `ip netns exec` may take to enter a namespace, on a machine with other work.
+const ENTRY_LIMIT: Duration = Duration::from_secs(10);
+
 /// Why a test that needs namespaces cannot run here; `None` if it can.
 #[must_use]
 pub fn unavailable() -> Option<&'static str> {
@@ -180,11 +185,32 @@ impl Netns {
     ///
     /// PR_SET_PDEATHSIG means the death of the spawning thread, hence one thread that stays and does the spawning.
     ///
+    /// When it returns, the child is inside: `Drop` ends whom it finds there, and would miss one on its way in.
+    ///
     /// # Errors
     /// When the command cannot be started.
     pub fn spawn(&self, command: Command) -> anyhow::Result<Child> {
         let what = format!("{command:?}");
-        spawn_on_lasting_thread(command).with_context(|| format!("cannot start {what}"))
+        let mut child = spawn_on_lasting_thread(command).with_context(|| format!("cannot start {what}"))?;
+        self.await_entry(&mut child).with_context(|| format!("{what} did not enter {}", self.name))?;
+        Ok(child)
+    }
+
+    /// Waits until the child is inside, or has ended.
+    fn await_entry(&self, child: &mut Child) -> anyhow::Result<()> {
+        let inside = fs::metadata(Path::new(NETNS_DIR).join(&self.name))?;
+        let current = format!("/proc/{}/ns/net", child.id());
+        let deadline = Instant::now() + ENTRY_LIMIT;
+        while child.try_wait()?.is_none() {
+            // A process that is just ending has no namespace any more; the next look finds it gone.
+            if fs::metadata(&current).is_ok_and(|now| (now.dev(), now.ino()) == (inside.dev(), inside.ino()))
+            {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "waited {ENTRY_LIMIT:?}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// `nft COMMANDS` inside, which are separated by semicolons.

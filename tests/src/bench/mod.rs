@@ -21,7 +21,6 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, ensure};
 use injector_load::cpu::{Cpu, background};
 
-use self::mail_sink::MailSink;
 use self::peers::{Peer, Programs};
 use self::record::{Machine, Measurement, PeerNote, Record, Settings, WorkNote};
 use self::spinners::Spinners;
@@ -34,8 +33,8 @@ const MOST_BACKGROUND: f64 = 0.05;
 /// How long the machine is watched before a run.
 const WATCH: Duration = Duration::from_secs(2);
 
-/// How long a peer may settle after its start.
-const SETTLE: Duration = Duration::from_millis(100);
+/// How long a peer may settle after its start, and the kernel needs to do away with the stage before.
+const SETTLE: Duration = Duration::from_millis(400);
 
 /// What to run.
 #[derive(Clone, Debug, Default)]
@@ -109,8 +108,6 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Reco
         MOST_BACKGROUND * 100.0
     );
     let spinners = options.spinners.then(Spinners::start).transpose()?;
-    let mut stage = Stage::new()?;
-    let mut mail = None;
     let mut record = begin(options, &peers, &works, others);
     let total = options.repeats * peers.len() * works.len();
     for repeat in 0..options.repeats {
@@ -118,8 +115,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Reco
             for turn in 0..peers.len() {
                 // Whoever begins in one repeat comes later in the next.
                 let peer = &peers[(turn + repeat) % peers.len()];
-                let measurement =
-                    measure(&mut stage, &mut mail, peer, work.as_ref(), repeat, options.seconds);
+                let measurement = measure(peer, work.as_ref(), repeat, options.seconds);
                 let number = record.measurements.len() + 1;
                 tell(&format!("[{number}/{total}] {}", line(work.as_ref(), &measurement)));
                 record.measurements.push(measurement);
@@ -161,23 +157,21 @@ fn note(work: &dyn Work) -> WorkNote {
     WorkNote { name: work.name(), about: work.about(), figures: work.figures() }
 }
 
-/// One measurement, from the peer's start to its end.
-fn measure(
-    stage: &mut Stage,
-    mail: &mut Option<MailSink>,
-    peer: &Peer,
-    work: &dyn Work,
-    repeat: usize,
-    seconds: f64,
-) -> Measurement {
+/// One measurement, from the making of the stage to its end.
+///
+/// Each has a stage of its own: connections of one peer that the server still remembers (TIME_WAIT) would meet those of the
+/// next under the same addresses, with the timestamps of another clock, and be asked to begin again (a challenge ACK).
+fn measure(peer: &Peer, work: &dyn Work, repeat: usize, seconds: f64) -> Measurement {
     let mut measurement =
         Measurement { repeat, work: work.name(), peer: peer.name.clone(), ..Measurement::default() };
-    let mut running = match peer.start(stage) {
-        Ok(running) => running,
+    let started = Stage::new().and_then(|stage| Ok((peer.start(&stage)?, stage)));
+    // The peer goes before its stage.
+    let (mut stage, mut running) = match started {
+        Ok((running, stage)) => (stage, running),
         Err(error) => return Measurement { failed: Some(format!("{error:#}")), ..measurement },
     };
     thread::sleep(SETTLE);
-    let mut scene = Scene { stage, peer, running: running.as_mut(), mail, seconds };
+    let mut scene = Scene { stage: &mut stage, peer, running: running.as_mut(), seconds };
     let measured = work.measure(&mut scene).and_then(|measured| Ok((measured, running.proof()?)));
     match measured {
         Ok((measured, proof)) => {

@@ -19,6 +19,9 @@ const LENGTH: &str = "4096";
 /// Messages for each second that a measurement is to take, about what two processors do.
 const A_SECOND: f64 = 400.0;
 
+/// Messages before those that are measured.
+const WARM_UP: u64 = 64;
+
 struct Mail;
 
 pub(super) fn work() -> Box<dyn Work> {
@@ -42,10 +45,9 @@ impl Work for Mail {
     }
 
     fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        if scene.mail.is_none() {
-            *scene.mail = Some(MailSink::start(&scene.stage.topology.mail)?);
-        }
-        let sink = scene.mail.as_ref().context("no Postfix")?;
+        let sink = MailSink::start(&scene.stage.topology.mail)?;
+        // Postfix forks its processes for the first messages.
+        send(scene, WARM_UP)?;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "thousands")]
         let messages = (A_SECOND * scene.seconds).clamp(1.0, 1e5) as u64;
         let mark = sink.log().mark();
@@ -54,7 +56,7 @@ impl Work for Mail {
         send(scene, messages)?;
         let (seconds, cpu) = (begun.elapsed().as_secs_f64(), Cpu::now()? - before);
         if scene.peer.door == Door::Header {
-            ensure_clients(sink, mark, messages)?;
+            ensure_clients(&sink, mark, messages)?;
         }
         let count = float(messages);
         Ok(measured(cpu, [("rate", count / seconds), ("cpu", cpu.busy() * 1e6 / count)]))

@@ -16,7 +16,6 @@ use injector_load::cpu::Cpu;
 use injector_load::order::{Counts, Order, Outcome, Work as Load};
 use injector_load::service::{Door, Service};
 
-use super::mail_sink::MailSink;
 use super::peers::{Peer, Running};
 use super::record::Figure;
 use super::stage::Stage;
@@ -47,8 +46,6 @@ pub struct Scene<'a> {
     pub peer: &'a Peer,
     /// The same, started.
     pub running: &'a mut dyn Running,
-    /// Postfix, started by the first work that needs it.
-    pub mail: &'a mut Option<MailSink>,
     /// For how long.
     pub seconds: f64,
 }

@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 
 use aya_ebpf::{helpers::generated::bpf_redirect, macros::classifier, programs::TcContext};
 use injector_common::inline::{
-    ACK, Address, Counter, Event, FIN, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
+    ACK, Address, Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
@@ -58,7 +58,7 @@ fn accept(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
     let flow = unsafe { &mut *flow.as_ptr() };
     let segment = &packet.segment;
     if segment.is(ACK) && segment.acknowledgement == flow.first {
-        flow.state |= Flow::ACCEPTED;
+        flow.set(Flag::Accepted);
         flow.acknowledged = segment.sequence.wrapping_add(1);
         maps::supersede(&packet.key);
     }
@@ -68,7 +68,7 @@ fn accept(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
 /// The header takes the first of the window that the backend opens.
 #[inline(always)]
 fn open_window(skb: &TcContext, packet: &Packet, flow: &Flow) -> i32 {
-    let window = u32::from(packet.window);
+    let window = u32::from(packet.segment.window);
     if window > flow.header_len && packet.set_window(skb, (window - flow.header_len) as u16).is_err() {
         maps::count(Counter::RewriteFailed);
         return DROP;
@@ -83,14 +83,18 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
     let segment = packet.segment;
     let way = to_client(flow, &segment);
     if acknowledges(flow, &segment) {
-        flow.state |= Flow::ACKNOWLEDGED;
+        flow.set(Flag::Acknowledged);
         maps::count(Counter::Acknowledged);
         maps::tell(Event::ACKNOWLEDGED, &packet.key, flow);
     }
     let done = match way {
         ToClient::Pass => Ok(()),
         ToClient::Open => return open_window(skb, packet, flow),
-        ToClient::Shift => packet.acknowledge_earlier(skb, flow.header_len),
+        ToClient::Swallow if !packet.may_have_sack(skb) => {
+            account(&packet.key, flow, &segment);
+            return DROP;
+        }
+        ToClient::Shift | ToClient::Swallow => packet.acknowledge_earlier(skb, flow.header_len),
         ToClient::Hold => packet
             .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
             .and_then(|()| packet.sack_earlier(skb, flow.header_len)),
@@ -116,7 +120,7 @@ fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
         maps::count(Counter::AnswerFailed);
         return DROP;
     }
-    flow.state |= Flow::SENT;
+    flow.set(Flag::Sent);
     flow.answered_ns = now;
     flow.answered += 1;
     maps::count(Counter::Answered);
@@ -133,7 +137,7 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     if !segment.is(FIN | RST) || flow.closed() {
         return;
     }
-    flow.state |= if segment.is(RST) { Flow::BACKEND_RST } else { Flow::BACKEND_FIN };
+    flow.set(if segment.is(RST) { Flag::BackendRst } else { Flag::BackendFin });
     if flow.closed() {
         maps::count(Counter::Ended);
         maps::tell(Event::ENDED, key, flow);

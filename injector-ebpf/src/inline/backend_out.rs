@@ -6,7 +6,9 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use injector_common::inline::{Counter, Event, FIN, Flow, Key, RST, SYN, Segment, ToBackend, to_backend};
+use injector_common::inline::{
+    Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToBackend, to_backend,
+};
 
 use super::{
     ANSWER, DROP, NEXT, header, maps,
@@ -121,9 +123,9 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
     // bits are only ever set, and numbers that could then be off by one packet are statistics.
     let flow = unsafe { &mut *flow.as_ptr() };
     let segment = &packet.segment;
-    if !flow.is(Flow::ACKNOWLEDGED) {
+    if !flow.is(Flag::Acknowledged) {
         flow.acknowledged = segment.acknowledgement;
-        flow.window = packet.window.into();
+        flow.window = packet.segment.window.into();
     }
     let done = match to_backend(flow, segment) {
         ToBackend::Pass => Ok(()),
@@ -132,7 +134,7 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
             packet.set_u32(skb, SEQUENCE, segment.sequence, shifted).map_err(|_| Counter::RewriteFailed)
         }
         ToBackend::Append => header::append(skb, packet, flow).map_err(|_| Counter::AppendFailed).map(|()| {
-            flow.state |= Flow::SENT;
+            flow.set(Flag::Sent);
             flow.appended += 1;
             maps::count(Counter::Appended);
         }),
@@ -154,12 +156,12 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
         return;
     }
     if segment.is(RST) {
-        flow.state |= Flow::CLIENT_RST;
+        flow.set(Flag::ClientRst);
     } else {
-        if !flow.is(Flow::BACKEND_FIN) {
-            flow.state |= Flow::CLIENT_FIRST;
+        if !flow.is(Flag::BackendFin) {
+            flow.set(Flag::ClientFirst);
         }
-        flow.state |= Flow::CLIENT_FIN;
+        flow.set(Flag::ClientFin);
     }
     if flow.closed() {
         maps::count(Counter::Ended);

@@ -5,7 +5,7 @@ use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
     DROP, NEXT, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, parse},
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, opens_nothing, parse},
 };
 
 #[classifier]
@@ -20,6 +20,9 @@ fn client_in_raw(skb: TcContext) -> i32 {
 
 #[inline(always)]
 fn look<L: Link>(skb: &TcContext) -> i32 {
+    if opens_nothing::<L>(skb) {
+        return NEXT;
+    }
     let Some(packet) = maps::packet() else { return NEXT };
     // Its destination stands where a backend's would.
     let Parsed::Tcp = parse::<L>(skb, packet, From::Client) else { return NEXT };

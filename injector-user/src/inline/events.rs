@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use injector_common::inline::{Event, Flow, Key};
+use injector_common::inline::{Event, Flag, Flow, Key};
 use tokio::io::Interest;
 
 use super::{Inline, maps::socket_address, parties};
@@ -21,6 +21,9 @@ use crate::{
 
 /// How often flows that have ended are taken out.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// How long events gather after some were read. The kernel wakes a reader only of a ring that it had emptied
+/// (bpf_ringbuf_commit, kernel/bpf/ringbuf.c): under load the daemon wakes so often, and not twice for each connection.
+const GATHER: Duration = Duration::from_millis(20);
 /// How often all flows are looked over: for their bytes, and for those that nobody told of.
 const SCAN_EVERY: Duration = Duration::from_secs(15);
 
@@ -55,8 +58,38 @@ pub struct Books {
     /// Flows that the map has room for.
     room: usize,
     open: Mutex<HashMap<Key, Entry>>,
-    /// Flows that have ended, the first to end in front.
-    ended: Mutex<VecDeque<(Instant, Key)>>,
+    ended: Mutex<Ended>,
+}
+
+/// Connections that have ended and are still in `FLOWS`.
+#[derive(Debug, Default)]
+struct Ended {
+    /// The first to end in front; with when it was created ([`Flow::created_ns`]).
+    queue: VecDeque<(Instant, Key, u64)>,
+    /// When the last connection of each key was created.
+    last: HashMap<Key, u64>,
+}
+
+impl Ended {
+    /// Adds one; `false` if it was there. Two processors that see the last FINs of a connection at the same moment may both
+    /// tell of its end, or neither, and then the scan finds it.
+    fn add(&mut self, key: Key, flow: &Flow) -> bool {
+        if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
+            return false;
+        }
+        self.queue.push_back((Instant::now(), key, flow.created_ns));
+        true
+    }
+
+    /// Takes out one that ended longer ago.
+    fn take(&mut self, linger: Duration) -> Option<Key> {
+        let (_, key, created) = self.queue.pop_front_if(|(since, ..)| since.elapsed() > linger)?;
+        // Unless the same ports have been at work again since.
+        if self.last.get(&key) == Some(&created) {
+            self.last.remove(&key);
+        }
+        Some(key)
+    }
 }
 
 #[derive(Debug)]
@@ -94,6 +127,8 @@ impl Books {
                         }
                     }
                     ready.clear_ready();
+                    drop(ready);
+                    tokio::time::sleep(GATHER).await;
                 }
                 _ = sweep.tick() => self.sweep(inline),
                 _ = scan.tick() => self.scan(inline),
@@ -122,12 +157,14 @@ impl Books {
 
     fn ended(&self, key: &Key, flow: &Flow, end: End) {
         let Some(listening) = self.listener(flow) else { return };
+        if !lock(&self.ended).add(*key, flow) {
+            return;
+        }
         self.account(key, flow);
         lock(&self.open).remove(key);
-        lock(&self.ended).push_back((Instant::now(), *key));
         listening.metrics.closed(end);
         let Some((client, local)) = parties(&flow.addresses) else { return };
-        let bytes = |spliced| Bytes { relayed: 0, spliced };
+        let bytes = |spliced| Bytes { spliced, ..Bytes::default() };
         let report = Report {
             client,
             local,
@@ -147,15 +184,15 @@ impl Books {
     fn end_of(&self, flow: &Flow) -> End {
         let expects_banner = self.listener(flow).is_some_and(|listening| listening.expects_banner);
         let silent = expects_banner && flow.to_client.bytes == 0;
-        if flow.is(Flow::CLIENT_RST) {
+        if flow.is(Flag::ClientRst) {
             End::ClientReset
-        } else if flow.is(Flow::BACKEND_RST) {
-            match (flow.is(Flow::ACCEPTED), silent) {
+        } else if flow.is(Flag::BackendRst) {
+            match (flow.is(Flag::Accepted), silent) {
                 (false, _) => End::BackendRefused,
                 (true, true) => End::NoBanner,
                 (true, false) => End::BackendReset,
             }
-        } else if flow.is(Flow::CLIENT_FIRST) {
+        } else if flow.is(Flag::ClientFirst) {
             End::ClientClosed
         } else if silent {
             End::NoBanner
@@ -171,7 +208,7 @@ impl Books {
         let Some(entry) = open.get_mut(key) else { return };
         let since = |now: u64, before: &mut u64| {
             let bytes = now.saturating_sub(std::mem::replace(before, now));
-            Bytes { relayed: 0, spliced: bytes }
+            Bytes { spliced: bytes, ..Bytes::default() }
         };
         listening.metrics.bytes(
             since(flow.to_backend.bytes, &mut entry.to_backend),
@@ -182,15 +219,12 @@ impl Books {
     /// Takes out what has ended long enough ago.
     fn sweep(&self, inline: &Inline) {
         let mut ended = lock(&self.ended);
-        let linger = linger(ended.len(), self.room);
-        while let Some((since, key)) = ended.front()
-            && since.elapsed() > linger
-        {
+        let linger = linger(ended.queue.len(), self.room);
+        while let Some(key) = ended.take(linger) {
             // The same ports may be at work again.
-            if inline.maps.flow(key).is_ok_and(|flow| flow.closed()) {
-                let _ = inline.maps.forget(key);
+            if inline.maps.flow(&key).is_ok_and(|flow| flow.closed()) {
+                let _ = inline.maps.forget(&key);
             }
-            ended.pop_front();
         }
     }
 
@@ -201,6 +235,10 @@ impl Books {
         for (key, flow) in flows {
             let silent = Duration::from_nanos(now.saturating_sub(flow.last_ns));
             if flow.closed() {
+                // Of an earlier daemon, or nobody told of its end.
+                if silent > GATHER && lock(&self.open).contains_key(&key) {
+                    self.ended(&key, &flow, self.end_of(&flow));
+                }
                 if silent > linger {
                     let _ = inline.maps.forget(&key);
                 }
@@ -211,7 +249,7 @@ impl Books {
                 self.ended(&key, &flow, End::Idle);
                 continue;
             }
-            if flow.is(Flow::ACKNOWLEDGED) {
+            if flow.is(Flag::Acknowledged) {
                 self.began(key, &flow);
                 self.account(&key, &flow);
             }
@@ -226,6 +264,20 @@ impl Books {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_ends_once() {
+        let mut ended = Ended::default();
+        let (key, flow) = (Key::default(), |created_ns| Flow { created_ns, ..Flow::default() });
+        assert!(ended.add(key, &flow(1)) && !ended.add(key, &flow(1)));
+        // The same ports again, before the first is forgotten.
+        assert!(ended.add(key, &flow(2)));
+        assert_eq!(ended.take(Duration::from_secs(60)), None);
+        assert_eq!(ended.take(Duration::ZERO), Some(key));
+        assert!(!ended.add(key, &flow(2)), "it is still there");
+        assert_eq!((ended.take(Duration::ZERO), ended.take(Duration::ZERO)), (Some(key), None));
+        assert!(ended.last.is_empty());
+    }
 
     #[test]
     fn ended_flows_make_room_before_it_runs_out() {

@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
-const VERSION: &str = "v1";
+const VERSION: &str = "v2";
 
 /// Every program, once for Ethernet and once for devices without a link-layer header.
 const PROGRAMS: [&str; 6] =

@@ -327,8 +327,8 @@ impl Way<'_> {
     fn acknowledge(&self) -> Result<(), String> {
         self.establish()?;
         let ack = self.of_backend(ACK, FIRST.wrapping_add(self.header_len()));
-        let earlier = Segment { acknowledgement: FIRST, ..ack.clone() };
-        self.becomes("backend_in", "the acknowledgement of the header", &ack, &earlier)
+        let ran = self.run("backend_in", &ack)?;
+        if ran.verdict == DROP { Ok(()) } else { Err("the client hears of the header".to_owned()) }
     }
 }
 
@@ -347,6 +347,25 @@ fn header_added(way: &Way<'_>) -> Result<(), String> {
 }
 
 fn shifted(way: &Way<'_>) -> Result<(), String> {
+    // An acknowledgement of the header that says more goes on.
+    way.establish()?;
+    let first = FIRST.wrapping_add(way.header_len());
+    let closed = Segment { window: 0, ..way.of_backend(ACK, first) };
+    let earlier = Segment { acknowledgement: FIRST, ..closed.clone() };
+    way.becomes("backend_in", "the acknowledgement of the header, with a closed window", &closed, &earlier)?;
+    let way = &Way { port: way.port + 2000, ..*way };
+    way.establish()?;
+    let lacks = |first: u32| Segment {
+        options: sack(first.wrapping_add(100), first.wrapping_add(200)),
+        ..way.of_backend(ACK, first)
+    };
+    way.becomes(
+        "backend_in",
+        "the acknowledgement of the header, with a SACK block",
+        &lacks(first),
+        &lacks(FIRST),
+    )?;
+    let way = &Way { port: way.port + 2000, ..*way };
     way.acknowledge()?;
     let len = way.header_len();
     let data = Segment { payload: b"EHLO client\r\n".to_vec(), ..way.to_backend(ACK | PSH) };

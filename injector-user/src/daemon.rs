@@ -22,6 +22,7 @@ use crate::{
     engine::Engine,
     listener::{self, Door, Limits},
     metrics::{Metrics, Readiness, http},
+    pipe::{self, Pipes},
     protocol::Speaker,
     rights,
     selftest::Findings,
@@ -140,6 +141,7 @@ async fn serve(
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
     let ledger = Ledger::default();
+    let pipes = Pipes::new(pipe::MOST);
     observe(&metrics, &findings, &config, nofile);
     metrics.watch_backlog(ledger.clone());
     #[cfg(feature = "bpf")]
@@ -174,6 +176,7 @@ async fn serve(
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
                 pays: config.splice.pays,
+                pipes: pipes.clone(),
                 marks: config.splice.marks,
                 ledger: ledger.clone(),
                 watch: watch.clone(),

@@ -5,7 +5,7 @@ use std::{
     cell::RefCell,
     io::{self, IoSlice, Read as _},
     net::{Shutdown, SocketAddr},
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,6 +18,7 @@ use tokio::io::{Interest, Ready, unix::AsyncFd};
 
 use crate::{
     engine::Engine,
+    pipe::{Pipe, Pipes},
     sys,
     watch::{Watch, Watched},
 };
@@ -205,6 +206,43 @@ impl Endpoint {
         }
     }
 
+    /// Waits for payload and moves it into one of the pipes. `None` if there is none to be had, or nothing went into it but
+    /// the peer's FIN: [`Endpoint::read`] then. Cancel safe.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub async fn fill(&self, pipes: &Pipes) -> io::Result<Option<(Pipe, usize)>> {
+        let Some(io) = &self.io else { return std::future::pending().await };
+        // Others move on while this one waits.
+        loop {
+            let mut ready = io.ready(Interest::READABLE).await?;
+            let Some(mut pipe) = pipes.borrow() else {
+                ready.retain_ready();
+                return Ok(None);
+            };
+            if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
+                let count = filled?;
+                // There may be more, in the middle of a segment even.
+                self.emptied.store(false, Ordering::Relaxed);
+                return Ok((count > 0).then_some((pipe, count)));
+            }
+        }
+    }
+
+    /// Waits for room and moves out of the pipe what fits. Cancel safe.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub async fn drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
+        let Some(io) = &self.io else { return std::future::pending().await };
+        loop {
+            let mut ready = io.ready(Interest::WRITABLE).await?;
+            if let Ok(drained) = ready.try_io(|io| pipe.drain(&**io.get_ref())) {
+                return drained;
+            }
+        }
+    }
+
     /// Waits until there is something to read, or an end. Cancel safe.
     ///
     /// # Errors
@@ -320,6 +358,12 @@ impl Endpoint {
     pub fn reset(self) {
         // If it fails, the socket is gone already.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl AsFd for Endpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -15,6 +15,7 @@ pub mod inline;
 pub mod listener;
 pub mod log;
 pub mod metrics;
+pub mod pipe;
 pub mod protocol;
 pub mod relay;
 pub mod rights;

@@ -18,13 +18,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     endpoint::{self, Endpoint},
     metrics::RefusedReason,
+    pipe,
     protocol::Refusal,
     session::{self, Context},
     sys,
 };
 
-/// Descriptors that the daemon needs for itself: listeners, maps, programs, epoll, metrics, logs.
-const DESCRIPTORS_OF_OUR_OWN: u64 = 128;
+/// Descriptors that the daemon needs for itself: listeners, maps, programs, epoll, metrics, logs, pipes.
+const DESCRIPTORS_OF_OUR_OWN: u64 = 128 + 2 * pipe::MOST as u64;
 /// A connection has two sockets.
 const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// How many clients are turned away politely at one time; the others are reset.
@@ -303,7 +304,7 @@ mod tests {
 
     #[test]
     fn descriptors_bound_the_connections() {
-        for (nofile, connections) in [(0, 0), (128, 0), (129, 0), (130, 1), (1024, 448), (20_128, 10_000)] {
+        for (nofile, connections) in [(0, 0), (192, 0), (193, 0), (194, 1), (1024, 416), (20_192, 10_000)] {
             assert_eq!(connections_for(nofile), connections, "{nofile}");
         }
     }

@@ -32,8 +32,10 @@ pub const TO_CLIENT: &str = "backend_to_client";
 pub const PLANE: &str = "plane";
 /// The kernel.
 pub const SPLICED: &str = "spliced";
-/// User space.
+/// User space, by a buffer.
 pub const RELAYED: &str = "relayed";
+/// User space, by a pipe.
+pub const PIPED: &str = "piped";
 /// Headers put in front of a connection.
 pub const HEADERS_SENT: &str = "injector_headers_sent_total";
 /// Connections reset because that failed.
@@ -50,10 +52,14 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 /// How long it may take to end; its own deadline for draining sessions has to fit in.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
-/// A configuration for one engine: these forwards, and metrics at an address of the namespace.
+/// Has the splice engine hand directions to the kernel as soon as it may, where by default it waits until that pays off.
+pub const EAGER: &str = "[splice]\nenrol_after_messages = 1\n";
+
+/// A configuration for one engine, eager where it is splice: these forwards, and metrics at an address of the namespace.
 #[must_use]
 pub fn configuration(forwards: &[Forward], engine: &str, metrics: SocketAddr) -> String {
-    let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n");
+    let eager = if engine == "splice" { EAGER } else { "" };
+    let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n\n{eager}");
     for Forward { name, protocol, bind, backend } in forwards {
         // Writing to a String cannot fail.
         let _ = write!(

@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use crate::netns::Netns;
 
@@ -123,14 +123,25 @@ fn tcp_pages(text: &str) -> u64 {
     fields.next().and_then(|pages| pages.parse().ok()).unwrap_or(0)
 }
 
-/// Descriptors that a process has open.
+/// Descriptors that a process has open, pipes apart: of these the daemon keeps some for the next bulk, at most
+/// [`MOST_PIPES`].
 ///
 /// # Errors
-/// When there is no such process.
+/// When there is no such process, or it has too many pipes.
 pub fn descriptors(pid: u32) -> anyhow::Result<usize> {
     let path = format!("/proc/{pid}/fd");
-    Ok(fs::read_dir(&path).with_context(|| path.clone())?.count())
+    let entries = fs::read_dir(&path).with_context(|| path.clone())?;
+    // Closed meanwhile: no link any more.
+    let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    let (pipes, others): (Vec<_>, Vec<_>) =
+        links.partition(|link| link.as_os_str().as_encoded_bytes().starts_with(b"pipe:"));
+    // Both ends of each, and the standard streams.
+    ensure!(pipes.len() <= 2 * MOST_PIPES + 3, "{} ends of pipes", pipes.len());
+    Ok(others.len())
 }
+
+/// Pipes that the daemon has at most (`pipe::MOST`, injector-user).
+const MOST_PIPES: usize = 32;
 
 #[cfg(test)]
 mod tests {

@@ -390,6 +390,9 @@ fn read(root: Section<'_>) -> Option<Config> {
     Some(Config { metrics, limits, splice, inline, stop, log, listeners: listeners? })
 }
 
+/// Water marks and the like: more than any machine has, and sums of it still fit.
+const MOST_BYTES: u64 = 1 << 40;
+
 fn read_splice(section: Section<'_>) -> Splice {
     let mut splice = Splice::default();
     let Splice { marks, pays } = &mut splice;
@@ -399,10 +402,11 @@ fn read_splice(section: Section<'_>) -> Splice {
         ("total_high_water", 1, &mut marks.total_high),
         ("total_limit", 1, &mut marks.total_limit),
         ("enrol_after_messages", 1, &mut pays.messages),
-        ("enrol_after_bytes", 1, &mut pays.bytes),
     ] {
-        *value = section.integer(field, least, 1 << 40).map_or(*value, |(_, given)| given);
+        *value = section.integer(field, least, MOST_BYTES).map_or(*value, |(_, given)| given);
     }
+    pays.bytes = section.integer("enrol_after_bytes", 1, MOST_BYTES).map(|(_, given)| given);
+    pays.age = section.duration("enrol_after", Zero::Allowed).map(|(_, given)| given);
     for (lower, higher, names) in [
         (marks.low, marks.high, ["low_water", "high_water"]),
         (marks.total_high, marks.total_limit, ["total_high_water", "total_limit"]),

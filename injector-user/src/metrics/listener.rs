@@ -101,12 +101,14 @@ struct Handles {
 #[derive(Debug)]
 struct Planes {
     relayed: Counter,
+    piped: Counter,
     spliced: Counter,
 }
 
 impl Planes {
     fn count(&self, bytes: Bytes) {
         self.relayed.inc_by(bytes.relayed);
+        self.piped.inc_by(bytes.piped);
         self.spliced.inc_by(bytes.spliced);
     }
 }
@@ -141,8 +143,11 @@ impl ListenerMetrics {
         let change = |change| {
             families.plane_changes.get_or_create_owned(&ChangeLabels { listener: Arc::clone(&name), change })
         };
-        let planes =
-            |direction| Planes { relayed: bytes(direction, "relayed"), spliced: bytes(direction, "spliced") };
+        let planes = |direction| Planes {
+            relayed: bytes(direction, "relayed"),
+            piped: bytes(direction, "piped"),
+            spliced: bytes(direction, "spliced"),
+        };
         Self(Arc::new(Handles {
             accepted: families.accepted.get_or_create_owned(&plain),
             active: families.active.get_or_create_owned(&served),

@@ -436,7 +436,8 @@ mod tests {
         listener.header_failed();
         listener.enrolled();
         listener.enrolment_failed("not_established");
-        listener.bytes(Bytes { relayed: 1, spliced: 2 }, Bytes { relayed: 3, spliced: 4 });
+        listener
+            .bytes(Bytes { relayed: 1, piped: 5, spliced: 2 }, Bytes { relayed: 3, piped: 6, spliced: 4 });
         listener.first_byte(Duration::from_millis(3));
         let served = r#"listener="smtp",engine="relay""#;
         let bytes = |direction, plane| {
@@ -459,8 +460,10 @@ mod tests {
                 2.0,
             ),
             (bytes("client_to_backend", "relayed"), 1.0),
+            (bytes("client_to_backend", "piped"), 5.0),
             (bytes("client_to_backend", "spliced"), 2.0),
             (bytes("backend_to_client", "relayed"), 3.0),
+            (bytes("backend_to_client", "piped"), 6.0),
             (bytes("backend_to_client", "spliced"), 4.0),
             (first_byte("0.0025"), 0.0),
             (first_byte("0.005"), 1.0),

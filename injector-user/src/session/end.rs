@@ -127,8 +127,18 @@ impl fmt::Display for End {
 pub struct Bytes {
     /// Copied by user space.
     pub relayed: u64,
+    /// Moved by user space through a pipe, without a copy.
+    pub piped: u64,
     /// Carried by the kernel.
     pub spliced: u64,
+}
+
+impl Bytes {
+    /// All of them.
+    #[must_use]
+    pub const fn total(self) -> u64 {
+        self.relayed + self.piped + self.spliced
+    }
 }
 
 /// What is known of a finished connection.
@@ -167,10 +177,12 @@ impl Report {
             local = %self.local,
             backend = self.backend.map(tracing::field::display),
             engine = self.engine,
-            bytes_to_backend = self.to_backend.relayed + self.to_backend.spliced,
-            bytes_to_client = self.to_client.relayed + self.to_client.spliced,
+            bytes_to_backend = self.to_backend.total(),
+            bytes_to_client = self.to_client.total(),
             spliced_to_backend = self.to_backend.spliced,
             spliced_to_client = self.to_client.spliced,
+            piped_to_backend = self.to_backend.piped,
+            piped_to_client = self.to_client.piped,
             duration_ms = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             unique_id = self.unique_id,
             end = self.end.name(),

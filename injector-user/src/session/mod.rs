@@ -36,6 +36,7 @@ use crate::{
     engine::{Engine, Injected},
     header::Rendered,
     metrics::ListenerMetrics,
+    pipe::Pipes,
     protocol::{Protocol, Refusal, Speaker},
     watch::Watch,
 };
@@ -61,6 +62,8 @@ pub struct Context {
     pub metrics: ListenerMetrics,
     /// When the kernel's plane pays off.
     pub pays: Pays,
+    /// Through which bulk moves in user space.
+    pub pipes: Pipes,
     /// How much may wait in the kernel.
     pub marks: Marks,
     /// How much does, over all listeners.

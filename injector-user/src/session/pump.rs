@@ -69,8 +69,8 @@ impl<'a> Pump<'a> {
             context,
             client,
             backend,
-            to_backend: Lane::new(read, held, gated, context.marks, &context.ledger),
-            to_client: Lane::new(0, BytesMut::new(), false, context.marks, &context.ledger),
+            to_backend: Lane::new(read, held, gated, context),
+            to_client: Lane::new(0, BytesMut::new(), false, context),
             header_sent: now,
             last: now,
             accounted: Default::default(),
@@ -325,6 +325,7 @@ enum Step {
 fn difference(now: Bytes, before: Bytes) -> Bytes {
     Bytes {
         relayed: now.relayed.saturating_sub(before.relayed),
+        piped: now.piped.saturating_sub(before.piped),
         spliced: now.spliced.saturating_sub(before.spliced),
     }
 }

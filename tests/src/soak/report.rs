@@ -12,7 +12,7 @@ use super::plan::{Ending, Opening, Plan, Side};
 use super::stage::Stage;
 use super::verdict::Failure;
 use crate::bpf;
-use crate::daemon::{BYTES, DIRECTION, Injector, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use crate::daemon::{BYTES, DIRECTION, Injector, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use crate::gauges::{self, Memory};
 
 /// How many failures are printed in full.
@@ -251,9 +251,9 @@ impl Report {
     fn show_planes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let metrics = &self.accounts.metrics;
         for (name, direction) in [("to backends", TO_BACKEND), ("to clients", TO_CLIENT)] {
-            let [spliced, relayed] =
-                [SPLICED, RELAYED].map(|plane| metrics.sum(BYTES, &[(DIRECTION, direction), (PLANE, plane)]));
-            writeln!(f, "{name:<13} {} by the kernel, {} by the daemon", whole(spliced), whole(relayed))?;
+            let [spliced, piped, relayed] = [SPLICED, PIPED, RELAYED]
+                .map(|plane| whole(metrics.sum(BYTES, &[(DIRECTION, direction), (PLANE, plane)])));
+            writeln!(f, "{name:<13} {spliced} by the kernel, {piped} by pipe, {relayed} by buffer")?;
         }
         // Without a sample the sum is minus zero.
         let count = |name| metrics.sum(name, &[]) + 0.0;

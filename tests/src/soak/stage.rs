@@ -105,12 +105,18 @@ impl Stage {
     }
 }
 
+/// Few enough for most sessions that speak in small pieces, too many for those that begin with bulk: these go by pipe.
+const ENROL_AFTER: u32 = 3;
+
 fn configuration(engine: Engine, marks: Option<(u64, u64)>) -> String {
     let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9145);
     let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n");
     if let Some((high, low)) = marks {
         // Writing to a String cannot fail.
-        let _ = write!(text, "\n[splice]\nhigh_water = {high}\nlow_water = {low}\n");
+        let _ = write!(
+            text,
+            "\n[splice]\nhigh_water = {high}\nlow_water = {low}\nenrol_after_messages = {ENROL_AFTER}\n"
+        );
     }
     let vip = match engine {
         Engine::Splice => VIP_SPLICE,

@@ -21,7 +21,7 @@ const PUSHED: usize = 8 << 20;
 const BESIDE_BUFFERS: u64 = 64 << 20;
 /// The marks at which the splice engine holds a source back: so high that they are never reached.
 const NO_BACK_PRESSURE: &str = "\n\n[splice]\nhigh_water = 1099511627775\ntotal_high_water = 1099511627775\n\
-                                total_limit = 1099511627776";
+                                total_limit = 1099511627776\nenrol_after_messages = 1";
 
 /// What it came to, in bytes.
 #[derive(Clone, Copy, Debug)]

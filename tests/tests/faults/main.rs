@@ -50,7 +50,7 @@ fn main() {
             trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
         }
     }
-    for (name, run) in headers::SPLICE_TRIALS {
+    for (name, run) in headers::SPLICE_TRIALS.iter().chain(transfers::SPLICE_TRIALS) {
         trials.push(trial(&world, format!("splice/{name}"), |world| run(world, "splice")));
     }
     for (name, run) in starting::TRIALS {

@@ -33,6 +33,10 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("idle/half closed", half_closed_idle),
 ];
 
+/// Those that only the splice engine has.
+pub(crate) const SPLICE_TRIALS: &[(&str, Run)] =
+    &[("transfer/by the kernel when it pays off", enrolled_when_it_pays)];
+
 /// A client and a backend that have exchanged their first words.
 pub(crate) fn joined(
     world: &World,
@@ -82,8 +86,12 @@ pub(crate) fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Resul
     bail!("{} of {} bytes, the same up to {same}", seen.len(), bytes.len());
 }
 
+/// The daemon's own rules of enrolment.
+const DEFAULTS: &str = "\n\n[splice]\n";
+
 /// With these every direction is held soon, and the change of planes falls into the middle of the stream.
-const SMALL_MARKS: &str = "\n\n[splice]\nhigh_water = 65536\nlow_water = 16384";
+const SMALL_MARKS: &str = "\n\n[splice]\nhigh_water = 65536\nlow_water = 16384\n\
+                           enrol_after_messages = 1";
 
 fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
     let (injector, client, server) = joined(world, engine, marks)?;
@@ -107,10 +115,39 @@ fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
     let bulk = BULK as u64;
     ensure!(session.number("bytes_to_backend") == Some(bulk + 13), "{session:?}");
     ensure!(session.number("bytes_to_client") == Some(bulk + 11), "{session:?}");
-    // How much of it the kernel carries depends on who keeps up.
-    for carried in ["spliced_to_backend", "spliced_to_client"] {
-        let carried = session.number(carried).unwrap_or_default();
-        ensure!((carried > 0) == (engine == "splice") && carried <= bulk, "{session:?}");
+    // How much of it the kernel carries depends on who keeps up. What it has had in its hands goes through no pipe.
+    for (plane, of) in [("spliced", "splice"), ("piped", "relay")] {
+        for direction in ["to_backend", "to_client"] {
+            let carried = session.number(&format!("{plane}_{direction}")).unwrap_or_default();
+            ensure!((carried > 0) == (engine == of) && carried <= bulk, "{plane}: {session:?}");
+        }
+    }
+    Ok(())
+}
+
+/// By default a direction is the kernel's after 16 payloads, and no sooner; then even bulk is.
+fn enrolled_when_it_pays(world: &World, _engine: &str) -> anyhow::Result<()> {
+    const ENROL_AFTER: u64 = 16;
+    for messages in [ENROL_AFTER - 1, ENROL_AFTER + 4] {
+        let (injector, mut client, mut server) = joined(world, "splice", DEFAULTS)?;
+        for _ in 1..messages {
+            pass(&mut server, &mut client, b"250 ok\r\n")?;
+            pass(&mut client, &mut server, b"NOOP\r\n")?;
+        }
+        let bulk = pattern(3, BULK);
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(|| send_all(&client, &bulk));
+            receive_all(&server, &bulk)?;
+            sending.join().map_err(|_| anyhow::anyhow!("panicked"))?
+        })?;
+        drop(server);
+        let sessions = finished(&injector, 1)?;
+        let session = sessions.first().context("no line")?;
+        let carried = |field: &str| session.number(field).unwrap_or_default();
+        let (enrolled, piped) = (carried("spliced_to_backend") > 0, carried("piped_to_backend") > 0);
+        ensure!((enrolled, piped) == (messages >= ENROL_AFTER, messages < ENROL_AFTER), "{session:?}");
+        ensure!((carried("spliced_to_client") > 0) == (messages > ENROL_AFTER), "{session:?}");
+        drop(injector);
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
 use anyhow::{Context, bail, ensure};
 use injector_common::proxy::{ParseError, Parsed, parse};
-use injector_tests::daemon::{Injector, Session};
+use injector_tests::daemon::{EAGER, Injector, Session};
 use injector_tests::netns::{CLIENT, Family, MAIL, Topology, VIP_SPLICE};
 
 pub(crate) use injector_tests::sockets::{LIMIT, accept, expect, pass, patient};
@@ -82,7 +82,7 @@ pub(crate) fn metrics_address() -> SocketAddr {
 }
 
 /// A configuration with one listener. Lines of `extra` before its first blank line belong to the listener; what follows
-/// stands at the end of the file.
+/// stands at the end of the file. Unless that has a table `[splice]` of its own, the splice engine is eager.
 pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     let (own, rest) = extra.split_once("\n\n").unwrap_or((extra, ""));
     let backends = if own.contains("backends = ") {
@@ -90,9 +90,10 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     } else {
         format!("backends = [\"{}\"]\n", backend_address())
     };
+    let eager = if rest.contains("[splice]") { "" } else { EAGER };
     format!(
         "[metrics]\nlisten = \"{}\"\n\n[[listener]]\nname = \"test\"\nbind = [\"{}\"]\nprotocol = \"{protocol}\"\n\
-         engine = \"{engine}\"\n{backends}{own}\n\n{rest}\n",
+         engine = \"{engine}\"\n{backends}{own}\n\n{rest}\n\n{eager}",
         metrics_address(),
         public_address()
     )

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use injector_tests::daemon::{
-    BYTES, DIRECTION, HEADERS_FAILED, HEADERS_SENT, Injector, PLANE, RELAYED, SPLICED, Session, TO_BACKEND,
-    TO_CLIENT,
+    BYTES, DIRECTION, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED, Session,
+    TO_BACKEND, TO_CLIENT,
 };
 use injector_tests::mail_client;
 use injector_tests::message::Message;
@@ -189,7 +189,7 @@ fn ensure_counted(front: Front, before: &Metrics, after: &Metrics, message: &Mes
             let labels = [(DIRECTION, direction), (PLANE, plane)];
             after.sum(BYTES, &labels) - before.sum(BYTES, &labels)
         };
-        let (spliced, relayed) = (moved(SPLICED), moved(RELAYED));
+        let (spliced, relayed) = (moved(SPLICED), moved(RELAYED) + moved(PIPED));
         let counted = format!("{BYTES} {direction}: {spliced} spliced, {relayed} relayed, of {size}");
         ensure!(spliced + relayed >= size, "bytes not counted: {counted}");
         match front.name {

@@ -1,6 +1,6 @@
 //! What the demo claims, each checked against what was seen: the demo succeeds only if all of it holds.
 
-use injector_tests::daemon::{BYTES, DIRECTION, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use injector_tests::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_tests::metrics::Metrics;
 
 use super::Engine;
@@ -60,9 +60,9 @@ pub(super) fn carried(performance: &Performance) -> Carried {
     };
     Carried {
         spliced_to_backend: sum(TO_BACKEND, SPLICED),
-        relayed_to_backend: sum(TO_BACKEND, RELAYED),
+        relayed_to_backend: sum(TO_BACKEND, RELAYED) + sum(TO_BACKEND, PIPED),
         spliced_to_client: sum(TO_CLIENT, SPLICED),
-        relayed_to_client: sum(TO_CLIENT, RELAYED),
+        relayed_to_client: sum(TO_CLIENT, RELAYED) + sum(TO_CLIENT, PIPED),
     }
 }
 

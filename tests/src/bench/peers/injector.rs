@@ -11,7 +11,7 @@ use super::{Address, Peer, Proof, Running};
 use crate::bench::mail_sink;
 use crate::bench::stage::mail;
 use crate::bpffs::BpfFs;
-use crate::daemon::{BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PLANE, RELAYED, SPLICED};
+use crate::daemon::{BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED};
 use crate::netns::{Entrance, Place, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 
 /// How long the daemon may take to take its programs off and end.
@@ -176,6 +176,7 @@ impl Running for Daemon {
         let metrics = injector.metrics()?;
         Ok(Proof::from([
             ("bytes spliced".to_owned(), metrics.sum(BYTES, &[(PLANE, SPLICED)])),
+            ("bytes piped".to_owned(), metrics.sum(BYTES, &[(PLANE, PIPED)])),
             ("bytes relayed".to_owned(), metrics.sum(BYTES, &[(PLANE, RELAYED)])),
             ("headers sent".to_owned(), metrics.sum(HEADERS_SENT, &[])),
             ("headers failed".to_owned(), metrics.sum(HEADERS_FAILED, &[])),

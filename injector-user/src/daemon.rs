@@ -3,6 +3,8 @@
 use std::{
     fmt::Write as _,
     hash::{BuildHasher as _, RandomState},
+    io,
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -29,6 +31,7 @@ use crate::{
     session::{Context, Ledger},
     sys,
     watch::Watch,
+    worker::Worker,
 };
 
 /// How long sessions may take to end after they were cut.
@@ -40,7 +43,9 @@ const AFTER_THE_CUT: Duration = Duration::from_secs(3);
 /// When it cannot start; each says what to do.
 pub fn run(mut config: Config) -> anyhow::Result<()> {
     let nofile = sys::raise_nofile().context("reading the limit of open files")?;
-    let carried = listener::connections_for(nofile);
+    let workers = config.limits.workers;
+    let doors = workers * config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>();
+    let carried = listener::connections_for(nofile, doors, workers);
     if carried == 0 {
         bail!(
             "a limit of {nofile} open files carries no connection: raise it (LimitNOFILE= in systemd, ulimit -n)"
@@ -53,7 +58,7 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
             connections = carried,
             wanted,
             "the limit of open files carries fewer connections than limits.max_connections: raise it to {}",
-            wanted * 2 + 128
+            listener::nofile_for(wanted, doors, workers)
         );
     }
 
@@ -79,11 +84,11 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
     #[cfg(not(feature = "bpf"))]
     let attaches = false;
     give_up_rights(&findings, attaches);
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(serve(
+    // For all but the connections; see `worker`.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    runtime.context("starting the runtime")?.block_on(serve(
         config,
-        nofile,
+        carried,
         listening,
         exporter,
         engines,
@@ -93,13 +98,17 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
     ))
 }
 
-fn bind_all(config: &Config) -> anyhow::Result<Vec<Vec<Socket>>> {
+/// For each listener, for each of its addresses, a socket for each worker.
+fn bind_all(config: &Config) -> anyhow::Result<Vec<Vec<Vec<Socket>>>> {
     let bind = |listener: &Listener| {
         // Its packets never reach a socket.
         if listener.engine == EngineChoice::Inline {
             return Ok(Vec::new());
         }
-        let sockets: Result<Vec<_>, _> = listener.bind.iter().copied().map(listener::bind).collect();
+        let bind = |address: &SocketAddr| {
+            listener::bind_for_workers(*address, config.limits.workers, &listener.timeouts)
+        };
+        let sockets: Result<Vec<_>, _> = listener.bind.iter().map(bind).collect();
         sockets.with_context(|| format!("listener {:?}", listener.name))
     };
     config.listeners.iter().map(bind).collect()
@@ -127,8 +136,8 @@ fn give_up_rights(findings: &Findings, attaches: bool) {
 
 async fn serve(
     config: Config,
-    nofile: u64,
-    listening: Vec<Vec<Socket>>,
+    carried: usize,
+    listening: Vec<Vec<Vec<Socket>>>,
     exporter: Option<Socket>,
     engines: Vec<Option<Arc<dyn Engine>>>,
     findings: Findings,
@@ -142,7 +151,7 @@ async fn serve(
     let (ready, readiness) = watch::channel(Readiness::Starting);
     let ledger = Ledger::default();
     let pipes = Pipes::new(pipe::MOST);
-    observe(&metrics, &findings, &config, nofile);
+    observe(&metrics, &findings, &config, carried);
     metrics.watch_backlog(ledger.clone());
     #[cfg(feature = "bpf")]
     if let Some(running) = inline {
@@ -158,21 +167,25 @@ async fn serve(
     let cut = CancellationToken::new();
     let sessions = TaskTracker::new();
     let doors = TaskTracker::new();
-    let watch = Watch::start().context("watching for hang-ups")?;
-    let limits = Limits::new(config.limits.max_connections, nofile);
+    let watches: io::Result<Vec<_>> = (0..config.limits.workers).map(|_| Watch::new()).collect();
+    let watches = watches.context("watching for hang-ups")?;
+    let mut open: Vec<_> = watches.iter().map(|_| Vec::new()).collect();
+    let limits = Limits::new(config.limits.max_connections, carried);
     let run_id = RandomState::new().hash_one(std::process::id());
     for ((listener, sockets), engine) in config.listeners.iter().zip(listening).zip(engines) {
         let Some(engine) = engine else { continue };
         let backends = Arc::new(Backends::new(listener));
         tokio::spawn(Arc::clone(&backends).keep_resolving(stop.clone()));
-        let door = Door {
+        let metrics = metrics.listener(&listener.name, engine.name());
+        let own = listener.max_connections.map(|most| Arc::new(Semaphore::new(most)));
+        let door = |watch: &Watch| Door {
             context: Arc::new(Context {
                 listener: listener.name.clone(),
                 protocol: listener.protocol,
                 expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
-                backends,
-                metrics: metrics.listener(&listener.name, engine.name()),
-                engine,
+                backends: Arc::clone(&backends),
+                metrics: metrics.clone(),
+                engine: Arc::clone(&engine),
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
                 pays: config.splice.pays,
@@ -184,20 +197,30 @@ async fn serve(
                 run_id,
             }),
             limits: limits.clone(),
-            own: listener.max_connections.map(|most| Arc::new(Semaphore::new(most))),
+            own: own.clone(),
             sessions: sessions.clone(),
             stop: stop.clone(),
         };
-        for socket in sockets {
-            let address = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let own_doors: Vec<_> = watches.iter().map(door).collect();
+        for sockets in sockets {
+            let address = sockets.first().and_then(|socket| socket.local_addr().ok()?.as_socket());
             tracing::info!(
                 listener = listener.name,
                 address = address.map(tracing::field::display),
                 "listening"
             );
-            doors.spawn(door.clone().keep_open(socket));
+            for ((open, door), socket) in open.iter_mut().zip(&own_doors).zip(sockets) {
+                open.push((door.clone(), socket));
+            }
         }
     }
+    let ended = CancellationToken::new();
+    let workers: io::Result<Vec<_>> = (0..)
+        .zip(watches)
+        .zip(open)
+        .map(|((number, watch), open)| Worker::start(number, watch, open, &doors, ended.clone()))
+        .collect();
+    let workers = workers.context("starting a thread for connections")?;
     ready.send_replace(Readiness::Ready);
 
     tokio::select! {
@@ -235,6 +258,8 @@ async fn serve(
             tracing::warn!(sessions = sessions.len(), "sessions that did not end");
         }
     }
+    ended.cancel();
+    workers.into_iter().for_each(Worker::join);
     exporting.cancel();
     let mut summary = String::new();
     let _ =
@@ -262,8 +287,8 @@ fn watch_inline(running: crate::inline::start::Running, config: &Config, metrics
 }
 
 /// What the metrics and the log take from the programs and the configuration.
-fn observe(metrics: &Metrics, findings: &Findings, config: &Config, nofile: u64) {
-    metrics.set_max_connections(config.limits.max_connections.min(listener::connections_for(nofile)));
+fn observe(metrics: &Metrics, findings: &Findings, config: &Config, carried: usize) {
+    metrics.set_max_connections(config.limits.max_connections.min(carried));
     metrics.set_engine("relay", true);
     for (engine, tested) in [("inline", &findings.inline), ("splice", &findings.splice)] {
         metrics.set_engine(engine, tested.fault().is_none());

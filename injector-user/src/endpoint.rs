@@ -7,7 +7,7 @@ use std::{
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -51,9 +51,9 @@ type Io = AsyncFd<Arc<Socket>>;
 #[derive(Debug)]
 pub struct Endpoint {
     socket: Arc<Socket>,
-    cookie: u64,
+    /// Asked for when it is needed.
+    cookie: OnceLock<u64>,
     peer: SocketAddr,
-    local: SocketAddr,
     watch: Watch,
     // Exactly these two follow `needs`; see `arm`.
     io: Option<Io>,
@@ -66,15 +66,14 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Takes over an accepted socket: non-blocking, without Nagle.
+    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`accepts`].
     ///
     /// # Errors
-    /// When the socket is no longer connected, or the runtime cannot poll it.
-    pub fn accepted(socket: Socket, watch: &Watch) -> io::Result<Self> {
-        prepare(&socket)?;
+    /// When the runtime cannot poll it.
+    pub fn accepted(socket: Socket, peer: SocketAddr, watch: &Watch) -> io::Result<Self> {
         let socket = Arc::new(socket);
         let io = register(&socket, EVERYTHING)?;
-        Self::connected(socket, io, None, watch)
+        Ok(Self::connected(socket, io, peer, None, watch))
     }
 
     /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up.
@@ -82,7 +81,8 @@ impl Endpoint {
     /// # Errors
     /// As connect(2).
     pub async fn connect(address: SocketAddr, watch: &Watch, engine: &dyn Engine) -> io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let stream = Type::STREAM.nonblocking();
+        let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         prepare(&socket)?;
         receive_buffer(&socket)?;
         let socket = Arc::new(socket);
@@ -99,7 +99,7 @@ impl Endpoint {
             Some(error) => Err(error),
             None => {
                 let sequence = anchor.and_then(|anchor| anchor.sequence());
-                Self::connected(socket, io, sequence, watch)
+                Ok(Self::connected(socket, io, address, sequence, watch))
             }
         }
     }
@@ -107,14 +107,13 @@ impl Endpoint {
     fn connected(
         socket: Arc<Socket>,
         io: Option<Io>,
+        peer: SocketAddr,
         sequence: Option<u32>,
         watch: &Watch,
-    ) -> io::Result<Self> {
-        let address = |address: socket2::SockAddr| address.as_socket().ok_or(io::ErrorKind::InvalidInput);
-        Ok(Self {
-            cookie: socket.cookie()?,
-            peer: address(socket.peer_addr()?)?,
-            local: address(socket.local_addr()?)?,
+    ) -> Self {
+        Self {
+            cookie: OnceLock::new(),
+            peer,
             watch: watch.clone(),
             io,
             watched: None,
@@ -122,13 +121,14 @@ impl Endpoint {
             sequence,
             emptied: AtomicBool::new(false),
             socket,
-        })
+        }
     }
 
     /// The kernel's number for this socket, never used again while the machine runs (`SO_COOKIE`).
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        self.cookie
+        // It cannot fail on an open socket; cookies start at 1, so 0 is nobody's.
+        *self.cookie.get_or_init(|| self.socket.cookie().unwrap_or_default())
     }
 
     /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
@@ -145,9 +145,11 @@ impl Endpoint {
     }
 
     /// The address at our side; for a client's socket what the client connected to.
-    #[must_use]
-    pub fn local(&self) -> SocketAddr {
-        self.local
+    ///
+    /// # Errors
+    /// As getsockname(2).
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// Asks to be told just that. A socket that user space does not read is watched for hang-up instead, so that the
@@ -164,7 +166,7 @@ impl Endpoint {
         if needs.read {
             self.watched = None;
         } else if self.watched.is_none() {
-            self.watched = Some(self.watch.add(Arc::clone(&self.socket), self.cookie)?);
+            self.watched = Some(self.watch.add(Arc::clone(&self.socket), self.cookie())?);
         }
         self.needs = needs;
         Ok(())
@@ -340,18 +342,12 @@ impl Endpoint {
         let _ = tokio::time::timeout(within, acknowledged).await;
     }
 
-    /// From now on a peer that does not answer is given up: one that has been sent something after `user_timeout`, as is one
-    /// whose window stays closed for so long; an idle one is asked whether it lives after `keepalive` (whole seconds), and
-    /// from then on, and given up after `user_timeout` as well. By the kernel alone, whoever carries the payload.
+    /// As [`give_up_after`].
     ///
     /// # Errors
     /// As setsockopt(2).
     pub fn give_up_after(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
-        let interval = (keepalive / 4).max(Duration::from_secs(1));
-        // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
-        let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
-        self.socket.set_tcp_keepalive(&probes)?;
-        self.socket.set_tcp_user_timeout(Some(user_timeout))
+        give_up_after(&self.socket, user_timeout, keepalive)
     }
 
     /// Closes with a RST, so that the peer never takes what it got for the whole.
@@ -385,11 +381,28 @@ fn syn_sequence(syn: &[u8]) -> Option<u32> {
     syn.get(tcp + 4..tcp + 8)?.first_chunk().copied().map(u32::from_be_bytes)
 }
 
-/// Readies a socket that is to accept: fixes the receive buffer, and saves the SYN of each connection until it is read.
+/// From now on a peer that does not answer is given up: one that has been sent something after `user_timeout`, as is one
+/// whose window stays closed for so long; an idle one is asked whether it lives after `keepalive` (whole seconds), and from
+/// then on, and given up after `user_timeout` as well. By the kernel alone, whoever carries the payload. Accepted sockets
+/// have it from the listening one.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+    let interval = (keepalive / 4).max(Duration::from_secs(1));
+    // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
+    let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(user_timeout))
+}
+
+/// Readies a socket that is to accept: fixes the receive buffer, saves the SYN of each connection until it is read, and
+/// sets what accepted sockets then have as well (sk_clone, net/core/sock.c).
 ///
 /// # Errors
 /// As setsockopt(2).
 pub fn accepts(socket: &Socket) -> io::Result<()> {
+    prepare(socket)?;
     receive_buffer(socket)?;
     sys::save_syn(socket)
 }
@@ -402,8 +415,11 @@ fn receive_buffer(socket: &Socket) -> io::Result<()> {
     socket.set_recv_buffer_size(RECEIVE_BUFFER)
 }
 
-fn prepare(socket: &Socket) -> io::Result<()> {
-    socket.set_nonblocking(true)?;
+/// Without Nagle, and with urgent data in its place.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
     socket.set_out_of_band_inline(true)

@@ -25,3 +25,4 @@ pub mod session;
 pub mod splice;
 pub mod sys;
 pub mod watch;
+pub mod worker;

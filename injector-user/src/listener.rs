@@ -3,10 +3,11 @@
 use std::{
     io::{self, Read as _},
     net::{Shutdown, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tokio::{
@@ -16,6 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    config::Timeouts,
     endpoint::{self, Endpoint},
     metrics::RefusedReason,
     pipe,
@@ -24,15 +26,19 @@ use crate::{
     sys,
 };
 
-/// Descriptors that the daemon needs for itself: listeners, maps, programs, epoll, metrics, logs, pipes.
+/// Descriptors that the daemon needs for itself: maps, programs, devices, metrics, logs, pipes.
 const DESCRIPTORS_OF_OUR_OWN: u64 = 128 + 2 * pipe::MOST as u64;
+/// A listening socket has a [`Spare`].
+const DESCRIPTORS_PER_DOOR: u64 = 2;
+/// Epoll instances, what wakes them, and a watch.
+const DESCRIPTORS_PER_WORKER: u64 = 6;
 /// A connection has two sockets.
 const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// How many clients are turned away politely at one time; the others are reset.
 const POLITE_REFUSALS: usize = 256;
 /// Pause after an accept that failed for want of descriptors or memory, with no [`Spare`] left to make room.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How often at most one listening socket says that there is no room.
+/// How often at most it is said that there is no room.
 const SHORTAGE_EVERY: Duration = Duration::from_secs(10);
 /// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -61,23 +67,64 @@ fn advice(error: &io::Error) -> &'static str {
 /// [`BindError`], with what to do about it.
 pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
     let bind = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_nonblocking(true)?;
-        // A restart must not wait for the connections of the last run to leave TIME_WAIT.
-        socket.set_reuse_address(true)?;
-        endpoint::accepts(&socket)?;
-        socket.bind(&address.into())?;
+        let socket = bound(address, false)?;
         socket.listen(BACKLOG)?;
         Ok(socket)
     };
     bind().map_err(|error| BindError { address, error })
 }
 
-/// How many connections `nofile` descriptors are good for.
+/// Listens on `address` with a socket for each worker, over which the kernel spreads clients.
+///
+/// # Errors
+/// [`BindError`], with what to do about it.
+pub fn bind_for_workers(
+    address: SocketAddr,
+    workers: usize,
+    timeouts: &Timeouts,
+) -> Result<Vec<Socket>, BindError> {
+    let bind = || {
+        // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
+        let first = bound(address, false)?;
+        let address = first.local_addr()?.as_socket().unwrap_or(address);
+        drop(first);
+        let sockets: io::Result<Vec<_>> = (0..workers).map(|_| bound(address, true)).collect();
+        let sockets = sockets?;
+        for socket in &sockets {
+            endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+            socket.listen(BACKLOG)?;
+        }
+        Ok(sockets)
+    };
+    bind().map_err(|error| BindError { address, error })
+}
+
+fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+    let stream = Type::STREAM.nonblocking();
+    let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
+    // A restart must not wait for the connections of the last run to leave TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    endpoint::accepts(&socket)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// How many connections `nofile` descriptors are good for, with so many listening sockets and workers.
 #[must_use]
-pub fn connections_for(nofile: u64) -> usize {
-    let connections = nofile.saturating_sub(DESCRIPTORS_OF_OUR_OWN) / DESCRIPTORS_PER_CONNECTION;
+pub fn connections_for(nofile: u64, doors: usize, workers: usize) -> usize {
+    let connections = nofile.saturating_sub(own(doors, workers)) / DESCRIPTORS_PER_CONNECTION;
     usize::try_from(connections).unwrap_or(usize::MAX)
+}
+
+/// How many descriptors so many connections need.
+#[must_use]
+pub fn nofile_for(connections: usize, doors: usize, workers: usize) -> u64 {
+    own(doors, workers).saturating_add((connections as u64).saturating_mul(DESCRIPTORS_PER_CONNECTION))
+}
+
+fn own(doors: usize, workers: usize) -> u64 {
+    DESCRIPTORS_OF_OUR_OWN + DESCRIPTORS_PER_DOOR * doors as u64 + DESCRIPTORS_PER_WORKER * workers as u64
 }
 
 /// The limits on connections over all listeners.
@@ -87,13 +134,13 @@ pub struct Limits {
     /// What the total stands for: the operator's limit, or the descriptors.
     total_reason: RefusedReason,
     polite: Arc<Semaphore>,
+    shortage: Arc<Shortage>,
 }
 
 impl Limits {
-    /// At most `connections`, fewer if `nofile` descriptors do not carry them.
+    /// At most `connections`, fewer if the descriptors do not carry them.
     #[must_use]
-    pub fn new(connections: usize, nofile: u64) -> Self {
-        let carried = connections_for(nofile);
+    pub fn new(connections: usize, carried: usize) -> Self {
         let total_reason = if carried < connections {
             RefusedReason::NoDescriptors
         } else {
@@ -104,6 +151,7 @@ impl Limits {
             total: Arc::new(Semaphore::new(total)),
             total_reason,
             polite: Arc::new(Semaphore::new(POLITE_REFUSALS)),
+            shortage: Arc::default(),
         }
     }
 }
@@ -138,7 +186,6 @@ impl Door {
     pub async fn keep_open(self, socket: Socket) -> io::Result<()> {
         let socket = sys::poll(socket, Interest::READABLE)?;
         let mut spare = Spare::kept_of(socket.get_ref());
-        let mut shortage = Shortage::default();
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -148,12 +195,12 @@ impl Door {
             match accepted {
                 Ok(client) if spare.keep(socket.get_ref()) => self.let_in(client),
                 Ok(client) => {
-                    shortage.tell(&self.context.listener);
+                    self.limits.shortage.tell(&self.context.listener);
                     self.turn_away_at_once(client);
                     spare.keep(socket.get_ref());
                 }
                 Err(error) if no_room(&error) => {
-                    shortage.tell(&self.context.listener);
+                    self.limits.shortage.tell(&self.context.listener);
                     if !spare.give_up() {
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
@@ -162,14 +209,14 @@ impl Door {
                 Err(error) => tracing::debug!(listener = self.context.listener, %error, "accept"),
             }
         }
-        while let Ok((client, _)) = socket.get_ref().accept() {
+        while let Ok(client) = accept_now(socket.get_ref()) {
             self.context.metrics.accepted();
             self.turn_away(client, RefusedReason::Stopping, Refusal::Stopping);
         }
         Ok(())
     }
 
-    fn let_in(&self, client: Socket) {
+    fn let_in(&self, client: Accepted) {
         let metrics = &self.context.metrics;
         metrics.accepted();
         let admitted = match self.admit() {
@@ -179,9 +226,8 @@ impl Door {
         let context = Arc::clone(&self.context);
         let active = metrics.active();
         self.sessions.spawn(async move {
-            match Endpoint::accepted(client, &context.watch) {
+            match Endpoint::accepted(client.socket, client.peer, &context.watch) {
                 Ok(client) => session::serve(&context, client).await,
-                // Reset between the handshake and the accept.
                 Err(error) => {
                     tracing::debug!(listener = context.listener, %error, "gone before it was served")
                 }
@@ -191,14 +237,14 @@ impl Door {
     }
 
     /// Turns away without keeping the client's descriptor for a moment longer, as there is no other.
-    fn turn_away_at_once(&self, client: Socket) {
+    fn turn_away_at_once(&self, client: Accepted) {
+        let client = client.socket;
         let metrics = &self.context.metrics;
         metrics.accepted();
         metrics.refused(RefusedReason::NoDescriptors);
         let line = self.context.protocol.refusal(Refusal::TooManyConnections);
         let told = line.is_some_and(|line| {
-            client.set_nonblocking(true).is_ok()
-                && client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok()
+            client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok()
                 && client.shutdown(Shutdown::Write).is_ok()
         });
         if told {
@@ -222,13 +268,13 @@ impl Door {
         Ok(Admitted { _total: total, _own: own })
     }
 
-    fn turn_away(&self, client: Socket, reason: RefusedReason, why: Refusal) {
+    fn turn_away(&self, client: Accepted, reason: RefusedReason, why: Refusal) {
         let context = Arc::clone(&self.context);
         context.metrics.refused(reason);
         tracing::debug!(listener = context.listener, reason = reason.name(), "refused");
         let polite = Arc::clone(&self.limits.polite).try_acquire_owned();
         self.sessions.spawn(async move {
-            let Ok(client) = Endpoint::accepted(client, &context.watch) else { return };
+            let Ok(client) = Endpoint::accepted(client.socket, client.peer, &context.watch) else { return };
             match polite {
                 Ok(_permit) => session::refuse(client, context.protocol, why).await,
                 Err(_) => client.reset(),
@@ -238,16 +284,30 @@ impl Door {
 }
 
 /// The next client. Cancel safe.
-async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Socket> {
+async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
     loop {
         let mut ready = socket.readable().await?;
-        match ready.try_io(|socket| socket.get_ref().accept()) {
+        match ready.try_io(|socket| accept_now(socket.get_ref())) {
             // The kernel looks for a descriptor before it looks for a client (__sys_accept4_file, net/socket.c).
             Ok(Err(error)) if no_room(&error) && !sys::readable_now(socket)? => ready.clear_ready(),
-            Ok(result) => return result.map(|(client, _)| client),
+            Ok(result) => return result,
             Err(_would_block) => {}
         }
     }
+}
+
+/// A client that waits, as a non-blocking socket.
+fn accept_now(socket: &Socket) -> io::Result<Accepted> {
+    let (client, peer) = acceptfrom_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok()).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Accepted { socket: client.into(), peer })
+}
+
+/// A client's connection.
+#[derive(Debug)]
+struct Accepted {
+    socket: Socket,
+    peer: SocketAddr,
 }
 
 /// A descriptor kept for the moment when there are no others: without one, nobody could even be told to come back later,
@@ -278,13 +338,14 @@ impl Spare {
 /// Says that there is no room, and not with every client.
 #[derive(Debug, Default)]
 struct Shortage {
-    told: Option<Instant>,
+    told: Mutex<Option<Instant>>,
 }
 
 impl Shortage {
-    fn tell(&mut self, listener: &str) {
-        if self.told.is_none_or(|told| told.elapsed() >= SHORTAGE_EVERY) {
-            self.told = Some(Instant::now());
+    fn tell(&self, listener: &str) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none_or(|told| told.elapsed() >= SHORTAGE_EVERY) {
+            *told = Some(Instant::now());
             tracing::warn!(
                 listener,
                 "no file descriptors are left, clients are turned away: lower limits.max_connections or raise the \
@@ -304,21 +365,35 @@ mod tests {
 
     #[test]
     fn descriptors_bound_the_connections() {
-        for (nofile, connections) in [(0, 0), (192, 0), (193, 0), (194, 1), (1024, 416), (20_192, 10_000)] {
-            assert_eq!(connections_for(nofile), connections, "{nofile}");
+        for (nofile, connections) in [(0, 0), (192, 0), (200, 0), (201, 0), (202, 1), (20_200, 10_000)] {
+            assert_eq!(connections_for(nofile, 1, 1), connections, "{nofile}");
         }
+        // Eight addresses, two workers.
+        assert_eq!((nofile_for(10_000, 16, 2), connections_for(20_236, 16, 2)), (20_236, 10_000));
     }
 
     #[test]
     fn the_reason_of_the_limit_is_the_tighter_bound() {
-        assert_eq!(Limits::new(10, 1024).total_reason, RefusedReason::TooManyConnections);
-        assert_eq!(Limits::new(10_000, 1024).total_reason, RefusedReason::NoDescriptors);
+        assert_eq!(Limits::new(10, 400).total_reason, RefusedReason::TooManyConnections);
+        assert_eq!(Limits::new(10_000, 400).total_reason, RefusedReason::NoDescriptors);
     }
 
     #[test]
     fn a_port_in_use_is_named_with_advice() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let error = bind(taken.local_addr().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("another program listens there"), "{error}");
+    }
+
+    #[test]
+    fn a_port_of_another_daemon_is_not_shared() {
+        let text = "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\n\
+                    backends = [\"127.0.0.1:2\"]\n";
+        let timeouts = crate::config::Config::parse(text, "test.toml").unwrap().listeners[0].timeouts;
+        let ours = bind_for_workers("127.0.0.1:0".parse().unwrap(), 3, &timeouts).unwrap();
+        let address = ours[0].local_addr().unwrap().as_socket().unwrap();
+        assert!(ours.iter().all(|socket| socket.local_addr().unwrap().as_socket() == Some(address)));
+        let error = bind_for_workers(address, 3, &timeouts).unwrap_err().to_string();
         assert!(error.contains("another program listens there"), "{error}");
     }
 

@@ -42,12 +42,29 @@ impl Watch {
     /// Starts watching, as a task of the present runtime.
     ///
     /// # Errors
-    /// As epoll_create1(2), or when the runtime cannot poll the instance.
+    /// As [`Watch::new`] and [`Watch::follow`].
     pub fn start() -> io::Result<Self> {
-        let watch = Self(Arc::new(Shared { epoll: Epoll::new()?, watched: Mutex::default() }));
-        let polled = sys::poll(EpollOf(Arc::clone(&watch.0)), Interest::READABLE)?;
-        tokio::spawn(dispatch(polled));
+        let watch = Self::new()?;
+        watch.follow()?;
         Ok(watch)
+    }
+
+    /// One that nobody follows yet.
+    ///
+    /// # Errors
+    /// As epoll_create1(2).
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, watched: Mutex::default() })))
+    }
+
+    /// Has a task of the present runtime tell what happens.
+    ///
+    /// # Errors
+    /// When the runtime cannot poll the instance.
+    pub fn follow(&self) -> io::Result<()> {
+        let polled = sys::poll(EpollOf(Arc::clone(&self.0)), Interest::READABLE)?;
+        tokio::spawn(dispatch(polled));
+        Ok(())
     }
 
     /// Watches `socket`, which has the cookie `cookie`, until the result is dropped.

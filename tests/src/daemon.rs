@@ -46,6 +46,9 @@ pub const CONNECTION_CLOSED: &str = "connection closed";
 /// Where the binary under test is; without it, the one beside this test's own binary.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
+/// The daemon that a running one is upgraded to.
+const NEXT_BINARY_VARIABLE: &str = "INJECTOR_NEXT_BIN";
+
 /// How long the daemon may take to become ready.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -96,6 +99,19 @@ impl Injector {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_by(netns: &Netns, by: &[&str], config: &str) -> anyhow::Result<Self> {
+        Self::start_binary(netns, by, &binary()?, config)
+    }
+
+    /// As [`Self::start`], the daemon that `INJECTOR_NEXT_BIN` names, to upgrade to; without it the same once more.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_next(netns: &Netns, config: &str) -> anyhow::Result<Self> {
+        let next = std::env::var_os(NEXT_BINARY_VARIABLE).map_or_else(binary, |next| Ok(next.into()))?;
+        Self::start_binary(netns, &[], &next, config)
+    }
+
+    fn start_binary(netns: &Netns, by: &[&str], binary: &Path, config: &str) -> anyhow::Result<Self> {
         let metrics = metrics_address(config)?;
         let dir = netns::scratch_dir("injector")?;
         let file = dir.path().join("injector.toml");
@@ -103,13 +119,13 @@ impl Injector {
         let log = LogFile::new(dir.path().join("injector.log"));
         let mut command = match by.split_first() {
             None => {
-                let mut command = netns.command(binary()?);
+                let mut command = netns.command(binary);
                 command.arg("run").arg("--config").arg(&file);
                 command
             }
             Some((program, arguments)) => {
                 let mut command = netns.command(program);
-                let line = format!("exec {} run --config {}", binary()?.display(), file.display());
+                let line = format!("exec {} run --config {}", binary.display(), file.display());
                 command.args(arguments).arg(line);
                 command
             }

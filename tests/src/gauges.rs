@@ -124,7 +124,7 @@ fn tcp_pages(text: &str) -> u64 {
 }
 
 /// Descriptors that a process has open, pipes apart: of these the daemon keeps some for the next bulk, at most
-/// [`MOST_PIPES`].
+/// `MOST_PIPES`.
 ///
 /// # Errors
 /// When there is no such process, or it has too many pipes.

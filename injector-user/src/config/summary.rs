@@ -20,7 +20,8 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     }
     let count = config.listeners.len();
     write!(out, "{count} listener{}, ", if count == 1 { "" } else { "s" })?;
-    write!(out, "at most {} connections, ", config.limits.max_connections)?;
+    let super::Limits { max_connections, workers } = config.limits;
+    write!(out, "at most {max_connections} connections, threads that serve them: {workers}, ")?;
     writeln!(
         out,
         "sessions may go on for {} after SIGTERM",

@@ -618,7 +618,7 @@ imaps (imaps, engine relay)
   dead peers   asked after 1m, given up after 5m
   connections  at most 50
 
-2 listeners, at most 10000 connections, sessions may go on for 30s after SIGTERM
+2 listeners, at most 10000 connections, threads that serve them: 2, sessions may go on for 30s after SIGTERM
 no metrics (add [metrics] listen)
 ";
     assert_eq!(summary(&Config::parse(&text, "f.toml").unwrap()), expected);

@@ -163,11 +163,18 @@ impl Lane {
     }
 
     pub(super) fn reads_source(&self) -> bool {
-        matches!(self.direction.plane(), Plane::Relayed | Plane::Offered) && !self.direction.ended()
+        self.may_read_source() && !self.direction.ended()
     }
 
-    pub(super) fn writes_target(&self) -> bool {
-        self.direction.plane() == Plane::Relayed && self.want() != Want::Nothing
+    /// Whether user space is to be told of what the source sends. When that has finished there is nothing more to be told, but
+    /// nothing to be gained either by asking for less.
+    pub(super) fn may_read_source(&self) -> bool {
+        matches!(self.direction.plane(), Plane::Relayed | Plane::Offered)
+    }
+
+    /// Whether user space is to be told of room at the target.
+    pub(super) fn may_write_target(&self) -> bool {
+        self.direction.plane() == Plane::Relayed
     }
 
     /// Bytes so far.

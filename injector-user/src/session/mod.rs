@@ -79,10 +79,16 @@ pub struct Context {
 /// Serves an admitted connection to its end, and reports it.
 pub async fn serve(context: &Context, client: Endpoint) {
     let accepted = Instant::now();
-    let (peer, local) = (client.peer(), client.local());
-    let id = unique_id(context.run_id, client.cookie());
-    give_up_in_time(context, &client);
-    let finished = live(context, client).await;
+    let peer = client.peer();
+    let local = match client.local() {
+        Ok(local) => local,
+        Err(error) => {
+            return tracing::debug!(listener = context.listener, %error, "gone before it was served");
+        }
+    };
+    let id = context.receiver.unique_id.then(|| unique_id(context.run_id, client.cookie()));
+    let identity = Identity { peer, local, id };
+    let finished = live(context, client, &identity).await;
     let report = Report {
         client: peer,
         local,
@@ -92,7 +98,7 @@ pub async fn serve(context: &Context, client: Endpoint) {
         to_backend: finished.to_backend,
         to_client: finished.to_client,
         duration: accepted.elapsed(),
-        unique_id: context.receiver.unique_id.then(|| String::from_utf8_lossy(&id).into_owned()),
+        unique_id: id.map(|id| String::from_utf8_lossy(&id).into_owned()),
         end: finished.end,
         error: finished.error,
     };
@@ -123,7 +129,16 @@ impl Finished {
     }
 }
 
-async fn live(context: &Context, client: Endpoint) -> Finished {
+/// Whom the header names.
+#[derive(Clone, Copy, Debug)]
+struct Identity {
+    peer: SocketAddr,
+    local: SocketAddr,
+    /// Where the receiver wants one.
+    id: Option<[u8; UNIQUE_ID_LEN]>,
+}
+
+async fn live(context: &Context, client: Endpoint, identity: &Identity) -> Finished {
     // connecting
     let connecting = context.backends.connect(context.timeouts.connect, &context.watch, &*context.engine);
     let connected = tokio::select! {
@@ -155,7 +170,7 @@ async fn live(context: &Context, client: Endpoint) -> Finished {
             return Finished::early(end, Some(peer), error.map(|error| error.to_string()));
         }
     };
-    let injected = match inject(context, &client, &backend, &first) {
+    let injected = match inject(context, identity, &backend, &first) {
         Ok(injected) => injected,
         Err(error) => {
             context.metrics.header_failed();
@@ -237,10 +252,10 @@ async fn first_payload(
 }
 
 /// Renders the header and has the engine send it, with what the client has said where that may be passed on.
-fn inject(context: &Context, client: &Endpoint, backend: &Endpoint, first: &First) -> io::Result<Injected> {
-    let id = unique_id(context.run_id, client.cookie());
+fn inject(context: &Context, identity: &Identity, backend: &Endpoint, first: &First) -> io::Result<Injected> {
+    let Identity { peer, local, id } = *identity;
     let header =
-        Rendered::new(&context.receiver, client.peer(), client.local(), &id).map_err(io::Error::other)?;
+        Rendered::new(&context.receiver, peer, local, &id.unwrap_or_default()).map_err(io::Error::other)?;
     let payload = if first.gated { &[] } else { &first.payload[..] };
     context.engine.inject(backend, header.as_bytes(), payload)
 }

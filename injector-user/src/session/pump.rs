@@ -217,9 +217,9 @@ impl<'a> Pump<'a> {
             }
         }
         client
-            .arm(Needs { read: to_backend.reads_source(), write: to_client.writes_target() })
+            .arm(Needs { read: to_backend.may_read_source(), write: to_client.may_write_target() })
             .and_then(|()| {
-                backend.arm(Needs { read: to_client.reads_source(), write: to_backend.writes_target() })
+                backend.arm(Needs { read: to_client.may_read_source(), write: to_backend.may_write_target() })
             })
             .map_err(|error| (End::Internal, Some(error)))
     }

@@ -12,7 +12,7 @@ use tokio::{
 
 use super::{Splice, verdict::Spliced};
 use crate::{
-    endpoint::{Endpoint, Needs},
+    endpoint::{self, Endpoint, Needs},
     selftest::Check,
     watch::Watch,
 };
@@ -228,8 +228,14 @@ async fn pair_with_small_buffers(watch: &Watch) -> io::Result<(Endpoint, TcpStre
     ours.set_tcp_mss(SEGMENT)?;
     // Over loopback to a listener with room this does not wait.
     ours.connect(&listener.local_addr()?)?;
-    let ours = Endpoint::accepted(ours, watch)?;
+    endpoint::prepare(&ours)?;
+    ours.set_nonblocking(true)?;
+    let ours = Endpoint::accepted(ours, local_of(&listener)?, watch)?;
     Ok((ours, TcpListener::from_std(listener.into())?.accept().await?.0))
+}
+
+fn local_of(socket: &Socket) -> io::Result<SocketAddr> {
+    socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 async fn expect(peer: &mut TcpStream, parts: &[&[u8]]) -> io::Result<()> {

@@ -106,23 +106,31 @@ fn detached(world: &World, family: Family) -> anyhow::Result<()> {
 
 /// The daemon dies and comes back while a transfer goes on, and new connections are opened meanwhile.
 fn killed_in_transfer(world: &World, family: Family) -> anyhow::Result<()> {
-    const BULK: usize = 256 << 20;
+    killed_and_upgraded(world, family, 256 << 20)
+}
+
+/// The same with so many bytes; the daemon that comes back is the next one where `INJECTOR_NEXT_BIN` names it.
+pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) -> anyhow::Result<()> {
     let backend = world.backend(family)?;
     let _detached = Detached::new(world)?;
     let injector = Injector::start(&world.topology.edge, &config(world))?;
     let (mut client, mut server) = joined(world, family, &backend)?;
     let block: Vec<u8> = (0..251).cycle().take(1 << 20).collect();
-    let received = AtomicUsize::new(0);
+    let (received, back) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| -> anyhow::Result<()> {
-            for _ in 0..BULK / block.len() {
+            for sent in 0..bulk / block.len() {
+                // The last quarter is for the daemon that comes back.
+                while sent == bulk / block.len() / 4 * 3 && !back.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 client.write_all(&block)?;
             }
             Ok(client.shutdown(Shutdown::Write)?)
         });
         let receiving = scope.spawn(|| -> anyhow::Result<()> {
             let mut seen = vec![0; block.len()];
-            for _ in 0..BULK / block.len() {
+            for _ in 0..bulk / block.len() {
                 server.read_exact(&mut seen)?;
                 ensure!(seen == block, "other bytes than were sent");
                 received.fetch_add(seen.len(), Ordering::Relaxed);
@@ -130,14 +138,21 @@ fn killed_in_transfer(world: &World, family: Family) -> anyhow::Result<()> {
             ensure!(server.read(&mut seen)? == 0, "something behind the FIN");
             Ok(())
         });
-        while received.load(Ordering::Relaxed) < BULK / 4 && !receiving.is_finished() {
+        while received.load(Ordering::Relaxed) < bulk / 4 && !receiving.is_finished() {
             std::thread::sleep(Duration::from_millis(1));
         }
         // SIGKILL.
         drop(injector);
-        drop(joined(world, family, &backend).context("with no daemon")?);
-        let again = Injector::start(&world.topology.edge, &config(world)).context("started again")?;
-        drop(joined(world, family, &backend).context("with the second daemon")?);
+        let alone = joined(world, family, &backend).context("with no daemon");
+        let again = Injector::start_next(&world.topology.edge, &config(world)).context("started again");
+        let second = joined(world, family, &backend).context("with the second daemon");
+        let left = bulk - received.load(Ordering::Relaxed);
+        // Whatever has become of it, the sender is not to wait for ever.
+        back.store(true, Ordering::Relaxed);
+        drop((alone?, second?));
+        let again = again?;
+        ensure!(left > 0 && !receiving.is_finished(), "the transfer was over before the daemon was back");
+        eprintln!("    the daemon was back with {} of {} MiB to come", left >> 20, bulk >> 20);
         sending.join().map_err(|_| anyhow::anyhow!("panicked"))?.context("sending")?;
         receiving.join().map_err(|_| anyhow::anyhow!("panicked"))?.context("receiving")?;
         drop(again);

@@ -56,6 +56,10 @@ fn main() {
         }
     }
     for family in Family::ALL {
+        let name = format!("inline/{}/outlives/killed and upgraded during 2 GiB", family.name());
+        let run =
+            move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.world()?, family, 2 << 30);
+        trials.push(trial(&shared, name, run).with_ignored_flag(true));
         let name = format!("tcp/{}/more than 5 GiB each way", family.name());
         let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.world()?, family);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));

@@ -80,6 +80,8 @@ pub(super) fn enrolments() -> Vec<Peer> {
         after(4, NEVER, "after-4", "after 4 payloads"),
         after(16, NEVER, "after-16", "after 16 payloads"),
         after(64, NEVER, "after-64", "after 64 payloads"),
+        after(8, NEVER, "after-8", "after 8 payloads"),
+        after(32, NEVER, "after-32", "after 32 payloads"),
         after(4, 64 << 10, "after-4-or-64k", "after 4 payloads or 64 KiB"),
         after(NEVER, 64 << 10, "after-64k", "after 64 KiB"),
         after(NEVER, 1 << 20, "after-1m", "after 1 MiB"),

@@ -1,7 +1,6 @@
 //! `injector run`: everything that needs rights first, then without them until the stop.
 
 use std::{
-    fmt::Write as _,
     hash::{BuildHasher as _, RandomState},
     io,
     net::SocketAddr,
@@ -150,7 +149,6 @@ async fn serve(
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
     let ledger = Ledger::default();
-    let pipes = Pipes::new(pipe::MOST);
     observe(&metrics, &findings, &config, carried);
     metrics.watch_backlog(ledger.clone());
     #[cfg(feature = "bpf")]
@@ -163,64 +161,7 @@ async fn serve(
         tokio::spawn(http::serve(exporter, metrics.clone(), readiness, exporting.clone()));
     }
 
-    let stop = CancellationToken::new();
-    let cut = CancellationToken::new();
-    let sessions = TaskTracker::new();
-    let doors = TaskTracker::new();
-    let watches: io::Result<Vec<_>> = (0..config.limits.workers).map(|_| Watch::new()).collect();
-    let watches = watches.context("watching for hang-ups")?;
-    let mut open: Vec<_> = watches.iter().map(|_| Vec::new()).collect();
-    let limits = Limits::new(config.limits.max_connections, carried);
-    let run_id = RandomState::new().hash_one(std::process::id());
-    for ((listener, sockets), engine) in config.listeners.iter().zip(listening).zip(engines) {
-        let Some(engine) = engine else { continue };
-        let backends = Arc::new(Backends::new(listener));
-        tokio::spawn(Arc::clone(&backends).keep_resolving(stop.clone()));
-        let metrics = metrics.listener(&listener.name, engine.name());
-        let own = listener.max_connections.map(|most| Arc::new(Semaphore::new(most)));
-        let door = |watch: &Watch| Door {
-            context: Arc::new(Context {
-                listener: listener.name.clone(),
-                protocol: listener.protocol,
-                expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
-                backends: Arc::clone(&backends),
-                metrics: metrics.clone(),
-                engine: Arc::clone(&engine),
-                timeouts: listener.timeouts,
-                receiver: listener.receiver.clone(),
-                pays: config.splice.pays,
-                pipes: pipes.clone(),
-                marks: config.splice.marks,
-                ledger: ledger.clone(),
-                watch: watch.clone(),
-                cut: cut.clone(),
-                run_id,
-            }),
-            limits: limits.clone(),
-            own: own.clone(),
-            sessions: sessions.clone(),
-            stop: stop.clone(),
-        };
-        let own_doors: Vec<_> = watches.iter().map(door).collect();
-        for sockets in sockets {
-            let address = sockets.first().and_then(|socket| socket.local_addr().ok()?.as_socket());
-            tracing::info!(
-                listener = listener.name,
-                address = address.map(tracing::field::display),
-                "listening"
-            );
-            for ((open, door), socket) in open.iter_mut().zip(&own_doors).zip(sockets) {
-                open.push((door.clone(), socket));
-            }
-        }
-    }
-    let ended = CancellationToken::new();
-    let workers: io::Result<Vec<_>> = (0..)
-        .zip(watches)
-        .zip(open)
-        .map(|((number, watch), open)| Worker::start(number, watch, open, &doors, ended.clone()))
-        .collect();
-    let workers = workers.context("starting a thread for connections")?;
+    let serving = Serving::begin(&config, carried, listening, engines, &metrics, &ledger)?;
     ready.send_replace(Readiness::Ready);
 
     tokio::select! {
@@ -228,44 +169,137 @@ async fn serve(
         _ = interrupt.recv() => {}
     }
     ready.send_replace(Readiness::Stopping);
-    stop.cancel();
-    doors.close();
-    doors.wait().await;
-    sessions.close();
-    let left = sessions.len();
-    let deadline = config.stop.deadline;
-    tracing::info!(
-        sessions = left,
-        ?deadline,
-        "stopping: no new connections; a second signal cuts what is left"
-    );
-    let cut_now = async {
+    let again = async {
         tokio::select! {
-            () = tokio::time::sleep(deadline) => {}
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
     };
-    let finished = tokio::select! {
-        () = sessions.wait() => true,
-        () = cut_now => false,
-    };
-    let mut count = 0;
-    if !finished {
-        count = sessions.len();
-        cut.cancel();
-        if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
-            tracing::warn!(sessions = sessions.len(), "sessions that did not end");
-        }
-    }
-    ended.cancel();
-    workers.into_iter().for_each(Worker::join);
+    serving.end(config.stop.deadline, again).await;
     exporting.cancel();
-    let mut summary = String::new();
-    let _ =
-        write!(summary, "{} sessions finished by themselves, {count} were cut", left.saturating_sub(count));
-    tracing::info!(cut = count, "stopped: {summary}");
     Ok(())
+}
+
+/// The threads that serve connections, and how they are told to stop.
+struct Serving {
+    /// Nobody more is let in.
+    stop: CancellationToken,
+    /// Who is still there is cut.
+    cut: CancellationToken,
+    /// The threads end.
+    ended: CancellationToken,
+    doors: TaskTracker,
+    sessions: TaskTracker,
+    workers: Vec<Worker>,
+}
+
+impl Serving {
+    /// Opens the doors of all listeners that have an engine.
+    fn begin(
+        config: &Config,
+        carried: usize,
+        listening: Vec<Vec<Vec<Socket>>>,
+        engines: Vec<Option<Arc<dyn Engine>>>,
+        metrics: &Metrics,
+        ledger: &Ledger,
+    ) -> anyhow::Result<Self> {
+        let mut serving = Self {
+            stop: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            ended: CancellationToken::new(),
+            doors: TaskTracker::new(),
+            sessions: TaskTracker::new(),
+            workers: Vec::new(),
+        };
+        let watches: io::Result<Vec<_>> = (0..config.limits.workers).map(|_| Watch::new()).collect();
+        let watches = watches.context("watching for hang-ups")?;
+        let mut open: Vec<_> = watches.iter().map(|_| Vec::new()).collect();
+        let limits = Limits::new(config.limits.max_connections, carried);
+        let pipes = Pipes::new(pipe::MOST);
+        let run_id = RandomState::new().hash_one(std::process::id());
+        for ((listener, sockets), engine) in config.listeners.iter().zip(listening).zip(engines) {
+            let Some(engine) = engine else { continue };
+            let backends = Arc::new(Backends::new(listener));
+            tokio::spawn(Arc::clone(&backends).keep_resolving(serving.stop.clone()));
+            let metrics = metrics.listener(&listener.name, engine.name());
+            let own = listener.max_connections.map(|most| Arc::new(Semaphore::new(most)));
+            let door = |watch: &Watch| Door {
+                context: Arc::new(Context {
+                    listener: listener.name.clone(),
+                    protocol: listener.protocol,
+                    expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
+                    backends: Arc::clone(&backends),
+                    metrics: metrics.clone(),
+                    engine: Arc::clone(&engine),
+                    timeouts: listener.timeouts,
+                    receiver: listener.receiver.clone(),
+                    pays: config.splice.pays,
+                    pipes: pipes.clone(),
+                    marks: config.splice.marks,
+                    ledger: ledger.clone(),
+                    watch: watch.clone(),
+                    cut: serving.cut.clone(),
+                    run_id,
+                }),
+                limits: limits.clone(),
+                own: own.clone(),
+                sessions: serving.sessions.clone(),
+                stop: serving.stop.clone(),
+            };
+            let own_doors: Vec<_> = watches.iter().map(door).collect();
+            for sockets in sockets {
+                let address = sockets.first().and_then(|socket| socket.local_addr().ok()?.as_socket());
+                tracing::info!(
+                    listener = listener.name,
+                    address = address.map(tracing::field::display),
+                    "listening"
+                );
+                for ((open, door), socket) in open.iter_mut().zip(&own_doors).zip(sockets) {
+                    open.push((door.clone(), socket));
+                }
+            }
+        }
+        for ((number, watch), open) in (0..).zip(watches).zip(open) {
+            let worker = Worker::start(number, watch, open, &serving.doors, serving.ended.clone());
+            serving.workers.push(worker.context("starting a thread for connections")?);
+        }
+        Ok(serving)
+    }
+
+    /// Closes the doors, and cuts who has not finished at the deadline, or when it is asked for `again`.
+    async fn end(self, deadline: Duration, again: impl Future<Output = ()>) {
+        let Self { stop, cut, ended, doors, sessions, workers } = self;
+        stop.cancel();
+        doors.close();
+        doors.wait().await;
+        sessions.close();
+        let left = sessions.len();
+        tracing::info!(
+            sessions = left,
+            ?deadline,
+            "stopping: no new connections; a second signal cuts what is left"
+        );
+        let finished = tokio::select! {
+            () = sessions.wait() => true,
+            () = tokio::time::sleep(deadline) => false,
+            () = again => false,
+        };
+        let mut count = 0;
+        if !finished {
+            count = sessions.len();
+            cut.cancel();
+            if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
+                tracing::warn!(sessions = sessions.len(), "sessions that did not end");
+            }
+        }
+        ended.cancel();
+        workers.into_iter().for_each(Worker::join);
+        let by_themselves = left.saturating_sub(count);
+        tracing::info!(
+            cut = count,
+            "stopped: {by_themselves} sessions finished by themselves, {count} were cut"
+        );
+    }
 }
 
 /// Packets need nobody; the operator wants to know what becomes of them.

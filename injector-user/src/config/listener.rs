@@ -59,6 +59,7 @@ fn read(
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
     let backends = backends(&section, &bind);
+    let weights = weights(&section, &backends, engine);
     let resolve_interval = section.duration("resolve_interval", Zero::Refused);
     let max_connections = section.count("max_connections");
     // Without a valid protocol the rest is still checked, against the one that restricts least.
@@ -72,6 +73,7 @@ fn read(
         protocol: protocol?,
         engine: engine.unwrap_or_default(),
         backends,
+        weights,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
         max_connections,
         timeouts,
@@ -131,6 +133,25 @@ fn refuse_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketA
         format!("overlaps {:?} of {} in line {line}", other.address.to_string(), other.owner)
     };
     section.field_problem(at, "bind", &format!(" {text:?}: {what}"));
+}
+
+/// The heaviest share of a backend; 0 is none.
+const MOST_WEIGHT: u32 = 1000;
+
+fn weights(section: &Section<'_>, backends: &[Backend], engine: Option<EngineChoice>) -> Vec<u32> {
+    let Some((at, weights)) = section.integers("weights", 0, MOST_WEIGHT) else { return Vec::new() };
+    if weights.len() != backends.len() {
+        let (given, wanted) = (weights.len(), backends.len());
+        section.field_problem(at, "weights", &format!(": {given} of them for {wanted} backends"));
+    }
+    if weights.iter().all(|weight| *weight == 0) {
+        section.field_problem(at, "weights", ": one must be more than 0");
+    }
+    if matches!(engine, Some(EngineChoice::Splice | EngineChoice::Relay)) {
+        let message = ": engines that end TCP try backends in order; only \"inline\" spreads connections";
+        section.field_problem(at, "weights", message);
+    }
+    weights
 }
 
 fn backends(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backend> {

@@ -252,8 +252,10 @@ pub struct Listener {
     pub protocol: Protocol,
     /// How its bytes are moved.
     pub engine: EngineChoice,
-    /// At least one, tried in order.
+    /// At least one; tried in order, or by their weights.
     pub backends: Vec<Backend>,
+    /// The inline engine's managed NAT: shares of new connections, one for each backend; empty if all are equal.
+    pub weights: Vec<u32>,
     /// How often backend names are resolved again.
     pub resolve_interval: Duration,
     /// Connections at one time on this listener, besides [`Limits::max_connections`].

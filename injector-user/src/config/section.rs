@@ -211,6 +211,22 @@ impl<'t> Section<'t> {
         Some(strings.collect())
     }
 
+    /// A list of integers between `least` and `most`. Everything else is reported.
+    pub(super) fn integers(&self, field: &'static str, least: u32, most: u32) -> Option<At<Vec<u32>>> {
+        let (at, value) = self.get(field)?;
+        let expected = format!("a list of integers from {least} to {most}");
+        let number = |item: &Spanned<DeValue<'_>>| {
+            let integer = item.get_ref().as_integer()?;
+            let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok()?;
+            (least..=most).contains(&number).then_some(number)
+        };
+        let numbers: Option<Vec<_>> = value.as_array().and_then(|items| items.iter().map(number).collect());
+        if numbers.is_none() {
+            self.field_problem(at, field, &format!(": must be {expected}"));
+        }
+        Some((at, numbers?))
+    }
+
     /// True or false; wrong types are reported.
     pub(super) fn flag(&self, field: &'static str) -> Option<At<bool>> {
         let (at, value) = self.get(field)?;

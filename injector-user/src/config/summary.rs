@@ -40,6 +40,9 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
     writeln!(out, "  backends     {}{resolves}", join(&listener.backends))?;
+    if !listener.weights.is_empty() {
+        writeln!(out, "  weights      {}", join(&listener.weights))?;
+    }
     writeln!(out, "  header       {}", header(&listener.receiver))?;
     let timeouts = &listener.timeouts;
     let [connect, idle, half_closed, wait, user_timeout, keepalive] = [

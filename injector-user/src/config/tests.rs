@@ -53,6 +53,7 @@ fn the_example_means_what_it_says() {
         protocol: Protocol::Smtp,
         engine: EngineChoice::Auto,
         backends: vec![Backend { host: Host::Name("mail.internal".to_owned()), port: 2525 }],
+        weights: Vec::new(),
         resolve_interval: Duration::from_secs(15),
         max_connections: None,
         timeouts: Timeouts {
@@ -104,6 +105,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.engine, EngineChoice::default());
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
     assert!(listener.max_connections.is_some());
+    assert_eq!(config.listeners.iter().map(|listener| listener.weights.len()).max(), Some(2));
     let receiver = &listener.receiver;
     assert!(receiver.crc32c && receiver.unique_id && receiver.authority.is_some() && receiver.noop.is_some());
     assert_eq!(receiver.custom.len(), 2);
@@ -361,6 +363,29 @@ fn binds_must_not_overlap() {
         Config::parse(&with("bind", &format!("bind = [{fine}]")), "f.toml")
             .unwrap_or_else(|e| panic!("{fine}: {e}"));
     }
+}
+
+#[test]
+fn weights_are_checked() {
+    let backends = "backends = [\"192.0.2.20:1\", \"192.0.2.21:1\"]\n";
+    for (weights, problem) in [
+        ("[1]", ": 1 of them for 2 backends"),
+        ("[0, 0]", ": one must be more than 0"),
+        ("[1, 1001]", ": must be a list of integers from 0 to 1000"),
+        ("[1, -1]", ": must be a list of integers from 0 to 1000"),
+        ("3", ": must be a list of integers from 0 to 1000"),
+        (
+            "[1, 2]\nengine = \"relay\"",
+            ": engines that end TCP try backends in order; only \"inline\" spreads connections",
+        ),
+    ] {
+        assert_problems(
+            &with("backends", &format!("{backends}weights = {weights}")),
+            &[&format!("f.toml:6:11: listener \"smtp\": weights{problem}")],
+        );
+    }
+    let config = Config::parse(&with("backends", &format!("{backends}weights = [3, 0]")), "f.toml").unwrap();
+    assert_eq!(config.listeners[0].weights, [3, 0]);
 }
 
 #[test]

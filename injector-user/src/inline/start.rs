@@ -1,6 +1,6 @@
 //! Setting the engine to work for the listeners that ask for it, and following the devices as they come and go.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeSet, iter, net::SocketAddr, sync::Arc};
 
 use anyhow::{Context as _, anyhow, bail};
 
@@ -150,11 +150,12 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
 
 fn ruleset(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<nat::Ruleset> {
     let service = |listener: &&Listener| {
-        let backend = |address| nat::Backend { address, weight: 1 };
+        let weights = listener.weights.iter().copied().chain(iter::repeat(1));
+        let backend = |(address, weight)| nat::Backend { address, weight };
         Ok(nat::Service {
             name: listener.name.clone(),
             listen: listener.bind.clone(),
-            backends: addresses(listener)?.into_iter().map(backend).collect(),
+            backends: addresses(listener)?.into_iter().zip(weights).map(backend).collect(),
             masquerade: settings.masquerade,
         })
     };
@@ -291,4 +292,25 @@ pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
         nat::remove(&table)?;
     }
     super::detach(&settings.pin).with_context(|| format!("{}", settings.pin.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_of_the_configuration_are_those_of_the_rules() {
+        let config = |weights: &str| {
+            let text = format!(
+                "[[listener]]\nname = \"a\"\nbind = [\"192.0.2.10:25\"]\nprotocol = \"smtp\"\nengine = \"inline\"\n\
+                 backends = [\"10.0.0.1:2525\", \"10.0.0.2:2525\"]\n{weights}"
+            );
+            Config::parse(&text, "test.toml").unwrap()
+        };
+        let rules = |config: &Config| format!("{:?}", ruleset(&config.inline, &listeners(config)).unwrap());
+        let [equal, same, other] =
+            ["", "weights = [7, 7]", "weights = [3, 1]"].map(|given| rules(&config(given)));
+        assert_eq!(equal, same);
+        assert_ne!(equal, other);
+    }
 }

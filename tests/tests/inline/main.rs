@@ -63,6 +63,9 @@ fn main() {
         let name = format!("tcp/{}/more than 5 GiB each way", family.name());
         let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.world()?, family);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));
+        let name = format!("tcp/{}/more than 5 GiB each way, offloads off", family.name());
+        let run = move |shared: &mut Shared| offloads::five_gibibytes(&*shared.world()?, family);
+        trials.push(trial(&shared, name, run).with_ignored_flag(true));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(shared);

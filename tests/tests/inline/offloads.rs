@@ -15,6 +15,7 @@ use injector_tests::netns::{Family, Netns};
 
 use crate::Run;
 use crate::lab::through;
+use crate::tcp;
 use crate::wire::sums_are_right;
 use crate::world::{World, accept, expect, own_header};
 
@@ -26,13 +27,7 @@ type End<'a> = (&'a Netns, &'static str);
 /// A transfer each way; every segment that the backend's device receives or sends has the right checksums.
 fn all_off(world: &World, family: Family) -> anyhow::Result<()> {
     let topology = &world.topology;
-    let ends: [End<'_>; 4] = [
-        (&topology.client, "eth0"),
-        (&topology.edge, "outside"),
-        (&topology.edge, "inside"),
-        (&topology.mail, "eth0"),
-    ];
-    let _off = ends.map(Offloads::off).into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+    let _off = everywhere_off(world)?;
     let done = AtomicBool::new(false);
     let capture = topology.mail.run(|| Capture::new("eth0"))??;
     let counts = std::thread::scope(|scope| {
@@ -48,6 +43,24 @@ fn all_off(world: &World, family: Family) -> anyhow::Result<()> {
     ensure!(counts.segments > 1000 && counts.headers == 1, "{counts:?}");
     ensure!(counts.wrong.is_empty(), "wrong checksums: {}", counts.wrong.join("; "));
     Ok(())
+}
+
+/// More than the sequence numbers have room for, segment by segment and with checksums that are really computed.
+pub(crate) fn five_gibibytes(world: &World, family: Family) -> anyhow::Result<()> {
+    let _off = everywhere_off(world)?;
+    tcp::five_gibibytes(world, family)
+}
+
+/// Off on every device, until this is dropped.
+fn everywhere_off(world: &World) -> anyhow::Result<Vec<Offloads<'_>>> {
+    let topology = &world.topology;
+    let ends: [End<'_>; 4] = [
+        (&topology.client, "eth0"),
+        (&topology.edge, "outside"),
+        (&topology.edge, "inside"),
+        (&topology.mail, "eth0"),
+    ];
+    ends.map(Offloads::off).into_iter().collect()
 }
 
 fn transfer(world: &World, family: Family) -> anyhow::Result<()> {

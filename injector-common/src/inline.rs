@@ -13,8 +13,8 @@ use crate::proxy;
 /// Bytes that a header can have: what every receiver takes, and small enough for any packet.
 pub const HEADER_CAPACITY: usize = 232;
 
-/// An address with a port.
-#[repr(C)]
+/// An address with a port. Its alignment has the programs write it by words.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Address {
     /// IPv6, or IPv4 mapped into it.
@@ -31,6 +31,15 @@ impl Address {
     #[inline(always)]
     pub const fn new(ip: [u8; 16], port: u16) -> Self {
         Self { ip, port, reserved: 0 }
+    }
+
+    /// Makes it `a.b.c.d`, if no other than IPv4 addresses were in it before: what is zero in all of them stays. Writing the
+    /// zeros as well becomes a call of a function that does so byte by byte, for every packet.
+    #[inline(always)]
+    pub fn set_mapped(&mut self, ip: [u8; 4]) {
+        let [.., ff, fe, a, b, c, d] = &mut self.ip;
+        (*ff, *fe) = (0xFF, 0xFF);
+        (*a, *b, *c, *d) = (ip[0], ip[1], ip[2], ip[3]);
     }
 
     /// `a.b.c.d` as IPv6.
@@ -718,6 +727,14 @@ mod tests {
         assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::Swallow);
         assert_eq!(to_client(&flow, &from_backend(ACK, 23, 0)), ToClient::Shift);
         assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 6, 0)), ToClient::Pass);
+    }
+
+    #[test]
+    fn an_address_is_mapped_in_place() {
+        let mut address = Address::new([0; 16], 25);
+        address.set_mapped([10, 0, 0, 255]);
+        address.set_mapped([192, 0, 2, 1]);
+        assert_eq!(address, Address::new(Address::mapped([192, 0, 2, 1]), 25));
     }
 
     #[test]

@@ -5,13 +5,13 @@ use core::ptr::NonNull;
 
 use aya_ebpf::{helpers::generated::bpf_redirect, macros::classifier, programs::TcContext};
 use injector_common::inline::{
-    ACK, Address, Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
+    ACK, Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use super::{
     ANSWER, DROP, NEXT, header, maps,
-    packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, parse},
+    packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
 };
 
 #[classifier]
@@ -26,7 +26,7 @@ fn backend_in_raw(skb: TcContext) -> i32 {
 
 #[inline(always)]
 fn receive<L: Link>(skb: &TcContext) -> i32 {
-    let Some(packet) = maps::packet() else { return DROP };
+    let Some(packet) = maps::packet(is_ipv6(skb)) else { return DROP };
     match parse::<L>(skb, packet, From::Backend) {
         Parsed::Tcp => {}
         Parsed::Icmp => {
@@ -172,7 +172,8 @@ fn quoted(skb: &TcContext, packet: &mut Packet) -> Result<(), Failed> {
         if !ERRORS.contains(&kind) || quote.proto != TCP {
             return Ok(());
         }
-        (key.source.ip, key.backend.ip) = (Address::mapped(quote.src_addr), Address::mapped(quote.dst_addr));
+        key.source.set_mapped(quote.src_addr);
+        key.backend.set_mapped(quote.dst_addr);
         at + usize::from(quote.ihl())
     };
     let Ok([source, destination]) = skb.load::<[u16; 2]>(tcp) else { return Ok(()) };

@@ -12,7 +12,7 @@ use injector_common::inline::{
 
 use super::{
     ANSWER, DROP, NEXT, header, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, SEQUENCE, parse},
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
 };
 
 #[classifier]
@@ -36,7 +36,7 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
     }
     // What starts on this host itself has no client: health checks, its own mail.
     let forwarded = from != 0;
-    let Some(packet) = maps::packet() else { return DROP };
+    let Some(packet) = maps::packet(is_ipv6(skb)) else { return DROP };
     match parse::<L>(skb, packet, From::Client) {
         Parsed::Tcp => {}
         Parsed::Unreadable if forwarded && maps::is_backend(&packet.to_host()) => {

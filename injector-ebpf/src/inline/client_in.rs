@@ -5,7 +5,7 @@ use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
     DROP, NEXT, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, opens_nothing, parse},
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, is_ipv6, opens_nothing, parse},
 };
 
 #[classifier]
@@ -23,7 +23,7 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
     if opens_nothing::<L>(skb) {
         return NEXT;
     }
-    let Some(packet) = maps::packet() else { return NEXT };
+    let Some(packet) = maps::packet(is_ipv6(skb)) else { return NEXT };
     // Its destination stands where a backend's would.
     let Parsed::Tcp = parse::<L>(skb, packet, From::Client) else { return NEXT };
     let segment = packet.segment;

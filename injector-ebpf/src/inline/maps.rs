@@ -42,9 +42,10 @@ static FLOWS: HashMap<Key, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 #[btf_map]
 static SCRATCH: PerCpuArray<Flow, 1> = PerCpuArray::new();
 
-/// Where a packet is read into, for the same reason.
+/// Where a packet is read into, for the same reason: IPv4, and IPv6. Each has its own, so that what is zero in all mapped
+/// addresses has not to be written (`Address::set_mapped`).
 #[btf_map]
-static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+static PACKET: PerCpuArray<Packet, 2> = PerCpuArray::new();
 
 /// Tells the daemon what happened to a connection.
 #[btf_map]
@@ -72,9 +73,9 @@ pub(super) fn now() -> u64 {
 
 /// Where this program reads its packet into.
 #[inline(always)]
-pub(super) fn packet() -> Option<&'static mut Packet> {
+pub(super) fn packet(ipv6: bool) -> Option<&'static mut Packet> {
     // SAFETY: a per-CPU slot. Programs of these hooks run with softirqs disabled, one after the other, and each asks once.
-    PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
+    PACKET.get_ptr_mut(ipv6.into()).map(|packet| unsafe { &mut *packet })
 }
 
 /// The listener at this address, or at this port of any.

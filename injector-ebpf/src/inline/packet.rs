@@ -95,6 +95,13 @@ pub(super) struct Packet {
 /// The longest TCP header.
 pub(super) const LONGEST: usize = 60;
 
+/// Whether it is one of IPv6.
+#[inline(always)]
+pub(super) fn is_ipv6(skb: &TcContext) -> bool {
+    // SAFETY: the program's own context.
+    u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) == IPV6
+}
+
 /// Reads the headers of a packet.
 #[inline(always)]
 pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
@@ -120,8 +127,8 @@ fn parse_ipv4(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
     packet.ipv6 = false;
     packet.tcp = packet.ip + usize::from(header.ihl());
     let (source, destination) = packet.ends(from);
-    source.ip = Address::mapped(header.src_addr);
-    destination.ip = Address::mapped(header.dst_addr);
+    source.set_mapped(header.src_addr);
+    destination.set_mapped(header.dst_addr);
     if header.proto == ICMP {
         return Parsed::Icmp;
     }

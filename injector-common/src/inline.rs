@@ -479,13 +479,12 @@ pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
         return ToClient::Pass;
     }
     let bare = segment.payload == 0 && !segment.is(FIN | RST);
-    match () {
+    if beyond >= flow.header_len {
         // With a closed window it does say something.
-        () if beyond == flow.header_len && bare && segment.window != 0 => ToClient::Swallow,
-        () if beyond >= flow.header_len => ToClient::Shift,
-        () if bare => ToClient::Answer,
-        () => ToClient::Hold,
+        let no_more = beyond == flow.header_len && bare && segment.window != 0;
+        return if no_more { ToClient::Swallow } else { ToClient::Shift };
     }
+    if bare { ToClient::Answer } else { ToClient::Hold }
 }
 
 /// Whether this segment of the backend acknowledges the header, which no other did before.

@@ -215,7 +215,6 @@ impl Endpoint {
     /// As splice(2).
     pub async fn fill(&self, pipes: &Pipes) -> io::Result<Option<(Pipe, usize)>> {
         let Some(io) = &self.io else { return std::future::pending().await };
-        // Others move on while this one waits.
         loop {
             let mut ready = io.ready(Interest::READABLE).await?;
             let Some(mut pipe) = pipes.borrow() else {

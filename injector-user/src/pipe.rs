@@ -91,8 +91,7 @@ impl Pipe {
     /// # Errors
     /// As splice(2); `WouldBlock` if there is nothing.
     pub fn fill(&mut self, source: impl AsFd) -> io::Result<usize> {
-        let moved = self.ends().map(|ends| transfer(source.as_fd(), ends.write.as_fd(), ROOM))?;
-        let moved = moved?;
+        let moved = transfer(source.as_fd(), self.ends()?.write.as_fd(), ROOM)?;
         self.held += moved;
         Ok(moved)
     }
@@ -102,9 +101,7 @@ impl Pipe {
     /// # Errors
     /// As splice(2); `WouldBlock` if nothing fits.
     pub fn drain(&mut self, target: impl AsFd) -> io::Result<usize> {
-        let held = self.held;
-        let moved = self.ends().map(|ends| transfer(ends.read.as_fd(), target.as_fd(), held))?;
-        let moved = moved?;
+        let moved = transfer(self.ends()?.read.as_fd(), target.as_fd(), self.held)?;
         self.held = self.held.saturating_sub(moved);
         Ok(moved)
     }

@@ -1,9 +1,6 @@
 //! One direction of a connection, carried out: the wishes of [`Direction`] as reads, writes and enrolments.
 
-use std::{
-    io,
-    time::{Duration, Instant},
-};
+use std::{io, time::Duration};
 
 use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
@@ -67,7 +64,6 @@ pub(super) struct Lane {
     /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
     /// the offer came to nothing, there is more to read.
     offered_at: u64,
-    began: Instant,
     /// Payloads read in user space that were not bulk.
     messages: u64,
     /// The engine refused this direction once, or never carries any.
@@ -107,7 +103,6 @@ impl Lane {
             pipe: None,
             piped: 0,
             large: 0,
-            began: Instant::now(),
             spliced: None,
             read_before: 0,
             offered_at: 0,
@@ -198,13 +193,14 @@ impl Lane {
         &mut self,
         engine: &dyn Engine,
         pays: &Pays,
+        age: impl FnOnce() -> Duration,
         source: &Endpoint,
         target: &Endpoint,
     ) -> Enrolment {
         if self.stays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
-        if !pays.off(self.messages, self.direction.read_bytes(), self.began.elapsed()) {
+        if !pays.off(self.messages, self.direction.read_bytes(), age) {
             return Enrolment::NotNow;
         }
         if self.spliced.is_some() {
@@ -477,11 +473,11 @@ impl Pays {
     /// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
     /// payload is examined.
     #[must_use]
-    pub fn off(&self, messages: u64, bytes: u64, age: Duration) -> bool {
+    pub fn off(&self, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
         bytes > 0
             && (messages >= self.messages
                 || self.bytes.is_some_and(|enough| bytes >= enough)
-                || self.age.is_some_and(|enough| age >= enough))
+                || self.age.is_some_and(|enough| age() >= enough))
     }
 }
 
@@ -522,4 +518,25 @@ fn take(
     held.extend_from_slice(payload.get(written..).unwrap_or_default());
     direction.wrote(written);
     Ok(Progress::Read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_of_messages_bytes_and_age_pays_but_nothing_before_the_first_byte() {
+        let second = Duration::from_secs(1);
+        let pays = Pays { messages: 3, bytes: Some(100), age: Some(second) };
+        for (messages, bytes, age, off) in [
+            (2, 99, Duration::ZERO, false),
+            (3, 99, Duration::ZERO, true),
+            (0, 100, Duration::ZERO, true),
+            (0, 1, second, true),
+            (0, 0, second, false),
+        ] {
+            assert_eq!(pays.off(messages, bytes, || age), off, "{messages} {bytes} {age:?}");
+        }
+        assert!(!Pays { bytes: None, age: None, ..pays }.off(2, u64::MAX, || panic!("not asked for")));
+    }
 }

@@ -195,10 +195,11 @@ impl<'a> Pump<'a> {
 
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
     fn prepare(&mut self) -> Result<(), (End, Option<io::Error>)> {
-        let Self { client, backend, to_backend, to_client, context, .. } = self;
+        let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
+        let (engine, pays, age) = (&*context.engine, &context.pays, || header_sent.elapsed());
         let enrolments = [
-            ("client_to_backend", to_backend.enrol(&*context.engine, &context.pays, client, backend)),
-            ("backend_to_client", to_client.enrol(&*context.engine, &context.pays, backend, client)),
+            ("client_to_backend", to_backend.enrol(engine, pays, age, client, backend)),
+            ("backend_to_client", to_client.enrol(engine, pays, age, backend, client)),
         ];
         for (direction, enrolment) in enrolments {
             match enrolment {

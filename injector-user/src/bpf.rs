@@ -21,7 +21,6 @@ pub enum LoadError {
         /// Its name.
         program: &'static str,
         /// What the kernel said.
-        #[source]
         error: ProgramError,
     },
     /// A map is not what the daemon expects, or does not take what it is told.
@@ -30,7 +29,6 @@ pub enum LoadError {
         /// Its name.
         map: &'static str,
         /// What is wrong.
-        #[source]
         error: MapError,
     },
     /// The object in this binary lacks a part: daemon and programs were not built together.

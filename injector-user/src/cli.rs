@@ -5,8 +5,11 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{
-    Config, DurationError, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration,
+use crate::{
+    config::{
+        Config, DurationError, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration,
+    },
+    control::wire::BackendAction,
 };
 
 /// Puts a PROXY protocol header with the client's real address in front of mail connections, and lets the
@@ -28,6 +31,10 @@ const EXAMPLES: &str = r#"Examples:
 
   Run it
     $ injector run --config /etc/injector/injector.toml
+
+  See how a running one stands, and have it read its configuration again
+    $ injector status
+    $ injector reload
 
 A configuration:
   [metrics]
@@ -64,6 +71,149 @@ pub enum Command {
     #[cfg(feature = "bpf")]
     #[command(subcommand)]
     Inline(InlineCommand),
+    /// How a running injector stands: listeners, backends, configuration
+    Status(AskArgs),
+    /// Who is connected to a running injector, by the engines that end TCP
+    Sessions(SessionsArgs),
+    /// Let nobody new in: new clients are told to come back later, sessions may finish
+    ///
+    /// Without a listener, all of them are drained, and /readyz says so. Sessions from before are cut at the deadline.
+    #[command(after_long_help = DRAIN_EXAMPLES)]
+    Drain(DrainArgs),
+    /// Let clients in again after `drain`
+    Resume(ResumeArgs),
+    /// Take a backend out of service, or put it back
+    Backend(BackendArgs),
+    /// Have a running injector read its configuration again
+    ///
+    /// It is checked first: with a mistake in it, everything stays as it was. Sessions go on, those of listeners that
+    /// are gone for as long as listener.timeouts.drain allows. SIGHUP does the same, and says so in the log alone.
+    Reload(ReloadArgs),
+    /// Watch a running injector on the terminal
+    Top(TopArgs),
+}
+
+const DRAIN_EXAMPLES: &str = "\
+Examples:
+  Before the host is restarted: mail has two minutes, then what is left is cut
+    $ injector drain --deadline 2m
+
+  One listener, and back
+    $ injector drain smtp
+    $ injector resume smtp";
+
+/// How a running injector is reached.
+#[derive(Clone, Debug, Args)]
+pub struct SocketArgs {
+    /// Its socket [file: admin.socket]
+    #[arg(long, env = "INJECTOR_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+}
+
+/// Where packages and manifests have it.
+const DEFAULT_SOCKET: &str = "/run/injector/admin.sock";
+
+/// Arguments of commands to a running injector.
+#[derive(Clone, Debug, Args)]
+pub struct AskArgs {
+    /// Where it is
+    #[command(flatten)]
+    pub at: SocketArgs,
+
+    /// Print the answer as JSON
+    #[arg(long, env = "INJECTOR_JSON")]
+    pub json: bool,
+}
+
+/// Arguments of `injector sessions`.
+#[derive(Clone, Debug, Args)]
+pub struct SessionsArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub ask: AskArgs,
+
+    /// Those of this listener only
+    pub listener: Option<String>,
+
+    /// At most so many, the oldest
+    #[arg(long, env = "INJECTOR_MOST", value_name = "N")]
+    pub most: Option<usize>,
+}
+
+/// Arguments of `injector drain`.
+#[derive(Clone, Debug, Args)]
+pub struct DrainArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub ask: AskArgs,
+
+    /// This listener only
+    pub listener: Option<String>,
+
+    /// Cut sessions after so long, such as 30s [file: listener.timeouts.drain]
+    #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = duration)]
+    pub deadline: Option<Duration>,
+
+    /// Come back when no session is left, or at the deadline
+    #[arg(long, env = "INJECTOR_WAIT")]
+    pub wait: bool,
+}
+
+/// Arguments of `injector resume`.
+#[derive(Clone, Debug, Args)]
+pub struct ResumeArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub ask: AskArgs,
+
+    /// This listener only
+    pub listener: Option<String>,
+}
+
+/// Arguments of `injector backend`.
+#[derive(Clone, Debug, Args)]
+pub struct BackendArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub ask: AskArgs,
+
+    /// What is to become of it
+    pub action: BackendAction,
+
+    /// The backend as in the configuration, such as mail.internal:2525
+    pub backend: String,
+
+    /// For this listener only
+    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
+    pub listener: Option<String>,
+}
+
+/// Arguments of `injector reload`.
+#[derive(Clone, Debug, Args)]
+pub struct ReloadArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub ask: AskArgs,
+
+    /// Stay, and have it read the configuration again whenever this file changes
+    #[arg(long, env = "INJECTOR_WATCH", value_name = "FILE", conflicts_with = "json")]
+    pub watch: Option<PathBuf>,
+}
+
+/// Arguments of `injector top`.
+#[derive(Clone, Debug, Args)]
+pub struct TopArgs {
+    /// Where it is
+    #[command(flatten)]
+    pub at: SocketArgs,
+
+    /// From one look to the next, such as 1s
+    #[arg(long, env = "INJECTOR_INTERVAL", value_name = "DURATION", value_parser = duration, default_value = "1s")]
+    pub interval: Duration,
+
+    /// Print one page as text, and end
+    #[arg(long, env = "INJECTOR_ONCE")]
+    pub once: bool,
 }
 
 /// The verbs of `injector inline`.
@@ -203,8 +353,9 @@ mod tests {
     #[test]
     fn every_flag_has_its_variable() {
         for verb in Cli::command().get_subcommands() {
-            for arg in
-                verb.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str()))
+            for arg in verb
+                .get_arguments()
+                .filter(|arg| !arg.is_positional() && !["help", "version"].contains(&arg.get_id().as_str()))
             {
                 let flag = arg.get_long().unwrap().to_uppercase().replace('-', "_");
                 let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());

@@ -3,7 +3,10 @@
 use std::{
     io::{self, Read as _},
     net::{Shutdown, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -12,7 +15,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -22,6 +25,7 @@ use crate::{
     metrics::RefusedReason,
     pipe,
     protocol::Refusal,
+    room::{Place, Room},
     session::{self, Context},
     sys,
 };
@@ -48,7 +52,6 @@ const BACKLOG: i32 = 4096;
 #[error("cannot listen on {address}: {error}{}", advice(.error))]
 pub struct BindError {
     address: SocketAddr,
-    #[source]
     error: io::Error,
 }
 
@@ -74,7 +77,8 @@ pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
     bind().map_err(|error| BindError { address, error })
 }
 
-/// Listens on `address` with a socket for each worker, over which the kernel spreads clients.
+/// Listens on `address` with a socket for each worker, over which the kernel spreads clients. `ours` says that this daemon
+/// listens there already.
 ///
 /// # Errors
 /// [`BindError`], with what to do about it.
@@ -82,12 +86,15 @@ pub fn bind_for_workers(
     address: SocketAddr,
     workers: usize,
     timeouts: &Timeouts,
+    ours: bool,
 ) -> Result<Vec<Socket>, BindError> {
     let bind = || {
-        // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
-        let first = bound(address, false)?;
-        let address = first.local_addr()?.as_socket().unwrap_or(address);
-        drop(first);
+        let mut address = address;
+        if !ours {
+            // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
+            let first = bound(address, false)?;
+            address = first.local_addr()?.as_socket().unwrap_or(address);
+        }
         let sockets: io::Result<Vec<_>> = (0..workers).map(|_| bound(address, true)).collect();
         let sockets = sockets?;
         for socket in &sockets {
@@ -110,6 +117,26 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Readies a socket that somebody else listens with (systemd), for each worker to accept from: one queue, and whoever is
+/// free takes the next.
+///
+/// # Errors
+/// [`BindError`].
+pub fn take_over(
+    address: SocketAddr,
+    socket: &Socket,
+    workers: usize,
+    timeouts: &Timeouts,
+) -> Result<Vec<Socket>, BindError> {
+    let ready = || {
+        socket.set_nonblocking(true)?;
+        endpoint::accepts(socket)?;
+        endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+        (0..workers).map(|_| socket.try_clone()).collect::<io::Result<_>>()
+    };
+    ready().map_err(|error| BindError { address, error })
+}
+
 /// How many connections `nofile` descriptors are good for, with so many listening sockets and workers.
 #[must_use]
 pub fn connections_for(nofile: u64, doors: usize, workers: usize) -> usize {
@@ -129,42 +156,93 @@ fn own(doors: usize, workers: usize) -> u64 {
 
 /// The limits on connections over all listeners.
 #[derive(Clone, Debug)]
-pub struct Limits {
-    total: Arc<Semaphore>,
-    /// What the total stands for: the operator's limit, or the descriptors.
-    total_reason: RefusedReason,
+pub struct Limits(Arc<Total>);
+
+#[derive(Debug)]
+struct Total {
+    room: Arc<Room>,
+    /// Whether descriptors run out before the operator's limit is reached.
+    few_descriptors: AtomicBool,
     polite: Arc<Semaphore>,
-    shortage: Arc<Shortage>,
+    shortage: Shortage,
 }
 
 impl Limits {
     /// At most `connections`, fewer if the descriptors do not carry them.
     #[must_use]
     pub fn new(connections: usize, carried: usize) -> Self {
-        let total_reason = if carried < connections {
+        let limits = Self(Arc::new(Total {
+            room: Room::new(None),
+            few_descriptors: AtomicBool::new(false),
+            polite: Arc::new(Semaphore::new(POLITE_REFUSALS)),
+            shortage: Shortage::default(),
+        }));
+        limits.resize(connections, carried);
+        limits
+    }
+
+    /// The same for other numbers. Who is there stays.
+    pub fn resize(&self, connections: usize, carried: usize) {
+        self.0.room.resize(Some(connections.min(carried)));
+        self.0.few_descriptors.store(carried < connections, Ordering::Relaxed);
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn taken(&self) -> usize {
+        self.0.room.taken()
+    }
+
+    /// What the limit stands for: the operator's will, or the descriptors.
+    fn reason(&self) -> RefusedReason {
+        if self.0.few_descriptors.load(Ordering::Relaxed) {
             RefusedReason::NoDescriptors
         } else {
             RefusedReason::TooManyConnections
-        };
-        let total = connections.min(carried).min(Semaphore::MAX_PERMITS);
-        Self {
-            total: Arc::new(Semaphore::new(total)),
-            total_reason,
-            polite: Arc::new(Semaphore::new(POLITE_REFUSALS)),
-            shortage: Arc::default(),
         }
     }
 }
 
-/// One listener's door.
+/// What decides over the connections of one listener on one worker. It can be changed while its doors are open.
+#[derive(Debug)]
+pub struct Policy {
+    /// What those share that are let in from now on.
+    context: RwLock<Arc<Context>>,
+    /// Nobody is let in.
+    draining: AtomicBool,
+}
+
+impl Policy {
+    /// Lets everybody in.
+    #[must_use]
+    pub fn new(context: Arc<Context>) -> Self {
+        Self { context: RwLock::new(context), draining: AtomicBool::new(false) }
+    }
+
+    /// For those that are let in from now on.
+    pub fn change(&self, context: Arc<Context>) {
+        *self.context.write().unwrap_or_else(PoisonError::into_inner) = context;
+    }
+
+    /// Turns everybody away, or lets them in again.
+    pub fn drain(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Relaxed);
+    }
+
+    fn context(&self) -> Arc<Context> {
+        Arc::clone(&self.context.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// One listening socket's way in.
 #[derive(Clone, Debug)]
 pub struct Door {
-    /// What its connections share.
-    pub context: Arc<Context>,
+    /// What decides, shared by the doors of the listener on this worker.
+    pub policy: Arc<Policy>,
     /// The limits of the whole daemon.
     pub limits: Limits,
     /// The listener's own.
-    pub own: Option<Arc<Semaphore>>,
+    pub own: Arc<Room>,
     /// The connections that are served.
     pub sessions: TaskTracker,
     /// Cancelled when no more may come.
@@ -174,8 +252,8 @@ pub struct Door {
 /// What an admitted connection holds until its end.
 #[derive(Debug)]
 struct Admitted {
-    _total: OwnedSemaphorePermit,
-    _own: Option<OwnedSemaphorePermit>,
+    _total: Place,
+    _own: Place,
 }
 
 impl Door {
@@ -195,84 +273,62 @@ impl Door {
             match accepted {
                 Ok(client) if spare.keep(socket.get_ref()) => self.let_in(client),
                 Ok(client) => {
-                    self.limits.shortage.tell(&self.context.listener);
-                    self.turn_away_at_once(client);
+                    let context = self.policy.context();
+                    self.limits.0.shortage.tell(&context.listener);
+                    turn_away_at_once(&context, client);
                     spare.keep(socket.get_ref());
                 }
                 Err(error) if no_room(&error) => {
-                    self.limits.shortage.tell(&self.context.listener);
+                    self.limits.0.shortage.tell(&self.policy.context().listener);
                     if !spare.give_up() {
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
                 // The client has gone meanwhile, or the network had news of it (accept(2)).
-                Err(error) => tracing::debug!(listener = self.context.listener, %error, "accept"),
+                Err(error) => tracing::debug!(listener = &*self.policy.context().listener, %error, "accept"),
             }
         }
+        let context = self.policy.context();
         while let Ok(client) = accept_now(socket.get_ref()) {
-            self.context.metrics.accepted();
-            self.turn_away(client, RefusedReason::Stopping, Refusal::Stopping);
+            context.metrics.accepted();
+            self.turn_away(&context, client, RefusedReason::Stopping, Refusal::Stopping);
         }
         Ok(())
     }
 
     fn let_in(&self, client: Accepted) {
-        let metrics = &self.context.metrics;
-        metrics.accepted();
+        let context = self.policy.context();
+        context.metrics.accepted();
+        if self.policy.draining.load(Ordering::Relaxed) {
+            return self.turn_away(&context, client, RefusedReason::Draining, Refusal::Stopping);
+        }
         let admitted = match self.admit() {
             Ok(admitted) => admitted,
-            Err(reason) => return self.turn_away(client, reason, Refusal::TooManyConnections),
+            Err(reason) => return self.turn_away(&context, client, reason, Refusal::TooManyConnections),
         };
-        let context = Arc::clone(&self.context);
-        let active = metrics.active();
+        let active = context.metrics.active();
         self.sessions.spawn(async move {
             match Endpoint::accepted(client.socket, client.peer, &context.watch) {
                 Ok(client) => session::serve(&context, client).await,
                 Err(error) => {
-                    tracing::debug!(listener = context.listener, %error, "gone before it was served")
+                    tracing::debug!(listener = &*context.listener, %error, "gone before it was served")
                 }
             }
             drop((active, admitted));
         });
     }
 
-    /// Turns away without keeping the client's descriptor for a moment longer, as there is no other.
-    fn turn_away_at_once(&self, client: Accepted) {
-        let client = client.socket;
-        let metrics = &self.context.metrics;
-        metrics.accepted();
-        metrics.refused(RefusedReason::NoDescriptors);
-        let line = self.context.protocol.refusal(Refusal::TooManyConnections);
-        let told = line.is_some_and(|line| {
-            client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok()
-                && client.shutdown(Shutdown::Write).is_ok()
-        });
-        if told {
-            // Closing with unread bytes would send a reset, which can overtake the line.
-            while (&client).read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
-        } else {
-            // If it fails, the client has gone.
-            let _ = client.set_linger(Some(Duration::ZERO));
-        }
-    }
-
     fn admit(&self) -> Result<Admitted, RefusedReason> {
-        let own = match &self.own {
-            Some(own) => {
-                Some(Arc::clone(own).try_acquire_owned().map_err(|_| RefusedReason::TooManyConnections)?)
-            }
-            None => None,
-        };
-        let total =
-            Arc::clone(&self.limits.total).try_acquire_owned().map_err(|_| self.limits.total_reason)?;
+        let own = self.own.enter().ok_or(RefusedReason::TooManyConnections)?;
+        let total = self.limits.0.room.enter().ok_or_else(|| self.limits.reason())?;
         Ok(Admitted { _total: total, _own: own })
     }
 
-    fn turn_away(&self, client: Accepted, reason: RefusedReason, why: Refusal) {
-        let context = Arc::clone(&self.context);
+    fn turn_away(&self, context: &Arc<Context>, client: Accepted, reason: RefusedReason, why: Refusal) {
+        let context = Arc::clone(context);
         context.metrics.refused(reason);
-        tracing::debug!(listener = context.listener, reason = reason.name(), "refused");
-        let polite = Arc::clone(&self.limits.polite).try_acquire_owned();
+        tracing::debug!(listener = &*context.listener, reason = reason.name(), "refused");
+        let polite = Arc::clone(&self.limits.0.polite).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket, client.peer, &context.watch) else { return };
             match polite {
@@ -280,6 +336,24 @@ impl Door {
                 Err(_) => client.reset(),
             }
         });
+    }
+}
+
+/// Turns away without keeping the client's descriptor for a moment longer, as there is no other.
+fn turn_away_at_once(context: &Context, client: Accepted) {
+    let client = client.socket;
+    context.metrics.accepted();
+    context.metrics.refused(RefusedReason::NoDescriptors);
+    let line = context.protocol.refusal(Refusal::TooManyConnections);
+    let told = line.is_some_and(|line| {
+        client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok() && client.shutdown(Shutdown::Write).is_ok()
+    });
+    if told {
+        // Closing with unread bytes would send a reset, which can overtake the line.
+        while (&client).read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+    } else {
+        // If it fails, the client has gone.
+        let _ = client.set_linger(Some(Duration::ZERO));
     }
 }
 
@@ -374,8 +448,8 @@ mod tests {
 
     #[test]
     fn the_reason_of_the_limit_is_the_tighter_bound() {
-        assert_eq!(Limits::new(10, 400).total_reason, RefusedReason::TooManyConnections);
-        assert_eq!(Limits::new(10_000, 400).total_reason, RefusedReason::NoDescriptors);
+        assert_eq!(Limits::new(10, 400).reason(), RefusedReason::TooManyConnections);
+        assert_eq!(Limits::new(10_000, 400).reason(), RefusedReason::NoDescriptors);
     }
 
     #[test]
@@ -390,10 +464,10 @@ mod tests {
         let text = "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\n\
                     backends = [\"127.0.0.1:2\"]\n";
         let timeouts = crate::config::Config::parse(text, "test.toml").unwrap().listeners[0].timeouts;
-        let ours = bind_for_workers("127.0.0.1:0".parse().unwrap(), 3, &timeouts).unwrap();
+        let ours = bind_for_workers("127.0.0.1:0".parse().unwrap(), 3, &timeouts, false).unwrap();
         let address = ours[0].local_addr().unwrap().as_socket().unwrap();
         assert!(ours.iter().all(|socket| socket.local_addr().unwrap().as_socket() == Some(address)));
-        let error = bind_for_workers(address, 3, &timeouts).unwrap_err().to_string();
+        let error = bind_for_workers(address, 3, &timeouts, false).unwrap_err().to_string();
         assert!(error.contains("another program listens there"), "{error}");
     }
 

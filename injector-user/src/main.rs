@@ -1,11 +1,15 @@
 //! The command line of the daemon; everything else is in the library.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, thread, time::Duration};
 
 use clap::Parser as _;
 use injector_user::{
-    cli::{self, Cli, Command},
+    cli::{self, AskArgs, Cli, Command},
     config::{self, Config},
+    control::{
+        self, Request, client,
+        wire::{Answer, ListenerStatus},
+    },
     daemon, log,
     selftest::Findings,
     session::Marks,
@@ -24,14 +28,35 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => {
-            let mut config = Config::load(&args.config)?;
-            cli::apply(&mut config, &args);
+            let file = args.config.clone();
+            let source = move || {
+                let mut config = Config::load(&args.config)?;
+                cli::apply(&mut config, &args);
+                Ok(config)
+            };
+            let config = source()?;
             log::init(&config.log)?;
-            daemon::run(config)?;
+            daemon::run(config, file, Box::new(source))?;
         }
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         #[cfg(feature = "bpf")]
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
+        Command::Status(args) => tell(&args, &Request::Status)?,
+        Command::Sessions(args) => {
+            tell(&args.ask, &Request::Sessions { listener: args.listener, most: args.most })?;
+        }
+        Command::Drain(args) => drain(&args)?,
+        Command::Resume(args) => tell(&args.ask, &Request::Resume { listener: args.listener })?,
+        Command::Backend(args) => {
+            let (action, listener, backend) = (args.action, args.listener, args.backend);
+            tell(&args.ask, &Request::Backend { action, listener, backend })?;
+        }
+        Command::Reload(args) => match args.watch {
+            Some(file) => control::follow(&args.ask.at.socket, &file)?,
+            None => tell(&args.ask, &Request::Reload)?,
+        },
+        Command::Top(args) if args.once => print!("{}", control::top::once(&args.at.socket, args.interval)?),
+        Command::Top(args) => control::top::run(&args.at.socket, args.interval)?,
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();
@@ -44,6 +69,36 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a running daemon, and prints what it says.
+fn tell(args: &AskArgs, request: &Request) -> anyhow::Result<()> {
+    let answer = client::ask(&args.at.socket, request)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&answer)?);
+    } else {
+        print!("{}", client::show(&answer));
+    }
+    Ok(())
+}
+
+fn drain(args: &cli::DrainArgs) -> anyhow::Result<()> {
+    const LOOK_EVERY: Duration = Duration::from_millis(500);
+    let within_ms = args.deadline.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
+    tell(&args.ask, &Request::Drain { listener: args.listener.clone(), within_ms })?;
+    if !args.wait {
+        return Ok(());
+    }
+    loop {
+        let Answer::Status(status) = client::ask(&args.ask.at.socket, &Request::Status)? else { break };
+        let of =
+            |listener: &&ListenerStatus| args.listener.as_ref().is_none_or(|name| *name == listener.name);
+        // Packets have no deadline: they are waited for as long as there are any.
+        if status.listeners.iter().filter(of).all(|listener| listener.active == 0) {
+            return Ok(());
+        }
+        thread::sleep(LOOK_EVERY);
+    }
 }
 
 #[cfg(feature = "bpf")]

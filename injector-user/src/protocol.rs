@@ -66,6 +66,8 @@ pub struct DefaultTimeouts {
     pub user_timeout: Duration,
     /// Silence after which a peer is asked whether it still lives.
     pub keepalive: Duration,
+    /// How long sessions may go on once no new ones are let in.
+    pub drain: Duration,
 }
 
 const fn seconds(seconds: u64) -> Duration {
@@ -197,6 +199,15 @@ impl Protocol {
             },
             user_timeout: minutes(5),
             keepalive: minutes(1),
+            drain: match self {
+                // Long enough for a message and the answer to it on any but the slowest way; what is cut, its sender has in
+                // its queue and sends again.
+                Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => minutes(2),
+                // IDLE is renewed every 29 minutes (RFC 2177, section 3): most clients leave by themselves before that, and
+                // the others come back at once.
+                Self::Imap | Self::Imaps | Self::Sieve => minutes(30),
+                Self::Plain => minutes(5),
+            },
         }
     }
 

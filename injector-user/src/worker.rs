@@ -2,10 +2,13 @@
 //! (`SO_REUSEPORT`: the kernel spreads clients over them), so a connection stays on the thread that accepted it and wakes no
 //! other.
 
-use std::{io, thread};
+use std::{io, pin::Pin, thread};
 
 use socket2::Socket;
-use tokio::runtime;
+use tokio::{
+    runtime,
+    sync::{mpsc, oneshot},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{listener::Door, watch::Watch};
@@ -14,40 +17,72 @@ use crate::{listener::Door, watch::Watch};
 #[derive(Debug)]
 pub struct Worker {
     thread: thread::JoinHandle<()>,
+    open: mpsc::UnboundedSender<Pending>,
+    doors: TaskTracker,
+    watch: Watch,
 }
 
+/// A door that is to be kept open.
+type Pending = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 impl Worker {
-    /// Keeps these doors open, until they close themselves; `watch` is theirs. The thread serves on until `ended`.
+    /// Starts one that has no doors yet. It serves on until `ended`; its doors count among `doors`.
     ///
     /// # Errors
     /// When there can be no further thread or epoll instance.
-    pub fn start(
-        number: usize,
-        watch: Watch,
-        open: Vec<(Door, Socket)>,
-        doors: &TaskTracker,
-        ended: CancellationToken,
-    ) -> io::Result<Self> {
+    pub fn start(number: usize, doors: &TaskTracker, ended: CancellationToken) -> io::Result<Self> {
+        let watch = Watch::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        // Counted from here on: whoever waits for the doors waits for those of a thread that has not begun yet.
-        let open: Vec<_> =
-            open.into_iter().map(|(door, socket)| doors.track_future(door.keep_open(socket))).collect();
+        let (open, mut opened) = mpsc::unbounded_channel::<Pending>();
+        let watching = watch.clone();
         let work = async move {
-            if let Err(error) = watch.follow() {
+            if let Err(error) = watching.follow() {
                 tracing::error!(%error, "nobody hears of hang-ups");
             }
-            for door in open {
-                tokio::spawn(door);
-            }
-            ended.cancelled().await;
+            let open = async {
+                while let Some(door) = opened.recv().await {
+                    tokio::spawn(door);
+                }
+            };
+            tokio::join!(open, ended.cancelled());
         };
         let thread =
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { thread })
+        Ok(Self { thread, open, doors: doors.clone(), watch })
+    }
+
+    /// For the endpoints that live on this thread.
+    #[must_use]
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// Keeps a door open, until it closes itself.
+    pub fn open(&self, door: Door, socket: Socket) {
+        // Counted from here on: whoever waits for the doors waits for those that the thread has not come to yet.
+        let door = self.doors.track_future(async move {
+            if let Err(error) = door.keep_open(socket).await {
+                tracing::error!(%error, "nobody is let in by this door");
+            }
+        });
+        // The thread lives until the doors are closed.
+        let _ = self.open.send(Box::pin(door));
+    }
+
+    /// Resolves when the thread has come to it; an error if the thread is no more.
+    pub fn pulse(&self) -> oneshot::Receiver<()> {
+        let (beat, heard) = oneshot::channel();
+        let beat = async move {
+            // Who asked may wait no longer.
+            let _ = beat.send(());
+        };
+        let _ = self.open.send(Box::pin(beat));
+        heard
     }
 
     /// Waits for the thread's end, which comes after `ended`.
     pub fn join(self) {
+        drop(self.open);
         // It has panicked: its message was printed, and its connections are gone.
         let _ = self.thread.join();
     }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -82,8 +82,13 @@ pub struct Injector {
     netns: Entrance,
     metrics: SocketAddr,
     log: LogFile,
-    _dir: TempDir,
+    dir: TempDir,
 }
+
+/// In a configuration, stands for a directory that is the daemon's own and goes with it.
+pub const OWN_DIRECTORY: &str = "@DIRECTORY@";
+/// Has the daemon take commands ([`Injector::command`]).
+pub const ADMIN: &str = "[admin]\nsocket = \"@DIRECTORY@/admin.sock\"\n";
 
 impl Injector {
     /// Starts `injector run` with a configuration (TOML, with `metrics.listen`) and waits until `/readyz` says so.
@@ -114,8 +119,7 @@ impl Injector {
     fn start_binary(netns: &Netns, by: &[&str], binary: &Path, config: &str) -> anyhow::Result<Self> {
         let metrics = metrics_address(config)?;
         let dir = netns::scratch_dir("injector")?;
-        let file = dir.path().join("injector.toml");
-        fs::write(&file, config)?;
+        let file = write_config(dir.path(), config)?;
         let log = LogFile::new(dir.path().join("injector.log"));
         let mut command = match by.split_first() {
             None => {
@@ -133,7 +137,7 @@ impl Injector {
         forget_settings(&mut command);
         command.env("INJECTOR_LOG_FORMAT", "json");
         let process = Process::start("injector", netns, command, log.path())?;
-        let mut injector = Self { process, netns: netns.entrance(), metrics, log, _dir: dir };
+        let mut injector = Self { process, netns: netns.entrance(), metrics, log, dir };
         match injector.wait_ready() {
             Ok(()) => Ok(injector),
             Err(error) => Err(error.context(format!("the injector logged:\n{}", injector.log()))),
@@ -190,6 +194,74 @@ impl Injector {
         self.process.pid()
     }
 
+    /// Puts another configuration in the place of the one that it was started with, which it may read then.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn rewrite(&self, config: &str) -> anyhow::Result<()> {
+        write_config(self.dir.path(), config).map(drop)
+    }
+
+    /// Runs `injector WORDS…` against it, which takes [`ADMIN`] in its configuration. Returns how that ended, and what it said.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn try_command(&self, words: &[&str]) -> anyhow::Result<(ExitStatus, String)> {
+        let mut command = Command::new(binary()?);
+        forget_settings(&mut command);
+        command.args(words).env("INJECTOR_SOCKET", self.dir.path().join("admin.sock"));
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        Ok((output.status, said))
+    }
+
+    /// The same, which must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn command(&self, words: &[&str]) -> anyhow::Result<String> {
+        let (status, said) = self.try_command(words)?;
+        ensure!(status.success(), "injector {}: {status}: {said}", words.join(" "));
+        Ok(said)
+    }
+
+    /// `injector reload --watch` over its configuration, at work.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn watching(&self) -> anyhow::Result<Child> {
+        let mut command = Command::new(binary()?);
+        forget_settings(&mut command);
+        command.args(["reload", "--watch"]).arg(self.dir.path().join("injector.toml"));
+        command.env("INJECTOR_SOCKET", self.dir.path().join("admin.sock"));
+        Ok(command.stdout(Stdio::piped()).spawn()?)
+    }
+
+    /// What `injector status --json` says.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn status(&self) -> anyhow::Result<Value> {
+        let answer: Value = serde_json::from_str(&self.command(&["status", "--json"])?)?;
+        answer.get("status").cloned().context("no status in the answer")
+    }
+
+    /// What `/readyz` answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn readiness(&self) -> anyhow::Result<(u16, String)> {
+        self.netns.run(|| metrics::get(self.metrics, "/readyz"))?
+    }
+
+    /// Sends SIGHUP.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn hang_up(&mut self) -> anyhow::Result<()> {
+        self.process.signal(libc::SIGHUP)
+    }
+
     /// Sends SIGTERM.
     ///
     /// # Errors
@@ -203,7 +275,7 @@ impl Injector {
     /// # Errors
     /// When it has not ended after a minute.
     pub fn wait_stopped(self) -> anyhow::Result<(ExitStatus, String)> {
-        let Self { process, log, _dir, .. } = self;
+        let Self { process, log, dir: _dir, .. } = self;
         let status = process.wait(STOP_LIMIT);
         let log = log.since(Mark::default());
         let status = status.with_context(|| format!("the injector logged:\n{log}"))?;
@@ -231,6 +303,13 @@ impl Injector {
             thread::sleep(POLL);
         }
     }
+}
+
+fn write_config(dir: &Path, config: &str) -> anyhow::Result<PathBuf> {
+    let file = dir.join("injector.toml");
+    let own = dir.to_str().context("the scratch directory is no text")?;
+    fs::write(&file, config.replace(OWN_DIRECTORY, own))?;
+    Ok(file)
 }
 
 /// What the daemon says of one finished connection.

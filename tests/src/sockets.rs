@@ -1,11 +1,12 @@
 //! Plain sockets of a test, which never wait for ever.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use injector_common::proxy::{ParseError, Parsed, parse};
 
 /// Nothing takes longer unless it hangs.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -76,4 +77,68 @@ pub fn expect(stream: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
 pub fn pass(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     from.write_all(bytes)?;
     expect(to, bytes)
+}
+
+/// Accepts one connection and reads its header, which must come whole in the first read; returns what came behind it.
+///
+/// # Errors
+/// As [`accept`], and when there is no whole header.
+pub fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, Header, Vec<u8>)> {
+    let mut stream = accept(listener)?;
+    let mut first = vec![0; 16384];
+    let count = stream.read(&mut first).context("reading the header")?;
+    first.truncate(count);
+    let header = match parse(&first) {
+        Ok(parsed) => Header::of(&first, &parsed),
+        Err(ParseError::Incomplete { needed }) => {
+            bail!("{count} bytes in the first read, the header has {needed}")
+        }
+        Err(error) => bail!("no header but {first:02x?}: {error}"),
+    };
+    let rest = first.split_off(header.bytes.len());
+    Ok((stream, header, rest))
+}
+
+/// What a backend read first.
+#[derive(Debug)]
+pub struct Header {
+    /// All of it.
+    pub bytes: Vec<u8>,
+    /// The client, as it says.
+    pub source: SocketAddr,
+    /// Where the client connected to, as it says.
+    pub destination: SocketAddr,
+}
+
+impl Header {
+    fn of(first: &[u8], parsed: &Parsed<'_>) -> Self {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let (source, destination) = parsed
+            .command
+            .addresses()
+            .map_or((nowhere, nowhere), |addresses| (addresses.source(), addresses.destination()));
+        Self { bytes: first.get(..parsed.len).unwrap_or_default().to_vec(), source, destination }
+    }
+}
+
+/// How the other side ended a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// A FIN, after these bytes.
+    Fin(Vec<u8>),
+    /// A reset, after these bytes.
+    Reset(Vec<u8>),
+}
+
+/// Reads to the end, whichever it is.
+///
+/// # Errors
+/// As read(2), but for a reset.
+pub fn ending(stream: &mut TcpStream) -> anyhow::Result<Ending> {
+    let mut seen = Vec::new();
+    match stream.read_to_end(&mut seen) {
+        Ok(_) => Ok(Ending::Fin(seen)),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(Ending::Reset(seen)),
+        Err(error) => Err(error).with_context(|| format!("after {} bytes", seen.len())),
+    }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::{
-    Backend, Host,
+    Host,
     section::{At, Section},
 };
 
@@ -47,7 +47,7 @@ pub(super) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<Sock
 }
 
 /// A backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error says what to write.
-pub(super) fn backend(text: &str) -> Result<Backend, String> {
+pub(super) fn backend(text: &str) -> Result<(Host, u16), String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return backend_address(address);
     }
@@ -68,10 +68,10 @@ pub(super) fn backend(text: &str) -> Result<Backend, String> {
         return Err(format!("an IPv6 address stands in brackets: write \"[{host}]:{port}\""));
     }
     refuse_port_0(port)?;
-    Ok(Backend { host: Host::Name(host_name(host)?), port })
+    Ok((Host::Name(host_name(host)?), port))
 }
 
-fn backend_address(address: SocketAddr) -> Result<Backend, String> {
+fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
     refuse_port_0(address.port())?;
     if address.ip().is_unspecified() {
         return Err(format!("{} is no address to connect to: name the host", address.ip()));
@@ -79,7 +79,7 @@ fn backend_address(address: SocketAddr) -> Result<Backend, String> {
     if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) {
         return Err("link-local addresses with a zone are not supported: use a global address".to_owned());
     }
-    Ok(Backend { host: Host::Ip(address.ip()), port: address.port() })
+    Ok((Host::Ip(address.ip()), address.port()))
 }
 
 fn refuse_port_0(port: u16) -> Result<(), String> {
@@ -122,12 +122,12 @@ fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
 }
 
 /// Whether a connection to `backend` surely comes back to a listener bound to `bind`.
-pub(super) fn loops_back(bind: SocketAddr, backend: &Backend) -> bool {
-    if bind.port() != backend.port {
+pub(super) fn loops_back(bind: SocketAddr, host: &Host, port: u16) -> bool {
+    if bind.port() != port {
         return false;
     }
     let bind = bind.ip().to_canonical();
-    match &backend.host {
+    match host {
         Host::Ip(ip) => {
             let ip = ip.to_canonical();
             ip == bind || (ip.is_loopback() && covers(bind, ip))

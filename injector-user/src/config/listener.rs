@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use super::{
-    Backend, EngineChoice, Listener, Timeouts, address,
+    Backend, EngineChoice, Listener, Timeouts, address, health,
     receiver::read as read_receiver,
-    section::{At, Section, Zero},
+    section::{At, Entry, Section, Zero},
 };
 use crate::protocol::{Protocol, Speaker};
 
@@ -59,13 +59,13 @@ fn read(
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
     let backends = backends(&section, &bind);
-    let weights = weights(&section, &backends, engine);
     let resolve_interval = section.duration("resolve_interval", Zero::Refused);
     let max_connections = section.count("max_connections");
     // Without a valid protocol the rest is still checked, against the one that restricts least.
     let timeouts =
         timeouts(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
     let receiver = read_receiver(section.section("receiver"));
+    let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     section.finish();
     Some(Listener {
         name: name?,
@@ -73,7 +73,7 @@ fn read(
         protocol: protocol?,
         engine: engine.unwrap_or_default(),
         backends,
-        weights,
+        health,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
         max_connections,
         timeouts,
@@ -135,45 +135,41 @@ fn refuse_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketA
     section.field_problem(at, "bind", &format!(" {text:?}: {what}"));
 }
 
-/// The heaviest share of a backend; 0 is none.
-const MOST_WEIGHT: u32 = 1000;
-
-fn weights(section: &Section<'_>, backends: &[Backend], engine: Option<EngineChoice>) -> Vec<u32> {
-    let Some((at, weights)) = section.integers("weights", 0, MOST_WEIGHT) else { return Vec::new() };
-    if weights.len() != backends.len() {
-        let (given, wanted) = (weights.len(), backends.len());
-        section.field_problem(at, "weights", &format!(": {given} of them for {wanted} backends"));
-    }
-    if weights.iter().all(|weight| *weight == 0) {
-        section.field_problem(at, "weights", ": one must be more than 0");
-    }
-    if matches!(engine, Some(EngineChoice::Splice | EngineChoice::Relay)) {
-        let message = ": engines that end TCP try backends in order; only \"inline\" spreads connections";
-        section.field_problem(at, "weights", message);
-    }
-    weights
-}
-
 fn backends(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backend> {
-    let texts = section.required("backends", |section, field| section.strings(field)).unwrap_or_default();
+    let entries = section.required("backends", |section, field| section.entries(field)).unwrap_or_default();
     let mut backends: Vec<Backend> = Vec::new();
-    for (at, text) in texts {
-        let backend = match address::backend(text) {
+    for entry in entries {
+        let (at, text, weight, backup) = match entry {
+            Entry::Text((at, text)) => (at, text, 1, false),
+            Entry::Table(table) => {
+                let address = table.required("address", |table, field| table.string(field));
+                let weight = table.integer("weight", 0, u64::from(Backend::MOST_WEIGHT));
+                let backup = table.flag("backup").is_some_and(|(_, backup)| backup);
+                table.finish();
+                let Some((at, text)) = address else { continue };
+                (at, text, weight.and_then(|(_, weight)| u32::try_from(weight).ok()).unwrap_or(1), backup)
+            }
+        };
+        let (host, port) = match address::backend(text) {
             Ok(backend) => backend,
             Err(advice) => {
                 section.field_problem(at, "backends", &format!(" {text:?}: {advice}"));
                 continue;
             }
         };
-        if backends.contains(&backend) {
+        if backends.iter().any(|other| (&other.host, other.port) == (&host, port)) {
             section.field_problem(at, "backends", &format!(" {text:?}: named twice"));
         }
-        if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &backend)) {
+        if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &host, port)) {
             let message =
                 format!(" {text:?}: is this listener itself (bind \"{bind}\"): connections would go round");
             section.field_problem(at, "backends", &message);
         }
-        backends.push(backend);
+        backends.push(Backend { host, port, weight, backup });
+    }
+    if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
+        let message = ": one must be no backup and have a weight above 0";
+        section.field_problem(section.at(), "backends", message);
     }
     backends
 }
@@ -187,6 +183,7 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
         half_closed: default.half_closed,
         user_timeout: default.user_timeout,
         keepalive: default.keepalive,
+        drain: default.drain,
     };
     let Some(section) = section else { return timeouts };
     let set = |field, value: &mut Duration| {
@@ -198,6 +195,7 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
     set("idle", &mut timeouts.idle);
     set("half_closed", &mut timeouts.half_closed);
     set("user_timeout", &mut timeouts.user_timeout);
+    set("drain", &mut timeouts.drain);
     if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
         if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
             let written = humantime::format_duration(keepalive);
@@ -207,7 +205,7 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
         }
         timeouts.keepalive = keepalive;
     }
-    if let Some((at, wait)) = section.duration("header_wait", Zero::Refused) {
+    if let Some((at, wait)) = section.duration("header_wait", Zero::Allowed) {
         let written = humantime::format_duration(wait);
         if protocol_known && protocol.speaks_first() == Speaker::Server {
             let what =

@@ -5,6 +5,7 @@
 //! for people.
 
 mod address;
+mod health;
 mod listener;
 mod problem;
 mod receiver;
@@ -21,14 +22,15 @@ use std::{
 };
 
 pub(crate) use self::section::{DurationError, MOST_CONNECTIONS, parse_duration};
-use self::{
-    problem::Problems,
-    section::{Section, Zero},
-};
 pub use self::{
+    health::{Check, CheckHeader, Ejection, Health},
     problem::{ConfigError, Problem},
     receiver::UNIQUE_ID_LEN,
     summary::summary,
+};
+use self::{
+    problem::Problems,
+    section::{Section, Zero},
 };
 use crate::{
     protocol::Protocol,
@@ -52,6 +54,8 @@ backends = ["mail.internal:2525"]
 pub struct Config {
     /// Where metrics and health are served; `None`: nowhere.
     pub metrics: Option<Metrics>,
+    /// Where the operator's commands are heard; `None`: nowhere.
+    pub admin: Option<Admin>,
     /// Limits over all listeners.
     pub limits: Limits,
     /// How the splice engine uses the kernel.
@@ -71,6 +75,13 @@ pub struct Config {
 pub struct Metrics {
     /// Address of `/metrics`, `/healthz` and `/readyz`.
     pub listen: SocketAddr,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Absolute path of the unix socket on which `injector status` and its like are answered.
+    pub socket: PathBuf,
 }
 
 /// `[limits]`
@@ -252,15 +263,15 @@ pub struct Listener {
     pub protocol: Protocol,
     /// How its bytes are moved.
     pub engine: EngineChoice,
-    /// At least one; tried in order, or by their weights.
+    /// At least one, of distinct addresses; one that is no backup has a weight above 0.
     pub backends: Vec<Backend>,
-    /// The inline engine's managed NAT: shares of new connections, one for each backend; empty if all are equal.
-    pub weights: Vec<u32>,
+    /// How it is found out whether a backend can be sent connections.
+    pub health: Health,
     /// How often backend names are resolved again.
     pub resolve_interval: Duration,
     /// Connections at one time on this listener, besides [`Limits::max_connections`].
     pub max_connections: Option<usize>,
-    /// All greater than zero, save `header_wait` where the server speaks first.
+    /// All greater than zero, save `header_wait`.
     pub timeouts: Timeouts,
     /// What the backend can read.
     pub receiver: Receiver,
@@ -273,6 +284,15 @@ pub struct Backend {
     pub host: Host,
     /// Never 0.
     pub port: u16,
+    /// Its share of new connections, in proportion to the sum of its kind; 0 gets none.
+    pub weight: u32,
+    /// Gets connections only while no other backend can.
+    pub backup: bool,
+}
+
+impl Backend {
+    /// The heaviest share of a backend.
+    pub const MOST_WEIGHT: u32 = 1000;
 }
 
 /// An address, or a name to resolve.
@@ -291,8 +311,8 @@ pub struct Timeouts {
     pub connect: Duration,
     /// Without a byte in either direction.
     pub idle: Duration,
-    /// How long the header waits for the client's first bytes before it goes alone; below 3 s. Zero where the
-    /// server speaks first.
+    /// How long the header waits for the client's first bytes before it goes alone; below 3 s. Zero: not at all, as
+    /// where the server speaks first.
     pub header_wait: Duration,
     /// Without a byte in the remaining direction, once one side has finished.
     pub half_closed: Duration,
@@ -301,6 +321,8 @@ pub struct Timeouts {
     pub user_timeout: Duration,
     /// Silence after which a peer is asked whether it lives; whole seconds, 1 to 32767.
     pub keepalive: Duration,
+    /// How long sessions may go on once their listener is drained, or no longer configured.
+    pub drain: Duration,
 }
 
 /// `[listener.receiver]`
@@ -375,6 +397,11 @@ fn read(root: Section<'_>) -> Option<Config> {
         section.finish();
         listen
     });
+    let admin = root.section("admin").and_then(|section| {
+        let socket = section.required("socket", |section, field| section.path(field));
+        section.finish();
+        Some(Admin { socket: socket? })
+    });
     let mut limits = Limits::default();
     if let Some(section) = root.section("limits") {
         limits.max_connections = section.count("max_connections").unwrap_or(limits.max_connections);
@@ -399,7 +426,7 @@ fn read(root: Section<'_>) -> Option<Config> {
     let listeners = listener::read_all(&root, metrics);
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
-    Some(Config { metrics, limits, splice, inline, stop, log, listeners: listeners? })
+    Some(Config { metrics, admin, limits, splice, inline, stop, log, listeners: listeners? })
 }
 
 /// Water marks and the like: more than any machine has, and sums of it still fit.
@@ -451,11 +478,8 @@ fn read_inline(section: Section<'_>) -> Inline {
             );
         }
     }
-    if let Some((at, pin)) = section.string("pin") {
-        inline.pin = PathBuf::from(pin);
-        if !inline.pin.is_absolute() {
-            section.field_problem(at, "pin", &format!(" {pin:?}: must be an absolute path"));
-        }
+    if let Some(pin) = section.path("pin") {
+        inline.pin = pin;
     }
     if let Some((_, flows)) = section.integer("flows", 16, 1 << 24) {
         inline.flows = u32::try_from(flows).unwrap_or(inline.flows);

@@ -3,7 +3,7 @@
 //! `serde` stops at the first mistake and does not know in which listener it was; here a file is read to its
 //! end.
 
-use std::{cell::RefCell, time::Duration};
+use std::{cell::RefCell, path::PathBuf, time::Duration};
 
 use toml::{
     Spanned,
@@ -26,6 +26,13 @@ pub(super) type At<T> = (usize, T);
 pub(super) enum Zero {
     Allowed,
     Refused,
+}
+
+/// What [`Section::entries`] finds.
+#[derive(Debug)]
+pub(super) enum Entry<'t> {
+    Text(At<&'t str>),
+    Table(Section<'t>),
 }
 
 /// A table of the file.
@@ -133,7 +140,7 @@ impl<'t> Section<'t> {
     pub(super) fn section(&self, field: &'static str) -> Option<Section<'t>> {
         let (at, value) = self.get(field)?;
         let Some(table) = value.as_table() else {
-            self.wrong_type(at, field, &format!("a table, written [{}{field}]", self.path()), value);
+            self.wrong_type(at, field, &format!("a table, written [{}{field}]", self.header()), value);
             return None;
         };
         let prefix = format!("{}{field}.", self.prefix);
@@ -143,7 +150,7 @@ impl<'t> Section<'t> {
     /// An array of tables.
     pub(super) fn sections(&self, field: &'static str) -> Option<Vec<Section<'t>>> {
         let (at, value) = self.get(field)?;
-        let expected = format!("a list of tables, each written [[{}{field}]]", self.path());
+        let expected = format!("a list of tables, each written [[{}{field}]]", self.header());
         let Some(items) = value.as_array() else {
             self.wrong_type(at, field, &expected, value);
             return None;
@@ -164,7 +171,7 @@ impl<'t> Section<'t> {
     }
 
     /// As a table header would name this section, with a final dot.
-    fn path(&self) -> String {
+    fn header(&self) -> String {
         let listener = if self.listener.is_some() { "listener." } else { "" };
         format!("{listener}{}", self.prefix)
     }
@@ -177,6 +184,17 @@ impl<'t> Section<'t> {
             self.wrong_type(at, field, "a string", value);
         }
         Some((at, text?))
+    }
+
+    /// An absolute path; everything else is reported.
+    pub(super) fn path(&self, field: &'static str) -> Option<PathBuf> {
+        let (at, text) = self.string(field)?;
+        let path = PathBuf::from(text);
+        if !path.is_absolute() {
+            self.field_problem(at, field, &format!(" {text:?}: must be an absolute path"));
+            return None;
+        }
+        Some(path)
     }
 
     /// Reads a field with `read` and reports it if it is missing altogether.
@@ -211,20 +229,34 @@ impl<'t> Section<'t> {
         Some(strings.collect())
     }
 
-    /// A list of integers between `least` and `most`. Everything else is reported.
-    pub(super) fn integers(&self, field: &'static str, least: u32, most: u32) -> Option<At<Vec<u32>>> {
+    /// A list of strings, any of which may be a table in its place; at least one where the field is given. Wrong types are
+    /// reported.
+    pub(super) fn entries(&self, field: &'static str) -> Option<Vec<Entry<'t>>> {
+        const EXPECTED: &str = "a list of strings or of tables";
         let (at, value) = self.get(field)?;
-        let expected = format!("a list of integers from {least} to {most}");
-        let number = |item: &Spanned<DeValue<'_>>| {
-            let integer = item.get_ref().as_integer()?;
-            let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok()?;
-            (least..=most).contains(&number).then_some(number)
+        let Some(items) = value.as_array() else {
+            self.wrong_type(at, field, EXPECTED, value);
+            return None;
         };
-        let numbers: Option<Vec<_>> = value.as_array().and_then(|items| items.iter().map(number).collect());
-        if numbers.is_none() {
-            self.field_problem(at, field, &format!(": must be {expected}"));
+        if items.is_empty() {
+            self.field_problem(at, field, ": must not be empty");
         }
-        Some((at, numbers?))
+        let entry = |item: &'t Spanned<DeValue<'t>>| {
+            let at = item.span().start;
+            match item.get_ref() {
+                DeValue::String(text) => Some(Entry::Text((at, text.as_ref()))),
+                DeValue::Table(table) => {
+                    let prefix = format!("{}{field}.", self.prefix);
+                    let listener = self.listener.clone();
+                    Some(Entry::Table(Section::new(table, at, prefix, listener, self.problems)))
+                }
+                other => {
+                    self.wrong_type(at, field, EXPECTED, other);
+                    None
+                }
+            }
+        };
+        Some(items.iter().filter_map(entry).collect())
     }
 
     /// True or false; wrong types are reported.

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{Config, Listener, ProxyVersion, Receiver};
+use super::{Backend, CheckHeader, Config, Health, Listener, ProxyVersion, Receiver};
 use crate::protocol::Speaker;
 
 /// Describes a configuration for people: one block per listener, every default written out.
@@ -28,8 +28,12 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
         humantime::format_duration(config.stop.deadline)
     )?;
     match config.metrics {
-        Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen),
-        None => writeln!(out, "no metrics (add [metrics] listen)"),
+        Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen)?,
+        None => writeln!(out, "no metrics (add [metrics] listen)")?,
+    }
+    match &config.admin {
+        Some(admin) => writeln!(out, "commands on {}", admin.socket.display()),
+        None => writeln!(out, "no commands at run time (add [admin] socket)"),
     }
 }
 
@@ -39,19 +43,19 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     let resolves = listener.backends.iter().any(|backend| matches!(backend.host, super::Host::Name(_)));
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
-    writeln!(out, "  backends     {}{resolves}", join(&listener.backends))?;
-    if !listener.weights.is_empty() {
-        writeln!(out, "  weights      {}", join(&listener.weights))?;
-    }
+    let backends: Vec<_> = listener.backends.iter().map(backend).collect();
+    writeln!(out, "  backends     {}{resolves}", backends.join(", "))?;
+    writeln!(out, "  health       {}", health(&listener.health))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
     let timeouts = &listener.timeouts;
-    let [connect, idle, half_closed, wait, user_timeout, keepalive] = [
+    let [connect, idle, half_closed, wait, user_timeout, keepalive, drain] = [
         timeouts.connect,
         timeouts.idle,
         timeouts.half_closed,
         timeouts.header_wait,
         timeouts.user_timeout,
         timeouts.keepalive,
+        timeouts.drain,
     ]
     .map(humantime::format_duration);
     write!(out, "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}")?;
@@ -60,9 +64,44 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
         Speaker::Client | Speaker::Unknown => writeln!(out, ", header waits {wait} for the client")?,
     }
     writeln!(out, "  dead peers   asked after {keepalive}, given up after {user_timeout}")?;
+    writeln!(out, "  draining     sessions may go on for {drain}")?;
     match listener.max_connections {
         Some(most) => writeln!(out, "  connections  at most {most}"),
         None => Ok(()),
+    }
+}
+
+fn backend(backend: &Backend) -> String {
+    let mut notes = Vec::new();
+    if backend.weight != 1 {
+        notes.push(format!("weight {}", backend.weight));
+    }
+    if backend.backup {
+        notes.push("backup".to_owned());
+    }
+    if notes.is_empty() { backend.to_string() } else { format!("{backend} ({})", notes.join(", ")) }
+}
+
+fn health(health: &Health) -> String {
+    let checks = match &health.check {
+        None => "not checked".to_owned(),
+        Some(check) => {
+            let what = check.protocol.map_or("tcp".to_owned(), |protocol| format!("mail ({protocol})"));
+            let port = check.port.map_or("its own port".to_owned(), |port| format!("port {port}"));
+            let header = if check.header == CheckHeader::Local { ", header LOCAL" } else { "" };
+            let [interval, timeout] = [check.interval, check.timeout].map(humantime::format_duration);
+            format!(
+                "{what} on {port}{header}, every {interval} within {timeout}, down after {}, up after {}",
+                check.fall, check.rise
+            )
+        }
+    };
+    match health.ejection.after {
+        Some(after) => {
+            let time = humantime::format_duration(health.ejection.time);
+            format!("{checks}; left out for {time} after {after} failures to connect")
+        }
+        None => checks,
     }
 }
 

@@ -52,8 +52,13 @@ fn the_example_means_what_it_says() {
         bind: vec!["192.0.2.10:25".parse().unwrap(), "[2001:db8::10]:25".parse().unwrap()],
         protocol: Protocol::Smtp,
         engine: EngineChoice::Auto,
-        backends: vec![Backend { host: Host::Name("mail.internal".to_owned()), port: 2525 }],
-        weights: Vec::new(),
+        backends: vec![Backend {
+            host: Host::Name("mail.internal".to_owned()),
+            port: 2525,
+            weight: 1,
+            backup: false,
+        }],
+        health: Health::default(),
         resolve_interval: Duration::from_secs(15),
         max_connections: None,
         timeouts: Timeouts {
@@ -63,6 +68,7 @@ fn the_example_means_what_it_says() {
             half_closed: default.half_closed,
             user_timeout: default.user_timeout,
             keepalive: default.keepalive,
+            drain: default.drain,
         },
         receiver: Receiver::default(),
     };
@@ -77,6 +83,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     let (text, _) = rest.split_once("```").unwrap();
     let config = Config::parse(text, "docs/config.md").unwrap_or_else(|error| panic!("{error}"));
     assert!(config.metrics.is_some());
+    assert!(config.admin.is_some());
     assert_ne!(config.limits, Limits::default());
     assert_ne!(config.stop, Stop::default());
     let (splice, default) = (config.splice, Splice::default());
@@ -102,10 +109,21 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.timeouts.half_closed, default.half_closed);
     assert_ne!(listener.timeouts.user_timeout, default.user_timeout);
     assert_ne!(listener.timeouts.keepalive, default.keepalive);
+    assert_ne!(listener.timeouts.drain, default.drain);
     assert_ne!(listener.engine, EngineChoice::default());
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
     assert!(listener.max_connections.is_some());
-    assert_eq!(config.listeners.iter().map(|listener| listener.weights.len()).max(), Some(2));
+    assert!(listener.backends.iter().any(|backend| backend.weight != 1));
+    assert!(listener.backends.iter().any(|backend| backend.backup));
+    let health = listener.health;
+    assert_ne!(health.ejection.after, Health::default().ejection.after);
+    assert_ne!(health.ejection.time, Health::default().ejection.time);
+    let check = health.check.unwrap();
+    assert_eq!((check.protocol, check.port), (Some(Protocol::Imap), Some(143)));
+    assert_eq!(check.header, CheckHeader::Local);
+    assert_ne!((check.interval, check.timeout), (Duration::from_secs(10), Duration::from_secs(5)));
+    assert_ne!(check.rise, 2);
+    assert_ne!(check.fall, 3);
     let receiver = &listener.receiver;
     assert!(receiver.crc32c && receiver.unique_id && receiver.authority.is_some() && receiver.noop.is_some());
     assert_eq!(receiver.custom.len(), 2);
@@ -119,7 +137,7 @@ fn the_documentation_names_every_field() {
     let documented: std::collections::BTreeSet<_> = document
         .lines()
         .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(field, _)| field.to_owned()))
-        .filter(|field| !field.starts_with("--"))
+        .filter(|field| !field.starts_with("--") && !field.starts_with("injector "))
         .collect();
     // An unknown field is answered with the known ones: they are asked for here.
     let known = |text: &str| -> Vec<String> {
@@ -128,14 +146,21 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = std::collections::BTreeSet::new();
-    for section in ["metrics", "limits", "splice", "inline", "stop", "log"] {
-        let listen = if section == "metrics" { "listen = \"127.0.0.1:1\"\n" } else { "" };
+    for section in ["metrics", "admin", "limits", "splice", "inline", "stop", "log"] {
+        let listen = match section {
+            "metrics" => "listen = \"127.0.0.1:1\"\n",
+            "admin" => "socket = \"/run/x\"\n",
+            _ => "",
+        };
         let fields = known(&format!("[{section}]\nzzzzzzzz = 1\n{listen}{LISTENER}"));
         real.extend(fields.iter().map(|field| format!("{section}.{field}")));
     }
     real.extend(known(&and("zzzzzzzz = 1")).iter().map(|field| format!("listener.{field}")));
+    let backend = "backends = [{ address = \"mail.internal:2525\", zzzzzzzz = 1 }]";
+    real.extend(known(&with("backends", backend)).iter().map(|field| format!("listener.backends.{field}")));
     for (section, needed) in [
         ("[listener.timeouts]", ""),
+        ("[listener.health]", ""),
         ("[listener.receiver]", ""),
         ("[[listener.receiver.custom]]", "kind = 0xE0\nvalue = \"x\""),
     ] {
@@ -144,7 +169,7 @@ fn the_documentation_names_every_field() {
         real.extend(fields.iter().map(|field| format!("{path}.{field}")));
     }
     // The tables themselves are headings.
-    for table in ["listener.timeouts", "listener.receiver", "listener.receiver.custom"] {
+    for table in ["listener.timeouts", "listener.health", "listener.receiver", "listener.receiver.custom"] {
         assert!(real.remove(table), "{table} is no longer a field");
     }
     assert_eq!(documented, real);
@@ -187,7 +212,7 @@ fn unknown_fields_are_answered_with_what_was_probably_meant() {
     assert_problems(
         &and("[listener.timeouts]\ntls = \"5s\""),
         &["f.toml:7:1: listener \"smtp\": unknown field `timeouts.tls`, known here: connect, idle, \
-             half_closed, user_timeout, keepalive, header_wait"],
+             half_closed, user_timeout, drain, keepalive, header_wait"],
     );
     assert_problems(
         &and("[[listener.receiver.custom]]\nkind = 0xE0\nvalue = \"x\"\nvalues = 1"),
@@ -366,26 +391,102 @@ fn binds_must_not_overlap() {
 }
 
 #[test]
-fn weights_are_checked() {
-    let backends = "backends = [\"192.0.2.20:1\", \"192.0.2.21:1\"]\n";
-    for (weights, problem) in [
-        ("[1]", ": 1 of them for 2 backends"),
-        ("[0, 0]", ": one must be more than 0"),
-        ("[1, 1001]", ": must be a list of integers from 0 to 1000"),
-        ("[1, -1]", ": must be a list of integers from 0 to 1000"),
-        ("3", ": must be a list of integers from 0 to 1000"),
-        (
-            "[1, 2]\nengine = \"relay\"",
-            ": engines that end TCP try backends in order; only \"inline\" spreads connections",
-        ),
-    ] {
+fn weights_and_backups_are_checked() {
+    let problem = |backends: &str, expected: &str| {
         assert_problems(
-            &with("backends", &format!("{backends}weights = {weights}")),
-            &[&format!("f.toml:6:11: listener \"smtp\": weights{problem}")],
+            &with("backends", &format!("backends = [{backends}]")),
+            &[&format!("f.toml:{expected}")],
         );
-    }
-    let config = Config::parse(&with("backends", &format!("{backends}weights = [3, 0]")), "f.toml").unwrap();
-    assert_eq!(config.listeners[0].weights, [3, 0]);
+    };
+    let two = "{ address = \"192.0.2.20:1\", weight = 0 }, { address = \"192.0.2.21:1\", backup = true }";
+    problem(two, "1:1: listener \"smtp\": backends: one must be no backup and have a weight above 0");
+    problem(
+        "{ address = \"192.0.2.20:1\", weight = 1001 }",
+        "5:50: listener \"smtp\": backends.weight 1001: must be 0 to 1000",
+    );
+    problem("{ weight = 1 }", "5:13: listener \"smtp\": backends.address is missing");
+    problem(
+        "{ address = \"192.0.2.20:1\", wieght = 1 }",
+        "5:41: listener \"smtp\": unknown field `backends.wieght`, did you mean `backends.weight`?",
+    );
+    problem(
+        "\"192.0.2.20:1\", 5",
+        "5:29: listener \"smtp\": backends: must be a list of strings or of tables, not an integer",
+    );
+    problem(
+        "\"192.0.2.20:1\", { address = \"192.0.2.20:1\", backup = true }",
+        "5:41: listener \"smtp\": backends \"192.0.2.20:1\": named twice",
+    );
+    let fine = "\"192.0.2.20:1\", { address = \"192.0.2.21:1\", weight = 3 }, { address = \"192.0.2.22:1\", backup = true }";
+    let config = Config::parse(&with("backends", &format!("backends = [{fine}]")), "f.toml").unwrap();
+    let found: Vec<_> = config.listeners[0].backends.iter().map(|it| (it.weight, it.backup)).collect();
+    assert_eq!(found, [(1, false), (3, false), (1, true)]);
+}
+
+#[test]
+fn health_is_checked() {
+    let problem = |lines: &str, expected: &[&str]| {
+        let expected: Vec<_> = expected.iter().map(|it| format!("f.toml:{it}")).collect();
+        let expected: Vec<_> = expected.iter().map(String::as_str).collect();
+        assert_problems(&and(&format!("[listener.health]\n{lines}")), &expected);
+    };
+    problem(
+        "check = \"mail\"",
+        &[
+            "6:1: listener \"smtp\": health.port is missing: the backend's own demands a header. Give one that does \
+           not (such as 25), or header = \"local\" where the server takes that",
+        ],
+    );
+    problem(
+        "interval = \"5s\"",
+        &[
+            "6:1: listener \"smtp\": health.interval: has no effect without check = \"tcp\" or check = \"mail\"",
+        ],
+    );
+    problem(
+        "check = \"tcp\"\nheader = \"local\"\nprotocol = \"smtp\"",
+        &[
+            "8:10: listener \"smtp\": health.header: closing right after a header ends Postfix's smtpd: use check = \"mail\"",
+            "9:12: listener \"smtp\": health.protocol: has no effect with check = \"tcp\"",
+        ],
+    );
+    problem(
+        "check = \"mail\"\nprotocol = \"plain\"\nport = 25",
+        &[
+            "8:12: listener \"smtp\": health.protocol \"plain\": check = \"mail\" needs a protocol whose server says \
+           something: use check = \"tcp\"",
+        ],
+    );
+    problem(
+        "check = \"mail\"\nheader = \"local\"\n[listener.receiver]\nversion = \"v1\"",
+        &[
+            "8:10: listener \"smtp\": health.header \"local\": version 1 has no such thing: give the port of a service \
+           without PROXY",
+        ],
+    );
+    problem(
+        "check = \"http\"",
+        &["7:9: listener \"smtp\": health.check \"http\": must be one of none, tcp, mail"],
+    );
+    problem("check = \"tcp\"\nrise = 0", &["8:8: listener \"smtp\": health.rise 0: must be 1 to 100"]);
+    let config =
+        Config::parse(&and("[listener.health]\ncheck = \"mail\"\nport = 25\neject_after = 0\n"), "f")
+            .unwrap();
+    let health = config.listeners[0].health;
+    assert_eq!(health.ejection.after, None);
+    let check = health.check.unwrap();
+    assert_eq!((check.protocol, check.port, check.rise, check.fall), (Some(Protocol::Smtp), Some(25), 2, 3));
+}
+
+#[test]
+fn the_admin_socket_is_an_absolute_path() {
+    assert_problems(
+        &format!("[admin]\nsocket = \"run/x\"\n{LISTENER}"),
+        &["f.toml:2:10: admin.socket \"run/x\": must be an absolute path"],
+    );
+    assert_problems(&format!("[admin]\n{LISTENER}"), &["f.toml:1:1: admin.socket is missing"]);
+    let config = Config::parse(&format!("[admin]\nsocket = \"/run/x\"\n{LISTENER}"), "f").unwrap();
+    assert_eq!(config.admin, Some(Admin { socket: "/run/x".into() }));
 }
 
 #[test]
@@ -624,27 +725,34 @@ fn a_file_is_loaded() {
 fn the_summary_shows_what_would_run() {
     let text = and(
         "[[listener]]\nname = \"imaps\"\nbind = [\"[::]:993\"]\nprotocol = \"imaps\"\nengine = \"relay\"\n\
-         backends = [\"192.0.2.20:10993\"]\nmax_connections = 50\n[listener.receiver]\n\
+         backends = [{ address = \"192.0.2.20:10993\", weight = 3 }, { address = \"192.0.2.21:10993\", backup = true }]\n\
+         max_connections = 50\n[listener.health]\ncheck = \"mail\"\nprotocol = \"imap\"\nport = 143\neject_after = 0\n\
+         [listener.receiver]\n\
          crc32c = true\nunique_id = true\n",
     );
     let expected = "\
 smtp (smtp, engine auto)
   listens on   192.0.2.10:25
   backends     mail.internal:2525 (names resolved every 15s)
+  health       not checked; left out for 30s after 3 failures to connect
   header       PROXY v2, up to 52 bytes, no TLVs
   timeouts     connect 5s, idle 11m, half-closed 11m
   dead peers   asked after 1m, given up after 5m
+  draining     sessions may go on for 2m
 
 imaps (imaps, engine relay)
   listens on   [::]:993
-  backends     192.0.2.20:10993
+  backends     192.0.2.20:10993 (weight 3), 192.0.2.21:10993 (backup)
+  health       mail (imap) on port 143, every 10s within 5s, down after 3, up after 2
   header       PROXY v2, up to 94 bytes, crc32c, unique_id
   timeouts     connect 5s, idle 35m, half-closed 1m, header waits 1s for the client
   dead peers   asked after 1m, given up after 5m
+  draining     sessions may go on for 30m
   connections  at most 50
 
 2 listeners, at most 10000 connections, threads that serve them: 2, sessions may go on for 30s after SIGTERM
 no metrics (add [metrics] listen)
+no commands at run time (add [admin] socket)
 ";
     assert_eq!(summary(&Config::parse(&text, "f.toml").unwrap()), expected);
 }

@@ -39,7 +39,6 @@ impl Role {
 pub struct AttachError {
     program: &'static str,
     device: String,
-    #[source]
     error: Box<dyn std::error::Error + Send + Sync>,
 }
 

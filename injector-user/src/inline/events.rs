@@ -168,7 +168,7 @@ impl Books {
         let report = Report {
             client,
             local,
-            listener: listening.name.clone(),
+            listener: listening.name.as_str().into(),
             backend: Some(socket_address(&key.backend)),
             engine: "inline",
             to_backend: bytes(flow.to_backend.bytes),

@@ -60,7 +60,6 @@ pub enum LoadError {
         /// The folder.
         path: PathBuf,
         /// What the kernel said.
-        #[source]
         error: io::Error,
     },
     /// Programs or maps cannot be had.

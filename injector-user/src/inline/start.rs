@@ -1,8 +1,13 @@
 //! Setting the engine to work for the listeners that ask for it, and following the devices as they come and go.
 
-use std::{collections::BTreeSet, iter, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, anyhow, bail};
+use tokio::sync::{Notify, watch};
 
 use super::{
     Books, Inline, Listening, Role, addresses,
@@ -11,7 +16,8 @@ use super::{
     routes::{Changes, Interface, LinkKind, RouteError, Routes},
 };
 use crate::{
-    config::{Config, EngineChoice, Inline as Settings, Listener, Nat},
+    backend::Backends,
+    config::{Config, EngineChoice, Host, Inline as Settings, Listener, Nat},
     metrics::Metrics,
     protocol::Speaker,
 };
@@ -24,6 +30,17 @@ pub struct Running {
     settings: Settings,
     backends: Vec<SocketAddr>,
     attached: BTreeSet<(Interface, Role)>,
+}
+
+/// A listener, and which of its backends get its connections.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// As configured.
+    pub listener: Listener,
+    /// Its backends.
+    pub backends: Arc<Backends>,
+    /// Nobody new is sent on.
+    pub draining: bool,
 }
 
 /// The listeners that the engine serves, in the order of their ids.
@@ -72,7 +89,7 @@ async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
     forwarded(settings, &[listener], &places)?;
     if settings.nat == Nat::Managed {
         // It needs nft and its rights, and what the rules cannot express is refused.
-        ruleset(settings, &[listener])?.is_applied()?;
+        ruleset(settings, &[fresh(listener)])?.is_applied()?;
     }
     Ok(())
 }
@@ -118,7 +135,8 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
     // All that may fail without a trace comes first.
     let ruleset = match settings.nat {
         Nat::Managed => {
-            let ruleset = ruleset(settings, listeners)?;
+            let served: Vec<_> = listeners.iter().map(|listener| fresh(listener)).collect();
+            let ruleset = ruleset(settings, &served)?;
             // Whether there is nft, and may be used.
             ruleset.is_applied()?;
             Some(ruleset)
@@ -148,20 +166,57 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
     Ok(running)
 }
 
-fn ruleset(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<nat::Ruleset> {
-    let service = |listener: &&Listener| {
-        let weights = listener.weights.iter().copied().chain(iter::repeat(1));
-        let backend = |(address, weight)| nat::Backend { address, weight };
-        Ok(nat::Service {
+/// As it is before anything is known of its backends.
+fn fresh(listener: &Listener) -> Served {
+    let backends = Arc::new(Backends::new(listener, None, Arc::default()));
+    Served { listener: listener.clone(), backends, draining: false }
+}
+
+fn ruleset(settings: &Settings, served: &[Served]) -> anyhow::Result<nat::Ruleset> {
+    let mut services = Vec::new();
+    for Served { listener, backends, draining } in served {
+        // What cannot be served at all is an error, not a listener without backends.
+        addresses(listener).map_err(anyhow::Error::msg)?;
+        let mut service = nat::Service {
             name: listener.name.clone(),
-            listen: listener.bind.clone(),
-            backends: addresses(listener)?.into_iter().zip(weights).map(backend).collect(),
+            listen: Vec::new(),
+            backends: Vec::new(),
             masquerade: settings.masquerade,
-        })
-    };
-    let services: Result<Vec<_>, String> = listeners.iter().map(service).collect();
+        };
+        for ipv6 in [false, true] {
+            let of_family = |ip: IpAddr| ip.to_canonical().is_ipv6() == ipv6;
+            let listen = || listener.bind.iter().filter(|address| of_family(address.ip()));
+            let in_turn = backends.in_turn(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            let none_is_left = in_turn.is_empty()
+                && listener.backends.iter().any(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            if *draining || none_is_left {
+                // Clients are refused by the host, which has no socket there.
+                continue;
+            }
+            service.listen.extend(listen());
+            service.backends.extend(in_turn.into_iter().flat_map(|backend| {
+                let weight = backend.configured().weight;
+                backend.addresses().into_iter().map(move |address| nat::Backend { address, weight })
+            }));
+        }
+        if !service.listen.is_empty() {
+            services.push(service);
+        }
+    }
     let table: TableName = settings.table.parse()?;
-    Ok(nat::ruleset(&table, &services.map_err(anyhow::Error::msg)?)?)
+    Ok(nat::ruleset(&table, &services)?)
+}
+
+/// Whether the engine could serve a listener that it serves already with what is different now.
+///
+/// # Errors
+/// Why not.
+pub fn acceptable(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
+    possible(listener).map_err(anyhow::Error::msg)?;
+    if settings.nat == Nat::Managed {
+        ruleset(settings, &[fresh(listener)])?;
+    }
+    Ok(())
 }
 
 /// Which programs belong where: those for backends on the devices that lead to them, those for clients everywhere, for a
@@ -249,23 +304,70 @@ impl Running {
         Ok(())
     }
 
-    /// Follows devices and routes until the runtime ends.
+    /// Follows devices, routes, the configuration and the backends' health until the runtime ends.
     ///
     /// # Errors
     /// When the kernel does not tell of changes any more.
-    pub async fn follow(mut self) -> anyhow::Result<()> {
+    pub async fn follow(
+        mut self,
+        mut served: watch::Receiver<Vec<Served>>,
+        health: Arc<Notify>,
+    ) -> anyhow::Result<()> {
         let mut changes = Changes::watch().context("listening to rtnetlink")?;
+        let mut routes_changed = true;
         loop {
             // What changed since the start counts.
-            match places(&self.settings, &self.backends).await {
-                Ok(places) => {
-                    if let Err(error) = self.attach(places) {
-                        tracing::error!(error = format!("{error:#}"), "not attached");
+            if routes_changed {
+                match places(&self.settings, &self.backends).await {
+                    Ok(places) => {
+                        if let Err(error) = self.attach(places) {
+                            tracing::error!(error = format!("{error:#}"), "not attached");
+                        }
                     }
+                    Err(error) => tracing::error!(error = format!("{error:#}"), "devices and routes"),
                 }
-                Err(error) => tracing::error!(error = format!("{error:#}"), "devices and routes"),
             }
-            changes.next().await?;
+            let now = served.borrow_and_update().clone();
+            if self.settings.nat == Nat::Managed && !now.is_empty() {
+                self.send_on(now).await;
+            }
+            tokio::select! {
+                changed = changes.next() => {
+                    changed?;
+                    routes_changed = true;
+                }
+                () = health.notified() => routes_changed = false,
+                Ok(()) = served.changed() => {
+                    if let Err(error) = self.reload(&served.borrow().clone()) {
+                        tracing::error!(error = format!("{error:#}"), "engine \"inline\" goes on as before");
+                    }
+                    routes_changed = true;
+                }
+            }
+        }
+    }
+
+    /// Tells the programs of other backends.
+    fn reload(&mut self, served: &[Served]) -> anyhow::Result<()> {
+        let listeners: Vec<_> = served.iter().map(|served| &served.listener).collect();
+        self.inline.serve(&listeners)?;
+        let backends: Result<Vec<_>, _> = listeners.iter().map(|listener| addresses(listener)).collect();
+        self.backends = backends.map_err(anyhow::Error::msg)?.into_iter().flatten().collect();
+        Ok(())
+    }
+
+    /// Has NAT send new connections to the backends whose turn it is.
+    async fn send_on(&self, served: Vec<Served>) {
+        let settings = self.settings.clone();
+        let apply = move || -> anyhow::Result<nat::Change> { Ok(ruleset(&settings, &served)?.apply()?) };
+        match tokio::task::spawn_blocking(apply).await {
+            Ok(Ok(nat::Change::Unchanged)) => {}
+            Ok(Ok(change)) => tracing::info!(table = self.settings.table, ?change, "NAT"),
+            Ok(Err(error)) => tracing::error!(
+                error = format!("{error:#}"),
+                "NAT goes on as before: new connections may be sent to backends that are down"
+            ),
+            Err(error) => tracing::error!(%error, "NAT"),
         }
     }
 }
@@ -297,20 +399,47 @@ pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Forced;
+
+    fn config(backends: &str) -> Config {
+        let text = format!(
+            "[[listener]]\nname = \"a\"\nbind = [\"192.0.2.10:25\", \"[2001:db8::10]:25\"]\nprotocol = \"smtp\"\n\
+             engine = \"inline\"\nbackends = [{backends}, \"[2001:db8::20]:2525\"]\n"
+        );
+        Config::parse(&text, "test.toml").unwrap()
+    }
+
+    fn rules(config: &Config, served: &Served) -> String {
+        format!("{:?}", ruleset(&config.inline, std::slice::from_ref(served)).unwrap())
+    }
 
     #[test]
     fn weights_of_the_configuration_are_those_of_the_rules() {
-        let config = |weights: &str| {
-            let text = format!(
-                "[[listener]]\nname = \"a\"\nbind = [\"192.0.2.10:25\"]\nprotocol = \"smtp\"\nengine = \"inline\"\n\
-                 backends = [\"10.0.0.1:2525\", \"10.0.0.2:2525\"]\n{weights}"
+        let of = |weights: [u32; 2]| {
+            let [one, other] = weights.map(|weight| format!("weight = {weight}"));
+            let backends = format!(
+                "{{ address = \"10.0.0.1:2525\", {one} }}, {{ address = \"10.0.0.2:2525\", {other} }}"
             );
-            Config::parse(&text, "test.toml").unwrap()
+            let config = config(&backends);
+            rules(&config, &fresh(&config.listeners[0]))
         };
-        let rules = |config: &Config| format!("{:?}", ruleset(&config.inline, &listeners(config)).unwrap());
-        let [equal, same, other] =
-            ["", "weights = [7, 7]", "weights = [3, 1]"].map(|given| rules(&config(given)));
-        assert_eq!(equal, same);
-        assert_ne!(equal, other);
+        assert_eq!(of([1, 1]), of([7, 7]));
+        assert_ne!(of([1, 1]), of([3, 1]));
+    }
+
+    #[test]
+    fn rules_follow_the_health_of_each_family() {
+        let config = config("\"10.0.0.1:2525\", { address = \"10.0.0.2:2525\", backup = true }");
+        let served = fresh(&config.listeners[0]);
+        let leads_to = |served: &Served, backend: &str| rules(&config, served).contains(backend);
+        assert!(leads_to(&served, "10.0.0.1") && !leads_to(&served, "10.0.0.2"));
+        assert!(served.backends.force("10.0.0.1:2525", Forced::Down));
+        assert!(!leads_to(&served, "10.0.0.1") && leads_to(&served, "10.0.0.2"));
+        assert!(leads_to(&served, "2001:db8::20"));
+        // Nobody is left for IPv4: the rules lead nowhere, and IPv6 goes on.
+        assert!(served.backends.force("10.0.0.2:2525", Forced::Down));
+        assert!(!leads_to(&served, "192.0.2.10") && leads_to(&served, "2001:db8::20"));
+        let drained = Served { draining: true, ..served };
+        assert!(!leads_to(&drained, "2001:db8::"));
     }
 }

@@ -60,7 +60,7 @@ async fn ready(State(readiness): State<watch::Receiver<Readiness>>) -> Response 
     let readiness = *readiness.borrow();
     let status = match readiness {
         Readiness::Ready => StatusCode::OK,
-        Readiness::Starting | Readiness::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        Readiness::Starting | Readiness::Draining | Readiness::Stopping => StatusCode::SERVICE_UNAVAILABLE,
     };
     (status, format!("{readiness}\n")).into_response()
 }
@@ -117,9 +117,12 @@ mod tests {
     #[tokio::test]
     async fn healthz_says_that_the_process_runs_and_readyz_whether_to_come() {
         let server = server().await;
-        for (readiness, status) in
-            [(Readiness::Starting, "503"), (Readiness::Ready, "200"), (Readiness::Stopping, "503")]
-        {
+        for (readiness, status) in [
+            (Readiness::Starting, "503"),
+            (Readiness::Ready, "200"),
+            (Readiness::Draining, "503"),
+            (Readiness::Stopping, "503"),
+        ] {
             server.readiness.send_replace(readiness);
             let (head, body) = request(server.address, "GET", "/readyz").await;
             assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{readiness}: {head}");

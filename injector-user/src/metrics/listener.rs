@@ -28,11 +28,13 @@ pub enum RefusedReason {
     ForgedHeader,
     /// The daemon is stopping.
     Stopping,
+    /// The operator drains the listener.
+    Draining,
 }
 
 impl RefusedReason {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
@@ -42,6 +44,7 @@ impl RefusedReason {
         Self::NoBanner,
         Self::ForgedHeader,
         Self::Stopping,
+        Self::Draining,
     ];
 
     /// The name in logs and labels.
@@ -57,6 +60,7 @@ impl RefusedReason {
             Self::NoBanner => "no_banner",
             Self::ForgedHeader => "forged_header",
             Self::Stopping => "stopping",
+            Self::Draining => "draining",
         }
     }
 
@@ -97,6 +101,23 @@ struct Handles {
     resumed: Counter,
 }
 
+/// A listener's counters at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Those that are served now.
+    pub active: u64,
+    /// Those that were turned away.
+    pub refused: u64,
+    /// Headers sent to a backend.
+    pub headers_sent: u64,
+    /// Payload, from clients to backends.
+    pub to_backend: u64,
+    /// Payload, from backends to clients.
+    pub to_client: u64,
+}
+
 /// One direction's bytes.
 #[derive(Debug)]
 struct Planes {
@@ -106,6 +127,10 @@ struct Planes {
 }
 
 impl Planes {
+    fn total(&self) -> u64 {
+        [&self.relayed, &self.piped, &self.spliced].into_iter().map(Counter::get).sum()
+    }
+
     fn count(&self, bytes: Bytes) {
         self.relayed.inc_by(bytes.relayed);
         self.piped.inc_by(bytes.piped);
@@ -165,6 +190,20 @@ impl ListenerMetrics {
             families: families.clone(),
             name,
         }))
+    }
+
+    /// What has been counted so far.
+    #[must_use]
+    pub fn snapshot(&self) -> Counts {
+        let Handles { accepted, active, refused, to_backend, to_client, headers_sent, .. } = &*self.0;
+        Counts {
+            accepted: accepted.get(),
+            active: u64::try_from(active.get()).unwrap_or_default(),
+            refused: refused.iter().map(|(_, counter)| counter.get()).sum(),
+            headers_sent: headers_sent.get(),
+            to_backend: to_backend.total(),
+            to_client: to_client.total(),
+        }
     }
 
     /// A connection was accepted.

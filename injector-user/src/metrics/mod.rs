@@ -3,6 +3,7 @@
 //! Names begin with `injector_`. No label carries a client's address. The handles of a listener are looked up
 //! once, when it is set up: what a connection touches is an atomic.
 
+mod backends;
 pub mod http;
 mod listener;
 mod programs;
@@ -19,12 +20,12 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use self::programs::Programs;
+use self::{backends::Watched, programs::Programs};
 pub use self::{
-    listener::{Active, ListenerMetrics, RefusedReason},
+    listener::{Active, Counts, ListenerMetrics, RefusedReason},
     programs::BpfCounters,
 };
-use crate::{selftest::Check, session::Ledger};
+use crate::{backend::Backends, selftest::Check, session::Ledger};
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -40,6 +41,11 @@ struct Inner {
     registry: Registry,
     families: Families,
     programs: Arc<Programs>,
+    backends: Arc<Watched>,
+    draining: Family<ListenerLabels, Gauge>,
+    reloads: [(bool, Counter); 2],
+    config_loaded: Gauge<f64, AtomicU64>,
+    inline_max_flows: Gauge,
     max_connections: Gauge,
     engine_available: Family<EngineLabels, Gauge>,
     check: Family<CheckLabels, Gauge>,
@@ -100,6 +106,11 @@ struct ChangeLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EngineLabels {
     engine: &'static str,
 }
@@ -117,6 +128,8 @@ pub enum Readiness {
     Starting,
     /// Every listener is open.
     Ready,
+    /// Every listener is drained.
+    Draining,
     /// No connection is accepted any more.
     Stopping,
 }
@@ -126,6 +139,7 @@ impl fmt::Display for Readiness {
         f.pad(match self {
             Self::Starting => "starting",
             Self::Ready => "ready",
+            Self::Draining => "draining",
             Self::Stopping => "stopping",
         })
     }
@@ -179,12 +193,45 @@ impl Metrics {
             Unit::Seconds,
             check_took.clone(),
         );
+        let draining = Family::default();
+        injector.register(
+            "listener_draining",
+            "1 if new clients of the listener are turned away by the operator, else 0",
+            draining.clone(),
+        );
+        let reloads = Family::<ResultLabels, Counter>::default();
+        let result = |applied| {
+            let result = if applied { "applied" } else { "refused" };
+            (applied, reloads.get_or_create_owned(&ResultLabels { result }))
+        };
+        let results = [true, false].map(result);
+        injector.register("config_reloads", "Times that the configuration was read again", reloads);
+        let config_loaded = Gauge::<f64, AtomicU64>::default();
+        injector.register_with_unit(
+            "config_loaded_timestamp",
+            "When the configuration that runs was read, in seconds since 1970",
+            Unit::Seconds,
+            config_loaded.clone(),
+        );
+        let inline_max_flows = Gauge::default();
+        injector.register(
+            "inline_max_flows",
+            "Connections that the inline engine has room for; 0 where it does not run",
+            inline_max_flows.clone(),
+        );
+        let backends = Arc::new(Watched::default());
+        injector.register_collector(Box::new(Arc::clone(&backends)));
         let programs = Arc::new(Programs::default());
         injector.register_collector(Box::new(Arc::clone(&programs)));
         Self(Arc::new(Inner {
             registry,
             families,
             programs,
+            backends,
+            draining,
+            reloads: results,
+            config_loaded,
+            inline_max_flows,
             max_connections,
             engine_available,
             check,
@@ -196,6 +243,44 @@ impl Metrics {
     #[must_use]
     pub fn listener(&self, name: &str, engine: &'static str) -> ListenerMetrics {
         ListenerMetrics::new(&self.0.families, name, engine)
+    }
+
+    /// Has the backends of a listener looked at, at every scrape, in place of those that it had before.
+    pub fn watch_backends(&self, listener: &str, backends: Arc<Backends>) {
+        self.0.backends.watch(listener, backends);
+    }
+
+    /// Says whether a listener is drained.
+    pub fn set_draining(&self, listener: &str, draining: bool) {
+        self.0.draining.get_or_create(&ListenerLabels { listener: listener.into() }).set(i64::from(draining));
+    }
+
+    /// A listener is no longer configured: only what it has counted stays.
+    pub fn forget_listener(&self, listener: &str) {
+        self.0.backends.forget(listener);
+        self.0.draining.remove(&ListenerLabels { listener: listener.into() });
+    }
+
+    /// The configuration was read now, at the start.
+    pub fn config_loaded(&self) {
+        self.0
+            .config_loaded
+            .set(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+    }
+
+    /// The configuration was read again, and `applied` or refused.
+    pub fn config_reloaded(&self, applied: bool) {
+        if let Some((_, counter)) = self.0.reloads.iter().find(|(result, _)| *result == applied) {
+            counter.inc();
+        }
+        if applied {
+            self.config_loaded();
+        }
+    }
+
+    /// Sets how many connections the inline engine has room for.
+    pub fn set_inline_max_flows(&self, most: u32) {
+        self.0.inline_max_flows.set(i64::from(most));
     }
 
     /// Sets how many connections fit at one time.
@@ -302,7 +387,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::session::{Bytes, End};
+    use crate::{
+        config::{Config, EXAMPLE},
+        session::{Bytes, End},
+    };
 
     #[derive(Debug)]
     struct Counted;
@@ -322,6 +410,9 @@ mod tests {
         metrics.set_check("splice", &Check { name: "carry", result: Ok("seen".to_owned()), took });
         metrics.set_check("splice", &Check { name: "slow_reader", result: Err("lost".to_owned()), took });
         metrics.set_max_connections(10);
+        metrics.set_draining("smtp", false);
+        let config = Config::parse(EXAMPLE, "f").unwrap();
+        metrics.watch_backends("smtp", Arc::new(Backends::new(&config.listeners[0], None, Arc::default())));
         let listener = metrics.listener("smtp", "relay");
         listener.enrolment_failed("not_established");
         (metrics, listener)
@@ -350,10 +441,17 @@ mod tests {
         let (metrics, _) = complete();
         let text = metrics.encode().unwrap();
         let expected = BTreeMap::from([
+            ("injector_backend_active", ("gauge", None)),
+            ("injector_backend_checks", ("counter", None)),
+            ("injector_backend_ejections", ("counter", None)),
+            ("injector_backend_sessions", ("counter", None)),
+            ("injector_backend_up", ("gauge", None)),
             ("injector_backlog_bytes", ("gauge", Some("bytes"))),
             ("injector_bpf_events", ("counter", None)),
             ("injector_build", ("info", None)),
             ("injector_bytes", ("counter", Some("bytes"))),
+            ("injector_config_loaded_timestamp_seconds", ("gauge", Some("seconds"))),
+            ("injector_config_reloads", ("counter", None)),
             ("injector_connections_accepted", ("counter", None)),
             ("injector_connections_active", ("gauge", None)),
             ("injector_connections_closed", ("counter", None)),
@@ -364,6 +462,8 @@ mod tests {
             ("injector_header_to_first_byte_seconds", ("histogram", Some("seconds"))),
             ("injector_headers_failed", ("counter", None)),
             ("injector_headers_sent", ("counter", None)),
+            ("injector_inline_max_flows", ("gauge", None)),
+            ("injector_listener_draining", ("gauge", None)),
             ("injector_max_connections", ("gauge", None)),
             ("injector_plane_changes", ("counter", None)),
             ("injector_selftest_check", ("gauge", None)),

@@ -1,6 +1,6 @@
 //! How a connection ended, and the one line that says so.
 
-use std::{fmt, io, net::SocketAddr, time::Duration};
+use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 /// How a connection ended: the field `end` of its log line and the label of `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -149,7 +149,7 @@ pub struct Report {
     /// The address of ours that it connected to.
     pub local: SocketAddr,
     /// The listener's name.
-    pub listener: String,
+    pub listener: Arc<str>,
     /// The backend, once one was reached.
     pub backend: Option<SocketAddr>,
     /// The engine's name.
@@ -173,7 +173,7 @@ impl Report {
     pub fn log(&self) {
         tracing::info!(
             client = %self.client,
-            listener = self.listener,
+            listener = &*self.listener,
             local = %self.local,
             backend = self.backend.map(tracing::field::display),
             engine = self.engine,

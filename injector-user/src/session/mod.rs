@@ -15,6 +15,7 @@ mod lane;
 #[cfg(test)]
 mod model;
 mod pump;
+pub mod table;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -23,14 +24,17 @@ use injector_common::proxy::{Forgery, forgery};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::pump::Pump;
 pub use self::{
     backlog::{Ledger, Marks},
     end::{Bytes, End, Report},
     lane::Pays,
 };
+use self::{
+    pump::Pump,
+    table::{Entry, Table},
+};
 use crate::{
-    backend::{Backends, Unreachable},
+    backend::{Backends, Reached, Unreachable},
     config::{Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
     engine::{Engine, Injected},
@@ -45,7 +49,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Context {
     /// The listener's name.
-    pub listener: String,
+    pub listener: Arc<str>,
     /// What is spoken.
     pub protocol: Protocol,
     /// Whether a backend that closes without a byte has failed: in mail protocols the server always answers.
@@ -70,8 +74,10 @@ pub struct Context {
     pub ledger: Ledger,
     /// Hang-ups of spliced sockets.
     pub watch: Watch,
-    /// Cancelled when the time of a stop is over.
+    /// Cancelled when the time of a stop or a drain is over.
     pub cut: CancellationToken,
+    /// Which connections there are.
+    pub table: Table,
     /// Makes the unique ids of this run differ from those of another.
     pub run_id: u64,
 }
@@ -83,16 +89,17 @@ pub async fn serve(context: &Context, client: Endpoint) {
     let local = match client.local() {
         Ok(local) => local,
         Err(error) => {
-            return tracing::debug!(listener = context.listener, %error, "gone before it was served");
+            return tracing::debug!(listener = &*context.listener, %error, "gone before it was served");
         }
     };
+    let entry = context.table.add(&context.listener, context.engine.name(), peer, local);
     let id = context.receiver.unique_id.then(|| unique_id(context.run_id, client.cookie()));
     let identity = Identity { peer, local, id };
-    let finished = live(context, client, &identity).await;
+    let finished = live(context, client, &identity, &entry).await;
     let report = Report {
         client: peer,
         local,
-        listener: context.listener.clone(),
+        listener: Arc::clone(&context.listener),
         backend: finished.backend,
         engine: context.engine.name(),
         to_backend: finished.to_backend,
@@ -109,7 +116,7 @@ pub async fn serve(context: &Context, client: Endpoint) {
 fn give_up_in_time(context: &Context, peer: &Endpoint) {
     let Timeouts { user_timeout, keepalive, .. } = context.timeouts;
     if let Err(error) = peer.give_up_after(user_timeout, keepalive) {
-        tracing::warn!(listener = context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
+        tracing::warn!(listener = &*context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
     }
 }
 
@@ -138,7 +145,7 @@ struct Identity {
     id: Option<[u8; UNIQUE_ID_LEN]>,
 }
 
-async fn live(context: &Context, client: Endpoint, identity: &Identity) -> Finished {
+async fn live(context: &Context, client: Endpoint, identity: &Identity, entry: &Entry) -> Finished {
     // connecting
     let connecting = context.backends.connect(context.timeouts.connect, &context.watch, &*context.engine);
     let connected = tokio::select! {
@@ -149,14 +156,15 @@ async fn live(context: &Context, client: Endpoint, identity: &Identity) -> Finis
             return Finished::early(End::Cut, None, None);
         }
     };
-    let backend = match connected {
-        Ok(backend) => backend,
+    let Reached { endpoint: backend, session: _session } = match connected {
+        Ok(reached) => reached,
         Err(error) => {
             refuse(client, context.protocol, Refusal::BackendUnavailable).await;
             return Finished::early(unreachable(&error), None, Some(error.to_string()));
         }
     };
     let peer = backend.peer();
+    entry.reached(peer);
     give_up_in_time(context, &backend);
 
     // injecting
@@ -188,7 +196,7 @@ async fn live(context: &Context, client: Endpoint, identity: &Identity) -> Finis
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    let outcome = Pump::new(context, client, backend, read, held, first.gated).run().await;
+    let outcome = Pump::new(context, entry, client, backend, read, held, first.gated).run().await;
 
     // closed
     if let Some(client) = outcome.client {
@@ -219,7 +227,7 @@ async fn first_payload(
     backend: &Endpoint,
 ) -> Result<First, (End, Option<io::Error>)> {
     let mut first = First { payload: BytesMut::new(), gated: true };
-    if context.protocol.speaks_first() == Speaker::Server {
+    if context.protocol.speaks_first() == Speaker::Server || context.timeouts.header_wait.is_zero() {
         return Ok(first);
     }
     let deadline = Instant::now() + context.timeouts.header_wait;
@@ -298,7 +306,7 @@ fn unreachable(error: &Unreachable) -> End {
         {
             End::Internal
         }
-        Unreachable::Other { .. } => End::BackendUnreachable,
+        Unreachable::Other { .. } | Unreachable::TakenOut => End::BackendUnreachable,
     }
 }
 

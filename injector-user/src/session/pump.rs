@@ -10,6 +10,7 @@ use super::{
     direction::Want,
     end::{Bytes, End},
     lane::{Break, Enrolment, Lane, Progress},
+    table::Entry,
 };
 use crate::endpoint::{Endpoint, Needs};
 
@@ -23,6 +24,7 @@ const LAST_WORDS: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) struct Pump<'a> {
     context: &'a Context,
+    entry: &'a Entry,
     client: Endpoint,
     backend: Endpoint,
     to_backend: Lane,
@@ -58,6 +60,7 @@ impl<'a> Pump<'a> {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
         context: &'a Context,
+        entry: &'a Entry,
         client: Endpoint,
         backend: Endpoint,
         read: u64,
@@ -67,6 +70,7 @@ impl<'a> Pump<'a> {
         let now = Instant::now();
         Self {
             context,
+            entry,
             client,
             backend,
             to_backend: Lane::new(read, held, gated, context),
@@ -311,6 +315,7 @@ impl<'a> Pump<'a> {
         self.context
             .metrics
             .bytes(difference(to_backend, self.accounted.0), difference(to_client, self.accounted.1));
+        self.entry.carried(to_backend.total(), to_client.total());
         self.accounted = (to_backend, to_client);
     }
 }

@@ -28,7 +28,6 @@ pub enum EnrolError {
         /// The map's name.
         map: &'static str,
         /// What the kernel said.
-        #[source]
         error: MapError,
     },
     /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.

@@ -1,14 +1,14 @@
 //! The three namespaces, plain sockets in them, and an injector between them.
 
-use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
-use anyhow::{Context, bail, ensure};
-use injector_common::proxy::{ParseError, Parsed, parse};
+use anyhow::{Context, ensure};
 use injector_tests::daemon::{EAGER, Injector, Session};
 use injector_tests::netns::{CLIENT, Family, MAIL, Topology, VIP_SPLICE};
 
-pub(crate) use injector_tests::sockets::{LIMIT, accept, expect, pass, patient};
+pub(crate) use injector_tests::sockets::{
+    Ending, LIMIT, accept, accept_with_header, ending, expect, pass, patient,
+};
 
 /// Where clients connect.
 pub(crate) const PORT: u16 = 2500;
@@ -97,61 +97,6 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
         metrics_address(),
         public_address()
     )
-}
-
-/// Accepts one connection and reads its header, which must come whole in the first read; returns what came behind it.
-pub(crate) fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, Header, Vec<u8>)> {
-    let mut stream = accept(listener)?;
-    let mut first = vec![0; 16384];
-    let count = stream.read(&mut first).context("reading the header")?;
-    first.truncate(count);
-    let header = match parse(&first) {
-        Ok(parsed) => Header::of(&first, &parsed),
-        Err(ParseError::Incomplete { needed }) => {
-            bail!("{count} bytes in the first read, the header has {needed}")
-        }
-        Err(error) => bail!("no header but {first:02x?}: {error}"),
-    };
-    let rest = first.split_off(header.bytes.len());
-    Ok((stream, header, rest))
-}
-
-/// What a backend read first.
-#[derive(Debug)]
-pub(crate) struct Header {
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) source: SocketAddr,
-    pub(crate) destination: SocketAddr,
-}
-
-impl Header {
-    fn of(first: &[u8], parsed: &Parsed<'_>) -> Self {
-        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        let (source, destination) = parsed
-            .command
-            .addresses()
-            .map_or((nowhere, nowhere), |addresses| (addresses.source(), addresses.destination()));
-        Self { bytes: first.get(..parsed.len).unwrap_or_default().to_vec(), source, destination }
-    }
-}
-
-/// How the other side ended a connection.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Ending {
-    /// A FIN, after these bytes.
-    Fin(Vec<u8>),
-    /// A reset, after these bytes.
-    Reset(Vec<u8>),
-}
-
-/// Reads to the end, whichever it is.
-pub(crate) fn ending(stream: &mut TcpStream) -> anyhow::Result<Ending> {
-    let mut seen = Vec::new();
-    match stream.read_to_end(&mut seen) {
-        Ok(_) => Ok(Ending::Fin(seen)),
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(Ending::Reset(seen)),
-        Err(error) => Err(error).with_context(|| format!("after {} bytes", seen.len())),
-    }
 }
 
 /// Waits until `count` connections have their line, and returns them all.

@@ -64,6 +64,7 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
+    ("systemd-socket-activate", "systemd", "the daemon started for a socket", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
 ];
 

@@ -1,0 +1,160 @@
+//! In which order the backends of a listener are tried for a connection. Pure.
+
+/// A backend, as far as the order goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    /// Its share.
+    pub weight: u32,
+    /// Waits until no other can.
+    pub backup: bool,
+    /// It can be sent connections.
+    pub up: bool,
+    /// The operator has taken it out.
+    pub out: bool,
+}
+
+impl Candidate {
+    fn eligible(self) -> bool {
+        !self.out && self.weight > 0
+    }
+}
+
+/// The candidates that get new connections: those that are up and no backup; if there are none, the backups that are up; if
+/// there are none of these either, all that the operator has not taken out, for a check can be wrong, and mail that is turned
+/// away for sure is worse than a connection that may fail. By index, in the order given.
+#[must_use]
+pub(super) fn in_turn(candidates: &[Candidate]) -> Vec<usize> {
+    let kinds: [fn(&Candidate) -> bool; 4] =
+        [|it| it.up && !it.backup, |it| it.up && it.backup, |it| !it.backup, |it| it.backup];
+    let of_kind = |kind: fn(&Candidate) -> bool| -> Vec<usize> {
+        let fits = |(_, it): &(usize, &Candidate)| it.eligible() && kind(it);
+        candidates.iter().enumerate().filter(fits).map(|(index, _)| index).collect()
+    };
+    kinds.into_iter().map(of_kind).find(|indices| !indices.is_empty()).unwrap_or_default()
+}
+
+/// Whom to try when those whose turn it is have failed: the backups that are up.
+#[must_use]
+pub(super) fn in_reserve(candidates: &[Candidate], in_turn: &[usize]) -> Vec<usize> {
+    let fits = |(index, it): &(usize, &Candidate)| it.eligible() && it.up && !in_turn.contains(index);
+    candidates.iter().enumerate().filter(fits).map(|(index, _)| index).collect()
+}
+
+/// Spreads connections in proportion to weights, evenly over time: with 5, 1 and 1 it gives a a b a c a a, where drawing
+/// lots would give the same backend many in a row (smooth weighted round robin, as nginx has it).
+#[derive(Clone, Debug, Default)]
+pub(super) struct Turns {
+    /// What each backend is owed.
+    owed: Vec<i64>,
+}
+
+impl Turns {
+    /// Brings the one whose turn it is to the front; the others follow in their order.
+    pub(super) fn rotate(&mut self, candidates: &[Candidate], in_turn: &mut [usize]) {
+        if in_turn.len() < 2 {
+            return;
+        }
+        self.owed.resize(candidates.len(), 0);
+        let weight = |index: usize| candidates.get(index).map_or(0, |it| i64::from(it.weight));
+        let total: i64 = in_turn.iter().map(|index| weight(*index)).sum();
+        let mut best: Option<(usize, i64)> = None;
+        for (place, index) in in_turn.iter().enumerate() {
+            let Some(owed) = self.owed.get_mut(*index) else { continue };
+            *owed += weight(*index);
+            if best.is_none_or(|(_, most)| *owed > most) {
+                best = Some((place, *owed));
+            }
+        }
+        let Some((place, _)) = best else { return };
+        if let Some(owed) = in_turn.get(place).and_then(|index| self.owed.get_mut(*index)) {
+            *owed -= total;
+        }
+        if let Some(front) = in_turn.get_mut(..=place) {
+            front.rotate_right(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Candidate = Candidate { weight: 1, backup: false, up: true, out: false };
+    const DOWN: Candidate = Candidate { up: false, ..PLAIN };
+    const OUT: Candidate = Candidate { up: false, out: true, ..PLAIN };
+    const BACKUP: Candidate = Candidate { backup: true, ..PLAIN };
+    const BACKUP_DOWN: Candidate = Candidate { up: false, ..BACKUP };
+    const NEVER: Candidate = Candidate { weight: 0, ..PLAIN };
+
+    #[test]
+    fn backups_wait_and_the_last_resort_is_all_that_is_not_taken_out() {
+        let cases: &[(&[Candidate], &[usize], &[usize])] = &[
+            (&[PLAIN, PLAIN, BACKUP], &[0, 1], &[2]),
+            (&[DOWN, PLAIN, BACKUP], &[1], &[2]),
+            (&[DOWN, DOWN, BACKUP], &[2], &[]),
+            (&[OUT, DOWN, BACKUP_DOWN], &[1], &[]),
+            (&[OUT, OUT, BACKUP_DOWN], &[2], &[]),
+            (&[OUT, OUT], &[], &[]),
+            (&[NEVER, PLAIN], &[1], &[]),
+            (&[NEVER, DOWN], &[1], &[]),
+            (&[], &[], &[]),
+        ];
+        for (candidates, turn, reserve) in cases {
+            let found = in_turn(candidates);
+            assert_eq!(found, *turn, "{candidates:?}");
+            assert_eq!(in_reserve(candidates, &found), *reserve, "{candidates:?}");
+        }
+    }
+
+    fn sequence(weights: &[u32], count: usize) -> Vec<usize> {
+        let candidates: Vec<_> =
+            weights.iter().map(|weight| Candidate { weight: *weight, ..PLAIN }).collect();
+        let mut turns = Turns::default();
+        let next = |_| {
+            let mut order = in_turn(&candidates);
+            turns.rotate(&candidates, &mut order);
+            order[0]
+        };
+        (0..count).map(next).collect()
+    }
+
+    #[test]
+    fn turns_follow_the_weights_evenly() {
+        assert_eq!(sequence(&[1, 1, 1], 6), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(sequence(&[5, 1, 1], 7), [0, 0, 1, 0, 2, 0, 0]);
+        assert_eq!(sequence(&[7], 3), [0, 0, 0]);
+        let many = sequence(&[300, 100, 0], 4000);
+        let count = |of| many.iter().filter(|index| **index == of).count();
+        assert_eq!([count(0), count(1), count(2)], [3000, 1000, 0]);
+    }
+
+    #[test]
+    fn who_is_not_first_follows_in_order() {
+        let candidates = [PLAIN; 3];
+        let mut turns = Turns::default();
+        let orders: Vec<_> = (0..3)
+            .map(|_| {
+                let mut order = in_turn(&candidates);
+                turns.rotate(&candidates, &mut order);
+                order
+            })
+            .collect();
+        assert_eq!(orders, [[0, 1, 2], [1, 0, 2], [2, 0, 1]]);
+    }
+
+    #[test]
+    fn a_backend_that_comes_back_gets_no_more_than_its_share() {
+        let mut candidates = [PLAIN; 2];
+        let mut turns = Turns::default();
+        let mut next = |candidates: &[Candidate]| {
+            let mut order = in_turn(candidates);
+            turns.rotate(candidates, &mut order);
+            order[0]
+        };
+        candidates[1].up = false;
+        (0..100).for_each(|_| assert_eq!(next(&candidates), 0));
+        candidates[1].up = true;
+        let back: Vec<_> = (0..6).map(|_| next(&candidates)).collect();
+        assert_eq!(back.iter().filter(|index| **index == 1).count(), 3, "{back:?}");
+    }
+}

@@ -1,0 +1,87 @@
+//! The operator's end of the socket.
+
+use std::{
+    io::{self, BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use thiserror::Error;
+
+pub use super::show::show;
+use super::wire::{Answer, Reply, Request};
+
+/// A reload resolves nothing and waits for nobody: this is ample.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why there is no answer.
+#[derive(Debug, Error)]
+pub enum AskError {
+    /// Nobody answers.
+    #[error("{path}: {error}: {}", advice(.error))]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// It broke off.
+    #[error("{path}: {error}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// It is another version's.
+    #[error("{path}: the answer is not understood ({error}): is the daemon of another version?")]
+    Foreign {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        error: serde_json::Error,
+    },
+    /// The daemon says no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            "no injector answers there: is it running, with [admin] socket in its configuration, and is this that socket \
+             (--socket)?"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "only the user that the injector runs as, and root, may give commands"
+        }
+        _ => "cannot connect",
+    }
+}
+
+/// Asks the daemon that answers at `socket`.
+///
+/// # Errors
+/// [`AskError`].
+pub fn ask(socket: &Path, request: &Request) -> Result<Answer, AskError> {
+    let path = || socket.to_owned();
+    let mut stream =
+        UnixStream::connect(socket).map_err(|error| AskError::Connect { path: path(), error })?;
+    let exchange = || -> io::Result<String> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut line = serde_json::to_string(request)?;
+        line.push('\n');
+        stream.write_all(line.as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(&stream).read_line(&mut answer)?;
+        Ok(answer)
+    };
+    let mut exchange = exchange;
+    let answer = exchange().map_err(|error| AskError::Io { path: path(), error })?;
+    match serde_json::from_str(&answer).map_err(|error| AskError::Foreign { path: path(), error })? {
+        Reply::Ok(answer) => Ok(answer),
+        Reply::Error(why) => Err(AskError::Refused(why)),
+    }
+}

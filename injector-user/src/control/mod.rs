@@ -1,0 +1,274 @@
+//! The operator's side of a running daemon: a unix socket on which `injector status` and its like are answered.
+//!
+//! One connection, one line of JSON with the [`Request`], one line with the [`Reply`]. The socket's mode (0600) is all the
+//! protection there is: whoever may open it may do everything.
+
+pub mod client;
+mod server;
+mod show;
+pub mod top;
+mod watch_file;
+pub mod wire;
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::{Mutex, watch};
+
+use self::wire::{
+    Answer, BackendAction, BackendStatus, ConfigStatus, EngineStatus, LeavingStatus, ListenerStatus,
+    Reloaded, SessionRow, Sessions, Status,
+};
+pub use self::{
+    server::{Door, SocketError},
+    watch_file::follow,
+    wire::{Reply, Request},
+};
+use crate::{
+    backend::{Backend, Forced},
+    config::{Config, ConfigError},
+    metrics::{Metrics, Readiness},
+    serving::{Changes, Open, Serving},
+    systemd,
+};
+
+/// Reads the configuration again, as it was read at the start.
+pub type Source = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
+
+/// What the operator can have done. Clones share it.
+#[derive(Clone)]
+pub struct Control(Arc<Shared>);
+
+struct Shared {
+    /// `None` once it stops.
+    serving: Mutex<Option<Serving>>,
+    source: Source,
+    file: PathBuf,
+    metrics: Metrics,
+    ready: watch::Sender<Readiness>,
+    started: Instant,
+    read: std::sync::Mutex<ConfigStatus>,
+}
+
+impl Control {
+    /// Over `serving`, whose configuration came from `source`, which reads `file`.
+    #[must_use]
+    pub fn new(
+        serving: Serving,
+        file: PathBuf,
+        source: Source,
+        metrics: Metrics,
+        ready: watch::Sender<Readiness>,
+    ) -> Self {
+        let read = ConfigStatus { file: file.clone(), read: SystemTime::now(), refused: None };
+        Self(Arc::new(Shared {
+            serving: Mutex::new(Some(serving)),
+            source,
+            file,
+            metrics,
+            ready,
+            started: Instant::now(),
+            read: std::sync::Mutex::new(read),
+        }))
+    }
+
+    /// Does what is asked.
+    pub async fn answer(&self, request: Request) -> Reply {
+        let mut serving = self.0.serving.lock().await;
+        let Some(serving) = serving.as_mut() else {
+            return Reply::Error("the injector is stopping".to_owned());
+        };
+        let answer = match request {
+            Request::Status => Ok(Answer::Status(Box::new(self.status(serving)))),
+            Request::Sessions { listener, most } => {
+                Ok(Answer::Sessions(sessions(serving, listener.as_deref(), most)))
+            }
+            Request::Drain { listener, within_ms } => serving
+                .drain(listener.as_deref(), within_ms.map(Duration::from_millis))
+                .map(|listeners| Answer::Drained { listeners }),
+            Request::Resume { listener } => {
+                serving.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
+            }
+            Request::Backend { action, listener, backend } => {
+                backend_set(serving, action, listener.as_deref(), &backend)
+                    .map(|listeners| Answer::BackendSet { listeners })
+            }
+            Request::Reload => self.reload(serving).map(|changes| Answer::Reloaded(reloaded(changes))),
+        };
+        let readiness = if serving.is_drained() { Readiness::Draining } else { Readiness::Ready };
+        self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
+        match answer {
+            Ok(answer) => Reply::Ok(answer),
+            Err(error) => Reply::Error(format!("{error:#}")),
+        }
+    }
+
+    /// Takes away what is served, to end it: from here on nothing can be asked for.
+    pub async fn stop(&self) -> Option<Serving> {
+        let serving = self.0.serving.lock().await.take();
+        self.0.ready.send_replace(Readiness::Stopping);
+        serving
+    }
+
+    /// Whether everything that serves connections does its work.
+    pub async fn pulse(&self) -> bool {
+        let pulse = match self.0.serving.lock().await.as_ref() {
+            Some(serving) => serving.pulse(),
+            None => return true,
+        };
+        pulse.await
+    }
+
+    fn reload(&self, serving: &mut Serving) -> anyhow::Result<Changes> {
+        systemd::reloading();
+        let result =
+            (self.0.source)().map_err(anyhow::Error::from).and_then(|config| serving.prepare(config));
+        let result = result.map(|prepared| serving.apply(prepared));
+        systemd::ready("serving");
+        self.0.metrics.config_reloaded(result.is_ok());
+        let mut read = self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &result {
+            Ok(Changes { added, changed, removed, later }) => {
+                *read = ConfigStatus { file: self.0.file.clone(), read: SystemTime::now(), refused: None };
+                tracing::info!(?added, ?changed, ?removed, "configuration read again");
+                if !later.is_empty() {
+                    tracing::warn!(sections = ?later, "what has changed there takes effect with a restart");
+                }
+            }
+            Err(error) => {
+                read.refused = Some(format!("{error:#}"));
+                tracing::error!(error = format!("{error:#}"), "configuration refused: the one before stays");
+            }
+        }
+        result
+    }
+
+    fn status(&self, serving: &mut Serving) -> Status {
+        let (connections, max_connections) = serving.connections();
+        let leaving = serving.leaving().into_iter().map(|(leaving, sessions)| LeavingStatus {
+            name: leaving.name.clone(),
+            sessions,
+            cut_in_ms: millis(leaving.until.saturating_duration_since(Instant::now())),
+        });
+        let leaving = leaving.collect();
+        let engine = |name: &str, fault: Option<String>| EngineStatus { name: name.to_owned(), fault };
+        let findings = serving.findings();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_ms: millis(self.0.started.elapsed()),
+            readiness: self.0.ready.borrow().to_string(),
+            config: self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+            connections: connections as u64,
+            max_connections: max_connections as u64,
+            backlog_bytes: serving.backlog(),
+            engines: vec![
+                engine("inline", findings.inline.fault()),
+                engine("splice", findings.splice.fault()),
+                engine("relay", None),
+            ],
+            listeners: serving.listeners().iter().map(listener).collect(),
+            leaving,
+        }
+    }
+}
+
+fn listener(open: &Open) -> ListenerStatus {
+    let counts = open.metrics.snapshot();
+    ListenerStatus {
+        name: open.config.name.clone(),
+        protocol: open.config.protocol.name().to_owned(),
+        engine: open.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
+        bind: open.config.bind.clone(),
+        draining: open.drained.is_some(),
+        cut_in_ms: open
+            .drained
+            .and_then(|drained| drained.until)
+            .map(|until| millis(until.saturating_duration_since(Instant::now()))),
+        active: counts.active,
+        accepted: counts.accepted,
+        refused: counts.refused,
+        headers_sent: counts.headers_sent,
+        bytes_to_backend: counts.to_backend,
+        bytes_to_client: counts.to_client,
+        backends: open.backends.all().iter().map(backend).collect(),
+    }
+}
+
+fn backend(backend: &Backend) -> BackendStatus {
+    let account = backend.account();
+    BackendStatus {
+        name: backend.configured().to_string(),
+        weight: backend.configured().weight,
+        backup: backend.configured().backup,
+        standing: backend.standing(),
+        addresses: backend.addresses(),
+        active: account.active,
+        sessions: account.sessions,
+        checks_passed: account.passed,
+        checks_failed: account.failed,
+        ejections: account.ejections,
+    }
+}
+
+fn reloaded(changes: Changes) -> Reloaded {
+    let Changes { added, changed, removed, later } = changes;
+    let restart_needed_for = later.into_iter().map(str::to_owned).collect();
+    Reloaded { added, changed, removed, restart_needed_for }
+}
+
+/// The oldest first.
+fn sessions(serving: &Serving, listener: Option<&str>, most: Option<usize>) -> Sessions {
+    let mut all = serving.sessions();
+    all.retain(|session| listener.is_none_or(|name| *session.listener == *name));
+    all.sort_by_key(|session| std::cmp::Reverse(session.age));
+    let count = all.len() as u64;
+    all.truncate(most.unwrap_or(usize::MAX));
+    let row = |session: crate::session::table::Snapshot| SessionRow {
+        listener: session.listener.to_string(),
+        engine: session.engine.to_owned(),
+        client: session.client,
+        local: session.local,
+        backend: session.backend,
+        age_ms: millis(session.age),
+        bytes_to_backend: session.to_backend,
+        bytes_to_client: session.to_client,
+    };
+    Sessions { count, rows: all.into_iter().map(row).collect() }
+}
+
+/// Of one listener, or of all that have it.
+fn backend_set(
+    serving: &Serving,
+    action: BackendAction,
+    listener: Option<&str>,
+    backend: &str,
+) -> anyhow::Result<Vec<String>> {
+    let forced = match action {
+        BackendAction::Up => Forced::Up,
+        BackendAction::Down => Forced::Down,
+        BackendAction::Auto => Forced::Auto,
+    };
+    let of =
+        || serving.listeners().iter().filter(|open| listener.is_none_or(|name| open.config.name == name));
+    let set: Vec<_> = of()
+        .filter(|open| open.backends.force(backend, forced))
+        .map(|open| open.config.name.clone())
+        .collect();
+    if set.is_empty() {
+        let mut all: Vec<_> =
+            of().flat_map(|open| open.backends.all()).map(|it| it.configured().to_string()).collect();
+        all.sort_unstable();
+        all.dedup();
+        let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));
+        anyhow::bail!("there is no backend {backend:?}{which}: there are {}", all.join(", "));
+    }
+    Ok(set)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,305 @@
+//! Answers as text for people.
+
+use std::{
+    fmt::{self, Write as _},
+    time::Duration,
+};
+
+use super::wire::{
+    Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status,
+};
+
+/// The answer as text, with a line end.
+#[must_use]
+pub fn show(answer: &Answer) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = match answer {
+        Answer::Status(status) => write_status(&mut out, status),
+        Answer::Sessions(sessions) => write_sessions(&mut out, sessions),
+        Answer::Drained { listeners } => writeln!(out, "draining: {}", listeners.join(", ")),
+        Answer::Resumed { listeners } if listeners.is_empty() => writeln!(out, "nothing was drained"),
+        Answer::Resumed { listeners } => writeln!(out, "serving again: {}", listeners.join(", ")),
+        Answer::BackendSet { listeners } => writeln!(out, "set for {}", listeners.join(", ")),
+        Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
+    };
+    out
+}
+
+fn write_status(out: &mut String, status: &Status) -> fmt::Result {
+    let Status { version, pid, uptime_ms, readiness, connections, max_connections, .. } = status;
+    writeln!(out, "injector {version}, process {pid}, up {}, {readiness}", age(*uptime_ms))?;
+    let ConfigStatus { file, read, refused } = &status.config;
+    writeln!(out, "configuration {}, read {}", file.display(), humantime::format_rfc3339_seconds(*read))?;
+    if let Some(why) = refused {
+        writeln!(out, "  what was read later is refused: {}", why.replace('\n', "\n    "))?;
+    }
+    writeln!(
+        out,
+        "{connections} of {max_connections} connections, {} wait in the kernel for slow readers",
+        bytes(status.backlog_bytes)
+    )?;
+    for engine in &status.engines {
+        match &engine.fault {
+            None => writeln!(out, "engine {}: can run here", engine.name)?,
+            Some(fault) => writeln!(out, "engine {}: {fault}", engine.name)?,
+        }
+    }
+    for listener in &status.listeners {
+        writeln!(out)?;
+        write_listener(out, listener)?;
+    }
+    for leaving in &status.leaving {
+        writeln!(
+            out,
+            "\n{}: no longer configured, {} sessions left, cut in {}",
+            leaving.name,
+            leaving.sessions,
+            age(leaving.cut_in_ms)
+        )?;
+    }
+    Ok(())
+}
+
+fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
+    let ListenerStatus { name, protocol, engine, active, accepted, refused, headers_sent, .. } = listener;
+    let bind: Vec<_> = listener.bind.iter().map(ToString::to_string).collect();
+    write!(out, "{name} ({protocol}, engine {engine}) on {}", bind.join(", "))?;
+    match (listener.draining, listener.cut_in_ms) {
+        (true, Some(cut @ 1..)) => writeln!(out, ": draining, sessions from before are cut in {}", age(cut))?,
+        (true, _) => writeln!(out, ": draining")?,
+        (false, _) => writeln!(out)?,
+    }
+    writeln!(
+        out,
+        "  {active} active, {accepted} accepted, {refused} refused, {headers_sent} headers, {} to backends, {} to clients",
+        bytes(listener.bytes_to_backend),
+        bytes(listener.bytes_to_client)
+    )?;
+    let width = listener.backends.iter().map(|backend| backend.name.len()).max().unwrap_or_default();
+    for backend in &listener.backends {
+        write_backend(out, backend, width)?;
+    }
+    Ok(())
+}
+
+fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt::Result {
+    let BackendStatus { name, weight, active, sessions, checks_passed, checks_failed, ejections, .. } =
+        backend;
+    let role = if backend.backup { "backup".to_owned() } else { format!("weight {weight}") };
+    write!(
+        out,
+        "  {name:width$}  {}, {role}, {active} active, {sessions} sessions",
+        backend.standing.name()
+    )?;
+    if checks_passed + checks_failed > 0 {
+        write!(out, ", checks {checks_passed} passed {checks_failed} failed")?;
+    }
+    if *ejections > 0 {
+        write!(out, ", ejected {ejections} times")?;
+    }
+    writeln!(out)
+}
+
+fn write_sessions(out: &mut String, sessions: &Sessions) -> fmt::Result {
+    const TITLES: [&str; 8] =
+        ["LISTENER", "ENGINE", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
+    let rows: Vec<[String; 8]> = sessions.rows.iter().map(cells).collect();
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
+        cells.chain(TITLES.get(column).map(|title| title.len())).max().unwrap_or_default()
+    };
+    let widths: [usize; 8] = std::array::from_fn(width);
+    for row in std::iter::once(&TITLES.map(str::to_owned)).chain(&rows) {
+        let line: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        writeln!(out, "{}", line.join("  ").trim_end())?;
+    }
+    let more = sessions.count.saturating_sub(sessions.rows.len() as u64);
+    if more > 0 {
+        writeln!(out, "and {more} more")?;
+    }
+    Ok(())
+}
+
+fn cells(row: &SessionRow) -> [String; 8] {
+    [
+        row.listener.clone(),
+        row.engine.clone(),
+        row.client.to_string(),
+        row.local.to_string(),
+        row.backend.map_or("-".to_owned(), |backend| backend.to_string()),
+        age(row.age_ms),
+        bytes(row.bytes_to_backend),
+        bytes(row.bytes_to_client),
+    ]
+}
+
+fn write_reloaded(out: &mut String, reloaded: &Reloaded) -> fmt::Result {
+    let Reloaded { added, changed, removed, restart_needed_for } = reloaded;
+    let mut said = false;
+    for (what, names) in [("added", added), ("changed", changed), ("removed", removed)] {
+        if !names.is_empty() {
+            writeln!(out, "{what}: {}", names.join(", "))?;
+            said = true;
+        }
+    }
+    if !said {
+        writeln!(out, "no listener is different")?;
+    }
+    if !restart_needed_for.is_empty() {
+        writeln!(out, "takes effect with a restart: {}", restart_needed_for.join(", "))?;
+    }
+    Ok(())
+}
+
+/// A span of time in its two largest units.
+#[must_use]
+pub(super) fn age(millis: u64) -> String {
+    let seconds = millis / 1000;
+    if seconds == 0 {
+        return format!("{millis}ms");
+    }
+    let text = humantime::format_duration(Duration::from_secs(seconds)).to_string();
+    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+/// A number of bytes with its unit.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+pub(super) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut scaled = bytes as f64;
+    let mut unit = "";
+    for next in UNITS {
+        if scaled < 1024.0 {
+            break;
+        }
+        scaled /= 1024.0;
+        unit = next;
+    }
+    format!("{scaled:.1} {unit}")
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::{backend::Standing, control::wire::EngineStatus};
+
+    pub(in crate::control) fn status() -> Status {
+        let backend = |name: &str, standing, backup| BackendStatus {
+            name: name.to_owned(),
+            weight: 3,
+            backup,
+            standing,
+            addresses: Vec::new(),
+            active: 2,
+            sessions: 70,
+            checks_passed: 40,
+            checks_failed: 1,
+            ejections: 0,
+        };
+        let smtp = ListenerStatus {
+            name: "smtp".to_owned(),
+            protocol: "smtp".to_owned(),
+            engine: "splice".to_owned(),
+            bind: vec!["192.0.2.10:25".parse().unwrap()],
+            draining: false,
+            cut_in_ms: None,
+            active: 2,
+            accepted: 75,
+            refused: 5,
+            headers_sent: 70,
+            bytes_to_backend: 3 * 1024 * 1024,
+            bytes_to_client: 900,
+            backends: vec![
+                backend("mail-1:2525", Standing::Up, false),
+                backend("192.0.2.21:2525", Standing::Down, true),
+            ],
+        };
+        Status {
+            version: "0.1.0".to_owned(),
+            pid: 7,
+            uptime_ms: 3_723_000,
+            readiness: "ready".to_owned(),
+            config: ConfigStatus { file: "/etc/i.toml".into(), read: SystemTime::UNIX_EPOCH, refused: None },
+            connections: 2,
+            max_connections: 10_000,
+            backlog_bytes: 0,
+            engines: vec![EngineStatus { name: "splice".to_owned(), fault: None }],
+            listeners: vec![
+                ListenerStatus {
+                    name: "imap".to_owned(),
+                    draining: true,
+                    cut_in_ms: Some(90_000),
+                    backends: Vec::new(),
+                    ..smtp.clone()
+                },
+                smtp,
+            ],
+            leaving: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_status_is_a_page() {
+        let expected = "\
+injector 0.1.0, process 7, up 1h 2m, ready
+configuration /etc/i.toml, read 1970-01-01T00:00:00Z
+2 of 10000 connections, 0 B wait in the kernel for slow readers
+engine splice: can run here
+
+imap (smtp, engine splice) on 192.0.2.10:25: draining, sessions from before are cut in 1m 30s
+  2 active, 75 accepted, 5 refused, 70 headers, 3.0 MiB to backends, 900 B to clients
+
+smtp (smtp, engine splice) on 192.0.2.10:25
+  2 active, 75 accepted, 5 refused, 70 headers, 3.0 MiB to backends, 900 B to clients
+  mail-1:2525      up, weight 3, 2 active, 70 sessions, checks 40 passed 1 failed
+  192.0.2.21:2525  down, backup, 2 active, 70 sessions, checks 40 passed 1 failed
+";
+        assert_eq!(show(&Answer::Status(Box::new(status()))), expected);
+    }
+
+    #[test]
+    fn sessions_are_a_table() {
+        let row = SessionRow {
+            listener: "imaps".to_owned(),
+            engine: "splice".to_owned(),
+            client: "[2001:db8::7]:40000".parse().unwrap(),
+            local: "[2001:db8::10]:993".parse().unwrap(),
+            backend: None,
+            age_ms: 900,
+            bytes_to_backend: 12,
+            bytes_to_client: 2048,
+        };
+        let text = show(&Answer::Sessions(Sessions { count: 3, rows: vec![row] }));
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(
+            lines[1],
+            "imaps     splice  [2001:db8::7]:40000  [2001:db8::10]:993  -        900ms  12 B        2.0 KiB"
+        );
+        assert_eq!(lines[2], "and 2 more");
+    }
+
+    #[test]
+    fn a_reload_says_what_is_different() {
+        assert_eq!(show(&Answer::Reloaded(Reloaded::default())), "no listener is different\n");
+        let reloaded = Reloaded {
+            removed: vec!["pop3".to_owned()],
+            restart_needed_for: vec!["log".to_owned()],
+            ..Reloaded::default()
+        };
+        assert_eq!(show(&Answer::Reloaded(reloaded)), "removed: pop3\ntakes effect with a restart: log\n");
+    }
+
+    #[test]
+    fn sizes_and_spans_are_short() {
+        assert_eq!([0, 1023, 1024, 5 << 40].map(bytes), ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]);
+        assert_eq!([5, 61_000, 90_061_000].map(age), ["5ms", "1m 1s", "1day 1h"]);
+    }
+}

@@ -1,0 +1,480 @@
+//! `injector top`: how everything stands, second by second, on a terminal.
+//!
+//! What is drawn is a function of two answers of the daemon ([`View`]); the rest asks for them, and hears the keys.
+
+use std::{
+    collections::HashMap,
+    io::{self, IsTerminal as _},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use ratatui::{
+    Frame, Terminal,
+    backend::TestBackend,
+    crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers},
+    layout::{Constraint, Layout, Rect},
+    style::{Color, Modifier, Style, Stylize as _},
+    text::{Line, Span},
+    widgets::{Block, Borders, Cell, Paragraph, Row, Sparkline, Table},
+};
+
+use super::{
+    client,
+    show::{age, bytes},
+    wire::{Answer, BackendStatus, ListenerStatus, Request, Sessions, Status},
+};
+
+/// Sessions that are asked for: more than any terminal has lines.
+const MOST_SESSIONS: usize = 200;
+/// Width and height of a frame that goes to a file or a pipe.
+const PAGE: (u16, u16) = (132, 40);
+
+/// What the daemon said at one moment.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// When.
+    pub at: Instant,
+    /// How everything stood.
+    pub status: Status,
+    /// Who was connected.
+    pub sessions: Sessions,
+}
+
+/// What is on the screen.
+#[derive(Clone, Debug)]
+pub struct View {
+    now: Sample,
+    before: Option<Sample>,
+    /// New connections a second, the newest last.
+    history: Vec<u64>,
+    /// The listener whose sessions are listed; all of them without one.
+    selected: Option<usize>,
+    /// Why there is no newer answer.
+    fault: Option<String>,
+}
+
+impl View {
+    /// The first look.
+    #[must_use]
+    pub fn new(first: Sample) -> Self {
+        Self { now: first, before: None, history: Vec::new(), selected: None, fault: None }
+    }
+
+    /// The next.
+    pub fn look(&mut self, next: Sample) {
+        self.fault = None;
+        self.before = Some(std::mem::replace(&mut self.now, next));
+        let rate: f64 = self
+            .now
+            .status
+            .listeners
+            .iter()
+            .filter_map(|it| self.rates(it))
+            .map(|rates| rates.accepted)
+            .sum();
+        self.history.push(whole(rate));
+        let over = self.history.len().saturating_sub(usize::from(u16::MAX));
+        self.history.drain(..over);
+    }
+
+    fn select(&mut self, step: isize) {
+        // One more than there are listeners: all.
+        let places = self.now.status.listeners.len() + 1;
+        let at = self.selected.map_or(0, |index| index + 1);
+        let next = at.checked_add_signed(step).unwrap_or(places - 1) % places;
+        self.selected = next.checked_sub(1);
+    }
+
+    fn rates(&self, listener: &ListenerStatus) -> Option<Rates> {
+        let before = self.before.as_ref()?;
+        let seconds = self.now.at.duration_since(before.at).as_secs_f64();
+        let was = before.status.listeners.iter().find(|was| was.name == listener.name)?;
+        if seconds <= 0.0 {
+            return None;
+        }
+        let rate = |now: u64, before: u64| per_second(now.saturating_sub(before), seconds);
+        Some(Rates {
+            accepted: rate(listener.accepted, was.accepted),
+            refused: rate(listener.refused, was.refused),
+            to_backend: rate(listener.bytes_to_backend, was.bytes_to_backend),
+            to_client: rate(listener.bytes_to_client, was.bytes_to_client),
+        })
+    }
+
+    /// Draws it.
+    pub fn draw(&self, frame: &mut Frame<'_>) {
+        let listeners = self.now.status.listeners.len();
+        let backends: usize = self.now.status.listeners.iter().map(|listener| listener.backends.len()).sum();
+        let rows = |count: usize| u16::try_from(count).unwrap_or(u16::MAX).saturating_add(3);
+        let [head, graph, top, middle, rest] = Layout::vertical([
+            Constraint::Length(3),
+            Constraint::Length(4),
+            Constraint::Length(rows(listeners)),
+            Constraint::Length(rows(backends)),
+            Constraint::Min(3),
+        ])
+        .areas(frame.area());
+        frame.render_widget(self.head(), head);
+        self.draw_graph(frame, graph);
+        frame.render_widget(self.listeners(), top);
+        frame.render_widget(self.backends(), middle);
+        frame.render_widget(self.sessions(rest), rest);
+    }
+
+    fn head(&self) -> Paragraph<'_> {
+        let Status {
+            version,
+            pid,
+            uptime_ms,
+            readiness,
+            connections,
+            max_connections,
+            backlog_bytes,
+            config,
+            ..
+        } = &self.now.status;
+        let mood = if readiness == "ready" { Color::Green } else { Color::Yellow };
+        let first = Line::from(vec![
+            "injector ".bold(),
+            Span::raw(format!("{version}  process {pid}  up {}  ", age(*uptime_ms))),
+            Span::styled(readiness.clone(), Style::new().fg(mood).bold()),
+        ]);
+        let second = Line::raw(format!(
+            "{connections} of {max_connections} connections, {} wait in the kernel   configuration {}",
+            bytes(*backlog_bytes),
+            config.file.display()
+        ));
+        let third = match (&self.fault, &config.refused) {
+            (Some(fault), _) => Line::from(fault.clone().red()),
+            (None, Some(why)) => Line::from(format!("configuration read later is refused: {why}").yellow()),
+            (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
+        };
+        Paragraph::new(vec![first, second, third])
+    }
+
+    fn draw_graph(&self, frame: &mut Frame<'_>, area: Rect) {
+        let now = self.history.last().copied().unwrap_or_default();
+        let most = self.history.iter().copied().max().unwrap_or_default();
+        let title = format!("new connections: {now}/s, at most {most}/s");
+        let width = usize::from(area.width);
+        let shown = self.history.get(self.history.len().saturating_sub(width)..).unwrap_or_default();
+        let graph = Sparkline::default().block(Block::new().borders(Borders::TOP).title(title)).data(shown);
+        frame.render_widget(graph.style(Style::new().fg(Color::Cyan)), area);
+    }
+
+    fn listeners(&self) -> Table<'_> {
+        let row = |(index, listener): (usize, &ListenerStatus)| {
+            let rates = self.rates(listener);
+            let rate = |of: fn(&Rates) -> f64| {
+                rates.as_ref().map_or("-".to_owned(), |rates| format!("{:.0}/s", of(rates)))
+            };
+            let flow = |of: fn(&Rates) -> f64| {
+                rates.as_ref().map_or("-".to_owned(), |rates| format!("{}/s", bytes(whole(of(rates)))))
+            };
+            let state = match (listener.draining, listener.cut_in_ms) {
+                (true, Some(cut @ 1..)) => format!("draining, {}", age(cut)).yellow(),
+                (true, _) => "draining".yellow(),
+                (false, _) => "open".green(),
+            };
+            let cells = [
+                Cell::from(listener.name.clone()),
+                Cell::from(listener.engine.clone()),
+                Cell::from(state),
+                right(listener.active.to_string()),
+                right(rate(|rates| rates.accepted)),
+                right(rate(|rates| rates.refused)),
+                right(flow(|rates| rates.to_backend)),
+                right(flow(|rates| rates.to_client)),
+                right(listener.accepted.to_string()),
+                right(listener.refused.to_string()),
+            ];
+            let row = Row::new(cells);
+            if self.selected == Some(index) {
+                row.style(Style::new().add_modifier(Modifier::REVERSED))
+            } else {
+                row
+            }
+        };
+        let widths = [16, 8, 18, 8, 9, 9, 13, 13, 11, 9].map(Constraint::Length);
+        let titles = [
+            "LISTENER",
+            "ENGINE",
+            "STATE",
+            "ACTIVE",
+            "NEW",
+            "REFUSED",
+            "TO BACKEND",
+            "TO CLIENT",
+            "ACCEPTED",
+            "REFUSED",
+        ];
+        table(self.now.status.listeners.iter().enumerate().map(row), &widths, titles, 3, "listeners")
+    }
+
+    fn backends(&self) -> Table<'_> {
+        let of = |listener: &'_ ListenerStatus| {
+            let name = listener.name.clone();
+            listener.backends.clone().into_iter().map(move |backend| (name.clone(), backend))
+        };
+        let row = |(listener, backend): (String, BackendStatus)| {
+            let color = if backend.standing.is_up() { Color::Green } else { Color::Red };
+            let role =
+                if backend.backup { "backup".to_owned() } else { format!("weight {}", backend.weight) };
+            Row::new([
+                Cell::from(listener),
+                Cell::from(backend.name),
+                Cell::from(Span::styled(backend.standing.name(), Style::new().fg(color))),
+                Cell::from(role),
+                right(backend.active.to_string()),
+                right(backend.sessions.to_string()),
+                right(backend.checks_passed.to_string()),
+                right(backend.checks_failed.to_string()),
+                right(backend.ejections.to_string()),
+            ])
+        };
+        let widths = [16, 30, 12, 12, 8, 11, 9, 9, 9].map(Constraint::Length);
+        let titles =
+            ["LISTENER", "BACKEND", "STANDING", "ROLE", "ACTIVE", "SESSIONS", "PASSED", "FAILED", "EJECTED"];
+        table(self.now.status.listeners.iter().flat_map(of).map(row), &widths, titles, 4, "backends")
+    }
+
+    fn sessions(&self, area: Rect) -> Table<'_> {
+        let selected = self.selected.and_then(|index| self.now.status.listeners.get(index));
+        let before: HashMap<_, _> = self
+            .before
+            .iter()
+            .flat_map(|before| &before.sessions.rows)
+            .map(|row| ((row.client, row.local), row.bytes_to_backend + row.bytes_to_client))
+            .collect();
+        let chosen =
+            |row: &&super::wire::SessionRow| selected.is_none_or(|listener| row.listener == listener.name);
+        let rows: Vec<_> = self.now.sessions.rows.iter().filter(chosen).collect();
+        let title = match selected {
+            Some(listener) => {
+                format!("sessions of {}, the oldest first: {} listed", listener.name, rows.len())
+            }
+            None => format!("sessions, the oldest first: {} of {}", rows.len(), self.now.sessions.count),
+        };
+        let shown = usize::from(area.height.saturating_sub(2));
+        let row = |row: &super::wire::SessionRow| {
+            let total = row.bytes_to_backend + row.bytes_to_client;
+            let moved = before.get(&(row.client, row.local)).is_some_and(|before| *before != total);
+            let cells = [
+                Cell::from(row.listener.clone()),
+                Cell::from(row.client.to_string()),
+                Cell::from(row.local.to_string()),
+                Cell::from(row.backend.map_or("connecting".to_owned(), |backend| backend.to_string())),
+                right(age(row.age_ms)),
+                right(bytes(row.bytes_to_backend)),
+                right(bytes(row.bytes_to_client)),
+            ];
+            if moved { Row::new(cells).style(Style::new().bold()) } else { Row::new(cells) }
+        };
+        let widths = [16, 30, 26, 26, 9, 11, 11].map(Constraint::Length);
+        let titles = ["LISTENER", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
+        table(rows.into_iter().take(shown).map(row), &widths, titles, 4, &title)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rates {
+    accepted: f64,
+    refused: f64,
+    to_backend: f64,
+    to_client: f64,
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown in whole numbers")]
+fn per_second(count: u64, seconds: f64) -> f64 {
+    count as f64 / seconds
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate is positive and far below"
+)]
+fn whole(rate: f64) -> u64 {
+    rate.round() as u64
+}
+
+fn right<'a>(text: String) -> Cell<'a> {
+    Cell::from(Line::raw(text).right_aligned())
+}
+
+/// Titles from column `numbers` on stand over numbers.
+fn table<'a, const N: usize>(
+    rows: impl IntoIterator<Item = Row<'a>>,
+    widths: &[Constraint; N],
+    titles: [&'static str; N],
+    numbers: usize,
+    title: &str,
+) -> Table<'a> {
+    let cells = titles
+        .into_iter()
+        .enumerate()
+        .map(|(column, title)| if column < numbers { Cell::from(title) } else { right(title.to_owned()) });
+    Table::new(rows, widths)
+        .header(Row::new(cells).style(Style::new().add_modifier(Modifier::BOLD)))
+        .block(Block::new().borders(Borders::TOP).title(title.to_owned()))
+        .column_spacing(1)
+}
+
+/// Shows it until `q` is pressed, looking every `every`.
+///
+/// # Errors
+/// When there is no terminal, or no daemon answers at first. One that goes away later is waited for.
+pub fn run(socket: &Path, every: Duration) -> anyhow::Result<()> {
+    if !io::stdout().is_terminal() {
+        bail!("standard output is no terminal: use --once, or `injector status`");
+    }
+    let mut view = View::new(sample(socket)?);
+    let mut terminal = ratatui::try_init().context("the terminal")?;
+    let result = follow(&mut terminal, &mut view, socket, every);
+    ratatui::restore();
+    result
+}
+
+fn follow(
+    terminal: &mut ratatui::DefaultTerminal,
+    view: &mut View,
+    socket: &Path,
+    every: Duration,
+) -> anyhow::Result<()> {
+    let mut next = Instant::now() + every;
+    loop {
+        terminal.draw(|frame| view.draw(frame))?;
+        if event::poll(next.saturating_duration_since(Instant::now()))? {
+            let Event::Key(key) = event::read()? else { continue };
+            let interrupted = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
+            match key.code {
+                _ if key.kind != KeyEventKind::Press => {}
+                _ if interrupted => return Ok(()),
+                KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+                KeyCode::Down | KeyCode::Char('j') => view.select(1),
+                KeyCode::Up | KeyCode::Char('k') => view.select(-1),
+                _ => {}
+            }
+            continue;
+        }
+        next = Instant::now() + every;
+        match sample(socket) {
+            Ok(sample) => view.look(sample),
+            Err(error) => view.fault = Some(format!("{error:#}")),
+        }
+    }
+}
+
+/// One page as text, with rates over `every`.
+///
+/// # Errors
+/// When no daemon answers.
+pub fn once(socket: &Path, every: Duration) -> anyhow::Result<String> {
+    let mut view = View::new(sample(socket)?);
+    std::thread::sleep(every);
+    view.look(sample(socket)?);
+    page(&view, PAGE)
+}
+
+fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
+    let mut terminal = Terminal::new(TestBackend::new(width, height))?;
+    terminal.draw(|frame| view.draw(frame))?;
+    let buffer = terminal.backend().buffer();
+    let line = |y| -> String { (0..width).filter_map(|x| Some(buffer.cell((x, y))?.symbol())).collect() };
+    let lines: Vec<String> = (0..height).map(line).collect();
+    let last = lines.iter().rposition(|line| !line.trim().is_empty()).unwrap_or_default();
+    Ok(lines.into_iter().take(last + 1).map(|line| line.trim_end().to_owned() + "\n").collect())
+}
+
+fn sample(socket: &Path) -> anyhow::Result<Sample> {
+    let at = Instant::now();
+    let Answer::Status(status) = client::ask(socket, &Request::Status)? else {
+        bail!("the daemon answers something else than was asked: is it of another version?");
+    };
+    let request = Request::Sessions { listener: None, most: Some(MOST_SESSIONS) };
+    let Answer::Sessions(sessions) = client::ask(socket, &request)? else {
+        bail!("the daemon answers something else than was asked: is it of another version?");
+    };
+    Ok(Sample { at, status: *status, sessions })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{show::tests::status, wire::SessionRow};
+
+    fn sessions() -> Sessions {
+        let row = SessionRow {
+            listener: "smtp".to_owned(),
+            engine: "splice".to_owned(),
+            client: "198.51.100.7:40000".parse().unwrap(),
+            local: "192.0.2.10:25".parse().unwrap(),
+            backend: Some("10.0.0.2:2525".parse().unwrap()),
+            age_ms: 65_000,
+            bytes_to_backend: 2048,
+            bytes_to_client: 10,
+        };
+        Sessions { count: 2, rows: vec![row.clone(), SessionRow { listener: "imap".to_owned(), ..row }] }
+    }
+
+    /// Two looks, a second apart, between which 30 connections came.
+    fn view() -> View {
+        let at = Instant::now();
+        let before = Sample { at, status: status(), sessions: sessions() };
+        let mut after = Sample { at: at + Duration::from_secs(1), ..before.clone() };
+        after.status.listeners[1].accepted += 30;
+        after.status.listeners[1].bytes_to_client += 5 << 20;
+        let mut view = View::new(before);
+        view.look(after);
+        view
+    }
+
+    #[test]
+    fn rates_are_differences_over_time() {
+        let text = page(&view(), PAGE).unwrap();
+        assert!(text.contains("new connections: 30/s"), "{text}");
+        let smtp = text.lines().find(|line| line.starts_with("smtp") && line.contains("open")).unwrap();
+        for part in ["splice", "30/s", "5.0 MiB/s", "105"] {
+            assert!(smtp.contains(part), "no {part} in {smtp}");
+        }
+        let imap = text.lines().find(|line| line.starts_with("imap") && line.contains("draining")).unwrap();
+        assert!(imap.contains("1m 30s") && imap.contains("0/s"), "{imap}");
+    }
+
+    #[test]
+    fn backends_and_sessions_are_listed() {
+        let text = page(&view(), PAGE).unwrap();
+        for part in ["192.0.2.21:2525", "down", "backup", "198.51.100.7:40000", "1m 5s", "2.0 KiB"] {
+            assert!(text.contains(part), "no {part} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_listener_can_be_chosen() {
+        let mut view = view();
+        assert!(page(&view, PAGE).unwrap().contains("2 of 2"));
+        view.select(1);
+        assert!(page(&view, PAGE).unwrap().contains("sessions of imap, the oldest first: 1 listed"));
+        view.select(-1);
+        view.select(-1);
+        assert!(page(&view, PAGE).unwrap().contains("sessions of smtp"));
+        view.select(1);
+        assert!(page(&view, PAGE).unwrap().contains("2 of 2"));
+    }
+
+    #[test]
+    fn a_small_terminal_is_no_trouble() {
+        for size in [(1, 1), (20, 5), (80, 24)] {
+            page(&view(), size).unwrap();
+        }
+    }
+
+    #[test]
+    fn before_the_second_look_there_are_no_rates() {
+        let first = Sample { at: Instant::now(), status: status(), sessions: sessions() };
+        let text = page(&View::new(first), PAGE).unwrap();
+        assert!(text.lines().any(|line| line.starts_with("smtp") && line.contains(" - ")), "{text}");
+    }
+}

@@ -1,0 +1,69 @@
+//! `injector reload --watch`: a reload whenever the file has changed. For Kubernetes, where a ConfigMap's files are exchanged
+//! behind a symbolic link: contents are compared, not times or inodes.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{client, wire::Request};
+
+/// Nobody waits for it.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// Follows `file` until SIGTERM or SIGINT, which are heard by the first process of a container only if it listens. A reload
+/// that is refused is said, and not tried again until the file changes once more; while no daemon answers, it is tried again.
+///
+/// # Errors
+/// When signals or time cannot be heard of.
+pub fn follow(socket: &Path, file: &Path) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut watched = Watched { file: file.to_owned(), applied: None };
+        watched.applied = watched.read();
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                () = tokio::time::sleep(EVERY) => watched.look(socket),
+            }
+        }
+    })
+}
+
+#[derive(Debug)]
+struct Watched {
+    file: PathBuf,
+    /// What the daemon has been told of.
+    applied: Option<Vec<u8>>,
+}
+
+impl Watched {
+    fn look(&mut self, socket: &Path) {
+        let now = self.read();
+        if now.is_none() || now == self.applied {
+            return;
+        }
+        match client::ask(socket, &Request::Reload) {
+            Ok(answer) => print!("{}", client::show(&answer)),
+            Err(error @ client::AskError::Refused(_)) => eprintln!("injector: {error}"),
+            Err(error) => return eprintln!("injector: {error}"),
+        }
+        self.applied = now;
+    }
+
+    fn read(&self) -> Option<Vec<u8>> {
+        match fs::read(&self.file) {
+            Ok(contents) => Some(contents),
+            Err(error) => {
+                eprintln!("injector: {}: {error}", self.file.display());
+                None
+            }
+        }
+    }
+}

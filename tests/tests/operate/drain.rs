@@ -1,0 +1,154 @@
+//! Letting nobody new in.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+
+use crate::Run;
+use crate::world::{Config, PORT, World, another, backend_name, bind_of, eventually};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("drain/new clients are told, sessions finish", told),
+    ("drain/cuts at the deadline, and not who came later", deadline),
+    ("drain/one of two", one_of_two),
+    ("drain/the earlier of two deadlines holds", earlier),
+    ("drain/waits", waits),
+    ("drain/of nobody", of_nobody),
+    ("sessions/are listed", listed),
+    ("top/a page", page),
+];
+
+fn told(world: &World, engine: &str) -> anyhow::Result<()> {
+    let server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
+    let said = injector.command(&["drain"])?;
+    ensure!(said == "draining: test\n", "{said}");
+    let line = world.client()?.line()?;
+    ensure!(line == "421 4.3.2 Service shutting down, try again later", "{line:?}");
+    ensure!(injector.readiness()? == (503, "draining\n".to_owned()));
+    ensure!(injector.status()?["listeners"][0]["draining"] == true);
+    ensure!(injector.metrics()?.sum("injector_listener_draining", &[]) > 0.5);
+    client.talk()?;
+    client.quit()?;
+    let refused = injector.metrics()?.sum("injector_connections_refused_total", &[("reason", "draining")]);
+    ensure!((refused - 1.0).abs() < 0.5, "{refused}");
+    let said = injector.command(&["resume", "test"])?;
+    ensure!(said == "serving again: test\n", "{said}");
+    ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
+    world.who_answers()?;
+    let said = injector.command(&["resume"])?;
+    ensure!(said == "nothing was drained\n", "{said}");
+    ensure!(server.seen() == 2, "{} reached the backend", server.seen());
+    Ok(())
+}
+
+fn deadline(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut before = world.client()?;
+    before.greeted()?;
+    let start = Instant::now();
+    injector.command(&["drain", "test", "--deadline", "800ms"])?;
+    injector.command(&["resume"])?;
+    let mut after = world.client()?;
+    after.greeted()?;
+    before.talk()?;
+    before.ends()?;
+    let took = start.elapsed();
+    ensure!((Duration::from_millis(700)..Duration::from_secs(4)).contains(&took), "{took:?}");
+    after.talk()?;
+    after.quit()?;
+    let sessions = injector.sessions_within(2)?;
+    let ends: Vec<_> = sessions.iter().filter_map(|session| session.field("end")).collect();
+    ensure!(ends[0] == "cut" && ends[1] != "cut", "{ends:?}");
+    Ok(())
+}
+
+fn one_of_two(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let backend = format!("\"{}\"", backend_name(0));
+    let config = Config::new(engine).text() + &another("more", engine, &bind_of(PORT + 1), &backend);
+    let injector = world.start(&config)?;
+    injector.command(&["drain", "more"])?;
+    let line = world.client_at(PORT + 1)?.line()?;
+    ensure!(line.starts_with("421 "), "{line:?}");
+    world.who_answers()?;
+    ensure!(injector.readiness()?.0 == 200);
+    let (status, said) = injector.try_command(&["drain", "less"])?;
+    ensure!(
+        !status.success() && said.contains("there is no listener \"less\": there are test, more"),
+        "{said}"
+    );
+    Ok(())
+}
+
+fn earlier(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    injector.command(&["drain", "--deadline", "1h"])?;
+    client.talk()?;
+    let start = Instant::now();
+    injector.command(&["drain", "--deadline", "300ms"])?;
+    client.ends()?;
+    ensure!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    Ok(())
+}
+
+fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    let start = Instant::now();
+    injector.command(&["drain", "--deadline", "700ms", "--wait"])?;
+    ensure!(start.elapsed() > Duration::from_millis(600), "{:?}", start.elapsed());
+    client.ends()?;
+    injector.sessions_within(1)?;
+    Ok(())
+}
+
+fn of_nobody(world: &World, engine: &str) -> anyhow::Result<()> {
+    let injector = world.start(&Config::new(engine).text())?;
+    let socket = ["status", "--socket", "/nonexistent/admin.sock"];
+    let (status, said) = injector.try_command(&socket)?;
+    ensure!(!status.success() && said.contains("no injector answers there: is it running"), "{said}");
+    Ok(())
+}
+
+fn listed(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    let answer = || -> anyhow::Result<serde_json::Value> {
+        Ok(serde_json::from_str(&injector.command(&["sessions", "test", "--json"])?)?)
+    };
+    let counted = |answer: &serde_json::Value| answer["sessions"]["rows"][0]["bytes_to_client"] == 7;
+    let answer = eventually("bytes", answer, counted)?;
+    let row = &answer["sessions"]["rows"][0];
+    ensure!(answer["sessions"]["count"] == 1, "{answer:#}");
+    ensure!(row["backend"] == backend_name(0) && row["engine"] == engine, "{answer:#}");
+    let text = injector.command(&["sessions"])?;
+    ensure!(text.lines().count() == 2 && text.starts_with("LISTENER"), "{text}");
+    client.quit()?;
+    let gone = |text: &String| text.lines().count() == 1;
+    eventually("sessions", || injector.command(&["sessions"]), gone)?;
+    Ok(())
+}
+
+fn page(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let injector = world.start(&Config::new(engine).text())?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    let text = injector.command(&["top", "--once", "--interval", "300ms"])?;
+    let row = |line: &&str| line.starts_with("test") && line.contains(engine) && line.contains("open");
+    ensure!(text.lines().any(|line| row(&line)), "{text}");
+    ensure!(text.contains(&backend_name(0)) && text.contains("1 of 1"), "{text}");
+    client.quit()
+}

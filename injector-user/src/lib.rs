@@ -7,6 +7,7 @@ pub mod choice;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod doctor;
 pub mod endpoint;
 pub mod engine;
 pub mod header;

@@ -6,7 +6,7 @@ use clap::Parser as _;
 use injector_user::{
     cli::{self, Cli, Command},
     config::{self, Config},
-    daemon, log,
+    daemon, doctor, log,
     selftest::Findings,
     session::Marks,
 };
@@ -32,6 +32,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         #[cfg(feature = "bpf")]
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
+        Command::Doctor(args) => return Ok(doctor::run(&args)),
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

@@ -1,0 +1,335 @@
+//! Makes one observation: a connection of its own, a header or none, and polite to the end.
+//!
+//! Up to 3.10 an smtpd of Postfix dies where a header is followed by an early close. So a connection that carried a header is
+//! closed by the server, after QUIT or LOGOUT, or when the time is over.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    net::{TcpSocket, TcpStream},
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        self, ClientConfig, DigitallySignedStruct, SignatureScheme,
+        client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+        pki_types::{CertificateDer, ServerName, UnixTime},
+    },
+};
+
+use super::{
+    claims::Claims,
+    conversation::{Dialect, Heard, Verdict, readable},
+    observation::{Greeting, Observation, Outcome, Probe, Step, Subject},
+};
+use crate::{
+    config::{Receiver, UNIQUE_ID_LEN},
+    header::Rendered,
+};
+
+/// What may come after a goodbye, or after a refusal, is waited for so long.
+const PARTING: Duration = Duration::from_secs(3);
+/// `220-` so long before `220 ` is a teaser and no banner of several lines.
+const TEASER: Duration = Duration::from_millis(500);
+/// More than any greeting.
+const MOST_BYTES: usize = 16 * 1024;
+/// How long a source that should be filtered has to get its SYN answered: long enough for one repetition.
+const FILTERED: Duration = Duration::from_secs(2);
+/// In the header where the listener wants one: says who it was.
+const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
+
+/// How long to wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// For a connection.
+    pub(super) connect: Duration,
+    /// For the server's word.
+    pub(super) answer: Duration,
+}
+
+/// Carries out one step.
+pub(super) async fn observe(subject: &Subject, step: Step, claims: &Claims, patience: Patience) -> Observation {
+    let begun = Instant::now();
+    let limit = if step.from.is_some() { patience.connect.min(FILTERED) } else { patience.connect };
+    let stream = match timeout(limit, connect(subject.address, step.from)).await {
+        Ok(Ok(stream)) => stream,
+        failed => {
+            let outcome = match failed {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Outcome::Refused,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Outcome::NoAnswer,
+                Ok(Err(error)) => Outcome::Unreachable(error.to_string()),
+                _ => Outcome::NoAnswer,
+            };
+            return Observation { step, outcome, after: begun.elapsed(), tls: None };
+        }
+    };
+    let connected = Instant::now();
+    let talk = Talk { dialect: Dialect::of(subject.protocol), connected, until: connected + patience.answer };
+    match speak(subject, step.probe, claims, stream, talk).await {
+        Ok(Heeded { outcome, after, tls }) => Observation { step, outcome, after, tls },
+        Err(error) => {
+            Observation { step, outcome: Outcome::Unreachable(error), after: connected.elapsed(), tls: None }
+        }
+    }
+}
+
+async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(from) = from {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    let stream = socket.connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// The terms of one conversation.
+#[derive(Clone, Copy)]
+struct Talk {
+    dialect: Dialect,
+    connected: Instant,
+    until: Instant,
+}
+
+struct Heeded {
+    outcome: Outcome,
+    after: Duration,
+    tls: Option<String>,
+}
+
+async fn speak(
+    subject: &Subject,
+    probe: Probe,
+    claims: &Claims,
+    mut stream: TcpStream,
+    talk: Talk,
+) -> Result<Heeded, String> {
+    if let Probe::Header { version, family, tlvs } = probe {
+        let plain = Receiver { version, ..Receiver::default() };
+        let own = Receiver { version, ..subject.receiver.clone() };
+        let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
+        let port = stream.local_addr().map_or(0, |local| local.port());
+        let (source, destination) = claims.of(family, port);
+        let header =
+            Rendered::new(&receiver, source, destination, UNIQUE_ID).map_err(|error| format!("header: {error}"))?;
+        // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
+        let _ = stream.write_all(header.as_bytes()).await;
+    }
+    if subject.is_tls() && probe != Probe::Silence {
+        return Ok(speak_tls(subject, stream, talk).await);
+    }
+    let (outcome, after) = converse(&mut stream, talk).await;
+    Ok(Heeded { outcome, after, tls: None })
+}
+
+async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
+    let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None };
+    let connector = match connector() {
+        Ok(connector) => connector,
+        Err(error) => return clear(Outcome::Unreachable(error.to_string())),
+    };
+    let recorded = Recorded { stream, first: Vec::new() };
+    let handshake = connector.connect(server_name(subject), recorded).into_fallible();
+    match timeout_at(talk.until, handshake).await {
+        Err(_) => clear(Outcome::Silent),
+        Ok(Ok(mut stream)) => {
+            let version = stream.get_ref().1.protocol_version();
+            let (outcome, after) = converse(&mut stream, talk).await;
+            let name = version.and_then(|version| version.as_str()).unwrap_or("TLS");
+            Heeded { outcome, after, tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")) }
+        }
+        Ok(Err((error, mut recorded))) => {
+            if let Some(rustls::Error::AlertReceived(alert)) = tls_error(&error) {
+                return clear(Outcome::Alert(format!("{alert:?}")));
+            }
+            if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
+                let outcome = match talk.dialect.judge(&recorded.first) {
+                    Verdict::TurnedAway(line) => Outcome::TurnedAway(line),
+                    _ => Outcome::Strange(readable(recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]))),
+                };
+                let after = talk.connected.elapsed();
+                part(&mut recorded.stream).await;
+                return Heeded { outcome, after, tls: None };
+            }
+            clear(match (tls_error(&error), error.kind()) {
+                (Some(other), _) => Outcome::Strange(other.to_string()),
+                (None, io::ErrorKind::UnexpectedEof) => Outcome::Closed { reset: false },
+                (None, _) => Outcome::Closed { reset: true },
+            })
+        }
+    }
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
+/// Listens, takes its leave as the protocol has it, and hears the rest.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk) -> (Outcome, Duration) {
+    let Talk { dialect, connected, until } = talk;
+    let mut said = Vec::new();
+    let mut first_word = None;
+    let (ended, heard) = loop {
+        match timeout_at(until, read(stream, &mut said)).await {
+            Err(_) => break (None, Heard::Nothing),
+            Ok(Read::End { reset }) => break (Some(reset), Heard::Nothing),
+            Ok(Read::More) => {
+                first_word.get_or_insert_with(Instant::now);
+                match dialect.hear(&said) {
+                    Heard::Nothing => {}
+                    heard => break (None, heard),
+                }
+            }
+        }
+    };
+    let after = connected.elapsed();
+    let teaser = said.starts_with(b"220-") && first_word.is_some_and(|at| at.elapsed() > TEASER);
+    match heard {
+        Heard::Floor => {
+            if let Some(goodbye) = dialect.goodbye() {
+                let _ = stream.write_all(goodbye).await;
+                let _ = stream.flush().await;
+                let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+            }
+        }
+        // It closes by itself; and who closes first after a header harms an smtpd.
+        Heard::TurnedAway | Heard::Strange => {
+            let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+        }
+        Heard::Nothing => {}
+    }
+    let outcome = match dialect.judge(&said) {
+        Verdict::Nothing => match ended {
+            Some(reset) => Outcome::Closed { reset },
+            None => Outcome::Silent,
+        },
+        Verdict::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
+        Verdict::Misunderstood(line, complaint) => {
+            Outcome::Misunderstood { greeting: Greeting { line, teaser }, complaint }
+        }
+        Verdict::TurnedAway(line) => Outcome::TurnedAway(line),
+        Verdict::Strange(line) => Outcome::Strange(line),
+    };
+    (outcome, after)
+}
+
+/// Waits for the server to close.
+async fn part(stream: &mut TcpStream) {
+    let _ = timeout(PARTING, read_to_end(stream, &mut Vec::new())).await;
+}
+
+enum Read {
+    More,
+    End { reset: bool },
+}
+
+async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) -> Read {
+    match stream.read_buf(said).await {
+        Ok(0) => Read::End { reset: false },
+        Ok(_) => Read::More,
+        // A TLS server that closes without a close_notify.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Read::End { reset: false },
+        Err(_) => Read::End { reset: true },
+    }
+}
+
+async fn read_to_end<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) {
+    while said.len() < MOST_BYTES && matches!(read(stream, said).await, Read::More) {}
+}
+
+fn server_name(subject: &Subject) -> ServerName<'static> {
+    let host = subject.backend.rsplit_once(':').map_or(subject.backend.as_str(), |(host, _)| host);
+    ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(subject.address.ip()))
+}
+
+fn connector() -> Result<TlsConnector, rustls::Error> {
+    let provider = Arc::new(ring::default_provider());
+    let anybody = Arc::new(Anybody(Arc::clone(&provider)));
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let config = builder.dangerous().with_custom_certificate_verifier(anybody).with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// Accepts every certificate. A diagnosis asks whether the server speaks TLS; it tells the server nothing, believes nothing
+/// that it hears and authenticates nobody.
+#[derive(Debug)]
+struct Anybody(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A stream that remembers what came first: what is no TLS is shown as it came.
+#[derive(Debug)]
+struct Recorded {
+    stream: TcpStream,
+    first: Vec<u8>,
+}
+
+impl AsyncRead for Recorded {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        const KEPT: usize = 512;
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let new = buf.filled().get(before..).unwrap_or_default();
+        let room = KEPT.saturating_sub(this.first.len()).min(new.len());
+        this.first.extend_from_slice(new.get(..room).unwrap_or_default());
+        polled
+    }
+}
+
+impl AsyncWrite for Recorded {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}

@@ -50,7 +50,9 @@ pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
             lines.push(wrapper);
         }
         Change::new(
-            format!("Postfix, master.cf: where {port} is smtpd (postscreen_upstream_proxy_protocol does nothing there)"),
+            format!(
+                "Postfix, master.cf: where {port} is smtpd (postscreen_upstream_proxy_protocol does nothing there)"
+            ),
             &lines,
         )
     };
@@ -65,12 +67,18 @@ pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
             Protocol::Plain => Vec::new(),
             _ => vec![dovecot_listener(subject), trust(subject)],
         },
-        Server::Exim => vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(subject))])],
-        Server::OpenSmtpd => vec![Change::new("OpenSMTPD, smtpd.conf", &[&format!("listen on … port {port} proxy-v2")])],
+        Server::Exim => {
+            vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(subject))])]
+        }
+        Server::OpenSmtpd => {
+            vec![Change::new("OpenSMTPD, smtpd.conf", &[&format!("listen on … port {port} proxy-v2")])]
+        }
         Server::Stalwart => {
             vec![Change::new("Stalwart, proxyTrustedNetworks of the listener", &[&source(subject)])]
         }
-        Server::Cyrus => vec![Change::new("Cyrus, cyrus.conf, SERVICES", &[&format!("cmd=\"… -H\" listen=\"{port}\"")])],
+        Server::Cyrus => {
+            vec![Change::new("Cyrus, cyrus.conf, SERVICES", &[&format!("cmd=\"… -H\" listen=\"{port}\"")])]
+        }
         Server::Haraka => vec![
             Change::new("Haraka, config/haproxy_hosts", &[&source(subject)]),
             Change::own(subject, "[listener.receiver]", "version = \"v1\""),
@@ -103,7 +111,7 @@ fn dovecot_listener(subject: &Subject) -> Change {
         lines.push("    ssl = yes");
     }
     lines.extend(["    haproxy = yes", "  }", "}"]);
-    Change::new("Dovecot, conf.d/10-master.conf", &lines)
+    Change::new("Dovecot, conf.d/10-master.conf, at the inet_listener with this port", &lines)
 }
 
 /// Has Dovecot believe this host.
@@ -118,7 +126,9 @@ pub(super) fn trust(subject: &Subject) -> Change {
 pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
     match server {
         Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
-            format!("Postfix, main.cf (or -o at the service), then restart: {family} is off in inet_protocols"),
+            format!(
+                "Postfix, main.cf (or -o at the service), then restart: {family} is off in inet_protocols"
+            ),
             &["inet_protocols = all"],
         )],
         _ => Vec::new(),
@@ -171,7 +181,10 @@ pub(super) fn close_to_others(port: u16, edge: &[IpAddr], known: bool) -> Change
             // The injector does not come this way, so nobody has to.
             [] => format!("nft 'add rule inet proxy_ports input meta nfproto {protocol} {rest}'"),
             [one] => format!("nft 'add rule inet proxy_ports input {key} saddr != {one} {rest}'"),
-            many => format!("nft 'add rule inet proxy_ports input {key} saddr != {{ {} }} {rest}'", many.join(", ")),
+            many => format!(
+                "nft 'add rule inet proxy_ports input {key} saddr != {{ {} }} {rest}'",
+                many.join(", ")
+            ),
         });
     }
     Change { place: place.to_owned(), lines }
@@ -206,7 +219,8 @@ mod tests {
                 "nft 'add rule inet proxy_ports input meta nfproto ipv6 tcp dport 2525 counter drop'",
             ]
         );
-        let edge: [IpAddr; 3] = ["10.25.0.1".parse().unwrap(), "fd25::1".parse().unwrap(), "10.25.0.3".parse().unwrap()];
+        let edge: [IpAddr; 3] =
+            ["10.25.0.1".parse().unwrap(), "fd25::1".parse().unwrap(), "10.25.0.3".parse().unwrap()];
         let change = close_to_others(2525, &edge, true);
         assert!(change.lines[2].contains("ip saddr != { 10.25.0.1, 10.25.0.3 } tcp"), "{change:?}");
         assert!(change.lines[3].contains("ip6 saddr != fd25::1 tcp"), "{change:?}");

@@ -12,10 +12,8 @@ pub(super) struct Claims {
 }
 
 /// For documentation (RFC 5737, RFC 3849): where this host has no address of a family.
-const NOBODY: (IpAddr, IpAddr) = (
-    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
-);
+const NOBODY: (IpAddr, IpAddr) =
+    (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)));
 
 impl Claims {
     /// The client is the host itself, by the address that the kernel chose (`source`) or another of its own (`local`); the
@@ -24,9 +22,12 @@ impl Claims {
         let port = bind.first().map_or(0, SocketAddr::port);
         let claim = |family: Family, nobody: IpAddr| {
             let fits = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
-            let client =
-                source.filter(|ip| Family::of(*ip) == family).or_else(|| local.iter().copied().find(fits)).unwrap_or(nobody);
-            let bound = bind.iter().find(|bound| Family::of(bound.ip()) == family && !bound.ip().is_unspecified());
+            let client = source
+                .filter(|ip| Family::of(*ip) == family)
+                .or_else(|| local.iter().copied().find(fits))
+                .unwrap_or(nobody);
+            let bound =
+                bind.iter().find(|bound| Family::of(bound.ip()) == family && !bound.ip().is_unspecified());
             (client, bound.copied().unwrap_or(SocketAddr::new(client, port)))
         };
         Self { ipv4: claim(Family::V4, NOBODY.0), ipv6: claim(Family::V6, NOBODY.1) }

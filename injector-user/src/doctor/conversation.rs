@@ -203,7 +203,11 @@ mod tests {
             (Smtp, "220 mail.exa", Nothing),
             (Smtp, "220-mail.example.test ESMTP Postfix\r\n", Nothing),
             (Smtp, "220-mail.example.test ESMTP Postfix\r\n220 mail.example.test\r\n", Floor),
-            (Smtp, "220-mail.example.test ESMTP Postfix\r\n502 5.5.2 Error: command not recognized\r\n", Floor),
+            (
+                Smtp,
+                "220-mail.example.test ESMTP Postfix\r\n502 5.5.2 Error: command not recognized\r\n",
+                Floor,
+            ),
             (Smtp, POSTFIX, Floor),
             (Smtp, "421 4.3.2 No system resources\r\n", TurnedAway),
             (Smtp, "* OK ready\r\n", Strange),
@@ -239,8 +243,16 @@ mod tests {
             (Smtp, "521 5.5.2 mail.example.test Error: bare <LF> received\r\n", misunderstood),
             (Smtp, "521 5.7.1 Blocked by zen.example\r\n", turned_away),
             (Imap, "* BYE Logging out\r\na OK Logout completed.\r\n", greeted),
-            (Imap, "* BAD Error in IMAP command received by server.\r\n* BYE Too many invalid IMAP commands.\r\n", misunderstood),
-            (Imap, "PROXY BAD Error in IMAP command received by server.\r\n* BYE Logging out\r\n", misunderstood),
+            (
+                Imap,
+                "* BAD Error in IMAP command received by server.\r\n* BYE Too many invalid IMAP commands.\r\n",
+                misunderstood,
+            ),
+            (
+                Imap,
+                "PROXY BAD Error in IMAP command received by server.\r\n* BYE Logging out\r\n",
+                misunderstood,
+            ),
             (Pop3, "+OK Logging out\r\n", greeted),
             (Pop3, "-ERR Unknown command.\r\n-ERR Too many invalid bad commands.\r\n", misunderstood),
         ] {

@@ -76,17 +76,15 @@ fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
         }
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
-    runtime.block_on(examine(config, args))
+    let report = runtime.block_on(examine(config, args));
+    // A resolver that still waits for its answer is not waited for.
+    runtime.shutdown_background();
+    report
 }
 
 async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
     let local = local_addresses().context("cannot list this host's addresses")?;
-    let mut addresses = BTreeMap::new();
-    for backend in config.listeners.iter().flat_map(|listener| &listener.backends) {
-        if !addresses.contains_key(&backend.to_string()) {
-            addresses.insert(backend.to_string(), resolve(backend, args.timeout).await);
-        }
-    }
+    let addresses = resolve_all(&config, args.timeout).await?;
     let mut cases: Vec<Case> = Vec::new();
     for (index, listener) in config.listeners.iter().enumerate() {
         for backend in &listener.backends {
@@ -100,7 +98,10 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
         }
     }
     if !args.json {
-        eprintln!("examining {} addresses; a server may take seconds to say that it waits for a header", cases.len());
+        eprintln!(
+            "examining {} addresses; a server may take seconds to say that it waits for a header",
+            cases.len()
+        );
     }
     let cases = observe_all(cases).await?;
     Ok(assemble(&config, &addresses, &cases, args.stranger))
@@ -143,6 +144,21 @@ async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
 /// Addresses, or why there are none.
 type Resolved = Result<Vec<SocketAddr>, String>;
 
+/// The addresses of every backend, by its text.
+async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeMap<String, Resolved>> {
+    let backends = config.listeners.iter().flat_map(|listener| &listener.backends);
+    let distinct: BTreeMap<_, _> = backends.map(|backend| (backend.to_string(), backend.clone())).collect();
+    let mut tasks = JoinSet::new();
+    for (name, backend) in distinct {
+        tasks.spawn(async move { (name, resolve(&backend, within).await) });
+    }
+    let mut addresses = BTreeMap::new();
+    while let Some(resolved) = tasks.join_next().await {
+        addresses.extend([resolved.context("resolving failed")?]);
+    }
+    Ok(addresses)
+}
+
 async fn resolve(backend: &Backend, within: Duration) -> Resolved {
     let name = match &backend.host {
         Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, backend.port)]),
@@ -160,7 +176,13 @@ async fn resolve(backend: &Backend, within: Duration) -> Resolved {
     }
 }
 
-fn subject(listener: &Listener, backend: &Backend, address: SocketAddr, local: &[IpAddr], stranger: bool) -> Subject {
+fn subject(
+    listener: &Listener,
+    backend: &Backend,
+    address: SocketAddr,
+    local: &[IpAddr],
+    stranger: bool,
+) -> Subject {
     let source = source_towards(address);
     // What is bound to [::] is reached over IPv4 as well.
     let everywhere = |ip: IpAddr| ip.is_unspecified() && ip.is_ipv6();
@@ -210,7 +232,12 @@ fn local_addresses() -> std::io::Result<Vec<IpAddr>> {
     Ok(if_addrs::get_if_addrs()?.into_iter().map(|interface| interface.ip()).collect())
 }
 
-fn assemble(config: &Config, addresses: &BTreeMap<String, Resolved>, cases: &[Case], stranger: bool) -> Report {
+fn assemble(
+    config: &Config,
+    addresses: &BTreeMap<String, Resolved>,
+    cases: &[Case],
+    stranger: bool,
+) -> Report {
     let listeners = config.listeners.iter().enumerate().map(|(index, listener)| {
         let backends = listener.backends.iter().map(|backend| {
             let name = backend.to_string();
@@ -266,8 +293,8 @@ mod tests {
     #[test]
     fn others_are_of_the_same_family_and_lead_there() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let local =
-            ["127.0.0.1", "10.0.0.1", "10.0.0.9", "::1", "fe80::1", "fd25::1"].map(|text| text.parse().unwrap());
+        let local = ["127.0.0.1", "10.0.0.1", "10.0.0.9", "::1", "fe80::1", "fd25::1"]
+            .map(|text| text.parse().unwrap());
         let tried = |address: &str, source: &str| others(address.parse().unwrap(), Some(ip(source)), &local);
         assert_eq!(tried("10.0.0.2:25", "10.0.0.1"), [ip("10.0.0.9")]);
         assert_eq!(tried("10.0.0.1:25", "10.0.0.1"), [ip("127.0.0.1"), ip("10.0.0.9")]);

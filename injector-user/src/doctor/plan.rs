@@ -1,6 +1,6 @@
 //! Which probe comes next, given what was seen: as few connections as tell the faults apart.
 
-use super::observation::{Family, Observation, Probe, Step, Subject};
+use super::observation::{Family, Observation, Outcome, Probe, Step, Subject};
 use crate::config::ProxyVersion;
 
 /// The next step; `None` when enough is known.
@@ -21,11 +21,15 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
     }
     let bare = if subject.is_tls() { Probe::Tls } else { Probe::Silence };
     let headers = Family::ALL.map(|family| header(version, family));
-    let mut steps = vec![here(bare), here(headers[0]), here(headers[1])];
+    let mut steps = vec![here(bare), here(headers[0])];
+    // Where a header is followed by silence, the family of its addresses is not the matter.
+    let silent = |one: &Observation| one.step == here(headers[0]) && one.outcome == Outcome::Silent;
+    let headers = if seen.iter().any(silent) { &headers[..1] } else { &headers[..] };
+    steps.extend(headers.iter().skip(1).map(|probe| here(*probe)));
     if !headers.iter().all(|probe| seen.iter().any(|one| one.step == here(*probe))) {
         return steps;
     }
-    let accepted = headers.into_iter().find(|probe| answered(seen, here(*probe)));
+    let accepted = headers.iter().copied().find(|probe| answered(seen, here(*probe)));
     match accepted {
         Some(probe) => {
             for other in &subject.others {
@@ -67,10 +71,7 @@ fn answered(seen: &[Observation], step: Step) -> bool {
 mod tests {
     use std::{net::IpAddr, time::Duration};
 
-    use super::{
-        super::observation::{Greeting, Outcome},
-        *,
-    };
+    use super::{super::observation::Greeting, *};
     use crate::{
         config::Receiver,
         doctor::samples::{closed, subject},
@@ -144,6 +145,12 @@ mod tests {
         imaps.receiver = Receiver { version: ProxyVersion::V1, ..Receiver::default() };
         let names = walk(&imaps, |_| closed());
         assert_eq!(names[1..], ["header_v1_ipv4", "header_v1_ipv6", "header_v2_ipv4", "silence"]);
+    }
+
+    #[test]
+    fn silence_is_waited_for_once_for_each_version() {
+        let names = walk(&subject(Protocol::Imap), |_| Outcome::Silent);
+        assert_eq!(names, ["silence", "header_v2_ipv4", "header_v1_ipv4"]);
     }
 
     #[test]

@@ -58,7 +58,12 @@ pub(super) struct Patience {
 }
 
 /// Carries out one step.
-pub(super) async fn observe(subject: &Subject, step: Step, claims: &Claims, patience: Patience) -> Observation {
+pub(super) async fn observe(
+    subject: &Subject,
+    step: Step,
+    claims: &Claims,
+    patience: Patience,
+) -> Observation {
     let begun = Instant::now();
     let limit = if step.from.is_some() { patience.connect.min(FILTERED) } else { patience.connect };
     let stream = match timeout(limit, connect(subject.address, step.from)).await {
@@ -120,8 +125,8 @@ async fn speak(
         let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
         let port = stream.local_addr().map_or(0, |local| local.port());
         let (source, destination) = claims.of(family, port);
-        let header =
-            Rendered::new(&receiver, source, destination, UNIQUE_ID).map_err(|error| format!("header: {error}"))?;
+        let header = Rendered::new(&receiver, source, destination, UNIQUE_ID)
+            .map_err(|error| format!("header: {error}"))?;
         // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
         let _ = stream.write_all(header.as_bytes()).await;
     }
@@ -155,7 +160,9 @@ async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
             if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
                 let outcome = match talk.dialect.judge(&recorded.first) {
                     Verdict::TurnedAway(line) => Outcome::TurnedAway(line),
-                    _ => Outcome::Strange(readable(recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]))),
+                    _ => Outcome::Strange(readable(
+                        recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
+                    )),
                 };
                 let after = talk.connected.elapsed();
                 part(&mut recorded.stream).await;

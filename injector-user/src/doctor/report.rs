@@ -105,10 +105,15 @@ impl Report {
         }
         let addresses = self.listeners.iter().flat_map(|listener| &listener.backends);
         let addresses = addresses.map(|backend| backend.addresses.len()).sum();
-        let _ = writeln!(out, "{}, {}", count(addresses, "address", "addresses"), match self.faults() {
-            0 => "no fault".to_owned(),
-            faults => count(faults, "fault", "faults"),
-        });
+        let _ = writeln!(
+            out,
+            "{}, {}",
+            count(addresses, "address", "addresses"),
+            match self.faults() {
+                0 => "no fault".to_owned(),
+                faults => count(faults, "fault", "faults"),
+            }
+        );
         out
     }
 
@@ -160,11 +165,17 @@ fn write_findings(out: &mut String, indent: &str, findings: &[Finding]) {
 }
 
 fn listener_json(listener: &ListenerReport) -> Value {
-    let backends: Vec<_> = listener.backends.iter().map(|backend| json!({
-        "backend": backend.name,
-        "findings": findings_json(&backend.findings),
-        "addresses": backend.addresses.iter().map(address_json).collect::<Vec<_>>(),
-    })).collect();
+    let backends: Vec<_> = listener
+        .backends
+        .iter()
+        .map(|backend| {
+            json!({
+                "backend": backend.name,
+                "findings": findings_json(&backend.findings),
+                "addresses": backend.addresses.iter().map(address_json).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
     json!({
         "name": listener.name,
         "protocol": listener.protocol.name(),
@@ -175,15 +186,21 @@ fn listener_json(listener: &ListenerReport) -> Value {
 }
 
 fn address_json(address: &AddressReport) -> Value {
-    let observations: Vec<_> = address.observations.iter().map(|one| json!({
-        "probe": one.step.probe.code(),
-        "from": one.step.from,
-        "outcome": outcome_code(&one.outcome),
-        "answered": one.answered(),
-        "said": one.said(),
-        "tls": one.tls,
-        "seconds": one.after.as_secs_f64(),
-    })).collect();
+    let observations: Vec<_> = address
+        .observations
+        .iter()
+        .map(|one| {
+            json!({
+                "probe": one.step.probe.code(),
+                "from": one.step.from,
+                "outcome": outcome_code(&one.outcome),
+                "answered": one.answered(),
+                "said": one.said(),
+                "tls": one.tls,
+                "seconds": one.after.as_secs_f64(),
+            })
+        })
+        .collect();
     json!({
         "address": address.address,
         "source": address.source,
@@ -196,12 +213,17 @@ fn address_json(address: &AddressReport) -> Value {
 
 fn findings_json(findings: &[Finding]) -> Vec<Value> {
     let change = |change: &super::advice::Change| json!({ "place": change.place, "lines": change.lines });
-    findings.iter().map(|finding| json!({
-        "verdict": finding.verdict.code(),
-        "fault": finding.fault,
-        "says": finding.says,
-        "changes": finding.changes.iter().map(change).collect::<Vec<_>>(),
-    })).collect()
+    findings
+        .iter()
+        .map(|finding| {
+            json!({
+                "verdict": finding.verdict.code(),
+                "fault": finding.fault,
+                "says": finding.says,
+                "changes": finding.changes.iter().map(change).collect::<Vec<_>>(),
+            })
+        })
+        .collect()
 }
 
 const fn outcome_code(outcome: &Outcome) -> &'static str {

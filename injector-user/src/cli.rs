@@ -65,6 +65,7 @@ pub enum Command {
     /// To be run where the injector runs. Makes a few connections to each address of each backend, sends PROXY headers that
     /// name this host, takes its leave politely, and delivers nothing. Ends with 0 if all is fine, with 1 if there
     /// are faults, with 2 if nothing could be examined.
+    #[command(after_long_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
     /// What engine "inline" has left in the kernel
     #[cfg(feature = "bpf")]
@@ -103,6 +104,16 @@ Examples:
 
   One module in detail
     $ INJECTOR_LOG=info,injector_user::session=debug injector run --config injector.toml";
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  After the mail server was changed
+    $ injector doctor --config injector.toml --listener smtp
+
+  On any other host: who believes a header from there?
+    $ injector doctor --config injector.toml --stranger
+
+Verdicts and what is done to a server are described in docs/doctor.md.";
 
 /// Arguments of `injector run`. What is `None` is left to the file.
 #[derive(Clone, Debug, Args)]

@@ -33,7 +33,7 @@ pub(super) enum Heard {
 
 /// What a whole conversation amounts to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Meaning {
     /// Nothing was said.
     Nothing,
     /// It greeted and had no complaints.
@@ -84,10 +84,10 @@ impl Dialect {
     pub(super) fn hear(self, said: &[u8]) -> Heard {
         for (index, line) in complete_lines(said).enumerate() {
             match self.line(line) {
-                Line::Greeting | Line::Complaint if index > 0 => return Heard::Floor,
                 Line::Greeting => return Heard::Floor,
-                Line::NoService => return Heard::TurnedAway,
-                Line::Strange | Line::Complaint => return Heard::Strange,
+                Line::Complaint if index > 0 => return Heard::Floor,
+                Line::NoService | Line::Complaint => return Heard::TurnedAway,
+                Line::Strange => return Heard::Strange,
                 Line::Continued => {}
             }
         }
@@ -99,26 +99,26 @@ impl Dialect {
     }
 
     /// Judges all that a server said, after a header or nothing, and after a goodbye if it gave the client the floor.
-    pub(super) fn judge(self, said: &[u8]) -> Verdict {
+    pub(super) fn judge(self, said: &[u8]) -> Meaning {
         if said.is_empty() {
-            return Verdict::Nothing;
+            return Meaning::Nothing;
         }
         let lines: Vec<&[u8]> = said.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
         let first = readable(lines.first().copied().unwrap_or_default());
         match lines.first().map(|line| self.line(line)) {
             Some(Line::Greeting | Line::Continued) => {}
-            Some(Line::NoService) => return Verdict::TurnedAway(first),
-            _ => return Verdict::Strange(first),
+            Some(Line::NoService | Line::Complaint) => return Meaning::TurnedAway(first),
+            _ => return Meaning::Strange(first),
         }
         for line in lines.iter().skip(1) {
             match self.line(line) {
-                Line::Complaint => return Verdict::Misunderstood(first, readable(line)),
+                Line::Complaint => return Meaning::Misunderstood(first, readable(line)),
                 // IMAP and Sieve say BYE to a goodbye as well.
-                Line::NoService if self == Self::Smtp => return Verdict::TurnedAway(readable(line)),
+                Line::NoService if self == Self::Smtp => return Meaning::TurnedAway(readable(line)),
                 _ => {}
             }
         }
-        Verdict::Greeted(first)
+        Meaning::Greeted(first)
     }
 
     fn line(self, line: &[u8]) -> Line {
@@ -210,6 +210,7 @@ mod tests {
             ),
             (Smtp, POSTFIX, Floor),
             (Smtp, "421 4.3.2 No system resources\r\n", TurnedAway),
+            (Smtp, "500 Invalid command\r\n", TurnedAway),
             (Smtp, "* OK ready\r\n", Strange),
             (Smtp, "\u{15}\u{3}\u{1}", Strange),
             (Imap, IMAP, Floor),
@@ -231,10 +232,10 @@ mod tests {
     #[test]
     fn conversations_are_judged_by_their_complaints() {
         use Dialect::{Imap, Pop3, Smtp};
-        type Is = fn(&Verdict) -> bool;
-        let greeted: Is = |verdict| matches!(verdict, Verdict::Greeted(_));
-        let misunderstood: Is = |verdict| matches!(verdict, Verdict::Misunderstood(..));
-        let turned_away: Is = |verdict| matches!(verdict, Verdict::TurnedAway(_));
+        type Is = fn(&Meaning) -> bool;
+        let greeted: Is = |meaning| matches!(meaning, Meaning::Greeted(_));
+        let misunderstood: Is = |meaning| matches!(meaning, Meaning::Misunderstood(..));
+        let turned_away: Is = |meaning| matches!(meaning, Meaning::TurnedAway(_));
         for (dialect, rest, expected) in [
             (Smtp, "221 2.0.0 Bye\r\n", greeted),
             (Smtp, "500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n", misunderstood),
@@ -261,12 +262,12 @@ mod tests {
                 Imap => IMAP,
                 _ => "+OK Dovecot (Debian) ready.\r\n",
             };
-            let verdict = dialect.judge(format!("{greeting}{rest}").as_bytes());
-            assert!(expected(&verdict), "{rest:?}: {verdict:?}");
+            let meaning = dialect.judge(format!("{greeting}{rest}").as_bytes());
+            assert!(expected(&meaning), "{rest:?}: {meaning:?}");
         }
-        assert_eq!(Smtp.judge(b""), Verdict::Nothing);
+        assert_eq!(Smtp.judge(b""), Meaning::Nothing);
         assert!(turned_away(&Smtp.judge(b"421 4.3.0 mail.example.test Server local error\r\n")));
-        assert!(matches!(Smtp.judge(b"* OK ready\r\n"), Verdict::Strange(_)));
+        assert!(matches!(Smtp.judge(b"* OK ready\r\n"), Meaning::Strange(_)));
     }
 
     #[test]

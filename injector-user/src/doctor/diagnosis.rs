@@ -224,13 +224,19 @@ impl Seen<'_> {
         if silence.is_some_and(Observation::closed_at_once) && first.closed_at_once() {
             return Some(self.untrusted());
         }
-        Some(match &first.outcome {
+        Some(self.by_answer(first))
+    }
+
+    /// What the answer to the injector's header says by itself.
+    fn by_answer(&self, first: &Observation) -> Finding {
+        let (subject, address) = (self.subject, self.subject.address);
+        match &first.outcome {
             Outcome::Strange(said) if subject.is_tls() => Finding::fault(
                 Verdict::ClearText,
                 format!(
                     "{address} takes the header, but then speaks clear text where TLS is expected: {said:?}"
                 ),
-                advice::implicit_tls(subject, server),
+                advice::implicit_tls(subject, self.server),
             ),
             Outcome::Strange(said) => Finding::fault(
                 Verdict::OtherProtocol,
@@ -254,7 +260,7 @@ impl Seen<'_> {
             ),
             Outcome::TurnedAway(said) if !self.is_about_header(said) => Finding::fault(
                 Verdict::TurnedAway,
-                format!("{address} turns the injector away, whatever it sends: {said:?}"),
+                format!("{address} turns the injector away: {said:?}"),
                 Vec::new(),
             ),
             _ => Finding::fault(
@@ -265,7 +271,7 @@ impl Seen<'_> {
                 ),
                 Vec::new(),
             ),
-        })
+        }
     }
 
     /// Postfix says this where it cannot use a header.
@@ -323,8 +329,8 @@ impl Seen<'_> {
             return Finding::fault(
                 Verdict::Untrusted,
                 format!(
-                    "{address} closes at once on all that comes from {from}: the address is missing from Dovecot's \
-                     haproxy_trusted_networks (it logs \"haproxy: Client not trusted\" with the address it sees)"
+                    "{address} closes at once on all that comes from {from}, as Dovecot does with an address that its \
+                     haproxy_trusted_networks lacks: it logs \"haproxy: Client not trusted (rip=…)\" with the one it sees"
                 ),
                 vec![advice::trust(self.subject)],
             );

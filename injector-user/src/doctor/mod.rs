@@ -17,6 +17,7 @@ pub mod server;
 
 use std::{
     collections::BTreeMap,
+    io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     process::ExitCode,
     time::Duration,
@@ -52,11 +53,9 @@ const MOST_OTHERS: usize = 3;
 pub fn run(args: &DoctorArgs) -> ExitCode {
     match report(args) {
         Ok(report) => {
-            if args.json {
-                println!("{:#}", report.json());
-            } else {
-                print!("{}", report.text());
-            }
+            let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
+            // Who has closed the pipe, as `head` does, wants no more; the exit code remains.
+            let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::from(if report.faults() == 0 { FINE } else { FAULTS })
         }
         Err(error) => {

@@ -1,7 +1,8 @@
 //! Makes one observation: a connection of its own, a header or none, and polite to the end.
 //!
-//! Up to 3.10 an smtpd of Postfix dies where a header is followed by an early close. So a connection that carried a header is
-//! closed by the server, after QUIT or LOGOUT, or when the time is over.
+//! A client that is gone when Postfix looks for its address can cost an smtpd its life: in 3.7.11 a LOCAL header followed by a
+//! reset is `fatal: smtpd_peer_hostaddr_to_sockaddr`. So a connection is closed by the server, after QUIT or LOGOUT, or when
+//! the time is over, and LOCAL is never sent.
 
 use std::{
     io,
@@ -29,7 +30,7 @@ use tokio_rustls::{
 
 use super::{
     claims::Claims,
-    conversation::{Dialect, Heard, Verdict, readable},
+    conversation::{Dialect, Heard, Meaning, readable},
     observation::{Greeting, Observation, Outcome, Probe, Step, Subject},
 };
 use crate::{
@@ -159,7 +160,7 @@ async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
             }
             if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
                 let outcome = match talk.dialect.judge(&recorded.first) {
-                    Verdict::TurnedAway(line) => Outcome::TurnedAway(line),
+                    Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
                     _ => Outcome::Strange(readable(
                         recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
                     )),
@@ -216,16 +217,16 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk)
         Heard::Nothing => {}
     }
     let outcome = match dialect.judge(&said) {
-        Verdict::Nothing => match ended {
+        Meaning::Nothing => match ended {
             Some(reset) => Outcome::Closed { reset },
             None => Outcome::Silent,
         },
-        Verdict::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
-        Verdict::Misunderstood(line, complaint) => {
+        Meaning::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
+        Meaning::Misunderstood(line, complaint) => {
             Outcome::Misunderstood { greeting: Greeting { line, teaser }, complaint }
         }
-        Verdict::TurnedAway(line) => Outcome::TurnedAway(line),
-        Verdict::Strange(line) => Outcome::Strange(line),
+        Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
+        Meaning::Strange(line) => Outcome::Strange(line),
     };
     (outcome, after)
 }
@@ -338,5 +339,74 @@ impl AsyncWrite for Recorded {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::{super::samples::subject, *};
+    use crate::{config::ProxyVersion, doctor::observation::Family, protocol::Protocol};
+
+    /// Observes a server that says this, each part after a pause, and hears what it was told.
+    async fn observed(
+        protocol: Protocol,
+        probe: Probe,
+        parts: &'static [&'static str],
+    ) -> (Observation, Vec<u8>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(protocol) };
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut told = Vec::new();
+            for part in parts {
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                stream.write_all(part.as_bytes()).await.unwrap();
+            }
+            while !told.ends_with(b"QUIT\r\n") && stream.read_buf(&mut told).await.unwrap_or(0) > 0 {}
+            stream.write_all(b"221 2.0.0 Bye\r\n").await.unwrap();
+            told
+        });
+        let second = Duration::from_secs(5);
+        let claims = Claims::new(subject.source, &[], &["192.0.2.10:25".parse().unwrap()]);
+        let patience = Patience { connect: second, answer: second };
+        let observation = observe(&subject, Step { probe, from: None }, &claims, patience).await;
+        (observation, server.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_header_is_followed_by_patience_and_a_goodbye() {
+        let probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
+        let (seen, told) = observed(Protocol::Smtp, probe, &["220-mail\r\n", "220 mail\r\n"]).await;
+        assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-mail".to_owned(), teaser: true }));
+        let told = String::from_utf8(told).unwrap();
+        assert!(told.starts_with("PROXY TCP4 10.25.0.1 192.0.2.10 "), "{told:?}");
+        assert!(told.ends_with(" 25\r\nQUIT\r\n"), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn silence_sends_nothing_before_the_greeting() {
+        let (seen, told) = observed(Protocol::Smtp, Probe::Silence, &["220-a\r\n220 b\r\n"]).await;
+        assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
+        assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
+        assert_eq!(told, b"QUIT\r\n");
+    }
+
+    #[tokio::test]
+    async fn clear_text_where_tls_should_be_is_shown_as_it_came() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(Protocol::Submissions) };
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"220 mail ESMTP\r\n").await.unwrap();
+            let mut hello = [0; 4096];
+            let _ = stream.read(&mut hello).await;
+        });
+        let second = Duration::from_secs(5);
+        let claims = Claims::new(None, &[], &[]);
+        let step = Step { probe: Probe::Tls, from: None };
+        let seen = observe(&subject, step, &claims, Patience { connect: second, answer: second }).await;
+        assert_eq!((seen.outcome, seen.tls), (Outcome::Strange("220 mail ESMTP".to_owned()), None));
     }
 }

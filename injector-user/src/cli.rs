@@ -67,6 +67,13 @@ pub enum Command {
     ///
     /// Drives the real mechanism over loopback sockets of its own and cleans up after itself.
     Selftest(SelftestArgs),
+    /// Drive every backend for real, and name the fault and the line to change
+    ///
+    /// To be run where the injector runs. Makes a few connections to each address of each backend, sends PROXY headers that
+    /// name this host, takes its leave politely, and delivers nothing. Ends with 0 if all is fine, with 1 if there
+    /// are faults, with 2 if nothing could be examined.
+    #[command(after_long_help = DOCTOR_EXAMPLES)]
+    Doctor(DoctorArgs),
     /// What engine "inline" has left in the kernel
     #[cfg(feature = "bpf")]
     #[command(subcommand)]
@@ -248,6 +255,16 @@ Examples:
   One module in detail
     $ INJECTOR_LOG=info,injector_user::session=debug injector run --config injector.toml";
 
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  After the mail server was changed
+    $ injector doctor --config injector.toml --listener smtp
+
+  On any other host: who believes a header from there?
+    $ injector doctor --config injector.toml --stranger
+
+Verdicts and what is done to a server are described in docs/doctor.md.";
+
 /// Arguments of `injector run`. What is `None` is left to the file.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
@@ -289,6 +306,30 @@ pub struct CheckArgs {
     /// The configuration file (TOML)
     #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
+}
+
+/// Arguments of `injector doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// The configuration file (TOML)
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+
+    /// Only this listener
+    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
+    pub listener: Option<String>,
+
+    /// Print the result as JSON
+    #[arg(long, env = "INJECTOR_JSON")]
+    pub json: bool,
+
+    /// How long a server may take to say something; postscreen takes 6s, and Postfix 5s to miss a header
+    #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = duration, default_value = "10s")]
+    pub timeout: Duration,
+
+    /// This host is not the injector's: say which backends believe a header from here all the same
+    #[arg(long, env = "INJECTOR_STRANGER")]
+    pub stranger: bool,
 }
 
 /// Arguments of `injector selftest`.

@@ -10,7 +10,7 @@ use injector_user::{
         self, Request, client,
         wire::{Answer, ListenerStatus},
     },
-    daemon, log,
+    daemon, doctor, log,
     selftest::Findings,
     session::Marks,
 };
@@ -57,6 +57,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         },
         Command::Top(args) if args.once => print!("{}", control::top::once(&args.at.socket, args.interval)?),
         Command::Top(args) => control::top::run(&args.at.socket, args.interval)?,
+        Command::Doctor(args) => return Ok(doctor::run(&args)),
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();
@@ -90,7 +91,9 @@ fn drain(args: &cli::DrainArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     loop {
-        let Answer::Status(status) = client::ask(&args.ask.at.socket, &Request::Status)? else { break };
+        let Answer::Status(status) = client::ask(&args.ask.at.socket, &Request::Status)? else {
+            return Ok(());
+        };
         let of =
             |listener: &&ListenerStatus| args.listener.as_ref().is_none_or(|name| *name == listener.name);
         // Packets have no deadline: they are waited for as long as there are any.

@@ -1,4 +1,4 @@
-//! TLS of the daemon's own: to ask a server on a port with implicit TLS whether it is well. Clients' TLS passes through
+//! TLS of the injector's own: to ask a server on a port with implicit TLS whether it is well. Clients' TLS passes through
 //! untouched.
 
 use std::sync::Arc;

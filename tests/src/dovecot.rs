@@ -42,6 +42,22 @@ impl Dovecot {
     /// # Errors
     /// When Dovecot 2.3 is not installed, refuses its configuration or does not listen within ten seconds.
     pub fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Self> {
+        let ports = [IMAPS, POP3S].map(|service| [service.stock, service.proxied]).concat();
+        let sockets =
+            Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
+        let sockets: Vec<_> = sockets.into_iter().flatten().collect();
+        Self::start_with(netns, |dir| dovecot_conf(dir, certificate), &sockets)
+    }
+
+    /// Starts one with this configuration, made for its directory, and waits until it listens there.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        netns: &Netns,
+        conf: impl FnOnce(&Path) -> String,
+        sockets: &[SocketAddr],
+    ) -> anyhow::Result<Self> {
         ensure_version()?;
         let dir = netns::scratch_dir("dovecot")?;
         // Its processes, and Postfix at its sockets, run as users of their own.
@@ -50,18 +66,14 @@ impl Dovecot {
         fs::create_dir(&mailboxes)?;
         chown(&mailboxes, Some(MAIL_UID), Some(MAIL_GID))?;
         let config = dir.path().join("dovecot.conf");
-        fs::write(&config, dovecot_conf(dir.path(), certificate))?;
+        fs::write(&config, conf(dir.path()))?;
 
         let log = LogFile::new(dir.path().join("dovecot.log"));
         let mut command = netns.command("dovecot");
         command.arg("-F").arg("-c").arg(&config);
         let output = dir.path().join("master.out");
         let mut master = Process::start("dovecot", netns, command, &output)?;
-        let ports = [IMAPS, POP3S].map(|service| [service.stock, service.proxied]).concat();
-        let sockets =
-            Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
-        let sockets: Vec<_> = sockets.into_iter().flatten().collect();
-        master.wait_listening(netns, &sockets, Duration::from_secs(10)).with_context(|| {
+        master.wait_listening(netns, sockets, Duration::from_secs(10)).with_context(|| {
             let said = fs::read_to_string(&output).unwrap_or_default();
             format!("Dovecot said:\n{said}{}", log.since(Mark::default()))
         })?;
@@ -72,6 +84,12 @@ impl Dovecot {
     #[must_use]
     pub fn log(&self) -> &LogFile {
         &self.log
+    }
+
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("dovecot.conf")
     }
 
     /// The socket at which mail is delivered, by LMTP.

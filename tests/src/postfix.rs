@@ -27,7 +27,7 @@ pub struct Postfix {
     // Before the directory: fields are dropped in this order.
     _master: Process,
     log: LogFile,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// Where Postfix hands over mail, and asks for passwords.
@@ -59,7 +59,7 @@ impl Postfix {
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub(crate) fn start_with(
+    pub fn start_with(
         netns: &Netns,
         role: &str,
         main_cf: impl FnOnce(&Path) -> String,
@@ -86,13 +86,19 @@ impl Postfix {
         master
             .wait_listening(netns, sockets, Duration::from_secs(10))
             .with_context(|| format!("Postfix logged:\n{}", log.since(Mark::default())))?;
-        Ok(Self { _master: master, log, _dir: dir })
+        Ok(Self { _master: master, log, dir })
     }
 
     /// Its log.
     #[must_use]
     pub fn log(&self) -> &LogFile {
         &self.log
+    }
+
+    /// The directory with its `main.cf` and `master.cf`.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("etc")
     }
 
     /// Waits for the line in which smtpd ties a queued message to its client, and returns that client.

@@ -1,0 +1,228 @@
+//! The line to change, in the words of the server that has to be changed.
+
+use std::net::IpAddr;
+
+use super::{
+    observation::{Family, Subject},
+    server::Server,
+};
+use crate::protocol::Protocol;
+
+/// What to change, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// File and place in it.
+    pub place: String,
+    /// The lines as they should be.
+    pub lines: Vec<String>,
+}
+
+impl Change {
+    fn new(place: impl Into<String>, lines: &[&str]) -> Self {
+        Self { place: place.into(), lines: lines.iter().map(|line| (*line).to_owned()).collect() }
+    }
+
+    /// A field of the listener, in the injector's own configuration.
+    pub(super) fn own(subject: &Subject, table: &str, line: &str) -> Self {
+        Self::new(format!("the injector's configuration, listener {:?}, {table}", subject.listener), &[line])
+    }
+}
+
+const POSTSCREEN_SETTING: &str = "  -o postscreen_upstream_proxy_protocol=haproxy";
+const SMTPD_SETTING: &str = "  -o smtpd_upstream_proxy_protocol=haproxy";
+
+/// Has the server expect a header on this port.
+pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
+    let port = subject.address.port();
+    let postscreen = || {
+        Change::new(
+            format!(
+                "Postfix, master.cf: where {port} is postscreen (smtpd_upstream_proxy_protocol is ignored behind it)"
+            ),
+            &[&format!("{port} inet n - n - 1 postscreen"), POSTSCREEN_SETTING],
+        )
+    };
+    let smtpd = || {
+        let wrapper = "  -o smtpd_tls_wrappermode=yes";
+        let service = format!("{port} inet n - n - - smtpd");
+        let mut lines = vec![service.as_str(), SMTPD_SETTING];
+        if subject.is_tls() {
+            lines.push(wrapper);
+        }
+        Change::new(
+            format!(
+                "Postfix, master.cf: where {port} is smtpd (postscreen_upstream_proxy_protocol does nothing there)"
+            ),
+            &lines,
+        )
+    };
+    match server {
+        Server::Postscreen => vec![postscreen()],
+        Server::Smtpd => vec![smtpd()],
+        Server::Postfix => vec![postscreen(), smtpd()],
+        Server::Dovecot => vec![dovecot_listener(subject), trust(subject)],
+        Server::Unknown => match subject.protocol {
+            Protocol::Smtp => vec![postscreen(), smtpd()],
+            Protocol::Submission | Protocol::Submissions => vec![smtpd()],
+            Protocol::Plain => Vec::new(),
+            _ => vec![dovecot_listener(subject), trust(subject)],
+        },
+        Server::Exim => {
+            vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(subject))])]
+        }
+        Server::OpenSmtpd => {
+            vec![Change::new("OpenSMTPD, smtpd.conf", &[&format!("listen on … port {port} proxy-v2")])]
+        }
+        Server::Stalwart => {
+            vec![Change::new("Stalwart, proxyTrustedNetworks of the listener", &[&source(subject)])]
+        }
+        Server::Cyrus => {
+            vec![Change::new("Cyrus, cyrus.conf, SERVICES", &[&format!("cmd=\"… -H\" listen=\"{port}\"")])]
+        }
+        Server::Haraka => vec![
+            Change::new("Haraka, config/haproxy_hosts", &[&source(subject)]),
+            Change::own(subject, "[listener.receiver]", "version = \"v1\""),
+        ],
+    }
+}
+
+/// A service on the port where nothing listens.
+pub(super) fn listen(subject: &Subject) -> Vec<Change> {
+    let server = match subject.protocol {
+        Protocol::Smtp => Server::Postscreen,
+        Protocol::Submission | Protocol::Submissions => Server::Smtpd,
+        Protocol::Plain => return Vec::new(),
+        _ => Server::Dovecot,
+    };
+    speak_proxy(subject, server)
+}
+
+fn dovecot_listener(subject: &Subject) -> Change {
+    let service = match subject.protocol {
+        Protocol::Imap | Protocol::Imaps => "imap-login",
+        Protocol::Pop3 | Protocol::Pop3s => "pop3-login",
+        Protocol::Sieve => "managesieve-login",
+        Protocol::Smtp | Protocol::Submission | Protocol::Submissions | Protocol::Plain => "submission-login",
+    };
+    let (opening, port) = (format!("service {service} {{"), format!("    port = {}", subject.address.port()));
+    let listener = format!("  inet_listener {}_proxied {{", subject.protocol);
+    let mut lines = vec![opening.as_str(), &listener, &port];
+    if subject.is_tls() {
+        lines.push("    ssl = yes");
+    }
+    lines.extend(["    haproxy = yes", "  }", "}"]);
+    Change::new("Dovecot, conf.d/10-master.conf, at the inet_listener with this port", &lines)
+}
+
+/// Has Dovecot believe this host.
+pub(super) fn trust(subject: &Subject) -> Change {
+    Change::new(
+        "Dovecot, dovecot.conf, beside what the line has already",
+        &[&format!("haproxy_trusted_networks = {}", source(subject))],
+    )
+}
+
+/// Has Postfix know the family again.
+pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
+    match server {
+        Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
+            format!(
+                "Postfix, main.cf (or -o at the service), then restart: {family} is off in inet_protocols"
+            ),
+            &["inet_protocols = all"],
+        )],
+        _ => Vec::new(),
+    }
+}
+
+/// Has the port speak TLS at once.
+pub(super) fn implicit_tls(subject: &Subject, server: Server) -> Vec<Change> {
+    let clear = match subject.protocol {
+        Protocol::Submissions => Protocol::Submission,
+        Protocol::Imaps => Protocol::Imap,
+        Protocol::Pop3s => Protocol::Pop3,
+        other => other,
+    };
+    let mut changes = match server {
+        Server::Dovecot => vec![dovecot_listener(subject)],
+        Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
+            format!("Postfix, master.cf, below the service {}", subject.address.port()),
+            &["  -o smtpd_tls_wrappermode=yes"],
+        )],
+        _ => Vec::new(),
+    };
+    changes.push(Change::own(subject, "if clear text is what is meant", &format!("protocol = \"{clear}\"")));
+    changes
+}
+
+/// Shuts the port to all but the injector: commands of nft for the mail host. `edge` are the injector's addresses.
+pub(super) fn close_to_others(port: u16, edge: &[IpAddr], known: bool) -> Change {
+    let place = if known {
+        "the mail host's firewall (nft; in /etc/nftables.conf to keep it)"
+    } else {
+        "the mail host's firewall (nft), with the injector's address as `injector doctor` on its own host prints it"
+    };
+    let mut lines = vec![
+        "nft add table inet proxy_ports".to_owned(),
+        "nft 'add chain inet proxy_ports input { type filter hook input priority -10; }'".to_owned(),
+    ];
+    for (family, key, protocol, placeholder) in
+        [(Family::V4, "ip", "ipv4", "INJECTOR_IPV4"), (Family::V6, "ip6", "ipv6", "INJECTOR_IPV6")]
+    {
+        let mut addresses: Vec<String> =
+            edge.iter().filter(|ip| Family::of(**ip) == family).map(ToString::to_string).collect();
+        addresses.sort();
+        addresses.dedup();
+        if !known {
+            addresses = vec![placeholder.to_owned()];
+        }
+        let rest = format!("tcp dport {port} counter drop");
+        lines.push(match addresses.as_slice() {
+            // The injector does not come this way, so nobody has to.
+            [] => format!("nft 'add rule inet proxy_ports input meta nfproto {protocol} {rest}'"),
+            [one] => format!("nft 'add rule inet proxy_ports input {key} saddr != {one} {rest}'"),
+            many => format!(
+                "nft 'add rule inet proxy_ports input {key} saddr != {{ {} }} {rest}'",
+                many.join(", ")
+            ),
+        });
+    }
+    Change { place: place.to_owned(), lines }
+}
+
+/// Has a firewall let the injector pass.
+pub(super) fn let_pass(subject: &Subject) -> Change {
+    let key = if subject.address.is_ipv4() { "ip" } else { "ip6" };
+    let (source, port) = (source(subject), subject.address.port());
+    Change::new(
+        "the firewall that drops it, in the chain for what comes in",
+        &[&format!("{key} saddr {source} tcp dport {port} accept")],
+    )
+}
+
+fn source(subject: &Subject) -> String {
+    subject.source.map_or_else(|| "ADDRESS-OF-THE-INJECTOR".to_owned(), |source| source.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rule_shuts_a_family_that_the_injector_does_not_use() {
+        let edge: [IpAddr; 1] = ["10.25.0.1".parse().unwrap()];
+        let change = close_to_others(2525, &edge, true);
+        assert_eq!(
+            change.lines[2..],
+            [
+                "nft 'add rule inet proxy_ports input ip saddr != 10.25.0.1 tcp dport 2525 counter drop'",
+                "nft 'add rule inet proxy_ports input meta nfproto ipv6 tcp dport 2525 counter drop'",
+            ]
+        );
+        let edge: [IpAddr; 3] =
+            ["10.25.0.1".parse().unwrap(), "fd25::1".parse().unwrap(), "10.25.0.3".parse().unwrap()];
+        let change = close_to_others(2525, &edge, true);
+        assert!(change.lines[2].contains("ip saddr != { 10.25.0.1, 10.25.0.3 } tcp"), "{change:?}");
+        assert!(change.lines[3].contains("ip6 saddr != fd25::1 tcp"), "{change:?}");
+    }
+}

@@ -1,0 +1,278 @@
+//! What servers say: just as much of four protocols as tells a greeting from a refusal, and a header that was understood
+//! from one that was taken for commands.
+
+use crate::protocol::Protocol;
+
+/// The protocol below TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    /// RFC 5321.
+    Smtp,
+    /// RFC 9051.
+    Imap,
+    /// RFC 1939.
+    Pop3,
+    /// RFC 5804.
+    Sieve,
+    /// Whatever it is.
+    Unknown,
+}
+
+/// What a server has said so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// Less than a greeting.
+    Nothing,
+    /// A greeting, or a complaint before its end: a client may speak now.
+    Floor,
+    /// That it will not serve; it closes now.
+    TurnedAway,
+    /// Something that is no greeting of this protocol.
+    Strange,
+}
+
+/// What a whole conversation amounts to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Meaning {
+    /// Nothing was said.
+    Nothing,
+    /// It greeted and had no complaints.
+    Greeted(String),
+    /// It greeted and complained about what it was sent.
+    Misunderstood(String, String),
+    /// It will not serve.
+    TurnedAway(String),
+    /// No greeting of this protocol.
+    Strange(String),
+}
+
+/// What a line means where nothing but a header was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    /// Not the last one of a greeting.
+    Continued,
+    Greeting,
+    /// What was sent is no command.
+    Complaint,
+    /// No service, whatever is sent.
+    NoService,
+    Strange,
+}
+
+impl Dialect {
+    pub(super) const fn of(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Self::Smtp,
+            Protocol::Imap | Protocol::Imaps => Self::Imap,
+            Protocol::Pop3 | Protocol::Pop3s => Self::Pop3,
+            Protocol::Sieve => Self::Sieve,
+            Protocol::Plain => Self::Unknown,
+        }
+    }
+
+    /// How a client takes its leave; `None` where that is not known.
+    pub(super) const fn goodbye(self) -> Option<&'static [u8]> {
+        match self {
+            Self::Smtp | Self::Pop3 => Some(b"QUIT\r\n"),
+            Self::Imap => Some(b"a LOGOUT\r\n"),
+            Self::Sieve => Some(b"LOGOUT\r\n"),
+            Self::Unknown => None,
+        }
+    }
+
+    /// Listens for the moment at which a client may speak.
+    pub(super) fn hear(self, said: &[u8]) -> Heard {
+        for (index, line) in complete_lines(said).enumerate() {
+            match self.line(line) {
+                Line::Greeting => return Heard::Floor,
+                Line::Complaint if index > 0 => return Heard::Floor,
+                Line::NoService | Line::Complaint => return Heard::TurnedAway,
+                Line::Strange => return Heard::Strange,
+                Line::Continued => {}
+            }
+        }
+        // A protocol without lines, such as TLS, need never end one.
+        if said.first().is_some_and(|byte| !byte.is_ascii_graphic()) || said.len() > 4096 {
+            return Heard::Strange;
+        }
+        Heard::Nothing
+    }
+
+    /// Judges all that a server said, after a header or nothing, and after a goodbye if it gave the client the floor.
+    pub(super) fn judge(self, said: &[u8]) -> Meaning {
+        if said.is_empty() {
+            return Meaning::Nothing;
+        }
+        let lines: Vec<&[u8]> = said.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
+        let first = readable(lines.first().copied().unwrap_or_default());
+        match lines.first().map(|line| self.line(line)) {
+            Some(Line::Greeting | Line::Continued) => {}
+            Some(Line::NoService | Line::Complaint) => return Meaning::TurnedAway(first),
+            _ => return Meaning::Strange(first),
+        }
+        for line in lines.iter().skip(1) {
+            match self.line(line) {
+                Line::Complaint => return Meaning::Misunderstood(first, readable(line)),
+                // IMAP and Sieve say BYE to a goodbye as well.
+                Line::NoService if self == Self::Smtp => return Meaning::TurnedAway(readable(line)),
+                _ => {}
+            }
+        }
+        Meaning::Greeted(first)
+    }
+
+    fn line(self, line: &[u8]) -> Line {
+        let text = String::from_utf8_lossy(line);
+        let text = text.trim_end();
+        let mut words = text.split_ascii_whitespace();
+        match self {
+            Self::Smtp => smtp(text),
+            Self::Imap => match (words.next(), words.next().map(str::to_ascii_uppercase).as_deref()) {
+                (Some("*"), Some("OK" | "PREAUTH")) => Line::Greeting,
+                (Some("*"), Some("BYE")) if text.to_ascii_lowercase().contains("invalid") => Line::Complaint,
+                (Some("*"), Some("BYE")) => Line::NoService,
+                (Some(_), Some("BAD" | "NO")) => Line::Complaint,
+                (Some("*"), _) => Line::Continued,
+                _ => Line::Strange,
+            },
+            Self::Pop3 => match words.next() {
+                Some("+OK") => Line::Greeting,
+                Some("-ERR") if text.to_ascii_lowercase().contains("command") => Line::Complaint,
+                Some("-ERR") => Line::NoService,
+                _ => Line::Strange,
+            },
+            Self::Sieve => match words.next().map(str::to_ascii_uppercase).as_deref() {
+                Some("OK") => Line::Greeting,
+                Some("NO") => Line::Complaint,
+                Some("BYE") => Line::NoService,
+                Some(word) if word.starts_with('"') => Line::Continued,
+                _ => Line::Strange,
+            },
+            Self::Unknown => Line::Greeting,
+        }
+    }
+}
+
+/// A reply: three digits, then `-` if more lines follow, and perhaps an enhanced status (RFC 3463). Complaints about what was
+/// sent are 500 to 504 (RFC 5321, section 4.2.2) or X.5.X, as in postscreen's `521 5.5.1 Protocol error`.
+fn smtp(text: &str) -> Line {
+    let (code, rest) = text.split_at_checked(3).unwrap_or((text, ""));
+    if code.len() < 3 || !code.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Line::Strange;
+    }
+    let status = rest.trim_start_matches(['-', ' ']);
+    let about_protocol = status.split('.').nth(1) == Some("5") && status.as_bytes().get(1) == Some(&b'.');
+    match code.as_bytes().first() {
+        Some(b'2') if rest.starts_with('-') => Line::Continued,
+        Some(b'2') => Line::Greeting,
+        Some(b'4' | b'5') if about_protocol || ("500"..="504").contains(&code) => Line::Complaint,
+        Some(b'4' | b'5') => Line::NoService,
+        _ => Line::Strange,
+    }
+}
+
+fn complete_lines(said: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let end = said.iter().rposition(|byte| *byte == b'\n').unwrap_or(0);
+    said.get(..end).unwrap_or_default().split(|byte| *byte == b'\n').filter(|line| !line.is_empty())
+}
+
+/// A line as it may be shown to people: no control characters, and not too much of it.
+pub(super) fn readable(line: &[u8]) -> String {
+    let text = String::from_utf8_lossy(line);
+    let mut shown: String =
+        text.trim_end().chars().take(160).map(|c| if c.is_control() { '·' } else { c }).collect();
+    if text.trim_end().chars().count() > 160 {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POSTFIX: &str = "220 mail.example.test ESMTP Postfix\r\n";
+    const IMAP: &str = "* OK [CAPABILITY IMAP4rev1] Dovecot (Debian) ready.\r\n";
+
+    #[test]
+    fn the_floor_is_given_by_the_last_line_of_a_greeting_or_by_a_complaint() {
+        use Dialect::{Imap, Pop3, Sieve, Smtp, Unknown};
+        use Heard::{Floor, Nothing, Strange, TurnedAway};
+        for (dialect, said, expected) in [
+            (Smtp, "", Nothing),
+            (Smtp, "220 mail.exa", Nothing),
+            (Smtp, "220-mail.example.test ESMTP Postfix\r\n", Nothing),
+            (Smtp, "220-mail.example.test ESMTP Postfix\r\n220 mail.example.test\r\n", Floor),
+            (
+                Smtp,
+                "220-mail.example.test ESMTP Postfix\r\n502 5.5.2 Error: command not recognized\r\n",
+                Floor,
+            ),
+            (Smtp, POSTFIX, Floor),
+            (Smtp, "421 4.3.2 No system resources\r\n", TurnedAway),
+            (Smtp, "500 Invalid command\r\n", TurnedAway),
+            (Smtp, "* OK ready\r\n", Strange),
+            (Smtp, "\u{15}\u{3}\u{1}", Strange),
+            (Imap, IMAP, Floor),
+            (Imap, "* PREAUTH welcome\r\n", Floor),
+            (Imap, "* BYE Too many connections\r\n", TurnedAway),
+            (Imap, "220 mail\r\n", Strange),
+            (Pop3, "+OK ready\r\n", Floor),
+            (Pop3, "-ERR [SYS/TEMP] later\r\n", TurnedAway),
+            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\n", Nothing),
+            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\nOK \"ready.\"\r\n", Floor),
+            (Sieve, "BYE \"no\"\r\n", TurnedAway),
+            (Unknown, "anything\n", Floor),
+        ] {
+            assert_eq!(dialect.hear(said.as_bytes()), expected, "{dialect:?} {said:?}");
+        }
+    }
+
+    /// What Postfix 3.7.11 and Dovecot 2.3.19.1 said.
+    #[test]
+    fn conversations_are_judged_by_their_complaints() {
+        use Dialect::{Imap, Pop3, Smtp};
+        type Is = fn(&Meaning) -> bool;
+        let greeted: Is = |meaning| matches!(meaning, Meaning::Greeted(_));
+        let misunderstood: Is = |meaning| matches!(meaning, Meaning::Misunderstood(..));
+        let turned_away: Is = |meaning| matches!(meaning, Meaning::TurnedAway(_));
+        for (dialect, rest, expected) in [
+            (Smtp, "221 2.0.0 Bye\r\n", greeted),
+            (Smtp, "500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n", misunderstood),
+            (Smtp, "500 5.5.2 Error: command not recognized\r\n221 2.0.0 Bye\r\n", misunderstood),
+            (Smtp, "521 5.5.1 Protocol error\r\n", misunderstood),
+            (Smtp, "521 5.5.2 mail.example.test Error: bare <LF> received\r\n", misunderstood),
+            (Smtp, "521 5.7.1 Blocked by zen.example\r\n", turned_away),
+            (Imap, "* BYE Logging out\r\na OK Logout completed.\r\n", greeted),
+            (
+                Imap,
+                "* BAD Error in IMAP command received by server.\r\n* BYE Too many invalid IMAP commands.\r\n",
+                misunderstood,
+            ),
+            (
+                Imap,
+                "PROXY BAD Error in IMAP command received by server.\r\n* BYE Logging out\r\n",
+                misunderstood,
+            ),
+            (Pop3, "+OK Logging out\r\n", greeted),
+            (Pop3, "-ERR Unknown command.\r\n-ERR Too many invalid bad commands.\r\n", misunderstood),
+        ] {
+            let greeting = match dialect {
+                Smtp => POSTFIX,
+                Imap => IMAP,
+                _ => "+OK Dovecot (Debian) ready.\r\n",
+            };
+            let meaning = dialect.judge(format!("{greeting}{rest}").as_bytes());
+            assert!(expected(&meaning), "{rest:?}: {meaning:?}");
+        }
+        assert_eq!(Smtp.judge(b""), Meaning::Nothing);
+        assert!(turned_away(&Smtp.judge(b"421 4.3.0 mail.example.test Server local error\r\n")));
+        assert!(matches!(Smtp.judge(b"* OK ready\r\n"), Meaning::Strange(_)));
+    }
+
+    #[test]
+    fn what_is_shown_has_no_control_characters() {
+        assert_eq!(readable(b"a\x1b[31m\r\n"), "a·[31m");
+        assert_eq!(readable(&[b'a'; 500]).chars().count(), 161);
+    }
+}

@@ -1,0 +1,489 @@
+//! From what was seen to what is wrong, and what to change. No I/O.
+
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+use super::{
+    advice::{self, Change},
+    observation::{Family, Observation, Outcome, Probe, Step, Subject},
+    server::{self, Server},
+};
+use crate::{config::ProxyVersion, protocol::Protocol};
+
+/// What is wrong, or worth knowing. The names are those of JSON and `docs/doctor.md`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The connection is refused.
+    NotListening,
+    /// Nobody answers.
+    NoAnswer,
+    /// No route, or the like.
+    Unreachable,
+    /// A name without an address.
+    NoAddress,
+    /// The port greets without a header and takes one for commands.
+    NoProxy,
+    /// Only v1 is understood.
+    WantsV1,
+    /// Only v2 is understood.
+    WantsV2,
+    /// Only a header without TLVs is understood.
+    RefusesTlvs,
+    /// The port closes at once on whatever comes from here.
+    Untrusted,
+    /// Headers with IPv6 addresses are refused.
+    Ipv6Off,
+    /// Headers with IPv4 addresses are refused.
+    Ipv4Off,
+    /// The port answers with and without a header.
+    HeaderOptional,
+    /// A header is believed from others than the injector.
+    Forgeable,
+    /// Clear text where TLS is meant to be.
+    ClearText,
+    /// Connected, and no word.
+    Mute,
+    /// The server will not serve, whatever it is sent.
+    TurnedAway,
+    /// The header is refused, for a reason that was not found.
+    HeaderRefused,
+    /// Another protocol.
+    OtherProtocol,
+    /// The TLS handshake ends with an alert.
+    TlsTrouble,
+    /// What protocol `plain` cannot show.
+    Unproven,
+    /// Whether others are believed could not be tried.
+    ForgeryUntried,
+    /// Behind this host's loopback: every process here can send a header.
+    Loopback,
+    /// Engine inline leaves the client's address as it is.
+    ClientAddressed,
+}
+
+impl Verdict {
+    /// Its name in JSON and documents.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::NotListening => "not_listening",
+            Self::NoAnswer => "no_answer",
+            Self::Unreachable => "unreachable",
+            Self::NoAddress => "no_address",
+            Self::NoProxy => "no_proxy",
+            Self::WantsV1 => "wants_v1",
+            Self::WantsV2 => "wants_v2",
+            Self::RefusesTlvs => "refuses_tlvs",
+            Self::Untrusted => "untrusted",
+            Self::Ipv6Off => "ipv6_off",
+            Self::Ipv4Off => "ipv4_off",
+            Self::HeaderOptional => "header_optional",
+            Self::Forgeable => "forgeable",
+            Self::ClearText => "clear_text",
+            Self::Mute => "mute",
+            Self::TurnedAway => "turned_away",
+            Self::HeaderRefused => "header_refused",
+            Self::OtherProtocol => "other_protocol",
+            Self::TlsTrouble => "tls_trouble",
+            Self::Unproven => "unproven",
+            Self::ForgeryUntried => "forgery_untried",
+            Self::Loopback => "loopback",
+            Self::ClientAddressed => "client_addressed",
+        }
+    }
+}
+
+/// One thing found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What.
+    pub verdict: Verdict,
+    /// It has to be mended; otherwise it is only worth knowing.
+    pub fault: bool,
+    /// The same for people.
+    pub says: String,
+    /// The lines to change; where there is more than one, each says when it applies.
+    pub changes: Vec<Change>,
+}
+
+impl Finding {
+    pub(super) fn fault(verdict: Verdict, says: impl Into<String>, changes: Vec<Change>) -> Self {
+        Self { verdict, fault: true, says: says.into(), changes }
+    }
+
+    pub(super) fn note(verdict: Verdict, says: impl Into<String>) -> Self {
+        Self { verdict, fault: false, says: says.into(), changes: Vec::new() }
+    }
+}
+
+/// All that was seen of one address, by what was asked.
+struct Seen<'a> {
+    subject: &'a Subject,
+    all: &'a [Observation],
+    server: Server,
+}
+
+/// Judges one address. `edge` are all addresses from which the injector comes to this port, for the firewall.
+#[must_use]
+pub fn findings(subject: &Subject, all: &[Observation], edge: &[IpAddr]) -> Vec<Finding> {
+    let seen = Seen { subject, all, server: server::tell(subject, all) };
+    if subject.stranger {
+        return seen.as_stranger();
+    }
+    if let Some(finding) = seen.connection() {
+        return vec![finding];
+    }
+    let mut findings = match seen.header_fault() {
+        Some(finding) => vec![finding],
+        None => seen.behind_an_accepted_header(edge),
+    };
+    findings.extend(seen.tls_trouble());
+    findings
+}
+
+impl Seen<'_> {
+    fn of(&self, probe: Probe) -> Option<&Observation> {
+        self.all.iter().find(|one| one.step == Step { probe, from: None })
+    }
+
+    fn header(&self, version: ProxyVersion, family: Family, tlvs: bool) -> Option<&Observation> {
+        self.of(Probe::Header { version, family, tlvs })
+    }
+
+    /// The header that the injector sends.
+    fn configured(&self, family: Family) -> Option<&Observation> {
+        self.header(self.subject.receiver.version, family, true)
+    }
+
+    fn accepts(&self, family: Family) -> bool {
+        self.configured(family).is_some_and(Observation::answered)
+    }
+
+    /// The port speaks without a header.
+    fn speaks_bare(&self) -> bool {
+        let bare = if self.subject.is_tls() { Probe::Tls } else { Probe::Silence };
+        self.of(bare).is_some_and(Observation::answered)
+    }
+
+    /// Why there is no connection.
+    fn connection(&self) -> Option<Finding> {
+        let failed = self.all.iter().find(|one| one.unconnected() && one.step.from.is_none())?;
+        let address = self.subject.address;
+        Some(match &failed.outcome {
+            Outcome::Refused => Finding::fault(
+                Verdict::NotListening,
+                format!("nothing listens on {address}: the connection is refused"),
+                advice::listen(self.subject),
+            ),
+            Outcome::NoAnswer => Finding::fault(
+                Verdict::NoAnswer,
+                format!(
+                    "{address} does not answer: a firewall drops the packets, or there is no way back to this host"
+                ),
+                vec![advice::let_pass(self.subject)],
+            ),
+            Outcome::Unreachable(why) => Finding::fault(
+                Verdict::Unreachable,
+                format!("{address} cannot be reached: {why}"),
+                Vec::new(),
+            ),
+            _ => return None,
+        })
+    }
+
+    /// What is wrong where the injector's own header gets no answer in either family.
+    fn header_fault(&self) -> Option<Finding> {
+        if Family::ALL.iter().any(|family| self.accepts(*family)) {
+            return None;
+        }
+        let (subject, server) = (self.subject, self.server);
+        let Subject { address, .. } = subject;
+        let first = self.configured(Family::V4)?;
+        let version = subject.receiver.version;
+        if self.header(subject.other_version(), Family::V4, true).is_some_and(Observation::answered) {
+            return Some(self.wants_other_version());
+        }
+        if self.header(version, Family::V4, false).is_some_and(Observation::answered) {
+            return Some(Finding::fault(
+                Verdict::RefusesTlvs,
+                format!("{address} takes a header without TLVs, and not the one of this listener"),
+                vec![Change::own(
+                    subject,
+                    "[listener.receiver]",
+                    "# without crc32c, unique_id, authority, noop and custom",
+                )],
+            ));
+        }
+        if self.speaks_bare() {
+            return Some(Finding::fault(
+                Verdict::NoProxy,
+                self.speaks_no_proxy(),
+                advice::speak_proxy(subject, server),
+            ));
+        }
+        let silence = self.of(Probe::Silence);
+        if silence.is_some_and(Observation::closed_at_once) && first.closed_at_once() {
+            return Some(self.untrusted());
+        }
+        Some(self.by_answer(first))
+    }
+
+    /// What the answer to the injector's header says by itself.
+    fn by_answer(&self, first: &Observation) -> Finding {
+        let (subject, address) = (self.subject, self.subject.address);
+        match &first.outcome {
+            Outcome::Strange(said) if subject.is_tls() => Finding::fault(
+                Verdict::ClearText,
+                format!(
+                    "{address} takes the header, but then speaks clear text where TLS is expected: {said:?}"
+                ),
+                advice::implicit_tls(subject, self.server),
+            ),
+            Outcome::Strange(said) => Finding::fault(
+                Verdict::OtherProtocol,
+                format!("{address} does not speak {}: {said:?}", subject.protocol),
+                Vec::new(),
+            ),
+            Outcome::Silent if subject.protocol == Protocol::Plain => Finding::note(
+                Verdict::Unproven,
+                format!(
+                    "{address} keeps the connection after a header and says nothing: in protocol \"plain\" nothing more \
+                     can be seen from outside"
+                ),
+            ),
+            Outcome::Silent => Finding::fault(
+                Verdict::Mute,
+                format!(
+                    "{address} takes a header and says nothing: it waits for a client that speaks first, as in TLS, or for \
+                     something behind it"
+                ),
+                self.mute(),
+            ),
+            Outcome::TurnedAway(said) if !self.is_about_header(said) => Finding::fault(
+                Verdict::TurnedAway,
+                format!("{address} turns the injector away: {said:?}"),
+                Vec::new(),
+            ),
+            _ => Finding::fault(
+                Verdict::HeaderRefused,
+                format!(
+                    "{address} demands a header and refuses that of the injector ({}): its own log has the reason",
+                    describe(first)
+                ),
+                Vec::new(),
+            ),
+        }
+    }
+
+    /// Postfix says this where it cannot use a header.
+    fn is_about_header(&self, said: &str) -> bool {
+        said.contains(server::SMTPD_NO_HEADER) || said.contains(server::POSTSCREEN_NO_HEADER)
+    }
+
+    fn wants_other_version(&self) -> Finding {
+        let address = self.subject.address;
+        let other = self.subject.other_version();
+        let verdict = match other {
+            ProxyVersion::V1 => Verdict::WantsV1,
+            ProxyVersion::V2 => Verdict::WantsV2,
+        };
+        Finding::fault(
+            verdict,
+            format!("{address} understands a {other} header and not {}", self.subject.receiver.version),
+            vec![Change::own(self.subject, "[listener.receiver]", &format!("version = \"{other}\""))],
+        )
+    }
+
+    fn speaks_no_proxy(&self) -> String {
+        let address = self.subject.address;
+        let what = match self.configured(Family::V4).map(|one| &one.outcome) {
+            Some(Outcome::Misunderstood { complaint, .. }) => {
+                format!("takes one for commands ({complaint:?})")
+            }
+            Some(_) => "breaks off after one".to_owned(),
+            None => "knows none".to_owned(),
+        };
+        let mut says = format!("{address} speaks no PROXY protocol: it answers without a header and {what}");
+        match self.server {
+            Server::Postscreen => says.push_str(
+                "; it is postscreen, where smtpd_upstream_proxy_protocol is ignored and postscreen has a setting of its own",
+            ),
+            Server::Postfix => says.push_str(
+                "; it cannot be told whether postscreen is in front, which lets clients it knows pass unseen, so look \
+                 which of the two stands in master.cf",
+            ),
+            Server::Smtpd => says.push_str("; it is smtpd, where postscreen_upstream_proxy_protocol does nothing"),
+            _ => {}
+        }
+        if self.subject.protocol.usual_port() == Some(address.port()) {
+            says.push_str(
+                "; neighbours such as webmail use this port without a header: better give the injector one of its own",
+            );
+        }
+        says
+    }
+
+    fn untrusted(&self) -> Finding {
+        let Subject { address, .. } = self.subject;
+        let from = self.subject.source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
+        if self.server == Server::Dovecot {
+            return Finding::fault(
+                Verdict::Untrusted,
+                format!(
+                    "{address} closes at once on all that comes from {from}, as Dovecot does with an address that its \
+                     haproxy_trusted_networks lacks: it logs \"haproxy: Client not trusted (rip=…)\" with the one it sees"
+                ),
+                vec![advice::trust(self.subject)],
+            );
+        }
+        Finding::fault(
+            Verdict::Untrusted,
+            format!(
+                "{address} closes at once on all that comes from {from}: an access list of the server does not have the \
+                 address, or a proxy there has nobody behind it"
+            ),
+            match self.subject.protocol {
+                Protocol::Submission | Protocol::Submissions => vec![advice::trust(self.subject)],
+                _ => Vec::new(),
+            },
+        )
+    }
+
+    fn mute(&self) -> Vec<Change> {
+        let implicit = match self.subject.protocol {
+            Protocol::Submission => Protocol::Submissions,
+            Protocol::Imap => Protocol::Imaps,
+            Protocol::Pop3 => Protocol::Pop3s,
+            _ => return Vec::new(),
+        };
+        vec![Change::own(
+            self.subject,
+            "if the port speaks TLS at once",
+            &format!("protocol = \"{implicit}\""),
+        )]
+    }
+
+    /// What may still be wrong where the header of at least one family is accepted.
+    fn behind_an_accepted_header(&self, edge: &[IpAddr]) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        let Subject { address, .. } = self.subject;
+        for (family, verdict, needed) in [
+            (Family::V6, Verdict::Ipv6Off, self.subject.ipv6_clients),
+            (Family::V4, Verdict::Ipv4Off, self.subject.ipv4_clients),
+        ] {
+            if self.accepts(family) {
+                continue;
+            }
+            let said = self.configured(family).map(describe).unwrap_or_default();
+            let clients = if needed { "" } else { ", which no client of this listener has" };
+            findings.push(Finding {
+                verdict,
+                fault: needed,
+                says: format!("{address} refuses headers with {family} addresses{clients} ({said})"),
+                changes: advice::both_families(family, self.server),
+            });
+        }
+        if self.speaks_bare() {
+            findings.push(Finding::fault(
+                Verdict::HeaderOptional,
+                format!(
+                    "{address} answers with a header and without: a connection that lost its header is taken for one of \
+                     the injector's host, and whoever reaches the port may claim an address"
+                ),
+                vec![advice::close_to_others(address.port(), edge, true)],
+            ));
+        }
+        findings.extend(self.forgery(edge));
+        findings
+    }
+
+    fn forgery(&self, edge: &[IpAddr]) -> Option<Finding> {
+        let Subject { address, .. } = self.subject;
+        if address.ip().to_canonical().is_loopback() {
+            return Some(Finding::note(
+                Verdict::Loopback,
+                format!(
+                    "{address} is reached over loopback: every process of this host can send it a header"
+                ),
+            ));
+        }
+        let tried: Vec<_> = self.all.iter().filter(|one| one.step.from.is_some()).collect();
+        if let Some(believed) = tried.iter().find(|one| one.answered()) {
+            let from = believed.step.from.map(|ip| ip.to_string()).unwrap_or_default();
+            let mut changes = vec![advice::close_to_others(address.port(), edge, true)];
+            if self.server == Server::Dovecot {
+                changes.insert(0, advice::trust(self.subject));
+            }
+            return Some(Finding::fault(
+                Verdict::Forgeable,
+                format!(
+                    "{address} believes a header from {from} as well, which is not the address that the injector comes \
+                     from: whoever reaches the port can claim any client address"
+                ),
+                changes,
+            ));
+        }
+        tried.is_empty().then(|| {
+            Finding::note(
+                Verdict::ForgeryUntried,
+                "whether others are believed was not tried, as this host has no other address that leads there: run \
+                 `injector doctor --stranger` on another host",
+            )
+        })
+    }
+
+    fn as_stranger(&self) -> Vec<Finding> {
+        let Subject { address, source, .. } = self.subject;
+        let Some(believed) = self.all.iter().find(|one| one.answered()) else { return Vec::new() };
+        let from = source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
+        vec![Finding::fault(
+            Verdict::Forgeable,
+            format!(
+                "{address} believes a header from {from}, which is not the injector ({}): whoever reaches the port can \
+                 claim any client address",
+                describe(believed)
+            ),
+            vec![advice::close_to_others(address.port(), &[], false)],
+        )]
+    }
+
+    fn tls_trouble(&self) -> Option<Finding> {
+        let alert = self.all.iter().find_map(|one| match &one.outcome {
+            Outcome::Alert(name) if one.answered() => Some(name),
+            _ => None,
+        })?;
+        Some(Finding::note(
+            Verdict::TlsTrouble,
+            format!(
+                "the TLS handshake ends with the alert {alert}: the header is understood, but clients that know only \
+                 TLS 1.2 and 1.3 may fail (certificates are not examined)"
+            ),
+        ))
+    }
+}
+
+/// An outcome in a few words.
+pub(super) fn describe(one: &Observation) -> String {
+    let after = format!("after {:.1} s", one.after.as_secs_f32());
+    let tls = one.tls.as_deref().map(|version| format!("{version}, ")).unwrap_or_default();
+    match &one.outcome {
+        Outcome::Refused => "connection refused".to_owned(),
+        Outcome::NoAnswer => format!("no answer {after}"),
+        Outcome::Unreachable(why) => why.clone(),
+        Outcome::Greeted(greeting) => {
+            let line: String = greeting.line.chars().take(60).collect();
+            let more = if line.len() < greeting.line.len() { "…" } else { "" };
+            let teaser = if greeting.teaser { ", the rest" } else { "" };
+            format!("{tls}\"{line}{more}\"{teaser} {after}")
+        }
+        Outcome::Misunderstood { complaint, .. } => format!("{tls}taken for commands: {complaint:?}"),
+        Outcome::TurnedAway(said) => format!("{tls}{said:?} {after}"),
+        Outcome::Strange(said) => format!("{said:?} {after}"),
+        Outcome::Alert(name) => format!("TLS alert {name} {after}"),
+        Outcome::Closed { reset: true } => format!("{tls}reset {after}"),
+        Outcome::Closed { reset: false } => format!("{tls}closed {after}"),
+        Outcome::Silent => format!("{tls}nothing {after}"),
+    }
+}

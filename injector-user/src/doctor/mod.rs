@@ -1,0 +1,308 @@
+//! `injector doctor`: drives every backend for real, names the fault and the line to change.
+//!
+//! [`plan`] says which connection to make next, `probe` makes it, [`diagnosis`] judges what was seen and [`advice`] knows the
+//! servers' settings. Only `probe` and this file do I/O. What it does to a server is in `docs/doctor.md`.
+
+pub mod advice;
+mod claims;
+mod conversation;
+pub mod diagnosis;
+pub mod observation;
+pub mod plan;
+mod probe;
+pub mod report;
+#[cfg(test)]
+mod samples;
+pub mod server;
+
+use std::{
+    collections::BTreeMap,
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use tokio::task::JoinSet;
+
+use self::{
+    claims::Claims,
+    diagnosis::{Finding, Verdict},
+    observation::{Family, Observation, Subject},
+    probe::Patience,
+    report::{AddressReport, BackendReport, ListenerReport, Report},
+};
+use crate::{
+    cli::DoctorArgs,
+    config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat},
+};
+
+/// Everything is fine.
+const FINE: u8 = 0;
+/// At least one fault was found.
+const FAULTS: u8 = 1;
+/// Nothing could be examined: no configuration, no such listener.
+const NOT_EXAMINED: u8 = 2;
+
+/// From how many other addresses of this host it is tried whether they are believed.
+const MOST_OTHERS: usize = 3;
+
+/// Examines, prints, and says by the exit code how it went: 0 all is fine, 1 faults, 2 nothing could be examined.
+#[must_use]
+pub fn run(args: &DoctorArgs) -> ExitCode {
+    match report(args) {
+        Ok(report) => {
+            let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
+            // Who has closed the pipe, as `head` does, wants no more; the exit code remains.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::from(if report.faults() == 0 { FINE } else { FAULTS })
+        }
+        Err(error) => {
+            eprintln!("injector: {error:#}");
+            ExitCode::from(NOT_EXAMINED)
+        }
+    }
+}
+
+fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
+    let mut config = Config::load(&args.config)?;
+    if let Some(name) = &args.listener {
+        let names: Vec<_> = config.listeners.iter().map(|listener| listener.name.clone()).collect();
+        config.listeners.retain(|listener| listener.name == *name);
+        if config.listeners.is_empty() {
+            bail!("no listener {name:?} in {}; there are {}", args.config.display(), names.join(", "));
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
+    let report = runtime.block_on(examine(config, args));
+    // A resolver that still waits for its answer is not waited for.
+    runtime.shutdown_background();
+    report
+}
+
+async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
+    let local = local_addresses().context("cannot list this host's addresses")?;
+    let addresses = resolve_all(&config, args.timeout).await?;
+    let mut cases: Vec<Case> = Vec::new();
+    for (index, listener) in config.listeners.iter().enumerate() {
+        for backend in &listener.backends {
+            for address in addresses.get(&backend.to_string()).into_iter().flatten().flatten() {
+                let subject = subject(listener, backend, *address, &local, args.stranger);
+                let claims = Claims::new(subject.source, &local, &listener.bind);
+                let connect = listener.timeouts.connect.min(args.timeout);
+                let patience = Patience { connect, answer: args.timeout };
+                cases.push(Case { listener: index, subject, claims, patience, seen: Vec::new() });
+            }
+        }
+    }
+    if !args.json {
+        eprintln!(
+            "examining {} addresses; a server may take seconds to say that it waits for a header",
+            cases.len()
+        );
+    }
+    let cases = observe_all(cases).await?;
+    Ok(assemble(&config, &addresses, &cases, args.stranger))
+}
+
+/// One address of one listener, with what it takes to examine it.
+struct Case {
+    listener: usize,
+    subject: Subject,
+    claims: Claims,
+    patience: Patience,
+    seen: Vec<Observation>,
+}
+
+/// Servers at the same time, the probes of one server one after another, though several listeners lead there.
+async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
+    let mut servers: BTreeMap<SocketAddr, Vec<(usize, Case)>> = BTreeMap::new();
+    for (index, case) in cases.into_iter().enumerate() {
+        servers.entry(case.subject.address).or_default().push((index, case));
+    }
+    let mut tasks = JoinSet::new();
+    for mut cases in servers.into_values() {
+        tasks.spawn(async move {
+            for (_, case) in &mut cases {
+                while let Some(step) = plan::next(&case.subject, &case.seen) {
+                    let observation = probe::observe(&case.subject, step, &case.claims, case.patience).await;
+                    case.seen.push(observation);
+                }
+            }
+            cases
+        });
+    }
+    let mut done = BTreeMap::new();
+    while let Some(cases) = tasks.join_next().await {
+        done.extend(cases.context("a probe failed")?);
+    }
+    Ok(done.into_values().collect())
+}
+
+/// Addresses, or why there are none.
+type Resolved = Result<Vec<SocketAddr>, String>;
+
+/// The addresses of every backend, by its text.
+async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeMap<String, Resolved>> {
+    let backends = config.listeners.iter().flat_map(|listener| &listener.backends);
+    let distinct: BTreeMap<_, _> = backends.map(|backend| (backend.to_string(), backend.clone())).collect();
+    let mut tasks = JoinSet::new();
+    for (name, backend) in distinct {
+        tasks.spawn(async move { (name, resolve(&backend, within).await) });
+    }
+    let mut addresses = BTreeMap::new();
+    while let Some(resolved) = tasks.join_next().await {
+        addresses.extend([resolved.context("resolving failed")?]);
+    }
+    Ok(addresses)
+}
+
+async fn resolve(backend: &Backend, within: Duration) -> Resolved {
+    let name = match &backend.host {
+        Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, backend.port)]),
+        Host::Name(name) => name,
+    };
+    match tokio::time::timeout(within, tokio::net::lookup_host((name.as_str(), backend.port))).await {
+        Ok(Ok(found)) => {
+            let mut addresses: Vec<_> = found.collect();
+            addresses.sort_unstable();
+            addresses.dedup();
+            if addresses.is_empty() { Err("the answer is empty".to_owned()) } else { Ok(addresses) }
+        }
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer within {within:?}")),
+    }
+}
+
+fn subject(
+    listener: &Listener,
+    backend: &Backend,
+    address: SocketAddr,
+    local: &[IpAddr],
+    stranger: bool,
+) -> Subject {
+    let source = source_towards(address);
+    // What is bound to [::] is reached over IPv4 as well.
+    let everywhere = |ip: IpAddr| ip.is_unspecified() && ip.is_ipv6();
+    let comes = |family: Family| {
+        move |bound: &SocketAddr| Family::of(bound.ip().to_canonical()) == family || everywhere(bound.ip())
+    };
+    Subject {
+        listener: listener.name.clone(),
+        protocol: listener.protocol,
+        receiver: listener.receiver.clone(),
+        ipv4_clients: listener.bind.iter().any(comes(Family::V4)),
+        ipv6_clients: listener.bind.iter().any(comes(Family::V6)),
+        backend: backend.to_string(),
+        address,
+        source,
+        others: others(address, source, local),
+        stranger,
+    }
+}
+
+/// Other addresses of this host of the same family, from which the backend may be reached.
+fn others(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<IpAddr> {
+    let ip = address.ip();
+    if ip.is_loopback() {
+        return Vec::new();
+    }
+    let here = local.contains(&ip);
+    let fits = |other: &&IpAddr| {
+        let link_local = matches!(other, IpAddr::V6(other) if other.is_unicast_link_local());
+        // A packet from loopback gets no further than this host.
+        let leads_there = here || !other.is_loopback();
+        Family::of(**other) == Family::of(ip) && Some(**other) != source && leads_there && !link_local
+    };
+    local.iter().filter(fits).take(MOST_OTHERS).copied().collect()
+}
+
+/// Whom `address` sees, as the kernel would choose it; asks for the route and sends nothing.
+fn source_towards(address: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(address).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+fn local_addresses() -> std::io::Result<Vec<IpAddr>> {
+    Ok(if_addrs::get_if_addrs()?.into_iter().map(|interface| interface.ip()).collect())
+}
+
+fn assemble(
+    config: &Config,
+    addresses: &BTreeMap<String, Resolved>,
+    cases: &[Case],
+    stranger: bool,
+) -> Report {
+    let listeners = config.listeners.iter().enumerate().map(|(index, listener)| {
+        let backends = listener.backends.iter().map(|backend| {
+            let name = backend.to_string();
+            let findings = match addresses.get(&name) {
+                Some(Err(why)) => vec![no_address(&name, why)],
+                _ => Vec::new(),
+            };
+            let own = cases.iter().filter(|case| case.listener == index && case.subject.backend == name);
+            let addresses = own.map(|case| {
+                let Case { subject, seen, .. } = case;
+                let findings = diagnosis::findings(subject, seen, &edge(cases, subject.address.port()));
+                AddressReport::new(subject, seen.clone(), findings)
+            });
+            BackendReport { name: name.clone(), findings, addresses: addresses.collect() }
+        });
+        ListenerReport {
+            name: listener.name.clone(),
+            protocol: listener.protocol,
+            version: listener.receiver.version,
+            findings: client_addressed(listener, &config.inline).into_iter().collect(),
+            backends: backends.collect(),
+        }
+    });
+    Report { listeners: listeners.collect(), stranger }
+}
+
+/// All addresses from which this host comes to such a port.
+fn edge(cases: &[Case], port: u16) -> Vec<IpAddr> {
+    let same = cases.iter().filter(|case| case.subject.address.port() == port);
+    same.filter_map(|case| case.subject.source).collect()
+}
+
+fn no_address(name: &str, why: &str) -> Finding {
+    Finding::fault(Verdict::NoAddress, format!("{name} has no address: {why}"), Vec::new())
+}
+
+/// Packets forwarded as they are do not come from the address that the probes come from.
+fn client_addressed(listener: &Listener, inline: &Inline) -> Option<Finding> {
+    let translated = inline.nat == Nat::Managed && inline.masquerade;
+    (listener.engine == EngineChoice::Inline && !translated).then(|| {
+        Finding::note(
+            Verdict::ClientAddressed,
+            "engine inline leaves the client's address on its packets unless somebody masquerades them, so the backend may \
+             see other addresses than the doctor's: lists of trusted addresses have to hold those",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_are_of_the_same_family_and_lead_there() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let local = ["127.0.0.1", "10.0.0.1", "10.0.0.9", "::1", "fe80::1", "fd25::1"]
+            .map(|text| text.parse().unwrap());
+        let tried = |address: &str, source: &str| others(address.parse().unwrap(), Some(ip(source)), &local);
+        assert_eq!(tried("10.0.0.2:25", "10.0.0.1"), [ip("10.0.0.9")]);
+        assert_eq!(tried("10.0.0.1:25", "10.0.0.1"), [ip("127.0.0.1"), ip("10.0.0.9")]);
+        assert_eq!(tried("127.0.0.1:25", "127.0.0.1"), Vec::<IpAddr>::new());
+        assert_eq!(tried("[fd25::2]:25", "fd25::1"), Vec::<IpAddr>::new());
+    }
+
+    #[test]
+    fn the_source_is_known_without_a_packet() {
+        assert_eq!(source_towards("127.0.0.1:1".parse().unwrap()), Some("127.0.0.1".parse().unwrap()));
+    }
+}

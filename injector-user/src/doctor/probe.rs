@@ -1,0 +1,356 @@
+//! Makes one observation: a connection of its own, a header or none, and polite to the end.
+//!
+//! A client that is gone when Postfix looks for its address can cost an smtpd its life: in 3.7.11 a LOCAL header followed by a
+//! reset is `fatal: smtpd_peer_hostaddr_to_sockaddr`. So a connection is closed by the server, after QUIT or LOGOUT, or when
+//! the time is over, and LOCAL is never sent.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    net::{TcpSocket, TcpStream},
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    claims::Claims,
+    conversation::{Dialect, Heard, Meaning, readable},
+    observation::{Greeting, Observation, Outcome, Probe, Step, Subject},
+};
+use crate::{
+    config::{Receiver, UNIQUE_ID_LEN},
+    header::Rendered,
+    tls,
+};
+
+/// What may come after a goodbye, or after a refusal, is waited for so long.
+const PARTING: Duration = Duration::from_secs(3);
+/// `220-` so long before `220 ` is a teaser and no banner of several lines.
+const TEASER: Duration = Duration::from_millis(500);
+/// More than any greeting.
+const MOST_BYTES: usize = 16 * 1024;
+/// How long a source that should be filtered has to get its SYN answered: long enough for one repetition.
+const FILTERED: Duration = Duration::from_secs(2);
+/// In the header where the listener wants one: says who it was.
+const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
+
+/// How long to wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// For a connection.
+    pub(super) connect: Duration,
+    /// For the server's word.
+    pub(super) answer: Duration,
+}
+
+/// Carries out one step.
+pub(super) async fn observe(
+    subject: &Subject,
+    step: Step,
+    claims: &Claims,
+    patience: Patience,
+) -> Observation {
+    let begun = Instant::now();
+    let limit = if step.from.is_some() { patience.connect.min(FILTERED) } else { patience.connect };
+    let stream = match timeout(limit, connect(subject.address, step.from)).await {
+        Ok(Ok(stream)) => stream,
+        failed => {
+            let outcome = match failed {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Outcome::Refused,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Outcome::NoAnswer,
+                Ok(Err(error)) => Outcome::Unreachable(error.to_string()),
+                _ => Outcome::NoAnswer,
+            };
+            return Observation { step, outcome, after: begun.elapsed(), tls: None };
+        }
+    };
+    let connected = Instant::now();
+    let talk = Talk { dialect: Dialect::of(subject.protocol), connected, until: connected + patience.answer };
+    match speak(subject, step.probe, claims, stream, talk).await {
+        Ok(Heeded { outcome, after, tls }) => Observation { step, outcome, after, tls },
+        Err(error) => {
+            Observation { step, outcome: Outcome::Unreachable(error), after: connected.elapsed(), tls: None }
+        }
+    }
+}
+
+async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(from) = from {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    let stream = socket.connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// The terms of one conversation.
+#[derive(Clone, Copy)]
+struct Talk {
+    dialect: Dialect,
+    connected: Instant,
+    until: Instant,
+}
+
+struct Heeded {
+    outcome: Outcome,
+    after: Duration,
+    tls: Option<String>,
+}
+
+async fn speak(
+    subject: &Subject,
+    probe: Probe,
+    claims: &Claims,
+    mut stream: TcpStream,
+    talk: Talk,
+) -> Result<Heeded, String> {
+    if let Probe::Header { version, family, tlvs } = probe {
+        let plain = Receiver { version, ..Receiver::default() };
+        let own = Receiver { version, ..subject.receiver.clone() };
+        let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
+        let port = stream.local_addr().map_or(0, |local| local.port());
+        let (source, destination) = claims.of(family, port);
+        let header = Rendered::new(&receiver, source, destination, UNIQUE_ID)
+            .map_err(|error| format!("header: {error}"))?;
+        // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
+        let _ = stream.write_all(header.as_bytes()).await;
+    }
+    if subject.is_tls() && probe != Probe::Silence {
+        return Ok(speak_tls(subject, stream, talk).await);
+    }
+    let (outcome, after) = converse(&mut stream, talk).await;
+    Ok(Heeded { outcome, after, tls: None })
+}
+
+async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
+    let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None };
+    let connector = match tls::without_verification() {
+        Ok(connector) => connector,
+        Err(error) => return clear(Outcome::Unreachable(error.to_string())),
+    };
+    let recorded = Recorded { stream, first: Vec::new() };
+    let handshake = connector.connect(server_name(subject), recorded).into_fallible();
+    match timeout_at(talk.until, handshake).await {
+        Err(_) => clear(Outcome::Silent),
+        Ok(Ok(mut stream)) => {
+            let version = stream.get_ref().1.protocol_version();
+            let (outcome, after) = converse(&mut stream, talk).await;
+            let name = version.and_then(|version| version.as_str()).unwrap_or("TLS");
+            Heeded { outcome, after, tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")) }
+        }
+        Ok(Err((error, mut recorded))) => {
+            if let Some(rustls::Error::AlertReceived(alert)) = tls_error(&error) {
+                return clear(Outcome::Alert(format!("{alert:?}")));
+            }
+            if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
+                let outcome = match talk.dialect.judge(&recorded.first) {
+                    Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
+                    _ => Outcome::Strange(readable(
+                        recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
+                    )),
+                };
+                let after = talk.connected.elapsed();
+                part(&mut recorded.stream).await;
+                return Heeded { outcome, after, tls: None };
+            }
+            clear(match (tls_error(&error), error.kind()) {
+                (Some(other), _) => Outcome::Strange(other.to_string()),
+                (None, io::ErrorKind::UnexpectedEof) => Outcome::Closed { reset: false },
+                (None, _) => Outcome::Closed { reset: true },
+            })
+        }
+    }
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
+/// Listens, takes its leave as the protocol has it, and hears the rest.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk) -> (Outcome, Duration) {
+    let Talk { dialect, connected, until } = talk;
+    let mut said = Vec::new();
+    let mut first_word = None;
+    let (ended, heard) = loop {
+        match timeout_at(until, read(stream, &mut said)).await {
+            Err(_) => break (None, Heard::Nothing),
+            Ok(Read::End { reset }) => break (Some(reset), Heard::Nothing),
+            Ok(Read::More) => {
+                first_word.get_or_insert_with(Instant::now);
+                match dialect.hear(&said) {
+                    Heard::Nothing => {}
+                    heard => break (None, heard),
+                }
+            }
+        }
+    };
+    let after = connected.elapsed();
+    let teaser = said.starts_with(b"220-") && first_word.is_some_and(|at| at.elapsed() > TEASER);
+    match heard {
+        Heard::Floor => {
+            if let Some(goodbye) = dialect.goodbye() {
+                let _ = stream.write_all(goodbye).await;
+                let _ = stream.flush().await;
+                let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+            }
+        }
+        // It closes by itself; and who closes first after a header harms an smtpd.
+        Heard::TurnedAway | Heard::Strange => {
+            let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+        }
+        Heard::Nothing => {}
+    }
+    let outcome = match dialect.judge(&said) {
+        Meaning::Nothing => match ended {
+            Some(reset) => Outcome::Closed { reset },
+            None => Outcome::Silent,
+        },
+        Meaning::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
+        Meaning::Misunderstood(line, complaint) => {
+            Outcome::Misunderstood { greeting: Greeting { line, teaser }, complaint }
+        }
+        Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
+        Meaning::Strange(line) => Outcome::Strange(line),
+    };
+    (outcome, after)
+}
+
+/// Waits for the server to close.
+async fn part(stream: &mut TcpStream) {
+    let _ = timeout(PARTING, read_to_end(stream, &mut Vec::new())).await;
+}
+
+enum Read {
+    More,
+    End { reset: bool },
+}
+
+async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) -> Read {
+    match stream.read_buf(said).await {
+        Ok(0) => Read::End { reset: false },
+        Ok(_) => Read::More,
+        // A TLS server that closes without a close_notify.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Read::End { reset: false },
+        Err(_) => Read::End { reset: true },
+    }
+}
+
+async fn read_to_end<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) {
+    while said.len() < MOST_BYTES && matches!(read(stream, said).await, Read::More) {}
+}
+
+fn server_name(subject: &Subject) -> ServerName<'static> {
+    let host = subject.backend.rsplit_once(':').map_or(subject.backend.as_str(), |(host, _)| host);
+    ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(subject.address.ip()))
+}
+
+/// A stream that remembers what came first: what is no TLS is shown as it came.
+#[derive(Debug)]
+struct Recorded {
+    stream: TcpStream,
+    first: Vec<u8>,
+}
+
+impl AsyncRead for Recorded {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        const KEPT: usize = 512;
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let new = buf.filled().get(before..).unwrap_or_default();
+        let room = KEPT.saturating_sub(this.first.len()).min(new.len());
+        this.first.extend_from_slice(new.get(..room).unwrap_or_default());
+        polled
+    }
+}
+
+impl AsyncWrite for Recorded {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::{super::samples::subject, *};
+    use crate::{config::ProxyVersion, doctor::observation::Family, protocol::Protocol};
+
+    /// Observes a server that says this, each part after a pause, and hears what it was told.
+    async fn observed(
+        protocol: Protocol,
+        probe: Probe,
+        parts: &'static [&'static str],
+    ) -> (Observation, Vec<u8>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(protocol) };
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut told = Vec::new();
+            for part in parts {
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                stream.write_all(part.as_bytes()).await.unwrap();
+            }
+            while !told.ends_with(b"QUIT\r\n") && stream.read_buf(&mut told).await.unwrap_or(0) > 0 {}
+            stream.write_all(b"221 2.0.0 Bye\r\n").await.unwrap();
+            told
+        });
+        let second = Duration::from_secs(5);
+        let claims = Claims::new(subject.source, &[], &["192.0.2.10:25".parse().unwrap()]);
+        let patience = Patience { connect: second, answer: second };
+        let observation = observe(&subject, Step { probe, from: None }, &claims, patience).await;
+        (observation, server.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_header_is_followed_by_patience_and_a_goodbye() {
+        let probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
+        let (seen, told) = observed(Protocol::Smtp, probe, &["220-mail\r\n", "220 mail\r\n"]).await;
+        assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-mail".to_owned(), teaser: true }));
+        let told = String::from_utf8(told).unwrap();
+        assert!(told.starts_with("PROXY TCP4 10.25.0.1 192.0.2.10 "), "{told:?}");
+        assert!(told.ends_with(" 25\r\nQUIT\r\n"), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn silence_sends_nothing_before_the_greeting() {
+        let (seen, told) = observed(Protocol::Smtp, Probe::Silence, &["220-a\r\n220 b\r\n"]).await;
+        assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
+        assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
+        assert_eq!(told, b"QUIT\r\n");
+    }
+
+    #[tokio::test]
+    async fn clear_text_where_tls_should_be_is_shown_as_it_came() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(Protocol::Submissions) };
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"220 mail ESMTP\r\n").await.unwrap();
+            let mut hello = [0; 4096];
+            let _ = stream.read(&mut hello).await;
+        });
+        let second = Duration::from_secs(5);
+        let claims = Claims::new(None, &[], &[]);
+        let step = Step { probe: Probe::Tls, from: None };
+        let seen = observe(&subject, step, &claims, Patience { connect: second, answer: second }).await;
+        assert_eq!((seen.outcome, seen.tls), (Outcome::Strange("220 mail ESMTP".to_owned()), None));
+    }
+}

@@ -1,0 +1,242 @@
+//! What `injector doctor` prints.
+
+use std::{fmt::Write as _, net::IpAddr, net::SocketAddr};
+
+use serde_json::{Value, json};
+
+use super::{
+    diagnosis::{Finding, describe},
+    observation::{Observation, Outcome, Subject},
+    server::{self, Server},
+};
+use crate::{config::ProxyVersion, protocol::Protocol};
+
+/// All listeners that were examined.
+#[derive(Debug)]
+pub struct Report {
+    /// In the order of the configuration.
+    pub listeners: Vec<ListenerReport>,
+    /// Examined from a host that is not the injector's.
+    pub stranger: bool,
+}
+
+/// One listener.
+#[derive(Debug)]
+pub struct ListenerReport {
+    /// Its name.
+    pub name: String,
+    /// What is spoken on it.
+    pub protocol: Protocol,
+    /// The header it sends.
+    pub version: ProxyVersion,
+    /// What holds for all of its backends.
+    pub findings: Vec<Finding>,
+    /// Its backends, in order.
+    pub backends: Vec<BackendReport>,
+}
+
+/// One backend.
+#[derive(Debug)]
+pub struct BackendReport {
+    /// As the configuration has it.
+    pub name: String,
+    /// What holds for all of its addresses: that it has none.
+    pub findings: Vec<Finding>,
+    /// What was found out about each.
+    pub addresses: Vec<AddressReport>,
+}
+
+/// One address of a backend.
+#[derive(Debug)]
+pub struct AddressReport {
+    /// The address.
+    pub address: SocketAddr,
+    /// Whom it sees.
+    pub source: Option<IpAddr>,
+    /// What it is.
+    pub server: Server,
+    /// What was done, in order, and seen.
+    pub observations: Vec<Observation>,
+    /// What follows from it.
+    pub findings: Vec<Finding>,
+}
+
+impl AddressReport {
+    pub(super) fn new(subject: &Subject, observations: Vec<Observation>, findings: Vec<Finding>) -> Self {
+        Self {
+            address: subject.address,
+            source: subject.source,
+            server: server::tell(subject, &observations),
+            observations,
+            findings,
+        }
+    }
+}
+
+impl Report {
+    /// Everything found.
+    fn findings(&self) -> impl Iterator<Item = &Finding> {
+        self.listeners.iter().flat_map(|listener| {
+            let backends = listener.backends.iter().flat_map(|backend| {
+                backend.findings.iter().chain(backend.addresses.iter().flat_map(|address| &address.findings))
+            });
+            listener.findings.iter().chain(backends)
+        })
+    }
+
+    /// How many faults there are.
+    #[must_use]
+    pub fn faults(&self) -> usize {
+        self.findings().filter(|finding| finding.fault).count()
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        for listener in &self.listeners {
+            let _ = writeln!(out, "{} ({}, header {})", listener.name, listener.protocol, listener.version);
+            write_findings(&mut out, "  ", &listener.findings);
+            for backend in &listener.backends {
+                write_backend(&mut out, backend, self.stranger);
+            }
+            let _ = writeln!(out);
+        }
+        let addresses = self.listeners.iter().flat_map(|listener| &listener.backends);
+        let addresses = addresses.map(|backend| backend.addresses.len()).sum();
+        let _ = writeln!(
+            out,
+            "{}, {}",
+            count(addresses, "address", "addresses"),
+            match self.faults() {
+                0 => "no fault".to_owned(),
+                faults => count(faults, "fault", "faults"),
+            }
+        );
+        out
+    }
+
+    /// For programs; `docs/doctor.md` has the fields.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let listeners: Vec<_> = self.listeners.iter().map(listener_json).collect();
+        json!({ "fine": self.faults() == 0, "stranger": self.stranger, "listeners": listeners })
+    }
+}
+
+fn count(number: usize, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}
+
+fn write_backend(out: &mut String, backend: &BackendReport, stranger: bool) {
+    if !backend.findings.is_empty() {
+        let _ = writeln!(out, "  {}", backend.name);
+        write_findings(out, "    ", &backend.findings);
+    }
+    for address in &backend.addresses {
+        let shown = address.address.to_string();
+        let name = if backend.name == shown { String::new() } else { format!("{}: ", backend.name) };
+        let source = address.source.map(|source| format!(", which sees {source}")).unwrap_or_default();
+        let _ = writeln!(out, "  {name}{shown}{source} ({})", address.server);
+        for one in &address.observations {
+            let from = one.step.from.map(|from| format!(" from {from}")).unwrap_or_default();
+            let _ = writeln!(out, "    {:<38}  {}", format!("{}{from}", one.step.probe), describe(one));
+        }
+        write_findings(out, "    ", &address.findings);
+        if !address.findings.iter().any(|finding| finding.fault) {
+            let says = if stranger { "shut to this host" } else { "fine" };
+            let _ = writeln!(out, "    {says}");
+        }
+    }
+}
+
+fn write_findings(out: &mut String, indent: &str, findings: &[Finding]) {
+    for finding in findings {
+        let kind = if finding.fault { "FAULT" } else { "note" };
+        let _ = writeln!(out, "{indent}{kind} {}: {}", finding.verdict.code(), finding.says);
+        for change in &finding.changes {
+            let _ = writeln!(out, "{indent}  change {}:", change.place);
+            for line in &change.lines {
+                let _ = writeln!(out, "{indent}      {line}");
+            }
+        }
+    }
+}
+
+fn listener_json(listener: &ListenerReport) -> Value {
+    let backends: Vec<_> = listener
+        .backends
+        .iter()
+        .map(|backend| {
+            json!({
+                "backend": backend.name,
+                "findings": findings_json(&backend.findings),
+                "addresses": backend.addresses.iter().map(address_json).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({
+        "name": listener.name,
+        "protocol": listener.protocol.name(),
+        "version": listener.version.to_string(),
+        "findings": findings_json(&listener.findings),
+        "backends": backends,
+    })
+}
+
+fn address_json(address: &AddressReport) -> Value {
+    let observations: Vec<_> = address
+        .observations
+        .iter()
+        .map(|one| {
+            json!({
+                "probe": one.step.probe.code(),
+                "from": one.step.from,
+                "outcome": outcome_code(&one.outcome),
+                "answered": one.answered(),
+                "said": one.said(),
+                "tls": one.tls,
+                "seconds": one.after.as_secs_f64(),
+            })
+        })
+        .collect();
+    json!({
+        "address": address.address,
+        "source": address.source,
+        "server": address.server.to_string(),
+        "fine": !address.findings.iter().any(|finding| finding.fault),
+        "observations": observations,
+        "findings": findings_json(&address.findings),
+    })
+}
+
+fn findings_json(findings: &[Finding]) -> Vec<Value> {
+    let change = |change: &super::advice::Change| json!({ "place": change.place, "lines": change.lines });
+    findings
+        .iter()
+        .map(|finding| {
+            json!({
+                "verdict": finding.verdict.code(),
+                "fault": finding.fault,
+                "says": finding.says,
+                "changes": finding.changes.iter().map(change).collect::<Vec<_>>(),
+            })
+        })
+        .collect()
+}
+
+const fn outcome_code(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Refused => "refused",
+        Outcome::NoAnswer => "no_answer",
+        Outcome::Unreachable(_) => "unreachable",
+        Outcome::Greeted(_) => "greeted",
+        Outcome::Misunderstood { .. } => "misunderstood",
+        Outcome::TurnedAway(_) => "turned_away",
+        Outcome::Strange(_) => "strange",
+        Outcome::Alert(_) => "alert",
+        Outcome::Closed { .. } => "closed",
+        Outcome::Silent => "silent",
+    }
+}

@@ -77,8 +77,7 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     bench.scans(&renderings, &mut verdicts, &mut faults)?;
     for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
         let mut told = bench.chart(rendering)?;
-        verdicts.chart =
-            if told.is_empty() { "the same".into() } else { format!("{} DIFFERENCES", told.len()) };
+        verdicts.chart = if told.is_empty() { "same".into() } else { format!("{} DIFFER", told.len()) };
         told.extend(accord::faults(&rendering.objects, &mail.objects)?);
         match bench.check(&daemon, rendering)? {
             Ok(listeners) => verdicts.config = format!("{listeners} listeners"),
@@ -299,17 +298,21 @@ fn configurations(objects: &[Object]) -> BTreeMap<String, String> {
 }
 
 fn table(renderings: &[Rendering], verdicts: &[Verdicts]) -> String {
-    let mut text = format!("{:16}", "");
+    const FIRST: usize = 16;
+    let mut text = format!("{:FIRST$}  objects valid, by version of Kubernetes\n{:FIRST$}", "", "");
     for version in schema::VERSIONS {
-        text += &format!("  {:21}", format!("Kubernetes {version}"));
+        text += &format!("  {version:6}");
     }
-    text += &format!("  {:14}  {:15}  scanner\n", "chart", "injector check");
+    text += "  chart     injector check  scanner\n";
     for (rendering, verdicts) in renderings.iter().zip(verdicts) {
-        text += &format!("{:16}", rendering.name);
+        text += &format!("{:FIRST$}", rendering.name);
         for count in &verdicts.schema {
-            text += &format!("  {count:21}");
+            text += &format!("  {count:6}");
         }
-        text += &format!("  {:14}  {:15}  {}\n", verdicts.chart, verdicts.config, verdicts.scan);
+        text += &format!("  {:8}  {:14}  {}\n", verdicts.chart, verdicts.config, verdicts.scan);
+    }
+    if verdicts.iter().flat_map(|verdicts| &verdicts.schema).any(|count| count.without > 0) {
+        text += &format!("* the rest has no schema here: {}\n", schema::WITHOUT_SCHEMA.join(", "));
     }
     text
 }
@@ -378,8 +381,12 @@ mod tests {
         let verdicts = Verdicts { schema: vec![count; 5], scan: "9 passed".into(), ..Verdicts::default() };
         let text = table(&[rendering("edge"), rendering("mail")], &[verdicts, Verdicts::default()]);
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 3);
-        assert!(lines[0].contains("Kubernetes 1.29") && lines[1].contains("4 valid, 2 unknown, 1 INVALID"));
-        assert!(lines[1].ends_with("9 passed") && lines[2].starts_with("mail"));
+        assert_eq!(lines.len(), 5);
+        assert!(lines[1].contains("1.29") && lines[2].contains("4/7* 1 INVALID"));
+        assert!(
+            lines[2].ends_with("9 passed")
+                && lines[3].starts_with("mail")
+                && lines[4].contains("IPAddressPool")
+        );
     }
 }

@@ -13,8 +13,10 @@ impl Object {
     /// # Errors
     /// When it is no YAML, or a document is no object of Kubernetes.
     pub(super) fn parse(text: &str) -> Result<Vec<Self>> {
-        let documents: Vec<Value> =
-            serde_saphyr::from_multiple(text).context("what was rendered is no YAML")?;
+        // A name such as `n` is a name, although YAML 1.1 had it mean "no".
+        let options = serde_saphyr::options! { strict_booleans: true };
+        let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
+            .context("what was rendered is no YAML")?;
         let objects: Vec<_> =
             documents.into_iter().filter(|document| !document.is_null()).map(Self).collect();
         for object in &objects {

@@ -14,7 +14,8 @@ use serde_json::json;
 pub(super) const VERSIONS: [&str; 5] = ["1.29", "1.33", "1.35", "1.36", "1.37"];
 
 /// No registry that `setup` uses has schemas of these: they are counted, and not called valid.
-const WITHOUT_SCHEMA: [&str; 2] = ["metallb.io/v1beta1 IPAddressPool", "metallb.io/v1beta1 L2Advertisement"];
+pub(super) const WITHOUT_SCHEMA: [&str; 2] =
+    ["metallb.io/v1beta1 IPAddressPool", "metallb.io/v1beta1 L2Advertisement"];
 
 /// One object's outcome under one version.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -88,14 +89,9 @@ impl Count {
 impl std::fmt::Display for Count {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { valid, without, invalid } = *self;
-        let mut text = format!("{valid} valid");
-        if without > 0 {
-            text += &format!(", {without} unknown");
-        }
-        if invalid > 0 {
-            text += &format!(", {invalid} INVALID");
-        }
-        f.pad(&text)
+        let star = if without > 0 { "*" } else { "" };
+        let wrong = if invalid > 0 { format!(" {invalid} INVALID") } else { String::new() };
+        f.pad(&format!("{valid}/{}{star}{wrong}", valid + without + invalid))
     }
 }
 
@@ -126,6 +122,7 @@ mod tests {
     fn a_missing_schema_is_excused_for_kinds_that_are_named_alone() {
         let pool = answers("no_schema", "metallb.io/v1beta1", "IPAddressPool");
         assert_eq!(Count::of(pool.iter()), Count { without: 1, ..Count::default() });
+        assert_eq!(Count::of(pool.iter()).to_string(), "0/1*");
         let old = answers("no_schema", "policy/v1beta1", "PodSecurityPolicy");
         assert_eq!(Count::of(old.iter()), Count { invalid: 1, ..Count::default() });
         assert!(old[0].fault().unwrap().contains("has no policy/v1beta1"));
@@ -136,10 +133,10 @@ mod tests {
         for (api, kind) in [("apps/v1", "DaemonSet"), ("metallb.io/v1beta1", "IPAddressPool")] {
             let wrong = answers("invalid", api, kind);
             assert!(wrong[0].fault().unwrap().contains("1.33: spec: unexpected"));
-            assert_eq!(Count::of(wrong.iter()).to_string(), "0 valid, 1 INVALID");
+            assert_eq!(Count::of(wrong.iter()).to_string(), "0/1 1 INVALID");
         }
         let right = answers("valid", "apps/v1", "DaemonSet");
-        assert_eq!((right[0].fault(), Count::of(right.iter()).to_string()), (None, "1 valid".into()));
+        assert_eq!((right[0].fault(), Count::of(right.iter()).to_string()), (None, "1/1".into()));
     }
 
     #[test]

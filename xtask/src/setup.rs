@@ -8,6 +8,7 @@ mod apt;
 mod cache;
 mod haproxy;
 mod job;
+mod kubernetes;
 mod linker;
 mod packages;
 mod toolchain;
@@ -22,11 +23,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use injector_tests::bench::peers::Programs;
 
-pub(crate) use self::toolchain::BPF_TARGET;
 use self::{
     cache::Cache,
     toolchain::{Core, Link, Way},
 };
+pub(crate) use self::{kubernetes::Tools as KubernetesTools, toolchain::BPF_TARGET};
 use crate::AlreadyTold;
 
 #[derive(clap::Args)]
@@ -50,6 +51,8 @@ pub(crate) enum Group {
     Mail,
     /// Those that the benchmark compares with, beside the mail servers
     Bench,
+    /// What validates the manifests for Kubernetes
+    Kubernetes,
 }
 
 impl Group {
@@ -86,6 +89,11 @@ pub(crate) fn bench_programs() -> Result<Programs> {
     let module = packages::NGINX_STREAM.iter().map(Path::new).find(|place| place.is_file());
     let nginx = packages::program("nginx").zip(module.and_then(Path::parent).map(Path::to_path_buf));
     Ok(Programs { haproxies, nginx })
+}
+
+/// What validates the manifests; it must be set up.
+pub(crate) fn kubernetes_tools() -> Result<KubernetesTools> {
+    kubernetes::find(&Cache::locate()?).context("run `cargo xtask setup --only kubernetes` first")
 }
 
 /// The toolchain that compiles BPF; it must be set up.
@@ -153,6 +161,8 @@ enum Missing {
     HaProxy { series: &'static str, suite: &'static str },
     /// bpf-linker, and no LLVM to build it with.
     LinkerByHand { llvm: u32 },
+    /// What validates the manifests for Kubernetes.
+    Kubernetes,
 }
 
 impl std::fmt::Display for Missing {
@@ -168,6 +178,9 @@ impl std::fmt::Display for Missing {
             Self::HaProxy { series, suite } => {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: a peer of the benchmark")
             }
+            Self::Kubernetes => f.write_str(
+                "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
+            ),
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
             Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
                 write!(f, "bpf-linker {} (LLVM {llvm}): linking the BPF programs", linker::VERSION)
@@ -194,6 +207,9 @@ fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     if groups.contains(&Group::Bench) {
         survey.haproxies(cache);
     }
+    if groups.contains(&Group::Kubernetes) {
+        survey.kubernetes(cache);
+    }
     Ok(survey)
 }
 
@@ -215,6 +231,18 @@ impl Survey {
                 None => self.missing.push(Missing::HaProxy { series, suite }),
             }
         }
+    }
+
+    fn kubernetes(&mut self, cache: &Cache) {
+        if kubernetes::find(cache).is_some() {
+            self.present.push("kubectl, helm, kubernetes-validate, checkov".to_owned());
+            return;
+        }
+        if !kubernetes::can_make_environments() {
+            let why = "an environment for what validates the manifests".into();
+            self.missing.push(Missing::Package { name: "python3-venv".into(), why });
+        }
+        self.missing.push(Missing::Kubernetes);
     }
 
     fn bpf(&mut self, cache: &Cache, may_update: bool) -> Result<()> {
@@ -364,6 +392,7 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         Some(Missing::Link { name }) => link(name, cache),
         Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
         Some(Missing::HaProxy { series, suite }) => haproxy::fetch(cache, series, suite),
+        Some(Missing::Kubernetes) => kubernetes::install(cache),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
     }
 }

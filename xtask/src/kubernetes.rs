@@ -1,0 +1,392 @@
+//! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools. There is no cluster in it.
+
+mod accord;
+mod drift;
+mod object;
+mod scan;
+mod schema;
+
+use std::{
+    collections::BTreeMap,
+    env,
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use self::{
+    object::{Object, text},
+    scan::{Accepted, Finding},
+    schema::Count,
+};
+use crate::{
+    AlreadyTold, cargo,
+    setup::{self, KubernetesTools},
+};
+
+/// Below `deploy/kubernetes/overlays`; for each the chart has `ci/NAME-values.yaml`.
+const OVERLAYS: [&str; 4] = ["least-privilege", "privileged", "inline-external", "edge-metallb"];
+
+/// The mail server's side of the example, which has no chart.
+const MAIL: &str = "mail";
+
+/// What the chart is installed as: the name that the objects have in kustomize, too.
+const RELEASE: &str = "injector";
+
+/// A daemon to ask, instead of one that is built.
+const BINARY_VARIABLE: &str = "INJECTOR_BIN";
+
+#[derive(clap::Args)]
+pub(crate) struct KubernetesArgs {
+    /// Keep what kustomize and helm render in this folder
+    #[arg(long, value_name = "FOLDER")]
+    keep: Option<PathBuf>,
+}
+
+/// What one overlay renders to.
+struct Rendering {
+    name: &'static str,
+    file: PathBuf,
+    objects: Vec<Object>,
+}
+
+/// How one overlay fares; the words that go into the table.
+#[derive(Default)]
+struct Verdicts {
+    schema: Vec<Count>,
+    chart: String,
+    config: String,
+    scan: String,
+}
+
+pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
+    setup::ensure(&[setup::Group::Kubernetes])?;
+    let bench = Bench::new(setup::kubernetes_tools()?, args.keep.as_deref())?;
+    let daemon = daemon()?;
+    eprintln!("{}\n", bench.versions()?);
+    let renderings = bench.kustomize()?;
+    let mail = renderings.iter().find(|it| it.name == MAIL).context("no mail server")?;
+    bench.a_mistake_is_seen(&renderings)?;
+    let mut faults = Vec::new();
+    let mut verdicts: Vec<Verdicts> = renderings.iter().map(|_| Verdicts::default()).collect();
+    bench.schemas(&renderings, &mut verdicts, &mut faults)?;
+    bench.scans(&renderings, &mut verdicts, &mut faults)?;
+    for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
+        let mut told = bench.chart(rendering)?;
+        verdicts.chart = if told.is_empty() { "same".into() } else { format!("{} DIFFER", told.len()) };
+        told.extend(accord::faults(&rendering.objects, &mail.objects)?);
+        match bench.check(&daemon, rendering)? {
+            Ok(listeners) => verdicts.config = format!("{listeners} listeners"),
+            Err(why) => {
+                verdicts.config = "REFUSED".into();
+                told.push(format!("injector check: {why}"));
+            }
+        }
+        faults.extend(told.into_iter().map(|fault| format!("{}: {fault}", rendering.name)));
+    }
+    print!("{}", table(&renderings, &verdicts));
+    if faults.is_empty() {
+        println!("\nno fault; nothing of this ran on a cluster");
+        return Ok(());
+    }
+    println!("\n{} faults", faults.len());
+    faults.iter().for_each(|fault| println!("  {fault}"));
+    Err(AlreadyTold.into())
+}
+
+/// The daemon that is asked for its opinion of configurations; that takes no BPF.
+fn daemon() -> Result<PathBuf> {
+    if let Some(given) = env::var_os(BINARY_VARIABLE) {
+        return Ok(given.into());
+    }
+    let mut command = cargo::cargo();
+    command.args(["build", "--package", "injector-user", "--no-default-features", "--bin", "injector"]);
+    let made = cargo::executables(&mut command)?.into_iter().find(|made| made.target == "injector");
+    Ok(made.context("cargo built no program `injector`")?.path)
+}
+
+/// The tools, the sources, and a folder to work in.
+struct Bench {
+    tools: KubernetesTools,
+    kubernetes: PathBuf,
+    chart: PathBuf,
+    folder: PathBuf,
+    /// Removes the folder in the end, unless it is the operator's.
+    _temporary: Option<tempfile::TempDir>,
+}
+
+impl Bench {
+    fn new(tools: KubernetesTools, keep: Option<&Path>) -> Result<Self> {
+        let temporary = if keep.is_none() { Some(tempfile::tempdir()?) } else { None };
+        let folder = match (&temporary, keep) {
+            (Some(temporary), _) => temporary.path().to_path_buf(),
+            (None, Some(keep)) => keep.to_path_buf(),
+            (None, None) => bail!("no folder to work in"),
+        };
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let deploy = cargo::workspace().join("deploy");
+        let (kubernetes, chart) = (deploy.join("kubernetes"), deploy.join("helm/injector"));
+        Ok(Self { tools, kubernetes, chart, folder, _temporary: temporary })
+    }
+
+    /// What is about to judge.
+    fn versions(&self) -> Result<String> {
+        let kubectl = output(Command::new(&self.tools.kubectl).args(["version", "--client"]))?;
+        let helm = output(self.helm().args(["version", "--short"]))?;
+        let python = "import importlib.metadata as m\n\
+            print(*(f'{name} {m.version(name)}' for name in ('kubernetes-validate', 'checkov')), sep=', ')";
+        let validators = output(Command::new(&self.tools.python).args(["-c", python]))?;
+        let kubectl = kubectl.lines().map(str::trim).collect::<Vec<_>>().join(", ");
+        Ok(format!("kubectl: {kubectl}\nhelm: {}\n{}", helm.trim(), validators.trim()))
+    }
+
+    /// Helm with nothing of the operator's own: no plugins, no cache.
+    fn helm(&self) -> Command {
+        let mut command = Command::new(&self.tools.helm);
+        for (variable, folder) in [("CACHE", "cache"), ("CONFIG", "config"), ("DATA", "data")] {
+            command.env(format!("HELM_{variable}_HOME"), self.folder.join("helm").join(folder));
+        }
+        command
+    }
+
+    fn kustomize(&self) -> Result<Vec<Rendering>> {
+        let overlays = OVERLAYS.map(|name| (name, self.kubernetes.join("overlays").join(name)));
+        let mail = (MAIL, self.kubernetes.join(MAIL));
+        overlays.into_iter().chain([mail]).map(|(name, source)| self.kustomize_one(name, &source)).collect()
+    }
+
+    fn kustomize_one(&self, name: &'static str, source: &Path) -> Result<Rendering> {
+        let text = output(Command::new(&self.tools.kubectl).arg("kustomize").arg(source))?;
+        let file = self.folder.join(format!("{name}.yaml"));
+        fs::write(&file, &text)?;
+        let objects = Object::parse(&text).with_context(|| format!("overlay {name}"))?;
+        ensure!(!objects.is_empty(), "overlay {name} renders to nothing");
+        Ok(Rendering { name, file, objects })
+    }
+
+    /// Validators that approve of everything look like validators that found no fault: they are shown one first.
+    fn a_mistake_is_seen(&self, renderings: &[Rendering]) -> Result<()> {
+        let mut wrong = Vec::new();
+        let all = renderings.iter().flat_map(|rendering| &rendering.objects);
+        let judged = ["DaemonSet", "Service", "PodMonitor", "CronJob", "NetworkPolicy"];
+        for kind in judged {
+            let object = all.clone().find(|object| object.kind() == kind);
+            let mut object = object.with_context(|| format!("no {kind} anywhere"))?.0.clone();
+            object["spec"]["noSuchField"] = Value::Bool(true);
+            wrong.push(object.to_string());
+        }
+        let file = self.folder.join("wrong.yaml");
+        fs::write(&file, wrong.join("\n---\n"))?;
+        let answers = schema::ask(&self.tools.python, &[file])?;
+        for answer in &answers {
+            ensure!(
+                answer.fault().is_some(),
+                "the schemas did not see a field that does not exist: {answer:?}"
+            );
+        }
+        ensure!(answers.len() == judged.len() * schema::VERSIONS.len(), "the schemas left objects out");
+        let lint = self.helm().args(["lint", "--set", "noSuchValue=1"]).arg(&self.chart).output()?;
+        ensure!(!lint.status.success(), "helm lint did not see a value that does not exist");
+        Ok(())
+    }
+
+    fn schemas(
+        &self,
+        renderings: &[Rendering],
+        verdicts: &mut [Verdicts],
+        faults: &mut Vec<String>,
+    ) -> Result<()> {
+        let files: Vec<_> = renderings.iter().map(|rendering| rendering.file.clone()).collect();
+        let answers = schema::ask(&self.tools.python, &files)?;
+        for (rendering, verdicts) in renderings.iter().zip(verdicts) {
+            let of_file = || answers.iter().filter(|answer| answer.file == rendering.file);
+            let of_version = |version: &str| Count::of(of_file().filter(|answer| answer.version == version));
+            verdicts.schema = schema::VERSIONS.map(of_version).to_vec();
+            for Count { valid, without, invalid } in &verdicts.schema {
+                let expected = rendering.objects.len();
+                ensure!(
+                    valid + without + invalid == expected,
+                    "{}: not every object was judged",
+                    rendering.name
+                );
+            }
+            faults.extend(
+                of_file().filter_map(|answer| Some(format!("{}: {}", rendering.name, answer.fault()?))),
+            );
+        }
+        Ok(())
+    }
+
+    fn scans(
+        &self,
+        renderings: &[Rendering],
+        verdicts: &mut [Verdicts],
+        faults: &mut Vec<String>,
+    ) -> Result<()> {
+        let list = self.kubernetes.join("accepted-findings.toml");
+        let accepted =
+            Accepted::parse(&fs::read_to_string(&list)?).with_context(|| list.display().to_string())?;
+        let mut found: Vec<(String, Finding)> = Vec::new();
+        for (rendering, verdicts) in renderings.iter().zip(verdicts) {
+            let scan = scan::scan(&self.tools.python, &rendering.file)?;
+            let refused: Vec<_> =
+                scan.findings.iter().filter(|finding| !accepted.covers(rendering.name, finding)).collect();
+            verdicts.scan =
+                format!("{} passed, {} accepted", scan.passed, scan.findings.len() - refused.len());
+            if !refused.is_empty() {
+                verdicts.scan += &format!(", {} REFUSED", refused.len());
+            }
+            faults.extend(refused.into_iter().map(|finding| format!("{}: {finding}", rendering.name)));
+            found.extend(scan.findings.into_iter().map(|finding| (rendering.name.to_owned(), finding)));
+        }
+        faults.extend(accepted.idle(&found));
+        Ok(())
+    }
+
+    /// Lints and renders the chart as this overlay, for each version, and compares.
+    fn chart(&self, rendering: &Rendering) -> Result<Vec<String>> {
+        let values = self.chart.join(format!("ci/{}-values.yaml", rendering.name));
+        let mut found = Vec::new();
+        for version in schema::VERSIONS {
+            let mut lint = self.helm();
+            lint.args(["lint", "--strict", "--quiet", "--kube-version", version]).arg(&self.chart);
+            output(lint.arg("--values").arg(&values))?;
+            let mut template = self.helm();
+            template.args(["template", RELEASE]).arg(&self.chart).args(["--namespace", RELEASE]);
+            template.args(["--kube-version", version]).arg("--values").arg(&values);
+            let text = output(&mut template)?;
+            fs::write(self.folder.join(format!("{}.chart.yaml", rendering.name)), &text)?;
+            for difference in drift::between(&rendering.objects, &Object::parse(&text)?) {
+                if !found.contains(&difference) {
+                    found.push(difference);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Has the daemon check every configuration in an overlay: how many listeners it would run, or why it would not.
+    fn check(&self, daemon: &Path, rendering: &Rendering) -> Result<Result<usize, String>> {
+        let mut listeners = 0;
+        for (name, config) in configurations(&rendering.objects) {
+            let file = self.folder.join(format!("{}.{name}.toml", rendering.name));
+            fs::write(&file, &config)?;
+            let output = Command::new(daemon).args(["check", "--config"]).arg(&file).output();
+            let output = output.with_context(|| format!("cannot start {}", daemon.display()))?;
+            if !output.status.success() {
+                let said =
+                    String::from_utf8_lossy(&output.stderr).replace(&self.folder.display().to_string(), "");
+                return Ok(Err(said.trim().to_owned()));
+            }
+            listeners += config.matches("\n[[listener]]\n").count();
+        }
+        ensure!(listeners > 0, "overlay {} has no listener", rendering.name);
+        Ok(Ok(listeners))
+    }
+}
+
+/// The configurations in ConfigMaps, with the name of each map.
+fn configurations(objects: &[Object]) -> BTreeMap<String, String> {
+    let maps = objects.iter().filter(|object| object.kind() == "ConfigMap");
+    maps.filter_map(|map| Some((map.name().to_owned(), map.0["data"].get(accord::CONFIG)?)))
+        .map(|(name, config)| (name, text(config).to_owned()))
+        .collect()
+}
+
+fn table(renderings: &[Rendering], verdicts: &[Verdicts]) -> String {
+    const FIRST: usize = 16;
+    let mut text = format!("{:FIRST$}  objects valid, by version of Kubernetes\n{:FIRST$}", "", "");
+    for version in schema::VERSIONS {
+        text += &format!("  {version:6}");
+    }
+    text += "  chart     injector check  scanner\n";
+    for (rendering, verdicts) in renderings.iter().zip(verdicts) {
+        text += &format!("{:FIRST$}", rendering.name);
+        for count in &verdicts.schema {
+            text += &format!("  {count:6}");
+        }
+        text += &format!("  {:8}  {:14}  {}\n", verdicts.chart, verdicts.config, verdicts.scan);
+    }
+    if verdicts.iter().flat_map(|verdicts| &verdicts.schema).any(|count| count.without > 0) {
+        text += &format!("* the rest has no schema here: {}\n", schema::WITHOUT_SCHEMA.join(", "));
+    }
+    text
+}
+
+/// What a command prints.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
+    if !output.status.success() {
+        let said =
+            [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
+        let name = command.get_program();
+        let name = Path::new(name).file_name().unwrap_or(OsStr::new("a tool")).to_string_lossy();
+        bail!("`{}` failed ({}); {name} says:\n{}", cargo::line(command), output.status, said.trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn no_overlay_and_no_values_are_left_out() {
+        let deploy = cargo::workspace().join("deploy");
+        let mut overlays = OVERLAYS.map(str::to_owned);
+        overlays.sort();
+        assert_eq!(files(&deploy.join("kubernetes/overlays")), overlays);
+        let values = overlays.map(|name| format!("{name}-values.yaml"));
+        assert_eq!(files(&deploy.join("helm/injector/ci")), values);
+    }
+
+    #[test]
+    fn every_version_that_is_promised_is_judged() {
+        let chart = fs::read_to_string(cargo::workspace().join("deploy/helm/injector/Chart.yaml")).unwrap();
+        assert!(chart.contains(&format!("kubeVersion: \">={}.0-0\"", schema::VERSIONS[0])), "{chart}");
+    }
+
+    #[test]
+    fn only_maps_with_a_configuration_are_checked() {
+        let stream = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\ndata: {injector.toml: \"x = 1\"}\n---\n\
+            apiVersion: v1\nkind: ConfigMap\nmetadata: {name: b}\ndata: {other: y}\n";
+        let found = configurations(&Object::parse(stream).unwrap());
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), [("a".to_owned(), "x = 1".to_owned())]);
+    }
+
+    #[test]
+    fn a_failing_tool_is_heard() {
+        let error = output(Command::new("sh").args(["-c", "echo said; echo why >&2; exit 3"])).unwrap_err();
+        assert!(error.to_string().contains("sh says:\nsaid\nwhy"), "{error}");
+        assert_eq!(output(Command::new("echo").arg("fine")).unwrap(), "fine\n");
+    }
+
+    #[test]
+    fn the_table_has_a_line_for_each_overlay() {
+        let rendering = |name| Rendering { name, file: PathBuf::new(), objects: Vec::new() };
+        let count = Count { valid: 4, without: 2, invalid: 1 };
+        let verdicts = Verdicts { schema: vec![count; 5], scan: "9 passed".into(), ..Verdicts::default() };
+        let text = table(&[rendering("edge"), rendering("mail")], &[verdicts, Verdicts::default()]);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 5);
+        assert!(lines[1].contains("1.29") && lines[2].contains("4/7* 1 INVALID"));
+        assert!(
+            lines[2].ends_with("9 passed")
+                && lines[3].starts_with("mail")
+                && lines[4].contains("IPAddressPool")
+        );
+    }
+}

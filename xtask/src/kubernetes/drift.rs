@@ -1,0 +1,103 @@
+//! Whether kustomize and the chart say the same.
+
+use serde_json::Value;
+
+use super::object::Object;
+
+/// Labels that every chart puts on its objects, and that select nothing.
+const OF_HELM: [&str; 4] = [
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/managed-by",
+    "app.kubernetes.io/version",
+    "helm.sh/chart",
+];
+
+/// Helm keeps its records in the namespace, so that has to be there before the chart.
+const OF_KUSTOMIZE: &str = "Namespace";
+
+/// Every difference, with where it is.
+pub(super) fn between(kustomize: &[Object], chart: &[Object]) -> Vec<String> {
+    let mut found = Vec::new();
+    for object in kustomize.iter().filter(|object| object.kind() != OF_KUSTOMIZE) {
+        match chart.iter().find(|other| other.id() == object.id()) {
+            None => found.push(format!("{}: not in the chart", object.id())),
+            Some(other) => compare(&object.id(), &object.0, &without_labels_of_helm(&other.0), &mut found),
+        }
+    }
+    for object in chart {
+        if !kustomize.iter().any(|other| other.id() == object.id()) {
+            found.push(format!("{}: in the chart alone", object.id()));
+        }
+    }
+    found
+}
+
+fn without_labels_of_helm(object: &Value) -> Value {
+    let mut object = object.clone();
+    if let Some(labels) = object["metadata"]["labels"].as_object_mut() {
+        labels.retain(|name, _| !OF_HELM.contains(&name.as_str()));
+    }
+    object
+}
+
+fn compare(path: &str, ours: &Value, theirs: &Value, found: &mut Vec<String>) {
+    match (ours, theirs) {
+        (Value::Object(ours), Value::Object(theirs)) => {
+            for (name, value) in ours {
+                compare(&format!("{path} .{name}"), value, theirs.get(name).unwrap_or(&Value::Null), found);
+            }
+            for (name, value) in theirs.iter().filter(|(name, _)| !ours.contains_key(*name)) {
+                compare(&format!("{path} .{name}"), &Value::Null, value, found);
+            }
+        }
+        // Their order means something (arguments, relabelings), so it has to be the same.
+        (Value::Array(ours), Value::Array(theirs)) if ours.len() == theirs.len() => {
+            for (at, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                compare(&format!("{path} [{at}]"), ours, theirs, found);
+            }
+        }
+        _ if ours == theirs => {}
+        _ => found.push(format!("{path}: kustomize has {ours}, the chart {theirs}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OBJECTS: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: a, labels: {app.kubernetes.io/name: a}}\n\
+        spec: {ports: [{port: 25}, {port: 465}]}\n";
+
+    fn objects(text: &str) -> Vec<Object> {
+        Object::parse(text).unwrap()
+    }
+
+    fn differences(chart: &str) -> Vec<String> {
+        between(&objects(OBJECTS), &objects(chart))
+    }
+
+    #[test]
+    fn labels_of_helm_and_the_namespace_are_no_difference() {
+        assert_eq!(differences(OBJECTS), [""; 0]);
+        assert_eq!(differences(&OBJECTS.replace("name: a}}", "name: a, helm.sh/chart: a-1}}")), [""; 0]);
+        let namespace = format!("{OBJECTS}---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: n}}\n");
+        assert_eq!(between(&objects(&namespace), &objects(OBJECTS)), [""; 0]);
+        assert_eq!(differences(&namespace), ["Namespace n: in the chart alone"]);
+    }
+
+    #[test]
+    fn everything_else_is() {
+        for (from, to, told) in [
+            ("25", "26", "Service a .spec .ports [0] .port: kustomize has 25, the chart 26"),
+            ("25", "'25'", "kustomize has 25, the chart \"25\""),
+            (", {port: 465}", "", "Service a .spec .ports: kustomize has"),
+            ("spec: {", "spec: {type: ClusterIP, ", "Service a .spec .type: kustomize has null"),
+            ("/name: a", "/name: b", "kustomize has \"a\", the chart \"b\""),
+        ] {
+            let found = differences(&OBJECTS.replace(from, to));
+            assert!(found.len() == 1 && found[0].contains(told), "{told}: {found:?}");
+        }
+        let renamed = differences(&OBJECTS.replace("name: a,", "name: z,"));
+        assert_eq!(renamed, ["Service a: not in the chart", "Service z: in the chart alone"]);
+    }
+}

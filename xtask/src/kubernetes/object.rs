@@ -1,0 +1,80 @@
+//! What kustomize and helm render.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+/// One object, as the API server would be given it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Object(pub(super) Value);
+
+impl Object {
+    /// All objects of a stream of YAML documents.
+    ///
+    /// # Errors
+    /// When it is no YAML, or a document is no object of Kubernetes.
+    pub(super) fn parse(text: &str) -> Result<Vec<Self>> {
+        // A name such as `n` is a name, although YAML 1.1 had it mean "no".
+        let options = serde_saphyr::options! { strict_booleans: true };
+        let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
+            .context("what was rendered is no YAML")?;
+        let objects: Vec<_> =
+            documents.into_iter().filter(|document| !document.is_null()).map(Self).collect();
+        for object in &objects {
+            let named = [&object.0["apiVersion"], &object.0["kind"], &object.0["metadata"]["name"]];
+            ensure!(named.iter().all(|value| value.is_string()), "no object of Kubernetes: {}", object.0);
+        }
+        Ok(objects)
+    }
+
+    pub(super) fn kind(&self) -> &str {
+        text(&self.0["kind"])
+    }
+
+    pub(super) fn name(&self) -> &str {
+        text(&self.0["metadata"]["name"])
+    }
+
+    pub(super) fn namespace(&self) -> &str {
+        text(&self.0["metadata"]["namespace"])
+    }
+
+    /// `DaemonSet injector/injector`, or without a namespace `Namespace injector`.
+    pub(super) fn id(&self) -> String {
+        let namespace = self.namespace();
+        let slash = if namespace.is_empty() { "" } else { "/" };
+        format!("{} {namespace}{slash}{}", self.kind(), self.name())
+    }
+}
+
+/// The string, or an empty one where there is none.
+pub(super) fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// The elements of a list, or none where there is none.
+pub(super) fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_come_out_of_a_stream() {
+        let stream = "# a comment\n---\napiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n---\n---\n\
+            apiVersion: v1\nkind: Service\nmetadata: {name: b, namespace: c}\nspec: {ports: [{port: 25}]}\n";
+        let objects = Object::parse(stream).unwrap();
+        let ids: Vec<_> = objects.iter().map(Object::id).collect();
+        assert_eq!(ids, ["Namespace a", "Service c/b"]);
+        assert_eq!(list(&objects[1].0["spec"]["ports"])[0]["port"], 25);
+    }
+
+    #[test]
+    fn other_things_are_refused() {
+        for stream in ["kind: Service\n", "apiVersion: v1\nkind: Service\nmetadata: {}\n", "a: [", "- 1\n"] {
+            assert!(Object::parse(stream).is_err(), "{stream}");
+        }
+        assert_eq!(Object::parse("").unwrap(), []);
+    }
+}

@@ -1,0 +1,202 @@
+//! The policy scanner, and the findings that are accepted.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::Deserialize;
+
+/// What the scanner says about one rendering.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Scan {
+    pub(super) passed: usize,
+    pub(super) findings: Vec<Finding>,
+}
+
+/// A check that failed.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub(super) struct Finding {
+    #[serde(rename = "check_id")]
+    pub(super) check: String,
+    /// As the scanner names it: `DaemonSet.injector.injector`.
+    pub(super) resource: String,
+    #[serde(rename = "check_name")]
+    pub(super) title: String,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}: {}", self.check, self.resource, self.title)
+    }
+}
+
+/// Scans a file of objects. Asks nobody on the network.
+///
+/// # Errors
+/// When the scanner does not run, or has not understood the file.
+pub(super) fn scan(python: &Path, file: &Path) -> Result<Scan> {
+    let output = Command::new(python)
+        .args(["-m", "checkov.main", "--framework", "kubernetes", "--output", "json", "--quiet", "--compact"])
+        .args(["--skip-download", "--soft-fail", "--file"])
+        .arg(file)
+        .output()
+        .context("cannot start checkov")?;
+    if !output.status.success() {
+        bail!("checkov failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    parse(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse(said: &str) -> Result<Scan> {
+    #[derive(Deserialize)]
+    struct Report {
+        summary: Summary,
+        results: Results,
+    }
+    #[derive(Deserialize)]
+    struct Summary {
+        passed: usize,
+        failed: usize,
+        skipped: usize,
+        parsing_errors: usize,
+    }
+    #[derive(Deserialize)]
+    struct Results {
+        failed_checks: Vec<Finding>,
+    }
+    let Report { summary, results } = serde_json::from_str(said).context("checkov's report")?;
+    ensure!(summary.parsing_errors == 0, "checkov could not read {} files", summary.parsing_errors);
+    ensure!(summary.passed > 0, "no check of checkov passed: has it seen anything?");
+    // Annotations can have checks skipped; the one list of what is accepted is the file.
+    ensure!(summary.skipped == 0, "{} checks are skipped by annotations", summary.skipped);
+    ensure!(summary.failed == results.failed_checks.len(), "checkov counts otherwise than it lists");
+    Ok(Scan { passed: summary.passed, findings: results.failed_checks })
+}
+
+/// `accepted-findings.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Accepted {
+    #[serde(default)]
+    accepted: Vec<Acceptance>,
+}
+
+/// One check that may fail, and why.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Acceptance {
+    check: String,
+    /// As the scanner names them.
+    resources: Vec<String>,
+    /// Where it is accepted; everywhere, if not given.
+    overlays: Option<Vec<String>>,
+    reason: String,
+}
+
+impl Accepted {
+    /// Reads the file's text.
+    ///
+    /// # Errors
+    /// When it is not of the right shape, or a reason is missing.
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let accepted: Self = toml::from_str(text)?;
+        for one in &accepted.accepted {
+            ensure!(one.reason.split_whitespace().count() > 2, "{}: no reason is given", one.check);
+        }
+        Ok(accepted)
+    }
+
+    /// Whether a finding in an overlay is accepted.
+    pub(super) fn covers(&self, overlay: &str, finding: &Finding) -> bool {
+        self.accepted.iter().any(|one| one.covers(overlay, &finding.check, &finding.resource))
+    }
+
+    /// What is accepted and was found nowhere: it must not stay, or it would excuse a mistake one day.
+    pub(super) fn idle(&self, found: &[(String, Finding)]) -> Vec<String> {
+        let mut idle = Vec::new();
+        for one in &self.accepted {
+            for resource in &one.resources {
+                let met = |(overlay, finding): &(String, Finding)| {
+                    finding.resource == *resource && one.covers(overlay, &finding.check, resource)
+                };
+                if !found.iter().any(met) {
+                    idle.push(format!("{} {resource}: accepted, but not found any more", one.check));
+                }
+            }
+        }
+        idle
+    }
+}
+
+impl Acceptance {
+    fn covers(&self, overlay: &str, check: &str, resource: &str) -> bool {
+        self.check == check
+            && self.resources.iter().any(|accepted| accepted == resource)
+            && self
+                .overlays
+                .as_ref()
+                .is_none_or(|overlays| overlays.iter().any(|accepted| accepted == overlay))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REPORT: &str = r#"{"check_type": "kubernetes", "results": {"failed_checks": [
+        {"check_id": "CKV_K8S_19", "resource": "DaemonSet.a.b", "check_name": "No host network", "file_path": "/x"}]},
+        "summary": {"passed": 80, "failed": 1, "skipped": 0, "parsing_errors": 0, "resource_count": 5}}"#;
+    const ACCEPTED: &str = r#"
+        [[accepted]]
+        check = "CKV_K8S_19"
+        resources = ["DaemonSet.a.b"]
+        overlays = ["edge"]
+        reason = "it has to be there"
+    "#;
+
+    #[test]
+    fn a_report_is_counted_and_listed() {
+        let scan = parse(REPORT).unwrap();
+        assert_eq!((scan.passed, scan.findings.len()), (80, 1));
+        assert_eq!(scan.findings[0].to_string(), "CKV_K8S_19 DaemonSet.a.b: No host network");
+    }
+
+    #[test]
+    fn a_report_that_proves_nothing_is_refused() {
+        for (from, to) in [
+            (r#""passed": 80"#, r#""passed": 0"#),
+            (r#""parsing_errors": 0"#, r#""parsing_errors": 1"#),
+            (r#""skipped": 0"#, r#""skipped": 2"#),
+            (r#""failed": 1"#, r#""failed": 2"#),
+        ] {
+            assert!(parse(&REPORT.replace(from, to)).is_err(), "{to}");
+        }
+        // What it says when it found no object at all.
+        assert!(parse(r#"{"passed": 0, "failed": 0, "skipped": 0, "parsing_errors": 0}"#).is_err());
+    }
+
+    #[test]
+    fn only_what_is_listed_is_accepted_and_only_there() {
+        let accepted = Accepted::parse(ACCEPTED).unwrap();
+        let finding = |check: &str, resource: &str| Finding {
+            check: check.into(),
+            resource: resource.into(),
+            title: String::new(),
+        };
+        assert!(accepted.covers("edge", &finding("CKV_K8S_19", "DaemonSet.a.b")));
+        assert!(!accepted.covers("other", &finding("CKV_K8S_19", "DaemonSet.a.b")));
+        assert!(!accepted.covers("edge", &finding("CKV_K8S_20", "DaemonSet.a.b")));
+        assert!(!accepted.covers("edge", &finding("CKV_K8S_19", "Deployment.a.b")));
+        let everywhere = Accepted::parse(&ACCEPTED.replace(r#"overlays = ["edge"]"#, "")).unwrap();
+        assert!(everywhere.covers("other", &finding("CKV_K8S_19", "DaemonSet.a.b")));
+    }
+
+    #[test]
+    fn an_acceptance_needs_a_reason_and_a_finding() {
+        assert!(Accepted::parse(&ACCEPTED.replace("it has to be there", "yes")).is_err());
+        assert!(Accepted::parse(&ACCEPTED.replace("reason", "because")).is_err());
+        let accepted = Accepted::parse(ACCEPTED).unwrap();
+        let finding = parse(REPORT).unwrap().findings.remove(0);
+        assert_eq!(accepted.idle(&[]).len(), 1);
+        assert_eq!(accepted.idle(&[("edge".into(), finding)]), [""; 0]);
+    }
+}

@@ -104,7 +104,7 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
             return Ok(Vec::new());
         }
         let bind = |address: &SocketAddr| {
-            let sockets = serving::bind(*address, inherited, config.limits.workers, listener, false)?;
+            let sockets = serving::bind(*address, inherited, config.limits.workers, listener)?;
             Ok((*address, sockets))
         };
         let sockets: anyhow::Result<Sockets> = listener.bind.iter().map(bind).collect();

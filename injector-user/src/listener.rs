@@ -77,8 +77,7 @@ pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
     bind().map_err(|error| BindError { address, error })
 }
 
-/// Listens on `address` with a socket for each worker, over which the kernel spreads clients. `ours` says that this daemon
-/// listens there already.
+/// Listens on `address` with a socket for each worker, over which the kernel spreads clients.
 ///
 /// # Errors
 /// [`BindError`], with what to do about it.
@@ -86,15 +85,12 @@ pub fn bind_for_workers(
     address: SocketAddr,
     workers: usize,
     timeouts: &Timeouts,
-    ours: bool,
 ) -> Result<Vec<Socket>, BindError> {
     let bind = || {
-        let mut address = address;
-        if !ours {
-            // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
-            let first = bound(address, false)?;
-            address = first.local_addr()?.as_socket().unwrap_or(address);
-        }
+        // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
+        let first = bound(address, false)?;
+        let address = first.local_addr()?.as_socket().unwrap_or(address);
+        drop(first);
         let sockets: io::Result<Vec<_>> = (0..workers).map(|_| bound(address, true)).collect();
         let sockets = sockets?;
         for socket in &sockets {
@@ -208,6 +204,8 @@ impl Limits {
 pub struct Policy {
     /// What those share that are let in from now on.
     context: RwLock<Arc<Context>>,
+    /// The listener's own limit.
+    own: Arc<Room>,
     /// Nobody is let in.
     draining: AtomicBool,
 }
@@ -215,8 +213,8 @@ pub struct Policy {
 impl Policy {
     /// Lets everybody in.
     #[must_use]
-    pub fn new(context: Arc<Context>) -> Self {
-        Self { context: RwLock::new(context), draining: AtomicBool::new(false) }
+    pub fn new(context: Arc<Context>, own: Arc<Room>) -> Self {
+        Self { context: RwLock::new(context), own, draining: AtomicBool::new(false) }
     }
 
     /// For those that are let in from now on.
@@ -234,15 +232,35 @@ impl Policy {
     }
 }
 
+/// Whose a listening socket is. It can be handed to another listener: closing it and opening another would reset clients that
+/// the kernel has let in and nobody has accepted yet.
+#[derive(Debug)]
+pub struct Owner(RwLock<Arc<Policy>>);
+
+impl Owner {
+    /// The listener with this policy.
+    #[must_use]
+    pub fn new(policy: Arc<Policy>) -> Self {
+        Self(RwLock::new(policy))
+    }
+
+    /// Another one, for the clients that are accepted from now on.
+    pub fn hand_over(&self, policy: Arc<Policy>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = policy;
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// One listening socket's way in.
 #[derive(Clone, Debug)]
 pub struct Door {
-    /// What decides, shared by the doors of the listener on this worker.
-    pub policy: Arc<Policy>,
+    /// Whose it is.
+    pub owner: Arc<Owner>,
     /// The limits of the whole daemon.
     pub limits: Limits,
-    /// The listener's own.
-    pub own: Arc<Room>,
     /// The connections that are served.
     pub sessions: TaskTracker,
     /// Cancelled when no more may come.
@@ -273,22 +291,24 @@ impl Door {
             match accepted {
                 Ok(client) if spare.keep(socket.get_ref()) => self.let_in(client),
                 Ok(client) => {
-                    let context = self.policy.context();
+                    let context = self.owner.policy().context();
                     self.limits.0.shortage.tell(&context.listener);
                     turn_away_at_once(&context, client);
                     spare.keep(socket.get_ref());
                 }
                 Err(error) if no_room(&error) => {
-                    self.limits.0.shortage.tell(&self.policy.context().listener);
+                    self.limits.0.shortage.tell(&self.owner.policy().context().listener);
                     if !spare.give_up() {
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
                 // The client has gone meanwhile, or the network had news of it (accept(2)).
-                Err(error) => tracing::debug!(listener = &*self.policy.context().listener, %error, "accept"),
+                Err(error) => {
+                    tracing::debug!(listener = &*self.owner.policy().context().listener, %error, "accept")
+                }
             }
         }
-        let context = self.policy.context();
+        let context = self.owner.policy().context();
         while let Ok(client) = accept_now(socket.get_ref()) {
             context.metrics.accepted();
             self.turn_away(&context, client, RefusedReason::Stopping, Refusal::Stopping);
@@ -297,12 +317,13 @@ impl Door {
     }
 
     fn let_in(&self, client: Accepted) {
-        let context = self.policy.context();
+        let policy = self.owner.policy();
+        let context = policy.context();
         context.metrics.accepted();
-        if self.policy.draining.load(Ordering::Relaxed) {
+        if policy.draining.load(Ordering::Relaxed) {
             return self.turn_away(&context, client, RefusedReason::Draining, Refusal::Stopping);
         }
-        let admitted = match self.admit() {
+        let admitted = match self.admit(&policy) {
             Ok(admitted) => admitted,
             Err(reason) => return self.turn_away(&context, client, reason, Refusal::TooManyConnections),
         };
@@ -318,8 +339,8 @@ impl Door {
         });
     }
 
-    fn admit(&self) -> Result<Admitted, RefusedReason> {
-        let own = self.own.enter().ok_or(RefusedReason::TooManyConnections)?;
+    fn admit(&self, policy: &Policy) -> Result<Admitted, RefusedReason> {
+        let own = policy.own.enter().ok_or(RefusedReason::TooManyConnections)?;
         let total = self.limits.0.room.enter().ok_or_else(|| self.limits.reason())?;
         Ok(Admitted { _total: total, _own: own })
     }
@@ -464,10 +485,10 @@ mod tests {
         let text = "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\n\
                     backends = [\"127.0.0.1:2\"]\n";
         let timeouts = crate::config::Config::parse(text, "test.toml").unwrap().listeners[0].timeouts;
-        let ours = bind_for_workers("127.0.0.1:0".parse().unwrap(), 3, &timeouts, false).unwrap();
+        let ours = bind_for_workers("127.0.0.1:0".parse().unwrap(), 3, &timeouts).unwrap();
         let address = ours[0].local_addr().unwrap().as_socket().unwrap();
         assert!(ours.iter().all(|socket| socket.local_addr().unwrap().as_socket() == Some(address)));
-        let error = bind_for_workers(address, 3, &timeouts, false).unwrap_err().to_string();
+        let error = bind_for_workers(address, 3, &timeouts).unwrap_err().to_string();
         assert!(error.contains("another program listens there"), "{error}");
     }
 

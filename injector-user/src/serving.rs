@@ -21,7 +21,7 @@ use crate::{
     choice::Choice,
     config::{Config, EngineChoice, Listener},
     engine::Engine,
-    listener::{self, Door, Limits, Policy},
+    listener::{self, Door, Limits, Owner, Policy},
     metrics::{ListenerMetrics, Metrics},
     pipe::{self, Pipes},
     protocol::Speaker,
@@ -124,8 +124,17 @@ pub struct Open {
     cut_next: CancellationToken,
     /// What cuts those that came before a drain.
     cut_drained: Vec<CancellationToken>,
-    /// What closes the doors of each address.
-    doors: BTreeMap<SocketAddr, CancellationToken>,
+    /// By the addresses of the configuration.
+    doors: BTreeMap<SocketAddr, Doors>,
+}
+
+/// The doors of one address.
+#[derive(Debug)]
+struct Doors {
+    /// Closes them.
+    stop: CancellationToken,
+    /// One for each worker.
+    owners: Vec<Arc<Owner>>,
 }
 
 /// A drain under way.
@@ -256,6 +265,7 @@ impl Serving {
         let before = std::mem::take(&mut self.listeners);
         let mut before: BTreeMap<_, _> =
             before.into_iter().map(|open| (open.config.name.clone(), open)).collect();
+        let mut handed_over = take_doors(&mut before, &config);
         self.config = config.clone();
         self.shared.limits.resize(config.limits.max_connections, carried);
         for (((listener, asked), engine), sockets) in
@@ -276,6 +286,9 @@ impl Serving {
                 }
             };
             self.listeners.push(open);
+        }
+        for open in &mut self.listeners {
+            receive_doors(open, &mut handed_over);
         }
         for (name, open) in before {
             self.close(open);
@@ -473,8 +486,11 @@ impl Serving {
             metrics,
         };
         self.look_after(&open);
-        open.policies =
-            self.contexts(&open, &open.cut_next).into_iter().map(|it| Arc::new(Policy::new(it))).collect();
+        open.policies = self
+            .contexts(&open, &open.cut_next)
+            .into_iter()
+            .map(|it| Arc::new(Policy::new(it, Arc::clone(&open.own))))
+            .collect();
         self.open_doors(&mut open, sockets);
         open
     }
@@ -494,17 +510,18 @@ impl Serving {
                 "listening"
             );
             let stop = self.shared.stop.child_token();
-            for ((worker, policy), socket) in self.workers.iter().zip(&open.policies).zip(sockets) {
+            let owners: Vec<_> =
+                open.policies.iter().map(|policy| Arc::new(Owner::new(Arc::clone(policy)))).collect();
+            for ((worker, owner), socket) in self.workers.iter().zip(&owners).zip(sockets) {
                 let door = Door {
-                    policy: Arc::clone(policy),
+                    owner: Arc::clone(owner),
                     limits: self.shared.limits.clone(),
-                    own: Arc::clone(&open.own),
                     sessions: self.shared.sessions.clone(),
                     stop: stop.clone(),
                 };
                 worker.open(door, socket);
             }
-            open.doors.insert(address, stop);
+            open.doors.insert(address, Doors { stop, owners });
         }
     }
 
@@ -558,18 +575,18 @@ impl Serving {
         }
         // The new doors first: an address that only has to be opened anew is never without one.
         self.open_doors(open, sockets);
-        open.doors.retain(|address, stop| {
+        open.doors.retain(|address, doors| {
             let stays = open.config.bind.contains(address);
             if !stays {
                 tracing::info!(listener = open.config.name, %address, "no longer listening");
-                stop.cancel();
+                doors.stop.cancel();
             }
             stays
         });
     }
 
     fn close(&mut self, open: Open) {
-        open.doors.values().for_each(CancellationToken::cancel);
+        open.doors.values().for_each(|doors| doors.stop.cancel());
         open.background.cancel();
         let name = open.config.name;
         let until = Instant::now() + open.config.timeouts.drain;
@@ -643,20 +660,18 @@ impl Serving {
         }
     }
 
-    /// Sockets for the addresses that the listener does not have open.
+    /// Sockets for the addresses of a listener that nobody has open.
     fn sockets_for(&self, listener: &Listener) -> anyhow::Result<Sockets> {
         if listener.engine == EngineChoice::Inline {
             return Ok(Vec::new());
         }
-        let own = self.listeners.iter().find(|open| open.config.name == listener.name);
-        let has = |address: &&SocketAddr| own.is_some_and(|open| open.doors.contains_key(address));
+        // Its own, or that of a listener that hands it over.
+        let ours = |address: &&SocketAddr| self.listeners.iter().any(|open| open.doors.contains_key(address));
         let bind = |address: &SocketAddr| {
-            // It may belong to a listener of another name up to now.
-            let ours = self.listeners.iter().any(|open| open.doors.contains_key(address));
-            let sockets = bind(*address, &self.inherited, self.config.limits.workers, listener, ours)?;
+            let sockets = bind(*address, &self.inherited, self.config.limits.workers, listener)?;
             Ok((*address, sockets))
         };
-        listener.bind.iter().filter(|address| !has(address)).map(bind).collect()
+        listener.bind.iter().filter(|address| !ours(address)).map(bind).collect()
     }
 
     fn say_limits(&self) {
@@ -678,8 +693,7 @@ impl Serving {
     fn tell_inline(&self) {}
 }
 
-/// The sockets of one address of a listener, one for each worker. Those that systemd holds are taken over; `ours` says that
-/// this daemon listens there already.
+/// The sockets of one address of a listener, one for each worker. Those that systemd holds are taken over.
 ///
 /// # Errors
 /// With what to do about it.
@@ -688,12 +702,11 @@ pub fn bind(
     inherited: &[(SocketAddr, Socket)],
     workers: usize,
     listener: &Listener,
-    ours: bool,
 ) -> anyhow::Result<Vec<Socket>> {
     let handed = inherited.iter().find(|(bound, _)| *bound == address);
     Ok(match handed {
         Some((_, socket)) => listener::take_over(address, socket, workers, &listener.timeouts)?,
-        None => listener::bind_for_workers(address, workers, &listener.timeouts, ours)?,
+        None => listener::bind_for_workers(address, workers, &listener.timeouts)?,
     })
 }
 
@@ -730,6 +743,29 @@ fn keep_what_stays(running: &Config, config: &mut Config) -> Vec<&'static str> {
     config.inline = running.inline.clone();
     config.log = running.log;
     later
+}
+
+/// The doors whose addresses belong to a listener of another name from here on.
+fn take_doors(before: &mut BTreeMap<String, Open>, config: &Config) -> BTreeMap<SocketAddr, Doors> {
+    let mut taken = BTreeMap::new();
+    for listener in &config.listeners {
+        for open in before.values_mut().filter(|open| open.config.name != listener.name) {
+            taken.extend(listener.bind.iter().filter_map(|address| open.doors.remove_entry(address)));
+        }
+    }
+    taken
+}
+
+/// Gives a listener those that it has none of its own for.
+fn receive_doors(open: &mut Open, handed_over: &mut BTreeMap<SocketAddr, Doors>) {
+    for address in &open.config.bind {
+        let Some((address, doors)) = handed_over.remove_entry(address) else { continue };
+        for (owner, policy) in doors.owners.iter().zip(&open.policies) {
+            owner.hand_over(Arc::clone(policy));
+        }
+        tracing::info!(listener = open.config.name, %address, "listening: handed over");
+        open.doors.insert(address, doors);
+    }
 }
 
 fn cut_at(until: Instant, cut: CancellationToken) {

@@ -96,6 +96,7 @@ fn mail_check(world: &World, engine: &str) -> anyhow::Result<()> {
     drop(stock);
     // Both are checked on the same host's port, so both are down, and all are tried: the first again.
     stands(&injector, 0, "down")?;
+    stands(&injector, 1, "down")?;
     session.talk()?;
     ensure!(injector.metrics()?.sum("injector_backend_up", &[]) < 0.5);
     let _stock = world.stock(STOCK)?;

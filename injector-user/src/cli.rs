@@ -60,6 +60,13 @@ pub enum Command {
     ///
     /// Drives the real mechanism over loopback sockets of its own and cleans up after itself.
     Selftest(SelftestArgs),
+    /// Send a message through the injector, fetch it by IMAP, and compare
+    ///
+    /// What a monitor runs every 20 minutes: it says which step failed and what to do, and leaves its figures
+    /// for Prometheus. Described in docs/observability.md.
+    #[cfg(feature = "probe")]
+    #[command(after_long_help = crate::probe::EXAMPLES)]
+    Probe(Box<crate::probe::ProbeArgs>),
     /// What engine "inline" has left in the kernel
     #[cfg(feature = "bpf")]
     #[command(subcommand)]

@@ -32,6 +32,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         #[cfg(feature = "bpf")]
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
+        #[cfg(feature = "probe")]
+        Command::Probe(args) => return injector_user::probe::run(&args),
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

@@ -50,6 +50,8 @@ pub(crate) enum Group {
     Mail,
     /// Those that the benchmark compares with, beside the mail servers
     Bench,
+    /// Prometheus and what feeds it, for `cargo xtask observe`
+    Observe,
 }
 
 impl Group {

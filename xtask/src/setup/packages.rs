@@ -65,6 +65,19 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
+    (
+        "promtool",
+        "prometheus",
+        "checking the alerts; scraping the daemon for the dashboard",
+        &[Group::Observe],
+    ),
+    (
+        "prometheus-node-exporter",
+        "prometheus-node-exporter",
+        "taking the probe's text file as on a real host",
+        &[Group::Observe],
+    ),
+    ("prometheus-pushgateway", "prometheus-pushgateway", "taking what the probe pushes", &[Group::Observe]),
 ];
 
 /// Where nginx has its stream module.

@@ -42,6 +42,14 @@ impl Dovecot {
     /// # Errors
     /// When Dovecot 2.3 is not installed, refuses its configuration or does not listen within ten seconds.
     pub fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Self> {
+        Self::start_with(netns, certificate, "")
+    }
+
+    /// As [`Self::start`], with these lines after its configuration: settings in them have the last word.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(netns: &Netns, certificate: &Certificate, more: &str) -> anyhow::Result<Self> {
         ensure_version()?;
         let dir = netns::scratch_dir("dovecot")?;
         // Its processes, and Postfix at its sockets, run as users of their own.
@@ -50,7 +58,7 @@ impl Dovecot {
         fs::create_dir(&mailboxes)?;
         chown(&mailboxes, Some(MAIL_UID), Some(MAIL_GID))?;
         let config = dir.path().join("dovecot.conf");
-        fs::write(&config, dovecot_conf(dir.path(), certificate))?;
+        fs::write(&config, dovecot_conf(dir.path(), certificate) + more)?;
 
         let log = LogFile::new(dir.path().join("dovecot.log"));
         let mut command = netns.command("dovecot");

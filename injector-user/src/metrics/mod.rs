@@ -5,6 +5,8 @@
 
 pub mod http;
 mod listener;
+#[cfg(test)]
+mod observability;
 mod programs;
 
 use std::{
@@ -314,7 +316,7 @@ mod tests {
     }
 
     /// Every family with at least one sample.
-    fn complete() -> (Metrics, ListenerMetrics) {
+    pub(super) fn complete() -> (Metrics, ListenerMetrics) {
         let metrics = Metrics::new();
         metrics.watch_programs(Arc::new(Counted));
         metrics.set_engine("splice", false);

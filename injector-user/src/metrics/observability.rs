@@ -101,7 +101,9 @@ impl Known {
 
     fn add<'a>(&mut self, name: &str, labels: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) {
         let metric = self.0.entry(name.to_owned()).or_default();
-        OF_TARGETS.iter().for_each(|label| drop(metric.entry((*label).to_owned()).or_default()));
+        for label in OF_TARGETS {
+            metric.entry(label.to_owned()).or_default();
+        }
         for (label, value) in labels {
             metric.entry(label.to_owned()).or_default().extend(value.map(str::to_owned));
         }

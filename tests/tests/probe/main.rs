@@ -21,6 +21,9 @@ use world::{Outcome, World};
 /// The world before and after the first trial needs it.
 type Shared = Arc<OnceLock<Result<World, String>>>;
 
+/// A trial.
+type Run = fn(&World) -> anyhow::Result<()>;
+
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(1);
@@ -44,7 +47,7 @@ fn main() {
             }));
         }
     }
-    let others: [(&str, fn(&World) -> anyhow::Result<()>); 9] = [
+    let others: [(&str, Run); 9] = [
         ("a password that is wrong", wrong_password),
         ("mail that never arrives", never_arrives),
         ("nobody listens", nobody_listens),
@@ -203,7 +206,9 @@ fn leftovers(world: &World) -> anyhow::Result<()> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
     let of = |probe: &str, began: u64| {
         let text = format!("X-Injector-Probe: {probe} {began} 0123\r\nSubject: left\r\n\r\nleft\r\n");
-        Message { bytes: text.into_bytes(), ..Message::new("left", user) }
+        let mut message = Message::new("left", user);
+        message.bytes = text.into_bytes();
+        message
     };
     let (left, at_work, others) = (of("mail", now - 3600), of("mail", now), of("mail-v6", now - 3600));
     let server = world.stock(Family::V4, IMAPS);
@@ -215,7 +220,7 @@ fn leftovers(world: &World) -> anyhow::Result<()> {
     ensure!(outcome.sample("injector_probe_leftovers_deleted", None)? == 1.0, "{}", outcome.metrics);
     let inbox = world.inbox(user)?;
     ensure!(inbox.len() == 3, "{} messages, not three", inbox.len());
-    let has = |message: &Message| inbox.iter().any(|have| *have == message.bytes);
+    let has = |message: &Message| inbox.contains(&message.bytes);
     ensure!(has(&at_work) && has(&others) && has(&mail) && !has(&left), "other messages than these are left");
     Ok(())
 }

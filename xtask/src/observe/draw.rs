@@ -173,8 +173,9 @@ fn chart(
         .draw()
         .map_err(unpaintable)?;
     for (line, colour) in lines.into_iter().zip(COLOURS) {
-        let line = line.into_iter().map(|(time, value)| (time - from, value));
-        chart.draw_series(LineSeries::new(line, colour.stroke_width(1))).map_err(unpaintable)?;
+        let line: Vec<_> = line.into_iter().map(|(time, value)| (time - from, value)).collect();
+        let line = PathElement::new(line, colour.stroke_width(1));
+        chart.draw_series(std::iter::once(line)).map_err(unpaintable)?;
     }
     for (index, ((name, series), colour)) in (0..).zip(drawn.iter().copied().zip(COLOURS)) {
         let (x, y) = (12 + (index % 2) * (width - 20) / 2, height - legend + (index / 2) * LEGEND_LINE + 4);

@@ -67,8 +67,7 @@ pub(super) async fn send(
     Ok(local)
 }
 
-/// lettre hides the server's answer behind the kind of its error.
+/// lettre's errors repeat in each link of their chain what the next one says.
 fn told(error: lettre::transport::smtp::Error) -> anyhow::Error {
-    let error = anyhow!(error);
-    anyhow!("{error:#}")
+    anyhow!("{error}")
 }

@@ -83,7 +83,10 @@ impl Trust {
                     builder = builder.add_root_certificate(Certificate::from_der(certificate.to_vec())?);
                 }
             }
-            Self::Anybody => builder = builder.dangerous_accept_invalid_certs(true),
+            Self::Anybody => {
+                builder =
+                    builder.dangerous_accept_invalid_certs(true).dangerous_accept_invalid_hostnames(true);
+            }
         }
         Ok(builder.build_rustls()?)
     }

@@ -144,6 +144,9 @@ fn wrong_password(world: &World) -> anyhow::Result<()> {
     ensure!(kept == passed_at, "the last success was at {passed_at}, and is {kept} after a failure");
     let last = value(&metrics, "injector_probe_last_run_timestamp_seconds", None)?;
     ensure!(last > passed_at, "the failed run is not the last");
+    let outcome = world.probe_with_password(Family::V4, SUBMISSION, IMAPS, "wrong", secret, &[])?;
+    outcome.ensure_failed_at("smtp_login")?;
+    ensure!(!outcome.output.contains(secret), "the password is in the output");
     Ok(())
 }
 

@@ -81,6 +81,11 @@ impl Panel {
         self
     }
 
+    const fn high(mut self, rows: u32) -> Self {
+        self.height = rows;
+        self
+    }
+
     const fn may_be_empty(mut self, why: &'static str) -> Self {
         self.may_be_empty = Some(why);
         self
@@ -134,6 +139,7 @@ const ROWS: &[Row] = &[
                     "{{alertname}} {{alertstate}} {{listener}}",
                 )],
             )
+            .high(5)
             .may_be_empty("nothing is wrong"),
         ],
     },
@@ -247,7 +253,7 @@ const ROWS: &[Row] = &[
                 Kind::Lines,
                 "percentunit",
                 4,
-                &[q("injector:no_banner:ratio_rate10m{@listener}", "{{instance}} {{listener}}")],
+                &[q("max by (listener) (injector:no_banner:ratio_rate10m{@listener})", "{{listener}}")],
             )
             .about("Share of connections whose backend closed before its first byte: it does not take the header."),
         ],
@@ -546,11 +552,12 @@ fn alerts_as_annotations() -> Value {
 }
 
 fn variables() -> Value {
+    // "All" means all that the query found: Prometheus has other jobs, too.
     let variable = |name: &str, label: &str, query: &str| {
         json!({
             "name": name, "label": label, "type": "query", "datasource": source(),
             "query": { "query": query, "refId": name }, "definition": query,
-            "refresh": 2, "sort": 1, "includeAll": true, "allValue": ".*", "multi": true,
+            "refresh": 2, "sort": 1, "includeAll": true, "multi": true,
             "current": { "selected": true, "text": ["All"], "value": ["$__all"] },
         })
     };

@@ -259,6 +259,7 @@ fn pixels(length: f64) -> i32 {
 pub(super) fn number(value: f64, unit: &str) -> String {
     match unit {
         "bool_yes_no" => (if value == 0.0 { "no" } else { "yes" }).to_owned(),
+        "percentunit" if value != 0.0 && value.abs() < 0.01 => format!("{:.2} %", value * 100.0),
         "percentunit" => format!("{:.1} %", value * 100.0),
         "s" if value != 0.0 && value.abs() < 1.0 => format!("{:.3} ms", value * 1000.0),
         "s" if value.abs() >= 600.0 => format!("{:.0} min", value / 60.0),

@@ -157,7 +157,7 @@ fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
 fn for_this_run(expr: &str) -> String {
     let chosen =
         dashboard::for_grafana(expr).replace("$__rate_interval", RATE_INTERVAL).replace("$__range", RANGE);
-    ["$job", "$instance", "$listener"].iter().fold(chosen, |expr, variable| expr.replace(variable, ".*"))
+    chosen.replace("$job", "injector").replace("$instance", ".*").replace("$listener", ".*")
 }
 
 /// Metrics that the daemon does not have yet, and what the rules make of them.
@@ -239,6 +239,8 @@ fn table(answers: &[Answer]) -> String {
     const MOST: usize = 6;
     let mut lines = Vec::new();
     for answer in answers {
+        // A heatmap's unit is that of its buckets, and its values are counts.
+        let unit = if answer.panel.kind == Kind::Heatmap { "none" } else { answer.panel.unit };
         lines.push(answer.panel.title.to_owned());
         for outcome in &answer.results {
             match &outcome.result {
@@ -255,9 +257,8 @@ fn table(answers: &[Answer]) -> String {
                         size(right).total_cmp(&size(left))
                     });
                     for series in listed.iter().take(MOST) {
-                        let value = series
-                            .last()
-                            .map_or("no number".to_owned(), |last| draw::number(last, answer.panel.unit));
+                        let value =
+                            series.last().map_or("no number".to_owned(), |last| draw::number(last, unit));
                         lines.push(format!("    {:<48} {value:>14}", series.name(outcome.query.legend)));
                     }
                     if listed.len() > MOST {

@@ -233,7 +233,7 @@ const ROWS: &[Row] = &[
                 ],
             ),
             panel(
-                "Headers",
+                "Headers sent and failed",
                 Kind::Lines,
                 "cps",
                 4,

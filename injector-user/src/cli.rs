@@ -74,6 +74,13 @@ pub enum Command {
     /// are faults, with 2 if nothing could be examined.
     #[command(after_long_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
+    /// Send a message through the injector, fetch it by IMAP, and compare
+    ///
+    /// What a monitor runs every 20 minutes: it says which step failed and what to do, and leaves its figures
+    /// for Prometheus. Described in docs/observability.md.
+    #[cfg(feature = "probe")]
+    #[command(after_long_help = crate::probe::EXAMPLES)]
+    Probe(Box<crate::probe::ProbeArgs>),
     /// What engine "inline" has left in the kernel
     #[cfg(feature = "bpf")]
     #[command(subcommand)]

@@ -18,6 +18,8 @@ pub mod listener;
 pub mod log;
 pub mod metrics;
 pub mod pipe;
+#[cfg(feature = "probe")]
+pub mod probe;
 pub mod protocol;
 pub mod relay;
 pub mod rights;

@@ -58,6 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Top(args) if args.once => print!("{}", control::top::once(&args.at.socket, args.interval)?),
         Command::Top(args) => control::top::run(&args.at.socket, args.interval)?,
         Command::Doctor(args) => return Ok(doctor::run(&args)),
+        #[cfg(feature = "probe")]
+        Command::Probe(args) => return injector_user::probe::run(&args),
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

@@ -42,11 +42,19 @@ impl Dovecot {
     /// # Errors
     /// When Dovecot 2.3 is not installed, refuses its configuration or does not listen within ten seconds.
     pub fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Self> {
+        Self::start_adding(netns, certificate, "")
+    }
+
+    /// As [`Self::start`], with these lines after its configuration: settings in them have the last word.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_adding(netns: &Netns, certificate: &Certificate, more: &str) -> anyhow::Result<Self> {
         let ports = [IMAPS, POP3S].map(|service| [service.stock, service.proxied]).concat();
         let sockets =
             Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
         let sockets: Vec<_> = sockets.into_iter().flatten().collect();
-        Self::start_with(netns, |dir| dovecot_conf(dir, certificate), &sockets)
+        Self::start_with(netns, |dir| dovecot_conf(dir, certificate) + more, &sockets)
     }
 
     /// Starts one with this configuration, made for its directory, and waits until it listens there.

@@ -36,9 +36,18 @@ impl MailHost {
     /// # Errors
     /// As [`Postfix::start`] and [`Dovecot::start`].
     pub fn start(netns: &Netns) -> anyhow::Result<Self> {
+        Self::start_with(netns, "")
+    }
+
+    /// As [`Self::start`], with these lines after Dovecot's configuration.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(netns: &Netns, more_of_dovecot: &str) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("certificate")?;
         let certificate = Certificate::new(dir.path())?;
-        let dovecot = Dovecot::start(netns, &certificate).context("cannot start Dovecot")?;
+        let dovecot =
+            Dovecot::start_adding(netns, &certificate, more_of_dovecot).context("cannot start Dovecot")?;
         let (lmtp_socket, auth_socket) = (dovecot.lmtp_socket(), dovecot.auth_socket());
         let neighbours =
             Neighbours { lmtp_socket: &lmtp_socket, auth_socket: &auth_socket, certificate: &certificate };

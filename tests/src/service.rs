@@ -32,6 +32,9 @@ pub const SUBMISSIONS: Service =
 /// Submission with STARTTLS.
 pub const SUBMISSION: Service =
     Service { protocol: "submission", stock: 587, proxied: 5587, security: Security::StartTls };
+/// IMAP with STARTTLS; the mail host has it where Dovecot is given [`CLEAR_IMAP`].
+pub const IMAP: Service =
+    Service { protocol: "imap", stock: 143, proxied: 10143, security: Security::StartTls };
 /// IMAP with implicit TLS.
 pub const IMAPS: Service =
     Service { protocol: "imaps", stock: 993, proxied: 10993, security: Security::ImplicitTls };
@@ -41,3 +44,18 @@ pub const POP3S: Service =
 
 /// The four ports of the matrix, in the order reports list them.
 pub const MATRIX: [Service; 4] = [SMTP, SUBMISSIONS, SUBMISSION, IMAPS];
+
+/// What Dovecot has to be told for [`IMAP`], with passwords in clear besides STARTTLS.
+pub const CLEAR_IMAP: &str = "
+ssl = yes
+disable_plaintext_auth = no
+service imap-login {
+  inet_listener imap {
+    port = 143
+  }
+  inet_listener imap_proxied {
+    port = 10143
+    haproxy = yes
+  }
+}
+";

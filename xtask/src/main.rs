@@ -6,6 +6,7 @@ mod cargo;
 mod ci;
 mod demo;
 mod kubernetes;
+mod observe;
 mod setup;
 mod soak;
 mod test;
@@ -39,6 +40,8 @@ enum Verb {
     Soak(soak::SoakArgs),
     /// Compare the engines with HAProxy, nginx and kernel NAT, in network namespaces of its own
     Bench(bench::BenchArgs),
+    /// Check alerts and dashboard with Prometheus' own tools, or by a live run
+    Observe(observe::ObserveArgs),
     /// One end of the load generator, in one of bench's namespaces
     #[command(name = injector_tests::bench::ends::ARGUMENT, hide = true)]
     LoadEnd {
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Observe(args) => observe::run(&args),
         Verb::LoadEnd { arguments } => bench::end(&arguments),
         Verb::Kubernetes(args) => kubernetes::run(&args),
         Verb::Ci => ci::run(),

@@ -53,6 +53,8 @@ pub(crate) enum Group {
     Bench,
     /// What validates the manifests for Kubernetes
     Kubernetes,
+    /// Prometheus and what feeds it, for `cargo xtask observe`
+    Observe,
 }
 
 impl Group {

@@ -103,8 +103,15 @@ fn answer_postfix(log: &Path) -> Result<()> {
 
 /// Packages switch their services on for the next boot; the tests start their own servers, in their own namespaces.
 fn keep_off(packages: &[String], log: &Path) {
-    const SERVICES: [(&str, &str); 4] =
-        [("postfix", "postfix"), ("dovecot-core", "dovecot"), ("haproxy", "haproxy"), ("nginx", "nginx")];
+    const SERVICES: [(&str, &str); 7] = [
+        ("postfix", "postfix"),
+        ("dovecot-core", "dovecot"),
+        ("haproxy", "haproxy"),
+        ("nginx", "nginx"),
+        ("prometheus", "prometheus"),
+        ("prometheus-node-exporter", "prometheus-node-exporter"),
+        ("prometheus-pushgateway", "prometheus-pushgateway"),
+    ];
     let new = SERVICES.iter().filter(|(package, _)| packages.iter().any(|name| name == package));
     let units: Vec<_> = new.map(|(_, unit)| *unit).collect();
     if !units.is_empty()

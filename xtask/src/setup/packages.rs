@@ -66,6 +66,19 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
     ("systemd-socket-activate", "systemd", "the daemon started for a socket", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
+    (
+        "promtool",
+        "prometheus",
+        "checking the alerts; scraping the daemon for the dashboard",
+        &[Group::Observe],
+    ),
+    (
+        "prometheus-node-exporter",
+        "prometheus-node-exporter",
+        "taking the probe's text file as on a real host",
+        &[Group::Observe],
+    ),
+    ("prometheus-pushgateway", "prometheus-pushgateway", "taking what the probe pushes", &[Group::Observe]),
 ];
 
 /// Where nginx has its stream module.

@@ -1,0 +1,121 @@
+//! `injector probe`: a message goes in by SMTP and comes back by IMAP, every step timed.
+//!
+//! It knows nothing of the daemon: it is a mail client, and stands where clients stand. Read [`run`] first.
+
+mod args;
+mod mailbox;
+mod message;
+mod publish;
+mod report;
+mod smtp;
+mod step;
+mod tls;
+
+use std::{process::ExitCode, time::SystemTime};
+
+use anyhow::{Context as _, Result};
+
+pub use self::{
+    args::{EXAMPLES, ExpectedClient, Name, Password, ProbeArgs, Security, Server},
+    report::Report,
+    step::{Fault, Step},
+};
+use self::{
+    mailbox::Mailbox,
+    message::{Message, Tag, clients},
+    step::Clock,
+    tls::Trust,
+};
+
+/// Makes one roundtrip, prints its report and publishes its metrics. The exit code says whether it passed.
+///
+/// # Errors
+/// When there is nothing to begin with (password file, authorities), or the metrics cannot be published.
+pub fn run(args: &ProbeArgs) -> Result<ExitCode> {
+    let password = Password::read(&args.password_file)
+        .with_context(|| format!("cannot read the password in {}", args.password_file.display()))?;
+    let trust = Trust::new(args.ca.as_deref(), args.insecure)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(roundtrip(args, &trust, &password))?;
+    if args.json {
+        println!("{:#}", report.json());
+    } else {
+        print!("{}", report.text());
+    }
+    if let Some(file) = &args.textfile {
+        publish::to_file(&report, file)?;
+    }
+    if let Some(url) = &args.pushgateway {
+        publish::to_gateway(&report, url)?;
+    }
+    Ok(if report.fault.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn roundtrip(args: &ProbeArgs, trust: &Trust, password: &Password) -> Result<Report> {
+    let began = SystemTime::now();
+    let (name, body) = (random()?, random()?);
+    let tag = Tag::new(args.name.as_str(), began, &name);
+    let size = usize::try_from(args.size)?;
+    let message = Message::new(&tag, args.from.as_ref(), args.to.as_ref(), began, size, &body);
+    let mut clock = Clock::start(args.timeout);
+    let outcome = exchange(args, trust, password, &message, &tag, &mut clock).await;
+    let took = clock.elapsed();
+    let (fault, leftovers) = match outcome {
+        Ok(leftovers) => (None, leftovers),
+        Err(fault) => (Some(fault), 0),
+    };
+    let ended = SystemTime::now();
+    Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps: clock.into_steps(), fault, leftovers })
+}
+
+/// There and back; tells how many older messages were deleted.
+async fn exchange(
+    args: &ProbeArgs,
+    trust: &Trust,
+    password: &Password,
+    message: &Message,
+    tag: &Tag,
+    clock: &mut Clock,
+) -> Result<usize, Fault> {
+    let local = smtp::send(args, trust, password, message, clock).await?;
+    let mut mailbox = Mailbox::open(args, trust, password, clock).await?;
+    let uid = clock.step(Step::Arrival, mailbox.find(tag)).await?;
+    let content = async {
+        let fetched = mailbox.fetch(uid).await?;
+        message.compare(&fetched).map_err(anyhow::Error::msg)?;
+        Ok::<_, anyhow::Error>(fetched)
+    };
+    let mut verdict = clock.step(Step::Content, content).await;
+    if let (Ok(fetched), Some(expected)) = (&verdict, args.expect_client) {
+        let expected = match expected {
+            ExpectedClient::Local => local,
+            ExpectedClient::Address(address) => address.to_canonical(),
+        };
+        let seen = async { seen_as(expected, fetched) };
+        if let Err(fault) = clock.step(Step::ClientAddress, seen).await {
+            verdict = Err(fault);
+        }
+    }
+    // Whatever was found, it is not left lying.
+    let cleaned = clock.step(Step::Cleanup, mailbox.clean(tag, args.timeout)).await;
+    mailbox.close().await;
+    verdict.and(cleaned)
+}
+
+fn seen_as(expected: std::net::IpAddr, fetched: &[u8]) -> Result<(), String> {
+    let seen = clients(fetched).ok_or("the message has no Received line")?;
+    if seen.contains(&expected) {
+        return Ok(());
+    }
+    let seen: Vec<_> = seen.iter().map(ToString::to_string).collect();
+    let seen = if seen.is_empty() { "no address at all".to_owned() } else { seen.join(", ") };
+    Err(format!("the mail server took the client for {seen}, not for {expected}"))
+}
+
+/// A seed from the kernel.
+fn random() -> Result<[u8; 32]> {
+    let mut seed = [0; 32];
+    let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
+    anyhow::ensure!(filled.context("no random numbers")? == seed.len(), "too few random numbers");
+    Ok(seed)
+}

@@ -1,0 +1,240 @@
+//! What a run found out: for people, for programs, and for Prometheus.
+
+use std::{
+    fmt::Write as _,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::json;
+
+use super::step::{Fault, Step};
+
+/// The family that has to survive a failed run.
+pub(super) const LAST_SUCCESS: &str = "injector_probe_last_success_timestamp_seconds";
+
+/// One run.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The probe's name.
+    pub probe: String,
+    /// The message's id.
+    pub id: String,
+    /// When it ended.
+    pub ended: SystemTime,
+    /// How long it took.
+    pub took: Duration,
+    /// The steps that were begun, with their times.
+    pub steps: Vec<(Step, Duration)>,
+    /// Why it failed; `None` if it did not.
+    pub fault: Option<Fault>,
+    /// Messages of earlier runs that were deleted.
+    pub leftovers: usize,
+}
+
+impl Report {
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        for (step, took) in &self.steps {
+            let failed = self.fault.as_ref().is_some_and(|fault| fault.step == *step);
+            let mark = if failed { "FAILED" } else { "ok    " };
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "  {mark}  {step:<15} {:>9.1} ms", took.as_secs_f64() * 1000.0);
+        }
+        let (probe, seconds) = (&self.probe, self.took.as_secs_f64());
+        let _ = match &self.fault {
+            None => writeln!(text, "probe {probe}: passed in {seconds:.2} s"),
+            Some(Fault { step, error }) => writeln!(
+                text,
+                "probe {probe}: failed at {step} after {seconds:.2} s: {error}\nwhat to do: {}",
+                step.advice()
+            ),
+        };
+        if self.leftovers > 0 {
+            let _ = writeln!(text, "deleted {} message(s) that earlier runs left", self.leftovers);
+        }
+        text
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> serde_json::Value {
+        let step =
+            |(step, took): &(Step, Duration)| json!({ "step": step.name(), "seconds": took.as_secs_f64() });
+        let fault = |fault: &Fault| json!({ "step": fault.step.name(), "error": fault.error, "advice": fault.step.advice() });
+        json!({
+            "probe": self.probe,
+            "id": self.id,
+            "success": self.fault.is_none(),
+            "seconds": self.took.as_secs_f64(),
+            "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
+            "fault": self.fault.as_ref().map(fault),
+            "leftovers_deleted": self.leftovers,
+        })
+    }
+
+    /// For Prometheus: its text format, version 0.0.4, which node_exporter and Pushgateway read. `last_success` is what an
+    /// earlier run has said, in seconds since 1970.
+    #[must_use]
+    pub fn metrics(&self, last_success: Option<f64>) -> String {
+        let mut text = Exposition { probe: &self.probe, text: String::new() };
+        let ended = self.ended.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let passed = self.fault.is_none();
+        text.one(
+            "injector_probe_success",
+            "1 if the last roundtrip passed, else 0",
+            f64::from(u8::from(passed)),
+        );
+        text.one("injector_probe_seconds", "How long the last roundtrip took", self.took.as_secs_f64());
+        text.family(
+            "injector_probe_step_seconds",
+            "How long each step of the last roundtrip took, as far as it came",
+        );
+        for (step, took) in &self.steps {
+            text.sample("injector_probe_step_seconds", Some(*step), took.as_secs_f64());
+        }
+        text.family(
+            "injector_probe_step_failed",
+            "1 for the step at which the last roundtrip failed, else 0",
+        );
+        for step in Step::ALL {
+            let failed = self.fault.as_ref().is_some_and(|fault| fault.step == step);
+            text.sample("injector_probe_step_failed", Some(step), f64::from(u8::from(failed)));
+        }
+        let leftovers = u32::try_from(self.leftovers).unwrap_or(u32::MAX);
+        text.one(
+            "injector_probe_leftovers_deleted",
+            "Messages of earlier roundtrips that the last one deleted",
+            f64::from(leftovers),
+        );
+        text.one(
+            "injector_probe_last_run_timestamp_seconds",
+            "When the last roundtrip ended, since 1970",
+            ended,
+        );
+        if let Some(at) = if passed { Some(ended) } else { last_success } {
+            text.one(LAST_SUCCESS, "When a roundtrip last passed, since 1970", at);
+        }
+        text.text
+    }
+}
+
+/// What a file of an earlier run says about the last success.
+pub(super) fn last_success(exposition: &str) -> Option<f64> {
+    exposition.lines().find_map(|line| line.strip_prefix(LAST_SUCCESS)?.rsplit_once(' ')?.1.parse().ok())
+}
+
+/// Samples are gauges, all of them, with the probe's name. Names of probes and steps need no escapes.
+struct Exposition<'a> {
+    probe: &'a str,
+    text: String,
+}
+
+impl Exposition<'_> {
+    fn one(&mut self, name: &str, help: &str, value: f64) {
+        self.family(name, help);
+        self.sample(name, None, value);
+    }
+
+    fn family(&mut self, name: &str, help: &str) {
+        // Writing to a String cannot fail.
+        let _ = write!(self.text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
+    }
+
+    fn sample(&mut self, name: &str, step: Option<Step>, value: f64) {
+        let step = step.map(|step| format!(",step=\"{step}\"")).unwrap_or_default();
+        let _ = writeln!(self.text, "{name}{{probe=\"{}\"{step}}} {value}", self.probe);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn report(fault: Option<Fault>) -> Report {
+        Report {
+            probe: "mail".to_owned(),
+            id: "1".to_owned(),
+            ended: UNIX_EPOCH + Duration::from_millis(1_800_000_000_500),
+            took: Duration::from_millis(1250),
+            steps: vec![
+                (Step::SmtpConnect, Duration::from_millis(2)),
+                (Step::SmtpGreeting, Duration::from_secs(1)),
+            ],
+            fault,
+            leftovers: 2,
+        }
+    }
+
+    fn failed() -> Report {
+        report(Some(Fault { step: Step::SmtpGreeting, error: "it \"hung\" up".to_owned() }))
+    }
+
+    #[test]
+    fn a_success_is_its_own_last_success() {
+        let text = report(None).metrics(Some(7.0));
+        for line in [
+            "injector_probe_success{probe=\"mail\"} 1",
+            "injector_probe_seconds{probe=\"mail\"} 1.25",
+            "injector_probe_step_seconds{probe=\"mail\",step=\"smtp_greeting\"} 1",
+            "injector_probe_step_failed{probe=\"mail\",step=\"smtp_greeting\"} 0",
+            "injector_probe_last_run_timestamp_seconds{probe=\"mail\"} 1800000000.5",
+            "injector_probe_last_success_timestamp_seconds{probe=\"mail\"} 1800000000.5",
+        ] {
+            assert!(text.lines().any(|have| have == line), "no {line} in\n{text}");
+        }
+        assert_eq!(last_success(&text), Some(1_800_000_000.5));
+    }
+
+    #[test]
+    fn a_failure_names_its_step_and_keeps_the_last_success() {
+        let text = failed().metrics(Some(7.0));
+        for line in [
+            "injector_probe_success{probe=\"mail\"} 0",
+            "injector_probe_step_failed{probe=\"mail\",step=\"smtp_greeting\"} 1",
+            "injector_probe_step_failed{probe=\"mail\",step=\"arrival\"} 0",
+            "injector_probe_last_success_timestamp_seconds{probe=\"mail\"} 7",
+        ] {
+            assert!(text.lines().any(|have| have == line), "no {line} in\n{text}");
+        }
+        assert_eq!(last_success(&text), Some(7.0));
+        assert!(!failed().metrics(None).contains(LAST_SUCCESS), "there never was one");
+        let told = failed().text();
+        assert!(
+            told.contains("failed at smtp_greeting after 1.25 s: it \"hung\" up\nwhat to do: "),
+            "{told}"
+        );
+        assert_eq!(failed().json()["fault"]["step"], "smtp_greeting");
+    }
+
+    #[test]
+    fn the_documentation_lists_exactly_what_the_probe_exposes() {
+        let text = report(None).metrics(None);
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        let exposed: BTreeSet<_> = samples
+            .map(|line| {
+                let (name, rest) = line.split_once('{').unwrap();
+                let labels: Vec<_> =
+                    rest.split(',').filter_map(|label| Some(label.split_once('=')?.0)).collect();
+                (name.to_owned(), labels.join(", "))
+            })
+            .collect();
+        let document = include_str!("../../../docs/metrics.md");
+        let documented: BTreeSet<_> = document
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `"))
+            .filter(|row| row.starts_with("injector_probe_"))
+            .map(|row| {
+                let cells: Vec<_> = row.split('|').map(str::trim).collect();
+                (cells[0].trim_end_matches('`').to_owned(), cells[2].replace('`', ""))
+            })
+            .collect();
+        assert_eq!(documented, exposed);
+        for step in Step::ALL {
+            assert!(document.contains(&format!("`{step}`")), "{step} is not in docs/metrics.md");
+        }
+    }
+}

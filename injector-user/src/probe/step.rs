@@ -1,0 +1,208 @@
+//! The steps of a roundtrip, the clock that times them, and what to do when one fails.
+
+use std::{
+    fmt::{self, Display},
+    future::Future,
+    time::Duration,
+};
+
+use tokio::time::{Instant, timeout_at};
+
+/// One step. The names are a closed set: they are values of the label `step`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// TCP to the SMTP server.
+    SmtpConnect,
+    /// The TLS handshake, and STARTTLS before it.
+    SmtpTls,
+    /// Banner and EHLO: behind the injector, the first sign that the PROXY header was accepted.
+    SmtpGreeting,
+    /// AUTH, where it is offered.
+    SmtpLogin,
+    /// From MAIL FROM to the server's word that it has the message.
+    SmtpSend,
+    /// TCP to the IMAP server.
+    ImapConnect,
+    /// The TLS handshake, and STARTTLS before it.
+    ImapTls,
+    /// The greeting.
+    ImapGreeting,
+    /// LOGIN, and the mailbox selected.
+    ImapLogin,
+    /// Until the message is in the mailbox.
+    Arrival,
+    /// Fetching and comparing.
+    Content,
+    /// The client's address in the oldest Received line, if one is expected.
+    ClientAddress,
+    /// Deleting the message, and older ones that earlier runs left.
+    Cleanup,
+}
+
+impl Step {
+    /// All of them, in the order of a roundtrip.
+    pub const ALL: [Self; 13] = [
+        Self::SmtpConnect,
+        Self::SmtpTls,
+        Self::SmtpGreeting,
+        Self::SmtpLogin,
+        Self::SmtpSend,
+        Self::ImapConnect,
+        Self::ImapTls,
+        Self::ImapGreeting,
+        Self::ImapLogin,
+        Self::Arrival,
+        Self::Content,
+        Self::ClientAddress,
+        Self::Cleanup,
+    ];
+
+    /// The name in labels and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SmtpConnect => "smtp_connect",
+            Self::SmtpTls => "smtp_tls",
+            Self::SmtpGreeting => "smtp_greeting",
+            Self::SmtpLogin => "smtp_login",
+            Self::SmtpSend => "smtp_send",
+            Self::ImapConnect => "imap_connect",
+            Self::ImapTls => "imap_tls",
+            Self::ImapGreeting => "imap_greeting",
+            Self::ImapLogin => "imap_login",
+            Self::Arrival => "arrival",
+            Self::Content => "content",
+            Self::ClientAddress => "client_address",
+            Self::Cleanup => "cleanup",
+        }
+    }
+
+    /// What to do when it fails.
+    #[must_use]
+    pub const fn advice(self) -> &'static str {
+        match self {
+            Self::SmtpConnect | Self::ImapConnect => {
+                "see whether the injector runs and listens there, and whether a firewall is in between"
+            }
+            Self::SmtpTls | Self::ImapTls => {
+                "compare the certificate's name and authority with --tls-name and --ca, and see whether the port \
+                 speaks TLS from the first byte or STARTTLS"
+            }
+            Self::SmtpGreeting | Self::ImapGreeting => {
+                "the port is open and its server says nothing, or not what it should: see whether the backend is up \
+                 and takes the PROXY header (metric injector_connections_refused_total and the backend's log)"
+            }
+            Self::SmtpLogin | Self::ImapLogin => {
+                "check --user, the file of --password-file and --mailbox against the mail server's log"
+            }
+            Self::SmtpSend => {
+                "the server refuses the message: see its answer, --from and --to; a 4xx may be greylisting, from \
+                 which the probe has to be exempt"
+            }
+            Self::Arrival => {
+                "the server took the message and the mailbox does not have it: look into the mail server's queue, \
+                 at its delivery log and spam folder, and see that --to leads to the mailbox of --user"
+            }
+            Self::Content => {
+                "bytes were changed on the way: see whether a filter rewrites mail, and take the probe's mail out of \
+                 it; else report it with the injector's log"
+            }
+            Self::ClientAddress => {
+                "the mail server took the connection for somebody else's: see that the PROXY header is demanded on \
+                 that port, that nothing before the injector hides the client, and what --expect-client says"
+            }
+            Self::Cleanup => "delete the probe's messages by hand, and see whether the mailbox is read-only",
+        }
+    }
+}
+
+impl Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Where a roundtrip ended, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The step that failed.
+    pub step: Step,
+    /// What was tried, and what came of it.
+    pub error: String,
+}
+
+/// Times the steps, and ends them when the time is over.
+#[derive(Debug)]
+pub(super) struct Clock {
+    began: Instant,
+    limit: Duration,
+    steps: Vec<(Step, Duration)>,
+}
+
+impl Clock {
+    pub(super) fn start(limit: Duration) -> Self {
+        Self { began: Instant::now(), limit, steps: Vec::new() }
+    }
+
+    /// Does one step. A failed one is timed as well.
+    pub(super) async fn step<T, E: Display>(
+        &mut self,
+        step: Step,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Fault> {
+        let start = Instant::now();
+        let done = timeout_at(self.began + self.limit, work).await;
+        self.steps.push((step, start.elapsed()));
+        let error = match done {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => format!("{error:#}"),
+            Err(_) => {
+                let limit = humantime::format_duration(self.limit);
+                format!(
+                    "not done when the {limit} of --timeout were over, {:.1} s into this step",
+                    start.elapsed().as_secs_f64()
+                )
+            }
+        };
+        Err(Fault { step, error })
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    pub(super) fn into_steps(self) -> Vec<(Step, Duration)> {
+        self.steps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, future::pending};
+
+    use super::*;
+
+    #[test]
+    fn names_differ_and_every_step_has_advice() {
+        let mut names = Step::ALL.map(Step::name).to_vec();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Step::ALL.len());
+        assert!(Step::ALL.iter().all(|step| step.advice().len() > 20));
+    }
+
+    #[tokio::test]
+    async fn a_step_that_does_not_end_is_ended_and_timed() {
+        let mut clock = Clock::start(Duration::from_millis(30));
+        clock.step(Step::SmtpConnect, async { Ok::<_, Infallible>(()) }).await.unwrap();
+        let fault = clock.step(Step::Arrival, pending::<Result<(), Infallible>>()).await.unwrap_err();
+        assert_eq!(fault.step, Step::Arrival);
+        assert!(fault.error.starts_with("not done when the 30ms"), "{}", fault.error);
+        let steps = clock.into_steps();
+        assert_eq!(
+            steps.iter().map(|(step, _)| *step).collect::<Vec<_>>(),
+            [Step::SmtpConnect, Step::Arrival]
+        );
+        assert!(steps[1].1 >= Duration::from_millis(20));
+    }
+}

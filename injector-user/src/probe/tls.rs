@@ -1,0 +1,202 @@
+//! TCP and TLS for both protocols, and whose certificate is good.
+
+use std::{fmt::Debug, fs, net::SocketAddr, path::Path, sync::Arc};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use lettre::transport::smtp::client::{
+    AsyncTokioStream, Certificate, CertificateStore, TlsParameters, TlsParametersBuilder,
+};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::args::Server;
+
+/// A connection, clear or secured.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin + Debug {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + Debug> Stream for T {}
+
+/// TCP to a server: every address of its name in turn.
+pub(super) async fn connect(server: &Server) -> Result<TcpStream> {
+    let connected = TcpStream::connect((server.host.as_str(), server.port)).await;
+    let stream = connected.with_context(|| format!("cannot connect to {server}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Whom to trust.
+#[derive(Clone, Debug)]
+pub(super) enum Trust {
+    /// Mozilla's list.
+    Mozilla,
+    /// These authorities.
+    Authorities(Vec<CertificateDer<'static>>),
+    /// Everybody.
+    Anybody,
+}
+
+impl Trust {
+    /// As the command line says.
+    pub(super) fn new(authorities: Option<&Path>, insecure: bool) -> Result<Self> {
+        if insecure {
+            return Ok(Self::Anybody);
+        }
+        let Some(file) = authorities else { return Ok(Self::Mozilla) };
+        let read = || -> Result<Vec<_>> {
+            let pem = fs::read(file)?;
+            let certificates = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>();
+            let certificates = certificates.map_err(|error| anyhow!("{error:?}"))?;
+            ensure!(!certificates.is_empty(), "no certificate in it");
+            Ok(certificates)
+        };
+        read()
+            .map(Self::Authorities)
+            .with_context(|| format!("cannot read the authorities in {}", file.display()))
+    }
+
+    /// Secures a connection to the server that has to prove this name.
+    pub(super) async fn secure<S: Stream>(&self, stream: S, name: &str) -> Result<TlsStream<S>> {
+        let config = self.client_config()?;
+        let server =
+            ServerName::try_from(name.to_owned()).with_context(|| format!("{name:?} is no name for TLS"))?;
+        let secured = TlsConnector::from(Arc::new(config)).connect(server, stream).await;
+        secured.with_context(|| format!("no TLS with {name:?}"))
+    }
+
+    /// The same for lettre, which secures its own connections after STARTTLS.
+    pub(super) fn for_lettre(&self, name: &str) -> Result<TlsParameters> {
+        let mut builder = TlsParametersBuilder::new(name.to_owned());
+        match self {
+            Self::Mozilla => builder = builder.certificate_store(CertificateStore::WebpkiRoots),
+            Self::Authorities(certificates) => {
+                builder = builder.certificate_store(CertificateStore::None);
+                for certificate in certificates {
+                    builder = builder.add_root_certificate(Certificate::from_der(certificate.to_vec())?);
+                }
+            }
+            Self::Anybody => {
+                builder =
+                    builder.dangerous_accept_invalid_certs(true).dangerous_accept_invalid_hostnames(true);
+            }
+        }
+        Ok(builder.build_rustls()?)
+    }
+
+    fn client_config(&self) -> Result<ClientConfig> {
+        let provider = Arc::new(ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+        let builder = builder.with_safe_default_protocol_versions()?;
+        let roots = match self {
+            Self::Mozilla => RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() },
+            Self::Authorities(certificates) => {
+                let mut roots = RootCertStore::empty();
+                for certificate in certificates {
+                    roots.add(certificate.clone()).context("a certificate in --ca is no authority")?;
+                }
+                roots
+            }
+            Self::Anybody => {
+                let verifier = Arc::new(Credulous(provider));
+                return Ok(builder
+                    .dangerous()
+                    .with_custom_certificate_verifier(verifier)
+                    .with_no_client_auth());
+            }
+        };
+        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    }
+}
+
+/// Takes any certificate, as `--insecure` asks for; the handshake itself is still checked.
+#[derive(Debug)]
+struct Credulous(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A secured connection in the shape that lettre takes.
+#[derive(Debug)]
+pub(super) struct ForLettre {
+    pub(super) stream: TlsStream<TcpStream>,
+}
+
+impl AsyncTokioStream for ForLettre {
+    fn peer_addr(&self) -> std::io::Result<SocketAddr> {
+        self.stream.get_ref().0.peer_addr()
+    }
+}
+
+impl AsyncRead for ForLettre {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for ForLettre {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        bytes: &[u8],
+    ) -> std::task::Poll<std::io::Result<usize>> {
+        std::pin::Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

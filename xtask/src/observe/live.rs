@@ -1,0 +1,309 @@
+//! `cargo xtask observe --live`: every expression of the dashboard through a real Prometheus, printed and drawn.
+
+use std::{
+    collections::BTreeSet,
+    env, fs, thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
+
+use super::{
+    dashboard::{self, Item, Kind, Panel, Query},
+    draw::{self, Shown},
+    folder,
+    prometheus::{Api, Series},
+    stage::Stage,
+};
+use crate::{AlreadyTold, build};
+
+/// Where the testbed looks for the daemon.
+const BINARY_VARIABLE: &str = "INJECTOR_BIN";
+
+/// How long there is traffic.
+const TRAFFIC: Duration = Duration::from_secs(60);
+
+/// What Grafana would put in for a scrape interval of 1 s, and for a page of a minute.
+const RATE_INTERVAL: &str = "10s";
+const RANGE: &str = "60s";
+
+/// Seconds between two points of a panel.
+const STEP: u32 = 2;
+
+pub(super) fn run() -> Result<()> {
+    let start = Instant::now();
+    if env::var_os(BINARY_VARIABLE).is_none() {
+        let daemon = build::daemon(false)?;
+        // SAFETY: the only thread: setup and build have ended theirs, and the stage starts its own below.
+        unsafe { env::set_var(BINARY_VARIABLE, daemon) };
+    }
+    let began = Instant::now();
+    let stage = Stage::set()?;
+    println!(
+        "live: injector, Postfix, Dovecot, Prometheus, node_exporter and Pushgateway run; {TRAFFIC:?} of traffic"
+    );
+    let from = now()?;
+    stage.with_traffic(|| watch(&stage))?;
+    // The last scrape and the last evaluation of the rules.
+    thread::sleep(Duration::from_secs(3));
+    let to = now()?;
+    let api = stage.api();
+    let answers = evaluate(&api, from, to)?;
+    let rules = rules(&api)?;
+    drop(stage);
+
+    println!("\n{}", table(&answers));
+    println!("{rules}");
+    let file = folder("docs/observability").join("dashboard.svg");
+    fs::write(&file, draw::page(&answers)?).with_context(|| format!("cannot write {}", file.display()))?;
+    let faults: Vec<_> = answers.iter().filter_map(Answer::fault).collect();
+    for fault in &faults {
+        eprintln!("FAILED {fault}");
+    }
+    let queries: usize = answers.iter().map(|answer| answer.results.len()).sum();
+    println!(
+        "{} panels, {queries} queries, {} failed; drawn in docs/observability/dashboard.svg; {:.0} s, {:.0} s of them after the build",
+        answers.len(),
+        faults.len(),
+        start.elapsed().as_secs_f64(),
+        began.elapsed().as_secs_f64(),
+    );
+    if faults.is_empty() { Ok(()) } else { Err(AlreadyTold.into()) }
+}
+
+/// While there is traffic: the probe, with a file, a Pushgateway and a wrong password.
+fn watch(stage: &Stage) -> Result<()> {
+    let end = Instant::now() + TRAFFIC;
+    let textfile = stage.textfile("mail");
+    let gateway = Stage::gateway();
+    while Instant::now() < end {
+        let passed = stage.probe("mail", Stage::password(), &["--textfile", &textfile])?;
+        ensure!(passed.status.success(), "the probe failed:\n{}", String::from_utf8_lossy(&passed.stdout));
+        let pushed = stage.probe("pushed", Stage::password(), &["--pushgateway", &gateway])?;
+        ensure!(
+            pushed.status.success(),
+            "the probe failed:\n{}{}",
+            String::from_utf8_lossy(&pushed.stdout),
+            String::from_utf8_lossy(&pushed.stderr)
+        );
+        let failed = stage.probe("broken", "wrong", &["--pushgateway", &gateway])?;
+        let said = String::from_utf8_lossy(&failed.stdout);
+        ensure!(
+            !failed.status.success() && said.contains("failed at imap_login"),
+            "a wrong password passes:\n{said}"
+        );
+        thread::sleep(Duration::from_secs(5));
+    }
+    Ok(())
+}
+
+fn now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
+}
+
+/// What came of one query.
+pub(super) struct Outcome {
+    pub(super) query: &'static Query,
+    pub(super) result: Result<Vec<Series>, String>,
+    /// Why there may be nothing.
+    pub(super) excuse: Option<String>,
+}
+
+/// What came of one panel.
+pub(super) struct Answer {
+    pub(super) panel: &'static Panel,
+    pub(super) results: Vec<Outcome>,
+}
+
+impl Answer {
+    fn fault(&self) -> Option<String> {
+        self.results.iter().find_map(|outcome| {
+            let title = self.panel.title;
+            match &outcome.result {
+                Err(error) => Some(format!("{title}: {error}: {}", outcome.query.expr)),
+                Ok(series) if series.is_empty() && outcome.excuse.is_none() => {
+                    Some(format!("{title}: nothing, and no reason stated: {}", outcome.query.expr))
+                }
+                Ok(_) => None,
+            }
+        })
+    }
+}
+
+fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
+    let coming = Coming::read()?;
+    let panels = dashboard::placed().into_iter().filter_map(|placed| match placed.what {
+        Item::Panel(panel) => Some(panel),
+        Item::Heading(_) => None,
+    });
+    let answer = |panel: &'static Panel| {
+        let outcome = |query: &'static Query| {
+            let expr = for_this_run(query.expr);
+            let result = match panel.kind {
+                Kind::Stat | Kind::Table => api.instant(&expr, to),
+                Kind::Lines | Kind::Stacked | Kind::Heatmap => api.range(&expr, from, to, STEP),
+            };
+            let result = result.map_err(|error| format!("{error:#}"));
+            let excuse = coming.excuse(query.expr).or_else(|| panel.may_be_empty.map(str::to_owned));
+            Outcome { query, result, excuse }
+        };
+        Answer { panel, results: panel.queries.iter().map(outcome).collect() }
+    };
+    Ok(panels.map(answer).collect())
+}
+
+/// An expression as Grafana would send it, with everything chosen.
+fn for_this_run(expr: &str) -> String {
+    let chosen =
+        dashboard::for_grafana(expr).replace("$__rate_interval", RATE_INTERVAL).replace("$__range", RANGE);
+    chosen.replace("$job", "injector").replace("$instance", ".*").replace("$listener", ".*")
+}
+
+/// Metrics that the daemon does not have yet, and what the rules make of them.
+struct Coming(BTreeSet<String>);
+
+#[derive(Deserialize)]
+struct RuleFile {
+    groups: Vec<Group>,
+}
+
+#[derive(Deserialize)]
+struct Group {
+    rules: Vec<Rule>,
+}
+
+#[derive(Deserialize)]
+struct Rule {
+    record: Option<String>,
+    expr: String,
+}
+
+impl Coming {
+    fn read() -> Result<Self> {
+        let folder = folder("deploy/prometheus");
+        let list = fs::read_to_string(folder.join("coming.txt")).context("deploy/prometheus/coming.txt")?;
+        let lines = list.lines().filter(|line| !line.starts_with('#'));
+        let mut names: BTreeSet<_> =
+            lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect();
+        let rules = fs::read_to_string(folder.join("injector.rules.yml")).context("injector.rules.yml")?;
+        let rules: RuleFile = serde_saphyr::from_str(&rules).context("injector.rules.yml")?;
+        for rule in rules.groups.into_iter().flat_map(|group| group.rules) {
+            if let Some(record) = rule.record
+                && names.iter().any(|name| rule.expr.contains(name.as_str()))
+            {
+                names.insert(record);
+            }
+        }
+        Ok(Self(names))
+    }
+
+    fn excuse(&self, expr: &str) -> Option<String> {
+        let name = self.0.iter().find(|name| expr.contains(name.as_str()))?;
+        Some(format!("{name} is not there yet"))
+    }
+}
+
+/// What Prometheus says of its rules: all in order, and which alerts are on.
+fn rules(api: &Api) -> Result<String> {
+    let data = api.ask("/api/v1/rules", &[])?;
+    let groups = data["groups"].as_array().context("no groups of rules")?;
+    let rules: Vec<_> = groups.iter().filter_map(|group| group["rules"].as_array()).flatten().collect();
+    ensure!(!rules.is_empty(), "Prometheus has no rules");
+    let mut on = Vec::new();
+    for rule in &rules {
+        let name = rule["name"].as_str().unwrap_or_default();
+        ensure!(rule["health"] == "ok", "rule {name}: {}", rule["lastError"]);
+        for alert in rule["alerts"].as_array().into_iter().flatten() {
+            let annotations = alert["annotations"].to_string();
+            ensure!(!annotations.contains("error expanding"), "alert {name}: {annotations}");
+            let state = alert["state"].as_str().unwrap_or_default();
+            on.push(format!("  {state:<8} {}", alert["annotations"]["summary"].as_str().unwrap_or(name)));
+        }
+    }
+    // The stage has a listener whose backend is not there.
+    ensure!(
+        on.iter().any(|line| line.contains("dead")),
+        "no alert about the listener without a backend: {on:#?}"
+    );
+    Ok(format!(
+        "{} rules, all in order; alerts that are on or waiting for their time:\n{}\n",
+        rules.len(),
+        on.join("\n")
+    ))
+}
+
+/// Panel, query, series, last value.
+fn table(answers: &[Answer]) -> String {
+    /// Series of one query that are listed.
+    const MOST: usize = 6;
+    let mut lines = Vec::new();
+    for answer in answers {
+        // A heatmap's unit is that of its buckets, and its values are counts.
+        let unit = if answer.panel.kind == Kind::Heatmap { "none" } else { answer.panel.unit };
+        lines.push(answer.panel.title.to_owned());
+        for outcome in &answer.results {
+            match &outcome.result {
+                Err(error) => lines.push(format!("    FAILED: {error}")),
+                Ok(series) if series.is_empty() => {
+                    let excuse = outcome.excuse.as_deref().unwrap_or("NO REASON STATED");
+                    lines.push(format!("    nothing: {excuse}"));
+                }
+                Ok(series) => {
+                    let mut listed: Vec<_> = series.iter().collect();
+                    // What is not zero first.
+                    listed.sort_by(|left, right| {
+                        let size = |series: &Series| series.last().unwrap_or_default().abs();
+                        size(right).total_cmp(&size(left))
+                    });
+                    for series in listed.iter().take(MOST) {
+                        let value =
+                            series.last().map_or("no number".to_owned(), |last| draw::number(last, unit));
+                        lines.push(format!("    {:<48} {value:>14}", series.name(outcome.query.legend)));
+                    }
+                    if listed.len() > MOST {
+                        lines.push(format!("    and {} more", listed.len() - MOST));
+                    }
+                }
+            }
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
+impl Answer {
+    /// What is drawn of it.
+    pub(super) fn shown(&self) -> Shown<'_> {
+        let named = self.results.iter().flat_map(|outcome| {
+            let series = outcome.result.as_deref().unwrap_or_default();
+            series.iter().map(|series| (series.name(outcome.query.legend), series))
+        });
+        let excuse = self.results.iter().find_map(|outcome| outcome.excuse.clone());
+        Shown { series: named.collect(), excuse }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_variable_is_left_in_an_expression() {
+        for query in dashboard::panels().flat_map(|panel| panel.queries) {
+            let expr = for_this_run(query.expr);
+            assert!(!expr.contains(['$', '@']), "{expr}");
+        }
+    }
+
+    #[test]
+    fn nothing_without_a_reason_is_a_fault() {
+        let panel = dashboard::panels().next().unwrap();
+        let answer = |result, excuse: Option<&str>| {
+            let outcome = Outcome { query: &panel.queries[0], result, excuse: excuse.map(str::to_owned) };
+            Answer { panel, results: vec![outcome] }.fault()
+        };
+        assert!(answer(Ok(Vec::new()), None).is_some_and(|fault| fault.contains("no reason stated")));
+        assert_eq!(answer(Ok(Vec::new()), Some("not there yet")), None);
+        assert!(answer(Err("bad".to_owned()), Some("not there yet")).is_some());
+    }
+}

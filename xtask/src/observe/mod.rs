@@ -1,0 +1,65 @@
+//! `cargo xtask observe`: alerts and dashboard, checked by Prometheus' own tools, and in a live run by Prometheus itself.
+
+mod dashboard;
+mod draw;
+mod live;
+mod prometheus;
+mod stage;
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{
+    cargo,
+    setup::{self, Group},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct ObserveArgs {
+    /// Write deploy/grafana/injector.json anew from the panels, instead of comparing it with them
+    #[arg(long)]
+    write: bool,
+    /// Also run a real Prometheus beside a real injector under load, in network namespaces, evaluate every panel, and draw
+    /// docs/observability/dashboard.svg; takes about two minutes
+    #[arg(long)]
+    live: bool,
+}
+
+pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
+    if args.live {
+        if let Some(reason) = injector_tests::netns::unavailable() {
+            anyhow::bail!("--live {reason}");
+        }
+        setup::ensure(&[Group::Bpf, Group::Mail, Group::Observe])?;
+    } else {
+        setup::ensure(&[Group::Observe])?;
+    }
+    dashboard(args.write)?;
+    let rules = folder("deploy/prometheus");
+    for arguments in [
+        ["check", "rules", "injector.rules.yml"],
+        ["check", "config", "scrape.yml"],
+        ["test", "rules", "injector.rules.test.yml"],
+    ] {
+        cargo::run(Command::new("promtool").args(arguments).current_dir(&rules))?;
+    }
+    if args.live { live::run() } else { Ok(()) }
+}
+
+/// The dashboard's file is what the table of panels makes of it.
+fn dashboard(write: bool) -> Result<()> {
+    let file = folder("deploy/grafana").join("injector.json");
+    let made = dashboard::json();
+    if write {
+        return fs::write(&file, made).with_context(|| format!("cannot write {}", file.display()));
+    }
+    let have = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    ensure!(have == made, "{} is not what the panels make: `cargo xtask observe --write`", file.display());
+    println!("the dashboard is as its {} panels make it", dashboard::panels().count());
+    Ok(())
+}
+
+fn folder(name: &str) -> PathBuf {
+    cargo::workspace().join(name)
+}

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::{
     Config, DurationError, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration,
 };
+use crate::{completions, man};
 
 /// Puts a PROXY protocol header with the client's real address in front of mail connections, and lets the
 /// kernel carry the rest.
@@ -64,6 +65,10 @@ pub enum Command {
     #[cfg(feature = "bpf")]
     #[command(subcommand)]
     Inline(InlineCommand),
+    /// Print the completions for a shell
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page, or write those of all verbs
+    Man(man::ManArgs),
 }
 
 /// The verbs of `injector inline`.
@@ -203,9 +208,8 @@ mod tests {
     #[test]
     fn every_flag_has_its_variable() {
         for verb in Cli::command().get_subcommands() {
-            for arg in
-                verb.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str()))
-            {
+            let flags = verb.get_arguments().filter(|arg| !arg.is_positional());
+            for arg in flags.filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
                 let flag = arg.get_long().unwrap().to_uppercase().replace('-', "_");
                 let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());
                 assert_eq!(variable, Some(format!("INJECTOR_{flag}")), "{} --{flag}", verb.get_name());

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use injector_user::{
     cli::{self, Cli, Command},
+    completions,
     config::{self, Config},
-    daemon, log,
+    daemon, log, man,
     selftest::Findings,
     session::Marks,
 };
@@ -32,6 +33,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         #[cfg(feature = "bpf")]
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
+        Command::Completions(args) => completions::print(&args)?,
+        Command::Man(args) => man::run(&args)?,
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

@@ -5,6 +5,7 @@ mod build;
 mod cargo;
 mod ci;
 mod demo;
+mod install;
 mod setup;
 mod soak;
 mod test;
@@ -30,6 +31,10 @@ enum Verb {
     Setup(setup::SetupArgs),
     /// Build the daemon, BPF programs included
     Build(build::BuildArgs),
+    /// Install the daemon on this host, with its systemd unit
+    Install(install::InstallArgs),
+    /// Remove what `install` installed
+    Uninstall(install::UninstallArgs),
     /// Watch mail go through the injector, in network namespaces of its own
     Demo(demo::DemoArgs),
     /// Run the unit tests, then the privileged ones against real mail servers
@@ -64,6 +69,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(args) => setup::run(&args),
         Verb::Build(args) => build::run(&args),
+        Verb::Install(args) => install::install(&args),
+        Verb::Uninstall(args) => install::uninstall(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),

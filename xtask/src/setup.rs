@@ -6,6 +6,7 @@
 
 mod apt;
 mod cache;
+mod cargo_deb;
 mod haproxy;
 mod job;
 mod linker;
@@ -50,6 +51,10 @@ pub(crate) enum Group {
     Mail,
     /// Those that the benchmark compares with, beside the mail servers
     Bench,
+    /// What makes the Debian package
+    Package,
+    /// What makes an image from Debian's packages, and runs it
+    Image,
 }
 
 impl Group {
@@ -86,6 +91,11 @@ pub(crate) fn bench_programs() -> Result<Programs> {
     let module = packages::NGINX_STREAM.iter().map(Path::new).find(|place| place.is_file());
     let nginx = packages::program("nginx").zip(module.and_then(Path::parent).map(Path::to_path_buf));
     Ok(Programs { haproxies, nginx })
+}
+
+/// cargo-deb; it must be set up.
+pub(crate) fn cargo_deb() -> Result<PathBuf> {
+    cargo_deb::find(&Cache::locate()?).context("run `cargo xtask setup --only package` first")
 }
 
 /// The toolchain that compiles BPF; it must be set up.
@@ -151,6 +161,8 @@ enum Missing {
     Linker { llvm: u32 },
     /// A version of HAProxy, to be had from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
+    /// cargo-deb, which can be built here.
+    CargoDeb,
     /// bpf-linker, and no LLVM to build it with.
     LinkerByHand { llvm: u32 },
 }
@@ -168,6 +180,7 @@ impl std::fmt::Display for Missing {
             Self::HaProxy { series, suite } => {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: a peer of the benchmark")
             }
+            Self::CargoDeb => write!(f, "cargo-deb {}: making the Debian package", cargo_deb::VERSION),
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
             Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
                 write!(f, "bpf-linker {} (LLVM {llvm}): linking the BPF programs", linker::VERSION)
@@ -194,6 +207,9 @@ fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     if groups.contains(&Group::Bench) {
         survey.haproxies(cache);
     }
+    if groups.contains(&Group::Package) {
+        survey.cargo_deb(cache);
+    }
     Ok(survey)
 }
 
@@ -206,6 +222,13 @@ impl Survey {
         }
         self.missing
             .extend(missing.into_iter().map(|it| Missing::Package { name: it.package, why: it.why.into() }));
+    }
+
+    fn cargo_deb(&mut self, cache: &Cache) {
+        match cargo_deb::find(cache) {
+            Some(program) => self.present.push(format!("cargo-deb: {}", program.display())),
+            None => self.missing.push(Missing::CargoDeb),
+        }
     }
 
     fn haproxies(&mut self, cache: &Cache) {
@@ -364,6 +387,7 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         Some(Missing::Link { name }) => link(name, cache),
         Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
         Some(Missing::HaProxy { series, suite }) => haproxy::fetch(cache, series, suite),
+        Some(Missing::CargoDeb) => cargo_deb::build(cache),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
     }
 }

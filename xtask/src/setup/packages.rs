@@ -65,6 +65,11 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
+    ("systemd-analyze", "systemd", "the unit's checks, and a systemd to start it in", &[Group::Mail]),
+    ("dpkg-deb", "dpkg", "a look into the Debian package", &[Group::Package]),
+    ("mmdebstrap", "mmdebstrap", "the image's files, from Debian's packages", &[Group::Image]),
+    ("umoci", "umoci", "the image itself (OCI)", &[Group::Image]),
+    ("runc", "runc", "running the image", &[Group::Image]),
 ];
 
 /// Where nginx has its stream module.

@@ -6,6 +6,7 @@ mod cargo;
 mod ci;
 mod demo;
 mod install;
+mod package;
 mod setup;
 mod soak;
 mod test;
@@ -35,6 +36,8 @@ enum Verb {
     Install(install::InstallArgs),
     /// Remove what `install` installed
     Uninstall(install::UninstallArgs),
+    /// Make a Debian package, and try what is in it
+    Package(package::PackageArgs),
     /// Watch mail go through the injector, in network namespaces of its own
     Demo(demo::DemoArgs),
     /// Run the unit tests, then the privileged ones against real mail servers
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Build(args) => build::run(&args),
         Verb::Install(args) => install::install(&args),
         Verb::Uninstall(args) => install::uninstall(&args),
+        Verb::Package(args) => package::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),

@@ -29,6 +29,8 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work"
 
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
+# As systemd does outside of a container: nobody but root may look in.
+mount -t bpf bpf "$root/sys/fs/bpf" -o mode=0700,nosuid,nodev,noexec
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/dev" -o mode=0755

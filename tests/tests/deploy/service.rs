@@ -251,12 +251,12 @@ pub(crate) fn stop(lab: &Lab) -> anyhow::Result<()> {
 
 pub(crate) fn mistake(lab: &Lab) -> anyhow::Result<()> {
     lab.systemd.must(&["systemctl", "stop", UNIT])?;
-    lab.write_config("[metrics]\nlisten = 7\n")?;
+    lab.write_config(&(lab.configuration() + "[stopp]\ndeadline = \"1s\"\n"))?;
     let outcome = lab.systemd.run(&["systemctl", "start", UNIT]);
     lab.systemd.must(&["systemctl", "stop", UNIT])?;
     lab.write_config(&lab.configuration())?;
     ensure!(!outcome?.status.success(), "it started");
-    ensure!(lab.journal().contains("metrics.listen"), "the journal does not name the mistake");
+    ensure!(lab.journal().contains("stopp"), "the journal does not name the mistake");
     lab.systemd.must(&["systemctl", "reset-failed", UNIT])?;
     lab.start().map(drop)
 }

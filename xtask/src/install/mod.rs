@@ -7,7 +7,7 @@ mod act;
 mod layout;
 mod manifest;
 mod plan;
-mod products;
+pub(crate) mod products;
 
 use std::path::{Path, PathBuf};
 

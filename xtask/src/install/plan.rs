@@ -289,7 +289,11 @@ mod tests {
         for (found, removed) in [(There::Other, true), (There::Nothing, false)] {
             let files = [("/usr/local/share/old", found)];
             let steps = install(&layout(), products(), &before, &there(&files), System::Tree, false);
-            assert_eq!(steps.contains(&Step::RemoveFile("/usr/local/share/old".into())), removed, "{steps:?}");
+            assert_eq!(
+                steps.contains(&Step::RemoveFile("/usr/local/share/old".into())),
+                removed,
+                "{steps:?}"
+            );
         }
     }
 

@@ -61,7 +61,7 @@ fn deploy(path: &str) -> Result<Vec<u8>> {
 }
 
 /// The manual pages, by name and in its order.
-fn man(binary: &Path, scratch: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+pub(crate) fn man(binary: &Path, scratch: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     ask(binary, &["man", "--out", &scratch.to_string_lossy()])?;
     let mut pages = Vec::new();
     for entry in fs::read_dir(scratch)? {
@@ -74,7 +74,7 @@ fn man(binary: &Path, scratch: &Path) -> Result<Vec<(String, Vec<u8>)>> {
 }
 
 /// What the shell reads to complete the verbs and flags.
-pub(super) fn completions(binary: &Path, shell: &str) -> Result<Vec<u8>> {
+pub(crate) fn completions(binary: &Path, shell: &str) -> Result<Vec<u8>> {
     ask(binary, &["completions", shell])
 }
 

@@ -5,6 +5,7 @@ mod build;
 mod cargo;
 mod ci;
 mod demo;
+mod image;
 mod install;
 mod package;
 mod setup;
@@ -36,6 +37,8 @@ enum Verb {
     Install(install::InstallArgs),
     /// Remove what `install` installed
     Uninstall(install::UninstallArgs),
+    /// Make an OCI image without a registry, and run it
+    Image(image::ImageArgs),
     /// Make a Debian package, and try what is in it
     Package(package::PackageArgs),
     /// Watch mail go through the injector, in network namespaces of its own
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Verb::Build(args) => build::run(&args),
         Verb::Install(args) => install::install(&args),
         Verb::Uninstall(args) => install::uninstall(&args),
+        Verb::Image(args) => image::run(&args),
         Verb::Package(args) => package::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),

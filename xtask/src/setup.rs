@@ -23,11 +23,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use injector_tests::bench::peers::Programs;
 
-pub(crate) use self::toolchain::BPF_TARGET;
 use self::{
     cache::Cache,
     toolchain::{Core, Link, Way},
 };
+pub(crate) use self::{packages::SECCOMP_PROFILE, toolchain::BPF_TARGET};
 use crate::AlreadyTold;
 
 #[derive(clap::Args)]
@@ -91,6 +91,11 @@ pub(crate) fn bench_programs() -> Result<Programs> {
     let module = packages::NGINX_STREAM.iter().map(Path::new).find(|place| place.is_file());
     let nginx = packages::program("nginx").zip(module.and_then(Path::parent).map(Path::to_path_buf));
     Ok(Programs { haproxies, nginx })
+}
+
+/// Where this system's own packages of Debian come from.
+pub(crate) fn debian_archive() -> Result<String> {
+    haproxy::archive()
 }
 
 /// cargo-deb; it must be set up.

@@ -113,8 +113,7 @@ impl Lab {
 
     /// A listener for each engine and family, the inline engine with its own NAT.
     fn configuration(&self) -> String {
-        let metrics: SocketAddr = METRICS.parse().expect("an address");
-        let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n[inline]\n[log]\nformat = \"json\"\n");
+        let mut text = format!("[metrics]\nlisten = \"{METRICS}\"\n[inline]\n[log]\nformat = \"json\"\n");
         if self.notifies {
             text.push_str("[admin]\nsocket = \"/run/injector/admin.sock\"\n");
         }

@@ -76,6 +76,9 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
 pub(super) const NGINX_STREAM: &[&str] =
     &["/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so"];
 
+/// The seccomp profile that container engines of Debian use.
+pub(crate) const SECCOMP_PROFILE: &str = "/usr/share/containers/seccomp.json";
+
 /// files (any of them), Debian package, what it is needed for, groups
 const FILES: &[(&[&str], &str, &str, &[Group])] = &[
     (
@@ -95,6 +98,12 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         "dovecot-pop3d",
         "POP3 behind the injector",
         &[Group::Mail],
+    ),
+    (
+        &[SECCOMP_PROFILE],
+        "golang-github-containers-common",
+        "the system calls that a container may make",
+        &[Group::Image],
     ),
     (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Bench]),
     (

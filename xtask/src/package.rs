@@ -46,7 +46,14 @@ pub(crate) fn run(args: &PackageArgs) -> Result<()> {
         dpkg_deb("--field", &package)?,
         dpkg_deb("--contents", &package)?
     );
-    try_out(&package)
+    try_out(&package)?;
+    // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        install_in_a_copy(&package)
+    } else {
+        println!("\nnot installed by dpkg: a copy of this system to install into takes root");
+        Ok(())
+    }
 }
 
 /// What the program says of itself, as files: cargo-deb packs files.
@@ -70,7 +77,10 @@ fn generate(binary: &Path, folder: &Path) -> Result<()> {
 fn make(out: &Path) -> Result<PathBuf> {
     fs::create_dir_all(out)?;
     let mut command = Command::new(setup::cargo_deb()?);
-    command.current_dir(workspace()).args(["--no-build", "--package", "injector-user", "--output"]).arg(out);
+    command
+        .current_dir(workspace())
+        .args(["--no-build", "--strip", "--package", "injector-user", "--output"])
+        .arg(out);
     cargo::forget_this_package(&mut command);
     let output = command.output().context("cannot run cargo-deb")?;
     let complaint = String::from_utf8_lossy(&output.stderr);
@@ -89,6 +99,46 @@ fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
         Command::new("dpkg-deb").arg(argument).arg(package).output().context("cannot run dpkg-deb")?;
     ensure!(output.status.success(), "dpkg-deb: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A copy of this system, kept in memory, in which the package is installed and purged.
+const COPY: &str = r#"
+set -eu
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+root=$1/root
+mkdir "$1/upper" "$1/work" "$root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/run"
+mount -t tmpfs tmpfs "$root/tmp"
+mount --rbind /dev "$root/dev"
+rm -rf "$root/etc/injector"
+cp "$2" "$root/injector.deb"
+exec chroot "$root" sh -eu -c '
+    export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+    dpkg --install /injector.deb
+    injector --version
+    injector check --config /etc/injector/injector.toml > /dev/null
+    id injector
+    bash -n /usr/share/bash-completion/completions/injector
+    systemd-analyze verify --man=no injector.service
+    dpkg --remove injector
+    [ -f /etc/injector/injector.toml ] && [ ! -e /usr/bin/injector ]
+    dpkg --purge injector
+    [ ! -e /etc/injector ]
+'
+"#;
+
+/// Installs, removes and purges it, its scripts included.
+fn install_in_a_copy(package: &Path) -> Result<()> {
+    let scratch = tempfile::Builder::new().prefix("inj-package-").tempdir()?;
+    println!("\ninstalled by dpkg into a copy of this system, removed and purged:");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", COPY, "copy"]);
+    let status = command.arg(scratch.path()).arg(package).status().context("cannot run unshare")?;
+    ensure!(status.success(), "the package does not install, run or go as it should ({status})");
+    Ok(())
 }
 
 /// Unpacks the package, scripts included, and runs the program that it has with the configuration that it has.

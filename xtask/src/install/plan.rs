@@ -182,7 +182,9 @@ pub(crate) fn uninstall(
         let config = there(Path::new(CONFIG)) == There::Nothing;
         let detach: &[&str] = &[&program, "inline", "detach", "--config", CONFIG];
         steps.push(try_to(if config { &detach[..3] } else { detach }));
-        steps.push(try_to(&["rmdir", "--ignore-fail-on-non-empty", "/sys/fs/bpf/injector"]));
+        // What tmpfiles.d/injector.conf made.
+        let made = ["/sys/fs/bpf/injector", "/run/injector-bpf/injector", "/run/injector-bpf"];
+        steps.push(try_to(&[&["rmdir", "--ignore-fail-on-non-empty"], &made[..]].concat()));
     }
     let configs = manifest.configs.iter();
     steps.extend(

@@ -301,28 +301,13 @@ impl Flow {
     /// How often a backend is answered at most.
     const ANSWER_EVERY_NS: u64 = 500_000;
 
-    /// The flow of a client whose SYN leaves now.
-    #[must_use]
+    /// Makes a zeroed flow that of the client whose SYN leaves now; its addresses are still to be copied.
     #[inline(always)]
-    pub const fn opened(slot: &Slot, header_len: u32, now_ns: u64) -> Self {
-        const NOTHING: Tally = Tally { packets: 0, bytes: 0 };
-        Self {
-            first: slot.sequence.wrapping_add(1),
-            header_len,
-            listener: slot.listener,
-            window: 0,
-            state: [0; Flag::COUNT],
-            addresses: slot.addresses,
-            created_ns: now_ns,
-            last_ns: now_ns,
-            answered_ns: 0,
-            to_backend: NOTHING,
-            to_client: NOTHING,
-            acknowledged: 0,
-            appended: 0,
-            answered: 0,
-            reserved: 0,
-        }
+    pub const fn open(&mut self, slot: &Slot, header_len: u32, now_ns: u64) {
+        self.first = slot.sequence.wrapping_add(1);
+        self.header_len = header_len;
+        self.listener = slot.listener;
+        (self.created_ns, self.last_ns) = (now_ns, now_ns);
     }
 
     /// Whether this has happened.
@@ -790,7 +775,9 @@ mod tests {
     #[test]
     fn a_syn_is_a_connections_own_by_number_and_client() {
         let slot = Slot { sequence: FIRST - 1, addresses: of_client(1), ..Slot::default() };
-        let flow = Flow::opened(&slot, LEN, 5);
+        let mut flow = Flow::default();
+        flow.open(&slot, LEN, 5);
+        flow.addresses = slot.addresses;
         assert!(flow.is_of(&slot));
         assert!(!flow.is_of(&Slot { sequence: FIRST, ..slot }));
         assert!(!flow.is_of(&Slot { addresses: of_client(2), ..slot }));

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::{completions, man};
 use crate::{
     config::{
         Config, DurationError, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration,
@@ -105,6 +106,10 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Watch a running injector on the terminal
     Top(TopArgs),
+    /// Print the completions for a shell
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page, or write those of all verbs
+    Man(man::ManArgs),
 }
 
 const DRAIN_EXAMPLES: &str = "\
@@ -401,10 +406,8 @@ mod tests {
     #[test]
     fn every_flag_has_its_variable() {
         for verb in Cli::command().get_subcommands() {
-            for arg in verb
-                .get_arguments()
-                .filter(|arg| !arg.is_positional() && !["help", "version"].contains(&arg.get_id().as_str()))
-            {
+            let flags = verb.get_arguments().filter(|arg| !arg.is_positional());
+            for arg in flags.filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
                 let flag = arg.get_long().unwrap().to_uppercase().replace('-', "_");
                 let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());
                 assert_eq!(variable, Some(format!("INJECTOR_{flag}")), "{} --{flag}", verb.get_name());

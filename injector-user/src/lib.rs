@@ -5,6 +5,7 @@ pub mod backend;
 pub mod bpf;
 pub mod choice;
 pub mod cli;
+pub mod completions;
 pub mod config;
 pub mod control;
 pub mod daemon;
@@ -16,6 +17,7 @@ pub mod header;
 pub mod inline;
 pub mod listener;
 pub mod log;
+pub mod man;
 pub mod metrics;
 pub mod pipe;
 #[cfg(feature = "probe")]

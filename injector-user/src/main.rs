@@ -5,12 +5,13 @@ use std::{process::ExitCode, thread, time::Duration};
 use clap::Parser as _;
 use injector_user::{
     cli::{self, AskArgs, Cli, Command},
+    completions,
     config::{self, Config},
     control::{
         self, Request, client,
         wire::{Answer, ListenerStatus},
     },
-    daemon, doctor, log,
+    daemon, doctor, log, man,
     selftest::Findings,
     session::Marks,
 };
@@ -60,6 +61,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => return Ok(doctor::run(&args)),
         #[cfg(feature = "probe")]
         Command::Probe(args) => return injector_user::probe::run(&args),
+        Command::Completions(args) => completions::print(&args)?,
+        Command::Man(args) => man::run(&args)?,
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

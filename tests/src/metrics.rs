@@ -74,7 +74,7 @@ impl Metrics {
 }
 
 /// Asks for one page; returns the status code and the body.
-pub(crate) fn get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
+pub fn get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     // HTTP/1.0: the answer ends with the connection and comes unchunked.

@@ -5,8 +5,11 @@ mod build;
 mod cargo;
 mod ci;
 mod demo;
+mod image;
+mod install;
 mod kubernetes;
 mod observe;
+mod package;
 mod setup;
 mod soak;
 mod test;
@@ -32,6 +35,14 @@ enum Verb {
     Setup(setup::SetupArgs),
     /// Build the daemon, BPF programs included
     Build(build::BuildArgs),
+    /// Install the daemon on this host, with its systemd unit
+    Install(install::InstallArgs),
+    /// Remove what `install` installed
+    Uninstall(install::UninstallArgs),
+    /// Make an OCI image without a registry, and run it
+    Image(image::ImageArgs),
+    /// Make a Debian package, and try what is in it
+    Package(package::PackageArgs),
     /// Watch mail go through the injector, in network namespaces of its own
     Demo(demo::DemoArgs),
     /// Run the unit tests, then the privileged ones against real mail servers
@@ -70,6 +81,10 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(args) => setup::run(&args),
         Verb::Build(args) => build::run(&args),
+        Verb::Install(args) => install::install(&args),
+        Verb::Uninstall(args) => install::uninstall(&args),
+        Verb::Image(args) => image::run(&args),
+        Verb::Package(args) => package::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),

@@ -6,6 +6,7 @@
 
 mod apt;
 mod cache;
+mod cargo_deb;
 mod haproxy;
 mod job;
 mod kubernetes;
@@ -27,7 +28,9 @@ use self::{
     cache::Cache,
     toolchain::{Core, Link, Way},
 };
-pub(crate) use self::{kubernetes::Tools as KubernetesTools, toolchain::BPF_TARGET};
+pub(crate) use self::{
+    kubernetes::Tools as KubernetesTools, packages::SECCOMP_PROFILE, toolchain::BPF_TARGET,
+};
 use crate::AlreadyTold;
 
 #[derive(clap::Args)]
@@ -55,6 +58,10 @@ pub(crate) enum Group {
     Kubernetes,
     /// Prometheus and what feeds it, for `cargo xtask observe`
     Observe,
+    /// What makes the Debian package
+    Package,
+    /// What makes an image from Debian's packages, and runs it
+    Image,
 }
 
 impl Group {
@@ -96,6 +103,16 @@ pub(crate) fn bench_programs() -> Result<Programs> {
 /// What validates the manifests; it must be set up.
 pub(crate) fn kubernetes_tools() -> Result<KubernetesTools> {
     kubernetes::find(&Cache::locate()?).context("run `cargo xtask setup --only kubernetes` first")
+}
+
+/// Where this system's own packages of Debian come from.
+pub(crate) fn debian_archive() -> Result<String> {
+    haproxy::archive()
+}
+
+/// cargo-deb; it must be set up.
+pub(crate) fn cargo_deb() -> Result<PathBuf> {
+    cargo_deb::find(&Cache::locate()?).context("run `cargo xtask setup --only package` first")
 }
 
 /// The toolchain that compiles BPF; it must be set up.
@@ -161,6 +178,8 @@ enum Missing {
     Linker { llvm: u32 },
     /// A version of HAProxy, to be had from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
+    /// cargo-deb, which can be built here.
+    CargoDeb,
     /// bpf-linker, and no LLVM to build it with.
     LinkerByHand { llvm: u32 },
     /// What validates the manifests for Kubernetes.
@@ -183,6 +202,7 @@ impl std::fmt::Display for Missing {
             Self::Kubernetes => f.write_str(
                 "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
             ),
+            Self::CargoDeb => write!(f, "cargo-deb {}: making the Debian package", cargo_deb::VERSION),
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
             Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
                 write!(f, "bpf-linker {} (LLVM {llvm}): linking the BPF programs", linker::VERSION)
@@ -212,6 +232,9 @@ fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     if groups.contains(&Group::Kubernetes) {
         survey.kubernetes(cache);
     }
+    if groups.contains(&Group::Package) {
+        survey.cargo_deb(cache);
+    }
     Ok(survey)
 }
 
@@ -224,6 +247,13 @@ impl Survey {
         }
         self.missing
             .extend(missing.into_iter().map(|it| Missing::Package { name: it.package, why: it.why.into() }));
+    }
+
+    fn cargo_deb(&mut self, cache: &Cache) {
+        match cargo_deb::find(cache) {
+            Some(program) => self.present.push(format!("cargo-deb: {}", program.display())),
+            None => self.missing.push(Missing::CargoDeb),
+        }
     }
 
     fn haproxies(&mut self, cache: &Cache) {
@@ -395,6 +425,7 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
         Some(Missing::HaProxy { series, suite }) => haproxy::fetch(cache, series, suite),
         Some(Missing::Kubernetes) => kubernetes::install(cache),
+        Some(Missing::CargoDeb) => cargo_deb::build(cache),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
     }
 }

@@ -12,6 +12,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use super::{
     ANSWER, DROP, NEXT, header, maps,
     packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
+    words,
 };
 
 #[classifier]
@@ -137,7 +138,12 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     if !segment.is(FIN | RST) || flow.closed() {
         return;
     }
-    flow.set(if segment.is(RST) { Flag::BackendRst } else { Flag::BackendFin });
+    if segment.is(RST) {
+        flow.set(Flag::BackendRst);
+        words::apart();
+    } else {
+        flow.set(Flag::BackendFin);
+    }
     if flow.closed() {
         maps::count(Counter::Ended);
         maps::tell(Event::ENDED, key, flow);

@@ -13,6 +13,7 @@ use injector_common::inline::{
 use super::{
     ANSWER, DROP, NEXT, header, maps,
     packet::{Ethernet, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
+    words,
 };
 
 #[classifier]
@@ -157,6 +158,7 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     }
     if segment.is(RST) {
         flow.set(Flag::ClientRst);
+        words::apart();
     } else {
         if !flow.is(Flag::BackendFin) {
             flow.set(Flag::ClientFirst);

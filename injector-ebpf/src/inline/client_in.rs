@@ -1,11 +1,14 @@
 //! `client_in`: at the ingress of devices that clients come by. Remembers who sends a SYN, before NAT hides it.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
     DROP, NEXT, maps,
     packet::{Ethernet, From, Link, Packet, Parsed, Raw, is_ipv6, opens_nothing, parse},
+    words,
 };
 
 #[classifier]
@@ -45,9 +48,14 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
 
 #[inline(always)]
 fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<()> {
-    let mut addresses = HeaderAddresses::default();
-    packet.read_addresses(skb, &mut addresses).ok()?;
+    let mut addresses = MaybeUninit::<HeaderAddresses>::uninit();
+    // SAFETY: the value's own place; zeroed, it is one.
+    let addresses = unsafe {
+        words::zero(addresses.as_mut_ptr());
+        addresses.assume_init_mut()
+    };
+    packet.read_addresses(skb, addresses).ok()?;
     let sequence = packet.segment.sequence;
-    maps::slot(sequence)?.remember(sequence, listener, &addresses, maps::now());
+    maps::slot(sequence)?.remember(sequence, listener, addresses, maps::now());
     Some(())
 }

@@ -16,6 +16,7 @@ use super::{
         CHECKSUM, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, LONGEST, Packet, TIMESTAMPS, TIMESTAMPS_LEN,
         add_to_checksum, change_length, load_bytes, store_bytes,
     },
+    words,
 };
 
 /// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
@@ -36,14 +37,16 @@ pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<()
 pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
     let with_timestamps = packet.has_timestamps(skb);
     // One buffer for both headers.
-    packet.header = [0; LONGEST];
+    // SAFETY: our own buffer.
+    unsafe { words::zero(&raw mut packet.header) };
     load_bytes(skb, packet.tcp, &mut packet.header, packet.tcp_len)?;
     let without_old = sum_without(&mut packet.header);
     let tcp = &mut packet.header;
     let (checksum, value, echo) = ([tcp[16], tcp[17]], word(tcp, 24), word(tcp, 28));
     let [source, destination] = [word(tcp, 0), word(tcp, 2)];
 
-    *tcp = [0; LONGEST];
+    // SAFETY: the same.
+    unsafe { words::zero(tcp) };
     let mut tcp_len = TcpHdr::LEN;
     if with_timestamps {
         tcp_len += TIMESTAMPS_LEN;

@@ -15,6 +15,7 @@ mod client_in;
 mod header;
 mod maps;
 mod packet;
+mod words;
 
 /// To the next program, and then on its way (`TCX_NEXT`; `TC_ACT_UNSPEC` for older kernels).
 const NEXT: i32 = -1;

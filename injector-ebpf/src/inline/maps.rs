@@ -1,6 +1,6 @@
 //! The maps of the inline engine, behind functions. They are pinned, and outlive the programs and the daemon.
 
-use core::ptr::NonNull;
+use core::{mem::MaybeUninit, ptr::NonNull};
 
 use aya_ebpf::{
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use injector_common::inline::{Address, Counter, Event, Flow, Key, Listener, Slot, Template};
 
-use super::packet::Packet;
+use super::{packet::Packet, words};
 
 /// Placeholder: the daemon sets the real size.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -82,8 +82,17 @@ pub(super) fn packet(ipv6: bool) -> Option<&'static mut Packet> {
 #[inline(always)]
 pub(super) fn listener(address: &Address, ipv6: bool) -> Option<u32> {
     let own = LISTENERS.get_ptr(address).or_else(|| {
-        let any = if ipv6 { [0; 16] } else { Address::mapped([0; 4]) };
-        LISTENERS.get_ptr(&Address::new(any, address.port))
+        let mut any = MaybeUninit::<Address>::uninit();
+        // SAFETY: the value's own place; zeroed, it is one.
+        let any = unsafe {
+            words::zero(any.as_mut_ptr());
+            any.assume_init_mut()
+        };
+        if !ipv6 {
+            any.set_mapped([0; 4]);
+        }
+        any.port = address.port;
+        LISTENERS.get_ptr(&*any)
     })?;
     // SAFETY: a map value, which the daemon writes as a whole.
     Some(unsafe { (*own).id })
@@ -137,10 +146,13 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
 #[inline(always)]
 pub(super) fn open(key: &Key, slot: &Slot, header_len: u32) -> bool {
     let Some(flow) = SCRATCH.get_ptr_mut(0) else { return false };
-    // SAFETY: a per-CPU slot, used by nobody else before this program ends.
-    let flow = unsafe { &mut *flow };
-    let now = now();
-    *flow = Flow::opened(slot, header_len, now);
+    // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
+    let flow = unsafe {
+        words::zero(flow);
+        words::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
+        &mut *flow
+    };
+    flow.open(slot, header_len, now());
     PENDING.insert(key, flow, 0).is_ok()
 }
 

@@ -1,6 +1,9 @@
 //! The maps of the splice engine, behind functions. Sizes are set by the daemon when it loads them.
 
-use core::ptr::{self, NonNull};
+use core::{
+    ptr::{self, NonNull},
+    sync::atomic::{Ordering, compiler_fence},
+};
 
 use aya_ebpf::{
     Global,
@@ -118,7 +121,10 @@ pub(super) fn add_passed(flow: NonNull<Flow>, len: u64) {
 pub(super) fn resume(flow: NonNull<Flow>) {
     // SAFETY: as in `add_redirected`.
     let flow = unsafe { &mut *flow.as_ptr() };
+    // Apart, or LLVM makes them a call of memset, which loops with a variable offset: the verifier refuses that to a loader
+    // without CAP_PERFMON.
     flow.passing = 0;
+    compiler_fence(Ordering::SeqCst);
     flow.alarm_at = 0;
 }
 

@@ -128,7 +128,7 @@ fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() ->
 }
 
 /// Where this system's own packages of Debian come from.
-fn archive() -> Result<String> {
+pub(super) fn archive() -> Result<String> {
     let format = "$(ORIGIN) $(COMPONENT) $(CODENAME) $(REPO_URI)";
     let output = Command::new("apt-get")
         .args(["indextargets", "Created-By: Packages", "--format", format])
@@ -137,7 +137,7 @@ fn archive() -> Result<String> {
     let lines = String::from_utf8_lossy(&output.stdout);
     match lines.lines().find_map(source) {
         Some(uri) => Ok(uri.to_owned()),
-        None => bail!("this system has no Debian archive among its package sources, to fetch HAProxy from"),
+        None => bail!("this system has no Debian archive among its package sources, to fetch from"),
     }
 }
 

@@ -71,13 +71,20 @@ pub(super) fn build(cache: &Cache, llvm: u32) -> Result<()> {
 }
 
 fn install_command(root: &Path, llvm: u32) -> Command {
+    let mut command = cargo_install(root, &format!("bpf-linker@{VERSION}"));
+    command
+        .args(["--no-default-features", "--features", &format!("llvm-{llvm}")])
+        .env("LLVM_PREFIX", prefix().unwrap_or_else(|| format!("/usr/lib/llvm-{llvm}").into()));
+    command
+}
+
+/// `cargo install` of one program at one version, built below the folder that it is installed into.
+pub(super) fn cargo_install(root: &Path, what: &str) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo::forget_this_package(&mut command);
     command
-        .args(["install", "--locked", "--no-track", &format!("bpf-linker@{VERSION}")])
-        .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
+        .args(["install", "--locked", "--no-track", what, "--root"])
         .arg(root)
-        .env("LLVM_PREFIX", prefix().unwrap_or_else(|| format!("/usr/lib/llvm-{llvm}").into()))
         .env("CARGO_TARGET_DIR", root.join("target"))
         // Away from the workspace, whose settings are not meant for it.
         .current_dir(root);
@@ -85,7 +92,7 @@ fn install_command(root: &Path, llvm: u32) -> Command {
 }
 
 /// Renames the finished folder into its place; what was there and no longer ran goes.
-fn place(partial: tempfile::TempDir, finished: &Path) -> Result<()> {
+pub(super) fn place(partial: tempfile::TempDir, finished: &Path) -> Result<()> {
     let failed = |what: &str| format!("cannot {what} {}", finished.display());
     if let Err(error) = fs::remove_dir_all(partial.path().join("target")) {
         eprintln!("setup: a build folder stays in {}: {error}", finished.display());
@@ -129,7 +136,7 @@ mod tests {
     #[test]
     fn the_linker_is_built_for_the_compilers_llvm() {
         let line = cargo::line(&install_command(Path::new("/partial"), 23));
-        assert!(line.contains("--no-default-features --features llvm-23 --root /partial"), "{line}");
+        assert!(line.contains("--root /partial --no-default-features --features llvm-23"), "{line}");
         assert!(line.contains(&format!("bpf-linker@{VERSION}")), "{line}");
     }
 }

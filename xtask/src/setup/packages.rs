@@ -64,7 +64,6 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
-    ("systemd-socket-activate", "systemd", "the daemon started for a socket", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
     (
         "promtool",
@@ -79,11 +78,19 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
         &[Group::Observe],
     ),
     ("prometheus-pushgateway", "prometheus-pushgateway", "taking what the probe pushes", &[Group::Observe]),
+    ("systemd-analyze", "systemd", "the unit's checks, and a systemd to start it in", &[Group::Mail]),
+    ("dpkg-deb", "dpkg", "a look into the Debian package", &[Group::Package]),
+    ("mmdebstrap", "mmdebstrap", "the image's files, from Debian's packages", &[Group::Image]),
+    ("umoci", "umoci", "the image itself (OCI)", &[Group::Image]),
+    ("runc", "runc", "running the image", &[Group::Image]),
 ];
 
 /// Where nginx has its stream module.
 pub(super) const NGINX_STREAM: &[&str] =
     &["/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so"];
+
+/// The seccomp profile that container engines of Debian use.
+pub(crate) const SECCOMP_PROFILE: &str = "/usr/share/containers/seccomp.json";
 
 /// files (any of them), Debian package, what it is needed for, groups
 const FILES: &[(&[&str], &str, &str, &[Group])] = &[
@@ -104,6 +111,12 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         "dovecot-pop3d",
         "POP3 behind the injector",
         &[Group::Mail],
+    ),
+    (
+        &[SECCOMP_PROFILE],
+        "golang-github-containers-common",
+        "the system calls that a container may make",
+        &[Group::Image],
     ),
     (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Bench]),
     (

@@ -1,0 +1,220 @@
+//! The image under runc, between a client and real mail servers, each in a network namespace: a message through each engine.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use injector_tests::{
+    bpffs::BpfFs,
+    daemon,
+    forward::Forward,
+    mail_client::{self, Server},
+    mail_host::MailHost,
+    message::Message,
+    metrics,
+    netns::{CLIENT, Family, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
+    service::SMTP,
+};
+use serde_json::Value;
+
+use super::{
+    TAG,
+    bundle::{self, Parts, Rights},
+    quietly,
+};
+use crate::setup;
+
+/// How long a start, a delivery or a stop may take.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The daemon's metrics, in the edge's namespace.
+const METRICS: &str = "127.0.0.1:9145";
+
+struct Case {
+    engine: &'static str,
+    vip: Place,
+    rights: Rights,
+}
+
+const CASES: [Case; 4] = [
+    Case { engine: "splice", vip: VIP_SPLICE, rights: Rights::DaemonSet },
+    Case { engine: "inline", vip: VIP_INLINE, rights: Rights::DaemonSet },
+    Case { engine: "relay", vip: VIP_RELAY, rights: Rights::DaemonSet },
+    Case { engine: "relay", vip: VIP_RELAY, rights: Rights::Nobody },
+];
+
+/// Runs every case; the first failure ends it.
+///
+/// # Errors
+/// When a container does not start, or Postfix sees somebody else than the client.
+pub(super) fn run(image: &Path, scratch: &Path) -> Result<()> {
+    let bundle = scratch.join("bundle");
+    let name = format!("{}:{TAG}", image.display());
+    quietly(Command::new("umoci").args(["unpack", "--image", &name]).arg(&bundle))?;
+    let profile = fs::read(setup::SECCOMP_PROFILE).context(setup::SECCOMP_PROFILE)?;
+    let profile: Value = serde_json::from_slice(&profile).context(setup::SECCOMP_PROFILE)?;
+    let topology = Topology::new()?;
+    // For the one that may not bind ports below 1024 by a capability.
+    topology.edge.sysctl("net/ipv4/ip_unprivileged_port_start", "25")?;
+    let host = MailHost::start(&topology.mail)?;
+    for case in &CASES {
+        let outcome = try_out(case, &bundle, scratch, &profile, &topology, &host);
+        outcome.with_context(|| format!("engine {}", case.engine))?;
+    }
+    Ok(())
+}
+
+fn try_out(
+    case: &Case,
+    bundle: &Path,
+    scratch: &Path,
+    profile: &Value,
+    topology: &Topology,
+    host: &MailHost,
+) -> Result<()> {
+    let file = scratch.join("injector.toml");
+    let forwards = Family::ALL.map(|family| Forward::to_mail(case.vip, SMTP, family));
+    let mut text = daemon::configuration(&forwards, case.engine, METRICS.parse()?);
+    let bpffs = (case.engine == "inline").then(BpfFs::mount).transpose()?;
+    if bpffs.is_some() {
+        text.push_str("\n[inline]\n");
+    }
+    fs::write(&file, text)?;
+    let network = Path::new("/run/netns").join(topology.edge.name());
+    let parts = Parts {
+        rights: case.rights,
+        network: &network,
+        config: &file,
+        bpffs: bpffs.as_ref().map(BpfFs::path),
+        seccomp: profile,
+    };
+    fs::write(bundle.join("config.json"), format!("{:#}", bundle::config(parts)))?;
+    let mut container = Container::start(bundle, scratch)?;
+    let outcome = container.wait_ready(topology).and_then(|()| {
+        let held = container.rights()?;
+        println!("\n{} under runc: {held}", case.engine);
+        Family::ALL.iter().try_for_each(|family| mail(case, *family, topology, host))
+    });
+    let ended = container.stop();
+    let logged = fs::read_to_string(scratch.join("container.log")).unwrap_or_default();
+    outcome.and(ended).with_context(|| format!("the container logged:\n{logged}"))
+}
+
+/// A message from the client; prints the line in which Postfix says whom it saw.
+fn mail(case: &Case, family: Family, topology: &Topology, host: &MailHost) -> Result<()> {
+    let user = format!("{}-{}-{:?}", case.engine, family.name(), case.rights).to_lowercase();
+    let message = Message::new(&user, &user);
+    let postfix = &host.postfix;
+    let mark = postfix.log().mark();
+    let server = Server {
+        address: SocketAddr::new(case.vip.of(family), SMTP.stock),
+        authority_pem: &host.certificate.authority_pem,
+    };
+    let queue_id = mail_client::send(&topology.client, server, SMTP.security, &user, &message)
+        .with_context(|| format!("Postfix logged:\n{}", postfix.log().since(mark)))?;
+    let sender = postfix.client_of(mark, &queue_id, SMTP.proxied, LIMIT)?;
+    ensure!(sender.ip() == CLIENT.of(family), "Postfix saw {sender}, the client is {}", CLIENT.of(family));
+    postfix.wait_delivered(mark, &queue_id, LIMIT)?;
+    let line = postfix.log().wait_for(mark, &[&queue_id, "client="], LIMIT)?;
+    println!("  {line}");
+    Ok(())
+}
+
+/// A container that runs; deleted on drop.
+struct Container {
+    runc: Child,
+    id: String,
+    state: PathBuf,
+}
+
+impl Container {
+    fn start(bundle: &Path, scratch: &Path) -> Result<Self> {
+        let id = format!("inj-{}-image", std::process::id());
+        let state = scratch.join("runc");
+        let log = File::create(scratch.join("container.log"))?;
+        let runc = Command::new("runc")
+            .arg("--root")
+            .arg(&state)
+            .args(["run", "--bundle"])
+            .arg(bundle)
+            .arg(&id)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start runc")?;
+        Ok(Self { runc, id, state })
+    }
+
+    fn wait_ready(&mut self, topology: &Topology) -> Result<()> {
+        let address: SocketAddr = METRICS.parse()?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if matches!(topology.edge.run(|| metrics::get(address, "/readyz"))?, Ok((200, _))) {
+                return Ok(());
+            }
+            if let Some(status) = self.runc.try_wait()? {
+                bail!("the container ended: {status}");
+            }
+            ensure!(Instant::now() < deadline, "not ready after {LIMIT:?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// What the kernel says that the daemon may do, now that it has given up what it needs no more.
+    fn rights(&self) -> Result<String> {
+        let output = self.runc().args(["state", &self.id]).output()?;
+        let state: Value = serde_json::from_slice(&output.stdout).context("runc state")?;
+        let pid = state["pid"].as_u64().context("runc state has no pid")?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let mut said = String::new();
+        for field in ["Uid", "CapBnd", "CapPrm", "CapEff", "NoNewPrivs", "Seccomp"] {
+            let prefix = format!("{field}:");
+            let value = status.lines().find_map(|line| line.strip_prefix(&prefix)).unwrap_or_default();
+            // Writing to a String cannot fail.
+            let _ = write!(said, "{field} {}  ", value.split_whitespace().next().unwrap_or_default());
+        }
+        Ok(said)
+    }
+
+    /// Ends it as Kubernetes does, and sees whether it ends well.
+    fn stop(mut self) -> Result<()> {
+        quietly(self.runc().args(["kill", &self.id, "TERM"]))?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.runc.try_wait()? {
+                ensure!(status.success(), "the daemon ended: {status}");
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "still there {LIMIT:?} after SIGTERM");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn runc(&self) -> Command {
+        let mut command = Command::new("runc");
+        command.arg("--root").arg(&self.state);
+        command
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // Whatever of it is left: processes, mounts, cgroups. It is no error if nothing is.
+        let _ = self
+            .runc()
+            .args(["delete", "--force", &self.id])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        let _ = self.runc.kill();
+        let _ = self.runc.wait();
+    }
+}

@@ -1,0 +1,171 @@
+//! `cargo xtask package`: a Debian package by cargo-deb, and a look at what is in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    build,
+    cargo::{self, workspace},
+    install::products,
+    setup::{self, Group},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct PackageArgs {
+    /// Where the package goes [default: target/debian]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// What must be in the package, below the root.
+const EXPECTED: [&str; 9] = [
+    "etc/injector/injector.toml",
+    "usr/bin/injector",
+    "usr/lib/systemd/system/injector.service",
+    "usr/lib/systemd/system/injector.socket",
+    "usr/lib/sysusers.d/injector.conf",
+    "usr/lib/tmpfiles.d/injector.conf",
+    "usr/share/bash-completion/completions/injector",
+    "usr/share/doc/injector/copyright",
+    "usr/share/man/man1/injector-run.1.gz",
+];
+
+pub(crate) fn run(args: &PackageArgs) -> Result<()> {
+    setup::ensure(&[Group::Bpf, Group::Package])?;
+    let binary = build::daemon(true)?;
+    generate(&binary, &workspace().join("target/package"))?;
+    let package = make(args.out.as_deref().unwrap_or(&workspace().join("target/debian")))?;
+    println!(
+        "{}\n\n{}\n{}",
+        package.display(),
+        dpkg_deb("--field", &package)?,
+        dpkg_deb("--contents", &package)?
+    );
+    try_out(&package)?;
+    // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        install_in_a_copy(&package)
+    } else {
+        println!("\nnot installed by dpkg: a copy of this system to install into takes root");
+        Ok(())
+    }
+}
+
+/// What the program says of itself, as files: cargo-deb packs files.
+fn generate(binary: &Path, folder: &Path) -> Result<()> {
+    let man = folder.join("man");
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+    }
+    fs::create_dir_all(&man)?;
+    let scratch = tempfile::tempdir()?;
+    for (name, page) in products::man(binary, scratch.path())? {
+        fs::write(man.join(name), page)?;
+    }
+    for (shell, name) in [("bash", "injector.bash"), ("zsh", "_injector"), ("fish", "injector.fish")] {
+        fs::write(folder.join(name), products::completions(binary, shell)?)?;
+    }
+    Ok(())
+}
+
+/// Runs cargo-deb on what is built already.
+fn make(out: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(out)?;
+    let mut command = Command::new(setup::cargo_deb()?);
+    command
+        .current_dir(workspace())
+        .args(["--no-build", "--strip", "--package", "injector-user", "--output"])
+        .arg(out);
+    cargo::forget_this_package(&mut command);
+    let output = command.output().context("cannot run cargo-deb")?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo-deb failed:\n{complaint}");
+    if !complaint.trim().is_empty() {
+        eprintln!("{}", complaint.trim());
+    }
+    // It prints where it put the package.
+    let said = String::from_utf8_lossy(&output.stdout);
+    let path = said.lines().rev().map(Path::new).find(|path| path.extension().is_some_and(|it| it == "deb"));
+    path.map(Path::to_path_buf).with_context(|| format!("cargo-deb named no package: {said}"))
+}
+
+fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
+    let output =
+        Command::new("dpkg-deb").arg(argument).arg(package).output().context("cannot run dpkg-deb")?;
+    ensure!(output.status.success(), "dpkg-deb: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A copy of this system, kept in memory, in which the package is installed and purged.
+const COPY: &str = r#"
+set -eu
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+root=$1/root
+mkdir "$1/upper" "$1/work" "$root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/run"
+mount -t tmpfs tmpfs "$root/tmp"
+mount --rbind /dev "$root/dev"
+rm -rf "$root/etc/injector"
+cp "$2" "$root/injector.deb"
+exec chroot "$root" sh -eu -c '
+    export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+    dpkg --install /injector.deb
+    injector --version
+    injector check --config /etc/injector/injector.toml > /dev/null
+    id injector
+    bash -n /usr/share/bash-completion/completions/injector
+    systemd-analyze verify --man=no injector.service
+    dpkg --remove injector
+    [ -f /etc/injector/injector.toml ] && [ ! -e /usr/bin/injector ]
+    dpkg --purge injector
+    [ ! -e /etc/injector ]
+'
+"#;
+
+/// Installs, removes and purges it, its scripts included.
+fn install_in_a_copy(package: &Path) -> Result<()> {
+    let scratch = tempfile::Builder::new().prefix("inj-package-").tempdir()?;
+    println!("\ninstalled by dpkg into a copy of this system, removed and purged:");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", COPY, "copy"]);
+    let status = command.arg(scratch.path()).arg(package).status().context("cannot run unshare")?;
+    ensure!(status.success(), "the package does not install, run or go as it should ({status})");
+    Ok(())
+}
+
+/// Unpacks the package, scripts included, and runs the program that it has with the configuration that it has.
+fn try_out(package: &Path) -> Result<()> {
+    let tree = tempfile::tempdir()?;
+    let status = Command::new("dpkg-deb").arg("--raw-extract").arg(package).arg(tree.path()).status()?;
+    ensure!(status.success(), "dpkg-deb cannot unpack {}", package.display());
+    let place = |path: &str| tree.path().join(path);
+    let missing: Vec<_> = EXPECTED.iter().filter(|path| !place(path).is_file()).collect();
+    ensure!(missing.is_empty(), "not in the package: {missing:?}");
+    let script = |name: &str| fs::read_to_string(place("DEBIAN").join(name)).unwrap_or_default();
+    ensure!(script("conffiles").lines().any(|line| line == "/etc/injector/injector.toml"), "no conffile");
+    for (name, part) in
+        [("postinst", "systemd-sysusers"), ("postinst", "systemd-tmpfiles"), ("prerm", "inline detach")]
+    {
+        ensure!(script(name).contains(part), "{name} has no {part}:\n{}", script(name));
+    }
+    let unit = fs::read_to_string(place("usr/lib/systemd/system/injector.service"))?;
+    ensure!(unit.contains("ExecStart=/usr/bin/injector run"), "the unit starts something else:\n{unit}");
+    let program = place("usr/bin/injector");
+    for arguments in [vec!["--version".into()], vec!["check".into(), "--config".into(), place(EXPECTED[0])]] {
+        let output = Command::new(&program).args(&arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            bail!("the packaged program: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        println!("{}", said.trim_end());
+    }
+    Ok(())
+}

@@ -85,9 +85,8 @@ pub(crate) fn configuration_is_valid() -> anyhow::Result<()> {
         ensure!(said.contains(listener), "no listener {listener} in\n{said}");
     }
     // ExecReload= of the unit speaks to the admin socket.
-    let knows_reload = Command::new(daemon::binary()?).args(["reload", "--help"]).output()?.status.success();
     let config: toml::Table = deploy("injector.toml")?.parse()?;
-    ensure!(!knows_reload || config.contains_key("admin"), "the installed configuration has no [admin]");
+    ensure!(config.contains_key("admin"), "the installed configuration has no [admin]");
     Ok(())
 }
 

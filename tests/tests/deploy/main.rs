@@ -67,9 +67,6 @@ fn trial(
         let outcome = run(lab).with_context(|| format!("the journal:\n{}", lab.journal()));
         match outcome {
             Ok(()) => Ok(Completion::Completed),
-            Err(error) if error.root_cause().is::<service::NotYet>() => {
-                Ok(Completion::ignored_with(error.root_cause().to_string()))
-            }
             Err(error) => {
                 let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
                 Err(Failed::from(format!("{}\n\n{error}", causes.join(": "))))

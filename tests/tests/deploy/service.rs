@@ -1,14 +1,14 @@
 //! The service, installed by `cargo xtask install` and run by a systemd, between a client and real mail servers.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
-use std::{fmt, fs};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use injector_tests::daemon;
 use injector_tests::forward::Forward;
 use injector_tests::mail_client::{self, Server};
@@ -42,18 +42,6 @@ pub(crate) const ENGINES: [Engine; 3] = [
     Engine { name: "relay", vip: VIP_RELAY },
 ];
 
-/// What the daemon under test cannot do yet: the trial is skipped, and says so.
-#[derive(Debug)]
-pub(crate) struct NotYet(&'static str);
-
-impl fmt::Display for NotYet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the daemon knows no `injector {}` yet", self.0)
-    }
-}
-
-impl std::error::Error for NotYet {}
-
 /// What all trials share; made when the first of them runs.
 #[derive(Default)]
 pub(crate) struct Shared(OnceLock<Result<Lab, String>>);
@@ -73,8 +61,6 @@ pub(crate) struct Lab {
     topology: Topology,
     xtask: PathBuf,
     binary: PathBuf,
-    /// Whether the daemon has an admin socket, and tells systemd when it is ready.
-    notifies: bool,
 }
 
 impl Lab {
@@ -86,14 +72,9 @@ impl Lab {
         let workspace = workspace();
         let folders = [&workspace, &binary, &xtask].map(|path| path.parent().unwrap_or(path));
         let systemd = Booted::boot(&topology.edge, &[&workspace, folders[1], folders[2]])?;
-        let mut lab = Self { systemd, host, topology, xtask, binary, notifies: false };
+        let lab = Self { systemd, host, topology, xtask, binary };
         lab.install()?;
-        lab.notifies = lab.systemd.run(&[PROGRAM, "reload", "--help"])?.status.success();
         lab.write_config(&lab.configuration())?;
-        if !lab.notifies {
-            // A daemon that never says that it is ready would never be.
-            lab.drop_in("[Service]\nType=exec\nWatchdogSec=0\n")?;
-        }
         Ok(lab)
     }
 
@@ -113,10 +94,10 @@ impl Lab {
 
     /// A listener for each engine and family, the inline engine with its own NAT.
     fn configuration(&self) -> String {
-        let mut text = format!("[metrics]\nlisten = \"{METRICS}\"\n[inline]\n[log]\nformat = \"json\"\n");
-        if self.notifies {
-            text.push_str("[admin]\nsocket = \"/run/injector/admin.sock\"\n");
-        }
+        let mut text = format!(
+            "[admin]\nsocket = \"/run/injector/admin.sock\"\n[metrics]\nlisten = \"{METRICS}\"\n[inline]\n\
+             [log]\nformat = \"json\"\n"
+        );
         for engine in ENGINES {
             for family in Family::ALL {
                 let Forward { bind, backend, protocol, .. } = Forward::to_mail(engine.vip, SMTP, family);
@@ -164,10 +145,6 @@ impl Lab {
             ensure!(Instant::now() < deadline, "not ready: /readyz gives {answer:?}");
             thread::sleep(Duration::from_millis(50));
         }
-    }
-
-    fn needs(&self, verb: &'static str) -> anyhow::Result<()> {
-        if self.notifies { Ok(()) } else { bail!(NotYet(verb)) }
     }
 }
 
@@ -260,7 +237,6 @@ pub(crate) fn mistake(lab: &Lab) -> anyhow::Result<()> {
 }
 
 pub(crate) fn reload(lab: &Lab) -> anyhow::Result<()> {
-    lab.needs("reload")?;
     let before = lab.start()?;
     let one_more = "[[listener]]\nname = \"added\"\nprotocol = \"smtp\"\nbind = [\"127.0.0.1:2500\"]\n\
                     backends = [\"10.25.0.2:2525\"]\nengine = \"relay\"\n";
@@ -281,7 +257,6 @@ pub(crate) fn reload(lab: &Lab) -> anyhow::Result<()> {
 }
 
 pub(crate) fn watchdog(lab: &Lab) -> anyhow::Result<()> {
-    lab.needs("reload")?;
     lab.drop_in("[Service]\nWatchdogSec=3s\nRestartSec=100ms\n")?;
     lab.systemd.must(&["systemctl", "restart", UNIT])?;
     let before = lab.start()?;

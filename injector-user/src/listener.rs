@@ -329,12 +329,7 @@ impl Door {
         };
         let active = context.metrics.active();
         self.sessions.spawn(async move {
-            match Endpoint::accepted(client.socket, client.peer, &context.watch) {
-                Ok(client) => session::serve(&context, client).await,
-                Err(error) => {
-                    tracing::debug!(listener = &*context.listener, %error, "gone before it was served")
-                }
-            }
+            session::serve(&context, client.socket, client.peer).await;
             drop((active, admitted));
         });
     }

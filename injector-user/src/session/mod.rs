@@ -21,6 +21,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
+use socket2::Socket;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,7 @@ use self::{
     table::{Entry, Table},
 };
 use crate::{
-    backend::{Backends, Reached, Unreachable},
+    backend::{self, Backends, Reached, Unreachable},
     config::{Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
     engine::{Engine, Injected},
@@ -83,57 +84,29 @@ pub struct Context {
 }
 
 /// Serves an admitted connection to its end, and reports it.
-pub async fn serve(context: &Context, client: Endpoint) {
-    let accepted = Instant::now();
-    let peer = client.peer();
-    let local = match client.local() {
-        Ok(local) => local,
-        Err(error) => {
-            return tracing::debug!(listener = &*context.listener, %error, "gone before it was served");
-        }
-    };
-    let entry = context.table.add(&context.listener, context.engine.name(), peer, local);
-    let id = context.receiver.unique_id.then(|| unique_id(context.run_id, client.cookie()));
-    let identity = Identity { peer, local, id };
-    let finished = live(context, client, &identity, &entry).await;
-    let report = Report {
-        client: peer,
-        local,
-        listener: Arc::clone(&context.listener),
-        backend: finished.backend,
-        engine: context.engine.name(),
-        to_backend: finished.to_backend,
-        to_client: finished.to_client,
-        duration: accepted.elapsed(),
-        unique_id: id.map(|id| String::from_utf8_lossy(&id).into_owned()),
-        end: finished.end,
-        error: finished.error,
-    };
-    context.metrics.closed(report.end);
-    report.log();
+///
+/// Most of its time a connection is carried, so that is all its task has room for. What the beginning and the end need besides
+/// is on the heap for as long as they last; it would be most of the memory of an idle connection.
+pub async fn serve(context: &Context, client: Socket, peer: SocketAddr) {
+    let Some(mut begun) = Box::pin(begin(context, client, peer)).await else { return };
+    // relaying ⇄ spliced, half-closed
+    let (end, error) = begun.pump.carry().await;
+    Box::pin(finish(context, begun, end, error)).await;
 }
 
-fn give_up_in_time(context: &Context, peer: &Endpoint) {
-    let Timeouts { user_timeout, keepalive, .. } = context.timeouts;
-    if let Err(error) = peer.give_up_after(user_timeout, keepalive) {
-        tracing::warn!(listener = &*context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
-    }
+/// A connection that has reached its backend and sent it the header.
+struct Begun<'a> {
+    known: Known,
+    pump: Pump<'a>,
 }
 
-/// What [`live`] leaves behind.
-#[derive(Debug)]
-struct Finished {
-    backend: Option<SocketAddr>,
-    to_backend: Bytes,
-    to_client: Bytes,
-    end: End,
-    error: Option<String>,
-}
-
-impl Finished {
-    fn early(end: End, backend: Option<SocketAddr>, error: Option<String>) -> Self {
-        Self { backend, to_backend: Bytes::default(), to_client: Bytes::default(), end, error }
-    }
+/// What is known of a connection.
+struct Known {
+    accepted: Instant,
+    identity: Identity,
+    entry: Entry,
+    /// Once one was reached.
+    backend: Option<(SocketAddr, backend::Session)>,
 }
 
 /// Whom the header names.
@@ -145,26 +118,51 @@ struct Identity {
     id: Option<[u8; UNIQUE_ID_LEN]>,
 }
 
-async fn live(context: &Context, client: Endpoint, identity: &Identity, entry: &Entry) -> Finished {
+/// Up to the header; `None` if it has come to its end, and was reported.
+async fn begin(context: &Context, client: Socket, peer: SocketAddr) -> Option<Box<Begun<'_>>> {
+    let gone = |error: io::Error| tracing::debug!(listener = &*context.listener, %error, "gone before it was served");
+    let client = Endpoint::accepted(client, peer, &context.watch).map_err(gone).ok()?;
+    let local = client.local().map_err(gone).ok()?;
+    let id = context.receiver.unique_id.then(|| unique_id(context.run_id, client.cookie()));
+    let mut known = Known {
+        accepted: Instant::now(),
+        identity: Identity { peer, local, id },
+        entry: context.table.add(&context.listener, context.engine.name(), peer, local),
+        backend: None,
+    };
+    match reach(context, client, &mut known).await {
+        Ok(pump) => Some(Box::new(Begun { known, pump })),
+        Err((end, error)) => {
+            known.report(context, end, (Bytes::default(), Bytes::default()), error);
+            None
+        }
+    }
+}
+
+async fn reach<'a>(
+    context: &'a Context,
+    client: Endpoint,
+    known: &mut Known,
+) -> Result<Pump<'a>, (End, Option<String>)> {
     // connecting
     let connecting = context.backends.connect(context.timeouts.connect, &context.watch, &*context.engine);
     let connected = tokio::select! {
         connected = connecting => connected,
-        _ = client.closed() => return Finished::early(End::ClientReset, None, None),
+        _ = client.closed() => return Err((End::ClientReset, None)),
         () = context.cut.cancelled() => {
             refuse(client, context.protocol, Refusal::Stopping).await;
-            return Finished::early(End::Cut, None, None);
+            return Err((End::Cut, None));
         }
     };
-    let Reached { endpoint: backend, session: _session } = match connected {
+    let Reached { endpoint: backend, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
             refuse(client, context.protocol, Refusal::BackendUnavailable).await;
-            return Finished::early(unreachable(&error), None, Some(error.to_string()));
+            return Err((unreachable(&error), Some(error.to_string())));
         }
     };
-    let peer = backend.peer();
-    entry.reached(peer);
+    known.entry.reached(backend.peer());
+    known.backend = Some((backend.peer(), session));
     give_up_in_time(context, &backend);
 
     // injecting
@@ -175,39 +173,71 @@ async fn live(context: &Context, client: Endpoint, identity: &Identity, entry: &
                 client.reset();
                 backend.reset();
             }
-            return Finished::early(end, Some(peer), error.map(|error| error.to_string()));
+            return Err((end, error.map(|error| error.to_string())));
         }
     };
-    let injected = match inject(context, identity, &backend, &first) {
+    let injected = match inject(context, &known.identity, &backend, &first) {
         Ok(injected) => injected,
         Err(error) => {
             context.metrics.header_failed();
             backend.reset();
             client.reset();
-            return Finished::early(End::HeaderFailed, Some(peer), Some(error.to_string()));
+            return Err((End::HeaderFailed, Some(error.to_string())));
         }
     };
     context.metrics.header_sent();
     if let Some(reason) = injected.refused {
         context.metrics.enrolment_failed(reason);
     }
-
-    // relaying ⇄ spliced, half-closed
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    let outcome = Pump::new(context, entry, client, backend, read, held, first.gated).run().await;
+    Ok(Pump::new(context, known.entry.meter(), client, backend, read, held, first.gated))
+}
 
-    // closed
+fn give_up_in_time(context: &Context, peer: &Endpoint) {
+    let Timeouts { user_timeout, keepalive, .. } = context.timeouts;
+    if let Err(error) = peer.give_up_after(user_timeout, keepalive) {
+        tracing::warn!(listener = &*context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
+    }
+}
+
+/// closed
+async fn finish(context: &Context, begun: Box<Begun<'_>>, end: End, error: Option<io::Error>) {
+    let Begun { known, pump } = *begun;
+    let outcome = pump.finish(end, error).await;
     if let Some(client) = outcome.client {
         refuse(client, context.protocol, Refusal::BackendUnavailable).await;
     }
-    Finished {
-        backend: Some(peer),
-        to_backend: outcome.to_backend,
-        to_client: outcome.to_client,
-        end: outcome.end.known_by(outcome.error.as_ref()),
-        error: outcome.error.map(|error| error.to_string()),
+    let end = outcome.end.known_by(outcome.error.as_ref());
+    let error = outcome.error.map(|error| error.to_string());
+    known.report(context, end, (outcome.to_backend, outcome.to_client), error);
+}
+
+impl Known {
+    fn report(
+        self,
+        context: &Context,
+        end: End,
+        (to_backend, to_client): (Bytes, Bytes),
+        error: Option<String>,
+    ) {
+        let Identity { peer, local, id } = self.identity;
+        let report = Report {
+            client: peer,
+            local,
+            listener: Arc::clone(&context.listener),
+            backend: self.backend.map(|(backend, _)| backend),
+            engine: context.engine.name(),
+            to_backend,
+            to_client,
+            duration: self.accepted.elapsed(),
+            unique_id: id.map(|id| String::from_utf8_lossy(&id).into_owned()),
+            end,
+            error,
+        };
+        context.metrics.closed(report.end);
+        report.log();
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
     direction::Want,
     end::{Bytes, End},
     lane::{Break, Enrolment, Lane, Progress},
-    table::Entry,
+    table::Meter,
 };
 use crate::endpoint::{Endpoint, Needs};
 
@@ -24,7 +24,7 @@ const LAST_WORDS: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) struct Pump<'a> {
     context: &'a Context,
-    entry: &'a Entry,
+    meter: Meter,
     client: Endpoint,
     backend: Endpoint,
     to_backend: Lane,
@@ -60,7 +60,7 @@ impl<'a> Pump<'a> {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
         context: &'a Context,
-        entry: &'a Entry,
+        meter: Meter,
         client: Endpoint,
         backend: Endpoint,
         read: u64,
@@ -70,7 +70,7 @@ impl<'a> Pump<'a> {
         let now = Instant::now();
         Self {
             context,
-            entry,
+            meter,
             client,
             backend,
             to_backend: Lane::new(read, held, gated, context),
@@ -84,39 +84,7 @@ impl<'a> Pump<'a> {
     }
 
     /// Until both directions are finished or something breaks.
-    pub(super) async fn run(mut self) -> Outcome {
-        let (end, error) = self.carry().await;
-        self.account();
-        let (to_backend, to_client) = self.accounted;
-        let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
-        let Self { client, backend, to_backend: up, to_client: down, .. } = self;
-        // The directions leave the kernel's maps before their sockets close.
-        drop((up, down));
-        let mut left = None;
-        match end {
-            End::NoBanner => {
-                backend.reset();
-                left = Some(client);
-            }
-            // Whose words found nobody is told by a reset, after the last of what it was sent.
-            _ if end.clean() => {
-                for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
-                    if cut {
-                        endpoint.taken(LAST_WORDS).await;
-                        endpoint.reset();
-                    }
-                }
-            }
-            // After a loss, or what may be one, neither side may take what it got for the whole.
-            _ => {
-                backend.reset();
-                client.reset();
-            }
-        }
-        Outcome { end, error, to_backend, to_client, client: left }
-    }
-
-    async fn carry(&mut self) -> (End, Option<io::Error>) {
+    pub(super) async fn carry(&mut self) -> (End, Option<io::Error>) {
         let timer = sleep_until(self.last + ACCOUNT_EVERY.min(self.silence_allowed()));
         tokio::pin!(timer);
         loop {
@@ -195,6 +163,38 @@ impl<'a> Pump<'a> {
                 }
             }
         }
+    }
+
+    /// Takes leave of both sides.
+    pub(super) async fn finish(mut self, end: End, error: Option<io::Error>) -> Outcome {
+        self.account();
+        let (to_backend, to_client) = self.accounted;
+        let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
+        let Self { client, backend, to_backend: up, to_client: down, .. } = self;
+        // The directions leave the kernel's maps before their sockets close.
+        drop((up, down));
+        let mut left = None;
+        match end {
+            End::NoBanner => {
+                backend.reset();
+                left = Some(client);
+            }
+            // Whose words found nobody is told by a reset, after the last of what it was sent.
+            _ if end.clean() => {
+                for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
+                    if cut {
+                        endpoint.taken(LAST_WORDS).await;
+                        endpoint.reset();
+                    }
+                }
+            }
+            // After a loss, or what may be one, neither side may take what it got for the whole.
+            _ => {
+                backend.reset();
+                client.reset();
+            }
+        }
+        Outcome { end, error, to_backend, to_client, client: left }
     }
 
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
@@ -315,7 +315,7 @@ impl<'a> Pump<'a> {
         self.context
             .metrics
             .bytes(difference(to_backend, self.accounted.0), difference(to_client, self.accounted.1));
-        self.entry.carried(to_backend.total(), to_client.total());
+        self.meter.carried(to_backend.total(), to_client.total());
         self.accounted = (to_backend, to_client);
     }
 }

@@ -41,6 +41,10 @@ pub struct Entry {
     row: Arc<Row>,
 }
 
+/// Counts a connection's payload.
+#[derive(Debug)]
+pub struct Meter(Arc<Row>);
+
 /// What is known of a connection now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -117,10 +121,18 @@ impl Entry {
         let _ = self.row.backend.set(backend);
     }
 
+    /// What its payload is counted by.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        Meter(Arc::clone(&self.row))
+    }
+}
+
+impl Meter {
     /// So much payload has passed so far.
     pub fn carried(&self, to_backend: u64, to_client: u64) {
-        self.row.to_backend.store(to_backend, Ordering::Relaxed);
-        self.row.to_client.store(to_client, Ordering::Relaxed);
+        self.0.to_backend.store(to_backend, Ordering::Relaxed);
+        self.0.to_client.store(to_client, Ordering::Relaxed);
     }
 }
 
@@ -144,7 +156,7 @@ mod tests {
             table.add(&"imap".into(), "relay", client, local),
         );
         one.reached(backend);
-        one.carried(7, 9);
+        one.meter().carried(7, 9);
         let mut rows = table.snapshot();
         rows.sort_by(|one, other| other.listener.cmp(&one.listener));
         assert_eq!(

@@ -26,13 +26,14 @@ fn main() {
         file("files/a stop has the time that the configuration gives it", files::a_stop_has_its_time),
     ];
     let shared = Arc::new(Shared::default());
-    let acts: [(&str, Act); 6] = [
+    let acts: [(&str, Act); 7] = [
         ("systemd/installing twice changes nothing", service::installing_twice),
         ("systemd/the process has what it needs and no more", service::rights),
         ("systemd/a stop ends it and leaves no socket", service::stop),
         ("systemd/a mistake in the configuration keeps it from starting", service::mistake),
         ("systemd/a reload applies, or is refused and changes nothing", service::reload),
         ("systemd/a daemon that hangs is replaced", service::watchdog),
+        ("systemd/its socket unit starts it, and holds the port meanwhile", service::activated),
     ];
     for engine in service::ENGINES {
         for family in Family::ALL {

@@ -158,6 +158,10 @@ fn xtask() -> anyhow::Result<PathBuf> {
 /// A message goes from the client through the service to Postfix, which sees the client.
 pub(crate) fn mail(lab: &Lab, engine: Engine, family: Family) -> anyhow::Result<()> {
     lab.start()?;
+    send(lab, engine, family)
+}
+
+fn send(lab: &Lab, engine: Engine, family: Family) -> anyhow::Result<()> {
     let user = format!("{}-{}", engine.name, family.name());
     let message = Message::new(&user, &user);
     let postfix = &lab.host.postfix;
@@ -278,6 +282,33 @@ pub(crate) fn watchdog(lab: &Lab) -> anyhow::Result<()> {
     let restarts = lab.systemd.property(UNIT, "NRestarts")?;
     ensure!(restarts == "1", "{restarts} restarts");
     lab.drop_in("")
+}
+
+/// systemd holds the port: who comes while there is no daemon has one started, and is served by it.
+pub(crate) fn activated(lab: &Lab) -> anyhow::Result<()> {
+    const SOCKET: &str = "injector.socket";
+    let [_, _, relay] = ENGINES;
+    lab.systemd.must(&["systemctl", "stop", UNIT])?;
+    let folder = lab.systemd.path("/etc/systemd/system/injector.socket.d");
+    fs::create_dir_all(&folder)?;
+    let address = SocketAddr::new(relay.vip.of(Family::V4), SMTP.stock);
+    fs::write(folder.join("test.conf"), format!("[Socket]\nListenStream=\nListenStream={address}\n"))?;
+    lab.systemd.must(&["systemctl", "daemon-reload"])?;
+    lab.systemd.must(&["systemctl", "start", SOCKET])?;
+    let state = lab.systemd.property(UNIT, "ActiveState")?;
+    ensure!(state == "inactive", "{state} before anybody has come");
+    send(lab, relay, Family::V4)?;
+    let before = lab.systemd.property(UNIT, "MainPID")?;
+    // And whoever comes during a restart waits for the next one.
+    lab.systemd.must(&["systemctl", "restart", "--no-block", UNIT])?;
+    send(lab, relay, Family::V4)?;
+    lab.wait_ready()?;
+    ensure!(lab.systemd.property(UNIT, "MainPID")? != before, "it was not replaced");
+    // The addresses that systemd does not hold are the daemon's own.
+    send(lab, relay, Family::V6)?;
+    lab.systemd.must(&["systemctl", "stop", SOCKET, UNIT])?;
+    fs::remove_dir_all(&folder)?;
+    lab.systemd.must(&["systemctl", "daemon-reload"]).map(drop)
 }
 
 pub(crate) fn uninstall(lab: &Lab) -> anyhow::Result<()> {

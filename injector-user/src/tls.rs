@@ -17,14 +17,19 @@ use tokio_rustls::TlsConnector;
 /// # Errors
 /// None with the versions and algorithms built in.
 pub fn without_verification() -> Result<TlsConnector, Error> {
+    Ok(TlsConnector::from(Arc::new(believing_anybody()?)))
+}
+
+/// The same as settings.
+///
+/// # Errors
+/// None with the versions and algorithms built in.
+pub fn believing_anybody() -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
     let verifier = Arc::new(Anybody { algorithms: provider.signature_verification_algorithms });
-    let config = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
-        .with_safe_default_protocol_versions()?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
+    let builder = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
+        .with_safe_default_protocol_versions()?;
+    Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
 }
 
 /// Accepts every certificate; that the server holds its key is still seen to.

@@ -20,7 +20,6 @@ use super::tests::complete;
 
 const RULES: &str = include_str!("../../../deploy/prometheus/injector.rules.yml");
 const RULE_TESTS: &str = include_str!("../../../deploy/prometheus/injector.rules.test.yml");
-const COMING: &str = include_str!("../../../deploy/prometheus/coming.txt");
 const DASHBOARD: &str = include_str!("../../../deploy/grafana/injector.json");
 const METRICS: &str = include_str!("../../../docs/metrics.md");
 
@@ -84,12 +83,9 @@ impl Known {
         known
     }
 
-    /// The same, with what is to come and what the rules record.
+    /// The same, with what the rules record.
     fn all() -> Self {
         let mut known = Self::exported();
-        for (name, labels) in coming() {
-            known.add(name, labels.into_iter().map(|label| (label, None)));
-        }
         for rule in rules() {
             if let Some(record) = &rule.record {
                 let labels = known.check(&rule.expr).unwrap_or_else(|problem| panic!("{record}: {problem}"));
@@ -207,32 +203,11 @@ fn named(wanted: &[String], have: &Labels, keyword: &str) -> Result<Labels, Stri
     }
 }
 
-fn coming() -> Vec<(&'static str, Vec<&'static str>)> {
-    let lines = COMING.lines().filter(|line| !line.starts_with('#') && !line.trim().is_empty());
-    lines
-        .map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next().unwrap(), words.collect())
-        })
-        .collect()
-}
-
 /// The names between `{{` and `}}` that begin with this.
 fn placeholders<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
     let inside =
         text.split("{{").skip(1).filter_map(|rest| rest.split_once("}}").map(|(inside, _)| inside.trim()));
     inside.filter_map(|inside| inside.split(['|', ' ']).next()?.strip_prefix(start)).collect()
-}
-
-#[test]
-fn what_is_coming_is_not_there_yet() {
-    let exported = Known::exported();
-    for (name, _) in coming() {
-        assert!(
-            !exported.0.contains_key(name),
-            "{name} is there: take it out of deploy/prometheus/coming.txt"
-        );
-    }
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! `cargo xtask observe --live`: every expression of the dashboard through a real Prometheus, printed and drawn.
 
 use std::{
-    collections::BTreeSet,
     env, fs, thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde::Deserialize;
 
 use super::{
     dashboard::{self, Item, Kind, Panel, Query},
@@ -132,7 +130,6 @@ impl Answer {
 }
 
 fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
-    let coming = Coming::read()?;
     let panels = dashboard::placed().into_iter().filter_map(|placed| match placed.what {
         Item::Panel(panel) => Some(panel),
         Item::Heading(_) => None,
@@ -145,7 +142,7 @@ fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
                 Kind::Lines | Kind::Stacked | Kind::Heatmap => api.range(&expr, from, to, STEP),
             };
             let result = result.map_err(|error| format!("{error:#}"));
-            let excuse = coming.excuse(query.expr).or_else(|| panel.may_be_empty.map(str::to_owned));
+            let excuse = panel.may_be_empty.map(str::to_owned);
             Outcome { query, result, excuse }
         };
         Answer { panel, results: panel.queries.iter().map(outcome).collect() }
@@ -158,50 +155,6 @@ fn for_this_run(expr: &str) -> String {
     let chosen =
         dashboard::for_grafana(expr).replace("$__rate_interval", RATE_INTERVAL).replace("$__range", RANGE);
     chosen.replace("$job", "injector").replace("$instance", ".*").replace("$listener", ".*")
-}
-
-/// Metrics that the daemon does not have yet, and what the rules make of them.
-struct Coming(BTreeSet<String>);
-
-#[derive(Deserialize)]
-struct RuleFile {
-    groups: Vec<Group>,
-}
-
-#[derive(Deserialize)]
-struct Group {
-    rules: Vec<Rule>,
-}
-
-#[derive(Deserialize)]
-struct Rule {
-    record: Option<String>,
-    expr: String,
-}
-
-impl Coming {
-    fn read() -> Result<Self> {
-        let folder = folder("deploy/prometheus");
-        let list = fs::read_to_string(folder.join("coming.txt")).context("deploy/prometheus/coming.txt")?;
-        let lines = list.lines().filter(|line| !line.starts_with('#'));
-        let mut names: BTreeSet<_> =
-            lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect();
-        let rules = fs::read_to_string(folder.join("injector.rules.yml")).context("injector.rules.yml")?;
-        let rules: RuleFile = serde_saphyr::from_str(&rules).context("injector.rules.yml")?;
-        for rule in rules.groups.into_iter().flat_map(|group| group.rules) {
-            if let Some(record) = rule.record
-                && names.iter().any(|name| rule.expr.contains(name.as_str()))
-            {
-                names.insert(record);
-            }
-        }
-        Ok(Self(names))
-    }
-
-    fn excuse(&self, expr: &str) -> Option<String> {
-        let name = self.0.iter().find(|name| expr.contains(name.as_str()))?;
-        Some(format!("{name} is not there yet"))
-    }
 }
 
 /// What Prometheus says of its rules: all in order, and which alerts are on.

@@ -13,7 +13,7 @@ pub mod wire;
 use std::{
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::sync::{Mutex, watch};
@@ -63,7 +63,7 @@ impl Control {
         metrics: Metrics,
         ready: watch::Sender<Readiness>,
     ) -> Self {
-        let read = ConfigStatus { file: file.clone(), read: SystemTime::now(), refused: None };
+        let read = ConfigStatus { file: file.clone(), read: since_1970(), refused: None };
         Self(Arc::new(Shared {
             serving: Mutex::new(Some(serving)),
             source,
@@ -132,7 +132,7 @@ impl Control {
         let mut read = self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match &result {
             Ok(Changes { added, changed, removed, later }) => {
-                *read = ConfigStatus { file: self.0.file.clone(), read: SystemTime::now(), refused: None };
+                *read = ConfigStatus { file: self.0.file.clone(), read: since_1970(), refused: None };
                 tracing::info!(?added, ?changed, ?removed, "configuration read again");
                 if !later.is_empty() {
                     tracing::warn!(sections = ?later, "what has changed there takes effect with a restart");
@@ -267,6 +267,11 @@ fn backend_set(
         anyhow::bail!("there is no backend {backend:?}{which}: there are {}", all.join(", "));
     }
     Ok(set)
+}
+
+/// Seconds.
+fn since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 fn millis(duration: Duration) -> u64 {

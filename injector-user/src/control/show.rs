@@ -2,7 +2,7 @@
 
 use std::{
     fmt::{self, Write as _},
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use super::wire::{
@@ -30,7 +30,12 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     let Status { version, pid, uptime_ms, readiness, connections, max_connections, .. } = status;
     writeln!(out, "injector {version}, process {pid}, up {}, {readiness}", age(*uptime_ms))?;
     let ConfigStatus { file, read, refused } = &status.config;
-    writeln!(out, "configuration {}, read {}", file.display(), humantime::format_rfc3339_seconds(*read))?;
+    writeln!(
+        out,
+        "configuration {}, read {}",
+        file.display(),
+        humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(*read))
+    )?;
     if let Some(why) = refused {
         writeln!(out, "  what was read later is refused: {}", why.replace('\n', "\n    "))?;
     }
@@ -185,8 +190,6 @@ pub(super) fn bytes(bytes: u64) -> String {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::time::SystemTime;
-
     use super::*;
     use crate::{backend::Standing, control::wire::EngineStatus};
 
@@ -226,7 +229,7 @@ pub(super) mod tests {
             pid: 7,
             uptime_ms: 3_723_000,
             readiness: "ready".to_owned(),
-            config: ConfigStatus { file: "/etc/i.toml".into(), read: SystemTime::UNIX_EPOCH, refused: None },
+            config: ConfigStatus { file: "/etc/i.toml".into(), read: 0, refused: None },
             connections: 2,
             max_connections: 10_000,
             backlog_bytes: 0,

@@ -1,6 +1,6 @@
 //! What goes over the socket, in JSON.
 
-use std::{net::SocketAddr, path::PathBuf, time::SystemTime};
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -138,8 +138,8 @@ pub struct Status {
 pub struct ConfigStatus {
     /// The file.
     pub file: PathBuf,
-    /// When what runs was read.
-    pub read: SystemTime,
+    /// When what runs was read, in seconds since 1970.
+    pub read: u64,
     /// Why what was read later does not run.
     pub refused: Option<String>,
 }

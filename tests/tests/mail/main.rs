@@ -3,6 +3,7 @@
 //! Trials are named `FRONT/FAMILY/PORT→PORT`. All share one set of namespaces and servers, made when the first of them
 //! runs; each front is started when its first trial runs, so that one that cannot start fails its own trials only.
 
+mod checks;
 mod environment;
 mod external;
 mod intra_cluster;
@@ -67,6 +68,7 @@ fn testbed(shared: &Arc<Shared>) -> Vec<Trial> {
             trials.push(trial(shared, name, move |all| intra_cluster::direct(all, service, family)));
         }
     }
+    trials.push(trial(shared, "health checks harm nobody".to_owned(), checks::understood));
     trials.extend(columns(shared, &FRONTS));
     trials
 }

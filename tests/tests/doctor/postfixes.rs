@@ -105,7 +105,8 @@ smtpd_peername_lookup = no
 smtpd_tls_session_cache_database =
 # No memory of clients, unless a service has one: several postscreens cannot share a file.
 postscreen_cache_map =
-postscreen_greet_wait = 1s
+# postscreen's clock has whole seconds: with 1s the rest of the greeting may follow its beginning at once.
+postscreen_greet_wait = 2s
 postscreen_greet_action = enforce
 {more}"
     )

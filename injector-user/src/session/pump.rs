@@ -43,6 +43,9 @@ pub(super) struct Pump<'a> {
 struct Gone {
     client: bool,
     backend: bool,
+    /// Why, where a write was told: the kernel tells once, and whoever reads then sees an end without a reason.
+    client_error: Option<io::Error>,
+    backend_error: Option<io::Error>,
 }
 
 /// How the pump stopped.
@@ -133,6 +136,7 @@ impl<'a> Pump<'a> {
                     if self.to_client.runs_in_kernel() && !self.to_client.complete(&self.backend) {
                         return self.broken(Break::Target(error), End::ClientReset, End::BackendReset);
                     }
+                    self.gone.backend_error = Some(error);
                 }
                 Step::ToClient(Err(Break::Target(error))) | Step::ClientGone(Some(error)) => {
                     self.gone.client = true;
@@ -140,14 +144,17 @@ impl<'a> Pump<'a> {
                     if self.to_backend.runs_in_kernel() && !self.to_backend.complete(&self.client) {
                         return self.broken(Break::Target(error), End::BackendReset, End::ClientReset);
                     }
+                    self.gone.client_error = Some(error);
                 }
                 // Both have said their last, without an error: what was received is still passed on.
                 Step::BackendGone(None) => self.gone.backend = true,
                 Step::ClientGone(None) => self.gone.client = true,
                 Step::ToBackend(Err(broken)) => {
+                    let broken = known(broken, self.gone.client_error.take());
                     return self.broken(broken, End::ClientReset, End::BackendReset);
                 }
                 Step::ToClient(Err(broken)) => {
+                    let broken = known(broken, self.gone.backend_error.take());
                     return self.broken(broken, End::BackendReset, End::ClientReset);
                 }
                 Step::Timer => {
@@ -326,6 +333,14 @@ enum Step {
     ClientGone(Option<io::Error>),
     BackendGone(Option<io::Error>),
     Timer,
+}
+
+/// A source that is broken for the reason that a write to the same socket was told.
+fn known(broken: Break, reason: Option<io::Error>) -> Break {
+    match (broken, reason) {
+        (Break::Source(error), Some(reason)) if error.raw_os_error().is_none() => Break::Source(reason),
+        (broken, _) => broken,
+    }
 }
 
 fn difference(now: Bytes, before: Bytes) -> Bytes {

@@ -164,7 +164,6 @@ async fn serve(
     if let Some(running) = inline {
         watch_inline(running, &serving, &metrics);
     }
-    let deadline = serving.config().stop.deadline;
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
     let control = Control::new(serving, file, source, metrics, ready);
@@ -187,7 +186,6 @@ async fn serve(
             _ = hangup.recv() => drop(control.answer(Request::Reload).await),
         }
     }
-    systemd::stopping(deadline);
     let again = async {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -195,7 +193,9 @@ async fn serve(
         }
     };
     if let Some(serving) = control.stop().await {
+        // As it was last read.
         let deadline = serving.config().stop.deadline;
+        systemd::stopping(deadline);
         serving.end(deadline, again).await;
     }
     exporting.cancel();

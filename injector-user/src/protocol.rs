@@ -162,6 +162,17 @@ impl Protocol {
         Some(line.as_bytes())
     }
 
+    /// How a client takes its leave below TLS; `None` where that is not known: RFC 5321 section 4.1.1.10, RFC 9051 section 6.1.3
+    /// (under the tag `a`), RFC 1939 section 5, RFC 5804 section 2.3.
+    pub const fn goodbye(self) -> Option<&'static [u8]> {
+        match self {
+            Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => Some(b"QUIT\r\n"),
+            Self::Imap | Self::Imaps => Some(b"a LOGOUT\r\n"),
+            Self::Sieve => Some(b"LOGOUT\r\n"),
+            Self::Plain => None,
+        }
+    }
+
     /// The timeouts for a listener that sets none.
     ///
     /// Idle is longer than anything a conforming peer may do in silence, so that the server's own limit comes

@@ -305,12 +305,11 @@ impl Serving {
     /// # Errors
     /// When there is no such listener.
     pub fn drain(&mut self, name: Option<&str>, within: Option<Duration>) -> anyhow::Result<Vec<String>> {
+        let named = self.named(name)?;
         let mut drained = Vec::new();
-        for index in self.named(name)? {
-            let Some(next) = self.listeners.get(index).map(|open| open.cut.child_token()) else { continue };
-            let contexts =
-                self.listeners.get(index).map(|open| self.contexts(open, &next)).unwrap_or_default();
-            let Some(open) = self.listeners.get_mut(index) else { continue };
+        let mut listeners = std::mem::take(&mut self.listeners);
+        for index in named {
+            let Some(open) = listeners.get_mut(index) else { continue };
             open.policies.iter().for_each(|policy| policy.drain(true));
             let within = within.unwrap_or(open.config.timeouts.drain);
             // Packets are not ours to cut.
@@ -318,17 +317,17 @@ impl Serving {
             open.drained = Some(Drained { until });
             self.shared.metrics.set_draining(&open.config.name, true);
             tracing::info!(listener = open.config.name, ?within, "draining: nobody new is let in");
-            for (policy, context) in open.policies.iter().zip(contexts) {
-                policy.change(context);
-            }
+            let before = std::mem::replace(&mut open.cut_next, open.cut.child_token());
+            self.renew_contexts(open);
             open.cut_drained.retain(|cut| !cut.is_cancelled());
-            open.cut_drained.push(std::mem::replace(&mut open.cut_next, next));
+            open.cut_drained.push(before);
             if let Some(until) = until {
                 // Of two drains, the one that ends sooner holds.
                 open.cut_drained.iter().for_each(|cut| cut_at(until, cut.clone()));
             }
             drained.push(open.config.name.clone());
         }
+        self.listeners = listeners;
         self.tell_inline();
         Ok(drained)
     }
@@ -487,7 +486,7 @@ impl Serving {
         };
         self.look_after(&open);
         open.policies = self
-            .contexts(&open, &open.cut_next)
+            .contexts(&open)
             .into_iter()
             .map(|it| Arc::new(Policy::new(it, Arc::clone(&open.own))))
             .collect();
@@ -526,7 +525,7 @@ impl Serving {
     }
 
     /// What the sessions of a listener share that come from now on, for each worker.
-    fn contexts(&self, open: &Open, cut: &CancellationToken) -> Vec<Arc<Context>> {
+    fn contexts(&self, open: &Open) -> Vec<Arc<Context>> {
         let Some(engine) = &open.engine else { return Vec::new() };
         let listener = &open.config;
         let name: Arc<str> = listener.name.as_str().into();
@@ -545,12 +544,19 @@ impl Serving {
                 marks: self.config.splice.marks,
                 ledger: self.shared.ledger.clone(),
                 watch: worker.watch().clone(),
-                cut: cut.clone(),
+                cut: open.cut_next.clone(),
                 table: table.clone(),
                 run_id: self.shared.run_id,
             })
         };
         self.workers.iter().zip(&self.tables).map(context).collect()
+    }
+
+    /// Gives them to its doors.
+    fn renew_contexts(&self, open: &Open) {
+        for (policy, context) in open.policies.iter().zip(self.contexts(open)) {
+            policy.change(context);
+        }
     }
 
     fn change(
@@ -569,10 +575,7 @@ impl Serving {
         open.own.resize(listener.max_connections);
         (open.config, open.asked, open.engine) = (listener, asked, engine);
         self.look_after(open);
-        let contexts = self.contexts(open, &open.cut_next);
-        for (policy, context) in open.policies.iter().zip(contexts) {
-            policy.change(context);
-        }
+        self.renew_contexts(open);
         // The new doors first: an address that only has to be opened anew is never without one.
         self.open_doors(open, sockets);
         open.doors.retain(|address, doors| {

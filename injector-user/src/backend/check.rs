@@ -123,7 +123,6 @@ async fn leave(stream: &mut TcpStream) {
 /// What a protocol's server says, and is told.
 struct Words {
     greeting: Lines,
-    goodbye: &'static str,
     farewell: Lines,
 }
 
@@ -139,23 +138,19 @@ const fn words(protocol: Protocol) -> Option<Words> {
     Some(match protocol {
         Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Words {
             greeting: Lines { last: &["220 "], before: &["220-"] },
-            goodbye: "QUIT\r\n",
             farewell: Lines { last: &["221 "], before: &["221-"] },
         },
         Protocol::Imap | Protocol::Imaps => Words {
             greeting: Lines { last: &["* OK", "* PREAUTH"], before: &[] },
-            goodbye: "a LOGOUT\r\n",
             farewell: Lines { last: &["a OK"], before: &["* "] },
         },
         Protocol::Pop3 | Protocol::Pop3s => Words {
             greeting: Lines { last: &["+OK"], before: &[] },
-            goodbye: "QUIT\r\n",
             farewell: Lines { last: &["+OK"], before: &[] },
         },
         // Capabilities, each on a line of its own (RFC 5804, section 1.7).
         Protocol::Sieve => Words {
             greeting: Lines { last: &["OK"], before: &["\""] },
-            goodbye: "LOGOUT\r\n",
             farewell: Lines { last: &["OK", "BYE"], before: &[] },
         },
         Protocol::Plain => return None,
@@ -168,12 +163,12 @@ async fn converse(
     stage: &mut &'static str,
 ) -> Result<(), Failed> {
     // Refused by the configuration.
-    let Some(words) = words(protocol) else { return Ok(()) };
+    let (Some(words), Some(goodbye)) = (words(protocol), protocol.goodbye()) else { return Ok(()) };
     let mut stream = BufReader::new(stream);
     *stage = "the greeting";
     hear(&mut stream, &words.greeting, "the greeting").await?;
     *stage = "the goodbye";
-    let said = stream.get_mut().write_all(words.goodbye.as_bytes()).await;
+    let said = stream.get_mut().write_all(goodbye).await;
     said.map_err(|error| Failed::Io { stage: "the goodbye", error })?;
     hear(&mut stream, &words.farewell, "the goodbye").await?;
     // Of TLS: otherwise the server logs that the connection was cut. It may have gone first.

@@ -70,16 +70,6 @@ impl Dialect {
         }
     }
 
-    /// How a client takes its leave; `None` where that is not known.
-    pub(super) const fn goodbye(self) -> Option<&'static [u8]> {
-        match self {
-            Self::Smtp | Self::Pop3 => Some(b"QUIT\r\n"),
-            Self::Imap => Some(b"a LOGOUT\r\n"),
-            Self::Sieve => Some(b"LOGOUT\r\n"),
-            Self::Unknown => None,
-        }
-    }
-
     /// Listens for the moment at which a client may speak.
     pub(super) fn hear(self, said: &[u8]) -> Heard {
         for (index, line) in complete_lines(said).enumerate() {

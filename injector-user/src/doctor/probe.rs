@@ -27,6 +27,7 @@ use super::{
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
     header::Rendered,
+    protocol::Protocol,
     tls,
 };
 
@@ -72,7 +73,7 @@ pub(super) async fn observe(
         }
     };
     let connected = Instant::now();
-    let talk = Talk { dialect: Dialect::of(subject.protocol), connected, until: connected + patience.answer };
+    let talk = Talk { protocol: subject.protocol, connected, until: connected + patience.answer };
     match speak(subject, step.probe, claims, stream, talk).await {
         Ok(Heeded { outcome, after, tls }) => Observation { step, outcome, after, tls },
         Err(error) => {
@@ -94,7 +95,7 @@ async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStr
 /// The terms of one conversation.
 #[derive(Clone, Copy)]
 struct Talk {
-    dialect: Dialect,
+    protocol: Protocol,
     connected: Instant,
     until: Instant,
 }
@@ -151,7 +152,7 @@ async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
                 return clear(Outcome::Alert(format!("{alert:?}")));
             }
             if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
-                let outcome = match talk.dialect.judge(&recorded.first) {
+                let outcome = match Dialect::of(talk.protocol).judge(&recorded.first) {
                     Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
                     _ => Outcome::Strange(readable(
                         recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
@@ -176,7 +177,8 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
 
 /// Listens, takes its leave as the protocol has it, and hears the rest.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk) -> (Outcome, Duration) {
-    let Talk { dialect, connected, until } = talk;
+    let Talk { protocol, connected, until } = talk;
+    let dialect = Dialect::of(protocol);
     let mut said = Vec::new();
     let mut first_word = None;
     let (ended, heard) = loop {
@@ -196,7 +198,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk)
     let teaser = said.starts_with(b"220-") && first_word.is_some_and(|at| at.elapsed() > TEASER);
     match heard {
         Heard::Floor => {
-            if let Some(goodbye) = dialect.goodbye() {
+            if let Some(goodbye) = protocol.goodbye() {
                 let _ = stream.write_all(goodbye).await;
                 let _ = stream.flush().await;
                 let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
@@ -291,7 +293,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::{super::samples::subject, *};
-    use crate::{config::ProxyVersion, doctor::observation::Family, protocol::Protocol};
+    use crate::{config::ProxyVersion, doctor::observation::Family};
 
     /// Observes a server that says this, each part after a pause, and hears what it was told.
     async fn observed(

@@ -48,6 +48,44 @@ impl Header {
     }
 }
 
+/// Places in the map `ANCHORS`. Sockets get their cookies one after another, so a word stays until about so many further
+/// sockets of the whole machine have had one; it is read a moment after it was written.
+pub const ANCHORS: u32 = 16 * 1024;
+
+/// A word of the map `ANCHORS`, which sockets share by turns: the sequence number of the SYN that one of them received, and
+/// which of them it was. One word, so that nobody ever sees half of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Anchor(pub u64);
+
+impl Anchor {
+    /// Where the word of the socket with this cookie is, below [`ANCHORS`].
+    #[must_use]
+    pub const fn place(cookie: u64) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "less than ANCHORS")]
+        let place = (cookie % ANCHORS as u64) as u32;
+        place
+    }
+
+    /// The word of the socket with this cookie.
+    #[must_use]
+    pub const fn new(cookie: u64, sequence: u32) -> Self {
+        Self(Self::turn(cookie) << 32 | sequence as u64)
+    }
+
+    /// The sequence number, if the word found at its place is that socket's.
+    #[must_use]
+    pub const fn sequence(self, cookie: u64) -> Option<u32> {
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+        let sequence = self.0 as u32;
+        if self.0 >> 32 == Self::turn(cookie) { Some(sequence) } else { None }
+    }
+
+    /// Which of those that share a place; never that of a word which nobody has written, before 2^46 sockets.
+    const fn turn(cookie: u64) -> u64 {
+        (cookie / ANCHORS as u64 + 1) & u32::MAX as u64
+    }
+}
+
 /// The value for one spliced direction (map `FLOWS`, by the source's socket cookie).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

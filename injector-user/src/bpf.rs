@@ -1,11 +1,15 @@
 //! What both engines in the kernel need of aya: programs and maps by name, reports on programs, and errors in words.
 
-use std::sync::Mutex;
+use std::{
+    os::fd::AsFd as _,
+    sync::{Mutex, MutexGuard},
+};
 
 use aya::{
     Ebpf, EbpfError,
-    maps::{Map, MapError},
+    maps::{Map, MapData, MapError},
     programs::{Program, ProgramError},
+    sys::SyscallError,
 };
 use thiserror::Error;
 
@@ -31,6 +35,14 @@ pub enum LoadError {
         /// What is wrong.
         error: MapError,
     },
+    /// A map whose memory the daemon cannot read.
+    #[error("map {map}: its memory cannot be read: {error}; memory-mapped arrays need Linux 5.5")]
+    Memory {
+        /// Its name.
+        map: &'static str,
+        /// What the kernel said.
+        error: std::io::Error,
+    },
     /// The object in this binary lacks a part: daemon and programs were not built together.
     #[error("this binary's BPF object has no {0}; build it again with `cargo xtask build`")]
     Missing(&'static str),
@@ -52,6 +64,55 @@ where
 {
     let data = programs.take_map(map).ok_or(LoadError::Missing(map))?;
     data.try_into().map_err(|error| LoadError::Map { map, error })
+}
+
+/// A map whose entries many threads make and remove. aya wants a map to itself for that, and a thread that waits for another's
+/// bpf(2) call sleeps and is woken: so there are several handles, of which the first that is free is taken.
+pub(crate) struct Handles<M> {
+    first: Mutex<M>,
+    others: Box<[Mutex<M>]>,
+}
+
+impl<M> Handles<M> {
+    /// Each takes a descriptor.
+    const MOST: usize = 8;
+
+    /// As many handles of the object's map as threads run at a time. The first is the object's own: programs that are loaded
+    /// from now on name the map by its descriptor.
+    pub(crate) fn take(programs: &mut Ebpf, map: &'static str) -> Result<Self, LoadError>
+    where
+        M: TryFrom<Map, Error = MapError>,
+    {
+        let failed = |error| LoadError::Map { map, error };
+        let data = take_data(programs, map)?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let others: Result<_, _> = (1..processors.min(Self::MOST)).map(|_| another(&data)).collect();
+        Ok(Self { others: others.map_err(failed)?, first: handle(data).map_err(failed)? })
+    }
+
+    /// One of them, to oneself.
+    pub(crate) fn get(&self) -> MutexGuard<'_, M> {
+        let mut all = std::iter::once(&self.first).chain(&self.others);
+        all.find_map(|handle| handle.try_lock().ok()).unwrap_or_else(|| lock(&self.first))
+    }
+}
+
+fn another<M: TryFrom<Map, Error = MapError>>(data: &MapData) -> Result<Mutex<M>, MapError> {
+    let cloned = data.fd().as_fd().try_clone_to_owned();
+    let descriptor = cloned.map_err(|io_error| SyscallError { call: "fcntl", io_error })?;
+    handle(MapData::from_fd(descriptor)?)
+}
+
+fn handle<M: TryFrom<Map, Error = MapError>>(data: MapData) -> Result<Mutex<M>, MapError> {
+    Map::from_map_data(data).and_then(M::try_from).map(Mutex::new)
+}
+
+/// A map of the object, whatever it holds. Keep it until the programs are loaded, which name it by its descriptor.
+pub(crate) fn take_data(programs: &mut Ebpf, map: &'static str) -> Result<MapData, LoadError> {
+    match programs.take_map(map).ok_or(LoadError::Missing(map))? {
+        Map::Array(data) | Map::HashMap(data) | Map::SockHash(data) | Map::SkStorage(data) => Ok(data),
+        _ => Err(LoadError::Missing(map)),
+    }
 }
 
 /// A loaded program, for reports.

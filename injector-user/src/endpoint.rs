@@ -3,6 +3,7 @@
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     io::{self, IoSlice, Read as _},
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
@@ -14,7 +15,10 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
-use tokio::io::{Interest, Ready, unix::AsyncFd};
+use tokio::io::{
+    Interest, Ready,
+    unix::{AsyncFd, AsyncFdReadyGuard},
+};
 
 use crate::{
     engine::Engine,
@@ -63,6 +67,8 @@ pub struct Endpoint {
     sequence: Option<u32>,
     /// The last read took all there was.
     emptied: AtomicBool,
+    /// The kernel has told of an error other than by a read. It tells once: who reads then sees an end of file.
+    told: AtomicBool,
 }
 
 impl Endpoint {
@@ -93,7 +99,7 @@ impl Endpoint {
         }
         let io = register(&socket, EVERYTHING)?;
         if let Some(io) = &io {
-            let _ = io.ready(Interest::WRITABLE).await?;
+            drop(writable(io).await?);
         }
         match socket.take_error()? {
             Some(error) => Err(error),
@@ -120,6 +126,7 @@ impl Endpoint {
             needs: EVERYTHING,
             sequence,
             emptied: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             socket,
         }
     }
@@ -181,7 +188,7 @@ impl Endpoint {
         let Some(io) = &self.io else { return std::future::pending().await };
         let mut take = Some(take);
         loop {
-            let mut ready = io.ready(Interest::READABLE).await?;
+            let mut ready = readable(io).await?;
             let closed = ready.ready().is_read_closed();
             let taken = SCRATCH.with_borrow_mut(|scratch| {
                 let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
@@ -216,7 +223,7 @@ impl Endpoint {
     pub async fn fill(&self, pipes: &Pipes) -> io::Result<Option<(Pipe, usize)>> {
         let Some(io) = &self.io else { return std::future::pending().await };
         loop {
-            let mut ready = io.ready(Interest::READABLE).await?;
+            let mut ready = readable(io).await?;
             let Some(mut pipe) = pipes.borrow() else {
                 ready.retain_ready();
                 return Ok(None);
@@ -237,10 +244,21 @@ impl Endpoint {
     pub async fn drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
         let Some(io) = &self.io else { return std::future::pending().await };
         loop {
-            let mut ready = io.ready(Interest::WRITABLE).await?;
+            let mut ready = writable(io).await?;
             if let Ok(drained) = ready.try_io(|io| pipe.drain(&**io.get_ref())) {
-                return drained;
+                return self.telling(drained);
             }
+        }
+    }
+
+    /// Moves out of the pipe what fits now, without waiting; 0 when nothing fits.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub fn try_drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
+        match pipe.drain(&*self.socket) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            drained => self.telling(drained),
         }
     }
 
@@ -250,7 +268,7 @@ impl Endpoint {
     /// When the runtime no longer polls.
     pub async fn readable(&self) -> io::Result<()> {
         let Some(io) = &self.io else { return std::future::pending().await };
-        let mut ready = io.ready(Interest::READABLE).await?;
+        let mut ready = readable(io).await?;
         ready.retain_ready();
         Ok(())
     }
@@ -262,12 +280,24 @@ impl Endpoint {
         self.emptied.load(Ordering::Relaxed)
     }
 
+    /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
+    /// of it may be that error's.
+    #[must_use]
+    pub fn ends_by_fin(&self) -> bool {
+        !self.told.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that an error was told.
+    fn telling<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|_| self.told.store(true, Ordering::Relaxed))
+    }
+
     /// Writes what fits now, without waiting; 0 when nothing fits.
     ///
     /// # Errors
     /// As send(2).
     pub fn try_write(&self, payload: &[u8]) -> io::Result<usize> {
-        self.try_write_all(&[IoSlice::new(payload)])
+        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL))
     }
 
     /// Writes what fits of several pieces by one call, so that they leave in one segment where they can.
@@ -275,11 +305,15 @@ impl Endpoint {
     /// # Errors
     /// As sendmsg(2).
     pub fn try_write_all(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
+    }
+
+    fn try_now(&self, write: impl Fn(&Socket) -> io::Result<usize>) -> io::Result<usize> {
         loop {
-            match self.socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL) {
+            match write(&self.socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
+                result => return self.telling(result),
             }
         }
     }
@@ -291,10 +325,10 @@ impl Endpoint {
     pub async fn write(&self, payload: &[u8]) -> io::Result<usize> {
         let Some(io) = &self.io else { return std::future::pending().await };
         loop {
-            let mut ready = io.ready(Interest::WRITABLE).await?;
+            let mut ready = writable(io).await?;
             match ready.try_io(|io| io.get_ref().send_with_flags(payload, libc::MSG_NOSIGNAL)) {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(result) => return result,
+                Ok(result) => return self.telling(result),
                 Err(_would_block) => {}
             }
         }
@@ -318,7 +352,9 @@ impl Endpoint {
             }
             (None, None) => std::future::pending().await,
         }
-        self.socket.take_error().unwrap_or_else(Some)
+        let error = self.socket.take_error().unwrap_or_else(Some);
+        self.told.fetch_or(error.is_some(), Ordering::Relaxed);
+        error
     }
 
     /// Tells the peer that nothing more comes (FIN).
@@ -366,6 +402,18 @@ impl AsRawFd for Endpoint {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+/// Both directions of a connection are carried by one task, so each socket needs one waker for what there is to read and one
+/// for room: the slots that tokio has for them. A list of waiters, as `AsyncFd::ready` keeps, costs more time at each step,
+/// and memory while nothing happens.
+async fn readable(io: &Io) -> io::Result<AsyncFdReadyGuard<'_, Arc<Socket>>> {
+    poll_fn(|task| io.poll_read_ready(task)).await
+}
+
+/// See [`readable`].
+async fn writable(io: &Io) -> io::Result<AsyncFdReadyGuard<'_, Arc<Socket>>> {
+    poll_fn(|task| io.poll_write_ready(task)).await
 }
 
 /// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.

@@ -328,10 +328,11 @@ impl Door {
             Err(reason) => return self.turn_away(&context, client, reason, Refusal::TooManyConnections),
         };
         let active = context.metrics.active();
-        self.sessions.spawn(async move {
+        // On the heap: on its way into a task, and out of it at the end, a future is copied nine times.
+        self.sessions.spawn(Box::pin(async move {
             session::serve(&context, client.socket, client.peer).await;
             drop((active, admitted));
-        });
+        }));
     }
 
     fn admit(&self, policy: &Policy) -> Result<Admitted, RefusedReason> {

@@ -539,6 +539,7 @@ impl Serving {
                 engine: Arc::clone(engine),
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
+                header: self.config.splice.header,
                 pays: self.config.splice.pays,
                 pipes: self.shared.pipes.clone(),
                 marks: self.config.splice.marks,

@@ -148,6 +148,58 @@ pub fn monotonic_ns() -> u64 {
     seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
 
+/// The memory of an array of 64-bit words that a program writes (`BPF_F_MMAPABLE`, Linux 5.5): reading it takes no
+/// system call.
+#[cfg(feature = "bpf")]
+#[derive(Debug)]
+pub struct Words {
+    first: std::ptr::NonNull<std::sync::atomic::AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: shared memory that is only read, by atomic loads; the mapping lives as long as the value.
+#[cfg(feature = "bpf")]
+unsafe impl Send for Words {}
+// SAFETY: as above.
+#[cfg(feature = "bpf")]
+unsafe impl Sync for Words {}
+
+#[cfg(feature = "bpf")]
+impl Words {
+    /// The first `count` words of the array.
+    ///
+    /// # Errors
+    /// As mmap(2).
+    pub fn of(array: BorrowedFd<'_>, count: usize) -> io::Result<Self> {
+        let len = count * size_of::<u64>();
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, array.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let first = std::ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { first, count })
+    }
+
+    /// The word at `index`, as it is now.
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<u64> {
+        // SAFETY: inside of the mapping, whose start is that of a page, so every word is aligned.
+        let word = (index < self.count).then(|| unsafe { self.first.add(index).as_ref() });
+        word.map(|word| word.load(std::sync::atomic::Ordering::Acquire))
+    }
+}
+
+#[cfg(feature = "bpf")]
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and no reference into it outlives it. Nobody can do anything about a failure.
+        let _ = unsafe { libc::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };
+    }
+}
+
 /// The value in a record of a ring buffer; `None` if the record is shorter.
 #[cfg(feature = "bpf")]
 #[must_use]

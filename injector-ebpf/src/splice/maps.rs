@@ -7,13 +7,16 @@ use core::{
 
 use aya_ebpf::{
     Global,
+    bindings::BPF_F_MMAPABLE,
     bindings::sk_action,
-    btf_maps::{HashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
     helpers::generated::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{Alarm, Counter, Credit, Flow, Header, Way, next_alarm};
+use injector_common::splice::{
+    ANCHORS as PLACES, Alarm, Anchor, Counter, Credit, Flow, Header, Way, next_alarm,
+};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -38,9 +41,9 @@ static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 #[btf_map]
 static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 
-/// Cookie of a socket that connects → the sequence number of the peer's SYN.
+/// The sequence numbers of the SYNs that sockets received which connect, by [`Anchor::place`]. The daemon reads its memory.
 #[btf_map]
-static ANCHORS: HashMap<u64, u32, SIZED_BY_THE_DAEMON> = HashMap::new();
+static ANCHORS: Array<u64, { PLACES as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Source's cookie → how far the program may go.
 #[btf_map]
@@ -68,11 +71,13 @@ pub(super) fn count(counter: Counter) {
     }
 }
 
-/// Remembers the sequence number of the SYN that this socket received. Where that fails, the socket's direction stays with
-/// user space.
+/// Remembers the sequence number of the SYN that this socket received.
 #[inline(always)]
 pub(super) fn set_anchor(cookie: u64, sequence: u32) {
-    let _ = ANCHORS.insert(cookie, sequence, 0);
+    if let Some(place) = ANCHORS.get_ptr_mut(Anchor::place(cookie)) {
+        // SAFETY: a map value stays valid while the program runs, and is aligned: one store, which nobody sees half of.
+        unsafe { *place = Anchor::new(cookie, sequence).0 };
+    }
 }
 
 /// The header that waits at the socket which `message` is sent on.

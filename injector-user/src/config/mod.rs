@@ -112,6 +112,22 @@ pub struct Splice {
     pub marks: Marks,
     /// When a direction is handed to the kernel.
     pub pays: Pays,
+    /// Who puts the header in front.
+    pub header: HeaderBy,
+}
+
+/// Who puts the header in front of what the backend reads first, in the splice engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeaderBy {
+    /// The program `inject`, in the kernel.
+    #[default]
+    Program,
+    /// One sendmsg(2), as in the relay engine: less work for short sessions.
+    Send,
+}
+
+impl HeaderBy {
+    const CHOICES: [(&'static str, Self); 2] = [("program", Self::Program), ("send", Self::Send)];
 }
 
 /// `[inline]`
@@ -434,7 +450,8 @@ const MOST_BYTES: u64 = 1 << 40;
 
 fn read_splice(section: Section<'_>) -> Splice {
     let mut splice = Splice::default();
-    let Splice { marks, pays } = &mut splice;
+    let Splice { marks, pays, header } = &mut splice;
+    *header = section.choice("header", &HeaderBy::CHOICES).unwrap_or_default();
     for (field, least, value) in [
         ("high_water", 1, &mut marks.high),
         ("low_water", 0, &mut marks.low),

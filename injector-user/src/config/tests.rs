@@ -94,6 +94,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(splice.pays.messages, default.pays.messages);
     assert_ne!(splice.pays.bytes, default.pays.bytes);
     assert_ne!(splice.pays.age, default.pays.age);
+    assert_ne!(splice.header, default.header);
     let (inline, default) = (&config.inline, Inline::default());
     assert_ne!((inline.nat, inline.attachment), (default.nat, default.attachment));
     assert_ne!((inline.masquerade, inline.set_sysctls), (default.masquerade, default.set_sysctls));

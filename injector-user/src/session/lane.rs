@@ -142,6 +142,12 @@ impl Lane {
         self.share.set(0);
     }
 
+    /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
+    fn is_fin(&self, source: &Endpoint) -> bool {
+        // Asking the kernel for its counts is dear where sessions are short.
+        (self.spliced.is_none() && source.ends_by_fin()) || self.complete(source)
+    }
+
     /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
     /// of file to epoll, and to recv(2) once its error was fetched; only the count tells, in which a FIN is one.
     pub(super) fn complete(&self, source: &Endpoint) -> bool {
@@ -290,7 +296,7 @@ impl Lane {
         });
         match taken.await.map_err(Break::Source)? {
             Some(taken) => taken,
-            None if self.complete(source) => {
+            None if self.is_fin(source) => {
                 self.direction.source_finished();
                 Ok(Progress::Other)
             }
@@ -315,10 +321,7 @@ impl Lane {
         if count < LARGE {
             self.large = 0;
         }
-        let drained = match pipe.drain(target) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            drained => drained,
-        };
+        let drained = target.try_drain(&mut pipe);
         if pipe.held() > 0 {
             self.pipe = Some(pipe);
         }

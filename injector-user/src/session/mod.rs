@@ -36,13 +36,14 @@ use self::{
 };
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
-    config::{Receiver, Timeouts, UNIQUE_ID_LEN},
+    config::{HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
     engine::{Engine, Injected},
     header::Rendered,
     metrics::ListenerMetrics,
     pipe::Pipes,
     protocol::{Protocol, Refusal, Speaker},
+    relay,
     watch::Watch,
 };
 
@@ -65,6 +66,8 @@ pub struct Context {
     pub receiver: Receiver,
     /// Counters of the listener.
     pub metrics: ListenerMetrics,
+    /// Who puts the header in front, where the engine has a program for it.
+    pub header: HeaderBy,
     /// When the kernel's plane pays off.
     pub pays: Pays,
     /// Through which bulk moves in user space.
@@ -163,7 +166,6 @@ async fn reach<'a>(
     };
     known.entry.reached(backend.peer());
     known.backend = Some((backend.peer(), session));
-    give_up_in_time(context, &backend);
 
     // injecting
     let first = match first_payload(context, &client, &backend).await {
@@ -193,13 +195,6 @@ async fn reach<'a>(
     let mut held = first.payload;
     held.advance(injected.payload);
     Ok(Pump::new(context, known.entry.meter(), client, backend, read, held, first.gated))
-}
-
-fn give_up_in_time(context: &Context, peer: &Endpoint) {
-    let Timeouts { user_timeout, keepalive, .. } = context.timeouts;
-    if let Err(error) = peer.give_up_after(user_timeout, keepalive) {
-        tracing::warn!(listener = &*context.listener, %error, "a dead peer will be noticed by the idle timeout alone");
-    }
 }
 
 /// closed
@@ -295,7 +290,13 @@ fn inject(context: &Context, identity: &Identity, backend: &Endpoint, first: &Fi
     let header =
         Rendered::new(&context.receiver, peer, local, &id.unwrap_or_default()).map_err(io::Error::other)?;
     let payload = if first.gated { &[] } else { &first.payload[..] };
-    context.engine.inject(backend, header.as_bytes(), payload)
+    match context.header {
+        HeaderBy::Program => context.engine.inject(backend, header.as_bytes(), payload),
+        HeaderBy::Send => {
+            let payload = relay::inject(backend, header.as_bytes(), payload)?;
+            Ok(Injected { payload, refused: None })
+        }
+    }
 }
 
 /// 32 hexadecimal digits: the run, and the client's socket within it.

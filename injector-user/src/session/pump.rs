@@ -35,6 +35,8 @@ pub(super) struct Pump<'a> {
     accounted: (Bytes, Bytes),
     backend_finished_first: bool,
     gone: Gone,
+    /// The kernel knows when to give up a backend that does not answer. Of the client it knows from the beginning.
+    lasts: bool,
 }
 
 /// Which socket takes nothing any more, its peer having closed for good. What the peer sent before its FIN is still
@@ -83,13 +85,17 @@ impl<'a> Pump<'a> {
             accounted: Default::default(),
             backend_finished_first: false,
             gone: Gone::default(),
+            lasts: false,
         }
     }
 
     /// Until both directions are finished or something breaks.
     pub(super) async fn carry(&mut self) -> (End, Option<io::Error>) {
-        let timer = sleep_until(self.last + ACCOUNT_EVERY.min(self.silence_allowed()));
-        tokio::pin!(timer);
+        let first_look =
+            ACCOUNT_EVERY.min(self.silence_allowed()).min(self.context.timeouts.user_timeout / 2);
+        let timer = sleep_until(self.last + first_look);
+        let cut = self.context.cut.cancelled();
+        tokio::pin!(timer, cut);
         loop {
             if let Err(ended) = self.prepare() {
                 return ended;
@@ -98,7 +104,7 @@ impl<'a> Pump<'a> {
                 let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
                 return (first, None);
             }
-            let Self { client, backend, to_backend, to_client, context, gone, .. } = self;
+            let Self { client, backend, to_backend, to_client, gone, .. } = self;
             // Of a socket that user space reads, reading says how it ended, after its last byte.
             let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
             let stepped = tokio::select! {
@@ -107,7 +113,7 @@ impl<'a> Pump<'a> {
                 error = client.closed(), if hear_client && !gone.client => Step::ClientGone(error),
                 error = backend.closed(), if hear_backend && !gone.backend => Step::BackendGone(error),
                 () = &mut timer => Step::Timer,
-                () = context.cut.cancelled() => return (End::Cut, None),
+                () = &mut cut => return (End::Cut, None),
             };
             match stepped {
                 Step::ToBackend(Ok(Progress::Resumed))
@@ -158,6 +164,7 @@ impl<'a> Pump<'a> {
                     return self.broken(broken, End::BackendReset, End::ClientReset);
                 }
                 Step::Timer => {
+                    self.give_up_in_time();
                     self.account();
                     if let Err(broken) = self.look() {
                         return self.broken(broken, End::Overload, End::Overload);
@@ -234,6 +241,20 @@ impl<'a> Pump<'a> {
                 backend.arm(Needs { read: to_client.may_read_source(), write: to_backend.may_write_target() })
             })
             .map_err(|error| (End::Internal, Some(error)))
+    }
+
+    /// Four system calls, which a short session does not need. What the backend was sent before counts as well: the kernel
+    /// looks how old it is (tcp_write_timeout, net/ipv4/tcp_timer.c).
+    fn give_up_in_time(&mut self) {
+        if self.lasts {
+            return;
+        }
+        self.lasts = true;
+        let timeouts = &self.context.timeouts;
+        if let Err(error) = self.backend.give_up_after(timeouts.user_timeout, timeouts.keepalive) {
+            let listener = &*self.context.listener;
+            tracing::warn!(listener, %error, "a dead backend will be noticed by the idle timeout alone");
+        }
     }
 
     fn finished(&self) -> bool {

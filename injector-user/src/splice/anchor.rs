@@ -29,14 +29,13 @@ impl Anchor {
 
 impl engine::Anchor for Anchor {
     fn sequence(&self) -> Option<u32> {
-        self.splice.maps.anchor(self.cookie).ok()
+        self.splice.maps.anchor(self.cookie)
     }
 }
 
 impl Drop for Anchor {
     fn drop(&mut self) {
-        // It fails on no open socket; there may be no entry, where nobody answered.
+        // It fails on no open socket.
         let _ = sys::detach_filter(&self.socket);
-        let _ = self.splice.maps.remove_anchor(self.cookie);
     }
 }

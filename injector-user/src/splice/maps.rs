@@ -1,101 +1,108 @@
 //! The maps of the splice engine, behind functions; their kernel side is `injector-ebpf/src/splice/maps.rs`.
 
-use std::{os::fd::AsRawFd, sync::Mutex};
+use std::{
+    os::fd::{AsFd as _, AsRawFd},
+    sync::Mutex,
+};
 
 use aya::{
     Ebpf,
     maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
 };
-use injector_common::splice::{Counter, Credit, Flow, Header};
+use injector_common::splice::{ANCHORS, Anchor, Counter, Credit, Flow, Header};
 
-use super::Sockets;
-use crate::bpf::{LoadError, lock, take_map as take};
+use crate::{
+    bpf::{Handles, LoadError, take_data, take_map as take},
+    sys::Words,
+};
+
+type Sockets = Handles<SockHash<MapData, u64>>;
 
 pub(super) struct Maps {
     pub(super) inject: Sockets,
     pub(super) verdict: Sockets,
     targets: Sockets,
-    headers: Mutex<SkStorage<MapData, Header>>,
-    flows: Mutex<HashMap<MapData, u64, Flow>>,
-    anchors: Mutex<HashMap<MapData, u64, u32>>,
-    credit: Mutex<HashMap<MapData, u64, Credit>>,
+    headers: Handles<SkStorage<MapData, Header>>,
+    flows: Handles<HashMap<MapData, u64, Flow>>,
+    anchors: (MapData, Words),
+    credit: Handles<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
     pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
 }
 
 impl Maps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
+        let array = take_data(programs, "ANCHORS")?;
+        let words = Words::of(array.fd().as_fd(), ANCHORS as usize);
+        let anchors = words.map_err(|error| LoadError::Memory { map: "ANCHORS", error })?;
         Ok(Self {
-            inject: Mutex::new(take::<SockHash<_, _>>(programs, "INJECT")?),
-            verdict: Mutex::new(take::<SockHash<_, _>>(programs, "VERDICT")?),
-            targets: Mutex::new(take::<SockHash<_, _>>(programs, "TARGETS")?),
-            headers: Mutex::new(take::<SkStorage<_, _>>(programs, "HEADERS")?),
-            flows: Mutex::new(take::<HashMap<_, _, _>>(programs, "FLOWS")?),
-            anchors: Mutex::new(take::<HashMap<_, _, _>>(programs, "ANCHORS")?),
-            credit: Mutex::new(take::<HashMap<_, _, _>>(programs, "CREDIT")?),
+            inject: Handles::take(programs, "INJECT")?,
+            verdict: Handles::take(programs, "VERDICT")?,
+            targets: Handles::take(programs, "TARGETS")?,
+            headers: Handles::take(programs, "HEADERS")?,
+            flows: Handles::take(programs, "FLOWS")?,
+            anchors: (array, anchors),
+            credit: Handles::take(programs, "CREDIT")?,
             counters: take(programs, "COUNTERS")?,
             alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
         })
     }
 
     pub(super) fn store_header(&self, socket: &impl AsRawFd, header: &Header) -> Result<(), MapError> {
-        lock(&self.headers).insert(socket, header, 0)
+        self.headers.get().insert(socket, header, 0)
     }
 
     pub(super) fn header(&self, socket: &impl AsRawFd) -> Result<Header, MapError> {
-        lock(&self.headers).get(socket, 0)
+        self.headers.get().get(socket, 0)
     }
 
     pub(super) fn watch_first_message(&self, cookie: u64, socket: &impl AsRawFd) -> Result<(), MapError> {
-        lock(&self.inject).insert(cookie, socket.as_raw_fd(), NOEXIST)
+        self.inject.get().insert(cookie, socket.as_raw_fd(), NOEXIST)
     }
 
     pub(super) fn unwatch_first_message(&self, cookie: u64) -> Result<(), MapError> {
-        lock(&self.inject).remove(&cookie)
+        self.inject.get().remove(&cookie)
     }
 
-    pub(super) fn anchor(&self, cookie: u64) -> Result<u32, MapError> {
-        lock(&self.anchors).get(&cookie, 0)
-    }
-
-    pub(super) fn remove_anchor(&self, cookie: u64) -> Result<(), MapError> {
-        lock(&self.anchors).remove(&cookie)
+    pub(super) fn anchor(&self, cookie: u64) -> Option<u32> {
+        let word = self.anchors.1.get(Anchor::place(cookie) as usize)?;
+        Anchor(word).sequence(cookie)
     }
 
     pub(super) fn add_flow(&self, source: u64, next: u32) -> Result<(), MapError> {
-        lock(&self.flows).insert(source, Flow::new(next), NOEXIST)
+        self.flows.get().insert(source, Flow::new(next), NOEXIST)
     }
 
     pub(super) fn flow(&self, source: u64) -> Result<Flow, MapError> {
-        lock(&self.flows).get(&source, 0)
+        self.flows.get().get(&source, 0)
     }
 
     pub(super) fn remove_flow(&self, source: u64) -> Result<(), MapError> {
-        lock(&self.flows).remove(&source)
+        self.flows.get().remove(&source)
     }
 
     pub(super) fn set_credit(&self, source: u64, credit: Credit) -> Result<(), MapError> {
-        lock(&self.credit).insert(source, credit, 0)
+        self.credit.get().insert(source, credit, 0)
     }
 
     pub(super) fn remove_credit(&self, source: u64) -> Result<(), MapError> {
-        lock(&self.credit).remove(&source)
+        self.credit.get().remove(&source)
     }
 
     pub(super) fn add_target(&self, source: u64, target: &impl AsRawFd) -> Result<(), MapError> {
-        lock(&self.targets).insert(source, target.as_raw_fd(), NOEXIST)
+        self.targets.get().insert(source, target.as_raw_fd(), NOEXIST)
     }
 
     pub(super) fn remove_target(&self, source: u64) -> Result<(), MapError> {
-        lock(&self.targets).remove(&source)
+        self.targets.get().remove(&source)
     }
 
     pub(super) fn add_source(&self, cookie: u64, socket: &impl AsRawFd) -> Result<(), MapError> {
-        lock(&self.verdict).insert(cookie, socket.as_raw_fd(), NOEXIST)
+        self.verdict.get().insert(cookie, socket.as_raw_fd(), NOEXIST)
     }
 
     pub(super) fn remove_source(&self, cookie: u64) -> Result<(), MapError> {
-        lock(&self.verdict).remove(&cookie)
+        self.verdict.get().remove(&cookie)
     }
 
     pub(super) fn counted(&self, counter: Counter) -> u64 {
@@ -106,20 +113,16 @@ impl Maps {
     pub(super) fn entries(&self) -> Result<usize, MapError> {
         let mut entries = 0;
         for sockets in [&self.inject, &self.verdict, &self.targets] {
-            for key in lock(sockets).keys() {
+            for key in sockets.get().keys() {
                 key?;
                 entries += 1;
             }
         }
-        for key in lock(&self.flows).keys() {
+        for key in self.flows.get().keys() {
             key?;
             entries += 1;
         }
-        for key in lock(&self.anchors).keys() {
-            key?;
-            entries += 1;
-        }
-        for key in lock(&self.credit).keys() {
+        for key in self.credit.get().keys() {
             key?;
             entries += 1;
         }

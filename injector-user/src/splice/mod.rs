@@ -19,7 +19,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{MapData, MapError, SockHash},
+    maps::MapError,
     programs::{SkMsg, SkSkb, SocketFilter},
 };
 use aya_log::EbpfLogger;
@@ -52,7 +52,6 @@ impl Splice {
     pub fn load(connections: u32, alarm_step: u64, credit: u64) -> Result<Self, LoadError> {
         let directions = connections.saturating_mul(2);
         let mut programs = EbpfLoader::new()
-            .map_max_entries("ANCHORS", connections)
             .map_max_entries("INJECT", connections)
             .map_max_entries("TARGETS", directions)
             .map_max_entries("VERDICT", directions)
@@ -65,10 +64,10 @@ impl Splice {
         let failed = |program| move |error| LoadError::Program { program, error };
         let inject: &mut SkMsg = program(&mut programs, "inject")?;
         inject.load().map_err(failed("inject"))?;
-        inject.attach(lock(&maps.inject).fd()).map_err(failed("inject"))?;
+        inject.attach(maps.inject.get().fd()).map_err(failed("inject"))?;
         let verdict: &mut SkSkb = program(&mut programs, "verdict")?;
         verdict.load().map_err(failed("verdict"))?;
-        verdict.attach(lock(&maps.verdict).fd()).map_err(failed("verdict"))?;
+        verdict.attach(maps.verdict.get().fd()).map_err(failed("verdict"))?;
         let anchor: &mut SocketFilter = program(&mut programs, "anchor")?;
         anchor.load().map_err(failed("anchor"))?;
         let anchor =
@@ -167,5 +166,3 @@ impl BpfCounters for Splice {
         Counter::ALL.into_iter().map(counted).collect()
     }
 }
-
-type Sockets = Mutex<SockHash<MapData, u64>>;

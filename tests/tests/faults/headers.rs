@@ -6,12 +6,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use injector_common::proxy::{Version, parse};
 use injector_tests::bpf::DaemonMap;
+use injector_tests::daemon::{BYTES, PLANE, SPLICED};
 
 use crate::Run;
 use crate::world::{
     Ending, World, accept, accept_with_header, client_ip, counted, ended, ending, expect, finished, pass,
     public_address,
 };
+
+const BPF_EVENTS: &str = "injector_bpf_events_total";
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("header/server speaks first", server_first),
@@ -26,6 +29,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 
 /// Failures of the kernel's mechanism.
 pub(crate) const SPLICE_TRIALS: &[(&str, Run)] = &[
+    ("header/sent without the program", sent_without_program),
     ("header/dropped by the program", dropped),
     ("header/dropped by the program, client first", dropped_client_first),
     ("header/storage refused", storage_refused),
@@ -139,6 +143,33 @@ fn early_talker(world: &World, engine: &str) -> anyhow::Result<()> {
     let left = b"EHLO early\r\n".strip_prefix(&rest[..]).context("other bytes behind the header")?;
     expect(&mut server, left)?;
     pass(&mut server, &mut client, b"554 too early\r\n")
+}
+
+/// `splice.header = "send"`: the backend reads the same, the program does nothing, and the kernel carries the payload.
+fn sent_without_program(world: &World, engine: &str) -> anyhow::Result<()> {
+    const SEND: &str = "\n\n[splice]\nheader = \"send\"\nenrol_after_messages = 1";
+    for (protocol, first) in [("smtp", &b""[..]), ("imaps", b"\x16\x03\x01 hello")] {
+        let backend = world.backend()?;
+        let injector = world.injector(engine, protocol, SEND)?;
+        let injected =
+            || Ok::<_, anyhow::Error>(injector.metrics()?.sum(BPF_EVENTS, &[("program", "inject")]));
+        let before = injected()?;
+        let mut client = world.client()?;
+        client.write_all(first)?;
+        let (mut server, header, rest) = accept_with_header(&backend)?;
+        ensure!(header.source == client.local_addr()? && rest == first, "{header:?}, then {rest:?}");
+        for _ in 0..3 {
+            pass(&mut server, &mut client, b"220 server\r\n")?;
+            pass(&mut client, &mut server, b"NOOP\r\n")?;
+        }
+        ensure!((injected()? - before).abs() < 0.5, "the program was at work");
+        counted(&injector, "injector_headers_sent_total", &[], 1.0)?;
+        drop((client, server));
+        finished(&injector, 1)?;
+        let spliced = injector.metrics()?.sum(BYTES, &[(PLANE, SPLICED)]);
+        ensure!(spliced > 0.0, "nothing was spliced");
+    }
+    Ok(())
 }
 
 /// The backend has read nothing, and both ends are reset.

@@ -51,6 +51,15 @@ pub(super) fn engines() -> Vec<Peer> {
             "the injector, sockmap: the kernel carries the payload between two sockets",
         ),
         Engine {
+            name: "splice-send".to_owned(),
+            tables: "[splice]\nheader = \"send\"\n\n".to_owned(),
+            ..Engine::new(
+                "splice",
+                VIP_SPLICE,
+                "the same, the header sent by user space in place of a program",
+            )
+        },
+        Engine {
             tables: format!("[inline]\npin = \"{PIN}\"\ntable = \"{TABLE}\"\n\n"),
             ..Engine::new(
                 "inline",

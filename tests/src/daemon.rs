@@ -104,7 +104,29 @@ impl Injector {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_by(netns: &Netns, by: &[&str], config: &str) -> anyhow::Result<Self> {
-        Self::start_binary(netns, by, &binary()?, config)
+        let binary = binary()?;
+        let Some((program, arguments)) = by.split_first() else {
+            return Self::start_binary(netns, &binary, config);
+        };
+        Self::start_command(netns, config, |file| {
+            let mut command = netns.command(program);
+            command.args(arguments);
+            command.arg(format!("exec {} run --config {}", binary.display(), file.display()));
+            command
+        })
+    }
+
+    /// As [`Self::start`], this binary, by a command that takes the daemon's as its last arguments: `valgrind …`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_under(netns: &Netns, under: &[&str], binary: &Path, config: &str) -> anyhow::Result<Self> {
+        let (program, arguments) = under.split_first().context("no command to start the injector under")?;
+        Self::start_command(netns, config, |file| {
+            let mut command = netns.command(program);
+            command.args(arguments).arg(binary).arg("run").arg("--config").arg(file);
+            command
+        })
     }
 
     /// As [`Self::start`], the daemon that `INJECTOR_NEXT_BIN` names, to upgrade to; without it the same once more.
@@ -113,27 +135,28 @@ impl Injector {
     /// As [`Self::start`].
     pub fn start_next(netns: &Netns, config: &str) -> anyhow::Result<Self> {
         let next = std::env::var_os(NEXT_BINARY_VARIABLE).map_or_else(binary, |next| Ok(next.into()))?;
-        Self::start_binary(netns, &[], &next, config)
+        Self::start_binary(netns, &next, config)
     }
 
-    fn start_binary(netns: &Netns, by: &[&str], binary: &Path, config: &str) -> anyhow::Result<Self> {
+    fn start_binary(netns: &Netns, binary: &Path, config: &str) -> anyhow::Result<Self> {
+        Self::start_command(netns, config, |file| {
+            let mut command = netns.command(binary);
+            command.arg("run").arg("--config").arg(file);
+            command
+        })
+    }
+
+    /// Starts the command that is made for the configuration's file.
+    fn start_command(
+        netns: &Netns,
+        config: &str,
+        command: impl FnOnce(&Path) -> Command,
+    ) -> anyhow::Result<Self> {
         let metrics = metrics_address(config)?;
         let dir = netns::scratch_dir("injector")?;
         let file = write_config(dir.path(), config)?;
         let log = LogFile::new(dir.path().join("injector.log"));
-        let mut command = match by.split_first() {
-            None => {
-                let mut command = netns.command(binary);
-                command.arg("run").arg("--config").arg(&file);
-                command
-            }
-            Some((program, arguments)) => {
-                let mut command = netns.command(program);
-                let line = format!("exec {} run --config {}", binary.display(), file.display());
-                command.args(arguments).arg(line);
-                command
-            }
-        };
+        let mut command = command(&file);
         forget_settings(&mut command);
         command.env("INJECTOR_LOG_FORMAT", "json");
         let process = Process::start("injector", netns, command, log.path())?;

@@ -9,7 +9,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use injector_tests::{
     bench::{
-        self, Options, ends, peers,
+        self, Options, ends,
+        instructions::{self, Verdict},
+        peers,
         record::{Machine, Record, first_line},
         report::{
             self,
@@ -37,6 +39,10 @@ pub(crate) struct BenchArgs {
     /// Compare when the splice engine enrols a connection, instead of engines
     #[arg(long, conflicts_with = "quick")]
     enrolment: bool,
+    /// Count the daemon's instructions per session and message, and hold them against their ceilings; keep callgrind's
+    /// files in FOLDER, if one is named
+    #[arg(long, value_name = "FOLDER", num_args = 0..=1, require_equals = true, exclusive = true)]
+    instructions: Option<Option<PathBuf>>,
     /// Measure these peers alone: names, or what they begin with [see --list]
     #[arg(long, value_name = "PEER", value_delimiter = ',')]
     only: Vec<String>,
@@ -73,6 +79,9 @@ pub(crate) struct BenchArgs {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    if let Some(keep) = &args.instructions {
+        return count(keep.as_deref());
+    }
     let record = match &args.from {
         Some(file) => read(file)?,
         None => {
@@ -93,6 +102,20 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let text = if args.quick { table::ratios(&record) } else { table::full(&record) };
     println!("\n{}\n\n{text}", report::heading(&record));
     if record.failures().next().is_some() { Err(AlreadyTold.into()) } else { Ok(()) }
+}
+
+/// Counts instructions, of a daemon that is given or else built.
+fn count(keep: Option<&Path>) -> Result<()> {
+    if let Some(reason) = netns::unavailable() {
+        bail!("the benchmark {reason}");
+    }
+    setup::ensure(&[setup::Group::Bpf, setup::Group::Mail])?;
+    let daemon =
+        env::var_os(BINARY_VARIABLE).map_or_else(|| build::daemon(true), |given| Ok(given.into()))?;
+    let findings = instructions::run(&daemon, keep, &mut |finding| println!("{finding}"))?;
+    let above = findings.iter().filter(|finding| finding.verdict() == Verdict::Above).count();
+    ensure!(above == 0, "{above} of {} counts are above their ceiling", findings.len());
+    Ok(())
 }
 
 fn draw(charts: &[Chart], folder: &Path) -> Result<()> {

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: unit, property and documentation tests, then the privileged ones against real mail servers.
+//! `cargo xtask test`: unit, property and documentation tests, then the privileged ones against real mail servers, and at last
+//! a count of the daemon's instructions.
 //!
 //! Cargo builds; the test programs are run from here, so that the counts are theirs, a hung one ends, and what they left on
 //! the machine is seen.
@@ -18,6 +19,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use injector_tests::bench::instructions::{self, Verdict};
 
 use self::{
     leftovers::Before,
@@ -77,6 +79,9 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     }
     if privileged {
         integration(args, &programs, &mut report)?;
+        if args.filter.is_none() {
+            report.add("instructions".into(), instructions()?);
+        }
     } else if let Some(why) = obstacle {
         cannot_run(args, &programs, &why, &mut report)?;
     }
@@ -132,6 +137,27 @@ fn integration(args: &TestArgs, programs: &[Executable], report: &mut Report) ->
         report.demand_one_run(PRIVILEGED);
     }
     Ok(())
+}
+
+/// Holds the optimised daemon's instructions against their ceilings.
+fn instructions() -> Result<Output> {
+    if !cfg!(target_arch = "x86_64") {
+        println!("\n-- instructions\nskipped: their ceilings are for x86-64");
+        return Ok(Output::skipped(instructions::CEILINGS.len()));
+    }
+    let daemon = build::daemon(true)?;
+    println!("\n-- instructions");
+    let start = Instant::now();
+    let counted = instructions::run(&daemon, None, &mut |finding| println!("{finding}"));
+    let took = start.elapsed();
+    Ok(match counted {
+        Ok(findings) => {
+            let (above, others): (Vec<_>, Vec<_>) =
+                findings.into_iter().partition(|finding| finding.verdict() == Verdict::Above);
+            Output::checked(others.len(), above.iter().map(ToString::to_string).collect(), took)
+        }
+        Err(error) => Output::checked(0, vec![format!("{error:#}")], took),
+    })
 }
 
 /// A test program as cargo would start it: in its package's folder.

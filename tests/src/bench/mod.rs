@@ -2,9 +2,10 @@
 //!
 //! In reading order: [`peers`] are compared, [`work`] is what they do, on a [`stage`] with the load generator at its
 //! [`ends`]; [`run`] measures every peer at every work, again and again, into a [`record`], and [`report`] makes of it
-//! what people read, with the arithmetic of [`stats`].
+//! what people read, with the arithmetic of [`stats`]. Apart from all that, [`instructions`] are counted, not timed.
 
 pub mod ends;
+pub mod instructions;
 pub mod mail_sink;
 pub mod peers;
 pub mod record;

@@ -64,6 +64,7 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
+    ("valgrind", "valgrind", "counting the daemon's instructions", &[Group::Mail]),
     ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
     (
         "promtool",

@@ -23,6 +23,11 @@ impl Output {
         Self { skipped: count, results: 1, ..Self::default() }
     }
 
+    /// Of a check that is no test program: how many values were as they should be, and what to say of those that were not.
+    pub(super) fn checked(passed: usize, failures: Vec<String>, took: Duration) -> Self {
+        Self { passed, failed: failures.len(), failures, took, results: 1, ..Self::default() }
+    }
+
     /// Takes one line of the program's output.
     pub(super) fn line(&mut self, line: &str) {
         if let Some(result) = line.strip_prefix("test result:") {

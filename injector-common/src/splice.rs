@@ -310,6 +310,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_anchor_is_that_of_one_socket_of_those_that_share_its_place() {
+        let turns = u64::from(ANCHORS);
+        for cookie in [1, turns - 1, turns, 7 * turns + 1, u64::from(u32::MAX) * turns - 1] {
+            let word = Anchor::new(cookie, 0xDEAD_BEEF);
+            assert!(Anchor::place(cookie) < ANCHORS);
+            assert_eq!(word.sequence(cookie), Some(0xDEAD_BEEF));
+            let next = cookie + turns;
+            assert_eq!(Anchor::place(next), Anchor::place(cookie));
+            assert_eq!(word.sequence(next), None);
+            // A place that nobody has written.
+            assert_eq!(Anchor(0).sequence(cookie), None);
+        }
+    }
+
+    #[test]
     fn counters_stand_at_their_index() {
         for (index, counter) in Counter::ALL.into_iter().enumerate() {
             assert_eq!(counter as usize, index);

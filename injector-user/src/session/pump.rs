@@ -115,7 +115,7 @@ impl<'a> Pump<'a> {
                 () = &mut timer => Step::Timer,
                 () = &mut cut => return (End::Cut, None),
             };
-            match stepped {
+            match self.explained(stepped) {
                 Step::ToBackend(Ok(Progress::Resumed))
                     if self.gone.client && !self.to_backend.complete(&self.client) =>
                 {
@@ -259,6 +259,18 @@ impl<'a> Pump<'a> {
 
     fn finished(&self) -> bool {
         self.to_backend.want() == Want::Nothing && self.to_client.want() == Want::Nothing
+    }
+
+    /// A socket that hangs up without an error has finished both ways; but one to which no FIN was sent yet cannot have. It was
+    /// reset, and a worker of the kernel that was about to write to it was told, and not we (sk_psock_backlog,
+    /// net/core/skmsg.c).
+    fn explained(&self, stepped: Step) -> Step {
+        let reset = || Some(io::ErrorKind::ConnectionReset.into());
+        match stepped {
+            Step::ClientGone(None) if self.to_client.want() != Want::Nothing => Step::ClientGone(reset()),
+            Step::BackendGone(None) if self.to_backend.want() != Want::Nothing => Step::BackendGone(reset()),
+            stepped => stepped,
+        }
     }
 
     fn note(&mut self, progress: Progress) {

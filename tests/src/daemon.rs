@@ -40,6 +40,8 @@ pub const PIPED: &str = "piped";
 pub const HEADERS_SENT: &str = "injector_headers_sent_total";
 /// Connections reset because that failed.
 pub const HEADERS_FAILED: &str = "injector_headers_failed_total";
+/// Ways through the programs, by `program` and `event`.
+pub const BPF_EVENTS: &str = "injector_bpf_events_total";
 /// The message of the one line per finished connection.
 pub const CONNECTION_CLOSED: &str = "connection closed";
 
@@ -106,7 +108,7 @@ impl Injector {
     pub fn start_by(netns: &Netns, by: &[&str], config: &str) -> anyhow::Result<Self> {
         let binary = binary()?;
         let Some((program, arguments)) = by.split_first() else {
-            return Self::start_binary(netns, &binary, config);
+            return Self::start_under(netns, &[], &binary, config);
         };
         Self::start_command(netns, config, |file| {
             let mut command = netns.command(program);
@@ -116,15 +118,21 @@ impl Injector {
         })
     }
 
-    /// As [`Self::start`], this binary, by a command that takes the daemon's as its last arguments: `valgrind …`.
+    /// As [`Self::start`], this binary, by a command that takes the daemon's as its last arguments (`valgrind …`), or by itself.
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn start_under(netns: &Netns, under: &[&str], binary: &Path, config: &str) -> anyhow::Result<Self> {
-        let (program, arguments) = under.split_first().context("no command to start the injector under")?;
         Self::start_command(netns, config, |file| {
-            let mut command = netns.command(program);
-            command.args(arguments).arg(binary).arg("run").arg("--config").arg(file);
+            let mut command = match under.split_first() {
+                None => netns.command(binary),
+                Some((program, arguments)) => {
+                    let mut command = netns.command(program);
+                    command.args(arguments).arg(binary);
+                    command
+                }
+            };
+            command.arg("run").arg("--config").arg(file);
             command
         })
     }
@@ -135,15 +143,7 @@ impl Injector {
     /// As [`Self::start`].
     pub fn start_next(netns: &Netns, config: &str) -> anyhow::Result<Self> {
         let next = std::env::var_os(NEXT_BINARY_VARIABLE).map_or_else(binary, |next| Ok(next.into()))?;
-        Self::start_binary(netns, &next, config)
-    }
-
-    fn start_binary(netns: &Netns, binary: &Path, config: &str) -> anyhow::Result<Self> {
-        Self::start_command(netns, config, |file| {
-            let mut command = netns.command(binary);
-            command.arg("run").arg("--config").arg(file);
-            command
-        })
+        Self::start_under(netns, &[], &next, config)
     }
 
     /// Starts the command that is made for the configuration's file.

@@ -7,8 +7,7 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_F_MMAPABLE,
-    bindings::sk_action,
+    bindings::{BPF_F_MMAPABLE, sk_action},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
     helpers::generated::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::btf_map,

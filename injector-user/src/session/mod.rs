@@ -38,12 +38,11 @@ use crate::{
     backend::{self, Backends, Reached, Unreachable},
     config::{HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
-    engine::{Engine, Injected},
+    engine::{Engine, Injected, Relay},
     header::Rendered,
     metrics::ListenerMetrics,
     pipe::Pipes,
     protocol::{Protocol, Refusal, Speaker},
-    relay,
     watch::Watch,
 };
 
@@ -290,13 +289,11 @@ fn inject(context: &Context, identity: &Identity, backend: &Endpoint, first: &Fi
     let header =
         Rendered::new(&context.receiver, peer, local, &id.unwrap_or_default()).map_err(io::Error::other)?;
     let payload = if first.gated { &[] } else { &first.payload[..] };
-    match context.header {
-        HeaderBy::Program => context.engine.inject(backend, header.as_bytes(), payload),
-        HeaderBy::Send => {
-            let payload = relay::inject(backend, header.as_bytes(), payload)?;
-            Ok(Injected { payload, refused: None })
-        }
-    }
+    let engine: &dyn Engine = match context.header {
+        HeaderBy::Program => &*context.engine,
+        HeaderBy::Send => &Relay,
+    };
+    engine.inject(backend, header.as_bytes(), payload)
 }
 
 /// 32 hexadecimal digits: the run, and the client's socket within it.

@@ -24,7 +24,9 @@ pub(super) struct Maps {
     targets: Sockets,
     headers: Handles<SkStorage<MapData, Header>>,
     flows: Handles<HashMap<MapData, u64, Flow>>,
-    anchors: (MapData, Words),
+    anchors: Words,
+    /// Programs that are loaded later name the map by its descriptor.
+    _anchors: MapData,
     credit: Handles<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
     pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
@@ -41,7 +43,8 @@ impl Maps {
             targets: Handles::take(programs, "TARGETS")?,
             headers: Handles::take(programs, "HEADERS")?,
             flows: Handles::take(programs, "FLOWS")?,
-            anchors: (array, anchors),
+            anchors,
+            _anchors: array,
             credit: Handles::take(programs, "CREDIT")?,
             counters: take(programs, "COUNTERS")?,
             alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
@@ -65,7 +68,7 @@ impl Maps {
     }
 
     pub(super) fn anchor(&self, cookie: u64) -> Option<u32> {
-        let word = self.anchors.1.get(Anchor::place(cookie) as usize)?;
+        let word = self.anchors.get(Anchor::place(cookie) as usize)?;
         Anchor(word).sequence(cookie)
     }
 

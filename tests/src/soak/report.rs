@@ -12,7 +12,9 @@ use super::plan::{Ending, Opening, Plan, Side};
 use super::stage::Stage;
 use super::verdict::Failure;
 use crate::bpf;
-use crate::daemon::{BYTES, DIRECTION, Injector, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use crate::daemon::{
+    BPF_EVENTS, BYTES, DIRECTION, Injector, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT,
+};
 use crate::gauges::{self, Memory};
 
 /// How many failures are printed in full.
@@ -270,7 +272,7 @@ impl Report {
                 metrics.sum("injector_plane_changes_total", &[("change", change)]) + 0.0
             )?;
         }
-        let trimmed = metrics.sum("injector_bpf_events_total", &[("event", "trimmed")]) + 0.0;
+        let trimmed = metrics.sum(BPF_EVENTS, &[("event", "trimmed")]) + 0.0;
         write!(f, ", {trimmed} segments trimmed")?;
         match self.marks {
             Some((high, low)) => writeln!(f, " (water marks {high} and {low})"),

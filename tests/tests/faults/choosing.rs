@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use injector_tests::bpffs::BpfFs;
-use injector_tests::daemon::{Injector, binary};
+use injector_tests::daemon::{BPF_EVENTS, Injector, binary};
 use injector_tests::netns::{EDGE_INSIDE, Netns, VIP_SPLICE};
 
 use crate::starting::{WITHOUT_RIGHTS, fails, selftest};
@@ -230,7 +230,7 @@ fn auto_both(world: &World) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     let metrics = injector.metrics()?;
     for (program, event) in [("backend_out", "appended"), ("inject", "header_alone")] {
-        let count = metrics.sum("injector_bpf_events_total", &[("program", program), ("event", event)]);
+        let count = metrics.sum(BPF_EVENTS, &[("program", program), ("event", event)]);
         ensure!(count > 0.5, "{program} has counted no {event}");
     }
     Ok(())

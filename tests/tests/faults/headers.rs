@@ -6,15 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use injector_common::proxy::{Version, parse};
 use injector_tests::bpf::DaemonMap;
-use injector_tests::daemon::{BYTES, PLANE, SPLICED};
+use injector_tests::daemon::{BPF_EVENTS, BYTES, PLANE, SPLICED};
 
 use crate::Run;
 use crate::world::{
     Ending, World, accept, accept_with_header, client_ip, counted, ended, ending, expect, finished, pass,
     public_address,
 };
-
-const BPF_EVENTS: &str = "injector_bpf_events_total";
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("header/server speaks first", server_first),

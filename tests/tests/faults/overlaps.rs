@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::ensure;
-use injector_tests::daemon::Injector;
+use injector_tests::daemon::{BPF_EVENTS, Injector};
 use injector_tests::netns::Netns;
 
 use crate::Run;
@@ -93,7 +93,7 @@ fn long(world: &World, engine: &str) -> anyhow::Result<()> {
 /// It has really happened, and the program has seen it.
 fn trimmed(injector: &Injector, engine: &str) -> anyhow::Result<()> {
     finished(injector, 1)?;
-    let seen = injector.metrics()?.sum("injector_bpf_events_total", &[("event", "trimmed")]);
+    let seen = injector.metrics()?.sum(BPF_EVENTS, &[("event", "trimmed")]);
     ensure!((seen > 0.5) == (engine == "splice"), "{seen} segments were trimmed");
     Ok(())
 }

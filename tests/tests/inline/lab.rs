@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
-use injector_tests::daemon::{Injector, Session};
+use injector_tests::daemon::{BPF_EVENTS, Injector, Session};
 use injector_tests::netns::{Family, Netns, Place, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
@@ -204,7 +204,7 @@ impl Lab {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, and small")]
     pub(crate) fn counted(&self, event: &str) -> anyhow::Result<u64> {
         let metrics = self.injector.metrics()?;
-        Ok(metrics.sum("injector_bpf_events_total", &[("event", event)]) as u64)
+        Ok(metrics.sum(BPF_EVENTS, &[("event", event)]) as u64)
     }
 
     /// The line of one client's connection, which has ended.

@@ -144,35 +144,61 @@ fn tcx_is_there() -> bool {
     SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
 }
 
-/// Removes all that the engine has left under `pin`: links, and with them the programs, and maps. Connections that go
-/// through it break.
+/// Removes all that the engine has left under `pin`, whatever its version: links, and with them the programs, and maps.
+/// Connections that go through it break.
 ///
 /// # Errors
 /// When something cannot be removed.
 pub fn detach(pin: &Path) -> io::Result<Vec<String>> {
     let mut removed = detach_filters();
-    for folder in ["links", "maps"] {
-        let folder = pin.join(super::VERSION).join(folder);
-        let entries = match fs::read_dir(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            entries => entries?,
-        };
-        for entry in entries {
-            let entry = entry?;
-            if folder.ends_with("links")
-                && let Ok(link) = PinnedLink::from_pin(entry.path())
-            {
-                drop(link.unpin()?);
-            } else {
-                fs::remove_file(entry.path())?;
-            }
-            removed.push(entry.file_name().to_string_lossy().into_owned());
-        }
-        fs::remove_dir(&folder)?;
-    }
-    let _ = fs::remove_dir(pin.join(super::VERSION));
+    removed.extend(remove_versions(pin, |_| true)?);
     removed.sort();
     Ok(removed)
+}
+
+/// Removes what a daemon of another version has left under `pin`: its programs know nothing of this one's maps, and would add a
+/// header of their own. Connections that go through them break.
+///
+/// # Errors
+/// When something cannot be removed.
+pub(super) fn remove_other_versions(pin: &Path) -> io::Result<Vec<String>> {
+    remove_versions(pin, |version| version != super::VERSION)
+}
+
+fn remove_versions(pin: &Path, which: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for version in entries(pin)? {
+        let named = version.file_name().into_string();
+        let ours = |name: &String| name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok());
+        let Some(name) = named.ok().filter(ours) else { continue };
+        if !which(&name) {
+            continue;
+        }
+        for folder in ["links", "maps"] {
+            let folder = version.path().join(folder);
+            for entry in entries(&folder)? {
+                if folder.ends_with("links")
+                    && let Ok(link) = PinnedLink::from_pin(entry.path())
+                {
+                    drop(link.unpin()?);
+                } else {
+                    fs::remove_file(entry.path())?;
+                }
+                removed.push(entry.file_name().to_string_lossy().into_owned());
+            }
+            let _ = fs::remove_dir(&folder);
+        }
+        let _ = fs::remove_dir(version.path());
+    }
+    Ok(removed)
+}
+
+/// What is in a folder: nothing, if there is none.
+fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
+    match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries?.collect(),
+    }
 }
 
 /// Takes the programs off devices where they hang as filters of clsact, which nothing pins.

@@ -151,6 +151,16 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
     inline.serve(listeners)?;
     let mut running = Running { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
     running.attach(places)?;
+    // After it: between them packets pass by both, and by none never.
+    let removed = super::attach::remove_other_versions(&settings.pin)
+        .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
+    if !removed.is_empty() {
+        let what = removed.join(", ");
+        tracing::warn!(
+            what,
+            "another version's programs and maps are removed; connections through them have ended"
+        );
+    }
     if let Some(ruleset) = ruleset {
         for chain in nat::chains_that_drop_forwarded().unwrap_or_default() {
             tracing::warn!(

@@ -17,6 +17,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("managed/nothing is left after detach", detached),
     ("outlives/killed during a transfer", killed_in_transfer),
     ("outlives/killed during short sessions", killed_in_sessions),
+    ("outlives/replaced by another version", another_version),
 ];
 
 /// The injector finds the devices and makes its own NAT.
@@ -158,6 +159,28 @@ pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) ->
         drop(again);
         Ok(())
     })
+}
+
+/// What a daemon of another version has left must not add a second header.
+fn another_version(world: &World, family: Family) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let _detached = Detached::new(world)?;
+    drop(Injector::start(&world.topology.edge, &config(world))?);
+    let pin = world.bpffs.path();
+    let versions = || -> anyhow::Result<Vec<String>> {
+        let names =
+            std::fs::read_dir(pin)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        // The file system has files of its own.
+        names.filter(|name| name.as_ref().is_ok_and(|name| !name.ends_with(".debug"))).collect()
+    };
+    let [current] = &versions()?[..] else { anyhow::bail!("not one version but {:?}", versions()?) };
+    std::fs::rename(pin.join(current), pin.join("v0"))?;
+    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    drop(joined(world, family, &backend)?);
+    ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
+    let log = injector.log();
+    ensure!(log.contains("another version's programs") && log.contains("backend_out@inside"), "{log}");
+    Ok(())
 }
 
 /// No client of many sees an error while the daemon dies and comes back.

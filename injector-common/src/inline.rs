@@ -13,6 +13,10 @@ use crate::proxy;
 /// Bytes that a header can have: what every receiver takes, and small enough for any packet.
 pub const HEADER_CAPACITY: usize = 232;
 
+/// IP packets up to this length get through everywhere (RFC 8200, section 5; IPv4 guarantees less, and links below are as rare).
+/// So long may one become that is made longer on its way.
+pub const LEAST_MTU: usize = 1280;
+
 /// An address with a port. Its alignment has the programs write it by words.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -134,6 +138,8 @@ pub struct Template {
     pub len: u32,
     /// Sum of the header's 32-bit words as bpf_csum_diff has it, the addresses taken as zero.
     pub sum: u32,
+    /// 1 if the header waits for the client's first bytes, where it speaks first: see [`ToBackend::Wait`].
+    pub waits: u32,
     /// The header, with zeros where the addresses belong.
     pub bytes: [u8; HEADER_CAPACITY],
 }
@@ -149,9 +155,10 @@ impl Template {
         listener * 2 + ipv6 as u32
     }
 
-    /// The template in a header that was rendered for any two addresses; `None` if its length does not do.
+    /// The template in a header that was rendered for any two addresses; `None` if its length does not do. `waits` is whether
+    /// it goes together with the client's first bytes.
     #[must_use]
-    pub fn new(rendered: &[u8], ipv6: bool) -> Option<Self> {
+    pub fn new(rendered: &[u8], ipv6: bool, waits: bool) -> Option<Self> {
         let addresses = if ipv6 { 36 } else { 12 };
         let mut bytes = [0; HEADER_CAPACITY];
         bytes.get_mut(..rendered.len())?.copy_from_slice(rendered);
@@ -160,6 +167,7 @@ impl Template {
         (len.is_multiple_of(4) && rendered.len() >= Self::ADDRESSES_AT + addresses).then(|| Self {
             len,
             sum: sum_of(&bytes),
+            waits: waits.into(),
             bytes,
         })
     }
@@ -247,7 +255,9 @@ pub struct Flow {
     pub window: u32,
     /// What has happened: a byte for each [`Flag`], not a bit, so that processors that set two of them at the same time lose
     /// neither.
-    pub state: [u8; Flag::COUNT],
+    pub state: [u8; Flag::PLACES],
+    /// 1 if the header waits for the client's first bytes ([`Template::waits`]).
+    pub waits: u32,
     /// The client, and where it connected to.
     pub addresses: HeaderAddresses,
     /// `CLOCK_MONOTONIC` of the first SYN, in nanoseconds.
@@ -262,7 +272,7 @@ pub struct Flow {
     pub to_client: Tally,
     /// What the backend acknowledges next: its SYN's sequence number plus one, and then the client's last acknowledgement.
     pub acknowledged: u32,
-    /// How often the header was sent as the payload of the client's own acknowledgement.
+    /// How often the header was sent with a packet of the client's own.
     pub appended: u32,
     /// How often it was sent as an answer to the backend.
     pub answered: u32,
@@ -290,11 +300,13 @@ pub enum Flag {
     ClientRst,
     /// The backend has.
     BackendRst,
+    /// The end of the handshake was kept back once.
+    Waited,
 }
 
 impl Flag {
-    /// How many there are.
-    pub const COUNT: usize = Self::BackendRst as usize + 1;
+    /// Places for all of them, and as many more as make whole words.
+    pub const PLACES: usize = (Self::Waited as usize + 1).next_multiple_of(4);
 }
 
 impl Flow {
@@ -303,9 +315,10 @@ impl Flow {
 
     /// Makes a zeroed flow that of the client whose SYN leaves now; its addresses are still to be copied.
     #[inline(always)]
-    pub const fn open(&mut self, slot: &Slot, header_len: u32, now_ns: u64) {
+    pub const fn open(&mut self, slot: &Slot, template: &Template, now_ns: u64) {
         self.first = slot.sequence.wrapping_add(1);
-        self.header_len = header_len;
+        self.header_len = template.len;
+        self.waits = template.waits;
         self.listener = slot.listener;
         (self.created_ns, self.last_ns) = (now_ns, now_ns);
     }
@@ -382,6 +395,8 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 /// The acknowledgement number is valid.
 pub const ACK: u8 = 0x10;
+/// The urgent pointer is valid.
+pub const URG: u8 = 0x20;
 /// Push.
 pub const PSH: u8 = 0x08;
 
@@ -401,6 +416,15 @@ pub enum ToBackend {
     Pass,
     /// It goes with the header as its payload.
     Append,
+    /// It goes no further. The client speaks first: its first bytes end the handshake as well, with the header in front of them,
+    /// and spare a packet and its acknowledgement. Should none come, the backend sends its SYN again after a second (RFC 6298,
+    /// section 2), the client repeats its answer, and the header goes with that.
+    Wait,
+    /// It goes with the header in front of its payload; where both together are longer than [`LEAST_MTU`], as by
+    /// [`ToBackend::Follow`].
+    Prepend,
+    /// It goes later by the header's length, right behind a packet with the header alone.
+    Follow,
     /// It goes later by the header's length.
     Shift,
 }
@@ -408,8 +432,12 @@ pub enum ToBackend {
 /// Decides on a segment from the client.
 ///
 /// A bare acknowledgement before the header is acknowledged is the end of the handshake, or a repetition of it because the
-/// backend has sent its SYN again: it has not got the header. Whatever else comes first (data, a FIN) is shifted and leaves
-/// a gap at the backend, which then asks for it: see [`to_client`].
+/// backend has sent its SYN again: it has not got the header. The client's first bytes take the header with them, if none was
+/// sent. Whatever else comes first (what is behind them, a FIN) is shifted and leaves a gap at the backend, which then asks for it:
+/// see [`to_client`].
+///
+/// First bytes that are sent again, because they and the header were lost, do not share a packet: it may have been too long for
+/// the path after all, of which the client would be told without end.
 #[must_use]
 #[inline(always)]
 pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
@@ -419,12 +447,25 @@ pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
     if flow.is(Flag::Acknowledged) {
         return ToBackend::Shift;
     }
-    if segment.is(RST) && !flow.is(Flag::Sent) {
-        // The backend expects just this number.
-        return ToBackend::Pass;
+    let sent = flow.is(Flag::Sent);
+    if segment.is(RST) {
+        // Before the header the backend expects just this number.
+        return if sent { ToBackend::Shift } else { ToBackend::Pass };
     }
-    let bare = segment.payload == 0 && !segment.is(FIN | RST);
-    if bare && segment.sequence == flow.first { ToBackend::Append } else { ToBackend::Shift }
+    if segment.sequence != flow.first || (segment.payload == 0 && segment.is(FIN)) {
+        return ToBackend::Shift;
+    }
+    let waits = flow.waits != 0;
+    if segment.payload == 0 {
+        return if waits && !flow.is(Flag::Waited) { ToBackend::Wait } else { ToBackend::Append };
+    }
+    match (sent, waits) {
+        // The urgent pointer counts from the segment's start.
+        (false, _) if !segment.is(URG) => ToBackend::Prepend,
+        (false, _) | (true, true) => ToBackend::Follow,
+        // The header went ahead with the handshake's end and is under way.
+        (true, false) => ToBackend::Shift,
+    }
 }
 
 /// What becomes of a segment from the backend.
@@ -521,7 +562,13 @@ pub enum Counter {
     Fragment,
     /// `backend_out`: the header sent as payload of the client's acknowledgement.
     Appended,
-    /// `backend_out`: the header could not be appended; dropped, both sides will ask again.
+    /// `backend_out`: the end of a handshake kept back until the client speaks.
+    Waited,
+    /// `backend_out`: the header sent in front of the client's first bytes.
+    Prepended,
+    /// `backend_out`: the header sent ahead of the client's first bytes, in a packet of its own.
+    SentAhead,
+    /// `backend_out`: the header could not be added; dropped, both sides will ask again.
     AppendFailed,
     /// `backend_out`: the map `FLOWS` is full; dropped.
     Full,
@@ -543,7 +590,7 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::Remembered,
         Self::FastOpen,
         Self::Opened,
@@ -551,6 +598,9 @@ impl Counter {
         Self::NoFlow,
         Self::Fragment,
         Self::Appended,
+        Self::Waited,
+        Self::Prepended,
+        Self::SentAhead,
         Self::AppendFailed,
         Self::Full,
         Self::Answered,
@@ -573,6 +623,9 @@ impl Counter {
             Self::NoFlow => ("backend_out", "no_flow"),
             Self::Fragment => ("backend_out", "fragment"),
             Self::Appended => ("backend_out", "appended"),
+            Self::Waited => ("backend_out", "waited"),
+            Self::Prepended => ("backend_out", "prepended"),
+            Self::SentAhead => ("backend_out", "sent_ahead"),
             Self::AppendFailed => ("backend_out", "append_failed"),
             Self::Full => ("backend_out", "full"),
             Self::Answered => ("backend_in", "answered"),
@@ -633,9 +686,9 @@ mod tests {
     fn no_padding() {
         assert_eq!(size_of::<Key>(), 40);
         assert_eq!(size_of::<Slot>(), 16 + 40);
-        assert_eq!(size_of::<Flow>(), 16 + 8 + 40 + 24 + 32 + 16);
+        assert_eq!(size_of::<Flow>(), 16 + 12 + 4 + 40 + 24 + 32 + 16);
         assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
-        assert_eq!(size_of::<Template>(), 8 + HEADER_CAPACITY);
+        assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
     }
 
     #[test]
@@ -647,7 +700,11 @@ mod tests {
             (&[Flag::Sent], from_client(ACK, FIRST, 0), ToBackend::Append),
             (&[Flag::Sent], from_client(SYN, FIRST - 1, 0), ToBackend::Pass),
             // Data or an end before, and after.
-            (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Shift),
+            (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+            (&[][..], from_client(ACK | PSH | FIN, FIRST, 5), ToBackend::Prepend),
+            (&[][..], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
+            (&[][..], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+            (&[][..], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
             (&[Flag::Sent], from_client(ACK, FIRST, 5), ToBackend::Shift),
             (&[Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
             (&[Flag::Sent], from_client(ACK, FIRST + 5, 0), ToBackend::Shift),
@@ -661,6 +718,33 @@ mod tests {
             (&[Flag::Acknowledged], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
         ] {
             assert_eq!(to_backend(&flow(state), &segment), expected, "{state:?} {segment:?}");
+        }
+    }
+
+    #[test]
+    fn segments_of_a_client_that_speaks_first() {
+        let waits = |flags: &[Flag]| Flow { waits: 1, ..flow(flags) };
+        for (state, segment, expected) in [
+            // The end of the handshake waits once.
+            (&[][..], from_client(ACK, FIRST, 0), ToBackend::Wait),
+            (&[Flag::Waited], from_client(ACK, FIRST, 0), ToBackend::Append),
+            // A keep-alive probe is no end of a handshake.
+            (&[Flag::Waited], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+            (&[Flag::Waited], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+            // Its own acknowledgement was lost before it came here.
+            (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+            (&[Flag::Waited], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
+            // Sent again, and what comes behind.
+            (&[Flag::Waited, Flag::Sent], from_client(ACK | PSH, FIRST, 5), ToBackend::Follow),
+            (&[Flag::Waited, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+            (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+            // It leaves, with a word and without.
+            (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Prepend),
+            (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+            (&[Flag::Waited], from_client(RST, FIRST, 0), ToBackend::Pass),
+            (&[Flag::Acknowledged], from_client(ACK, FIRST, 5), ToBackend::Shift),
+        ] {
+            assert_eq!(to_backend(&waits(state), &segment), expected, "{state:?} {segment:?}");
         }
     }
 
@@ -776,7 +860,9 @@ mod tests {
     fn a_syn_is_a_connections_own_by_number_and_client() {
         let slot = Slot { sequence: FIRST - 1, addresses: of_client(1), ..Slot::default() };
         let mut flow = Flow::default();
-        flow.open(&slot, LEN, 5);
+        let template = Template { len: LEN, sum: 0, waits: 1, bytes: [0; HEADER_CAPACITY] };
+        flow.open(&slot, &template, 5);
+        assert!(flow.waits == 1 && flow.header_len == LEN);
         flow.addresses = slot.addresses;
         assert!(flow.is_of(&slot));
         assert!(!flow.is_of(&Slot { sequence: FIRST, ..slot }));
@@ -822,7 +908,7 @@ mod tests {
             let mut rendered = [0; 64];
             let addresses = Command::Proxy(Addresses::new(source, destination));
             let len = v2::encode(&addresses, &[], &mut rendered).unwrap();
-            let template = Template::new(&rendered[..len], ipv6).unwrap();
+            let template = Template::new(&rendered[..len], ipv6, false).unwrap();
             let count = if ipv6 { HeaderAddresses::IPV6 } else { HeaderAddresses::IPV4 };
             let mut addresses = HeaderAddresses { ipv6: ipv6.into(), ..HeaderAddresses::default() };
             addresses.bytes[..count].copy_from_slice(&rendered[16..16 + count]);
@@ -839,9 +925,9 @@ mod tests {
             };
             assert_eq!(addresses.read(), Some((address(source), address(destination))));
         }
-        assert!(Template::new(&[0; 29], false).is_none());
-        assert!(Template::new(&[0; 24], false).is_none());
-        assert!(Template::new(&[0; 236], false).is_none());
+        assert!(Template::new(&[0; 29], false, false).is_none());
+        assert!(Template::new(&[0; 24], false, false).is_none());
+        assert!(Template::new(&[0; 236], false, false).is_none());
     }
 
     #[test]

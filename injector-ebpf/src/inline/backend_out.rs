@@ -1,18 +1,20 @@
 //! `backend_out`: at the egress of devices that lead to backends. Opens a flow for each SYN, adds the header to the end of the
-//! handshake, and shifts what the client sends.
+//! handshake or to the client's first bytes, and shifts what the client sends.
 //!
 //! Fail closed: nothing that was forwarded reaches a backend's PROXY port without a flow.
 
 use core::ptr::NonNull;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    EbpfContext as _, helpers::generated::bpf_clone_redirect, macros::classifier, programs::TcContext,
+};
 use injector_common::inline::{
     Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToBackend, to_backend,
 };
 
 use super::{
-    ANSWER, DROP, NEXT, header, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
+    AHEAD, ANSWER, DROP, NEXT, header, maps,
+    packet::{Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
     words,
 };
 
@@ -57,6 +59,10 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
         }
         return NEXT;
     };
+    if mark == AHEAD {
+        skb.set_mark(0);
+        return go_ahead(skb, packet, flow);
+    }
     pass(skb, packet, flow)
 }
 
@@ -88,7 +94,7 @@ fn open(packet: &Packet) -> i32 {
         maps::count(Counter::NoSlot);
         return DROP;
     };
-    if !maps::open(key, slot, template.len) {
+    if !maps::open(key, slot, template) {
         maps::count(Counter::Full);
         return DROP;
     }
@@ -130,21 +136,72 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
     }
     let done = match to_backend(flow, segment) {
         ToBackend::Pass => Ok(()),
-        ToBackend::Shift => {
-            let shifted = segment.sequence.wrapping_add(flow.header_len);
-            packet.set_u32(skb, SEQUENCE, segment.sequence, shifted).map_err(|_| Counter::RewriteFailed)
+        ToBackend::Shift => shift(skb, packet, flow),
+        ToBackend::Append => header::append(skb, packet, flow)
+            .map_err(|_| Counter::AppendFailed)
+            .map(|()| sent(flow, Counter::Appended)),
+        ToBackend::Wait => {
+            flow.set(Flag::Waited);
+            maps::count(Counter::Waited);
+            account(&packet.key, flow, segment);
+            return DROP;
         }
-        ToBackend::Append => header::append(skb, packet, flow).map_err(|_| Counter::AppendFailed).map(|()| {
-            flow.set(Flag::Sent);
-            flow.appended += 1;
-            maps::count(Counter::Appended);
-        }),
+        ToBackend::Prepend => match header::prepend(skb, packet, flow) {
+            Ok(true) => Ok(sent(flow, Counter::Prepended)),
+            Ok(false) => follow(skb, packet, flow),
+            Err(Failed) => Err(Counter::AppendFailed),
+        },
+        ToBackend::Follow => follow(skb, packet, flow),
     };
     if let Err(failed) = done {
         maps::count(failed);
         return DROP;
     }
     account(&packet.key, flow, segment);
+    NEXT
+}
+
+#[inline(always)]
+fn sent(flow: &mut Flow, how: Counter) {
+    flow.set(Flag::Sent);
+    flow.appended += 1;
+    maps::count(how);
+}
+
+#[inline(always)]
+fn shift(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Counter> {
+    let sequence = packet.segment.sequence;
+    let shifted = sequence.wrapping_add(flow.header_len);
+    packet.set_u32(skb, SEQUENCE, sequence, shifted).map_err(|_| Counter::RewriteFailed)
+}
+
+/// Sends a copy of the packet ahead, which comes through this program by itself and becomes the header ([`go_ahead`]).
+#[inline(always)]
+fn follow(skb: &TcContext, packet: &Packet, flow: &mut Flow) -> Result<(), Counter> {
+    // SAFETY: the program's own context.
+    let (mark, device) = unsafe { ((*skb.skb.skb).mark, (*skb.skb.skb).ifindex) };
+    skb.set_mark(AHEAD);
+    // SAFETY: as above. The program that runs meanwhile reads the same packet into the same `Packet`.
+    let result = unsafe { bpf_clone_redirect(skb.as_ptr().cast(), device, 0) };
+    skb.set_mark(mark);
+    if result != 0 {
+        return Err(Counter::AppendFailed);
+    }
+    sent(flow, Counter::SentAhead);
+    shift(skb, packet, flow)
+}
+
+/// A copy of the client's first bytes becomes the header.
+#[inline(always)]
+fn go_ahead(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
+    // SAFETY: as in `pass`.
+    let flow = unsafe { flow.as_ref() };
+    let segment = &packet.segment;
+    let first = segment.sequence == flow.first && !flow.is(Flag::Acknowledged);
+    if !first || header::replace(skb, packet, flow).is_err() {
+        maps::count(Counter::AppendFailed);
+        return DROP;
+    }
     NEXT
 }
 

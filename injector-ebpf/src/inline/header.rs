@@ -7,14 +7,14 @@ use aya_ebpf::{
     helpers::generated::{bpf_csum_diff, bpf_skb_change_tail},
     programs::TcContext,
 };
-use injector_common::inline::{ACK, Flow, HEADER_CAPACITY, HeaderAddresses, PSH, Template};
+use injector_common::inline::{ACK, FIN, Flow, HeaderAddresses, Key, LEAST_MTU, PSH, Template, URG};
 use network_types::{ip::Ipv6Hdr, tcp::TcpHdr};
 
 use super::{
     maps,
     packet::{
-        CHECKSUM, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, LONGEST, Packet, TIMESTAMPS, TIMESTAMPS_LEN,
-        add_to_checksum, change_length, load_bytes, store_bytes,
+        CHECKSUM, FLAGS, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, LONGEST, Packet, TCP, TIMESTAMPS,
+        TIMESTAMPS_LEN, add_to_checksum, change_length, load_bytes, store_bytes,
     },
     words,
 };
@@ -22,10 +22,62 @@ use super::{
 /// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
 #[inline(always)]
 pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Failed> {
-    let sum = put(skb, packet, flow, packet.tcp_len, 0)?;
+    make_room(skb, packet, flow, packet.tcp_len, 0)?;
+    let sum = put(skb, packet, flow, packet.tcp_len, 0, 0)?;
     add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
     let len = packet.tcp_len as u16;
     change_length(skb, packet.tcp + CHECKSUM, len, len + flow.header_len as u16)
+}
+
+/// Puts the header in front of the payload of a client's segment, whose numbers stay as they are; `false` if the packet has no
+/// room for both, and is as it was. Of more than [`LEAST_MTU`] bytes nobody knows whether they will arrive.
+#[inline(always)]
+pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<bool, Failed> {
+    // Read anew by each who uses it: the verifier forgets what an earlier check has said about a number that lies in a map.
+    // SAFETY: a field.
+    let payload = || unsafe { (&raw const packet.segment.payload).read_volatile() } as usize;
+    let at = packet.tcp + packet.tcp_len;
+    if at - packet.ip + flow.header_len as usize + payload() > LEAST_MTU {
+        return Ok(false);
+    }
+    let moved = maps::payload().ok_or(Failed)?;
+    load_bytes(skb, at, moved, payload())?;
+    make_room(skb, packet, flow, packet.tcp_len, payload())?;
+    store_bytes(skb, at + flow.header_len as usize, moved, payload())?;
+    let payload = payload();
+    // A whole number of words moves the payload: its sum stays.
+    let sum = put(skb, packet, flow, packet.tcp_len, payload, 0)?;
+    add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
+    let len = (packet.tcp_len + payload) as u16;
+    change_length(skb, packet.tcp + CHECKSUM, len, len + flow.header_len as u16).map(|()| true)
+}
+
+/// Puts the header in place of the payload of a client's segment.
+///
+/// What the payload's sum is need not be known: the checksum is made anew from what is left. A checksum that is still to be
+/// computed is not touched by that, save by the length.
+#[inline(always)]
+pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
+    // SAFETY: our own buffer.
+    unsafe { words::zero(&raw mut packet.header) };
+    load_bytes(skb, packet.tcp, &mut packet.header, packet.tcp_len)?;
+    let tcp = &mut packet.header;
+    let checksum = u16::from_ne_bytes([tcp[CHECKSUM], tcp[CHECKSUM + 1]]);
+    // An end and urgent data are the payload's.
+    tcp[FLAGS] &= !(FIN | URG);
+    [tcp[CHECKSUM], tcp[CHECKSUM + 1]] = [0; 2];
+    [tcp[CHECKSUM + 2], tcp[CHECKSUM + 3]] = [0; 2];
+    make_room(skb, packet, flow, packet.tcp_len, 0)?;
+    skb.store(packet.tcp + FLAGS, &packet.header[FLAGS], 0).map_err(|_| Failed)?;
+    skb.store(packet.tcp + CHECKSUM + 2, &0_u16, 0).map_err(|_| Failed)?;
+    let old_len = (packet.tcp_len as u32 + packet.segment.payload) as u16;
+    let ends = sum_of_ends(&mut packet.key, old_len);
+    let without_header = sum_with(&mut packet.header, ends);
+    let sum = put(skb, packet, flow, packet.tcp_len, 0, without_header)?;
+    // A checksum less a difference is the new one, which is nothing less this sum.
+    add_to_checksum(skb, packet.tcp + CHECKSUM, add(sum, checksum.into()))?;
+    let len = packet.tcp_len as u16 + flow.header_len as u16;
+    change_length(skb, packet.tcp + CHECKSUM, old_len, len)
 }
 
 /// Turns a segment of the backend that has no payload round: it goes back as one of the client's, with the header.
@@ -64,7 +116,8 @@ pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resul
     // The checksum stays, and is changed by the difference.
     [tcp[16], tcp[17]] = checksum;
 
-    let difference = put(skb, packet, flow, tcp_len, without_old)?;
+    make_room(skb, packet, flow, tcp_len, 0)?;
+    let difference = put(skb, packet, flow, tcp_len, 0, without_old)?;
     store_bytes(skb, packet.tcp, &packet.header, tcp_len)?;
     add_to_checksum(skb, packet.tcp + CHECKSUM, sum_with(&mut packet.header, difference))?;
     let new_len = tcp_len as u16 + flow.header_len as u16;
@@ -96,32 +149,63 @@ fn sum_with(bytes: &mut [u8; LONGEST], sum: u32) -> u32 {
     unsafe { bpf_csum_diff(ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), LONGEST as u32, sum) as u32 }
 }
 
-/// Makes room behind a TCP header that will have `tcp_len` bytes, fills in the header, sets the lengths in IP, and returns
-/// the header's sum added to `sum`. The header is written with its own length, though the flow knows it too: a changed
-/// configuration must not reach into a connection.
+/// Makes the packet as long as a TCP header of `tcp_len` bytes, the header, and so many bytes of payload.
 #[inline(always)]
-fn put(skb: &TcContext, packet: &Packet, flow: &Flow, tcp_len: usize, sum: u32) -> Result<u32, Failed> {
-    let template = maps::template(flow.listener, packet.ipv6).ok_or(Failed)?;
-    let len = template.len as usize;
-    if len > HEADER_CAPACITY || template.len != flow.header_len {
-        return Err(Failed);
-    }
-    let at = packet.tcp + tcp_len;
+fn make_room(
+    skb: &TcContext,
+    packet: &Packet,
+    flow: &Flow,
+    tcp_len: usize,
+    payload: usize,
+) -> Result<(), Failed> {
+    let len = packet.tcp + tcp_len + flow.header_len as usize + payload;
     // SAFETY: the program's own context.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr().cast(), (at + len) as u32, 0) } != 0 {
+    if unsafe { bpf_skb_change_tail(skb.as_ptr().cast(), len as u32, 0) } == 0 { Ok(()) } else { Err(Failed) }
+}
+
+/// Fills in the header behind a TCP header of `tcp_len` bytes, sets the lengths in IP, and returns the header's sum added to
+/// `sum`. The header is written with its own length, though the flow knows it too: a changed configuration must not reach into
+/// a connection.
+#[inline(always)]
+fn put(
+    skb: &TcContext,
+    packet: &Packet,
+    flow: &Flow,
+    tcp_len: usize,
+    payload: usize,
+    sum: u32,
+) -> Result<u32, Failed> {
+    let template = maps::template(flow.listener, packet.ipv6).ok_or(Failed)?;
+    if template.len != flow.header_len {
         return Err(Failed);
     }
+    // Read anew: to the compiler it is the flow's, of which the verifier does not know that it is bounded.
+    // SAFETY: a field.
+    let len = unsafe { (&raw const template.len).read_volatile() } as usize;
+    let at = packet.tcp + tcp_len;
     store_bytes(skb, at, &template.bytes, len)?;
     let addresses = &flow.addresses.bytes;
     let addresses_len = if packet.ipv6 { HeaderAddresses::IPV6 } else { HeaderAddresses::IPV4 };
     store_bytes(skb, at + Template::ADDRESSES_AT, addresses, addresses_len)?;
-    set_lengths(skb, packet, at + len - packet.ip)?;
+    set_lengths(skb, packet, at + len + payload - packet.ip)?;
     // SAFETY: the addresses are in a map value, and have this length or more.
     let sum = unsafe {
         let (none, addresses) = (ptr::null_mut(), addresses.as_ptr().cast_mut().cast());
         bpf_csum_diff(none, 0, addresses, addresses_len as u32, add(template.sum, sum))
     };
     Ok(sum as u32)
+}
+
+/// The sum of what the TCP checksum covers besides the segment (RFC 9293, section 3.1), for a segment of `len` bytes. An
+/// address that is mapped into IPv6 has the sum that it has in IPv4, for 0xFFFF is zero.
+#[inline(always)]
+fn sum_of_ends(key: &mut Key, len: u16) -> u32 {
+    let mut sum = add(u32::from(len.to_be()), u32::from(u16::from(TCP).to_be()));
+    for ip in [&mut key.source.ip, &mut key.backend.ip] {
+        // SAFETY: 16 bytes of a map value.
+        sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, ip.as_mut_ptr().cast(), 16, sum) as u32 };
+    }
+    sum
 }
 
 /// Ones' complement addition (RFC 1071).

@@ -24,3 +24,6 @@ const DROP: i32 = 2;
 
 /// `skb->mark` of a header that answers the backend, from ingress to egress of the same device: it has its numbers already.
 const ANSWER: u32 = 0x1A9E_C70F;
+
+/// The same of a copy of the client's first bytes, which is to become the header ahead of them.
+const AHEAD: u32 = 0x1A9E_C710;

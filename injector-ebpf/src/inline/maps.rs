@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_ns,
     macros::btf_map,
 };
-use injector_common::inline::{Address, Counter, Event, Flow, Key, Listener, Slot, Template};
+use injector_common::inline::{Address, Counter, Event, Flow, Key, LEAST_MTU, Listener, Slot, Template};
 
 use super::{packet::Packet, words};
 
@@ -47,6 +47,10 @@ static SCRATCH: PerCpuArray<Flow, 1> = PerCpuArray::new();
 #[btf_map]
 static PACKET: PerCpuArray<Packet, 2> = PerCpuArray::new();
 
+/// Where the client's first bytes lie while the header is put in front of them.
+#[btf_map]
+static PAYLOAD: PerCpuArray<[u8; LEAST_MTU], 1> = PerCpuArray::new();
+
 /// Tells the daemon what happened to a connection.
 #[btf_map]
 static EVENTS: RingBuf<Event, { 1024 * 1024 }> = RingBuf::new();
@@ -76,6 +80,13 @@ pub(super) fn now() -> u64 {
 pub(super) fn packet(ipv6: bool) -> Option<&'static mut Packet> {
     // SAFETY: a per-CPU slot. Programs of these hooks run with softirqs disabled, one after the other, and each asks once.
     PACKET.get_ptr_mut(ipv6.into()).map(|packet| unsafe { &mut *packet })
+}
+
+/// Where payload that moves may lie meanwhile.
+#[inline(always)]
+pub(super) fn payload() -> Option<&'static mut [u8; LEAST_MTU]> {
+    // SAFETY: a per-CPU slot, asked for once a program.
+    PAYLOAD.get_ptr_mut(0).map(|payload| unsafe { &mut *payload })
 }
 
 /// The listener at this address, or at this port of any.
@@ -142,9 +153,9 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
     PENDING.get_ptr_mut(key).and_then(NonNull::new)
 }
 
-/// Begins the connection of the client in this slot, whose header will have `header_len` bytes.
+/// Begins the connection of the client in this slot, whose header will be of this template.
 #[inline(always)]
-pub(super) fn open(key: &Key, slot: &Slot, header_len: u32) -> bool {
+pub(super) fn open(key: &Key, slot: &Slot, template: &Template) -> bool {
     let Some(flow) = SCRATCH.get_ptr_mut(0) else { return false };
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
@@ -152,7 +163,7 @@ pub(super) fn open(key: &Key, slot: &Slot, header_len: u32) -> bool {
         words::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
         &mut *flow
     };
-    flow.open(slot, header_len, now());
+    flow.open(slot, template, now());
     PENDING.insert(key, flow, 0).is_ok()
 }
 

@@ -27,7 +27,7 @@ pub(super) const IPV4_ADDRESSES: usize = 12;
 pub(super) const IPV6_ADDRESSES: usize = 8;
 
 /// `IPPROTO_TCP`, `IPPROTO_ICMP`, `IPPROTO_ICMPV6`.
-const TCP: u8 = 6;
+pub(super) const TCP: u8 = 6;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 

@@ -33,10 +33,11 @@ use crate::{
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
     header::Rendered,
     metrics::BpfCounters,
+    protocol::Speaker,
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
-const VERSION: &str = "v2";
+const VERSION: &str = "v3";
 
 /// Every program, once for Ethernet and once for devices without a link-layer header.
 const PROGRAMS: [&str; 6] =
@@ -110,7 +111,8 @@ impl Inline {
             services.listen.extend(listener.bind.iter().map(|address| (*address, id)));
             services.backends.extend(addresses(listener).map_err(refused)?);
             for ipv6 in [false, true] {
-                services.templates.push(template(&listener.receiver, ipv6).map_err(refused)?);
+                let template = template(&listener.receiver, ipv6, header_waits(listener));
+                services.templates.push(template.map_err(refused)?);
             }
         }
         Ok(self.maps.replace(&services)?)
@@ -159,8 +161,14 @@ pub fn addresses(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     listener.backends.iter().map(address).collect()
 }
 
+/// Whether a listener's header goes together with the client's first bytes: where it speaks first, and is waited for. How long is
+/// for the backend to say, by when it sends its SYN again: a second.
+fn header_waits(listener: &Listener) -> bool {
+    listener.protocol.speaks_first() == Speaker::Client && !listener.timeouts.header_wait.is_zero()
+}
+
 /// A listener's header for one family, padded to what the checksum needs.
-fn template(receiver: &Receiver, ipv6: bool) -> Result<Template, String> {
+fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<Template, String> {
     for (asked, what) in [
         (receiver.version == ProxyVersion::V1, "version = \"v1\""),
         (receiver.crc32c, "crc32c"),
@@ -191,7 +199,7 @@ fn template(receiver: &Receiver, ipv6: bool) -> Result<Template, String> {
         padded.noop = Some(receiver.noop.map_or(noop, |own| own + noop - 1));
         rendered = render(&padded)?;
     }
-    Template::new(rendered.as_bytes(), ipv6).ok_or_else(|| {
+    Template::new(rendered.as_bytes(), ipv6, waits).ok_or_else(|| {
         format!(
             "a header of {} bytes is too long for engine \"inline\", which takes up to {}",
             rendered.as_bytes().len(),

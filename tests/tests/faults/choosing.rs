@@ -90,7 +90,8 @@ impl Drop for NotForwarding<'_> {
 
 /// The programs as such: [`injector_user::inline::selftest`] is their unit test as well.
 fn programs(_: &World) -> anyhow::Result<()> {
-    const EXPECTED: [&str; 5] = ["load", "header_added", "shifted", "answered", "fail_closed"];
+    const EXPECTED: [&str; 6] =
+        ["load", "header_added", "header_waits", "shifted", "answered", "fail_closed"];
     // Their processor may have much else to do, but not each time.
     let mut fastest = Duration::MAX;
     for _ in 0..3 {
@@ -108,7 +109,7 @@ fn programs(_: &World) -> anyhow::Result<()> {
 fn told(world: &World) -> anyhow::Result<()> {
     let found = selftest(world, &["sh", "-c"])?;
     let checks = found["inline"]["checks"].as_array().context("no checks")?;
-    ensure!(checks.len() == 5 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
+    ensure!(checks.len() == 6 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
     let pinned = Pinned::new(world)?;
     let injector = pinned.start("inline", "")?;
     let (log, metrics) = (injector.log(), injector.metrics()?);

@@ -1,6 +1,7 @@
 //! An injector between two links that the test holds in its hands (see [`crate::wire`]): beside the world's own devices, with
 //! addresses of its own. It is made once for all trials of a kind.
 
+use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -12,7 +13,9 @@ use injector_tests::netns::{Family, Netns, Place, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
 use crate::wire::{Layer, Wire};
-use crate::world::{Attached, BACKEND_PORT, LIMIT, Nat, PORT, World, accept_within, expect, header, patient};
+use crate::world::{
+    Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, World, accept_within, expect, header, patient,
+};
 
 const CLIENT: Place =
     place(Ipv4Addr::new(198, 51, 101, 7), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 7));
@@ -70,17 +73,20 @@ impl Lab {
         let pin = world.bpffs.path().join("lab");
         let nat = Nat::new(&topology.edge, "lab-nat", VIP, BACKEND, INSIDE)?;
         let attached = Attached { edge: topology.edge.entrance(), pin: pin.clone() };
-        let config = format!(
+        let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
-             client_devices = [\"lab-outside\"]\nbackend_devices = [\"lab-inside\"]\n\n\
-             [[listener]]\nname = \"lab\"\nbind = [\"{}\", \"{}\"]\nprotocol = \"smtp\"\n\
-             engine = \"inline\"\nbackends = [\"{}\", \"{}\"]\n",
-            pin.display(),
-            public(Family::V4),
-            public(Family::V6),
-            backend(Family::V4),
-            backend(Family::V6)
+             client_devices = [\"lab-outside\"]\nbackend_devices = [\"lab-inside\"]\n\n",
+            pin.display()
         );
+        for (name, port, protocol) in [("lab", PORT, "smtp"), ("lab-tls", TLS_PORT, "imaps")] {
+            let [v4, v6] = Family::ALL.map(|family| SocketAddr::new(VIP.of(family), port));
+            let [b4, b6] = Family::ALL.map(backend);
+            write!(
+                config,
+                "[[listener]]\nname = \"{name}\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"{protocol}\"\n\
+                 engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n\n"
+            )?;
+        }
         let injector = Injector::start(&topology.edge, &config)?;
         Ok(Self { injector, _attached: attached, _nat: nat, wire, layer, world: Arc::clone(world) })
     }
@@ -107,16 +113,29 @@ impl Lab {
         self.client_by(family, |_| Ok(()))
     }
 
-    /// The same, on a socket that was prepared.
+    /// The same to where the header waits for the client's first bytes.
+    pub(crate) fn client_awaited(&self, family: Family) -> anyhow::Result<TcpStream> {
+        self.client_to(tls(family), |_| Ok(()))
+    }
+
+    /// To the public address, by a socket that was prepared.
     pub(crate) fn client_by(
         &self,
         family: Family,
         prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
     ) -> anyhow::Result<TcpStream> {
+        self.client_to(public(family), prepare)
+    }
+
+    fn client_to(
+        &self,
+        address: SocketAddr,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
+    ) -> anyhow::Result<TcpStream> {
         let connect = || {
-            let socket = Socket::new(Domain::for_address(public(family)), Type::STREAM, None)?;
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
             prepare(&socket)?;
-            socket.connect_timeout(&public(family).into(), LIMIT)?;
+            socket.connect_timeout(&address.into(), LIMIT)?;
             std::io::Result::Ok(TcpStream::from(socket))
         };
         let client = self.client_side().run(connect)?.context("connecting to the public address")?;
@@ -184,7 +203,8 @@ impl Lab {
                 }
                 anyhow::Ok((server, named, started.elapsed()))
             });
-            let mut client = self.client_by(family, prepare)?;
+            let address = if first == First::ClientAwaited { tls(family) } else { public(family) };
+            let mut client = self.client_to(address, prepare)?;
             client.set_read_timeout(Some(limit))?;
             if first == First::Server {
                 expect(&mut client, WORDS)?;
@@ -226,6 +246,8 @@ impl Lab {
 pub(crate) enum First {
     Server,
     Client,
+    /// The client, where the protocol says that it does: the header waits for it.
+    ClientAwaited,
 }
 
 /// Kernel settings of a namespace, which go back to what they were.
@@ -294,6 +316,11 @@ pub(crate) fn through(
 /// Where clients connect.
 pub(crate) fn public(family: Family) -> SocketAddr {
     SocketAddr::new(VIP.of(family), PORT)
+}
+
+/// Where they connect to speak first.
+fn tls(family: Family) -> SocketAddr {
+    SocketAddr::new(VIP.of(family), TLS_PORT)
 }
 
 /// Where the backend listens.

@@ -58,7 +58,7 @@ fn from_backend_bare(seen: &Seen<'_>) -> bool {
 }
 
 /// Drops the first `times` packets that fit; the transfer is complete, and its first byte came within `limit` milliseconds.
-fn lost(
+pub(crate) fn lost(
     lab: &Lab,
     family: Family,
     first: First,

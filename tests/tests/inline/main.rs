@@ -3,6 +3,7 @@
 //! What takes long runs only when asked for: `cargo test -p injector-tests --test inline -- --ignored`, as root.
 
 mod basics;
+mod first_bytes;
 mod identity;
 mod lab;
 mod lifecycle;
@@ -28,13 +29,23 @@ fn main() {
     let shared = Arc::new(Mutex::new(Shared::default()));
     let mut trials = Vec::new();
     for family in Family::ALL {
-        for (name, run) in basics::TRIALS.iter().chain(lifecycle::TRIALS).chain(offloads::TRIALS) {
+        for (name, run) in basics::TRIALS
+            .iter()
+            .chain(lifecycle::TRIALS)
+            .chain(offloads::TRIALS)
+            .chain(first_bytes::ON_DEVICES)
+        {
             trials.push(trial(&shared, format!("inline/{}/{name}", family.name()), move |shared| {
                 run(&*shared.world()?, family)
             }));
         }
     }
-    let areas = [("losses", losses::TRIALS), ("identity", identity::TRIALS), ("tcp", tcp::TRIALS)];
+    let areas = [
+        ("losses", losses::TRIALS),
+        ("identity", identity::TRIALS),
+        ("tcp", tcp::TRIALS),
+        ("first bytes", first_bytes::TRIALS),
+    ];
     for (area, of_area) in areas {
         for (family, (name, run)) in each(of_area) {
             let name = format!("{area}/{}/{name}", family.name());
@@ -95,6 +106,9 @@ const HEADERLESS: &[&str] = &[
     "refused by the backend",
     "path MTU found behind the edge",
     "numbers that wrap around, header lost",
+    "one packet with the header",
+    "a full packet, the header ahead",
+    "urgent data",
 ];
 
 /// Every packet's checksums must have been right, and a failure comes with the packets.

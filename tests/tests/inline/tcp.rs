@@ -392,7 +392,7 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// What a router answers: RFC 792 and 1191, RFC 4443 section 3.2.
-fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
+pub(crate) fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
     let packet = &seen.frame[seen.ip_at..];
     let quote = &packet[..packet.len().min(500)];
     let link = match layer {
@@ -432,7 +432,7 @@ fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
 
 /// Initial numbers for which the header, or what the client says first, lies across 2^32; and across 2^31, where comparisons
 /// change sides.
-const EDGES: [u32; 9] = [
+pub(crate) const EDGES: [u32; 9] = [
     u32::MAX,
     u32::MAX - 1,
     u32::MAX - 14,
@@ -466,7 +466,7 @@ fn wrap_with_loss(lab: &Lab, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn begins_at(lab: &Lab, family: Family, first: First, number: u32) -> anyhow::Result<()> {
+pub(crate) fn begins_at(lab: &Lab, family: Family, first: First, number: u32) -> anyhow::Result<()> {
     let name = || format!("initial sequence number {number}");
     let connection =
         lab.connection_by(family, first, |socket| begin_at(socket, number)).with_context(name)?;

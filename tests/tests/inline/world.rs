@@ -17,6 +17,8 @@ pub(crate) use injector_tests::sockets::{LIMIT, accept, accept_within, expect, p
 
 /// Where clients connect.
 pub(crate) const PORT: u16 = 2500;
+/// The same, where a protocol is spoken in which they speak first.
+pub(crate) const TLS_PORT: u16 = 2501;
 /// Where the backend listens.
 pub(crate) const BACKEND_PORT: u16 = 12500;
 
@@ -123,7 +125,7 @@ pub(crate) struct Nat {
 }
 
 impl Nat {
-    /// From [`PORT`] of `vip` to [`BACKEND_PORT`] of `backend`, which sees `inside` as its client.
+    /// From [`PORT`] and [`TLS_PORT`] of `vip` to [`BACKEND_PORT`] of `backend`, which sees `inside` as its client.
     pub(crate) fn new(
         edge: &Netns,
         table: &'static str,
@@ -135,12 +137,13 @@ impl Nat {
         let (v4, v6) = (vip.v4, vip.v6);
         let (b4, b6) = (backend.v4, backend.v6);
         let (e4, e6) = (inside.v4, inside.v6);
+        let ports = format!("{{ {PORT}, {TLS_PORT} }}");
         nat.edge.nft(&format!(
             "add table inet {table}; \
              add chain inet {table} before {{ type nat hook prerouting priority -100; }}; \
              add chain inet {table} after {{ type nat hook postrouting priority 100; }}; \
-             add rule inet {table} before ip daddr {v4} tcp dport {PORT} dnat ip to {b4}:{BACKEND_PORT}; \
-             add rule inet {table} before ip6 daddr {v6} tcp dport {PORT} dnat ip6 to [{b6}]:{BACKEND_PORT}; \
+             add rule inet {table} before ip daddr {v4} tcp dport {ports} dnat ip to {b4}:{BACKEND_PORT}; \
+             add rule inet {table} before ip6 daddr {v6} tcp dport {ports} dnat ip6 to [{b6}]:{BACKEND_PORT}; \
              add rule inet {table} after ip daddr {b4} tcp dport {BACKEND_PORT} snat ip to {e4}; \
              add rule inet {table} after ip6 daddr {b6} tcp dport {BACKEND_PORT} snat ip6 to {e6}"
         ))?;

@@ -58,8 +58,13 @@ fn on_one_processor() -> (Vec<Check>, Vec<ProgramReport>) {
     };
     let seen = "programs verified, maps made".to_owned();
     let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
-    let tests: [(&'static str, Test, &str); 4] = [
+    let tests: [(&'static str, Test, &str); 5] = [
         ("header_added", header_added, "at the end of the handshake, with its lengths and checksums"),
+        (
+            "header_waits",
+            header_waits,
+            "for a client that speaks first, and goes in front of its first bytes",
+        ),
         ("shifted", shifted, "sequence numbers later, acknowledgements and SACK blocks earlier"),
         ("answered", answered, "a backend that asks for the header gets it, and its packet goes no further"),
         ("fail_closed", fail_closed, "nothing that was forwarded reaches the backend without a header"),
@@ -78,7 +83,7 @@ type Test = fn(&Way<'_>) -> Result<(), String>;
 fn everywhere(bench: &Bench, number: u16, test: Test) -> Result<(), String> {
     for ipv6 in [false, true] {
         for (link, base) in [(Link::Ethernet, 40_000), (Link::Raw, 50_000)] {
-            let way = Way { bench, ipv6, link, port: base + number };
+            let way = Way { bench, ipv6, link, port: base + number, public: SERVER_FIRST };
             let family = if ipv6 { "IPv6" } else { "IPv4" };
             test(&way).map_err(|fault| format!("{family}, {link:?}: {fault}"))?;
         }
@@ -109,18 +114,20 @@ impl Bench {
         loader
             .map_max_entries("LISTENERS", 16)
             .map_max_entries("BACKENDS", 16)
-            .map_max_entries("TEMPLATES", 2)
+            .map_max_entries("TEMPLATES", 4)
             .map_max_entries("PENDING", 1024)
             .map_max_entries("FLOWS", 1024);
         let (programs, maps) = load_programs(&mut loader)?;
         let both = |host: u16, port: u16| [false, true].map(|ipv6| place(ipv6, host, port));
         let failed = |what| LoadError::Listener { listener: "self-test".to_owned(), what };
-        let templates = [false, true].map(|ipv6| template(&Receiver::default(), ipv6).map_err(failed));
-        maps.replace(&Services {
-            listen: both(PUBLIC, 25).into_iter().map(|address| (address, 0)).collect(),
-            backends: both(BACKEND, 2525).to_vec(),
-            templates: templates.into_iter().collect::<Result<_, _>>()?,
-        })?;
+        let mut services = Services { backends: both(BACKEND, 2525).to_vec(), ..Services::default() };
+        for (id, (port, waits)) in (0..).zip([(SERVER_FIRST, false), (CLIENT_FIRST, true)]) {
+            services.listen.extend(both(PUBLIC, port).map(|address| (address, id)));
+            for ipv6 in [false, true] {
+                services.templates.push(template(&Receiver::default(), ipv6, waits).map_err(failed)?);
+            }
+        }
+        maps.replace(&services)?;
         Ok(Self { programs, _maps: maps })
     }
 
@@ -168,6 +175,10 @@ const PUBLIC: u16 = 10;
 const EDGE: u16 = 1;
 const BACKEND: u16 = 2;
 
+/// The ports of two listeners, by who speaks first there.
+const SERVER_FIRST: u16 = 25;
+const CLIENT_FIRST: u16 = 993;
+
 /// A test run reads the type of a packet where Ethernet has it, also for a program that expects no Ethernet: addresses that
 /// begin with the type have it there by themselves. Nothing is ever sent to them.
 fn place(ipv6: bool, host: u16, port: u16) -> SocketAddr {
@@ -187,6 +198,8 @@ struct Way<'a> {
     link: Link,
     /// The client's, and the edge's.
     port: u16,
+    /// The listener's.
+    public: u16,
 }
 
 /// The numbers of the client's first byte and of the backend's: adding the header to the one wraps round.
@@ -233,7 +246,7 @@ impl Way<'_> {
     }
 
     fn public(&self) -> SocketAddr {
-        place(self.ipv6, PUBLIC, 25)
+        place(self.ipv6, PUBLIC, self.public)
     }
 
     fn header_len(&self) -> u32 {
@@ -330,20 +343,48 @@ impl Way<'_> {
         let ran = self.run("backend_in", &ack)?;
         if ran.verdict == DROP { Ok(()) } else { Err("the client hears of the header".to_owned()) }
     }
+
+    /// These bytes are the header of this way's client, and no more.
+    fn is_header(&self, header: &[u8]) -> Result<(), String> {
+        let parsed = proxy::parse(header).map_err(|error| format!("no header in {header:02x?}: {error}"))?;
+        let addresses = parsed.command.addresses().ok_or("a header without addresses")?;
+        if parsed.len != header.len() || header.len() != self.header_len() as usize {
+            return Err(format!("a header of {} bytes in {}", parsed.len, header.len()));
+        }
+        let (source, destination) = (addresses.source(), addresses.destination());
+        if (source, destination) == (self.client(), self.public()) {
+            return Ok(());
+        }
+        Err(format!("the header says that {source} connected to {destination}"))
+    }
 }
 
 fn header_added(way: &Way<'_>) -> Result<(), String> {
-    let header = way.establish()?;
-    let parsed = proxy::parse(&header).map_err(|error| format!("no header in {header:02x?}: {error}"))?;
-    let addresses = parsed.command.addresses().ok_or("a header without addresses")?;
-    if parsed.len != header.len() || header.len() != way.header_len() as usize {
-        return Err(format!("a header of {} bytes in {}", parsed.len, header.len()));
+    way.is_header(&way.establish()?)
+}
+
+fn header_waits(way: &Way<'_>) -> Result<(), String> {
+    let way = &Way { public: CLIENT_FIRST, ..*way };
+    way.accept()?;
+    let ack = way.run("backend_out", &way.to_backend(ACK))?;
+    if ack.verdict != DROP {
+        return Err("the end of the handshake does not wait for the client's first bytes".to_owned());
     }
-    let (source, destination) = (addresses.source(), addresses.destination());
-    if (source, destination) == (way.client(), way.public()) {
-        return Ok(());
-    }
-    Err(format!("the header says that {source} connected to {destination}"))
+    let data = Segment { payload: b"ClientHello".to_vec(), ..way.to_backend(ACK | PSH) };
+    let ran = way.run("backend_out", &data)?;
+    let longer = Segment::read(&ran.packet, way.link).map_err(|fault| format!("the first bytes: {fault}"))?;
+    let header =
+        longer.payload.strip_suffix(b"ClientHello").ok_or("the client's first bytes are not the last")?;
+    way.is_header(header)?;
+    let expected = Segment { payload: longer.payload.clone(), ..data };
+    way.is(&ran, NEXT, "backend_out", "the client's first bytes", &expected)?;
+    // One that says nothing repeats its answer when the backend asks, and that takes the header.
+    let way = &Way { port: way.port + 1000, ..*way };
+    way.accept()?;
+    way.run("backend_out", &way.to_backend(ACK))?;
+    let repeated = way.run("backend_out", &way.to_backend(ACK))?;
+    let longer = Segment::read(&repeated.packet, way.link).map_err(|fault| format!("repeated: {fault}"))?;
+    way.is_header(&longer.payload)
 }
 
 fn shifted(way: &Way<'_>) -> Result<(), String> {

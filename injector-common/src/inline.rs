@@ -37,13 +37,23 @@ impl Address {
         Self { ip, port, reserved: 0 }
     }
 
-    /// Makes it `a.b.c.d`, if no other than IPv4 addresses were in it before: what is zero in all of them stays. Writing the
-    /// zeros as well becomes a call of a function that does so byte by byte, for every packet.
+    /// Makes it `a.b.c.d`, in network order, if no other than IPv4 addresses were in it before: what is zero in all of them stays.
     #[inline(always)]
-    pub fn set_mapped(&mut self, ip: [u8; 4]) {
+    pub const fn set_mapped(&mut self, ip: u32) {
         let [.., ff, fe, a, b, c, d] = &mut self.ip;
         (*ff, *fe) = (0xFF, 0xFF);
-        (*a, *b, *c, *d) = (ip[0], ip[1], ip[2], ip[3]);
+        [*a, *b, *c, *d] = ip.to_ne_bytes();
+    }
+
+    /// Makes it IPv6, of words in network order.
+    #[inline(always)]
+    pub const fn set(&mut self, ip: [u32; 4]) {
+        let (words, _) = self.ip.as_chunks_mut::<4>();
+        let [w0, w1, w2, w3] = words else { return };
+        *w0 = ip[0].to_ne_bytes();
+        *w1 = ip[1].to_ne_bytes();
+        *w2 = ip[2].to_ne_bytes();
+        *w3 = ip[3].to_ne_bytes();
     }
 
     /// `a.b.c.d` as IPv6.
@@ -262,7 +272,7 @@ pub struct Flow {
     pub addresses: HeaderAddresses,
     /// `CLOCK_MONOTONIC` of the first SYN, in nanoseconds.
     pub created_ns: u64,
-    /// The same of the last packet.
+    /// The same of the last packet; no later than it by a tick of the kernel's clock ([`Flow::last_tick`]).
     pub last_ns: u64,
     /// The same of the last header that answered the backend.
     pub answered_ns: u64,
@@ -276,8 +286,8 @@ pub struct Flow {
     pub appended: u32,
     /// How often it was sent as an answer to the backend.
     pub answered: u32,
-    /// Makes the size a multiple of eight.
-    pub reserved: u32,
+    /// The kernel's tick (jiffies) at which `last_ns` was read: a clock that costs nothing says when the other may be asked again.
+    pub last_tick: u32,
 }
 
 /// What has happened to a connection; its place in [`Flow::state`].
@@ -798,11 +808,15 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_mapped_in_place() {
+    fn an_address_is_set_in_place() {
         let mut address = Address::new([0; 16], 25);
-        address.set_mapped([10, 0, 0, 255]);
-        address.set_mapped([192, 0, 2, 1]);
+        address.set_mapped(u32::from_ne_bytes([10, 0, 0, 255]));
+        address.set_mapped(u32::from_ne_bytes([192, 0, 2, 1]));
         assert_eq!(address, Address::new(Address::mapped([192, 0, 2, 1]), 25));
+        let ip = *b"0123456789abcdef";
+        let (words, _) = ip.as_chunks::<4>();
+        address.set(core::array::from_fn(|at| u32::from_ne_bytes(words[at])));
+        assert_eq!(address, Address::new(ip, 25));
     }
 
     #[test]

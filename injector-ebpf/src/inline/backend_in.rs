@@ -132,12 +132,13 @@ fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
 
 #[inline(always)]
 fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
-    flow.last_ns = maps::now();
+    maps::touch(flow);
     flow.to_client.packets += 1;
     flow.to_client.bytes += u64::from(segment.payload);
     if !segment.is(FIN | RST) || flow.closed() {
         return;
     }
+    flow.last_ns = maps::now();
     if segment.is(RST) {
         flow.set(Flag::BackendRst);
         words::apart();
@@ -178,8 +179,8 @@ fn quoted(skb: &TcContext, packet: &mut Packet) -> Result<(), Failed> {
         if !ERRORS.contains(&kind) || quote.proto != TCP {
             return Ok(());
         }
-        key.source.set_mapped(quote.src_addr);
-        key.backend.set_mapped(quote.dst_addr);
+        key.source.set_mapped(u32::from_ne_bytes(quote.src_addr));
+        key.backend.set_mapped(u32::from_ne_bytes(quote.dst_addr));
         at + usize::from(quote.ihl())
     };
     let Ok([source, destination]) = skb.load::<[u16; 2]>(tcp) else { return Ok(()) };

@@ -143,7 +143,7 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
         ToBackend::Wait => {
             flow.set(Flag::Waited);
             maps::count(Counter::Waited);
-            account(&packet.key, flow, segment);
+            maps::touch(flow);
             return DROP;
         }
         ToBackend::Prepend => match header::prepend(skb, packet, flow) {
@@ -175,7 +175,8 @@ fn shift(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Counter> {
     packet.set_u32(skb, SEQUENCE, sequence, shifted).map_err(|_| Counter::RewriteFailed)
 }
 
-/// Sends a copy of the packet ahead, which comes through this program by itself and becomes the header ([`go_ahead`]).
+/// Sends a copy of the packet ahead, which comes through this program by itself and becomes the header ([`go_ahead`]). It leaves
+/// without the packet's mark, in whose place it has ours.
 #[inline(always)]
 fn follow(skb: &TcContext, packet: &Packet, flow: &mut Flow) -> Result<(), Counter> {
     // SAFETY: the program's own context.
@@ -207,12 +208,13 @@ fn go_ahead(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
 
 #[inline(always)]
 fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
-    flow.last_ns = maps::now();
+    maps::touch(flow);
     flow.to_backend.packets += 1;
     flow.to_backend.bytes += u64::from(segment.payload);
     if !segment.is(FIN | RST) || flow.closed() {
         return;
     }
+    flow.last_ns = maps::now();
     if segment.is(RST) {
         flow.set(Flag::ClientRst);
         words::apart();

@@ -16,7 +16,6 @@ use super::{
         CHECKSUM, FLAGS, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, LONGEST, Packet, TCP, TIMESTAMPS,
         TIMESTAMPS_LEN, add_to_checksum, change_length, load_bytes, store_bytes,
     },
-    words,
 };
 
 /// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
@@ -58,21 +57,22 @@ pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<b
 /// computed is not touched by that, save by the length.
 #[inline(always)]
 pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
-    // SAFETY: our own buffer.
-    unsafe { words::zero(&raw mut packet.header) };
-    load_bytes(skb, packet.tcp, &mut packet.header, packet.tcp_len)?;
-    let tcp = &mut packet.header;
+    packet.clear_header();
+    let len = packet.tcp_len;
+    load_bytes(skb, packet.tcp, packet.header(), len)?;
+    let tcp = packet.header();
     let checksum = u16::from_ne_bytes([tcp[CHECKSUM], tcp[CHECKSUM + 1]]);
     // An end and urgent data are the payload's.
     tcp[FLAGS] &= !(FIN | URG);
     [tcp[CHECKSUM], tcp[CHECKSUM + 1]] = [0; 2];
     [tcp[CHECKSUM + 2], tcp[CHECKSUM + 3]] = [0; 2];
     make_room(skb, packet, flow, packet.tcp_len, 0)?;
-    skb.store(packet.tcp + FLAGS, &packet.header[FLAGS], 0).map_err(|_| Failed)?;
+    let flags = packet.header()[FLAGS];
+    skb.store(packet.tcp + FLAGS, &flags, 0).map_err(|_| Failed)?;
     skb.store(packet.tcp + CHECKSUM + 2, &0_u16, 0).map_err(|_| Failed)?;
     let old_len = (packet.tcp_len as u32 + packet.segment.payload) as u16;
     let ends = sum_of_ends(&mut packet.key, old_len);
-    let without_header = sum_with(&mut packet.header, ends);
+    let without_header = sum_with(packet.header(), ends);
     let sum = put(skb, packet, flow, packet.tcp_len, 0, without_header)?;
     // A checksum less a difference is the new one, which is nothing less this sum.
     add_to_checksum(skb, packet.tcp + CHECKSUM, add(sum, checksum.into()))?;
@@ -89,16 +89,16 @@ pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resu
 pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
     let with_timestamps = packet.has_timestamps(skb);
     // One buffer for both headers.
-    // SAFETY: our own buffer.
-    unsafe { words::zero(&raw mut packet.header) };
-    load_bytes(skb, packet.tcp, &mut packet.header, packet.tcp_len)?;
-    let without_old = sum_without(&mut packet.header);
-    let tcp = &mut packet.header;
+    packet.clear_header();
+    let len = packet.tcp_len;
+    load_bytes(skb, packet.tcp, packet.header(), len)?;
+    let without_old = sum_without(packet.header());
+    let tcp = packet.header();
     let (checksum, value, echo) = ([tcp[16], tcp[17]], word(tcp, 24), word(tcp, 28));
     let [source, destination] = [word(tcp, 0), word(tcp, 2)];
 
-    // SAFETY: the same.
-    unsafe { words::zero(tcp) };
+    packet.clear_header();
+    let tcp = packet.header();
     let mut tcp_len = TcpHdr::LEN;
     if with_timestamps {
         tcp_len += TIMESTAMPS_LEN;
@@ -118,8 +118,9 @@ pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resul
 
     make_room(skb, packet, flow, tcp_len, 0)?;
     let difference = put(skb, packet, flow, tcp_len, 0, without_old)?;
-    store_bytes(skb, packet.tcp, &packet.header, tcp_len)?;
-    add_to_checksum(skb, packet.tcp + CHECKSUM, sum_with(&mut packet.header, difference))?;
+    let tcp = packet.tcp;
+    store_bytes(skb, tcp, packet.header(), tcp_len)?;
+    add_to_checksum(skb, packet.tcp + CHECKSUM, sum_with(packet.header(), difference))?;
     let new_len = tcp_len as u16 + flow.header_len as u16;
     change_length(skb, packet.tcp + CHECKSUM, packet.tcp_len as u16, new_len)?;
     swap_addresses(skb, packet)

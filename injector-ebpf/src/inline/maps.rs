@@ -4,7 +4,7 @@ use core::{mem::MaybeUninit, ptr::NonNull};
 
 use aya_ebpf::{
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
-    helpers::generated::bpf_ktime_get_ns,
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
     macros::btf_map,
 };
 use injector_common::inline::{Address, Counter, Event, Flow, Key, LEAST_MTU, Listener, Slot, Template};
@@ -75,6 +75,17 @@ pub(super) fn now() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
+/// Notes that a packet of this flow has come now.
+#[inline(always)]
+pub(super) fn touch(flow: &mut Flow) {
+    // SAFETY: takes nothing.
+    let tick = unsafe { bpf_jiffies64() } as u32;
+    if flow.last_tick != tick {
+        flow.last_tick = tick;
+        flow.last_ns = now();
+    }
+}
+
 /// Where this program reads its packet into.
 #[inline(always)]
 pub(super) fn packet(ipv6: bool) -> Option<&'static mut Packet> {
@@ -100,7 +111,7 @@ pub(super) fn listener(address: &Address, ipv6: bool) -> Option<u32> {
             any.assume_init_mut()
         };
         if !ipv6 {
-            any.set_mapped([0; 4]);
+            any.set_mapped(0);
         }
         any.port = address.port;
         LISTENERS.get_ptr(&*any)

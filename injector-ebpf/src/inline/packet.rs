@@ -15,6 +15,8 @@ use network_types::{
     tcp::TcpHdr,
 };
 
+use super::words;
+
 /// Where things stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const SEQUENCE: usize = 4;
 pub(super) const ACKNOWLEDGEMENT: usize = 8;
@@ -88,9 +90,14 @@ pub(super) struct Packet {
     /// Source and destination, by who sent it.
     pub(super) key: Key,
     pub(super) segment: Segment,
-    /// Where a TCP header is put together.
-    pub(super) header: [u8; LONGEST],
+    /// What was read of the packet, by words, which are read and written at once: the IP header, without options, and from
+    /// [`TCP_AT`] on the TCP header. Later it is where a TCP header is put together.
+    words: [u32; LONGEST / 4],
 }
+
+/// Where the TCP header's words stand: behind those of the longer of the two IP headers. A place that depended on the version of
+/// IP would be a variable offset, which the verifier allows to no loader without CAP_PERFMON.
+const TCP_AT: usize = Ipv6Hdr::LEN / 4;
 
 /// The longest TCP header.
 pub(super) const LONGEST: usize = 60;
@@ -102,55 +109,74 @@ pub(super) fn is_ipv6(skb: &TcContext) -> bool {
     u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) == IPV6
 }
 
+/// Four bytes of a packet. Two lie on an even address in every packet, four need not.
+#[repr(C, align(2))]
+struct Word([u8; 4]);
+
 /// Reads the headers of a packet.
 #[inline(always)]
 pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
     packet.ip = L::LEN;
     // SAFETY: the program's own context.
     match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
-        IPV4 => parse_ipv4(skb, packet, from),
-        IPV6 => parse_ipv6(skb, packet, from),
+        IPV4 => parse_ipv4::<L>(skb, packet, from),
+        IPV6 => parse_ipv6::<L>(skb, packet, from),
         _ => Parsed::Other,
     }
 }
 
 #[inline(always)]
-fn parse_ipv4(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
-    const MORE_OR_OFFSET: u16 = 0x3FFF;
-    const FRAGMENT: usize = 6;
+fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+    const MORE_OR_OFFSET: u32 = 0x3FFF;
+    const WORDS: usize = Ipv4Hdr::LEN / 4;
 
-    let Ok(header) = skb.load::<Ipv4Hdr>(packet.ip) else { return Parsed::Other };
-    if header.proto != TCP && header.proto != ICMP {
+    let both = packet.read_front::<L, WORDS>(skb);
+    if !both && packet.read(skb, packet.ip, 0, Ipv4Hdr::LEN).is_err() {
         return Parsed::Other;
     }
-    let Ok(fragment) = skb.load::<u16>(packet.ip + FRAGMENT) else { return Parsed::Other };
+    let protocol = packet.word(2) >> 16 & 0xFF;
+    if protocol != u32::from(TCP) && protocol != u32::from(ICMP) {
+        return Parsed::Other;
+    }
     packet.ipv6 = false;
-    packet.tcp = packet.ip + usize::from(header.ihl());
-    let (source, destination) = packet.ends(from);
-    source.set_mapped(header.src_addr);
-    destination.set_mapped(header.dst_addr);
-    if header.proto == ICMP {
+    let len = (packet.word(0) >> 24 & 0x0F) as usize * 4;
+    packet.tcp = packet.ip + len;
+    let addresses = [packet.words[3], packet.words[4]];
+    let [source, destination] = from.ends(&mut packet.key);
+    source.set_mapped(addresses[0]);
+    destination.set_mapped(addresses[1]);
+    if protocol == u32::from(ICMP) {
         return Parsed::Icmp;
     }
-    if u16::from_be(fragment) & MORE_OR_OFFSET != 0 {
+    if packet.word(1) & MORE_OR_OFFSET != 0 {
         return Parsed::Unreadable;
     }
-    parse_tcp(skb, packet, from, usize::from(u16::from_be_bytes(header.tot_len)))
+    if !(both && len == Ipv4Hdr::LEN) && packet.read_tcp(skb).is_err() {
+        return Parsed::Unreadable;
+    }
+    let total = (packet.word(0) & 0xFFFF) as usize;
+    parse_tcp(skb, packet, from, total)
 }
 
 #[inline(always)]
-fn parse_ipv6(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
     /// Hop-by-hop, routing, fragment, destination options: TCP may follow.
     const BEFORE_OTHERS: [u8; 4] = [0, 43, 44, 60];
+    const WORDS: usize = Ipv6Hdr::LEN / 4;
 
-    let Ok(header) = skb.load::<Ipv6Hdr>(packet.ip) else { return Parsed::Other };
+    let both = packet.read_front::<L, WORDS>(skb);
+    if !both && packet.read(skb, packet.ip, 0, Ipv6Hdr::LEN).is_err() {
+        return Parsed::Other;
+    }
     packet.ipv6 = true;
     packet.tcp = packet.ip + Ipv6Hdr::LEN;
-    let (source, destination) = packet.ends(from);
-    source.ip = header.src_addr;
-    destination.ip = header.dst_addr;
-    match header.next_hdr {
-        TCP => {}
+    let [_, _, s0, s1, s2, s3, d0, d1, d2, d3, ..] = packet.words;
+    let [source, destination] = from.ends(&mut packet.key);
+    source.set([s0, s1, s2, s3]);
+    destination.set([d0, d1, d2, d3]);
+    match (packet.word(1) >> 8) as u8 {
+        TCP if both || packet.read_tcp(skb).is_ok() => {}
+        TCP => return Parsed::Unreadable,
         ICMPV6 => return Parsed::Icmp,
         next if BEFORE_OTHERS.contains(&next) => {
             // What follows begins with what comes after it (RFC 8200, section 4).
@@ -161,28 +187,31 @@ fn parse_ipv6(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
         }
         _ => return Parsed::Other,
     }
-    parse_tcp(skb, packet, from, Ipv6Hdr::LEN + usize::from(u16::from_be_bytes(header.payload_len)))
+    let total = Ipv6Hdr::LEN + (packet.word(1) >> 16) as usize;
+    parse_tcp(skb, packet, from, total)
 }
 
+/// The TCP header, which stands among the packet's words.
 #[inline(always)]
 fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: usize) -> Parsed {
-    let Ok(header) = skb.load::<[u8; TcpHdr::LEN]>(packet.tcp) else { return Parsed::Unreadable };
-    packet.tcp_len = usize::from(header[12] >> 4) * 4;
+    let length_flags_window = packet.word(TCP_AT + 3);
+    packet.tcp_len = (length_flags_window >> 28) as usize * 4;
     if packet.tcp_len < TcpHdr::LEN {
         return Parsed::Unreadable;
     }
-    let word = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    let half = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
     // A jumbo packet has no length in its header; then it has no padding either.
     let end = if total > Ipv6Hdr::LEN { packet.ip + total } else { skb.len() as usize };
-    packet.segment.payload = end.saturating_sub(packet.tcp + packet.tcp_len) as u32;
-    packet.segment.flags = header[FLAGS];
-    packet.segment.sequence = word(SEQUENCE);
-    packet.segment.acknowledgement = word(ACKNOWLEDGEMENT);
-    packet.segment.window = half(WINDOW);
-    let (source, destination) = packet.ends(from);
-    source.port = half(0);
-    destination.port = half(2);
+    packet.segment = Segment {
+        flags: (length_flags_window >> 16) as u8,
+        sequence: packet.word(TCP_AT + 1),
+        acknowledgement: packet.word(TCP_AT + 2),
+        payload: end.saturating_sub(packet.tcp + packet.tcp_len) as u32,
+        window: length_flags_window as u16,
+    };
+    let ports = packet.word(TCP_AT);
+    let [source, destination] = from.ends(&mut packet.key);
+    source.port = (ports >> 16) as u16;
+    destination.port = ports as u16;
     Parsed::Tcp
 }
 
@@ -228,14 +257,76 @@ fn byte(skb: &TcContext, at: usize) -> Option<u8> {
 /// A helper has failed, and with it everything: what is half rewritten must not leave.
 pub(super) struct Failed;
 
-impl Packet {
+impl From {
     /// Source and destination.
     #[inline(always)]
-    fn ends(&mut self, from: From) -> (&mut Address, &mut Address) {
-        match from {
-            From::Client => (&mut self.key.source, &mut self.key.backend),
-            From::Backend => (&mut self.key.backend, &mut self.key.source),
+    fn ends(self, key: &mut Key) -> [&mut Address; 2] {
+        match self {
+            Self::Client => [&mut key.source, &mut key.backend],
+            Self::Backend => [&mut key.backend, &mut key.source],
         }
+    }
+}
+
+impl Packet {
+    /// Reads the IP header, of so many words, and the TCP header behind it from the packet's first piece, where they nearly always
+    /// lie; `false` if they do not. No helper is needed.
+    #[inline(always)]
+    fn read_front<L: Link, const IP: usize>(&mut self, skb: &TcContext) -> bool {
+        let (start, end) = (skb.data(), skb.data_end());
+        if start + L::LEN + IP * 4 + TcpHdr::LEN > end {
+            return false;
+        }
+        let front = (start + L::LEN) as *const Word;
+        // SAFETY: within the packet by the comparison.
+        let word = |index: usize| u32::from_ne_bytes(unsafe { front.add(index).read() }.0);
+        for index in 0..IP {
+            self.words[index] = word(index);
+        }
+        for index in 0..TcpHdr::LEN / 4 {
+            self.words[TCP_AT + index] = word(IP + index);
+        }
+        true
+    }
+
+    /// Reads the TCP header from wherever it is.
+    #[inline(always)]
+    fn read_tcp(&mut self, skb: &TcContext) -> Result<(), Failed> {
+        self.read(skb, self.tcp, TCP_AT, TcpHdr::LEN)
+    }
+
+    /// Reads `len` bytes of the packet into its words, from the one with this index on.
+    #[inline(always)]
+    fn read(&mut self, skb: &TcContext, at: usize, index: usize, len: usize) -> Result<(), Failed> {
+        if index * 4 + len > LONGEST {
+            return Err(Failed);
+        }
+        // SAFETY: within the words by the check above.
+        let result = unsafe {
+            let into = self.words.as_mut_ptr().add(index);
+            bpf_skb_load_bytes(skb.as_ptr().cast(), at as u32, into.cast(), len as u32)
+        };
+        if result == 0 { Ok(()) } else { Err(Failed) }
+    }
+
+    /// A word of what was read, in the byte order of the machine.
+    #[inline(always)]
+    fn word(&self, index: usize) -> u32 {
+        u32::from_be(self.words[index])
+    }
+
+    /// Where a TCP header is put together.
+    #[inline(always)]
+    pub(super) fn header(&mut self) -> &mut [u8; LONGEST] {
+        // SAFETY: the same bytes; any are words.
+        unsafe { &mut *(&raw mut self.words).cast() }
+    }
+
+    /// Makes it empty.
+    #[inline(always)]
+    pub(super) fn clear_header(&mut self) {
+        // SAFETY: our own words.
+        unsafe { words::zero(&raw mut self.words) };
     }
 
     /// The backend's host, whatever the port.

@@ -13,9 +13,9 @@ use injector_tests::netns::Family;
 use socket2::SockRef;
 
 use crate::lab::{First, Lab, Setting, through};
-use crate::losses::{self, Order};
+use crate::losses;
 use crate::tcp::{self, EDGES, too_big_for};
-use crate::wire::{Fate, Seen, Side, Way};
+use crate::wire::{Fate, Side, Way};
 use crate::world::{World, accept, expect, own_header};
 use crate::{LabRun, Run};
 
@@ -32,23 +32,6 @@ pub(crate) const TRIALS: &[(&str, LabRun)] = &[
         lost(lab, family, 1)
     }),
     ("the second packet first", second_first),
-    ("everything twice", |lab, family| {
-        let _faulty = lab.wire.faults(|_| Fate::Twice);
-        lab.connection(family, First::ClientAwaited)?.finish(BYTES)
-    }),
-    ("everything in another order", |lab, family| {
-        let mut order = Order(7);
-        let _faulty =
-            lab.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
-        lab.connection(family, First::ClientAwaited)?.finish(BYTES)
-    }),
-    ("a tenth of everything lost", |lab, family| {
-        let mut order = Order(11);
-        let lost = move |seen: &Seen<'_>| !seen.is_syn() && order.below(10) == 0;
-        let mut lost = lost;
-        let _faulty = lab.wire.faults(move |seen| if lost(seen) { Fate::Drop } else { Fate::Pass });
-        lab.connection(family, First::ClientAwaited)?.finish(64 << 10)
-    }),
     ("SYN-ACK lost behind the edge", |lab, family| {
         losses::lost(lab, family, First::ClientAwaited, 1, 1500, |seen| {
             seen.is_syn_ack() && seen.side == Side::Client

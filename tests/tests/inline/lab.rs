@@ -250,6 +250,10 @@ pub(crate) enum First {
     ClientAwaited,
 }
 
+impl First {
+    pub(crate) const ALL: [Self; 3] = [Self::Server, Self::Client, Self::ClientAwaited];
+}
+
 /// Kernel settings of a namespace, which go back to what they were.
 #[derive(Debug)]
 pub(crate) struct Setting<'a> {

@@ -120,10 +120,7 @@ pub(crate) fn header_lost_server_first(lab: &Lab, times: u32) -> anyhow::Result<
 
 fn everything_twice(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let _faulty = lab.wire.faults(|_| Fate::Twice);
-    for first in [First::Server, First::Client] {
-        lab.connection(family, first)?.finish(BYTES)?;
-    }
-    Ok(())
+    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
 }
 
 /// The data overtakes the header.
@@ -137,19 +134,19 @@ fn header_late(lab: &Lab, family: Family) -> anyhow::Result<()> {
 fn everything_reordered(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let mut order = Order(7);
     let _faulty = lab.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
-    for first in [First::Server, First::Client] {
-        lab.connection(family, first)?.finish(BYTES)?;
-    }
-    Ok(())
+    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
 }
 
 fn a_tenth_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    // The same packets every time; enough of the handshake is among them.
-    let mut order = Order(11);
-    let _faulty = lab
-        .wire
-        .faults(move |seen| if !seen.is_syn() && order.below(10) == 0 { Fate::Drop } else { Fate::Pass });
-    lab.connection(family, First::Client)?.finish(64 << 10)
+    for first in [First::Client, First::ClientAwaited] {
+        // The same packets every time; enough of the handshake is among them.
+        let mut order = Order(11);
+        let _faulty = lab
+            .wire
+            .faults(move |seen| if !seen.is_syn() && order.below(10) == 0 { Fate::Drop } else { Fate::Pass });
+        lab.connection(family, first)?.finish(64 << 10)?;
+    }
+    Ok(())
 }
 
 /// As long as it cannot get the header, a backend asks with every segment that comes; the answers stay few.

@@ -79,10 +79,7 @@ fn with(lab: &Lab, family: Family, settings: &[(&'static str, &str)]) -> anyhow:
 /// The backend remembers nothing of the SYN: the header's segment must carry the very numbers that prove it.
 fn syn_cookies(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let _always = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
-    for first in [First::Server, First::Client] {
-        lab.connection(family, first)?.finish(BYTES)?;
-    }
-    Ok(())
+    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
 }
 
 /// Every block that the client is told of is of what it has sent and not of what it was told has come.

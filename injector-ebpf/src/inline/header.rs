@@ -21,7 +21,6 @@ use super::{
 /// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
 #[inline(always)]
 pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Failed> {
-    make_room(skb, packet, flow, packet.tcp_len, 0)?;
     let sum = put(skb, packet, flow, packet.tcp_len, 0, 0)?;
     add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
     let len = packet.tcp_len as u16;
@@ -41,11 +40,10 @@ pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<b
     }
     let moved = maps::payload().ok_or(Failed)?;
     load_bytes(skb, at, moved, payload())?;
-    make_room(skb, packet, flow, packet.tcp_len, payload())?;
+    // A whole number of words moves the payload: its sum stays.
+    let sum = put(skb, packet, flow, packet.tcp_len, payload(), 0)?;
     store_bytes(skb, at + flow.header_len as usize, moved, payload())?;
     let payload = payload();
-    // A whole number of words moves the payload: its sum stays.
-    let sum = put(skb, packet, flow, packet.tcp_len, payload, 0)?;
     add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
     let len = (packet.tcp_len + payload) as u16;
     change_length(skb, packet.tcp + CHECKSUM, len, len + flow.header_len as u16).map(|()| true)
@@ -66,7 +64,6 @@ pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resu
     tcp[FLAGS] &= !(FIN | URG);
     [tcp[CHECKSUM], tcp[CHECKSUM + 1]] = [0; 2];
     [tcp[CHECKSUM + 2], tcp[CHECKSUM + 3]] = [0; 2];
-    make_room(skb, packet, flow, packet.tcp_len, 0)?;
     let flags = packet.header()[FLAGS];
     skb.store(packet.tcp + FLAGS, &flags, 0).map_err(|_| Failed)?;
     skb.store(packet.tcp + CHECKSUM + 2, &0_u16, 0).map_err(|_| Failed)?;
@@ -116,7 +113,6 @@ pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resul
     // The checksum stays, and is changed by the difference.
     [tcp[16], tcp[17]] = checksum;
 
-    make_room(skb, packet, flow, tcp_len, 0)?;
     let difference = put(skb, packet, flow, tcp_len, 0, without_old)?;
     let tcp = packet.tcp;
     store_bytes(skb, tcp, packet.header(), tcp_len)?;
@@ -150,22 +146,8 @@ fn sum_with(bytes: &mut [u8; LONGEST], sum: u32) -> u32 {
     unsafe { bpf_csum_diff(ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), LONGEST as u32, sum) as u32 }
 }
 
-/// Makes the packet as long as a TCP header of `tcp_len` bytes, the header, and so many bytes of payload.
-#[inline(always)]
-fn make_room(
-    skb: &TcContext,
-    packet: &Packet,
-    flow: &Flow,
-    tcp_len: usize,
-    payload: usize,
-) -> Result<(), Failed> {
-    let len = packet.tcp + tcp_len + flow.header_len as usize + payload;
-    // SAFETY: the program's own context.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr().cast(), len as u32, 0) } == 0 { Ok(()) } else { Err(Failed) }
-}
-
-/// Fills in the header behind a TCP header of `tcp_len` bytes, sets the lengths in IP, and returns the header's sum added to
-/// `sum`. The header is written with its own length, though the flow knows it too: a changed configuration must not reach into
+/// Makes the packet as long as a TCP header of `tcp_len` bytes, the header, and so many bytes of payload; fills in the header,
+/// sets the lengths in IP, and returns the header's sum added to `sum`. The header is written with its own length, though the flow knows it too: a changed configuration must not reach into
 /// a connection.
 #[inline(always)]
 fn put(
@@ -184,11 +166,16 @@ fn put(
     // SAFETY: a field.
     let len = unsafe { (&raw const template.len).read_volatile() } as usize;
     let at = packet.tcp + tcp_len;
+    let end = at + len + payload;
+    // SAFETY: the program's own context.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr().cast(), end as u32, 0) } != 0 {
+        return Err(Failed);
+    }
     store_bytes(skb, at, &template.bytes, len)?;
     let addresses = &flow.addresses.bytes;
     let addresses_len = if packet.ipv6 { HeaderAddresses::IPV6 } else { HeaderAddresses::IPV4 };
     store_bytes(skb, at + Template::ADDRESSES_AT, addresses, addresses_len)?;
-    set_lengths(skb, packet, at + len + payload - packet.ip)?;
+    set_lengths(skb, packet, end - packet.ip)?;
     // SAFETY: the addresses are in a map value, and have this length or more.
     let sum = unsafe {
         let (none, addresses) = (ptr::null_mut(), addresses.as_ptr().cast_mut().cast());

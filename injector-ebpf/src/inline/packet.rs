@@ -298,15 +298,8 @@ impl Packet {
     /// Reads `len` bytes of the packet into its words, from the one with this index on.
     #[inline(always)]
     fn read(&mut self, skb: &TcContext, at: usize, index: usize, len: usize) -> Result<(), Failed> {
-        if index * 4 + len > LONGEST {
-            return Err(Failed);
-        }
-        // SAFETY: within the words by the check above.
-        let result = unsafe {
-            let into = self.words.as_mut_ptr().add(index);
-            bpf_skb_load_bytes(skb.as_ptr().cast(), at as u32, into.cast(), len as u32)
-        };
-        if result == 0 { Ok(()) } else { Err(Failed) }
+        let (_, into) = self.header().split_at_mut_checked(index * 4).ok_or(Failed)?;
+        load_bytes(skb, at, into, len)
     }
 
     /// A word of what was read, in the byte order of the machine.
@@ -434,19 +427,13 @@ pub(super) const TIMESTAMPS_LEN: usize = 12;
 
 #[inline(always)]
 fn load_ports(skb: &TcContext, tcp: usize, into: &mut [u8]) -> Result<(), Failed> {
-    let Some((into, _)) = into.split_first_chunk_mut::<4>() else { return Err(Failed) };
     load_bytes(skb, tcp, into, 4)
 }
 
 /// Reads `len` bytes, which fit.
 #[inline(always)]
-pub(super) fn load_bytes<const N: usize>(
-    skb: &TcContext,
-    at: usize,
-    into: &mut [u8; N],
-    len: usize,
-) -> Result<(), Failed> {
-    if len == 0 || len > N {
+pub(super) fn load_bytes(skb: &TcContext, at: usize, into: &mut [u8], len: usize) -> Result<(), Failed> {
+    if len == 0 || len > into.len() {
         return Err(Failed);
     }
     // SAFETY: `into` holds `len` bytes by the check above.

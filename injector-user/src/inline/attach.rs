@@ -186,9 +186,9 @@ fn remove_versions(pin: &Path, which: impl Fn(&str) -> bool) -> io::Result<Vec<S
                 }
                 removed.push(entry.file_name().to_string_lossy().into_owned());
             }
-            let _ = fs::remove_dir(&folder);
+            remove_dir(&folder)?;
         }
-        let _ = fs::remove_dir(version.path());
+        remove_dir(&version.path())?;
     }
     Ok(removed)
 }
@@ -198,6 +198,14 @@ fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         entries => entries?.collect(),
+    }
+}
+
+/// Removes an empty folder, if it is there.
+fn remove_dir(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 

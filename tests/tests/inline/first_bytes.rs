@@ -14,7 +14,7 @@ use socket2::SockRef;
 
 use crate::lab::{First, Lab, Setting, through};
 use crate::losses;
-use crate::tcp::{self, EDGES, too_big_for};
+use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
 use crate::wire::{Fate, Side, Way};
 use crate::world::{World, accept, expect, own_header};
 use crate::{LabRun, Run};
@@ -306,14 +306,7 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let layer = lab.layer;
     let answers = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&answers);
-    let _faulty = lab.wire.faults(move |seen| {
-        let too_big = seen.frame.len() - seen.ip_at > usize::from(mtu);
-        if !seen.at(Side::Backend, Way::ToBackend) || !too_big {
-            return Fate::Pass;
-        }
-        count.fetch_add(1, Ordering::Relaxed);
-        too_big_for(seen, layer, mtu).map_or(Fate::Drop, Fate::Answer)
-    });
+    let _faulty = lab.wire.faults(move |seen| narrow_link(seen, layer, mtu, &count));
     let listener = lab.backend(family)?;
     let client = lab.client_awaited(family)?;
     let hello: Vec<u8> = (0_u8..251).cycle().take(usize::from(mtu) - headers - 4).collect();
@@ -326,10 +319,7 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
     eprintln!("    after {took:.0?}, {answers} packets were too big");
     ensure!(answers == u32::from(family == Family::V4), "{answers} packets were too big");
     ensure!(took < Duration::from_secs(1), "it took {took:?}");
-    // The client remembers it for ten minutes; other trials are to begin anew.
-    let flush = ["route", "flush", "cache"];
-    lab.client_side().ip(&flush)?;
-    lab.client_side().ip(&[&["-6"], &flush[..]].concat())
+    forget_path_mtu(lab)
 }
 
 /// Whatever the client's first write is, it comes whole and behind the header.

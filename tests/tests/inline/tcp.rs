@@ -363,12 +363,7 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
         if seen.at(Side::Client, Way::ToBackend) && seen.is_data() {
             sending.lock().unwrap_or_else(PoisonError::into_inner).insert(seen.tcp.sequence_number());
         }
-        let too_big = seen.frame.len() - seen.ip_at > usize::from(MTU);
-        if !seen.at(Side::Backend, Way::ToBackend) || !too_big {
-            return Fate::Pass;
-        }
-        count.fetch_add(1, Ordering::Relaxed);
-        too_big_for(seen, layer, MTU).map_or(Fate::Drop, Fate::Answer)
+        narrow_link(seen, layer, MTU, &count)
     });
     let connection = lab.connection(family, First::Server)?;
     let start = Instant::now();
@@ -382,14 +377,28 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
     ensure!(!told.is_empty(), "the client was told nothing");
     ensure!(told.iter().all(|number| sent.contains(number)), "of {told:?} the client has sent {sent:?}");
-    // The client remembers it for ten minutes; other trials are to begin anew.
+    forget_path_mtu(lab)
+}
+
+/// A narrower link behind the edge, whose router answers what is too big for it, and counts that.
+pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &AtomicU32) -> Fate {
+    let too_big = seen.frame.len() - seen.ip_at > usize::from(mtu);
+    if !seen.at(Side::Backend, Way::ToBackend) || !too_big {
+        return Fate::Pass;
+    }
+    answers.fetch_add(1, Ordering::Relaxed);
+    too_big_for(seen, layer, mtu).map_or(Fate::Drop, Fate::Answer)
+}
+
+/// The client remembers for ten minutes what it was told; other trials are to begin anew.
+pub(crate) fn forget_path_mtu(lab: &Lab) -> anyhow::Result<()> {
     let flush = ["route", "flush", "cache"];
     lab.client_side().ip(&flush)?;
     lab.client_side().ip(&[&["-6"], &flush[..]].concat())
 }
 
 /// What a router answers: RFC 792 and 1191, RFC 4443 section 3.2.
-pub(crate) fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
+fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
     let packet = &seen.frame[seen.ip_at..];
     let quote = &packet[..packet.len().min(500)];
     let link = match layer {

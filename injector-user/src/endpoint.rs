@@ -8,17 +8,15 @@ use std::{
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
-use tokio::io::{
-    Interest, Ready,
-    unix::{AsyncFd, AsyncFdReadyGuard},
-};
+use tokio::io::{Interest, Ready, unix::AsyncFd};
 
 use crate::{
     engine::Engine,
@@ -47,21 +45,26 @@ pub struct Needs {
     pub write: bool,
 }
 
+/// After so long a socket is looked at again where nothing tells when there is more.
+pub const SOON: Duration = Duration::from_millis(1);
+
 const EVERYTHING: Needs = Needs { read: true, write: true };
 
 type Io = AsyncFd<Arc<Socket>>;
 
 /// One end of a connection.
+///
+/// Both directions of a connection are carried by one task, so what it waits for is polled, and each socket needs one waker for
+/// what there is to read and one for room: the slots that tokio has for them. A future for each wait, with a place in a list of
+/// waiters as `AsyncFd::ready` keeps it, would cost more time at each step, and memory while nothing happens.
 #[derive(Debug)]
 pub struct Endpoint {
     socket: Arc<Socket>,
-    /// Asked for when it is needed.
-    cookie: OnceLock<u64>,
-    peer: SocketAddr,
-    watch: Watch,
+    /// Asked for when it is needed; 0 is nobody's.
+    cookie: AtomicU64,
     // Exactly these two follow `needs`; see `arm`.
     io: Option<Io>,
-    watched: Option<Watched<Arc<Socket>>>,
+    watched: Option<Box<Watched<Arc<Socket>>>>,
     needs: Needs,
     /// Of the peer's SYN; of an accepted socket it is read when it is asked for.
     sequence: Option<u32>,
@@ -76,17 +79,17 @@ impl Endpoint {
     ///
     /// # Errors
     /// When the runtime cannot poll it.
-    pub fn accepted(socket: Socket, peer: SocketAddr, watch: &Watch) -> io::Result<Self> {
+    pub fn accepted(socket: Socket) -> io::Result<Self> {
         let socket = Arc::new(socket);
         let io = register(&socket, EVERYTHING)?;
-        Ok(Self::connected(socket, io, peer, None, watch))
+        Ok(Self::connected(socket, io, None))
     }
 
     /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up.
     ///
     /// # Errors
     /// As connect(2).
-    pub async fn connect(address: SocketAddr, watch: &Watch, engine: &dyn Engine) -> io::Result<Self> {
+    pub async fn connect(address: SocketAddr, engine: &dyn Engine) -> io::Result<Self> {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         prepare(&socket)?;
@@ -99,28 +102,20 @@ impl Endpoint {
         }
         let io = register(&socket, EVERYTHING)?;
         if let Some(io) = &io {
-            drop(writable(io).await?);
+            poll_fn(|task| io.poll_write_ready(task).map_ok(drop)).await?;
         }
         match socket.take_error()? {
             Some(error) => Err(error),
             None => {
                 let sequence = anchor.and_then(|anchor| anchor.sequence());
-                Ok(Self::connected(socket, io, address, sequence, watch))
+                Ok(Self::connected(socket, io, sequence))
             }
         }
     }
 
-    fn connected(
-        socket: Arc<Socket>,
-        io: Option<Io>,
-        peer: SocketAddr,
-        sequence: Option<u32>,
-        watch: &Watch,
-    ) -> Self {
+    fn connected(socket: Arc<Socket>, io: Option<Io>, sequence: Option<u32>) -> Self {
         Self {
-            cookie: OnceLock::new(),
-            peer,
-            watch: watch.clone(),
+            cookie: AtomicU64::new(0),
             io,
             watched: None,
             needs: EVERYTHING,
@@ -134,8 +129,14 @@ impl Endpoint {
     /// The kernel's number for this socket, never used again while the machine runs (`SO_COOKIE`).
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        // It cannot fail on an open socket; cookies start at 1, so 0 is nobody's.
-        *self.cookie.get_or_init(|| self.socket.cookie().unwrap_or_default())
+        let known = self.cookie.load(Ordering::Relaxed);
+        if known != 0 {
+            return known;
+        }
+        // It cannot fail on an open socket.
+        let cookie = self.socket.cookie().unwrap_or_default();
+        self.cookie.store(cookie, Ordering::Relaxed);
+        cookie
     }
 
     /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
@@ -143,12 +144,6 @@ impl Endpoint {
     #[must_use]
     pub fn first_sequence(&self) -> Option<u32> {
         self.sequence.or_else(|| sys::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
-    }
-
-    /// Whom it is connected to.
-    #[must_use]
-    pub fn peer(&self) -> SocketAddr {
-        self.peer
     }
 
     /// The address at our side; for a client's socket what the client connected to.
@@ -159,12 +154,12 @@ impl Endpoint {
         self.socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// Asks to be told just that. A socket that user space does not read is watched for hang-up instead, so that the
+    /// Asks to be told just that. A socket that user space does not read is watched by `watch` for hang-up instead, so that the
     /// payload that the kernel carries wakes nobody.
     ///
     /// # Errors
     /// When it cannot be registered.
-    pub fn arm(&mut self, needs: Needs) -> io::Result<()> {
+    pub fn arm(&mut self, needs: Needs, watch: &Watch) -> io::Result<()> {
         if needs == self.needs {
             return Ok(());
         }
@@ -173,22 +168,38 @@ impl Endpoint {
         if needs.read {
             self.watched = None;
         } else if self.watched.is_none() {
-            self.watched = Some(self.watch.add(Arc::clone(&self.socket), self.cookie())?);
+            self.watched = Some(Box::new(watch.add(Arc::clone(&self.socket), self.cookie())?));
         }
         self.needs = needs;
         Ok(())
     }
 
-    /// Waits for payload and hands it to `take` out of a buffer that all connections of the thread share; empty is the
-    /// peer's FIN. Cancel safe.
+    /// Waits for payload and hands it to `take`, as [`Endpoint::poll_read`]. Cancel safe.
     ///
     /// # Errors
     /// As recv(2).
-    pub async fn read<T>(&self, take: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
-        let Some(io) = &self.io else { return std::future::pending().await };
-        let mut take = Some(take);
+    pub async fn read<T>(&self, mut take: impl FnMut(&[u8]) -> T) -> io::Result<T> {
         loop {
-            let mut ready = readable(io).await?;
+            if let Some(taken) = poll_fn(|task| self.poll_read(task, &mut take)).await? {
+                return Ok(taken);
+            }
+            tokio::time::sleep(SOON).await;
+        }
+    }
+
+    /// Hands payload to `take`, out of a buffer that all connections of the thread share; empty is the peer's FIN. `None`: there
+    /// will be more, but nothing tells when; look again [`SOON`].
+    ///
+    /// # Errors
+    /// As recv(2).
+    pub fn poll_read<T>(
+        &self,
+        task: &mut Context<'_>,
+        mut take: impl FnMut(&[u8]) -> T,
+    ) -> Poll<io::Result<Option<T>>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        loop {
+            let mut ready = ready!(io.poll_read_ready(task))?;
             let closed = ready.ready().is_read_closed();
             let taken = SCRATCH.with_borrow_mut(|scratch| {
                 let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
@@ -201,54 +212,48 @@ impl Endpoint {
                 if count > 0 && count < scratch.len() {
                     ready.clear_ready_matching(Ready::READABLE);
                 }
-                Ok::<_, io::Error>(take.take().map(|take| take(scratch.get(..count).unwrap_or_default())))
+                Ok::<_, io::Error>(Some(take(scratch.get(..count).unwrap_or_default())))
             })?;
-            if let Some(taken) = taken {
-                return Ok(taken);
-            }
-            if closed {
-                // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still
-                // with a worker, and says EAGAIN until then.
-                drop(ready);
-                tokio::time::sleep(Duration::from_millis(1)).await;
+            // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still with a
+            // worker, and says EAGAIN until then.
+            if taken.is_some() || closed {
+                return Poll::Ready(Ok(taken));
             }
         }
     }
 
-    /// Waits for payload and moves it into one of the pipes. `None` if there is none to be had, or nothing went into it but
-    /// the peer's FIN: [`Endpoint::read`] then. Cancel safe.
+    /// Moves payload into one of the pipes. `None` if there is none to be had, or nothing went into it but the peer's FIN:
+    /// [`Endpoint::poll_read`] then.
     ///
     /// # Errors
     /// As splice(2).
-    pub async fn fill(&self, pipes: &Pipes) -> io::Result<Option<(Pipe, usize)>> {
-        let Some(io) = &self.io else { return std::future::pending().await };
+    pub fn poll_fill(
+        &self,
+        task: &mut Context<'_>,
+        pipes: &Pipes,
+    ) -> Poll<io::Result<Option<(Pipe, usize)>>> {
+        let Some(io) = &self.io else { return Poll::Pending };
         loop {
-            let mut ready = readable(io).await?;
+            let mut ready = ready!(io.poll_read_ready(task))?;
             let Some(mut pipe) = pipes.borrow() else {
                 ready.retain_ready();
-                return Ok(None);
+                return Poll::Ready(Ok(None));
             };
             if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
                 let count = filled?;
                 // There may be more, in the middle of a segment even.
                 self.emptied.store(false, Ordering::Relaxed);
-                return Ok((count > 0).then_some((pipe, count)));
+                return Poll::Ready(Ok((count > 0).then_some((pipe, count))));
             }
         }
     }
 
-    /// Waits for room and moves out of the pipe what fits. Cancel safe.
+    /// Moves out of the pipe what fits, once something does.
     ///
     /// # Errors
     /// As splice(2).
-    pub async fn drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
-        let Some(io) = &self.io else { return std::future::pending().await };
-        loop {
-            let mut ready = writable(io).await?;
-            if let Ok(drained) = ready.try_io(|io| pipe.drain(&**io.get_ref())) {
-                return self.telling(drained);
-            }
-        }
+    pub fn poll_drain(&self, task: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        self.poll_room(task, || self.try_drain(pipe))
     }
 
     /// Moves out of the pipe what fits now, without waiting; 0 when nothing fits.
@@ -262,15 +267,14 @@ impl Endpoint {
         }
     }
 
-    /// Waits until there is something to read, or an end. Cancel safe.
+    /// Whether there is something to read, or an end.
     ///
     /// # Errors
     /// When the runtime no longer polls.
-    pub async fn readable(&self) -> io::Result<()> {
-        let Some(io) = &self.io else { return std::future::pending().await };
-        let mut ready = readable(io).await?;
-        ready.retain_ready();
-        Ok(())
+    pub fn poll_readable(&self, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        ready!(io.poll_read_ready(task))?.retain_ready();
+        Poll::Ready(Ok(()))
     }
 
     /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
@@ -318,43 +322,70 @@ impl Endpoint {
         }
     }
 
-    /// Waits for room and writes what fits. Cancel safe.
+    /// Writes what fits, once something does.
     ///
     /// # Errors
     /// As send(2).
-    pub async fn write(&self, payload: &[u8]) -> io::Result<usize> {
-        let Some(io) = &self.io else { return std::future::pending().await };
+    pub fn poll_write(&self, task: &mut Context<'_>, payload: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_room(task, || self.try_write(payload))
+    }
+
+    /// Waits for room until `write`, which says 0 for no room, finds some. It is asked before the runtime is: what that knows
+    /// of room is thrown away by [`Endpoint::poll_closed`].
+    fn poll_room(
+        &self,
+        task: &mut Context<'_>,
+        mut write: impl FnMut() -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let Some(io) = &self.io else { return Poll::Pending };
         loop {
-            let mut ready = writable(io).await?;
-            match ready.try_io(|io| io.get_ref().send_with_flags(payload, libc::MSG_NOSIGNAL)) {
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(result) => return self.telling(result),
-                Err(_would_block) => {}
+            let written = write()?;
+            if written > 0 {
+                return Poll::Ready(Ok(written));
             }
+            let mut ready = ready!(io.poll_write_ready(task))?;
+            let written = write()?;
+            if written > 0 {
+                return Poll::Ready(Ok(written));
+            }
+            ready.clear_ready_matching(Ready::WRITABLE);
         }
     }
 
-    /// Resolves when the peer has finished sending, for a socket that user space does not read. Cancel safe.
+    /// Resolves when the peer has finished sending, as [`Endpoint::poll_finished`]. Cancel safe.
     pub async fn finished(&self) {
-        match &self.watched {
-            Some(watched) => watched.finished().await,
-            None => std::future::pending().await,
-        }
+        poll_fn(|task| self.poll_finished(task)).await;
     }
 
-    /// Resolves when the connection breaks, with its error, or when both sides have finished, with none. Cancel safe.
+    /// Whether the peer has finished sending, for a socket that user space does not read.
+    pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.watched.as_ref().map_or(Poll::Pending, |watched| watched.poll_finished(task))
+    }
+
+    /// Resolves when the connection breaks, as [`Endpoint::poll_closed`]. Cancel safe.
     pub async fn closed(&self) -> Option<io::Error> {
-        match (&self.watched, &self.io) {
-            (Some(watched), _) => watched.broken().await,
-            (None, Some(io)) => {
-                // An error of the readiness itself means the runtime is going: as broken as can be.
-                let _ = io.ready(Interest::ERROR).await;
+        poll_fn(|task| self.poll_closed(task)).await
+    }
+
+    /// Whether the connection is broken, with its error, or both sides have finished, with none. It throws away what the
+    /// runtime knows of room: ask it before writing.
+    pub fn poll_closed(&self, task: &mut Context<'_>) -> Poll<Option<io::Error>> {
+        if let Some(watched) = &self.watched {
+            ready!(watched.poll_broken(task));
+        } else if let Some(io) = &self.io {
+            // An error of the readiness itself means the runtime is going: as broken as can be.
+            while let Ok(mut ready) = ready!(io.poll_write_ready(task)) {
+                if ready.ready().is_write_closed() {
+                    break;
+                }
+                ready.clear_ready_matching(Ready::WRITABLE);
             }
-            (None, None) => std::future::pending().await,
+        } else {
+            return Poll::Pending;
         }
         let error = self.socket.take_error().unwrap_or_else(Some);
         self.told.fetch_or(error.is_some(), Ordering::Relaxed);
-        error
+        Poll::Ready(error)
     }
 
     /// Tells the peer that nothing more comes (FIN).
@@ -402,18 +433,6 @@ impl AsRawFd for Endpoint {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-}
-
-/// Both directions of a connection are carried by one task, so each socket needs one waker for what there is to read and one
-/// for room: the slots that tokio has for them. A list of waiters, as `AsyncFd::ready` keeps, costs more time at each step,
-/// and memory while nothing happens.
-async fn readable(io: &Io) -> io::Result<AsyncFdReadyGuard<'_, Arc<Socket>>> {
-    poll_fn(|task| io.poll_read_ready(task)).await
-}
-
-/// See [`readable`].
-async fn writable(io: &Io) -> io::Result<AsyncFdReadyGuard<'_, Arc<Socket>>> {
-    poll_fn(|task| io.poll_write_ready(task)).await
 }
 
 /// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.

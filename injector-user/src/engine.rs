@@ -7,11 +7,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
 };
+
+use atomic_waker::AtomicWaker;
 
 use injector_common::splice::Flow;
 use socket2::Socket;
-use tokio::sync::Notify;
 
 use crate::{endpoint::Endpoint, relay};
 
@@ -134,21 +136,20 @@ pub enum Offer {
 #[derive(Debug, Default)]
 pub struct Bell {
     rung: AtomicBool,
-    changed: Notify,
+    changed: AtomicWaker,
 }
 
 impl Bell {
     /// Rings.
     pub fn ring(&self) {
         self.rung.store(true, Ordering::Release);
-        self.changed.notify_one();
+        self.changed.wake();
     }
 
-    /// Resolves when it has rung since it was last heard. Cancel safe.
-    pub async fn heard(&self) {
-        while !self.rung.swap(false, Ordering::AcqRel) {
-            self.changed.notified().await;
-        }
+    /// Whether it has rung since it was last heard.
+    pub fn poll_heard(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.changed.register(task.waker());
+        if self.rung.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 

@@ -329,10 +329,8 @@ impl Door {
         };
         let active = context.metrics.active();
         // On the heap: on its way into a task, and out of it at the end, a future is copied nine times.
-        self.sessions.spawn(Box::pin(async move {
-            session::serve(&context, client.socket, client.peer).await;
-            drop((active, admitted));
-        }));
+        let session = session::serve(context, client.socket, client.peer, (active, admitted));
+        self.sessions.spawn(Box::pin(session));
     }
 
     fn admit(&self, policy: &Policy) -> Result<Admitted, RefusedReason> {
@@ -347,7 +345,7 @@ impl Door {
         tracing::debug!(listener = &*context.listener, reason = reason.name(), "refused");
         let polite = Arc::clone(&self.limits.0.polite).try_acquire_owned();
         self.sessions.spawn(async move {
-            let Ok(client) = Endpoint::accepted(client.socket, client.peer, &context.watch) else { return };
+            let Ok(client) = Endpoint::accepted(client.socket) else { return };
             match polite {
                 Ok(_permit) => session::refuse(client, context.protocol, why).await,
                 Err(_) => client.reset(),

@@ -12,12 +12,11 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
 };
 
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::Notify,
-};
+use atomic_waker::AtomicWaker;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::sys::{self, Epoll};
 
@@ -35,7 +34,8 @@ struct Shared {
 struct Signal {
     finished: AtomicBool,
     broken: AtomicBool,
-    changed: Notify,
+    /// The one task that the socket belongs to.
+    changed: AtomicWaker,
 }
 
 impl Watch {
@@ -90,27 +90,20 @@ pub struct Watched<S: AsRawFd> {
 }
 
 impl<S: AsRawFd> Watched<S> {
-    /// Resolves once the peer has finished sending, or the socket is broken. Cancel safe.
-    pub async fn finished(&self) {
-        self.until(|signal| signal.finished.load(Ordering::Acquire)).await;
+    /// Whether the peer has finished sending, or the socket is broken.
+    pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.poll(task, &self.signal.finished)
     }
 
-    /// Resolves once the socket has an error pending or is closed both ways. Cancel safe.
-    pub async fn broken(&self) {
-        self.until(|signal| signal.broken.load(Ordering::Acquire)).await;
+    /// Whether the socket has an error pending or is closed both ways.
+    pub fn poll_broken(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.poll(task, &self.signal.broken)
     }
 
-    async fn until(&self, reached: impl Fn(&Signal) -> bool) {
-        loop {
-            let changed = self.signal.changed.notified();
-            tokio::pin!(changed);
-            // Registered before the look: a change in between is not missed.
-            changed.as_mut().enable();
-            if reached(&self.signal) {
-                return;
-            }
-            changed.await;
-        }
+    fn poll(&self, task: &mut Context<'_>, reached: &AtomicBool) -> Poll<()> {
+        // Registered before the look: a change in between is not missed.
+        self.signal.changed.register(task.waker());
+        if reached.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 
@@ -163,7 +156,7 @@ async fn dispatch(polled: AsyncFd<EpollOf>) {
             if event.broken {
                 signal.broken.store(true, Ordering::Release);
             }
-            signal.changed.notify_waiters();
+            signal.changed.wake();
         }
     }
 }

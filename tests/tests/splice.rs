@@ -1,7 +1,7 @@
 //! The programs of the splice engine on real sockets, every case that a daemon can bring about: they have no test-run.
 //! All on loopback, in this process.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -73,9 +73,9 @@ fn count(splice: &Splice, counter: Counter) -> u64 {
 }
 
 /// A socket of the daemon's, and the other end of it.
-async fn pair(splice: &Arc<Splice>, watch: &Watch) -> io::Result<(Endpoint, TcpStream)> {
+async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
-    let ours = Endpoint::connect(listener.local_addr()?, watch, splice).await?;
+    let ours = Endpoint::connect(listener.local_addr()?, splice).await?;
     Ok((ours, listener.accept().await?.0))
 }
 
@@ -92,10 +92,9 @@ async fn expect(peer: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 async fn every_length(splice: Arc<Splice>, payload: &[u8]) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
     let lengths = Header::SHORTEST..=HEADER_CAPACITY;
     for len in lengths.clone() {
-        let (backend, mut peer) = pair(&splice, &watch).await?;
+        let (backend, mut peer) = pair(&splice).await?;
         let header = pattern(len, len);
         let sent = splice.inject(&backend, &header, payload).with_context(|| format!("{len} bytes"))?;
         ensure!(sent == payload.len(), "{sent} bytes of payload went along with {len}");
@@ -113,14 +112,13 @@ async fn every_length(splice: Arc<Splice>, payload: &[u8]) -> anyhow::Result<()>
 
 /// More than a socket takes at once: what did not go along follows, without a second header.
 async fn big_payload(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
-    let (backend, mut peer) = pair(&splice, &watch).await?;
+    let (backend, mut peer) = pair(&splice).await?;
     let (header, payload) = (pattern(0, 52), pattern(9, 1 << 16));
     let mut sent = splice.inject(&backend, &header, &payload)?;
     ensure!(sent > 0, "nothing went along");
     let rest = async {
         while sent < payload.len() {
-            sent += backend.write(payload.get(sent..).unwrap_or_default()).await?;
+            sent += poll_fn(|task| backend.poll_write(task, payload.get(sent..).unwrap_or_default())).await?;
         }
         anyhow::Ok(())
     };
@@ -132,8 +130,7 @@ async fn big_payload(splice: Arc<Splice>) -> anyhow::Result<()> {
 
 /// The header is placed once: a second attempt is the daemon's mistake and must not reach the backend as a header.
 async fn twice(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
-    let (backend, mut peer) = pair(&splice, &watch).await?;
+    let (backend, mut peer) = pair(&splice).await?;
     let (one, two) = (pattern(1, 28), pattern(2, 28));
     splice.inject(&backend, &one, b"a")?;
     splice.inject(&backend, &two, b"b")?;
@@ -141,9 +138,8 @@ async fn twice(splice: Arc<Splice>) -> anyhow::Result<()> {
 }
 
 async fn impossible_lengths(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
     for len in [0, 1, 15, 537, 1000] {
-        let (backend, mut peer) = pair(&splice, &watch).await?;
+        let (backend, mut peer) = pair(&splice).await?;
         let refused = splice.inject(&backend, &pattern(0, len), b"payload");
         ensure!(matches!(refused, Err(InjectError::Dropped(_))), "{len}: {refused:?}");
         backend.finish()?;
@@ -156,9 +152,8 @@ async fn impossible_lengths(splice: Arc<Splice>) -> anyhow::Result<()> {
 
 /// The target's socket is closed while the source still sends: its entry goes with it.
 async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
-    let (source, mut source_peer) = pair(&splice, &watch).await?;
-    let (target, target_peer) = pair(&splice, &watch).await?;
+    let (source, mut source_peer) = pair(&splice).await?;
+    let (target, target_peer) = pair(&splice).await?;
     let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
     drop((target, target_peer));
     source_peer.write_all(b"nobody reads this").await?;
@@ -175,9 +170,8 @@ async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
 
 /// Half-closed sockets stay in user space, with a reason that says so.
 async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
-    let (source, mut source_peer) = pair(&splice, &watch).await?;
-    let (target, _target_peer) = pair(&splice, &watch).await?;
+    let (source, mut source_peer) = pair(&splice).await?;
+    let (target, _target_peer) = pair(&splice).await?;
     source_peer.shutdown().await?;
     tokio::time::sleep(Duration::from_millis(5)).await;
     match Spliced::enrol(&splice, &source, &target, 0) {
@@ -191,10 +185,10 @@ async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
 async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     const BULK: usize = 8 << 20;
     let watch = Watch::start()?;
-    let (mut source, mut source_peer) = pair(&splice, &watch).await?;
-    let (target, mut target_peer) = pair(&splice, &watch).await?;
+    let (mut source, mut source_peer) = pair(&splice).await?;
+    let (target, mut target_peer) = pair(&splice).await?;
     let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
-    source.arm(Needs { read: false, write: false })?;
+    source.arm(Needs { read: false, write: false }, &watch)?;
     let bulk = pattern(3, BULK);
     source_peer.write_all(&bulk).await?;
     source_peer.shutdown().await?;
@@ -224,10 +218,9 @@ async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
 
 /// User space has written before, and more has arrived unread: order holds across the change of planes.
 async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
     for unread in [0, 1, 1000, 100_000] {
-        let (source, mut source_peer) = pair(&splice, &watch).await?;
-        let (target, mut target_peer) = pair(&splice, &watch).await?;
+        let (source, mut source_peer) = pair(&splice).await?;
+        let (target, mut target_peer) = pair(&splice).await?;
         target.try_write(b"written by user space, ")?;
         let arrived = pattern(4, unread);
         source_peer.write_all(&arrived).await?;
@@ -241,9 +234,8 @@ async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
 }
 
 async fn taken_back(splice: Arc<Splice>) -> anyhow::Result<()> {
-    let watch = Watch::start()?;
-    let (source, mut source_peer) = pair(&splice, &watch).await?;
-    let (target, mut target_peer) = pair(&splice, &watch).await?;
+    let (source, mut source_peer) = pair(&splice).await?;
+    let (target, mut target_peer) = pair(&splice).await?;
     let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
     source_peer.write_all(b"kernel").await?;
     expect(&mut target_peer, b"kernel").await?;

@@ -31,7 +31,6 @@ use crate::{
     config::{self, Check, Host, Listener},
     endpoint::Endpoint,
     engine::Engine,
-    watch::Watch,
 };
 
 /// The backends of one listener.
@@ -91,6 +90,8 @@ pub struct Account {
 pub struct Reached {
     /// It.
     pub endpoint: Endpoint,
+    /// Where it is.
+    pub address: SocketAddr,
     /// To be kept until its end.
     pub session: Session,
 }
@@ -321,12 +322,7 @@ impl Backends {
     ///
     /// # Errors
     /// [`Unreachable`], after all that may be tried was.
-    pub async fn connect(
-        &self,
-        within: Duration,
-        watch: &Watch,
-        engine: &dyn Engine,
-    ) -> Result<Reached, Unreachable> {
+    pub async fn connect(&self, within: Duration, engine: &dyn Engine) -> Result<Reached, Unreachable> {
         let deadline = Instant::now() + within;
         let order = self.order();
         if order.is_empty() {
@@ -348,8 +344,8 @@ impl Backends {
                 self.failed(failing);
             }
             let share = deadline.saturating_duration_since(Instant::now()) / left;
-            let failed = match timeout(share, Endpoint::connect(address, watch, engine)).await {
-                Ok(Ok(endpoint)) => return Ok(Reached { endpoint, session: self.reached(backend) }),
+            let failed = match timeout(share, Endpoint::connect(address, engine)).await {
+                Ok(Ok(endpoint)) => return Ok(Reached { endpoint, address, session: self.reached(backend) }),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     Unreachable::Refused { address, error }
                 }
@@ -473,37 +469,31 @@ mod tests {
     #[tokio::test]
     async fn the_next_address_is_tried_when_one_refuses() {
         let (_listener, good) = listening().await;
-        let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
-        let backend = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap();
-        assert_eq!(backend.endpoint.peer(), good);
+        let backend = backends.connect(Duration::from_secs(5), &Relay).await.unwrap();
+        assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn all_refusing_is_a_refusal() {
-        let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"{}\"", refusing().await));
-        let error = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap_err();
+        let error = backends.connect(Duration::from_secs(5), &Relay).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
     #[tokio::test]
     async fn a_name_is_resolved_when_it_is_needed() {
         let (_listener, good) = listening().await;
-        let watch = Watch::start().unwrap();
         let backends = backends(&format!("\"localhost:{}\"", good.port()));
         assert_eq!(backends.all()[0].addresses(), []);
-        let backend = backends.connect(Duration::from_secs(5), &watch, &Relay).await.unwrap();
-        assert_eq!(backend.endpoint.peer(), good);
+        let backend = backends.connect(Duration::from_secs(5), &Relay).await.unwrap();
+        assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn a_name_without_address_says_so() {
-        let watch = Watch::start().unwrap();
-        let error = backends("\"nowhere.invalid:25\"")
-            .connect(Duration::from_secs(5), &watch, &Relay)
-            .await
-            .unwrap_err();
+        let error =
+            backends("\"nowhere.invalid:25\"").connect(Duration::from_secs(5), &Relay).await.unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
     }
 }

@@ -1,20 +1,27 @@
 //! One direction of a connection, carried out: the wishes of [`Direction`] as reads, writes and enrolments.
 
-use std::{io, time::Duration};
+use std::{
+    future::Future as _,
+    io,
+    pin::pin,
+    task::{self, Poll, ready},
+    time::Duration,
+};
 
 use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
+use tokio::{task::yield_now, time::Instant};
 
 use super::{
     Context,
-    backlog::{Judgement, Marks, Share},
+    backlog::{Judgement, Share},
     direction::{Direction, Plane, Want},
     end::Bytes,
 };
 use crate::{
-    endpoint::Endpoint,
-    engine::{Engine, Offer, Refused, Spliced},
-    pipe::{Pipe, Pipes},
+    endpoint::{Endpoint, SOON},
+    engine::{Offer, Refused, Spliced},
+    pipe::Pipe,
     sys,
 };
 
@@ -46,35 +53,81 @@ pub(super) enum Break {
 }
 
 /// One direction.
+///
+/// There are two to a connection, and most connections are idle: what is seldom there is on the heap.
 #[derive(Debug)]
 pub(super) struct Lane {
     direction: Direction,
     /// Read and not yet written; what is in `pipe` comes behind it.
     held: BytesMut,
-    pipes: Pipes,
     /// Holds something, if it is there.
-    pipe: Option<Pipe>,
+    pipe: Option<Box<Pipe>>,
     /// Bytes that went into pipes.
     piped: u64,
     /// Large payloads in a row.
     large: u32,
-    spliced: Option<Box<dyn Spliced>>,
+    /// Payloads read in user space that were not bulk.
+    messages: u32,
+    /// Once the kernel has had the direction.
+    carried: Option<Box<Carried>>,
+    /// The engine refused this direction once, or never carries any.
+    stays: bool,
+    /// Given up before its end: the source has been told that bytes arrived which nobody took.
+    cut: bool,
+    /// Until the next look at what nothing tells of.
+    pause: Pause,
+    /// What waits in the kernel for the target.
+    share: Share,
+}
+
+/// A direction in the kernel's hands.
+#[derive(Debug)]
+struct Carried {
+    spliced: Box<dyn Spliced>,
     /// What user space had read when the kernel first took over.
     read_before: u64,
     /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
     /// the offer came to nothing, there is more to read.
     offered_at: u64,
-    /// Payloads read in user space that were not bulk.
-    messages: u64,
-    /// The engine refused this direction once, or never carries any.
-    stays: bool,
-    marks: Marks,
-    /// Given up before its end: the source has been told that bytes arrived which nobody took.
-    cut: bool,
     /// How often in a row there was an end of file, and then there was none.
     early_ends: u32,
-    /// What waits in the kernel for the target.
-    share: Share,
+}
+
+/// Between two looks at what nothing tells of.
+#[derive(Debug, Default)]
+struct Pause {
+    until: Option<Instant>,
+    /// Looks in a row that found nothing.
+    looks: u32,
+}
+
+impl Pause {
+    /// Until then no look is worth it.
+    fn until(&self) -> Option<Instant> {
+        self.until
+    }
+
+    fn over(&mut self) -> bool {
+        self.until.take_if(|until| *until <= Instant::now());
+        self.until.is_none()
+    }
+
+    /// A look has found nothing: the next comes later than the one before did, but not later than `most`. Of the first looks,
+    /// `at_once` come without a pause, after other tasks.
+    fn grow(&mut self, at_once: u32, most: Duration, task: &mut task::Context<'_>) {
+        if self.looks < at_once {
+            // Polled once it is pending, and wakes this task when the others have had their turn.
+            let _ = pin!(yield_now()).poll(task);
+        } else {
+            let pause = SOON * (1 << (self.looks - at_once).min(10));
+            self.until = Some(Instant::now() + pause.min(most));
+        }
+        self.looks += 1;
+    }
+
+    fn end(&mut self) {
+        *self = Self::default();
+    }
 }
 
 /// What a step has brought.
@@ -98,19 +151,15 @@ impl Lane {
     pub(super) fn new(read: u64, held: BytesMut, gated: bool, context: &Context) -> Self {
         Self {
             direction: Direction::new(read, held.len(), gated),
-            held,
-            pipes: context.pipes.clone(),
+            held: kept(held),
             pipe: None,
             piped: 0,
             large: 0,
-            spliced: None,
-            read_before: 0,
-            offered_at: 0,
-            messages: u64::from(read > 0),
+            messages: u32::from(read > 0),
+            carried: None,
             stays: false,
-            marks: context.marks,
             cut: false,
-            early_ends: 0,
+            pause: Pause::default(),
             share: context.ledger.share(),
         }
     }
@@ -139,13 +188,14 @@ impl Lane {
         self.direction.abandon();
         self.held = BytesMut::new();
         self.pipe = None;
+        self.pause.end();
         self.share.set(0);
     }
 
     /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
     fn is_fin(&self, source: &Endpoint) -> bool {
         // Asking the kernel for its counts is dear where sessions are short.
-        (self.spliced.is_none() && source.ends_by_fin()) || self.complete(source)
+        (self.carried.is_none() && source.ends_by_fin()) || self.complete(source)
     }
 
     /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
@@ -190,15 +240,19 @@ impl Lane {
     }
 
     fn flow(&self) -> injector_common::splice::Flow {
-        self.spliced.as_ref().and_then(|spliced| spliced.flow().ok()).unwrap_or_default()
+        self.carried.as_ref().and_then(|carried| carried.spliced.flow().ok()).unwrap_or_default()
+    }
+
+    /// When to look again at what nothing tells of.
+    pub(super) fn rests_until(&self) -> Option<Instant> {
+        self.pause.until()
     }
 
     /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
     /// nothing is held. Returns why the engine refused, the once that it does.
     pub(super) fn enrol(
         &mut self,
-        engine: &dyn Engine,
-        pays: &Pays,
+        context: &Context,
         age: impl FnOnce() -> Duration,
         source: &Endpoint,
         target: &Endpoint,
@@ -206,19 +260,20 @@ impl Lane {
         if self.stays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
-        if !pays.off(self.messages, self.direction.read_bytes(), age) {
+        if !context.pays.off(self.messages.into(), self.direction.read_bytes(), age) {
             return Enrolment::NotNow;
         }
-        if self.spliced.is_some() {
-            return self.offer(target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
+        if self.carried.is_some() {
+            return self.offer(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
         }
         if !source.emptied() {
             return Enrolment::NotNow;
         }
-        match engine.enrol(source, target, self.direction.read_bytes()) {
+        let read = self.direction.read_bytes();
+        match context.engine.enrol(source, target, read) {
             Some(Ok(spliced)) => {
-                self.spliced = Some(spliced);
-                self.read_before = self.direction.read_bytes();
+                let carried = Carried { spliced, read_before: read, offered_at: 0, early_ends: 0 };
+                self.carried = Some(Box::new(carried));
                 self.direction.spliced();
                 Enrolment::Done
             }
@@ -234,54 +289,74 @@ impl Lane {
     }
 
     /// Offers the kernel to carry again, once the target has taken all but a little of what user space wrote.
-    fn offer(&mut self, target: &Endpoint) -> io::Result<()> {
-        let Some(spliced) = &self.spliced else { return Ok(()) };
+    fn offer(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
+        let Some(carried) = &mut self.carried else { return Ok(()) };
         let read = self.direction.read_bytes();
-        if read == self.offered_at || sys::unacknowledged(target)? > self.marks.low {
+        if read == carried.offered_at || sys::unacknowledged(target)? > context.marks.low {
             return Ok(());
         }
-        self.offered_at = read;
-        let written = read - self.read_before;
-        if spliced.offer(written)? {
+        carried.offered_at = read;
+        if carried.spliced.offer(read - carried.read_before)? {
             self.direction.offered();
         }
         Ok(())
     }
 
-    /// Waits for what the direction wants next, and does it. Cancel safe.
-    pub(super) async fn step(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+    /// Does what the direction wants next, once it can be done.
+    pub(super) fn poll_step(
+        &mut self,
+        task: &mut task::Context<'_>,
+        context: &Context,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
+        if !self.pause.over() {
+            return Poll::Pending;
+        }
         match self.direction.want() {
-            Want::Read => return self.read(source, target).await,
+            Want::Read => return self.poll_read(task, context, source, target),
             Want::Write => {
                 let written = match &mut self.pipe {
-                    Some(pipe) if self.held.is_empty() => target.drain(pipe).await,
-                    _ => target.write(&self.held).await.inspect(|written| self.held.advance(*written)),
+                    Some(pipe) if self.held.is_empty() => target.poll_drain(task, pipe),
+                    _ => target.poll_write(task, &self.held),
                 };
-                self.direction.wrote(written.map_err(Break::Target)?);
+                let written = ready!(written).map_err(Break::Target)?;
+                if !self.held.is_empty() {
+                    self.held.advance(written);
+                    self.held = kept(std::mem::take(&mut self.held));
+                }
+                self.direction.wrote(written);
                 self.pipe.take_if(|pipe| pipe.held() == 0);
             }
-            Want::Hangup => return self.attend(source, target).await,
-            Want::Drain => return self.drain(target).await,
-            Want::Handover => return self.hand_over(source, target).await,
-            Want::Proof => return self.prove(source, target).await,
+            Want::Hangup => return self.poll_attend(task, context, source, target),
+            Want::Drain => return self.poll_drain(task, context, target),
+            Want::Handover => return self.poll_hand_over(task, source, target),
+            Want::Proof => return self.poll_prove(task, source, target),
             Want::Fin => {
                 target.finish().map_err(Break::Target)?;
                 self.direction.fin_sent();
                 self.share.set(0);
             }
-            Want::Nothing => std::future::pending().await,
+            Want::Nothing => return Poll::Pending,
         }
-        Ok(Progress::Other)
+        Poll::Ready(Ok(Progress::Other))
     }
 
-    async fn read(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
+    fn poll_read(
+        &mut self,
+        task: &mut task::Context<'_>,
+        context: &Context,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
         if self.is_bulk()
-            && let Some((pipe, count)) = source.fill(&self.pipes).await.map_err(Break::Source)?
+            && let Some((pipe, count)) =
+                ready!(source.poll_fill(task, &context.pipes)).map_err(Break::Source)?
         {
-            return self.pass(pipe, count, target);
+            return Poll::Ready(self.pass(pipe, count, target));
         }
-        let Self { direction, held, messages, large, early_ends, .. } = self;
-        let taken = source.read(|payload| {
+        let Self { direction, held, messages, large, carried, .. } = self;
+        let taken = source.poll_read(task, |payload| {
             if payload.is_empty() {
                 return None;
             }
@@ -289,29 +364,33 @@ impl Lane {
             if payload.len() >= LARGE {
                 *large += 1;
             } else {
-                (*large, *messages) = (0, *messages + 1);
+                (*large, *messages) = (0, messages.saturating_add(1));
             }
-            *early_ends = 0;
+            if let Some(carried) = carried {
+                carried.early_ends = 0;
+            }
             Some(take(direction, held, payload, target))
         });
-        match taken.await.map_err(Break::Source)? {
-            Some(taken) => taken,
-            None if self.is_fin(source) => {
+        match ready!(taken).map_err(Break::Source)? {
+            Some(Some(taken)) => Poll::Ready(taken),
+            Some(None) if self.is_fin(source) => {
                 self.direction.source_finished();
-                Ok(Progress::Other)
+                Poll::Ready(Ok(Progress::Other))
             }
-            None if self.more_is_coming(source) => {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-                Ok(Progress::Other)
+            Some(None) if !self.more_is_coming(source) => {
+                Poll::Ready(Err(Break::Source(io::ErrorKind::ConnectionReset.into())))
             }
-            None => Err(Break::Source(io::ErrorKind::ConnectionReset.into())),
+            Some(None) | None => {
+                self.pause.until = Some(Instant::now() + SOON);
+                Poll::Pending
+            }
         }
     }
 
     /// Whether a pipe serves better than a buffer. Never again where `verdict` has had the source: what it passes is on a list
     /// of its own, which splice(2) does not look at (tcp_splice_read, net/ipv4/tcp.c).
     fn is_bulk(&self) -> bool {
-        self.large >= BULK_AFTER && self.spliced.is_none() && self.direction.can_splice()
+        self.large >= BULK_AFTER && self.carried.is_none() && self.direction.can_splice()
     }
 
     /// Passes on what has just come into a pipe, as far as the target takes it now.
@@ -323,7 +402,7 @@ impl Lane {
         }
         let drained = target.try_drain(&mut pipe);
         if pipe.held() > 0 {
-            self.pipe = Some(pipe);
+            self.pipe = Some(Box::new(pipe));
         }
         self.direction.wrote(drained.map_err(Break::Target)?);
         Ok(Progress::Read)
@@ -332,35 +411,49 @@ impl Lane {
     /// Whether an end of file comes too early: of a socket that has been in the program's hands, recv(2) says 0 after the
     /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
     fn more_is_coming(&mut self, source: &Endpoint) -> bool {
-        let Some(spliced) = &self.spliced else { return false };
+        let Some(carried) = &mut self.carried else { return false };
         let Ok(info) = sys::tcp_info(source) else { return false };
-        let passed = self.direction.read_bytes() + spliced.flow().map_or(0, |flow| flow.redirected);
-        self.early_ends += 1;
-        info.bytes_received > passed + 1 && self.early_ends < EARLY_ENDS
+        let redirected = carried.spliced.flow().map_or(0, |flow| flow.redirected);
+        carried.early_ends += 1;
+        info.bytes_received > self.direction.read_bytes() + redirected + 1 && carried.early_ends < EARLY_ENDS
+    }
+
+    fn spliced(&self) -> Result<&dyn Spliced, Break> {
+        let missing = || Break::Lost(io::ErrorKind::NotFound.into());
+        self.carried.as_ref().map(|carried| &*carried.spliced).ok_or_else(missing)
     }
 
     /// While the kernel carries: until the source finishes, or what waits for the target has to be looked at.
-    async fn attend(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
-        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
-        tokio::select! {
-            biased;
-            () = spliced.bell().heard() => self.look(source, target),
-            () = source.finished() => {
-                self.direction.source_finished();
-                Ok(Progress::Other)
-            }
+    fn poll_attend(
+        &mut self,
+        task: &mut task::Context<'_>,
+        context: &Context,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
+        if self.spliced()?.bell().poll_heard(task).is_ready() {
+            return Poll::Ready(self.look(context, source, target));
         }
+        ready!(source.poll_finished(task));
+        self.direction.source_finished();
+        Poll::Ready(Ok(Progress::Other))
     }
 
     /// Looks at what waits for the target, and holds the source if it is too much.
-    pub(super) fn look(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
-        let Some(spliced) = &self.spliced else { return Ok(Progress::Other) };
+    pub(super) fn look(
+        &mut self,
+        context: &Context,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Result<Progress, Break> {
+        let Some(carried) = &self.carried else { return Ok(Progress::Other) };
         if self.direction.want() != Want::Hangup {
             return Ok(Progress::Other);
         }
+        let spliced = &carried.spliced;
         let backlog = spliced.backlog(target).map_err(Break::Lost)?;
         let total = self.share.set(backlog.bytes);
-        match self.marks.judge(backlog.bytes, total) {
+        match context.marks.judge(backlog.bytes, total) {
             Judgement::Reset => return Err(Break::Overload),
             Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
             Judgement::Go if !backlog.held => {
@@ -375,45 +468,43 @@ impl Lane {
 
     /// While the source is held: until the target has taken all that is on its way. Then user space goes on, and keeps
     /// the direction.
-    async fn drain(&mut self, target: &Endpoint) -> Result<Progress, Break> {
-        let mut pause = Duration::from_millis(1);
-        loop {
-            let Some(spliced) = &self.spliced else {
-                return Err(Break::Lost(io::ErrorKind::NotFound.into()));
-            };
-            let backlog = spliced.backlog(target).map_err(Break::Lost)?;
-            let total = self.share.set(backlog.bytes);
-            if backlog.bytes == 0 {
-                self.direction.taken_back();
-                return Ok(Progress::TakenBack);
-            }
-            if self.marks.judge(backlog.bytes, total) == Judgement::Reset {
-                return Err(Break::Overload);
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(DRAIN_PAUSE);
+    fn poll_drain(
+        &mut self,
+        task: &mut task::Context<'_>,
+        context: &Context,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
+        let backlog = self.spliced()?.backlog(target).map_err(Break::Lost)?;
+        let total = self.share.set(backlog.bytes);
+        if backlog.bytes == 0 {
+            self.pause.end();
+            self.direction.taken_back();
+            return Poll::Ready(Ok(Progress::TakenBack));
         }
+        if context.marks.judge(backlog.bytes, total) == Judgement::Reset {
+            return Poll::Ready(Err(Break::Overload));
+        }
+        self.pause.grow(0, DRAIN_PAUSE, task);
+        Poll::Pending
     }
 
     /// While the kernel is offered the direction: until it has taken it, or there is more for user space to read.
-    async fn hand_over(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
-        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
-        loop {
-            tokio::select! {
-                biased;
-                // It may have been rung before the offer, when the direction was held.
-                () = spliced.bell().heard() => {
-                    if spliced.flow().map_err(Break::Lost)?.passing == 0 {
-                        break;
-                    }
-                }
-                readable = source.readable() => {
-                    readable.map_err(Break::Source)?;
-                    break;
-                }
-            }
+    fn poll_hand_over(
+        &mut self,
+        task: &mut task::Context<'_>,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
+        let spliced = self.spliced()?;
+        let mut taken = false;
+        // It may have been rung before the offer, when the direction was held.
+        while !taken && spliced.bell().poll_heard(task).is_ready() {
+            taken = spliced.flow().map_err(Break::Lost)?.passing == 0;
         }
-        Ok(match spliced.withdraw(source, target).map_err(Break::Lost)? {
+        if !taken {
+            ready!(source.poll_readable(task)).map_err(Break::Source)?;
+        }
+        Poll::Ready(Ok(match spliced.withdraw(source, target).map_err(Break::Lost)? {
             Offer::Taken => {
                 self.direction.resumed();
                 Progress::Resumed
@@ -426,32 +517,37 @@ impl Lane {
                 self.direction.withdrawn();
                 Progress::Other
             }
-        })
+        }))
     }
 
     /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
     /// them to user space.
-    async fn prove(&mut self, source: &Endpoint, target: &Endpoint) -> Result<Progress, Break> {
-        let Some(spliced) = &self.spliced else { return Err(Break::Lost(io::ErrorKind::NotFound.into())) };
-        let mut pause = Duration::from_millis(1);
-        let mut looks = 0;
-        while !spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
-            if spliced.backlog(target).map_err(Break::Lost)?.held {
-                self.direction.held_back();
-                return Ok(Progress::Held);
-            }
-            looks += 1;
-            // The worker that fills the target's queue has most often been there already, or needs this processor.
-            if looks <= 2 {
-                tokio::task::yield_now().await;
-                continue;
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PROOF_PAUSE);
+    fn poll_prove(
+        &mut self,
+        task: &mut task::Context<'_>,
+        source: &Endpoint,
+        target: &Endpoint,
+    ) -> Poll<Result<Progress, Break>> {
+        let spliced = self.spliced()?;
+        if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
+            self.pause.end();
+            self.direction.proven();
+            return Poll::Ready(Ok(Progress::Other));
         }
-        self.direction.proven();
-        Ok(Progress::Other)
+        if spliced.backlog(target).map_err(Break::Lost)?.held {
+            self.pause.end();
+            self.direction.held_back();
+            return Poll::Ready(Ok(Progress::Held));
+        }
+        // The worker that fills the target's queue has most often been there already, or needs this processor.
+        self.pause.grow(2, PROOF_PAUSE, task);
+        Poll::Pending
     }
+}
+
+/// What is held; of nothing no room is kept.
+fn kept(held: BytesMut) -> BytesMut {
+    if held.is_empty() { BytesMut::new() } else { held }
 }
 
 /// When the kernel's plane pays off. Enrolling costs as much as carrying some payloads in user space does: short sessions
@@ -514,6 +610,7 @@ fn take(
         }
         let written = target.try_write(held).map_err(Break::Target)?;
         held.advance(written);
+        *held = kept(std::mem::take(held));
         direction.wrote(written);
         return Ok(Progress::Read);
     }

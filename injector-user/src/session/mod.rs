@@ -85,69 +85,66 @@ pub struct Context {
     pub run_id: u64,
 }
 
-/// Serves an admitted connection to its end, and reports it.
+/// Serves an admitted connection to its end, and reports it; `admitted` is held until then.
 ///
 /// Most of its time a connection is carried, so that is all its task has room for. What the beginning and the end need besides
 /// is on the heap for as long as they last; it would be most of the memory of an idle connection.
-pub async fn serve(context: &Context, client: Socket, peer: SocketAddr) {
-    let Some(mut begun) = Box::pin(begin(context, client, peer)).await else { return };
-    // relaying ⇄ spliced, half-closed
-    let (end, error) = begun.pump.carry().await;
-    Box::pin(finish(context, begun, end, error)).await;
+pub fn serve(
+    context: Arc<Context>,
+    client: Socket,
+    peer: SocketAddr,
+    admitted: impl Send,
+) -> impl Future<Output = ()> + Send {
+    let begin = Box::pin(begin(context, client, peer));
+    async move {
+        if let Some(mut begun) = begin.await {
+            // relaying ⇄ spliced, half-closed
+            let (end, error) = begun.pump.carry().await;
+            Box::pin(finish(begun, end, error)).await;
+        }
+        drop(admitted);
+    }
 }
 
 /// A connection that has reached its backend and sent it the header.
-struct Begun<'a> {
+struct Begun {
     known: Known,
-    pump: Pump<'a>,
+    pump: Pump,
 }
 
 /// What is known of a connection.
 struct Known {
-    accepted: Instant,
-    identity: Identity,
     entry: Entry,
-    /// Once one was reached.
-    backend: Option<(SocketAddr, backend::Session)>,
-}
-
-/// Whom the header names.
-#[derive(Clone, Copy, Debug)]
-struct Identity {
-    peer: SocketAddr,
-    local: SocketAddr,
-    /// Where the receiver wants one.
-    id: Option<[u8; UNIQUE_ID_LEN]>,
+    /// What the header calls it, where the receiver wants that.
+    id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
+    /// Once a backend was reached.
+    backend: Option<backend::Session>,
 }
 
 /// Up to the header; `None` if it has come to its end, and was reported.
-async fn begin(context: &Context, client: Socket, peer: SocketAddr) -> Option<Box<Begun<'_>>> {
+async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Option<Box<Begun>> {
     let gone = |error: io::Error| tracing::debug!(listener = &*context.listener, %error, "gone before it was served");
-    let client = Endpoint::accepted(client, peer, &context.watch).map_err(gone).ok()?;
+    let client = Endpoint::accepted(client).map_err(gone).ok()?;
     let local = client.local().map_err(gone).ok()?;
-    let id = context.receiver.unique_id.then(|| unique_id(context.run_id, client.cookie()));
-    let mut known = Known {
-        accepted: Instant::now(),
-        identity: Identity { peer, local, id },
-        entry: context.table.add(&context.listener, context.engine.name(), peer, local),
-        backend: None,
-    };
-    match reach(context, client, &mut known).await {
+    let id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));
+    let entry = context.table.add(&context.listener, context.engine.name(), peer, local);
+    let mut known = Known { entry, id, backend: None };
+    match reach(&context, client, &mut known).await {
         Ok(pump) => Some(Box::new(Begun { known, pump })),
         Err((end, error)) => {
-            known.report(context, end, (Bytes::default(), Bytes::default()), error);
+            known.report(&context, end, (Bytes::default(), Bytes::default()), error);
             None
         }
     }
 }
 
-async fn reach<'a>(
-    context: &'a Context,
+async fn reach(
+    context: &Arc<Context>,
     client: Endpoint,
     known: &mut Known,
-) -> Result<Pump<'a>, (End, Option<String>)> {
+) -> Result<Pump, (End, Option<String>)> {
     // connecting
-    let connecting = context.backends.connect(context.timeouts.connect, &context.watch, &*context.engine);
+    let connecting = context.backends.connect(context.timeouts.connect, &*context.engine);
     let connected = tokio::select! {
         connected = connecting => connected,
         _ = client.closed() => return Err((End::ClientReset, None)),
@@ -156,15 +153,15 @@ async fn reach<'a>(
             return Err((End::Cut, None));
         }
     };
-    let Reached { endpoint: backend, session } = match connected {
+    let Reached { endpoint: backend, address, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
             refuse(client, context.protocol, Refusal::BackendUnavailable).await;
             return Err((unreachable(&error), Some(error.to_string())));
         }
     };
-    known.entry.reached(backend.peer());
-    known.backend = Some((backend.peer(), session));
+    known.entry.reached(address);
+    known.backend = Some(session);
 
     // injecting
     let first = match first_payload(context, &client, &backend).await {
@@ -177,7 +174,7 @@ async fn reach<'a>(
             return Err((end, error.map(|error| error.to_string())));
         }
     };
-    let injected = match inject(context, &known.identity, &backend, &first) {
+    let injected = match inject(context, known, &backend, &first) {
         Ok(injected) => injected,
         Err(error) => {
             context.metrics.header_failed();
@@ -193,19 +190,20 @@ async fn reach<'a>(
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    Ok(Pump::new(context, known.entry.meter(), client, backend, read, held, first.gated))
+    Ok(Pump::new(Arc::clone(context), known.entry.meter(), client, backend, read, held, first.gated))
 }
 
 /// closed
-async fn finish(context: &Context, begun: Box<Begun<'_>>, end: End, error: Option<io::Error>) {
+async fn finish(begun: Box<Begun>, end: End, error: Option<io::Error>) {
     let Begun { known, pump } = *begun;
+    let context = pump.context();
     let outcome = pump.finish(end, error).await;
     if let Some(client) = outcome.client {
         refuse(client, context.protocol, Refusal::BackendUnavailable).await;
     }
     let end = outcome.end.known_by(outcome.error.as_ref());
     let error = outcome.error.map(|error| error.to_string());
-    known.report(context, end, (outcome.to_backend, outcome.to_client), error);
+    known.report(&context, end, (outcome.to_backend, outcome.to_client), error);
 }
 
 impl Known {
@@ -216,17 +214,16 @@ impl Known {
         (to_backend, to_client): (Bytes, Bytes),
         error: Option<String>,
     ) {
-        let Identity { peer, local, id } = self.identity;
         let report = Report {
-            client: peer,
-            local,
+            client: self.entry.client(),
+            local: self.entry.local(),
             listener: Arc::clone(&context.listener),
-            backend: self.backend.map(|(backend, _)| backend),
+            backend: self.entry.backend(),
             engine: context.engine.name(),
             to_backend,
             to_client,
-            duration: self.accepted.elapsed(),
-            unique_id: id.map(|id| String::from_utf8_lossy(&id).into_owned()),
+            duration: self.entry.age(),
+            unique_id: self.id.map(|id| String::from_utf8_lossy(&*id).into_owned()),
             end,
             error,
         };
@@ -284,10 +281,10 @@ async fn first_payload(
 }
 
 /// Renders the header and has the engine send it, with what the client has said where that may be passed on.
-fn inject(context: &Context, identity: &Identity, backend: &Endpoint, first: &First) -> io::Result<Injected> {
-    let Identity { peer, local, id } = *identity;
-    let header =
-        Rendered::new(&context.receiver, peer, local, &id.unwrap_or_default()).map_err(io::Error::other)?;
+fn inject(context: &Context, known: &Known, backend: &Endpoint, first: &First) -> io::Result<Injected> {
+    let id = known.id.as_deref().copied().unwrap_or_default();
+    let header = Rendered::new(&context.receiver, known.entry.client(), known.entry.local(), &id)
+        .map_err(io::Error::other)?;
     let payload = if first.gated { &[] } else { &first.payload[..] };
     let engine: &dyn Engine = match context.header {
         HeaderBy::Program => &*context.engine,

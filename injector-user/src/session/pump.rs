@@ -1,9 +1,17 @@
 //! Carries both directions of a connection from the header to the end.
 
-use std::{io, time::Duration};
+use std::{
+    future::{Future as _, poll_fn},
+    io,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
 
 use bytes::BytesMut;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::{
     Context,
@@ -20,10 +28,13 @@ const ACCOUNT_EVERY: Duration = Duration::from_secs(5);
 /// How long a peer may take what it was sent last, before it is told by a reset that its own words found nobody.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
+/// So many steps are made for each look at the clock, where there is always one to make.
+const CLOCK_EVERY: u8 = 32;
+
 /// A connection whose header is sent.
 #[derive(Debug)]
-pub(super) struct Pump<'a> {
-    context: &'a Context,
+pub(super) struct Pump {
+    context: Arc<Context>,
     meter: Meter,
     client: Endpoint,
     backend: Endpoint,
@@ -37,6 +48,8 @@ pub(super) struct Pump<'a> {
     gone: Gone,
     /// The kernel knows when to give up a backend that does not answer. Of the client it knows from the beginning.
     lasts: bool,
+    /// Counts steps.
+    turn: u8,
 }
 
 /// Which socket takes nothing any more, its peer having closed for good. What the peer sent before its FIN is still
@@ -61,10 +74,10 @@ pub(super) struct Outcome {
     pub(super) client: Option<Endpoint>,
 }
 
-impl<'a> Pump<'a> {
+impl Pump {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
-        context: &'a Context,
+        context: Arc<Context>,
         meter: Meter,
         client: Endpoint,
         backend: Endpoint,
@@ -74,28 +87,34 @@ impl<'a> Pump<'a> {
     ) -> Self {
         let now = Instant::now();
         Self {
+            to_backend: Lane::new(read, held, gated, &context),
+            to_client: Lane::new(0, BytesMut::new(), false, &context),
             context,
             meter,
             client,
             backend,
-            to_backend: Lane::new(read, held, gated, context),
-            to_client: Lane::new(0, BytesMut::new(), false, context),
             header_sent: now,
             last: now,
             accounted: Default::default(),
             backend_finished_first: false,
             gone: Gone::default(),
             lasts: false,
+            turn: 0,
         }
+    }
+
+    /// What it shares with others.
+    pub(super) fn context(&self) -> Arc<Context> {
+        Arc::clone(&self.context)
     }
 
     /// Until both directions are finished or something breaks.
     pub(super) async fn carry(&mut self) -> (End, Option<io::Error>) {
         let first_look =
             ACCOUNT_EVERY.min(self.silence_allowed()).min(self.context.timeouts.user_timeout / 2);
-        let timer = sleep_until(self.last + first_look);
-        let cut = self.context.cut.cancelled();
-        tokio::pin!(timer, cut);
+        let mut look_at = self.last + first_look;
+        let mut timer = pin!(sleep_until(look_at));
+        let mut cut = pin!(self.context.cut.clone().cancelled_owned());
         loop {
             if let Err(ended) = self.prepare() {
                 return ended;
@@ -104,17 +123,7 @@ impl<'a> Pump<'a> {
                 let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
                 return (first, None);
             }
-            let Self { client, backend, to_backend, to_client, gone, .. } = self;
-            // Of a socket that user space reads, reading says how it ended, after its last byte.
-            let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
-            let stepped = tokio::select! {
-                stepped = to_backend.step(client, backend) => Step::ToBackend(stepped),
-                stepped = to_client.step(backend, client) => Step::ToClient(stepped),
-                error = client.closed(), if hear_client && !gone.client => Step::ClientGone(error),
-                error = backend.closed(), if hear_backend && !gone.backend => Step::BackendGone(error),
-                () = &mut timer => Step::Timer,
-                () = &mut cut => return (End::Cut, None),
-            };
+            let stepped = poll_fn(|task| self.poll_step(task, look_at, timer.as_mut(), cut.as_mut())).await;
             match self.explained(stepped) {
                 Step::ToBackend(Ok(Progress::Resumed))
                     if self.gone.client && !self.to_backend.complete(&self.client) =>
@@ -163,6 +172,9 @@ impl<'a> Pump<'a> {
                     let broken = known(broken, self.gone.backend_error.take());
                     return self.broken(broken, End::BackendReset, End::ClientReset);
                 }
+                // A direction has rested, and looks again.
+                Step::Rested => {}
+                Step::Cut => return (End::Cut, None),
                 Step::Timer => {
                     self.give_up_in_time();
                     self.account();
@@ -173,10 +185,73 @@ impl<'a> Pump<'a> {
                         return (end, None);
                     }
                     let left = (self.last_activity() + self.silence_allowed()).duration_since(Instant::now());
-                    timer.as_mut().reset(Instant::now() + ACCOUNT_EVERY.min(left));
+                    look_at = Instant::now() + ACCOUNT_EVERY.min(left);
                 }
             }
         }
+    }
+
+    /// The next thing that happens. It is polled: futures for all that may happen would be most of the memory of an idle
+    /// connection.
+    fn poll_step(
+        &mut self,
+        task: &mut task::Context<'_>,
+        look_at: Instant,
+        mut timer: Pin<&mut Sleep>,
+        mut cut: Pin<&mut WaitForCancellationFutureOwned>,
+    ) -> Poll<Step> {
+        // A direction that always has something to do must not keep the other from its turn, nor the clock.
+        self.turn = self.turn.wrapping_add(1);
+        let turn = self.turn;
+        if turn.is_multiple_of(CLOCK_EVERY)
+            && let Poll::Ready(step) = self.poll_clock(task, look_at, timer.as_mut(), cut.as_mut())
+        {
+            return Poll::Ready(step);
+        }
+        let Self { context, client, backend, to_backend, to_client, gone, .. } = self;
+        // Of a socket that user space reads, reading says how it ended, after its last byte.
+        let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
+        if hear_client
+            && !gone.client
+            && let Poll::Ready(error) = client.poll_closed(task)
+        {
+            return Poll::Ready(Step::ClientGone(error));
+        }
+        if hear_backend
+            && !gone.backend
+            && let Poll::Ready(error) = backend.poll_closed(task)
+        {
+            return Poll::Ready(Step::BackendGone(error));
+        }
+        for up in [turn.is_multiple_of(2), !turn.is_multiple_of(2)] {
+            let stepped = if up {
+                to_backend.poll_step(task, context, client, backend).map(Step::ToBackend)
+            } else {
+                to_client.poll_step(task, context, backend, client).map(Step::ToClient)
+            };
+            if stepped.is_ready() {
+                return stepped;
+            }
+        }
+        self.poll_clock(task, look_at, timer, cut)
+    }
+
+    fn poll_clock(
+        &self,
+        task: &mut task::Context<'_>,
+        look_at: Instant,
+        mut timer: Pin<&mut Sleep>,
+        cut: Pin<&mut WaitForCancellationFutureOwned>,
+    ) -> Poll<Step> {
+        if cut.poll(task).is_ready() {
+            return Poll::Ready(Step::Cut);
+        }
+        let rests = [self.to_backend.rests_until(), self.to_client.rests_until()];
+        let due = rests.into_iter().flatten().fold(look_at, Instant::min);
+        if timer.deadline() != due {
+            timer.as_mut().reset(due);
+        }
+        timer.poll(task).map(|()| if due == look_at { Step::Timer } else { Step::Rested })
     }
 
     /// Takes leave of both sides.
@@ -214,10 +289,10 @@ impl<'a> Pump<'a> {
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
     fn prepare(&mut self) -> Result<(), (End, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
-        let (engine, pays, age) = (&*context.engine, &context.pays, || header_sent.elapsed());
+        let age = || header_sent.elapsed();
         let enrolments = [
-            ("client_to_backend", to_backend.enrol(engine, pays, age, client, backend)),
-            ("backend_to_client", to_client.enrol(engine, pays, age, backend, client)),
+            ("client_to_backend", to_backend.enrol(context, age, client, backend)),
+            ("backend_to_client", to_client.enrol(context, age, backend, client)),
         ];
         for (direction, enrolment) in enrolments {
             match enrolment {
@@ -235,11 +310,12 @@ impl<'a> Pump<'a> {
                 }
             }
         }
+        let watch = &context.watch;
+        let of_client = Needs { read: to_backend.may_read_source(), write: to_client.may_write_target() };
+        let of_backend = Needs { read: to_client.may_read_source(), write: to_backend.may_write_target() };
         client
-            .arm(Needs { read: to_backend.may_read_source(), write: to_client.may_write_target() })
-            .and_then(|()| {
-                backend.arm(Needs { read: to_client.may_read_source(), write: to_backend.may_write_target() })
-            })
+            .arm(of_client, watch)
+            .and_then(|()| backend.arm(of_backend, watch))
             .map_err(|error| (End::Internal, Some(error)))
     }
 
@@ -285,8 +361,8 @@ impl<'a> Pump<'a> {
 
     /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
     fn look(&mut self) -> Result<(), Break> {
-        let Self { client, backend, to_backend, to_client, .. } = self;
-        let looked = [to_backend.look(client, backend)?, to_client.look(backend, client)?];
+        let Self { context, client, backend, to_backend, to_client, .. } = self;
+        let looked = [to_backend.look(context, client, backend)?, to_client.look(context, backend, client)?];
         looked.into_iter().for_each(|progress| self.note(progress));
         Ok(())
     }
@@ -366,6 +442,8 @@ enum Step {
     ClientGone(Option<io::Error>),
     BackendGone(Option<io::Error>),
     Timer,
+    Rested,
+    Cut,
 }
 
 /// A source that is broken for the reason that a write to the same socket was told.

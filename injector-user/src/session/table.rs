@@ -33,7 +33,7 @@ struct Row {
     to_client: AtomicU64,
 }
 
-/// A connection's row, until it is dropped.
+/// A connection's row, until it is dropped. What is known of a connection stands there alone.
 #[derive(Debug)]
 pub struct Entry {
     table: Table,
@@ -119,6 +119,30 @@ impl Entry {
     pub fn reached(&self, backend: SocketAddr) {
         // Once in its life.
         let _ = self.row.backend.set(backend);
+    }
+
+    /// The client.
+    #[must_use]
+    pub fn client(&self) -> SocketAddr {
+        self.row.client
+    }
+
+    /// Where it connected to.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
+        self.row.local
+    }
+
+    /// Once one was reached.
+    #[must_use]
+    pub fn backend(&self) -> Option<SocketAddr> {
+        self.row.backend.get().copied()
+    }
+
+    /// Since it was accepted.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.row.since.elapsed()
     }
 
     /// What its payload is counted by.

@@ -55,7 +55,7 @@ async fn check(
 
 /// The shortest header leaves by the doorbell, and the doorbell does not.
 async fn header_alone(splice: &Arc<Splice>) -> io::Result<String> {
-    let (backend, mut peer) = pair(splice, &Watch::start()?).await?;
+    let (backend, mut peer) = pair(splice).await?;
     let header = pattern(28);
     splice.inject(&backend, &header, &[]).map_err(io::Error::other)?;
     let _ = backend.try_write(b"220")?;
@@ -65,7 +65,7 @@ async fn header_alone(splice: &Arc<Splice>) -> io::Result<String> {
 
 /// The longest header that is safe everywhere goes in front of what the client says.
 async fn header_before_payload(splice: &Arc<Splice>) -> io::Result<String> {
-    let (backend, mut peer) = pair(splice, &Watch::start()?).await?;
+    let (backend, mut peer) = pair(splice).await?;
     let (header, payload) = (pattern(232), b"\x16\x03\x01 hello");
     let sent = splice.inject(&backend, &header, payload).map_err(io::Error::other)?;
     if sent != payload.len() {
@@ -77,7 +77,7 @@ async fn header_before_payload(splice: &Arc<Splice>) -> io::Result<String> {
 
 /// Without a header nothing leaves.
 async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
-    let (backend, mut peer) = pair(splice, &Watch::start()?).await?;
+    let (backend, mut peer) = pair(splice).await?;
     splice.maps.watch_first_message(backend.cookie(), &backend).map_err(io::Error::other)?;
     let sent = backend.try_write(b"payload");
     splice.maps.unwatch_first_message(backend.cookie()).map_err(io::Error::other)?;
@@ -100,8 +100,8 @@ async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
     const EARLY: usize = 3000;
     const LATE: usize = 200_000;
     let watch = Watch::start()?;
-    let (mut client, mut client_peer) = pair(splice, &watch).await?;
-    let (mut backend, mut backend_peer) = pair(splice, &watch).await?;
+    let (mut client, mut client_peer) = pair(splice).await?;
+    let (mut backend, mut backend_peer) = pair(splice).await?;
     let payload = pattern(EARLY + LATE);
     let (early, late) = payload.split_at(EARLY);
 
@@ -110,7 +110,7 @@ async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
     let to_backend = Spliced::enrol(splice, &client, &backend, 0).map_err(io::Error::other)?;
     let to_client = Spliced::enrol(splice, &backend, &client, 0).map_err(io::Error::other)?;
     for endpoint in [&mut client, &mut backend] {
-        endpoint.arm(Needs { read: false, write: false })?;
+        endpoint.arm(Needs { read: false, write: false }, &watch)?;
     }
     tokio::try_join!(
         speak(&mut client_peer, late, &payload),
@@ -129,13 +129,13 @@ async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     const SIZE: usize = 2 << 20;
     const STALL: Duration = Duration::from_millis(50);
     let watch = Watch::start()?;
-    let (mut source, mut sender) = pair(splice, &watch).await?;
-    let (mut target, mut reader) = pair_with_small_buffers(&watch).await?;
+    let (mut source, mut sender) = pair(splice).await?;
+    let (mut target, mut reader) = pair_with_small_buffers().await?;
     let spliced = Spliced::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
     // All of it may wait, whatever the marks: nobody looks at them here.
     spliced.grant(SIZE as u64)?;
     for endpoint in [&mut source, &mut target] {
-        endpoint.arm(Needs { read: false, write: false })?;
+        endpoint.arm(Needs { read: false, write: false }, &watch)?;
     }
     let payload = unrepeated(SIZE);
     let send = async {
@@ -205,14 +205,14 @@ async fn leaves_nothing(splice: &Arc<Splice>) -> io::Result<String> {
     }
 }
 
-async fn pair(splice: &Arc<Splice>, watch: &Watch) -> io::Result<(Endpoint, TcpStream)> {
+async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
-    let ours = Endpoint::connect(listener.local_addr()?, watch, splice).await?;
+    let ours = Endpoint::connect(listener.local_addr()?, splice).await?;
     Ok((ours, listener.accept().await?.0))
 }
 
 /// The same with little room to send here and to receive there.
-async fn pair_with_small_buffers(watch: &Watch) -> io::Result<(Endpoint, TcpStream)> {
+async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
     // With much smaller ones, senders on loopback wait for the timers that keep them from sending crumbs.
     const BUFFER: usize = 64 << 10;
     /// As on Ethernet; on loopback a segment would fill a buffer alone.
@@ -230,12 +230,8 @@ async fn pair_with_small_buffers(watch: &Watch) -> io::Result<(Endpoint, TcpStre
     ours.connect(&listener.local_addr()?)?;
     endpoint::prepare(&ours)?;
     ours.set_nonblocking(true)?;
-    let ours = Endpoint::accepted(ours, local_of(&listener)?, watch)?;
+    let ours = Endpoint::accepted(ours)?;
     Ok((ours, TcpListener::from_std(listener.into())?.accept().await?.0))
-}
-
-fn local_of(socket: &Socket) -> io::Result<SocketAddr> {
-    socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 async fn expect(peer: &mut TcpStream, parts: &[&[u8]]) -> io::Result<()> {

@@ -312,11 +312,13 @@ pub enum Flag {
     BackendRst,
     /// The end of the handshake was kept back once.
     Waited,
+    /// The daemon was told of the end.
+    Told,
 }
 
 impl Flag {
     /// Places for all of them, and as many more as make whole words.
-    pub const PLACES: usize = (Self::Waited as usize + 1).next_multiple_of(4);
+    pub const PLACES: usize = (Self::Told as usize + 1).next_multiple_of(4);
 }
 
 impl Flow {

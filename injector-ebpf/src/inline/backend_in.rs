@@ -135,20 +135,16 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     maps::touch(flow);
     flow.to_client.packets += 1;
     flow.to_client.bytes += u64::from(segment.payload);
-    if !segment.is(FIN | RST) || flow.closed() {
-        return;
+    if segment.is(FIN | RST) && !flow.closed() {
+        flow.last_ns = maps::now();
+        if segment.is(RST) {
+            flow.set(Flag::BackendRst);
+            words::apart();
+        } else {
+            flow.set(Flag::BackendFin);
+        }
     }
-    flow.last_ns = maps::now();
-    if segment.is(RST) {
-        flow.set(Flag::BackendRst);
-        words::apart();
-    } else {
-        flow.set(Flag::BackendFin);
-    }
-    if flow.closed() {
-        maps::count(Counter::Ended);
-        maps::tell(Event::ENDED, key, flow);
-    }
+    maps::tell_of_end(key, flow);
 }
 
 /// An ICMP error quotes the packet that caused it, with the numbers that the backend's side knows: the client must find its

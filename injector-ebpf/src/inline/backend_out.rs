@@ -8,9 +8,7 @@ use core::ptr::NonNull;
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_clone_redirect, macros::classifier, programs::TcContext,
 };
-use injector_common::inline::{
-    Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToBackend, to_backend,
-};
+use injector_common::inline::{Counter, FIN, Flag, Flow, Key, RST, SYN, Segment, ToBackend, to_backend};
 
 use super::{
     AHEAD, ANSWER, DROP, NEXT, header, maps,
@@ -211,21 +209,17 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     maps::touch(flow);
     flow.to_backend.packets += 1;
     flow.to_backend.bytes += u64::from(segment.payload);
-    if !segment.is(FIN | RST) || flow.closed() {
-        return;
-    }
-    flow.last_ns = maps::now();
-    if segment.is(RST) {
-        flow.set(Flag::ClientRst);
-        words::apart();
-    } else {
-        if !flow.is(Flag::BackendFin) {
-            flow.set(Flag::ClientFirst);
+    if segment.is(FIN | RST) && !flow.closed() {
+        flow.last_ns = maps::now();
+        if segment.is(RST) {
+            flow.set(Flag::ClientRst);
+            words::apart();
+        } else {
+            if !flow.is(Flag::BackendFin) {
+                flow.set(Flag::ClientFirst);
+            }
+            flow.set(Flag::ClientFin);
         }
-        flow.set(Flag::ClientFin);
     }
-    if flow.closed() {
-        maps::count(Counter::Ended);
-        maps::tell(Event::ENDED, key, flow);
-    }
+    maps::tell_of_end(key, flow);
 }

@@ -7,7 +7,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
     macros::btf_map,
 };
-use injector_common::inline::{Address, Counter, Event, Flow, Key, LEAST_MTU, Listener, Slot, Template};
+use injector_common::inline::{
+    Address, Counter, Event, Flag, Flow, Key, LEAST_MTU, Listener, Slot, Template,
+};
 
 use super::{packet::Packet, words};
 
@@ -192,6 +194,17 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
     FLOWS.insert(key, flow, 0).ok()?;
     let _ = PENDING.remove(key);
     established(key)
+}
+
+/// Tells the daemon of the end, once. That may be with a packet behind the last FIN: where both sides finish at the same moment,
+/// programs on two processors may each see one FIN alone, and what acknowledges them sees both.
+#[inline(always)]
+pub(super) fn tell_of_end(key: &Key, flow: &mut Flow) {
+    if flow.closed() && !flow.is(Flag::Told) {
+        flow.set(Flag::Told);
+        count(Counter::Ended);
+        tell(Event::ENDED, key, flow);
+    }
 }
 
 /// Tells the daemon.

@@ -71,8 +71,8 @@ struct Ended {
 }
 
 impl Ended {
-    /// Adds one; `false` if it was there. Two processors that see the last FINs of a connection at the same moment may both
-    /// tell of its end, or neither, and then the scan finds it.
+    /// Adds one; `false` if it was there: two processors that see the last FINs of a connection at the same moment may both
+    /// tell of its end.
     fn add(&mut self, key: Key, flow: &Flow) -> bool {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;

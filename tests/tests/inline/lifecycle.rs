@@ -2,10 +2,10 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use injector_tests::daemon::Injector;
 use injector_tests::netns::{EDGE_INSIDE, Family};
 
@@ -13,12 +13,54 @@ use crate::Run;
 use crate::world::{World, accept, backend_address, expect, own_header, pass, public_address};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("ends/both at the same moment", both_at_once),
     ("managed/NAT and devices by itself", managed),
     ("managed/nothing is left after detach", detached),
     ("outlives/killed during a transfer", killed_in_transfer),
     ("outlives/killed during short sessions", killed_in_sessions),
     ("outlives/replaced by another version", another_version),
 ];
+
+/// FINs that cross each other, each on a processor of its own: whichever program comes second must see what the first has seen, or
+/// nobody tells of the end until the next scan.
+fn both_at_once(world: &World, family: Family) -> anyhow::Result<()> {
+    const CONNECTIONS: u32 = 4000;
+    /// Long enough for the daemon to hear, and shorter than the time between two scans.
+    const HEARD: Duration = Duration::from_secs(5);
+    let backend = world.backend(family)?;
+    let injector = world.injector("smtp", "")?;
+    let at = AtomicU32::new(0);
+    let finish = |stream: TcpStream, turn: u32| {
+        at.fetch_add(1, Ordering::AcqRel);
+        while at.load(Ordering::Acquire) < 2 * turn {
+            std::hint::spin_loop();
+        }
+        stream.shutdown(Shutdown::Write)?;
+        let mut rest = Vec::new();
+        (&stream).read_to_end(&mut rest)
+    };
+    let start = Instant::now();
+    for turn in 1..=CONNECTIONS {
+        let client = world.client(family)?;
+        let mut server = accept(&backend)?;
+        own_header(&mut server, &client)?;
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| finish(server, turn));
+            finish(client, turn)?;
+            other.join().map_err(|_| anyhow!("panicked"))?.context("the backend's end")
+        })?;
+    }
+    eprintln!("    {CONNECTIONS} in {:.1?}", start.elapsed());
+    let deadline = Instant::now() + HEARD;
+    loop {
+        let closed = injector.metrics()?.sum("injector_connections_closed_total", &[]);
+        if closed >= f64::from(CONNECTIONS) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "of {CONNECTIONS} that ended, {closed} are said to have");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
 
 /// The injector finds the devices and makes its own NAT.
 fn config(world: &World) -> String {

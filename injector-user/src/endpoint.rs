@@ -312,6 +312,23 @@ impl Endpoint {
         self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
     }
 
+    /// Writes what fits now, to be sent with [`Endpoint::push`] unless it fills a segment.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub fn try_write_more(&self, payload: &[u8]) -> io::Result<usize> {
+        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL | libc::MSG_MORE))
+    }
+
+    /// Sends what was written.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn push(&self) -> io::Result<()> {
+        // To set it again pushes (tcp_sock_set_nodelay, net/ipv4/tcp.c).
+        self.socket.set_tcp_nodelay(true)
+    }
+
     fn try_now(&self, write: impl Fn(&Socket) -> io::Result<usize>) -> io::Result<usize> {
         loop {
             match write(&self.socket) {

@@ -40,22 +40,30 @@ impl Splice {
         })?;
         self.maps.store_header(backend, &header).map_err(InjectError::Refused)?;
         self.maps.watch_first_message(backend.cookie(), backend).map_err(InjectError::Refused)?;
-        let placed = self.send_through(backend, if alone { DOORBELL } else { payload });
+        let placed = self.send_through(backend, payload);
         // The program stays on a socket until it has left all maps: out, before it is spliced.
         let left = self.maps.unwatch_first_message(backend.cookie());
         let sent = placed?;
         left.map_err(|_| InjectError::NotPlaced)?;
-        Ok(if alone { 0 } else { sent })
+        Ok(sent)
     }
 
-    fn send_through(&self, backend: &Endpoint, message: &[u8]) -> Result<usize, InjectError> {
-        let sent = backend.try_write(message).map_err(InjectError::Dropped)?;
+    fn send_through(&self, backend: &Endpoint, payload: &[u8]) -> Result<usize, InjectError> {
+        let alone = payload.is_empty();
+        // The program makes pieces of a message, which the kernel would send one by one (tcp_bpf_push, net/ipv4/tcp_bpf.c).
+        let sent = if alone { backend.try_write(DOORBELL) } else { backend.try_write_more(payload) };
+        let sent = sent.map_err(InjectError::Dropped)?;
         if sent == 0 {
             return Err(InjectError::Dropped(io::ErrorKind::WouldBlock.into()));
         }
         match self.maps.header(backend) {
-            Ok(header) if header.state == Header::SENT => Ok(sent),
-            _ => Err(InjectError::NotPlaced),
+            Ok(header) if header.state == Header::SENT => {}
+            _ => return Err(InjectError::NotPlaced),
         }
+        if alone {
+            return Ok(0);
+        }
+        backend.push().map_err(InjectError::Dropped)?;
+        Ok(sent)
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::{net::SocketAddr, path::PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use socket2::Socket;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -164,6 +164,8 @@ async fn serve(
     if let Some(running) = inline {
         watch_inline(running, &serving, &metrics);
     }
+    // Not before each of its threads has opened its doors.
+    ensure!(serving.pulse().await, "a thread for connections has ended");
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
     let control = Control::new(serving, file, source, metrics, ready);

@@ -72,7 +72,6 @@ pub struct Serving {
     /// No longer configured, and not yet without sessions.
     leaving: Vec<Leaving>,
     workers: Vec<Worker>,
-    tables: Vec<Table>,
     /// Rings when the backends whose turn it is have changed.
     changed: Arc<Notify>,
     /// What engine inline is to serve.
@@ -203,7 +202,6 @@ impl Serving {
             run_id: RandomState::new().hash_one(std::process::id()),
         };
         let mut serving = Self {
-            tables: workers.iter().map(|_| Table::default()).collect(),
             config: config.clone(),
             findings,
             inherited,
@@ -323,7 +321,7 @@ impl Serving {
             open.cut_drained.push(before);
             if let Some(until) = until {
                 // Of two drains, the one that ends sooner holds.
-                open.cut_drained.iter().for_each(|cut| cut_at(until, cut.clone()));
+                open.cut_drained.iter().for_each(|cut| self.cut_at(until, cut.clone()));
             }
             drained.push(open.config.name.clone());
         }
@@ -368,7 +366,7 @@ impl Serving {
     /// All sessions of the engines that end TCP.
     #[must_use]
     pub fn sessions(&self) -> Vec<Snapshot> {
-        self.tables.iter().flat_map(Table::snapshot).collect()
+        self.workers.iter().map(Worker::table).flat_map(Table::snapshot).collect()
     }
 
     /// As it runs.
@@ -444,7 +442,7 @@ impl Serving {
         let mut count = 0;
         if !finished {
             count = sessions.len();
-            cut.cancel();
+            cut_now(&cut, self.workers.iter().map(Worker::table));
             if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
                 tracing::warn!(sessions = sessions.len(), "sessions that did not end");
             }
@@ -529,7 +527,7 @@ impl Serving {
         let Some(engine) = &open.engine else { return Vec::new() };
         let listener = &open.config;
         let name: Arc<str> = listener.name.as_str().into();
-        let context = |(worker, table): (&Worker, &Table)| {
+        let context = |worker: &Worker| {
             Arc::new(Context {
                 listener: Arc::clone(&name),
                 protocol: listener.protocol,
@@ -546,11 +544,11 @@ impl Serving {
                 ledger: self.shared.ledger.clone(),
                 watch: worker.watch().clone(),
                 cut: open.cut_next.clone(),
-                table: table.clone(),
+                table: worker.table().clone(),
                 run_id: self.shared.run_id,
             })
         };
-        self.workers.iter().zip(&self.tables).map(context).collect()
+        self.workers.iter().map(context).collect()
     }
 
     /// Gives them to its doors.
@@ -589,13 +587,21 @@ impl Serving {
         });
     }
 
+    fn cut_at(&self, until: Instant, cut: CancellationToken) {
+        let tables: Vec<_> = self.workers.iter().map(|worker| worker.table().clone()).collect();
+        tokio::spawn(async move {
+            tokio::time::sleep_until(until.into()).await;
+            cut_now(&cut, &tables);
+        });
+    }
+
     fn close(&mut self, open: Open) {
         open.doors.values().for_each(|doors| doors.stop.cancel());
         open.background.cancel();
         let name = open.config.name;
         let until = Instant::now() + open.config.timeouts.drain;
         tracing::info!(listener = name, within = ?open.config.timeouts.drain, "no longer configured: sessions may finish");
-        cut_at(until, open.cut);
+        self.cut_at(until, open.cut);
         self.shared.metrics.forget_listener(&name);
         self.leaving.push(Leaving { name, until, metrics: open.metrics });
     }
@@ -772,9 +778,8 @@ fn receive_doors(open: &mut Open, handed_over: &mut BTreeMap<SocketAddr, Doors>)
     }
 }
 
-fn cut_at(until: Instant, cut: CancellationToken) {
-    tokio::spawn(async move {
-        tokio::time::sleep_until(until.into()).await;
-        cut.cancel();
-    });
+/// Cuts connections, which look when they are called.
+fn cut_now<'a>(cut: &CancellationToken, tables: impl IntoIterator<Item = &'a Table>) {
+    cut.cancel();
+    tables.into_iter().for_each(Table::call_all);
 }

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{listener::Door, watch::Watch};
+use crate::{listener::Door, session::table::Table, watch::Watch};
 
 /// A thread at work.
 #[derive(Debug)]
@@ -20,6 +20,7 @@ pub struct Worker {
     open: mpsc::UnboundedSender<Pending>,
     doors: TaskTracker,
     watch: Watch,
+    table: Table,
 }
 
 /// A door that is to be kept open.
@@ -34,7 +35,8 @@ impl Worker {
         let watch = Watch::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (open, mut opened) = mpsc::unbounded_channel::<Pending>();
-        let watching = watch.clone();
+        let table = Table::default();
+        let (watching, timing) = (watch.clone(), table.clone());
         let work = async move {
             if let Err(error) = watching.follow() {
                 tracing::error!(%error, "nobody hears of hang-ups");
@@ -44,17 +46,26 @@ impl Worker {
                     tokio::spawn(door);
                 }
             };
-            tokio::join!(open, ended.cancelled());
+            tokio::select! {
+                ((), ()) = async { tokio::join!(open, ended.cancelled()) } => {}
+                () = timing.keep_time() => {}
+            }
         };
         let thread =
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { thread, open, doors: doors.clone(), watch })
+        Ok(Self { thread, open, doors: doors.clone(), watch, table })
     }
 
     /// For the endpoints that live on this thread.
     #[must_use]
     pub fn watch(&self) -> &Watch {
         &self.watch
+    }
+
+    /// For the connections that live on this thread.
+    #[must_use]
+    pub fn table(&self) -> &Table {
+        &self.table
     }
 
     /// Keeps a door open, until it closes itself.

@@ -3,14 +3,17 @@
 use std::{
     future::Future as _,
     io,
-    pin::pin,
+    pin::{Pin, pin},
     task::{self, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
-use tokio::{task::yield_now, time::Instant};
+use tokio::{
+    task::yield_now,
+    time::{Sleep, sleep},
+};
 
 use super::{
     Context,
@@ -58,10 +61,8 @@ pub(super) enum Break {
 #[derive(Debug)]
 pub(super) struct Lane {
     direction: Direction,
-    /// Read and not yet written; what is in `pipe` comes behind it.
-    held: BytesMut,
     /// Holds something, if it is there.
-    pipe: Option<Box<Pipe>>,
+    waiting: Option<Box<Waiting>>,
     /// Bytes that went into pipes.
     piped: u64,
     /// Large payloads in a row.
@@ -80,6 +81,31 @@ pub(super) struct Lane {
     share: Share,
 }
 
+/// Read and not yet written.
+#[derive(Debug, Default)]
+struct Waiting {
+    bytes: BytesMut,
+    /// Comes behind them.
+    pipe: Option<Pipe>,
+}
+
+impl Waiting {
+    fn poll_write(&mut self, task: &mut task::Context<'_>, target: &Endpoint) -> Poll<io::Result<usize>> {
+        match &mut self.pipe {
+            Some(pipe) if self.bytes.is_empty() => target.poll_drain(task, pipe),
+            _ => {
+                let written = ready!(target.poll_write(task, &self.bytes))?;
+                self.bytes.advance(written);
+                Poll::Ready(Ok(written))
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty() && self.pipe.as_ref().is_none_or(|pipe| pipe.held() == 0)
+    }
+}
+
 /// A direction in the kernel's hands.
 #[derive(Debug)]
 struct Carried {
@@ -96,35 +122,42 @@ struct Carried {
 /// Between two looks at what nothing tells of.
 #[derive(Debug, Default)]
 struct Pause {
-    until: Option<Instant>,
+    sleep: Option<Pin<Box<Sleep>>>,
     /// Looks in a row that found nothing.
     looks: u32,
 }
 
 impl Pause {
-    /// Until then no look is worth it.
-    fn until(&self) -> Option<Instant> {
-        self.until
+    /// Begins, for so long.
+    fn begin(&mut self, length: Duration, task: &mut task::Context<'_>) {
+        let sleep = self.sleep.insert(Box::pin(sleep(length)));
+        if sleep.as_mut().poll(task).is_ready() {
+            task.waker().wake_by_ref();
+        }
     }
 
-    fn over(&mut self) -> bool {
-        self.until.take_if(|until| *until <= Instant::now());
-        self.until.is_none()
-    }
-
-    /// A look has found nothing: the next comes later than the one before did, but not later than `most`. Of the first looks,
-    /// `at_once` come without a pause, after other tasks.
+    /// Begins after a look that has found nothing. Each is longer than the one before, but not longer than `most`. Of the first
+    /// looks, `at_once` come without a pause, after other tasks.
     fn grow(&mut self, at_once: u32, most: Duration, task: &mut task::Context<'_>) {
         if self.looks < at_once {
             // Polled once it is pending, and wakes this task when the others have had their turn.
             let _ = pin!(yield_now()).poll(task);
         } else {
-            let pause = SOON * (1 << (self.looks - at_once).min(10));
-            self.until = Some(Instant::now() + pause.min(most));
+            let length = SOON * (1 << (self.looks - at_once).min(10));
+            self.begin(length.min(most), task);
         }
         self.looks += 1;
     }
 
+    fn poll_over(&mut self, task: &mut task::Context<'_>) -> Poll<()> {
+        if let Some(sleep) = &mut self.sleep {
+            ready!(sleep.as_mut().poll(task));
+            self.sleep = None;
+        }
+        Poll::Ready(())
+    }
+
+    /// What was looked for is there.
     fn end(&mut self) {
         *self = Self::default();
     }
@@ -151,8 +184,7 @@ impl Lane {
     pub(super) fn new(read: u64, held: BytesMut, gated: bool, context: &Context) -> Self {
         Self {
             direction: Direction::new(read, held.len(), gated),
-            held: kept(held),
-            pipe: None,
+            waiting: (!held.is_empty()).then(|| Box::new(Waiting { bytes: held, pipe: None })),
             piped: 0,
             large: 0,
             messages: u32::from(read > 0),
@@ -186,8 +218,7 @@ impl Lane {
     pub(super) fn abandon(&mut self) {
         self.cut |= self.want() != Want::Nothing;
         self.direction.abandon();
-        self.held = BytesMut::new();
-        self.pipe = None;
+        self.waiting = None;
         self.pause.end();
         self.share.set(0);
     }
@@ -241,11 +272,6 @@ impl Lane {
 
     fn flow(&self) -> injector_common::splice::Flow {
         self.carried.as_ref().and_then(|carried| carried.spliced.flow().ok()).unwrap_or_default()
-    }
-
-    /// When to look again at what nothing tells of.
-    pub(super) fn rests_until(&self) -> Option<Instant> {
-        self.pause.until()
     }
 
     /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
@@ -310,23 +336,14 @@ impl Lane {
         source: &Endpoint,
         target: &Endpoint,
     ) -> Poll<Result<Progress, Break>> {
-        if !self.pause.over() {
-            return Poll::Pending;
-        }
+        ready!(self.pause.poll_over(task));
         match self.direction.want() {
             Want::Read => return self.poll_read(task, context, source, target),
             Want::Write => {
-                let written = match &mut self.pipe {
-                    Some(pipe) if self.held.is_empty() => target.poll_drain(task, pipe),
-                    _ => target.poll_write(task, &self.held),
-                };
-                let written = ready!(written).map_err(Break::Target)?;
-                if !self.held.is_empty() {
-                    self.held.advance(written);
-                    self.held = kept(std::mem::take(&mut self.held));
-                }
+                let Some(waiting) = &mut self.waiting else { return Poll::Pending };
+                let written = ready!(waiting.poll_write(task, target)).map_err(Break::Target)?;
+                self.waiting.take_if(|waiting| waiting.is_empty());
                 self.direction.wrote(written);
-                self.pipe.take_if(|pipe| pipe.held() == 0);
             }
             Want::Hangup => return self.poll_attend(task, context, source, target),
             Want::Drain => return self.poll_drain(task, context, target),
@@ -355,7 +372,7 @@ impl Lane {
         {
             return Poll::Ready(self.pass(pipe, count, target));
         }
-        let Self { direction, held, messages, large, carried, .. } = self;
+        let Self { direction, waiting, messages, large, carried, .. } = self;
         let taken = source.poll_read(task, |payload| {
             if payload.is_empty() {
                 return None;
@@ -369,7 +386,7 @@ impl Lane {
             if let Some(carried) = carried {
                 carried.early_ends = 0;
             }
-            Some(take(direction, held, payload, target))
+            Some(take(direction, waiting, payload, target))
         });
         match ready!(taken).map_err(Break::Source)? {
             Some(Some(taken)) => Poll::Ready(taken),
@@ -381,7 +398,7 @@ impl Lane {
                 Poll::Ready(Err(Break::Source(io::ErrorKind::ConnectionReset.into())))
             }
             Some(None) | None => {
-                self.pause.until = Some(Instant::now() + SOON);
+                self.pause.begin(SOON, task);
                 Poll::Pending
             }
         }
@@ -402,7 +419,7 @@ impl Lane {
         }
         let drained = target.try_drain(&mut pipe);
         if pipe.held() > 0 {
-            self.pipe = Some(Box::new(pipe));
+            self.waiting.get_or_insert_default().pipe = Some(pipe);
         }
         self.direction.wrote(drained.map_err(Break::Target)?);
         Ok(Progress::Read)
@@ -545,11 +562,6 @@ impl Lane {
     }
 }
 
-/// What is held; of nothing no room is kept.
-fn kept(held: BytesMut) -> BytesMut {
-    if held.is_empty() { BytesMut::new() } else { held }
-}
-
 /// When the kernel's plane pays off. Enrolling costs as much as carrying some payloads in user space does: short sessions
 /// stay there, and so does bulk, which a pipe carries faster (measured in `docs/benchmarks.md`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -593,30 +605,35 @@ pub(super) enum Enrolment {
     Lost(io::Error),
 }
 
-/// Passes on what was just read, as far as the target takes it now; the rest is held.
+/// Passes on what was just read, as far as the target takes it now; the rest waits.
 fn take(
     direction: &mut Direction,
-    held: &mut BytesMut,
+    waiting: &mut Option<Box<Waiting>>,
     payload: &[u8],
     target: &Endpoint,
 ) -> Result<Progress, Break> {
-    if direction.want() == Want::Read {
-        // Gated, and not decided by what came before.
-        held.extend_from_slice(payload);
-        match forgery(held) {
-            Forgery::Yes => return Err(Break::Forged),
-            Forgery::Undecided => return Ok(Progress::Read),
-            Forgery::No => direction.open_gate(),
-        }
-        let written = target.try_write(held).map_err(Break::Target)?;
-        held.advance(written);
-        *held = kept(std::mem::take(held));
-        direction.wrote(written);
-        return Ok(Progress::Read);
+    let gated = direction.want() == Want::Read;
+    // Only at the gate anything waits while there is more to read.
+    let mut held = waiting.take();
+    if let Some(held) = &mut held {
+        held.bytes.extend_from_slice(payload);
     }
-    let written = target.try_write(payload).map_err(Break::Target)?;
-    held.extend_from_slice(payload.get(written..).unwrap_or_default());
-    direction.wrote(written);
+    let all = held.as_ref().map_or(payload, |held| &held.bytes);
+    let written = match if gated { forgery(all) } else { Forgery::No } {
+        Forgery::Yes => return Err(Break::Forged),
+        Forgery::Undecided => 0,
+        Forgery::No => {
+            direction.open_gate();
+            let written = target.try_write(all).map_err(Break::Target)?;
+            direction.wrote(written);
+            written
+        }
+    };
+    if written < all.len() {
+        let mut left = held.unwrap_or_else(|| Box::new(Waiting { bytes: payload.into(), pipe: None }));
+        left.bytes.advance(written);
+        *waiting = Some(left);
+    }
     Ok(Progress::Read)
 }
 

@@ -77,7 +77,8 @@ pub struct Context {
     pub ledger: Ledger,
     /// Hang-ups of spliced sockets.
     pub watch: Watch,
-    /// Cancelled when the time of a stop or a drain is over.
+    /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`Table::call_all`]): they
+    /// look then.
     pub cut: CancellationToken,
     /// Which connections there are.
     pub table: Table,
@@ -190,7 +191,7 @@ async fn reach(
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    Ok(Pump::new(Arc::clone(context), known.entry.meter(), client, backend, read, held, first.gated))
+    Ok(Pump::new(Arc::clone(context), known.entry.handle(), client, backend, read, held, first.gated))
 }
 
 /// closed

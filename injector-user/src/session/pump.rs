@@ -1,24 +1,22 @@
 //! Carries both directions of a connection from the header to the end.
 
 use std::{
-    future::{Future as _, poll_fn},
+    future::poll_fn,
     io,
-    pin::{Pin, pin},
     sync::Arc,
     task::{self, Poll},
     time::Duration,
 };
 
 use bytes::BytesMut;
-use tokio::time::{Instant, Sleep, sleep_until};
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio::time::Instant;
 
 use super::{
     Context,
     direction::Want,
     end::{Bytes, End},
     lane::{Break, Enrolment, Lane, Progress},
-    table::Meter,
+    table::Handle,
 };
 use crate::endpoint::{Endpoint, Needs};
 
@@ -35,7 +33,7 @@ const CLOCK_EVERY: u8 = 32;
 #[derive(Debug)]
 pub(super) struct Pump {
     context: Arc<Context>,
-    meter: Meter,
+    row: Handle,
     client: Endpoint,
     backend: Endpoint,
     to_backend: Lane,
@@ -78,7 +76,7 @@ impl Pump {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
         context: Arc<Context>,
-        meter: Meter,
+        row: Handle,
         client: Endpoint,
         backend: Endpoint,
         read: u64,
@@ -90,7 +88,7 @@ impl Pump {
             to_backend: Lane::new(read, held, gated, &context),
             to_client: Lane::new(0, BytesMut::new(), false, &context),
             context,
-            meter,
+            row,
             client,
             backend,
             header_sent: now,
@@ -112,9 +110,7 @@ impl Pump {
     pub(super) async fn carry(&mut self) -> (End, Option<io::Error>) {
         let first_look =
             ACCOUNT_EVERY.min(self.silence_allowed()).min(self.context.timeouts.user_timeout / 2);
-        let mut look_at = self.last + first_look;
-        let mut timer = pin!(sleep_until(look_at));
-        let mut cut = pin!(self.context.cut.clone().cancelled_owned());
+        self.row.call_in(first_look);
         loop {
             if let Err(ended) = self.prepare() {
                 return ended;
@@ -123,7 +119,7 @@ impl Pump {
                 let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
                 return (first, None);
             }
-            let stepped = poll_fn(|task| self.poll_step(task, look_at, timer.as_mut(), cut.as_mut())).await;
+            let stepped = poll_fn(|task| self.poll_step(task)).await;
             match self.explained(stepped) {
                 Step::ToBackend(Ok(Progress::Resumed))
                     if self.gone.client && !self.to_backend.complete(&self.client) =>
@@ -172,10 +168,8 @@ impl Pump {
                     let broken = known(broken, self.gone.backend_error.take());
                     return self.broken(broken, End::BackendReset, End::ClientReset);
                 }
-                // A direction has rested, and looks again.
-                Step::Rested => {}
-                Step::Cut => return (End::Cut, None),
-                Step::Timer => {
+                Step::Called if self.context.cut.is_cancelled() => return (End::Cut, None),
+                Step::Called => {
                     self.give_up_in_time();
                     self.account();
                     if let Err(broken) = self.look() {
@@ -185,7 +179,7 @@ impl Pump {
                         return (end, None);
                     }
                     let left = (self.last_activity() + self.silence_allowed()).duration_since(Instant::now());
-                    look_at = Instant::now() + ACCOUNT_EVERY.min(left);
+                    self.row.call_in(ACCOUNT_EVERY.min(left));
                 }
             }
         }
@@ -193,22 +187,14 @@ impl Pump {
 
     /// The next thing that happens. It is polled: futures for all that may happen would be most of the memory of an idle
     /// connection.
-    fn poll_step(
-        &mut self,
-        task: &mut task::Context<'_>,
-        look_at: Instant,
-        mut timer: Pin<&mut Sleep>,
-        mut cut: Pin<&mut WaitForCancellationFutureOwned>,
-    ) -> Poll<Step> {
+    fn poll_step(&mut self, task: &mut task::Context<'_>) -> Poll<Step> {
         // A direction that always has something to do must not keep the other from its turn, nor the clock.
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
-        if turn.is_multiple_of(CLOCK_EVERY)
-            && let Poll::Ready(step) = self.poll_clock(task, look_at, timer.as_mut(), cut.as_mut())
-        {
-            return Poll::Ready(step);
+        if turn.is_multiple_of(CLOCK_EVERY) && self.row.poll_called(task).is_ready() {
+            return Poll::Ready(Step::Called);
         }
-        let Self { context, client, backend, to_backend, to_client, gone, .. } = self;
+        let Self { context, row, client, backend, to_backend, to_client, gone, .. } = self;
         // Of a socket that user space reads, reading says how it ended, after its last byte.
         let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
         if hear_client
@@ -233,25 +219,7 @@ impl Pump {
                 return stepped;
             }
         }
-        self.poll_clock(task, look_at, timer, cut)
-    }
-
-    fn poll_clock(
-        &self,
-        task: &mut task::Context<'_>,
-        look_at: Instant,
-        mut timer: Pin<&mut Sleep>,
-        cut: Pin<&mut WaitForCancellationFutureOwned>,
-    ) -> Poll<Step> {
-        if cut.poll(task).is_ready() {
-            return Poll::Ready(Step::Cut);
-        }
-        let rests = [self.to_backend.rests_until(), self.to_client.rests_until()];
-        let due = rests.into_iter().flatten().fold(look_at, Instant::min);
-        if timer.deadline() != due {
-            timer.as_mut().reset(due);
-        }
-        timer.poll(task).map(|()| if due == look_at { Step::Timer } else { Step::Rested })
+        row.poll_called(task).map(|()| Step::Called)
     }
 
     /// Takes leave of both sides.
@@ -431,7 +399,7 @@ impl Pump {
         self.context
             .metrics
             .bytes(difference(to_backend, self.accounted.0), difference(to_client, self.accounted.1));
-        self.meter.carried(to_backend.total(), to_client.total());
+        self.row.carried(to_backend.total(), to_client.total());
         self.accounted = (to_backend, to_client);
     }
 }
@@ -441,9 +409,8 @@ enum Step {
     ToClient(Result<Progress, Break>),
     ClientGone(Option<io::Error>),
     BackendGone(Option<io::Error>),
-    Timer,
-    Rested,
-    Cut,
+    /// By the clock, or because all are cut.
+    Called,
 }
 
 /// A source that is broken for the reason that a write to the same socket was told.

@@ -64,7 +64,7 @@ pub(crate) struct BenchArgs {
     /// Measure on a busy machine; the figures are worth little, and the report says so
     #[arg(long)]
     noisy: bool,
-    /// Write all that was measured to this file, as JSON
+    /// Write all that was measured to this file, as JSON; after each measurement what there is
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Draw the charts into this folder, one SVG for each work
@@ -90,8 +90,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         }
     };
     if let Some(file) = &args.json {
-        let text = serde_json::to_string_pretty(&record)?;
-        fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        write(&record, file)?;
     }
     if let Some(folder) = &args.charts {
         draw(&charts::all(&record)?, folder)?;
@@ -149,6 +148,11 @@ pub(crate) fn end(arguments: &[String]) -> Result<()> {
     ends::run(arguments)
 }
 
+fn write(record: &Record, file: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(record)?;
+    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}
+
 fn read(file: &Path) -> Result<Record> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is no record of a run", file.display()))
@@ -180,7 +184,12 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
         works.len(),
         options.repeats
     );
-    bench::run(&options, &mut |line| println!("{line}")).map(Some)
+    let mut tell = |record: &Record, line: &str| {
+        println!("{line}");
+        // A long run that is cut off leaves what it has measured.
+        args.json.as_deref().map_or(Ok(()), |file| write(record, file))
+    };
+    bench::run(&options, &mut tell).map(Some)
 }
 
 fn options(args: &BenchArgs) -> Result<Options> {

@@ -33,7 +33,7 @@ use self::{
     section::{Section, Zero},
 };
 use crate::{
-    protocol::Protocol,
+    protocol::{Protocol, Speaker},
     session::{Marks, Pays},
 };
 
@@ -291,6 +291,15 @@ pub struct Listener {
     pub timeouts: Timeouts,
     /// What the backend can read.
     pub receiver: Receiver,
+}
+
+impl Listener {
+    /// Whether engine inline has the header go together with the client's first bytes: where the client speaks first, and is
+    /// waited for. How long is for the backend to say, by when it sends its SYN again: a second.
+    #[must_use]
+    pub fn waits_for_first_bytes(&self) -> bool {
+        self.protocol.speaks_first() == Speaker::Client && !self.timeouts.header_wait.is_zero()
+    }
 }
 
 /// A mail server that expects the PROXY header on this port.

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{Backend, CheckHeader, Config, Health, Listener, ProxyVersion, Receiver};
+use super::{Backend, CheckHeader, Config, EngineChoice, Health, Listener, ProxyVersion, Receiver};
 use crate::protocol::Speaker;
 
 /// Describes a configuration for people: one block per listener, every default written out.
@@ -47,6 +47,9 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "  backends     {}{resolves}", backends.join(", "))?;
     writeln!(out, "  health       {}", health(&listener.health))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
+    if listener.engine == EngineChoice::Inline {
+        return write_inline(out, listener);
+    }
     let timeouts = &listener.timeouts;
     let [connect, idle, half_closed, wait, user_timeout, keepalive, drain] = [
         timeouts.connect,
@@ -67,6 +70,18 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "  draining     sessions may go on for {drain}")?;
     match listener.max_connections {
         Some(most) => writeln!(out, "  connections  at most {most}"),
+        None => Ok(()),
+    }
+}
+
+/// What holds where the client talks TCP to the backend itself.
+fn write_inline(out: &mut String, listener: &Listener) -> fmt::Result {
+    let waits =
+        if listener.waits_for_first_bytes() { "; the header goes with the client's first bytes" } else { "" };
+    writeln!(out, "  timeouts     those of client and backend{waits}")?;
+    writeln!(out, "  draining     sessions go on")?;
+    match listener.max_connections {
+        Some(_) => writeln!(out, "  connections  not limited: inline does not count them as they come"),
         None => Ok(()),
     }
 }

@@ -729,7 +729,9 @@ fn the_summary_shows_what_would_run() {
          backends = [{ address = \"192.0.2.20:10993\", weight = 3 }, { address = \"192.0.2.21:10993\", backup = true }]\n\
          max_connections = 50\n[listener.health]\ncheck = \"mail\"\nprotocol = \"imap\"\nport = 143\neject_after = 0\n\
          [listener.receiver]\n\
-         crc32c = true\nunique_id = true\n",
+         crc32c = true\nunique_id = true\n\
+         [[listener]]\nname = \"packets\"\nbind = [\"192.0.2.11:465\"]\nprotocol = \"submissions\"\nengine = \"inline\"\n\
+         backends = [\"192.0.2.20:4465\"]\nmax_connections = 50\n",
     );
     let expected = "\
 smtp (smtp, engine auto)
@@ -751,7 +753,16 @@ imaps (imaps, engine relay)
   draining     sessions may go on for 30m
   connections  at most 50
 
-2 listeners, at most 10000 connections, threads that serve them: 2, sessions may go on for 30s after SIGTERM
+packets (submissions, engine inline)
+  listens on   192.0.2.11:465
+  backends     192.0.2.20:4465
+  health       not checked; left out for 30s after 3 failures to connect
+  header       PROXY v2, up to 52 bytes, no TLVs
+  timeouts     those of client and backend; the header goes with the client's first bytes
+  draining     sessions go on
+  connections  not limited: inline does not count them as they come
+
+3 listeners, at most 10000 connections, threads that serve them: 2, sessions may go on for 30s after SIGTERM
 no metrics (add [metrics] listen)
 no commands at run time (add [admin] socket)
 ";

@@ -33,7 +33,6 @@ use crate::{
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
     header::Rendered,
     metrics::BpfCounters,
-    protocol::Speaker,
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
@@ -111,7 +110,7 @@ impl Inline {
             services.listen.extend(listener.bind.iter().map(|address| (*address, id)));
             services.backends.extend(addresses(listener).map_err(refused)?);
             for ipv6 in [false, true] {
-                let template = template(&listener.receiver, ipv6, header_waits(listener));
+                let template = template(&listener.receiver, ipv6, listener.waits_for_first_bytes());
                 services.templates.push(template.map_err(refused)?);
             }
         }
@@ -159,12 +158,6 @@ pub fn addresses(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
         }
     };
     listener.backends.iter().map(address).collect()
-}
-
-/// Whether a listener's header goes together with the client's first bytes: where it speaks first, and is waited for. How long is
-/// for the backend to say, by when it sends its SYN again: a second.
-fn header_waits(listener: &Listener) -> bool {
-    listener.protocol.speaks_first() == Speaker::Client && !listener.timeouts.header_wait.is_zero()
 }
 
 /// A listener's header for one family, padded to what the checksum needs.

@@ -97,7 +97,7 @@ async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
 /// Where a listener's backends are, if it asks for nothing that this engine cannot do.
 fn possible(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     for ipv6 in [false, true] {
-        super::template(&listener.receiver, ipv6, super::header_waits(listener))?;
+        super::template(&listener.receiver, ipv6, listener.waits_for_first_bytes())?;
     }
     addresses(listener)
 }

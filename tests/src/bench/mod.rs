@@ -95,11 +95,14 @@ fn pick<T>(all: Vec<T>, wanted: &[String], name: impl Fn(&T) -> String) -> anyho
     Ok(all.into_iter().filter(|one| chosen.contains(&name(one))).collect())
 }
 
-/// Measures everything; `tell` gets a line for each measurement. Those that fail are in the record.
+/// Measures everything; `tell` gets a line for each measurement, and the record so far. Those that fail are in it.
 ///
 /// # Errors
-/// When nothing can be measured here, or the machine is busy.
-pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Record> {
+/// When nothing can be measured here, the machine is busy, or `tell` fails.
+pub fn run(
+    options: &Options,
+    tell: &mut dyn FnMut(&Record, &str) -> anyhow::Result<()>,
+) -> anyhow::Result<Record> {
     let (peers, works) = choose(options)?;
     let others = background(WATCH)?;
     ensure!(
@@ -118,8 +121,9 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Reco
                 let peer = &peers[(turn + repeat) % peers.len()];
                 let measurement = measure(peer, work.as_ref(), repeat, options.seconds);
                 let number = record.measurements.len() + 1;
-                tell(&format!("[{number}/{total}] {}", line(work.as_ref(), &measurement)));
+                let told = format!("[{number}/{total}] {}", line(work.as_ref(), &measurement));
                 record.measurements.push(measurement);
+                tell(&record, &told)?;
             }
         }
     }

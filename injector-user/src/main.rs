@@ -15,6 +15,12 @@ use injector_user::{
     selftest::Findings,
     session::Marks,
 };
+use mimalloc::MiMalloc;
+
+/// For memory: a connection is a few small allocations, which the C library's allocator surrounds with as much as a sixth of
+/// their size, and more where they are aligned to cache lines, as tokio's are (`docs/benchmarks.md`).
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {

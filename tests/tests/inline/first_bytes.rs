@@ -12,7 +12,7 @@ use injector_tests::daemon::BPF_EVENTS;
 use injector_tests::netns::Family;
 use socket2::SockRef;
 
-use crate::lab::{First, Lab, Setting, through};
+use crate::lab::{self, First, Lab, Setting, through};
 use crate::losses;
 use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
 use crate::wire::{Fate, Side, Way};
@@ -257,7 +257,7 @@ fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
     server.read_to_end(&mut seen)?;
     ensure!(seen == b"all", "{seen:02x?}");
     through(&server, &client, BYTES, 0)?;
-    let session = lab.session(client.local_addr()?)?;
+    let session = lab.session(client.local_addr()?, lab::tls(family))?;
     ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
     Ok(())
 }
@@ -272,7 +272,7 @@ fn fin_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
     ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
     drop(server);
     ensure!((&client).read(&mut [0; 8])? == 0, "bytes in place of an end");
-    lab.session(client.local_addr()?)?;
+    lab.session(client.local_addr()?, lab::tls(family))?;
     Ok(())
 }
 

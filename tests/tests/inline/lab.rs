@@ -228,11 +228,15 @@ impl Lab {
     }
 
     /// The line of one client's connection, which has ended.
-    pub(crate) fn session(&self, client: SocketAddr) -> anyhow::Result<Session> {
+    pub(crate) fn session(&self, client: SocketAddr, asked: SocketAddr) -> anyhow::Result<Session> {
+        // The same port of the client may have been that of another trial, which asked for another port.
+        let is_its = |session: &Session| {
+            session.client() == Some(client) && session.field("local").as_deref() == Some(&asked.to_string())
+        };
         let deadline = Instant::now() + LIMIT;
         loop {
             let sessions = self.injector.sessions()?;
-            if let Some(session) = sessions.into_iter().find(|session| session.client() == Some(client)) {
+            if let Some(session) = sessions.into_iter().rfind(is_its) {
                 return Ok(session);
             }
             ensure!(Instant::now() < deadline, "no line for {client}");
@@ -323,7 +327,7 @@ pub(crate) fn public(family: Family) -> SocketAddr {
 }
 
 /// Where they connect to speak first.
-fn tls(family: Family) -> SocketAddr {
+pub(crate) fn tls(family: Family) -> SocketAddr {
     SocketAddr::new(VIP.of(family), TLS_PORT)
 }
 

@@ -179,7 +179,7 @@ fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     through(first, last, 1000, 0)?;
     std::thread::sleep(Duration::from_millis(50));
     through(last, first, BYTES, 0)?;
-    let session = lab.session(connection.client.local_addr()?)?;
+    let session = lab.session(connection.client.local_addr()?, lab::public(family))?;
     let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
     ensure!(session.field("end").as_deref() == Some(end), "{session:?}");
     Ok(())
@@ -200,7 +200,7 @@ fn simultaneous_close(lab: &Lab, family: Family) -> anyhow::Result<()> {
     for stream in [&mut connection.client, &mut connection.server] {
         ensure!(stream.read(&mut [0; 8]).context("waiting for the FIN")? == 0, "bytes in place of an end");
     }
-    lab.session(connection.client.local_addr()?)?;
+    lab.session(connection.client.local_addr()?, lab::public(family))?;
     Ok(())
 }
 
@@ -220,7 +220,7 @@ fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     let outcome = stays.read(&mut [0; 8]);
     ensure!(outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{outcome:?}");
     ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
-    let session = lab.session(address)?;
+    let session = lab.session(address, lab::public(family))?;
     let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
     ensure!(session.field("end").as_deref() == Some(end), "{session:?}");
     Ok(())
@@ -267,7 +267,7 @@ fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
     ensure!(is(&error, ErrorKind::ConnectionRefused), "{error:#}");
     ensure!(start.elapsed() < Duration::from_millis(300), "after {:?}", start.elapsed());
     let local = local.into_inner().unwrap_or_else(PoisonError::into_inner).context("no port")?;
-    let session = lab.session(local)?;
+    let session = lab.session(local, lab::public(family))?;
     ensure!(session.field("end").as_deref() == Some("backend_refused"), "{session:?}");
     Ok(())
 }

@@ -147,8 +147,8 @@ fn sum_with(bytes: &mut [u8; LONGEST], sum: u32) -> u32 {
 }
 
 /// Makes the packet as long as a TCP header of `tcp_len` bytes, the header, and so many bytes of payload; fills in the header,
-/// sets the lengths in IP, and returns the header's sum added to `sum`. The header is written with its own length, though the flow knows it too: a changed configuration must not reach into
-/// a connection.
+/// sets the lengths in IP, and returns the header's sum added to `sum`. The header is written with its own length, though the flow
+/// knows it too: a changed configuration must not reach into a connection.
 #[inline(always)]
 fn put(
     skb: &TcContext,

@@ -81,6 +81,14 @@ pub(super) struct Lane {
     share: Share,
 }
 
+/// Between which sockets a direction runs, and what it shares with all others.
+#[derive(Clone, Copy)]
+pub(super) struct Between<'a> {
+    pub(super) context: &'a Context,
+    pub(super) source: &'a Endpoint,
+    pub(super) target: &'a Endpoint,
+}
+
 /// Read and not yet written.
 #[derive(Debug, Default)]
 struct Waiting {
@@ -276,13 +284,8 @@ impl Lane {
 
     /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
     /// nothing is held. Returns why the engine refused, the once that it does.
-    pub(super) fn enrol(
-        &mut self,
-        context: &Context,
-        age: impl FnOnce() -> Duration,
-        source: &Endpoint,
-        target: &Endpoint,
-    ) -> Enrolment {
+    pub(super) fn enrol(&mut self, between: Between<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
+        let Between { context, source, target } = between;
         if self.stays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
@@ -332,23 +335,22 @@ impl Lane {
     pub(super) fn poll_step(
         &mut self,
         task: &mut task::Context<'_>,
-        context: &Context,
-        source: &Endpoint,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
+        let target = between.target;
         ready!(self.pause.poll_over(task));
         match self.direction.want() {
-            Want::Read => return self.poll_read(task, context, source, target),
+            Want::Read => return self.poll_read(task, between),
             Want::Write => {
                 let Some(waiting) = &mut self.waiting else { return Poll::Pending };
                 let written = ready!(waiting.poll_write(task, target)).map_err(Break::Target)?;
                 self.waiting.take_if(|waiting| waiting.is_empty());
                 self.direction.wrote(written);
             }
-            Want::Hangup => return self.poll_attend(task, context, source, target),
-            Want::Drain => return self.poll_drain(task, context, target),
-            Want::Handover => return self.poll_hand_over(task, source, target),
-            Want::Proof => return self.poll_prove(task, source, target),
+            Want::Hangup => return self.poll_attend(task, between),
+            Want::Drain => return self.poll_drain(task, between),
+            Want::Handover => return self.poll_hand_over(task, between),
+            Want::Proof => return self.poll_prove(task, between),
             Want::Fin => {
                 target.finish().map_err(Break::Target)?;
                 self.direction.fin_sent();
@@ -362,10 +364,9 @@ impl Lane {
     fn poll_read(
         &mut self,
         task: &mut task::Context<'_>,
-        context: &Context,
-        source: &Endpoint,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
+        let Between { context, source, target } = between;
         if self.is_bulk()
             && let Some((pipe, count)) =
                 ready!(source.poll_fill(task, &context.pipes)).map_err(Break::Source)?
@@ -444,25 +445,19 @@ impl Lane {
     fn poll_attend(
         &mut self,
         task: &mut task::Context<'_>,
-        context: &Context,
-        source: &Endpoint,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
         if self.spliced()?.bell().poll_heard(task).is_ready() {
-            return Poll::Ready(self.look(context, source, target));
+            return Poll::Ready(self.look(between));
         }
-        ready!(source.poll_finished(task));
+        ready!(between.source.poll_finished(task));
         self.direction.source_finished();
         Poll::Ready(Ok(Progress::Other))
     }
 
     /// Looks at what waits for the target, and holds the source if it is too much.
-    pub(super) fn look(
-        &mut self,
-        context: &Context,
-        source: &Endpoint,
-        target: &Endpoint,
-    ) -> Result<Progress, Break> {
+    pub(super) fn look(&mut self, between: Between<'_>) -> Result<Progress, Break> {
+        let Between { context, source, target } = between;
         let Some(carried) = &self.carried else { return Ok(Progress::Other) };
         if self.direction.want() != Want::Hangup {
             return Ok(Progress::Other);
@@ -488,9 +483,9 @@ impl Lane {
     fn poll_drain(
         &mut self,
         task: &mut task::Context<'_>,
-        context: &Context,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
+        let Between { context, target, .. } = between;
         let backlog = self.spliced()?.backlog(target).map_err(Break::Lost)?;
         let total = self.share.set(backlog.bytes);
         if backlog.bytes == 0 {
@@ -509,9 +504,9 @@ impl Lane {
     fn poll_hand_over(
         &mut self,
         task: &mut task::Context<'_>,
-        source: &Endpoint,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
+        let Between { source, target, .. } = between;
         let spliced = self.spliced()?;
         let mut taken = false;
         // It may have been rung before the offer, when the direction was held.
@@ -542,9 +537,9 @@ impl Lane {
     fn poll_prove(
         &mut self,
         task: &mut task::Context<'_>,
-        source: &Endpoint,
-        target: &Endpoint,
+        between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
+        let Between { source, target, .. } = between;
         let spliced = self.spliced()?;
         if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
             self.pause.end();

@@ -15,7 +15,7 @@ use super::{
     Context,
     direction::Want,
     end::{Bytes, End},
-    lane::{Break, Enrolment, Lane, Progress},
+    lane::{Between, Break, Enrolment, Lane, Progress},
     table::Handle,
 };
 use crate::endpoint::{Endpoint, Needs};
@@ -209,11 +209,12 @@ impl Pump {
         {
             return Poll::Ready(Step::BackendGone(error));
         }
-        for up in [turn.is_multiple_of(2), !turn.is_multiple_of(2)] {
-            let stepped = if up {
-                to_backend.poll_step(task, context, client, backend).map(Step::ToBackend)
+        let (up, down) = both_ways(context, client, backend);
+        for up_now in [turn.is_multiple_of(2), !turn.is_multiple_of(2)] {
+            let stepped = if up_now {
+                to_backend.poll_step(task, up).map(Step::ToBackend)
             } else {
-                to_client.poll_step(task, context, backend, client).map(Step::ToClient)
+                to_client.poll_step(task, down).map(Step::ToClient)
             };
             if stepped.is_ready() {
                 return stepped;
@@ -258,9 +259,10 @@ impl Pump {
     fn prepare(&mut self) -> Result<(), (End, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
         let age = || header_sent.elapsed();
+        let (up, down) = both_ways(context, client, backend);
         let enrolments = [
-            ("client_to_backend", to_backend.enrol(context, age, client, backend)),
-            ("backend_to_client", to_client.enrol(context, age, backend, client)),
+            ("client_to_backend", to_backend.enrol(up, age)),
+            ("backend_to_client", to_client.enrol(down, age)),
         ];
         for (direction, enrolment) in enrolments {
             match enrolment {
@@ -330,7 +332,8 @@ impl Pump {
     /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
     fn look(&mut self) -> Result<(), Break> {
         let Self { context, client, backend, to_backend, to_client, .. } = self;
-        let looked = [to_backend.look(context, client, backend)?, to_client.look(context, backend, client)?];
+        let (up, down) = both_ways(context, client, backend);
+        let looked = [to_backend.look(up)?, to_client.look(down)?];
         looked.into_iter().for_each(|progress| self.note(progress));
         Ok(())
     }
@@ -419,6 +422,16 @@ fn known(broken: Break, reason: Option<io::Error>) -> Break {
         (Break::Source(error), Some(reason)) if error.raw_os_error().is_none() => Break::Source(reason),
         (broken, _) => broken,
     }
+}
+
+/// To the backend, and to the client.
+fn both_ways<'a>(
+    context: &'a Context,
+    client: &'a Endpoint,
+    backend: &'a Endpoint,
+) -> (Between<'a>, Between<'a>) {
+    let between = |source, target| Between { context, source, target };
+    (between(client, backend), between(backend, client))
 }
 
 fn difference(now: Bytes, before: Bytes) -> Bytes {

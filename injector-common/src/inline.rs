@@ -556,6 +556,24 @@ impl Event {
     pub const ENDED: u32 = 2;
 }
 
+/// A connection that has ended. The daemon lists them in a packet that is never sent, for the program `sweep`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Which connection,
+    pub key: Key,
+    /// and which of those that had the same ports ([`Flow::created_ns`]).
+    pub created_ns: u64,
+}
+
+impl Ended {
+    /// Where the first stands: behind the Ethernet header that the kernel asks for, on a word's boundary.
+    pub const AT: usize = 16;
+    /// So many to a packet. With what the kernel puts around it, that must fit into a page (bpf_test_init,
+    /// net/bpf/test_run.c).
+    pub const MOST: usize = 64;
+}
+
 /// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `TALLIES`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -655,7 +673,7 @@ const _: () = assert!(HEADER_CAPACITY <= proxy::MAX_LEN && HEADER_CAPACITY.is_mu
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Address, Event, Flow, Key, Listener, Slot, Template};
+    use super::{Address, Ended, Event, Flow, Key, Listener, Slot, Template};
 
     // SAFETY: each is `repr(C)`, plain integers and bytes, no padding, every bit pattern valid.
     unsafe impl aya::Pod for Address {}
@@ -671,6 +689,8 @@ mod pod {
     unsafe impl aya::Pod for Flow {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Ended {}
 }
 
 #[cfg(test)]
@@ -700,6 +720,7 @@ mod tests {
         assert_eq!(size_of::<Slot>(), 16 + 40);
         assert_eq!(size_of::<Flow>(), 16 + 12 + 4 + 40 + 24 + 32 + 16);
         assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
+        assert_eq!(size_of::<Ended>(), 40 + 8);
         assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
     }
 

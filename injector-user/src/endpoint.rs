@@ -70,6 +70,8 @@ pub struct Endpoint {
     sequence: Option<u32>,
     /// The last read took all there was.
     emptied: AtomicBool,
+    /// And behind that comes the peer's FIN.
+    last: AtomicBool,
     /// The kernel has told of an error other than by a read. It tells once: who reads then sees an end of file.
     told: AtomicBool,
 }
@@ -85,7 +87,8 @@ impl Endpoint {
         Ok(Self::connected(socket, io, None))
     }
 
-    /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up.
+    /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up. The peer
+    /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::acknowledge`].
     ///
     /// # Errors
     /// As connect(2).
@@ -94,6 +97,7 @@ impl Endpoint {
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         prepare(&socket)?;
         receive_buffer(&socket)?;
+        spare_acknowledgements(&socket)?;
         let socket = Arc::new(socket);
         let anchor = engine.anchor(&socket);
         match socket.connect(&address.into()) {
@@ -121,6 +125,7 @@ impl Endpoint {
             needs: EVERYTHING,
             sequence,
             emptied: AtomicBool::new(false),
+            last: AtomicBool::new(false),
             told: AtomicBool::new(false),
             socket,
         }
@@ -200,7 +205,9 @@ impl Endpoint {
         let Some(io) = &self.io else { return Poll::Pending };
         loop {
             let mut ready = ready!(io.poll_read_ready(task))?;
-            let closed = ready.ready().is_read_closed();
+            let state = ready.ready();
+            let closed = state.is_read_closed();
+            let broken = state.is_write_closed() || state.is_error();
             let taken = SCRATCH.with_borrow_mut(|scratch| {
                 let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
                     Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
@@ -208,8 +215,10 @@ impl Endpoint {
                     Err(_would_block) => return Ok(None),
                 };
                 // A short read has emptied the queue: the next one would only say EAGAIN.
-                self.emptied.store(count < scratch.len(), Ordering::Relaxed);
-                if count > 0 && count < scratch.len() {
+                let emptied = count < scratch.len();
+                self.emptied.store(emptied, Ordering::Relaxed);
+                self.last.store(emptied && closed && !broken, Ordering::Relaxed);
+                if count > 0 && emptied {
                     ready.clear_ready_matching(Ready::READABLE);
                 }
                 Ok::<_, io::Error>(Some(take(scratch.get(..count).unwrap_or_default())))
@@ -284,6 +293,12 @@ impl Endpoint {
         self.emptied.load(Ordering::Relaxed)
     }
 
+    /// Whether behind what was read last comes the peer's FIN, as far as is known. Another may not be known of yet.
+    #[must_use]
+    pub fn read_its_last(&self) -> bool {
+        self.last.load(Ordering::Relaxed)
+    }
+
     /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
     /// of it may be that error's.
     #[must_use]
@@ -312,12 +327,22 @@ impl Endpoint {
         self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
     }
 
-    /// Writes what fits now, to be sent with [`Endpoint::push`] unless it fills a segment.
+    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::reset`] unless it fills a
+    /// segment.
     ///
     /// # Errors
     /// As send(2).
     pub fn try_write_more(&self, payload: &[u8]) -> io::Result<usize> {
         self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL | libc::MSG_MORE))
+    }
+
+    /// Acknowledges what has come by now, and what comes next at once, until the kernel sees a conversation.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn acknowledge(&self) -> io::Result<()> {
+        // To set it again acknowledges (__tcp_sock_set_quickack, net/ipv4/tcp.c).
+        self.socket.set_tcp_quickack(true)
     }
 
     /// Sends what was written.
@@ -435,6 +460,8 @@ impl Endpoint {
 
     /// Closes with a RST, so that the peer never takes what it got for the whole.
     pub fn reset(self) {
+        // A reset throws away what was written and not sent yet.
+        let _ = self.push();
         // If it fails, the socket is gone already.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
     }
@@ -508,6 +535,17 @@ pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_out_of_band_inline(true)
 }
 
+/// Has acknowledgements go along with payload where some follows soon (delayed, RFC 9293, section 3.8.6.3), from the first
+/// segment on; the kernel alone sends them at once until it has seen a conversation. A connecting socket leaves that of the
+/// SYN-ACK to the header (tcp_rcv_synsent_state_process, net/ipv4/tcp_input.c). To be called before connect(2), but after
+/// listen(2), which forgets it (inet_csk_listen_start, net/ipv4/inet_connection_sock.c); accepted sockets have it as well.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn spare_acknowledgements(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_quickack(false)
+}
+
 fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
     let interest = match needs {
         Needs { read: true, write: true } => Interest::READABLE | Interest::WRITABLE,
@@ -520,7 +558,48 @@ fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::AsyncReadExt as _,
+        net::{TcpListener, TcpStream},
+    };
+
     use super::*;
+    use crate::engine::Relay;
+
+    async fn pair() -> (Endpoint, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ours = Endpoint::connect(listener.local_addr().unwrap(), &Relay).await.unwrap();
+        ours.acknowledge().unwrap();
+        (ours, listener.accept().await.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn a_reset_comes_after_what_was_written_to_be_sent_later() {
+        let (ours, mut peer) = pair().await;
+        assert_eq!(ours.try_write_more(b"221 bye\r\n").unwrap(), 9);
+        ours.reset();
+        let mut seen = [0; 9];
+        peer.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"221 bye\r\n");
+        assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn the_last_payload_is_known_by_the_fin_behind_it() {
+        let (ours, peer) = pair().await;
+        let peer = peer.into_std().unwrap();
+        let (first, last) = (b"250 go on\r\n", b"221 bye\r\n");
+        peer.set_nonblocking(false).unwrap();
+        Socket::from(peer.try_clone().unwrap()).send(first).unwrap();
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), first.len());
+        assert!(!ours.read_its_last());
+        let peer = Socket::from(peer);
+        peer.send_with_flags(last, libc::MSG_MORE).unwrap();
+        peer.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), last.len());
+        assert!(ours.read_its_last());
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), 0);
+    }
 
     #[test]
     fn the_sequence_number_of_a_saved_syn() {

@@ -96,6 +96,7 @@ pub fn bind_for_workers(
         for socket in &sockets {
             endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
             socket.listen(BACKLOG)?;
+            endpoint::spare_acknowledgements(socket)?;
         }
         Ok(sockets)
     };
@@ -127,6 +128,7 @@ pub fn take_over(
     let ready = || {
         socket.set_nonblocking(true)?;
         endpoint::accepts(socket)?;
+        endpoint::spare_acknowledgements(socket)?;
         endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
         (0..workers).map(|_| socket.try_clone()).collect::<io::Result<_>>()
     };

@@ -208,6 +208,14 @@ pub fn read_pod<T: aya::Pod>(record: &[u8]) -> Option<T> {
     (record.len() >= size_of::<T>()).then(|| unsafe { std::ptr::read_unaligned(record.as_ptr().cast()) })
 }
 
+/// The bytes of a value.
+#[cfg(feature = "bpf")]
+#[must_use]
+pub fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
+    // SAFETY: a `Pod` is made of bytes, all of which have been written.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
 /// The soft limit of open descriptors after raising it as far as the hard limit allows.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,22 @@ pub fn accept_within(listener: &TcpListener, limit: Duration) -> anyhow::Result<
             Err(error) => bail!("accepting at the backend: {error}"),
         }
     }
+}
+
+/// How many segments have come for this connection (`tcpi_segs_in`, struct tcp_info, include/uapi/linux/tcp.h).
+///
+/// # Errors
+/// As getsockopt(2), and when the kernel does not say.
+pub fn segments_received(stream: &TcpStream) -> anyhow::Result<u32> {
+    const SEGS_IN: usize = 140;
+    let mut raw = [0_u8; SEGS_IN + 4];
+    let mut len = libc::socklen_t::try_from(raw.len())?;
+    let (socket, place) = (stream.as_raw_fd(), raw.as_mut_ptr().cast());
+    // SAFETY: `raw` is writable for `len` bytes, and the kernel writes at most that many.
+    let got = unsafe { libc::getsockopt(socket, libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) };
+    ensure!(got == 0, "TCP_INFO: {}", io::Error::last_os_error());
+    ensure!(usize::try_from(len)? == raw.len(), "TCP_INFO has {len} bytes");
+    Ok(u32::from_ne_bytes(*raw.last_chunk().context("no room")?))
 }
 
 /// Reads exactly what is expected.

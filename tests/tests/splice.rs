@@ -76,6 +76,8 @@ fn count(splice: &Splice, counter: Counter) -> u64 {
 async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
     let ours = Endpoint::connect(listener.local_addr()?, splice).await?;
+    // The peer is to have its connection before the header comes.
+    ours.acknowledge()?;
     Ok((ours, listener.accept().await?.0))
 }
 

@@ -1,8 +1,9 @@
 //! The inline engine: `client_in` remembers who sends a SYN, `backend_out` opens the flow, adds the header and shifts what the
-//! client sends, `backend_in` shifts what the backend acknowledges and gives it the header again if it was lost.
+//! client sends, `backend_in` shifts what the backend acknowledges and gives it the header again if it was lost; `sweep` takes
+//! out what has ended.
 //!
-//! Decisions are in `injector_common::inline`; here they are carried out. Each program exists twice: for devices with an
-//! Ethernet header, and for those without (`…_raw`).
+//! Decisions are in `injector_common::inline`; here they are carried out. Each program of a device exists twice: for devices
+//! with an Ethernet header, and for those without (`…_raw`).
 #![no_std]
 #![no_main]
 
@@ -15,6 +16,7 @@ mod client_in;
 mod header;
 mod maps;
 mod packet;
+mod sweep;
 mod words;
 
 /// To the next program, and then on its way (`TCX_NEXT`; `TC_ACT_UNSPEC` for older kernels).

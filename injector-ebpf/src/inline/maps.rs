@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use injector_common::inline::{
-    Address, Counter, Event, Flag, Flow, Key, LEAST_MTU, Listener, Slot, Template,
+    Address, Counter, Ended, Event, Flag, Flow, Key, LEAST_MTU, Listener, Slot, Template,
 };
 
 use super::{packet::Packet, words};
@@ -194,6 +194,14 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
     FLOWS.insert(key, flow, 0).ok()?;
     let _ = PENDING.remove(key);
     established(key)
+}
+
+/// Takes out a connection that has ended, unless another has its ports by now.
+#[inline(always)]
+pub(super) fn forget(ended: &Ended) -> bool {
+    let Some(flow) = established(&ended.key) else { return false };
+    // SAFETY: a map value, valid while the program runs.
+    unsafe { flow.as_ref() }.created_ns == ended.created_ns && FLOWS.remove(&ended.key).is_ok()
 }
 
 /// Tells the daemon of the end, once. That may be with a packet behind the last FIN: where both sides finish at the same moment,

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use injector_common::inline::{Event, Flag, Flow, Key};
+use injector_common::inline::{Ended, Event, Flag, Flow, Key};
 use tokio::io::Interest;
 
 use super::{Inline, maps::socket_address, parties};
@@ -58,37 +58,41 @@ pub struct Books {
     /// Flows that the map has room for.
     room: usize,
     open: Mutex<HashMap<Key, Entry>>,
-    ended: Mutex<Ended>,
+    lingering: Mutex<Lingering>,
 }
 
 /// Connections that have ended and are still in `FLOWS`.
 #[derive(Debug, Default)]
-struct Ended {
-    /// The first to end in front; with when it was created ([`Flow::created_ns`]).
-    queue: VecDeque<(Instant, Key, u64)>,
+struct Lingering {
+    /// The first to end in front; with when that was.
+    queue: VecDeque<(Instant, Ended)>,
     /// When the last connection of each key was created.
     last: HashMap<Key, u64>,
 }
 
-impl Ended {
+impl Lingering {
     /// Adds one; `false` if it was there: two processors that see the last FINs of a connection at the same moment may both
     /// tell of its end.
     fn add(&mut self, key: Key, flow: &Flow) -> bool {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;
         }
-        self.queue.push_back((Instant::now(), key, flow.created_ns));
+        self.queue.push_back((Instant::now(), Ended { key, created_ns: flow.created_ns }));
         true
     }
 
-    /// Takes out one that ended longer ago.
-    fn take(&mut self, linger: Duration) -> Option<Key> {
-        let (_, key, created) = self.queue.pop_front_if(|(since, ..)| since.elapsed() > linger)?;
-        // Unless the same ports have been at work again since.
-        if self.last.get(&key) == Some(&created) {
-            self.last.remove(&key);
+    /// Takes out those that ended longer ago.
+    fn take(&mut self, linger: Duration) -> Vec<Ended> {
+        let (mut taken, now) = (Vec::new(), Instant::now());
+        while let Some((_, ended)) = self.queue.pop_front_if(|(since, _)| now.duration_since(*since) > linger)
+        {
+            // Unless the same ports have been at work again since.
+            if self.last.get(&ended.key) == Some(&ended.created_ns) {
+                self.last.remove(&ended.key);
+            }
+            taken.push(ended);
         }
-        Some(key)
+        taken
     }
 }
 
@@ -104,7 +108,7 @@ impl Books {
     /// `room` for so many.
     #[must_use]
     pub fn new(listeners: Vec<Listening>, idle: Duration, room: usize) -> Self {
-        Self { listeners, idle, room, open: Mutex::default(), ended: Mutex::default() }
+        Self { listeners, idle, room, open: Mutex::default(), lingering: Mutex::default() }
     }
 
     /// Listens to the programs, and sweeps, until the runtime ends. Connections of an earlier daemon are taken over.
@@ -157,7 +161,7 @@ impl Books {
 
     fn ended(&self, key: &Key, flow: &Flow, end: End) {
         let Some(listening) = self.listener(flow) else { return };
-        if !lock(&self.ended).add(*key, flow) {
+        if !lock(&self.lingering).add(*key, flow) {
             return;
         }
         self.account(key, flow);
@@ -218,14 +222,11 @@ impl Books {
 
     /// Takes out what has ended long enough ago.
     fn sweep(&self, inline: &Inline) {
-        let mut ended = lock(&self.ended);
-        let linger = linger(ended.queue.len(), self.room);
-        while let Some(key) = ended.take(linger) {
-            // The same ports may be at work again.
-            if inline.maps.flow(&key).is_ok_and(|flow| flow.closed()) {
-                let _ = inline.maps.forget(&key);
-            }
-        }
+        let mut lingering = lock(&self.lingering);
+        let linger = linger(lingering.queue.len(), self.room);
+        let ended = lingering.take(linger);
+        drop(lingering);
+        inline.forget(&ended);
     }
 
     fn scan(&self, inline: &Inline) {
@@ -240,12 +241,12 @@ impl Books {
                     self.ended(&key, &flow, self.end_of(&flow));
                 }
                 if silent > linger {
-                    let _ = inline.maps.forget(&key);
+                    inline.maps.forget(&[Ended { key, created_ns: flow.created_ns }]);
                 }
                 continue;
             }
             if silent > self.idle {
-                let _ = inline.maps.forget(&key);
+                inline.maps.forget(&[Ended { key, created_ns: flow.created_ns }]);
                 self.ended(&key, &flow, End::Idle);
                 continue;
             }
@@ -267,15 +268,16 @@ mod tests {
 
     #[test]
     fn a_connection_ends_once() {
-        let mut ended = Ended::default();
+        let mut ended = Lingering::default();
         let (key, flow) = (Key::default(), |created_ns| Flow { created_ns, ..Flow::default() });
         assert!(ended.add(key, &flow(1)) && !ended.add(key, &flow(1)));
         // The same ports again, before the first is forgotten.
         assert!(ended.add(key, &flow(2)));
-        assert_eq!(ended.take(Duration::from_secs(60)), None);
-        assert_eq!(ended.take(Duration::ZERO), Some(key));
+        assert_eq!(ended.take(Duration::from_secs(60)), []);
         assert!(!ended.add(key, &flow(2)), "it is still there");
-        assert_eq!((ended.take(Duration::ZERO), ended.take(Duration::ZERO)), (Some(key), None));
+        let both = [1, 2].map(|created_ns| Ended { key, created_ns });
+        assert_eq!(ended.take(Duration::ZERO), both);
+        assert_eq!(ended.take(Duration::ZERO), []);
         assert!(ended.last.is_empty());
     }
 

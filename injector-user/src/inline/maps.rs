@@ -10,7 +10,7 @@ use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, RingBuf},
 };
-use injector_common::inline::{Address, Counter, Flow, Key, Listener, Template};
+use injector_common::inline::{Address, Counter, Ended, Flow, Key, Listener, Template};
 
 use crate::bpf::{LoadError, lock, take_map as take};
 
@@ -72,12 +72,14 @@ impl Maps {
         lock(&self.flows).iter().filter_map(Result::ok).collect()
     }
 
-    pub(super) fn flow(&self, key: &Key) -> Result<Flow, MapError> {
-        lock(&self.flows).get(key, 0)
-    }
-
-    pub(super) fn forget(&self, key: &Key) -> Result<(), MapError> {
-        lock(&self.flows).remove(key)
+    /// Takes out connections that have ended, as the program `sweep` does, by two calls for each.
+    pub(super) fn forget(&self, ended: &[Ended]) {
+        let mut flows = lock(&self.flows);
+        for Ended { key, created_ns } in ended {
+            if flows.get(key, 0).is_ok_and(|flow| flow.created_ns == *created_ns) {
+                let _ = flows.remove(key);
+            }
+        }
     }
 }
 

@@ -19,8 +19,11 @@ use std::{
     sync::Mutex,
 };
 
-use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
-use injector_common::inline::{Counter, HeaderAddresses, Template};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+};
+use injector_common::inline::{Counter, Ended, HeaderAddresses, Template};
 use thiserror::Error;
 
 use self::maps::Maps;
@@ -33,14 +36,18 @@ use crate::{
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
     header::Rendered,
     metrics::BpfCounters,
+    sys,
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
 const VERSION: &str = "v3";
 
-/// Every program, once for Ethernet and once for devices without a link-layer header.
-const PROGRAMS: [&str; 6] =
-    ["client_in", "client_in_raw", "backend_out", "backend_out_raw", "backend_in", "backend_in_raw"];
+/// Every program: those of devices once for Ethernet and once for devices without a link-layer header, and [`SWEEP`].
+const PROGRAMS: [&str; 7] =
+    ["client_in", "client_in_raw", "backend_out", "backend_out_raw", "backend_in", "backend_in_raw", SWEEP];
+
+/// The program that takes out what has ended; on no device.
+const SWEEP: &str = "sweep";
 
 /// The loaded programs with their maps. Dropping it changes nothing in the kernel.
 pub struct Inline {
@@ -117,6 +124,17 @@ impl Inline {
         Ok(self.maps.replace(&services)?)
     }
 
+    /// Takes out connections that have ended.
+    fn forget(&self, ended: &[Ended]) {
+        let programs = lock(&self.programs);
+        for some in ended.chunks(Ended::MOST) {
+            if let Err(error) = sweep(&programs, some) {
+                tracing::debug!(%error, "the program that sweeps cannot be run");
+                self.maps.forget(some);
+            }
+        }
+    }
+
     /// The loaded programs and what they cost the verifier.
     #[must_use]
     pub fn programs(&self) -> Vec<ProgramReport> {
@@ -144,6 +162,16 @@ fn load_programs(loader: &mut EbpfLoader<'_>) -> Result<(Ebpf, Maps), bpf::LoadE
         program.load().map_err(|error| bpf::LoadError::Program { program: name, error })?;
     }
     Ok((programs, maps))
+}
+
+/// Has the program take out connections that have ended, up to [`Ended::MOST`], unless others have their ports by now; returns
+/// how many it took out.
+fn sweep(programs: &Ebpf, ended: &[Ended]) -> Result<u32, ProgramError> {
+    let program: &SchedClassifier = programs.program(SWEEP).ok_or(ProgramError::NotLoaded)?.try_into()?;
+    let mut packet = vec![0; Ended::AT];
+    packet.extend(ended.iter().flat_map(sys::bytes_of));
+    let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
+    Ok(program.test_run(options)?.return_value)
 }
 
 /// Where a listener's backends are.

@@ -387,7 +387,9 @@ impl Lane {
             if let Some(carried) = carried {
                 carried.early_ends = 0;
             }
-            Some(take(direction, waiting, payload, target))
+            // Its FIN then leaves in one segment with it.
+            let last = carried.is_none() && source.read_its_last();
+            Some(take(direction, waiting, payload, last, target))
         });
         match ready!(taken).map_err(Break::Source)? {
             Some(Some(taken)) => Poll::Ready(taken),
@@ -600,11 +602,12 @@ pub(super) enum Enrolment {
     Lost(io::Error),
 }
 
-/// Passes on what was just read, as far as the target takes it now; the rest waits.
+/// Passes on what was just read, as far as the target takes it now; the rest waits. The `last` of it is sent with what follows.
 fn take(
     direction: &mut Direction,
     waiting: &mut Option<Box<Waiting>>,
     payload: &[u8],
+    last: bool,
     target: &Endpoint,
 ) -> Result<Progress, Break> {
     let gated = direction.want() == Want::Read;
@@ -619,7 +622,8 @@ fn take(
         Forgery::Undecided => 0,
         Forgery::No => {
             direction.open_gate();
-            let written = target.try_write(all).map_err(Break::Target)?;
+            let written = if last { target.try_write_more(all) } else { target.try_write(all) };
+            let written = written.map_err(Break::Target)?;
             direction.wrote(written);
             written
         }

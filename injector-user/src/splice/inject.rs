@@ -7,7 +7,7 @@ use injector_common::splice::Header;
 use thiserror::Error;
 
 use super::Splice;
-use crate::endpoint::Endpoint;
+use crate::{endpoint::Endpoint, sys};
 
 /// The byte that carries a header alone; the program takes it out again.
 const DOORBELL: &[u8] = &[0];
@@ -40,7 +40,7 @@ impl Splice {
         })?;
         self.maps.store_header(backend, &header).map_err(InjectError::Refused)?;
         self.maps.watch_first_message(backend.cookie(), backend).map_err(InjectError::Refused)?;
-        let placed = self.send_through(backend, payload);
+        let placed = self.send_through(backend, header.len.into(), payload);
         // The program stays on a socket until it has left all maps: out, before it is spliced.
         let left = self.maps.unwatch_first_message(backend.cookie());
         let sent = placed?;
@@ -48,22 +48,32 @@ impl Splice {
         Ok(sent)
     }
 
-    fn send_through(&self, backend: &Endpoint, payload: &[u8]) -> Result<usize, InjectError> {
+    fn send_through(
+        &self,
+        backend: &Endpoint,
+        header_len: u64,
+        payload: &[u8],
+    ) -> Result<usize, InjectError> {
         let alone = payload.is_empty();
-        // The program makes pieces of a message, which the kernel would send one by one (tcp_bpf_push, net/ipv4/tcp_bpf.c).
-        let sent = if alone { backend.try_write(DOORBELL) } else { backend.try_write_more(payload) };
-        let sent = sent.map_err(InjectError::Dropped)?;
+        // The program makes pieces of a message, which the kernel would send one by one (tcp_bpf_push, net/ipv4/tcp_bpf.c). And
+        // what is less than a segment does not leave before it is known to begin with the header.
+        let message = if alone { DOORBELL } else { payload };
+        let sent = backend.try_write_more(message).map_err(InjectError::Dropped)?;
         if sent == 0 {
             return Err(InjectError::Dropped(io::ErrorKind::WouldBlock.into()));
         }
-        match self.maps.header(backend) {
-            Ok(header) if header.state == Header::SENT => {}
-            _ => return Err(InjectError::NotPlaced),
-        }
-        if alone {
-            return Ok(0);
+        let sent = if alone { 0 } else { sent };
+        if !self.is_placed(backend, header_len + sent as u64) {
+            return Err(InjectError::NotPlaced);
         }
         backend.push().map_err(InjectError::Dropped)?;
         Ok(sent)
+    }
+
+    /// Whether the header is in front of what was sent, both together so many bytes. Nothing else makes the queue longer than
+    /// what was written. Where some of it has left and is acknowledged, the program's own mark tells, which is dearer to read.
+    fn is_placed(&self, backend: &Endpoint, whole: u64) -> bool {
+        sys::unacknowledged(backend).is_ok_and(|queued| queued == whole)
+            || self.maps.header(backend).is_ok_and(|header| header.state == Header::SENT)
     }
 }

@@ -187,7 +187,7 @@ fn crossing(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// Sends this and a FIN such that they share their last segment.
-fn send_with_fin(stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn send_with_fin(stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     let sent = SockRef::from(stream).send_with_flags(bytes, libc::MSG_MORE)?;
     ensure!(sent == bytes.len(), "{sent} of {} bytes were taken", bytes.len());
     Ok(stream.shutdown(Shutdown::Write)?)

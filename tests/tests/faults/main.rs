@@ -9,6 +9,7 @@ mod headers;
 mod hoard;
 mod overlaps;
 mod refusals;
+mod segments;
 mod starting;
 mod stopping;
 mod transfers;
@@ -42,6 +43,7 @@ fn main() {
             .chain(transfers::TRIALS)
             .chain(overlaps::TRIALS)
             .chain(endings::TRIALS)
+            .chain(segments::TRIALS)
             .chain(stopping::TRIALS)
             .chain(crowds::TRIALS)
             .chain(hoard::TRIALS)

@@ -15,7 +15,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use injector_common::{
-    inline::{ACK, PSH, SYN},
+    inline::{ACK, Ended, Key, PSH, SYN},
     proxy,
 };
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
@@ -24,7 +24,7 @@ use self::segment::{Link, Segment};
 use super::{
     LoadError, load_programs,
     maps::{Maps, Services},
-    template,
+    sweep, template,
 };
 use crate::{
     bpf::{ProgramReport, reports},
@@ -58,7 +58,7 @@ fn on_one_processor() -> (Vec<Check>, Vec<ProgramReport>) {
     };
     let seen = "programs verified, maps made".to_owned();
     let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
-    let tests: [(&'static str, Test, &str); 5] = [
+    let tests: [(&'static str, Test, &str); 6] = [
         ("header_added", header_added, "at the end of the handshake, with its lengths and checksums"),
         (
             "header_waits",
@@ -68,6 +68,7 @@ fn on_one_processor() -> (Vec<Check>, Vec<ProgramReport>) {
         ("shifted", shifted, "sequence numbers later, acknowledgements and SACK blocks earlier"),
         ("answered", answered, "a backend that asks for the header gets it, and its packet goes no further"),
         ("fail_closed", fail_closed, "nothing that was forwarded reaches the backend without a header"),
+        ("swept", swept, "a connection that has ended is taken out, and no other"),
     ];
     for (number, (name, test, seen)) in (0..).zip(tests) {
         let start = Instant::now();
@@ -94,8 +95,7 @@ fn everywhere(bench: &Bench, number: u16, test: Test) -> Result<(), String> {
 /// The programs with maps of their own.
 struct Bench {
     programs: Ebpf,
-    // The programs hold the maps as well; what the daemon reads of them, it reads by these.
-    _maps: Maps,
+    maps: Maps,
 }
 
 /// The verdicts of a tc program (include/uapi/linux/pkt_cls.h); `TC_ACT_UNSPEC` is -1.
@@ -128,7 +128,7 @@ impl Bench {
             }
         }
         maps.replace(&services)?;
-        Ok(Self { programs, _maps: maps })
+        Ok(Self { programs, maps })
     }
 
     /// Runs a program once; `from` is the device that the packet came by, 0 if it began here.
@@ -484,6 +484,33 @@ fn fail_closed(way: &Way<'_>) -> Result<(), String> {
         }
         let ran = way.run_with("backend_out", &segment, 0, 0)?;
         way.is(&ran, NEXT, "backend_out", &format!("{what}, from this host itself"), &segment)?;
+    }
+    Ok(())
+}
+
+fn swept(way: &Way<'_>) -> Result<(), String> {
+    let flow = || {
+        let mut flows = way.bench.maps.flows().into_iter();
+        flows.find(|(key, _)| key.source.port == way.port)
+    };
+    let sweep = |ended: &[Ended]| {
+        let swept = sweep(&way.bench.programs, ended);
+        swept.map_err(|error| format!("sweep: BPF_PROG_TEST_RUN: {}", crate::bpf::chain(&error)))
+    };
+    way.acknowledge()?;
+    let (key, flow_now) = flow().ok_or("there is no flow to sweep")?;
+    let created_ns = flow_now.created_ns;
+    // One that had the same ports, and as many that are not there as can be listed.
+    let before = Ended { key, created_ns: created_ns - 1 };
+    let mut others = vec![Ended { key: Key::default(), created_ns }; Ended::MOST - 1];
+    others.push(before);
+    if sweep(&others)? != 0 || flow().is_none() {
+        return Err("sweep has taken out a connection that goes on".to_owned());
+    }
+    others.pop();
+    others.push(Ended { key, created_ns });
+    if sweep(&others)? != 1 || flow().is_some() {
+        return Err("sweep has not taken out a connection that has ended".to_owned());
     }
     Ok(())
 }

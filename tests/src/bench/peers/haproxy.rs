@@ -85,6 +85,8 @@ fn configuration(carry: Carry, threads: usize, dir: &Path) -> String {
 {pipes}    stats socket {}/stats.sock level admin
 defaults
     mode tcp
+    option tcp-smart-accept
+    option tcp-smart-connect
 {splice}    timeout connect 5s
     timeout client 60s
     timeout server 60s

@@ -327,8 +327,8 @@ impl Endpoint {
         self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
     }
 
-    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::reset`] unless it fills a
-    /// segment.
+    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::push_and_reset`] unless it
+    /// fills a segment.
     ///
     /// # Errors
     /// As send(2).
@@ -458,12 +458,17 @@ impl Endpoint {
         give_up_after(&self.socket, user_timeout, keepalive)
     }
 
-    /// Closes with a RST, so that the peer never takes what it got for the whole.
+    /// Closes with a RST, so that the peer never takes what it got for the whole. What was written and not sent yet is thrown away.
     pub fn reset(self) {
-        // A reset throws away what was written and not sent yet.
-        let _ = self.push();
         // If it fails, the socket is gone already.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
+    }
+
+    /// The same, but what was written is sent before.
+    pub fn push_and_reset(self) {
+        // If it fails, nothing is sent any more.
+        let _ = self.push();
+        self.reset();
     }
 }
 
@@ -574,13 +579,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reset_comes_after_what_was_written_to_be_sent_later() {
+    async fn what_was_written_to_be_sent_later_is_pushed_before_a_reset_or_never_sent() {
+        let mut seen = [0; 9];
         let (ours, mut peer) = pair().await;
         assert_eq!(ours.try_write_more(b"221 bye\r\n").unwrap(), 9);
-        ours.reset();
-        let mut seen = [0; 9];
+        ours.push_and_reset();
         peer.read_exact(&mut seen).await.unwrap();
         assert_eq!(&seen, b"221 bye\r\n");
+        assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let (ours, mut peer) = pair().await;
+        assert_eq!(ours.try_write_more(b"no header").unwrap(), 9);
+        ours.reset();
         assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 

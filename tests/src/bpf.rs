@@ -58,8 +58,22 @@ impl DaemonMap {
     /// # Errors
     /// As bpf(2).
     pub fn drop_messages(&self) -> anyhow::Result<()> {
-        // r0 = SK_DROP; exit
-        let program: [u64; 2] = [0x0000_0000_0000_00b7, 0x0000_0000_0000_0095];
+        const SK_DROP: u64 = 0;
+        self.answer_messages(SK_DROP)
+    }
+
+    /// Has every message sent as it is.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn pass_messages(&self) -> anyhow::Result<()> {
+        const SK_PASS: u64 = 1;
+        self.answer_messages(SK_PASS)
+    }
+
+    fn answer_messages(&self, action: u64) -> anyhow::Result<()> {
+        // r0 = action; exit
+        let program: [u64; 2] = [action << 32 | 0x00b7, 0x0095];
         let licence = c"GPL";
         let mut load = Attributes::new()
             .u32(0, BPF_PROG_TYPE_SK_MSG)
@@ -67,9 +81,9 @@ impl DaemonMap {
             .pointer(8, program.as_ptr().cast())
             .pointer(16, licence.as_ptr().cast())
             .u32(68, BPF_SK_MSG_VERDICT);
-        let program = descriptor(BPF_PROG_LOAD, &mut load).context("loading a program that drops")?;
+        let program = descriptor(BPF_PROG_LOAD, &mut load).context("loading a program of our own")?;
         let mut attach = Attributes::new().fd(0, &self.0).fd(4, &program).u32(8, BPF_SK_MSG_VERDICT);
-        call(BPF_PROG_ATTACH, &mut attach).context("attaching a program that drops")?;
+        call(BPF_PROG_ATTACH, &mut attach).context("attaching a program of our own")?;
         Ok(())
     }
 

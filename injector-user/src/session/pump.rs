@@ -246,10 +246,11 @@ impl Pump {
                     }
                 }
             }
-            // After a loss, or what may be one, neither side may take what it got for the whole.
+            // After a loss, or what may be one, neither side may take what it got for the whole. But it gets what there was: what
+            // seemed to be the last of it may be waiting for the FIN.
             _ => {
-                backend.reset();
-                client.reset();
+                backend.push_and_reset();
+                client.push_and_reset();
             }
         }
         Outcome { end, error, to_backend, to_client, client: left }

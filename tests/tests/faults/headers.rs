@@ -31,6 +31,8 @@ pub(crate) const SPLICE_TRIALS: &[(&str, Run)] = &[
     ("header/sent without the program", sent_without_program),
     ("header/dropped by the program", dropped),
     ("header/dropped by the program, client first", dropped_client_first),
+    ("header/not placed by the program", not_placed),
+    ("header/not placed by the program, client first", not_placed_client_first),
     ("header/storage refused", storage_refused),
     ("enrolment/refused", enrolment_refused),
 ];
@@ -173,11 +175,29 @@ fn sent_without_program(world: &World, engine: &str) -> anyhow::Result<()> {
 
 /// The backend has read nothing, and both ends are reset.
 fn dropped(world: &World, engine: &str) -> anyhow::Result<()> {
+    server_first_fails(world, engine, DaemonMap::drop_messages)
+}
+
+fn dropped_client_first(world: &World, engine: &str) -> anyhow::Result<()> {
+    client_first_fails(world, engine, DaemonMap::drop_messages)
+}
+
+/// What was given to the kernel without a header is taken back.
+fn not_placed(world: &World, engine: &str) -> anyhow::Result<()> {
+    server_first_fails(world, engine, DaemonMap::pass_messages)
+}
+
+fn not_placed_client_first(world: &World, engine: &str) -> anyhow::Result<()> {
+    client_first_fails(world, engine, DaemonMap::pass_messages)
+}
+
+type Spoil = fn(&DaemonMap) -> anyhow::Result<()>;
+
+fn server_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
     let backend = world.backend()?;
     let injector = world.injector(engine, "smtp", "")?;
-    DaemonMap::of(injector.pid(), "INJECT")?.drop_messages()?;
-    let client = world.client_unless_reset()?;
-    if let Some(mut client) = client {
+    spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
+    if let Some(mut client) = world.client_unless_reset()? {
         ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
     }
     ended(&injector, "header_failed")?;
@@ -186,10 +206,10 @@ fn dropped(world: &World, engine: &str) -> anyhow::Result<()> {
     counted(&injector, "injector_headers_sent_total", &[], 0.0)
 }
 
-fn dropped_client_first(world: &World, engine: &str) -> anyhow::Result<()> {
+fn client_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
     let backend = world.backend()?;
     let injector = world.injector(engine, "submissions", "")?;
-    DaemonMap::of(injector.pid(), "INJECT")?.drop_messages()?;
+    spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
     let mut client = world.client()?;
     client.write_all(b"\x16\x03\x01 hello")?;
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");

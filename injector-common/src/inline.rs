@@ -572,6 +572,12 @@ impl Ended {
     /// So many to a packet. With what the kernel puts around it, that must fit into a page (bpf_test_init,
     /// net/bpf/test_run.c).
     pub const MOST: usize = 64;
+
+    /// This one.
+    #[must_use]
+    pub const fn new(key: Key, flow: &Flow) -> Self {
+        Self { key, created_ns: flow.created_ns }
+    }
 }
 
 /// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `TALLIES`.

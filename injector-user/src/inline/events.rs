@@ -77,7 +77,7 @@ impl Lingering {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;
         }
-        self.queue.push_back((Instant::now(), Ended { key, created_ns: flow.created_ns }));
+        self.queue.push_back((Instant::now(), Ended::new(key, flow)));
         true
     }
 
@@ -233,6 +233,7 @@ impl Books {
         let now = sys::monotonic_ns();
         let flows = inline.maps.flows();
         let linger = linger(flows.len(), self.room);
+        let mut past = Vec::new();
         for (key, flow) in flows {
             let silent = Duration::from_nanos(now.saturating_sub(flow.last_ns));
             if flow.closed() {
@@ -241,12 +242,12 @@ impl Books {
                     self.ended(&key, &flow, self.end_of(&flow));
                 }
                 if silent > linger {
-                    inline.maps.forget(&[Ended { key, created_ns: flow.created_ns }]);
+                    past.push(Ended::new(key, &flow));
                 }
                 continue;
             }
             if silent > self.idle {
-                inline.maps.forget(&[Ended { key, created_ns: flow.created_ns }]);
+                past.push(Ended::new(key, &flow));
                 self.ended(&key, &flow, End::Idle);
                 continue;
             }
@@ -255,6 +256,7 @@ impl Books {
                 self.account(&key, &flow);
             }
         }
+        inline.forget(&past);
     }
 
     fn listener(&self, flow: &Flow) -> Option<&Listening> {

@@ -367,7 +367,8 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStream>> {
+/// A connection that is there already, at a listener that does not wait.
+pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStream>> {
     match backend.accept() {
         Ok((stream, _)) => Ok(Some(stream)),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),

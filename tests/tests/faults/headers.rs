@@ -1,6 +1,6 @@
 //! The header as the backend reads it, and what happens when it cannot be put there.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use injector_tests::bpf::DaemonMap;
 use injector_tests::daemon::{BPF_EVENTS, BYTES, PLANE, SPLICED};
 
 use crate::Run;
+use crate::crowds::accept_now;
 use crate::world::{
     Ending, World, accept, accept_with_header, client_ip, counted, ended, ending, expect, finished, pass,
     patient, public_address,
@@ -220,16 +221,11 @@ fn client_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Resu
 /// The backend has no connection, for the header would have ended its handshake; or, if the daemon was slow, one that is reset.
 fn heard_nothing(backend: &TcpListener) -> anyhow::Result<()> {
     backend.set_nonblocking(true)?;
-    match backend.accept() {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
-        Err(error) => Err(error.into()),
-        Ok((mut server, _)) => {
-            server.set_nonblocking(false)?;
-            patient(&server)?;
-            ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something");
-            Ok(())
-        }
-    }
+    let Some(mut server) = accept_now(backend)? else { return Ok(()) };
+    server.set_nonblocking(false)?;
+    patient(&server)?;
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something");
+    Ok(())
 }
 
 /// Nothing has gone out yet: user space sends the header, and the connection lives.

@@ -15,8 +15,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("segments/client speaks first, but late", late_question),
 ];
 
-/// An acknowledgement that waits for something to go along with waits for 40 ms at most, or longer than 200 ms where it is that of
-/// the SYN: on a busy machine not every session has its own in time.
+/// An acknowledgement waits for something to go along with for 40 ms, that of the SYN for 200: on a busy machine not every session
+/// has it in time.
 const TRIES: usize = 20;
 
 /// What the client has received when it has read all, and what the backend has when it has read the question.

@@ -10,6 +10,8 @@ mod install;
 mod kubernetes;
 mod observe;
 mod package;
+#[cfg(test)]
+mod script;
 mod setup;
 mod soak;
 mod test;

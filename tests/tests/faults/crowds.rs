@@ -15,7 +15,7 @@ use crate::Run;
 use crate::transfers::{introduced, pattern, receive_all, send_all};
 use crate::world::{
     Ending, LIMIT, World, accept_with_header, counted, ending, expect, finished, pass, patient,
-    public_address,
+    public_address, until,
 };
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
@@ -253,18 +253,6 @@ fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
         let same = after.0 <= before.0 && after.1 == before.1;
         Ok(same.then_some(()).ok_or_else(|| format!("before {before:?}, after {after:?}")))
     })
-}
-
-/// Waits until `look` finds what it wants, or fails with what it saw last.
-fn until(look: impl Fn() -> anyhow::Result<Result<(), String>>) -> anyhow::Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        match look()? {
-            Ok(()) => return Ok(()),
-            Err(seen) => ensure!(Instant::now() < deadline, "{seen}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Sets a process's limit of open files.

@@ -1,6 +1,7 @@
 //! The three namespaces, plain sockets in them, and an injector between them.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use injector_tests::daemon::{EAGER, Injector, Session};
@@ -97,6 +98,18 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
         metrics_address(),
         public_address()
     )
+}
+
+/// Waits until `look` finds what it wants, or fails with what it saw last.
+pub(crate) fn until(mut look: impl FnMut() -> anyhow::Result<Result<(), String>>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match look()? {
+            Ok(()) => return Ok(()),
+            Err(seen) => ensure!(Instant::now() < deadline, "{seen}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Waits until `count` connections have their line, and returns them all.

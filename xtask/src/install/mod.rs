@@ -156,14 +156,14 @@ mod tests {
     use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _};
 
     use super::*;
+    use crate::script;
 
     /// A program that answers as the daemon does, for building one takes minutes.
     fn program(folder: &Path) -> PathBuf {
         let path = folder.join("injector");
-        let script = "#!/bin/sh\ncase $1 in\nman) echo page > \"$3/injector.1\" ;;\n\
+        let text = "#!/bin/sh\ncase $1 in\nman) echo page > \"$3/injector.1\" ;;\n\
                       completions) echo \"for $2\" ;;\n*) exit 1 ;;\nesac\n";
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        script::write(&path, text);
         path
     }
 

@@ -186,12 +186,12 @@ fn is_stale(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::script;
 
     fn policy(code: u8) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("policy-rc.d");
-        fs::write(&path, format!("#!/bin/sh\nexit {code}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        script::write(&path, &format!("#!/bin/sh\nexit {code}\n"));
         (folder, path)
     }
 

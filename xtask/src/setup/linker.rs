@@ -108,15 +108,12 @@ pub(super) fn place(partial: tempfile::TempDir, finished: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
+    use crate::script;
 
-    fn tool(folder: &Path, script: &str) {
+    fn tool(folder: &Path, said: &str) {
         fs::create_dir_all(folder.join("bin")).unwrap();
-        let program = folder.join("bin/bpf-linker");
-        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        script::write(&folder.join("bin/bpf-linker"), &format!("#!/bin/sh\n{said}\n"));
     }
 
     #[test]

@@ -79,6 +79,7 @@ mod bpf {
         let path = env::join_paths(path).map_err(|error| format!("PATH: {error}"))?;
         let mut variables: Vec<(&str, OsString)> = vec![
             ("PATH", path),
+            ("CARGO_BUILD_BUILD_DIR", shared_build_dir()?.into()),
             // aya-build shows everything cargo and rustup say as warnings: let them say only what is one.
             ("CARGO_TERM_QUIET", "true".into()),
             ("RUSTUP_LOG", "warn".into()),
@@ -89,6 +90,15 @@ mod bpf {
             unsafe { env::set_var(name, value) };
         }
         Ok(())
+    }
+
+    /// One folder for what every profile and feature of the daemon builds alike: the programs, and `core` for them. It is not
+    /// locked by the cargo that runs this script, which locks the folder of its profile. A cargo before 1.91 ignores it.
+    fn shared_build_dir() -> Result<PathBuf, String> {
+        let out_dir = env::var_os("OUT_DIR").map(PathBuf::from).ok_or("no OUT_DIR")?;
+        // target/[triple/]profile/build/package-hash/out
+        let profile = out_dir.ancestors().nth(3).ok_or("OUT_DIR is not below a profile's folder")?;
+        Ok(profile.with_file_name("bpf-programs"))
     }
 
     /// The tool cache, by the same rule as `xtask/src/setup/cache.rs`.

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, setup};
+use crate::{
+    cargo::{self, Executable},
+    setup,
+};
 
 #[derive(clap::Args)]
 pub(crate) struct BuildArgs {
@@ -30,9 +33,15 @@ pub(crate) fn daemon(release: bool) -> Result<PathBuf> {
     if release {
         command.arg("--release");
     }
-    cargo::executables(&mut command)?
-        .into_iter()
-        .find(|made| made.target == "injector" && made.kind == "bin")
-        .map(|made| made.path)
-        .context("cargo built no program `injector`; is it still a [[bin]] of injector-user?")
+    among(&cargo::executables(&mut command)?)
+}
+
+/// Where `injector` is, among what was built.
+///
+/// # Errors
+/// When it is not.
+pub(crate) fn among(built: &[Executable]) -> Result<PathBuf> {
+    let daemon = built.iter().find(|made| made.target == "injector" && made.kind == "bin" && !made.harness);
+    let missing = "cargo built no program `injector`; is it still a [[bin]] of injector-user?";
+    daemon.map(|daemon| daemon.path.clone()).context(missing)
 }

@@ -72,13 +72,15 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let obstacle = if args.runs_integration() { obstacle() } else { None };
     let privileged = args.runs_integration() && obstacle.is_none();
     setup::ensure(if privileged { &Group::USUAL } else { &[Group::Bpf] })?;
-    let programs = compile()?;
+    let built = compile()?;
+    let daemon = build::among(&built)?;
+    let programs: Vec<_> = built.into_iter().filter(|program| program.harness).collect();
     let mut report = Report::default();
     if args.runs_unit() {
         unit(args, &programs, &mut report)?;
     }
     if privileged {
-        integration(args, &programs, &mut report)?;
+        integration(args, &programs, &daemon, &mut report)?;
         if args.filter.is_none() {
             report.add("instructions".into(), instructions()?);
         }
@@ -89,14 +91,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     if report.passed() { Ok(()) } else { Err(AlreadyTold.into()) }
 }
 
-/// Builds every test program.
+/// Builds every test program, and the daemon with them: by itself it would be built from libraries with other features, for what
+/// only tests depend on adds some.
 fn compile() -> Result<Vec<Executable>> {
     let mut command = cargo::cargo();
-    command.arg("test").args(cargo::HOST_PACKAGES).arg("--no-run");
-    let mut programs = cargo::executables(&mut command)?;
-    programs.retain(|program| program.harness);
-    programs.sort_by_key(title);
-    Ok(programs)
+    command.arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets");
+    let mut built = cargo::executables(&mut command)?;
+    built.sort_by_key(title);
+    Ok(built)
 }
 
 fn title(program: &Executable) -> String {
@@ -120,12 +122,11 @@ fn unit(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result
 }
 
 /// The privileged tests, and afterwards a look at what they left.
-fn integration(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result<()> {
-    let daemon = build::daemon(false)?;
+fn integration(args: &TestArgs, programs: &[Executable], daemon: &Path, report: &mut Report) -> Result<()> {
     let before = Before::look()?;
     for program in programs.iter().filter(is_privileged) {
         let title = title(program);
-        let ran = watch(&title, harness(program, args).env("INJECTOR_BIN", &daemon), args.limit)?;
+        let ran = watch(&title, harness(program, args).env("INJECTOR_BIN", daemon), args.limit)?;
         report.add(title, ran);
     }
     for left in before.left_behind() {

@@ -93,7 +93,7 @@ mod bpf {
     }
 
     /// One folder for what every profile and feature of the daemon builds alike: the programs, and `core` for them. It is not
-    /// locked by the cargo that runs this script, which locks the folder of its profile. A cargo before 1.91 ignores it.
+    /// locked by the cargo that runs this script, which locks the folder of its profile.
     fn shared_build_dir() -> Result<PathBuf, String> {
         let out_dir = env::var_os("OUT_DIR").map(PathBuf::from).ok_or("no OUT_DIR")?;
         // target/[triple/]profile/build/package-hash/out

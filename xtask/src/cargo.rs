@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 /// Every package that the host's compiler can build. One selection for all verbs means one set of features, so nothing is
-/// built twice.
+/// built twice, but for what tests alone depend on: that adds features as soon as a test is among what is built.
 pub(crate) const HOST_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "injector-ebpf"];
 
 /// The folder of the workspace's `Cargo.toml`.

@@ -41,8 +41,7 @@ fn lint() -> Result<()> {
     cargo::run(cargo::cargo().args(["clippy", "--all-targets"]).args(RELAY_ONLY).args(DENY))
 }
 
-/// The daemon without BPF: must stay buildable with stable Rust alone. The lints see all of it; to generate its code as well would
-/// take as long again, for libraries with other features than the rest of the workspace gives them.
+/// The daemon without BPF: must stay buildable with stable Rust alone.
 const RELAY_ONLY: [&str; 3] = ["--package", "injector-user", "--no-default-features"];
 
 /// Lints the programs for their own target: by clippy where the BPF toolchain has it (Debian's has not), and by the
@@ -74,5 +73,7 @@ fn docs() -> Result<()> {
 }
 
 fn build() -> Result<()> {
+    // The full build last: both put their daemon in the same place.
+    cargo::run(cargo::cargo().arg("build").args(RELAY_ONLY))?;
     cargo::run(cargo::cargo().arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets"))
 }

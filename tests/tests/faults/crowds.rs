@@ -14,7 +14,7 @@ use injector_tests::gauges::{Memory, descriptors};
 use crate::Run;
 use crate::transfers::{introduced, pattern, receive_all, send_all};
 use crate::world::{
-    Ending, LIMIT, World, accept_with_header, counted, ending, expect, finished, pass, patient,
+    Ending, LIMIT, World, accept_now, accept_with_header, counted, ending, expect, finished, pass, patient,
     public_address, until,
 };
 
@@ -353,13 +353,4 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
     backend.set_nonblocking(true)?;
     ensure!(accept_now(&backend)?.is_none(), "a connection to the backend for somebody who was turned away");
     Ok(())
-}
-
-/// A connection that is there already, at a listener that does not wait.
-pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStream>> {
-    match backend.accept() {
-        Ok((stream, _)) => Ok(Some(stream)),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }

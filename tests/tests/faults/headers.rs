@@ -10,10 +10,9 @@ use injector_tests::bpf::DaemonMap;
 use injector_tests::daemon::{BPF_EVENTS, BYTES, PLANE, SPLICED};
 
 use crate::Run;
-use crate::crowds::accept_now;
 use crate::world::{
-    Ending, World, accept, accept_with_header, client_ip, counted, ended, ending, expect, finished, pass,
-    patient, public_address,
+    Ending, World, accept, accept_now, accept_with_header, client_ip, counted, ended, ending, expect,
+    finished, pass, patient, public_address,
 };
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[

@@ -1,5 +1,6 @@
 //! The three namespaces, plain sockets in them, and an injector between them.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -100,8 +101,17 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     )
 }
 
+/// A connection that is there already, at a listener that does not wait.
+pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStream>> {
+    match backend.accept() {
+        Ok((stream, _)) => Ok(Some(stream)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Waits until `look` finds what it wants, or fails with what it saw last.
-pub(crate) fn until(mut look: impl FnMut() -> anyhow::Result<Result<(), String>>) -> anyhow::Result<()> {
+pub(crate) fn until(look: impl Fn() -> anyhow::Result<Result<(), String>>) -> anyhow::Result<()> {
     let deadline = Instant::now() + LIMIT;
     loop {
         match look()? {

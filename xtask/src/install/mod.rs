@@ -161,9 +161,9 @@ mod tests {
     /// A program that answers as the daemon does, for building one takes minutes.
     fn program(folder: &Path) -> PathBuf {
         let path = folder.join("injector");
-        let text = "#!/bin/sh\ncase $1 in\nman) echo page > \"$3/injector.1\" ;;\n\
+        let script = "#!/bin/sh\ncase $1 in\nman) echo page > \"$3/injector.1\" ;;\n\
                       completions) echo \"for $2\" ;;\n*) exit 1 ;;\nesac\n";
-        script::write(&path, text);
+        script::write(&path, script);
         path
     }
 

@@ -111,9 +111,9 @@ mod tests {
     use super::*;
     use crate::script;
 
-    fn tool(folder: &Path, said: &str) {
+    fn tool(folder: &Path, script: &str) {
         fs::create_dir_all(folder.join("bin")).unwrap();
-        script::write(&folder.join("bin/bpf-linker"), &format!("#!/bin/sh\n{said}\n"));
+        script::write(&folder.join("bin/bpf-linker"), &format!("#!/bin/sh\n{script}\n"));
     }
 
     #[test]

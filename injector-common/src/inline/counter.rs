@@ -1,0 +1,96 @@
+//! The counters of the programs.
+
+/// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `TALLIES`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// `client_in`: a SYN for a listener, remembered for `backend_out`.
+    Remembered,
+    /// `client_in`: a SYN with data (Fast Open); dropped, the client sends it again without.
+    FastOpen,
+    /// `backend_out`: a SYN whose client is known: a new flow.
+    Opened,
+    /// `backend_out`: a forwarded SYN to a backend's PROXY port whose client is not known; dropped.
+    NoSlot,
+    /// `backend_out`: a forwarded segment to a backend's PROXY port that belongs to no flow; dropped.
+    NoFlow,
+    /// `backend_out`: a fragment to a backend; dropped.
+    Fragment,
+    /// `backend_out`: the header sent as payload of the client's acknowledgement.
+    Appended,
+    /// `backend_out`: the end of a handshake kept back until the client speaks.
+    Waited,
+    /// `backend_out`: the header sent in front of the client's first bytes.
+    Prepended,
+    /// `backend_out`: the header sent ahead of the client's first bytes, in a packet of its own.
+    SentAhead,
+    /// `backend_out`: the header could not be added; dropped, both sides will ask again.
+    AppendFailed,
+    /// `backend_out`: the map `FLOWS` is full; dropped.
+    Full,
+    /// `backend_in`: the header sent as an answer to the backend.
+    Answered,
+    /// `backend_in`: the backend asked for the header again too soon; dropped.
+    TooSoon,
+    /// `backend_in`: the header could not be sent as an answer; dropped, the backend will ask again.
+    AnswerFailed,
+    /// `backend_in`: the backend has acknowledged the header.
+    Acknowledged,
+    /// Either way: both sides have finished, or one has reset.
+    Ended,
+    /// Either way: numbers could not be rewritten; dropped.
+    RewriteFailed,
+    /// The ring buffer was full: the daemon missed an event.
+    EventLost,
+}
+
+impl Counter {
+    /// All of them, in the order of their indices.
+    pub const ALL: [Self; 19] = [
+        Self::Remembered,
+        Self::FastOpen,
+        Self::Opened,
+        Self::NoSlot,
+        Self::NoFlow,
+        Self::Fragment,
+        Self::Appended,
+        Self::Waited,
+        Self::Prepended,
+        Self::SentAhead,
+        Self::AppendFailed,
+        Self::Full,
+        Self::Answered,
+        Self::TooSoon,
+        Self::AnswerFailed,
+        Self::Acknowledged,
+        Self::Ended,
+        Self::RewriteFailed,
+        Self::EventLost,
+    ];
+
+    /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
+    #[must_use]
+    pub const fn labels(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Remembered => ("client_in", "remembered"),
+            Self::FastOpen => ("client_in", "fast_open"),
+            Self::Opened => ("backend_out", "opened"),
+            Self::NoSlot => ("backend_out", "no_slot"),
+            Self::NoFlow => ("backend_out", "no_flow"),
+            Self::Fragment => ("backend_out", "fragment"),
+            Self::Appended => ("backend_out", "appended"),
+            Self::Waited => ("backend_out", "waited"),
+            Self::Prepended => ("backend_out", "prepended"),
+            Self::SentAhead => ("backend_out", "sent_ahead"),
+            Self::AppendFailed => ("backend_out", "append_failed"),
+            Self::Full => ("backend_out", "full"),
+            Self::Answered => ("backend_in", "answered"),
+            Self::TooSoon => ("backend_in", "too_soon"),
+            Self::AnswerFailed => ("backend_in", "answer_failed"),
+            Self::Acknowledged => ("backend_in", "acknowledged"),
+            Self::Ended => ("inline", "ended"),
+            Self::RewriteFailed => ("inline", "rewrite_failed"),
+            Self::EventLost => ("inline", "event_lost"),
+        }
+    }
+}

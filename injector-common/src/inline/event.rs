@@ -1,0 +1,48 @@
+//! What the daemon hears of connections, and what it lists for the program `sweep`.
+
+use super::{Flow, Key};
+
+/// What happened to a connection: the daemon hears of it by the ring buffer `EVENTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// One of [`Event::ACKNOWLEDGED`] and those that follow it.
+    pub kind: u32,
+    /// Makes what follows start on a word's boundary.
+    pub reserved: u32,
+    /// Which connection.
+    pub key: Key,
+    /// Its state then.
+    pub flow: Flow,
+}
+
+impl Event {
+    /// The backend has the header.
+    pub const ACKNOWLEDGED: u32 = 1;
+    /// Both sides have finished, or one has reset.
+    pub const ENDED: u32 = 2;
+}
+
+/// A connection that has ended. The daemon lists them in a packet that is never sent, for the program `sweep`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Which connection,
+    pub key: Key,
+    /// and which of those that had the same ports ([`Flow::created_ns`]).
+    pub created_ns: u64,
+}
+
+impl Ended {
+    /// Where the first stands: behind the Ethernet header that the kernel asks for, on a word's boundary.
+    pub const AT: usize = 16;
+    /// So many to a packet. With what the kernel puts around it, that must fit into a page (bpf_test_init,
+    /// net/bpf/test_run.c).
+    pub const MOST: usize = 64;
+
+    /// This one.
+    #[must_use]
+    pub const fn new(key: Key, flow: &Flow) -> Self {
+        Self { key, created_ns: flow.created_ns }
+    }
+}

@@ -1,0 +1,63 @@
+//! What the inline engine's programs and the daemon agree on, and every decision about a segment, as pure functions.
+//!
+//! The client talks TCP to the backend; the header is put into the stream on the way. `first` is the sequence number of the
+//! client's first byte. Towards the backend the header takes the place from `first` on, so everything that the client sends
+//! is later by the header's length, and everything that the backend acknowledges is earlier by as much. All arithmetic is
+//! modulo 2^32 (RFC 9293, section 3.4).
+//!
+//! Addresses are 16 bytes, IPv4 as `::ffff:a.b.c.d`; ports and numbers are in the host's byte order; `zeroed` values are
+//! valid everywhere.
+
+mod address;
+mod counter;
+mod decide;
+mod event;
+mod flow;
+mod segment;
+mod slot;
+mod template;
+#[cfg(test)]
+mod tests;
+
+pub use self::{
+    address::{Address, HeaderAddresses, Key},
+    counter::Counter,
+    decide::{ToBackend, ToClient, acknowledges, to_backend, to_client},
+    event::{Ended, Event},
+    flow::{Flag, Flow, Tally},
+    segment::{ACK, FIN, PSH, RST, SYN, Segment, URG},
+    slot::Slot,
+    template::{Listener, Template},
+};
+use crate::proxy;
+
+/// Bytes that a header can have: what every receiver takes, and small enough for any packet.
+pub const HEADER_CAPACITY: usize = 232;
+
+/// IP packets up to this length get through everywhere (RFC 8200, section 5; IPv4 guarantees less, and links below are as rare).
+/// So long may one become that is made longer on its way.
+pub const LEAST_MTU: usize = 1280;
+
+const _: () = assert!(HEADER_CAPACITY <= proxy::MAX_LEN && HEADER_CAPACITY.is_multiple_of(4));
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Address, Ended, Event, Flow, Key, Listener, Slot, Template};
+
+    // SAFETY: each is `repr(C)`, plain integers and bytes, no padding, every bit pattern valid.
+    unsafe impl aya::Pod for Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Key {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Slot {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Listener {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Template {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Ended {}
+}

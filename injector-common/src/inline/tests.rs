@@ -1,0 +1,279 @@
+//! Examples.
+
+use super::*;
+
+const FIRST: u32 = 1000;
+const LEN: u32 = 28;
+
+fn flow(flags: &[Flag]) -> Flow {
+    let mut flow = Flow { first: FIRST, header_len: LEN, ..Flow::default() };
+    flags.iter().for_each(|flag| flow.set(*flag));
+    flow
+}
+
+fn from_client(flags: u8, sequence: u32, payload: u32) -> Segment {
+    Segment { flags, sequence, payload, acknowledgement: 7, window: 500 }
+}
+
+fn from_backend(flags: u8, acknowledgement: u32, payload: u32) -> Segment {
+    Segment { flags, sequence: 7, acknowledgement, payload, window: 500 }
+}
+
+#[test]
+fn no_padding() {
+    assert_eq!(size_of::<Key>(), 40);
+    assert_eq!(size_of::<Slot>(), 16 + 40);
+    assert_eq!(size_of::<Flow>(), 16 + 12 + 4 + 40 + 24 + 32 + 16);
+    assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
+    assert_eq!(size_of::<Ended>(), 40 + 8);
+    assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
+}
+
+#[test]
+fn segments_of_the_client() {
+    for (state, segment, expected) in [
+        // The handshake, and its repetitions.
+        (&[][..], from_client(SYN, FIRST - 1, 0), ToBackend::Pass),
+        (&[][..], from_client(ACK, FIRST, 0), ToBackend::Append),
+        (&[Flag::Sent], from_client(ACK, FIRST, 0), ToBackend::Append),
+        (&[Flag::Sent], from_client(SYN, FIRST - 1, 0), ToBackend::Pass),
+        // Data or an end before, and after.
+        (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+        (&[][..], from_client(ACK | PSH | FIN, FIRST, 5), ToBackend::Prepend),
+        (&[][..], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
+        (&[][..], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+        (&[][..], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Sent], from_client(ACK, FIRST, 5), ToBackend::Shift),
+        (&[Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Sent], from_client(ACK, FIRST + 5, 0), ToBackend::Shift),
+        // A keep-alive probe.
+        (&[Flag::Sent], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        // Resets must have exactly the number that the backend expects (RFC 5961).
+        (&[][..], from_client(RST, FIRST, 0), ToBackend::Pass),
+        (&[Flag::Sent], from_client(RST, FIRST, 0), ToBackend::Shift),
+        // Acknowledged once is acknowledged for good, however far the numbers have come.
+        (&[Flag::Acknowledged], from_client(ACK, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
+    ] {
+        assert_eq!(to_backend(&flow(state), &segment), expected, "{state:?} {segment:?}");
+    }
+}
+
+#[test]
+fn segments_of_a_client_that_speaks_first() {
+    let waits = |flags: &[Flag]| Flow { waits: 1, ..flow(flags) };
+    for (state, segment, expected) in [
+        // The end of the handshake waits once.
+        (&[][..], from_client(ACK, FIRST, 0), ToBackend::Wait),
+        (&[Flag::Waited], from_client(ACK, FIRST, 0), ToBackend::Append),
+        // A keep-alive probe is no end of a handshake.
+        (&[Flag::Waited], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        (&[Flag::Waited], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+        // Its own acknowledgement was lost before it came here.
+        (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+        (&[Flag::Waited], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
+        // Sent again, and what comes behind.
+        (&[Flag::Waited, Flag::Sent], from_client(ACK | PSH, FIRST, 5), ToBackend::Follow),
+        (&[Flag::Waited, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+        (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+        // It leaves, with a word and without.
+        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Prepend),
+        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Waited], from_client(RST, FIRST, 0), ToBackend::Pass),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST, 5), ToBackend::Shift),
+    ] {
+        assert_eq!(to_backend(&waits(state), &segment), expected, "{state:?} {segment:?}");
+    }
+}
+
+#[test]
+fn segments_of_the_backend() {
+    let sent = &[Flag::Sent][..];
+    for (state, segment, expected) in [
+        (&[][..], from_backend(SYN | ACK, FIRST, 0), ToClient::Open),
+        (sent, from_backend(SYN | ACK, FIRST, 0), ToClient::Open),
+        // Refused.
+        (&[][..], from_backend(RST | ACK, FIRST, 0), ToClient::Hold),
+        (sent, from_backend(RST, 0, 0), ToClient::Pass),
+        // The header is missing, in whole or in part.
+        (sent, from_backend(ACK, FIRST, 0), ToClient::Answer),
+        (sent, from_backend(ACK, FIRST + LEN - 1, 0), ToClient::Answer),
+        (&[][..], from_backend(ACK, FIRST, 0), ToClient::Answer),
+        (sent, from_backend(ACK, FIRST, 9), ToClient::Hold),
+        (sent, from_backend(ACK | FIN, FIRST, 0), ToClient::Hold),
+        // It has come, and there is nothing else to say, or there is.
+        (sent, from_backend(ACK, FIRST + LEN, 0), ToClient::Swallow),
+        (sent, Segment { window: 0, ..from_backend(ACK, FIRST + LEN, 0) }, ToClient::Shift),
+        (sent, from_backend(ACK, FIRST + LEN, 9), ToClient::Shift),
+        (sent, from_backend(ACK | FIN, FIRST + LEN, 0), ToClient::Shift),
+        (sent, from_backend(ACK, FIRST + LEN + 1, 0), ToClient::Shift),
+        (sent, from_backend(ACK, FIRST + LEN + 5000, 40), ToClient::Shift),
+        (sent, from_backend(ACK, FIRST - 1, 0), ToClient::Pass),
+        // And stays so, 2 GiB later too.
+        (&[Flag::Acknowledged], from_backend(ACK, FIRST.wrapping_add(3 << 30), 0), ToClient::Shift),
+        (&[Flag::Acknowledged], from_backend(ACK, FIRST, 0), ToClient::Shift),
+    ] {
+        assert_eq!(to_client(&flow(state), &segment), expected, "{state:?} {segment:?}");
+    }
+}
+
+#[test]
+fn the_header_is_acknowledged_once() {
+    assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN, 0)));
+    assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST, 0)));
+    assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(SYN | ACK, FIRST + LEN, 0)));
+    assert!(!acknowledges(&flow(&[Flag::Acknowledged]), &from_backend(ACK, FIRST + LEN, 0)));
+}
+
+#[test]
+fn the_decisions_hold_across_the_wrap() {
+    let flow = Flow { first: u32::MAX - 5, ..flow(&[Flag::Sent]) };
+    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 5, 0)), ToClient::Answer);
+    assert_eq!(to_client(&flow, &from_backend(ACK, 21, 0)), ToClient::Answer);
+    assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::Swallow);
+    assert_eq!(to_client(&flow, &from_backend(ACK, 23, 0)), ToClient::Shift);
+    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 6, 0)), ToClient::Pass);
+}
+
+#[test]
+fn an_address_is_set_in_place() {
+    let mut address = Address::new([0; 16], 25);
+    address.set_mapped(u32::from_ne_bytes([10, 0, 0, 255]));
+    address.set_mapped(u32::from_ne_bytes([192, 0, 2, 1]));
+    assert_eq!(address, Address::new(Address::mapped([192, 0, 2, 1]), 25));
+    let ip = *b"0123456789abcdef";
+    let (words, _) = ip.as_chunks::<4>();
+    address.set(core::array::from_fn(|at| u32::from_ne_bytes(words[at])));
+    assert_eq!(address, Address::new(ip, 25));
+}
+
+#[test]
+fn a_slot_is_that_of_one_syn_and_for_a_moment() {
+    let slot = Slot { at_ns: 100, sequence: 7, ..Slot::default() };
+    assert!(slot.fits(7, 100) && slot.fits(7, 100 + 50_000_000));
+    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + 50_000_000) && !slot.fits(7, 99));
+    assert!(!Slot::default().fits(0, 0));
+}
+
+fn of_client(last: u8) -> HeaderAddresses {
+    let mut addresses = HeaderAddresses::default();
+    addresses.bytes[3] = last;
+    addresses
+}
+
+#[test]
+fn two_clients_with_one_number_are_both_unknown() {
+    let mut slot = Slot::default();
+    slot.remember(7, 1, &of_client(1), 100);
+    assert!(slot.fits(7, 100) && slot.listener == 1 && slot.addresses == of_client(1));
+    // Its own again.
+    slot.remember(7, 1, &of_client(1), 110);
+    assert!(slot.fits(7, 110));
+    // Another's, and once more: whoever comes in between, nobody is known.
+    slot.remember(7, 1, &of_client(2), 120);
+    assert!(!slot.fits(7, 120));
+    slot.remember(7, 1, &of_client(2), 130);
+    slot.remember(7, 1, &of_client(1), 130);
+    assert!(!slot.fits(7, 130));
+    // Later, or with another number, it begins anew; so it does when the SYN has left.
+    let disputed = slot;
+    slot.remember(7, 1, &of_client(1), 131 + Slot::FRESH_NS);
+    assert!(slot.fits(7, 131 + Slot::FRESH_NS));
+    slot = disputed;
+    slot.remember(8, 1, &of_client(2), 140);
+    assert!(slot.fits(8, 140) && slot.addresses == of_client(2));
+    slot.at_ns = 0;
+    slot.remember(8, 1, &of_client(3), 150);
+    assert!(slot.fits(8, 150) && slot.addresses == of_client(3));
+}
+
+#[test]
+fn addresses_differ_by_any_byte() {
+    for at in 0..HeaderAddresses::IPV6 {
+        let mut other = HeaderAddresses::default();
+        other.bytes[at] = 1;
+        assert!(!other.same(&HeaderAddresses::default()) && other.same(&other), "{at}");
+    }
+    let other = HeaderAddresses { ipv6: 1, ..HeaderAddresses::default() };
+    assert!(!other.same(&HeaderAddresses::default()));
+}
+
+#[test]
+fn a_syn_is_a_connections_own_by_number_and_client() {
+    let slot = Slot { sequence: FIRST - 1, addresses: of_client(1), ..Slot::default() };
+    let mut flow = Flow::default();
+    let template = Template { len: LEN, sum: 0, waits: 1, bytes: [0; HEADER_CAPACITY] };
+    flow.open(&slot, &template, 5);
+    assert!(flow.waits == 1 && flow.header_len == LEN);
+    flow.addresses = slot.addresses;
+    assert!(flow.is_of(&slot));
+    assert!(!flow.is_of(&Slot { sequence: FIRST, ..slot }));
+    assert!(!flow.is_of(&Slot { addresses: of_client(2), ..slot }));
+    assert!(!flow.is_of(&Slot { listener: 1, ..slot }));
+    let mut reset = flow;
+    reset.set(Flag::BackendRst);
+    assert!(!reset.is_of(&slot));
+}
+
+#[test]
+fn a_handshake_ends_with_the_backends_number_and_no_other() {
+    let accepted = Flow { acknowledged: 50, ..flow(&[Flag::Accepted]) };
+    let segment = |flags, acknowledgement| Segment { flags, acknowledgement, ..Segment::default() };
+    assert!(accepted.is_accepted_by(&segment(ACK, 50)));
+    assert!(accepted.is_accepted_by(&segment(ACK | FIN, 50)));
+    assert!(!accepted.is_accepted_by(&segment(ACK, 51)) && !accepted.is_accepted_by(&segment(ACK, 49)));
+    assert!(!accepted.is_accepted_by(&segment(FIN, 50)));
+    assert!(!Flow { acknowledged: 50, ..flow(&[]) }.is_accepted_by(&segment(ACK, 50)));
+}
+
+#[test]
+fn a_flow_ends_by_two_fins_or_one_reset() {
+    for (state, closed) in [
+        (&[Flag::ClientFin][..], false),
+        (&[Flag::BackendFin], false),
+        (&[Flag::ClientFin, Flag::BackendFin], true),
+        (&[Flag::ClientRst], true),
+        (&[Flag::BackendRst], true),
+    ] {
+        assert_eq!(flow(state).closed(), closed, "{state:?}");
+    }
+}
+
+#[test]
+fn a_template_and_its_addresses_are_the_header() {
+    use crate::proxy::{Addresses, Command, v2};
+    for (source, destination, ipv6) in
+        [("198.51.100.7:40000", "192.0.2.10:25", false), ("[2001:db8::7]:40000", "[2001:db8:1::10]:25", true)]
+    {
+        let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
+        let mut rendered = [0; 64];
+        let addresses = Command::Proxy(Addresses::new(source, destination));
+        let len = v2::encode(&addresses, &[], &mut rendered).unwrap();
+        let template = Template::new(&rendered[..len], ipv6, false).unwrap();
+        let count = if ipv6 { HeaderAddresses::IPV6 } else { HeaderAddresses::IPV4 };
+        let mut addresses = HeaderAddresses { ipv6: ipv6.into(), ..HeaderAddresses::default() };
+        addresses.bytes[..count].copy_from_slice(&rendered[16..16 + count]);
+        let mut again = template.bytes;
+        again[16..16 + count].copy_from_slice(&addresses.bytes[..count]);
+        assert_eq!(again[..len], rendered[..len]);
+
+        let address = |address: core::net::SocketAddr| {
+            let ip = match address.ip() {
+                core::net::IpAddr::V4(ip) => Address::mapped(ip.octets()),
+                core::net::IpAddr::V6(ip) => ip.octets(),
+            };
+            Address::new(ip, address.port())
+        };
+        assert_eq!(addresses.read(), Some((address(source), address(destination))));
+    }
+    assert!(Template::new(&[0; 29], false, false).is_none());
+    assert!(Template::new(&[0; 24], false, false).is_none());
+    assert!(Template::new(&[0; 236], false, false).is_none());
+}
+
+#[test]
+fn counters_stand_at_their_index() {
+    for (index, counter) in Counter::ALL.into_iter().enumerate() {
+        assert_eq!(counter as usize, index);
+    }
+}

@@ -16,6 +16,10 @@ pub enum Counter {
     NoFlow,
     /// `backend_out`: a fragment to a backend; dropped.
     Fragment,
+    /// `backend_out`: a SYN with data or with flags that no client sends with it; dropped.
+    InvalidSyn,
+    /// `backend_out`: data, FIN or URG where only the header belongs; dropped.
+    BelowFirst,
     /// `backend_out`: the header sent as payload of the client's acknowledgement.
     Appended,
     /// `backend_out`: the end of a handshake kept back until the client speaks.
@@ -36,6 +40,12 @@ pub enum Counter {
     AnswerFailed,
     /// `backend_in`: the backend has acknowledged the header.
     Acknowledged,
+    /// `backend_in`: a backend acknowledged a header that was never sent; dropped.
+    InvalidAck,
+    /// `backend_in`: a SYN-ACK that answers no SYN of a connection that is being opened; dropped.
+    StaleSynAck,
+    /// `backend_in`: the backend refused a SYN.
+    Refused,
     /// Either way: both sides have finished, or one has reset.
     Ended,
     /// Either way: numbers could not be rewritten; dropped.
@@ -46,13 +56,15 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 24] = [
         Self::Remembered,
         Self::FastOpen,
         Self::Opened,
         Self::NoSlot,
         Self::NoFlow,
         Self::Fragment,
+        Self::InvalidSyn,
+        Self::BelowFirst,
         Self::Appended,
         Self::Waited,
         Self::Prepended,
@@ -63,6 +75,9 @@ impl Counter {
         Self::TooSoon,
         Self::AnswerFailed,
         Self::Acknowledged,
+        Self::InvalidAck,
+        Self::StaleSynAck,
+        Self::Refused,
         Self::Ended,
         Self::RewriteFailed,
         Self::EventLost,
@@ -78,6 +93,8 @@ impl Counter {
             Self::NoSlot => ("backend_out", "no_slot"),
             Self::NoFlow => ("backend_out", "no_flow"),
             Self::Fragment => ("backend_out", "fragment"),
+            Self::InvalidSyn => ("backend_out", "invalid_syn"),
+            Self::BelowFirst => ("backend_out", "below_first"),
             Self::Appended => ("backend_out", "appended"),
             Self::Waited => ("backend_out", "waited"),
             Self::Prepended => ("backend_out", "prepended"),
@@ -88,6 +105,9 @@ impl Counter {
             Self::TooSoon => ("backend_in", "too_soon"),
             Self::AnswerFailed => ("backend_in", "answer_failed"),
             Self::Acknowledged => ("backend_in", "acknowledged"),
+            Self::InvalidAck => ("backend_in", "invalid_ack"),
+            Self::StaleSynAck => ("backend_in", "stale_syn_ack"),
+            Self::Refused => ("backend_in", "refused"),
             Self::Ended => ("inline", "ended"),
             Self::RewriteFailed => ("inline", "rewrite_failed"),
             Self::EventLost => ("inline", "event_lost"),

@@ -1,11 +1,95 @@
 //! The decisions about segments.
 
-use super::{ACK, FIN, Flag, Flow, RST, SYN, Segment, URG};
+use super::{ACK, FIN, Flag, Flow, RST, SYN, Segment, Slot, URG};
+
+/// What becomes of a SYN that is forwarded to a backend's PROXY port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnSyn {
+    /// It opens a connection, whatever was there before under the same addresses and ports.
+    Open,
+    /// It is a SYN of the connection that is being opened, sent again.
+    Pass,
+    /// It goes no further.
+    Drop,
+}
+
+/// Decides on a SYN of the client in this slot. No connection that is established has a say: the client may have begun anew, and
+/// with the same number.
+#[must_use]
+#[inline(always)]
+pub fn on_syn(pending: Option<&Flow>, slot: &Slot, segment: &Segment) -> OnSyn {
+    if !segment.is_plain_syn() {
+        return OnSyn::Drop;
+    }
+    match pending {
+        // What the backend has answered meanwhile is still true.
+        Some(flow) if flow.is_of(slot) => OnSyn::Pass,
+        _ => OnSyn::Open,
+    }
+}
+
+/// Which entry decides about a segment of the client's that is no SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientOwner {
+    /// The one in `FLOWS`.
+    Established,
+    /// The one in `PENDING`, which is established by it.
+    Accepts,
+    /// The one in `PENDING`, and its number is one of before the header: a reset, with the number that whoever it is for has asked for.
+    Pending,
+    /// None: it goes no further.
+    None,
+}
+
+/// Decides which.
+#[must_use]
+#[inline(always)]
+pub const fn client_owner(established: bool, pending: Option<&Flow>, segment: &Segment) -> ClientOwner {
+    if established {
+        return ClientOwner::Established;
+    }
+    let Some(flow) = pending else { return ClientOwner::None };
+    if segment.is(RST) {
+        return if segment.is_bare_reset() { ClientOwner::Pending } else { ClientOwner::None };
+    }
+    if flow.is_accepted_by(segment) { ClientOwner::Accepts } else { ClientOwner::None }
+}
+
+/// What becomes of a SYN from the backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnSynAck {
+    /// It answers the SYN of the connection that is being opened. One of the same addresses and ports that was established
+    /// before is over: the backend has forgotten it.
+    Accept,
+    /// It is an established connection's own, sent again, because the client's answer, with the header, was lost.
+    Repeated,
+    /// It is of no connection that is established here: its number is one of before the header, if there is an entry at all.
+    Pass,
+    /// It goes no further: the backend has begun a connection that an established one would be taken for.
+    Drop,
+}
+
+/// Decides on a SYN from the backend.
+#[must_use]
+#[inline(always)]
+pub const fn on_syn_ack(established: Option<&Flow>, pending: Option<&Flow>, segment: &Segment) -> OnSynAck {
+    if let Some(flow) = pending
+        && segment.is(ACK)
+        && flow.beyond(segment.acknowledgement) == 0
+    {
+        return OnSynAck::Accept;
+    }
+    match established {
+        Some(flow) if segment.is(ACK) && flow.repeats_syn_ack(segment) => OnSynAck::Repeated,
+        Some(_) => OnSynAck::Drop,
+        None => OnSynAck::Pass,
+    }
+}
 
 /// What becomes of a segment from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToBackend {
-    /// It goes as it is.
+    /// It goes with the number of before the header ([`Flow::offset`]), as do those of the next two kinds.
     Pass,
     /// It goes with the header as its payload.
     Append,
@@ -18,11 +102,16 @@ pub enum ToBackend {
     Prepend,
     /// It goes later by the header's length, right behind a packet with the header alone.
     Follow,
-    /// It goes later by the header's length.
+    /// It goes later by the header's length ([`Flow::shift`]).
     Shift,
+    /// It goes no further: it would put something of the client's where only the header belongs.
+    Drop,
 }
 
 /// Decides on a segment from the client.
+///
+/// Nothing of the client's may come before the header or in its place: what begins before the first byte is dropped if it has
+/// anything but numbers in it. A keep-alive probe has not.
 ///
 /// A bare acknowledgement before the header is acknowledged is the end of the handshake, or a repetition of it because the
 /// backend has sent its SYN again: it has not got the header. The client's first bytes take the header with them, if none was
@@ -35,7 +124,11 @@ pub enum ToBackend {
 #[inline(always)]
 pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
     if segment.is(SYN) {
-        return ToBackend::Pass;
+        return ToBackend::Drop;
+    }
+    let bare = segment.payload == 0 && !segment.is(FIN | URG);
+    if !bare && flow.is_before_first(segment.sequence) {
+        return ToBackend::Drop;
     }
     if flow.is(Flag::Acknowledged) {
         return ToBackend::Shift;
@@ -43,18 +136,26 @@ pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
     let sent = flow.is(Flag::Sent);
     if segment.is(RST) {
         // Before the header the backend expects just this number.
-        return if sent { ToBackend::Shift } else { ToBackend::Pass };
+        return match (bare, sent) {
+            (false, _) => ToBackend::Drop,
+            (true, false) => ToBackend::Pass,
+            (true, true) => ToBackend::Shift,
+        };
     }
-    if segment.sequence != flow.first || (segment.payload == 0 && segment.is(FIN)) {
+    if segment.sequence != flow.first {
         return ToBackend::Shift;
     }
     let waits = flow.waits != 0;
-    if segment.payload == 0 {
+    if bare {
         return if waits && !flow.is(Flag::Waited) { ToBackend::Wait } else { ToBackend::Append };
     }
+    if segment.payload == 0 {
+        // The urgent pointer counts from the segment's start, where the header is.
+        return if segment.is(URG) { ToBackend::Drop } else { ToBackend::Shift };
+    }
     match (sent, waits) {
-        // The urgent pointer counts from the segment's start.
-        (false, _) if !segment.is(URG) => ToBackend::Prepend,
+        // A packet with the header has no end and nothing urgent.
+        (false, _) if !segment.is(FIN | URG) => ToBackend::Prepend,
         (false, _) | (true, true) => ToBackend::Follow,
         // The header went ahead with the handshake's end and is under way.
         (true, false) => ToBackend::Shift,
@@ -64,10 +165,8 @@ pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
 /// What becomes of a segment from the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToClient {
-    /// It goes as it is.
+    /// It acknowledges nothing, or what is older than the header: it goes with the number of before the header.
     Pass,
-    /// It goes as it is, with a smaller window: the header will take the first of it.
-    Open,
     /// It acknowledges earlier by the header's length.
     Shift,
     /// It acknowledges the header and says no more: the client, which knows of none, need not hear it. With SACK blocks it does
@@ -77,28 +176,30 @@ pub enum ToClient {
     Hold,
     /// The backend asks for the header: it gets it, and the client is spared the question.
     Answer,
+    /// It goes no further: it acknowledges a header that was never sent.
+    Drop,
 }
 
-/// Decides on a segment from the backend.
+/// Decides on a segment from the backend that is no SYN.
 #[must_use]
 #[inline(always)]
 pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
     if !segment.is(ACK) {
         return ToClient::Pass;
     }
-    if segment.is(SYN) {
-        return ToClient::Open;
-    }
     if flow.is(Flag::Acknowledged) {
         return ToClient::Shift;
     }
-    let beyond = segment.acknowledgement.wrapping_sub(flow.first);
+    let beyond = flow.beyond(segment.acknowledgement);
     if beyond >= 1 << 31 {
         // Older than the connection: TCP ignores it.
         return ToClient::Pass;
     }
     let bare = segment.payload == 0 && !segment.is(FIN | RST);
     if beyond >= flow.header_len {
+        if !flow.is(Flag::Sent) {
+            return ToClient::Drop;
+        }
         // With a closed window it does say something.
         let no_more = beyond == flow.header_len && bare && segment.window != 0;
         return if no_more { ToClient::Swallow } else { ToClient::Shift };
@@ -106,12 +207,15 @@ pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
     if bare { ToClient::Answer } else { ToClient::Hold }
 }
 
-/// Whether this segment of the backend acknowledges the header, which no other did before.
+/// Whether this segment of the backend acknowledges the header, which no other did before. What was never sent cannot be
+/// acknowledged.
 #[must_use]
 #[inline(always)]
 pub const fn acknowledges(flow: &Flow, segment: &Segment) -> bool {
+    let beyond = flow.beyond(segment.acknowledgement);
     !flow.is(Flag::Acknowledged)
+        && flow.is(Flag::Sent)
         && segment.is(ACK)
-        && !segment.is(SYN)
-        && matches!(to_client(flow, segment), ToClient::Shift | ToClient::Swallow)
+        && beyond >= flow.header_len
+        && beyond < 1 << 31
 }

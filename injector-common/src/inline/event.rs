@@ -21,6 +21,8 @@ impl Event {
     pub const ACKNOWLEDGED: u32 = 1;
     /// Both sides have finished, or one has reset.
     pub const ENDED: u32 = 2;
+    /// The backend has refused the SYN. Nobody knows whether its sender has the address that it came from.
+    pub const REFUSED: u32 = 3;
 }
 
 /// A connection that has ended. The daemon lists them in a packet that is never sent, for the program `sweep`.
@@ -31,6 +33,8 @@ pub struct Ended {
     pub key: Key,
     /// and which of those that had the same ports ([`Flow::created_ns`]).
     pub created_ns: u64,
+    /// [`Flow::last_ns`] as it was seen: where the connection had not ended, a later packet keeps it.
+    pub last_ns: u64,
 }
 
 impl Ended {
@@ -38,11 +42,18 @@ impl Ended {
     pub const AT: usize = 16;
     /// So many to a packet. With what the kernel puts around it, that must fit into a page (bpf_test_init,
     /// net/bpf/test_run.c).
-    pub const MOST: usize = 64;
+    pub const MOST: usize = 52;
 
     /// This one.
     #[must_use]
     pub const fn new(key: Key, flow: &Flow) -> Self {
-        Self { key, created_ns: flow.created_ns }
+        Self { key, created_ns: flow.created_ns, last_ns: flow.last_ns }
+    }
+
+    /// Whether this entry is that connection, and has ended or been silent since.
+    #[must_use]
+    #[inline(always)]
+    pub const fn may_remove(&self, flow: &Flow) -> bool {
+        flow.created_ns == self.created_ns && (flow.closed() || flow.last_ns == self.last_ns)
     }
 }

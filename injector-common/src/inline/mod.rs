@@ -14,6 +14,7 @@ mod decide;
 mod event;
 mod flow;
 mod segment;
+mod sequence;
 mod slot;
 mod template;
 #[cfg(test)]
@@ -22,10 +23,14 @@ mod tests;
 pub use self::{
     address::{Address, HeaderAddresses, Key},
     counter::Counter,
-    decide::{ToBackend, ToClient, acknowledges, to_backend, to_client},
+    decide::{
+        ClientOwner, OnSyn, OnSynAck, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack,
+        to_backend, to_client,
+    },
     event::{Ended, Event},
     flow::{Flag, Flow, Tally},
-    segment::{ACK, FIN, PSH, RST, SYN, Segment, URG},
+    segment::{ACK, FIN, PSH, RST, SYN, Segment, URG, payload_len},
+    sequence::SeqState,
     slot::Slot,
     template::{Listener, Template},
 };

@@ -2,11 +2,12 @@
 
 use super::HeaderAddresses;
 
-/// A client's SYN on its way through this processor (map `SLOTS`): what NAT is about to hide.
+/// A client's SYN on its way through this host (map `SLOTS`): what NAT is about to hide.
 ///
-/// Forwarding runs from ingress to egress on one processor, and a batch of packets that the driver hands over together
-/// runs through each hook in turn; hence several slots a processor, found by the initial sequence number. Somebody who
-/// hits a client's slot, or even its number, can at most have the client's SYN dropped, which is then sent again.
+/// The packet carries the slot's [token](Slot::token) from ingress to egress, in `skb->tc_index`, which neither forwarding nor NAT
+/// nor reassembly writes. So a slot is that packet's and no other's: a SYN that was not read at ingress has no token, whatever its
+/// numbers are. Somebody who floods with SYNs until a slot is used again can at most have a SYN dropped, which is then
+/// sent again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
@@ -14,25 +15,50 @@ pub struct Slot {
     pub at_ns: u64,
     /// The SYN's sequence number.
     pub sequence: u32,
-    /// Which listener it is for; [`Slot::DISPUTED`] if two clients claim the number.
+    /// Which listener it is for; [`Slot::DISPUTED`] if two clients claim the slot and the number.
     pub listener: u32,
     /// The client, and where it connected to.
     pub addresses: HeaderAddresses,
 }
 
 impl Slot {
-    /// In place of a listener: SYNs of one batch with the same number, but not of the same client. None of them passes.
+    /// In place of a listener: the slot was used again while its SYN was under way, for one with the same number. None of them
+    /// passes.
     pub const DISPUTED: u32 = u32::MAX;
-    /// Slots of a processor; a power of two.
-    pub const COUNT: u32 = 256;
-    /// How long a packet may take from ingress to egress.
-    pub(super) const FRESH_NS: u64 = 50_000_000;
+    /// Slots of all processors.
+    pub const COUNT: u32 = Self::PROCESSORS * Self::EACH + 1;
+    /// Processors with slots of their own; others share with one of them.
+    const PROCESSORS: u32 = 64;
+    /// Slots of each.
+    const EACH: u32 = 1023;
+    /// How long a packet may take from ingress to egress: longer than the kernel waits for a neighbour's address (three seconds:
+    /// `mcast_solicit` times `retrans_time_ms`, Documentation/networking/ip-sysctl.rst).
+    pub(super) const FRESH_NS: u64 = 5_000_000_000;
 
-    /// Which slot a SYN with this sequence number uses.
+    /// Which slot the SYN with this number, of all that this processor has seen, uses. Never 0, which a packet has that was not
+    /// seen.
     #[must_use]
     #[inline(always)]
-    pub const fn index(sequence: u32) -> u32 {
-        (sequence ^ (sequence >> 16)) & (Self::COUNT - 1)
+    #[expect(clippy::cast_possible_truncation, reason = "less than COUNT, which fits")]
+    pub const fn token(processor: u32, number: u32) -> u16 {
+        ((number % Self::EACH) * Self::PROCESSORS + processor % Self::PROCESSORS + 1) as u16
+    }
+
+    /// Where the slot of a packet with this token is; `None` if it has none.
+    #[must_use]
+    #[inline(always)]
+    pub const fn index(token: u16) -> Option<u32> {
+        if token == 0 { None } else { Some(token as u32) }
+    }
+
+    /// Takes the slot for a SYN with this sequence number that leaves now, once.
+    #[inline(always)]
+    pub const fn take(&mut self, sequence: u32, now_ns: u64) -> bool {
+        let fits = self.fits(sequence, now_ns);
+        if fits {
+            self.at_ns = 0;
+        }
+        fits
     }
 
     /// Whether this is the slot of a SYN with this sequence number that leaves now.
@@ -47,7 +73,7 @@ impl Slot {
         self.at_ns != 0 && self.sequence == sequence && now_ns.wrapping_sub(self.at_ns) <= Self::FRESH_NS
     }
 
-    /// Remembers a SYN. While another client's with the same number has not left, neither is known any more.
+    /// Remembers a SYN. While another with the same number has not left, neither is known any more.
     #[inline(always)]
     pub fn remember(&mut self, sequence: u32, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
         let disputed = self.waits_for(sequence, now_ns)
@@ -58,3 +84,5 @@ impl Slot {
         self.addresses = *addresses;
     }
 }
+
+const _: () = assert!(Slot::COUNT <= u16::MAX as u32 + 1);

@@ -6,7 +6,8 @@ const FIRST: u32 = 1000;
 const LEN: u32 = 28;
 
 fn flow(flags: &[Flag]) -> Flow {
-    let mut flow = Flow { first: FIRST, header_len: LEN, ..Flow::default() };
+    let client = SeqState::new(FIRST);
+    let mut flow = Flow { first: FIRST, header_len: LEN, client, ..Flow::default() };
     flags.iter().for_each(|flag| flow.set(*flag));
     flow
 }
@@ -23,9 +24,9 @@ fn from_backend(flags: u8, acknowledgement: u32, payload: u32) -> Segment {
 fn no_padding() {
     assert_eq!(size_of::<Key>(), 40);
     assert_eq!(size_of::<Slot>(), 16 + 40);
-    assert_eq!(size_of::<Flow>(), 16 + 12 + 4 + 40 + 24 + 32 + 16);
+    assert_eq!(size_of::<Flow>(), 20 + 12 + 4 + 40 + 24 + 32 + 8 + 32 + 16 + 4);
     assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
-    assert_eq!(size_of::<Ended>(), 40 + 8);
+    assert_eq!(size_of::<Ended>(), 40 + 16);
     assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
 }
 
@@ -33,27 +34,34 @@ fn no_padding() {
 fn segments_of_the_client() {
     for (state, segment, expected) in [
         // The handshake, and its repetitions.
-        (&[][..], from_client(SYN, FIRST - 1, 0), ToBackend::Pass),
         (&[][..], from_client(ACK, FIRST, 0), ToBackend::Append),
         (&[Flag::Sent], from_client(ACK, FIRST, 0), ToBackend::Append),
-        (&[Flag::Sent], from_client(SYN, FIRST - 1, 0), ToBackend::Pass),
+        (&[Flag::Sent], from_client(SYN, FIRST - 1, 0), ToBackend::Drop),
         // Data or an end before, and after.
         (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
-        (&[][..], from_client(ACK | PSH | FIN, FIRST, 5), ToBackend::Prepend),
+        (&[][..], from_client(ACK | PSH | FIN, FIRST, 5), ToBackend::Follow),
         (&[][..], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
         (&[][..], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
         (&[][..], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
         (&[Flag::Sent], from_client(ACK, FIRST, 5), ToBackend::Shift),
         (&[Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
         (&[Flag::Sent], from_client(ACK, FIRST + 5, 0), ToBackend::Shift),
-        // A keep-alive probe.
+        // A keep-alive probe, and the same with what the header's place is not for.
         (&[Flag::Sent], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        (&[Flag::Sent], from_client(ACK, FIRST - 1, 1), ToBackend::Drop),
+        (&[][..], from_client(ACK | PSH, FIRST - LEN, LEN), ToBackend::Drop),
+        (&[Flag::Sent], from_client(ACK | FIN, FIRST - 1, 0), ToBackend::Drop),
+        (&[Flag::Sent], from_client(ACK | URG, FIRST - 1, 0), ToBackend::Drop),
+        (&[][..], from_client(ACK | URG, FIRST, 0), ToBackend::Drop),
         // Resets must have exactly the number that the backend expects (RFC 5961).
         (&[][..], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Sent], from_client(RST, FIRST, 0), ToBackend::Shift),
+        (&[][..], from_client(RST, FIRST, 5), ToBackend::Drop),
+        (&[Flag::Sent], from_client(RST | FIN, FIRST, 0), ToBackend::Drop),
         // Acknowledged once is acknowledged for good, however far the numbers have come.
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 0), ToBackend::Shift),
-        (&[Flag::Acknowledged], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
+        (&[Flag::Acknowledged, Flag::Far], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Drop),
     ] {
         assert_eq!(to_backend(&flow(state), &segment), expected, "{state:?} {segment:?}");
     }
@@ -77,7 +85,7 @@ fn segments_of_a_client_that_speaks_first() {
         (&[Flag::Waited, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
         (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
         // It leaves, with a word and without.
-        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Prepend),
+        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Follow),
         (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
         (&[Flag::Waited], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 5), ToBackend::Shift),
@@ -90,8 +98,6 @@ fn segments_of_a_client_that_speaks_first() {
 fn segments_of_the_backend() {
     let sent = &[Flag::Sent][..];
     for (state, segment, expected) in [
-        (&[][..], from_backend(SYN | ACK, FIRST, 0), ToClient::Open),
-        (sent, from_backend(SYN | ACK, FIRST, 0), ToClient::Open),
         // Refused.
         (&[][..], from_backend(RST | ACK, FIRST, 0), ToClient::Hold),
         (sent, from_backend(RST, 0, 0), ToClient::Pass),
@@ -109,6 +115,9 @@ fn segments_of_the_backend() {
         (sent, from_backend(ACK, FIRST + LEN + 1, 0), ToClient::Shift),
         (sent, from_backend(ACK, FIRST + LEN + 5000, 40), ToClient::Shift),
         (sent, from_backend(ACK, FIRST - 1, 0), ToClient::Pass),
+        // What was never sent cannot have come.
+        (&[][..], from_backend(ACK, FIRST + LEN, 0), ToClient::Drop),
+        (&[][..], from_backend(ACK, FIRST + LEN + 5, 9), ToClient::Drop),
         // And stays so, 2 GiB later too.
         (&[Flag::Acknowledged], from_backend(ACK, FIRST.wrapping_add(3 << 30), 0), ToClient::Shift),
         (&[Flag::Acknowledged], from_backend(ACK, FIRST, 0), ToClient::Shift),
@@ -121,13 +130,15 @@ fn segments_of_the_backend() {
 fn the_header_is_acknowledged_once() {
     assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN, 0)));
     assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST, 0)));
-    assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(SYN | ACK, FIRST + LEN, 0)));
+    assert!(!acknowledges(&flow(&[]), &from_backend(ACK, FIRST + LEN, 0)));
+    assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(PSH, FIRST + LEN, 0)));
     assert!(!acknowledges(&flow(&[Flag::Acknowledged]), &from_backend(ACK, FIRST + LEN, 0)));
 }
 
 #[test]
 fn the_decisions_hold_across_the_wrap() {
-    let flow = Flow { first: u32::MAX - 5, ..flow(&[Flag::Sent]) };
+    let first = u32::MAX - 5;
+    let flow = Flow { first, client: SeqState::new(first), ..flow(&[Flag::Sent]) };
     assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 5, 0)), ToClient::Answer);
     assert_eq!(to_client(&flow, &from_backend(ACK, 21, 0)), ToClient::Answer);
     assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::Swallow);
@@ -148,11 +159,61 @@ fn an_address_is_set_in_place() {
 }
 
 #[test]
-fn a_slot_is_that_of_one_syn_and_for_a_moment() {
+fn a_slot_is_that_of_one_syn_and_for_a_while() {
     let slot = Slot { at_ns: 100, sequence: 7, ..Slot::default() };
-    assert!(slot.fits(7, 100) && slot.fits(7, 100 + 50_000_000));
-    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + 50_000_000) && !slot.fits(7, 99));
+    assert!(slot.fits(7, 100) && slot.fits(7, 100 + Slot::FRESH_NS));
+    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + Slot::FRESH_NS) && !slot.fits(7, 99));
     assert!(!Slot::default().fits(0, 0));
+}
+
+#[test]
+fn a_token_is_never_that_of_a_packet_without_one() {
+    let mut used = [false; Slot::COUNT as usize];
+    for (number, processor) in (0..1023).flat_map(|number| (0..64).map(move |processor| (number, processor)))
+    {
+        let token = usize::from(Slot::token(processor, number));
+        assert!(token != 0 && !used[token], "each processor has its own");
+        used[token] = true;
+    }
+    assert_eq!(Slot::token(64 + 5, 1023 + 7), Slot::token(5, 7));
+}
+
+#[test]
+fn what_is_before_the_first_byte_is_known_for_good() {
+    let at = |acked: u32, far: bool| {
+        let mut flow = flow(&[Flag::Sent, Flag::Acknowledged]);
+        flow.client.acked = FIRST.wrapping_add(acked);
+        if far {
+            flow.set(Flag::Far);
+        }
+        flow
+    };
+    // The first gigabyte: by the first byte itself, whatever is sent again.
+    for acked in [0, 1, 5000, (1 << 30) - 1] {
+        let flow = at(acked, false);
+        assert!(flow.is_before_first(FIRST - 1) && flow.is_before_first(FIRST - LEN), "{acked}");
+        assert!(!flow.is_before_first(FIRST) && !flow.is_before_first(FIRST.wrapping_add(acked)), "{acked}");
+        assert!(!flow.is_before_first(FIRST.wrapping_add((1 << 31) - 1)), "{acked}");
+    }
+    // Then by the largest window, across the wrap of all numbers as well.
+    for acked in [1 << 30, 1 << 31, 3 << 30, u32::MAX - 5, 0, 1000] {
+        let flow = at(acked, true);
+        let end = FIRST.wrapping_add(acked);
+        assert!(!flow.is_before_first(end) && !flow.is_before_first(end.wrapping_sub(1 << 30)), "{acked}");
+        assert!(flow.is_before_first(end.wrapping_sub((1 << 30) + 1)), "{acked}");
+    }
+}
+
+#[test]
+fn how_far_the_backend_has_come_is_noted() {
+    let mut flow = flow(&[Flag::Sent, Flag::Acknowledged]);
+    let first = FIRST + LEN;
+    for (acknowledgement, far) in
+        [(first + 100, false), (first + (1 << 30) - 1, false), (first + (1 << 30), true)]
+    {
+        flow.note_from_backend(&from_backend(ACK, acknowledgement, 0), || 1);
+        assert_eq!(flow.is(Flag::Far), far, "{acknowledgement}");
+    }
 }
 
 fn of_client(last: u8) -> HeaderAddresses {
@@ -203,8 +264,8 @@ fn a_syn_is_a_connections_own_by_number_and_client() {
     let slot = Slot { sequence: FIRST - 1, addresses: of_client(1), ..Slot::default() };
     let mut flow = Flow::default();
     let template = Template { len: LEN, sum: 0, waits: 1, bytes: [0; HEADER_CAPACITY] };
-    flow.open(&slot, &template, 5);
-    assert!(flow.waits == 1 && flow.header_len == LEN);
+    flow.open(&slot, &template, 9, 5);
+    assert!(flow.waits == 1 && flow.header_len == LEN && flow.offset == 9);
     flow.addresses = slot.addresses;
     assert!(flow.is_of(&slot));
     assert!(!flow.is_of(&Slot { sequence: FIRST, ..slot }));
@@ -217,13 +278,13 @@ fn a_syn_is_a_connections_own_by_number_and_client() {
 
 #[test]
 fn a_handshake_ends_with_the_backends_number_and_no_other() {
-    let accepted = Flow { acknowledged: 50, ..flow(&[Flag::Accepted]) };
+    let accepted = Flow { backend_first: 50, ..flow(&[Flag::Accepted]) };
     let segment = |flags, acknowledgement| Segment { flags, acknowledgement, ..Segment::default() };
     assert!(accepted.is_accepted_by(&segment(ACK, 50)));
     assert!(accepted.is_accepted_by(&segment(ACK | FIN, 50)));
     assert!(!accepted.is_accepted_by(&segment(ACK, 51)) && !accepted.is_accepted_by(&segment(ACK, 49)));
     assert!(!accepted.is_accepted_by(&segment(FIN, 50)));
-    assert!(!Flow { acknowledged: 50, ..flow(&[]) }.is_accepted_by(&segment(ACK, 50)));
+    assert!(!Flow { backend_first: 50, ..flow(&[]) }.is_accepted_by(&segment(ACK, 50)));
 }
 
 #[test]

@@ -5,14 +5,14 @@ use core::ptr::NonNull;
 
 use aya_ebpf::{helpers::generated::bpf_redirect, macros::classifier, programs::TcContext};
 use injector_common::inline::{
-    ACK, Counter, Event, FIN, Flag, Flow, Key, RST, SYN, Segment, ToClient, acknowledges, to_client,
+    ACK, Counter, Event, Flag, Flow, Key, OnSynAck, RST, SYN, Segment, ToClient, acknowledges, on_syn_ack,
+    to_client,
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use super::{
     ANSWER, DROP, NEXT, header, maps,
     packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
-    words,
 };
 
 #[classifier]
@@ -41,29 +41,66 @@ fn receive<L: Link>(skb: &TcContext) -> i32 {
         }
         _ => return NEXT,
     }
-    if packet.segment.is(SYN)
-        && let Some(flow) = maps::pending(&packet.key)
-    {
-        return accept(skb, packet, flow);
+    let established = maps::established(&packet.key);
+    // An established connection's entry alone decides, save on what may be the answer to a SYN.
+    let pending = match established {
+        Some(_) if !packet.segment.is(SYN | RST) => None,
+        _ => maps::pending(&packet.key),
+    };
+    if packet.segment.is(SYN) {
+        return answer_to_syn(skb, packet, established, pending);
     }
-    match maps::established(&packet.key).or_else(|| maps::pending(&packet.key)) {
-        Some(flow) => pass(skb, packet, flow),
-        None => NEXT,
+    // SAFETY: a map value, valid while the program runs.
+    let refused = pending.filter(|flow| unsafe { flow.as_ref() }.is_refused_by(&packet.segment));
+    match (established, pending, refused) {
+        (_, _, Some(flow)) => {
+            // SAFETY: as above.
+            refuse(&packet.key, unsafe { &mut *flow.as_ptr() });
+            before_header(skb, packet, flow)
+        }
+        (Some(flow), ..) => pass(skb, packet, flow),
+        (None, Some(flow), _) => before_header(skb, packet, flow),
+        (None, None, _) => NEXT,
     }
 }
 
 /// The backend answers the SYN: of the connection that is being opened, and no other.
 #[inline(always)]
-fn accept(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
-    // SAFETY: a map value, valid while the program runs.
-    let flow = unsafe { &mut *flow.as_ptr() };
-    let segment = &packet.segment;
-    if segment.is(ACK) && segment.acknowledgement == flow.first {
-        flow.set(Flag::Accepted);
-        flow.acknowledged = segment.sequence.wrapping_add(1);
-        maps::supersede(&packet.key);
+fn answer_to_syn(
+    skb: &TcContext,
+    packet: &Packet,
+    established: Option<NonNull<Flow>>,
+    pending: Option<NonNull<Flow>>,
+) -> i32 {
+    // SAFETY: map values, valid while the program runs.
+    let entries = unsafe { (established.map(|flow| flow.as_ref()), pending.map(|flow| flow.as_ref())) };
+    match (on_syn_ack(entries.0, entries.1, &packet.segment), established, pending) {
+        (OnSynAck::Accept, _, Some(flow)) => {
+            // SAFETY: as above.
+            let flow = unsafe { &mut *flow.as_ptr() };
+            flow.accept(&packet.segment);
+            maps::supersede(&packet.key);
+            open_window(skb, packet, flow)
+        }
+        // SAFETY: as above.
+        (OnSynAck::Repeated, Some(flow), _) => open_window(skb, packet, unsafe { flow.as_ref() }),
+        (OnSynAck::Pass, _, Some(flow)) => before_header(skb, packet, flow),
+        (OnSynAck::Pass, ..) => NEXT,
+        _ => {
+            maps::count(Counter::StaleSynAck);
+            DROP
+        }
     }
-    open_window(skb, packet, flow)
+}
+
+/// The backend refuses the SYN.
+#[inline(always)]
+fn refuse(key: &Key, flow: &mut Flow) {
+    if !flow.is(Flag::BackendRst) {
+        flow.set(Flag::BackendRst);
+        maps::count(Counter::Refused);
+        maps::tell(Event::REFUSED, key, flow);
+    }
 }
 
 /// The header takes the first of the window that the backend opens.
@@ -71,6 +108,22 @@ fn accept(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
 fn open_window(skb: &TcContext, packet: &Packet, flow: &Flow) -> i32 {
     let window = u32::from(packet.segment.window);
     if window > flow.header_len && packet.set_window(skb, (window - flow.header_len) as u16).is_err() {
+        maps::count(Counter::RewriteFailed);
+        return DROP;
+    }
+    earlier(skb, packet, flow.offset)
+}
+
+/// What the backend acknowledges, if anything, is before the header.
+#[inline(always)]
+fn before_header(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
+    // SAFETY: a map value, valid while the program runs.
+    earlier(skb, packet, unsafe { flow.as_ref() }.offset)
+}
+
+#[inline(always)]
+fn earlier(skb: &TcContext, packet: &Packet, less: u32) -> i32 {
+    if packet.segment.is(ACK) && packet.acknowledge_earlier(skb, less).is_err() {
         maps::count(Counter::RewriteFailed);
         return DROP;
     }
@@ -89,16 +142,20 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
         maps::tell(Event::ACKNOWLEDGED, &packet.key, flow);
     }
     let done = match way {
-        ToClient::Pass => Ok(()),
-        ToClient::Open => return open_window(skb, packet, flow),
+        ToClient::Pass if !segment.is(ACK) => Ok(()),
+        ToClient::Pass => packet.acknowledge_earlier(skb, flow.offset),
+        ToClient::Drop => {
+            maps::count(Counter::InvalidAck);
+            return DROP;
+        }
         ToClient::Swallow if !packet.may_have_sack(skb) => {
             account(&packet.key, flow, &segment);
             return DROP;
         }
-        ToClient::Shift | ToClient::Swallow => packet.acknowledge_earlier(skb, flow.header_len),
+        ToClient::Shift | ToClient::Swallow => packet.acknowledge_earlier(skb, flow.shift()),
         ToClient::Hold => packet
             .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
-            .and_then(|()| packet.sack_earlier(skb, flow.header_len)),
+            .and_then(|()| packet.sack_earlier(skb, flow.shift())),
         ToClient::Answer => return answer(skb, packet, flow),
     };
     if done.is_err() {
@@ -121,6 +178,7 @@ fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
         maps::count(Counter::AnswerFailed);
         return DROP;
     }
+    flow.note_from_backend(&packet.segment, || now);
     flow.set(Flag::Sent);
     flow.answered_ns = now;
     flow.answered += 1;
@@ -135,15 +193,7 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     maps::touch(flow);
     flow.to_client.packets += 1;
     flow.to_client.bytes += u64::from(segment.payload);
-    if segment.is(FIN | RST) && !flow.closed() {
-        flow.last_ns = maps::now();
-        if segment.is(RST) {
-            flow.set(Flag::BackendRst);
-            words::apart();
-        } else {
-            flow.set(Flag::BackendFin);
-        }
-    }
+    flow.note_from_backend(segment, maps::now);
     maps::tell_of_end(key, flow);
 }
 
@@ -182,13 +232,19 @@ fn quoted(skb: &TcContext, packet: &mut Packet) -> Result<(), Failed> {
     let Ok([source, destination]) = skb.load::<[u16; 2]>(tcp) else { return Ok(()) };
     let Ok(sequence) = skb.load::<u32>(tcp + SEQUENCE) else { return Ok(()) };
     (key.source.port, key.backend.port) = (u16::from_be(source), u16::from_be(destination));
-    let Some(flow) = maps::established(key) else { return Ok(()) };
+    let Some(flow) = maps::established(key).or_else(|| maps::pending(key)) else { return Ok(()) };
     // SAFETY: a map value, valid while the program runs.
     let flow = unsafe { flow.as_ref() };
     let old = u32::from_be(sequence);
-    // The header's own packet was the client's acknowledgement, with the number of its first byte.
-    let in_header = old.wrapping_sub(flow.first) < flow.header_len;
-    let new = if in_header { flow.first } else { old.wrapping_sub(flow.header_len) };
+    let beyond = flow.beyond(old);
+    let new = if flow.is(Flag::Acknowledged) || (flow.header_len..1 << 31).contains(&beyond) {
+        old.wrapping_sub(flow.shift())
+    } else if beyond < flow.header_len {
+        // The header's own packet was the client's acknowledgement, with the number of its first byte.
+        flow.first
+    } else {
+        old.wrapping_sub(flow.offset)
+    };
     skb.l4_csum_replace(icmp + CHECKSUM, sequence.into(), new.to_be().into(), 4).map_err(|_| Failed)?;
     skb.store(tcp + SEQUENCE, &new.to_be(), 0).map_err(|_| Failed)
 }

@@ -8,12 +8,13 @@ use core::ptr::NonNull;
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_clone_redirect, macros::classifier, programs::TcContext,
 };
-use injector_common::inline::{Counter, FIN, Flag, Flow, Key, RST, SYN, Segment, ToBackend, to_backend};
+use injector_common::inline::{
+    ClientOwner, Counter, Flag, Flow, Key, OnSyn, SYN, Segment, ToBackend, client_owner, on_syn, to_backend,
+};
 
 use super::{
     AHEAD, ANSWER, DROP, NEXT, header, maps,
-    packet::{Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
-    words,
+    packet::{Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse, token},
 };
 
 #[classifier]
@@ -47,15 +48,28 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
         _ => return NEXT,
     }
     let key = &packet.key;
-    if packet.segment.is(SYN) {
-        return if forwarded && maps::is_backend(&key.backend) { open(packet) } else { NEXT };
+    if !forwarded {
+        // Its ports are its own from now on.
+        if packet.segment.is_plain_syn() && maps::is_backend(&key.backend) {
+            maps::yield_to_host(key);
+        }
+        return NEXT;
     }
-    let Some(flow) = flow(key, &packet.segment) else {
-        if forwarded && maps::is_backend(&key.backend) {
+    if packet.segment.is(SYN) {
+        return if maps::is_backend(&key.backend) { open(skb, packet) } else { NEXT };
+    }
+    let flow = match owner(key, &packet.segment) {
+        Owner::Flow(flow) => flow,
+        Owner::Pending(flow) => {
+            // SAFETY: a map value, valid while the program runs.
+            let offset = unsafe { flow.as_ref() }.offset;
+            return if later(skb, packet, offset).is_ok() { NEXT } else { DROP };
+        }
+        Owner::None if maps::is_backend(&key.backend) => {
             maps::count(Counter::NoFlow);
             return DROP;
         }
-        return NEXT;
+        Owner::None => return NEXT,
     };
     if mark == AHEAD {
         skb.set_mark(0);
@@ -66,60 +80,62 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
 
 /// A SYN: the first of a connection, or sent again.
 #[inline(always)]
-fn open(packet: &Packet) -> i32 {
+fn open(skb: &TcContext, packet: &Packet) -> i32 {
     let key = &packet.key;
-    let first = packet.segment.sequence.wrapping_add(1);
-    let Some(slot) = maps::recall(packet.segment.sequence) else {
+    let Some(slot) = maps::recall(token(skb), packet.segment.sequence) else {
         maps::count(Counter::NoSlot);
         return DROP;
     };
-    if let Some(flow) = maps::established(key) {
-        // SAFETY: a map value, valid while the program runs.
-        let flow = unsafe { flow.as_ref() };
-        // A late copy of this connection's own SYN.
-        if flow.first == first && !flow.closed() {
-            return NEXT;
-        }
-    }
-    if let Some(flow) = maps::pending(key) {
-        // Sent again. What the backend has answered meanwhile is still true.
-        // SAFETY: as above.
-        if unsafe { flow.as_ref() }.is_of(slot) {
-            return NEXT;
-        }
-    }
-    let Some(template) = maps::template(slot.listener, packet.ipv6) else {
-        maps::count(Counter::NoSlot);
-        return DROP;
+    // SAFETY: a map value, valid while the program runs.
+    let pending = maps::pending(key).map(|flow| unsafe { flow.as_ref() });
+    let offset = match (on_syn(pending, slot, &packet.segment), pending) {
+        (OnSyn::Pass, Some(flow)) => Ok(flow.offset),
+        (OnSyn::Open, _) => match maps::template(slot.listener, packet.ipv6) {
+            Some(template) => {
+                maps::open(key, slot, template).ok_or(Counter::Full).inspect(|_| maps::count(Counter::Opened))
+            }
+            None => Err(Counter::NoSlot),
+        },
+        _ => Err(Counter::InvalidSyn),
     };
-    if !maps::open(key, slot, template) {
-        maps::count(Counter::Full);
-        return DROP;
+    match offset.and_then(|offset| later(skb, packet, offset)) {
+        Ok(()) => NEXT,
+        Err(counter) => {
+            maps::count(counter);
+            DROP
+        }
     }
-    maps::count(Counter::Opened);
-    NEXT
+}
+
+/// What decides about a segment that is no SYN.
+enum Owner {
+    /// An entry of `FLOWS`.
+    Flow(NonNull<Flow>),
+    /// An entry of `PENDING`.
+    Pending(NonNull<Flow>),
+    /// Nothing that is known here.
+    None,
 }
 
 /// The flow that a segment belongs to. The one that ends the handshake makes it one that stays.
 #[inline(always)]
-fn flow(key: &Key, segment: &Segment) -> Option<NonNull<Flow>> {
+fn owner(key: &Key, segment: &Segment) -> Owner {
     if let Some(flow) = maps::established(key) {
-        return Some(flow);
+        return Owner::Flow(flow);
     }
-    let pending = maps::pending(key)?;
+    let Some(pending) = maps::pending(key) else { return Owner::None };
     // SAFETY: as in `open`.
-    let flow = unsafe { pending.as_ref() };
-    if segment.is(RST) {
-        return Some(pending);
+    match client_owner(false, Some(unsafe { pending.as_ref() }), segment) {
+        ClientOwner::Pending => Owner::Pending(pending),
+        ClientOwner::Accepts => match maps::establish(key, pending) {
+            Some(flow) => Owner::Flow(flow),
+            None => {
+                maps::count(Counter::Full);
+                Owner::None
+            }
+        },
+        ClientOwner::Established | ClientOwner::None => Owner::None,
     }
-    if !flow.is_accepted_by(segment) {
-        return None;
-    }
-    let established = maps::establish(key, pending);
-    if established.is_none() {
-        maps::count(Counter::Full);
-    }
-    established
 }
 
 #[inline(always)]
@@ -129,14 +145,15 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
     let flow = unsafe { &mut *flow.as_ptr() };
     let segment = &packet.segment;
     if !flow.is(Flag::Acknowledged) {
-        flow.acknowledged = segment.acknowledgement;
         flow.window = packet.segment.window.into();
     }
     let done = match to_backend(flow, segment) {
-        ToBackend::Pass => Ok(()),
-        ToBackend::Shift => shift(skb, packet, flow),
+        ToBackend::Pass => later(skb, packet, flow.offset),
+        ToBackend::Drop => Err(Counter::BelowFirst),
+        ToBackend::Shift => later(skb, packet, flow.shift()),
         ToBackend::Append => header::append(skb, packet, flow)
             .map_err(|_| Counter::AppendFailed)
+            .and_then(|()| later(skb, packet, flow.offset))
             .map(|()| sent(flow, Counter::Appended)),
         ToBackend::Wait => {
             flow.set(Flag::Waited);
@@ -145,7 +162,7 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
             return DROP;
         }
         ToBackend::Prepend => match header::prepend(skb, packet, flow) {
-            Ok(true) => Ok(sent(flow, Counter::Prepended)),
+            Ok(true) => later(skb, packet, flow.offset).map(|()| sent(flow, Counter::Prepended)),
             Ok(false) => follow(skb, packet, flow),
             Err(Failed) => Err(Counter::AppendFailed),
         },
@@ -166,11 +183,11 @@ fn sent(flow: &mut Flow, how: Counter) {
     maps::count(how);
 }
 
+/// Makes the segment's number later by so much.
 #[inline(always)]
-fn shift(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Counter> {
+fn later(skb: &TcContext, packet: &Packet, more: u32) -> Result<(), Counter> {
     let sequence = packet.segment.sequence;
-    let shifted = sequence.wrapping_add(flow.header_len);
-    packet.set_u32(skb, SEQUENCE, sequence, shifted).map_err(|_| Counter::RewriteFailed)
+    packet.set_u32(skb, SEQUENCE, sequence, sequence.wrapping_add(more)).map_err(|_| Counter::RewriteFailed)
 }
 
 /// Sends a copy of the packet ahead, which comes through this program by itself and becomes the header ([`go_ahead`]). It leaves
@@ -179,6 +196,8 @@ fn shift(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Counter> {
 fn follow(skb: &TcContext, packet: &Packet, flow: &mut Flow) -> Result<(), Counter> {
     // SAFETY: the program's own context.
     let (mark, device) = unsafe { ((*skb.skb.skb).mark, (*skb.skb.skb).ifindex) };
+    // Before it: the backend's answer may be here before this program has ended.
+    flow.set(Flag::Sent);
     skb.set_mark(AHEAD);
     // SAFETY: as above. The program that runs meanwhile reads the same packet into the same `Packet`.
     let result = unsafe { bpf_clone_redirect(skb.as_ptr().cast(), device, 0) };
@@ -187,7 +206,7 @@ fn follow(skb: &TcContext, packet: &Packet, flow: &mut Flow) -> Result<(), Count
         return Err(Counter::AppendFailed);
     }
     sent(flow, Counter::SentAhead);
-    shift(skb, packet, flow)
+    later(skb, packet, flow.shift())
 }
 
 /// A copy of the client's first bytes becomes the header.
@@ -197,7 +216,7 @@ fn go_ahead(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
     let flow = unsafe { flow.as_ref() };
     let segment = &packet.segment;
     let first = segment.sequence == flow.first && !flow.is(Flag::Acknowledged);
-    if !first || header::replace(skb, packet, flow).is_err() {
+    if !first || header::replace(skb, packet, flow).is_err() || later(skb, packet, flow.offset).is_err() {
         maps::count(Counter::AppendFailed);
         return DROP;
     }
@@ -209,17 +228,6 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     maps::touch(flow);
     flow.to_backend.packets += 1;
     flow.to_backend.bytes += u64::from(segment.payload);
-    if segment.is(FIN | RST) && !flow.closed() {
-        flow.last_ns = maps::now();
-        if segment.is(RST) {
-            flow.set(Flag::ClientRst);
-            words::apart();
-        } else {
-            if !flow.is(Flag::BackendFin) {
-                flow.set(Flag::ClientFirst);
-            }
-            flow.set(Flag::ClientFin);
-        }
-    }
+    flow.note_from_client(segment, maps::now);
     maps::tell_of_end(key, flow);
 }

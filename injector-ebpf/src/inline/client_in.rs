@@ -7,7 +7,7 @@ use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
     DROP, NEXT, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, is_ipv6, opens_nothing, parse},
+    packet::{Ethernet, From, Link, Packet, Parsed, Raw, is_ipv6, opens_nothing, parse, set_token},
     words,
 };
 
@@ -26,6 +26,8 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
     if opens_nothing::<L>(skb) {
         return NEXT;
     }
+    // Another network namespace may have set it.
+    set_token(skb, 0);
     let Some(packet) = maps::packet(is_ipv6(skb)) else { return NEXT };
     // Its destination stands where a backend's would.
     let Parsed::Tcp = parse::<L>(skb, packet, From::Client) else { return NEXT };
@@ -39,7 +41,8 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
         maps::count(Counter::FastOpen);
         return DROP;
     }
-    if remember(skb, packet, listener).is_some() {
+    if let Some(token) = remember(skb, packet, listener) {
+        set_token(skb, token);
         maps::count(Counter::Remembered);
     }
     // Otherwise `backend_out` will drop it.
@@ -47,7 +50,7 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<()> {
+fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<u16> {
     let mut addresses = MaybeUninit::<HeaderAddresses>::uninit();
     // SAFETY: the value's own place; zeroed, it is one.
     let addresses = unsafe {
@@ -55,7 +58,5 @@ fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<()> {
         addresses.assume_init_mut()
     };
     packet.read_addresses(skb, addresses).ok()?;
-    let sequence = packet.segment.sequence;
-    maps::slot(sequence)?.remember(sequence, listener, addresses, maps::now());
-    Some(())
+    maps::remember(packet.segment.sequence, listener, addresses)
 }

@@ -4,11 +4,11 @@ use core::{mem::MaybeUninit, ptr::NonNull};
 
 use aya_ebpf::{
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
-    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
+    helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns},
     macros::btf_map,
 };
 use injector_common::inline::{
-    Address, Counter, Ended, Event, Flag, Flow, Key, LEAST_MTU, Listener, Slot, Template,
+    Address, Counter, Ended, Event, Flag, Flow, HeaderAddresses, Key, LEAST_MTU, Listener, Slot, Template,
 };
 
 use super::{packet::Packet, words};
@@ -28,9 +28,13 @@ static BACKENDS: HashMap<Address, u32, SIZED_BY_THE_DAEMON> = HashMap::new();
 #[btf_map]
 static TEMPLATES: Array<Template, SIZED_BY_THE_DAEMON> = Array::new();
 
-/// SYNs between ingress and egress, by [`Slot::index`].
+/// SYNs between ingress and egress, by [`Slot::token`].
 #[btf_map]
-static SLOTS: PerCpuArray<Slot, { Slot::COUNT as usize }> = PerCpuArray::new();
+static SLOTS: Array<Slot, { Slot::COUNT as usize }> = Array::new();
+
+/// How many SYNs this processor has remembered.
+#[btf_map]
+static SEEN: PerCpuArray<u32, 1> = PerCpuArray::new();
 
 /// Connections whose client has not answered the backend: whoever floods with SYNs pushes out other SYNs only.
 #[btf_map]
@@ -135,23 +139,29 @@ pub(super) fn template(listener: u32, ipv6: bool) -> Option<&'static Template> {
     (template.len != 0).then_some(template)
 }
 
-/// The slot for a SYN with this sequence number.
+/// Remembers a SYN; returns the token that its packet must carry.
 #[inline(always)]
-pub(super) fn slot(sequence: u32) -> Option<&'static mut Slot> {
-    let slot = SLOTS.get_ptr_mut(Slot::index(sequence))?;
-    // SAFETY: a per-CPU slot; softirqs of one processor do not interrupt each other, and it is asked for once a program.
-    Some(unsafe { &mut *slot })
+pub(super) fn remember(sequence: u32, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
+    let seen = SEEN.get_ptr_mut(0)?;
+    // SAFETY: a per-CPU slot; softirqs of one processor do not interrupt each other.
+    let number = unsafe {
+        *seen = (*seen).wrapping_add(1);
+        *seen
+    };
+    // SAFETY: takes nothing.
+    let token = Slot::token(unsafe { bpf_get_smp_processor_id() }, number);
+    let slot = SLOTS.get_ptr_mut(token.into())?;
+    // SAFETY: a map value. Processors that share it, for there are very many, may tear it: then its SYN is dropped, or disputed.
+    unsafe { &mut *slot }.remember(sequence, listener, addresses, now());
+    Some(token)
 }
 
-/// Takes the slot of the SYN that leaves now.
+/// Takes the slot of the SYN that leaves now, with this token.
 #[inline(always)]
-pub(super) fn recall(sequence: u32) -> Option<&'static Slot> {
-    let slot = slot(sequence)?;
-    if !slot.fits(sequence, now()) {
-        return None;
-    }
-    slot.at_ns = 0;
-    Some(slot)
+pub(super) fn recall(token: u16, sequence: u32) -> Option<&'static Slot> {
+    // SAFETY: a map value; see `remember`.
+    let slot = unsafe { &mut *SLOTS.get_ptr_mut(Slot::index(token)?)? };
+    slot.take(sequence, now()).then_some(slot)
 }
 
 /// The flow of an established connection.
@@ -166,18 +176,20 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
     PENDING.get_ptr_mut(key).and_then(NonNull::new)
 }
 
-/// Begins the connection of the client in this slot, whose header will be of this template.
+/// Begins the connection of the client in this slot, whose header will be of this template; returns its [`Flow::offset`].
 #[inline(always)]
-pub(super) fn open(key: &Key, slot: &Slot, template: &Template) -> bool {
-    let Some(flow) = SCRATCH.get_ptr_mut(0) else { return false };
+pub(super) fn open(key: &Key, slot: &Slot, template: &Template) -> Option<u32> {
+    let flow = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
         words::zero(flow);
         words::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
         &mut *flow
     };
-    flow.open(slot, template, now());
-    PENDING.insert(key, flow, 0).is_ok()
+    // SAFETY: takes nothing.
+    let offset = unsafe { bpf_get_prandom_u32() };
+    flow.open(slot, template, offset, now());
+    PENDING.insert(key, flow, 0).ok().map(|()| offset)
 }
 
 /// Forgets a connection of the same addresses that was before this one.
@@ -186,12 +198,33 @@ pub(super) fn supersede(key: &Key) {
     let _ = FLOWS.remove(key);
 }
 
+/// Forgets whatever had these addresses and ports: this host itself uses them now.
+#[inline(always)]
+pub(super) fn yield_to_host(key: &Key) {
+    let _ = FLOWS.remove(key);
+    let _ = PENDING.remove(key);
+}
+
 /// The client has answered: the flow stays until its end.
+///
+/// An LRU map gives an entry to another key at any moment, while a program on another processor still reads it. So it is copied, and
+/// the copy counts only if the key has the same entry afterwards, by its random number: addresses of entries cannot be compared
+/// without CAP_PERFMON ("pointer comparison prohibited").
 #[inline(always)]
 pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>> {
+    let copy = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: a per-CPU slot, used by nobody else before this program ends; and a map value.
+    let copied = unsafe {
+        words::copy(copy, flow.as_ptr());
+        &*copy
+    };
+    words::apart();
     // SAFETY: a map value, valid while the program runs.
-    let flow = unsafe { flow.as_ref() };
-    FLOWS.insert(key, flow, 0).ok()?;
+    let still = unsafe { pending(key)?.as_ref() };
+    if still.offset != copied.offset || still.created_ns != copied.created_ns {
+        return None;
+    }
+    FLOWS.insert(key, copied, 0).ok()?;
     let _ = PENDING.remove(key);
     established(key)
 }
@@ -201,7 +234,7 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
 pub(super) fn forget(ended: &Ended) -> bool {
     let Some(flow) = established(&ended.key) else { return false };
     // SAFETY: a map value, valid while the program runs.
-    unsafe { flow.as_ref() }.created_ns == ended.created_ns && FLOWS.remove(&ended.key).is_ok()
+    ended.may_remove(unsafe { flow.as_ref() }) && FLOWS.remove(&ended.key).is_ok()
 }
 
 /// Tells the daemon of the end, once. That may be with a packet behind the last FIN: where both sides finish at the same moment,

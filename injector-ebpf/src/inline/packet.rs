@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
-use injector_common::inline::{ACK, Address, HeaderAddresses, Key, SYN, Segment};
+use injector_common::inline::{ACK, Address, HeaderAddresses, Key, SYN, Segment, payload_len};
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -109,6 +109,43 @@ pub(super) fn is_ipv6(skb: &TcContext) -> bool {
     u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) == IPV6
 }
 
+/// 1 in the self-test, whose packets begin in `BPF_PROG_TEST_RUN`: that lets no `tc_index` in (convert___skb_to_skb,
+/// net/bpf/test_run.c), so there the mark carries the token. Set by the loader; the verifier takes out the branch that is not
+/// gone.
+#[unsafe(no_mangle)]
+static SELF_TEST: u32 = 0;
+
+#[inline(always)]
+fn self_test() -> bool {
+    // SAFETY: a constant of the loaded program.
+    unsafe { (&raw const SELF_TEST).read_volatile() != 0 }
+}
+
+/// Has the packet carry the token of its slot, or none (0).
+#[inline(always)]
+pub(super) fn set_token(skb: &TcContext, token: u16) {
+    if self_test() {
+        skb.set_mark(token.into());
+        words::apart();
+        return;
+    }
+    // SAFETY: the program's own context.
+    unsafe { (*skb.skb.skb).tc_index = token.into() };
+}
+
+/// The token that the packet carries.
+#[inline(always)]
+pub(super) fn token(skb: &TcContext) -> u16 {
+    if self_test() {
+        // SAFETY: the program's own context.
+        let mark = unsafe { (*skb.skb.skb).mark };
+        words::apart();
+        return mark as u16;
+    }
+    // SAFETY: the program's own context.
+    unsafe { (*skb.skb.skb).tc_index as u16 }
+}
+
 /// Four bytes of a packet. Two lie on an even address in every packet, four need not.
 #[repr(C, align(2))]
 struct Word([u8; 4]);
@@ -154,8 +191,8 @@ fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
     if !(both && len == Ipv4Hdr::LEN) && packet.read_tcp(skb).is_err() {
         return Parsed::Unreadable;
     }
-    let total = (packet.word(0) & 0xFFFF) as usize;
-    parse_tcp(skb, packet, from, total)
+    let total = packet.word(0) & 0xFFFF;
+    parse_tcp(skb, packet, from, total, total == 0)
 }
 
 #[inline(always)]
@@ -187,25 +224,30 @@ fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
         }
         _ => return Parsed::Other,
     }
-    let total = Ipv6Hdr::LEN + (packet.word(1) >> 16) as usize;
-    parse_tcp(skb, packet, from, total)
+    let payload = packet.word(1) >> 16;
+    parse_tcp(skb, packet, from, Ipv6Hdr::LEN as u32 + payload, payload == 0)
 }
 
-/// The TCP header, which stands among the packet's words.
+/// The TCP header, which stands among the packet's words. A packet of many segments that is too long for its IP header has no
+/// length there (BIG TCP).
 #[inline(always)]
-fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: usize) -> Parsed {
+fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: u32, no_length: bool) -> Parsed {
     let length_flags_window = packet.word(TCP_AT + 3);
     packet.tcp_len = (length_flags_window >> 28) as usize * 4;
     if packet.tcp_len < TcpHdr::LEN {
         return Parsed::Unreadable;
     }
-    // A jumbo packet has no length in its header; then it has no padding either.
-    let end = if total > Ipv6Hdr::LEN { packet.ip + total } else { skb.len() as usize };
+    // SAFETY: the program's own context.
+    let jumbo = no_length && unsafe { (*skb.skb.skb).gso_segs } > 1;
+    let headers = (packet.tcp - packet.ip + packet.tcp_len) as u32;
+    let Some(payload) = payload_len(total, headers, skb.len() - packet.ip as u32, jumbo) else {
+        return Parsed::Unreadable;
+    };
     packet.segment = Segment {
         flags: (length_flags_window >> 16) as u8,
         sequence: packet.word(TCP_AT + 1),
         acknowledgement: packet.word(TCP_AT + 2),
-        payload: end.saturating_sub(packet.tcp + packet.tcp_len) as u32,
+        payload,
         window: length_flags_window as u16,
     };
     let ports = packet.word(TCP_AT);
@@ -226,8 +268,9 @@ pub(super) fn opens_nothing<L: Link>(skb: &TcContext) -> bool {
     // SAFETY: the program's own context.
     match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
         IPV4 if byte(skb, L::LEN) == Some(VERSION_AND_LENGTH) => match byte(skb, L::LEN + PROTOCOL) {
-            Some(TCP) => goes_on(byte(skb, L::LEN + Ipv4Hdr::LEN + FLAGS)),
-            other => other.is_some(),
+            Some(TCP) if !is_fragment::<L>(skb) => goes_on(byte(skb, L::LEN + Ipv4Hdr::LEN + FLAGS)),
+            Some(TCP) | None => false,
+            Some(_) => true,
         },
         IPV6 => match byte(skb, L::LEN + NEXT_HEADER) {
             Some(TCP) => goes_on(byte(skb, L::LEN + Ipv6Hdr::LEN + FLAGS)),
@@ -235,6 +278,15 @@ pub(super) fn opens_nothing<L: Link>(skb: &TcContext) -> bool {
         },
         _ => false,
     }
+}
+
+/// Whether it is a fragment of an IPv4 packet, or cannot be told.
+#[inline(always)]
+fn is_fragment<L: Link>(skb: &TcContext) -> bool {
+    const MORE: usize = 6;
+    const OFFSET: usize = 7;
+    // The top two bits are reserved and "don't fragment".
+    !matches!((byte(skb, L::LEN + MORE), byte(skb, L::LEN + OFFSET)), (Some(more), Some(0)) if more & 0x3F == 0)
 }
 
 /// Whether these are the flags of a segment in the midst of a connection.
@@ -430,12 +482,20 @@ fn load_ports(skb: &TcContext, tcp: usize, into: &mut [u8]) -> Result<(), Failed
     load_bytes(skb, tcp, into, 4)
 }
 
+/// The helpers take no size of 0. Before Linux 6.8 the verifier learns nothing from a comparison with 0 ("invalid access to map
+/// value, value_size=244 off=12 size=0"), so it is none.
+#[inline(always)]
+fn at_least_one(len: usize) -> usize {
+    len.max(1)
+}
+
 /// Reads `len` bytes, which fit.
 #[inline(always)]
 pub(super) fn load_bytes(skb: &TcContext, at: usize, into: &mut [u8], len: usize) -> Result<(), Failed> {
-    if len == 0 || len > into.len() {
+    if len > into.len() {
         return Err(Failed);
     }
+    let len = at_least_one(len);
     // SAFETY: `into` holds `len` bytes by the check above.
     let result =
         unsafe { bpf_skb_load_bytes(skb.as_ptr().cast(), at as u32, into.as_mut_ptr().cast(), len as u32) };
@@ -450,9 +510,10 @@ pub(super) fn store_bytes<const N: usize>(
     from: &[u8; N],
     len: usize,
 ) -> Result<(), Failed> {
-    if len == 0 || len > N {
+    if len > N {
         return Err(Failed);
     }
+    let len = at_least_one(len);
     // SAFETY: `from` holds `len` bytes by the check above.
     let result =
         unsafe { bpf_skb_store_bytes(skb.as_ptr().cast(), at as u32, from.as_ptr().cast(), len as u32, 0) };

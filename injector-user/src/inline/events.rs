@@ -81,6 +81,17 @@ impl Lingering {
         true
     }
 
+    /// Whether this connection was among them, and is no longer.
+    fn withdraw(&mut self, key: &Key, flow: &Flow) -> bool {
+        let was = self.last.get(key) == Some(&flow.created_ns);
+        if was {
+            self.last.remove(key);
+            // Its next end puts it there again.
+            self.queue.retain(|(_, ended)| (ended.key, ended.created_ns) != (*key, flow.created_ns));
+        }
+        was
+    }
+
     /// Takes out those that ended longer ago.
     fn take(&mut self, linger: Duration) -> Vec<Ended> {
         let (mut taken, now) = (Vec::new(), Instant::now());
@@ -144,8 +155,25 @@ impl Books {
         match event.kind {
             Event::ACKNOWLEDGED => self.began(event.key, &event.flow),
             Event::ENDED => self.ended(&event.key, &event.flow, self.end_of(&event.flow)),
+            Event::REFUSED => self.refused(&event.flow),
             _ => {}
         }
+    }
+
+    /// A backend refused a SYN: counted, and not logged as a connection, for nobody has shown that the SYN came from where it
+    /// says.
+    fn refused(&self, flow: &Flow) {
+        if let Some(listening) = self.listener(flow) {
+            listening.metrics.closed(End::BackendRefused);
+        }
+    }
+
+    /// A connection that was taken for reset goes on.
+    fn reopened(&self, key: Key, flow: &Flow) {
+        let Some(listening) = self.listener(flow) else { return };
+        let (to_backend, to_client) = (flow.to_backend.bytes, flow.to_client.bytes);
+        let entry = Entry { _active: listening.metrics.active(), to_backend, to_client };
+        lock(&self.open).insert(key, entry);
     }
 
     fn began(&self, key: Key, flow: &Flow) {
@@ -191,11 +219,7 @@ impl Books {
         if flow.is(Flag::ClientRst) {
             End::ClientReset
         } else if flow.is(Flag::BackendRst) {
-            match (flow.is(Flag::Accepted), silent) {
-                (false, _) => End::BackendRefused,
-                (true, true) => End::NoBanner,
-                (true, false) => End::BackendReset,
-            }
+            if silent { End::NoBanner } else { End::BackendReset }
         } else if flow.is(Flag::ClientFirst) {
             End::ClientClosed
         } else if silent {
@@ -246,6 +270,9 @@ impl Books {
                 }
                 continue;
             }
+            if lock(&self.lingering).withdraw(&key, &flow) {
+                self.reopened(key, &flow);
+            }
             if silent > self.idle {
                 past.push(Ended::new(key, &flow));
                 self.ended(&key, &flow, End::Idle);
@@ -277,10 +304,22 @@ mod tests {
         assert!(ended.add(key, &flow(2)));
         assert_eq!(ended.take(Duration::from_secs(60)), []);
         assert!(!ended.add(key, &flow(2)), "it is still there");
-        let both = [1, 2].map(|created_ns| Ended { key, created_ns });
+        let both = [1, 2].map(|created_ns| Ended { key, created_ns, last_ns: 0 });
         assert_eq!(ended.take(Duration::ZERO), both);
         assert_eq!(ended.take(Duration::ZERO), []);
         assert!(ended.last.is_empty());
+    }
+
+    #[test]
+    fn a_connection_that_goes_on_may_end_again() {
+        let mut ended = Lingering::default();
+        let (key, flow) = (Key::default(), Flow { created_ns: 1, ..Flow::default() });
+        assert!(!ended.withdraw(&key, &flow));
+        assert!(ended.add(key, &flow));
+        assert!(!ended.withdraw(&key, &Flow { created_ns: 2, ..flow }));
+        assert!(ended.withdraw(&key, &flow) && !ended.withdraw(&key, &flow));
+        assert!(ended.add(key, &flow));
+        assert_eq!(ended.take(Duration::ZERO).len(), 1);
     }
 
     #[test]

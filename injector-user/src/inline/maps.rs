@@ -75,9 +75,9 @@ impl Maps {
     /// Takes out connections that have ended, as the program `sweep` does, by two calls for each.
     pub(super) fn forget(&self, ended: &[Ended]) {
         let mut flows = lock(&self.flows);
-        for Ended { key, created_ns } in ended {
-            if flows.get(key, 0).is_ok_and(|flow| flow.created_ns == *created_ns) {
-                let _ = flows.remove(key);
+        for ended in ended {
+            if flows.get(&ended.key, 0).is_ok_and(|flow| ended.may_remove(&flow)) {
+                let _ = flows.remove(&ended.key);
             }
         }
     }

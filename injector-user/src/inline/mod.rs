@@ -40,7 +40,7 @@ use crate::{
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
-const VERSION: &str = "v3";
+const VERSION: &str = "v4";
 
 /// Every program: those of devices once for Ethernet and once for devices without a link-layer header, and [`SWEEP`].
 const PROGRAMS: [&str; 7] =

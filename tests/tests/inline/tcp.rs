@@ -12,13 +12,14 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use etherparse::{
     Icmpv4Type, Icmpv6Type, NetSlice, PacketBuilder, TcpOptionElement, icmpv4::DestUnreachableHeader,
 };
+use injector_tests::daemon::Session;
 use injector_tests::netns::Family;
 use socket2::{SockRef, Socket, TcpKeepalive};
 
 use crate::lab::{First, Lab, Setting, through};
 use crate::losses::Order;
 use crate::wire::{Fate, Layer, Seen, Side, Way};
-use crate::world::{World, accept, expect, own_header};
+use crate::world::{LIMIT, World, accept, expect, own_header};
 use crate::{LabRun, lab};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
@@ -253,22 +254,27 @@ fn early_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The client is refused at once, and that is counted. It is no line of the log: nobody has shown that the SYN came from where it
+/// says.
 fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    // The port is free now and then, but for a trial of its own.
+    let closed = || -> anyhow::Result<f64> {
+        let labels = [("listener", "lab"), ("end", "backend_refused")];
+        Ok(lab.injector.metrics()?.sum("injector_connections_closed_total", &labels))
+    };
+    let before = (closed()?, lab.counted("refused")?);
     let start = Instant::now();
-    let local = Mutex::new(None);
-    let outcome = lab.client_by(family, |socket| {
-        // The port is known before it connects.
-        socket.bind(&SocketAddr::new(lab::client_ip(family), 0).into())?;
-        *local.lock().unwrap_or_else(PoisonError::into_inner) = socket.local_addr()?.as_socket();
-        Ok(())
-    });
-    let Err(error) = outcome else { bail!("connected to nobody") };
+    let Err(error) = lab.client(family) else { bail!("connected to nobody") };
     ensure!(is(&error, ErrorKind::ConnectionRefused), "{error:#}");
     ensure!(start.elapsed() < Duration::from_millis(300), "after {:?}", start.elapsed());
-    let local = local.into_inner().unwrap_or_else(PoisonError::into_inner).context("no port")?;
-    let session = lab.session(local, lab::public(family))?;
-    ensure!(session.field("end").as_deref() == Some("backend_refused"), "{session:?}");
+    let deadline = Instant::now() + LIMIT;
+    while closed()? < before.0 + 1.0 {
+        ensure!(Instant::now() < deadline, "not counted for the listener");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    ensure!(lab.counted("refused")? == before.1 + 1, "not counted by the program");
+    let refused = |session: &Session| session.field("end").as_deref() == Some("backend_refused");
+    let line = lab.injector.sessions()?.into_iter().find(refused);
+    ensure!(line.is_none(), "a line for a SYN: {line:?}");
     Ok(())
 }
 

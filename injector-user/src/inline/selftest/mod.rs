@@ -6,6 +6,7 @@
 mod segment;
 
 use std::{
+    cell::Cell,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -84,7 +85,8 @@ type Test = fn(&Way<'_>) -> Result<(), String>;
 fn everywhere(bench: &Bench, number: u16, test: Test) -> Result<(), String> {
     for ipv6 in [false, true] {
         for (link, base) in [(Link::Ethernet, 40_000), (Link::Raw, 50_000)] {
-            let way = Way { bench, ipv6, link, port: base + number, public: SERVER_FIRST };
+            let way =
+                Way { bench, ipv6, link, port: base + number, public: SERVER_FIRST, offset: Cell::new(0) };
             let family = if ipv6 { "IPv6" } else { "IPv4" };
             test(&way).map_err(|fault| format!("{family}, {link:?}: {fault}"))?;
         }
@@ -116,7 +118,8 @@ impl Bench {
             .map_max_entries("BACKENDS", 16)
             .map_max_entries("TEMPLATES", 4)
             .map_max_entries("PENDING", 1024)
-            .map_max_entries("FLOWS", 1024);
+            .map_max_entries("FLOWS", 1024)
+            .override_global("SELF_TEST", &1_u32, true);
         let (programs, maps) = load_programs(&mut loader)?;
         let both = |host: u16, port: u16| [false, true].map(|ipv6| place(ipv6, host, port));
         let failed = |what| LoadError::Listener { listener: "self-test".to_owned(), what };
@@ -200,6 +203,8 @@ struct Way<'a> {
     port: u16,
     /// The listener's.
     public: u16,
+    /// What the programs add to the client's numbers: [`Flow::offset`], read off the SYN.
+    offset: Cell<u32>,
 }
 
 /// The numbers of the client's first byte and of the backend's: adding the header to the one wraps round.
@@ -208,6 +213,16 @@ const FIRST_OF_BACKEND: u32 = 7000;
 const WINDOW: u16 = 60_000;
 
 impl Way<'_> {
+    /// The same with another port of the client.
+    fn at(&self, port: u16) -> Self {
+        Self { port, offset: Cell::new(0), ..*self }
+    }
+
+    /// One of the client's numbers as the backend counts.
+    fn there(&self, number: u32) -> u32 {
+        number.wrapping_add(self.offset.get())
+    }
+
     fn segment(&self, [source, destination]: [SocketAddr; 2], flags: u8) -> Segment {
         let ethernet = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
         Segment {
@@ -291,35 +306,35 @@ impl Way<'_> {
         Err(format!("{program} made {seen:?} of {what}, and should have made {segment:?}"))
     }
 
-    /// The SYN, to `backend_out`. As TCP would, again if it was lost: `client_in` remembers it for 50 ms only, and nobody knows
-    /// what else the processor has to do.
+    /// The SYN, to `backend_out`.
     fn open(&self) -> Result<(), String> {
-        const TRIES: usize = 5;
         let mut syn = self.of_client(SYN);
         syn.sequence = FIRST.wrapping_sub(1);
         let mut forwarded = self.to_backend(SYN);
         (forwarded.sequence, forwarded.acknowledgement) = (syn.sequence, 0);
-        let mut last = None;
-        for _ in 0..TRIES {
-            self.becomes("client_in", "a SYN", &syn, &syn)?;
-            let ran = self.run("backend_out", &forwarded)?;
-            let dropped = ran.verdict == DROP;
-            last = Some(ran);
-            if !dropped {
-                break;
-            }
+        let seen = self.run("client_in", &syn)?;
+        self.is(&seen, NEXT, "client_in", "a SYN", &syn)?;
+        if seen.mark == 0 {
+            return Err("client_in gives a SYN no token".to_owned());
         }
-        let ran = last.ok_or("no try")?;
-        self.is(&ran, NEXT, "backend_out", "a SYN that client_in has seen", &forwarded)
+        let ran = self.run_with("backend_out", &forwarded, ELSEWHERE, seen.mark)?;
+        let left = Segment::read(&ran.packet, self.link)?;
+        self.offset.set(left.sequence.wrapping_sub(forwarded.sequence));
+        forwarded.sequence = left.sequence;
+        self.is(&ran, NEXT, "backend_out", "a SYN that client_in has seen", &forwarded)?;
+        // The token is good for one packet.
+        let again = self.run_with("backend_out", &forwarded, ELSEWHERE, seen.mark)?;
+        if again.verdict == DROP { Ok(()) } else { Err("a token lets two packets through".to_owned()) }
     }
 
     /// To the backend's answer, in which the header takes the first of the window.
     fn accept(&self) -> Result<(), String> {
         self.open()?;
-        let answer = self.of_backend(SYN | ACK, FIRST);
+        let answer = self.of_backend(SYN | ACK, self.there(FIRST));
         let answer = Segment { sequence: FIRST_OF_BACKEND.wrapping_sub(1), ..answer };
         let window = u32::from(WINDOW) - self.header_len();
-        let smaller = Segment { window: u16::try_from(window).unwrap_or(0), ..answer.clone() };
+        let window = u16::try_from(window).unwrap_or(0);
+        let smaller = Segment { window, acknowledgement: FIRST, ..answer.clone() };
         self.becomes("backend_in", "a SYN-ACK", &answer, &smaller)
     }
 
@@ -331,7 +346,8 @@ impl Way<'_> {
         let longer = Segment::read(&ran.packet, self.link)
             .map_err(|fault| format!("the end of the handshake: {fault}"))?;
         let header = longer.payload;
-        let expected = Segment { payload: header.clone(), flags: longer.flags & PSH | ack.flags, ..ack };
+        let (sequence, flags) = (self.there(FIRST), longer.flags & PSH | ack.flags);
+        let expected = Segment { payload: header.clone(), sequence, flags, ..ack };
         self.is(&ran, NEXT, "backend_out", "the end of the handshake", &expected)?;
         Ok(header)
     }
@@ -339,7 +355,7 @@ impl Way<'_> {
     /// To the backend's acknowledgement of the header, of which the client hears nothing new.
     fn acknowledge(&self) -> Result<(), String> {
         self.establish()?;
-        let ack = self.of_backend(ACK, FIRST.wrapping_add(self.header_len()));
+        let ack = self.of_backend(ACK, self.there(FIRST.wrapping_add(self.header_len())));
         let ran = self.run("backend_in", &ack)?;
         if ran.verdict == DROP { Ok(()) } else { Err("the client hears of the header".to_owned()) }
     }
@@ -364,7 +380,7 @@ fn header_added(way: &Way<'_>) -> Result<(), String> {
 }
 
 fn header_waits(way: &Way<'_>) -> Result<(), String> {
-    let way = &Way { public: CLIENT_FIRST, ..*way };
+    let way = &Way { public: CLIENT_FIRST, ..way.at(way.port) };
     way.accept()?;
     let ack = way.run("backend_out", &way.to_backend(ACK))?;
     if ack.verdict != DROP {
@@ -376,10 +392,10 @@ fn header_waits(way: &Way<'_>) -> Result<(), String> {
     let header =
         longer.payload.strip_suffix(b"ClientHello").ok_or("the client's first bytes are not the last")?;
     way.is_header(header)?;
-    let expected = Segment { payload: longer.payload.clone(), ..data };
+    let expected = Segment { payload: longer.payload.clone(), sequence: way.there(FIRST), ..data };
     way.is(&ran, NEXT, "backend_out", "the client's first bytes", &expected)?;
     // One that says nothing repeats its answer when the backend asks, and that takes the header.
-    let way = &Way { port: way.port + 1000, ..*way };
+    let way = &way.at(way.port + 1000);
     way.accept()?;
     way.run("backend_out", &way.to_backend(ACK))?;
     let repeated = way.run("backend_out", &way.to_backend(ACK))?;
@@ -390,12 +406,13 @@ fn header_waits(way: &Way<'_>) -> Result<(), String> {
 fn shifted(way: &Way<'_>) -> Result<(), String> {
     // An acknowledgement of the header that says more goes on.
     way.establish()?;
-    let first = FIRST.wrapping_add(way.header_len());
+    let first = way.there(FIRST.wrapping_add(way.header_len()));
     let closed = Segment { window: 0, ..way.of_backend(ACK, first) };
     let earlier = Segment { acknowledgement: FIRST, ..closed.clone() };
     way.becomes("backend_in", "the acknowledgement of the header, with a closed window", &closed, &earlier)?;
-    let way = &Way { port: way.port + 2000, ..*way };
+    let way = &way.at(way.port + 2000);
     way.establish()?;
+    let first = way.there(FIRST.wrapping_add(way.header_len()));
     let lacks = |first: u32| Segment {
         options: sack(first.wrapping_add(100), first.wrapping_add(200)),
         ..way.of_backend(ACK, first)
@@ -406,15 +423,15 @@ fn shifted(way: &Way<'_>) -> Result<(), String> {
         &lacks(first),
         &lacks(FIRST),
     )?;
-    let way = &Way { port: way.port + 2000, ..*way };
+    let way = &way.at(way.port + 2000);
     way.acknowledge()?;
     let len = way.header_len();
     let data = Segment { payload: b"EHLO client\r\n".to_vec(), ..way.to_backend(ACK | PSH) };
-    let later = Segment { sequence: FIRST.wrapping_add(len), ..data.clone() };
+    let later = Segment { sequence: way.there(FIRST.wrapping_add(len)), ..data.clone() };
     way.becomes("backend_out", "data of the client", &data, &later)?;
 
     // The client's first byte is missing, and some of what follows is there.
-    let first = FIRST.wrapping_add(len);
+    let first = way.there(FIRST.wrapping_add(len));
     let answer = |first: u32| Segment {
         acknowledgement: first,
         options: [timestamps(5, 6), sack(first.wrapping_add(100), first.wrapping_add(200))].concat(),
@@ -445,10 +462,10 @@ fn answered(way: &Way<'_>) -> Result<(), String> {
     // The header was sent and lost. The client's data comes, and the backend asks for what is before it.
     let header = way.establish()?;
     let data = way.header_len();
-    let first = FIRST.wrapping_add(data);
+    let first = way.there(FIRST.wrapping_add(data));
     let question = Segment {
         options: [timestamps(0x0A0B_0C0D, 0x0102_0304), sack(first, first.wrapping_add(13))].concat(),
-        ..way.of_backend(ACK, FIRST)
+        ..way.of_backend(ACK, way.there(FIRST))
     };
     let ran = way.run("backend_in", &question)?;
     let answer = Segment {
@@ -456,6 +473,7 @@ fn answered(way: &Way<'_>) -> Result<(), String> {
         ethernet: question.ethernet.map(|[destination, source]| [source, destination]),
         options: timestamps(0x0102_0304, 0x0A0B_0C0D),
         payload: header,
+        sequence: way.there(FIRST),
         ..way.to_backend(ACK | PSH)
     };
     way.is(&ran, REDIRECT, "backend_in", "a question for the header", &answer)?;
@@ -466,7 +484,7 @@ fn answered(way: &Way<'_>) -> Result<(), String> {
         return Err(format!("the answer leaves with the mark {:#x}", left.mark));
     }
     // The mark alone opens no way: not on a packet of another device.
-    let elsewhere = Way { port: way.port + 1000, ..*way };
+    let elsewhere = way.at(way.port + 1000);
     let ran = way.run_with("backend_out", &elsewhere.to_backend(ACK), ELSEWHERE, ran.mark)?;
     if ran.verdict == DROP { Ok(()) } else { Err("a mark opens the way for what has no flow".to_owned()) }
 }
@@ -499,16 +517,16 @@ fn swept(way: &Way<'_>) -> Result<(), String> {
     };
     way.acknowledge()?;
     let (key, flow_now) = flow().ok_or("there is no flow to sweep")?;
-    let created_ns = flow_now.created_ns;
-    // One that had the same ports, and as many that are not there as can be listed.
-    let before = Ended { key, created_ns: created_ns - 1 };
-    let mut others = vec![Ended { key: Key::default(), created_ns }; Ended::MOST - 1];
-    others.push(before);
+    let ended = Ended::new(key, &flow_now);
+    // One that had the same ports, the same one seen before its last packet, and as many that are not there as can be listed.
+    let mut others = vec![Ended { key: Key::default(), ..ended }; Ended::MOST - 2];
+    others.push(Ended { created_ns: ended.created_ns - 1, ..ended });
+    others.push(Ended { last_ns: ended.last_ns - 1, ..ended });
     if sweep(&others)? != 0 || flow().is_none() {
         return Err("sweep has taken out a connection that goes on".to_owned());
     }
     others.pop();
-    others.push(Ended { key, created_ns });
+    others.push(ended);
     if sweep(&others)? != 1 || flow().is_some() {
         return Err("sweep has not taken out a connection that has ended".to_owned());
     }

@@ -1,0 +1,97 @@
+//! How far each side's sequence numbers have come, as far as can be believed: what a reset or a FIN is worth depends on it.
+
+use super::{FIN, Segment};
+
+/// One side's sequence numbers, in the client's numbering: modulo 2^32, and without the header. `end` and `acked` are `td_end` and
+/// `td_maxack` of `struct ip_ct_tcp_state` (include/linux/netfilter/nf_conntrack_tcp.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SeqState {
+    /// Behind the last byte (or FIN): of the client, the last one that followed all before it without a gap.
+    pub end: u32,
+    /// What the other side has acknowledged.
+    pub acked: u32,
+    /// Behind the last FIN, if [`SeqState::fin_sent`].
+    pub fin: u32,
+    /// 1 if a FIN was sent.
+    pub fin_sent: u32,
+}
+
+impl SeqState {
+    /// After a SYN whose next number is `first`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(first: u32) -> Self {
+        Self { end: first, acked: first, fin: 0, fin_sent: 0 }
+    }
+
+    /// Whether a segment with this sequence number joins what is known of this side, or repeats a part of it that the other side
+    /// has not acknowledged.
+    #[must_use]
+    #[inline(always)]
+    pub const fn joins(&self, sequence: u32) -> bool {
+        sequence.wrapping_sub(self.acked) <= self.end.wrapping_sub(self.acked)
+    }
+
+    /// Notes a segment of this side's, which [joins](Self::joins) what was before or is of a side that is believed without that.
+    #[inline(always)]
+    pub const fn note_sent(&mut self, segment: &Segment) {
+        let end = self.note_fin(segment);
+        if is_behind(end, self.end) {
+            self.end = end;
+        }
+    }
+
+    /// Notes the FIN of a segment that does not join; returns where the segment ends. It counts once all before it has come.
+    #[inline(always)]
+    pub const fn note_fin(&mut self, segment: &Segment) -> u32 {
+        let fin = segment.is(FIN) as u32;
+        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(fin);
+        if fin != 0 {
+            self.fin = end;
+            self.fin_sent = 1;
+        }
+        end
+    }
+
+    /// Whether a segment of the other side's may acknowledge this: TCP drops one that acknowledges what was never sent (RFC 9293,
+    /// section 3.10.7.4).
+    #[must_use]
+    #[inline(always)]
+    pub const fn may_be_acked(&self, acknowledgement: u32) -> bool {
+        !is_behind(acknowledgement, self.end)
+    }
+
+    /// Notes that the other side has acknowledged up to here. It has then seen what was not seen here.
+    #[inline(always)]
+    pub const fn note_acked(&mut self, acknowledgement: u32) {
+        if is_behind(acknowledgement, self.acked) {
+            self.acked = acknowledgement;
+            if is_behind(acknowledgement, self.end) {
+                self.end = acknowledgement;
+            }
+        }
+    }
+
+    /// Whether this side has sent its FIN and all that is before it.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_finished(&self) -> bool {
+        self.fin_sent != 0 && self.end == self.fin
+    }
+
+    /// Whether a reset with this sequence number is one that the other side takes: it must have exactly the number that is
+    /// expected next (RFC 5961, section 3.2). That is what was acknowledged last, or `end` where the acknowledgement is still
+    /// under way. nf_conntrack believes the same two (nf_conntrack_tcp_packet, net/netfilter/nf_conntrack_proto_tcp.c).
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_reset_by(&self, sequence: u32) -> bool {
+        sequence == self.end || sequence == self.acked
+    }
+}
+
+/// Whether one number is later than another.
+#[inline(always)]
+const fn is_behind(one: u32, other: u32) -> bool {
+    one != other && one.wrapping_sub(other) < 1 << 31
+}

@@ -1,0 +1,210 @@
+//! The properties themselves.
+
+use injector_common::inline::{ACK, FIN, Flag, Flow, SYN, Segment, SeqState, Slot, payload_len};
+use proptest::prelude::*;
+
+use crate::edge::of;
+use crate::segments::{NUMBERS, history};
+use crate::world::{World, prop_assert_that};
+
+/// Histories to a property; `PROPTEST_CASES` asks for others.
+fn cases() -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    ProptestConfig {
+        cases: asked.unwrap_or(1500),
+        max_shrink_iters: 20_000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    /// P1, P2, P5, P6: `World::step` checks them after every segment.
+    #[test]
+    fn the_header_is_this_connections_or_nothing(
+        steps in history(), waits: bool, cookies: bool, seed in 1..u32::MAX
+    ) {
+        let mut world = World::new(waits, cookies, seed);
+        for step in &steps {
+            world.step(step)?;
+        }
+    }
+
+    /// P3: no history decides about a new connection, not even one of the same numbers.
+    #[test]
+    fn a_syn_opens_anew(
+        steps in history(), waits: bool, cookies: bool, seed in 1..u32::MAX,
+        number in prop_oneof![prop::sample::select(&NUMBERS[..]), any::<u32>()]
+    ) {
+        let mut world = World::new(waits, cookies, seed);
+        for step in &steps {
+            world.step(step)?;
+        }
+        world.newcomer_is_served(number)?;
+    }
+
+    /// P5: whoever does not know the numbers neither ends a connection nor moves what the end is judged by.
+    #[test]
+    fn who_does_not_know_the_numbers_ends_nothing(
+        first: u32, sent in 0..5000_u32, acked in 0..5000_u32, segments in prop::collection::vec(stray(), 1..20)
+    ) {
+        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(7), ..Flow::default() };
+        flow.client.note_sent(&Segment { flags: ACK, sequence: first, payload: sent, ..Segment::default() });
+        flow.client.note_acked(first.wrapping_add(acked.min(sent)));
+        let before = (flow.client.end, flow.client.acked, flow.backend);
+        for (from, segment) in segments {
+            // Beyond what is known, by whatever number.
+            let sequence = flow.client.end.wrapping_add(1).wrapping_add(from % (u32::MAX - sent - 1));
+            flow.note_from_client(&Segment { sequence, ..segment }, || 1);
+            prop_assert!(!flow.closed() && !flow.is(Flag::ClientFin), "{flow:?}");
+            prop_assert_eq!((flow.client.end, flow.client.acked, flow.backend), before);
+        }
+    }
+
+    /// P5: traffic after an end revives the entry, once what was under way has passed.
+    #[test]
+    fn traffic_after_a_reset_revives(segment in stray(), by_client: bool, after_ms in 0..5000_u64) {
+        let mut flow = Flow { client: SeqState::new(5), backend: SeqState::new(7), ..Flow::default() };
+        let reset = |sequence| Segment { flags: injector_common::inline::RST, sequence, ..Segment::default() };
+        if by_client { flow.note_from_client(&reset(5), || 1) } else { flow.note_from_backend(&reset(7), || 1) }
+        prop_assert!(flow.closed());
+        let segment = Segment { flags: segment.1.flags & !injector_common::inline::RST, ..segment.1 };
+        flow.note_from_client(&segment, || 1 + after_ms * 1_000_000);
+        prop_assert_eq!(flow.is_reset(), after_ms < 1000);
+    }
+
+    /// P5: a connection that both sides have finished is known as finished, in whatever order their segments come and are
+    /// acknowledged.
+    #[test]
+    fn two_fins_end_a_connection(first: u32, pieces in prop::collection::vec(1..2000_u32, 0..12), order: u64) {
+        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(7), ..Flow::default() };
+        flow.set(Flag::Sent);
+        flow.set(Flag::Acknowledged);
+        let mut next = first;
+        let mut segments: Vec<_> = pieces.iter().map(|payload| {
+            let segment = Segment { flags: ACK, sequence: next, payload: *payload, acknowledgement: 7, window: 1 };
+            next = next.wrapping_add(*payload);
+            segment
+        }).collect();
+        segments.push(Segment { flags: ACK | FIN, sequence: next, payload: 0, acknowledgement: 7, window: 1 });
+        let fin = next.wrapping_add(1);
+        shuffle(&mut segments, order);
+        segments.iter().for_each(|segment| flow.note_from_client(segment, || 1));
+        // The backend acknowledges all of it with its own FIN.
+        let last = Segment { flags: ACK | FIN, sequence: 7, acknowledgement: fin, payload: 0, window: 1 };
+        flow.note_from_backend(&last, || 1);
+        prop_assert!(flow.closed(), "{flow:?}");
+    }
+
+    /// P7: the length comes from IP, whatever the frame has behind the packet; and what is not whole has none.
+    #[test]
+    fn the_length_is_that_of_ip(headers in 40..=120_u32, payload in 0..65_000_u32, padding in 0..46_u32, cut in 1..200_u32) {
+        let total = headers + payload;
+        prop_assert_eq!(payload_len(total, headers, total + padding, false), Some(payload));
+        prop_assert_eq!(payload_len(total, headers, total - cut.min(total), false), None);
+        prop_assert_eq!(payload_len(headers - cut.min(headers), headers, total + padding, false), None);
+        // BIG TCP: no length fits into the header.
+        prop_assert_eq!(payload_len(0, headers, total, true), Some(payload));
+    }
+
+    /// A SYN is named after the client that it came from at ingress, and a packet that did not come by it after nobody.
+    #[test]
+    fn a_token_names_its_own_packet(steps in prop::collection::vec(passage(), 1..200)) {
+        let mut slots = vec![Slot::default(); Slot::COUNT as usize];
+        let (mut under_way, mut now_ns, mut seen) = (Vec::new(), 1_u64, [0_u32; 4]);
+        for step in steps {
+            match step {
+                Passage::In { client, processor, sequence } => {
+                    seen[processor as usize] += 1;
+                    let token = Slot::token(processor, seen[processor as usize]);
+                    slots[usize::from(token)].remember(sequence, client.into(), &of(client), now_ns);
+                    under_way.push((token, sequence, Some(client)));
+                }
+                Passage::Unseen { sequence } => under_way.push((0, sequence, None)),
+                Passage::Out { which } if !under_way.is_empty() => {
+                    let (token, sequence, client) = under_way.swap_remove(which % under_way.len());
+                    let taken = Slot::index(token).is_some_and(|index| slots[index as usize].take(sequence, now_ns));
+                    let named = taken.then(|| slots[usize::from(token)].addresses);
+                    prop_assert!(named.is_none() || named == client.map(of), "{named:?} of {client:?}");
+                    // Its token is spent.
+                    under_way.push((token, sequence, None));
+                }
+                Passage::Out { .. } => {}
+                Passage::Later { ms } => now_ns += ms * 1_000_000,
+            }
+        }
+    }
+}
+
+fn stray() -> impl Strategy<Value = (u32, Segment)> {
+    (any::<u32>(), any::<u8>(), any::<u32>(), 0..3000_u32).prop_map(
+        |(from, flags, acknowledgement, payload)| {
+            (from, Segment { flags: flags & !SYN, sequence: from, acknowledgement, payload, window: 1 })
+        },
+    )
+}
+
+fn shuffle(segments: &mut [Segment], mut order: u64) {
+    for at in (1..segments.len()).rev() {
+        order = order.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        segments.swap(at, (order >> 33) as usize % (at + 1));
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Passage {
+    In { client: u8, processor: u32, sequence: u32 },
+    Unseen { sequence: u32 },
+    Out { which: usize },
+    Later { ms: u64 },
+}
+
+fn passage() -> impl Strategy<Value = Passage> {
+    let sequence = || prop::sample::select(&NUMBERS[..3]);
+    prop_oneof![
+        6 => (1..6_u8, 0..4_u32, sequence())
+            .prop_map(|(client, processor, sequence)| Passage::In { client, processor, sequence }),
+        3 => sequence().prop_map(|sequence| Passage::Unseen { sequence }),
+        6 => any::<usize>().prop_map(|which| Passage::Out { which }),
+        1 => prop_oneof![Just(1), Just(3000), Just(6000)].prop_map(|ms| Passage::Later { ms }),
+    ]
+}
+
+/// The model itself: without anything strange a connection is served, and its reset is one.
+#[test]
+fn a_plain_connection_is_served() {
+    for (waits, cookies) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut world = World::new(waits, cookies, 7);
+        world.newcomer_is_served(1000).unwrap();
+        let connection = world.backend.open_connection().unwrap();
+        let sequence = 1001 + u32::try_from(connection.read.len()).unwrap() - 28;
+        let flags = injector_common::inline::RST;
+        world.client(&Segment { flags, sequence, ..Segment::default() }).unwrap();
+        assert!(world.backend.open_connection().is_none() && world.edge.reported.len() == 1);
+        prop_assert_that(world.edge.reported[0].is(Flag::ClientRst), String::new).unwrap();
+    }
+}
+
+/// The steps reach what they are for: established connections with bytes behind the header, resets, and answers.
+#[test]
+fn histories_go_somewhere() {
+    use proptest::strategy::ValueTree as _;
+    use proptest::test_runner::TestRunner;
+    let mut runner = TestRunner::deterministic();
+    let (mut connections, mut with_header, mut with_bytes, mut ended) = (0, 0, 0, 0);
+    for seed in 1..500 {
+        let steps = history().new_tree(&mut runner).unwrap().current();
+        let mut world = World::new(seed % 2 == 0, seed % 3 == 0, seed);
+        steps.iter().try_for_each(|step| world.step(step)).unwrap();
+        connections += world.backend.connections.len();
+        with_header += world.backend.connections.iter().filter(|one| !one.read.is_empty()).count();
+        with_bytes += world.backend.connections.iter().filter(|one| one.read.len() > 28).count();
+        ended += world.edge.reported.len();
+    }
+    println!(
+        "{connections} connections, {with_header} with a header, {with_bytes} with bytes, {ended} ended"
+    );
+    assert!(connections > 250 && with_header > 200 && with_bytes > 50 && ended > 100);
+}

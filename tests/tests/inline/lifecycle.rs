@@ -234,34 +234,10 @@ fn killed_in_sessions(world: &World, family: Family) -> anyhow::Result<()> {
     let injector = Injector::start(&world.topology.edge, &config(world))?;
     let (done, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let serving = scope.spawn(|| -> anyhow::Result<()> {
-            while !over.load(Ordering::Relaxed) {
-                let (mut server, _) = match backend.accept() {
-                    Ok(accepted) => accepted,
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                        std::thread::sleep(Duration::from_micros(200));
-                        continue;
-                    }
-                    Err(error) => return Err(error.into()),
-                };
-                server.set_nonblocking(false)?;
-                server.set_read_timeout(Some(Duration::from_secs(5)))?;
-                let mut seen = [0; 12];
-                server.read_exact(&mut seen)?;
-                ensure!(seen == *b"\r\n\r\n\0\r\nQUIT\n", "no header but {seen:02x?}");
-                server.write_all(b"220 hello\r\n")?;
-                // Until the client's FIN: the rest of the header, and its word.
-                std::io::copy(&mut server, &mut std::io::sink())?;
-            }
-            Ok(())
-        });
+        let serving = scope.spawn(|| serve(&backend, &over));
         let clients = scope.spawn(|| -> anyhow::Result<()> {
-            for session in 0..SESSIONS {
-                let mut client = world.client(family).with_context(|| format!("session {session}"))?;
-                expect(&mut client, b"220 hello\r\n").with_context(|| format!("session {session}"))?;
-                client.write_all(b"QUIT\r\n")?;
-                client.shutdown(Shutdown::Write)?;
-                ensure!(client.read(&mut [0; 8])? == 0, "no clean end of session {session}");
+            for number in 0..SESSIONS {
+                session(world, family).with_context(|| format!("session {number}"))?;
                 done.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
@@ -286,4 +262,37 @@ fn killed_in_sessions(world: &World, family: Family) -> anyhow::Result<()> {
         drop(again.context("started again")?);
         Ok(())
     })
+}
+
+/// A backend that lets nobody in without a header, until it is over. The listener does not block.
+pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<()> {
+    while !over.load(Ordering::Relaxed) {
+        let (mut server, _) = match backend.accept() {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_micros(200));
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        server.set_nonblocking(false)?;
+        server.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut seen = [0; 12];
+        server.read_exact(&mut seen)?;
+        ensure!(seen == *b"\r\n\r\n\0\r\nQUIT\n", "no header but {seen:02x?}");
+        server.write_all(b"220 hello\r\n")?;
+        // Until the client's FIN: the rest of the header, and its word.
+        std::io::copy(&mut server, &mut std::io::sink())?;
+    }
+    Ok(())
+}
+
+/// One client of such a backend, from its beginning to its end.
+pub(crate) fn session(world: &World, family: Family) -> anyhow::Result<()> {
+    let mut client = world.client(family)?;
+    expect(&mut client, b"220 hello\r\n")?;
+    client.write_all(b"QUIT\r\n")?;
+    client.shutdown(Shutdown::Write)?;
+    ensure!(client.read(&mut [0; 8])? == 0, "no clean end");
+    Ok(())
 }

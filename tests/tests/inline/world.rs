@@ -36,11 +36,18 @@ impl World {
 
     /// An injector for both families, with NAT by this test's own rules.
     pub(crate) fn injector(&self, protocol: &str, extra: &str) -> anyhow::Result<Inline> {
-        let edge = &self.topology.edge;
-        let nat = Nat::new(edge, "test-nat", VIP_INLINE, MAIL, EDGE_INSIDE)?;
-        let injector = Injector::start(edge, &self.config(protocol, extra))?;
-        let attached = Attached { edge: edge.entrance(), pin: self.bpffs.path().to_owned() };
-        Ok(Inline { injector, _attached: attached, _nat: nat })
+        let nat = self.nat()?;
+        let injector = Injector::start(&self.topology.edge, &self.config(protocol, extra))?;
+        Ok(Inline { injector, _attached: self.attached(), _nat: nat })
+    }
+
+    pub(crate) fn nat(&self) -> anyhow::Result<Nat> {
+        Nat::new(&self.topology.edge, "test-nat", VIP_INLINE, MAIL, EDGE_INSIDE)
+    }
+
+    /// What injectors of [`Self::config`] leave.
+    pub(crate) fn attached(&self) -> Attached {
+        Attached { edge: self.topology.edge.entrance(), pin: self.bpffs.path().to_owned() }
     }
 
     pub(crate) fn config(&self, protocol: &str, extra: &str) -> String {

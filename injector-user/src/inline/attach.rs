@@ -5,12 +5,13 @@ use std::{fs, io, path::Path};
 use aya::programs::{
     LinkOrder, SchedClassifier, TcAttachType,
     links::{FdLink, PinnedLink},
-    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
 };
 use thiserror::Error;
 
 use super::{
     Inline,
+    filters::{self, Filter},
     routes::{Interface, LinkKind},
 };
 use crate::{bpf::lock, config::Attachment};
@@ -42,18 +43,34 @@ pub struct AttachError {
     error: Box<dyn std::error::Error + Send + Sync>,
 }
 
-/// The preference of our filters, where they are clsact's: before most others.
-const PREFERENCE: u16 = 9;
+/// The priority of our filters, where they are clsact's: before most others.
+const PRIORITY: u16 = 9;
+
+/// The handle of a program's filter, far from those that the kernel chooses (1, 2, …). Of two daemons
+/// that start at the same time, only one can add it.
+fn handle(program: &str) -> TcHandle {
+    let minor = match program {
+        "client_in" => 1,
+        "backend_in" => 2,
+        _ => 3,
+    };
+    TcHandle::new(u16::from_be_bytes(*b"IN"), minor)
+}
 
 impl Inline {
-    /// Attaches what belongs on this device. What hangs there already, by an earlier daemon as well, is replaced: a link in
-    /// place, so that no packet passes between; a filter of clsact by removing it first, so that some may.
+    /// Attaches the programs of this role to the device. A program that is attached already, also by
+    /// an earlier daemon, is replaced in place: no packet passes without it.
     ///
     /// # Errors
     /// What the kernel said.
     pub fn attach(&self, device: &Interface, role: Role, how: Attachment) -> Result<(), AttachError> {
         let links = self.pins.join("links");
         let mut programs = lock(&self.programs);
+        let tcx = match how {
+            Attachment::Tcx => true,
+            Attachment::Clsact => false,
+            Attachment::Auto => has_tcx(),
+        };
         for (name, direction) in role.programs() {
             let failed = |error: Failure| AttachError { program: name, device: device.name.clone(), error };
             let variant = match device.kind {
@@ -70,11 +87,10 @@ impl Inline {
                 program.try_into().map_err(|error| failed(Box::new(error)))?;
             let pin = links.join(format!("{name}@{}", device.name));
             fs::create_dir_all(&links).map_err(|error| failed(Box::new(error)))?;
-            let attached = match how {
-                Attachment::Tcx => by_link(program, &device.name, *direction, &pin),
-                Attachment::Clsact => by_filter(program, &variant, &device.name, *direction),
-                Attachment::Auto if tcx_is_there() => by_link(program, &device.name, *direction, &pin),
-                Attachment::Auto => by_filter(program, &variant, &device.name, *direction),
+            let attached = if tcx {
+                by_link(program, &device.name, *direction, &pin)
+            } else {
+                by_filter(program, name, device, *direction)
             };
             attached.map_err(failed)?;
         }
@@ -117,30 +133,42 @@ fn pinned(pin: &Path) -> Result<Option<SchedClassifierLink>, Failure> {
 fn by_filter(
     program: &mut SchedClassifier,
     name: &str,
-    device: &str,
+    device: &Interface,
     direction: TcAttachType,
 ) -> Result<(), Failure> {
-    match tc::qdisc_add_clsact(device) {
+    match tc::qdisc_add_clsact(&device.name) {
         Ok(()) | Err(TcError::AlreadyAttached) => {}
         Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
         Err(error) => return Err(error.into()),
     }
-    // Filters go by their names alone: the one of an earlier daemon cannot be removed once the new one hangs there.
-    let options = NlOptions { priority: PREFERENCE, ..NlOptions::default() };
-    let old = tc::qdisc_detach_program(device, direction, name);
-    match old {
-        Ok(()) => {}
-        Err(TcError::IoError(error)) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error.into()),
-    }
-    let id = program.attach_with_options(device, direction, TcAttachOptions::Netlink(options))?;
+    let mut found = filters_of(name, device.index, direction)?.into_iter();
+    let id = match found.next() {
+        // Under this handle the kernel exchanges the program (cls_bpf_change, net/sched/cls_bpf.c:
+        // list_replace_rcu). An earlier version's filter has another handle, and keeps it.
+        Some(filter) => program.attach_to_link(filter.link(&device.name, direction)?)?,
+        None => {
+            let options = NlOptions { priority: PRIORITY, handle: handle(name), ..NlOptions::default() };
+            program.attach_with_options(&device.name, direction, TcAttachOptions::Netlink(options))?
+        }
+    };
     // It stays when the daemon ends.
     std::mem::forget(program.take_link(id)?);
+    for duplicate in found {
+        duplicate.remove(&device.name, direction)?;
+    }
     Ok(())
 }
 
+/// The filters of a program, for either kind of device.
+fn filters_of(name: &str, device: u32, direction: TcAttachType) -> io::Result<Vec<Filter>> {
+    let mut found = filters::list(device, direction)?;
+    found.retain(|filter| filter.name.strip_suffix("_raw").unwrap_or(&filter.name) == name);
+    Ok(found)
+}
+
 /// Whether the kernel has tcx: asked of `lo`, which everybody has.
-fn tcx_is_there() -> bool {
+#[must_use]
+pub fn has_tcx() -> bool {
     SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
 }
 

@@ -5,6 +5,7 @@
 
 mod attach;
 mod events;
+mod filters;
 pub mod forwarding;
 mod maps;
 pub mod nat;
@@ -28,7 +29,7 @@ use thiserror::Error;
 
 use self::maps::Maps;
 pub use self::{
-    attach::{AttachError, Role, detach},
+    attach::{AttachError, Role, detach, has_tcx},
     events::{Books, Listening},
 };
 use crate::{

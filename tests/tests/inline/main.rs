@@ -2,6 +2,7 @@
 //!
 //! What takes long runs only when asked for: `cargo test -p injector-tests --test inline -- --ignored`, as root.
 
+mod attachment;
 mod basics;
 mod first_bytes;
 mod identity;
@@ -32,6 +33,7 @@ fn main() {
         for (name, run) in basics::TRIALS
             .iter()
             .chain(lifecycle::TRIALS)
+            .chain(attachment::TRIALS)
             .chain(offloads::TRIALS)
             .chain(first_bytes::ON_DEVICES)
         {

@@ -59,7 +59,8 @@ fn handle(program: &str) -> TcHandle {
 
 impl Inline {
     /// Attaches the programs of this role to the device. A program that is attached already, also by
-    /// an earlier daemon, is replaced in place: no packet passes without it.
+    /// an earlier daemon, is replaced in place: no packet passes without it. One that is attached the
+    /// other way (tcx or clsact) is removed once the new one is attached.
     ///
     /// # Errors
     /// What the kernel said.
@@ -87,12 +88,21 @@ impl Inline {
                 program.try_into().map_err(|error| failed(Box::new(error)))?;
             let pin = links.join(format!("{name}@{}", device.name));
             fs::create_dir_all(&links).map_err(|error| failed(Box::new(error)))?;
-            let attached = if tcx {
-                by_link(program, &device.name, *direction, &pin)
+            let other = if tcx {
+                by_link(program, &device.name, *direction, &pin).map_err(failed)?;
+                remove_filters(name, device, *direction).map_err(failed)?.then_some("clsact")
             } else {
-                by_filter(program, name, device, *direction)
+                by_filter(program, name, device, *direction).map_err(failed)?;
+                remove_link(&pin).map_err(failed)?.then_some("tcx")
             };
-            attached.map_err(failed)?;
+            if let Some(other) = other {
+                tracing::warn!(
+                    device = device.name,
+                    program = name,
+                    from = other,
+                    "the program was attached both ways for a moment; connections open then may break"
+                );
+            }
         }
         Ok(())
     }
@@ -130,6 +140,16 @@ fn pinned(pin: &Path) -> Result<Option<SchedClassifierLink>, Failure> {
     Ok(SchedClassifierLink::try_from(link).ok())
 }
 
+/// Removes the link that is pinned there; `false` if there is none.
+fn remove_link(pin: &Path) -> Result<bool, Failure> {
+    if !pin.exists() {
+        return Ok(false);
+    }
+    // The pin is all that holds it.
+    drop(PinnedLink::from_pin(pin)?.unpin()?);
+    Ok(true)
+}
+
 fn by_filter(
     program: &mut SchedClassifier,
     name: &str,
@@ -164,6 +184,15 @@ fn filters_of(name: &str, device: u32, direction: TcAttachType) -> io::Result<Ve
     let mut found = filters::list(device, direction)?;
     found.retain(|filter| filter.name.strip_suffix("_raw").unwrap_or(&filter.name) == name);
     Ok(found)
+}
+
+/// Removes the filters of a program; `false` if there are none.
+fn remove_filters(name: &str, device: &Interface, direction: TcAttachType) -> Result<bool, Failure> {
+    let found = filters_of(name, device.index, direction)?;
+    for filter in &found {
+        filter.remove(&device.name, direction)?;
+    }
+    Ok(!found.is_empty())
 }
 
 /// Whether the kernel has tcx: asked of `lo`, which everybody has.

@@ -10,11 +10,15 @@ use injector_tests::netns::{Family, Netns};
 
 use crate::Run;
 use crate::lifecycle::{serve, session};
-use crate::world::{LIMIT, World};
+use crate::world::{LIMIT, World, accept, own_header, pass};
 
-pub(crate) const TRIALS: &[(&str, Run)] = &[("outlives/clsact, killed twenty times", killed_with_clsact)];
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("outlives/clsact, killed twenty times", killed_with_clsact),
+    ("outlives/from clsact to tcx and back", from_one_to_the_other),
+];
 
 const CLSACT: &str = "attachment = \"clsact\"";
+const TCX: &str = "attachment = \"tcx\"";
 
 /// Where the programs hang, as `tc filter show` takes it.
 const PLACES: [(&str, &str, &str); 3] = [
@@ -93,6 +97,19 @@ fn filters(world: &World) -> anyhow::Result<Vec<usize>> {
     PLACES.into_iter().map(of).collect()
 }
 
+/// The pinned links.
+fn links(world: &World) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for version in std::fs::read_dir(world.bpffs.path())? {
+        let Ok(links) = std::fs::read_dir(version?.path().join("links")) else { continue };
+        for link in links {
+            names.push(link?.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
 /// With clsact no program may be missing while one daemon follows another. Clients go on connecting,
 /// and each must come with its header. The moment is short, and clients may miss it; so the kernel
 /// must not report a filter as deleted either.
@@ -137,5 +154,39 @@ fn killed_with_clsact(world: &World, family: Family) -> anyhow::Result<()> {
     let deleted = monitor.deleted_of(PLACES.len() * (TIMES + 1))?;
     ensure!(deleted == 0, "{deleted} filters were deleted:\n{}", monitor.read()?);
     ensure!(filters(world)? == [1; 3], "{:?} filters for {PLACES:?}", filters(world)?);
+    Ok(())
+}
+
+/// A daemon that attaches the other way removes the earlier one's programs, or packets would be
+/// changed twice.
+fn from_one_to_the_other(world: &World, family: Family) -> anyhow::Result<()> {
+    let has_tcx = world.topology.edge.run(injector_user::inline::has_tcx)?;
+    if !has_tcx {
+        eprintln!("    not run: this kernel has no tcx");
+        return Ok(());
+    }
+    let backend = world.backend(family)?;
+    let _nat = world.nat()?;
+    let _attached = world.attached();
+    let pinned = ["backend_in@inside", "backend_out@inside", "client_in@outside"];
+    let mut before = None;
+    for (how, filter_count, links_left) in [(CLSACT, 1, &[][..]), (TCX, 0, &pinned[..]), (CLSACT, 1, &[][..])]
+    {
+        let injector = Injector::start(&world.topology.edge, &world.config("smtp", how))?;
+        let mut client = world.client(family).context(how)?;
+        let mut server = accept(&backend)?;
+        own_header(&mut server, &client)?;
+        pass(&mut server, &mut client, b"220 hello\r\n")?;
+        pass(&mut client, &mut server, b"EHLO client\r\n")?;
+        ensure!(filters(world)? == [filter_count; 3], "{how}: {:?} filters", filters(world)?);
+        ensure!(links(world)? == links_left, "{how}: {:?} are pinned", links(world)?);
+        if let Some(before) = before.replace(how) {
+            let log = injector.log();
+            ensure!(
+                log.contains("attached both ways"),
+                "from {before} to {how}, and the log does not say so: {log}"
+            );
+        }
+    }
     Ok(())
 }

@@ -201,53 +201,94 @@ pub fn has_tcx() -> bool {
     SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
 }
 
-/// Removes all that the engine has left under `pin`, whatever its version: links, and with them the programs, and maps.
-/// Connections that go through it break.
+/// What was removed, and what could not be.
+#[derive(Debug, Default)]
+struct Removal {
+    removed: Vec<String>,
+    failures: Vec<String>,
+}
+
+/// Why something that the engine has left is still there.
+#[derive(Debug, Error)]
+#[error("not removed: {}; removed: {}", failures.join("; "), list_or_nothing(removed))]
+pub struct DetachError {
+    removed: Vec<String>,
+    failures: Vec<String>,
+}
+
+fn list_or_nothing(names: &[String]) -> String {
+    if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+}
+
+impl Removal {
+    fn note<E: std::error::Error>(&mut self, what: String, outcome: Result<(), E>) {
+        match outcome {
+            Ok(()) => self.removed.push(what),
+            Err(error) => self.failures.push(format!("{what}: {}", crate::bpf::chain(&error))),
+        }
+    }
+
+    fn finish(mut self) -> Result<Vec<String>, DetachError> {
+        self.removed.sort();
+        let Self { removed, failures } = self;
+        if failures.is_empty() { Ok(removed) } else { Err(DetachError { removed, failures }) }
+    }
+}
+
+/// Removes all that the engine has left under `pin` and on the devices, whatever its version: links
+/// and filters, with them the programs, and maps. Connections that go through it break.
 ///
 /// # Errors
-/// When something cannot be removed.
-pub fn detach(pin: &Path) -> io::Result<Vec<String>> {
-    let mut removed = detach_filters();
-    removed.extend(remove_versions(pin, |_| true)?);
-    removed.sort();
-    Ok(removed)
+/// What could not be removed; everything else is.
+pub fn detach(pin: &Path) -> Result<Vec<String>, DetachError> {
+    let mut removal = Removal::default();
+    detach_filters(&mut removal);
+    remove_versions(&mut removal, pin, |_| true);
+    removal.finish()
 }
 
 /// Removes what a daemon of another version has left under `pin`: its programs know nothing of this one's maps, and would add a
 /// header of their own. Connections that go through them break.
 ///
 /// # Errors
-/// When something cannot be removed.
-pub(super) fn remove_other_versions(pin: &Path) -> io::Result<Vec<String>> {
-    remove_versions(pin, |version| version != super::VERSION)
+/// What could not be removed; everything else is.
+pub(super) fn remove_other_versions(pin: &Path) -> Result<Vec<String>, DetachError> {
+    let mut removal = Removal::default();
+    remove_versions(&mut removal, pin, |version| version != super::VERSION);
+    removal.finish()
 }
 
-fn remove_versions(pin: &Path, which: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for version in entries(pin)? {
+fn remove_versions(removal: &mut Removal, pin: &Path, which: impl Fn(&str) -> bool) {
+    let versions = match entries(pin) {
+        Ok(versions) => versions,
+        Err(error) => return removal.note(pin.display().to_string(), Err(error)),
+    };
+    for version in versions {
         let named = version.file_name().into_string();
         let ours = |name: &String| name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok());
         let Some(name) = named.ok().filter(ours) else { continue };
-        if !which(&name) {
-            continue;
+        if which(&name)
+            && let Err(error) = remove_version(removal, &version.path())
+        {
+            removal.note(version.path().display().to_string(), Err(error));
         }
-        for folder in ["links", "maps"] {
-            let folder = version.path().join(folder);
-            for entry in entries(&folder)? {
-                if folder.ends_with("links")
-                    && let Ok(link) = PinnedLink::from_pin(entry.path())
-                {
-                    drop(link.unpin()?);
-                } else {
-                    fs::remove_file(entry.path())?;
-                }
-                removed.push(entry.file_name().to_string_lossy().into_owned());
-            }
-            remove_dir(&folder)?;
-        }
-        remove_dir(&version.path())?;
     }
-    Ok(removed)
+}
+
+fn remove_version(removal: &mut Removal, version: &Path) -> io::Result<()> {
+    for folder in ["links", "maps"] {
+        let folder = version.join(folder);
+        for entry in entries(&folder)? {
+            let link = if folder.ends_with("links") { PinnedLink::from_pin(entry.path()).ok() } else { None };
+            let removed = match link {
+                Some(link) => link.unpin().map(drop),
+                None => fs::remove_file(entry.path()),
+            };
+            removal.note(entry.file_name().to_string_lossy().into_owned(), removed);
+        }
+        remove_dir(&folder)?;
+    }
+    remove_dir(version)
 }
 
 /// What is in a folder: nothing, if there is none.
@@ -266,18 +307,23 @@ fn remove_dir(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Takes the programs off devices where they hang as filters of clsact, which nothing pins.
-fn detach_filters() -> Vec<String> {
-    let mut removed = Vec::new();
-    let devices = fs::read_dir("/sys/class/net").into_iter().flatten().filter_map(Result::ok);
-    for device in devices.filter_map(|entry| entry.file_name().into_string().ok()) {
+/// Removes the filters of clsact on all devices, which nothing pins.
+fn detach_filters(removal: &mut Removal) {
+    let devices = match filters::devices() {
+        Ok(devices) => devices,
+        Err(error) => return removal.note("filters of all devices".to_owned(), Err(error)),
+    };
+    for (index, device) in devices {
         for (name, direction) in [Role::Client, Role::Backend].iter().flat_map(|role| role.programs()) {
-            for variant in [(*name).to_owned(), format!("{name}_raw")] {
-                if tc::qdisc_detach_program(&device, *direction, &variant).is_ok() {
-                    removed.push(format!("{variant}@{device}"));
+            match filters_of(name, index, *direction) {
+                Ok(found) => {
+                    for filter in found {
+                        let removed = filter.remove(&device, *direction);
+                        removal.note(format!("{}@{device}", filter.name), removed);
+                    }
                 }
+                Err(error) => removal.note(format!("{name}@{device}"), Err(error)),
             }
         }
     }
-    removed
 }

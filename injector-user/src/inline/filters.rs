@@ -17,6 +17,7 @@ use rtnetlink::{
     },
     packet_route::{
         RouteNetlinkMessage,
+        link::LinkMessage,
         tc::{TcHandle as Parent, TcHeader, TcMessage},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
@@ -65,6 +66,24 @@ pub(super) fn list(index: u32, direction: TcAttachType) -> io::Result<Vec<Filter
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Vec::new()),
         asked => asked.map(|()| filters),
     }
+}
+
+/// Index and name of every device of the network namespace, also of those that are down.
+pub(super) fn devices() -> io::Result<Vec<(u32, String)>> {
+    /// `IFLA_IFNAME`, and the length of struct ifinfomsg, before which the index is at 4.
+    const NAME: u16 = 3;
+    const HEADER: usize = 16;
+
+    let mut devices = Vec::new();
+    dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
+        let (header, attributes) = message.split_at_checked(HEADER).ok_or_else(short)?;
+        let index = parse_i32(&header[4..8])?;
+        if let (Ok(index), Some(name)) = (u32::try_from(index), attribute(attributes, NAME)?) {
+            devices.push((index, parse_string(&name)?));
+        }
+        Ok(())
+    })?;
+    Ok(devices)
 }
 
 /// One filter of a dump; `None` if it is none of BPF's, or stands for a whole priority.

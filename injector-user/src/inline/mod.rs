@@ -29,7 +29,7 @@ use thiserror::Error;
 
 use self::maps::Maps;
 pub use self::{
-    attach::{AttachError, Role, detach, has_tcx},
+    attach::{AttachError, DetachError, Role, detach, has_tcx},
     events::{Books, Listening},
 };
 use crate::{

@@ -397,7 +397,7 @@ pub fn books(config: &Config, metrics: &Metrics) -> Books {
 /// Removes all that the engine has left in the kernel, and says what there was.
 ///
 /// # Errors
-/// When something cannot be removed; the rest stays.
+/// When the NAT table cannot be removed; then the programs stay. Otherwise what could not be removed.
 pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let table: TableName = settings.table.parse()?;
     if settings.nat == Nat::Managed {

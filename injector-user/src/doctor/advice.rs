@@ -122,6 +122,44 @@ pub(super) fn trust(subject: &Subject) -> Change {
     )
 }
 
+/// Has the server relay for nobody who has not logged in, whatever address the header says.
+pub(super) fn relay_for_nobody(subject: &Subject, server: Server) -> Vec<Change> {
+    const SETTING: &str = "  -o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
+    const INSTEAD: &str = "or, to relay for some networks still, -o mynetworks= with those alone, without 127.0.0.0/8 and [::1]/128";
+    let port = subject.address.port();
+    let smtpd = || {
+        Change::new(
+            format!("Postfix, master.cf: below the smtpd on {port}, then reload ({INSTEAD})"),
+            &[SETTING],
+        )
+    };
+    let postscreen = || {
+        Change::new(
+            format!(
+                "Postfix, master.cf: below the smtpd behind postscreen on {port} (`smtpd pass`, or that of its \
+                 smtpd_service_name), then reload ({INSTEAD})"
+            ),
+            &[SETTING],
+        )
+    };
+    match server {
+        Server::Postscreen => vec![postscreen()],
+        Server::Smtpd => vec![smtpd()],
+        Server::Postfix => vec![postscreen(), smtpd()],
+        _ => Vec::new(),
+    }
+}
+
+/// Has Dovecot treat a client on its own host as any other.
+pub(super) fn distrust_localhost(server: Server) -> Option<Change> {
+    (server == Server::Dovecot).then(|| {
+        Change::new(
+            "Dovecot, dovecot.conf: without 127.0.0.0/8 and ::1, with what else the line has",
+            &["login_trusted_networks ="],
+        )
+    })
+}
+
 /// Has Postfix know the family again.
 pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
     match server {

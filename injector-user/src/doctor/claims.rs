@@ -1,8 +1,9 @@
-//! The addresses in the doctor's headers: this host's own, so that no block list, limit or ban hits anybody else.
+//! The addresses in the doctor's headers: this host's own, so that no block list, limit or ban hits anybody else. To see
+//! what a server allows 127.0.0.1, also that, and an address for documentation.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
-use super::observation::Family;
+use super::observation::{Client, Family};
 
 /// What a header says of its client and of where that connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,16 +12,14 @@ pub(super) struct Claims {
     ipv6: (IpAddr, SocketAddr),
 }
 
-/// For documentation (RFC 5737, RFC 3849): where this host has no address of a family.
-const NOBODY: (IpAddr, IpAddr) =
-    (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)));
-
 impl Claims {
     /// The client is the host itself, by the address that the kernel chose (`source`) or another of its own (`local`); the
     /// destination is where the listener is bound, or the client's own address where that is everywhere.
     pub(super) fn new(source: Option<IpAddr>, local: &[IpAddr], bind: &[SocketAddr]) -> Self {
         let port = bind.first().map_or(0, SocketAddr::port);
-        let claim = |family: Family, nobody: IpAddr| {
+        let claim = |family: Family| {
+            // For documentation (RFC 5737, RFC 3849): where this host has no address of a family.
+            let nobody = Client::Documentation.ip(family);
             let fits = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
             let client = source
                 .filter(|ip| Family::of(*ip) == family)
@@ -30,7 +29,7 @@ impl Claims {
                 bind.iter().find(|bound| Family::of(bound.ip()) == family && !bound.ip().is_unspecified());
             (client, bound.copied().unwrap_or(SocketAddr::new(client, port)))
         };
-        Self { ipv4: claim(Family::V4, NOBODY.0), ipv6: claim(Family::V6, NOBODY.1) }
+        Self { ipv4: claim(Family::V4), ipv6: claim(Family::V6) }
     }
 
     /// Source and destination for a header; the source has the port of the connection.
@@ -40,6 +39,12 @@ impl Claims {
             Family::V6 => self.ipv6,
         };
         (SocketAddr::new(client, port), destination)
+    }
+
+    /// The same with another client.
+    pub(super) fn with_client(&self, client: Client, family: Family, port: u16) -> (SocketAddr, SocketAddr) {
+        let (_, destination) = self.of(family, port);
+        (SocketAddr::new(client.ip(family), port), destination)
     }
 }
 
@@ -59,6 +64,8 @@ mod tests {
         };
         assert_eq!(show(&claims, Family::V4), "10.0.0.1:7 192.0.2.10:25");
         assert_eq!(show(&claims, Family::V6), "[fd25::5]:7 [fd25::5]:25");
+        let (source, destination) = claims.with_client(Client::Localhost, Family::V4, 7);
+        assert_eq!(format!("{source} {destination}"), "127.0.0.1:7 192.0.2.10:25");
         let claims = Claims::new(None, &[], &bind);
         assert_eq!(show(&claims, Family::V4), "192.0.2.1:7 192.0.2.10:25");
         assert_eq!(show(&claims, Family::V6), "[2001:db8::1]:7 [2001:db8::1]:25");

@@ -1,5 +1,6 @@
 //! From what was seen to what is wrong, and what to change. No I/O.
 
+mod claims;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,14 @@ pub enum Verdict {
     HeaderOptional,
     /// A header is believed from others than the injector.
     Forgeable,
+    /// Mail to foreign domains is accepted from a client that nobody trusts, or that anybody can be.
+    OpenRelay,
+    /// Mail to foreign domains is accepted where the header says localhost.
+    RelaysForLocalhost,
+    /// Whether it is accepted could not be found out.
+    RelayUnknown,
+    /// Passwords are accepted in clear text where the header says localhost.
+    TrustsLocalhost,
     /// Clear text where TLS is meant to be.
     ClearText,
     /// Connected, and no word.
@@ -81,6 +90,10 @@ impl Verdict {
             Self::Ipv4Off => "ipv4_off",
             Self::HeaderOptional => "header_optional",
             Self::Forgeable => "forgeable",
+            Self::OpenRelay => "open_relay",
+            Self::RelaysForLocalhost => "relays_for_localhost",
+            Self::RelayUnknown => "relay_unknown",
+            Self::TrustsLocalhost => "trusts_localhost",
             Self::ClearText => "clear_text",
             Self::Mute => "mute",
             Self::TurnedAway => "turned_away",
@@ -396,6 +409,7 @@ impl Seen<'_> {
             ));
         }
         findings.extend(self.forgery(edge));
+        findings.extend(self.localhost(edge));
         findings
     }
 
@@ -438,12 +452,16 @@ impl Seen<'_> {
         let Subject { address, source, .. } = self.subject;
         let Some(believed) = self.all.iter().find(|one| one.answered()) else { return Vec::new() };
         let from = source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
+        if let Some(open) = self.open_to_stranger(&from) {
+            return vec![open];
+        }
         vec![Finding::fault(
             Verdict::Forgeable,
             format!(
                 "{address} believes a header from {from}, which is not the injector ({}): whoever reaches the port can \
-                 claim any client address",
-                describe(believed)
+                 claim any client address{}",
+                describe(believed),
+                self.relay_remark().unwrap_or_default()
             ),
             vec![advice::close_to_others(address.port(), &[], false)],
         )]
@@ -464,8 +482,16 @@ impl Seen<'_> {
     }
 }
 
-/// An outcome in a few words.
+/// An observation in a few words.
 pub(super) fn describe(one: &Observation) -> String {
+    let outcome = describe_outcome(one);
+    match &one.dialogue {
+        Some(dialogue) => format!("{outcome}; {}", claims::describe_dialogue(dialogue)),
+        None => outcome,
+    }
+}
+
+fn describe_outcome(one: &Observation) -> String {
     let after = format!("after {:.1} s", one.after.as_secs_f32());
     let tls = one.tls.as_deref().map(|version| format!("{version}, ")).unwrap_or_default();
     match &one.outcome {

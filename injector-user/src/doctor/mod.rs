@@ -7,6 +7,8 @@ pub mod advice;
 mod claims;
 mod conversation;
 pub mod diagnosis;
+mod dialogue;
+mod exchange;
 pub mod observation;
 pub mod plan;
 mod probe;

@@ -3,7 +3,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -109,6 +109,37 @@ pub enum Probe {
         /// With the TLVs of the listener.
         tlvs: bool,
     },
+    /// The listener's header with another client in it, and after the greeting the question what that client may do.
+    Claim {
+        /// The header's version.
+        version: ProxyVersion,
+        /// The family of its addresses.
+        family: Family,
+        /// The client in it.
+        client: Client,
+    },
+}
+
+/// A client that is not this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// 127.0.0.1 or ::1, which servers tend to trust.
+    Localhost,
+    /// An address for documentation, which nobody trusts.
+    Documentation,
+}
+
+impl Client {
+    /// Its address.
+    #[must_use]
+    pub const fn ip(self, family: Family) -> IpAddr {
+        match (self, family) {
+            (Self::Localhost, Family::V4) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            (Self::Localhost, Family::V6) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            (Self::Documentation, Family::V4) => IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+            (Self::Documentation, Family::V6) => IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+        }
+    }
 }
 
 /// A probe, and from where.
@@ -162,6 +193,34 @@ pub struct Greeting {
     pub teaser: bool,
 }
 
+/// What a server allows the client in a header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dialogue {
+    /// In SMTP: to send mail to a foreign domain without a login.
+    Relay(Relay),
+    /// In clear-text IMAP, POP3 and ManageSieve: to send a password.
+    ClearTextLogin(bool),
+}
+
+/// A server's answer to a recipient in a foreign domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Relay {
+    /// Accepted, in these words: it relays.
+    Accepted(String),
+    /// Refused, in these words.
+    Refused(String),
+    /// Neither, for this reason.
+    Unknown(String),
+}
+
+impl Dialogue {
+    /// The client is allowed what a stranger should not be.
+    #[must_use]
+    pub const fn is_allowed(&self) -> bool {
+        matches!(self, Self::Relay(Relay::Accepted(_)) | Self::ClearTextLogin(true))
+    }
+}
+
 /// One observation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Observation {
@@ -173,6 +232,8 @@ pub struct Observation {
     pub after: Duration,
     /// The version of TLS, if a handshake was completed.
     pub tls: Option<String>,
+    /// What the dialogue after the greeting came to, if there was one.
+    pub dialogue: Option<Dialogue>,
 }
 
 impl Observation {
@@ -222,6 +283,9 @@ impl fmt::Display for Probe {
             Self::Silence => f.pad("without a header"),
             Self::Tls => f.pad("TLS without a header"),
             Self::Header { version, family, .. } => f.pad(&format!("header {version}, {family}")),
+            Self::Claim { version, family, client } => {
+                f.pad(&format!("header {version}, client {}", client.ip(*family)))
+            }
         }
     }
 }
@@ -236,6 +300,13 @@ impl Probe {
             Self::Header { version, family, tlvs } => {
                 let tlvs = if *tlvs { "" } else { "_without_tlvs" };
                 format!("header_{version}_{}{tlvs}", family.to_string().to_lowercase())
+            }
+            Self::Claim { version, family, client } => {
+                let client = match client {
+                    Client::Localhost => "localhost",
+                    Client::Documentation => "documentation",
+                };
+                format!("header_{version}_{}_{client}", family.to_string().to_lowercase())
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Which probe comes next, given what was seen: as few connections as tell the faults apart.
 
-use super::observation::{Family, Observation, Outcome, Probe, Step, Subject};
-use crate::config::ProxyVersion;
+use super::observation::{Client, Dialogue, Family, Observation, Outcome, Probe, Step, Subject};
+use crate::{config::ProxyVersion, protocol::Protocol};
 
 /// The next step; `None` when enough is known.
 #[must_use]
@@ -17,7 +17,12 @@ pub fn next(subject: &Subject, seen: &[Observation]) -> Option<Step> {
 fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
     let version = subject.receiver.version;
     if subject.stranger {
-        return vec![here(header(version, Family::of(subject.address.ip())))];
+        let family = Family::of(subject.address.ip());
+        let mut steps = vec![here(header(version, family))];
+        if answered(seen, here(header(version, family))) {
+            steps.extend(claims(subject, seen, family));
+        }
+        return steps;
     }
     let bare = if subject.is_tls() { Probe::Tls } else { Probe::Silence };
     let headers = Family::ALL.map(|family| header(version, family));
@@ -29,9 +34,10 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
     if !headers.iter().all(|probe| seen.iter().any(|one| one.step == here(*probe))) {
         return steps;
     }
-    let accepted = headers.iter().copied().find(|probe| answered(seen, here(*probe)));
-    match accepted {
-        Some(probe) => {
+    let accepts = |family: &Family| answered(seen, here(header(version, *family)));
+    match Family::ALL.into_iter().find(accepts) {
+        Some(family) => {
+            let probe = header(version, family);
             for other in &subject.others {
                 let step = Step { probe, from: Some(*other) };
                 steps.push(step);
@@ -40,6 +46,7 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
                     break;
                 }
             }
+            steps.extend(claims(subject, seen, family));
         }
         None => {
             steps.push(here(header(subject.other_version(), Family::V4)));
@@ -51,6 +58,23 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
                 steps.push(here(Probe::Silence));
             }
         }
+    }
+    steps
+}
+
+/// A header that says localhost, and where that client is allowed something, one that nobody trusts: to tell "for localhost"
+/// from "for all".
+fn claims(subject: &Subject, seen: &[Observation], family: Family) -> Vec<Step> {
+    if subject.protocol == Protocol::Plain {
+        return Vec::new();
+    }
+    let claim = |client| here(Probe::Claim { version: subject.receiver.version, family, client });
+    let localhost = claim(Client::Localhost);
+    let allowed =
+        |one: &Observation| one.step == localhost && one.dialogue.as_ref().is_some_and(Dialogue::is_allowed);
+    let mut steps = vec![localhost];
+    if seen.iter().any(allowed) {
+        steps.push(claim(Client::Documentation));
     }
     steps
 }
@@ -71,7 +95,10 @@ fn answered(seen: &[Observation], step: Step) -> bool {
 mod tests {
     use std::{net::IpAddr, time::Duration};
 
-    use super::{super::observation::Greeting, *};
+    use super::{
+        super::observation::{Greeting, Relay},
+        *,
+    };
     use crate::{
         config::Receiver,
         doctor::samples::{closed, subject},
@@ -85,6 +112,14 @@ mod tests {
 
     /// The probes that are made when `outcome` says what comes of each.
     fn walk(subject: &Subject, outcome: impl Fn(Step) -> Outcome) -> Vec<String> {
+        walk_with(subject, outcome, |_| None)
+    }
+
+    fn walk_with(
+        subject: &Subject,
+        outcome: impl Fn(Step) -> Outcome,
+        dialogue: impl Fn(Step) -> Option<Dialogue>,
+    ) -> Vec<String> {
         let mut seen = Vec::new();
         let mut names = Vec::new();
         while let Some(step) = next(subject, &seen) {
@@ -93,7 +128,13 @@ mod tests {
                 None => step.probe.code(),
             });
             let outcome = outcome(step);
-            seen.push(Observation { step, outcome, after: Duration::ZERO, tls: None });
+            seen.push(Observation {
+                step,
+                outcome,
+                after: Duration::ZERO,
+                tls: None,
+                dialogue: dialogue(step),
+            });
             assert!(seen.len() < 20, "{names:?}");
         }
         names
@@ -101,31 +142,53 @@ mod tests {
 
     fn greets_with_header(step: Step) -> Outcome {
         match step.probe {
-            Probe::Header { .. } => Outcome::Greeted(Greeting::default()),
+            Probe::Header { .. } | Probe::Claim { .. } => Outcome::Greeted(Greeting::default()),
             _ => closed(),
         }
     }
 
     #[test]
-    fn a_sound_backend_costs_three_connections_and_one_for_each_other_source() {
+    fn a_sound_backend_costs_four_connections_and_one_for_each_other_source() {
         let mut smtp = subject(Protocol::Smtp);
         let three = ["silence", "header_v2_ipv4", "header_v2_ipv6"];
-        assert_eq!(walk(&smtp, greets_with_header), three);
+        let localhost = ["header_v2_ipv4_localhost"];
+        assert_eq!(walk(&smtp, greets_with_header), [&three[..], &localhost].concat());
         smtp.others = OTHERS.to_vec();
         let filtered = |step: Step| match step.from {
             Some(_) => Outcome::NoAnswer,
             None => greets_with_header(step),
         };
-        let four = ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4 from 192.0.2.2"];
-        assert_eq!(walk(&smtp, filtered), [&three[..], &four[..]].concat());
+        let others = ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4 from 192.0.2.2"];
+        assert_eq!(walk(&smtp, filtered), [&three[..], &others, &localhost].concat());
+        // Nothing can be asked there.
+        let plain = Subject { protocol: Protocol::Plain, ..subject(Protocol::Plain) };
+        assert_eq!(walk(&plain, greets_with_header), three);
+    }
+
+    #[test]
+    fn what_localhost_is_allowed_is_tried_for_another_client() {
+        let relays = |_| Some(Dialogue::Relay(Relay::Accepted(String::new())));
+        let both = ["header_v2_ipv4_localhost", "header_v2_ipv4_documentation"];
+        let smtp = subject(Protocol::Smtp);
+        assert_eq!(walk_with(&smtp, greets_with_header, relays)[3..], both);
+        let refuses = |_| Some(Dialogue::Relay(Relay::Refused(String::new())));
+        assert_eq!(walk_with(&smtp, greets_with_header, refuses)[3..], both[..1]);
+        let stranger = Subject { stranger: true, ..subject(Protocol::Smtp) };
+        assert_eq!(walk_with(&stranger, greets_with_header, relays)[1..], both);
+        // Where headers with IPv4 addresses are refused.
+        let ipv6_only = |step: Step| match step.probe {
+            Probe::Header { family: Family::V4, .. } => closed(),
+            _ => greets_with_header(step),
+        };
+        assert_eq!(walk(&smtp, ipv6_only).pop().as_deref(), Some("header_v2_ipv6_localhost"));
     }
 
     #[test]
     fn one_stranger_who_is_answered_is_enough() {
         let mut smtp = subject(Protocol::Smtp);
         smtp.others = OTHERS.to_vec();
-        let last = walk(&smtp, greets_with_header).pop();
-        assert_eq!(last.as_deref(), Some("header_v2_ipv4 from 192.0.2.1"));
+        let names = walk(&smtp, greets_with_header);
+        assert_eq!(names[3..], ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4_localhost"]);
     }
 
     #[test]
@@ -154,11 +217,12 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_tries_one_header() {
+    fn a_stranger_tries_one_header_and_one_more_where_it_is_believed() {
         let mut smtp = subject(Protocol::Smtp);
         smtp.stranger = true;
         smtp.others = OTHERS.to_vec();
-        assert_eq!(walk(&smtp, greets_with_header), ["header_v2_ipv4"]);
+        assert_eq!(walk(&smtp, greets_with_header), ["header_v2_ipv4", "header_v2_ipv4_localhost"]);
+        assert_eq!(walk(&smtp, |_| Outcome::NoAnswer), ["header_v2_ipv4"]);
         smtp.address = "[fd25::2]:2525".parse().unwrap();
         assert_eq!(walk(&smtp, |_| closed()), ["header_v2_ipv6"]);
     }

@@ -1,4 +1,4 @@
-//! Makes one observation: a connection of its own, a header or none, and polite to the end.
+//! Makes one observation: a connection of its own, a header or none, perhaps a dialogue, and polite to the end.
 //!
 //! A client that is gone when Postfix looks for its address can cost an smtpd its life: in 3.7.11 a LOCAL header followed by a
 //! reset is `fatal: smtpd_peer_hostaddr_to_sockaddr`. So a connection is closed by the server, after QUIT or LOGOUT, or when
@@ -12,9 +12,10 @@ use std::{
     time::Duration,
 };
 
+use injector_common::proxy::EncodeError;
 use rustls::pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpSocket, TcpStream},
     time::{Instant, timeout, timeout_at},
 };
@@ -22,7 +23,9 @@ use tokio::{
 use super::{
     claims::Claims,
     conversation::{Dialect, Heard, Meaning, readable},
-    observation::{Greeting, Observation, Outcome, Probe, Step, Subject},
+    dialogue::{Action, Script},
+    exchange::{PARTING, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
+    observation::{Dialogue, Greeting, Observation, Outcome, Probe, Step, Subject},
 };
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
@@ -31,12 +34,8 @@ use crate::{
     tls,
 };
 
-/// What may come after a goodbye, or after a refusal, is waited for so long.
-const PARTING: Duration = Duration::from_secs(3);
 /// `220-` so long before `220 ` is a teaser and no banner of several lines.
 const TEASER: Duration = Duration::from_millis(500);
-/// More than any greeting.
-const MOST_BYTES: usize = 16 * 1024;
 /// How long a source that should be filtered has to get its SYN answered: long enough for one repetition.
 const FILTERED: Duration = Duration::from_secs(2);
 /// In the header where the listener wants one: says who it was.
@@ -69,16 +68,32 @@ pub(super) async fn observe(
                 Ok(Err(error)) => Outcome::Unreachable(error.to_string()),
                 _ => Outcome::NoAnswer,
             };
-            return Observation { step, outcome, after: begun.elapsed(), tls: None };
+            return Observation { step, outcome, after: begun.elapsed(), tls: None, dialogue: None };
         }
     };
     let connected = Instant::now();
-    let talk = Talk { protocol: subject.protocol, connected, until: connected + patience.answer };
+    let talk = Talk {
+        protocol: subject.protocol,
+        server: subject.address.ip(),
+        client: claimed(step.probe),
+        connected,
+        until: connected + patience.answer,
+        answer: patience.answer,
+    };
     match speak(subject, step.probe, claims, stream, talk).await {
-        Ok(Heeded { outcome, after, tls }) => Observation { step, outcome, after, tls },
+        Ok(Heeded { outcome, after, tls, dialogue }) => Observation { step, outcome, after, tls, dialogue },
         Err(error) => {
-            Observation { step, outcome: Outcome::Unreachable(error), after: connected.elapsed(), tls: None }
+            let outcome = Outcome::Unreachable(error);
+            Observation { step, outcome, after: connected.elapsed(), tls: None, dialogue: None }
         }
+    }
+}
+
+/// The client whose rights are asked for.
+const fn claimed(probe: Probe) -> Option<IpAddr> {
+    match probe {
+        Probe::Claim { family, client, .. } => Some(client.ip(family)),
+        Probe::Silence | Probe::Tls | Probe::Header { .. } => None,
     }
 }
 
@@ -96,14 +111,21 @@ async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStr
 #[derive(Clone, Copy)]
 struct Talk {
     protocol: Protocol,
+    server: IpAddr,
+    /// Ask what this client may do.
+    client: Option<IpAddr>,
     connected: Instant,
+    /// The end of patience with the greeting.
     until: Instant,
+    /// Patience with the dialogue after it.
+    answer: Duration,
 }
 
 struct Heeded {
     outcome: Outcome,
     after: Duration,
     tls: Option<String>,
+    dialogue: Option<Dialogue>,
 }
 
 async fn speak(
@@ -113,26 +135,38 @@ async fn speak(
     mut stream: TcpStream,
     talk: Talk,
 ) -> Result<Heeded, String> {
-    if let Probe::Header { version, family, tlvs } = probe {
-        let plain = Receiver { version, ..Receiver::default() };
-        let own = Receiver { version, ..subject.receiver.clone() };
-        let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
-        let port = stream.local_addr().map_or(0, |local| local.port());
-        let (source, destination) = claims.of(family, port);
-        let header = Rendered::new(&receiver, source, destination, UNIQUE_ID)
-            .map_err(|error| format!("header: {error}"))?;
+    let port = stream.local_addr().map_or(0, |local| local.port());
+    if let Some(header) = header(subject, probe, claims, port).map_err(|error| format!("header: {error}"))? {
         // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
         let _ = stream.write_all(header.as_bytes()).await;
     }
     if subject.is_tls() && probe != Probe::Silence {
         return Ok(speak_tls(subject, stream, talk).await);
     }
-    let (outcome, after) = converse(&mut stream, talk).await;
-    Ok(Heeded { outcome, after, tls: None })
+    let (outcome, after, dialogue) = converse(&mut stream, talk).await;
+    Ok(Heeded { outcome, after, tls: None, dialogue })
+}
+
+/// The header that a probe sends, if it sends one.
+fn header(
+    subject: &Subject,
+    probe: Probe,
+    claims: &Claims,
+    port: u16,
+) -> Result<Option<Rendered>, EncodeError> {
+    let (version, tlvs, (source, destination)) = match probe {
+        Probe::Silence | Probe::Tls => return Ok(None),
+        Probe::Header { version, family, tlvs } => (version, tlvs, claims.of(family, port)),
+        Probe::Claim { version, family, client } => (version, true, claims.with_client(client, family, port)),
+    };
+    let plain = Receiver { version, ..Receiver::default() };
+    let own = Receiver { version, ..subject.receiver.clone() };
+    let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
+    Rendered::new(&receiver, source, destination, UNIQUE_ID).map(Some)
 }
 
 async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
-    let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None };
+    let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None, dialogue: None };
     let connector = match tls::without_verification() {
         Ok(connector) => connector,
         Err(error) => return clear(Outcome::Unreachable(error.to_string())),
@@ -143,9 +177,9 @@ async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
         Err(_) => clear(Outcome::Silent),
         Ok(Ok(mut stream)) => {
             let version = stream.get_ref().1.protocol_version();
-            let (outcome, after) = converse(&mut stream, talk).await;
+            let (outcome, after, dialogue) = converse(&mut stream, talk).await;
             let name = version.and_then(|version| version.as_str()).unwrap_or("TLS");
-            Heeded { outcome, after, tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")) }
+            Heeded { outcome, after, tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")), dialogue }
         }
         Ok(Err((error, mut recorded))) => {
             if let Some(rustls::Error::AlertReceived(alert)) = tls_error(&error) {
@@ -160,7 +194,7 @@ async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
                 };
                 let after = talk.connected.elapsed();
                 part(&mut recorded.stream).await;
-                return Heeded { outcome, after, tls: None };
+                return Heeded { outcome, after, tls: None, dialogue: None };
             }
             clear(match (tls_error(&error), error.kind()) {
                 (Some(other), _) => Outcome::Strange(other.to_string()),
@@ -175,9 +209,9 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
-/// Listens, takes its leave as the protocol has it, and hears the rest.
-async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk) -> (Outcome, Duration) {
-    let Talk { protocol, connected, until } = talk;
+/// Listens, asks what there is to ask, takes its leave as the protocol has it, and hears the rest.
+async fn converse<S: Stream>(stream: &mut S, talk: Talk) -> (Outcome, Duration, Option<Dialogue>) {
+    let Talk { protocol, connected, until, .. } = talk;
     let dialect = Dialect::of(protocol);
     let mut said = Vec::new();
     let mut first_word = None;
@@ -196,14 +230,15 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk)
     };
     let after = connected.elapsed();
     let teaser = said.starts_with(b"220-") && first_word.is_some_and(|at| at.elapsed() > TEASER);
+    let mut dialogue = None;
     match heard {
-        Heard::Floor => {
-            if let Some(goodbye) = protocol.goodbye() {
-                let _ = stream.write_all(goodbye).await;
-                let _ = stream.flush().await;
-                let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+        Heard::Floor => match script(&said, talk) {
+            Some(begun) => {
+                let terms = Terms { protocol, server: talk.server, patience: talk.answer };
+                dialogue = ask(stream, &mut said, begun, terms).await;
             }
-        }
+            None => say_goodbye(stream, &mut said, protocol).await,
+        },
         // It closes by itself; and who closes first after a header harms an smtpd.
         Heard::TurnedAway | Heard::Strange => {
             let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
@@ -222,31 +257,18 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, talk: Talk)
         Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
         Meaning::Strange(line) => Outcome::Strange(line),
     };
-    (outcome, after)
+    (outcome, after, dialogue)
+}
+
+/// What to ask after this greeting, if anything; not of a server that complains about the header.
+fn script(said: &[u8], talk: Talk) -> Option<(Script, Action)> {
+    let greeted = matches!(Dialect::of(talk.protocol).judge(said), Meaning::Greeted(_));
+    talk.client.filter(|_| greeted).and_then(|client| Script::begin(talk.protocol, client, said))
 }
 
 /// Waits for the server to close.
 async fn part(stream: &mut TcpStream) {
     let _ = timeout(PARTING, read_to_end(stream, &mut Vec::new())).await;
-}
-
-enum Read {
-    More,
-    End { reset: bool },
-}
-
-async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) -> Read {
-    match stream.read_buf(said).await {
-        Ok(0) => Read::End { reset: false },
-        Ok(_) => Read::More,
-        // A TLS server that closes without a close_notify.
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Read::End { reset: false },
-        Err(_) => Read::End { reset: true },
-    }
-}
-
-async fn read_to_end<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) {
-    while said.len() < MOST_BYTES && matches!(read(stream, said).await, Read::More) {}
 }
 
 fn server_name(subject: &Subject) -> ServerName<'static> {
@@ -290,7 +312,7 @@ impl AsyncWrite for Recorded {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
     use super::{super::samples::subject, *};
     use crate::{config::ProxyVersion, doctor::observation::Family};

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     diagnosis::{Finding, describe},
-    observation::{Observation, Outcome, Subject},
+    observation::{Dialogue, Observation, Outcome, Relay, Subject},
     server::{self, Server},
 };
 use crate::{config::ProxyVersion, protocol::Protocol};
@@ -197,6 +197,11 @@ fn address_json(address: &AddressReport) -> Value {
                 "answered": one.answered(),
                 "said": one.said(),
                 "tls": one.tls,
+                "relay": relay_json(one.dialogue.as_ref()),
+                "clear_text_login": match one.dialogue {
+                    Some(Dialogue::ClearTextLogin(login)) => Some(login),
+                    _ => None,
+                },
                 "seconds": one.after.as_secs_f64(),
             })
         })
@@ -224,6 +229,16 @@ fn findings_json(findings: &[Finding]) -> Vec<Value> {
             })
         })
         .collect()
+}
+
+fn relay_json(dialogue: Option<&Dialogue>) -> Option<Value> {
+    let Some(Dialogue::Relay(relay)) = dialogue else { return None };
+    let (answer, said) = match relay {
+        Relay::Accepted(said) => ("accepted", said),
+        Relay::Refused(said) => ("refused", said),
+        Relay::Unknown(why) => ("unknown", why),
+    };
+    Some(json!({ "answer": answer, "said": said }))
 }
 
 const fn outcome_code(outcome: &Outcome) -> &'static str {

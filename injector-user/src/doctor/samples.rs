@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::observation::{Greeting, Observation, Outcome, Probe, Step, Subject};
+use super::observation::{Dialogue, Greeting, Observation, Outcome, Probe, Relay, Step, Subject};
 use crate::{config::Receiver, protocol::Protocol};
 
 /// A backend at 10.25.0.2:2525 of a listener with clients of both families.
@@ -41,5 +41,18 @@ pub(super) fn away(line: &str) -> Outcome {
 /// An observation `tenths` of a second after the connection.
 pub(super) fn seen(probe: Probe, outcome: Outcome, tenths: u64) -> Observation {
     let step = Step { probe, from: None };
-    Observation { step, outcome, after: Duration::from_millis(tenths * 100), tls: None }
+    Observation { step, outcome, after: Duration::from_millis(tenths * 100), tls: None, dialogue: None }
+}
+
+/// The greeting of an SMTP server that answers a foreign recipient like this.
+pub(super) fn dialogue(probe: Probe, dialogue: Dialogue) -> Observation {
+    Observation { dialogue: Some(dialogue), ..seen(probe, greeted("220 mail.example.test ESMTP Postfix"), 1) }
+}
+
+pub(super) fn relays() -> Dialogue {
+    Dialogue::Relay(Relay::Accepted("250 2.1.5 Ok".to_owned()))
+}
+
+pub(super) fn refuses_to_relay() -> Dialogue {
+    Dialogue::Relay(Relay::Refused("454 4.7.1 <relay-test@example.com>: Relay access denied".to_owned()))
 }

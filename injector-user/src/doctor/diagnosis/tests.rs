@@ -2,8 +2,8 @@
 
 use super::{
     super::{
-        observation::Greeting,
-        samples::{away, closed, greeted, misunderstood, seen, subject},
+        observation::{Client, Dialogue, Greeting, Relay},
+        samples::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, subject},
     },
     *,
 };
@@ -356,6 +356,111 @@ fn who_is_believed_from_elsewhere_is_forgeable() {
     assert!(lines.contains("ip saddr != 10.25.0.1 tcp dport 2525 counter drop"), "{lines}");
     let (codes, _) = judged(&subject(Protocol::Submission), &all[..3]);
     assert_eq!(codes, ["note forgery_untried"]);
+}
+
+const LOCALHOST: Probe = claim(Client::Localhost);
+const DOCUMENTATION: Probe = claim(Client::Documentation);
+const RESTRICTIONS: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
+
+const fn claim(client: Client) -> Probe {
+    Probe::Claim { version: ProxyVersion::V2, family: Family::V4, client }
+}
+
+/// A sound submission port, and what came of the claims.
+fn with_claims(claims: Vec<Observation>) -> Vec<Observation> {
+    let mut all = vec![
+        seen(Probe::Silence, away(SMTPD), 50),
+        seen(V2_4, greeted(BANNER), 1),
+        seen(V2_6, greeted(BANNER), 1),
+        filtered(),
+    ];
+    all.extend(claims);
+    all
+}
+
+#[test]
+fn relaying_for_localhost_is_worth_a_note_and_for_all_a_fault() {
+    let submission = subject(Protocol::Submission);
+    let unknown = |why: &str| Dialogue::Relay(Relay::Unknown(why.to_owned()));
+    let note = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
+    let (codes, lines) = judged(&submission, &note);
+    assert_eq!(codes, ["note relays_for_localhost"]);
+    for part in [RESTRICTIONS, "ip saddr != 10.25.0.1 tcp dport 2525 counter drop"] {
+        assert!(lines.contains(part), "{lines}");
+    }
+    let all = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, relays())]);
+    let (codes, lines) = judged(&submission, &all);
+    assert_eq!(codes, ["open_relay"]);
+    assert!(lines.contains(RESTRICTIONS) && !lines.contains("nft"), "no firewall mends that: {lines}");
+    let refuses = with_claims(vec![dialogue(LOCALHOST, refuses_to_relay())]);
+    assert_eq!(judged(&submission, &refuses).0, [""; 0]);
+    let greylisted = with_claims(vec![dialogue(LOCALHOST, unknown("\"451 later\""))]);
+    assert_eq!(judged(&submission, &greylisted).0, ["note relay_unknown"]);
+    let half = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, unknown("\"451\""))]);
+    assert_eq!(judged(&submission, &half).0, ["note relays_for_localhost"]);
+    // A server that answers no such header is as it should be.
+    assert_eq!(judged(&submission, &with_claims(vec![seen(LOCALHOST, closed(), 0)])).0, [""; 0]);
+}
+
+#[test]
+fn relaying_for_localhost_is_a_fault_where_others_are_believed() {
+    let mut all =
+        with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
+    all[3].outcome = greeted(BANNER);
+    assert_eq!(judged(&subject(Protocol::Submission), &all).0, ["forgeable", "open_relay"]);
+}
+
+#[test]
+fn postscreen_leaves_relaying_to_the_smtpd_behind_it() {
+    let smtp = subject(Protocol::Smtp);
+    for (silence, count) in [(away(POSTSCREEN), 1), (away("421 4.3.0 busy"), 2)] {
+        let mut all =
+            with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
+        all[0].outcome = silence;
+        let found = findings(&smtp, &all, &[]);
+        let changes = found.iter().flat_map(|one| &one.changes);
+        let settings = changes.filter(|change| change.lines[0].trim() == RESTRICTIONS).count();
+        assert_eq!(settings, count, "{found:?}");
+    }
+}
+
+#[test]
+fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
+    let imap = subject(Protocol::Imap);
+    let login = |probe, login| Observation {
+        outcome: greeted(DOVECOT),
+        ..dialogue(probe, Dialogue::ClearTextLogin(login))
+    };
+    let seen_with = |localhost, documentation| {
+        let mut all = with_claims(vec![login(LOCALHOST, localhost), login(DOCUMENTATION, documentation)]);
+        all[0].outcome = closed();
+        all
+    };
+    let (codes, lines) = judged(&imap, &seen_with(true, false));
+    assert_eq!(codes, ["note trusts_localhost"]);
+    assert!(lines.contains("login_trusted_networks =\n"), "{lines}");
+    assert_eq!(judged(&imap, &seen_with(true, true)).0, [""; 0]);
+    assert_eq!(judged(&imap, &with_claims(vec![login(LOCALHOST, false)])).0, [""; 0]);
+}
+
+#[test]
+fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
+    let stranger = Subject { stranger: true, ..subject(Protocol::Submission) };
+    let claimed = |what| {
+        findings(&stranger, &[seen(V2_4, greeted(BANNER), 0), dialogue(LOCALHOST, what)], &[])
+            .into_iter()
+            .next()
+            .unwrap()
+    };
+    let open = claimed(relays());
+    assert_eq!((open.verdict, open.fault), (Verdict::OpenRelay, true));
+    let lines: Vec<_> =
+        open.changes.iter().flat_map(|change| &change.lines).map(|line| line.trim()).collect();
+    assert!(lines.contains(&RESTRICTIONS) && lines[2].contains("ip saddr != INJECTOR_IPV4 "), "{lines:?}");
+    assert_eq!(claimed(refuses_to_relay()).verdict, Verdict::Forgeable);
+    let unknown = claimed(Dialogue::Relay(Relay::Unknown("\"451 later\"".to_owned())));
+    assert_eq!(unknown.verdict, Verdict::Forgeable);
+    assert!(unknown.says.ends_with("is unknown: \"451 later\""), "{}", unknown.says);
 }
 
 #[test]

@@ -1,0 +1,157 @@
+//! What a header that says 127.0.0.1 is good for.
+
+use super::{
+    super::{
+        advice,
+        dialogue::FOREIGN_RECIPIENT,
+        observation::{Client, Dialogue, Relay},
+    },
+    Family, Finding, IpAddr, Observation, Probe, Seen, Verdict,
+};
+
+impl Seen<'_> {
+    /// What the server allows a client that the header says is on the server's own host.
+    pub(super) fn localhost(&self, edge: &[IpAddr]) -> Option<Finding> {
+        match self.claim(Client::Localhost)?.dialogue.as_ref()? {
+            Dialogue::Relay(Relay::Accepted(said)) => Some(self.relays(said, edge)),
+            Dialogue::Relay(Relay::Refused(_)) => None,
+            Dialogue::Relay(Relay::Unknown(why)) => Some(self.relay_unknown(why)),
+            Dialogue::ClearTextLogin(login) => self.clear_text_login(*login, edge),
+        }
+    }
+
+    /// The fault of a port that believes this host, which is not the injector's, and relays.
+    pub(super) fn open_to_stranger(&self, from: &str) -> Option<Finding> {
+        let Dialogue::Relay(Relay::Accepted(said)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
+            return None;
+        };
+        let (address, localhost) = (self.subject.address, self.ip(Client::Localhost));
+        let mut changes = vec![advice::close_to_others(address.port(), &[], false)];
+        changes.extend(advice::relay_for_nobody(self.subject, self.server));
+        Some(Finding::fault(
+            Verdict::OpenRelay,
+            format!(
+                "{address} is an open relay: it believes a header from {from}, which is not the injector, and when the \
+                 header says {localhost} it accepts mail for {FOREIGN_RECIPIENT} ({said:?}). Any host that can reach the \
+                 port can send spam through this server"
+            ),
+            changes,
+        ))
+    }
+
+    /// What is added to "believes a header" where the right to relay could not be found out.
+    pub(super) fn relay_remark(&self) -> Option<String> {
+        let Dialogue::Relay(Relay::Unknown(why)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
+            return None;
+        };
+        let localhost = self.ip(Client::Localhost);
+        Some(format!("; whether it relays for {localhost} is unknown: {why}"))
+    }
+
+    fn relays(&self, said: &str, edge: &[IpAddr]) -> Finding {
+        let address = self.subject.address;
+        let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
+        let documentation = self.claim(Client::Documentation).and_then(|one| one.dialogue.as_ref());
+        if let Some(Dialogue::Relay(Relay::Accepted(said))) = documentation {
+            return Finding::fault(
+                Verdict::OpenRelay,
+                format!(
+                    "{address} is an open relay: it accepts mail for {FOREIGN_RECIPIENT} from {other}, an address of \
+                     nobody ({said:?}). Any client of the injector can send spam through this server"
+                ),
+                advice::relay_for_nobody(self.subject, self.server),
+            );
+        }
+        let others = match documentation {
+            Some(Dialogue::Relay(Relay::Refused(_))) => format!("it refuses that for {other}"),
+            Some(Dialogue::Relay(Relay::Unknown(why))) => format!("for {other} it is unknown ({why})"),
+            _ => format!("for {other} it is unknown"),
+        };
+        let mut changes = advice::relay_for_nobody(self.subject, self.server);
+        if let Some(from) = self.believed_elsewhere() {
+            return Finding::fault(
+                Verdict::OpenRelay,
+                format!(
+                    "{address} is an open relay: it believes a header from {from}, and when the header says {localhost} it \
+                     accepts mail for {FOREIGN_RECIPIENT} ({said:?}); {others}. Any host that can reach the port can send \
+                     spam through this server"
+                ),
+                changes,
+            );
+        }
+        changes.push(advice::close_to_others(self.subject.address.port(), edge, true));
+        Finding {
+            verdict: Verdict::RelaysForLocalhost,
+            fault: false,
+            says: format!(
+                "{address} accepts mail for {FOREIGN_RECIPIENT} when the header says {localhost} ({said:?}); {others}. The \
+                 injector sends no such header for clients on the network, but any other host that can reach the port \
+                 can, and could send spam through this server"
+            ),
+            changes,
+        }
+    }
+
+    fn relay_unknown(&self, why: &str) -> Finding {
+        let Seen { subject, .. } = self;
+        let localhost = self.ip(Client::Localhost);
+        Finding::note(
+            Verdict::RelayUnknown,
+            format!(
+                "whether {} relays when the header says {localhost} is unknown: {why}. Run the doctor again later, or see \
+                 the server's log",
+                subject.address
+            ),
+        )
+    }
+
+    /// Worth a note where others are refused it: who takes passwords in clear text from everybody means to.
+    fn clear_text_login(&self, localhost: bool, edge: &[IpAddr]) -> Option<Finding> {
+        let other = self.claim(Client::Documentation)?.dialogue.as_ref();
+        if !localhost || other != Some(&Dialogue::ClearTextLogin(false)) {
+            return None;
+        }
+        let address = self.subject.address;
+        let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
+        let mut changes: Vec<_> = advice::distrust_localhost(self.server).into_iter().collect();
+        changes.push(advice::close_to_others(address.port(), edge, true));
+        Some(Finding {
+            verdict: Verdict::TrustsLocalhost,
+            fault: false,
+            says: format!(
+                "{address} accepts passwords in clear text when the header says {localhost}, and not for {other}: any host \
+                 that can reach the port can be a trusted client"
+            ),
+            changes,
+        })
+    }
+
+    /// Another address than the injector's from which a header was believed.
+    fn believed_elsewhere(&self) -> Option<IpAddr> {
+        self.all.iter().filter(|one| one.answered()).find_map(|one| one.step.from)
+    }
+
+    fn claim(&self, wanted: Client) -> Option<&Observation> {
+        self.all.iter().find(|one| matches!(one.step.probe, Probe::Claim { client, .. } if client == wanted))
+    }
+
+    /// The address of a client in the family in which it was tried.
+    fn ip(&self, client: Client) -> IpAddr {
+        let family = self.all.iter().find_map(|one| match one.step.probe {
+            Probe::Claim { family, .. } => Some(family),
+            _ => None,
+        });
+        client.ip(family.unwrap_or(Family::V4))
+    }
+}
+
+/// A dialogue in a few words, for the line of its observation.
+pub(super) fn describe_dialogue(dialogue: &Dialogue) -> String {
+    match dialogue {
+        Dialogue::Relay(Relay::Accepted(said)) => format!("relays: {said:?}"),
+        Dialogue::Relay(Relay::Refused(said)) => format!("does not relay: {said:?}"),
+        Dialogue::Relay(Relay::Unknown(why)) => format!("relaying unknown: {why}"),
+        Dialogue::ClearTextLogin(true) => "accepts passwords in clear text".to_owned(),
+        Dialogue::ClearTextLogin(false) => "accepts no passwords in clear text".to_owned(),
+    }
+}

@@ -1,0 +1,204 @@
+//! Carries out a dialogue over a connection: lines go out, replies come in, TLS begins where the server demands it.
+
+use std::{io, net::IpAddr, time::Duration};
+
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    dialogue::{Action, Script},
+    observation::Dialogue,
+};
+use crate::{protocol::Protocol, tls};
+
+/// What may come after a goodbye, or after a refusal, is waited for so long.
+pub(super) const PARTING: Duration = Duration::from_secs(3);
+/// More than any greeting.
+const MOST_BYTES: usize = 16 * 1024;
+
+/// The terms of a dialogue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) protocol: Protocol,
+    pub(super) server: IpAddr,
+    /// For all of its replies together.
+    pub(super) patience: Duration,
+}
+
+/// Goes through a dialogue. What it heard is added to `said` only if the server did not understand the first command: then the
+/// header was taken for commands, and that is what it has to be judged by.
+pub(super) async fn ask<S: Stream>(
+    stream: &mut S,
+    said: &mut Vec<u8>,
+    (mut script, mut action): (Script, Action),
+    terms: Terms,
+) -> Option<Dialogue> {
+    let Terms { protocol, server, patience } = terms;
+    let until = Instant::now() + patience;
+    let unread = said.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    let mut heard = said.split_off(unread);
+    action = follow(stream, &mut heard, &mut script, action, protocol, until).await;
+    if action == Action::StartTls
+        && let Ok(connector) = tls::without_verification()
+    {
+        match timeout_at(until, connector.connect(ServerName::from(server), &mut *stream)).await {
+            Ok(Ok(mut stream)) => {
+                let (heard, first) = (&mut Vec::new(), script.secured());
+                follow(&mut stream, heard, &mut script, first, protocol, until).await;
+            }
+            Ok(Err(error)) => script.broken(&format!("no TLS ({error})")),
+            Err(_) => script.broken("no TLS in time"),
+        }
+    }
+    if !script.is_understood() {
+        said.append(&mut heard);
+    }
+    script.into_result()
+}
+
+/// Carries out actions until there is TLS to begin, or nothing more to do.
+async fn follow<S: Stream>(
+    stream: &mut S,
+    heard: &mut Vec<u8>,
+    script: &mut Script,
+    mut action: Action,
+    protocol: Protocol,
+    until: Instant,
+) -> Action {
+    let mut parsed = 0;
+    while let Action::Send(line) = &action {
+        // An error here is heard again below.
+        let _ = stream.write_all(line.as_bytes()).await;
+        let _ = stream.flush().await;
+        action = loop {
+            if let Some((reply, len)) = script.parse(heard.get(parsed..).unwrap_or_default()) {
+                parsed += len;
+                break script.next(&reply);
+            }
+            match timeout_at(until, read(stream, heard)).await {
+                Ok(Read::More) if heard.len() < MOST_BYTES => {}
+                Ok(Read::More) => {
+                    script.broken("it says too much");
+                    break Action::Quit;
+                }
+                Ok(Read::End { .. }) => {
+                    script.broken("it closes the connection");
+                    return Action::Quit;
+                }
+                Err(_) => {
+                    script.broken("no answer");
+                    break Action::Quit;
+                }
+            }
+        };
+    }
+    if action == Action::Quit {
+        say_goodbye(stream, heard, protocol).await;
+    }
+    action
+}
+
+pub(super) async fn say_goodbye<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
+    if let Some(goodbye) = protocol.goodbye() {
+        let _ = stream.write_all(goodbye).await;
+        let _ = stream.flush().await;
+        let _ = timeout(PARTING, read_to_end(stream, said)).await;
+    }
+}
+
+/// A connection, in clear text or TLS.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
+pub(super) enum Read {
+    More,
+    End { reset: bool },
+}
+
+pub(super) async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) -> Read {
+    match stream.read_buf(said).await {
+        Ok(0) => Read::End { reset: false },
+        Ok(_) => Read::More,
+        // A TLS server that closes without a close_notify.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Read::End { reset: false },
+        Err(_) => Read::End { reset: true },
+    }
+}
+
+pub(super) async fn read_to_end<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) {
+    while said.len() < MOST_BYTES && matches!(read(stream, said).await, Read::More) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::io::{BufReader, DuplexStream, duplex, split};
+
+    use super::{super::observation::Relay, *};
+
+    /// Asks a server that answers each line with the next of these replies and closes when they are over.
+    async fn asked(greeting: &str, replies: &'static [&'static str]) -> (Option<Dialogue>, Vec<u8>, String) {
+        let (mut stream, server) = duplex(4096);
+        let server = tokio::spawn(serve(server, replies));
+        let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let begun = Script::begin(Protocol::Smtp, localhost, greeting.as_bytes()).unwrap();
+        let terms =
+            Terms { protocol: Protocol::Smtp, server: localhost, patience: Duration::from_millis(300) };
+        let mut said = greeting.as_bytes().to_vec();
+        let dialogue = ask(&mut stream, &mut said, begun, terms).await;
+        drop(stream);
+        (dialogue, said, server.await.unwrap())
+    }
+
+    async fn serve(stream: DuplexStream, replies: &[&str]) -> String {
+        use tokio::io::AsyncBufReadExt as _;
+        let (reader, mut writer) = split(stream);
+        let (mut lines, mut told) = (BufReader::new(reader).lines(), Vec::new());
+        let mut replies = replies.iter();
+        while let Ok(Some(line)) = lines.next_line().await {
+            told.push(line);
+            match replies.next() {
+                Some(&"wait") => {}
+                Some(reply) => writer.write_all(reply.as_bytes()).await.unwrap(),
+                None => break,
+            }
+        }
+        told.join("\n")
+    }
+
+    const GREETING: &str = "220 mail ESMTP\r\n";
+
+    #[tokio::test]
+    async fn a_dialogue_is_polite_to_the_end_and_never_sends_data() {
+        let replies = &["250-mail\r\n250 OK\r\n", "250 OK\r\n", "250 2.1.5 Ok\r\n", "250 OK\r\n"];
+        let (dialogue, said, told) = asked(GREETING, replies).await;
+        assert_eq!(dialogue, Some(Dialogue::Relay(Relay::Accepted("250 2.1.5 Ok".to_owned()))));
+        let expected = "EHLO [127.0.0.1]\nMAIL FROM:<>\nRCPT TO:<relay-test@example.com>\nRSET\nQUIT";
+        assert_eq!((told.as_str(), said.as_slice()), (expected, GREETING.as_bytes()));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_closes_or_stops_leaves_it_unknown() {
+        let why = |dialogue| match dialogue {
+            Some(Dialogue::Relay(Relay::Unknown(why))) => why,
+            other => panic!("{other:?}"),
+        };
+        let (dialogue, ..) = asked(GREETING, &["250 mail\r\n", "250 OK\r\n"]).await;
+        assert_eq!(why(dialogue), "it closes the connection after RCPT TO");
+        let (dialogue, _, told) = asked(GREETING, &["250 mail\r\n", "wait"]).await;
+        assert_eq!(why(dialogue), "no answer after MAIL FROM");
+        assert!(told.ends_with("QUIT"), "{told}");
+    }
+
+    #[tokio::test]
+    async fn what_the_header_was_taken_for_is_kept_for_the_judge() {
+        let (_, said, _) = asked("220 mail\r\n500 5.5", &["500 5.5.2 Error: bad syntax\r\n"]).await;
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.starts_with("220 mail\r\n500 5.5") && said.contains("bad syntax"), "{said:?}");
+    }
+}

@@ -22,6 +22,23 @@ pub(crate) const UNTRUSTED_IMAPS: u16 = 20993;
 /// The same in clear text.
 pub(crate) const UNTRUSTED_POP3: u16 = 20110;
 
+/// IMAP in clear text, of the Dovecot that trusts clients on its own host.
+pub(crate) const TRUSTING_IMAP: u16 = 30143;
+/// The same with POP3.
+pub(crate) const TRUSTING_POP3: u16 = 30110;
+
+/// As on hosts with webmail: clients on this host are trusted with passwords in clear text.
+pub(crate) fn start_trusting_localhost(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Dovecot> {
+    let trusted = format!("{} {}", EDGE_INSIDE.v4, EDGE_INSIDE.v6);
+    let more = format!(
+        "login_trusted_networks = 127.0.0.0/8 ::1
+service imap-login {{\n  inet_listener imaps {{\n    port = 0\n  }}
+  inet_listener imap_proxied {{\n    port = {TRUSTING_IMAP}\n    haproxy = yes\n  }}\n}}
+service pop3-login {{\n  inet_listener pop3 {{\n    port = 0\n  }}\n}}\n"
+    );
+    start_on(netns, certificate, &trusted, [30993, TRUSTING_POP3], &more)
+}
+
 pub(crate) fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Dovecot> {
     let trusted = format!("{} {}", EDGE_INSIDE.v4, EDGE_INSIDE.v6);
     let bare = format!(

@@ -105,6 +105,16 @@ impl Examination {
         self.addresses().iter().map(|address| text(address, "server")).collect()
     }
 
+    /// What servers answered to a foreign recipient, in order.
+    pub(crate) fn relay_answers(&self) -> Vec<String> {
+        let addresses = self.addresses();
+        let observations = addresses.iter().flat_map(|address| list(address, "observations"));
+        observations
+            .filter_map(|one| one.get("relay").filter(|relay| !relay.is_null()))
+            .map(|relay| text(relay, "answer"))
+            .collect()
+    }
+
     /// How many connections it made.
     pub(crate) fn connections(&self) -> usize {
         self.addresses().iter().map(|address| list(address, "observations").count()).sum()

@@ -36,6 +36,34 @@ pub(crate) const IPV4_POSTSCREEN: u16 = 2511;
 /// Its smtpd.
 pub(crate) const IPV4_SMTPD: u16 = 2512;
 
+/// postscreen of the Postfix with Debian's `mynetworks` and restrictions.
+pub(crate) const STOCK_POSTSCREEN: u16 = 2521;
+/// Its smtpd.
+pub(crate) const STOCK_SMTPD: u16 = 2522;
+/// Its smtpd in TLS.
+pub(crate) const STOCK_WRAPPED: u16 = 2523;
+/// Its smtpd that demands STARTTLS.
+pub(crate) const STOCK_ENCRYPTED: u16 = 2524;
+/// As [`STOCK_SMTPD`], until the trial changes it.
+pub(crate) const STOCK_REPAIRED: u16 = 2526;
+/// As [`STOCK_SMTPD`], with no firewall before it.
+pub(crate) const STOCK_OPEN: u16 = 2527;
+/// Its smtpd that relays for everybody.
+pub(crate) const OPEN_RELAY: u16 = 2528;
+/// Its smtpd that defers every recipient, as greylisting does.
+pub(crate) const GREYLISTED: u16 = 2529;
+
+const STOCK: [u16; 8] = [
+    STOCK_POSTSCREEN,
+    STOCK_SMTPD,
+    STOCK_WRAPPED,
+    STOCK_ENCRYPTED,
+    STOCK_REPAIRED,
+    STOCK_OPEN,
+    OPEN_RELAY,
+    GREYLISTED,
+];
+
 const ALL: [u16; 11] = [
     POSTSCREEN,
     SMTPD,
@@ -66,14 +94,49 @@ postlog unix-dgram n - n - 1 postlogd
 ";
 
 pub(crate) fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
-    let tls = format!(
+    let more = format!("{NO_NETWORKS}{}", tls(certificate));
+    let sockets =
+        [MAIL.v4.into(), MAIL.v6.into()].map(|ip: IpAddr| ALL.map(|port| SocketAddr::new(ip, port)));
+    Postfix::start_with(netns, "postfix", |dir| main_cf(dir, "all", &more), &master_cf(), &sockets.concat())
+}
+
+/// What main.cf has on a host that trusts nobody for an address.
+const NO_NETWORKS: &str = "mynetworks =\n";
+
+/// What Debian's package writes into main.cf.
+const STOCK_NETWORKS: &str = "mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+smtpd_relay_restrictions = permit_mynetworks permit_sasl_authenticated defer_unauth_destination
+";
+
+/// One whose `mynetworks` and restrictions are those of a fresh installation.
+pub(crate) fn start_stock(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
+    let more = format!("{STOCK_NETWORKS}{}", tls(certificate));
+    let smtpd = |port: u16, more: &str| {
+        format!("{port} inet n - n - - smtpd -o syslog_name=postfix/{port} {SMTPD_PROXY} {more}\n")
+    };
+    let services = [
+        format!(
+            "{STOCK_POSTSCREEN} inet n - n - 1 postscreen -o syslog_name=postfix/{STOCK_POSTSCREEN} {POSTSCREEN_PROXY}\n"
+        ),
+        smtpd(STOCK_SMTPD, ""),
+        smtpd(STOCK_WRAPPED, "-o smtpd_tls_wrappermode=yes"),
+        smtpd(STOCK_ENCRYPTED, "-o smtpd_tls_security_level=encrypt"),
+        smtpd(STOCK_REPAIRED, ""),
+        smtpd(STOCK_OPEN, ""),
+        smtpd(OPEN_RELAY, "-o mynetworks=0.0.0.0/0,[::]/0"),
+        smtpd(GREYLISTED, "-o smtpd_relay_restrictions=defer"),
+    ];
+    let master_cf = format!("{}{OWN_SERVICES}", services.concat());
+    let sockets = STOCK.map(|port| SocketAddr::new(MAIL.v4.into(), port));
+    Postfix::start_with(netns, "stock", |dir| main_cf(dir, "all", &more), &master_cf, &sockets)
+}
+
+fn tls(certificate: &Certificate) -> String {
+    format!(
         "smtpd_tls_security_level = may\nsmtpd_tls_chain_files = {}, {}\n",
         certificate.key.display(),
         certificate.chain.display()
-    );
-    let sockets =
-        [MAIL.v4.into(), MAIL.v6.into()].map(|ip: IpAddr| ALL.map(|port| SocketAddr::new(ip, port)));
-    Postfix::start_with(netns, "postfix", |dir| main_cf(dir, "all", &tls), &master_cf(), &sockets.concat())
+    )
 }
 
 pub(crate) fn start_ipv4(netns: &Netns) -> anyhow::Result<Postfix> {
@@ -83,7 +146,7 @@ pub(crate) fn start_ipv4(netns: &Netns) -> anyhow::Result<Postfix> {
 {OWN_SERVICES}"
     );
     let sockets = [IPV4_POSTSCREEN, IPV4_SMTPD].map(|port| SocketAddr::new(MAIL.v4.into(), port));
-    Postfix::start_with(netns, "postfix4", |dir| main_cf(dir, "ipv4", ""), &master_cf, &sockets)
+    Postfix::start_with(netns, "postfix4", |dir| main_cf(dir, "ipv4", NO_NETWORKS), &master_cf, &sockets)
 }
 
 fn main_cf(dir: &Path, protocols: &str, more: &str) -> String {
@@ -98,7 +161,6 @@ myhostname = {MAIL_NAME}
 mydestination =
 inet_interfaces = all
 inet_protocols = {protocols}
-mynetworks =
 alias_maps =
 disable_dns_lookups = yes
 smtpd_peername_lookup = no

@@ -1,4 +1,4 @@
-//! Receivers that Postfix and Dovecot cannot be: SMTP just far enough for a greeting and QUIT.
+//! Receivers that Postfix and Dovecot cannot be: SMTP just far enough for a greeting, a recipient that is refused, and QUIT.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -66,8 +66,18 @@ fn serve(mut stream: TcpStream, port: u16) -> Option<()> {
     stream.read_exact(first.get_mut(..header)?).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
     stream.write_all(b"220 demo.example.test ESMTP\r\n").ok()?;
-    let mut line = String::new();
-    BufReader::new(&stream).read_line(&mut line).ok()?;
-    let answer = if line == "QUIT\r\n" { "221 2.0.0 Bye\r\n" } else { "500 5.5.2 What?\r\n" };
-    stream.write_all(answer.as_bytes()).ok()
+    for line in BufReader::new(stream.try_clone().ok()?).lines() {
+        let line = line.ok()?;
+        let answer = match line.split([' ', ':']).next()? {
+            "EHLO" | "MAIL" | "RSET" => "250 2.0.0 Ok\r\n",
+            "RCPT" => "554 5.7.1 Relay access denied\r\n",
+            "QUIT" => "221 2.0.0 Bye\r\n",
+            _ => "500 5.5.2 What?\r\n",
+        };
+        stream.write_all(answer.as_bytes()).ok()?;
+        if !answer.starts_with("250") && !answer.starts_with("554") {
+            break;
+        }
+    }
+    Some(())
 }

@@ -16,8 +16,8 @@ pub(crate) const NOTHING: u16 = 2590;
 /// The firewall drops all that comes there.
 pub(crate) const DROPPED: u16 = 2591;
 
-/// Ports that believe a header, and that the firewall shuts to all but the edge. Those of [`postfixes::FORGEABLE`] and
-/// [`postfixes::REPAIRED`] are left open.
+/// Ports that believe a header, and that the firewall shuts to all but the edge. Those of [`postfixes::FORGEABLE`],
+/// [`postfixes::REPAIRED`] and [`postfixes::STOCK_OPEN`] are left open.
 const SHUT: &[u16] = &[
     postfixes::POSTSCREEN,
     postfixes::SMTPD,
@@ -25,6 +25,15 @@ const SHUT: &[u16] = &[
     postfixes::CLEAR,
     postfixes::IPV4_POSTSCREEN,
     postfixes::IPV4_SMTPD,
+    postfixes::STOCK_POSTSCREEN,
+    postfixes::STOCK_SMTPD,
+    postfixes::STOCK_WRAPPED,
+    postfixes::STOCK_ENCRYPTED,
+    postfixes::STOCK_REPAIRED,
+    postfixes::OPEN_RELAY,
+    postfixes::GREYLISTED,
+    dovecots::TRUSTING_IMAP,
+    dovecots::TRUSTING_POP3,
     receivers::V1_ONLY,
     receivers::V2_ONLY,
     receivers::OPTIONAL,
@@ -37,7 +46,9 @@ const SHUT: &[u16] = &[
 pub(crate) struct Stage {
     pub(crate) postfix: Postfix,
     ipv4_postfix: Postfix,
+    pub(crate) stock_postfix: Postfix,
     _dovecot: Dovecot,
+    _trusting_dovecot: Dovecot,
     pub(crate) distrustful_dovecot: Dovecot,
     pub(crate) topology: Topology,
     _receivers: Receivers,
@@ -56,7 +67,9 @@ impl Stage {
         Ok(Self {
             postfix: postfixes::start(mail, &certificate)?,
             ipv4_postfix: postfixes::start_ipv4(mail)?,
+            stock_postfix: postfixes::start_stock(mail, &certificate)?,
             _dovecot: dovecots::start(mail, &certificate)?,
+            _trusting_dovecot: dovecots::start_trusting_localhost(mail, &certificate)?,
             distrustful_dovecot: dovecots::start_distrustful(mail, &certificate)?,
             _receivers: Receivers::start(mail)?,
             topology,
@@ -66,7 +79,7 @@ impl Stage {
 
     /// No smtpd or postscreen has died of what the doctor did.
     pub(crate) fn nothing_died(&self) -> anyhow::Result<()> {
-        for postfix in [&self.postfix, &self.ipv4_postfix] {
+        for postfix in [&self.postfix, &self.ipv4_postfix, &self.stock_postfix] {
             let log = postfix.log().since(Mark::default());
             let died = log.lines().find(|line| {
                 ["fatal:", "panic:", "killed by signal", "bad command startup"]

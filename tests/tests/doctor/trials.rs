@@ -20,6 +20,12 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("postfix/no setting on smtpd in TLS", no_setting_in_tls),
     ("postfix/forgeable, then behind the printed rule", forgeable),
     ("postfix/forgeable by strangers", forgeable_by_strangers),
+    ("postfix/relays for localhost, then does not", relays_for_localhost),
+    ("postfix/open relay for strangers, then behind the printed rule", open_relay_for_strangers),
+    ("postfix/relays for localhost with postscreen, TLS and STARTTLS", relays_over_all_services),
+    ("postfix/open relay for all", open_relay),
+    ("postfix/every recipient deferred", greylisted),
+    ("dovecot/clear-text passwords for localhost", trusts_localhost),
     ("dovecot/edge not trusted, then trusted", untrusted),
     ("all is fine", fine),
     ("postfix/postscreen's setting on smtpd", postscreen_setting_on_smtpd),
@@ -69,13 +75,13 @@ fn fine(stage: &Stage) -> anyhow::Result<()> {
     seen.expect(&[])?;
     let servers = ["Postfix, postscreen", "Postfix, smtpd", "Postfix, smtpd", "Dovecot", "Dovecot"];
     ensure!(seen.servers() == servers.map(|server| [server; 2]).concat(), "{:?}", seen.servers());
-    // Three, and one from each of three other addresses of the edge.
-    ensure!(seen.connections() == 10 * 6, "{} connections", seen.connections());
-    // Those from elsewhere were reset by the firewall: for either family one that is silent and two with a header.
+    // Four, and one from each of three other addresses of the edge.
+    ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
+    // Those from elsewhere were reset by the firewall: for either family one that is silent and three with a header.
     let log = stage.postfix.log();
     let connected = log
         .lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfixes::SMTPD), "]: connect from "]);
-    ensure!(connected.len() == 6, "{connected:#?}");
+    ensure!(connected.len() == 8, "{connected:#?}");
     Ok(())
 }
 
@@ -214,6 +220,99 @@ fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
         listener("bare", "submission", &[ipv4(postfixes::BARE_SMTPD)]),
     ];
     examine(&stage.topology.client, &shut, &["--stranger"])?.expect(&[])
+}
+
+/// What the doctor may never do is looked for in Postfix' log: a message would have a Message-ID, and a place in the queue.
+fn nothing_sent(stage: &Stage) -> anyhow::Result<()> {
+    let log = stage.stock_postfix.log().since(Mark::default());
+    let sent =
+        log.lines().find(|line| ["message-id=", "data=", "status="].iter().any(|sign| line.contains(sign)));
+    ensure!(sent.is_none(), "the doctor sent mail: {}", sent.unwrap_or_default());
+    Ok(())
+}
+
+fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
+    const SETTING: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
+    let port = postfixes::STOCK_REPAIRED;
+    let seen = one(stage, "submission", port)?;
+    seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
+    ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
+    seen.advises(SETTING)?;
+    // Postfix took both recipients' client from the header.
+    let service = format!("postfix/{port}/smtpd[");
+    let log = stage.stock_postfix.log();
+    log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
+    let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
+    log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
+
+    postfixes::set(&stage.topology.mail, &stage.stock_postfix, port, SETTING)?;
+    patiently(|| one(stage, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
+    nothing_sent(stage)
+}
+
+fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::STOCK_OPEN;
+    let open = [listener("open", "submission", &[ipv4(port)])];
+    let seen = examine(&stage.topology.client, &open, &["--stranger"])?;
+    seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
+    // On the injector's host: a header from its other addresses is believed as well.
+    let edge = examine(&stage.topology.edge, &open, &[])?;
+    edge.expect(&[&format!("open/{} forgeable", ipv4(port)), &format!("open/{} open_relay", ipv4(port))])?;
+    shut(stage, &edge)?;
+    examine(&stage.topology.client, &open, &["--stranger"])?.expect(&[])?;
+    let note = format!("open/{} note relays_for_localhost", ipv4(port));
+    examine(&stage.topology.edge, &open, &[])?.expect(&[&note])?;
+    nothing_sent(stage)
+}
+
+fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
+    let services = [
+        ("smtp", postfixes::STOCK_POSTSCREEN),
+        ("submission", postfixes::STOCK_SMTPD),
+        ("submissions", postfixes::STOCK_WRAPPED),
+        ("starttls", postfixes::STOCK_ENCRYPTED),
+    ];
+    let listeners = services.map(|(name, port)| {
+        let protocol = if name == "starttls" { "submission" } else { name };
+        listener(name, protocol, &[ipv4(port)])
+    });
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let expected: Vec<_> = services
+        .iter()
+        .map(|(name, port)| format!("{name}/{} note relays_for_localhost", ipv4(*port)))
+        .collect();
+    seen.expect(&expected.iter().map(String::as_str).collect::<Vec<_>>())?;
+    ensure!(seen.relay_answers() == ["accepted", "refused"].repeat(4), "{:?}", seen.relay_answers());
+    // Shut to strangers, it is nobody's relay.
+    examine(&stage.topology.client, &listeners, &["--stranger"])?.expect(&[])?;
+    nothing_sent(stage)
+}
+
+fn open_relay(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::OPEN_RELAY;
+    let seen = one(stage, "submission", port)?;
+    seen.expect(&[&format!("l/{} open_relay", ipv4(port))])?;
+    ensure!(seen.relay_answers() == ["accepted", "accepted"], "{:?}", seen.relay_answers());
+    nothing_sent(stage)
+}
+
+fn greylisted(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "submission", postfixes::GREYLISTED)?;
+    seen.expect(&[&format!("l/{} note relay_unknown", ipv4(postfixes::GREYLISTED))])?;
+    ensure!(seen.relay_answers() == ["unknown"], "{:?}", seen.relay_answers());
+    Ok(())
+}
+
+fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
+    let ports = [dovecots::TRUSTING_IMAP, dovecots::TRUSTING_POP3];
+    let listeners =
+        [listener("imap", "imap", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    seen.expect(&[
+        &format!("imap/{} note trusts_localhost", ipv4(ports[0])),
+        &format!("pop3/{} note trusts_localhost", ipv4(ports[1])),
+    ])?;
+    seen.advises("login_trusted_networks =")
 }
 
 fn untrusted(stage: &Stage) -> anyhow::Result<()> {

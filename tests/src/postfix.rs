@@ -101,6 +101,22 @@ impl Postfix {
         self.dir.path().join("etc")
     }
 
+    /// Sets parameters of `main.cf`, each as `NAME=VALUE`, and reloads.
+    ///
+    /// # Errors
+    /// When Postfix refuses them.
+    pub fn set(&self, netns: &Netns, settings: &[&str]) -> anyhow::Result<()> {
+        let mut change = Command::new("postconf");
+        change.arg("-c").arg(self.config()).arg("-e").args(settings);
+        let mut reload = netns.command("postfix");
+        reload.arg("-c").arg(self.config()).arg("reload");
+        for mut command in [change, reload] {
+            let output = command.output()?;
+            ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
     /// Waits for the line in which smtpd ties a queued message to its client, and returns that client.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::task::JoinSet;
 
+pub use self::probe::claim_localhost;
 use self::{
     claims::Claims,
     diagnosis::{Finding, Verdict},

@@ -25,7 +25,7 @@ use super::{
     conversation::{Dialect, Heard, Meaning, readable},
     dialogue::{Action, Script},
     exchange::{PARTING, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
-    observation::{Dialogue, Greeting, Observation, Outcome, Probe, Step, Subject},
+    observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Subject},
 };
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
@@ -87,6 +87,30 @@ pub(super) async fn observe(
             Observation { step, outcome, after: connected.elapsed(), tls: None, dialogue: None }
         }
     }
+}
+
+/// Sends `address` a header that says localhost, without a configuration, and asks what that client may do.
+pub async fn claim_localhost(
+    address: SocketAddr,
+    protocol: Protocol,
+    connect: Duration,
+    answer: Duration,
+) -> Observation {
+    let subject = Subject {
+        listener: String::new(),
+        protocol,
+        receiver: Receiver::default(),
+        ipv6_clients: true,
+        ipv4_clients: true,
+        backend: address.to_string(),
+        address,
+        source: None,
+        others: Vec::new(),
+        stranger: true,
+    };
+    let (version, family) = (subject.receiver.version, Family::of(address.ip()));
+    let step = Step { probe: Probe::Claim { version, family, client: Client::Localhost }, from: None };
+    observe(&subject, step, &Claims::new(None, &[], &[address]), Patience { connect, answer }).await
 }
 
 /// The client whose rights are asked for.
@@ -315,7 +339,7 @@ mod tests {
     use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
     use super::{super::samples::subject, *};
-    use crate::{config::ProxyVersion, doctor::observation::Family};
+    use crate::config::ProxyVersion;
 
     /// Observes a server that says this, each part after a pause, and hears what it was told.
     async fn observed(

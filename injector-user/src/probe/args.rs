@@ -21,6 +21,9 @@ Examples:
         --user probe --password-file /etc/injector/probe.password \\
         --from probe@example.org --to probe@example.org
 
+  And from outside: the ports with the PROXY header are closed to this host
+    $ injector probe --proxy-port mail.example.org:2525 --proxy-port mail.example.org:10993 …
+
   By a timer, for node_exporter's textfile collector; the other flags from the environment
     $ injector probe --textfile /var/lib/prometheus/node-exporter/injector_probe.prom";
 
@@ -88,6 +91,14 @@ pub struct ProbeArgs {
     /// It is read from the oldest Received line, so it shows whether the PROXY header was believed.
     #[arg(long, env = "INJECTOR_EXPECT_CLIENT", value_name = "IP|local")]
     pub expect_client: Option<ExpectedClient>,
+
+    /// A port of the mail server that requires a PROXY header, which must be closed to this host; may be repeated
+    ///
+    /// The probe sends it a header that says 127.0.0.1 (::1 over IPv6), as any host could that reaches the port, and fails
+    /// if the port answers. It also says whether the server would then relay mail to a foreign domain: it goes as far as
+    /// RCPT TO, and sends no message. Run the probe on a host that is not the injector's.
+    #[arg(long, env = "INJECTOR_PROXY_PORT", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub proxy_port: Vec<Server>,
 
     /// Size of the message's body in bytes
     #[arg(long, env = "INJECTOR_SIZE", value_name = "BYTES", default_value_t = 65536,

@@ -1,22 +1,28 @@
 //! `injector probe`: a message goes in by SMTP and comes back by IMAP, every step timed.
 //!
-//! It knows nothing of the daemon: it is a mail client, and stands where clients stand. Read [`run`] first.
+//! It knows nothing of the daemon: it is a mail client, and stands where clients stand. From there it also tries whether the
+//! mail server's PROXY ports are closed, as they should be. Read [`run`] first.
 
 mod args;
 mod mailbox;
 mod message;
+mod proxy_port;
 mod publish;
 mod report;
 mod smtp;
 mod step;
 mod tls;
 
-use std::{process::ExitCode, time::SystemTime};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant, SystemTime},
+};
 
 use anyhow::{Context as _, Result};
 
 pub use self::{
     args::{EXAMPLES, ExpectedClient, Name, Password, ProbeArgs, Security, Server},
+    proxy_port::{Exposure, ProxyPort},
     report::Report,
     step::{Fault, Step},
 };
@@ -58,14 +64,31 @@ async fn roundtrip(args: &ProbeArgs, trust: &Trust, password: &Password) -> Resu
     let size = usize::try_from(args.size)?;
     let message = Message::new(&tag, args.from.as_ref(), args.to.as_ref(), began, size, &body);
     let mut clock = Clock::start(args.timeout);
-    let outcome = exchange(args, trust, password, &message, &tag, &mut clock).await;
-    let took = clock.elapsed();
+    let roundtrip = async {
+        let outcome = exchange(args, trust, password, &message, &tag, &mut clock).await;
+        (outcome, clock.elapsed())
+    };
+    let ((outcome, took), (proxy_ports, tried)) = tokio::join!(roundtrip, try_proxy_ports(args));
     let (fault, leftovers) = match outcome {
         Ok(leftovers) => (None, leftovers),
         Err(fault) => (Some(fault), 0),
     };
+    let fault = fault.or_else(|| {
+        let error = proxy_ports.iter().find_map(ProxyPort::fault)?;
+        Some(Fault { step: Step::ProxyPort, error })
+    });
+    let mut steps = clock.into_steps();
+    if !proxy_ports.is_empty() {
+        steps.push((Step::ProxyPort, tried));
+    }
     let ended = SystemTime::now();
-    Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps: clock.into_steps(), fault, leftovers })
+    Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps, fault, proxy_ports, leftovers })
+}
+
+/// Beside the roundtrip, which it neither delays nor depends on; with the time it took.
+async fn try_proxy_ports(args: &ProbeArgs) -> (Vec<ProxyPort>, Duration) {
+    let began = Instant::now();
+    (proxy_port::check_all(&args.proxy_port, args.timeout).await, began.elapsed())
 }
 
 /// There and back; tells how many older messages were deleted.

@@ -86,6 +86,7 @@ mod tests {
             took: Duration::ZERO,
             steps: Vec::new(),
             fault: (!passed).then(|| Fault { step: Step::Arrival, error: String::new() }),
+            proxy_ports: Vec::new(),
             leftovers: 0,
         }
     }

@@ -2,12 +2,17 @@
 
 use std::{
     fmt::Write as _,
+    net::SocketAddr,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::json;
 
-use super::step::{Fault, Step};
+use super::{
+    proxy_port::{Exposure, ProxyPort},
+    step::{Fault, Step},
+};
+use crate::doctor::observation::{Family, Relay};
 
 /// The family that has to survive a failed run.
 pub(super) const LAST_SUCCESS: &str = "injector_probe_last_success_timestamp_seconds";
@@ -27,20 +32,37 @@ pub struct Report {
     pub steps: Vec<(Step, Duration)>,
     /// Why it failed; `None` if it did not.
     pub fault: Option<Fault>,
+    /// The mail server's PROXY ports, as this host sees them.
+    pub proxy_ports: Vec<ProxyPort>,
     /// Messages of earlier runs that were deleted.
     pub leftovers: usize,
 }
 
 impl Report {
+    /// Whether a step failed. The PROXY ports are tried whatever becomes of the message.
+    fn failed(&self, step: Step) -> bool {
+        let ports = step == Step::ProxyPort && self.proxy_ports.iter().any(|port| port.fault().is_some());
+        ports || self.fault.as_ref().is_some_and(|fault| fault.step == step)
+    }
+
     /// For people.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
         for (step, took) in &self.steps {
-            let failed = self.fault.as_ref().is_some_and(|fault| fault.step == *step);
+            let failed = self.failed(*step);
             let mark = if failed { "FAILED" } else { "ok    " };
             // Writing to a String cannot fail.
             let _ = writeln!(text, "  {mark}  {step:<15} {:>9.1} ms", took.as_secs_f64() * 1000.0);
+        }
+        for ProxyPort { server, addresses } in &self.proxy_ports {
+            let _ = match addresses {
+                Ok(addresses) => addresses.iter().try_for_each(|(address, exposure)| {
+                    let what = exposure.describe(Family::of(address.ip()));
+                    writeln!(text, "          {server} ({address}) {what}")
+                }),
+                Err(why) => writeln!(text, "          {server} could not be tried: {why}"),
+            };
         }
         let (probe, seconds) = (&self.probe, self.took.as_secs_f64());
         let _ = match &self.fault {
@@ -70,6 +92,7 @@ impl Report {
             "seconds": self.took.as_secs_f64(),
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
             "fault": self.fault.as_ref().map(fault),
+            "proxy_ports": self.proxy_ports.iter().map(proxy_port_json).collect::<Vec<_>>(),
             "leftovers_deleted": self.leftovers,
         })
     }
@@ -99,9 +122,21 @@ impl Report {
             "1 for the step at which the last roundtrip failed, else 0",
         );
         for step in Step::ALL {
-            let failed = self.fault.as_ref().is_some_and(|fault| fault.step == step);
+            let failed = self.failed(step);
             text.sample("injector_probe_step_failed", Some(step), f64::from(u8::from(failed)));
         }
+        text.ports(
+            "injector_probe_proxy_port_open",
+            "1 if the port answered a PROXY header from this host, else 0",
+            &self.proxy_ports,
+            ProxyPort::is_open,
+        );
+        text.ports(
+            "injector_probe_proxy_port_relays",
+            "1 if it accepted a recipient in a foreign domain after that, else 0",
+            &self.proxy_ports,
+            ProxyPort::relays,
+        );
         let leftovers = u32::try_from(self.leftovers).unwrap_or(u32::MAX);
         text.one(
             "injector_probe_leftovers_deleted",
@@ -142,10 +177,48 @@ impl Exposition<'_> {
         let _ = write!(self.text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
     }
 
+    /// One sample for each port that could be tried.
+    fn ports(&mut self, name: &str, help: &str, ports: &[ProxyPort], is: impl Fn(&ProxyPort) -> bool) {
+        let tried: Vec<_> = ports.iter().filter(|port| port.addresses.is_ok()).collect();
+        if tried.is_empty() {
+            return;
+        }
+        self.family(name, help);
+        for port in tried {
+            let server = port.server.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let value = u8::from(is(port));
+            let _ = writeln!(self.text, "{name}{{probe=\"{}\",proxy_port=\"{server}\"}} {value}", self.probe);
+        }
+    }
+
     fn sample(&mut self, name: &str, step: Option<Step>, value: f64) {
         let step = step.map(|step| format!(",step=\"{step}\"")).unwrap_or_default();
         let _ = writeln!(self.text, "{name}{{probe=\"{}\"{step}}} {value}", self.probe);
     }
+}
+
+fn proxy_port_json(port: &ProxyPort) -> serde_json::Value {
+    let address = |(address, exposure): &(SocketAddr, Exposure)| {
+        let (said, relay) = match exposure {
+            Exposure::Closed(how) => (how, None),
+            Exposure::Open { said, relay } => (said, relay.as_ref()),
+        };
+        json!({
+            "address": address,
+            "open": matches!(exposure, Exposure::Open { .. }),
+            "said": said,
+            "relays": match relay {
+                Some(Relay::Accepted(_)) => Some(true),
+                Some(Relay::Refused(_)) => Some(false),
+                Some(Relay::Unknown(_)) | None => None,
+            },
+        })
+    };
+    let (addresses, error) = match &port.addresses {
+        Ok(addresses) => (addresses.iter().map(address).collect::<Vec<_>>(), None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    json!({ "proxy_port": port.server, "addresses": addresses, "error": error })
 }
 
 #[cfg(test)]
@@ -165,6 +238,7 @@ mod tests {
                 (Step::SmtpGreeting, Duration::from_secs(1)),
             ],
             fault,
+            proxy_ports: Vec::new(),
             leftovers: 2,
         }
     }
@@ -210,9 +284,61 @@ mod tests {
         assert_eq!(failed().json()["fault"]["step"], "smtp_greeting");
     }
 
+    fn open() -> ProxyPort {
+        let relay = Some(Relay::Accepted("250 2.1.5 Ok".to_owned()));
+        let open = Exposure::Open { said: "\"220 mail\"".to_owned(), relay };
+        let closed = Exposure::Closed("no answer".to_owned());
+        let addresses = vec![
+            ("[2001:db8::10]:2525".parse().unwrap(), closed),
+            ("192.0.2.10:2525".parse().unwrap(), open),
+        ];
+        ProxyPort { server: "mail.example:2525".to_owned(), addresses: Ok(addresses) }
+    }
+
+    #[test]
+    fn an_open_proxy_port_is_a_step_and_two_gauges() {
+        let closed = Exposure::Closed("connection refused".to_owned());
+        let shut = ProxyPort {
+            server: "192.0.2.10:10993".to_owned(),
+            addresses: Ok(vec![("192.0.2.10:10993".parse().unwrap(), closed)]),
+        };
+        let fault = Fault { step: Step::ProxyPort, error: open().fault().unwrap() };
+        let mut report = Report { proxy_ports: vec![open(), shut], ..report(Some(fault)) };
+        report.steps.push((Step::ProxyPort, Duration::from_secs(1)));
+        let metrics = report.metrics(None);
+        for line in [
+            "injector_probe_step_failed{probe=\"mail\",step=\"proxy_port\"} 1",
+            "injector_probe_proxy_port_open{probe=\"mail\",proxy_port=\"mail.example:2525\"} 1",
+            "injector_probe_proxy_port_open{probe=\"mail\",proxy_port=\"192.0.2.10:10993\"} 0",
+            "injector_probe_proxy_port_relays{probe=\"mail\",proxy_port=\"mail.example:2525\"} 1",
+        ] {
+            assert!(metrics.lines().any(|have| have == line), "no {line} in\n{metrics}");
+        }
+        let text = report.text();
+        for part in [
+            "  FAILED  proxy_port ",
+            "mail.example:2525 ([2001:db8::10]:2525) is closed to this host: no answer",
+            "failed at proxy_port after 1.25 s: mail.example:2525 (192.0.2.10:2525) answers this host to a header that \
+             says 127.0.0.1",
+            "OPEN RELAY",
+        ] {
+            assert!(text.contains(part), "no {part:?} in\n{text}");
+        }
+        let json = report.json();
+        assert_eq!(json["proxy_ports"][0]["addresses"][1]["relays"], true);
+        assert_eq!(json["proxy_ports"][1]["addresses"][0]["open"], false);
+        // It is said beside another failure as well.
+        report.fault = failed().fault;
+        let metrics = report.metrics(None);
+        assert_eq!(
+            metrics.lines().filter(|line| line.contains("step_failed{") && line.ends_with(" 1")).count(),
+            2
+        );
+    }
+
     #[test]
     fn the_documentation_lists_exactly_what_the_probe_exposes() {
-        let text = report(None).metrics(None);
+        let text = Report { proxy_ports: vec![open()], ..report(None) }.metrics(None);
         let samples = text.lines().filter(|line| !line.starts_with('#'));
         let exposed: BTreeSet<_> = samples
             .map(|line| {

@@ -37,11 +37,13 @@ pub enum Step {
     ClientAddress,
     /// Deleting the message, and older ones that earlier runs left.
     Cleanup,
+    /// Trying whether the mail server's PROXY ports are closed to this host, if any are named.
+    ProxyPort,
 }
 
 impl Step {
     /// All of them, in the order of a roundtrip.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::SmtpConnect,
         Self::SmtpTls,
         Self::SmtpGreeting,
@@ -55,6 +57,7 @@ impl Step {
         Self::Content,
         Self::ClientAddress,
         Self::Cleanup,
+        Self::ProxyPort,
     ];
 
     /// The name in labels and reports.
@@ -74,6 +77,7 @@ impl Step {
             Self::Content => "content",
             Self::ClientAddress => "client_address",
             Self::Cleanup => "cleanup",
+            Self::ProxyPort => "proxy_port",
         }
     }
 
@@ -110,6 +114,11 @@ impl Step {
             Self::ClientAddress => {
                 "the mail server took the connection for somebody else's: see that the PROXY header is demanded on \
                  that port, that nothing before the injector hides the client, and what --expect-client says"
+            }
+            Self::ProxyPort => {
+                "close the port to all hosts but the injector's by a firewall (docs/security.md, \"Closing the PROXY \
+                 ports\"); where it relays, also set smtpd_relay_restrictions=permit_sasl_authenticated,\
+                 reject_unauth_destination on that service. `injector doctor --stranger` prints both"
             }
             Self::Cleanup => "delete the probe's messages by hand, and see whether the mailbox is read-only",
         }

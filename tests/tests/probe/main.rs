@@ -5,13 +5,14 @@
 mod gateway;
 mod world;
 
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, ensure};
 use injector_tests::dovecot::PASSWORD;
 use injector_tests::mail_client;
 use injector_tests::message::Message;
-use injector_tests::netns::{self, CLIENT, Family};
+use injector_tests::netns::{self, CLIENT, EDGE_INSIDE, Family, MAIL};
 use injector_tests::service::{IMAP, IMAPS, SMTP, SUBMISSION, SUBMISSIONS, Service};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
@@ -47,7 +48,7 @@ fn main() {
             }));
         }
     }
-    let others: [(&str, Run); 9] = [
+    let others: [(&str, Run); 12] = [
         ("a password that is wrong", wrong_password),
         ("mail that never arrives", never_arrives),
         ("nobody listens", nobody_listens),
@@ -57,6 +58,10 @@ fn main() {
         ("leftovers go, other mail stays", leftovers),
         ("a Pushgateway is pushed to", pushed),
         ("a Pushgateway that refuses", refused_by_gateway),
+        ("a PROXY port that answers, then one that relays", open_proxy_ports),
+        ("a port that is no PROXY port, beside a failed roundtrip", no_proxy_port),
+        // The last: it has a firewall made.
+        ("PROXY ports behind a firewall", closed_proxy_ports),
     ];
     trials.extend(others.map(|(name, run)| trial(&shared, name.to_owned(), run)));
     // The world goes with the last trial; what main held would never go, for it ends by exit(3).
@@ -264,6 +269,97 @@ fn value(metrics: &str, name: &str, step: Option<&str>) -> anyhow::Result<f64> {
     let series = format!("{name}{{probe=\"mail\"{step}}} ");
     let found = metrics.lines().find_map(|line| line.strip_prefix(&series));
     Ok(found.with_context(|| format!("no {series}in:\n{metrics}"))?.parse()?)
+}
+
+fn port_value(metrics: &str, name: &str, port: &str) -> anyhow::Result<f64> {
+    let series = format!("{name}{{probe=\"mail\",proxy_port=\"{port}\"}} ");
+    let found = metrics.lines().find_map(|line| line.strip_prefix(&series));
+    Ok(found.with_context(|| format!("no {series}in:\n{metrics}"))?.parse()?)
+}
+
+/// `--proxy-port` for ports of the mail host.
+fn proxy_ports(ports: &[(Family, u16)]) -> Vec<String> {
+    let server = |(family, port): &(Family, u16)| SocketAddr::new(MAIL.of(*family), *port).to_string();
+    ports.iter().flat_map(|port| ["--proxy-port".to_owned(), server(port)]).collect()
+}
+
+fn open_proxy_ports(world: &World) -> anyhow::Result<()> {
+    const STOCK: &str =
+        "smtpd_relay_restrictions=permit_mynetworks,permit_sasl_authenticated,defer_unauth_destination";
+    const SAFE: &str = "smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
+    let flags = proxy_ports(&[
+        (Family::V4, SMTP.proxied),
+        (Family::V6, SMTP.proxied),
+        (Family::V4, SUBMISSIONS.proxied),
+        (Family::V4, IMAPS.proxied),
+    ]);
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    // Less patience with the port that waits for TLS.
+    let all = [&flags[..], &["--timeout", "15s"]].concat();
+    let tried = || world.probe(Family::V4, SMTP, IMAPS, "ports", &all);
+    let [smtp, smtp6, submissions, imaps] = [&flags[1], &flags[3], &flags[5], &flags[7]];
+    let states = |outcome: &Outcome| -> anyhow::Result<Vec<(f64, f64)>> {
+        let gauges = [smtp, smtp6, submissions, imaps].map(|port| {
+            let of = |name| port_value(&outcome.metrics, name, port);
+            Ok((of("injector_probe_proxy_port_open")?, of("injector_probe_proxy_port_relays")?))
+        });
+        gauges.into_iter().collect()
+    };
+    let outcome = tried()?;
+    outcome.ensure_failed_at("proxy_port")?;
+    // Dovecot has a list of hosts that it believes. Mail makes the roundtrip all the same.
+    ensure!(states(&outcome)? == [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 0.0)], "{}", outcome.output);
+    ensure!(outcome.steps()?.contains(&"cleanup"), "{}", outcome.output);
+    ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
+
+    let postfix = &world.host.postfix;
+    postfix.set(&world.topology.mail, &[STOCK])?;
+    let mark = postfix.log().mark();
+    let outcome = tried();
+    postfix.set(&world.topology.mail, &[SAFE])?;
+    let outcome = outcome?;
+    outcome.ensure_failed_at("proxy_port")?;
+    // The submission ports have restrictions of their own, which reject who has not logged in.
+    ensure!(states(&outcome)? == [(1.0, 1.0), (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)], "{}", outcome.output);
+    ensure!(outcome.output.contains("OPEN RELAY"), "{}", outcome.output);
+    let logged = postfix.log().since(mark);
+    ensure!(logged.contains("client=unknown[127.0.0.1]"), "{logged}");
+    ensure!(!logged.contains("to=<relay-test@example.com>, "), "a message was made:\n{logged}");
+    Ok(())
+}
+
+fn no_proxy_port(world: &World) -> anyhow::Result<()> {
+    let flags = proxy_ports(&[(Family::V4, SMTP.stock)]);
+    let mut flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    let outcome = world.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    outcome.ensure_failed_at("proxy_port")?;
+    ensure!(outcome.output.contains("it is no PROXY port"), "{}", outcome.output);
+    // A roundtrip that fails is named first, and hides nothing.
+    flags.extend(["--mailbox", "nowhere"]);
+    let outcome = world.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    outcome.ensure_failed_at("imap_login")?;
+    ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
+    Ok(())
+}
+
+fn closed_proxy_ports(world: &World) -> anyhow::Result<()> {
+    let ports = [(Family::V4, SMTP.proxied), (Family::V6, SMTP.proxied), (Family::V4, SUBMISSION.proxied)];
+    world.topology.mail.nft(&format!(
+        "add table inet ports; add chain inet ports input {{ type filter hook input priority 0; }}; \
+         add rule inet ports input ip saddr != {} tcp dport {{ {}, {} }} drop; \
+         add rule inet ports input ip6 saddr != {} tcp dport {} reject with tcp reset",
+        EDGE_INSIDE.v4, SMTP.proxied, SUBMISSION.proxied, EDGE_INSIDE.v6, SMTP.proxied
+    ))?;
+    let flags = proxy_ports(&ports);
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    let outcome = world.probe(Family::V4, SMTP, IMAPS, "closed", &flags)?;
+    outcome.ensure_passed()?;
+    for port in [flags[1], flags[3], flags[5]] {
+        ensure!(port_value(&outcome.metrics, "injector_probe_proxy_port_open", port)? == 0.0);
+    }
+    // It is not waited for twice: the ports are tried beside the roundtrip, and the figure is the roundtrip's.
+    ensure!(outcome.sample("injector_probe_seconds", None)? < 5.0, "{}", outcome.metrics);
+    Ok(())
 }
 
 impl Outcome {

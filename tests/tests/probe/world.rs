@@ -11,7 +11,7 @@ use injector_tests::forward::Forward;
 use injector_tests::mail_client::{self, Server};
 use injector_tests::mail_host::MailHost;
 use injector_tests::message::DOMAIN;
-use injector_tests::netns::{self, Family, MAIL, Topology, VIP_SPLICE};
+use injector_tests::netns::{self, EDGE_OUTSIDE, Family, MAIL, Topology, VIP_SPLICE};
 use injector_tests::service::{CLEAR_IMAP, IMAP, IMAPS, SMTP, SUBMISSION, SUBMISSIONS, Service};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -41,6 +41,9 @@ pub(crate) struct Outcome {
 impl World {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
+        // So that the PROXY ports can be tried from the client, as a firewall that is missing would let it.
+        topology.client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
+        topology.client.ip(&["route", "add", "fd25::/64", "via", &EDGE_OUTSIDE.v6.to_string()])?;
         let host = MailHost::start_with(&topology.mail, CLEAR_IMAP)?;
         let forward =
             |service: Service| Family::ALL.map(|family| Forward::to_mail(VIP_SPLICE, service, family));

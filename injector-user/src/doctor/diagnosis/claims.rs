@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        advice,
+        advice::{self, Change},
         dialogue::FOREIGN_RECIPIENT,
         observation::{Client, Dialogue, Relay},
     },
@@ -79,7 +79,7 @@ impl Seen<'_> {
                 changes,
             );
         }
-        changes.push(advice::close_to_others(self.subject.address.port(), edge, true));
+        changes.extend(self.firewall(edge));
         Finding {
             verdict: Verdict::RelaysForLocalhost,
             fault: false,
@@ -114,7 +114,7 @@ impl Seen<'_> {
         let address = self.subject.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let mut changes: Vec<_> = advice::distrust_localhost(self.server).into_iter().collect();
-        changes.push(advice::close_to_others(address.port(), edge, true));
+        changes.extend(self.firewall(edge));
         Some(Finding {
             verdict: Verdict::TrustsLocalhost,
             fault: false,
@@ -124,6 +124,12 @@ impl Seen<'_> {
             ),
             changes,
         })
+    }
+
+    /// The rule that closes the port, unless it was seen to be closed to other addresses.
+    fn firewall(&self, edge: &[IpAddr]) -> Option<Change> {
+        let tried = self.all.iter().any(|one| one.step.from.is_some());
+        (!tried).then(|| advice::close_to_others(self.subject.address.port(), edge, true))
     }
 
     /// Another address than the injector's from which a header was believed.

@@ -339,7 +339,7 @@ pub struct DoctorArgs {
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = duration, default_value = "10s")]
     pub timeout: Duration,
 
-    /// This host is not the injector's: say which backends believe a header from here all the same
+    /// This host is not the injector's: say which backends believe a header from here, and relay for it
     #[arg(long, env = "INJECTOR_STRANGER")]
     pub stranger: bool,
 }

@@ -92,7 +92,7 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_EXPECT_CLIENT", value_name = "IP|local")]
     pub expect_client: Option<ExpectedClient>,
 
-    /// A port of the mail server that requires a PROXY header, which must be closed to this host; may be repeated
+    /// A port of the mail server that requires a PROXY header, which must be closed to this host; may be repeated, or a list with commas
     ///
     /// The probe sends it a header that says 127.0.0.1 (::1 over IPv6), as any host could that reaches the port, and fails
     /// if the port answers. It also says whether the server would then relay mail to a foreign domain: it goes as far as

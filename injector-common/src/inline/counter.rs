@@ -18,8 +18,9 @@ pub enum Counter {
     Fragment,
     /// `backend_out`: a SYN with data or with flags that no client sends with it; dropped.
     InvalidSyn,
-    /// `backend_out`: data, FIN or URG where only the header belongs; dropped.
-    BelowFirst,
+    /// `backend_out`: a segment that would put the client's bytes where the header belongs, or that the backend does not take
+    /// ([`ToBackend::Drop`](super::ToBackend::Drop)); dropped.
+    InvalidSegment,
     /// `backend_out`: the header sent as payload of the client's acknowledgement.
     Appended,
     /// `backend_out`: the end of a handshake kept back until the client speaks.
@@ -64,7 +65,7 @@ impl Counter {
         Self::NoFlow,
         Self::Fragment,
         Self::InvalidSyn,
-        Self::BelowFirst,
+        Self::InvalidSegment,
         Self::Appended,
         Self::Waited,
         Self::Prepended,
@@ -94,7 +95,7 @@ impl Counter {
             Self::NoFlow => ("backend_out", "no_flow"),
             Self::Fragment => ("backend_out", "fragment"),
             Self::InvalidSyn => ("backend_out", "invalid_syn"),
-            Self::BelowFirst => ("backend_out", "below_first"),
+            Self::InvalidSegment => ("backend_out", "invalid_segment"),
             Self::Appended => ("backend_out", "appended"),
             Self::Waited => ("backend_out", "waited"),
             Self::Prepended => ("backend_out", "prepended"),

@@ -77,7 +77,9 @@ pub const fn on_syn_ack(established: Option<&Flow>, pending: Option<&Flow>, segm
         && segment.is(ACK)
         && flow.beyond(segment.acknowledgement) == 0
     {
-        return OnSynAck::Accept;
+        // One SYN, two answers: SYN cookies of different minutes. Both would be good for a connection, and one is known.
+        let same = !flow.is(Flag::Accepted) || segment.sequence.wrapping_add(1) == flow.backend_first;
+        return if same { OnSynAck::Accept } else { OnSynAck::Drop };
     }
     match established {
         Some(flow) if segment.is(ACK) && flow.repeats_syn_ack(segment) => OnSynAck::Repeated,
@@ -97,13 +99,16 @@ pub enum ToBackend {
     /// and spare a packet and its acknowledgement. Should none come, the backend sends its SYN again after a second (RFC 6298,
     /// section 2), the client repeats its answer, and the header goes with that.
     Wait,
-    /// It goes with the header in front of its payload; where both together are longer than [`LEAST_MTU`], as by
+    /// It goes with the header in front of its payload; where both together are longer than [`LEAST_MTU`](super::LEAST_MTU), as by
     /// [`ToBackend::Follow`].
     Prepend,
     /// It goes later by the header's length, right behind a packet with the header alone.
     Follow,
     /// It goes later by the header's length ([`Flow::shift`]).
     Shift,
+    /// The same, and it acknowledges less by [`Flow::LESS`]: a backend that knows the connection takes that for an older
+    /// acknowledgement, and for another that has forgotten it no SYN cookie fits.
+    ShiftOlder,
     /// It goes no further: it would put something of the client's where only the header belongs.
     Drop,
 }
@@ -111,54 +116,76 @@ pub enum ToBackend {
 /// Decides on a segment from the client.
 ///
 /// Nothing of the client's may come before the header or in its place: what begins before the first byte is dropped if it has
-/// anything but numbers in it. A keep-alive probe has not.
+/// anything but numbers in it, and nothing at all passes before the header has.
 ///
 /// A bare acknowledgement before the header is acknowledged is the end of the handshake, or a repetition of it because the
-/// backend has sent its SYN again: it has not got the header. The client's first bytes take the header with them, if none was
-/// sent. Whatever else comes first (what is behind them, a FIN) is shifted and leaves a gap at the backend, which then asks for it:
-/// see [`to_client`].
+/// backend has sent its SYN again: it has not got the header. The client's first bytes, or its FIN, take the header with them, if
+/// none was sent. Whatever comes behind them is shifted, and leaves a gap at the backend if the header was lost; the backend
+/// then asks for it: see [`to_client`].
 ///
 /// First bytes that are sent again, because they and the header were lost, do not share a packet: it may have been too long for
 /// the path after all, of which the client would be told without end.
 #[must_use]
 #[inline(always)]
 pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
+    match (in_place(flow, segment), flow.may_begin_another(segment)) {
+        (ToBackend::Shift, true) => ToBackend::ShiftOlder,
+        (ToBackend::Follow, true) => ToBackend::Drop,
+        (decision, _) => decision,
+    }
+}
+
+/// The same for a backend that surely knows the connection.
+#[inline(always)]
+const fn in_place(flow: &Flow, segment: &Segment) -> ToBackend {
     if segment.is(SYN) {
         return ToBackend::Drop;
     }
     let bare = segment.payload == 0 && !segment.is(FIN | URG);
-    if !bare && flow.is_before_first(segment.sequence) {
-        return ToBackend::Drop;
-    }
-    if flow.is(Flag::Acknowledged) {
-        return ToBackend::Shift;
-    }
-    let sent = flow.is(Flag::Sent);
     if segment.is(RST) {
         // Before the header the backend expects just this number.
-        return match (bare, sent) {
+        let header = flow.is(Flag::Acknowledged) || flow.is(Flag::Sent);
+        return match (bare, header) {
             (false, _) => ToBackend::Drop,
             (true, false) => ToBackend::Pass,
             (true, true) => ToBackend::Shift,
         };
     }
+    if flow.is(Flag::Acknowledged) {
+        // A keep-alive probe is bare. What acknowledges more than has passed here, the backend drops as well, unless that was lost.
+        let passes = (bare || !flow.is_before_first(segment.sequence))
+            && (!segment.is(ACK) || flow.backend.may_be_acked(segment.acknowledgement));
+        return if passes { ToBackend::Shift } else { ToBackend::Drop };
+    }
+    let sent = flow.is(Flag::Sent);
+    if !flow.is_in_step(segment) {
+        return ToBackend::Drop;
+    }
     if segment.sequence != flow.first {
-        return ToBackend::Shift;
+        // Not even a bare acknowledgement may come first, with another number: a backend that answers by SYN cookies would take
+        // its number for the first one, if it is three less or more (the cookie's number and the index of the segment size are
+        // added, check_tcp_syn_cookie, net/ipv4/syncookies.c), and a part of the header for old.
+        return if sent && !flow.is_before_first(segment.sequence) {
+            ToBackend::Shift
+        } else {
+            ToBackend::Drop
+        };
     }
     let waits = flow.waits != 0;
     if bare {
         return if waits && !flow.is(Flag::Waited) { ToBackend::Wait } else { ToBackend::Append };
     }
-    if segment.payload == 0 {
+    if segment.payload == 0 && segment.is(URG) {
         // The urgent pointer counts from the segment's start, where the header is.
-        return if segment.is(URG) { ToBackend::Drop } else { ToBackend::Shift };
+        return ToBackend::Drop;
     }
     match (sent, waits) {
         // A packet with the header has no end and nothing urgent.
         (false, _) if !segment.is(FIN | URG) => ToBackend::Prepend,
-        (false, _) | (true, true) => ToBackend::Follow,
+        (false, _) => ToBackend::Follow,
+        (true, true) if segment.payload != 0 => ToBackend::Follow,
         // The header went ahead with the handshake's end and is under way.
-        (true, false) => ToBackend::Shift,
+        (true, _) => ToBackend::Shift,
     }
 }
 

@@ -1,6 +1,8 @@
 //! A connection's entry in the maps.
 
-use super::{ACK, HeaderAddresses, RST, Segment, SeqState, Slot, Template};
+use super::{
+    ACK, FIN, HeaderAddresses, RST, Segment, SeqState, Slot, Template, URG, sequence::LARGEST_WINDOW,
+};
 
 /// Packets and payload bytes of one direction.
 #[repr(C)]
@@ -87,19 +89,25 @@ pub enum Flag {
     Told,
     /// The backend has acknowledged so much that nothing is compared with [`Flow::first`] any more.
     Far,
+    /// A reset has passed, in either direction, with a number that may or may not have been the expected one.
+    Doubted,
 }
 
 impl Flag {
     /// Places for all of them, and as many more as make whole words.
-    pub const PLACES: usize = (Self::Far as usize + 1).next_multiple_of(4);
+    pub const PLACES: usize = (Self::Doubted as usize + 1).next_multiple_of(4);
 }
 
 impl Flow {
     /// How often a backend is answered at most.
     const ANSWER_EVERY_NS: u64 = 500_000;
 
-    /// The largest window that TCP has (RFC 7323, section 2.2): nobody sends again what lies further back.
-    const LARGEST_WINDOW: u32 = 1 << 30;
+    /// How far the numbers of a segment may be off for a SYN cookie to fit: the index of a segment size is added to them
+    /// (check_tcp_syn_cookie, net/ipv4/syncookies.c), and there are four.
+    const COOKIE_SLACK: u32 = 4;
+
+    /// So much less is acknowledged where a cookie would fit: more than the slack on both sides, and less than any header.
+    pub const LESS: u32 = 16;
 
     /// How long after a reset nothing passes that was under way before it.
     const REVIVE_AFTER_NS: u64 = 1_000_000_000;
@@ -200,22 +208,17 @@ impl Flow {
     #[inline(always)]
     pub fn note_from_client(&mut self, segment: &Segment, now_ns: impl FnOnce() -> u64) {
         if segment.is(RST) {
+            self.set(Flag::Doubted);
             if !self.closed() && self.client.is_reset_by(segment.sequence) {
                 self.reset_ns = now_ns();
                 self.set(Flag::ClientRst);
             }
             return;
         }
-        self.revive(now_ns);
-        // Only who knows the numbers is believed: neither end may be moved by a stranger, and the backend drops the rest as well.
-        let believed = segment.is(ACK)
-            && self.client.joins(segment.sequence)
-            && self.backend.may_be_acked(segment.acknowledgement);
-        if believed {
-            self.client.note_sent(segment);
+        // Neither end may be moved by a stranger, who does not know the numbers.
+        if segment.is(ACK) && self.backend.may_be_acked(segment.acknowledgement) {
+            self.client.note_sent(segment, self.client.joins(segment.sequence));
             self.backend.note_acked(segment.acknowledgement);
-        } else {
-            self.client.note_fin(segment);
         }
         self.note_ends();
     }
@@ -224,23 +227,58 @@ impl Flow {
     #[inline(always)]
     pub fn note_from_backend(&mut self, segment: &Segment, now_ns: impl FnOnce() -> u64) {
         if segment.is(RST) {
+            self.set(Flag::Doubted);
             if !self.closed() && self.backend.is_reset_by(segment.sequence) {
                 self.reset_ns = now_ns();
                 self.set(Flag::BackendRst);
             }
             return;
         }
-        self.revive(now_ns);
-        self.backend.note_sent(segment);
+        if self.is_reset() {
+            self.revive(now_ns());
+        }
+        if segment.is(ACK) {
+            self.backend.note_sent(segment, true);
+        }
         if segment.is(ACK)
             && let Some(acknowledgement) = self.without_header(segment.acknowledgement)
         {
             self.client.note_acked(acknowledgement);
-            if self.client.acked.wrapping_sub(self.first) >= Self::LARGEST_WINDOW {
+            if self.client.acked.wrapping_sub(self.first) >= LARGEST_WINDOW {
                 self.set(Flag::Far);
             }
         }
         self.note_ends();
+    }
+
+    /// Whether a backend that has forgotten this connection might take a segment of the client's, behind the header, for the end of a
+    /// handshake, so that what follows would be the first that it reads. A backend that answers by SYN cookies keeps nothing of a SYN; a
+    /// cookie proves that the acknowledgement number less the sequence number is what it was in the handshake. Behind the
+    /// header they are one header's length apart, so that those of another place in the stream fit.
+    ///
+    /// An empty FIN may pass: what begins with it has no bytes.
+    #[must_use]
+    #[inline(always)]
+    pub const fn may_begin_another(&self, segment: &Segment) -> bool {
+        if !self.is(Flag::BackendFin) && !self.is(Flag::Doubted) {
+            return false;
+        }
+        if segment.is(RST) || (segment.is(FIN) && !segment.is(URG) && segment.payload == 0) {
+            return false;
+        }
+        let received = segment.acknowledgement.wrapping_sub(self.backend_first);
+        let sent = segment.sequence.wrapping_sub(self.first).wrapping_add(self.header_len);
+        received.wrapping_sub(sent).wrapping_add(Self::COOKIE_SLACK) <= 2 * Self::COOKIE_SLACK
+    }
+
+    /// Whether this segment of the client's acknowledges what the backend has sent, no less and no more. Before the header a backend
+    /// that answers by SYN cookies finds its own number in there: off by the header's length, the segment behind the header's would
+    /// be the one that fits.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_in_step(&self, segment: &Segment) -> bool {
+        let acknowledged = segment.acknowledgement.wrapping_sub(self.backend_first);
+        segment.is(ACK) && acknowledged <= self.backend.end.wrapping_sub(self.backend_first)
     }
 
     /// Whether a segment of the client's with this number begins where it has no bytes: before its first one. The header stands
@@ -250,11 +288,8 @@ impl Flow {
     #[inline(always)]
     pub const fn is_before_first(&self, sequence: u32) -> bool {
         let back = self.client.acked.wrapping_sub(sequence);
-        let least = if self.is(Flag::Far) {
-            Self::LARGEST_WINDOW
-        } else {
-            self.client.acked.wrapping_sub(self.first)
-        };
+        let least =
+            if self.is(Flag::Far) { LARGEST_WINDOW } else { self.client.acked.wrapping_sub(self.first) };
         back > least && back < 1 << 31
     }
 
@@ -286,10 +321,10 @@ impl Flow {
         }
     }
 
-    /// Who was reset says no more: a connection on which something passes was not. What had been under way is over by then.
+    /// Who was reset, or has reset, says no more: if the backend does, it was not. What had been under way is over by then.
     #[inline(always)]
-    fn revive(&mut self, now_ns: impl FnOnce() -> u64) {
-        if self.is_reset() && now_ns().wrapping_sub(self.reset_ns) >= Self::REVIVE_AFTER_NS {
+    const fn revive(&mut self, now_ns: u64) {
+        if now_ns.wrapping_sub(self.reset_ns) >= Self::REVIVE_AFTER_NS {
             self.state[Flag::ClientRst as usize] = 0;
             self.state[Flag::BackendRst as usize] = 0;
         }

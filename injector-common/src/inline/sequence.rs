@@ -33,25 +33,17 @@ impl SeqState {
         sequence.wrapping_sub(self.acked) <= self.end.wrapping_sub(self.acked)
     }
 
-    /// Notes a segment of this side's, which [joins](Self::joins) what was before or is of a side that is believed without that.
+    /// Notes a segment of this side's; `joins` if it [joins](Self::joins) what was before, or is of a side that is believed without.
     #[inline(always)]
-    pub const fn note_sent(&mut self, segment: &Segment) {
-        let end = self.note_fin(segment);
-        if is_behind(end, self.end) {
-            self.end = end;
-        }
-    }
-
-    /// Notes the FIN of a segment that does not join; returns where the segment ends. It counts once all before it has come.
-    #[inline(always)]
-    pub const fn note_fin(&mut self, segment: &Segment) -> u32 {
-        let fin = segment.is(FIN) as u32;
-        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(fin);
-        if fin != 0 {
+    pub const fn note_sent(&mut self, segment: &Segment, joins: bool) {
+        let end = end_of(segment);
+        if segment.is(FIN) {
             self.fin = end;
             self.fin_sent = 1;
         }
-        end
+        if joins && is_behind(end, self.end) {
+            self.end = end;
+        }
     }
 
     /// Whether a segment of the other side's may acknowledge this: TCP drops one that acknowledges what was never sent (RFC 9293,
@@ -88,6 +80,15 @@ impl SeqState {
     pub const fn is_reset_by(&self, sequence: u32) -> bool {
         sequence == self.end || sequence == self.acked
     }
+}
+
+/// The largest window that TCP has (RFC 7323, section 2.2): nobody sends again what lies further back.
+pub(super) const LARGEST_WINDOW: u32 = 1 << 30;
+
+/// Behind the last byte of a segment, or its FIN.
+#[inline(always)]
+const fn end_of(segment: &Segment) -> u32 {
+    segment.sequence.wrapping_add(segment.payload).wrapping_add(segment.is(FIN) as u32)
 }
 
 /// Whether one number is later than another.

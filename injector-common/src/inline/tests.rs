@@ -7,7 +7,8 @@ const LEN: u32 = 28;
 
 fn flow(flags: &[Flag]) -> Flow {
     let client = SeqState::new(FIRST);
-    let mut flow = Flow { first: FIRST, header_len: LEN, client, ..Flow::default() };
+    let (backend, backend_first) = (SeqState::new(7), 7);
+    let mut flow = Flow { first: FIRST, header_len: LEN, client, backend, backend_first, ..Flow::default() };
     flags.iter().for_each(|flag| flow.set(*flag));
     flow
 }
@@ -41,23 +42,36 @@ fn segments_of_the_client() {
         (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
         (&[][..], from_client(ACK | PSH | FIN, FIRST, 5), ToBackend::Follow),
         (&[][..], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
-        (&[][..], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
-        (&[][..], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[][..], from_client(ACK, FIRST + 5, 5), ToBackend::Drop),
+        (&[][..], from_client(ACK, FIRST + 1, 0), ToBackend::Drop),
+        (&[][..], from_client(ACK | FIN, FIRST, 0), ToBackend::Follow),
         (&[Flag::Sent], from_client(ACK, FIRST, 5), ToBackend::Shift),
         (&[Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
         (&[Flag::Sent], from_client(ACK, FIRST + 5, 0), ToBackend::Shift),
-        // A keep-alive probe, and the same with what the header's place is not for.
-        (&[Flag::Sent], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        // Before the first byte: for a keep-alive probe it is too early, and the rest has no place there.
+        (&[Flag::Sent], from_client(ACK, FIRST - 1, 0), ToBackend::Drop),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST - 1, 1), ToBackend::Drop),
         (&[Flag::Sent], from_client(ACK, FIRST - 1, 1), ToBackend::Drop),
         (&[][..], from_client(ACK | PSH, FIRST - LEN, LEN), ToBackend::Drop),
         (&[Flag::Sent], from_client(ACK | FIN, FIRST - 1, 0), ToBackend::Drop),
         (&[Flag::Sent], from_client(ACK | URG, FIRST - 1, 0), ToBackend::Drop),
         (&[][..], from_client(ACK | URG, FIRST, 0), ToBackend::Drop),
+        // Without the backend's number, or with another.
+        (&[][..], from_client(PSH, FIRST, 5), ToBackend::Drop),
+        (&[][..], Segment { acknowledgement: 7 + LEN, ..from_client(ACK | PSH, FIRST, 5) }, ToBackend::Drop),
+        (&[Flag::Sent], Segment { acknowledgement: 6, ..from_client(ACK, FIRST + 5, 5) }, ToBackend::Drop),
         // Resets must have exactly the number that the backend expects (RFC 5961).
         (&[][..], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Sent], from_client(RST, FIRST, 0), ToBackend::Shift),
         (&[][..], from_client(RST, FIRST, 5), ToBackend::Drop),
         (&[Flag::Sent], from_client(RST | FIN, FIRST, 0), ToBackend::Drop),
+        (&[Flag::Acknowledged], from_client(RST | ACK, FIRST + 1, 0), ToBackend::Shift),
+        (
+            &[Flag::Acknowledged],
+            Segment { acknowledgement: 8, ..from_client(ACK, FIRST, 5) },
+            ToBackend::Drop,
+        ),
         // Acknowledged once is acknowledged for good, however far the numbers have come.
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 0), ToBackend::Shift),
         (&[Flag::Acknowledged, Flag::Far], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
@@ -75,7 +89,7 @@ fn segments_of_a_client_that_speaks_first() {
         (&[][..], from_client(ACK, FIRST, 0), ToBackend::Wait),
         (&[Flag::Waited], from_client(ACK, FIRST, 0), ToBackend::Append),
         // A keep-alive probe is no end of a handshake.
-        (&[Flag::Waited], from_client(ACK, FIRST - 1, 0), ToBackend::Shift),
+        (&[Flag::Waited], from_client(ACK, FIRST - 1, 0), ToBackend::Drop),
         (&[Flag::Waited], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
         // Its own acknowledgement was lost before it came here.
         (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
@@ -83,10 +97,11 @@ fn segments_of_a_client_that_speaks_first() {
         // Sent again, and what comes behind.
         (&[Flag::Waited, Flag::Sent], from_client(ACK | PSH, FIRST, 5), ToBackend::Follow),
         (&[Flag::Waited, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
-        (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+        (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Drop),
         // It leaves, with a word and without.
         (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Follow),
-        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Follow),
+        (&[Flag::Waited, Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
         (&[Flag::Waited], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 5), ToBackend::Shift),
     ] {
@@ -124,6 +139,75 @@ fn segments_of_the_backend() {
     ] {
         assert_eq!(to_client(&flow(state), &segment), expected, "{state:?} {segment:?}");
     }
+}
+
+#[test]
+fn a_syn_is_answered_by_its_own_syn_ack() {
+    let established = Flow { offset: 100, ..flow(&[Flag::Accepted, Flag::Sent]) };
+    let done = Flow { offset: 100, ..flow(&[Flag::Accepted, Flag::Sent, Flag::Acknowledged]) };
+    let pending = Flow { offset: 3000, ..flow(&[]) };
+    let answered = Flow { offset: 3000, ..flow(&[Flag::Accepted]) };
+    let syn_ack = |sequence: u32, offset: u32| Segment {
+        sequence: sequence.wrapping_sub(1),
+        ..from_backend(SYN | ACK, FIRST + offset, 0)
+    };
+    for (entries, segment, expected) in [
+        ((None, None), syn_ack(9, 0), OnSynAck::Pass),
+        ((None, Some(&pending)), syn_ack(9, 3000), OnSynAck::Accept),
+        ((Some(&done), Some(&pending)), syn_ack(9, 3000), OnSynAck::Accept),
+        ((None, Some(&answered)), syn_ack(7, 3000), OnSynAck::Accept),
+        // SYN cookies of two minutes.
+        ((None, Some(&answered)), syn_ack(9, 3000), OnSynAck::Drop),
+        // Of an earlier SYN, which is no more: by itself it opens nothing, and beside an established one it would.
+        ((None, Some(&pending)), syn_ack(9, 3001), OnSynAck::Pass),
+        ((Some(&done), Some(&pending)), syn_ack(9, 3001), OnSynAck::Drop),
+        ((Some(&done), None), syn_ack(9, 3001), OnSynAck::Drop),
+        // Its own once more, while the header may have been lost with the answer; with another number it is another one.
+        ((Some(&established), None), syn_ack(7, 100), OnSynAck::Repeated),
+        ((Some(&established), None), syn_ack(8, 100), OnSynAck::Drop),
+        ((Some(&done), None), syn_ack(7, 100), OnSynAck::Drop),
+        ((Some(&established), None), Segment { flags: SYN, ..syn_ack(7, 100) }, OnSynAck::Drop),
+    ] {
+        assert_eq!(on_syn_ack(entries.0, entries.1, &segment), expected, "{entries:?} {segment:?}");
+    }
+}
+
+#[test]
+fn a_segment_is_that_of_who_is_established() {
+    let (pending, unanswered) = (flow(&[Flag::Accepted]), flow(&[]));
+    let owner = |established, pending, segment| client_owner(established, pending, &segment);
+    let answer = from_client(ACK, FIRST, 0);
+    assert_eq!(owner(true, Some(&pending), answer), ClientOwner::Established);
+    assert_eq!(owner(false, Some(&pending), answer), ClientOwner::Accepts);
+    assert_eq!(owner(false, Some(&unanswered), answer), ClientOwner::None, "the backend has not answered");
+    let other = Segment { acknowledgement: 8, ..answer };
+    assert_eq!(owner(false, Some(&pending), other), ClientOwner::None);
+    assert_eq!(owner(false, None, answer), ClientOwner::None);
+    assert_eq!(owner(false, Some(&pending), from_client(RST, 99, 0)), ClientOwner::Pending);
+    assert_eq!(owner(false, Some(&pending), from_client(RST, 99, 5)), ClientOwner::None, "with data");
+    assert_eq!(owner(false, None, from_client(RST, 99, 0)), ClientOwner::None);
+}
+
+#[test]
+fn a_refusal_acknowledges_the_syn() {
+    let pending = Flow { offset: 100, ..flow(&[]) };
+    assert!(pending.is_refused_by(&from_backend(RST | ACK, FIRST + 100, 0)));
+    assert!(!pending.is_refused_by(&from_backend(RST | ACK, FIRST + 101, 0)));
+    assert!(!pending.is_refused_by(&from_backend(RST, FIRST + 100, 0)));
+    assert!(!pending.is_refused_by(&from_backend(ACK, FIRST + 100, 0)));
+    let accepted = Flow { offset: 100, ..flow(&[Flag::Accepted]) };
+    assert!(!accepted.is_refused_by(&from_backend(RST | ACK, FIRST + 100, 0)));
+}
+
+#[test]
+fn only_what_has_ended_or_is_silent_is_swept() {
+    let open = Flow { created_ns: 5, last_ns: 9, ..flow(&[]) };
+    let seen = Ended::new(Key::default(), &open);
+    assert!(seen.may_remove(&open));
+    assert!(!seen.may_remove(&Flow { last_ns: 10, ..open }), "it has spoken since");
+    assert!(!seen.may_remove(&Flow { created_ns: 6, ..open }), "another of the same ports");
+    let closed = Flow { created_ns: 5, last_ns: 10, ..flow(&[Flag::BackendRst]) };
+    assert!(seen.may_remove(&closed));
 }
 
 #[test]
@@ -176,6 +260,67 @@ fn a_token_is_never_that_of_a_packet_without_one() {
         used[token] = true;
     }
     assert_eq!(Slot::token(64 + 5, 1023 + 7), Slot::token(5, 7));
+}
+
+/// The same connection's numbers fit a SYN cookie again one header's length away.
+#[test]
+fn a_connection_that_may_be_forgotten_begins_no_other() {
+    let alive = flow(&[Flag::Sent, Flag::Acknowledged]);
+    let mut finished = alive;
+    finished.note_from_backend(&Segment { sequence: 7, ..from_backend(ACK | FIN, FIRST + LEN, 60) }, || 1);
+    let mut reset = alive;
+    reset.note_from_backend(&Segment { sequence: 99, ..from_backend(RST, 0, 0) }, || 1);
+    let mut by_client = alive;
+    by_client.note_from_client(&from_client(RST, FIRST + 9, 0), || 1);
+    assert!(!reset.closed() && !by_client.closed(), "with other numbers than the expected ones");
+    // Of the client's bytes k and of the backend's m have come.
+    let at = |flags, k: u32, m: u32, payload| Segment {
+        flags,
+        sequence: FIRST + k,
+        acknowledgement: 7 + m,
+        payload,
+        window: 500,
+    };
+    for flow in [finished, reset, by_client] {
+        for (k, m) in [(0, LEN), (9, 9 + LEN), (5, LEN + 5 + 4), (5, LEN + 5 - 4), (200, 200 + LEN)] {
+            assert!(flow.may_begin_another(&at(ACK, k, m, 40)), "{k} {m}");
+            assert!(flow.may_begin_another(&at(ACK, k, m, 0)), "{k} {m}: bytes may follow");
+            assert!(flow.may_begin_another(&at(ACK | FIN, k, m, 1)), "{k} {m}");
+            assert!(flow.may_begin_another(&at(ACK | FIN | URG, k, m, 0)), "{k} {m}");
+            assert!(
+                !flow.may_begin_another(&at(ACK | FIN, k, m, 0))
+                    && !flow.may_begin_another(&at(RST, k, m, 0))
+            );
+            assert!(!alive.may_begin_another(&at(ACK, k, m, 40)), "{k} {m}");
+            let mut heard = flow;
+            heard.backend.end = 7 + m;
+            assert_eq!(to_backend(&heard, &at(ACK, k, m, 40)), ToBackend::ShiftOlder, "{k} {m}");
+            assert!(!heard.may_begin_another(&at(ACK, k, m - Flow::LESS, 40)), "{k} {m}: what it becomes");
+        }
+        for (k, m) in [(0, 0), (0, LEN + 5), (0, LEN - 5), (100, 0), (100, 100)] {
+            assert!(!flow.may_begin_another(&at(ACK, k, m, 40)), "{k} {m}");
+        }
+    }
+}
+
+/// What an honest client sends passes, in every state that it can be in.
+#[test]
+fn a_client_closes_as_it_does() {
+    let mut flow = flow(&[Flag::Sent, Flag::Acknowledged]);
+    let mut pass = |segment: Segment| {
+        assert_eq!(to_backend(&flow, &segment), ToBackend::Shift, "{segment:?}");
+        flow.note_from_client(&segment, || 1);
+    };
+    pass(from_client(ACK | PSH, FIRST, 10));
+    pass(from_client(ACK | FIN, FIRST + 10, 0));
+    // The acknowledgements behind its FIN, the FIN again, and a probe.
+    pass(from_client(ACK, FIRST + 11, 0));
+    pass(from_client(ACK | FIN, FIRST + 10, 0));
+    pass(from_client(ACK, FIRST + 10, 0));
+    flow.note_from_backend(&from_backend(ACK | FIN, FIRST + LEN + 11, 0), || 2);
+    assert!(flow.closed());
+    let last = Segment { acknowledgement: 8, ..from_client(ACK, FIRST + 11, 0) };
+    assert_eq!(to_backend(&flow, &last), ToBackend::Shift);
 }
 
 #[test]

@@ -25,6 +25,10 @@ pub(crate) struct Connection {
     /// Nothing comes behind a FIN.
     finished: bool,
     send_next: u32,
+    /// It has said its FIN,
+    said_fin: bool,
+    /// and how long ago it was last spoken to.
+    silent_ms: u64,
     pub(crate) open: bool,
 }
 
@@ -52,9 +56,16 @@ impl Backend {
         Self { cookies, state: State::Listen, epoch: 1, connections: Vec::new(), syns: BTreeMap::new() }
     }
 
-    /// Its initial sequence number for a SYN. A cookie depends on the SYN and on the minute.
-    fn start(&self, syn: u32, epoch: u32) -> u32 {
-        syn.rotate_left(9) ^ epoch.wrapping_mul(0x9E37_79B9)
+    /// Its initial sequence number for a SYN. A cookie is a secret of the addresses and the minute, the SYN's number, and the index of
+    /// a segment size, all added (secure_tcp_syn_cookie, net/ipv4/syncookies.c).
+    fn start(syn: u32, epoch: u32) -> u32 {
+        epoch.wrapping_mul(0x9E37_79B9).wrapping_add(syn).wrapping_add(2)
+    }
+
+    /// Whether this is the cookie of a SYN with this number: so it is for those nearby, with another segment size.
+    fn is_cookie(&self, start: u32, syn: u32) -> bool {
+        (self.epoch.saturating_sub(1)..=self.epoch)
+            .any(|epoch| start.wrapping_sub(Self::start(syn, epoch)).wrapping_add(2) < 4)
     }
 
     fn current(&mut self) -> Option<&mut Connection> {
@@ -75,8 +86,23 @@ impl Backend {
         self.epoch += 1;
     }
 
-    /// It forgets the connection, and says nothing (a reboot).
-    pub(crate) fn forget(&mut self) {
+    /// Time passes: what waits for the other side's FIN is forgotten after a minute.
+    pub(crate) fn wait(&mut self, ms: u64) {
+        let Some(connection) = self.current() else { return };
+        connection.silent_ms += ms;
+        if connection.said_fin && connection.silent_ms >= 60_000 {
+            self.close();
+        }
+    }
+
+    /// It starts again, with other secrets.
+    pub(crate) fn reboot(&mut self) {
+        self.close();
+        self.epoch += 1000;
+    }
+
+    /// It has no connection any more, and says nothing.
+    fn close(&mut self) {
         let first = match self.state {
             State::Listen => None,
             State::SynReceived { first, .. } => Some(first),
@@ -111,18 +137,14 @@ impl Backend {
             return None;
         }
         if segment.is(ACK) {
-            let syn = segment.sequence.wrapping_sub(1);
-            let known = self.cookies && self.syns.contains_key(&syn);
-            let epochs = self.epoch.saturating_sub(1)..=self.epoch;
-            let start = epochs.map(|epoch| self.start(syn, epoch));
-            let fits = start.clone().find(|start| start.wrapping_add(1) == segment.acknowledgement);
-            return match fits {
-                Some(start) if known && !segment.is(SYN) => self.establish(sent, segment.sequence, start),
-                _ => Some(refusal(segment)),
-            };
+            let (syn, start) = (segment.sequence.wrapping_sub(1), segment.acknowledgement.wrapping_sub(1));
+            if self.cookies && !segment.is(SYN) && self.is_cookie(start, syn) {
+                return self.establish(sent, segment.sequence, start);
+            }
+            return Some(refusal(segment));
         }
         if segment.is(SYN) && !segment.is(FIN) {
-            let start = self.start(segment.sequence, self.epoch);
+            let start = Self::start(segment.sequence, self.epoch);
             let first = segment.sequence.wrapping_add(1);
             if !self.cookies {
                 self.state = State::SynReceived { first, start };
@@ -164,6 +186,8 @@ impl Backend {
             fin: None,
             finished: false,
             send_next: start.wrapping_add(1),
+            said_fin: false,
+            silent_ms: 0,
             open: true,
         });
         self.state = State::Established;
@@ -177,7 +201,7 @@ impl Backend {
         if segment.is(RST) {
             let beyond = segment.sequence.wrapping_sub(connection.next);
             if beyond == 0 {
-                self.forget();
+                self.close();
                 return None;
             }
             return (beyond <= WINDOW).then_some(challenge);
@@ -190,7 +214,21 @@ impl Backend {
         {
             return None;
         }
+        // What lies before the window altogether is not looked at (RFC 9293, section 3.10.7.4).
+        let fin = u32::from(segment.is(FIN));
+        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(fin);
+        if end.wrapping_sub(connection.next) >= 1 << 31 {
+            return Some(challenge);
+        }
         connection.store(sent);
+        connection.silent_ms = 0;
+        // The last acknowledgement of a connection that both sides have finished.
+        let answer = plain_ack(connection.send_next, connection.next);
+        if connection.said_fin && connection.finished && segment.acknowledgement == connection.send_next {
+            self.close();
+            return (segment.payload != 0 || segment.is(FIN)).then_some(answer);
+        }
+        let connection = self.connections.last_mut()?;
         let something = segment.payload != 0 || segment.is(FIN);
         something.then(|| plain_ack(connection.send_next, connection.next))
     }
@@ -198,6 +236,11 @@ impl Backend {
     /// It sends so many bytes, or a FIN.
     pub(crate) fn say(&mut self, payload: u32, fin: bool) -> Option<Segment> {
         let connection = self.current()?;
+        let payload = if connection.said_fin { 0 } else { payload };
+        let fin = fin && !connection.said_fin;
+        if fin {
+            (connection.said_fin, connection.silent_ms) = (true, 0);
+        }
         let flags = ACK | if fin { FIN } else { 0 };
         let said = Segment { flags, payload, ..plain_ack(connection.send_next, connection.next) };
         connection.send_next = connection.send_next.wrapping_add(payload + u32::from(fin));
@@ -216,7 +259,7 @@ impl Backend {
     /// It resets the connection.
     pub(crate) fn reset(&mut self) -> Option<Segment> {
         let said = self.say(0, false)?;
-        self.forget();
+        self.close();
         Some(Segment { flags: RST | ACK, ..said })
     }
 }

@@ -109,6 +109,7 @@ impl Edge {
             segment: Segment { flags, sequence: plain, payload: H, ..*segment },
             bytes: header.clone(),
         };
+        let now_ns = self.now_ns;
         let sent = match to_backend(flow, segment) {
             ToBackend::Drop => return Vec::new(),
             ToBackend::Wait => {
@@ -116,8 +117,13 @@ impl Edge {
                 return Vec::new();
             }
             ToBackend::Pass => vec![with(plain)],
-            ToBackend::Shift if failing => return Vec::new(),
+            ToBackend::Shift | ToBackend::ShiftOlder if failing => return Vec::new(),
             ToBackend::Shift => vec![with(shifted)],
+            ToBackend::ShiftOlder => {
+                let mut older = with(shifted);
+                older.segment.acknowledgement = older.segment.acknowledgement.wrapping_sub(Flow::LESS);
+                vec![older]
+            }
             ToBackend::Append | ToBackend::Prepend if failing => return Vec::new(),
             ToBackend::Append => {
                 flow.set(Flag::Sent);
@@ -138,8 +144,7 @@ impl Edge {
                 if failing { vec![ahead] } else { vec![ahead, with(shifted)] }
             }
         };
-        flow.last_ns = self.now_ns;
-        let now_ns = self.now_ns;
+        flow.last_ns = now_ns;
         flow.note_from_client(segment, || now_ns);
         self.report();
         sent
@@ -182,11 +187,16 @@ impl Edge {
         if acknowledges(flow, segment) {
             flow.set(Flag::Acknowledged);
         }
+        if way != ToClient::Drop {
+            // The backend has sent it, whatever becomes of it.
+            flow.last_ns = now_ns;
+            flow.note_from_backend(segment, || now_ns);
+        }
         let received = match way {
-            ToClient::Drop => return Received::default(),
+            ToClient::Drop => Received::default(),
             ToClient::Pass => earlier(flow.offset),
             ToClient::Swallow => Received::default(),
-            ToClient::Shift | ToClient::Hold | ToClient::Answer if failing => return Received::default(),
+            ToClient::Shift | ToClient::Hold | ToClient::Answer if failing => Received::default(),
             ToClient::Shift => earlier(flow.shift()),
             ToClient::Hold => earlier(segment.acknowledgement.wrapping_sub(flow.first)),
             ToClient::Answer => {
@@ -202,8 +212,6 @@ impl Edge {
                 Received { to_client: None, to_backend: Some(answer) }
             }
         };
-        flow.last_ns = now_ns;
-        flow.note_from_backend(segment, || now_ns);
         self.report();
         received
     }

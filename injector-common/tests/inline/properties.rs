@@ -51,19 +51,19 @@ proptest! {
         first: u32, sent in 0..5000_u32, acked in 0..5000_u32, segments in prop::collection::vec(stray(), 1..20)
     ) {
         let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(7), ..Flow::default() };
-        flow.client.note_sent(&Segment { flags: ACK, sequence: first, payload: sent, ..Segment::default() });
+        flow.client.note_sent(&Segment { flags: ACK, sequence: first, payload: sent, ..Segment::default() }, true);
         flow.client.note_acked(first.wrapping_add(acked.min(sent)));
-        let before = (flow.client.end, flow.client.acked, flow.backend);
+        let before = (flow.client.end, flow.client.acked, flow.backend.end);
         for (from, segment) in segments {
             // Beyond what is known, by whatever number.
             let sequence = flow.client.end.wrapping_add(1).wrapping_add(from % (u32::MAX - sent - 1));
             flow.note_from_client(&Segment { sequence, ..segment }, || 1);
             prop_assert!(!flow.closed() && !flow.is(Flag::ClientFin), "{flow:?}");
-            prop_assert_eq!((flow.client.end, flow.client.acked, flow.backend), before);
+            prop_assert_eq!((flow.client.end, flow.client.acked, flow.backend.end), before);
         }
     }
 
-    /// P5: traffic after an end revives the entry, once what was under way has passed.
+    /// P5: what the backend sends after an end revives the entry, once what was under way has passed.
     #[test]
     fn traffic_after_a_reset_revives(segment in stray(), by_client: bool, after_ms in 0..5000_u64) {
         let mut flow = Flow { client: SeqState::new(5), backend: SeqState::new(7), ..Flow::default() };
@@ -71,7 +71,7 @@ proptest! {
         if by_client { flow.note_from_client(&reset(5), || 1) } else { flow.note_from_backend(&reset(7), || 1) }
         prop_assert!(flow.closed());
         let segment = Segment { flags: segment.1.flags & !injector_common::inline::RST, ..segment.1 };
-        flow.note_from_client(&segment, || 1 + after_ms * 1_000_000);
+        flow.note_from_backend(&segment, || 1 + after_ms * 1_000_000);
         prop_assert_eq!(flow.is_reset(), after_ms < 1000);
     }
 
@@ -206,5 +206,5 @@ fn histories_go_somewhere() {
     println!(
         "{connections} connections, {with_header} with a header, {with_bytes} with bytes, {ended} ended"
     );
-    assert!(connections > 250 && with_header > 200 && with_bytes > 50 && ended > 100);
+    assert!(connections > 250 && with_header > 200 && with_bytes > 40 && ended > 60);
 }

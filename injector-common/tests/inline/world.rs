@@ -61,14 +61,15 @@ impl World {
                 let said = self.backend.reset();
                 self.receive(said)?;
             }
-            Step::Forget => {
+            Step::Reboot => {
                 self.undisturbed = false;
-                self.backend.forget();
+                self.backend.reboot();
             }
-            Step::Forged { at, acknowledges, flags, payload } => {
-                self.forged(at, acknowledges, flags, payload)?
+            Step::Forged { at, acknowledges, flags } => self.forged(at, acknowledges, flags)?,
+            Step::Wait { ms } => {
+                self.edge.now_ns += ms * 1_000_000;
+                self.backend.wait(ms);
             }
-            Step::Wait { ms } => self.edge.now_ns += ms * 1_000_000,
             Step::Minute => self.backend.tick(),
             Step::Evict => self.edge.pending = None,
             Step::Fail => {
@@ -137,7 +138,12 @@ impl World {
 
     fn receive(&mut self, said: Option<Segment>) -> Checked {
         let Some(segment) = said else { return Ok(()) };
-        if std::mem::take(&mut self.lose_to_edge) {
+        // A FIN is sent again until it has come, and is not lost for good.
+        if std::mem::take(&mut self.lose_to_edge) && !segment.is(FIN) {
+            if self.backend.open_connection().is_none() {
+                // Of this end the edge cannot know. What then protects is said in docs/security.md, and is not tried here.
+                self.backend.reboot();
+            }
             return Ok(());
         }
         let received = self.edge.backend_sends(&segment);
@@ -153,12 +159,17 @@ impl World {
         self.send_to_backend(received.to_backend.into_iter().collect(), 0)
     }
 
-    /// In the backend's name, but never that the header has come when it was sent and has not: whoever could say that to the
-    /// edge is on the way to the backend, and could as well speak to it.
-    fn forged(&mut self, at: u32, acknowledges: u32, flags: u8, payload: u32) -> Checked {
+    /// In the backend's name: resets, or acknowledgements with its number, but never that the header has come when it was sent and has
+    /// not, nor that it is there still when it has ended. Whoever could say more to the edge is on the way to the backend, and could as well speak to it.
+    fn forged(&mut self, at: u32, acknowledges: u32, flags: u8) -> Checked {
         let entry = self.edge.established.or(self.edge.pending);
         let Some(flow) = entry else { return Ok(()) };
         let flags = if flow.is(Flag::Sent) { flags & !ACK } else { flags };
+        let (at, flags) = if flags & RST == 0 { (0, flags & !FIN) } else { (at, flags) };
+        if flags & RST == 0 && (flow.is(Flag::BackendFin) || flow.is_reset()) {
+            return Ok(());
+        }
+        let payload = 0;
         self.undisturbed = false;
         let segment = Segment {
             flags,
@@ -195,7 +206,7 @@ impl World {
     /// P3: after whatever has happened, somebody who has the backend listen connects, is named, and is heard.
     pub(crate) fn newcomer_is_served(&mut self, number: u32) -> Checked {
         const CLIENT: u8 = 9;
-        self.backend.forget();
+        self.backend.reboot();
         (self.lose_to_backend, self.lose_to_edge, self.edge.failing) = (false, false, false);
         self.edge.now_ns += 1_000_000;
         self.syn(CLIENT, number, SYN, 0)?;

@@ -141,28 +141,29 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
         maps::count(Counter::Acknowledged);
         maps::tell(Event::ACKNOWLEDGED, &packet.key, flow);
     }
-    let done = match way {
-        ToClient::Pass if !segment.is(ACK) => Ok(()),
-        ToClient::Pass => packet.acknowledge_earlier(skb, flow.offset),
+    match way {
         ToClient::Drop => {
             maps::count(Counter::InvalidAck);
             return DROP;
         }
-        ToClient::Swallow if !packet.may_have_sack(skb) => {
-            account(&packet.key, flow, &segment);
-            return DROP;
-        }
+        ToClient::Answer => return answer(skb, packet, flow),
+        _ => {}
+    }
+    // The backend has sent it, whatever becomes of it.
+    account(&packet.key, flow, &segment);
+    let done = match way {
+        ToClient::Swallow if !packet.may_have_sack(skb) => return DROP,
         ToClient::Shift | ToClient::Swallow => packet.acknowledge_earlier(skb, flow.shift()),
         ToClient::Hold => packet
             .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
             .and_then(|()| packet.sack_earlier(skb, flow.shift())),
-        ToClient::Answer => return answer(skb, packet, flow),
+        _ if segment.is(ACK) => packet.acknowledge_earlier(skb, flow.offset),
+        _ => Ok(()),
     };
     if done.is_err() {
         maps::count(Counter::RewriteFailed);
         return DROP;
     }
-    account(&packet.key, flow, &segment);
     NEXT
 }
 
@@ -170,6 +171,7 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
 #[inline(always)]
 fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
     let now = maps::now();
+    flow.note_from_backend(&packet.segment, || now);
     if !flow.may_answer(now) {
         maps::count(Counter::TooSoon);
         return DROP;
@@ -178,7 +180,6 @@ fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
         maps::count(Counter::AnswerFailed);
         return DROP;
     }
-    flow.note_from_backend(&packet.segment, || now);
     flow.set(Flag::Sent);
     flow.answered_ns = now;
     flow.answered += 1;

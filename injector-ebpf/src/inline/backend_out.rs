@@ -14,7 +14,9 @@ use injector_common::inline::{
 
 use super::{
     AHEAD, ANSWER, DROP, NEXT, header, maps,
-    packet::{Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse, token},
+    packet::{
+        ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse, token,
+    },
 };
 
 #[classifier]
@@ -91,9 +93,9 @@ fn open(skb: &TcContext, packet: &Packet) -> i32 {
     let offset = match (on_syn(pending, slot, &packet.segment), pending) {
         (OnSyn::Pass, Some(flow)) => Ok(flow.offset),
         (OnSyn::Open, _) => match maps::template(slot.listener, packet.ipv6) {
-            Some(template) => {
-                maps::open(key, slot, template).ok_or(Counter::Full).inspect(|_| maps::count(Counter::Opened))
-            }
+            Some(template) => maps::open(key, slot, packet.segment.sequence.wrapping_add(1), template)
+                .ok_or(Counter::Full)
+                .inspect(|_| maps::count(Counter::Opened)),
             None => Err(Counter::NoSlot),
         },
         _ => Err(Counter::InvalidSyn),
@@ -149,8 +151,17 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
     }
     let done = match to_backend(flow, segment) {
         ToBackend::Pass => later(skb, packet, flow.offset),
-        ToBackend::Drop => Err(Counter::BelowFirst),
+        ToBackend::Drop => Err(Counter::InvalidSegment),
         ToBackend::Shift => later(skb, packet, flow.shift()),
+        ToBackend::ShiftOlder => packet
+            .set_u32(
+                skb,
+                ACKNOWLEDGEMENT,
+                segment.acknowledgement,
+                segment.acknowledgement.wrapping_sub(Flow::LESS),
+            )
+            .map_err(|_| Counter::RewriteFailed)
+            .and_then(|()| later(skb, packet, flow.shift())),
         ToBackend::Append => header::append(skb, packet, flow)
             .map_err(|_| Counter::AppendFailed)
             .and_then(|()| later(skb, packet, flow.offset))

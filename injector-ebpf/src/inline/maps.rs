@@ -178,7 +178,7 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
 
 /// Begins the connection of the client in this slot, whose header will be of this template; returns its [`Flow::offset`].
 #[inline(always)]
-pub(super) fn open(key: &Key, slot: &Slot, template: &Template) -> Option<u32> {
+pub(super) fn open(key: &Key, slot: &Slot, first: u32, template: &Template) -> Option<u32> {
     let flow = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
@@ -188,6 +188,13 @@ pub(super) fn open(key: &Key, slot: &Slot, template: &Template) -> Option<u32> {
     };
     // SAFETY: takes nothing.
     let offset = unsafe { bpf_get_prandom_u32() };
+    // Another processor may have used the slot again meanwhile: then the addresses may be another's.
+    // SAFETY: fields of a map value.
+    let (at_ns, sequence) =
+        unsafe { ((&raw const slot.at_ns).read_volatile(), (&raw const slot.sequence).read_volatile()) };
+    if at_ns != 0 || sequence.wrapping_add(1) != first {
+        return None;
+    }
     flow.open(slot, template, offset, now());
     PENDING.insert(key, flow, 0).ok().map(|()| offset)
 }

@@ -33,6 +33,9 @@ pub(super) const TCP: u8 = 6;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 
+/// Hop-by-hop, routing, fragment, destination options: TCP may follow (RFC 8200, section 4).
+const BEFORE_OTHERS: [u8; 4] = [0, 43, 44, 60];
+
 /// `ETH_P_IP`, `ETH_P_IPV6`.
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86DD;
@@ -197,8 +200,6 @@ fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
 
 #[inline(always)]
 fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
-    /// Hop-by-hop, routing, fragment, destination options: TCP may follow.
-    const BEFORE_OTHERS: [u8; 4] = [0, 43, 44, 60];
     const WORDS: usize = Ipv6Hdr::LEN / 4;
 
     let both = packet.read_front::<L, WORDS>(skb);
@@ -274,7 +275,9 @@ pub(super) fn opens_nothing<L: Link>(skb: &TcContext) -> bool {
         },
         IPV6 => match byte(skb, L::LEN + NEXT_HEADER) {
             Some(TCP) => goes_on(byte(skb, L::LEN + Ipv6Hdr::LEN + FLAGS)),
-            other => other.is_some(),
+            // TCP may follow.
+            Some(next) => !BEFORE_OTHERS.contains(&next),
+            None => false,
         },
         _ => false,
     }

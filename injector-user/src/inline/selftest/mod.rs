@@ -85,8 +85,7 @@ type Test = fn(&Way<'_>) -> Result<(), String>;
 fn everywhere(bench: &Bench, number: u16, test: Test) -> Result<(), String> {
     for ipv6 in [false, true] {
         for (link, base) in [(Link::Ethernet, 40_000), (Link::Raw, 50_000)] {
-            let way =
-                Way { bench, ipv6, link, port: base + number, public: SERVER_FIRST, offset: Cell::new(0) };
+            let way = Way::new(bench, ipv6, link, base + number);
             let family = if ipv6 { "IPv6" } else { "IPv4" };
             test(&way).map_err(|fault| format!("{family}, {link:?}: {fault}"))?;
         }
@@ -212,7 +211,11 @@ const FIRST: u32 = u32::MAX - 9;
 const FIRST_OF_BACKEND: u32 = 7000;
 const WINDOW: u16 = 60_000;
 
-impl Way<'_> {
+impl<'a> Way<'a> {
+    fn new(bench: &'a Bench, ipv6: bool, link: Link, port: u16) -> Self {
+        Self { bench, ipv6, link, port, public: SERVER_FIRST, offset: Cell::new(0) }
+    }
+
     /// The same with another port of the client.
     fn at(&self, port: u16) -> Self {
         Self { port, offset: Cell::new(0), ..*self }
@@ -503,7 +506,22 @@ fn fail_closed(way: &Way<'_>) -> Result<(), String> {
         let ran = way.run_with("backend_out", &segment, 0, 0)?;
         way.is(&ran, NEXT, "backend_out", &format!("{what}, from this host itself"), &segment)?;
     }
-    Ok(())
+    // A connection of this host itself may have the ports of one that was forwarded: nothing is translated, and with its SYN
+    // the other is over.
+    let way = &way.at(way.port + 2000);
+    way.acknowledge()?;
+    let data = Segment { payload: b"QUIT\r\n".to_vec(), ..way.to_backend(ACK | PSH) };
+    let ran = way.run_with("backend_out", &data, 0, 0)?;
+    way.is(&ran, NEXT, "backend_out", "data of this host itself on a forwarded connection's ports", &data)?;
+    let syn = Segment { acknowledgement: 0, ..way.to_backend(SYN) };
+    let ran = way.run_with("backend_out", &syn, 0, 0)?;
+    way.is(&ran, NEXT, "backend_out", "a SYN of this host itself on a forwarded connection's ports", &syn)?;
+    let ran = way.run("backend_out", &data)?;
+    if ran.verdict == DROP {
+        Ok(())
+    } else {
+        Err("a forwarded connection has the ports of this host's".to_owned())
+    }
 }
 
 fn swept(way: &Way<'_>) -> Result<(), String> {

@@ -3,6 +3,8 @@
 //!
 //! Every check is made for IPv4 and IPv6, on a device with Ethernet and on one without link-layer header.
 
+#[cfg(test)]
+mod cost;
 mod segment;
 
 use std::{

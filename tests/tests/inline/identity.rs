@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use etherparse::{IpHeaders, TcpHeader};
+use injector_tests::daemon::Session;
 use injector_tests::netns::Family;
 use socket2::{Domain, Socket, Type};
 
@@ -22,6 +23,7 @@ pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("a flood of forged SYNs", flood),
     ("a forged SYN in an established connection", syn_in_established),
     ("forged handshakes do not fill the map of flows", forged_handshakes),
+    ("a SYN and a reset leave no line in the log", syn_and_reset),
     ("a SYN past the public address is dropped", past_the_vip),
     ("a segment without a flow is dropped", without_flow),
     ("connections of the edge itself are left alone", own_of_the_edge),
@@ -148,6 +150,35 @@ fn forged_handshakes(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let refused = lab.counted("no_flow")? - before.2;
     ensure!(appended == 0, "{appended} forged handshakes were taken for true");
     ensure!(opened == 60 && refused >= 50, "{opened} were opened, {refused} refused");
+    Ok(())
+}
+
+/// Whoever has not shown that an address is his is not logged with it: what bans by the log would ban whom he likes.
+fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let sample = sample_syn(lab, family)?;
+    let before = lab.counted("opened")?;
+    for host in 0..20 {
+        for reset in [false, true] {
+            let frame = sample.with(|ip, tcp| {
+                set_source(ip, 5000 + host);
+                tcp.source_port = 7100;
+                (tcp.syn, tcp.rst) = (!reset, reset);
+                tcp.sequence_number = tcp.sequence_number.wrapping_add(reset.into());
+            });
+            lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    // Of a connection behind them there is a line, so theirs would be there as well.
+    let connection = lab.connection_at(&listener, family, First::Server, LIMIT)?;
+    let client = connection.client.local_addr()?;
+    connection.finish(1000)?;
+    lab.session(client, lab::public(family))?;
+    ensure!(lab.counted("opened")? >= before + 20, "too few SYNs arrived");
+    let of_port = |session: &Session| session.client().is_some_and(|client| client.port() == 7100);
+    let line = lab.injector.sessions()?.into_iter().find(of_port);
+    ensure!(line.is_none(), "a line for a client that was never there: {line:?}");
     Ok(())
 }
 

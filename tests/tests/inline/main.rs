@@ -2,9 +2,12 @@
 //!
 //! What takes long runs only when asked for: `cargo test -p injector-tests --test inline -- --ignored`, as root.
 
+mod arbitrary;
 mod attachment;
 mod basics;
+mod cookies;
 mod first_bytes;
+mod frame;
 mod identity;
 mod lab;
 mod lifecycle;
@@ -45,6 +48,7 @@ fn main() {
     let areas = [
         ("losses", losses::TRIALS),
         ("identity", identity::TRIALS),
+        ("identity", cookies::TRIALS),
         ("tcp", tcp::TRIALS),
         ("first bytes", first_bytes::TRIALS),
     ];
@@ -61,6 +65,7 @@ fn main() {
             move |shared: &mut Shared| losses::header_lost_server_first(shared.lab(Layer::Ethernet)?, times);
         trials.push(trial(&shared, name, run).with_ignored_flag(slow));
     }
+    trials.extend(arbitrary(&shared, "identity", Layer::Ethernet, 1600));
     // Other programs, which differ in where the packet begins.
     for (family, (name, run)) in areas.into_iter().flat_map(|(_, of_area)| each(of_area)) {
         if HEADERLESS.contains(&name) {
@@ -68,6 +73,7 @@ fn main() {
             trials.push(trial(&shared, name, move |shared| in_lab(shared.lab(Layer::Ip)?, family, run)));
         }
     }
+    trials.extend(arbitrary(&shared, "headerless", Layer::Ip, 448));
     for family in Family::ALL {
         let name = format!("inline/{}/outlives/killed and upgraded during 2 GiB", family.name());
         let run =
@@ -115,9 +121,24 @@ const HEADERLESS: &[&str] = &[
 
 /// Every packet's checksums must have been right, and a failure comes with the packets.
 fn in_lab(lab: &Lab, family: Family, run: LabRun) -> anyhow::Result<()> {
-    run(lab, family)
+    checked(lab, run(lab, family))
+}
+
+fn checked(lab: &Lab, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
+    outcome
         .and_then(|()| lab.wire.sums().map(drop))
         .map_err(|error| error.context(format!("last packets:\n{}\n", lab.wire.trace())))
+}
+
+/// Arbitrary segments of so many clients, for both families.
+fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usize) -> [Trial; 2] {
+    Family::ALL.map(|family| {
+        let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
+        trial(shared, name, move |shared| {
+            let lab = shared.lab(layer)?;
+            checked(lab, arbitrary::segments(lab, family, clients))
+        })
+    })
 }
 
 /// What trials have in common, made when the first asks for it.

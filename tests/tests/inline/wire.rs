@@ -155,8 +155,10 @@ struct Line {
     fate: String,
 }
 
-/// Packets remembered.
-const TRACE: usize = 120;
+/// Packets remembered,
+const TRACE: usize = 4096;
+/// and shown when a trial fails.
+const SHOWN: usize = 120;
 
 #[derive(Default)]
 struct State {
@@ -221,6 +223,11 @@ impl Wire {
         Faulty(self)
     }
 
+    /// The faults are also for a client with this port, though NAT may give it another.
+    pub(crate) fn watch(&self, port: u16) {
+        self.shared.state().born.insert(port);
+    }
+
     /// Puts a frame onto a link.
     pub(crate) fn inject(&self, side: Side, way: Way, frame: &[u8]) -> io::Result<()> {
         (&self.shared.ends[end(side, way)]).write(frame).map(drop)
@@ -242,15 +249,12 @@ impl Wire {
     /// The last packets, and what became of them.
     pub(crate) fn trace(&self) -> String {
         let state = self.shared.state();
-        let Some(first) = state.trace.front().map(|line| line.at) else { return String::new() };
-        let line = |line: &Line| {
-            let ms = line.at.duration_since(first).as_secs_f64() * 1e3;
-            let Line { side, way, ports, flags, sequence, acknowledgement, payload, fate, .. } = line;
-            format!(
-                "{ms:9.2} {side:?} {way:?} {ports:?} {flags} seq {sequence} ack {acknowledgement} len {payload} {fate}"
-            )
-        };
-        state.trace.iter().map(line).collect::<Vec<_>>().join("\n")
+        lines(state.trace.iter().skip(state.trace.len().saturating_sub(SHOWN)))
+    }
+
+    /// Those of one client, by its port.
+    pub(crate) fn trace_of(&self, port: u16) -> String {
+        lines(self.shared.state().trace.iter().filter(|line| line.ports.0 == port || line.ports.1 == port))
     }
 
     fn reset(&self, faults: Option<Faults>) {
@@ -260,6 +264,18 @@ impl Wire {
         state.trace.clear();
         state.quoted.clear();
     }
+}
+
+fn lines<'a>(lines: impl Iterator<Item = &'a Line>) -> String {
+    let mut first = None;
+    let line = |line: &Line| {
+        let ms = line.at.duration_since(*first.get_or_insert(line.at)).as_secs_f64() * 1e3;
+        let Line { side, way, ports, flags, sequence, acknowledgement, payload, fate, .. } = line;
+        format!(
+            "{ms:9.2} {side:?} {way:?} {ports:?} {flags} seq {sequence} ack {acknowledgement} len {payload} {fate}"
+        )
+    };
+    lines.map(line).collect::<Vec<_>>().join("\n")
 }
 
 impl Drop for Wire {
@@ -428,7 +444,7 @@ fn quoted(transport: &TransportSlice<'_>) -> Option<u32> {
 
 fn describe(seen: &Seen<'_>, fate: &Fate) -> Line {
     let Seen { tcp, .. } = seen;
-    let flags = [(tcp.syn(), 'S'), (tcp.fin(), 'F'), (tcp.rst(), 'R'), (tcp.ack(), '.')];
+    let flags = [(tcp.syn(), 'S'), (tcp.fin(), 'F'), (tcp.rst(), 'R'), (tcp.urg(), 'U'), (tcp.ack(), '.')];
     Line {
         at: Instant::now(),
         side: seen.side,

@@ -303,6 +303,16 @@ fn a_connection_that_may_be_forgotten_begins_no_other() {
     }
 }
 
+/// Nor does what would follow a header that a backend has no connection for any more.
+#[test]
+fn no_other_begins_behind_a_header_of_its_own() {
+    let mut finished = flow(&[]);
+    finished.note_from_backend(&from_backend(ACK | FIN, FIRST, 60), || 1);
+    let first = |acknowledgement| Segment { acknowledgement, ..from_client(ACK | FIN, FIRST, 5) };
+    assert_eq!(to_backend(&finished, &first(7)), ToBackend::Follow);
+    assert_eq!(to_backend(&finished, &first(7 + LEN)), ToBackend::Drop);
+}
+
 /// What an honest client sends passes, in every state that it can be in.
 #[test]
 fn a_client_closes_as_it_does() {

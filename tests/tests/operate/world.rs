@@ -204,6 +204,10 @@ impl Client {
         Ok(Self(BufReader::new(stream)))
     }
 
+    pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
+        Ok(self.0.get_ref().local_addr()?)
+    }
+
     pub(crate) fn line(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         self.0.read_line(&mut line)?;

@@ -281,6 +281,19 @@ fn lowest_free(pid: u32) -> anyhow::Result<usize> {
     Ok((0..).find(|number| !used.contains(number)).unwrap_or_default())
 }
 
+/// The same when it has not changed for a while: a descriptor is closed some time after the line about it.
+fn settled_free(pid: u32) -> anyhow::Result<usize> {
+    let mut free = lowest_free(pid)?;
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(100));
+        match std::mem::replace(&mut free, lowest_free(pid)?) {
+            before if before == free => return Ok(free),
+            _ => {}
+        }
+    }
+    anyhow::bail!("descriptors come and go: {free} is free now")
+}
+
 /// Ticks (of 10 ms) that the process has run: fields 14 and 15 of /proc/pid/stat, counted behind the name (proc(5)).
 fn ticks(pid: u32) -> anyhow::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -313,8 +326,8 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
         "{sessions:?}"
     );
 
-    // None at all.
-    set_nofile(pid, lowest_free(pid)?)?;
+    // None at all, once the last one's is closed.
+    set_nofile(pid, settled_free(pid)?)?;
     let (start, before) = (Instant::now(), ticks(pid)?);
     for _ in 0..TURNED_AWAY {
         let mut late = world.client()?;

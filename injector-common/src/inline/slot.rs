@@ -36,19 +36,12 @@ impl Slot {
     pub(super) const FRESH_NS: u64 = 5_000_000_000;
 
     /// Which slot the SYN with this number, of all that this processor has seen, uses. Never 0, which a packet has that was not
-    /// seen.
+    /// seen: that slot stays empty.
     #[must_use]
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "less than COUNT, which fits")]
     pub const fn token(processor: u32, number: u32) -> u16 {
         ((number % Self::EACH) * Self::PROCESSORS + processor % Self::PROCESSORS + 1) as u16
-    }
-
-    /// Where the slot of a packet with this token is; `None` if it has none.
-    #[must_use]
-    #[inline(always)]
-    pub const fn index(token: u16) -> Option<u32> {
-        if token == 0 { None } else { Some(token as u32) }
     }
 
     /// Takes the slot for a SYN with this sequence number that leaves now, once.

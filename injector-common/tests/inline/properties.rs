@@ -125,7 +125,7 @@ proptest! {
                 Passage::Unseen { sequence } => under_way.push((0, sequence, None)),
                 Passage::Out { which } if !under_way.is_empty() => {
                     let (token, sequence, client) = under_way.swap_remove(which % under_way.len());
-                    let taken = Slot::index(token).is_some_and(|index| slots[index as usize].take(sequence, now_ns));
+                    let taken = slots[usize::from(token)].take(sequence, now_ns);
                     let named = taken.then(|| slots[usize::from(token)].addresses);
                     prop_assert!(named.is_none() || named == client.map(of), "{named:?} of {client:?}");
                     // Its token is spent.

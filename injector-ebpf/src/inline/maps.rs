@@ -160,7 +160,7 @@ pub(super) fn remember(sequence: u32, listener: u32, addresses: &HeaderAddresses
 #[inline(always)]
 pub(super) fn recall(token: u16, sequence: u32) -> Option<&'static Slot> {
     // SAFETY: a map value; see `remember`.
-    let slot = unsafe { &mut *SLOTS.get_ptr_mut(Slot::index(token)?)? };
+    let slot = unsafe { &mut *SLOTS.get_ptr_mut(token.into())? };
     slot.take(sequence, now()).then_some(slot)
 }
 

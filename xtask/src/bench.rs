@@ -7,21 +7,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use injector_tests::{
-    bench::{
-        self, Options, ends,
-        instructions::{self, Verdict},
-        peers,
-        record::{Machine, Record, first_line},
-        report::{
-            self,
-            charts::{self, Chart},
-            docs, table,
-        },
-        work,
+use injector_bench::{
+    self as bench, Options, ends,
+    instructions::{self, Verdict},
+    peers,
+    record::{Machine, Record, first_line},
+    report::{
+        self,
+        charts::{self, Chart},
+        docs, table,
     },
-    netns,
+    work,
 };
+use injector_testbed::netns;
 
 use crate::{AlreadyTold, build, cargo, setup};
 

@@ -125,7 +125,7 @@ fn executable(message: &str) -> Option<Executable> {
     })
 }
 
-/// `path+file:///w/tests#injector-tests@0.1.0`, or `path+file:///w/xtask#0.1.0` where folder and package have one name.
+/// `path+file:///w/tests/suite#injector-suite@0.1.0`, or `path+file:///w/xtask#0.1.0` where folder and package have one name.
 fn package_name(id: &str, folder: &Path) -> String {
     let fragment = id.rsplit_once('#').map_or(id, |(_, fragment)| fragment);
     match fragment.split_once('@') {
@@ -138,15 +138,15 @@ fn package_name(id: &str, folder: &Path) -> String {
 mod tests {
     use super::*;
 
-    const MESSAGE: &str = r#"{"reason":"compiler-artifact","package_id":"path+file:///w/tests#injector-tests@0.1.0",
-        "manifest_path":"/w/tests/Cargo.toml","target":{"kind":["test"],"name":"splice"},
+    const MESSAGE: &str = r#"{"reason":"compiler-artifact","package_id":"path+file:///w/tests/suite#injector-suite@0.1.0",
+        "manifest_path":"/w/tests/suite/Cargo.toml","target":{"kind":["test"],"name":"splice"},
         "profile":{"test":true},"executable":"/w/target/debug/deps/splice-1"}"#;
 
     #[test]
     fn an_artifact_with_an_executable_is_reported() {
         let found = executable(MESSAGE).unwrap();
-        assert_eq!(found.package, "injector-tests");
-        assert_eq!(found.folder, Path::new("/w/tests"));
+        assert_eq!(found.package, "injector-suite");
+        assert_eq!(found.folder, Path::new("/w/tests/suite"));
         assert_eq!((found.target.as_str(), found.kind.as_str(), found.harness), ("splice", "test", true));
         assert_eq!(found.path, Path::new("/w/target/debug/deps/splice-1"));
     }

@@ -22,7 +22,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use injector_tests::bench::peers::Programs;
+use injector_bench::peers::Programs;
 
 use self::{
     cache::Cache,

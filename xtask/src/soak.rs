@@ -6,10 +6,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use injector_tests::{
-    netns,
-    soak::{self, Engine, Options},
-};
+use injector_soak::{self as soak, Engine, Options};
+use injector_testbed::netns;
 
 use crate::{AlreadyTold, build, setup};
 

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use injector_tests::bench::instructions::{self, Verdict};
+use injector_bench::instructions::{self, Verdict};
 
 use self::{
     leftovers::Before,
@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// The package whose test targets need privileges.
-const PRIVILEGED: &str = "injector-tests";
+const PRIVILEGED: &str = "injector-suite";
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {

@@ -5,11 +5,11 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use injector_tests::demo_backend::client::{self, Route};
-use injector_tests::demo_backend::{Backend, Protocol, Visit};
-use injector_tests::message::{DOMAIN, Message};
-use injector_tests::metrics::Metrics;
-use injector_tests::netns::Family;
+use injector_testbed::demo_backend::client::{self, Route};
+use injector_testbed::demo_backend::{Backend, Protocol, Visit};
+use injector_testbed::message::{DOMAIN, Message};
+use injector_testbed::metrics::Metrics;
+use injector_testbed::netns::Family;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;

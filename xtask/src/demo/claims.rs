@@ -1,7 +1,7 @@
 //! What the demo claims, each checked against what was seen: the demo succeeds only if all of it holds.
 
-use injector_tests::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
-use injector_tests::metrics::Metrics;
+use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
+use injector_testbed::metrics::Metrics;
 
 use super::Engine;
 use super::act::{Exchange, Performance};
@@ -183,8 +183,8 @@ mod tests {
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::ExitStatus;
 
-    use injector_tests::demo_backend::{Header, Refusal, Visit};
-    use injector_tests::netns::Family;
+    use injector_testbed::demo_backend::{Header, Refusal, Visit};
+    use injector_testbed::netns::Family;
     use serde_json::json;
 
     use super::super::act::{Act, IMAP, SMTP, Service};

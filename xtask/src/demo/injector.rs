@@ -7,10 +7,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use injector_tests::daemon::{CONNECTION_CLOSED, configuration};
-use injector_tests::demo_backend::Backend;
-use injector_tests::forward::Forward;
-use injector_tests::metrics::Metrics;
+use injector_testbed::daemon::{CONNECTION_CLOSED, configuration};
+use injector_testbed::demo_backend::Backend;
+use injector_testbed::forward::Forward;
+use injector_testbed::metrics::Metrics;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -18,8 +18,8 @@ mod story;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use injector_tests::demo_backend::{Backend, Config};
-use injector_tests::netns;
+use injector_testbed::demo_backend::{Backend, Config};
+use injector_testbed::netns;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::act::Performance;

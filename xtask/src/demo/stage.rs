@@ -4,7 +4,7 @@ use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
 use anyhow::{Context as _, Result};
-use injector_tests::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology, VIP_SPLICE};
+use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology, VIP_SPLICE};
 use tokio::runtime::{Builder, Runtime};
 
 use super::act::Service;
@@ -34,7 +34,7 @@ struct Ports {
 impl Stage {
     /// Makes the namespaces if this process may, and uses loopback otherwise.
     pub(super) fn set() -> Result<Self> {
-        if injector_tests::netns::unavailable().is_some() {
+        if injector_testbed::netns::unavailable().is_some() {
             let here = || Host::new(None);
             let [smtp, imap, metrics] = free_ports()?;
             let ports = Ports { smtp, imap, metrics };
@@ -88,8 +88,8 @@ impl Stage {
     /// Where clients connect.
     pub(super) fn listener(&self, service: Service, family: Family) -> SocketAddr {
         let port = match service.protocol {
-            injector_tests::demo_backend::Protocol::Smtp => self.ports.smtp,
-            injector_tests::demo_backend::Protocol::Imap => self.ports.imap,
+            injector_testbed::demo_backend::Protocol::Smtp => self.ports.smtp,
+            injector_testbed::demo_backend::Protocol::Imap => self.ports.imap,
         };
         SocketAddr::new(self.or_loopback(VIP_SPLICE.of(family), family), port)
     }

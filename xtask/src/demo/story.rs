@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use injector_tests::demo_backend::{Protocol, Visit};
-use injector_tests::metrics::{Metrics, Sample};
-use injector_tests::netns::Family;
+use injector_testbed::demo_backend::{Protocol, Visit};
+use injector_testbed::metrics::{Metrics, Sample};
+use injector_testbed::netns::Family;
 use serde_json::Value;
 
 use super::Engine;

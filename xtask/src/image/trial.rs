@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use injector_tests::{
+use injector_testbed::{
     bpffs::BpfFs,
     daemon,
     forward::Forward,

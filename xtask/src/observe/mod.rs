@@ -28,7 +28,7 @@ pub(crate) struct ObserveArgs {
 
 pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
     if args.live {
-        if let Some(reason) = injector_tests::netns::unavailable() {
+        if let Some(reason) = injector_testbed::netns::unavailable() {
             anyhow::bail!("--live {reason}");
         }
         setup::ensure(&[Group::Bpf, Group::Mail, Group::Observe])?;

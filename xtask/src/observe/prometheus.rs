@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use injector_tests::netns::Entrance;
+use injector_testbed::netns::Entrance;
 use serde_json::Value;
 
 /// A Prometheus in a namespace.

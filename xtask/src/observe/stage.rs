@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use injector_tests::{
+use injector_testbed::{
     bpffs::BpfFs,
     certificate::MAIL_NAME,
     daemon::{self, EAGER, Injector},

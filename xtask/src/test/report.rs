@@ -160,7 +160,7 @@ mod tests {
 
     fn report(lines: &[&str]) -> Report {
         let mut report = Report::default();
-        report.add("injector-tests test splice".into(), output(lines));
+        report.add("injector-suite test splice".into(), output(lines));
         report
     }
 
@@ -203,10 +203,10 @@ mod tests {
     fn skipping_every_privileged_test_fails() {
         let mut skipped = report(&["test result: ok. 0 passed; 0 failed; 7 ignored; 0 measured"]);
         skipped.add("xtask bin xtask".into(), output(&[GOOD]));
-        skipped.demand_one_run("injector-tests");
+        skipped.demand_one_run("injector-suite");
         assert!(!skipped.passed());
         let mut ran = report(&[GOOD]);
-        ran.demand_one_run("injector-tests");
+        ran.demand_one_run("injector-suite");
         assert!(ran.passed());
     }
 }

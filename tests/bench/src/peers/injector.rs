@@ -1,0 +1,239 @@
+//! The injector's engines, each with the daemon's defaults, and the splice engine under other rules of enrolment.
+
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use injector_load::service::{ALL, Door};
+
+use super::{Address, Peer, Proof, Running};
+use crate::mail_sink;
+use crate::stage::mail;
+use injector_testbed::bpffs::BpfFs;
+use injector_testbed::daemon::{
+    BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
+};
+use injector_testbed::netns::{Entrance, Place, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+
+/// How long the daemon may take to take its programs off and end.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Stands for the folder of a BPF file system, of which each run of the inline engine has its own.
+const PIN: &str = "/sys/fs/bpf/injector-bench";
+/// The inline engine's NAT table.
+const TABLE: &str = "injector-bench";
+
+/// One engine, with lines that stand before the listeners in its configuration.
+struct Engine {
+    name: String,
+    /// Value of `engine =`.
+    engine: &'static str,
+    /// Where it listens.
+    vip: Place,
+    /// Further tables of the configuration.
+    tables: String,
+    about: String,
+}
+
+impl Engine {
+    /// With the daemon's defaults.
+    fn new(engine: &'static str, vip: Place, about: &str) -> Self {
+        Self { name: engine.to_owned(), engine, vip, tables: String::new(), about: about.to_owned() }
+    }
+}
+
+/// All engines, with the daemon's defaults. A further engine is one entry here; tables that it needs in the configuration
+/// go into [`Engine::tables`].
+pub(super) fn engines() -> Vec<Peer> {
+    [
+        Engine::new(
+            "splice",
+            VIP_SPLICE,
+            "the injector, sockmap: the kernel carries the payload between two sockets",
+        ),
+        Engine {
+            name: "splice-send".to_owned(),
+            tables: "[splice]\nheader = \"send\"\n\n".to_owned(),
+            ..Engine::new(
+                "splice",
+                VIP_SPLICE,
+                "the same, the header sent by user space in place of a program",
+            )
+        },
+        Engine {
+            tables: format!("[inline]\npin = \"{PIN}\"\ntable = \"{TABLE}\"\n\n"),
+            ..Engine::new(
+                "inline",
+                VIP_INLINE,
+                "the injector, packets: kernel NAT forwards them, the header is added on the way",
+            )
+        },
+        Engine::new("relay", VIP_RELAY, "the injector, user space carries the payload"),
+    ]
+    .map(peer)
+    .into()
+}
+
+/// The splice engine, each direction enrolled after so many payloads. Bytes alone never enrol here, so that payloads are
+/// the one thing that differs.
+pub(super) fn enrolments() -> Vec<Peer> {
+    const NEVER: u64 = 1 << 40;
+    let after = |messages: u64, bytes: u64, name: &str, about: &str| Engine {
+        name: format!("splice-{name}"),
+        engine: "splice",
+        vip: VIP_SPLICE,
+        tables: format!("[splice]\nenrol_after_messages = {messages}\nenrol_after_bytes = {bytes}\n\n"),
+        about: format!("the injector, sockmap, enrolled {about}"),
+    };
+    [
+        after(1, NEVER, "after-1", "after one payload"),
+        after(4, NEVER, "after-4", "after 4 payloads"),
+        after(16, NEVER, "after-16", "after 16 payloads"),
+        after(64, NEVER, "after-64", "after 64 payloads"),
+        after(8, NEVER, "after-8", "after 8 payloads"),
+        after(32, NEVER, "after-32", "after 32 payloads"),
+        after(4, 64 << 10, "after-4-or-64k", "after 4 payloads or 64 KiB"),
+        after(NEVER, 64 << 10, "after-64k", "after 64 KiB"),
+        after(NEVER, 1 << 20, "after-1m", "after 1 MiB"),
+        after(NEVER, NEVER, "never", "never"),
+    ]
+    .map(peer)
+    .into()
+}
+
+fn peer(engine: Engine) -> Peer {
+    let config = engine.configuration();
+    Peer {
+        name: engine.name.clone(),
+        about: engine.about.clone(),
+        door: Door::Header,
+        config: config.clone(),
+        address: Address::Edge(engine.vip),
+        start: Box::new(move |stage| {
+            let edge = &stage.topology.edge;
+            if !config.contains(PIN) {
+                return Ok(Box::new(Daemon { injector: Some(Injector::start(edge, &config)?), left: None }));
+            }
+            let bpffs = BpfFs::mount()?;
+            let config = config.replace(PIN, &bpffs.path().display().to_string());
+            let injector = Injector::start(edge, &config)?;
+            Ok(Box::new(Daemon {
+                injector: Some(injector),
+                left: Some(Left { edge: edge.entrance(), _bpffs: bpffs }),
+            }))
+        }),
+    }
+}
+
+impl Engine {
+    fn configuration(&self) -> String {
+        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 9145));
+        // Nothing to drain when a measurement is over; and, as with HAProxy, no line for each connection.
+        let mut text = format!(
+            "[metrics]\nlisten = \"{metrics}\"\n\n[log]\nlevel = \"warn\"\n\n[stop]\ndeadline = \"0s\"\n\n{}",
+            self.tables
+        );
+        let services = ALL.iter().map(|service| (service.name, service.protocol, service.port));
+        for (name, protocol, port) in services.chain([("mail", "smtp", mail_sink::PROXIED)]) {
+            let (bind, backend) = (SocketAddr::from((self.vip.v4, port)), mail(port));
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "[[listener]]\nname = \"{name}\"\nbind = [\"{bind}\"]\nprotocol = \"{protocol}\"\n\
+                 engine = \"{}\"\nbackends = [\"{backend}\"]\n\n",
+                self.engine
+            );
+        }
+        text
+    }
+}
+
+/// A running daemon.
+#[derive(Debug)]
+struct Daemon {
+    /// `None` once it is being ended.
+    injector: Option<Injector>,
+    /// Goes after it.
+    left: Option<Left>,
+}
+
+/// What the inline engine leaves behind, so that the next peer has the edge to itself.
+#[derive(Debug)]
+struct Left {
+    edge: Entrance,
+    /// Programs and maps are pinned here, and go with it.
+    _bpffs: BpfFs,
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let removed = self.edge.run(|| Command::new("nft").args(["delete", "table", "inet", TABLE]).status());
+        if !removed.as_ref().is_ok_and(|status| status.as_ref().is_ok_and(ExitStatus::success)) {
+            eprintln!("bench: the table {TABLE} is not removed: {removed:?}");
+        }
+    }
+}
+
+impl Running for Daemon {
+    fn pids(&self) -> Vec<u32> {
+        self.injector.iter().map(Injector::pid).collect()
+    }
+
+    fn said(&self) -> String {
+        self.injector.as_ref().map(Injector::log).unwrap_or_default()
+    }
+
+    fn proof(&mut self) -> anyhow::Result<Proof> {
+        let Some(injector) = &self.injector else { return Ok(Proof::new()) };
+        let metrics = injector.metrics()?;
+        Ok(Proof::from([
+            ("bytes spliced".to_owned(), metrics.sum(BYTES, &[(PLANE, SPLICED)])),
+            ("bytes piped".to_owned(), metrics.sum(BYTES, &[(PLANE, PIPED)])),
+            ("bytes relayed".to_owned(), metrics.sum(BYTES, &[(PLANE, RELAYED)])),
+            ("headers sent".to_owned(), metrics.sum(HEADERS_SENT, &[])),
+            ("headers failed".to_owned(), metrics.sum(HEADERS_FAILED, &[])),
+        ]))
+    }
+}
+
+impl Drop for Daemon {
+    /// In order, so that an engine with programs on interfaces takes them off.
+    fn drop(&mut self) {
+        let Some(injector) = self.injector.take() else { return };
+        let _left = self.left.take();
+        let begun = Instant::now();
+        match injector.stop() {
+            Ok((status, log)) if !status.success() => {
+                eprintln!("bench: the injector ended with {status}:\n{log}")
+            }
+            Ok(_) if begun.elapsed() > STOP_LIMIT => {
+                eprintln!("bench: the injector took {:?} to end", begun.elapsed())
+            }
+            Ok(_) => {}
+            Err(error) => eprintln!("bench: {error:#}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_engine_has_every_service_and_mail() {
+        for peer in engines().iter().chain(&enrolments()) {
+            assert_eq!(peer.config.matches("[[listener]]").count(), ALL.len() + 1, "{}", peer.name);
+            assert!(peer.config.parse::<toml::Table>().is_ok(), "{}", peer.config);
+        }
+    }
+
+    #[test]
+    fn the_rules_of_enrolment_differ() {
+        let mut configs: Vec<_> = enrolments().into_iter().map(|peer| peer.config).collect();
+        let count = configs.len();
+        configs.sort();
+        configs.dedup();
+        assert_eq!(configs.len(), count);
+    }
+}

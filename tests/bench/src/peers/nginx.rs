@@ -1,0 +1,113 @@
+//! nginx' stream module. It sends version 1 of the header, the only one it knows, and copies through user space.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use injector_load::service::{ALL, Door};
+use tempfile::TempDir;
+
+use super::{Address, Peer, Running};
+use crate::mail_sink;
+use crate::stage::{Stage, mail};
+use injector_testbed::netns::{self, VIP_HAPROXY};
+use injector_testbed::process::Process;
+
+pub(super) fn peer(program: &Path, modules: &Path) -> Peer {
+    let (program, modules) = (program.to_owned(), modules.to_owned());
+    Peer {
+        name: "nginx".to_owned(),
+        about: "nginx stream, two workers; its header is PROXY version 1, it knows no other".to_owned(),
+        door: Door::Header,
+        config: configuration(&modules, Path::new("DIR")),
+        address: Address::Edge(VIP_HAPROXY),
+        start: Box::new(move |stage| Ok(Box::new(Nginx::start(stage, &program, &modules)?))),
+    }
+}
+
+fn configuration(modules: &Path, dir: &Path) -> String {
+    let mut text = format!(
+        "load_module {}/ngx_stream_module.so;
+daemon off;
+user root;
+pid {dir}/nginx.pid;
+error_log {dir}/error.log warn;
+worker_processes 2;
+worker_rlimit_nofile 20000;
+events {{
+    worker_connections 19000;
+}}
+stream {{
+    proxy_protocol on;
+",
+        modules.display(),
+        dir = dir.display()
+    );
+    let ports = ALL.iter().map(|service| service.port).chain([mail_sink::PROXIED]);
+    for port in ports {
+        let (bind, backend) = (format!("{}:{port}", VIP_HAPROXY.v4), mail(port));
+        // Writing to a String cannot fail. Backlog and reuseport as nginx' own advice for many short sessions.
+        let _ =
+            writeln!(text, "    server {{ listen {bind} reuseport backlog=16384; proxy_pass {backend}; }}");
+    }
+    text.push_str("}\n");
+    text
+}
+
+/// A running nginx.
+#[derive(Debug)]
+struct Nginx {
+    // Before the directory: fields are dropped in this order.
+    process: Process,
+    dir: TempDir,
+}
+
+impl Nginx {
+    fn start(stage: &Stage, program: &Path, modules: &Path) -> anyhow::Result<Self> {
+        let dir = netns::scratch_dir("nginx")?;
+        let config = dir.path().join("nginx.conf");
+        fs::write(&config, configuration(modules, dir.path()))?;
+        let log = dir.path().join("nginx.out");
+        let edge = &stage.topology.edge;
+        let mut command = edge.command(program);
+        command.arg("-e").arg(dir.path().join("error.log")).arg("-c").arg(&config);
+        let mut process = Process::start("nginx", edge, command, &log)?;
+        let sockets = ALL.map(|service| (VIP_HAPROXY.v4, service.port).into());
+        process
+            .wait_listening(edge, &sockets, Duration::from_secs(10))
+            .with_context(|| format!("nginx said:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
+        Ok(Self { process, dir })
+    }
+}
+
+impl Running for Nginx {
+    fn pids(&self) -> Vec<u32> {
+        let master = self.process.pid();
+        let path = format!("/proc/{master}/task/{master}/children");
+        let children = fs::read_to_string(path).unwrap_or_default();
+        let workers = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        std::iter::once(master).chain(workers).collect()
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(self.dir.path().join("error.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // Its workers go with a master that ends in order; one that is killed leaves them behind.
+        let workers = self.pids();
+        let _ = self.process.signal(libc::SIGTERM);
+        let deadline = std::time::Instant::now() + Duration::from_secs(3);
+        while std::time::Instant::now() < deadline && self.process.ensure_running().is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let left = workers.iter().filter(|pid| Path::new("/proc").join(pid.to_string()).exists()).count();
+        if left > 0 {
+            eprintln!("bench: {left} processes of nginx are still there; they go with their namespace");
+        }
+    }
+}

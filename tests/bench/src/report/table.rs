@@ -1,0 +1,159 @@
+//! The tables, in Markdown, which reads well in a terminal, too.
+
+use std::fmt::Write as _;
+
+use super::digits;
+use super::summary::{Cell, Row, Section, sections};
+use crate::record::{Figure, Record};
+use crate::stats::Spread;
+
+/// All works with all figures.
+#[must_use]
+pub fn full(record: &Record) -> String {
+    let mut text = String::new();
+    for section in sections(record) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "### {}\n{}.\n", section.work, section.about);
+        text.push_str(&align(&whole(&section)));
+        text.push('\n');
+    }
+    text.push_str(&proofs(record));
+    text.push_str(&failures(record));
+    text
+}
+
+/// The ratios alone: one line for each work and peer.
+#[must_use]
+pub fn ratios(record: &Record) -> String {
+    let mut rows =
+        vec![["work", "peer", "", "", "to HAProxy's best", "to kernel NAT"].map(str::to_owned).to_vec()];
+    for section in sections(record) {
+        let Some(figure) = section.figures.first() else { continue };
+        for row in &section.rows {
+            let value = row.cells.first().copied().flatten();
+            rows.push(vec![
+                section.work.clone(),
+                row.peer.clone(),
+                value.map(|cell| spread(&cell.value)).unwrap_or_else(|| "failed".to_owned()),
+                figure.unit.clone(),
+                row.to_haproxy.as_ref().map(ratio).unwrap_or_default(),
+                row.to_nat.as_ref().map(ratio).unwrap_or_default(),
+            ]);
+        }
+    }
+    format!("{}{}", align(&rows), failures(record))
+}
+
+/// One work.
+fn whole(section: &Section) -> Vec<Vec<String>> {
+    let mut head = vec!["peer".to_owned()];
+    for figure in &section.figures {
+        head.push(figure.unit.clone());
+        if figure.above_direct {
+            head.push("above direct".to_owned());
+        }
+    }
+    let haproxy = section.haproxy.as_deref().unwrap_or("HAProxy's best");
+    head.extend([format!("to {haproxy}"), "to nat".to_owned(), "CPU share".to_owned(), "steal".to_owned()]);
+    let mut rows = vec![head];
+    rows.extend(section.rows.iter().map(|row| line(row, &section.figures)));
+    rows
+}
+
+fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
+    let failed = if row.failures > 0 { format!(" ({} failed)", row.failures) } else { String::new() };
+    let mut words = vec![format!("{}{failed}", row.peer)];
+    for (figure, cell) in figures.iter().zip(&row.cells) {
+        words.push(cell.map(|cell| spread(&cell.value)).unwrap_or_default());
+        if figure.above_direct {
+            words.push(cell.and_then(above).unwrap_or_default());
+        }
+    }
+    words.push(row.to_haproxy.as_ref().map(ratio).unwrap_or_default());
+    words.push(row.to_nat.as_ref().map(ratio).unwrap_or_default());
+    words.push(row.cpu_share.map(|share| format!("{share:.2}")).unwrap_or_default());
+    words.push(format!("{:.1} %", row.steal * 100.0));
+    words
+}
+
+fn above(cell: Cell) -> Option<String> {
+    cell.above_direct.map(|above| digits(above.median))
+}
+
+fn spread(value: &Spread) -> String {
+    format!("{} ± {:.0} %", digits(value.median), value.half_width() * 100.0)
+}
+
+fn ratio(value: &Spread) -> String {
+    format!("{:.2} ({:.2} to {:.2})", value.median, value.least, value.most)
+}
+
+/// What the peers counted themselves, over all repeats: it proves who spliced.
+fn proofs(record: &Record) -> String {
+    let mut rows =
+        vec![vec!["work".to_owned(), "peer".to_owned(), "counted by itself, all repeats".to_owned()]];
+    for work in &record.works {
+        for peer in &record.peers {
+            let ours =
+                || record.measurements.iter().filter(|it| it.work == work.name && it.peer == peer.name);
+            let Some(keys) = ours().map(|it| &it.proof).find(|proof| !proof.is_empty()) else { continue };
+            let sum = |key: &String| ours().filter_map(|it| it.proof.get(key)).sum::<f64>();
+            let words: Vec<_> = keys.keys().map(|key| format!("{key} {}", digits(sum(key)))).collect();
+            rows.push(vec![work.name.clone(), peer.name.clone(), words.join(", ")]);
+        }
+    }
+    if rows.len() > 1 { format!("### Who carried the bytes\n\n{}", align(&rows)) } else { String::new() }
+}
+
+fn failures(record: &Record) -> String {
+    let mut text = String::new();
+    for failed in record.failures() {
+        let why = failed.failed.as_deref().unwrap_or_default();
+        // Writing to a String cannot fail.
+        let _ =
+            write!(text, "\nFAILED: {}, {}, repeat {}: {why}", failed.work, failed.peer, failed.repeat + 1);
+    }
+    text
+}
+
+/// A Markdown table whose columns are as wide as they need; the first row is the head.
+pub(super) fn align(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|word| word.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(|column| width(column).max(3)).collect();
+    let mut text = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        for (word, width) in row.iter().zip(&widths) {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "| {word:<width$} ");
+        }
+        text.push_str("|\n");
+        if number == 0 {
+            for width in &widths {
+                let _ = write!(text, "|{}", "-".repeat(width + 2));
+            }
+            text.push_str("|\n");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [["a", "long"], ["four", "µ"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(align(&rows), "| a    | long |\n|------|------|\n| four | µ    |\n");
+    }
+
+    #[test]
+    fn a_spread_reads_as_a_share() {
+        let value = Spread { median: 2.0, least: 1.8, most: 2.2 };
+        assert_eq!(spread(&value), "2.00 ± 10 %");
+        assert_eq!(ratio(&value), "2.00 (1.80 to 2.20)");
+    }
+}

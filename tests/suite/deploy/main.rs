@@ -1,0 +1,77 @@
+//! What `deploy/` has: units and configuration as files, and the unit started by a systemd, with mail through each engine.
+
+mod booted;
+mod files;
+mod service;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use injector_testbed::netns::{self, Family};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use service::{Lab, Shared};
+
+/// What a trial does: with a running systemd.
+type Act = fn(&Lab) -> anyhow::Result<()>;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // One service, which the trials start and stop.
+    arguments.test_threads.get_or_insert(1);
+    let mut trials = vec![
+        file("files/the units are sound", files::units_are_sound),
+        file("files/the unit is hardened", files::unit_is_hardened),
+        file("files/the configuration is valid", files::configuration_is_valid),
+        file("files/a stop has the time that the configuration gives it", files::a_stop_has_its_time),
+    ];
+    let shared = Arc::new(Shared::default());
+    let acts: [(&str, Act); 7] = [
+        ("systemd/installing twice changes nothing", service::installing_twice),
+        ("systemd/the process has what it needs and no more", service::rights),
+        ("systemd/a stop ends it and leaves no socket", service::stop),
+        ("systemd/a mistake in the configuration keeps it from starting", service::mistake),
+        ("systemd/a reload applies, or is refused and changes nothing", service::reload),
+        ("systemd/a daemon that hangs is replaced", service::watchdog),
+        ("systemd/its socket unit starts it, and holds the port meanwhile", service::activated),
+    ];
+    for engine in service::ENGINES {
+        for family in Family::ALL {
+            let name = format!("systemd/mail/{}/{}", engine.name, family.name());
+            trials.push(trial(&shared, name, move |lab| service::mail(lab, engine, family)));
+        }
+    }
+    trials.extend(acts.map(|(name, act)| trial(&shared, name.to_owned(), act)));
+    // The last: nothing is there afterwards.
+    let last = "systemd/uninstalling removes all but the configuration";
+    trials.push(trial(&shared, last.to_owned(), service::uninstall));
+    // The trials alone have it, so it goes with the last of them.
+    drop(shared);
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn file(name: &str, run: fn() -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:#}"))))
+}
+
+fn trial(
+    shared: &Arc<Shared>,
+    name: String,
+    run: impl Fn(&Lab) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let shared = Arc::clone(shared);
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let lab = shared.lab()?;
+        let outcome = run(lab).with_context(|| format!("the journal:\n{}", lab.journal()));
+        match outcome {
+            Ok(()) => Ok(Completion::Completed),
+            Err(error) => {
+                let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
+                Err(Failed::from(format!("{}\n\n{error}", causes.join(": "))))
+            }
+        }
+    })
+}

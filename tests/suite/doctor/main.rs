@@ -1,0 +1,50 @@
+//! `injector doctor`, run from the edge, against real Postfix and Dovecot that are misconfigured in one way each, and against
+//! small receivers for what those two cannot be.
+
+mod dovecots;
+mod examination;
+mod postfixes;
+mod receivers;
+mod stage;
+mod trials;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use injector_testbed::netns;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use stage::Stage;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // They wait for servers, which take 5 s to miss a header; the servers are shared, but each trial has ports of its own.
+    arguments.test_threads.get_or_insert(8);
+    let shared: Shared = Arc::default();
+    let trials = trials::ALL.iter().map(|(name, run)| trial(&shared, name, *run)).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(shared);
+    conclusion.exit();
+}
+
+/// Made by the first trial that runs.
+type Shared = Arc<Mutex<Option<Arc<Stage>>>>;
+
+fn trial(shared: &Shared, name: &str, run: fn(&Stage) -> anyhow::Result<()>) -> Trial {
+    let shared = Arc::clone(shared);
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let stage = stage(&shared).map_err(|error| format!("{error:#}"))?;
+        let outcome = run(&stage).and_then(|()| stage.nothing_died());
+        outcome.map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:#}")))
+    })
+}
+
+fn stage(shared: &Shared) -> anyhow::Result<Arc<Stage>> {
+    let mut stage = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(stage) = &*stage {
+        return Ok(Arc::clone(stage));
+    }
+    Ok(Arc::clone(stage.insert(Arc::new(Stage::new()?))))
+}

@@ -1,0 +1,209 @@
+//! Postfix with a service for each fault, and another one that knows no IPv6.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use injector_testbed::certificate::{Certificate, MAIL_NAME};
+use injector_testbed::netns::{MAIL, Netns};
+use injector_testbed::postfix::Postfix;
+
+/// postscreen as it should be.
+pub(crate) const POSTSCREEN: u16 = 2525;
+/// smtpd as it should be.
+pub(crate) const SMTPD: u16 = 5587;
+/// smtpd in TLS as it should be.
+pub(crate) const WRAPPED: u16 = 4465;
+/// smtpd that is told nothing.
+pub(crate) const BARE_SMTPD: u16 = 2501;
+/// smtpd that is told postscreen's setting.
+pub(crate) const SMTPD_AS_POSTSCREEN: u16 = 2502;
+/// postscreen before an smtpd that is told what postscreen should be.
+pub(crate) const POSTSCREEN_AS_SMTPD: u16 = 2503;
+/// smtpd in TLS that is told nothing.
+pub(crate) const BARE_WRAPPED: u16 = 2504;
+/// smtpd as it should be, with no firewall before it.
+pub(crate) const FORGEABLE: u16 = 2505;
+/// The same, for a host that is not the edge.
+pub(crate) const FORGEABLE_BY_STRANGERS: u16 = 2506;
+/// smtpd that is told nothing until the trial does so.
+pub(crate) const REPAIRED: u16 = 2507;
+/// smtpd as it should be for clear text.
+pub(crate) const CLEAR: u16 = 2508;
+/// postscreen of the Postfix without IPv6.
+pub(crate) const IPV4_POSTSCREEN: u16 = 2511;
+/// Its smtpd.
+pub(crate) const IPV4_SMTPD: u16 = 2512;
+
+/// postscreen of the Postfix with Debian's `mynetworks` and restrictions.
+pub(crate) const STOCK_POSTSCREEN: u16 = 2521;
+/// Its smtpd.
+pub(crate) const STOCK_SMTPD: u16 = 2522;
+/// Its smtpd in TLS.
+pub(crate) const STOCK_WRAPPED: u16 = 2523;
+/// Its smtpd that demands STARTTLS.
+pub(crate) const STOCK_ENCRYPTED: u16 = 2524;
+/// As [`STOCK_SMTPD`], until the trial changes it.
+pub(crate) const STOCK_REPAIRED: u16 = 2526;
+/// As [`STOCK_SMTPD`], with no firewall before it.
+pub(crate) const STOCK_OPEN: u16 = 2527;
+/// Its smtpd that relays for everybody.
+pub(crate) const OPEN_RELAY: u16 = 2528;
+/// Its smtpd that defers every recipient, as greylisting does.
+pub(crate) const GREYLISTED: u16 = 2529;
+
+const STOCK: [u16; 8] = [
+    STOCK_POSTSCREEN,
+    STOCK_SMTPD,
+    STOCK_WRAPPED,
+    STOCK_ENCRYPTED,
+    STOCK_REPAIRED,
+    STOCK_OPEN,
+    OPEN_RELAY,
+    GREYLISTED,
+];
+
+const ALL: [u16; 11] = [
+    POSTSCREEN,
+    SMTPD,
+    WRAPPED,
+    BARE_SMTPD,
+    SMTPD_AS_POSTSCREEN,
+    POSTSCREEN_AS_SMTPD,
+    BARE_WRAPPED,
+    FORGEABLE,
+    FORGEABLE_BY_STRANGERS,
+    REPAIRED,
+    CLEAR,
+];
+
+const SMTPD_PROXY: &str = "-o smtpd_upstream_proxy_protocol=haproxy";
+const POSTSCREEN_PROXY: &str = "-o postscreen_upstream_proxy_protocol=haproxy";
+
+/// What smtpd and postscreen need to talk; no mail is taken.
+const OWN_SERVICES: &str = "smtpd pass - - n - - smtpd
+cleanup unix n - n - 0 cleanup
+rewrite unix - - n - - trivial-rewrite
+tlsmgr unix - - n 1000? 1 tlsmgr
+tlsproxy unix - - n - 0 tlsproxy
+dnsblog unix - - n - 0 dnsblog
+proxymap unix - - n - - proxymap
+anvil unix - - n - 1 anvil
+postlog unix-dgram n - n - 1 postlogd
+";
+
+pub(crate) fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
+    let more = format!("{NO_NETWORKS}{}", tls(certificate));
+    let sockets =
+        [MAIL.v4.into(), MAIL.v6.into()].map(|ip: IpAddr| ALL.map(|port| SocketAddr::new(ip, port)));
+    Postfix::start_with(netns, "postfix", |dir| main_cf(dir, "all", &more), &master_cf(), &sockets.concat())
+}
+
+/// What main.cf has on a host that trusts nobody for an address.
+const NO_NETWORKS: &str = "mynetworks =\n";
+
+/// What Debian's package writes into main.cf.
+const STOCK_NETWORKS: &str = "mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+smtpd_relay_restrictions = permit_mynetworks permit_sasl_authenticated defer_unauth_destination
+";
+
+/// One whose `mynetworks` and restrictions are those of a fresh installation.
+pub(crate) fn start_stock(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
+    let more = format!("{STOCK_NETWORKS}{}", tls(certificate));
+    let smtpd = |port: u16, more: &str| {
+        format!("{port} inet n - n - - smtpd -o syslog_name=postfix/{port} {SMTPD_PROXY} {more}\n")
+    };
+    let services = [
+        format!(
+            "{STOCK_POSTSCREEN} inet n - n - 1 postscreen -o syslog_name=postfix/{STOCK_POSTSCREEN} {POSTSCREEN_PROXY}\n"
+        ),
+        smtpd(STOCK_SMTPD, ""),
+        smtpd(STOCK_WRAPPED, "-o smtpd_tls_wrappermode=yes"),
+        smtpd(STOCK_ENCRYPTED, "-o smtpd_tls_security_level=encrypt"),
+        smtpd(STOCK_REPAIRED, ""),
+        smtpd(STOCK_OPEN, ""),
+        smtpd(OPEN_RELAY, "-o mynetworks=0.0.0.0/0,[::]/0"),
+        smtpd(GREYLISTED, "-o smtpd_relay_restrictions=defer"),
+    ];
+    let master_cf = format!("{}{OWN_SERVICES}", services.concat());
+    let sockets = STOCK.map(|port| SocketAddr::new(MAIL.v4.into(), port));
+    Postfix::start_with(netns, "stock", |dir| main_cf(dir, "all", &more), &master_cf, &sockets)
+}
+
+fn tls(certificate: &Certificate) -> String {
+    format!(
+        "smtpd_tls_security_level = may\nsmtpd_tls_chain_files = {}, {}\n",
+        certificate.key.display(),
+        certificate.chain.display()
+    )
+}
+
+pub(crate) fn start_ipv4(netns: &Netns) -> anyhow::Result<Postfix> {
+    let master_cf = format!(
+        "{IPV4_POSTSCREEN} inet n - n - 1 postscreen {POSTSCREEN_PROXY}
+{IPV4_SMTPD} inet n - n - - smtpd {SMTPD_PROXY}
+{OWN_SERVICES}"
+    );
+    let sockets = [IPV4_POSTSCREEN, IPV4_SMTPD].map(|port| SocketAddr::new(MAIL.v4.into(), port));
+    Postfix::start_with(netns, "postfix4", |dir| main_cf(dir, "ipv4", NO_NETWORKS), &master_cf, &sockets)
+}
+
+fn main_cf(dir: &Path, protocols: &str, more: &str) -> String {
+    let dir = dir.display();
+    format!(
+        "compatibility_level = 3.6
+queue_directory = {dir}/queue
+data_directory = {dir}/data
+maillog_file = {dir}/mail.log
+maillog_file_prefixes = {dir}
+myhostname = {MAIL_NAME}
+mydestination =
+inet_interfaces = all
+inet_protocols = {protocols}
+alias_maps =
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+smtpd_tls_session_cache_database =
+# No memory of clients, unless a service has one: several postscreens cannot share a file.
+postscreen_cache_map =
+# postscreen's clock has whole seconds: with 1s the rest of the greeting may follow its beginning at once.
+postscreen_greet_wait = 2s
+postscreen_greet_action = enforce
+{more}"
+    )
+}
+
+fn master_cf() -> String {
+    let wrapper = "-o smtpd_tls_wrappermode=yes";
+    format!(
+        "{POSTSCREEN} inet n - n - 1 postscreen -o syslog_name=postfix/{POSTSCREEN} {POSTSCREEN_PROXY}
+{SMTPD} inet n - n - - smtpd -o syslog_name=postfix/{SMTPD} {SMTPD_PROXY}
+{WRAPPED} inet n - n - - smtpd -o syslog_name=postfix/{WRAPPED} {wrapper} {SMTPD_PROXY}
+{BARE_SMTPD} inet n - n - - smtpd -o syslog_name=postfix/{BARE_SMTPD}
+{SMTPD_AS_POSTSCREEN} inet n - n - - smtpd -o syslog_name=postfix/{SMTPD_AS_POSTSCREEN} {POSTSCREEN_PROXY}
+{POSTSCREEN_AS_SMTPD} inet n - n - 1 postscreen -o syslog_name=postfix/{POSTSCREEN_AS_SMTPD}
+  -o smtpd_service_name=smtpd_proxied -o postscreen_cache_map=btree:$data_directory/known
+smtpd_proxied pass - - n - - smtpd -o syslog_name=postfix/{POSTSCREEN_AS_SMTPD} {SMTPD_PROXY}
+{BARE_WRAPPED} inet n - n - - smtpd -o syslog_name=postfix/{BARE_WRAPPED} {wrapper}
+{FORGEABLE} inet n - n - - smtpd -o syslog_name=postfix/{FORGEABLE} {SMTPD_PROXY}
+{FORGEABLE_BY_STRANGERS} inet n - n - - smtpd -o syslog_name=postfix/{FORGEABLE_BY_STRANGERS} {SMTPD_PROXY}
+{REPAIRED} inet n - n - - smtpd -o syslog_name=postfix/{REPAIRED}
+{CLEAR} inet n - n - - smtpd -o syslog_name=postfix/{CLEAR} {SMTPD_PROXY}
+{OWN_SERVICES}"
+    )
+}
+
+/// Adds `-o NAME=VALUE` to a service of `master.cf`, and reloads.
+pub(crate) fn set(netns: &Netns, postfix: &Postfix, port: u16, setting: &str) -> anyhow::Result<()> {
+    let setting = setting.trim().strip_prefix("-o ").context("not the setting of a service")?;
+    let mut change = Command::new("postconf");
+    change.arg("-c").arg(postfix.config()).args(["-P", &format!("{port}/inet/{setting}")]);
+    let mut reload = netns.command("postfix");
+    reload.arg("-c").arg(postfix.config()).arg("reload");
+    for mut command in [change, reload] {
+        let output = command.output()?;
+        ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}

@@ -1,0 +1,474 @@
+//! One trial for each fault, with its verdict and the line that mends it.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use injector_testbed::log_file::Mark;
+use injector_testbed::netns::{Family, MAIL};
+
+use crate::examination::{Examination, Listener, configuration, examine, listener, run};
+use crate::stage::{DROPPED, NOTHING, Stage};
+use crate::{dovecots, postfixes, receivers};
+
+type Run = fn(&Stage) -> anyhow::Result<()>;
+
+pub(crate) const ALL: &[(&str, Run)] = &[
+    ("postfix/no setting on smtpd, then with it", no_setting_on_smtpd),
+    ("postfix/no setting on smtpd in TLS", no_setting_in_tls),
+    ("postfix/forgeable, then behind the printed rule", forgeable),
+    ("postfix/forgeable by strangers", forgeable_by_strangers),
+    ("postfix/relays for localhost, then does not", relays_for_localhost),
+    ("postfix/open relay for strangers, then behind the printed rule", open_relay_for_strangers),
+    ("postfix/relays for localhost with postscreen, TLS and STARTTLS", relays_over_all_services),
+    ("postfix/open relay for all", open_relay),
+    ("postfix/every recipient deferred", greylisted),
+    ("dovecot/clear-text passwords for localhost", trusts_localhost),
+    ("dovecot/edge not trusted, then trusted", untrusted),
+    ("all is fine", fine),
+    ("postfix/postscreen's setting on smtpd", postscreen_setting_on_smtpd),
+    ("postfix/smtpd's setting behind postscreen", smtpd_setting_behind_postscreen),
+    ("postfix/IPv6 off in inet_protocols", ipv6_off),
+    ("postfix/clear text for submissions", clear_text),
+    ("postfix/TLS for submission", mute),
+    ("dovecot/no haproxy = yes", no_haproxy),
+    ("receiver/v1 only", v1_only),
+    ("receiver/v2 only", v2_only),
+    ("receiver/header optional", header_optional),
+    ("receiver/no TLVs", no_tlvs),
+    ("network/nothing listens", not_listening),
+    ("network/no answer", no_answer),
+    ("network/a name without an address", no_address),
+    ("network/a name with two addresses, over loopback", name),
+    ("cli/exit codes and text", exit_codes),
+];
+
+fn at(family: Family, port: u16) -> String {
+    SocketAddr::new(MAIL.of(family), port).to_string()
+}
+
+fn ipv4(port: u16) -> String {
+    at(Family::V4, port)
+}
+
+fn both(port: u16) -> Vec<String> {
+    Family::ALL.map(|family| at(family, port)).to_vec()
+}
+
+/// One listener, examined from the edge.
+fn one(stage: &Stage, protocol: &'static str, port: u16) -> anyhow::Result<Examination> {
+    examine(&stage.topology.edge, &[listener("l", protocol, &[ipv4(port)])], &[])
+}
+
+/// Everything right, over IPv4 and IPv6: nothing is found, not even a note, and few connections are made.
+fn fine(stage: &Stage) -> anyhow::Result<()> {
+    let listeners = [
+        listener("smtp", "smtp", &both(postfixes::POSTSCREEN)),
+        listener("submission", "submission", &both(postfixes::SMTPD)),
+        listener("submissions", "submissions", &both(postfixes::WRAPPED)),
+        listener("imaps", "imaps", &both(dovecots::IMAPS)),
+        listener("pop3", "pop3", &both(dovecots::POP3)),
+    ];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    seen.expect(&[])?;
+    let servers = ["Postfix, postscreen", "Postfix, smtpd", "Postfix, smtpd", "Dovecot", "Dovecot"];
+    ensure!(seen.servers() == servers.map(|server| [server; 2]).concat(), "{:?}", seen.servers());
+    // Four, and one from each of three other addresses of the edge.
+    ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
+    // Those from elsewhere were reset by the firewall: for either family one that is silent and three with a header.
+    let log = stage.postfix.log();
+    let connected = log
+        .lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfixes::SMTPD), "]: connect from "]);
+    ensure!(connected.len() == 8, "{connected:#?}");
+    Ok(())
+}
+
+fn no_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::REPAIRED;
+    let seen = one(stage, "submission", port)?;
+    seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
+    seen.advises(&format!("{port} inet n - n - - smtpd"))?;
+    let setting = seen.lines().into_iter().find(|line| line.trim().starts_with("-o "));
+    let setting = setting.context("no setting advised")?;
+    ensure!(setting.trim() == "-o smtpd_upstream_proxy_protocol=haproxy", "{setting:?}");
+
+    postfixes::set(&stage.topology.mail, &stage.postfix, port, &setting)?;
+    // An smtpd that is still waiting for clients may take one more before it goes.
+    let seen =
+        patiently(|| one(stage, "submission", port), |seen| !seen.findings().join(" ").contains("no_proxy"))?;
+    // No firewall before this port: the next thing to mend.
+    seen.expect(&[&format!("l/{} forgeable", ipv4(port))])?;
+    shut(stage, &seen)?;
+    one(stage, "submission", port)?.expect(&[])
+}
+
+fn no_setting_in_tls(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::BARE_WRAPPED;
+    let seen = one(stage, "submissions", port)?;
+    seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
+    ensure!(seen.servers() == ["Postfix, smtpd"], "{:?}", seen.servers());
+    seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
+}
+
+/// Such an smtpd is as one that is told nothing; on port 25 it may as well be postscreen that knows the client.
+fn postscreen_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::SMTPD_AS_POSTSCREEN;
+    let seen = one(stage, "smtp", port)?;
+    seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
+    seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")?;
+    seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
+    // Where there can be no postscreen, one line remains.
+    let seen = one(stage, "submission", port)?;
+    ensure!(!seen.lines().join("\n").contains("postscreen"), "{:?}", seen.lines());
+    seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
+}
+
+fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::POSTSCREEN_AS_SMTPD;
+    let expected = format!("l/{} no_proxy", ipv4(port));
+    let seen = one(stage, "smtp", port)?;
+    seen.expect(&[&expected])?;
+    ensure!(seen.servers() == ["Postfix, postscreen"], "{:?}", seen.servers());
+    seen.advises(&format!("{port} inet n - n - 1 postscreen"))?;
+    seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
+    ensure!(!seen.lines().join("\n").contains("smtpd_upstream"), "{:?}", seen.lines());
+    // Postfix says the same once the connection is through.
+    let ignored = "ignoring non-empty smtpd_upstream_proxy_protocol setting behind postscreen";
+    stage.postfix.log().wait_for(Mark::default(), &[ignored], Duration::from_secs(5))?;
+    // Now it knows the edge and lets it pass unseen: both lines are named. With all these probes it may take one visit more
+    // until it does: one that spoke too early is not believed at once.
+    let mut seen = one(stage, "smtp", port)?;
+    if seen.servers() == ["Postfix, postscreen"] {
+        seen = one(stage, "smtp", port)?;
+    }
+    seen.expect(&[&expected])?;
+    ensure!(seen.servers() == ["Postfix"], "{:?}", seen.servers());
+    seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
+    seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
+}
+
+fn ipv6_off(stage: &Stage) -> anyhow::Result<()> {
+    let ports = [postfixes::IPV4_POSTSCREEN, postfixes::IPV4_SMTPD];
+    let listeners = [
+        listener("smtp", "smtp", &[ipv4(ports[0])]),
+        listener("submission", "submission", &[ipv4(ports[1])]),
+    ];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    seen.expect(&[
+        &format!("smtp/{} ipv6_off", ipv4(ports[0])),
+        &format!("submission/{} ipv6_off", ipv4(ports[1])),
+    ])?;
+    seen.advises("inet_protocols = all")?;
+    ensure!(seen.servers() == ["Postfix, postscreen", "Postfix, smtpd"], "{:?}", seen.servers());
+    // Without clients over IPv6 it does no harm.
+    let ipv4_only = listeners.map(|listener| Listener { ipv6: false, ..listener });
+    examine(&stage.topology.edge, &ipv4_only, &[])?.expect(&[
+        &format!("smtp/{} note ipv6_off", ipv4(ports[0])),
+        &format!("submission/{} note ipv6_off", ipv4(ports[1])),
+    ])
+}
+
+fn clear_text(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "submissions", postfixes::CLEAR)?;
+    seen.expect(&[&format!("l/{} clear_text", ipv4(postfixes::CLEAR))])?;
+    seen.advises("-o smtpd_tls_wrappermode=yes")?;
+    seen.advises("protocol = \"submission\"")
+}
+
+fn mute(stage: &Stage) -> anyhow::Result<()> {
+    let listeners = [listener("l", "submission", &[ipv4(postfixes::WRAPPED)])];
+    let seen = examine(&stage.topology.edge, &listeners, &["--timeout", "6s"])?;
+    seen.expect(&[&format!("l/{} mute", ipv4(postfixes::WRAPPED))])?;
+    seen.advises("protocol = \"submissions\"")
+}
+
+fn forgeable(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::FORGEABLE;
+    let listeners = [listener("l", "submission", &both(port))];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let [v4, v6] = Family::ALL.map(|family| format!("l/{} forgeable", at(family, port)));
+    seen.expect(&[&v4, &v6])?;
+    shut(stage, &seen)?;
+    examine(&stage.topology.edge, &listeners, &[])?.expect(&[])
+}
+
+/// Runs the commands that the doctor printed, on the mail host.
+fn shut(stage: &Stage, seen: &Examination) -> anyhow::Result<()> {
+    let mut lines = seen.lines();
+    lines.dedup();
+    for line in lines.iter().filter(|line| line.starts_with("nft ")) {
+        let output = stage.topology.mail.run(|| Command::new("sh").args(["-c", line]).output())??;
+        ensure!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::FORGEABLE_BY_STRANGERS;
+    let open = [listener("open", "submission", &both(port))];
+    let seen = examine(&stage.topology.client, &open, &["--stranger"])?;
+    let [v4, v6] = Family::ALL.map(|family| format!("open/{} forgeable", at(family, port)));
+    seen.expect(&[&v4, &v6])?;
+    seen.advises(&format!(
+        "nft 'add rule inet proxy_ports input ip saddr != INJECTOR_IPV4 tcp dport {port} counter drop'"
+    ))?;
+    let shut = [
+        listener("smtp", "smtp", &both(postfixes::POSTSCREEN)),
+        listener("imaps", "imaps", &both(dovecots::IMAPS)),
+        listener("bare", "submission", &[ipv4(postfixes::BARE_SMTPD)]),
+    ];
+    examine(&stage.topology.client, &shut, &["--stranger"])?.expect(&[])
+}
+
+/// What the doctor may never do is looked for in Postfix' log: a message would have a Message-ID, and a place in the queue.
+fn nothing_sent(stage: &Stage) -> anyhow::Result<()> {
+    let log = stage.stock_postfix.log().since(Mark::default());
+    let sent =
+        log.lines().find(|line| ["message-id=", "data=", "status="].iter().any(|sign| line.contains(sign)));
+    ensure!(sent.is_none(), "the doctor sent mail: {}", sent.unwrap_or_default());
+    Ok(())
+}
+
+fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
+    const SETTING: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
+    let port = postfixes::STOCK_REPAIRED;
+    let seen = one(stage, "submission", port)?;
+    seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
+    ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
+    seen.advises(SETTING)?;
+    // Postfix took both recipients' client from the header.
+    let service = format!("postfix/{port}/smtpd[");
+    let log = stage.stock_postfix.log();
+    log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
+    let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
+    log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
+
+    postfixes::set(&stage.topology.mail, &stage.stock_postfix, port, SETTING)?;
+    patiently(|| one(stage, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
+    nothing_sent(stage)
+}
+
+fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::STOCK_OPEN;
+    let open = [listener("open", "submission", &[ipv4(port)])];
+    let seen = examine(&stage.topology.client, &open, &["--stranger"])?;
+    seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
+    // On the injector's host: a header from its other addresses is believed as well.
+    let edge = examine(&stage.topology.edge, &open, &[])?;
+    edge.expect(&[&format!("open/{} forgeable", ipv4(port)), &format!("open/{} open_relay", ipv4(port))])?;
+    shut(stage, &edge)?;
+    examine(&stage.topology.client, &open, &["--stranger"])?.expect(&[])?;
+    let note = format!("open/{} note relays_for_localhost", ipv4(port));
+    examine(&stage.topology.edge, &open, &[])?.expect(&[&note])?;
+    nothing_sent(stage)
+}
+
+fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
+    let services = [
+        ("smtp", postfixes::STOCK_POSTSCREEN),
+        ("submission", postfixes::STOCK_SMTPD),
+        ("submissions", postfixes::STOCK_WRAPPED),
+        ("starttls", postfixes::STOCK_ENCRYPTED),
+    ];
+    let listeners = services.map(|(name, port)| {
+        let protocol = if name == "starttls" { "submission" } else { name };
+        listener(name, protocol, &[ipv4(port)])
+    });
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let expected: Vec<_> = services
+        .iter()
+        .map(|(name, port)| format!("{name}/{} note relays_for_localhost", ipv4(*port)))
+        .collect();
+    seen.expect(&expected.iter().map(String::as_str).collect::<Vec<_>>())?;
+    ensure!(seen.relay_answers() == ["accepted", "refused"].repeat(4), "{:?}", seen.relay_answers());
+    // Shut to strangers, it is nobody's relay.
+    examine(&stage.topology.client, &listeners, &["--stranger"])?.expect(&[])?;
+    nothing_sent(stage)
+}
+
+fn open_relay(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::OPEN_RELAY;
+    let seen = one(stage, "submission", port)?;
+    seen.expect(&[&format!("l/{} open_relay", ipv4(port))])?;
+    ensure!(seen.relay_answers() == ["accepted", "accepted"], "{:?}", seen.relay_answers());
+    nothing_sent(stage)
+}
+
+fn greylisted(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "submission", postfixes::GREYLISTED)?;
+    seen.expect(&[&format!("l/{} note relay_unknown", ipv4(postfixes::GREYLISTED))])?;
+    ensure!(seen.relay_answers() == ["unknown"], "{:?}", seen.relay_answers());
+    Ok(())
+}
+
+fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
+    let ports = [dovecots::TRUSTING_IMAP, dovecots::TRUSTING_POP3];
+    let listeners =
+        [listener("imap", "imap", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    seen.expect(&[
+        &format!("imap/{} note trusts_localhost", ipv4(ports[0])),
+        &format!("pop3/{} note trusts_localhost", ipv4(ports[1])),
+    ])?;
+    seen.advises("login_trusted_networks =")
+}
+
+fn untrusted(stage: &Stage) -> anyhow::Result<()> {
+    let listeners = [
+        listener("imaps", "imaps", &both(dovecots::UNTRUSTED_IMAPS)),
+        listener("pop3", "pop3", &both(dovecots::UNTRUSTED_POP3)),
+    ];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let [imaps4, imaps6] =
+        Family::ALL.map(|family| format!("imaps/{} untrusted", at(family, dovecots::UNTRUSTED_IMAPS)));
+    let [pop4, pop6] =
+        Family::ALL.map(|family| format!("pop3/{} untrusted", at(family, dovecots::UNTRUSTED_POP3)));
+    seen.expect(&[&imaps4, &imaps6, &pop4, &pop6])?;
+    seen.advises("haproxy_trusted_networks = 10.25.0.1")?;
+    seen.advises("haproxy_trusted_networks = fd25::1")?;
+    let dovecot = &stage.distrustful_dovecot;
+    dovecot.log().wait_for(
+        Mark::default(),
+        &["haproxy: Client not trusted (rip=10.25.0.1)"],
+        Duration::from_secs(5),
+    )?;
+
+    let name = "haproxy_trusted_networks = ";
+    let mut addresses: Vec<_> =
+        seen.lines().iter().filter_map(|line| line.strip_prefix(name)).map(str::to_owned).collect();
+    addresses.sort();
+    addresses.dedup();
+    dovecots::set(&stage.topology.mail, dovecot, &format!("{name}{}", addresses.join(" ")))?;
+    patiently(|| examine(&stage.topology.edge, &listeners, &[]), |seen| seen.findings().is_empty())?
+        .expect(&[])
+}
+
+/// A server that was told to reload does so when it can.
+fn patiently(
+    examine: impl Fn() -> anyhow::Result<Examination>,
+    done: impl Fn(&Examination) -> bool,
+) -> anyhow::Result<Examination> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        thread::sleep(Duration::from_millis(300));
+        let seen = examine()?;
+        if done(&seen) || Instant::now() > deadline {
+            return Ok(seen);
+        }
+    }
+}
+
+fn no_haproxy(stage: &Stage) -> anyhow::Result<()> {
+    let ports = [dovecots::BARE_IMAPS, dovecots::BARE_POP3];
+    let listeners =
+        [listener("imaps", "imaps", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
+    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    seen.expect(&[
+        &format!("imaps/{} no_proxy", ipv4(ports[0])),
+        &format!("pop3/{} no_proxy", ipv4(ports[1])),
+    ])?;
+    ensure!(seen.servers() == ["Dovecot", "Dovecot"], "{:?}", seen.servers());
+    for line in [
+        "service imap-login {",
+        "service pop3-login {",
+        "haproxy = yes",
+        "haproxy_trusted_networks = 10.25.0.1",
+    ] {
+        seen.advises(line)?;
+    }
+    Ok(())
+}
+
+fn v1_only(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "smtp", receivers::V1_ONLY)?;
+    seen.expect(&[&format!("l/{} wants_v1", ipv4(receivers::V1_ONLY))])?;
+    seen.advises("version = \"v1\"")?;
+    let more = "[listener.receiver]\nversion = \"v1\"\n";
+    let mended = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::V1_ONLY)]) };
+    examine(&stage.topology.edge, &[mended], &[])?.expect(&[])
+}
+
+fn v2_only(stage: &Stage) -> anyhow::Result<()> {
+    let more = "[listener.receiver]\nversion = \"v1\"\n";
+    let listener = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::V2_ONLY)]) };
+    let seen = examine(&stage.topology.edge, &[listener], &[])?;
+    seen.expect(&[&format!("l/{} wants_v2", ipv4(receivers::V2_ONLY))])?;
+    seen.advises("version = \"v2\"")
+}
+
+fn header_optional(stage: &Stage) -> anyhow::Result<()> {
+    let port = receivers::OPTIONAL;
+    let seen = one(stage, "smtp", port)?;
+    seen.expect(&[&format!("l/{} header_optional", ipv4(port))])?;
+    seen.advises(&format!(
+        "nft 'add rule inet proxy_ports input ip saddr != 10.25.0.1 tcp dport {port} counter drop'"
+    ))
+}
+
+fn no_tlvs(stage: &Stage) -> anyhow::Result<()> {
+    let more = "[listener.receiver]\ncrc32c = true\n";
+    let listener = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::NO_TLVS)]) };
+    let seen = examine(&stage.topology.edge, &[listener], &[])?;
+    seen.expect(&[&format!("l/{} refuses_tlvs", ipv4(receivers::NO_TLVS))])
+}
+
+fn not_listening(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "submission", NOTHING)?;
+    seen.expect(&[&format!("l/{} not_listening", ipv4(NOTHING))])?;
+    seen.advises(&format!("{NOTHING} inet n - n - - smtpd"))
+}
+
+fn no_answer(stage: &Stage) -> anyhow::Result<()> {
+    let seen = one(stage, "smtp", DROPPED)?;
+    seen.expect(&[&format!("l/{} no_answer", ipv4(DROPPED))])?;
+    seen.advises(&format!("ip saddr 10.25.0.1 tcp dport {DROPPED} accept"))
+}
+
+fn no_address(stage: &Stage) -> anyhow::Result<()> {
+    let backends = ["nowhere.invalid:2525".to_owned()];
+    let seen = examine(&stage.topology.edge, &[listener("l", "smtp", &backends)], &["--timeout", "2s"])?;
+    seen.expect(&["l/nowhere.invalid:2525 no_address"])
+}
+
+/// On the mail host itself, `localhost` leads to Postfix by either family; no firewall can tell who is who there.
+fn name(stage: &Stage) -> anyhow::Result<()> {
+    let port = postfixes::FORGEABLE_BY_STRANGERS;
+    let backends = [format!("localhost:{port}")];
+    let seen = examine(&stage.topology.mail, &[listener("l", "submission", &backends)], &[])?;
+    let expected = ["127.0.0.1", "[::1]"].map(|ip| format!("l/{ip}:{port} note loopback"));
+    let got = seen.findings();
+    // Where localhost has no IPv6 address, one remains.
+    ensure!(got == expected || got == expected[..1], "{got:?}");
+    ensure!(seen.code == Some(0), "exit code {:?}", seen.code);
+    Ok(())
+}
+
+fn exit_codes(stage: &Stage) -> anyhow::Result<()> {
+    let edge = &stage.topology.edge;
+    let config = configuration(&[
+        listener("refusing", "smtp", &[ipv4(NOTHING)]),
+        listener("other", "imaps", &[ipv4(dovecots::IMAPS)]),
+    ]);
+    let output = run(edge, &config, &[])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.code() == Some(1), "{:?}: {said}", output.status);
+    for part in
+        ["FAULT not_listening", "which sees 10.25.0.1 (Dovecot)", "    fine\n", "2 addresses, 1 fault\n"]
+    {
+        ensure!(said.contains(part), "no {part:?} in\n{said}");
+    }
+    let output = run(edge, &config, &["--listener", "other"])?;
+    ensure!(output.status.code() == Some(0), "{:?}", output.status);
+    let output = run(edge, &config, &["--listener", "none"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(2) && said.contains("refusing, other"),
+        "{:?}: {said}",
+        output.status
+    );
+    let output = run(edge, "nonsense", &[])?;
+    ensure!(output.status.code() == Some(2), "{:?}", output.status);
+    Ok(())
+}

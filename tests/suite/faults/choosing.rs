@@ -1,0 +1,353 @@
+//! Packets or sockets: where `engine = "auto"` takes inline, why it does not, and what `engine = "inline"` refuses to start
+//! with.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use injector_testbed::bpffs::BpfFs;
+use injector_testbed::daemon::{BPF_EVENTS, Injector, binary};
+use injector_testbed::netns::{EDGE_INSIDE, Netns, VIP_SPLICE};
+
+use crate::starting::{WITHOUT_RIGHTS, fails, selftest};
+use crate::world::{BACKEND_PORT, PORT, World, accept, accept_with_header, config, pass};
+
+type Run = fn(&World) -> anyhow::Result<()>;
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("inline/its programs do what they should", programs),
+    ("inline/selftest, log and metrics say the same", told),
+    ("inline/selftest without rights", selftest_without_rights),
+    ("auto/inline where the backend is reached by forwarding", auto_routed),
+    ("auto/splice where the backend is on the host", auto_local),
+    ("auto/splice where nobody has said that the host forwards", auto_not_given),
+    ("auto/splice where the header has to be made each time", auto_crc32c),
+    ("auto/splice where nothing is forwarded", auto_not_forwarded),
+    ("auto/both at once, each where it can", auto_both),
+    ("auto/back to sockets, and its NAT is out of the way", back_to_sockets),
+];
+
+/// What is pinned, and where; removed in the end.
+struct Pinned<'a> {
+    edge: &'a Netns,
+    bpffs: BpfFs,
+}
+
+impl<'a> Pinned<'a> {
+    fn new(world: &'a World) -> anyhow::Result<Self> {
+        Ok(Self { edge: &world.topology.edge, bpffs: BpfFs::mount()? })
+    }
+
+    /// `[inline]`, to stand at the end of a file.
+    fn table(&self) -> String {
+        format!("[inline]\ntable = \"injector-faults\"\npin = \"{}\"\n", self.bpffs.path().display())
+    }
+
+    /// A configuration with it.
+    fn config(&self, engine: &str, extra: &str) -> String {
+        config(engine, "smtp", &format!("{extra}\n\n{}", self.table()))
+    }
+
+    fn start(&self, engine: &str, extra: &str) -> anyhow::Result<Injector> {
+        Injector::start(self.edge, &self.config(engine, extra))
+    }
+
+    fn detach(&self) -> anyhow::Result<()> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(self.config("inline", "").as_bytes())?;
+        let mut command = self.edge.command(binary()?);
+        let output = command.args(["inline", "detach", "--config"]).arg(file.path()).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach() {
+            eprintln!("detaching: {error:#}");
+        }
+    }
+}
+
+/// The edge does not forward IPv4, until this is dropped.
+struct NotForwarding<'a>(&'a Netns);
+
+impl<'a> NotForwarding<'a> {
+    fn new(edge: &'a Netns) -> anyhow::Result<Self> {
+        edge.sysctl("net/ipv4/ip_forward", "0")?;
+        Ok(Self(edge))
+    }
+}
+
+impl Drop for NotForwarding<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.sysctl("net/ipv4/ip_forward", "1") {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// The programs as such: [`injector_user::inline::selftest`] is their unit test as well.
+fn programs(_: &World) -> anyhow::Result<()> {
+    const EXPECTED: [&str; 7] =
+        ["load", "header_added", "header_waits", "shifted", "answered", "fail_closed", "swept"];
+    // Their processor may have much else to do, but not each time.
+    let mut fastest = Duration::MAX;
+    for _ in 0..3 {
+        let (checks, programs) = injector_user::inline::selftest::run();
+        ensure!(checks.iter().map(|check| check.name).eq(EXPECTED), "{checks:#?}");
+        ensure!(checks.iter().all(|check| check.result.is_ok()), "{checks:#?}");
+        ensure!(programs.len() == 7, "{programs:?}");
+        fastest = fastest.min(checks.iter().map(|check| check.took).sum());
+    }
+    println!("  {fastest:?}");
+    ensure!(fastest < Duration::from_millis(500), "took {fastest:?}");
+    Ok(())
+}
+
+fn told(world: &World) -> anyhow::Result<()> {
+    let found = selftest(world, &["sh", "-c"])?;
+    let checks = found["inline"]["checks"].as_array().context("no checks")?;
+    ensure!(checks.len() == 7 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
+    let pinned = Pinned::new(world)?;
+    let injector = pinned.start("inline", "")?;
+    let (log, metrics) = (injector.log(), injector.metrics()?);
+    for name in checks.iter().filter_map(|check| check["name"].as_str()) {
+        let labels = [("engine", "inline"), ("check", name)];
+        ensure!(log.contains(&format!("\"check\":\"{name}\",\"passed\":true")), "{name} is not in {log}");
+        ensure!((metrics.sum("injector_selftest_check", &labels) - 1.0).abs() < 0.5, "{name} is not 1");
+        ensure!(metrics.sum("injector_selftest_check_seconds", &labels) > 0.0, "{name} took no time");
+    }
+    // Splice was not asked for: nothing is said of its checks.
+    for (engine, available) in [("inline", 1.0), ("splice", 0.0), ("relay", 1.0)] {
+        let seen = metrics.sum("injector_engine_available", &[("engine", engine)]);
+        ensure!((seen - available).abs() < 0.5, "{engine} is {seen}");
+    }
+    ensure!(!log.contains("\"engine\":\"splice\""), "{log}");
+    Ok(())
+}
+
+fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
+    let found = selftest(world, &WITHOUT_RIGHTS)?;
+    let fault = found["inline"]["fault"].as_str().context("no fault")?;
+    ensure!(fault.contains("CAP_BPF and CAP_NET_ADMIN"), "{fault}");
+    Ok(())
+}
+
+/// The daemon has chosen so, and says why.
+fn chosen(injector: &Injector, engine: &str, reason: &str) -> anyhow::Result<()> {
+    let log = injector.log();
+    let line = log.lines().find(|line| line.contains("\"engine chosen\"")).context("no engine chosen")?;
+    ensure!(line.contains(&format!("\"engine\":\"{engine}\"")), "{log}");
+    ensure!(line.contains(reason), "no {reason:?} in {line}");
+    Ok(())
+}
+
+/// A connection is served: by packets the header comes by itself, by sockets the daemon sends it.
+fn serves(world: &World, injector: &Injector, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let mut client = world.client()?;
+    let (mut server, header, _) = accept_with_header(&backend)?;
+    ensure!(header.source == client.local_addr()?, "{header:?}");
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"QUIT\r\n")?;
+    drop((client, server));
+    let session = injector.sessions_within(1)?.remove(0);
+    ensure!(session.field("engine").as_deref() == Some(engine), "{session:?}");
+    Ok(())
+}
+
+fn auto_routed(world: &World) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let injector = pinned.start("auto", "max_connections = 5\n")?;
+    chosen(&injector, "inline", "auto: all checks of inline passed")?;
+    let log = injector.log();
+    ensure!(log.contains("does not enforce listener.max_connections"), "{log}");
+    ensure!(!log.contains("\"check\":\"slow_reader\""), "splice was tried as well: {log}");
+    // A socket would be open for nothing.
+    let output = world.topology.edge.command("ss").args(["-Hltn", "sport", "=", ":2500"]).output()?;
+    ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    serves(world, &injector, "inline")
+}
+
+fn auto_local(world: &World) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let backend = format!("backends = [\"{}:{BACKEND_PORT}\"]\n", EDGE_INSIDE.v4);
+    let injector = pinned.start("auto", &backend)?;
+    chosen(&injector, "splice", "not inline: 10.25.0.1 is an address of this host")?;
+    // It does reach the backend there.
+    let listen = || std::net::TcpListener::bind((EDGE_INSIDE.v4, BACKEND_PORT));
+    let backend = world.topology.edge.run(listen)??;
+    let _client = world.client()?;
+    accept(&backend)?;
+    Ok(())
+}
+
+fn auto_not_given(world: &World) -> anyhow::Result<()> {
+    let injector = world.injector("auto", "smtp", "")?;
+    chosen(&injector, "splice", "not inline: no [inline] table in the configuration")?;
+    ensure!(!injector.log().contains("\"check\":\"header_added\""), "inline was tried: {}", injector.log());
+    serves(world, &injector, "splice")
+}
+
+fn auto_crc32c(world: &World) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let injector = pinned.start("auto", "\n\n[listener.receiver]\ncrc32c = true\n")?;
+    chosen(&injector, "splice", "not inline: receiver.crc32c needs to be made for each connection")
+}
+
+fn auto_not_forwarded(world: &World) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let _not = NotForwarding::new(&world.topology.edge)?;
+    let injector = pinned.start("auto", "")?;
+    chosen(&injector, "splice", "not inline: IPv4 is not forwarded")?;
+    serves(world, &injector, "splice")
+}
+
+/// One listener by packets, one by sockets, in one daemon.
+fn auto_both(world: &World) -> anyhow::Result<()> {
+    const OTHER_PORT: u16 = PORT + 1;
+    let pinned = Pinned::new(world)?;
+    let here = (EDGE_INSIDE.v4, BACKEND_PORT);
+    let other = format!(
+        "\n\n[[listener]]\nname = \"local\"\nbind = [\"{}:{OTHER_PORT}\"]\nprotocol = \"smtp\"\n\
+         backends = [\"{}:{BACKEND_PORT}\"]\n",
+        VIP_SPLICE.v4, here.0
+    );
+    let injector = pinned.start("auto", &other)?;
+    let log = injector.log();
+    for (listener, engine) in [("test", "inline"), ("local", "splice")] {
+        let chosen = |line: &&str| line.contains("\"engine chosen\"") && line.contains(listener);
+        let line = log.lines().find(chosen).with_context(|| format!("nothing of {listener} in {log}"))?;
+        ensure!(line.contains(&format!("\"engine\":\"{engine}\"")), "{line}");
+    }
+    serves(world, &injector, "inline")?;
+    let backend = world.topology.edge.run(|| std::net::TcpListener::bind(here))??;
+    let connect = || std::net::TcpStream::connect((VIP_SPLICE.v4, OTHER_PORT));
+    let mut client = world.topology.client.run(connect)??;
+    let (mut server, header, _) = accept_with_header(&backend)?;
+    ensure!(header.source == client.local_addr()?, "{header:?}");
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    let metrics = injector.metrics()?;
+    for (program, event) in [("backend_out", "appended"), ("inject", "header_alone")] {
+        let count = metrics.sum(BPF_EVENTS, &[("program", program), ("event", event)]);
+        ensure!(count > 0.5, "{program} has counted no {event}");
+    }
+    Ok(())
+}
+
+/// The rules of an earlier run would take every new connection past the sockets.
+fn back_to_sockets(world: &World) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let injector = pinned.start("auto", "")?;
+    chosen(&injector, "inline", "auto")?;
+    // A connection of it goes on.
+    let backend = world.backend()?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    drop(backend);
+    injector.stop()?;
+    let injector = pinned.start("splice", "")?;
+    ensure!(injector.log().contains("no listener is inline"), "{}", injector.log());
+    serves(world, &injector, "splice")?;
+    pass(&mut client, &mut server, b"QUIT\r\n")?;
+    pass(&mut server, &mut client, b"221 bye\r\n")
+}
+
+/// A start that is refused.
+pub(crate) struct Refusal {
+    pub(crate) name: &'static str,
+    /// What runs the daemon.
+    prefix: &'static [&'static str],
+    /// Lines of the listener, and sections behind it.
+    extra: &'static str,
+    /// In place of the BPF file system.
+    pin: Option<&'static str>,
+    forwards: bool,
+    /// What the error says.
+    words: &'static [&'static str],
+}
+
+const PLAIN: Refusal = Refusal { name: "", prefix: &[], extra: "", pin: None, forwards: true, words: &[] };
+
+pub(crate) const REFUSALS: &[Refusal] = &[
+    Refusal {
+        name: "the name of a backend",
+        extra: "backends = [\"mail.internal:2525\"]\n",
+        words: &["listener \"test\"", "needs the backend's address in place of the name \"mail.internal\""],
+        ..PLAIN
+    },
+    Refusal {
+        name: "a header that has to be made each time",
+        extra: "\n\n[listener.receiver]\ncrc32c = true\n",
+        words: &["listener \"test\"", "receiver.crc32c", "use splice or relay"],
+        ..PLAIN
+    },
+    Refusal {
+        name: "nothing is forwarded",
+        forwards: false,
+        words: &[
+            "IPv4 is not forwarded",
+            "set net.ipv4.conf.",
+            "forwarding = 1",
+            "inline.set_sysctls = true",
+        ],
+        ..PLAIN
+    },
+    Refusal {
+        name: "a backend on the host",
+        extra: "backends = [\"10.25.0.1:12500\"]\n",
+        words: &["10.25.0.1 is an address of this host", "use engine = \"splice\""],
+        ..PLAIN
+    },
+    Refusal {
+        name: "no nft",
+        // It is looked for there whatever PATH says.
+        prefix: &["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /usr/sbin && exec \"$0\" \"$@\""],
+        words: &["install the package nftables, or use nat = \"external\""],
+        ..PLAIN
+    },
+    Refusal {
+        name: "nothing can be pinned",
+        pin: Some("/run/injector-faults"),
+        words: &[
+            "/run/injector-faults",
+            "inline.pin must be in a BPF file system (mount -t bpf bpf /sys/fs/bpf)",
+        ],
+        ..PLAIN
+    },
+    Refusal {
+        name: "no rights",
+        prefix: &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+        words: &[
+            "listener \"test\"",
+            "engine \"inline\" cannot run here",
+            "CAP_BPF and CAP_NET_ADMIN",
+            "injector selftest",
+        ],
+        ..PLAIN
+    },
+];
+
+/// The daemon says what is wrong, and leaves nothing behind.
+pub(crate) fn refuses(world: &World, refusal: &Refusal) -> anyhow::Result<()> {
+    let pinned = Pinned::new(world)?;
+    let _not = if refusal.forwards { None } else { Some(NotForwarding::new(&world.topology.edge)?) };
+    let mut text = pinned.config("inline", refusal.extra);
+    if let Some(pin) = refusal.pin {
+        text = text.replace(&pinned.bpffs.path().display().to_string(), pin);
+    }
+    fails(world, refusal.prefix, &text, refusal.words)?;
+    if let Some(pin) = refusal.pin {
+        ensure!(!std::path::Path::new(pin).exists(), "{pin} was made");
+    }
+    let output = world.topology.edge.command("nft").args(["list", "tables"]).output()?;
+    let tables = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(!tables.contains("injector-faults"), "{tables}");
+    // The file system has files of its own; the daemon's folder is named after the layout's version.
+    let left = pinned.bpffs.path().join("v1");
+    ensure!(!left.exists(), "{} was made", left.display());
+    Ok(())
+}

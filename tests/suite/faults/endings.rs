@@ -1,0 +1,288 @@
+//! How connections end when both sides, or their processes, end at awkward moments.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use injector_testbed::daemon::Injector;
+use socket2::SockRef;
+
+use crate::Run;
+use crate::transfers::{introduced, joined, pattern, receive_all, send_all};
+use crate::victim::{Habit, Victim, sent};
+use crate::world::{
+    Ending, World, accept_with_header, backend_address, ended, ending, expect, finished, pass, patient,
+};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("killed/backend process in an upload", killed_in_upload),
+    ("killed/backend process in a download, commands unread", killed_in_download),
+    ("killed/backend process in a download, nothing unread", killed_orderly),
+    ("finish/both sides at once", crossing),
+    ("finish/with the last data in one segment", corked),
+    ("finish/client before the banner", before_the_banner),
+    ("finish/backend with its banner", with_the_banner),
+    ("finish/passed on within 5 ms", prompt),
+];
+
+/// How soon after the kill the client must know, in the median of [`KILLS`].
+const KNOWS_WITHIN: Duration = Duration::from_millis(100);
+const KILLS: usize = 5;
+
+/// A client that has exchanged the first words with a victim.
+fn with_victim(world: &World, habit: Habit) -> anyhow::Result<(Victim, TcpStream)> {
+    let victim = Victim::start(world, habit)?;
+    let mut client = world.client()?;
+    expect(&mut client, b"220 hello\r\n")?;
+    client.write_all(b"EHLO client\r\n")?;
+    expect(&mut client, b"250 go on\r\n")?;
+    Ok((victim, client))
+}
+
+/// Kills the victim while `transfer` goes on, which returns how the client saw the end; several times. Every time it must
+/// be a reset.
+fn kill_during(
+    world: &World,
+    injector: &Injector,
+    habit: Habit,
+    transfer: fn(&mut TcpStream) -> anyhow::Result<ErrorKind>,
+) -> anyhow::Result<()> {
+    let mut took = Vec::new();
+    for _ in 0..KILLS {
+        let (mut victim, mut client) = with_victim(world, habit)?;
+        let (end, after) = std::thread::scope(|scope| {
+            let transferring = scope.spawn(move || (transfer(&mut client), Instant::now()));
+            // In the middle: megabytes have passed.
+            std::thread::sleep(Duration::from_millis(100));
+            let killed = Instant::now();
+            victim.kill()?;
+            let (end, at) = transferring.join().map_err(|_| anyhow::anyhow!("panicked"))?;
+            anyhow::Ok((end?, at.saturating_duration_since(killed)))
+        })?;
+        ensure!(end == ErrorKind::ConnectionReset, "the client saw {end:?} after {after:?}");
+        took.push(after);
+    }
+    took.sort_unstable();
+    println!("  the client knew after {took:?}");
+    ensure!(
+        took.get(KILLS / 2).is_some_and(|median| *median <= KNOWS_WITHIN),
+        "the client knew after {took:?}"
+    );
+    for session in finished(injector, KILLS)? {
+        ensure!(session.field("end").as_deref() == Some("backend_reset"), "{session:?}");
+    }
+    Ok(())
+}
+
+/// Sends until that fails. An end of file before would make it a broken pipe (tcp_reset, net/ipv4/tcp_input.c).
+fn upload(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
+    let bytes = pattern(29, 1 << 20);
+    loop {
+        if let Err(error) = client.write_all(&bytes) {
+            return Ok(error.kind());
+        }
+    }
+}
+
+/// Reads until that fails, or ends, which is told as an unexpected end; what came must be what was sent.
+fn download(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
+    let mut buffer = vec![0; 64 << 10];
+    // Once more from the start: then every read is a slice.
+    let (period, mut sent, mut at) = (sent().len(), sent().repeat(2), 0);
+    sent.truncate(period + buffer.len());
+    loop {
+        match client.read(&mut buffer) {
+            Ok(0) => return Ok(ErrorKind::UnexpectedEof),
+            Ok(count) => {
+                ensure!(buffer.get(..count) == sent.get(at..at + count), "other bytes came than were sent");
+                at = (at + count) % period;
+            }
+            Err(error) => return Ok(error.kind()),
+        }
+    }
+}
+
+fn download_with_commands_unread(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
+    client.write_all(b"NOOP\r\n")?;
+    download(client)
+}
+
+/// The server dies with some of the message unread: its kernel resets, and the client is told at once.
+fn killed_in_upload(world: &World, engine: &str) -> anyhow::Result<()> {
+    let injector = world.injector(engine, "smtp", "")?;
+    kill_during(world, &injector, Habit::Read, upload)?;
+    check_planes(&injector, engine, "spliced_to_backend")
+}
+
+/// The same with bulk the other way: the commands that the server has not read make its kernel reset.
+fn killed_in_download(world: &World, engine: &str) -> anyhow::Result<()> {
+    let injector = world.injector(engine, "smtp", "")?;
+    kill_during(world, &injector, Habit::Send, download_with_commands_unread)?;
+    check_planes(&injector, engine, "spliced_to_client")
+}
+
+fn check_planes(injector: &Injector, engine: &str, spliced: &str) -> anyhow::Result<()> {
+    for session in finished(injector, KILLS)? {
+        ensure!((session.number(spliced) > Some(0)) == (engine == "splice"), "{session:?}");
+    }
+    Ok(())
+}
+
+/// A killed server that has read everything: its kernel closes for it as it closes for any process, by a FIN after all that
+/// was written. No proxy can know better; the client sees just what it would see without one.
+fn killed_orderly(world: &World, engine: &str) -> anyhow::Result<()> {
+    let direct = world.topology.edge.run(|| -> anyhow::Result<ErrorKind> {
+        let mut victim = Victim::start(world, Habit::Send)?;
+        let mut client = TcpStream::connect(backend_address())?;
+        patient(&client)?;
+        client.write_all(b"in place of a header")?;
+        expect(&mut client, b"220 hello\r\n")?;
+        client.write_all(b"EHLO client\r\n")?;
+        expect(&mut client, b"250 go on\r\n")?;
+        victim.kill()?;
+        download(&mut client)
+    })??;
+    let injector = world.injector(engine, "smtp", "")?;
+    let (mut victim, mut client) = with_victim(world, Habit::Send)?;
+    victim.kill()?;
+    let through = download(&mut client)?;
+    ensure!(through == direct && direct == ErrorKind::UnexpectedEof, "{through:?}, directly {direct:?}");
+    drop(client);
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+/// FIN crosses FIN, with data on the way in both directions: each side gets every byte and the other's FIN.
+fn crossing(world: &World, engine: &str) -> anyhow::Result<()> {
+    const SIZES: [usize; 6] = [0, 1, 1_448, 70_000, 400_000, 3_000_000];
+    const ROUNDS: usize = 5;
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    for size in SIZES.repeat(ROUNDS) {
+        let (client, server) = introduced(world, &backend)?;
+        let (up, down) = (pattern(31, size), pattern(37, size));
+        let start = Arc::new(Barrier::new(2));
+        let send = |stream: &TcpStream, bytes: &[u8]| {
+            start.wait();
+            send_all(stream, bytes)
+        };
+        std::thread::scope(|scope| {
+            let tasks = [
+                scope.spawn(|| send(&client, &up)),
+                scope.spawn(|| send(&server, &down)),
+                scope.spawn(|| receive_all(&server, &up)),
+                scope.spawn(|| receive_all(&client, &down)),
+            ];
+            tasks.into_iter().try_for_each(|task| task.join().map_err(|_| anyhow::anyhow!("panicked"))?)
+        })
+        .with_context(|| format!("{size} bytes each way; logged:\n{}", injector.log()))?;
+    }
+    for session in finished(&injector, SIZES.len() * ROUNDS)? {
+        let end = session.field("end").unwrap_or_default();
+        ensure!(["client_closed", "backend_closed"].contains(&end.as_str()), "{session:?}");
+    }
+    Ok(())
+}
+
+/// Sends this and a FIN such that they share their last segment.
+pub(crate) fn send_with_fin(stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    let sent = SockRef::from(stream).send_with_flags(bytes, libc::MSG_MORE)?;
+    ensure!(sent == bytes.len(), "{sent} of {} bytes were taken", bytes.len());
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+/// The program sees a segment that carries both.
+fn corked(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    let sizes = [1, 100, 1_448, 5_000, 60_000];
+    for size in sizes {
+        let (client, server) = introduced(world, &backend)?;
+        let bytes = pattern(41, size);
+        send_with_fin(&client, &bytes)?;
+        receive_all(&server, &bytes).with_context(|| format!("{size} bytes to the backend"))?;
+        send_with_fin(&server, &bytes)?;
+        receive_all(&client, &bytes).with_context(|| format!("{size} bytes to the client"))?;
+    }
+    for session in finished(&injector, sizes.len())? {
+        ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+    }
+    Ok(())
+}
+
+/// A client that has said all, and finished, before the backend has accepted: nothing of it was ever enrolled.
+fn before_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
+    for size in [13, 1_448, 50_000] {
+        let backend = world.backend()?;
+        let injector = world.injector(engine, "smtp", "")?;
+        let mut client = world.client()?;
+        let early = pattern(43, size);
+        send_with_fin(&client, &early)?;
+        std::thread::sleep(Duration::from_millis(20));
+        let (mut server, _, mut seen) = accept_with_header(&backend)?;
+        server.read_to_end(&mut seen)?;
+        ensure!(seen == early, "{} of {size} early bytes", seen.len());
+        for answer in [&b"220 late\r\n"[..], b"221 bye\r\n"] {
+            pass(&mut server, &mut client, answer)?;
+        }
+        drop(server);
+        ensure!(ending(&mut client)? == Ending::Fin(Vec::new()), "the client did not get the end");
+        ended(&injector, "client_closed")?;
+    }
+    Ok(())
+}
+
+/// A backend whose FIN comes with its banner; what the client says then still reaches it.
+fn with_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    send_with_fin(&server, b"554 go away\r\n")?;
+    ensure!(ending(&mut client)? == Ending::Fin(b"554 go away\r\n".to_vec()), "not the banner and a FIN");
+    for words in [&b"QUIT\r\n"[..], b"really\r\n"] {
+        pass(&mut client, &mut server, words)?;
+    }
+    drop(client);
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend did not get the end");
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+/// From one side's FIN to the other side's end of file, on idle connections: by median, and more than once if another
+/// program had the processors.
+fn prompt(world: &World, engine: &str) -> anyhow::Result<()> {
+    const CONNECTIONS: usize = 50;
+    const TRIES: usize = 4;
+    const WITHIN: Duration = Duration::from_millis(5);
+    let (_injector, ..) = joined(world, engine, "")?;
+    let mut medians = Vec::new();
+    for _ in 0..TRIES {
+        let backend = world.backend()?;
+        let mut took = [Vec::new(), Vec::new()];
+        for _ in 0..CONNECTIONS {
+            let (mut client, mut server) = introduced(world, &backend)?;
+            took[0].push(fin_passes(&client, &mut server)?);
+            took[1].push(fin_passes(&server, &mut client)?);
+        }
+        let median = took.map(|mut took| {
+            took.sort_unstable();
+            took.get(CONNECTIONS / 2).copied().unwrap_or(Duration::MAX)
+        });
+        println!("  median to the backend {:?}, to the client {:?}", median[0], median[1]);
+        if median.iter().all(|median| *median < WITHIN) {
+            return Ok(());
+        }
+        medians.push(median);
+    }
+    bail!("medians of {CONNECTIONS}, to the backend and to the client: {medians:?}")
+}
+
+fn fin_passes(from: &TcpStream, to: &mut TcpStream) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    from.shutdown(Shutdown::Write)?;
+    ensure!(to.read(&mut [0])? == 0, "bytes in place of a FIN");
+    Ok(start.elapsed())
+}

@@ -1,0 +1,164 @@
+//! What many stalled readers cost the machine, with back-pressure and without.
+
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use injector_testbed::gauges::{Memory, MemoryWatch, socket_buffers};
+use socket2::SockRef;
+
+use crate::Run;
+use crate::transfers::pattern;
+use crate::world::{LIMIT, World, accept_with_header, expect, patient, public_address};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[("crowd/200 stalled readers", stalled_readers)];
+
+const READERS: usize = 200;
+/// What is pushed at each of them, if it is taken.
+const PUSHED: usize = 8 << 20;
+/// Memory that they may cost beside what is in the sockets' own buffers.
+const BESIDE_BUFFERS: u64 = 64 << 20;
+/// The marks at which the splice engine holds a source back: so high that they are never reached.
+const NO_BACK_PRESSURE: &str = "\n\n[splice]\nhigh_water = 1099511627775\ntotal_high_water = 1099511627775\n\
+                                total_limit = 1099511627776\nenrol_after_messages = 1";
+
+/// What it came to, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// Taken from the backends.
+    taken: u64,
+    /// More memory in the kernel, and in the daemon, at the worst moment.
+    grown: u64,
+    /// Of that, in buffers of sockets, in the end.
+    buffers: u64,
+    /// What waits in the kernel, charged to nobody, as the daemon counts it.
+    backlog: u64,
+    /// `MemAvailable` lost; other programs count in it.
+    less_available: u64,
+}
+
+impl Cost {
+    fn beside_buffers(&self) -> u64 {
+        self.grown.saturating_sub(self.buffers)
+    }
+
+    fn tell(&self, what: &str) {
+        let [taken, grown, buffers, beside, backlog, less] =
+            [self.taken, self.grown, self.buffers, self.beside_buffers(), self.backlog, self.less_available]
+                .map(|bytes| bytes >> 20);
+        println!(
+            "  {what}: {taken} MiB taken, memory grew by {grown} MiB, of it {buffers} MiB in socket buffers and \
+             {beside} MiB beside them; {backlog} MiB wait in the kernel; {less} MiB less available"
+        );
+    }
+}
+
+/// Backends push as fast as they can at clients that read nothing.
+fn stalled_readers(world: &World, engine: &str) -> anyhow::Result<()> {
+    // Other programs may take kernel memory at the same time: the least of some runs counts.
+    const TRIES: usize = 3;
+    let mut least = u64::MAX;
+    for _ in 0..TRIES {
+        let cost = push(world, engine, "")?;
+        cost.tell("with back-pressure");
+        // Memory that others give back meanwhile hides ours; what the daemon counts does not depend on them.
+        least = least.min(cost.beside_buffers().max(cost.backlog));
+        if least < BESIDE_BUFFERS {
+            break;
+        }
+    }
+    if engine == "splice" {
+        push(world, engine, NO_BACK_PRESSURE)?.tell("without it");
+    }
+    ensure!(least < BESIDE_BUFFERS, "{READERS} stalled readers cost {} MiB beside the buffers", least >> 20);
+    Ok(())
+}
+
+fn push(world: &World, engine: &str, extra: &str) -> anyhow::Result<Cost> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", extra)?;
+    let readers = readers(world, &backend)?;
+    let buffers = || -> anyhow::Result<u64> {
+        let topology = &world.topology;
+        [&topology.client, &topology.edge, &topology.mail].into_iter().map(socket_buffers).sum()
+    };
+    let buffers_before = buffers()?;
+    settle();
+    let watch = MemoryWatch::start(injector.pid());
+    let taken = push_all(&readers)?;
+    let in_buffers = buffers()?.saturating_sub(buffers_before);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a sum of bytes")]
+    let backlog = injector.metrics()?.sum("injector_backlog_bytes", &[]) as u64;
+    let (before, peak): (Memory, Memory) = watch.end();
+    let cost = Cost {
+        taken,
+        grown: peak.kernel.saturating_sub(before.kernel) + peak.daemon.saturating_sub(before.daemon),
+        buffers: in_buffers,
+        backlog,
+        less_available: before.available.saturating_sub(peak.available),
+    };
+    // Closing with bytes unread resets: what waits in the kernel goes at once.
+    drop(readers);
+    let deadline = Instant::now() + LIMIT;
+    while injector.sessions()?.len() < READERS {
+        ensure!(Instant::now() < deadline, "{} of {READERS} sessions ended", injector.sessions()?.len());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(cost)
+}
+
+/// Clients that will read nothing, and their backends' ends, both with small buffers, so that those do not hide what the
+/// injector keeps.
+fn readers(world: &World, backend: &TcpListener) -> anyhow::Result<Vec<(TcpStream, TcpStream)>> {
+    const BUFFER: usize = 64 << 10;
+    let connect = |_| TcpStream::connect_timeout(&public_address(), LIMIT);
+    let clients: Vec<TcpStream> =
+        world.topology.client.run(|| (0..READERS).map(connect).collect::<Result<_, _>>())??;
+    let mut servers = Vec::new();
+    for _ in &clients {
+        let (mut server, ..) = accept_with_header(backend)?;
+        server.write_all(b"220 hello\r\n")?;
+        SockRef::from(&server).set_send_buffer_size(BUFFER)?;
+        server.set_nonblocking(true)?;
+        servers.push(server);
+    }
+    for client in &clients {
+        patient(client)?;
+        SockRef::from(client).set_recv_buffer_size(BUFFER)?;
+        expect(&mut client.try_clone()?, b"220 hello\r\n")?;
+    }
+    Ok(clients.into_iter().zip(servers).collect())
+}
+
+/// Waits until the kernel has given back what others held, such as the run before.
+fn settle() {
+    let kernel = || Memory::now(std::process::id()).kernel;
+    let (deadline, mut last) = (Instant::now() + LIMIT, u64::MAX);
+    while Instant::now() < deadline {
+        let now = kernel();
+        if now.abs_diff(last) < 1 << 20 {
+            return;
+        }
+        last = now;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// Writes to all of them what they take, until none has taken anything for a second; returns how much that was.
+fn push_all(readers: &[(TcpStream, TcpStream)]) -> anyhow::Result<u64> {
+    let bytes = pattern(59, PUSHED);
+    let mut written = vec![0; readers.len()];
+    let mut last = Instant::now();
+    while last.elapsed() < Duration::from_secs(1) {
+        for ((_, server), written) in readers.iter().zip(&mut written) {
+            match (&mut &*server).write(bytes.get(*written..).unwrap_or_default()) {
+                Ok(0) => {}
+                Ok(count) => (*written, last) = (*written + count, Instant::now()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("pushing"),
+            }
+        }
+    }
+    Ok(written.iter().sum::<usize>() as u64)
+}

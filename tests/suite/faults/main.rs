@@ -1,0 +1,97 @@
+//! What happens when something is wrong: clients that forge, backends that fail, limits, stops, a kernel that refuses.
+//! Each trial starts its own injector in the edge; client and backend are plain sockets of the test, in their namespaces,
+//! so that every byte and every reset at both ends is seen.
+
+mod choosing;
+mod crowds;
+mod endings;
+mod headers;
+mod hoard;
+mod overlaps;
+mod refusals;
+mod segments;
+mod starting;
+mod stopping;
+mod transfers;
+mod vanished;
+mod victim;
+mod world;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use injector_testbed::netns;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use world::World;
+
+/// The engines that every trial is run with that does not name one itself.
+const ENGINES: [&str; 2] = ["splice", "relay"];
+
+fn main() {
+    if let Some(habit) = victim::asked() {
+        return victim::run(habit);
+    }
+    let mut arguments = Arguments::from_args();
+    // They share addresses.
+    arguments.test_threads.get_or_insert(1);
+    let world = Arc::new(Mutex::new(None));
+    let mut trials = Vec::new();
+    for engine in ENGINES {
+        let each = refusals::TRIALS
+            .iter()
+            .chain(headers::TRIALS)
+            .chain(transfers::TRIALS)
+            .chain(overlaps::TRIALS)
+            .chain(endings::TRIALS)
+            .chain(segments::TRIALS)
+            .chain(stopping::TRIALS)
+            .chain(crowds::TRIALS)
+            .chain(hoard::TRIALS)
+            .chain(vanished::TRIALS);
+        for (name, run) in each {
+            trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
+        }
+    }
+    for (name, run) in headers::SPLICE_TRIALS.iter().chain(transfers::SPLICE_TRIALS) {
+        trials.push(trial(&world, format!("splice/{name}"), |world| run(world, "splice")));
+    }
+    for (name, run) in starting::TRIALS {
+        trials.push(trial(&world, format!("start/{name}"), run));
+    }
+    for (name, run) in choosing::TRIALS {
+        trials.push(trial(&world, format!("start/{name}"), run));
+    }
+    for refusal in choosing::REFUSALS {
+        let name = format!("start/inline/refused: {}", refusal.name);
+        trials.push(trial(&world, name, |world| choosing::refuses(world, refusal)));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(world);
+    conclusion.exit();
+}
+
+/// What a trial does with an engine.
+type Run = fn(&World, &str) -> anyhow::Result<()>;
+
+fn trial(
+    shared: &Arc<Mutex<Option<World>>>,
+    name: String,
+    run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let shared = Arc::clone(shared);
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if world.is_none() {
+            *world = Some(World::new()?);
+        }
+        match world.as_ref() {
+            Some(world) => {
+                run(world).map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:#}")))
+            }
+            None => Err(Failed::without_message()),
+        }
+    })
+}

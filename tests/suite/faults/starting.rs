@@ -1,0 +1,207 @@
+//! A daemon that cannot start, or not as it was asked: one clear sentence, and the next engine where there is one.
+
+use std::process::{Command, Output};
+
+use anyhow::{Context, ensure};
+use injector_testbed::daemon::binary;
+
+use crate::world::{World, accept_with_header, config, pass, public_address};
+
+type Start = fn(&World) -> anyhow::Result<()>;
+
+pub(crate) const TRIALS: &[(&str, Start)] = &[
+    ("a mistake in the file is named with its line", mistake),
+    ("a port in use", port_in_use),
+    ("an address of another machine", foreign_address),
+    ("no rights: auto takes relay, and mail passes", auto_without_rights),
+    ("no rights: splice says what is missing", splice_without_rights),
+    ("too few descriptors", few_descriptors),
+    ("selftest as root", selftest_as_root),
+    ("selftest with CAP_BPF and CAP_NET_ADMIN alone", selftest_with_two_rights),
+    ("selftest without rights", selftest_without_rights),
+    ("rights are given up", rights_given_up),
+];
+
+/// Runs a command line in the edge to its end.
+fn run(world: &World, line: &[&str]) -> anyhow::Result<Output> {
+    let (program, arguments) = line.split_first().context("nothing to run")?;
+    let mut command: Command = world.topology.edge.command(program);
+    Ok(command.args(arguments).output()?)
+}
+
+fn own_binary() -> anyhow::Result<String> {
+    Ok(binary()?.display().to_string())
+}
+
+/// A file with this configuration.
+fn file(text: &str) -> anyhow::Result<tempfile::NamedTempFile> {
+    let file = tempfile::Builder::new().prefix("inj-faults-").suffix(".toml").tempfile()?;
+    std::fs::write(file.path(), text)?;
+    Ok(file)
+}
+
+/// The daemon refuses to start with this configuration, and its error has all these words.
+pub(crate) fn fails(world: &World, prefix: &[&str], text: &str, words: &[&str]) -> anyhow::Result<()> {
+    let file = file(text)?;
+    let (binary, path) = (own_binary()?, file.path().display().to_string());
+    let output = run(world, &[prefix, &[&binary, "run", "--config", &path]].concat())?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "started: {error}");
+    for word in words {
+        ensure!(error.contains(word), "no {word:?} in: {error}");
+    }
+    Ok(())
+}
+
+fn mistake(world: &World) -> anyhow::Result<()> {
+    let text = config("splice", "smtp", "").replace("protocol = \"smtp\"", "protocol = \"smpt\"");
+    fails(world, &[], &text, &[".toml:7:", "listener \"test\"", "did you mean \"smtp\"?"])
+}
+
+fn port_in_use(world: &World) -> anyhow::Result<()> {
+    let _taken = world.topology.edge.run(|| std::net::TcpListener::bind(public_address()))??;
+    fails(
+        world,
+        &[],
+        &config("relay", "smtp", ""),
+        &["listener \"test\"", "192.0.2.10:2500", "another program listens there"],
+    )
+}
+
+fn foreign_address(world: &World) -> anyhow::Result<()> {
+    let text = config("relay", "smtp", "").replace("192.0.2.10", "192.0.2.99");
+    fails(world, &[], &text, &["192.0.2.99:2500", "no interface of this machine has the address"])
+}
+
+pub(crate) const WITHOUT_RIGHTS: [&str; 4] = ["capsh", "--drop=all", "--", "-c"];
+
+fn auto_without_rights(world: &World) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector_by(&WITHOUT_RIGHTS, &config("auto", "smtp", ""))?;
+    let mut client = world.client()?;
+    let (mut server, header, _) = accept_with_header(&backend)?;
+    ensure!(header.source == client.local_addr()?, "{header:?}");
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    let log = injector.log();
+    ensure!(log.contains("the splice engine cannot run here") && log.contains("CAP_BPF"), "{log}");
+    ensure!(log.contains("\"engine\":\"relay\""), "{log}");
+    Ok(())
+}
+
+fn splice_without_rights(world: &World) -> anyhow::Result<()> {
+    let file = file(&config("splice", "smtp", ""))?;
+    let line = format!("{} run --config {}", own_binary()?, file.path().display());
+    let output = run(world, &[&WITHOUT_RIGHTS[..], &[&line]].concat())?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "started: {error}");
+    for word in [
+        "listener \"test\"",
+        "engine \"splice\" cannot run here",
+        "CAP_BPF and CAP_NET_ADMIN",
+        "injector selftest",
+    ] {
+        ensure!(error.contains(word), "no {word:?} in: {error}");
+    }
+    Ok(())
+}
+
+/// What a worker needs for itself then does not depend on the machine.
+const ONE_WORKER: &str = "\n\n[limits]\nworkers = 1";
+
+fn few_descriptors(world: &World) -> anyhow::Result<()> {
+    fails(
+        world,
+        &["prlimit", "--nofile=100:100"],
+        &config("relay", "smtp", ""),
+        &["100 open files", "LimitNOFILE"],
+    )?;
+    // 204 are good for two connections; the third is told so.
+    let backend = world.backend()?;
+    let injector = world
+        .injector_by(&["prlimit", "--nofile=204:204", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
+    ensure!(injector.log().contains("carries fewer connections"), "{}", injector.log());
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        let mut client = world.client()?;
+        let (mut server, ..) = accept_with_header(&backend)?;
+        pass(&mut server, &mut client, b"220 hello\r\n")?;
+        open.push((client, server));
+    }
+    let mut third = world.client()?;
+    crate::world::expect(&mut third, b"421 4.3.2 Too many connections, try again later\r\n")?;
+    crate::world::counted(
+        &injector,
+        "injector_connections_refused_total",
+        &[("reason", "no_descriptors")],
+        1.0,
+    )
+}
+
+/// What the self-test finds out when this command, which takes one more argument, runs it.
+pub(crate) fn selftest(world: &World, prefix: &[&str]) -> anyhow::Result<serde_json::Value> {
+    let line = format!("{} selftest --json", own_binary()?);
+    let output = run(world, &[prefix, &[&line]].concat())?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn selftest_as_root(world: &World) -> anyhow::Result<()> {
+    let found = selftest(world, &["sh", "-c"])?;
+    ensure!(found["auto"] == "splice", "{found:#}");
+    let checks = found["splice"]["checks"].as_array().context("no checks")?;
+    ensure!(checks.iter().any(|check| check["name"] == "slow_reader"), "{found:#}");
+    ensure!(checks.len() >= 7 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
+    let seconds: f64 = checks.iter().filter_map(|check| check["seconds"].as_f64()).sum();
+    println!("  {seconds} s");
+    ensure!(seconds < 2.0, "took {seconds} s");
+    // The daemon says the same: in its log, and as metrics.
+    let injector = world.injector("splice", "smtp", "")?;
+    let (log, metrics) = (injector.log(), injector.metrics()?);
+    for name in checks.iter().filter_map(|check| check["name"].as_str()) {
+        let labels = [("engine", "splice"), ("check", name)];
+        ensure!(log.contains(&format!("\"check\":\"{name}\",\"passed\":true")), "{name} is not in {log}");
+        ensure!((metrics.sum("injector_selftest_check", &labels) - 1.0).abs() < 0.5, "{name} is not 1");
+        ensure!(metrics.sum("injector_selftest_check_seconds", &labels) > 0.0, "{name} took no time");
+    }
+    Ok(())
+}
+
+fn selftest_with_two_rights(world: &World) -> anyhow::Result<()> {
+    // By the bounding set: root that starts a program gets all that is in it, whatever it had before.
+    let found = selftest(world, &["setpriv", "--bounding-set=-all,+bpf,+net_admin", "sh", "-c"])?;
+    ensure!(found["auto"] == "splice", "{found:#}");
+    for engine in ["splice", "inline"] {
+        let checks = found[engine]["checks"].as_array().context("no checks")?;
+        ensure!(!checks.is_empty() && checks.iter().all(|check| check["passed"] == true), "{found:#}");
+    }
+    Ok(())
+}
+
+fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
+    let found = selftest(world, &WITHOUT_RIGHTS)?;
+    ensure!(found["auto"] == "relay", "{found:#}");
+    let reason = found["reason"].as_str().context("no reason")?;
+    ensure!(reason.contains("CAP_BPF and CAP_NET_ADMIN"), "{reason}");
+    Ok(())
+}
+
+/// Once it runs, no thread of the daemon may do anything special, and the engine still works.
+fn rights_given_up(world: &World) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let injector = world.injector("splice", "smtp", "")?;
+    for task in std::fs::read_dir(format!("/proc/{}/task", injector.pid()))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).context("no CapPrm")?;
+        // CAP_NET_BIND_SERVICE: a configuration that is read again may have other ports below 1024.
+        ensure!(u64::from_str_radix(permitted.trim(), 16)? == 1 << 10, "a thread has {permitted}");
+    }
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    pass(&mut client, &mut server, b"NOOP\r\n")?;
+    drop((client, server));
+    let sessions = crate::world::finished(&injector, 1)?;
+    ensure!(sessions[0].number("spliced_to_backend") == Some(6), "{sessions:?}");
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! SIGTERM: what is said to whom, and what is cut.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use injector_testbed::daemon::parse_sessions;
+
+use crate::Run;
+use crate::world::{Ending, World, accept_with_header, ending, finished, pass};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("stop/cuts at the deadline and says so", cut),
+    ("stop/waits for what finishes", waits),
+    ("nothing is left behind", nothing_left),
+];
+
+fn cut(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let mut injector = world.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"500ms\"")?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    let start = Instant::now();
+    injector.ask_to_stop()?;
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend was not reset");
+    ensure!(start.elapsed() > Duration::from_millis(400), "before the deadline: {:?}", start.elapsed());
+    let (status, log) = injector.wait_stopped()?;
+    ensure!(status.success(), "{status}");
+    ensure!(log.contains("0 sessions finished by themselves, 1 were cut"), "{log}");
+    let sessions = parse_sessions(&log)?;
+    ensure!(sessions.len() == 1 && sessions[0].field("end").as_deref() == Some("cut"), "{sessions:?}");
+    Ok(())
+}
+
+fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
+    let backend = world.backend()?;
+    let mut injector = world.injector(engine, "smtp", "")?;
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    injector.ask_to_stop()?;
+    std::thread::sleep(Duration::from_millis(200));
+    pass(&mut client, &mut server, b"QUIT\r\n")?;
+    server.write_all(b"221 bye\r\n")?;
+    drop(server);
+    ensure!(ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "no clean end");
+    drop(client);
+    let start = Instant::now();
+    let (status, log) = injector.wait_stopped()?;
+    ensure!(
+        status.success() && start.elapsed() < Duration::from_secs(5),
+        "{status} after {:?}",
+        start.elapsed()
+    );
+    ensure!(log.contains("1 sessions finished by themselves, 0 were cut"), "{log}");
+    Ok(())
+}
+
+/// Descriptors of the daemon before and after many connections.
+fn nothing_left(world: &World, engine: &str) -> anyhow::Result<()> {
+    const CONNECTIONS: usize = 50;
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", "")?;
+    let descriptors = || anyhow::Ok(std::fs::read_dir(format!("/proc/{}/fd", injector.pid()))?.count());
+    let before = descriptors()?;
+    for _ in 0..CONNECTIONS {
+        let mut client = world.client()?;
+        let (mut server, ..) = accept_with_header(&backend)?;
+        pass(&mut server, &mut client, b"220 hello\r\n")?;
+        pass(&mut client, &mut server, b"QUIT\r\n")?;
+        drop((client, server));
+    }
+    finished(&injector, CONNECTIONS)?;
+    // The last task may still be closing its sockets.
+    std::thread::sleep(Duration::from_millis(100));
+    let after = descriptors()?;
+    // Before, the connection that asked for readiness may still have been open.
+    ensure!(after <= before, "{before} descriptors before, {after} after {CONNECTIONS} connections");
+    let active = injector.metrics()?.sum("injector_connections_active", &[]);
+    ensure!(active.abs() < 0.5, "{active} connections are still active");
+    Ok(())
+}

@@ -1,0 +1,410 @@
+//! Payload, whole and in order, to the end: both directions, half-closes, resets.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use socket2::SockRef;
+
+use crate::Run;
+use crate::world::{Ending, World, accept_with_header, ended, ending, expect, finished, pass, until};
+
+/// Enough to go round every buffer on the way many times.
+const BULK: usize = 24 << 20;
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("transfer/both ways at once", |world, engine| both_ways(world, engine, "")),
+    ("transfer/both ways at once, marks soon reached", |world, engine| both_ways(world, engine, SMALL_MARKS)),
+    ("transfer/a long first payload", long_first),
+    ("transfer/client finishes first", client_half_closes),
+    ("transfer/backend finishes first", backend_half_closes),
+    ("transfer/backend says goodbye and is gone", goodbye),
+    ("transfer/byte by byte", byte_by_byte),
+    ("stalled/backend reads nothing for a while", |world, engine| stalled(world, engine, Reader::Backend)),
+    ("stalled/client reads nothing for a while", |world, engine| stalled(world, engine, Reader::Client)),
+    ("stalled/and then by the kernel again", resumed),
+    ("stalled/the sender finishes meanwhile", stalled_fin),
+    ("stalled/the reader is gone", stalled_gone),
+    ("transfer/backend resets", backend_resets),
+    ("transfer/client resets", client_resets),
+    ("idle/cut after the timeout", idle),
+    ("idle/payload keeps it alive", kept_alive),
+    ("idle/half closed", half_closed_idle),
+];
+
+/// Those that only the splice engine has.
+pub(crate) const SPLICE_TRIALS: &[(&str, Run)] =
+    &[("transfer/by the kernel when it pays off", enrolled_when_it_pays)];
+
+/// A client and a backend that have exchanged their first words.
+pub(crate) fn joined(
+    world: &World,
+    engine: &str,
+    extra: &str,
+) -> anyhow::Result<(injector_testbed::daemon::Injector, TcpStream, TcpStream)> {
+    let backend = world.backend()?;
+    let injector = world.injector(engine, "smtp", extra)?;
+    let (client, server) = introduced(world, &backend)?;
+    Ok((injector, client, server))
+}
+
+/// The same with an injector that runs already.
+pub(crate) fn introduced(world: &World, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut client = world.client()?;
+    let (mut server, ..) = accept_with_header(backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    Ok((client, server))
+}
+
+/// Bytes that repeat only after 251 times 256: a lost, doubled or swapped piece is seen.
+pub(crate) fn pattern(seed: usize, len: usize) -> Vec<u8> {
+    let byte = |at: usize| {
+        let [low, ..] = ((at + seed) % 251).to_le_bytes();
+        let [_, high, ..] = at.to_le_bytes();
+        low ^ high
+    };
+    let period: Vec<u8> = (0..251 * 256).map(byte).collect();
+    let mut bytes = period.repeat(len.div_ceil(period.len()));
+    bytes.truncate(len);
+    bytes
+}
+
+pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    stream.write_all(bytes).context("sending")?;
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+pub(crate) fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut seen = Vec::with_capacity(bytes.len());
+    stream.read_to_end(&mut seen).with_context(|| format!("after {} bytes", seen.len()))?;
+    if seen == bytes {
+        return Ok(());
+    }
+    let same = seen.iter().zip(bytes).take_while(|(seen, sent)| seen == sent).count();
+    bail!("{} of {} bytes, the same up to {same}", seen.len(), bytes.len());
+}
+
+/// The daemon's own rules of enrolment.
+const DEFAULTS: &str = "\n\n[splice]\n";
+
+/// With these every direction is held soon, and the change of planes falls into the middle of the stream.
+const SMALL_MARKS: &str = "\n\n[splice]\nhigh_water = 65536\nlow_water = 16384\n\
+                           enrol_after_messages = 1";
+
+fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(world, engine, marks)?;
+    let (up, down) = (pattern(1, BULK), pattern(7, BULK));
+    std::thread::scope(|scope| {
+        let tasks = [
+            scope.spawn(|| send_all(&client, &up)),
+            scope.spawn(|| receive_all(&server, &up)),
+            scope.spawn(|| send_all(&server, &down)),
+            scope.spawn(|| receive_all(&client, &down)),
+        ];
+        tasks.into_iter().try_for_each(|task| task.join().map_err(|_| anyhow::anyhow!("panicked"))?)
+    })
+    .with_context(|| format!("logged:\n{}", injector.log()))?;
+    let sessions = finished(&injector, 1)?;
+    let session = sessions.first().context("no line")?;
+    ensure!(
+        ["client_closed", "backend_closed"].contains(&session.field("end").unwrap_or_default().as_str()),
+        "{session:?}"
+    );
+    let bulk = BULK as u64;
+    ensure!(session.number("bytes_to_backend") == Some(bulk + 13), "{session:?}");
+    ensure!(session.number("bytes_to_client") == Some(bulk + 11), "{session:?}");
+    // How much of it the kernel carries depends on who keeps up. What it has had in its hands goes through no pipe.
+    for (plane, of) in [("spliced", "splice"), ("piped", "relay")] {
+        for direction in ["to_backend", "to_client"] {
+            let carried = session.number(&format!("{plane}_{direction}")).unwrap_or_default();
+            ensure!((carried > 0) == (engine == of) && carried <= bulk, "{plane}: {session:?}");
+        }
+    }
+    Ok(())
+}
+
+/// By default a direction is the kernel's after 16 payloads, and no sooner; then even bulk is.
+fn enrolled_when_it_pays(world: &World, _engine: &str) -> anyhow::Result<()> {
+    const ENROL_AFTER: u64 = 16;
+    for messages in [ENROL_AFTER - 1, ENROL_AFTER + 4] {
+        let (injector, mut client, mut server) = joined(world, "splice", DEFAULTS)?;
+        for _ in 1..messages {
+            pass(&mut server, &mut client, b"250 ok\r\n")?;
+            pass(&mut client, &mut server, b"NOOP\r\n")?;
+        }
+        let bulk = pattern(3, BULK);
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(|| send_all(&client, &bulk));
+            receive_all(&server, &bulk)?;
+            sending.join().map_err(|_| anyhow::anyhow!("panicked"))?
+        })?;
+        drop(server);
+        let sessions = finished(&injector, 1)?;
+        let session = sessions.first().context("no line")?;
+        let carried = |field: &str| session.number(field).unwrap_or_default();
+        let (enrolled, piped) = (carried("spliced_to_backend") > 0, carried("piped_to_backend") > 0);
+        ensure!((enrolled, piped) == (messages >= ENROL_AFTER, messages < ENROL_AFTER), "{session:?}");
+        ensure!((carried("spliced_to_client") > 0) == (messages > ENROL_AFTER), "{session:?}");
+        drop(injector);
+    }
+    Ok(())
+}
+
+/// More than one read takes, before anything was enrolled: no segment is carried by both planes.
+fn long_first(world: &World, engine: &str) -> anyhow::Result<()> {
+    for len in [65_536, 65_537, 100_000, 400_000] {
+        let backend = world.backend()?;
+        let injector = world.injector(engine, "imaps", "")?;
+        let client = world.client()?;
+        let bytes = pattern(19, len);
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(|| send_all(&client, &bytes));
+            let (server, _, mut seen) = accept_with_header(&backend)?;
+            (&server).read_to_end(&mut seen)?;
+            let same = seen.iter().zip(&bytes).take_while(|(seen, sent)| seen == sent).count();
+            ensure!(seen.len() == len && same == len, "{} of {len} bytes, the same up to {same}", seen.len());
+            sending.join().map_err(|_| anyhow::anyhow!("panicked"))?
+        })?;
+        drop((client, backend, injector));
+    }
+    Ok(())
+}
+
+/// The backend answers a client that has finished, at its leisure.
+fn client_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    client.write_all(b"DATA and more\r\n")?;
+    client.shutdown(Shutdown::Write)?;
+    ensure!(
+        ending(&mut server)? == Ending::Fin(b"DATA and more\r\n".to_vec()),
+        "the backend did not get it all"
+    );
+    std::thread::sleep(Duration::from_millis(100));
+    for _ in 0..3 {
+        pass(&mut server, &mut client, b"250 taken\r\n")?;
+    }
+    drop(server);
+    ensure!(ending(&mut client)? == Ending::Fin(Vec::new()), "the client did not get the end");
+    ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+fn backend_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    server.write_all(b"221 bye\r\n")?;
+    server.shutdown(Shutdown::Write)?;
+    ensure!(ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "the client did not get it all");
+    std::thread::sleep(Duration::from_millis(100));
+    pass(&mut client, &mut server, b"last words\r\n")?;
+    drop(client);
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend did not get the end");
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+/// A backend that has closed answers what still comes with a reset (TLS clients say goodbye to it). What it sent before
+/// belongs to the client all the same, however slowly it reads.
+fn goodbye(world: &World, engine: &str) -> anyhow::Result<()> {
+    const LAST: usize = 300_000;
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    let last = pattern(3, LAST);
+    server.write_all(&last)?;
+    drop(server);
+    std::thread::sleep(Duration::from_millis(50));
+    // Draws the reset out of the closed backend.
+    client.write_all(b"goodbye\r\n")?;
+    std::thread::sleep(Duration::from_millis(50));
+    let mut seen = Vec::new();
+    // Afterwards a FIN, or a reset for the goodbye that nobody read.
+    let _ = client.read_to_end(&mut seen);
+    ensure!(seen == last, "{} of {LAST} bytes", seen.len());
+    drop(client);
+    ended(&injector, "backend_closed")?;
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    Client,
+    Backend,
+}
+
+/// Writes what `pattern` gives until nothing more is taken for half a second; returns how much that was.
+fn fill(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<usize> {
+    stream.set_nonblocking(true)?;
+    let (mut written, mut last) = (0, Instant::now());
+    while written < bytes.len() && last.elapsed() < Duration::from_millis(500) {
+        match stream.write(bytes.get(written..).unwrap_or_default()) {
+            Ok(count) => (written, last) = (written + count, Instant::now()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(1))
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    stream.set_nonblocking(false)?;
+    Ok(written)
+}
+
+/// What one stalled reader may have on its way: the marks, the sockets' buffers on four ends, and what comes within the
+/// time that an alarm takes. Without back-pressure it would be all of it.
+const ON_ITS_WAY: usize = 24 << 20;
+const TOO_MUCH: usize = 96 << 20;
+
+/// The sender is slowed down, memory stays bounded, and nothing is lost when the reader goes on.
+fn stalled(world: &World, engine: &str, reader: Reader) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(world, engine, "")?;
+    let (from, to) = if reader == Reader::Client { (&server, &client) } else { (&client, &server) };
+    let bytes = pattern(11, TOO_MUCH);
+    let taken = fill(from, &bytes)?;
+    ensure!(taken < ON_ITS_WAY, "{taken} bytes were taken for a reader that reads nothing");
+    let changes =
+        |change| anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &[("change", change)]));
+    if engine == "splice" {
+        ensure!(changes("held")? > 0.5, "the source was not held");
+    }
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| receive_all(to, &bytes));
+        send_all(from, bytes.get(taken..).unwrap_or_default())?;
+        receiving.join().map_err(|_| anyhow::anyhow!("panicked"))?
+    })
+    .with_context(|| format!("logged:\n{}", injector.log()))?;
+    if engine == "splice" {
+        ensure!(changes("taken_back")? > 0.5, "the source was not let go");
+    }
+    drop((client, server));
+    finished(&injector, 1)?;
+    let waiting = injector.metrics()?.sum("injector_backlog_bytes", &[]);
+    ensure!(waiting.abs() < 0.5, "{waiting} bytes are still on the books");
+    Ok(())
+}
+
+/// When the target has caught up, and payload comes piece by piece, the kernel carries it again.
+fn resumed(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) = joined(world, engine, "")?;
+    let bytes = pattern(19, TOO_MUCH);
+    let taken = fill(&client, &bytes)?;
+    let mut seen = vec![0; taken];
+    server.read_exact(&mut seen)?;
+    ensure!(seen.iter().zip(&bytes).all(|(seen, sent)| seen == sent), "not what was sent");
+    let mut client = client;
+    for _ in 0..20 {
+        pass(&mut client, &mut server, b"NOOP\r\n")?;
+        pass(&mut server, &mut client, b"250 ok\r\n")?;
+    }
+    let changes = [("change", "resumed")];
+    let resumed = || anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &changes) > 0.5);
+    if engine == "splice" {
+        // User space may hear of it later than the payload has passed.
+        until(|| Ok(resumed()?.then_some(()).ok_or_else(|| "not resumed".to_owned())))?;
+    } else {
+        ensure!(!resumed()?, "{engine} has nothing to resume");
+    }
+    drop((client, server));
+    finished(&injector, 1).map(drop)
+}
+
+/// A FIN that comes while the source is held: the kernel does not take the source back, user space reads the rest.
+fn stalled_fin(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(world, engine, "")?;
+    let bytes = pattern(13, TOO_MUCH);
+    let taken = fill(&client, &bytes)?;
+    client.shutdown(Shutdown::Write)?;
+    std::thread::sleep(Duration::from_millis(50));
+    receive_all(&server, bytes.get(..taken).unwrap_or_default())?;
+    drop((client, server));
+    ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+/// The reader resets: the sender is told at once, not after a timeout.
+fn stalled_gone(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, server) = joined(world, engine, "")?;
+    fill(&client, &pattern(17, TOO_MUCH))?;
+    let start = Instant::now();
+    reset(server)?;
+    ensure!(matches!(ending(&mut client)?, Ending::Reset(_)), "the sender saw a clean end");
+    ensure!(start.elapsed() < Duration::from_millis(200), "after {:?}", start.elapsed());
+    ended(&injector, "backend_reset")?;
+    Ok(())
+}
+
+fn byte_by_byte(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (_injector, mut client, mut server) = joined(world, engine, "")?;
+    let bytes = pattern(5, 2000);
+    for byte in bytes.chunks(1) {
+        client.write_all(byte)?;
+        server.write_all(byte)?;
+    }
+    expect(&mut server, &bytes)?;
+    expect(&mut client, &bytes)
+}
+
+/// Closes with a reset.
+fn reset(stream: TcpStream) -> anyhow::Result<()> {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    Ok(())
+}
+
+/// A reset on one side is a reset on the other, at once, and never looks like an end.
+fn backend_resets(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    pass(&mut server, &mut client, b"250 half of a sent")?;
+    let start = Instant::now();
+    reset(server)?;
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client saw a clean end");
+    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ended(&injector, "backend_reset")?;
+    Ok(())
+}
+
+fn client_resets(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    pass(&mut client, &mut server, b"DATA half of a sent")?;
+    let start = Instant::now();
+    reset(client)?;
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend saw a clean end");
+    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ended(&injector, "client_reset")?;
+    Ok(())
+}
+
+fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+    let start = Instant::now();
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
+    let after = start.elapsed();
+    ensure!(after > Duration::from_millis(300) && after < Duration::from_secs(2), "after {after:?}");
+    ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "no reset at the backend");
+    ended(&injector, "idle")?;
+    Ok(())
+}
+
+/// Also where no byte passes through user space.
+fn kept_alive(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+    for _ in 0..8 {
+        std::thread::sleep(Duration::from_millis(150));
+        pass(&mut client, &mut server, b"NOOP\r\n")?;
+    }
+    ensure!(injector.sessions()?.is_empty(), "cut although it was alive");
+    ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
+    ended(&injector, "idle")?;
+    Ok(())
+}
+
+fn half_closed_idle(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) =
+        joined(world, engine, "[listener.timeouts]\nhalf_closed = \"300ms\"")?;
+    client.shutdown(Shutdown::Write)?;
+    let start = Instant::now();
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the FIN did not pass");
+    ended(&injector, "half_closed")?;
+    let after = start.elapsed();
+    // The first look is after five seconds at the latest: until then the idle timeout was in force.
+    ensure!(after < Duration::from_secs(7), "after {after:?}");
+    drop(client);
+    Ok(())
+}

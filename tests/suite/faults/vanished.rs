@@ -1,0 +1,132 @@
+//! Peers that are gone without a word: no FIN, no RST, no answer. The kernel gives up on them in the time that the
+//! configuration says, whichever plane carries the payload, and the other side is reset.
+
+use std::io::{ErrorKind, Write};
+use std::net::{IpAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use injector_testbed::netns::{EDGE_INSIDE, Family, Netns, VIP_SPLICE};
+
+use crate::Run;
+use crate::transfers::{joined, pattern};
+use crate::world::{Ending, World, ended, ending};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("vanished/client, data on its way", |world, engine| with_data(world, engine, Side::Client)),
+    ("vanished/backend, data on its way", |world, engine| with_data(world, engine, Side::Backend)),
+    ("vanished/client, idle", |world, engine| while_idle(world, engine, Side::Client)),
+    ("vanished/backend, idle", |world, engine| while_idle(world, engine, Side::Backend)),
+    ("vanished/client lives, but reads nothing for too long", closed_window),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Client,
+    Backend,
+}
+
+impl Side {
+    const fn end(self) -> &'static str {
+        match self {
+            Self::Client => "client_vanished",
+            Self::Backend => "backend_vanished",
+        }
+    }
+}
+
+/// Nothing that a namespace sends to an address leaves it, until this is dropped: not one acknowledgement.
+struct Silence<'a> {
+    netns: &'a Netns,
+    route: String,
+}
+
+impl<'a> Silence<'a> {
+    fn of(netns: &'a Netns, towards: IpAddr) -> anyhow::Result<Self> {
+        let route = format!("{towards}/32");
+        netns.ip(&["route", "add", "blackhole", &route])?;
+        Ok(Self { netns, route })
+    }
+
+    fn of_side(world: &'a World, side: Side) -> anyhow::Result<Self> {
+        match side {
+            Side::Client => Self::of(&world.topology.client, VIP_SPLICE.of(Family::V4)),
+            Side::Backend => Self::of(&world.topology.mail, EDGE_INSIDE.of(Family::V4)),
+        }
+    }
+}
+
+impl Drop for Silence<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.netns.ip(&["route", "del", "blackhole", &self.route]) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// The vanished side and the one that is left.
+fn sides(side: Side, client: TcpStream, server: TcpStream) -> (TcpStream, TcpStream) {
+    match side {
+        Side::Client => (client, server),
+        Side::Backend => (server, client),
+    }
+}
+
+/// The side that is left is reset, in this time.
+fn told(left: &mut TcpStream, since: Instant, after: Duration, before: Duration) -> anyhow::Result<()> {
+    let end = ending(left)?;
+    let took = since.elapsed();
+    println!("  the other side was told after {took:?}");
+    ensure!(end == Ending::Reset(Vec::new()), "{end:?} in place of a reset");
+    ensure!(took > after && took < before, "told after {took:?}, not between {after:?} and {before:?}");
+    Ok(())
+}
+
+/// What was sent stays without an answer. Keepalive would come much later.
+fn with_data(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
+    let extra = "[listener.timeouts]\nuser_timeout = \"1s\"\nkeepalive = \"1h\"";
+    let (injector, client, server) = joined(world, engine, extra)?;
+    let (gone, mut left) = sides(side, client, server);
+    let silence = Silence::of_side(world, side)?;
+    let start = Instant::now();
+    left.write_all(&pattern(61, 10_000))?;
+    told(&mut left, start, Duration::from_millis(900), Duration::from_secs(4))?;
+    let session = ended(&injector, side.end())?;
+    ensure!(session.field("error").is_some(), "{session:?}");
+    drop(silence);
+    drop(gone);
+    Ok(())
+}
+
+/// Nobody says anything; the question whether the peer lives stays without an answer.
+fn while_idle(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
+    let extra = "[listener.timeouts]\nuser_timeout = \"2s\"\nkeepalive = \"1s\"";
+    let (injector, client, server) = joined(world, engine, extra)?;
+    let (gone, mut left) = sides(side, client, server);
+    // As long as both answer, nobody is given up.
+    std::thread::sleep(Duration::from_millis(2500));
+    ensure!(injector.sessions()?.is_empty(), "given up although it answers");
+    let silence = Silence::of_side(world, side)?;
+    told(&mut left, Instant::now(), Duration::from_millis(500), Duration::from_secs(6))?;
+    ended(&injector, side.end())?;
+    drop(silence);
+    drop(gone);
+    Ok(())
+}
+
+/// A client that acknowledges, with its window closed: after the user timeout it is given up as well.
+fn closed_window(world: &World, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) = joined(world, engine, "[listener.timeouts]\nuser_timeout = \"1s\"")?;
+    let bytes = pattern(67, 1 << 20);
+    let start = Instant::now();
+    let error = loop {
+        if let Err(error) = server.write_all(&bytes) {
+            break error;
+        }
+    };
+    println!("  the sender was told after {:?}", start.elapsed());
+    ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}");
+    ended(&injector, "client_vanished")?;
+    drop(client);
+    Ok(())
+}

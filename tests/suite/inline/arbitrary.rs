@@ -1,0 +1,417 @@
+//! Arbitrary segments against the real programs: what the properties of `injector-common/tests/inline` say of the decisions, over
+//! raw frames of many clients at once. Behind the edge is the kernel's own TCP.
+//!
+//! `INJECTOR_SEED` asks for another run than the usual one.
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use fastrand::Rng;
+use injector_common::inline::{ACK, FIN, PSH, RST, SYN, URG};
+use injector_common::proxy::{self, Announced};
+use injector_testbed::netns::Family;
+use socket2::SockRef;
+
+use crate::frame::{Extra, Frame, forged_header};
+use crate::lab::{self, Lab, Setting};
+use crate::wire::{Fate, Side, Way};
+
+/// Connections that are under way at the same time.
+const BATCH: usize = 64;
+/// What each client sends in the end, as an honest one would.
+const HONEST: u32 = 64;
+
+/// So many connections; each is named after its own client or has read nothing.
+pub(crate) fn segments(lab: &Lab, family: Family, connections: usize) -> anyhow::Result<()> {
+    let seed =
+        std::env::var("INJECTOR_SEED").ok().map_or(Ok(2525), |seed| seed.parse()).context("INJECTOR_SEED")?;
+    run(lab, family, connections, &mut Rng::with_seed(seed)).with_context(|| format!("INJECTOR_SEED={seed}"))
+}
+
+fn run(lab: &Lab, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
+    // The programs must do without the kernel's judgement of windows, which Kubernetes nodes have switched off.
+    let _liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let listener = lab.backend(family)?;
+    listener.set_nonblocking(true)?;
+    let template = Frame::of_a_client(lab, family)?;
+    let answers = Arc::new(Mutex::new(HashMap::new()));
+    let heard = Arc::clone(&answers);
+    let _watching = lab.wire.faults(move |seen| {
+        if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() {
+            let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+            heard.insert(
+                seen.tcp.destination_port(),
+                (seen.tcp.sequence_number(), seen.tcp.acknowledgment_number()),
+            );
+        }
+        Fate::Pass
+    });
+    let before = lab.counted("invalid_segment").unwrap_or(0);
+    let mut totals = Totals::default();
+    let mut number = 0_u16;
+    while usize::from(number) < connections {
+        let mut batch: Vec<Client> = Vec::new();
+        for _ in 0..BATCH {
+            number += 1;
+            let client = Client::new(family, number, rng);
+            lab.wire.watch(client.port);
+            for frame in client.opening(&template, rng) {
+                lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            }
+            batch.push(client);
+        }
+        let complete =
+            |heard: &HashMap<u16, _>| batch.iter().filter(|one| heard.contains_key(&one.port)).count();
+        for _ in 0..15 {
+            std::thread::sleep(Duration::from_millis(5));
+            if complete(&answers.lock().unwrap_or_else(PoisonError::into_inner)) == BATCH {
+                break;
+            }
+        }
+        for client in &mut batch {
+            let answer = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&client.port);
+            client.accepted =
+                answer.filter(|(_, ack)| *ack == client.first).map(|(sequence, _)| sequence.wrapping_add(1));
+        }
+        let mut frames: Vec<(u32, Vec<u8>)> = Vec::new();
+        for client in &mut batch {
+            // In the order of each client's own, and mixed with those of others.
+            let mut at = 0;
+            for frame in client.anything(&template, rng) {
+                at += rng.u32(1..1000);
+                frames.push((at, frame));
+            }
+        }
+        frames.sort_by_key(|(at, _)| *at);
+        totals.frames += frames.len();
+        for (_, frame) in frames {
+            lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        }
+        // Sent once more, for the header may have been asked for meanwhile.
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_millis(20));
+            for client in batch.iter().filter(|client| client.honest) {
+                for frame in client.honest_end(&template) {
+                    lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+                }
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        totals.count(&batch, &listener, lab, family)?;
+    }
+    let below = lab.counted("invalid_segment").unwrap_or(0) - before;
+    eprintln!("    {totals:?}, {below} segments dropped as invalid");
+    // Not a test of nothing.
+    ensure!(
+        totals.named > connections / 4 && totals.served > connections / 8,
+        "too few get through: {totals:?}"
+    );
+    ensure!(totals.renamed < connections / 20, "too many have other ports: {totals:?}");
+    ensure!(totals.served == totals.honest, "honest clients are not served: {totals:?}");
+    ensure!(below > connections as u64 / 4, "too few tried: {below}");
+    Ok(())
+}
+
+#[derive(Debug, Default)]
+struct Totals {
+    frames: usize,
+    accepted: usize,
+    /// With another port than the client's own.
+    renamed: usize,
+    /// With a header.
+    named: usize,
+    /// Clients that did nothing to end their connections,
+    honest: usize,
+    /// and those of them whose bytes the backend has.
+    served: usize,
+}
+
+impl Totals {
+    /// Judges all that the backend has.
+    fn count(
+        &mut self,
+        batch: &[Client],
+        listener: &TcpListener,
+        lab: &Lab,
+        family: Family,
+    ) -> anyhow::Result<()> {
+        self.honest += batch.iter().filter(|client| client.honest).count();
+        loop {
+            let (mut stream, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            self.accepted += 1;
+            let read = read_all(&mut stream)?;
+            // Its ports are free again.
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+            // NAT gives a client another port if its own is taken; then the header says which client to compare with.
+            let is_named =
+                |client: &&Client| client.after_header(&read, family).is_ok_and(|rest| rest.is_some());
+            let of_port = batch.iter().find(|client| client.port == peer.port());
+            self.renamed += usize::from(of_port.is_none());
+            let Some(client) = of_port.or_else(|| batch.iter().find(is_named)) else {
+                ensure!(read.is_empty(), "FORGED: {peer} is nobody's, and the backend read {read:02x?}");
+                continue;
+            };
+            let what = || {
+                let trace = lab.wire.trace_of(client.port);
+                format!("{client:?}\n{trace}\nThe backend read {read:02x?}")
+            };
+            let Some(rest) = client.after_header(&read, family).with_context(what)? else { continue };
+            self.named += 1;
+            ensure!(client.is_stream(rest), "other bytes than the client's: {}", what());
+            self.served += usize::from(client.honest && rest.len() >= HONEST as usize);
+        }
+    }
+}
+
+fn read_all(stream: &mut TcpStream) -> anyhow::Result<Vec<u8>> {
+    stream.set_nonblocking(true)?;
+    let (mut read, mut some) = (Vec::new(), [0; 4096]);
+    loop {
+        match stream.read(&mut some) {
+            Ok(0) => return Ok(read),
+            Ok(len) => read.extend_from_slice(&some[..len]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(read),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(read),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// How a connection is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opening {
+    Plain,
+    /// Twice, with another number before.
+    Again,
+    /// After a SYN of another address with the same number, which dies on its way (hop limit 1).
+    Planted,
+    /// The same, and its own is in fragments: no program reads it at ingress.
+    PlantedFragments,
+    /// The same, to the backend's own address.
+    PlantedPast,
+    /// With flags, data or extension headers that no client sends.
+    Odd,
+}
+
+#[derive(Debug)]
+struct Client {
+    family: Family,
+    ip: IpAddr,
+    port: u16,
+    /// The sequence number of its first byte.
+    first: u32,
+    opening: Opening,
+    /// What it has to acknowledge; `None` if it was not answered.
+    accepted: Option<u32>,
+    /// It does nothing that ends its connection, and is to be served.
+    honest: bool,
+    /// How many of its segments were urgent: the receiver takes a byte of each out of the stream.
+    urgent: usize,
+    header: Vec<u8>,
+}
+
+impl Client {
+    fn new(family: Family, number: u16, rng: &mut Rng) -> Self {
+        let opening = match rng.u8(0..20) {
+            0..10 => Opening::Plain,
+            10..12 => Opening::Again,
+            12..14 => Opening::Planted,
+            14..17 => Opening::PlantedFragments,
+            17..19 => Opening::PlantedPast,
+            _ => Opening::Odd,
+        };
+        let port = 10_000 + number;
+        let victim = if rng.bool() { loopback(family) } else { stranger(family, 9000 + number) };
+        let header = forged_header(SocketAddr::new(victim, 4444), lab::public(family));
+        // Numbers that meet, and those that wrap round, too.
+        let first = if rng.u8(0..4) == 0 { rng.u32(0..200).wrapping_sub(100) } else { rng.u32(..) };
+        let ip = stranger(family, 1000 + number);
+        Self { family, ip, port, first, opening, accepted: None, honest: false, urgent: 0, header }
+    }
+
+    /// Its byte at this place: a header's that says somebody else, before the first, and its own from there on.
+    fn byte(&self, at: i64) -> u8 {
+        let len = self.header.len() as i64;
+        match usize::try_from(at) {
+            Err(_) => self.header[usize::try_from(at.rem_euclid(len)).unwrap_or(0)],
+            Ok(at) => u8::try_from(at.wrapping_mul(7).wrapping_add(self.port.into()) % 251).unwrap_or(0),
+        }
+    }
+
+    fn bytes(&self, at: i64, len: u32) -> Vec<u8> {
+        (at..at + i64::from(len)).map(|at| self.byte(at)).collect()
+    }
+
+    /// Whether this is how its stream begins, less what was urgent.
+    fn is_stream(&self, bytes: &[u8]) -> bool {
+        let (mut at, mut left) = (0, self.urgent);
+        for byte in bytes {
+            while self.byte(at) != *byte {
+                let Some(less) = left.checked_sub(1) else { return false };
+                (at, left) = (at + 1, less);
+            }
+            at += 1;
+        }
+        true
+    }
+
+    fn frame(&self, template: &Frame) -> Frame {
+        let mut frame = template.clone();
+        (frame.source, frame.destination) = (SocketAddr::new(self.ip, self.port), lab::public(self.family));
+        frame.sequence = self.first;
+        frame
+    }
+
+    fn opening(&self, template: &Frame, rng: &mut Rng) -> Vec<Vec<u8>> {
+        let number = self.first.wrapping_sub(1);
+        let syn =
+            Frame { flags: SYN, sequence: number, options: vec![2, 4, 5, 0xA0], ..self.frame(template) };
+        let planted = Frame {
+            source: SocketAddr::new(stranger(self.family, 5000 + self.port % 4000), self.port ^ 1),
+            hops: 1,
+            ..syn.clone()
+        };
+        match self.opening {
+            Opening::Plain => vec![syn.whole()],
+            Opening::Again => {
+                vec![Frame { sequence: rng.u32(..), ..syn.clone() }.whole(), syn.whole(), syn.whole()]
+            }
+            Opening::Planted => vec![planted.whole(), syn.whole()],
+            Opening::PlantedFragments => [vec![planted.whole()], syn.fragments(rng)].concat(),
+            Opening::PlantedPast => {
+                vec![planted.whole(), Frame { destination: lab::backend(self.family), ..syn }.whole()]
+            }
+            Opening::Odd => {
+                let mut odd = syn;
+                match rng.u8(0..5) {
+                    0 => odd.flags |= FIN,
+                    1 => odd.flags |= URG,
+                    2 => odd.payload = self.bytes(-1, 40),
+                    3 => odd.extra = Extra::Extension,
+                    _ => odd.flags |= RST,
+                }
+                vec![planted.whole(), odd.whole()]
+            }
+        }
+    }
+
+    /// A few segments, whatever they are.
+    fn anything(&mut self, template: &Frame, rng: &mut Rng) -> Vec<Vec<u8>> {
+        let Some(accepted) = self.accepted else { return Vec::new() };
+        self.honest = true;
+        // One in three keeps to what ends nothing.
+        let calm = rng.u8(0..3) == 0;
+        let header = self.header.len() as i64;
+        let mut frames = Vec::new();
+        for _ in 0..rng.usize(2..9) {
+            let at = match rng.u8(0..16) {
+                0..4 => 0,
+                4..8 => -header,
+                8 => -1,
+                9 => -header - 1,
+                10 => 1,
+                11 => i64::from(1_u32 << 31),
+                12 => rng.i64(0..i64::from(u32::MAX)),
+                13 => -rng.i64(1..80),
+                _ => rng.i64(0..40),
+            };
+            let len = match rng.u8(0..8) {
+                0..2 => 0,
+                2..4 => u32::try_from(header).unwrap_or(0),
+                _ => rng.u32(1..70),
+            };
+            // What comes after its first bytes is its own stream: it does not contradict itself.
+            let len = if (0..200).contains(&at) { len.min(HONEST) } else { len };
+            let flags = match rng.u8(0..if calm { 14 } else { 24 }) {
+                0..10 => ACK | PSH,
+                10..14 => ACK,
+                14..17 => ACK | URG,
+                17 => ACK | FIN | URG,
+                18 => ACK | FIN,
+                19 => PSH,
+                20 => RST,
+                21 => SYN | ACK,
+                22 => SYN,
+                _ => rng.u8(..),
+            };
+            let acknowledgement = match rng.u8(if calm { 2 } else { 0 }..10) {
+                0 => rng.u32(..),
+                1 => accepted.wrapping_sub(1),
+                _ => accepted,
+            };
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "numbers modulo 2^32"
+            )]
+            let sequence = self.first.wrapping_add(at as u32);
+            // An end, a reset, or a SYN that begins anew: nothing is promised behind it. Nor is it if a byte of its own is marked as
+            // urgent, which the receiver takes out of the stream.
+            let urgent = flags & URG != 0 && (0..i64::from(u32::MAX)).contains(&at);
+            self.urgent += usize::from(flags & URG != 0);
+            self.honest &= flags & (RST | FIN | SYN) == 0 && !urgent && acknowledgement == accepted;
+            let frame = Frame {
+                sequence,
+                flags,
+                acknowledgement,
+                urgent: if flags & URG == 0 { 0 } else { rng.u16(0..60) },
+                options: vec![1; rng.usize(0..3) * 4],
+                payload: self.bytes(at, len),
+                padding: if rng.bool() { rng.usize(0..30) } else { 0 },
+                ..self.frame(template)
+            };
+            match rng.u8(0..12) {
+                0 => frames.extend(frame.fragments(rng)),
+                1 => frames.push(Frame { extra: Extra::Extension, ..frame }.whole()),
+                2 => frames.extend([frame.whole(), frame.whole()]),
+                _ => frames.push(frame.whole()),
+            }
+        }
+        frames
+    }
+
+    /// What an honest client does: it answers the backend's SYN, and sends its first bytes.
+    fn honest_end(&self, template: &Frame) -> Vec<Vec<u8>> {
+        let Some(acknowledgement) = self.accepted else { return Vec::new() };
+        let answer = Frame { flags: ACK, acknowledgement, ..self.frame(template) };
+        let data = Frame { flags: ACK | PSH, payload: self.bytes(0, HONEST), ..answer.clone() };
+        vec![answer.whole(), data.whole()]
+    }
+
+    /// What follows the header, which must be this client's own; `None` if nothing was read.
+    fn after_header<'a>(&self, read: &'a [u8], family: Family) -> anyhow::Result<Option<&'a [u8]>> {
+        if read.is_empty() {
+            return Ok(None);
+        }
+        let parsed = proxy::parse(read).map_err(|error| anyhow::anyhow!("no header: {error}"))?;
+        let Announced::Proxy(addresses) = parsed.command else { bail!("FORGED: a header without addresses") };
+        let own = (SocketAddr::new(self.ip, self.port), lab::public(family));
+        let named = (addresses.source(), addresses.destination());
+        ensure!(named == own, "FORGED: the header says {named:?}, and this is {own:?}");
+        Ok(read.get(parsed.len..))
+    }
+}
+
+fn loopback(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::LOCALHOST.into(),
+        Family::V6 => Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
+/// A host that no client has.
+fn stranger(family: Family, host: u16) -> IpAddr {
+    let [high, low] = host.to_be_bytes();
+    match family {
+        Family::V4 => Ipv4Addr::new(203, 0, high, low).into(),
+        Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, host).into(),
+    }
+}

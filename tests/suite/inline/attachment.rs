@@ -1,0 +1,194 @@
+//! How the programs hang on their devices while daemons come and go: filters of clsact, and tcx.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use injector_testbed::daemon::Injector;
+use injector_testbed::netns::{Family, Netns};
+
+use crate::Run;
+use crate::lifecycle::{serve, session};
+use crate::world::{LIMIT, World, accept, own_header, pass};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("outlives/clsact, killed twenty times", killed_with_clsact),
+    ("outlives/from clsact to tcx and back", from_one_to_the_other),
+];
+
+const CLSACT: &str = "attachment = \"clsact\"";
+const TCX: &str = "attachment = \"tcx\"";
+
+/// Where the programs hang, as `tc filter show` takes it.
+const PLACES: [(&str, &str, &str); 3] = [
+    ("client_in", "outside", "ingress"),
+    ("backend_in", "inside", "ingress"),
+    ("backend_out", "inside", "egress"),
+];
+
+/// What the kernel tells of filters, by `tc monitor`.
+struct Monitor {
+    process: Child,
+    output: tempfile::NamedTempFile,
+}
+
+impl Monitor {
+    fn start(netns: &Netns) -> anyhow::Result<Self> {
+        let output = tempfile::NamedTempFile::new()?;
+        let mut command = netns.command("tc");
+        command.arg("monitor").stdout(output.reopen()?).stdin(Stdio::null());
+        let monitor = Self { process: command.spawn().context("tc monitor")?, output };
+        // It hears nothing until it has subscribed, whenever that is.
+        let deadline = Instant::now() + LIMIT;
+        while !monitor.read()?.contains("qdisc") {
+            ensure!(Instant::now() < deadline, "tc monitor hears nothing");
+            tc(netns, &["qdisc", "add", "dev", "lo", "clsact"])?;
+            tc(netns, &["qdisc", "del", "dev", "lo", "clsact"])?;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(monitor)
+    }
+
+    fn read(&self) -> anyhow::Result<String> {
+        Ok(std::fs::read_to_string(self.output.path())?)
+    }
+
+    /// Waits until filters were added or replaced so many times, and returns how many were deleted by then.
+    fn deleted_of(&self, changed: usize) -> anyhow::Result<usize> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let output = self.read()?;
+            // `added filter dev …`, `filter dev …` when it was replaced, `deleted filter dev …`.
+            let of_filters = output.lines().filter(|line| line.contains("filter dev "));
+            let (deletions, changes): (Vec<_>, Vec<_>) =
+                of_filters.partition(|line| line.starts_with("deleted"));
+            let (deleted, seen) = (deletions.len(), changes.len());
+            if seen >= changed {
+                return Ok(deleted);
+            }
+            ensure!(Instant::now() < deadline, "{seen} changes of {changed}:\n{output}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
+            eprintln!("tc monitor: {error}");
+        }
+    }
+}
+
+fn tc(netns: &Netns, arguments: &[&str]) -> anyhow::Result<String> {
+    let mut command: Command = netns.command("tc");
+    let output = command.args(arguments).output()?;
+    ensure!(output.status.success(), "tc {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// How many filters of each program there are.
+fn filters(world: &World) -> anyhow::Result<Vec<usize>> {
+    let of = |(program, device, direction): (&str, &str, &str)| {
+        let shown = tc(&world.topology.edge, &["filter", "show", "dev", device, direction])?;
+        Ok(shown.lines().filter(|line| line.contains(&format!(" {program} "))).count())
+    };
+    PLACES.into_iter().map(of).collect()
+}
+
+/// The pinned links.
+fn links(world: &World) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for version in std::fs::read_dir(world.bpffs.path())? {
+        let Ok(links) = std::fs::read_dir(version?.path().join("links")) else { continue };
+        for link in links {
+            names.push(link?.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// With clsact no program may be missing while one daemon follows another. Clients go on connecting,
+/// and each must come with its header. The moment is short, and clients may miss it; so the kernel
+/// must not report a filter as deleted either.
+fn killed_with_clsact(world: &World, family: Family) -> anyhow::Result<()> {
+    const TIMES: usize = 20;
+    let edge = &world.topology.edge;
+    let config = world.config("smtp", CLSACT);
+    let backend = world.backend(family)?;
+    backend.set_nonblocking(true)?;
+    let monitor = Monitor::start(edge)?;
+    let _nat = world.nat()?;
+    let _attached = world.attached();
+    let mut injector = Some(Injector::start(edge, &config)?);
+    ensure!(monitor.deleted_of(PLACES.len())? == 0, "something was deleted at first: {}", monitor.read()?);
+    let (done, over, all_over) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| serve(&backend, &all_over));
+        let clients = scope.spawn(|| -> anyhow::Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                let (number, start) = (done.load(Ordering::Relaxed), Instant::now());
+                session(world, family).with_context(|| format!("session {number}"))?;
+                done.fetch_add(1, Ordering::Relaxed);
+                // Most of the time is the starting daemon's, which needs it where processors are slow.
+                std::thread::sleep(start.elapsed() * 4);
+            }
+            Ok(())
+        });
+        let restarted = (0..TIMES).try_for_each(|_| {
+            // SIGKILL.
+            drop(injector.take());
+            injector = Some(Injector::start_next(edge, &config)?);
+            anyhow::Ok(())
+        });
+        over.store(true, Ordering::Relaxed);
+        let clients = clients.join().map_err(|_| anyhow::anyhow!("panicked"));
+        // The last client has been served.
+        all_over.store(true, Ordering::Relaxed);
+        let served = serving.join().map_err(|_| anyhow::anyhow!("panicked"));
+        restarted.context("started again")?;
+        served?.context("the backend")?;
+        clients?.context("a client")
+    })?;
+    eprintln!("    {} sessions during {TIMES} restarts", done.into_inner());
+    let deleted = monitor.deleted_of(PLACES.len() * (TIMES + 1))?;
+    ensure!(deleted == 0, "{deleted} filters were deleted:\n{}", monitor.read()?);
+    ensure!(filters(world)? == [1; 3], "{:?} filters for {PLACES:?}", filters(world)?);
+    Ok(())
+}
+
+/// A daemon that attaches the other way removes the earlier one's programs, or packets would be
+/// changed twice.
+fn from_one_to_the_other(world: &World, family: Family) -> anyhow::Result<()> {
+    let has_tcx = world.topology.edge.run(injector_user::inline::has_tcx)?;
+    if !has_tcx {
+        eprintln!("    not run: this kernel has no tcx");
+        return Ok(());
+    }
+    let backend = world.backend(family)?;
+    let _nat = world.nat()?;
+    let _attached = world.attached();
+    let pinned = ["backend_in@inside", "backend_out@inside", "client_in@outside"];
+    let mut before = None;
+    for (how, filter_count, links_left) in [(CLSACT, 1, &[][..]), (TCX, 0, &pinned[..]), (CLSACT, 1, &[][..])]
+    {
+        let injector = Injector::start(&world.topology.edge, &world.config("smtp", how))?;
+        let mut client = world.client(family).context(how)?;
+        let mut server = accept(&backend)?;
+        own_header(&mut server, &client)?;
+        pass(&mut server, &mut client, b"220 hello\r\n")?;
+        pass(&mut client, &mut server, b"EHLO client\r\n")?;
+        ensure!(filters(world)? == [filter_count; 3], "{how}: {:?} filters", filters(world)?);
+        ensure!(links(world)? == links_left, "{how}: {:?} are pinned", links(world)?);
+        if let Some(before) = before.replace(how) {
+            let log = injector.log();
+            ensure!(
+                log.contains("attached both ways"),
+                "from {before} to {how}, and the log does not say so: {log}"
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! A backend that answers by SYN cookies keeps nothing of a SYN, and takes a segment of a connection that has ended for the beginning of
+//! another one if its numbers fit. By the header's length they fit at another place than the client's.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use injector_common::inline::{ACK, FIN, PSH, SYN};
+use injector_testbed::netns::Family;
+use socket2::SockRef;
+
+use crate::LabRun;
+use crate::frame::{Frame, forged_header};
+use crate::lab::{self, Lab, Setting};
+use crate::wire::{Fate, Side, Way};
+use crate::world::{LIMIT, accept, expect, header, patient};
+
+pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+    ("SYN cookies: a connection that was reset is not begun again", |lab, family| {
+        again(lab, family, End::Reset)
+    }),
+    ("SYN cookies: a connection that has finished is not begun again", |lab, family| {
+        again(lab, family, End::Fin)
+    }),
+    ("SYN cookies: a number that is nearly the first one", nearly_first),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Reset,
+    Fin,
+}
+
+/// What a client by hand has to know.
+struct Client {
+    frame: Frame,
+    first: u32,
+    /// The number of the backend's first byte.
+    answered: u32,
+}
+
+fn client(lab: &Lab, family: Family, port: u16) -> anyhow::Result<Client> {
+    let first: u32 = 0x1000_0000 + u32::from(port);
+    let ip: IpAddr = match family {
+        Family::V4 => Ipv4Addr::new(203, 0, 113, 99).into(),
+        Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, 99).into(),
+    };
+    let frame =
+        Frame { source: SocketAddr::new(ip, port), sequence: first, ..Frame::of_a_client(lab, family)? };
+    let (sender, answers) = mpsc::channel();
+    let _watching = lab.wire.faults(move |seen| {
+        if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() && seen.tcp.destination_port() == port {
+            let _ = sender.send(seen.tcp.sequence_number().wrapping_add(1));
+        }
+        Fate::Pass
+    });
+    lab.wire.watch(port);
+    let sequence = first.wrapping_sub(1);
+    let syn = Frame { flags: SYN, sequence, options: vec![2, 4, 5, 0xA0], ..frame.clone() };
+    lab.wire.inject(Side::Client, Way::ToBackend, &syn.whole())?;
+    let answered = answers.recv_timeout(LIMIT).context("the SYN was not answered")?;
+    Ok(Client { frame, first, answered })
+}
+
+fn with_cookies<'a>(lab: &'a Lab, family: Family) -> anyhow::Result<([Setting<'a>; 2], TcpListener)> {
+    let cookies = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+    // The kernel's own judgement of numbers is not what is tried.
+    let liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    Ok(([cookies, liberal], lab.backend(family)?))
+}
+
+fn again(lab: &Lab, family: Family, end: End) -> anyhow::Result<()> {
+    let (_settings, listener) = with_cookies(lab, family)?;
+    let port = if end == End::Reset { 9100 } else { 9200 };
+    let Client { frame, first, answered } = client(lab, family, port)?;
+    let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
+    lab.wire.inject(Side::Client, Way::ToBackend, &answer.whole())?;
+    let mut server = accept(&listener)?;
+    patient(&server)?;
+    let (named, _) = header(&mut server)?;
+    ensure!(named == frame.source, "the header says {named}");
+    // As many bytes as make the client's numbers fit again, one header's length away.
+    let victim = if family == Family::V4 { "127.0.0.1:4444" } else { "[::1]:4444" };
+    let forged = forged_header(victim.parse()?, lab::public(family));
+    let len = u32::try_from(forged.len())?;
+    server.write_all(&forged)?;
+    std::thread::sleep(Duration::from_millis(10));
+    let mut acknowledgement = answered.wrapping_add(len);
+    if end == End::Reset {
+        SockRef::from(&server).set_linger(Some(Duration::ZERO))?;
+        drop(server);
+    } else {
+        // The client finishes first: then the backend forgets the connection with the last acknowledgement.
+        let fin = Frame { flags: ACK | FIN, acknowledgement, ..frame.clone() };
+        lab.wire.inject(Side::Client, Way::ToBackend, &fin.whole())?;
+        ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
+        drop(server);
+        std::thread::sleep(Duration::from_millis(10));
+        acknowledgement = acknowledgement.wrapping_add(1);
+        let last = Frame { flags: ACK, sequence: first.wrapping_add(1), acknowledgement, ..frame.clone() };
+        lab.wire.inject(Side::Client, Way::ToBackend, &last.whole())?;
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    for at in 0..3 {
+        for acknowledgement in [acknowledgement, answered.wrapping_add(len)] {
+            let sequence = first.wrapping_add(at);
+            let again = Frame {
+                flags: ACK | PSH,
+                sequence,
+                acknowledgement,
+                payload: forged.clone(),
+                ..frame.clone()
+            };
+            lab.wire.inject(Side::Client, Way::ToBackend, &again.whole())?;
+        }
+    }
+    nothing_new(&listener)
+}
+
+/// The backend takes any of a few numbers for the first one, and would begin in the middle of the header.
+fn nearly_first(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let (_settings, listener) = with_cookies(lab, family)?;
+    let len: u32 = if family == Family::V4 { 28 } else { 52 };
+    // As they are, and as they would be behind the header.
+    let offs = [1, 2, 3, 1_u32.wrapping_neg(), 2_u32.wrapping_neg()];
+    let offs = offs.into_iter().chain(offs.map(|off| off.wrapping_sub(len)));
+    for (port, off) in (9300..).zip(offs) {
+        let Client { frame, first, answered } = client(lab, family, port)?;
+        let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
+        let early = Frame { sequence: first.wrapping_add(off), ..answer.clone() };
+        let data = Frame { flags: ACK | PSH, payload: b"the first words".to_vec(), ..answer };
+        lab.wire.inject(Side::Client, Way::ToBackend, &early.whole())?;
+        lab.wire.inject(Side::Client, Way::ToBackend, &data.whole())?;
+        let mut server = accept(&listener)?;
+        patient(&server)?;
+        let (named, _) = header(&mut server).with_context(|| format!("{} off", off.cast_signed()))?;
+        ensure!(named == frame.source, "the header says {named}");
+        expect(&mut server, b"the first words")?;
+        SockRef::from(&server).set_linger(Some(Duration::ZERO))?;
+    }
+    Ok(())
+}
+
+/// The backend has no connection that nobody has opened.
+fn nothing_new(listener: &TcpListener) -> anyhow::Result<()> {
+    listener.set_nonblocking(true)?;
+    std::thread::sleep(Duration::from_millis(100));
+    let mut stream: TcpStream = match listener.accept() {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+        accepted => accepted?.0,
+    };
+    stream.set_nonblocking(true)?;
+    let mut bytes = [0; 256];
+    let len = stream.read(&mut bytes).unwrap_or(0);
+    bail!("FORGED: the backend has another connection, which begins with {:02x?}", &bytes[..len])
+}

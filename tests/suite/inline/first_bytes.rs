@@ -1,0 +1,347 @@
+//! Where the client speaks first, the header waits for its first bytes and goes in front of them: in the same packet, or in one
+//! ahead.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, ensure};
+use injector_testbed::daemon::BPF_EVENTS;
+use injector_testbed::netns::Family;
+use socket2::SockRef;
+
+use crate::lab::{self, First, Lab, Setting, through};
+use crate::losses;
+use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
+use crate::wire::{Fate, Side, Way};
+use crate::world::{World, accept, expect, own_header};
+use crate::{LabRun, Run};
+
+pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+    ("one packet with the header", one_packet),
+    ("a client that says nothing", silent),
+    ("a full packet, the header ahead", full_packet),
+    ("urgent data", urgent),
+    ("lost once, with the header", |lab, family| lost(lab, family, 1)),
+    ("lost twice, with the header", |lab, family| lost(lab, family, 2)),
+    ("lost, and the header ahead lost", ahead_lost),
+    ("lost, SYN cookies", |lab, family| {
+        let _always = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+        lost(lab, family, 1)
+    }),
+    ("the second packet first", second_first),
+    ("SYN-ACK lost behind the edge", |lab, family| {
+        losses::lost(lab, family, First::ClientAwaited, 1, 1500, |seen| {
+            seen.is_syn_ack() && seen.side == Side::Client
+        })
+    }),
+    ("their acknowledgement lost", |lab, family| {
+        losses::lost(lab, family, First::ClientAwaited, 1, 1500, |seen| {
+            seen.at(Side::Backend, Way::ToClient) && !seen.is_syn_ack()
+        })
+    }),
+    ("with the client's FIN", with_fin),
+    ("a FIN in place of them", fin_alone),
+    ("a reset in place of them", reset_alone),
+    ("too long for the path with the header", path_mtu),
+    ("numbers that wrap around", |lab, family| {
+        EDGES.into_iter().try_for_each(|number| tcp::begins_at(lab, family, First::ClientAwaited, number))
+    }),
+];
+
+/// On veth, which hands unfinished checksums and large segments on.
+pub(crate) const ON_DEVICES: &[(&str, Run)] = &[
+    ("first bytes/few", |world, family| on_devices(world, family, 300)),
+    ("first bytes/many at once", |world, family| on_devices(world, family, 1 << 20)),
+];
+
+const BYTES: usize = 256 << 10;
+
+/// How often `backend_out` has added a header in each way, since the last time.
+struct Ways<'a> {
+    lab: &'a Lab,
+    before: [u64; 4],
+}
+
+impl<'a> Ways<'a> {
+    const EVENTS: [&'static str; 4] = ["waited", "prepended", "sent_ahead", "appended"];
+
+    fn counted(lab: &Lab) -> anyhow::Result<[u64; 4]> {
+        let mut counts = [0; 4];
+        for (count, event) in counts.iter_mut().zip(Self::EVENTS) {
+            *count = lab.counted(event)?;
+        }
+        Ok(counts)
+    }
+
+    fn begin(lab: &'a Lab) -> anyhow::Result<Self> {
+        Ok(Self { lab, before: Self::counted(lab)? })
+    }
+
+    /// Exactly these were added.
+    fn are(&self, expected: [u64; 4]) -> anyhow::Result<()> {
+        let now = Self::counted(self.lab)?;
+        let grown: Vec<_> = now.iter().zip(self.before).map(|(now, before)| now - before).collect();
+        ensure!(grown == expected, "{:?} have grown by {grown:?}, not {expected:?}", Self::EVENTS);
+        Ok(())
+    }
+}
+
+/// The backend gets header and first bytes in one packet, and no other before; it has nothing to say of the header alone.
+fn one_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let packets = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&packets);
+    let _faulty = lab.wire.faults(move |packet| {
+        if packet.side == Side::Backend && !packet.is_syn() && !packet.is_syn_ack() {
+            let what = (packet.way, packet.tcp.payload().to_vec());
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+        }
+        Fate::Pass
+    });
+    let connection = lab.connection(family, First::ClientAwaited)?;
+    connection.finish(BYTES)?;
+    ways.are([1, 1, 0, 0])?;
+    let packets = packets.lock().unwrap_or_else(PoisonError::into_inner);
+    let (way, payload) = packets.first().context("no packets")?;
+    ensure!(*way == Way::ToBackend, "the backend spoke first");
+    ensure!(payload.starts_with(b"\r\n\r\n\0\r\nQUIT\n"), "no header first, but {payload:02x?}");
+    ensure!(
+        payload.ends_with(b"the first words"),
+        "the first bytes are not behind the header: {payload:02x?}"
+    );
+    Ok(())
+}
+
+/// The backend sends its SYN again after a second: then the header comes, and it knows its client.
+fn silent(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let listener = lab.backend(family)?;
+    let start = Instant::now();
+    let mut client = lab.client_awaited(family)?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    let took = start.elapsed();
+    eprintln!("    the header came after {took:.2?}");
+    ensure!((900..1900).contains(&took.as_millis()), "the header came after {took:?}");
+    client.write_all(b"at last")?;
+    expect(&mut server, b"at last")?;
+    ways.are([1, 0, 0, 1])?;
+    through(&client, &server, BYTES, 0)?;
+    through(&server, &client, BYTES, 0)
+}
+
+/// Bytes that fill a packet, as a ClientHello with keys against quantum computers does: no packet has room for the header as
+/// well. Nobody has to ask for it.
+fn full_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let answered = lab.counted("answered")?;
+    let listener = lab.backend(family)?;
+    let client = lab.client_awaited(family)?;
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let up = scope.spawn(|| {
+            let mut server = accept(&listener)?;
+            own_header(&mut server, &client)?;
+            anyhow::Ok((server, start.elapsed()))
+        });
+        let sent: Vec<u8> = (0_u8..251).cycle().take(BYTES).collect();
+        (&client).write_all(&sent)?;
+        let (mut server, took) = up.join().map_err(|_| anyhow!("panicked"))??;
+        ensure!(took < Duration::from_millis(150), "the header came after {took:?}");
+        client.shutdown(Shutdown::Write)?;
+        let mut seen = Vec::new();
+        server.read_to_end(&mut seen)?;
+        ensure!(seen == sent, "{} bytes have come of {BYTES}, or not the same", seen.len());
+        through(&server, &client, BYTES, 0)
+    })?;
+    ways.are([1, 0, 1, 0])?;
+    ensure!(lab.counted("answered")? == answered, "the backend had to ask for the header");
+    Ok(())
+}
+
+/// The urgent pointer counts from the start of its segment, which the header must not move.
+fn urgent(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let listener = lab.backend(family)?;
+    SockRef::from(&listener).set_out_of_band_inline(true)?;
+    let pointers = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&pointers);
+    let _faulty = lab.wire.faults(move |packet| {
+        if packet.at(Side::Backend, Way::ToBackend) && packet.is_data() {
+            let what = (packet.is_header(), packet.tcp.urg().then(|| packet.tcp.urgent_pointer()));
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+        }
+        Fate::Pass
+    });
+    let client = lab.client_awaited(family)?;
+    SockRef::from(&client).send_out_of_band(b"abc")?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    expect(&mut server, b"abc")?;
+    ways.are([1, 0, 1, 0])?;
+    let pointers = pointers.lock().unwrap_or_else(PoisonError::into_inner);
+    ensure!(*pointers == [(true, None), (false, Some(3))], "header or not, and urgent pointer: {pointers:?}");
+    Ok(())
+}
+
+/// Whoever lost it once, the client's own timer brings both: the bytes in a packet of their own, for the long one may have been
+/// too long.
+fn lost(lab: &Lab, family: Family, times: u32) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let mut headers = 0;
+    let _faulty = lab.wire.faults(move |seen| {
+        if !seen.at(Side::Backend, Way::ToBackend) || !seen.is_data() {
+            return Fate::Pass;
+        }
+        headers += u32::from(seen.is_header());
+        // What comes behind the header is lost with it.
+        if headers <= times { Fate::Drop } else { Fate::Pass }
+    });
+    let connection = lab.connection(family, First::ClientAwaited)?;
+    connection.finish(BYTES)?;
+    let took = connection.took;
+    eprintln!("    first byte after {:.1} ms", took.as_secs_f64() * 1e3);
+    ensure!(took < Duration::from_millis(1000 * u64::from(times)), "the first byte came after {took:?}");
+    ways.are([1, 1, u64::from(times), 0])
+}
+
+/// The bytes are sent again, and arrive without the header that went ahead: the backend has to ask.
+fn ahead_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let answered = lab.counted("answered")?;
+    let mut headers = 0;
+    let _faulty = lab.wire.faults(move |seen| {
+        headers += u32::from(seen.is_header());
+        if seen.is_header() && headers <= 2 { Fate::Drop } else { Fate::Pass }
+    });
+    let connection = lab.connection(family, First::ClientAwaited)?;
+    connection.finish(BYTES)?;
+    ensure!(lab.counted("answered")? > answered, "the backend did not ask");
+    Ok(())
+}
+
+/// What is behind the first bytes overtakes them.
+fn second_first(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let late = AtomicBool::new(false);
+    let _faulty = lab.wire.faults(move |seen| {
+        let first = seen.at(Side::Client, Way::ToBackend) && seen.is_data();
+        if first && !late.swap(true, Ordering::Relaxed) {
+            return Fate::Late(Duration::from_millis(30));
+        }
+        Fate::Pass
+    });
+    let listener = lab.backend(family)?;
+    let client = lab.client_awaited(family)?;
+    client.set_nodelay(true)?;
+    (&client).write_all(b"first")?;
+    (&client).write_all(b"second")?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    expect(&mut server, b"firstsecond")?;
+    through(&client, &server, BYTES, 0)?;
+    through(&server, &client, BYTES, 0)
+}
+
+/// First bytes and end in one segment: so they are for the backend.
+fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let client = lab.client_awaited(family)?;
+    SockRef::from(&client).set_tcp_cork(true)?;
+    (&client).write_all(b"all")?;
+    client.shutdown(Shutdown::Write)?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    let mut seen = Vec::new();
+    server.read_to_end(&mut seen)?;
+    ensure!(seen == b"all", "{seen:02x?}");
+    through(&server, &client, BYTES, 0)?;
+    let session = lab.session(client.local_addr()?, lab::tls(family))?;
+    ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+    Ok(())
+}
+
+/// The client leaves without a word: the backend hears of it, behind the header.
+fn fin_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let client = lab.client_awaited(family)?;
+    client.shutdown(Shutdown::Write)?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
+    drop(server);
+    ensure!((&client).read(&mut [0; 8])? == 0, "bytes in place of an end");
+    lab.session(client.local_addr()?, lab::tls(family))?;
+    Ok(())
+}
+
+/// The backend has no connection yet, and never gets one: what is half open is taken back.
+fn reset_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(lab)?;
+    let listener = lab.backend(family)?;
+    let resets = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&resets);
+    let _faulty = lab.wire.faults(move |seen| {
+        count.fetch_add(
+            u32::from(seen.at(Side::Backend, Way::ToBackend) && seen.tcp.rst()),
+            Ordering::Relaxed,
+        );
+        Fate::Pass
+    });
+    let client = lab.client_awaited(family)?;
+    SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+    drop(client);
+    std::thread::sleep(Duration::from_millis(1500));
+    ensure!(resets.load(Ordering::Relaxed) == 1, "the backend was not told");
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "the backend has a connection");
+    ways.are([1, 0, 0, 0])
+}
+
+/// Header and first bytes together are longer than a narrow link behind the edge takes, the bytes alone are not. The client is
+/// told to send less, which it does already: it must not be told so without end. IPv6 has no link so narrow.
+fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let (mtu, headers) = if family == Family::V4 { (1000, 20 + 32) } else { (1280, 40 + 32) };
+    let layer = lab.layer;
+    let answers = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&answers);
+    let _faulty = lab.wire.faults(move |seen| narrow_link(seen, layer, mtu, &count));
+    let listener = lab.backend(family)?;
+    let client = lab.client_awaited(family)?;
+    let hello: Vec<u8> = (0_u8..251).cycle().take(usize::from(mtu) - headers - 4).collect();
+    let start = Instant::now();
+    (&client).write_all(&hello)?;
+    let mut server = accept(&listener)?;
+    own_header(&mut server, &client)?;
+    expect(&mut server, &hello)?;
+    let (took, answers) = (start.elapsed(), answers.load(Ordering::Relaxed));
+    eprintln!("    after {took:.0?}, {answers} packets were too big");
+    ensure!(answers == u32::from(family == Family::V4), "{answers} packets were too big");
+    ensure!(took < Duration::from_secs(1), "it took {took:?}");
+    forget_path_mtu(lab)
+}
+
+/// Whatever the client's first write is, it comes whole and behind the header.
+fn on_devices(world: &World, family: Family, bytes: usize) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let injector = world.injector("imaps", "")?;
+    for _ in 0..20 {
+        let client: TcpStream = world.client(family)?;
+        let sent: Vec<u8> = (0_u8..251).cycle().take(bytes).collect();
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(|| (&client).write_all(&sent));
+            let mut server = accept(&backend)?;
+            own_header(&mut server, &client)?;
+            expect(&mut server, &sent)?;
+            sending.join().map_err(|_| anyhow!("panicked"))?.context("sending")?;
+            through(&server, &client, 10_000, 0)
+        })?;
+    }
+    let metrics = injector.metrics()?;
+    let counted = |event| metrics.sum(BPF_EVENTS, &[("event", event)]);
+    let together = counted("prepended") + counted("sent_ahead");
+    ensure!(together == 20.0, "{together} of 20 headers went with the first bytes");
+    ensure!(counted("append_failed") == 0.0, "headers could not be added");
+    Ok(())
+}

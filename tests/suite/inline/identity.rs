@@ -1,0 +1,340 @@
+//! The address in the header is the client's, whatever others send; and what cannot be told from a forgery does not reach the
+//! backend.
+
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, ensure};
+use etherparse::{IpHeaders, TcpHeader};
+use injector_testbed::daemon::Session;
+use injector_testbed::netns::Family;
+use socket2::{Domain, Socket, Type};
+
+use crate::LabRun;
+use crate::lab::{self, First, Lab, Setting};
+use crate::wire::{Fate, Seen, Side, Way};
+use crate::world::{LIMIT, accept, expect, patient};
+
+pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+    ("forged SYNs with the client's own number and port", same_numbers),
+    ("a flood of forged SYNs", flood),
+    ("a forged SYN in an established connection", syn_in_established),
+    ("forged handshakes do not fill the map of flows", forged_handshakes),
+    ("a SYN and a reset leave no line in the log", syn_and_reset),
+    ("a SYN past the public address is dropped", past_the_vip),
+    ("a segment without a flow is dropped", without_flow),
+    ("connections of the edge itself are left alone", own_of_the_edge),
+    ("Fast Open is refused and the client tries without", fast_open),
+];
+
+/// Before and behind each SYN of a client, others from elsewhere with the same sequence number and ports.
+fn same_numbers(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    const OTHERS: u16 = 8;
+    let before = lab.counted("remembered")?;
+    let _faulty = lab.wire.faults(|seen| {
+        if !seen.at(Side::Client, Way::ToBackend) || !seen.is_syn() {
+            return Fate::Pass;
+        }
+        let forged = |hosts: std::ops::Range<u16>| hosts.map(|host| from_elsewhere(seen, host)).collect();
+        Fate::Between(forged(100..100 + OTHERS), forged(120..120 + OTHERS))
+    });
+    let listener = lab.backend(family)?;
+    for first in [First::Server, First::Client].into_iter().cycle().take(20) {
+        // It compares the header with the client's own address.
+        lab.connection_at(&listener, family, first, LIMIT)?.finish(1000)?;
+    }
+    let remembered = lab.counted("remembered")? - before;
+    ensure!(
+        remembered >= 20 * (1 + 2 * u64::from(OTHERS)),
+        "of the forged SYNs too few arrived: {remembered}"
+    );
+    Ok(())
+}
+
+/// Thousands of SYNs from everywhere, while clients connect. The backend falls back to SYN cookies. Not more of them than
+/// the kernel's connection tracking takes: when that is full nobody connects, with or without the injector.
+fn flood(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let sample = sample_syn(lab, family)?;
+    let done = AtomicBool::new(false);
+    let before = lab.counted("remembered")?;
+    std::thread::scope(|scope| {
+        let flooding = scope.spawn(|| flood_until(lab, &sample, &done));
+        let outcome = (0..30).try_for_each(|_| {
+            lab.connection_at(&listener, family, First::Server, LIMIT)?.finish(1000)?;
+            lab.connection_at(&listener, family, First::Client, LIMIT)?.finish(1000)
+        });
+        done.store(true, Ordering::Relaxed);
+        let sent = flooding.join().map_err(|_| anyhow!("panicked"))?;
+        outcome?;
+        let remembered = lab.counted("remembered")? - before;
+        eprintln!("    60 connections beside {remembered} forged SYNs of {sent}");
+        ensure!(remembered > 1000, "only {remembered} of {sent} forged SYNs arrived");
+        Ok(())
+    })
+}
+
+fn flood_until(lab: &Lab, sample: &Sample, done: &AtomicBool) -> u32 {
+    const LIMIT: u32 = 6000;
+    let mut sent = 0_u32;
+    while !done.load(Ordering::Relaxed) && sent < LIMIT {
+        for _ in 0..64 {
+            sent += 1;
+            let frame = sample.with(|ip, tcp| {
+                set_source(ip, u16::try_from(sent % 3000).unwrap_or(0) + 300);
+                tcp.source_port = u16::try_from(sent % 50_000).unwrap_or(0) + 1024;
+                tcp.sequence_number = sent.wrapping_mul(0x9E37_79B9);
+            });
+            let _ = lab.wire.inject(Side::Client, Way::ToBackend, &frame);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    sent
+}
+
+/// A SYN with the addresses and ports of a connection that there is, and another number.
+fn syn_in_established(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let (sender, syn) = mpsc::channel();
+    let faulty = lab.wire.faults(move |seen| {
+        if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
+            let _ = sender.send(Sample::of(seen));
+        }
+        Fate::Pass
+    });
+    let mut connection = lab.connection(family, First::Server)?;
+    drop(faulty);
+    let syn = syn.recv_timeout(LIMIT)?.context("no SYN")?;
+    for number in [1, 1 << 20, 1 << 31] {
+        let frame = syn.with(|_, tcp| tcp.sequence_number = tcp.sequence_number.wrapping_add(number));
+        lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        connection.client.write_all(b"still here")?;
+        expect(&mut connection.server, b"still here")?;
+    }
+    connection.finish(100_000)
+}
+
+/// Whoever cannot read the backend's answers cannot finish a handshake, and takes no place among the flows.
+fn forged_handshakes(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    // The programs must do without the kernel's own judgement of windows, which Kubernetes nodes have switched off.
+    let _liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let _listener = lab.backend(family)?;
+    let sample = sample_syn(lab, family)?;
+    let before = (lab.counted("opened")?, lab.counted("appended")?, lab.counted("no_flow")?);
+    let handshake = |host: u16, guess: u32| {
+        let syn = sample.with(|ip, tcp| {
+            set_source(ip, host);
+            tcp.source_port = 7000;
+        });
+        let ack = sample.with(|ip, tcp| {
+            set_source(ip, host);
+            tcp.source_port = 7000;
+            tcp.syn = false;
+            tcp.ack = true;
+            tcp.sequence_number = tcp.sequence_number.wrapping_add(1);
+            tcp.acknowledgment_number = guess;
+        });
+        lab.wire.inject(Side::Client, Way::ToBackend, &syn)?;
+        // The backend's answer has time to come.
+        std::thread::sleep(Duration::from_millis(3));
+        lab.wire.inject(Side::Client, Way::ToBackend, &ack)
+    };
+    for attempt in 0..60_u16 {
+        handshake(4000 + attempt, u32::from(attempt).wrapping_mul(0x4000_0001))?;
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    let opened = lab.counted("opened")? - before.0;
+    let appended = lab.counted("appended")? - before.1;
+    let refused = lab.counted("no_flow")? - before.2;
+    ensure!(appended == 0, "{appended} forged handshakes were taken for true");
+    ensure!(opened == 60 && refused >= 50, "{opened} were opened, {refused} refused");
+    Ok(())
+}
+
+/// Whoever has not shown that an address is his is not logged with it: what bans by the log would ban whom he likes.
+fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let sample = sample_syn(lab, family)?;
+    let before = lab.counted("opened")?;
+    for host in 0..20 {
+        for reset in [false, true] {
+            let frame = sample.with(|ip, tcp| {
+                set_source(ip, 5000 + host);
+                tcp.source_port = 7100;
+                (tcp.syn, tcp.rst) = (!reset, reset);
+                tcp.sequence_number = tcp.sequence_number.wrapping_add(reset.into());
+            });
+            lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    // Of a connection behind them there is a line, so theirs would be there as well.
+    let connection = lab.connection_at(&listener, family, First::Server, LIMIT)?;
+    let client = connection.client.local_addr()?;
+    connection.finish(1000)?;
+    lab.session(client, lab::public(family))?;
+    ensure!(lab.counted("opened")? >= before + 20, "too few SYNs arrived");
+    let of_port = |session: &Session| session.client().is_some_and(|client| client.port() == 7100);
+    let line = lab.injector.sessions()?.into_iter().find(of_port);
+    ensure!(line.is_none(), "a line for a client that was never there: {line:?}");
+    Ok(())
+}
+
+/// To the backend's own address, by the edge: nobody has looked at it there.
+fn past_the_vip(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let before = lab.counted("no_slot")?;
+    let connect = || TcpStream::connect_timeout(&lab::backend(family), Duration::from_millis(300));
+    let outcome = lab.client_side().run(connect)?;
+    ensure!(
+        outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut),
+        "connected past the public address: {outcome:?}"
+    );
+    ensure!(lab.counted("no_slot")? > before, "not counted");
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "the backend has it");
+    Ok(())
+}
+
+/// In the middle of a connection that there is not.
+fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let _listener = lab.backend(family)?;
+    let sample = sample_syn(lab, family)?;
+    let before = lab.counted("no_flow")?;
+    let (sender, arrived) = mpsc::channel();
+    // To be born, it needs a SYN; that goes to no listener.
+    let _faulty = lab.wire.faults(move |seen| {
+        if seen.at(Side::Backend, Way::ToBackend) && !seen.is_syn() {
+            let _ = sender.send(seen.tcp.sequence_number());
+        }
+        Fate::Pass
+    });
+    let backend = lab::backend(family);
+    for flags in [(true, false, false), (true, true, false), (true, false, true), (false, false, true)] {
+        let frame = sample.with(|ip, tcp| {
+            match (ip, backend.ip()) {
+                (IpHeaders::Ipv4(ip, _), IpAddr::V4(to)) => ip.destination = to.octets(),
+                (IpHeaders::Ipv6(ip, _), IpAddr::V6(to)) => ip.destination = to.octets(),
+                _ => {}
+            }
+            tcp.destination_port = backend.port();
+            tcp.syn = false;
+            (tcp.ack, tcp.fin, tcp.rst) = flags;
+            tcp.acknowledgment_number = 1;
+        });
+        lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    let dropped = lab.counted("no_flow")? - before;
+    // The connection-tracking may have dropped the resets before.
+    ensure!(dropped >= 2, "{dropped} were counted");
+    ensure!(arrived.try_recv().is_err(), "one has reached the backend");
+    Ok(())
+}
+
+/// Health checks, and what else starts there: no header, no translation.
+fn own_of_the_edge(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let connect = || TcpStream::connect_timeout(&lab::backend(family), LIMIT);
+    let mut client = lab.edge().run(connect)?.context("from the edge")?;
+    patient(&client)?;
+    let mut server = accept(&listener)?;
+    client.write_all(b"from the edge")?;
+    expect(&mut server, b"from the edge")?;
+    lab::through(&client, &server, 100_000, 0)?;
+    lab::through(&server, &client, 100_000, 0)
+}
+
+/// A SYN with data never arrives; the one that the client sends a second later, without, does.
+fn fast_open(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    const KEY: &str = "net/ipv4/tcp_fastopen";
+    // The client needs no cookie, and the backend would take data without one, from every socket.
+    let _both = [Setting::new(lab.client_side(), KEY, "5")?, Setting::new(lab.backend_side(), KEY, "1538")?];
+    let before = lab.counted("fast_open")?;
+    let listener = lab.backend(family)?;
+    let start = Instant::now();
+    let connect = || {
+        let socket = Socket::new(Domain::for_address(lab::public(family)), Type::STREAM, None)?;
+        let to = lab::public(family).into();
+        socket.send_to_with_flags(b"early data", &to, libc::MSG_FASTOPEN)?;
+        io::Result::Ok(TcpStream::from(socket))
+    };
+    let client = lab.client_side().run(connect)?.context("Fast Open")?;
+    patient(&client)?;
+    let mut server = accept(&listener)?;
+    let (named, _) = crate::world::header(&mut server)?;
+    ensure!(named == client.local_addr()?, "the header says {named}");
+    expect(&mut server, b"early data")?;
+    let took = start.elapsed();
+    lab::through(&client, &server, 10_000, 0)?;
+    lab::through(&server, &client, 10_000, 0)?;
+    let dropped = lab.counted("fast_open")? - before;
+    ensure!(dropped == 1, "{dropped} SYNs with data were dropped");
+    eprintln!("    early data after {took:.0?}");
+    Ok(())
+}
+
+/// A packet to make others of.
+pub(crate) struct Sample {
+    link: Vec<u8>,
+    ip: IpHeaders,
+    tcp: TcpHeader,
+}
+
+impl Sample {
+    fn of(seen: &Seen<'_>) -> Option<Self> {
+        let (link, packet) = seen.frame.split_at_checked(seen.ip_at)?;
+        let (ip, payload) = IpHeaders::from_slice(packet).ok()?;
+        let (tcp, _) = TcpHeader::from_slice(payload.payload).ok()?;
+        Some(Self { link: link.to_vec(), ip, tcp })
+    }
+
+    /// A frame without payload, changed, with right checksums.
+    fn with(&self, change: impl FnOnce(&mut IpHeaders, &mut TcpHeader)) -> Vec<u8> {
+        self.try_with(change).unwrap_or_default()
+    }
+
+    fn try_with(&self, change: impl FnOnce(&mut IpHeaders, &mut TcpHeader)) -> Option<Vec<u8>> {
+        let (mut ip, mut tcp) = (self.ip.clone(), self.tcp.clone());
+        change(&mut ip, &mut tcp);
+        let sum = match &ip {
+            IpHeaders::Ipv4(ip, _) => tcp.calc_checksum_ipv4(ip, &[]),
+            IpHeaders::Ipv6(ip, _) => tcp.calc_checksum_ipv6(ip, &[]),
+        };
+        tcp.checksum = sum.ok()?;
+        let mut frame = self.link.clone();
+        ip.write(&mut frame).ok()?;
+        tcp.write(&mut frame).ok()?;
+        Some(frame)
+    }
+}
+
+/// A SYN like that of a client, from an address that no client has.
+fn sample_syn(lab: &Lab, family: Family) -> anyhow::Result<Sample> {
+    let (sender, syn) = mpsc::channel();
+    let _faulty = lab.wire.faults(move |seen| {
+        if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
+            let _ = sender.send(Sample::of(seen));
+            return Fate::Drop;
+        }
+        Fate::Pass
+    });
+    let connect = || TcpStream::connect_timeout(&lab::public(family), Duration::from_millis(50));
+    let _ = lab.client_side().run(connect)?;
+    syn.recv_timeout(LIMIT)?.context("no SYN")
+}
+
+fn from_elsewhere(seen: &Seen<'_>, host: u16) -> Vec<u8> {
+    Sample::of(seen).map(|syn| syn.with(|ip, _| set_source(ip, host))).unwrap_or_default()
+}
+
+/// Another host; none that answers.
+fn set_source(ip: &mut IpHeaders, host: u16) {
+    let [high, low] = host.to_be_bytes();
+    match ip {
+        IpHeaders::Ipv4(ip, _) => ip.source = Ipv4Addr::new(203, 0, high, low).octets(),
+        IpHeaders::Ipv6(ip, _) => ip.source = Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, host).octets(),
+    }
+}

@@ -1,0 +1,341 @@
+//! An injector between two links that the test holds in its hands (see [`crate::wire`]): beside the world's own devices, with
+//! addresses of its own. It is made once for all trials of a kind.
+
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, ensure};
+use injector_testbed::daemon::{BPF_EVENTS, Injector, Session};
+use injector_testbed::netns::{Family, Netns, Place, VIP_RELAY};
+use socket2::{Domain, Socket, Type};
+
+use crate::wire::{Layer, Wire};
+use crate::world::{
+    Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, World, accept_within, expect, header, patient,
+};
+
+const CLIENT: Place =
+    place(Ipv4Addr::new(198, 51, 101, 7), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 7));
+const OUTSIDE: Place =
+    place(Ipv4Addr::new(198, 51, 101, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 1));
+const INSIDE: Place = place(Ipv4Addr::new(10, 26, 0, 1), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 1));
+const BACKEND: Place = place(Ipv4Addr::new(10, 26, 0, 2), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 2));
+/// An address of the edge that nothing else of this target uses.
+const VIP: Place = VIP_RELAY;
+
+const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
+    Place { v4, v6 }
+}
+
+#[derive(Debug)]
+pub(crate) struct Lab {
+    // In the order in which they go.
+    pub(crate) injector: Injector,
+    _attached: Attached,
+    _nat: Nat,
+    pub(crate) wire: Wire,
+    pub(crate) layer: Layer,
+    world: Arc<World>,
+}
+
+impl Lab {
+    pub(crate) fn new(world: &Arc<World>, layer: Layer) -> anyhow::Result<Self> {
+        let topology = &world.topology;
+        let ends = [
+            (&topology.client, "lab"),
+            (&topology.edge, "lab-outside"),
+            (&topology.edge, "lab-inside"),
+            (&topology.mail, "lab"),
+        ];
+        let wire = Wire::new(ends, layer)?;
+        for ((netns, device), place) in ends.into_iter().zip([CLIENT, OUTSIDE, INSIDE, BACKEND]) {
+            netns.ip(&["address", "add", &format!("{}/24", place.v4), "dev", device])?;
+            netns.ip(&["address", "add", &format!("{}/64", place.v6), "dev", device, "nodad"])?;
+        }
+        // The public address, and for those who try: the backend's own.
+        for (to, via) in [
+            (VIP.v4.to_string(), OUTSIDE.v4.to_string()),
+            (VIP.v6.to_string(), OUTSIDE.v6.to_string()),
+            (BACKEND.v4.to_string(), OUTSIDE.v4.to_string()),
+            (BACKEND.v6.to_string(), OUTSIDE.v6.to_string()),
+        ] {
+            topology.client.ip(&["route", "replace", &to, "via", &via, "dev", "lab"])?;
+        }
+        // Strangers are answered by a cable that leads nowhere.
+        for (to, via) in
+            [("203.0.0.0/16", CLIENT.v4.to_string()), ("2001:db8:ee::/64", CLIENT.v6.to_string())]
+        {
+            topology.edge.ip(&["route", "replace", to, "via", &via, "dev", "lab-outside"])?;
+        }
+        let pin = world.bpffs.path().join("lab");
+        let nat = Nat::new(&topology.edge, "lab-nat", VIP, BACKEND, INSIDE)?;
+        let attached = Attached { edge: topology.edge.entrance(), pin: pin.clone() };
+        let mut config = format!(
+            "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
+             client_devices = [\"lab-outside\"]\nbackend_devices = [\"lab-inside\"]\n\n",
+            pin.display()
+        );
+        for (name, port, protocol) in [("lab", PORT, "smtp"), ("lab-tls", TLS_PORT, "imaps")] {
+            let [v4, v6] = Family::ALL.map(|family| SocketAddr::new(VIP.of(family), port));
+            let [b4, b6] = Family::ALL.map(backend);
+            write!(
+                config,
+                "[[listener]]\nname = \"{name}\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"{protocol}\"\n\
+                 engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n\n"
+            )?;
+        }
+        let injector = Injector::start(&topology.edge, &config)?;
+        Ok(Self { injector, _attached: attached, _nat: nat, wire, layer, world: Arc::clone(world) })
+    }
+
+    pub(crate) fn client_side(&self) -> &Netns {
+        &self.world.topology.client
+    }
+
+    pub(crate) fn edge(&self) -> &Netns {
+        &self.world.topology.edge
+    }
+
+    pub(crate) fn backend_side(&self) -> &Netns {
+        &self.world.topology.mail
+    }
+
+    /// A backend that listens.
+    pub(crate) fn backend(&self, family: Family) -> anyhow::Result<TcpListener> {
+        self.backend_side().run(|| TcpListener::bind(backend(family)))?.context("backend")
+    }
+
+    /// A client's connection to the public address.
+    pub(crate) fn client(&self, family: Family) -> anyhow::Result<TcpStream> {
+        self.client_by(family, |_| Ok(()))
+    }
+
+    /// The same to where the header waits for the client's first bytes.
+    pub(crate) fn client_awaited(&self, family: Family) -> anyhow::Result<TcpStream> {
+        self.client_to(tls(family), |_| Ok(()))
+    }
+
+    /// To the public address, by a socket that was prepared.
+    pub(crate) fn client_by(
+        &self,
+        family: Family,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
+    ) -> anyhow::Result<TcpStream> {
+        self.client_to(public(family), prepare)
+    }
+
+    fn client_to(
+        &self,
+        address: SocketAddr,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
+    ) -> anyhow::Result<TcpStream> {
+        let connect = || {
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+            prepare(&socket)?;
+            socket.connect_timeout(&address.into(), LIMIT)?;
+            std::io::Result::Ok(TcpStream::from(socket))
+        };
+        let client = self.client_side().run(connect)?.context("connecting to the public address")?;
+        patient(&client)?;
+        Ok(client)
+    }
+
+    /// A connection, the header read and compared; and how long until the first byte had come: the banner at the client, or
+    /// what the client says at the backend.
+    pub(crate) fn connection(&self, family: Family, first: First) -> anyhow::Result<Connection> {
+        self.connection_within(family, first, LIMIT)
+    }
+
+    /// The same with more patience.
+    pub(crate) fn connection_within(
+        &self,
+        family: Family,
+        first: First,
+        limit: Duration,
+    ) -> anyhow::Result<Connection> {
+        let listener = self.backend(family)?;
+        self.connection_at(&listener, family, first, limit)
+    }
+
+    /// The same by a client's socket that was prepared.
+    pub(crate) fn connection_by(
+        &self,
+        family: Family,
+        first: First,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
+    ) -> anyhow::Result<Connection> {
+        let listener = self.backend(family)?;
+        self.connect(&listener, family, first, LIMIT, prepare)
+    }
+
+    /// The same with a backend that is there already.
+    pub(crate) fn connection_at(
+        &self,
+        listener: &TcpListener,
+        family: Family,
+        first: First,
+        limit: Duration,
+    ) -> anyhow::Result<Connection> {
+        self.connect(listener, family, first, limit, |_| Ok(()))
+    }
+
+    fn connect(
+        &self,
+        listener: &TcpListener,
+        family: Family,
+        first: First,
+        limit: Duration,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
+    ) -> anyhow::Result<Connection> {
+        const WORDS: &[u8] = b"the first words";
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(move || {
+                let mut server = accept_within(listener, limit)?;
+                let named = header(&mut server)?;
+                if first == First::Server {
+                    server.write_all(WORDS)?;
+                } else {
+                    expect(&mut server, WORDS)?;
+                }
+                anyhow::Ok((server, named, started.elapsed()))
+            });
+            let address = if first == First::ClientAwaited { tls(family) } else { public(family) };
+            let mut client = self.client_to(address, prepare)?;
+            client.set_read_timeout(Some(limit))?;
+            if first == First::Server {
+                expect(&mut client, WORDS)?;
+            } else {
+                client.write_all(WORDS)?;
+            }
+            let banner = started.elapsed();
+            let (server, named, read) = serving.join().map_err(|_| anyhow!("panicked"))??;
+            let own = (client.local_addr()?, client.peer_addr()?);
+            ensure!(named == own, "the header says {named:?} of {own:?}");
+            let took = if first == First::Server { banner } else { read };
+            Ok(Connection { client, server, took })
+        })
+    }
+
+    /// How often a program has counted this.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, and small")]
+    pub(crate) fn counted(&self, event: &str) -> anyhow::Result<u64> {
+        let metrics = self.injector.metrics()?;
+        Ok(metrics.sum(BPF_EVENTS, &[("event", event)]) as u64)
+    }
+
+    /// The line of one client's connection, which has ended.
+    pub(crate) fn session(&self, client: SocketAddr, asked: SocketAddr) -> anyhow::Result<Session> {
+        // The same port of the client may have been that of another trial, which asked for another port.
+        let is_its = |session: &Session| {
+            session.client() == Some(client) && session.field("local").as_deref() == Some(&asked.to_string())
+        };
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let sessions = self.injector.sessions()?;
+            if let Some(session) = sessions.into_iter().rfind(is_its) {
+                return Ok(session);
+            }
+            ensure!(Instant::now() < deadline, "no line for {client}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Who speaks first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum First {
+    Server,
+    Client,
+    /// The client, where the protocol says that it does: the header waits for it.
+    ClientAwaited,
+}
+
+impl First {
+    pub(crate) const ALL: [Self; 3] = [Self::Server, Self::Client, Self::ClientAwaited];
+}
+
+/// Kernel settings of a namespace, which go back to what they were.
+#[derive(Debug)]
+pub(crate) struct Setting<'a> {
+    netns: &'a Netns,
+    key: &'static str,
+    before: String,
+}
+
+impl<'a> Setting<'a> {
+    pub(crate) fn new(netns: &'a Netns, key: &'static str, value: &str) -> anyhow::Result<Self> {
+        let path = format!("/proc/sys/{key}");
+        let before = netns.run(|| std::fs::read_to_string(&path))?.context(key)?.trim().to_owned();
+        netns.sysctl(key, value)?;
+        Ok(Self { netns, key, before })
+    }
+}
+
+impl Drop for Setting<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.netns.sysctl(self.key, &self.before) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Both ends of a connection through the injector, after the header.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) client: TcpStream,
+    pub(crate) server: TcpStream,
+    /// Until the first byte.
+    pub(crate) took: Duration,
+}
+
+impl Connection {
+    /// Moves so many bytes each way at once, then ends it, and compares.
+    pub(crate) fn finish(&self, bytes: usize) -> anyhow::Result<()> {
+        std::thread::scope(|scope| {
+            let up = scope.spawn(|| through(&self.client, &self.server, bytes, 0));
+            through(&self.server, &self.client, bytes, 101)?;
+            up.join().map_err(|_| anyhow!("panicked"))?
+        })
+    }
+}
+
+/// Sends bytes of a known sequence and a FIN; at the other end exactly they must come out.
+pub(crate) fn through(
+    mut from: &TcpStream,
+    mut to: &TcpStream,
+    bytes: usize,
+    start: usize,
+) -> anyhow::Result<()> {
+    let sent: Vec<u8> = (0_u8..251).cycle().skip(start).take(bytes).collect();
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(|| from.write_all(&sent).and_then(|()| from.shutdown(Shutdown::Write)));
+        let mut seen = Vec::with_capacity(bytes);
+        to.read_to_end(&mut seen).with_context(|| format!("receiving, after {} bytes", seen.len()))?;
+        sending.join().map_err(|_| anyhow!("panicked"))?.context("sending")?;
+        ensure!(seen == sent, "{} bytes have come of {bytes}, or not the same", seen.len());
+        Ok(())
+    })
+}
+
+/// Where clients connect.
+pub(crate) fn public(family: Family) -> SocketAddr {
+    SocketAddr::new(VIP.of(family), PORT)
+}
+
+/// Where they connect to speak first.
+pub(crate) fn tls(family: Family) -> SocketAddr {
+    SocketAddr::new(VIP.of(family), TLS_PORT)
+}
+
+/// Where the backend listens.
+pub(crate) fn backend(family: Family) -> SocketAddr {
+    SocketAddr::new(BACKEND.of(family), BACKEND_PORT)
+}
+
+pub(crate) fn client_ip(family: Family) -> IpAddr {
+    CLIENT.of(family)
+}

@@ -1,0 +1,301 @@
+//! What outlives the daemon, and what it sets up by itself: NAT, devices, detaching.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, ensure};
+use injector_testbed::daemon::Injector;
+use injector_testbed::netns::{EDGE_INSIDE, Family};
+
+use crate::Run;
+use crate::world::{World, accept, backend_address, expect, own_header, pass, public_address};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("ends/both at the same moment", both_at_once),
+    ("managed/NAT and devices by itself", managed),
+    ("managed/nothing is left after detach", detached),
+    ("outlives/killed during a transfer", killed_in_transfer),
+    ("outlives/killed during short sessions", killed_in_sessions),
+    ("outlives/replaced by another version", another_version),
+];
+
+/// FINs that cross each other, each on a processor of its own: whichever program comes second must see what the first has seen, or
+/// nobody tells of the end until the next scan.
+fn both_at_once(world: &World, family: Family) -> anyhow::Result<()> {
+    const CONNECTIONS: u32 = 4000;
+    /// Long enough for the daemon to hear, and shorter than the time between two scans.
+    const HEARD: Duration = Duration::from_secs(5);
+    let backend = world.backend(family)?;
+    let injector = world.injector("smtp", "")?;
+    let at = AtomicU32::new(0);
+    let finish = |stream: TcpStream, turn: u32| {
+        at.fetch_add(1, Ordering::AcqRel);
+        while at.load(Ordering::Acquire) < 2 * turn {
+            std::hint::spin_loop();
+        }
+        stream.shutdown(Shutdown::Write)?;
+        let mut rest = Vec::new();
+        (&stream).read_to_end(&mut rest)
+    };
+    let start = Instant::now();
+    for turn in 1..=CONNECTIONS {
+        let client = world.client(family)?;
+        let mut server = accept(&backend)?;
+        own_header(&mut server, &client)?;
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| finish(server, turn));
+            finish(client, turn)?;
+            other.join().map_err(|_| anyhow!("panicked"))?.context("the backend's end")
+        })?;
+    }
+    eprintln!("    {CONNECTIONS} in {:.1?}", start.elapsed());
+    let deadline = Instant::now() + HEARD;
+    loop {
+        let closed = injector.metrics()?.sum("injector_connections_closed_total", &[]);
+        if closed >= f64::from(CONNECTIONS) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "of {CONNECTIONS} that ended, {closed} are said to have");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The injector finds the devices and makes its own NAT.
+fn config(world: &World) -> String {
+    let [v4, v6] = [Family::V4, Family::V6].map(public_address);
+    let [b4, b6] = [Family::V4, Family::V6].map(backend_address);
+    format!(
+        "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[inline]\npin = \"{}\"\ntable = \"injector-test\"\n\n\
+         [[listener]]\nname = \"test\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"smtp\"\n\
+         engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n",
+        world.bpffs.path().display()
+    )
+}
+
+/// What `injector inline detach` is run for, in the end of each trial.
+struct Detached<'a> {
+    world: &'a World,
+    config: tempfile::NamedTempFile,
+}
+
+impl<'a> Detached<'a> {
+    fn new(world: &'a World) -> anyhow::Result<Self> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(config(world).as_bytes())?;
+        Ok(Self { world, config: file })
+    }
+
+    fn detach(&self) -> anyhow::Result<String> {
+        let mut command = self.world.topology.edge.command(injector_testbed::daemon::binary()?);
+        command.args(["inline", "detach", "--config"]).arg(self.config.path());
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(output.status.success(), "injector inline detach: {said}");
+        Ok(said)
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn joined(world: &World, family: Family, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut client = world.client(family)?;
+    let mut server = accept(backend)?;
+    own_header(&mut server, &client)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    Ok((client, server))
+}
+
+fn managed(world: &World, family: Family) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let _detached = Detached::new(world)?;
+    let _injector = Injector::start(&world.topology.edge, &config(world))?;
+    let (_client, server) = joined(world, family, &backend)?;
+    ensure!(
+        server.peer_addr()?.ip() == EDGE_INSIDE.of(family),
+        "the backend's peer is {}",
+        server.peer_addr()?
+    );
+    Ok(())
+}
+
+fn detached(world: &World, family: Family) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let detached = Detached::new(world)?;
+    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    drop(joined(world, family, &backend)?);
+    drop(injector);
+    let said = detached.detach()?;
+    for what in ["client_in@outside", "backend_out@inside", "backend_in@inside", "FLOWS"] {
+        ensure!(said.contains(what), "{what} is not among what was removed: {said}");
+    }
+    let rules = world.topology.edge.command("nft").args(["list", "ruleset"]).output()?;
+    ensure!(rules.stdout.is_empty(), "{}", String::from_utf8_lossy(&rules.stdout));
+    for device in ["outside", "inside"] {
+        let shown = world.topology.edge.command("ip").args(["link", "show", "dev", device]).output()?;
+        ensure!(shown.status.success(), "{device} is gone");
+    }
+    ensure!(detached.detach()?.contains("nothing was left"), "a second time there was something");
+    Ok(())
+}
+
+/// The daemon dies and comes back while a transfer goes on, and new connections are opened meanwhile.
+fn killed_in_transfer(world: &World, family: Family) -> anyhow::Result<()> {
+    killed_and_upgraded(world, family, 256 << 20)
+}
+
+/// The same with so many bytes; the daemon that comes back is the next one where `INJECTOR_NEXT_BIN` names it.
+pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let _detached = Detached::new(world)?;
+    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    let (mut client, mut server) = joined(world, family, &backend)?;
+    let block: Vec<u8> = (0..251).cycle().take(1 << 20).collect();
+    let (received, back) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(|| -> anyhow::Result<()> {
+            for sent in 0..bulk / block.len() {
+                // The last quarter is for the daemon that comes back.
+                while sent == bulk / block.len() / 4 * 3 && !back.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                client.write_all(&block)?;
+            }
+            Ok(client.shutdown(Shutdown::Write)?)
+        });
+        let receiving = scope.spawn(|| -> anyhow::Result<()> {
+            let mut seen = vec![0; block.len()];
+            for _ in 0..bulk / block.len() {
+                server.read_exact(&mut seen)?;
+                ensure!(seen == block, "other bytes than were sent");
+                received.fetch_add(seen.len(), Ordering::Relaxed);
+            }
+            ensure!(server.read(&mut seen)? == 0, "something behind the FIN");
+            Ok(())
+        });
+        while received.load(Ordering::Relaxed) < bulk / 4 && !receiving.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // SIGKILL.
+        drop(injector);
+        let alone = joined(world, family, &backend).context("with no daemon");
+        let again = Injector::start_next(&world.topology.edge, &config(world)).context("started again");
+        let second = joined(world, family, &backend).context("with the second daemon");
+        let left = bulk - received.load(Ordering::Relaxed);
+        // Whatever has become of it, the sender is not to wait for ever.
+        back.store(true, Ordering::Relaxed);
+        drop((alone?, second?));
+        let again = again?;
+        ensure!(left > 0 && !receiving.is_finished(), "the transfer was over before the daemon was back");
+        eprintln!("    the daemon was back with {} of {} MiB to come", left >> 20, bulk >> 20);
+        sending.join().map_err(|_| anyhow::anyhow!("panicked"))?.context("sending")?;
+        receiving.join().map_err(|_| anyhow::anyhow!("panicked"))?.context("receiving")?;
+        drop(again);
+        Ok(())
+    })
+}
+
+/// What a daemon of another version has left must not add a second header.
+fn another_version(world: &World, family: Family) -> anyhow::Result<()> {
+    let backend = world.backend(family)?;
+    let _detached = Detached::new(world)?;
+    drop(Injector::start(&world.topology.edge, &config(world))?);
+    let pin = world.bpffs.path();
+    let versions = || -> anyhow::Result<Vec<String>> {
+        let names =
+            std::fs::read_dir(pin)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        // The file system has files of its own.
+        names.filter(|name| name.as_ref().is_ok_and(|name| !name.ends_with(".debug"))).collect()
+    };
+    let [current] = &versions()?[..] else { anyhow::bail!("not one version but {:?}", versions()?) };
+    std::fs::rename(pin.join(current), pin.join("v0"))?;
+    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    drop(joined(world, family, &backend)?);
+    ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
+    let log = injector.log();
+    // Filters of clsact are not among what is removed: they were replaced.
+    let removed =
+        if world.topology.edge.run(injector_user::inline::has_tcx)? { "backend_out@inside" } else { "FLOWS" };
+    ensure!(log.contains("another version's programs") && log.contains(removed), "{log}");
+    Ok(())
+}
+
+/// No client of many sees an error while the daemon dies and comes back.
+fn killed_in_sessions(world: &World, family: Family) -> anyhow::Result<()> {
+    const SESSIONS: usize = 1000;
+    let backend = world.backend(family)?;
+    backend.set_nonblocking(true)?;
+    let _detached = Detached::new(world)?;
+    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    let (done, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| serve(&backend, &over));
+        let clients = scope.spawn(|| -> anyhow::Result<()> {
+            for number in 0..SESSIONS {
+                session(world, family).with_context(|| format!("session {number}"))?;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let wait_for = |count: usize| {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while done.load(Ordering::Relaxed) < count && !clients.is_finished() && Instant::now() < deadline
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        wait_for(SESSIONS / 4);
+        // SIGKILL.
+        drop(injector);
+        wait_for(SESSIONS / 2);
+        let again = Injector::start(&world.topology.edge, &config(world));
+        let finished = clients.join().map_err(|_| anyhow::anyhow!("panicked"));
+        over.store(true, Ordering::Relaxed);
+        let served = serving.join().map_err(|_| anyhow::anyhow!("panicked"));
+        finished?.context("a client")?;
+        served?.context("the backend")?;
+        drop(again.context("started again")?);
+        Ok(())
+    })
+}
+
+/// A backend that lets nobody in without a header, until it is over. The listener does not block.
+pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<()> {
+    while !over.load(Ordering::Relaxed) {
+        let (mut server, _) = match backend.accept() {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_micros(200));
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        server.set_nonblocking(false)?;
+        server.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut seen = [0; 12];
+        server.read_exact(&mut seen)?;
+        ensure!(seen == *b"\r\n\r\n\0\r\nQUIT\n", "no header but {seen:02x?}");
+        server.write_all(b"220 hello\r\n")?;
+        // Until the client's FIN: the rest of the header, and its word.
+        std::io::copy(&mut server, &mut std::io::sink())?;
+    }
+    Ok(())
+}
+
+/// One client of such a backend, from its beginning to its end.
+pub(crate) fn session(world: &World, family: Family) -> anyhow::Result<()> {
+    let mut client = world.client(family)?;
+    expect(&mut client, b"220 hello\r\n")?;
+    client.write_all(b"QUIT\r\n")?;
+    client.shutdown(Shutdown::Write)?;
+    ensure!(client.read(&mut [0; 8])? == 0, "no clean end");
+    Ok(())
+}

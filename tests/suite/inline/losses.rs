@@ -1,0 +1,209 @@
+//! The first packets of a connection lost, repeated, late or in another order. The header is in nobody's retransmission queue:
+//! the programs must send it again.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, ensure};
+use injector_testbed::netns::Family;
+
+use crate::LabRun;
+use crate::lab::{First, Lab};
+use crate::wire::{Fate, Seen, Side, Way};
+
+pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+    ("header lost once, client first", |lab, family| header_lost(lab, family, First::Client, 1, 200)),
+    ("header lost twice, client first", |lab, family| header_lost(lab, family, First::Client, 2, 700)),
+    ("header lost five times, client first", |lab, family| header_lost(lab, family, First::Client, 5, 4000)),
+    ("header lost once, server first", |lab, family| header_lost(lab, family, First::Server, 1, 1500)),
+    ("SYN lost", |lab, family| lost(lab, family, First::Server, 1, 1500, |seen| seen.is_syn())),
+    ("SYN-ACK lost before the edge", |lab, family| {
+        lost(lab, family, First::Server, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Backend)
+    }),
+    ("SYN-ACK lost behind the edge", |lab, family| {
+        lost(lab, family, First::Client, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Client)
+    }),
+    ("client's acknowledgement lost before the edge, client first", |lab, family| {
+        lost(lab, family, First::Client, 1, 200, |seen| {
+            seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
+        })
+    }),
+    ("client's acknowledgement lost before the edge, server first", |lab, family| {
+        lost(lab, family, First::Server, 1, 1500, |seen| {
+            seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
+        })
+    }),
+    ("acknowledgement of the header lost, client first", |lab, family| {
+        lost(lab, family, First::Client, 2, 200, from_backend_bare)
+    }),
+    ("acknowledgement of the header lost, server first", |lab, family| {
+        lost(lab, family, First::Server, 1, 200, from_backend_bare)
+    }),
+    ("everything twice", everything_twice),
+    ("header late, client first", header_late),
+    ("everything in another order", everything_reordered),
+    ("a tenth of everything lost", a_tenth_lost),
+    ("a backend that asks without end", asks_without_end),
+    ("a backend that asks a thousand times at once", asks_at_once),
+];
+
+/// Enough for a few round trips of slow start.
+const BYTES: usize = 256 << 10;
+
+fn from_backend_bare(seen: &Seen<'_>) -> bool {
+    seen.at(Side::Backend, Way::ToClient) && seen.is_bare_ack()
+}
+
+/// Drops the first `times` packets that fit; the transfer is complete, and its first byte came within `limit` milliseconds.
+pub(crate) fn lost(
+    lab: &Lab,
+    family: Family,
+    first: First,
+    times: u32,
+    limit: u64,
+    fits: impl Fn(&Seen<'_>) -> bool + Send + 'static,
+) -> anyhow::Result<()> {
+    let dropped = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&dropped);
+    let _faulty = lab.wire.faults(move |seen| {
+        if fits(seen) && count.load(Ordering::Relaxed) < times {
+            count.fetch_add(1, Ordering::Relaxed);
+            return Fate::Drop;
+        }
+        Fate::Pass
+    });
+    let connection = lab.connection(family, first)?;
+    connection.finish(BYTES)?;
+    let dropped = dropped.load(Ordering::Relaxed);
+    ensure!(dropped == times, "{dropped} packets were there to be dropped");
+    let took = connection.took;
+    eprintln!("    first byte after {:.1} ms", took.as_secs_f64() * 1e3);
+    ensure!(took < Duration::from_millis(limit), "the first byte came after {took:?}");
+    Ok(())
+}
+
+fn header_lost(lab: &Lab, family: Family, first: First, times: u32, limit: u64) -> anyhow::Result<()> {
+    lost(lab, family, first, times, limit, |seen| seen.is_header())
+}
+
+/// Nobody but the backend's SYN-ACK timer asks here: after 1, 2, 4, 8 and 16 seconds, as it does when the last packet of any
+/// handshake is lost. Hence both families at once.
+pub(crate) fn header_lost_server_first(lab: &Lab, times: u32) -> anyhow::Result<()> {
+    let mut dropped = HashMap::<SocketAddr, u32>::new();
+    let _faulty = lab.wire.faults(move |seen| {
+        if !seen.is_header() {
+            return Fate::Pass;
+        }
+        let before = dropped.entry(seen.source()).or_default();
+        *before += 1;
+        if *before <= times { Fate::Drop } else { Fate::Pass }
+    });
+    let run = |family| {
+        let connection = lab.connection_within(family, First::Server, Duration::from_secs(40))?;
+        connection.finish(BYTES)?;
+        anyhow::Ok(connection.took)
+    };
+    let took = std::thread::scope(|scope| {
+        let v4 = scope.spawn(|| run(Family::V4));
+        let v6 = run(Family::V6)?;
+        anyhow::Ok([v4.join().map_err(|_| anyhow!("panicked"))??, v6])
+    })?;
+    eprintln!("    first byte after {took:.1?}");
+    let asked = Duration::from_secs((1 << times) - 1);
+    ensure!(took.iter().all(|took| *took > asked), "were they dropped?");
+    ensure!(took.iter().all(|took| *took < asked + Duration::from_secs(1)), "after {took:?}");
+    Ok(())
+}
+
+fn everything_twice(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let _faulty = lab.wire.faults(|_| Fate::Twice);
+    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
+}
+
+/// The data overtakes the header.
+fn header_late(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let _faulty = lab
+        .wire
+        .faults(|seen| if seen.is_header() { Fate::Late(Duration::from_millis(30)) } else { Fate::Pass });
+    lab.connection(family, First::Client)?.finish(BYTES)
+}
+
+fn everything_reordered(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let mut order = Order(7);
+    let _faulty = lab.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
+    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
+}
+
+fn a_tenth_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    for first in [First::Client, First::ClientAwaited] {
+        // The same packets every time; enough of the handshake is among them.
+        let mut order = Order(11);
+        let _faulty = lab
+            .wire
+            .faults(move |seen| if !seen.is_syn() && order.below(10) == 0 { Fate::Drop } else { Fate::Pass });
+        lab.connection(family, first)?.finish(64 << 10)?;
+    }
+    Ok(())
+}
+
+/// As long as it cannot get the header, a backend asks with every segment that comes; the answers stay few.
+fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    const BLIND: Duration = Duration::from_millis(500);
+    let before = lab.counted("answered")?;
+    let start = Instant::now();
+    let _faulty =
+        lab.wire.faults(
+            move |seen| {
+                if seen.is_header() && start.elapsed() < BLIND { Fate::Drop } else { Fate::Pass }
+            },
+        );
+    let connection = lab.connection(family, First::Client)?;
+    connection.finish(BYTES)?;
+    let answered = lab.counted("answered")? - before;
+    eprintln!("    first byte after {:.1} ms, {answered} answers", connection.took.as_secs_f64() * 1e3);
+    ensure!((1..100).contains(&answered), "{answered} answers");
+    Ok(())
+}
+
+/// The same question a thousand times, as fast as a machine can, and no header reaches it: no more answers than one for each
+/// half millisecond.
+fn asks_at_once(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let before = (lab.counted("answered")?, lab.counted("too_soon")?);
+    let mut left = 1;
+    let mut headers = 0;
+    let _faulty = lab.wire.faults(move |seen| {
+        if seen.is_header() && headers < 3 {
+            headers += 1;
+            return Fate::Drop;
+        }
+        if from_backend_bare(seen) && left > 0 {
+            left -= 1;
+            return Fate::Between(vec![seen.frame.to_vec(); 1000], Vec::new());
+        }
+        Fate::Pass
+    });
+    let start = Instant::now();
+    lab.connection(family, First::Client)?.finish(BYTES)?;
+    let passed = start.elapsed();
+    let (answered, soon) = (lab.counted("answered")? - before.0, lab.counted("too_soon")? - before.1);
+    eprintln!("    {answered} answers, {soon} questions not answered");
+    ensure!(answered + soon >= 900, "the questions did not arrive");
+    ensure!(u128::from(answered) <= passed.as_micros() / 500 + 1, "{answered} answers within {passed:?}");
+    ensure!(answered < 200, "{answered} answers");
+    Ok(())
+}
+
+/// Numbers without order, the same in every run (xorshift32).
+pub(crate) struct Order(pub(crate) u32);
+
+impl Order {
+    pub(crate) fn below(&mut self, limit: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 17;
+        self.0 ^= self.0 << 5;
+        self.0 % limit
+    }
+}

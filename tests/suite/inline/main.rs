@@ -1,0 +1,189 @@
+//! The inline engine, packet by packet: real TCP at both ends, NAT by nftables, and faults that hit single packets.
+//!
+//! What takes long runs only when asked for: `cargo test -p injector-suite --test inline -- --ignored`, as root.
+
+mod arbitrary;
+mod attachment;
+mod basics;
+mod cookies;
+mod first_bytes;
+mod frame;
+mod identity;
+mod lab;
+mod lifecycle;
+mod losses;
+mod offloads;
+mod tcp;
+mod wire;
+mod world;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use injector_testbed::netns::{self, Family};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use lab::Lab;
+use wire::Layer;
+use world::World;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // They share addresses.
+    arguments.test_threads.get_or_insert(1);
+    let shared = Arc::new(Mutex::new(Shared::default()));
+    let mut trials = Vec::new();
+    for family in Family::ALL {
+        for (name, run) in basics::TRIALS
+            .iter()
+            .chain(lifecycle::TRIALS)
+            .chain(attachment::TRIALS)
+            .chain(offloads::TRIALS)
+            .chain(first_bytes::ON_DEVICES)
+        {
+            trials.push(trial(&shared, format!("inline/{}/{name}", family.name()), move |shared| {
+                run(&*shared.world()?, family)
+            }));
+        }
+    }
+    let areas = [
+        ("losses", losses::TRIALS),
+        ("identity", identity::TRIALS),
+        ("identity", cookies::TRIALS),
+        ("tcp", tcp::TRIALS),
+        ("first bytes", first_bytes::TRIALS),
+    ];
+    for (area, of_area) in areas {
+        for (family, (name, run)) in each(of_area) {
+            let name = format!("{area}/{}/{name}", family.name());
+            trials
+                .push(trial(&shared, name, move |shared| in_lab(shared.lab(Layer::Ethernet)?, family, run)));
+        }
+    }
+    for (times, slow) in [(2, false), (5, true)] {
+        let name = format!("losses/header lost {times} times, server first");
+        let run =
+            move |shared: &mut Shared| losses::header_lost_server_first(shared.lab(Layer::Ethernet)?, times);
+        trials.push(trial(&shared, name, run).with_ignored_flag(slow));
+    }
+    trials.extend(arbitrary(&shared, "identity", Layer::Ethernet, 1600));
+    // Other programs, which differ in where the packet begins.
+    for (family, (name, run)) in areas.into_iter().flat_map(|(_, of_area)| each(of_area)) {
+        if HEADERLESS.contains(&name) {
+            let name = format!("headerless/{}/{name}", family.name());
+            trials.push(trial(&shared, name, move |shared| in_lab(shared.lab(Layer::Ip)?, family, run)));
+        }
+    }
+    trials.extend(arbitrary(&shared, "headerless", Layer::Ip, 448));
+    for family in Family::ALL {
+        let name = format!("inline/{}/outlives/killed and upgraded during 2 GiB", family.name());
+        let run =
+            move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.world()?, family, 2 << 30);
+        trials.push(trial(&shared, name, run).with_ignored_flag(true));
+        let name = format!("tcp/{}/more than 5 GiB each way", family.name());
+        let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.world()?, family);
+        trials.push(trial(&shared, name, run).with_ignored_flag(true));
+        let name = format!("tcp/{}/more than 5 GiB each way, offloads off", family.name());
+        let run = move |shared: &mut Shared| offloads::five_gibibytes(&*shared.world()?, family);
+        trials.push(trial(&shared, name, run).with_ignored_flag(true));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(shared);
+    conclusion.exit();
+}
+
+/// What a trial does for an address family.
+type Run = fn(&World, Family) -> anyhow::Result<()>;
+/// The same, between the links that it holds in its hands.
+type LabRun = fn(&Lab, Family) -> anyhow::Result<()>;
+
+/// Every trial for both families.
+fn each(trials: &'static [(&'static str, LabRun)]) -> impl Iterator<Item = (Family, (&'static str, LabRun))> {
+    Family::ALL.into_iter().flat_map(move |family| trials.iter().map(move |trial| (family, *trial)))
+}
+
+/// What is tried on devices without a link-layer header as well: every way through the programs.
+const HEADERLESS: &[&str] = &[
+    "header lost once, client first",
+    "everything twice",
+    "everything in another order",
+    "forged SYNs with the client's own number and port",
+    "a SYN past the public address is dropped",
+    "without timestamps",
+    "losses in mid-stream, SACK blocks fit",
+    "reset by the backend",
+    "refused by the backend",
+    "path MTU found behind the edge",
+    "numbers that wrap around, header lost",
+    "one packet with the header",
+    "a full packet, the header ahead",
+    "urgent data",
+];
+
+/// Every packet's checksums must have been right, and a failure comes with the packets.
+fn in_lab(lab: &Lab, family: Family, run: LabRun) -> anyhow::Result<()> {
+    checked(lab, run(lab, family))
+}
+
+fn checked(lab: &Lab, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
+    outcome
+        .and_then(|()| lab.wire.sums().map(drop))
+        .map_err(|error| error.context(format!("last packets:\n{}\n", lab.wire.trace())))
+}
+
+/// Arbitrary segments of so many clients, for both families.
+fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usize) -> [Trial; 2] {
+    Family::ALL.map(|family| {
+        let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
+        trial(shared, name, move |shared| {
+            let lab = shared.lab(layer)?;
+            checked(lab, arbitrary::segments(lab, family, clients))
+        })
+    })
+}
+
+/// What trials have in common, made when the first asks for it.
+#[derive(Default)]
+struct Shared {
+    // In the order in which they go.
+    lab: Option<Lab>,
+    world: Option<Arc<World>>,
+}
+
+impl Shared {
+    fn world(&mut self) -> anyhow::Result<Arc<World>> {
+        let world = match &self.world {
+            Some(world) => Arc::clone(world),
+            None => Arc::new(World::new()?),
+        };
+        self.world = Some(Arc::clone(&world));
+        Ok(world)
+    }
+
+    fn lab(&mut self, layer: Layer) -> anyhow::Result<&Lab> {
+        let world = self.world()?;
+        if self.lab.as_ref().is_none_or(|lab| lab.layer != layer) {
+            // They share addresses.
+            self.lab = None;
+            self.lab = Some(Lab::new(&world, layer)?);
+        }
+        self.lab.as_ref().ok_or_else(|| anyhow::anyhow!("just made"))
+    }
+}
+
+fn trial(
+    shared: &Arc<Mutex<Shared>>,
+    name: String,
+    run: impl Fn(&mut Shared) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let shared = Arc::clone(shared);
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        match run(&mut shared) {
+            Ok(()) => Ok(Completion::Completed),
+            Err(error) => Err(Failed::from(format!("{error:#}"))),
+        }
+    })
+}

@@ -1,0 +1,495 @@
+//! Two links whose every packet passes through the test, which may lose it, repeat it, hold it back or add others.
+//!
+//! Each link is a pair of tap (or tun) devices. Their kernel ends have no offloads, so what the test sees are packets as they
+//! would be on a cable: single segments with final checksums. All of them are verified.
+
+use std::collections::{BinaryHeap, HashSet, VecDeque};
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use etherparse::{LaxSlicedPacket, NetSlice, SlicedPacket, TcpSlice, TransportSlice};
+use injector_testbed::netns::Netns;
+
+/// What a device's packets begin with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layer {
+    /// An Ethernet header (tap).
+    Ethernet,
+    /// The IP header (tun).
+    Ip,
+}
+
+/// Which of the two links.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Between client and edge: numbers as the client has them.
+    Client,
+    /// Between edge and backend: numbers as the backend has them.
+    Backend,
+}
+
+/// Which way a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    ToBackend,
+    ToClient,
+}
+
+/// What the test does with a packet.
+#[derive(Debug)]
+pub(crate) enum Fate {
+    Pass,
+    Drop,
+    Twice,
+    Late(Duration),
+    /// It is lost, and whoever has sent it gets this frame.
+    Answer(Vec<u8>),
+    /// It goes between these, which are whole frames.
+    Between(Vec<Vec<u8>>, Vec<Vec<u8>>),
+}
+
+/// A TCP segment on one of the links.
+pub(crate) struct Seen<'a> {
+    pub(crate) side: Side,
+    pub(crate) way: Way,
+    pub(crate) frame: &'a [u8],
+    /// Where the IP header stands in it.
+    pub(crate) ip_at: usize,
+    pub(crate) ip: &'a NetSlice<'a>,
+    pub(crate) tcp: &'a TcpSlice<'a>,
+}
+
+impl Seen<'_> {
+    /// Whether it carries the PROXY header to the backend.
+    pub(crate) fn is_header(&self) -> bool {
+        self.at(Side::Backend, Way::ToBackend) && self.tcp.payload().starts_with(b"\r\n\r\n\0\r\nQUIT\n")
+    }
+
+    pub(crate) fn at(&self, side: Side, way: Way) -> bool {
+        self.side == side && self.way == way
+    }
+
+    /// An acknowledgement and nothing else.
+    pub(crate) fn is_bare_ack(&self) -> bool {
+        self.tcp.ack()
+            && !self.tcp.syn()
+            && !self.tcp.fin()
+            && !self.tcp.rst()
+            && self.tcp.payload().is_empty()
+    }
+
+    pub(crate) fn is_data(&self) -> bool {
+        !self.tcp.payload().is_empty()
+    }
+
+    pub(crate) fn is_syn(&self) -> bool {
+        self.tcp.syn() && !self.tcp.ack()
+    }
+
+    pub(crate) fn is_syn_ack(&self) -> bool {
+        self.tcp.syn() && self.tcp.ack()
+    }
+
+    /// Who has sent it.
+    pub(crate) fn source(&self) -> SocketAddr {
+        let ip: IpAddr = match self.ip {
+            NetSlice::Ipv4(ip) => ip.header().source_addr().into(),
+            NetSlice::Ipv6(ip) => ip.header().source_addr().into(),
+            _ => Ipv4Addr::UNSPECIFIED.into(),
+        };
+        SocketAddr::new(ip, self.tcp.source_port())
+    }
+
+    /// The port that tells connections apart.
+    fn client_port(&self) -> u16 {
+        match self.way {
+            Way::ToBackend => self.tcp.source_port(),
+            Way::ToClient => self.tcp.destination_port(),
+        }
+    }
+}
+
+/// Whether the checksums of IP and TCP are what they should be. Zero has two forms (RFC 1624), and the kernel sends either.
+pub(crate) fn sums_are_right(ip: &NetSlice<'_>, tcp: &TcpSlice<'_>) -> bool {
+    let same =
+        |one: u16, other: u16| one == other || (matches!(one, 0 | 0xFFFF) && matches!(other, 0 | 0xFFFF));
+    match ip {
+        NetSlice::Ipv4(ip) => {
+            let header = ip.header();
+            let sum = tcp.calc_checksum_ipv4(header.source(), header.destination());
+            same(header.to_header().calc_header_checksum(), header.header_checksum())
+                && sum.is_ok_and(|sum| same(sum, tcp.checksum()))
+        }
+        NetSlice::Ipv6(ip) => {
+            let header = ip.header();
+            let sum = tcp.calc_checksum_ipv6(header.source(), header.destination());
+            sum.is_ok_and(|sum| same(sum, tcp.checksum()))
+        }
+        _ => true,
+    }
+}
+
+/// Decides on every packet of the connections that begin while it is in place.
+type Faults = Box<dyn FnMut(&Seen<'_>) -> Fate + Send>;
+
+/// One packet, for the report of a trial that failed.
+#[derive(Clone)]
+struct Line {
+    at: Instant,
+    side: Side,
+    way: Way,
+    ports: (u16, u16),
+    flags: String,
+    sequence: u32,
+    acknowledgement: u32,
+    payload: usize,
+    fate: String,
+}
+
+/// Packets remembered,
+const TRACE: usize = 4096;
+/// and shown when a trial fails.
+const SHOWN: usize = 120;
+
+#[derive(Default)]
+struct State {
+    faults: Option<Faults>,
+    /// Ports of clients that began since.
+    born: HashSet<u16>,
+    trace: VecDeque<Line>,
+    wrong_sums: Vec<String>,
+    segments: u64,
+    /// The sequence numbers in ICMP errors to the client.
+    quoted: Vec<u32>,
+}
+
+struct Shared {
+    /// Client, edge outside, edge inside, backend.
+    ends: [File; 4],
+    layer: Layer,
+    state: Mutex<State>,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The two links; the devices go when it is dropped.
+pub(crate) struct Wire {
+    shared: Arc<Shared>,
+    carrier: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
+    }
+}
+
+impl Wire {
+    /// Makes the devices: of the client, of the edge on its side, of the edge on the backend's side, of the backend.
+    pub(crate) fn new(ends: [(&Netns, &str); 4], layer: Layer) -> anyhow::Result<Self> {
+        let [a, b, c, d] = ends.map(|(netns, name)| {
+            let file = netns.run(|| device(name, layer))?.with_context(|| format!("device {name}"))?;
+            // Room for all that a trial sends at once: what is lost here is lost on purpose.
+            netns.ip(&["link", "set", name, "txqueuelen", "10000", "up"])?;
+            anyhow::Ok(file)
+        });
+        let shared =
+            Shared { ends: [a?, b?, c?, d?], layer, state: Mutex::default(), stop: AtomicBool::new(false) };
+        let shared = Arc::new(shared);
+        let carrier = std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || carry(&shared)
+        });
+        Ok(Self { shared, carrier: Some(carrier) })
+    }
+
+    /// From now on, and until the guard is dropped, this decides.
+    pub(crate) fn faults(&self, faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static) -> Faulty<'_> {
+        self.reset(Some(Box::new(faults)));
+        Faulty(self)
+    }
+
+    /// The faults are also for a client with this port, though NAT may give it another.
+    pub(crate) fn watch(&self, port: u16) {
+        self.shared.state().born.insert(port);
+    }
+
+    /// Puts a frame onto a link.
+    pub(crate) fn inject(&self, side: Side, way: Way, frame: &[u8]) -> io::Result<()> {
+        (&self.shared.ends[end(side, way)]).write(frame).map(drop)
+    }
+
+    /// Fails if any checksum was wrong since the last call.
+    pub(crate) fn sums(&self) -> anyhow::Result<u64> {
+        let mut state = self.shared.state();
+        let wrong = std::mem::take(&mut state.wrong_sums);
+        ensure!(wrong.is_empty(), "wrong checksums: {}", wrong.join("; "));
+        Ok(std::mem::take(&mut state.segments))
+    }
+
+    /// The sequence numbers of the segments that ICMP errors to the client have quoted since the faults began.
+    pub(crate) fn quoted(&self) -> Vec<u32> {
+        self.shared.state().quoted.clone()
+    }
+
+    /// The last packets, and what became of them.
+    pub(crate) fn trace(&self) -> String {
+        let state = self.shared.state();
+        lines(state.trace.iter().skip(state.trace.len().saturating_sub(SHOWN)))
+    }
+
+    /// Those of one client, by its port.
+    pub(crate) fn trace_of(&self, port: u16) -> String {
+        lines(self.shared.state().trace.iter().filter(|line| line.ports.0 == port || line.ports.1 == port))
+    }
+
+    fn reset(&self, faults: Option<Faults>) {
+        let mut state = self.shared.state();
+        state.faults = faults;
+        state.born.clear();
+        state.trace.clear();
+        state.quoted.clear();
+    }
+}
+
+fn lines<'a>(lines: impl Iterator<Item = &'a Line>) -> String {
+    let mut first = None;
+    let line = |line: &Line| {
+        let ms = line.at.duration_since(*first.get_or_insert(line.at)).as_secs_f64() * 1e3;
+        let Line { side, way, ports, flags, sequence, acknowledgement, payload, fate, .. } = line;
+        format!(
+            "{ms:9.2} {side:?} {way:?} {ports:?} {flags} seq {sequence} ack {acknowledgement} len {payload} {fate}"
+        )
+    };
+    lines.map(line).collect::<Vec<_>>().join("\n")
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(carrier) = self.carrier.take() {
+            let _ = carrier.join();
+        }
+    }
+}
+
+/// As long as it lives, faults happen.
+#[derive(Debug)]
+pub(crate) struct Faulty<'a>(&'a Wire);
+
+impl Drop for Faulty<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.shared.state();
+        state.faults = None;
+    }
+}
+
+/// The end that packets of this link and way are written to.
+const fn end(side: Side, way: Way) -> usize {
+    match (side, way) {
+        (Side::Client, Way::ToClient) => 0,
+        (Side::Client, Way::ToBackend) => 1,
+        (Side::Backend, Way::ToClient) => 2,
+        (Side::Backend, Way::ToBackend) => 3,
+    }
+}
+
+/// A packet that waits; the earliest is the greatest.
+#[derive(PartialEq, Eq)]
+struct Waiting {
+    due: Instant,
+    number: u64,
+    to: usize,
+    frame: Vec<u8>,
+}
+
+impl Ord for Waiting {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (other.due, other.number).cmp(&(self.due, self.number))
+    }
+}
+
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// Carries packets until the wire is dropped.
+fn carry(shared: &Shared) {
+    const ROUTES: [(usize, Side, Way); 4] = [
+        (0, Side::Client, Way::ToBackend),
+        (1, Side::Client, Way::ToClient),
+        (2, Side::Backend, Way::ToBackend),
+        (3, Side::Backend, Way::ToClient),
+    ];
+    let fds = shared.ends.each_ref().map(|file| file.as_raw_fd());
+    let mut waiting = BinaryHeap::new();
+    let mut frame = vec![0; 1 << 16];
+    while !shared.stop.load(Ordering::Relaxed) {
+        let now = Instant::now();
+        while waiting.peek().is_some_and(|packet: &Waiting| packet.due <= now) {
+            if let Some(packet) = waiting.pop() {
+                write(shared, packet.to, &packet.frame);
+            }
+        }
+        let pause = waiting.peek().map_or(Duration::from_millis(20), |packet| packet.due - now);
+        wait(fds, pause);
+        for (from, side, way) in ROUTES {
+            // A few from each in turn: none may starve the others.
+            for _ in 0..32 {
+                let Ok(len) = (&shared.ends[from]).read(&mut frame) else { break };
+                forward(shared, side, way, &frame[..len], &mut waiting);
+            }
+        }
+    }
+}
+
+fn forward(shared: &Shared, side: Side, way: Way, frame: &[u8], waiting: &mut BinaryHeap<Waiting>) {
+    let to = end(side, way);
+    match judge(shared, side, way, frame) {
+        Fate::Pass => write(shared, to, frame),
+        Fate::Drop => {}
+        Fate::Twice => {
+            write(shared, to, frame);
+            write(shared, to, frame);
+        }
+        Fate::Late(delay) => {
+            let number = waiting.len() as u64;
+            waiting.push(Waiting { due: Instant::now() + delay, number, to, frame: frame.to_vec() });
+        }
+        Fate::Answer(answer) => {
+            let back = match way {
+                Way::ToBackend => Way::ToClient,
+                Way::ToClient => Way::ToBackend,
+            };
+            write(shared, end(side, back), &answer);
+        }
+        Fate::Between(before, after) => {
+            before.iter().for_each(|frame| write(shared, to, frame));
+            write(shared, to, frame);
+            after.iter().for_each(|frame| write(shared, to, frame));
+        }
+    }
+}
+
+fn judge(shared: &Shared, side: Side, way: Way, frame: &[u8]) -> Fate {
+    let parsed = match shared.layer {
+        Layer::Ethernet => SlicedPacket::from_ethernet(frame),
+        Layer::Ip => SlicedPacket::from_ip(frame),
+    };
+    let (ip, tcp) = match &parsed {
+        Ok(SlicedPacket { net: Some(ip), transport: Some(TransportSlice::Tcp(tcp)), .. }) => (ip, tcp),
+        Ok(SlicedPacket { transport: Some(other), .. }) if (side, way) == (Side::Client, Way::ToClient) => {
+            shared.state().quoted.extend(quoted(other));
+            return Fate::Pass;
+        }
+        _ => return Fate::Pass,
+    };
+    let ip_at = if shared.layer == Layer::Ethernet { 14 } else { 0 };
+    let seen = Seen { side, way, frame, ip_at, ip, tcp };
+    let mut state = shared.state();
+    state.segments += 1;
+    if seen.is_syn() && way == Way::ToBackend {
+        state.born.insert(tcp.source_port());
+    }
+    let concerned = state.born.contains(&seen.client_port());
+    let fate = match &mut state.faults {
+        Some(faults) if concerned => faults(&seen),
+        _ => Fate::Pass,
+    };
+    let line = describe(&seen, &fate);
+    // Of what the edge sends: what the ends send is their own business.
+    let by_edge = matches!((side, way), (Side::Client, Way::ToClient) | (Side::Backend, Way::ToBackend));
+    if by_edge && !sums_are_right(seen.ip, seen.tcp) && state.wrong_sums.len() < 8 {
+        state
+            .wrong_sums
+            .push(format!("{side:?} {way:?} {} seq {} len {}", line.flags, line.sequence, line.payload));
+    }
+    if state.trace.len() == TRACE {
+        state.trace.pop_front();
+    }
+    state.trace.push_back(line);
+    fate
+}
+
+/// The sequence number of a TCP segment that an ICMP error quotes.
+fn quoted(transport: &TransportSlice<'_>) -> Option<u32> {
+    let quote = match transport {
+        TransportSlice::Icmpv4(icmp) => icmp.payload(),
+        TransportSlice::Icmpv6(icmp) => icmp.payload(),
+        _ => return None,
+    };
+    // It may be cut off.
+    let packet = LaxSlicedPacket::from_ip(quote).ok()?;
+    match packet.transport {
+        Some(TransportSlice::Tcp(tcp)) => Some(tcp.sequence_number()),
+        _ => None,
+    }
+}
+
+fn describe(seen: &Seen<'_>, fate: &Fate) -> Line {
+    let Seen { tcp, .. } = seen;
+    let flags = [(tcp.syn(), 'S'), (tcp.fin(), 'F'), (tcp.rst(), 'R'), (tcp.urg(), 'U'), (tcp.ack(), '.')];
+    Line {
+        at: Instant::now(),
+        side: seen.side,
+        way: seen.way,
+        ports: (tcp.source_port(), tcp.destination_port()),
+        flags: flags.into_iter().filter_map(|(set, letter)| set.then_some(letter)).collect(),
+        sequence: tcp.sequence_number(),
+        acknowledgement: tcp.acknowledgment_number(),
+        payload: tcp.payload().len(),
+        fate: match fate {
+            Fate::Pass => String::new(),
+            Fate::Answer(_) => "Answer".to_owned(),
+            Fate::Between(before, after) => format!("Between({}, {})", before.len(), after.len()),
+            other => format!("{other:?}"),
+        },
+    }
+}
+
+/// A device whose queue is full loses packets, as a network does.
+fn write(shared: &Shared, to: usize, frame: &[u8]) {
+    let _ = (&shared.ends[to]).write(frame);
+}
+
+fn wait(fds: [RawFd; 4], pause: Duration) {
+    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    let pause = libc::timespec { tv_sec: 0, tv_nsec: i64::from(pause.subsec_nanos()) };
+    // SAFETY: the array has four entries, and both outlive the call.
+    unsafe { libc::ppoll(polled.as_mut_ptr(), 4, &raw const pause, std::ptr::null()) };
+}
+
+/// Makes a tap or tun device in this thread's namespace, which lives as long as the file is open.
+fn device(name: &str, layer: Layer) -> io::Result<File> {
+    // SAFETY: plain integers and bytes, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes()) {
+        *to = from.cast_signed();
+    }
+    let kind = if layer == Layer::Ethernet { libc::IFF_TAP } else { libc::IFF_TUN };
+    request.ifr_ifru.ifru_flags =
+        libc::c_short::try_from(kind | libc::IFF_NO_PI).map_err(io::Error::other)?;
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    // SAFETY: the request is what this ioctl reads and writes, and outlives the call.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}

@@ -1,0 +1,201 @@
+//! The external path: the client sends and reads through a front, and the mail servers must log the client's address.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use injector_testbed::daemon::{
+    BYTES, DIRECTION, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED, Session,
+    TO_BACKEND, TO_CLIENT,
+};
+use injector_testbed::mail_client;
+use injector_testbed::message::Message;
+use injector_testbed::metrics::Metrics;
+use injector_testbed::netns::{CLIENT, Family};
+use injector_testbed::service::{IMAPS, SMTP, Service};
+
+use crate::environment::{Environment, Front, Running};
+
+/// How long a server's log line, a delivery or a metric may take to show.
+pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+
+/// Ends of a connection that a client and a server can bring about who have both said goodbye: whoever closes while the
+/// other's TLS close_notify is still under way resets. Anything else is the injector's own doing.
+pub(crate) const HARMLESS_ENDS: [&str; 4] =
+    ["client_closed", "backend_closed", "client_reset", "backend_reset"];
+
+/// A message goes in by one of the SMTP ports, lies in its mailbox unchanged, and comes back by IMAP.
+pub(crate) fn smtp(all: &Environment, front: usize, service: Service, family: Family) -> anyhow::Result<()> {
+    let (front, running) = all.front(front)?;
+    let user = format!("{}-{}-{}", front.name, family.name(), service.stock);
+    let message = Message::new(&user, &user);
+    let watch = Watch::start(running)?;
+
+    let sender = send(all, front, service, family, &message, &user)?;
+    let reader = fetch(all, front, family, &message, &user)?;
+    watch.ensure_carried(front, &[sender, reader], &message)
+}
+
+/// A message goes in and comes back in one IMAP session.
+pub(crate) fn imap(all: &Environment, front: usize, family: Family) -> anyhow::Result<()> {
+    let (front, running) = all.front(front)?;
+    let user = format!("{}-{}-{}", front.name, family.name(), IMAPS.stock);
+    let message = Message::new(&user, &user);
+    let watch = Watch::start(running)?;
+
+    let reader = read(all, front, family, &message, &user, &[&message])?;
+    watch.ensure_carried(front, &[reader], &message)
+}
+
+/// Sends from the client's network and returns the address under which Postfix knows the sender.
+pub(crate) fn send(
+    all: &Environment,
+    front: Front,
+    service: Service,
+    family: Family,
+    message: &Message,
+    user: &str,
+) -> anyhow::Result<SocketAddr> {
+    let postfix = &all.host.postfix;
+    let mark = postfix.log().mark();
+    let server = all.server(front.vip, family, service.stock);
+    let queue_id = mail_client::send(&all.topology.client, server, service.security, user, message)?;
+
+    let sender = postfix.client_of(mark, &queue_id, service.proxied, LIMIT)?;
+    ensure!(sender.ip() == CLIENT.of(family), "Postfix saw {sender}, the client is {}", CLIENT.of(family));
+    if service == SMTP {
+        // Postscreen read the header itself: source, and the address the client connected to.
+        let seen = format!("CONNECT from {} to {}", bracketed(sender), bracketed(server.address));
+        postfix.log().wait_for(mark, &["postscreen[", &seen], LIMIT)?;
+    }
+    postfix.wait_delivered(mark, &queue_id, LIMIT)?;
+    Ok(sender)
+}
+
+/// Fetches the message by IMAP, from the client's network, and returns the reader's address.
+pub(crate) fn fetch(
+    all: &Environment,
+    front: Front,
+    family: Family,
+    message: &Message,
+    user: &str,
+) -> anyhow::Result<SocketAddr> {
+    read(all, front, family, message, user, &[])
+}
+
+fn read(
+    all: &Environment,
+    front: Front,
+    family: Family,
+    message: &Message,
+    user: &str,
+    append: &[&Message],
+) -> anyhow::Result<SocketAddr> {
+    let dovecot = &all.host.dovecot;
+    let mark = dovecot.log().mark();
+    let server = all.server(front.vip, family, IMAPS.stock);
+    let mailbox = mail_client::read_inbox(&all.topology.client, server, user, append)?;
+
+    let seen = dovecot.client_of(mark, user, LIMIT)?;
+    ensure!(seen == mailbox.client, "Dovecot saw {seen}, the client was {}", mailbox.client);
+    ensure!(seen.ip() == CLIENT.of(family), "the client was at {seen}, not at {}", CLIENT.of(family));
+    let lip = format!("lip={}, lport={}", server.address.ip(), server.address.port());
+    dovecot.log().wait_for(mark, &[&format!("user=<{user}>"), &lip], LIMIT)?;
+
+    let [fetched] = &mailbox.messages[..] else {
+        anyhow::bail!("{} messages in the inbox of {user}, not one", mailbox.messages.len());
+    };
+    message.ensure_unchanged(fetched)?;
+    Ok(seen)
+}
+
+/// `[ADDRESS]:PORT`, as postscreen writes either family.
+fn bracketed(address: SocketAddr) -> String {
+    format!("[{}]:{}", address.ip(), address.port())
+}
+
+/// What an injector had counted before a trial. HAProxy is not asked.
+pub(crate) struct Watch<'a> {
+    injector: Option<(&'a Injector, Metrics, usize)>,
+}
+
+impl<'a> Watch<'a> {
+    pub(crate) fn start(running: &'a Running) -> anyhow::Result<Self> {
+        let injector = match running {
+            Running::HaProxy(_) => None,
+            Running::Injector(injector) | Running::Inline { injector, .. } => {
+                Some((injector, injector.metrics()?, injector.sessions()?.len()))
+            }
+        };
+        Ok(Self { injector })
+    }
+
+    /// Every connection got its header and ended harmlessly, with one line.
+    pub(crate) fn ensure_ended(&self, front: Front, clients: &[SocketAddr]) -> anyhow::Result<()> {
+        let Some((injector, before, earlier)) = &self.injector else { return Ok(()) };
+        for session in wait_for_sessions(injector, *earlier, clients.len())? {
+            let client = session.client().with_context(|| format!("no client in {session:?}"))?;
+            ensure!(clients.contains(&client), "{client} is none of the clients {clients:?}");
+            ensure!(
+                session.field("engine").as_deref() == Some(front.engine),
+                "not by {}: {session:?}",
+                front.engine
+            );
+            let end = session.field("end").unwrap_or_default();
+            ensure!(HARMLESS_ENDS.contains(&end.as_str()), "ended with {end:?}: {session:?}");
+        }
+        let after = injector.metrics()?;
+        let added = |name| after.sum(name, &[]) - before.sum(name, &[]);
+        let (sent, failed) = (added(HEADERS_SENT), added(HEADERS_FAILED));
+        let expected = f64::from(u32::try_from(clients.len())?);
+        ensure!(
+            sent == expected && failed == 0.0,
+            "{sent} headers sent, {failed} failed, for {expected} connections"
+        );
+        Ok(())
+    }
+
+    /// As [`Self::ensure_ended`], and the engine's plane carried the message both ways.
+    fn ensure_carried(&self, front: Front, clients: &[SocketAddr], message: &Message) -> anyhow::Result<()> {
+        self.ensure_ended(front, clients)?;
+        let Some((injector, before, _)) = &self.injector else { return Ok(()) };
+        ensure_counted(front, before, &injector.metrics()?, message)
+    }
+}
+
+/// Waits for the lines of finished connections; one more than that is an error as well.
+fn wait_for_sessions(injector: &Injector, earlier: usize, expected: usize) -> anyhow::Result<Vec<Session>> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let sessions = injector.sessions()?.split_off(earlier);
+        if sessions.len() >= expected || Instant::now() >= deadline {
+            let count = sessions.len();
+            ensure!(count == expected, "{count} lines for {expected} finished connections: {sessions:?}");
+            return Ok(sessions);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The bytes of the message are in the right plane's counters, in both directions.
+///
+/// TLS and protocol make the sums larger. With splice the first bytes of a direction go through user space, up to half of
+/// the message is granted for that.
+fn ensure_counted(front: Front, before: &Metrics, after: &Metrics, message: &Message) -> anyhow::Result<()> {
+    let size = f64::from(u32::try_from(message.bytes.len())?);
+    for direction in [TO_BACKEND, TO_CLIENT] {
+        let moved = |plane| {
+            let labels = [(DIRECTION, direction), (PLANE, plane)];
+            after.sum(BYTES, &labels) - before.sum(BYTES, &labels)
+        };
+        let (spliced, relayed) = (moved(SPLICED), moved(RELAYED) + moved(PIPED));
+        let counted = format!("{BYTES} {direction}: {spliced} spliced, {relayed} relayed, of {size}");
+        ensure!(spliced + relayed >= size, "bytes not counted: {counted}");
+        match front.name {
+            "relay" => ensure!(spliced == 0.0, "spliced without splice: {counted}"),
+            _ => ensure!(spliced >= size / 2.0, "not spliced: {counted}"),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! The intra-cluster path: webmail reaches the stock ports directly, without a header, from the very address that is
+//! trusted to send one on the others.
+
+use std::thread::{self, ScopedJoinHandle};
+
+use anyhow::{anyhow, ensure};
+use injector_testbed::mail_client;
+use injector_testbed::message::Message;
+use injector_testbed::netns::{EDGE_INSIDE, Family, MAIL};
+use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION, SUBMISSIONS, Service};
+
+use crate::environment::Environment;
+use crate::external::{self, LIMIT, Watch};
+
+/// One stock port, both ways: what is sent arrives unchanged, and the server logs the real neighbour.
+pub(crate) fn direct(all: &Environment, service: Service, family: Family) -> anyhow::Result<()> {
+    let user = format!("stock-{}-{}", family.name(), service.stock);
+    webmail(all, service, family, &user)
+}
+
+/// All ports of both paths at once: what the one path's traffic needs must not disturb the other's.
+pub(crate) fn at_once(all: &Environment, front: usize, family: Family) -> anyhow::Result<()> {
+    let (front, running) = all.front(front)?;
+    let watch = Watch::start(running)?;
+    let user = |path: &str, service: Service| {
+        format!("once-{}-{}-{path}-{}", front.name, family.name(), service.stock)
+    };
+    let external = |service| {
+        let user = user("external", service);
+        let message = Message::new(&user, &user);
+        let sender = external::send(all, front, service, family, &message, &user)?;
+        Ok([sender, external::fetch(all, front, family, &message, &user)?])
+    };
+    let clients = thread::scope(|scope| {
+        let external = [SMTP, SUBMISSIONS, SUBMISSION].map(|service| scope.spawn(move || external(service)));
+        let direct = MATRIX
+            .map(|service| scope.spawn(move || webmail(all, service, family, &user("webmail", service))));
+        direct.into_iter().try_for_each(outcome)?;
+        external.into_iter().map(outcome).collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    watch.ensure_ended(front, &clients.concat())
+}
+
+fn outcome<T>(thread: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
+    thread.join().map_err(|_| anyhow!("panicked"))?
+}
+
+fn webmail(all: &Environment, service: Service, family: Family, user: &str) -> anyhow::Result<()> {
+    let (neighbour, host) = (&all.topology.edge, &all.host);
+    let marks = host.mark();
+    let message = Message::new(user, user);
+    let append: &[_] = if service == IMAPS {
+        &[&message]
+    } else {
+        let server = all.server(MAIL, family, service.stock);
+        let queue_id = mail_client::send(neighbour, server, service.security, user, &message)?;
+        let sender = host.postfix.client_of(marks.postfix, &queue_id, service.stock, LIMIT)?;
+        ensure!(
+            sender.ip() == EDGE_INSIDE.of(family),
+            "Postfix saw {sender}, not {}",
+            EDGE_INSIDE.of(family)
+        );
+        host.postfix.wait_delivered(marks.postfix, &queue_id, LIMIT)?;
+        &[]
+    };
+    let server = all.server(MAIL, family, IMAPS.stock);
+    let mailbox = mail_client::read_inbox(neighbour, server, user, append)?;
+    let seen = host.dovecot.client_of(marks.dovecot, user, LIMIT)?;
+    ensure!(seen == mailbox.client, "Dovecot saw {seen}, the reader was {}", mailbox.client);
+    ensure!(
+        seen.ip() == EDGE_INSIDE.of(family),
+        "the reader was at {seen}, not at {}",
+        EDGE_INSIDE.of(family)
+    );
+    ensure!(mailbox.messages.len() == 1, "{} messages, not one", mailbox.messages.len());
+    mailbox.messages.iter().try_for_each(|fetched| message.ensure_unchanged(fetched))
+}

@@ -1,0 +1,118 @@
+//! Real mail through the edge: senders → {HAProxy, the injector's engines} → Postfix and Dovecot → mailbox → reader.
+//!
+//! Trials are named `FRONT/FAMILY/PORT→PORT`. All share one set of namespaces and servers, made when the first of them
+//! runs; each front is started when its first trial runs, so that one that cannot start fails its own trials only.
+
+mod checks;
+mod environment;
+mod external;
+mod intra_cluster;
+mod kube_proxy;
+mod receivers;
+mod stopping;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use injector_testbed::netns::{self, Family, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use environment::{Environment, Front, Kind, Nat, Shared};
+
+/// The columns of the matrix. Another engine is another line.
+const FRONTS: [Front; 4] = [
+    Front { name: "haproxy", engine: "", vip: VIP_HAPROXY, kind: Kind::HaProxy },
+    Front { name: "splice", engine: "splice", vip: VIP_SPLICE, kind: Kind::Injector { metrics_port: 9145 } },
+    Front { name: "relay", engine: "relay", vip: VIP_RELAY, kind: Kind::Injector { metrics_port: 9146 } },
+    Front {
+        name: "inline",
+        engine: "inline",
+        vip: VIP_INLINE,
+        kind: Kind::Inline { metrics_port: 9147, nat: Nat::Managed },
+    },
+];
+
+/// Columns in a testbed of their own: a host has one inline engine.
+const EXTERNAL: [Front; 1] = [Front {
+    name: "inline-kube",
+    engine: "inline",
+    vip: VIP_INLINE,
+    kind: Kind::Inline { metrics_port: 9147, nat: Nat::KubeProxy },
+}];
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // The servers' logs are read from where they stood when a trial began: one trial at a time.
+    arguments.test_threads.get_or_insert(1);
+    // A testbed is made by the first trial that needs it, and goes with the last: a process has one at a time.
+    let mut trials = testbed(&Arc::new(Shared::new(&FRONTS)));
+    trials.extend(columns(&Arc::new(Shared::new(&EXTERNAL)), &EXTERNAL));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// All trials of the first testbed: the servers alone, and the columns.
+fn testbed(shared: &Arc<Shared>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for family in Family::ALL {
+        let name = family.name();
+        trials.push(trial(shared, format!("testbed/{name}/swaks→2525"), move |all| {
+            receivers::swaks(all, family)
+        }));
+        for service in [SMTP, SUBMISSION] {
+            let name = format!("testbed/{name}/{} demands a header", service.proxied);
+            trials.push(trial(shared, name, move |all| receivers::demands_header(all, service, family)));
+        }
+        for service in MATRIX {
+            let name = format!("stock/{name}/{}", service.stock);
+            trials.push(trial(shared, name, move |all| intra_cluster::direct(all, service, family)));
+        }
+    }
+    trials.push(trial(shared, "health checks harm nobody".to_owned(), checks::understood));
+    trials.extend(columns(shared, &FRONTS));
+    trials
+}
+
+fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (index, front) in fronts.iter().enumerate() {
+        for family in Family::ALL {
+            for service in MATRIX {
+                let name = format!("{}/{}/{}→{}", front.name, family.name(), service.stock, service.proxied);
+                trials.push(trial(shared, name, move |all| match service {
+                    IMAPS => external::imap(all, index, family),
+                    _ => external::smtp(all, index, service, family),
+                }));
+            }
+            let name = format!("{}/{}/both paths at once", front.name, family.name());
+            trials.push(trial(shared, name, move |all| intra_cluster::at_once(all, index, family)));
+        }
+        if matches!(front.kind, Kind::Injector { .. }) {
+            let name = format!("{}/sessions finish after SIGTERM", front.name);
+            trials.push(trial(shared, name, |all| stopping::sessions_finish(all, *front)));
+        }
+    }
+    trials
+}
+
+/// A trial that is ignored without root, and says on failure what the servers and the injector logged meanwhile.
+fn trial(
+    shared: &Arc<Shared>,
+    name: String,
+    run: impl Fn(&Environment) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let shared = Arc::clone(shared);
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let all = shared.environment()?;
+        let start = all.mark();
+        let outcome = run(all).with_context(|| format!("logged meanwhile:\n{}", all.logged_since(&start)));
+        outcome.map(|()| Completion::Completed).map_err(|error| {
+            // The cause first, then the logs: `{:#}` would have it the other way round.
+            let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
+            Failed::from(format!("{}\n\n{error}", causes.join(": ")))
+        })
+    })
+}

@@ -1,0 +1,209 @@
+//! What becomes of connections.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, ensure};
+use injector_testbed::netns::{CLIENT, EDGE_OUTSIDE, Family, MAIL, VIP_INLINE, VIP_RELAY};
+use injector_user::inline::nat::{Change, Service};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use crate::world::{
+    BACKEND_PORT, OTHER_MAIL, PORT, World, backend, edge_inside, elsewhere, greeted, rules, service, socket,
+    vip,
+};
+
+pub(crate) fn reaches(world: &World, family: Family) -> anyhow::Result<()> {
+    let before = world.ask(vip(family));
+    ensure!(before.is_err(), "somebody answers before there is a rule: {before:?}");
+    world.apply(&[service()])?;
+    let greeting = world.ask(vip(family))?;
+    ensure!(greeting.server == SocketAddr::new(MAIL.of(family), BACKEND_PORT), "{greeting:?}");
+    ensure!(greeting.client.ip() == CLIENT.of(family), "{greeting:?}");
+    let other_port = SocketAddr::new(vip(family).ip(), PORT + 1);
+    ensure!(world.ask(other_port).is_err(), "another port is sent on as well");
+    let other_address = SocketAddr::new(VIP_RELAY.of(family), PORT);
+    ensure!(world.ask(other_address).is_err(), "another address is sent on as well");
+    Ok(())
+}
+
+/// A wildcard takes every address of the host, but none that has a rule of its own, and nothing that is passing through.
+pub(crate) fn any_address(world: &World) -> anyhow::Result<()> {
+    let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    let any = Service { listen: any.map(|ip| SocketAddr::new(ip, PORT)).into(), ..elsewhere() };
+    world.apply(&[any, service()])?;
+    for family in Family::ALL {
+        let cases = [
+            (VIP_INLINE.of(family), MAIL),
+            (VIP_RELAY.of(family), OTHER_MAIL),
+            (EDGE_OUTSIDE.of(family), OTHER_MAIL),
+        ];
+        for (to, place) in cases {
+            let greeting = world.ask(SocketAddr::new(to, PORT))?;
+            ensure!(greeting.server.ip() == place.of(family), "{to}: {greeting:?}");
+        }
+        let stock = SocketAddr::new(MAIL.of(family), PORT);
+        world.serve(&world.topology.mail, stock)?;
+        let passing = world.ask(stock)?;
+        ensure!(passing.server == stock, "{passing:?}");
+    }
+    Ok(())
+}
+
+/// 400 connections: 300 expected for the first, with a standard deviation of 8.7; the limits are seven of those away.
+pub(crate) fn weights(world: &World, family: Family) -> anyhow::Result<()> {
+    let backends = vec![backend(MAIL, family, 30), backend(OTHER_MAIL, family, 10)];
+    world.apply(&[Service { listen: vec![vip(family)], backends, ..service() }])?;
+    let mut first = 0;
+    for _ in 0..400 {
+        let greeting = world.ask(vip(family))?;
+        ensure!(
+            greeting.server.port() == BACKEND_PORT && greeting.client.ip() == CLIENT.of(family),
+            "{greeting:?}"
+        );
+        first += u32::from(greeting.server.ip() == MAIL.of(family));
+    }
+    ensure!((240..=360).contains(&first), "{first} of 400 instead of about 300");
+    Ok(())
+}
+
+/// Only where it is asked for, with one backend and with several, at single addresses and at any.
+pub(crate) fn masquerade(world: &World, family: Family) -> anyhow::Result<()> {
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let one = vec![backend(MAIL, family, 1)];
+    let two = vec![backend(MAIL, family, 1), backend(OTHER_MAIL, family, 1)];
+    for listen in [vip(family), SocketAddr::new(any, PORT)] {
+        for backends in [&one, &two] {
+            for masquerade in [true, false] {
+                let service =
+                    Service { listen: vec![listen], backends: backends.clone(), masquerade, ..service() };
+                world.apply(&[service])?;
+                let expected = if masquerade { edge_inside(family) } else { CLIENT.of(family) };
+                for _ in 0..4 {
+                    let greeting = world.ask(vip(family))?;
+                    ensure!(
+                        greeting.client.ip() == expected,
+                        "{listen}, masquerade {masquerade}: {greeting:?}"
+                    );
+                }
+            }
+        }
+    }
+    world.apply(&[Service { masquerade: true, listen: vec![vip(family)], backends: two, ..service() }])?;
+    let direct = world.ask(SocketAddr::new(MAIL.of(family), BACKEND_PORT))?;
+    ensure!(
+        direct.client.ip() == CLIENT.of(family),
+        "a connection that was not sent on is masqueraded: {direct:?}"
+    );
+    Ok(())
+}
+
+/// What starts on the edge reaches the edge's own listener, over `lo`.
+pub(crate) fn own_connections(world: &World) -> anyhow::Result<()> {
+    let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    let any =
+        Service { listen: any.map(|ip| SocketAddr::new(ip, PORT)).into(), masquerade: true, ..elsewhere() };
+    world.apply(&[any, Service { masquerade: true, ..service() }])?;
+    for family in Family::ALL {
+        world.serve(&world.topology.edge, vip(family))?;
+        let greeting = world.ask_from(&world.topology.edge, vip(family))?;
+        ensure!(greeting.server == vip(family), "{greeting:?}");
+        let greeting = world.ask(vip(family))?;
+        ensure!(greeting.server.ip() == MAIL.of(family), "{greeting:?}");
+    }
+    Ok(())
+}
+
+/// The bytes come back from the first mail host, all of them, while the rules change and in the end the whole table.
+pub(crate) fn during_a_transfer(world: &World) -> anyhow::Result<()> {
+    const PIECE: usize = 1 << 20;
+    const PIECES: usize = 64;
+    world.apply(&[service()])?;
+    for family in Family::ALL {
+        let socket = socket(&world.topology.client, vip(family))?;
+        let (greeting, stream) = world.runtime.block_on(greeted(socket, vip(family)))?;
+        ensure!(greeting.server.ip() == MAIL.of(family), "{greeting:?}");
+        let transfer = world.runtime.spawn(async move {
+            let (mut read, mut write) = tokio::io::split(stream);
+            let mut pieces = 0;
+            for number in 0..PIECES {
+                let sent: Vec<u8> = (0..251_u8).cycle().skip(number).take(PIECE).collect();
+                let mut back = vec![0; PIECE];
+                tokio::try_join!(write.write_all(&sent), read.read_exact(&mut back))?;
+                ensure!(sent == back, "piece {number} came back different");
+                pieces += 1;
+                // Slow enough to be under way during every change below.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok(pieces)
+        });
+        for round in 0..10 {
+            world.apply(&[if round % 2 == 0 { elsewhere() } else { service() }])?;
+        }
+        world.nft(&["add chain inet injector-test extra"])?;
+        let remade = rules(&[elsewhere()])?;
+        let change = world.on_edge(|| remade.apply())??;
+        ensure!(change == Change::Remade, "{change:?}");
+        ensure!(!transfer.is_finished(), "the transfer was over before the last change");
+        let greeting = world.ask(vip(family))?;
+        ensure!(greeting.server.ip() == OTHER_MAIL.of(family), "{greeting:?}");
+        let end = async { timeout(Duration::from_secs(60), transfer).await.context("it stalls") };
+        let pieces = world.runtime.block_on(end)???;
+        ensure!(pieces == PIECES);
+        world.apply(&[service()])?;
+    }
+    Ok(())
+}
+
+/// Nobody listens on the edge, so a connection that met no rule would be refused.
+pub(crate) fn no_gap(world: &World) -> anyhow::Result<()> {
+    const CLIENTS: usize = 8;
+    const CHANGES: usize = 100;
+    world.apply(&[service()])?;
+    let over = Arc::new(AtomicBool::new(false));
+    let client = world.topology.client.entrance();
+    let connecting: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let (over, client) = (Arc::clone(&over), client.clone());
+            let family = Family::ALL[number % 2];
+            std::thread::spawn(move || client.run(|| connect_until(&over, vip(family)))?)
+        })
+        .collect();
+    let (to_mail, to_other) = (rules(&[service()])?, rules(&[elsewhere()])?);
+    let changes = world.on_edge(|| {
+        for _ in 0..CHANGES / 2 {
+            for rules in [&to_other, &to_mail] {
+                let change = rules.apply()?;
+                ensure!(change == Change::Replaced, "{change:?}");
+            }
+        }
+        Ok(())
+    });
+    over.store(true, Ordering::Relaxed);
+    let mut connections = 0;
+    for thread in connecting {
+        connections += thread.join().map_err(|_| anyhow!("a client panicked"))??;
+    }
+    changes??;
+    ensure!(connections > CHANGES, "only {connections} connections, too few to have met a gap");
+    Ok(())
+}
+
+/// One connection after the other, in the calling thread's namespace; how many.
+fn connect_until(over: &AtomicBool, to: SocketAddr) -> anyhow::Result<usize> {
+    let mut connections = 0;
+    while !over.load(Ordering::Relaxed) {
+        let stream = std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5))
+            .with_context(|| format!("connection {connections} to {to}"))?;
+        // Reset instead of TIME_WAIT, so that the client's ports last.
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        connections += 1;
+    }
+    Ok(connections)
+}

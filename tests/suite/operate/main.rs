@@ -1,0 +1,64 @@
+//! What an operator does to a running injector, and what it does about its backends' health: reload, drain, taking a backend
+//! out, checks, ejection, and the ways of systemd. Real sockets at both ends, in namespaces.
+
+mod backends;
+mod drain;
+mod load;
+mod reload;
+mod systemd;
+mod world;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use injector_testbed::netns;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use world::World;
+
+/// The engines that every trial is run with that does not name one itself.
+const ENGINES: [&str; 2] = ["splice", "relay"];
+
+/// What a trial does with an engine.
+type Run = fn(&World, &str) -> anyhow::Result<()>;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // They share addresses.
+    arguments.test_threads.get_or_insert(1);
+    let world = Arc::new(Mutex::new(None));
+    let mut trials = Vec::new();
+    for engine in ENGINES {
+        let each = reload::TRIALS.iter().chain(drain::TRIALS).chain(backends::TRIALS).chain(load::TRIALS);
+        for (name, run) in each {
+            trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
+        }
+    }
+    for (name, run) in backends::INLINE_TRIALS {
+        trials.push(trial(&world, format!("inline/{name}"), |world| run(world, "inline")));
+    }
+    for (name, run) in systemd::TRIALS {
+        trials.push(trial(&world, format!("systemd/{name}"), |world| run(world, "relay")));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(world);
+    conclusion.exit();
+}
+
+fn trial(
+    world: &Arc<Mutex<Option<World>>>,
+    name: String,
+    run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let world = Arc::clone(world);
+    Trial::ignorable_test(name, move || {
+        if let Some(why) = netns::unavailable() {
+            return Ok(Completion::ignored_with(why));
+        }
+        let mut world = world.lock().unwrap_or_else(PoisonError::into_inner);
+        if world.is_none() {
+            *world = Some(World::new().map_err(|error| Failed::from(format!("{error:#}")))?);
+        }
+        let Some(world) = &*world else { return Err("no world".into()) };
+        run(world).map(|()| Completion::Completed).map_err(|error| format!("{error:#}").into())
+    })
+}

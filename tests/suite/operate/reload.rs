@@ -1,0 +1,221 @@
+//! Another configuration for a running injector.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use injector_testbed::daemon::Injector;
+
+use crate::Run;
+use crate::world::{Config, PORT, World, another, backend_name, bind_of, eventually};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("reload/sessions go on, others go elsewhere", elsewhere),
+    ("reload/listeners come and go", come_and_go),
+    ("reload/an address goes to a listener of another name", renamed),
+    ("reload/a port below 1024, after rights were given up", low_port),
+    ("reload/a mistake changes nothing", mistake),
+    ("reload/a port in use changes nothing", port_in_use),
+    ("reload/by SIGHUP", by_signal),
+    ("reload/limits", limits),
+    ("reload/what takes a restart is said", restart),
+    ("reload/watching a file", watching),
+];
+
+/// What `injector reload` says.
+fn reload(injector: &Injector, config: &str) -> anyhow::Result<String> {
+    injector.rewrite(config)?;
+    injector.command(&["reload"])
+}
+
+fn elsewhere(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _servers = [world.backend(0)?, world.backend(1)?];
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    let mut old = world.client()?;
+    ensure!(old.greeted()? == 0);
+    config.backends = format!("\"{}\"", backend_name(1));
+    let said = reload(&injector, &config.text())?;
+    ensure!(said == "changed: test\n", "{said}");
+    ensure!(world.who_answers()? == 1);
+    old.talk()?;
+    old.quit()?;
+    // Once more the same is nothing new.
+    let said = injector.command(&["reload"])?;
+    ensure!(said == "no listener is different\n", "{said}");
+    let metrics = injector.metrics()?;
+    let applied = metrics.sum("injector_config_reloads_total", &[("result", "applied")]);
+    ensure!((applied - 2.0).abs() < 0.5, "{applied}");
+    Ok(())
+}
+
+fn come_and_go(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    ensure!(world.client_at(PORT + 1).is_err(), "somebody listens there already");
+    let backend = format!("\"{}\"", backend_name(0));
+    let more =
+        another("more", engine, &bind_of(PORT + 1), &backend) + "[listener.timeouts]\ndrain = \"600ms\"\n";
+    let said = reload(&injector, &(config.text() + &more))?;
+    ensure!(said == "added: more\n", "{said}");
+    let mut client = world.client_at(PORT + 1)?;
+    client.greeted()?;
+    let said = reload(&injector, &config.text())?;
+    ensure!(said == "removed: more\n", "{said}");
+    // The workers close what they accept from, each when it comes to it.
+    eventually("listening", || Ok(world.client_at(PORT + 1).is_ok()), |listens| !listens)?;
+    // The session may go on for its time, and is cut then.
+    client.talk()?;
+    let status = injector.status()?;
+    ensure!(status["leaving"][0]["name"] == "more" && status["leaving"][0]["sessions"] == 1, "{status:#}");
+    client.ends()?;
+    let cut = injector.sessions_within(1)?;
+    ensure!(cut[0].field("end").as_deref() == Some("cut"), "{cut:?}");
+    eventually("leaving", || injector.status(), |status| status["leaving"] == serde_json::json!([]))?;
+    world.who_answers()?;
+    Ok(())
+}
+
+fn renamed(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let config = Config::new(engine).text();
+    let injector = world.start(&config)?;
+    let mut client = world.client()?;
+    client.greeted()?;
+    let said = reload(&injector, &config.replace("name = \"test\"", "name = \"other\""))?;
+    ensure!(said == "added: other\nremoved: test\n", "{said}");
+    for _ in 0..20 {
+        world.who_answers()?;
+    }
+    client.talk()?;
+    client.quit()?;
+    let sessions = injector.sessions_within(21)?;
+    let of = |name: &str| sessions.iter().filter(|it| it.field("listener").as_deref() == Some(name)).count();
+    ensure!(of("test") == 1 && of("other") == 20, "{} and {}", of("test"), of("other"));
+    Ok(())
+}
+
+fn low_port(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    ensure!(injector.log().contains("CAP_NET_BIND_SERVICE"), "{}", injector.log());
+    config.bind.push(26);
+    reload(&injector, &config.text())?;
+    let mut client = world.client_at(26)?;
+    client.greeted()?;
+    client.quit()?;
+    world.who_answers()?;
+    Ok(())
+}
+
+fn mistake(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    let broken = Config { backends: "\"mail\"".to_owned(), ..config.clone() };
+    injector.rewrite(&broken.text())?;
+    let (status, said) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && said.contains("backends \"mail\": the port is missing"), "{said}");
+    world.who_answers()?;
+    let refused = injector.status()?["config"]["refused"].clone();
+    ensure!(refused.as_str().is_some_and(|why| why.contains("the port is missing")), "{refused}");
+    let metrics = injector.metrics()?;
+    ensure!(metrics.sum("injector_config_reloads_total", &[("result", "refused")]) > 0.5);
+    // And is forgotten when the file is right again.
+    reload(&injector, &config.text())?;
+    ensure!(injector.status()?["config"]["refused"].is_null());
+    Ok(())
+}
+
+/// The second of two new addresses cannot be had: the first is not opened either.
+fn port_in_use(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    let taken = world.topology.edge.run(|| std::net::TcpListener::bind(("0.0.0.0", PORT + 2)))??;
+    config.bind.extend([PORT + 1, PORT + 2]);
+    injector.rewrite(&config.text())?;
+    let (status, said) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && said.contains("another program listens there"), "{said}");
+    ensure!(world.client_at(PORT + 1).is_err(), "half of it was done");
+    world.who_answers()?;
+    drop(taken);
+    injector.command(&["reload"])?;
+    world.client_at(PORT + 2)?.greeted()?;
+    Ok(())
+}
+
+fn by_signal(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _servers = [world.backend(0)?, world.backend(1)?];
+    let mut config = Config::new(engine);
+    let mut injector = world.start(&config.text())?;
+    ensure!(world.who_answers()? == 0);
+    config.backends = format!("\"{}\"", backend_name(1));
+    injector.rewrite(&config.text())?;
+    injector.hang_up()?;
+    eventually("the backend", || world.who_answers(), |number| *number == 1)?;
+    ensure!(injector.log().contains("configuration read again"), "{}", injector.log());
+    Ok(())
+}
+
+fn limits(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    let mut clients = [world.client()?, world.client()?];
+    for client in &mut clients {
+        client.greeted()?;
+    }
+    config.listener = "max_connections = 1".to_owned();
+    reload(&injector, &config.text())?;
+    let line = world.client()?.line()?;
+    ensure!(line.starts_with("421 4.3.2 Too many connections"), "{line:?}");
+    for client in &mut clients {
+        client.talk()?;
+    }
+    config.listener = "max_connections = 3".to_owned();
+    config.top = "[limits]\nmax_connections = 2".to_owned();
+    reload(&injector, &config.text())?;
+    let line = world.client()?.line()?;
+    ensure!(line.starts_with("421 4.3.2 Too many connections"), "{line:?}");
+    config.top = String::new();
+    reload(&injector, &config.text())?;
+    world.who_answers()?;
+    Ok(())
+}
+
+fn restart(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _server = world.backend(0)?;
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    config.top = "[log]\nlevel = \"debug\"\n[limits]\nworkers = 7\n".to_owned();
+    let said = reload(&injector, &config.text())?;
+    ensure!(said.ends_with("takes effect with a restart: limits.workers, log\n"), "{said}");
+    // Of an engine that was not loaded at the start there is none later.
+    let mut other = Config::new("inline");
+    other.listener = String::new();
+    injector.rewrite(&other.text())?;
+    let (status, said) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && said.contains("takes a restart"), "{said}");
+    world.who_answers()?;
+    Ok(())
+}
+
+fn watching(world: &World, engine: &str) -> anyhow::Result<()> {
+    let _servers = [world.backend(0)?, world.backend(1)?];
+    let mut config = Config::new(engine);
+    let injector = world.start(&config.text())?;
+    let mut watching = injector.watching()?;
+    // Longer than it takes to read the file for the first time.
+    std::thread::sleep(Duration::from_millis(500));
+    config.backends = format!("\"{}\"", backend_name(1));
+    injector.rewrite(&config.text())?;
+    let found = eventually("the backend", || world.who_answers(), |number| *number == 1);
+    watching.kill()?;
+    let output = watching.wait_with_output().context("injector reload --watch")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    found.with_context(|| said.clone())?;
+    ensure!(said == "changed: test\n", "{said}");
+    Ok(())
+}

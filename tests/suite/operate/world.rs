@@ -1,0 +1,263 @@
+//! The three namespaces, mail servers of a few lines in them, and an injector between them.
+
+use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use injector_testbed::bpffs::BpfFs;
+use injector_testbed::daemon::{ADMIN, EAGER, Injector};
+use injector_testbed::netns::{Family, MAIL, Netns, Topology, VIP_SPLICE};
+use injector_testbed::sockets::{LIMIT, patient};
+
+/// Where clients connect.
+pub(crate) const PORT: u16 = 2500;
+/// Where the backends listen that expect a header, in the order of their numbers.
+pub(crate) const BACKEND_PORTS: [u16; 3] = [12500, 12501, 12502];
+
+/// The namespaces, made once.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) topology: Topology,
+    pub(crate) bpffs: BpfFs,
+}
+
+impl World {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let topology = Topology::new()?;
+        // Every public address must be there for inline, too.
+        Ok(Self { topology, bpffs: BpfFs::mount()? })
+    }
+
+    pub(crate) fn start(&self, config: &str) -> anyhow::Result<Injector> {
+        Injector::start(&self.topology.edge, config)
+    }
+
+    /// A server that answers at a backend's port.
+    pub(crate) fn backend(&self, number: usize) -> anyhow::Result<Server> {
+        Server::start(&self.topology.mail, BACKEND_PORTS[number], number, true)
+    }
+
+    /// A server without PROXY.
+    pub(crate) fn stock(&self, port: u16) -> anyhow::Result<Server> {
+        Server::start(&self.topology.mail, port, 9, false)
+    }
+
+    pub(crate) fn client(&self) -> anyhow::Result<Client> {
+        self.client_at(PORT)
+    }
+
+    pub(crate) fn client_at(&self, port: u16) -> anyhow::Result<Client> {
+        let address = SocketAddr::new(VIP_SPLICE.of(Family::V4), port);
+        let stream = self.topology.client.run(|| TcpStream::connect_timeout(&address, LIMIT))??;
+        Client::new(stream)
+    }
+
+    /// Which backend greets a new client, who then leaves.
+    pub(crate) fn who_answers(&self) -> anyhow::Result<usize> {
+        let mut client = self.client()?;
+        let number = client.greeted()?;
+        client.quit()?;
+        Ok(number)
+    }
+}
+
+/// A configuration: the engine, lines of its one listener `test`, and what else there is.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) engine: String,
+    pub(crate) bind: Vec<u16>,
+    pub(crate) backends: String,
+    /// Lines and tables of the listener.
+    pub(crate) listener: String,
+    /// In front of it.
+    pub(crate) top: String,
+}
+
+impl Config {
+    pub(crate) fn new(engine: &str) -> Self {
+        Self {
+            engine: engine.to_owned(),
+            bind: vec![PORT],
+            backends: format!("\"{}\"", backend_name(0)),
+            listener: String::new(),
+            top: String::new(),
+        }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let Self { engine, bind, backends, listener, top } = self;
+        let mut text = format!("[metrics]\nlisten = \"127.0.0.1:9145\"\n\n{ADMIN}\n{EAGER}\n{top}\n");
+        let bind: Vec<_> = bind.iter().map(|port| format!("\"{}:{port}\"", VIP_SPLICE.v4)).collect();
+        text += &another("test", engine, &bind.join(", "), backends);
+        let _ = writeln!(text, "{listener}");
+        text
+    }
+}
+
+/// One more listener.
+pub(crate) fn another(name: &str, engine: &str, bind: &str, backends: &str) -> String {
+    format!(
+        "\n[[listener]]\nname = \"{name}\"\nbind = [{bind}]\nprotocol = \"smtp\"\nengine = \"{engine}\"\n\
+         backends = [{backends}]\n"
+    )
+}
+
+pub(crate) fn bind_of(port: u16) -> String {
+    format!("\"{}:{port}\"", VIP_SPLICE.v4)
+}
+
+/// As in configurations.
+pub(crate) fn backend_name(number: usize) -> String {
+    format!("{}:{}", MAIL.v4, BACKEND_PORTS[number])
+}
+
+/// A server that greets with its number, agrees with everything, and says goodbye.
+#[derive(Debug)]
+pub(crate) struct Server {
+    ended: Arc<AtomicBool>,
+    accepting: Option<thread::JoinHandle<()>>,
+    pub(crate) sessions: Arc<AtomicUsize>,
+    /// Sessions that ended otherwise than by QUIT and its answer.
+    pub(crate) broken: Arc<AtomicUsize>,
+}
+
+impl Server {
+    fn start(netns: &Netns, port: u16, number: usize, header: bool) -> anyhow::Result<Self> {
+        let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+        let listener = netns.run(|| TcpListener::bind(address))?.with_context(|| format!("{address}"))?;
+        listener.set_nonblocking(true)?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let (sessions, broken) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (stop, count, failures) = (Arc::clone(&ended), Arc::clone(&sessions), Arc::clone(&broken));
+        let accepting = thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let Ok((stream, _)) = listener.accept() else {
+                    thread::sleep(Duration::from_millis(2));
+                    continue;
+                };
+                count.fetch_add(1, Ordering::Relaxed);
+                let failures = Arc::clone(&failures);
+                thread::spawn(move || {
+                    if serve(stream, number, header).is_err() {
+                        failures.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        Ok(Self { ended, accepting: Some(accepting), sessions, broken })
+    }
+
+    pub(crate) fn seen(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Server {
+    /// Nobody new is accepted and the port is free; sessions go on.
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(accepting) = self.accepting.take() {
+            let _ = accepting.join();
+        }
+    }
+}
+
+fn serve(stream: TcpStream, number: usize, header: bool) -> anyhow::Result<()> {
+    stream.set_nonblocking(false)?;
+    patient(&stream)?;
+    let mut reader = BufReader::new(stream);
+    if header {
+        // Version 2 with IPv4: 16 bytes, and 12 more; with LOCAL none.
+        let mut fixed = [0; 16];
+        reader.read_exact(&mut fixed)?;
+        let mut rest = vec![0; usize::from(u16::from_be_bytes([fixed[14], fixed[15]]))];
+        reader.read_exact(&mut rest)?;
+        ensure!(fixed.starts_with(b"\r\n\r\n\0\r\nQUIT\n"), "no header");
+    }
+    reader.get_mut().write_all(format!("220 {number}\r\n").as_bytes())?;
+    loop {
+        let mut line = String::new();
+        ensure!(reader.read_line(&mut line)? > 0, "hung up");
+        if line.starts_with("QUIT") {
+            reader.get_mut().write_all(b"221 bye\r\n")?;
+            reader.get_mut().shutdown(Shutdown::Write)?;
+            let mut rest = Vec::new();
+            reader.read_to_end(&mut rest)?;
+            return Ok(());
+        }
+        reader.get_mut().write_all(b"250 ok\r\n")?;
+    }
+}
+
+/// A client that has connected.
+#[derive(Debug)]
+pub(crate) struct Client(BufReader<TcpStream>);
+
+impl Client {
+    pub(crate) fn new(stream: TcpStream) -> anyhow::Result<Self> {
+        patient(&stream)?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
+        Ok(self.0.get_ref().local_addr()?)
+    }
+
+    pub(crate) fn line(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        self.0.read_line(&mut line)?;
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// The number of the backend.
+    pub(crate) fn greeted(&mut self) -> anyhow::Result<usize> {
+        let line = self.line()?;
+        let number = line.strip_prefix("220 ").and_then(|number| number.parse().ok());
+        number.with_context(|| format!("greeted with {line:?}"))
+    }
+
+    /// A command that is agreed with.
+    pub(crate) fn talk(&mut self) -> anyhow::Result<()> {
+        self.0.get_mut().write_all(b"NOOP\r\n")?;
+        let line = self.line()?;
+        ensure!(line == "250 ok", "{line:?} to NOOP");
+        Ok(())
+    }
+
+    pub(crate) fn quit(mut self) -> anyhow::Result<()> {
+        self.0.get_mut().write_all(b"QUIT\r\n")?;
+        let line = self.line()?;
+        ensure!(line == "221 bye", "{line:?} to QUIT");
+        Ok(())
+    }
+
+    /// Whether the connection ends without another byte, by FIN or reset.
+    pub(crate) fn ends(mut self) -> anyhow::Result<()> {
+        let mut rest = Vec::new();
+        let _ = self.0.read_to_end(&mut rest);
+        ensure!(rest.is_empty(), "{:?} before the end", String::from_utf8_lossy(&rest));
+        Ok(())
+    }
+}
+
+/// Asks until it is so, and says what it was last if it never is.
+pub(crate) fn eventually<T: std::fmt::Debug>(
+    what: &str,
+    mut ask: impl FnMut() -> anyhow::Result<T>,
+    fits: impl Fn(&T) -> bool,
+) -> anyhow::Result<T> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let found = ask();
+        match found {
+            Ok(found) if fits(&found) => return Ok(found),
+            found if Instant::now() > deadline => bail!("{what}: still {found:?}"),
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}

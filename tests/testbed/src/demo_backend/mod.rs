@@ -1,0 +1,228 @@
+//! A small mail backend that lives in memory and *demands* a PROXY protocol header: what the demo and the tests put
+//! behind the injector when a whole Postfix and Dovecot would hide the point.
+//!
+//! It reads the header the way Postfix does, in one go or not at all, speaks enough SMTP to take mail and enough IMAP to give
+//! it back, and keeps a [`Visit`] for every connection: the header's bytes, whom it names, and who really sat at the
+//! other end of the TCP connection.
+//!
+//! ```no_run
+//! # async fn example() -> std::io::Result<()> {
+//! use injector_testbed::demo_backend::{Backend, Config};
+//!
+//! let config = Config { smtp: vec!["127.0.0.1:0".parse().unwrap()], ..Config::default() };
+//! let backend = Backend::start(config).await?;
+//! let mut visits = backend.visits();
+//! // … a client comes through the injector …
+//! let seen = visits.wait_for(|visits| !visits.is_empty()).await.unwrap();
+//! println!("{:?}", seen[0].header);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod client;
+mod gate;
+mod imap;
+#[cfg(test)]
+mod loopback;
+mod smtp;
+mod wire;
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+pub use gate::{Header, Refusal};
+use wire::Wire;
+
+/// What the backend speaks on a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// RFC 5321, the server speaks first.
+    Smtp,
+    /// RFC 3501 without TLS, the server speaks first.
+    Imap,
+}
+
+/// Where the backend listens and whom it lets in.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Addresses for SMTP; port 0 takes a free one.
+    pub smtp: Vec<SocketAddr>,
+    /// Addresses for IMAP; port 0 takes a free one.
+    pub imap: Vec<SocketAddr>,
+    /// The only account: user name and password for `LOGIN`.
+    pub account: (String, String),
+    /// How long a connection may take to show its header.
+    pub patience: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            smtp: Vec::new(),
+            imap: Vec::new(),
+            account: ("demo".to_owned(), "let me in".to_owned()),
+            // Dovecot's limit; Postfix waits 5 s.
+            patience: Duration::from_secs(3),
+        }
+    }
+}
+
+/// A message taken over SMTP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// The address in `MAIL FROM`, empty for a bounce.
+    pub from: String,
+    /// The addresses in `RCPT TO`, in order.
+    pub to: Vec<String>,
+    /// Header and body as sent, dots unstuffed, every line ended by CRLF. Nothing is added, not even `Received:`.
+    pub content: Vec<u8>,
+}
+
+/// One connection that has ended.
+#[derive(Clone, Debug)]
+pub struct Visit {
+    /// The port's protocol.
+    pub protocol: Protocol,
+    /// The other end of the TCP connection: all that the backend would know without a header.
+    pub peer: SocketAddr,
+    /// The header it opened with, or why it was turned away.
+    pub header: Result<Header, Refusal>,
+    /// Bytes read after the header.
+    pub received: u64,
+    /// Bytes written.
+    pub sent: u64,
+}
+
+/// A running backend; dropping it ends every connection and closes the ports.
+#[derive(Debug)]
+pub struct Backend {
+    smtp: Vec<SocketAddr>,
+    imap: Vec<SocketAddr>,
+    shared: Arc<Shared>,
+    visits: watch::Receiver<Vec<Visit>>,
+    _listeners: JoinSet<()>,
+}
+
+/// What all connections of one backend see.
+#[derive(Debug)]
+struct Shared {
+    account: (String, String),
+    patience: Duration,
+    mailbox: Mutex<Vec<Message>>,
+    visits: watch::Sender<Vec<Visit>>,
+}
+
+impl Backend {
+    /// Binds every address and serves on the current runtime, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The first address that cannot be bound, named in the error.
+    pub async fn start(config: Config) -> io::Result<Self> {
+        let (sender, visits) = watch::channel(Vec::new());
+        let shared = Arc::new(Shared {
+            account: config.account,
+            patience: config.patience,
+            mailbox: Mutex::default(),
+            visits: sender,
+        });
+        let mut listeners = JoinSet::new();
+        let smtp = listen(&mut listeners, &shared, Protocol::Smtp, &config.smtp).await?;
+        let imap = listen(&mut listeners, &shared, Protocol::Imap, &config.imap).await?;
+        Ok(Self { smtp, imap, shared, visits, _listeners: listeners })
+    }
+
+    /// The SMTP addresses bound, in the order asked for.
+    #[must_use]
+    pub fn smtp(&self) -> &[SocketAddr] {
+        &self.smtp
+    }
+
+    /// The IMAP addresses bound, in the order asked for.
+    #[must_use]
+    pub fn imap(&self) -> &[SocketAddr] {
+        &self.imap
+    }
+
+    /// The messages taken so far, oldest first; IMAP gives them sequence numbers and UIDs from 1.
+    #[must_use]
+    pub fn messages(&self) -> Vec<Message> {
+        self.shared.mailbox().clone()
+    }
+
+    /// Every connection that has ended, oldest first; wait for one with [`watch::Receiver::wait_for`], from any
+    /// runtime.
+    #[must_use]
+    pub fn visits(&self) -> watch::Receiver<Vec<Visit>> {
+        self.visits.clone()
+    }
+}
+
+impl Shared {
+    /// A thread that panicked while it held the lock cannot have left half a message: pushing is the only change.
+    fn mailbox(&self) -> MutexGuard<'_, Vec<Message>> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn listen(
+    listeners: &mut JoinSet<()>,
+    shared: &Arc<Shared>,
+    protocol: Protocol,
+    addresses: &[SocketAddr],
+) -> io::Result<Vec<SocketAddr>> {
+    let mut bound = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        let named =
+            |error: io::Error| io::Error::new(error.kind(), format!("demo backend on {address}: {error}"));
+        let listener = TcpListener::bind(address).await.map_err(named)?;
+        bound.push(listener.local_addr()?);
+        listeners.spawn(accept(listener, protocol, Arc::clone(shared)));
+    }
+    Ok(bound)
+}
+
+/// Accepts until it is aborted, and takes its connections down with it.
+async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                connections.spawn(receive(stream, peer, protocol, Arc::clone(&shared)));
+            }
+            // Out of descriptors, or a client gone before it was accepted: neither is cured by trying at once.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+/// The life of one connection: header, protocol, record.
+async fn receive(mut stream: TcpStream, peer: SocketAddr, protocol: Protocol, shared: Arc<Shared>) {
+    let header = gate::demand(&mut stream, shared.patience).await;
+    let mut wire = Wire::new(stream);
+    if header.is_ok() {
+        // A connection that breaks is recorded like one that ends well: the byte counts tell them apart.
+        let _broken = serve(&mut wire, protocol, &shared).await;
+    }
+    let visit = Visit { protocol, peer, header, received: wire.received(), sent: wire.sent() };
+    drop(wire);
+    shared.visits.send_modify(|visits| visits.push(visit));
+}
+
+fn serve<'a>(
+    wire: &'a mut Wire,
+    protocol: Protocol,
+    shared: &'a Shared,
+) -> std::pin::Pin<Box<dyn Future<Output = io::Result<()>> + Send + 'a>> {
+    match protocol {
+        Protocol::Smtp => Box::pin(smtp::serve(wire, shared)),
+        Protocol::Imap => Box::pin(imap::serve(wire, shared)),
+    }
+}

@@ -1,0 +1,25 @@
+//! The testbed: network namespaces joined by veth, real mail servers, mail clients, and the programs under test.
+//!
+//! The targets of `tests/suite` put these together; `xtask demo` uses [`netns`] as well. In reading order: [`netns`]
+//! makes the three networks, [`mail_host`] starts [`postfix`] and [`dovecot`] in one, [`haproxy`] or the [`daemon`] under
+//! test stands in the next, and [`mail_client`] sends and fetches [`message`]s in the last.
+
+pub mod bpf;
+pub mod bpffs;
+pub mod certificate;
+pub mod daemon;
+pub mod demo_backend;
+pub mod dovecot;
+pub mod forward;
+pub mod gauges;
+pub mod haproxy;
+pub mod log_file;
+pub mod mail_client;
+pub mod mail_host;
+pub mod message;
+pub mod metrics;
+pub mod netns;
+pub mod postfix;
+pub mod process;
+pub mod service;
+pub mod sockets;

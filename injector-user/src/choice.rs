@@ -7,6 +7,7 @@ use anyhow::bail;
 use crate::{
     config::{Config, EngineChoice, Limits, Listener},
     engine::Engine,
+    log::target,
     selftest::Findings,
 };
 
@@ -98,7 +99,7 @@ fn warn_of_limits(listener: &Listener, limits: Limits) {
         fields.push("listener.max_connections");
     }
     if !fields.is_empty() {
-        tracing::warn!(
+        tracing::warn!(target: target::ENGINE,
             listener = listener.name,
             "engine \"inline\" does not enforce {}: it has room for inline.flows connections",
             fields.join(" and ")
@@ -119,7 +120,7 @@ pub fn engines(
     if let Some(fault) = &fault
         && config.listeners.iter().any(|listener| splices(listener.engine))
     {
-        tracing::warn!(reason = fault, "the splice engine cannot run here");
+        tracing::warn!(target: target::ENGINE, reason = fault, "the splice engine cannot run here");
     }
     let mut engines = Vec::new();
     for (listener, choice) in config.listeners.iter().zip(choices) {
@@ -137,7 +138,7 @@ pub fn engines(
         };
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
         let reason = reason(choice, fault.as_deref());
-        tracing::info!(listener = listener.name, engine = name, reason, "engine chosen");
+        tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine chosen");
         engines.push(engine);
     }
     Ok(engines)

@@ -265,7 +265,7 @@ Examples:
     $ INJECTOR_CONFIG=/etc/injector.toml INJECTOR_LOG_FORMAT=json injector run
 
   One module in detail
-    $ INJECTOR_LOG=info,injector_user::session=debug injector run --config injector.toml";
+    $ INJECTOR_LOG=info,session=debug injector run --config injector.toml";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -291,7 +291,7 @@ pub struct RunArgs {
     /// Least severe level to log [file: log.level; default: info]
     ///
     /// INJECTOR_LOG, if set, takes the place of this with filter directives such as
-    /// "info,injector_user::session=debug".
+    /// "info,session=debug".
     #[arg(long, env = "INJECTOR_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
 

@@ -18,6 +18,7 @@ use crate::{
     config::{Config, EngineChoice, Listener},
     control::{self, Control, Request},
     listener,
+    log::target,
     metrics::{Metrics, Readiness, http},
     rights,
     selftest::Findings,
@@ -40,7 +41,7 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
     }
     let wanted = config.limits.max_connections;
     if carried < wanted {
-        tracing::warn!(
+        tracing::warn!(target: target::DAEMON,
             nofile,
             connections = carried,
             wanted,
@@ -112,7 +113,7 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
     };
     let used = |address: &SocketAddr| config.listeners.iter().any(|listener| listener.bind.contains(address));
     for (address, _) in inherited.iter().filter(|(address, _)| !used(address)) {
-        tracing::warn!(%address, "systemd listens there, and no listener has that address: clients would wait for nobody");
+        tracing::warn!(target: target::DAEMON, %address, "systemd listens there, and no listener has that address: clients would wait for nobody");
     }
     config.listeners.iter().map(bind).collect()
 }
@@ -132,8 +133,8 @@ fn give_up_rights(findings: &Findings, attaches: bool) {
     #[cfg(not(feature = "bpf"))]
     let _ = (findings, attaches);
     match rights::drop_all_but(&keep) {
-        Ok(kept) => tracing::info!(?kept, "capabilities given up"),
-        Err(error) => tracing::warn!(%error, "capabilities could not be given up"),
+        Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities given up"),
+        Err(error) => tracing::warn!(target: target::DAEMON, %error, "capabilities could not be given up"),
     }
 }
 
@@ -173,7 +174,7 @@ async fn serve(
         let control = control.clone();
         tokio::spawn(async move {
             if let Err(error) = door.answer(control).await {
-                tracing::error!(%error, "commands are not heard");
+                tracing::error!(target: target::CONTROL, %error, "commands are not heard");
             }
         });
     }
@@ -213,10 +214,10 @@ async fn keep_alive(control: Control) {
         match tokio::time::timeout(every, control.pulse()).await {
             Ok(true) => systemd::alive(),
             Ok(false) => {
-                tracing::error!("a thread that serves connections is no more: systemd is not told to wait")
+                tracing::error!(target: target::DAEMON, "a thread that serves connections is no more: systemd is not told to wait")
             }
             Err(_) => {
-                tracing::error!("a thread that serves connections is stuck: systemd is not told to wait")
+                tracing::error!(target: target::DAEMON, "a thread that serves connections is stuck: systemd is not told to wait")
             }
         }
         tokio::time::sleep_until(next).await;
@@ -232,13 +233,13 @@ fn watch_inline(running: crate::inline::start::Running, serving: &Serving, metri
     let inline = Arc::clone(&running.inline);
     tokio::spawn(async move {
         if let Err(error) = books.keep(&inline).await {
-            tracing::error!(%error, "nobody hears what becomes of the connections");
+            tracing::error!(target: target::ENGINE_INLINE, %error, "nobody hears what becomes of the connections");
         }
     });
     let (served, health) = serving.inline();
     tokio::spawn(async move {
         if let Err(error) = running.follow(served, health).await {
-            tracing::error!(error = format!("{error:#}"), "devices that come later are not served");
+            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "devices that come later are not served");
         }
     });
 }
@@ -255,13 +256,15 @@ fn observe(metrics: &Metrics, findings: &Findings) {
         let alarms = Arc::clone(splice);
         tokio::spawn(async move {
             if let Err(error) = alarms.follow_alarms().await {
-                tracing::error!(%error, "nobody hears the programs' alarms: slow readers are not held back");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "nobody hears the programs' alarms: slow readers are not held back");
             }
         });
         metrics.watch_programs(Arc::clone(splice) as Arc<dyn crate::metrics::BpfCounters>);
         match splice.logger() {
             Ok(logger) => drop(tokio::spawn(follow(logger))),
-            Err(error) => tracing::warn!(%error, "the programs' log cannot be read"),
+            Err(error) => {
+                tracing::warn!(target: target::ENGINE_SPLICE, %error, "the programs' log cannot be read")
+            }
         }
     }
 }

@@ -22,6 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::Timeouts,
     endpoint::{self, Endpoint},
+    log::target,
     metrics::RefusedReason,
     pipe,
     protocol::Refusal,
@@ -306,7 +307,7 @@ impl Door {
                 }
                 // The client has gone meanwhile, or the network had news of it (accept(2)).
                 Err(error) => {
-                    tracing::debug!(listener = &*self.owner.policy().context().listener, %error, "accept")
+                    tracing::debug!(target: target::LISTENER, listener = &*self.owner.policy().context().listener, %error, "accept")
                 }
             }
         }
@@ -344,7 +345,7 @@ impl Door {
     fn turn_away(&self, context: &Arc<Context>, client: Accepted, reason: RefusedReason, why: Refusal) {
         let context = Arc::clone(context);
         context.metrics.refused(reason);
-        tracing::debug!(listener = &*context.listener, reason = reason.name(), "refused");
+        tracing::debug!(target: target::LISTENER, listener = &*context.listener, reason = reason.name(), "refused");
         let polite = Arc::clone(&self.limits.0.polite).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
@@ -437,7 +438,7 @@ impl Shortage {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.is_none_or(|told| told.elapsed() >= SHORTAGE_EVERY) {
             *told = Some(Instant::now());
-            tracing::warn!(
+            tracing::warn!(target: target::LISTENER,
                 listener,
                 "no file descriptors are left, clients are turned away: lower limits.max_connections or raise the \
                  limit of open files"

@@ -19,8 +19,53 @@ use tracing_subscriber::{
 
 use crate::config::{Log, LogFormat};
 
+/// The targets of the daemon's log lines. They are part of its interface: filters and alerts name them,
+/// so they stay the same wherever the code moves.
+pub mod target {
+    /// One line for each connection that has ended.
+    pub const ACCESS: &str = "access";
+    /// A session before and while it forwards.
+    pub const SESSION: &str = "session";
+    /// Listening sockets: bound, accepted from, drained, removed.
+    pub const LISTENER: &str = "listener";
+    /// Connections to backends.
+    pub const BACKEND: &str = "backend";
+    /// Health checks, ejection and the operator's `backend` command.
+    pub const HEALTH: &str = "health";
+    /// Names of backends and their addresses.
+    pub const RESOLVER: &str = "resolver";
+    /// Self-tests and the choice of an engine.
+    pub const ENGINE: &str = "engine";
+    /// The splice engine.
+    pub const ENGINE_SPLICE: &str = "engine.splice";
+    /// The inline engine.
+    pub const ENGINE_INLINE: &str = "engine.inline";
+    /// Loading and reloading the configuration.
+    pub const CONFIG: &str = "config";
+    /// The control socket.
+    pub const CONTROL: &str = "control";
+    /// The process: start, capabilities, limits, shutdown.
+    pub const DAEMON: &str = "daemon";
+
+    /// All of them.
+    pub const ALL: [&str; 12] = [
+        ACCESS,
+        SESSION,
+        LISTENER,
+        BACKEND,
+        HEALTH,
+        RESOLVER,
+        ENGINE,
+        ENGINE_SPLICE,
+        ENGINE_INLINE,
+        CONFIG,
+        CONTROL,
+        DAEMON,
+    ];
+}
+
 /// Filter directives that take the place of the configured level, such as
-/// `info,injector_user::session=debug`.
+/// `info,session=debug`.
 pub const FILTER_VARIABLE: &str = "INJECTOR_LOG";
 
 /// Why there is no log.
@@ -29,7 +74,7 @@ pub enum LogError {
     /// [`FILTER_VARIABLE`] holds no filter.
     #[error(
         "{FILTER_VARIABLE}={directives:?} is no log filter ({reason}): use directives such as \"debug\" \
-         or \"info,injector_user=debug\""
+         or \"info,session=debug\""
     )]
     Filter {
         /// The variable's value.
@@ -102,8 +147,8 @@ mod tests {
         let writer = sink.clone();
         let filter = filter(&Log { format, level }, directives).unwrap();
         tracing::subscriber::with_default(subscriber(format, filter, move || writer.clone()), || {
-            tracing::info!(listener = "smtp", bytes = 12, "connection closed");
-            tracing::debug!("detail");
+            tracing::info!(target: target::ACCESS, listener = "smtp", bytes = 12, "connection closed");
+            tracing::debug!(target: target::SESSION, "detail");
         });
         let bytes = sink.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -137,7 +182,15 @@ mod tests {
         assert_eq!(lines(LogLevel::Error, None), 0);
         assert_eq!(lines(LogLevel::Info, Some("")), 1);
         assert_eq!(lines(LogLevel::Error, Some("debug")), 2);
-        assert_eq!(lines(LogLevel::Error, Some("injector_user=info")), 1);
+        assert_eq!(lines(LogLevel::Error, Some("access=info")), 1);
+        assert_eq!(lines(LogLevel::Error, Some("session=debug")), 1);
+    }
+
+    #[test]
+    fn every_target_can_be_filtered_by() {
+        for target in target::ALL {
+            filter(&Log::default(), Some(&format!("{target}=debug"))).unwrap();
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     config::EngineChoice,
     engine::{Engine, Relay},
+    log::target,
     session::Marks,
 };
 
@@ -61,10 +62,10 @@ impl Tested {
             let seconds = took.as_secs_f64();
             match result {
                 Ok(detail) => {
-                    tracing::info!(engine, check = name, passed = true, seconds, detail, "self-test");
+                    tracing::info!(target: target::ENGINE, engine, check = name, passed = true, seconds, detail, "self-test");
                 }
                 Err(detail) => {
-                    tracing::warn!(engine, check = name, passed = false, seconds, detail, "self-test");
+                    tracing::warn!(target: target::ENGINE, engine, check = name, passed = false, seconds, detail, "self-test");
                 }
             }
         }

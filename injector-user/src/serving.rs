@@ -22,6 +22,7 @@ use crate::{
     config::{Config, EngineChoice, Listener},
     engine::Engine,
     listener::{self, Door, Limits, Owner, Policy},
+    log::target,
     metrics::{ListenerMetrics, Metrics},
     pipe::{self, Pipes},
     protocol::Speaker,
@@ -314,7 +315,7 @@ impl Serving {
             let until = open.engine.is_some().then(|| Instant::now() + within);
             open.drained = Some(Drained { until });
             self.shared.metrics.set_draining(&open.config.name, true);
-            tracing::info!(listener = open.config.name, ?within, "draining: nobody new is let in");
+            tracing::info!(target: target::LISTENER, listener = open.config.name, ?within, "draining: nobody new is let in");
             let before = std::mem::replace(&mut open.cut_next, open.cut.child_token());
             self.renew_contexts(open);
             open.cut_drained.retain(|cut| !cut.is_cancelled());
@@ -344,7 +345,7 @@ impl Serving {
             open.policies.iter().for_each(|policy| policy.drain(false));
             open.drained = None;
             self.shared.metrics.set_draining(&open.config.name, false);
-            tracing::info!(listener = open.config.name, "no longer draining");
+            tracing::info!(target: target::LISTENER, listener = open.config.name, "no longer draining");
             resumed.push(open.config.name.clone());
         }
         self.tell_inline();
@@ -429,7 +430,7 @@ impl Serving {
         doors.wait().await;
         sessions.close();
         let left = sessions.len();
-        tracing::info!(
+        tracing::info!(target: target::DAEMON,
             sessions = left,
             ?deadline,
             "stopping: no new connections; a second signal cuts what is left"
@@ -444,13 +445,13 @@ impl Serving {
             count = sessions.len();
             cut_now(&cut, self.workers.iter().map(Worker::table));
             if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
-                tracing::warn!(sessions = sessions.len(), "sessions that did not end");
+                tracing::warn!(target: target::DAEMON, sessions = sessions.len(), "sessions that did not end");
             }
         }
         ended.cancel();
         self.workers.into_iter().for_each(Worker::join);
         let by_themselves = left.saturating_sub(count);
-        tracing::info!(
+        tracing::info!(target: target::DAEMON,
             cut = count,
             "stopped: {by_themselves} sessions finished by themselves, {count} were cut"
         );
@@ -501,7 +502,7 @@ impl Serving {
     fn open_doors(&self, open: &mut Open, sockets: Sockets) {
         for (address, sockets) in sockets {
             let bound = sockets.first().and_then(|socket| socket.local_addr().ok()?.as_socket());
-            tracing::info!(
+            tracing::info!(target: target::LISTENER,
                 listener = open.config.name,
                 address = bound.map(tracing::field::display),
                 "listening"
@@ -580,7 +581,7 @@ impl Serving {
         open.doors.retain(|address, doors| {
             let stays = open.config.bind.contains(address);
             if !stays {
-                tracing::info!(listener = open.config.name, %address, "no longer listening");
+                tracing::info!(target: target::LISTENER, listener = open.config.name, %address, "no longer listening");
                 doors.stop.cancel();
             }
             stays
@@ -600,7 +601,7 @@ impl Serving {
         open.background.cancel();
         let name = open.config.name;
         let until = Instant::now() + open.config.timeouts.drain;
-        tracing::info!(listener = name, within = ?open.config.timeouts.drain, "no longer configured: sessions may finish");
+        tracing::info!(target: target::LISTENER, listener = name, within = ?open.config.timeouts.drain, "no longer configured: sessions may finish");
         self.cut_at(until, open.cut);
         self.shared.metrics.forget_listener(&name);
         self.leaving.push(Leaving { name, until, metrics: open.metrics });
@@ -773,7 +774,7 @@ fn receive_doors(open: &mut Open, handed_over: &mut BTreeMap<SocketAddr, Doors>)
         for (owner, policy) in doors.owners.iter().zip(&open.policies) {
             owner.hand_over(Arc::clone(policy));
         }
-        tracing::info!(listener = open.config.name, %address, "listening: handed over");
+        tracing::info!(target: target::LISTENER, listener = open.config.name, %address, "listening: handed over");
         open.doors.insert(address, doors);
     }
 }

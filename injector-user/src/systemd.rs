@@ -1,5 +1,6 @@
 //! What systemd is told, and what it hands over (sd_notify(3), sd_listen_fds(3)). Without systemd all of it does nothing.
 
+use crate::log::target;
 use std::{
     io,
     net::SocketAddr,
@@ -64,6 +65,6 @@ pub fn alive() {
 
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd is not told");
+        tracing::debug!(target: target::DAEMON, %error, "systemd is not told");
     }
 }

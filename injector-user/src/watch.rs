@@ -18,7 +18,10 @@ use std::{
 use atomic_waker::AtomicWaker;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::sys::{self, Epoll};
+use crate::{
+    log::target,
+    sys::{self, Epoll},
+};
 
 /// Watches sockets for hang-up; cheap to clone.
 #[derive(Clone, Debug)]
@@ -142,7 +145,7 @@ async fn dispatch(polled: AsyncFd<EpollOf>) {
             Ok(events) => events,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                tracing::error!(%error, "watching spliced sockets for hang-up failed");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "watching spliced sockets for hang-up failed");
                 return;
             }
         };

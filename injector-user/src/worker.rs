@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{listener::Door, session::table::Table, watch::Watch};
+use crate::{listener::Door, log::target, session::table::Table, watch::Watch};
 
 /// A thread at work.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl Worker {
         let (watching, timing) = (watch.clone(), table.clone());
         let work = async move {
             if let Err(error) = watching.follow() {
-                tracing::error!(%error, "nobody hears of hang-ups");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "nobody hears of hang-ups");
             }
             let open = async {
                 while let Some(door) = opened.recv().await {
@@ -73,7 +73,7 @@ impl Worker {
         // Counted from here on: whoever waits for the doors waits for those that the thread has not come to yet.
         let door = self.doors.track_future(async move {
             if let Err(error) = door.keep_open(socket).await {
-                tracing::error!(%error, "nobody is let in by this door");
+                tracing::error!(target: target::LISTENER, %error, "nobody is let in by this door");
             }
         });
         // The thread lives until the doors are closed.

@@ -31,6 +31,7 @@ use crate::{
     config::{self, Check, Host, Listener},
     endpoint::Endpoint,
     engine::Engine,
+    log::target,
 };
 
 /// The backends of one listener.
@@ -245,7 +246,7 @@ impl Backends {
             return false;
         };
         backend.known.health().force(forced);
-        tracing::info!(listener = self.listener, backend = name, ?forced, "backend set by the operator");
+        tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend set by the operator");
         self.changed.notify_one();
         true
     }
@@ -304,12 +305,14 @@ impl Backends {
         let (listener, name) = (&self.listener, &backend.configured);
         match (&outcome, changed) {
             (Ok(()), Some(_)) => {
-                tracing::info!(listener, backend = %name, "backend is up: it passes its checks")
+                tracing::info!(target: target::HEALTH, listener, backend = %name, "backend is up: it passes its checks")
             }
             (Err(error), Some(_)) => {
-                tracing::warn!(listener, backend = %name, error, "backend is down: it fails its checks");
+                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: it fails its checks");
             }
-            (Err(error), None) => tracing::debug!(listener, backend = %name, error, "check failed"),
+            (Err(error), None) => {
+                tracing::debug!(target: target::HEALTH, listener, backend = %name, error, "check failed")
+            }
             (Ok(()), None) => {}
         }
         if changed.is_some() {
@@ -355,7 +358,7 @@ impl Backends {
                 Ok(Err(error)) => Unreachable::Other { address, error },
                 Err(_) => Unreachable::Timeout { address, within: share },
             };
-            tracing::debug!(listener = self.listener, error = %failed, "backend address failed");
+            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "backend address failed");
             failing = failed.blames_backend().then_some(backend);
             worst = worse(worst, failed);
         }
@@ -388,7 +391,7 @@ impl Backends {
         if let Some(time) = ejected {
             backend.known.counts.ejections.fetch_add(1, Ordering::Relaxed);
             let name = &backend.configured;
-            tracing::warn!(listener = self.listener, backend = %name, ?time, "backend ejected: connections fail");
+            tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, ?time, "backend ejected: connections fail");
         }
     }
 
@@ -398,13 +401,13 @@ impl Backends {
             let addresses: Vec<_> = match tokio::net::lookup_host((name.as_str(), *port)).await {
                 Ok(addresses) => addresses.collect(),
                 Err(error) => {
-                    tracing::warn!(listener = self.listener, backend = name, %error, "name not resolved");
+                    tracing::warn!(target: target::RESOLVER, listener = self.listener, backend = name, %error, "name not resolved");
                     continue;
                 }
             };
             let mut known = backend.known.addresses.write().unwrap_or_else(PoisonError::into_inner);
             if *known != addresses {
-                tracing::info!(listener = self.listener, backend = name, ?addresses, "name resolved");
+                tracing::info!(target: target::RESOLVER, listener = self.listener, backend = name, ?addresses, "name resolved");
                 *known = addresses;
             }
         }

@@ -30,6 +30,7 @@ pub use self::{
 use crate::{
     backend::{Backend, Forced},
     config::{Config, ConfigError},
+    log::target,
     metrics::{Metrics, Readiness},
     serving::{Changes, Open, Serving},
     systemd,
@@ -133,14 +134,14 @@ impl Control {
         match &result {
             Ok(Changes { added, changed, removed, later }) => {
                 *read = ConfigStatus { file: self.0.file.clone(), read: since_1970(), refused: None };
-                tracing::info!(?added, ?changed, ?removed, "configuration read again");
+                tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration read again");
                 if !later.is_empty() {
-                    tracing::warn!(sections = ?later, "what has changed there takes effect with a restart");
+                    tracing::warn!(target: target::CONFIG, sections = ?later, "what has changed there takes effect with a restart");
                 }
             }
             Err(error) => {
                 read.refused = Some(format!("{error:#}"));
-                tracing::error!(error = format!("{error:#}"), "configuration refused: the one before stays");
+                tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "configuration refused: the one before stays");
             }
         }
         result

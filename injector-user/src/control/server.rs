@@ -1,5 +1,6 @@
 //! The daemon's end of the socket.
 
+use crate::log::target;
 use std::{
     fs, io,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
@@ -102,12 +103,12 @@ impl Door {
                     let control = control.clone();
                     tokio::spawn(async move {
                         if let Err(error) = converse(stream, &control).await {
-                            tracing::debug!(%error, "a command's connection");
+                            tracing::debug!(target: target::CONTROL, %error, "a command's connection");
                         }
                     });
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "accepting a command");
+                    tracing::debug!(target: target::CONTROL, %error, "accepting a command");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }

@@ -14,7 +14,7 @@ use super::{
     filters::{self, Filter},
     routes::{Interface, LinkKind},
 };
-use crate::{bpf::lock, config::Attachment};
+use crate::{bpf::lock, config::Attachment, log::target};
 
 /// What a device leads to. It may be both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,7 +96,7 @@ impl Inline {
                 remove_link(&pin).map_err(failed)?.then_some("tcx")
             };
             if let Some(other) = other {
-                tracing::warn!(
+                tracing::warn!(target: target::ENGINE_INLINE,
                     device = device.name,
                     program = name,
                     from = other,

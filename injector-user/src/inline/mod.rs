@@ -36,6 +36,7 @@ use crate::{
     bpf::{self, ProgramReport, lock, reports},
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
     header::Rendered,
+    log::target,
     metrics::BpfCounters,
     sys,
 };
@@ -130,7 +131,7 @@ impl Inline {
         let programs = lock(&self.programs);
         for some in ended.chunks(Ended::MOST) {
             if let Err(error) = sweep(&programs, some) {
-                tracing::debug!(%error, "the program that sweeps cannot be run");
+                tracing::debug!(target: target::ENGINE_INLINE, %error, "the program that sweeps cannot be run");
                 self.maps.forget(some);
             }
         }

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     backend::Backends,
     config::{Config, EngineChoice, Host, Inline as Settings, Listener, Nat},
+    log::target,
     metrics::Metrics,
     protocol::Speaker,
 };
@@ -115,8 +116,10 @@ fn stand_back(settings: &Settings) {
         return;
     }
     match nat::ruleset(&table, &[]).map_err(anyhow::Error::from).and_then(|empty| Ok(empty.apply()?)) {
-        Ok(change) => tracing::info!(table = settings.table, ?change, "NAT: no listener is inline"),
-        Err(error) => tracing::error!(
+        Ok(change) => {
+            tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT: no listener is inline")
+        }
+        Err(error) => tracing::error!(target: target::ENGINE_INLINE,
             table = settings.table,
             error = format!("{error:#}"),
             "the table still sends new connections on: remove it (nft delete table inet {})",
@@ -156,14 +159,14 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
         .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
     if !removed.is_empty() {
         let what = removed.join(", ");
-        tracing::warn!(
+        tracing::warn!(target: target::ENGINE_INLINE,
             what,
             "another version's programs and maps are removed; connections through them have ended"
         );
     }
     if let Some(ruleset) = ruleset {
         for chain in nat::chains_that_drop_forwarded().unwrap_or_default() {
-            tracing::warn!(
+            tracing::warn!(target: target::ENGINE_INLINE,
                 family = chain.family,
                 table = chain.table,
                 chain = chain.chain,
@@ -171,7 +174,7 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
             );
         }
         let change = ruleset.apply()?;
-        tracing::info!(table = settings.table, ?change, "NAT");
+        tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT");
     }
     Ok(running)
 }
@@ -257,7 +260,7 @@ async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<
             Ok(device) => drop(places.insert((device, Role::Backend))),
             // It may come back, and nothing reaches it meanwhile.
             Err(error @ RouteError::Unreachable { .. }) => {
-                tracing::warn!(%backend, %error, "no route to the backend");
+                tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend");
             }
             Err(error) => return Err(error.into()),
         }
@@ -293,11 +296,11 @@ fn check_forwarding(
 ) -> anyhow::Result<()> {
     let findings = forwarded(settings, listeners, places)?;
     for finding in findings.iter().filter(|finding| finding.severity == Severity::MayBlock) {
-        tracing::warn!("{finding}");
+        tracing::warn!(target: target::ENGINE_INLINE, "{finding}");
     }
     if settings.set_sysctls {
         for setting in forwarding::set(&findings)? {
-            tracing::info!("set {setting}");
+            tracing::info!(target: target::ENGINE_INLINE, "set {setting}");
         }
     }
     Ok(())
@@ -308,7 +311,7 @@ impl Running {
     fn attach(&mut self, places: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
         for (device, role) in places.difference(&self.attached) {
             self.inline.attach(device, *role, self.settings.attachment)?;
-            tracing::info!(device = device.name, ?role, "attached");
+            tracing::info!(target: target::ENGINE_INLINE, device = device.name, ?role, "attached");
         }
         self.attached = places;
         Ok(())
@@ -331,10 +334,12 @@ impl Running {
                 match places(&self.settings, &self.backends).await {
                     Ok(places) => {
                         if let Err(error) = self.attach(places) {
-                            tracing::error!(error = format!("{error:#}"), "not attached");
+                            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "not attached");
                         }
                     }
-                    Err(error) => tracing::error!(error = format!("{error:#}"), "devices and routes"),
+                    Err(error) => {
+                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "devices and routes")
+                    }
                 }
             }
             let now = served.borrow_and_update().clone();
@@ -349,7 +354,7 @@ impl Running {
                 () = health.notified() => routes_changed = false,
                 Ok(()) = served.changed() => {
                     if let Err(error) = self.reload(&served.borrow().clone()) {
-                        tracing::error!(error = format!("{error:#}"), "engine \"inline\" goes on as before");
+                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "engine \"inline\" goes on as before");
                     }
                     routes_changed = true;
                 }
@@ -372,12 +377,14 @@ impl Running {
         let apply = move || -> anyhow::Result<nat::Change> { Ok(ruleset(&settings, &served)?.apply()?) };
         match tokio::task::spawn_blocking(apply).await {
             Ok(Ok(nat::Change::Unchanged)) => {}
-            Ok(Ok(change)) => tracing::info!(table = self.settings.table, ?change, "NAT"),
-            Ok(Err(error)) => tracing::error!(
+            Ok(Ok(change)) => {
+                tracing::info!(target: target::ENGINE_INLINE, table = self.settings.table, ?change, "NAT")
+            }
+            Ok(Err(error)) => tracing::error!(target: target::ENGINE_INLINE,
                 error = format!("{error:#}"),
                 "NAT goes on as before: new connections may be sent to backends that are down"
             ),
-            Err(error) => tracing::error!(%error, "NAT"),
+            Err(error) => tracing::error!(target: target::ENGINE_INLINE, %error, "NAT"),
         }
     }
 }

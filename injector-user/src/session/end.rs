@@ -1,5 +1,6 @@
 //! How a connection ended, and the one line that says so.
 
+use crate::log::target;
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 /// How a connection ended: the field `end` of its log line and the label of `injector_connections_closed_total`.
@@ -171,7 +172,7 @@ pub struct Report {
 impl Report {
     /// Writes the line. It is the only one above DEBUG that names a client.
     pub fn log(&self) {
-        tracing::info!(
+        tracing::info!(target: target::ACCESS,
             client = %self.client,
             listener = &*self.listener,
             local = %self.local,

@@ -18,7 +18,10 @@ use super::{
     lane::{Between, Break, Enrolment, Lane, Progress},
     table::Handle,
 };
-use crate::endpoint::{Endpoint, Needs};
+use crate::{
+    endpoint::{Endpoint, Needs},
+    log::target,
+};
 
 /// How often the counters of a long connection are brought up to date.
 const ACCOUNT_EVERY: Duration = Duration::from_secs(5);
@@ -271,7 +274,7 @@ impl Pump {
                 Enrolment::Lost(error) => return Err((End::Lost, Some(error))),
                 Enrolment::Done => context.metrics.enrolled(),
                 Enrolment::Refused(refused) => {
-                    tracing::debug!(
+                    tracing::debug!(target: target::SESSION,
                         direction,
                         reason = refused.reason,
                         detail = refused.detail,
@@ -300,7 +303,7 @@ impl Pump {
         let timeouts = &self.context.timeouts;
         if let Err(error) = self.backend.give_up_after(timeouts.user_timeout, timeouts.keepalive) {
             let listener = &*self.context.listener;
-            tracing::warn!(listener, %error, "a dead backend will be noticed by the idle timeout alone");
+            tracing::warn!(target: target::SESSION, listener, %error, "a dead backend will be noticed by the idle timeout alone");
         }
     }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
-use super::{BytesLabels, ChangeLabels, EndLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
+use super::{BytesLabels, ChangeLabels, ClosedLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
 use crate::session::{Bytes, End};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.
@@ -17,7 +17,7 @@ pub enum RefusedReason {
     /// Every address of the backend refused.
     BackendRefused,
     /// No address of the backend answered in time.
-    BackendTimeout,
+    ConnectTimeout,
     /// The backend could not be reached for another reason.
     BackendUnreachable,
     /// The backend's name has no address.
@@ -38,7 +38,7 @@ impl RefusedReason {
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
-        Self::BackendTimeout,
+        Self::ConnectTimeout,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
         Self::NoBanner,
@@ -54,7 +54,7 @@ impl RefusedReason {
             Self::TooManyConnections => "too_many_connections",
             Self::NoDescriptors => "no_descriptors",
             Self::BackendRefused => "backend_refused",
-            Self::BackendTimeout => "backend_timeout",
+            Self::ConnectTimeout => "connect_timeout",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
             Self::NoBanner => "no_banner",
@@ -68,7 +68,7 @@ impl RefusedReason {
     const fn of(end: End) -> Option<Self> {
         match end {
             End::BackendRefused => Some(Self::BackendRefused),
-            End::BackendTimeout => Some(Self::BackendTimeout),
+            End::ConnectTimeout => Some(Self::ConnectTimeout),
             End::BackendUnreachable => Some(Self::BackendUnreachable),
             End::BackendUnresolved => Some(Self::BackendUnresolved),
             End::NoBanner => Some(Self::NoBanner),
@@ -159,7 +159,7 @@ impl ListenerMetrics {
             (reason, families.refused.get_or_create_owned(&labels))
         };
         let closed = |end: End| {
-            let labels = EndLabels { listener: Arc::clone(&name), engine, end: end.name() };
+            let labels = ClosedLabels { listener: Arc::clone(&name), engine, reason: end.name() };
             (end, families.closed.get_or_create_owned(&labels))
         };
         let bytes = |direction, plane| {

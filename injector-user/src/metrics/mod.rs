@@ -60,7 +60,7 @@ struct Families {
     accepted: Family<ListenerLabels, Counter>,
     active: Family<ServedLabels, Gauge>,
     refused: Family<ReasonLabels, Counter>,
-    closed: Family<EndLabels, Counter>,
+    closed: Family<ClosedLabels, Counter>,
     headers_sent: Family<ServedLabels, Counter>,
     headers_failed: Family<ServedLabels, Counter>,
     bytes: Family<BytesLabels, Counter>,
@@ -88,10 +88,10 @@ struct ReasonLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EndLabels {
+struct ClosedLabels {
     listener: Arc<str>,
     engine: &'static str,
-    end: &'static str,
+    reason: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -526,7 +526,7 @@ mod tests {
             assert_eq!(sample(&metrics, &series), 0.0);
         }
         for end in End::ALL {
-            let labels = format!("listener=\"smtp\",engine=\"relay\",end=\"{end}\"");
+            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{end}\"");
             assert_eq!(sample(&metrics, &format!("injector_connections_closed_total{{{labels}}}")), 0.0);
         }
     }
@@ -603,11 +603,11 @@ mod tests {
         let (metrics, listener) = complete();
         End::ALL.into_iter().for_each(|end| listener.closed(end));
         for end in End::ALL {
-            let labels = format!("listener=\"smtp\",engine=\"relay\",end=\"{end}\"");
+            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{end}\"");
             assert_eq!(sample(&metrics, &format!("injector_connections_closed_total{{{labels}}}")), 1.0);
         }
         let refusals =
-            ["backend_refused", "backend_timeout", "backend_unreachable", "backend_unresolved", "no_banner"];
+            ["backend_refused", "connect_timeout", "backend_unreachable", "backend_unresolved", "no_banner"];
         for reason in RefusedReason::ALL.map(RefusedReason::name) {
             let series =
                 format!("injector_connections_refused_total{{listener=\"smtp\",reason=\"{reason}\"}}");

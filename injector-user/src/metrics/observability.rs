@@ -27,7 +27,7 @@ const METRICS: &str = include_str!("../../../docs/metrics.md");
 const OF_TARGETS: [&str; 2] = ["job", "instance"];
 
 /// Labels whose values are closed sets, all of which an idle daemon exports.
-const CLOSED: [&str; 5] = ["reason", "end", "plane", "direction", "change"];
+const CLOSED: [&str; 4] = ["reason", "plane", "direction", "change"];
 
 #[derive(Deserialize)]
 struct RuleFile {

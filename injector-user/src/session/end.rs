@@ -15,9 +15,9 @@ pub enum End {
     /// The backend reset the connection.
     BackendReset,
     /// The client did not answer any more.
-    ClientVanished,
+    ClientTimedOut,
     /// The backend did not answer any more.
-    BackendVanished,
+    BackendTimedOut,
     /// The backend closed or reset before its first byte: it does not want the header, or has trouble of its own.
     NoBanner,
     /// No byte either way for too long.
@@ -30,12 +30,12 @@ pub enum End {
     HeaderFailed,
     /// The kernel dropped payload.
     Lost,
-    /// Cut at the deadline of a stop.
-    Cut,
+    /// Aborted at the deadline of a shutdown, a drain or a removed listener, or by a second signal.
+    Aborted,
     /// Every address of the backend refused.
     BackendRefused,
     /// No address of the backend answered in time.
-    BackendTimeout,
+    ConnectTimeout,
     /// The backend could not be reached for another reason, such as no route.
     BackendUnreachable,
     /// The backend's name has no address.
@@ -53,17 +53,17 @@ impl End {
         Self::BackendClosed,
         Self::ClientReset,
         Self::BackendReset,
-        Self::ClientVanished,
-        Self::BackendVanished,
+        Self::ClientTimedOut,
+        Self::BackendTimedOut,
         Self::NoBanner,
         Self::Idle,
         Self::HalfClosed,
         Self::Forged,
         Self::HeaderFailed,
         Self::Lost,
-        Self::Cut,
+        Self::Aborted,
         Self::BackendRefused,
-        Self::BackendTimeout,
+        Self::ConnectTimeout,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
         Self::Overload,
@@ -78,17 +78,17 @@ impl End {
             Self::BackendClosed => "backend_closed",
             Self::ClientReset => "client_reset",
             Self::BackendReset => "backend_reset",
-            Self::ClientVanished => "client_vanished",
-            Self::BackendVanished => "backend_vanished",
+            Self::ClientTimedOut => "client_timed_out",
+            Self::BackendTimedOut => "backend_timed_out",
             Self::NoBanner => "no_banner",
             Self::Idle => "idle",
             Self::HalfClosed => "half_closed",
             Self::Forged => "forged_header",
             Self::HeaderFailed => "header_failed",
             Self::Lost => "lost",
-            Self::Cut => "cut",
+            Self::Aborted => "aborted",
             Self::BackendRefused => "backend_refused",
-            Self::BackendTimeout => "backend_timeout",
+            Self::ConnectTimeout => "connect_timeout",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
             Self::Overload => "overload",
@@ -104,8 +104,8 @@ impl End {
         let silent = error
             .is_some_and(|error| matches!(error.kind(), TimedOut | HostUnreachable | NetworkUnreachable));
         match self {
-            Self::ClientReset if silent => Self::ClientVanished,
-            Self::BackendReset if silent => Self::BackendVanished,
+            Self::ClientReset if silent => Self::ClientTimedOut,
+            Self::BackendReset if silent => Self::BackendTimedOut,
             other => other,
         }
     }
@@ -186,7 +186,7 @@ impl Report {
             piped_to_client = self.to_client.piped,
             duration_ms = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             unique_id = self.unique_id,
-            end = self.end.name(),
+            reason = self.end.name(),
             error = self.error,
             "connection closed"
         );

@@ -152,7 +152,7 @@ async fn reach(
         _ = client.closed() => return Err((End::ClientReset, None)),
         () = context.cut.cancelled() => {
             refuse(client, context.protocol, Refusal::Stopping).await;
-            return Err((End::Cut, None));
+            return Err((End::Aborted, None));
         }
     };
     let Reached { endpoint: backend, address, session } = match connected {
@@ -260,7 +260,7 @@ async fn first_payload(
         let read = tokio::select! {
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
             error = backend.closed() => return Err((End::NoBanner, error)),
-            () = context.cut.cancelled() => return Err((End::Cut, None)),
+            () = context.cut.cancelled() => return Err((End::Aborted, None)),
         };
         match read {
             Err(_elapsed) => return Ok(first),
@@ -326,7 +326,7 @@ fn unreachable(error: &Unreachable) -> End {
     match error {
         Unreachable::Unresolved => End::BackendUnresolved,
         Unreachable::Refused { .. } => End::BackendRefused,
-        Unreachable::Timeout { .. } => End::BackendTimeout,
+        Unreachable::Timeout { .. } => End::ConnectTimeout,
         // No descriptor for the socket to it: the backend is not to blame.
         Unreachable::Other { error, .. }
             if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>

@@ -171,7 +171,7 @@ impl Pump {
                     let broken = known(broken, self.gone.backend_error.take());
                     return self.broken(broken, End::BackendReset, End::ClientReset);
                 }
-                Step::Called if self.context.cut.is_cancelled() => return (End::Cut, None),
+                Step::Called if self.context.cut.is_cancelled() => return (End::Aborted, None),
                 Step::Called => {
                     self.give_up_in_time();
                     self.account();

@@ -17,7 +17,8 @@ use injector_testbed::metrics::Metrics;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Ends that no session is planned to have.
-const NEVER: [&str; 7] = ["lost", "header_failed", "internal", "forged_header", "idle", "half_closed", "cut"];
+const NEVER: [&str; 7] =
+    ["lost", "header_failed", "internal", "forged_header", "idle", "half_closed", "aborted"];
 
 /// What the daemon says.
 #[derive(Debug)]
@@ -91,7 +92,7 @@ fn by_number(sessions: Vec<Session>) -> (BTreeMap<u64, Vec<Line>>, u64) {
             continue;
         };
         lines.entry(number).or_default().push(Line {
-            end: session.field("end").unwrap_or_default(),
+            end: session.field("reason").unwrap_or_default(),
             error: session.field("error").unwrap_or_default(),
             to_backend: session.number("bytes_to_backend").unwrap_or(u64::MAX),
             to_client: session.number("bytes_to_client").unwrap_or(u64::MAX),

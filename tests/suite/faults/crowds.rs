@@ -245,7 +245,7 @@ fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
         ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "no clean end at the backend");
     }
     for session in finished(&injector, CONNECTIONS)? {
-        ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+        ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     }
     until(|| {
         let after = (descriptors(pid)?, map_entries(pid)?);
@@ -320,7 +320,7 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
         .with_context(|| format!("logged:\n{}", injector.log()))?;
     drop(half);
     let sessions = finished(&injector, 1)?;
-    ensure!(sessions[0].field("end").as_deref() == Some("internal"), "{sessions:?}");
+    ensure!(sessions[0].field("reason").as_deref() == Some("internal"), "{sessions:?}");
     ensure!(
         sessions[0].field("error").is_some_and(|error| error.contains("Too many open files")),
         "{sessions:?}"

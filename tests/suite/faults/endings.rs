@@ -71,7 +71,7 @@ fn kill_during(
         "the client knew after {took:?}"
     );
     for session in finished(injector, KILLS)? {
-        ensure!(session.field("end").as_deref() == Some("backend_reset"), "{session:?}");
+        ensure!(session.field("reason").as_deref() == Some("backend_reset"), "{session:?}");
     }
     Ok(())
 }
@@ -180,7 +180,7 @@ fn crossing(world: &World, engine: &str) -> anyhow::Result<()> {
         .with_context(|| format!("{size} bytes each way; logged:\n{}", injector.log()))?;
     }
     for session in finished(&injector, SIZES.len() * ROUNDS)? {
-        let end = session.field("end").unwrap_or_default();
+        let end = session.field("reason").unwrap_or_default();
         ensure!(["client_closed", "backend_closed"].contains(&end.as_str()), "{session:?}");
     }
     Ok(())
@@ -207,7 +207,7 @@ fn corked(world: &World, engine: &str) -> anyhow::Result<()> {
         receive_all(&client, &bytes).with_context(|| format!("{size} bytes to the client"))?;
     }
     for session in finished(&injector, sizes.len())? {
-        ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+        ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     }
     Ok(())
 }

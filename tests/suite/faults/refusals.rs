@@ -57,8 +57,8 @@ fn backend_silent(world: &World, engine: &str) -> anyhow::Result<()> {
     let extra = "backends = [\"10.25.0.77:25\"]\n[listener.timeouts]\nconnect = \"300ms\"";
     let injector = world.injector(engine, "smtp", extra)?;
     refused(world, Some("421 4.3.2 "))?;
-    ended(&injector, "backend_timeout")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_timeout")], 1.0)
+    ended(&injector, "connect_timeout")?;
+    counted(&injector, "injector_connections_refused_total", &[("reason", "connect_timeout")], 1.0)
 }
 
 fn backend_unresolved(world: &World, engine: &str) -> anyhow::Result<()> {

@@ -30,7 +30,7 @@ fn cut(world: &World, engine: &str) -> anyhow::Result<()> {
     ensure!(status.success(), "{status}");
     ensure!(log.contains("0 sessions finished by themselves, 1 were cut"), "{log}");
     let sessions = parse_sessions(&log)?;
-    ensure!(sessions.len() == 1 && sessions[0].field("end").as_deref() == Some("cut"), "{sessions:?}");
+    ensure!(sessions.len() == 1 && sessions[0].field("reason").as_deref() == Some("aborted"), "{sessions:?}");
     Ok(())
 }
 

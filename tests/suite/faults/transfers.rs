@@ -109,7 +109,7 @@ fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
     let sessions = finished(&injector, 1)?;
     let session = sessions.first().context("no line")?;
     ensure!(
-        ["client_closed", "backend_closed"].contains(&session.field("end").unwrap_or_default().as_str()),
+        ["client_closed", "backend_closed"].contains(&session.field("reason").unwrap_or_default().as_str()),
         "{session:?}"
     );
     let bulk = BULK as u64;

@@ -29,8 +29,8 @@ enum Side {
 impl Side {
     const fn end(self) -> &'static str {
         match self {
-            Self::Client => "client_vanished",
-            Self::Backend => "backend_vanished",
+            Self::Client => "client_timed_out",
+            Self::Backend => "backend_timed_out",
         }
     }
 }
@@ -126,7 +126,7 @@ fn closed_window(world: &World, engine: &str) -> anyhow::Result<()> {
     };
     println!("  the sender was told after {:?}", start.elapsed());
     ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}");
-    ended(&injector, "client_vanished")?;
+    ended(&injector, "client_timed_out")?;
     drop(client);
     Ok(())
 }

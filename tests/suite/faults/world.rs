@@ -131,7 +131,7 @@ pub(crate) fn finished(injector: &Injector, count: usize) -> anyhow::Result<Vec<
 pub(crate) fn ended(injector: &Injector, end: &str) -> anyhow::Result<Session> {
     let mut sessions = finished(injector, 1)?;
     let session = sessions.remove(0);
-    let seen = session.field("end").unwrap_or_default();
+    let seen = session.field("reason").unwrap_or_default();
     ensure!(
         seen == end,
         "ended {seen:?} where {end:?} was expected: {session:?}\nlogged:\n{}",

@@ -28,7 +28,7 @@ fn server_first(world: &World, family: Family) -> anyhow::Result<()> {
     drop(server);
     ensure!(client.read(&mut [0; 8])? == 0, "something behind the FIN");
     let session = injector.sessions_within(1)?.remove(0);
-    ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+    ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     ensure!(session.field("engine").as_deref() == Some("inline"), "{session:?}");
     ensure!(session.number("bytes_to_backend") == Some(6), "{session:?}");
     ensure!(session.number("bytes_to_client") == Some(11), "{session:?}");

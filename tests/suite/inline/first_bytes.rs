@@ -258,7 +258,7 @@ fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
     ensure!(seen == b"all", "{seen:02x?}");
     through(&server, &client, BYTES, 0)?;
     let session = lab.session(client.local_addr()?, lab::tls(family))?;
-    ensure!(session.field("end").as_deref() == Some("client_closed"), "{session:?}");
+    ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     Ok(())
 }
 

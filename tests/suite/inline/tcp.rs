@@ -182,7 +182,7 @@ fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     through(last, first, BYTES, 0)?;
     let session = lab.session(connection.client.local_addr()?, lab::public(family))?;
     let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
-    ensure!(session.field("end").as_deref() == Some(end), "{session:?}");
+    ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
 
@@ -223,7 +223,7 @@ fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
     let session = lab.session(address, lab::public(family))?;
     let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
-    ensure!(session.field("end").as_deref() == Some(end), "{session:?}");
+    ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
 
@@ -258,7 +258,7 @@ fn early_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// says.
 fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let closed = || -> anyhow::Result<f64> {
-        let labels = [("listener", "lab"), ("end", "backend_refused")];
+        let labels = [("listener", "lab"), ("reason", "backend_refused")];
         Ok(lab.injector.metrics()?.sum("injector_connections_closed_total", &labels))
     };
     let before = (closed()?, lab.counted("refused")?);
@@ -272,7 +272,7 @@ fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     ensure!(lab.counted("refused")? == before.1 + 1, "not counted by the program");
-    let refused = |session: &Session| session.field("end").as_deref() == Some("backend_refused");
+    let refused = |session: &Session| session.field("reason").as_deref() == Some("backend_refused");
     let line = lab.injector.sessions()?.into_iter().find(refused);
     ensure!(line.is_none(), "a line for a SYN: {line:?}");
     Ok(())

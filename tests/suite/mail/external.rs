@@ -142,7 +142,7 @@ impl<'a> Watch<'a> {
                 "not by {}: {session:?}",
                 front.engine
             );
-            let end = session.field("end").unwrap_or_default();
+            let end = session.field("reason").unwrap_or_default();
             ensure!(HARMLESS_ENDS.contains(&end.as_str()), "ended with {end:?}: {session:?}");
         }
         let after = injector.metrics()?;

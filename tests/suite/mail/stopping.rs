@@ -45,7 +45,7 @@ pub(crate) fn sessions_finish(all: &Environment, front: Front) -> anyhow::Result
     let sessions = daemon::parse_sessions(&log)?;
     let ends: Vec<_> = sessions.iter().filter(|session| session.client() == Some(client)).collect();
     let [session] = ends[..] else { bail!("not one line for {client} in:\n{log}") };
-    let end = session.field("end").unwrap_or_default();
+    let end = session.field("reason").unwrap_or_default();
     ensure!(HARMLESS_ENDS.contains(&end.as_str()), "ended with {end:?}: {session:?}");
     Ok(())
 }

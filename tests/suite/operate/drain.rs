@@ -65,7 +65,7 @@ fn deadline(world: &World, engine: &str) -> anyhow::Result<()> {
     let sessions = injector.sessions_within(2)?;
     // Workers write their lines each by itself, so either may be the first.
     for session in &sessions {
-        let is_cut = session.field("end").as_deref() == Some("cut");
+        let is_cut = session.field("reason").as_deref() == Some("aborted");
         ensure!(is_cut == (session.client() == Some(cut)), "{sessions:?}");
     }
     Ok(())

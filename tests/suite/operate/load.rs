@@ -98,7 +98,7 @@ fn no_cut(world: &World, engine: &str) -> anyhow::Result<()> {
     let (done, turned_away) = (done.into_inner(), turned_away.into_inner());
     let sessions = injector.sessions_within(done + LONG)?;
     let clean = |end: &str| ["client_closed", "backend_closed"].contains(&end);
-    let cut = sessions.iter().filter(|it| !it.field("end").is_some_and(|end| clean(&end))).count();
+    let cut = sessions.iter().filter(|it| !it.field("reason").is_some_and(|end| clean(&end))).count();
     println!(
         "    {engine}: {reloads} reloads and {drains} drains in {TIME:?}; {done} short sessions and {LONG} long ones, {cut} \
          cut; {turned_away} clients told 421 while drained"

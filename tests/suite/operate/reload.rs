@@ -70,7 +70,7 @@ fn come_and_go(world: &World, engine: &str) -> anyhow::Result<()> {
     ensure!(status["leaving"][0]["name"] == "more" && status["leaving"][0]["sessions"] == 1, "{status:#}");
     client.ends()?;
     let cut = injector.sessions_within(1)?;
-    ensure!(cut[0].field("end").as_deref() == Some("cut"), "{cut:?}");
+    ensure!(cut[0].field("reason").as_deref() == Some("aborted"), "{cut:?}");
     eventually("leaving", || injector.status(), |status| status["leaving"] == serde_json::json!([]))?;
     world.who_answers()?;
     Ok(())

@@ -167,7 +167,7 @@ fn planes(carried: Carried, engine: Engine) -> Option<String> {
 
 fn lines(performance: &Performance, engine: Engine) -> Option<String> {
     performance.exchanges().find_map(|exchange| {
-        let (end, used) = (&exchange.line["end"], &exchange.line["engine"]);
+        let (end, used) = (&exchange.line["reason"], &exchange.line["engine"]);
         let clean = *end == "client_closed" || *end == "backend_closed";
         let holds = clean && *used == engine.name();
         (!holds).then(|| format!("{}: engine {used}, end {end}", exchange.listener_name()))
@@ -204,7 +204,7 @@ mod tests {
         };
         let line = json!({
             "bytes_to_backend": 10, "bytes_to_client": 20, "spliced_to_backend": 4, "spliced_to_client": 5,
-            "engine": "splice", "end": "client_closed",
+            "engine": "splice", "reason": "client_closed",
         });
         Exchange { service, client, listener, visit, line }
     }
@@ -275,7 +275,7 @@ mod tests {
             ("byte for byte", |p| p.acts[0].stored.truncate(3)),
             ("one header", |p| p.before = p.after.clone()),
             ("counted the same", |p| p.acts[0].exchanges[0].visit.received += 1),
-            ("ended cleanly", |p| p.acts[0].exchanges[0].line["end"] = json!("lost")),
+            ("ended cleanly", |p| p.acts[0].exchanges[0].line["reason"] = json!("lost")),
             ("ended by itself", |p| p.stopped = ExitStatus::from_raw(9)),
         ];
         for (text, spoil) in cases {

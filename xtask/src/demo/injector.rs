@@ -227,6 +227,6 @@ mod tests {
             {\"message\":\"connection closed\",\"client\":\"198.51.100.7:40\",\"end\":\"idle\"}\n";
         let found = lines_about(log, "198.51.100.7:40".parse().unwrap());
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0]["end"], "idle");
+        assert_eq!(found[0]["reason"], "idle");
     }
 }

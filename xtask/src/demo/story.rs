@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_log_line_begins_with_who_and_where() {
-        let line = json!({"timestamp": "t", "level": "INFO", "message": "connection closed", "end": "idle",
+        let line = json!({"timestamp": "t", "level": "INFO", "message": "connection closed", "reason": "idle",
             "client": "192.0.2.1:9", "engine": "splice", "bytes": 7, "listener": "smtp"});
         let words = words(&line);
         assert_eq!(words[..3], ["client=192.0.2.1:9", "listener=smtp", "engine=splice"]);

@@ -194,8 +194,8 @@ const ROWS: &[Row] = &[
                 "cps",
                 12,
                 &[q(
-                    "sum by (end) (rate(injector_connections_closed_total{@listener}[$__rate_interval]))",
-                    "{{end}}",
+                    "sum by (reason) (rate(injector_connections_closed_total{@listener}[$__rate_interval]))",
+                    "{{reason}}",
                 )],
             ),
         ],

@@ -155,8 +155,8 @@ pub struct SessionsArgs {
     pub listener: Option<String>,
 
     /// At most so many, the oldest
-    #[arg(long, env = "INJECTOR_MOST", value_name = "N")]
-    pub most: Option<usize>,
+    #[arg(long, env = "INJECTOR_LIMIT", value_name = "N")]
+    pub limit: Option<usize>,
 }
 
 /// Arguments of `injector drain`.
@@ -273,7 +273,7 @@ Examples:
     $ injector doctor --config injector.toml --listener smtp
 
   On any other host: who believes a header from there?
-    $ injector doctor --config injector.toml --stranger
+    $ injector doctor --config injector.toml --untrusted
 
 Verdicts and what is done to a server are described in docs/doctor.md.";
 
@@ -340,8 +340,8 @@ pub struct DoctorArgs {
     pub timeout: Duration,
 
     /// This host is not the injector's: say which backends believe a header from here, and relay for it
-    #[arg(long, env = "INJECTOR_STRANGER")]
-    pub stranger: bool,
+    #[arg(long, env = "INJECTOR_UNTRUSTED")]
+    pub untrusted: bool,
 }
 
 /// Arguments of `injector selftest`.
@@ -363,8 +363,8 @@ pub fn apply(config: &mut Config, args: &RunArgs) {
     if let Some(listen) = args.metrics_listen {
         config.metrics = Some(Metrics { listen });
     }
-    if let Some(most) = args.max_connections {
-        config.limits.max_connections = most;
+    if let Some(limit) = args.max_connections {
+        config.limits.max_connections = limit;
     }
     if let Some(deadline) = args.stop_deadline {
         config.stop.deadline = deadline;

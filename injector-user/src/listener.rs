@@ -23,7 +23,7 @@ use crate::{
     config::Timeouts,
     endpoint::{self, Endpoint},
     log::target,
-    metrics::RefusedReason,
+    metrics::RejectReason,
     pipe,
     protocol::Refusal,
     room::{Place, Room},
@@ -193,11 +193,11 @@ impl Limits {
     }
 
     /// What the limit stands for: the operator's will, or the descriptors.
-    fn reason(&self) -> RefusedReason {
+    fn reason(&self) -> RejectReason {
         if self.0.few_descriptors.load(Ordering::Relaxed) {
-            RefusedReason::NoDescriptors
+            RejectReason::NoDescriptors
         } else {
-            RefusedReason::TooManyConnections
+            RejectReason::TooManyConnections
         }
     }
 }
@@ -314,7 +314,7 @@ impl Door {
         let context = self.owner.policy().context();
         while let Ok(client) = accept_now(socket.get_ref()) {
             context.metrics.accepted();
-            self.turn_away(&context, client, RefusedReason::Stopping, Refusal::Stopping);
+            self.turn_away(&context, client, RejectReason::Stopping, Refusal::Stopping);
         }
         Ok(())
     }
@@ -324,7 +324,7 @@ impl Door {
         let context = policy.context();
         context.metrics.accepted();
         if policy.draining.load(Ordering::Relaxed) {
-            return self.turn_away(&context, client, RefusedReason::Draining, Refusal::Stopping);
+            return self.turn_away(&context, client, RejectReason::Draining, Refusal::Stopping);
         }
         let admitted = match self.admit(&policy) {
             Ok(admitted) => admitted,
@@ -336,16 +336,16 @@ impl Door {
         self.sessions.spawn(Box::pin(session));
     }
 
-    fn admit(&self, policy: &Policy) -> Result<Admitted, RefusedReason> {
-        let own = policy.own.enter().ok_or(RefusedReason::TooManyConnections)?;
+    fn admit(&self, policy: &Policy) -> Result<Admitted, RejectReason> {
+        let own = policy.own.enter().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limits.0.room.enter().ok_or_else(|| self.limits.reason())?;
         Ok(Admitted { _total: total, _own: own })
     }
 
-    fn turn_away(&self, context: &Arc<Context>, client: Accepted, reason: RefusedReason, why: Refusal) {
+    fn turn_away(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, why: Refusal) {
         let context = Arc::clone(context);
-        context.metrics.refused(reason);
-        tracing::debug!(target: target::LISTENER, listener = &*context.listener, reason = reason.name(), "refused");
+        context.metrics.rejected(reason);
+        tracing::debug!(target: target::LISTENER, listener = &*context.listener, reason = reason.name(), "connection rejected");
         let polite = Arc::clone(&self.limits.0.polite).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
@@ -361,7 +361,7 @@ impl Door {
 fn turn_away_at_once(context: &Context, client: Accepted) {
     let client = client.socket;
     context.metrics.accepted();
-    context.metrics.refused(RefusedReason::NoDescriptors);
+    context.metrics.rejected(RejectReason::NoDescriptors);
     let line = context.protocol.refusal(Refusal::TooManyConnections);
     let told = line.is_some_and(|line| {
         client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok() && client.shutdown(Shutdown::Write).is_ok()
@@ -466,8 +466,8 @@ mod tests {
 
     #[test]
     fn the_reason_of_the_limit_is_the_tighter_bound() {
-        assert_eq!(Limits::new(10, 400).reason(), RefusedReason::TooManyConnections);
-        assert_eq!(Limits::new(10_000, 400).reason(), RefusedReason::NoDescriptors);
+        assert_eq!(Limits::new(10, 400).reason(), RejectReason::TooManyConnections);
+        assert_eq!(Limits::new(10_000, 400).reason(), RejectReason::NoDescriptors);
     }
 
     #[test]

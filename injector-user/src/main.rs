@@ -50,7 +50,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
         Command::Status(args) => tell(&args, &Request::Status)?,
         Command::Sessions(args) => {
-            tell(&args.ask, &Request::Sessions { listener: args.listener, most: args.most })?;
+            tell(&args.ask, &Request::Sessions { listener: args.listener, limit: args.limit })?;
         }
         Command::Drain(args) => drain(&args)?,
         Command::Resume(args) => tell(&args.ask, &Request::Resume { listener: args.listener })?,
@@ -96,8 +96,8 @@ fn tell(args: &AskArgs, request: &Request) -> anyhow::Result<()> {
 
 fn drain(args: &cli::DrainArgs) -> anyhow::Result<()> {
     const LOOK_EVERY: Duration = Duration::from_millis(500);
-    let within_ms = args.deadline.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
-    tell(&args.ask, &Request::Drain { listener: args.listener.clone(), within_ms })?;
+    let deadline_ms = args.deadline.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
+    tell(&args.ask, &Request::Drain { listener: args.listener.clone(), deadline_ms })?;
     if !args.wait {
         return Ok(());
     }

@@ -102,7 +102,7 @@ impl Tested {
         };
         let program = |(name, instructions): &(String, Option<u32>)| json!({ "name": name, "verified_instructions": instructions });
         json!({
-            "fault": self.fault(),
+            "failure": self.fault(),
             "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
             "programs": self.programs.iter().map(program).collect::<Vec<_>>(),
         })

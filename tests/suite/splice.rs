@@ -33,7 +33,7 @@ fn main() {
         trial("verdict/not before it is established, not after a FIN", only_established),
         trial("verdict/the proof waits for a stalled target", stalled_target),
         trial("verdict/enrolled in the middle of a stream", mid_stream),
-        trial("verdict/dropping it takes the direction back", taken_back),
+        trial("verdict/dropping it takes the direction back", moved_to_user_space),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
@@ -235,7 +235,7 @@ async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn taken_back(splice: Arc<Splice>) -> anyhow::Result<()> {
+async fn moved_to_user_space(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, mut target_peer) = pair(&splice).await?;
     let spliced = Spliced::enrol(&splice, &source, &target, 0)?;

@@ -115,7 +115,7 @@ pub enum Unreachable {
     Unresolved,
     /// The operator has taken out every one.
     #[error("all backends are taken out; `injector backend auto` puts one back")]
-    TakenOut,
+    AllDisabled,
     /// Refused, and no other address timed out.
     #[error("{address}: {error}")]
     Refused {
@@ -329,7 +329,7 @@ impl Backends {
         let deadline = Instant::now() + within;
         let order = self.order();
         if order.is_empty() {
-            return Err(Unreachable::TakenOut);
+            return Err(Unreachable::AllDisabled);
         }
         let mut addresses = addresses(&order);
         if addresses.is_empty() {
@@ -431,7 +431,7 @@ impl Unreachable {
             Self::Other { error, .. } => {
                 matches!(error.kind(), HostUnreachable | NetworkUnreachable | ConnectionReset)
             }
-            Self::Unresolved | Self::TakenOut => false,
+            Self::Unresolved | Self::AllDisabled => false,
         }
     }
 }
@@ -439,7 +439,7 @@ impl Unreachable {
 /// The more telling of two failures: a timeout says more of a network in trouble than a refusal does.
 fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
     let rank = |error: &Unreachable| match error {
-        Unreachable::Unresolved | Unreachable::TakenOut => 0,
+        Unreachable::Unresolved | Unreachable::AllDisabled => 0,
         Unreachable::Other { .. } => 1,
         Unreachable::Refused { .. } => 2,
         Unreachable::Timeout { .. } => 3,

@@ -19,8 +19,8 @@ use std::{
 use tokio::sync::{Mutex, watch};
 
 use self::wire::{
-    Answer, BackendAction, BackendStatus, ConfigStatus, EngineStatus, LeavingStatus, ListenerStatus,
-    Reloaded, SessionRow, Sessions, Status,
+    Answer, BackendAction, BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, Reloaded,
+    RemovedListenerStatus, SessionRow, Sessions, Status,
 };
 pub use self::{
     server::{Door, SocketError},
@@ -64,7 +64,7 @@ impl Control {
         metrics: Metrics,
         ready: watch::Sender<Readiness>,
     ) -> Self {
-        let read = ConfigStatus { file: file.clone(), read: since_1970(), refused: None };
+        let read = ConfigStatus { file: file.clone(), loaded_at: since_1970(), reload_error: None };
         Self(Arc::new(Shared {
             serving: Mutex::new(Some(serving)),
             source,
@@ -84,11 +84,11 @@ impl Control {
         };
         let answer = match request {
             Request::Status => Ok(Answer::Status(Box::new(self.status(serving)))),
-            Request::Sessions { listener, most } => {
-                Ok(Answer::Sessions(sessions(serving, listener.as_deref(), most)))
+            Request::Sessions { listener, limit } => {
+                Ok(Answer::Sessions(sessions(serving, listener.as_deref(), limit)))
             }
-            Request::Drain { listener, within_ms } => serving
-                .drain(listener.as_deref(), within_ms.map(Duration::from_millis))
+            Request::Drain { listener, deadline_ms } => serving
+                .drain(listener.as_deref(), deadline_ms.map(Duration::from_millis))
                 .map(|listeners| Answer::Drained { listeners }),
             Request::Resume { listener } => {
                 serving.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
@@ -133,14 +133,15 @@ impl Control {
         let mut read = self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match &result {
             Ok(Changes { added, changed, removed, later }) => {
-                *read = ConfigStatus { file: self.0.file.clone(), read: since_1970(), refused: None };
+                *read =
+                    ConfigStatus { file: self.0.file.clone(), loaded_at: since_1970(), reload_error: None };
                 tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration read again");
                 if !later.is_empty() {
                     tracing::warn!(target: target::CONFIG, sections = ?later, "what has changed there takes effect with a restart");
                 }
             }
             Err(error) => {
-                read.refused = Some(format!("{error:#}"));
+                read.reload_error = Some(format!("{error:#}"));
                 tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "configuration refused: the one before stays");
             }
         }
@@ -149,13 +150,14 @@ impl Control {
 
     fn status(&self, serving: &mut Serving) -> Status {
         let (connections, max_connections) = serving.connections();
-        let leaving = serving.leaving().into_iter().map(|(leaving, sessions)| LeavingStatus {
-            name: leaving.name.clone(),
-            sessions,
-            cut_in_ms: millis(leaving.until.saturating_duration_since(Instant::now())),
-        });
-        let leaving = leaving.collect();
-        let engine = |name: &str, fault: Option<String>| EngineStatus { name: name.to_owned(), fault };
+        let removed_listeners =
+            serving.leaving().into_iter().map(|(leaving, sessions)| RemovedListenerStatus {
+                name: leaving.name.clone(),
+                sessions,
+                abort_in_ms: millis(leaving.until.saturating_duration_since(Instant::now())),
+            });
+        let removed_listeners = removed_listeners.collect();
+        let engine = |name: &str, failure: Option<String>| EngineStatus { name: name.to_owned(), failure };
         let findings = serving.findings();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -172,7 +174,7 @@ impl Control {
                 engine("relay", None),
             ],
             listeners: serving.listeners().iter().map(listener).collect(),
-            leaving,
+            removed_listeners,
         }
     }
 }
@@ -185,13 +187,13 @@ fn listener(open: &Open) -> ListenerStatus {
         engine: open.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
         bind: open.config.bind.clone(),
         draining: open.drained.is_some(),
-        cut_in_ms: open
+        abort_in_ms: open
             .drained
             .and_then(|drained| drained.until)
             .map(|until| millis(until.saturating_duration_since(Instant::now()))),
         active: counts.active,
         accepted: counts.accepted,
-        refused: counts.refused,
+        rejected: counts.rejected,
         headers_sent: counts.headers_sent,
         bytes_to_backend: counts.to_backend,
         bytes_to_client: counts.to_client,
@@ -205,7 +207,7 @@ fn backend(backend: &Backend) -> BackendStatus {
         name: backend.configured().to_string(),
         weight: backend.configured().weight,
         backup: backend.configured().backup,
-        standing: backend.standing(),
+        state: backend.standing(),
         addresses: backend.addresses(),
         active: account.active,
         sessions: account.sessions,
@@ -222,12 +224,12 @@ fn reloaded(changes: Changes) -> Reloaded {
 }
 
 /// The oldest first.
-fn sessions(serving: &Serving, listener: Option<&str>, most: Option<usize>) -> Sessions {
+fn sessions(serving: &Serving, listener: Option<&str>, limit: Option<usize>) -> Sessions {
     let mut all = serving.sessions();
     all.retain(|session| listener.is_none_or(|name| *session.listener == *name));
     all.sort_by_key(|session| std::cmp::Reverse(session.age));
     let count = all.len() as u64;
-    all.truncate(most.unwrap_or(usize::MAX));
+    all.truncate(limit.unwrap_or(usize::MAX));
     let row = |session: crate::session::table::Snapshot| SessionRow {
         listener: session.listener.to_string(),
         engine: session.engine.to_owned(),

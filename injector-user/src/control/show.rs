@@ -29,14 +29,14 @@ pub fn show(answer: &Answer) -> String {
 fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     let Status { version, pid, uptime_ms, readiness, connections, max_connections, .. } = status;
     writeln!(out, "injector {version}, process {pid}, up {}, {readiness}", age(*uptime_ms))?;
-    let ConfigStatus { file, read, refused } = &status.config;
+    let ConfigStatus { file, loaded_at, reload_error } = &status.config;
     writeln!(
         out,
         "configuration {}, read {}",
         file.display(),
-        humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(*read))
+        humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(*loaded_at))
     )?;
-    if let Some(why) = refused {
+    if let Some(why) = reload_error {
         writeln!(out, "  what was read later is refused: {}", why.replace('\n', "\n    "))?;
     }
     writeln!(
@@ -45,7 +45,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         bytes(status.backlog_bytes)
     )?;
     for engine in &status.engines {
-        match &engine.fault {
+        match &engine.failure {
             None => writeln!(out, "engine {}: can run here", engine.name)?,
             Some(fault) => writeln!(out, "engine {}: {fault}", engine.name)?,
         }
@@ -54,30 +54,30 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         writeln!(out)?;
         write_listener(out, listener)?;
     }
-    for leaving in &status.leaving {
+    for leaving in &status.removed_listeners {
         writeln!(
             out,
             "\n{}: no longer configured, {} sessions left, cut in {}",
             leaving.name,
             leaving.sessions,
-            age(leaving.cut_in_ms)
+            age(leaving.abort_in_ms)
         )?;
     }
     Ok(())
 }
 
 fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
-    let ListenerStatus { name, protocol, engine, active, accepted, refused, headers_sent, .. } = listener;
+    let ListenerStatus { name, protocol, engine, active, accepted, rejected, headers_sent, .. } = listener;
     let bind: Vec<_> = listener.bind.iter().map(ToString::to_string).collect();
     write!(out, "{name} ({protocol}, engine {engine}) on {}", bind.join(", "))?;
-    match (listener.draining, listener.cut_in_ms) {
+    match (listener.draining, listener.abort_in_ms) {
         (true, Some(cut @ 1..)) => writeln!(out, ": draining, sessions from before are cut in {}", age(cut))?,
         (true, _) => writeln!(out, ": draining")?,
         (false, _) => writeln!(out)?,
     }
     writeln!(
         out,
-        "  {active} active, {accepted} accepted, {refused} refused, {headers_sent} headers, {} to backends, {} to clients",
+        "  {active} active, {accepted} accepted, {rejected} rejected, {headers_sent} headers, {} to backends, {} to clients",
         bytes(listener.bytes_to_backend),
         bytes(listener.bytes_to_client)
     )?;
@@ -92,11 +92,7 @@ fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt
     let BackendStatus { name, weight, active, sessions, checks_passed, checks_failed, ejections, .. } =
         backend;
     let role = if backend.backup { "backup".to_owned() } else { format!("weight {weight}") };
-    write!(
-        out,
-        "  {name:width$}  {}, {role}, {active} active, {sessions} sessions",
-        backend.standing.name()
-    )?;
+    write!(out, "  {name:width$}  {}, {role}, {active} active, {sessions} sessions", backend.state.name())?;
     if checks_passed + checks_failed > 0 {
         write!(out, ", checks {checks_passed} passed {checks_failed} failed")?;
     }
@@ -194,11 +190,11 @@ pub(super) mod tests {
     use crate::{backend::Standing, control::wire::EngineStatus};
 
     pub(in crate::control) fn status() -> Status {
-        let backend = |name: &str, standing, backup| BackendStatus {
+        let backend = |name: &str, state, backup| BackendStatus {
             name: name.to_owned(),
             weight: 3,
             backup,
-            standing,
+            state,
             addresses: Vec::new(),
             active: 2,
             sessions: 70,
@@ -212,10 +208,10 @@ pub(super) mod tests {
             engine: "splice".to_owned(),
             bind: vec!["192.0.2.10:25".parse().unwrap()],
             draining: false,
-            cut_in_ms: None,
+            abort_in_ms: None,
             active: 2,
             accepted: 75,
-            refused: 5,
+            rejected: 5,
             headers_sent: 70,
             bytes_to_backend: 3 * 1024 * 1024,
             bytes_to_client: 900,
@@ -229,22 +225,22 @@ pub(super) mod tests {
             pid: 7,
             uptime_ms: 3_723_000,
             readiness: "ready".to_owned(),
-            config: ConfigStatus { file: "/etc/i.toml".into(), read: 0, refused: None },
+            config: ConfigStatus { file: "/etc/i.toml".into(), loaded_at: 0, reload_error: None },
             connections: 2,
             max_connections: 10_000,
             backlog_bytes: 0,
-            engines: vec![EngineStatus { name: "splice".to_owned(), fault: None }],
+            engines: vec![EngineStatus { name: "splice".to_owned(), failure: None }],
             listeners: vec![
                 ListenerStatus {
                     name: "imap".to_owned(),
                     draining: true,
-                    cut_in_ms: Some(90_000),
+                    abort_in_ms: Some(90_000),
                     backends: Vec::new(),
                     ..smtp.clone()
                 },
                 smtp,
             ],
-            leaving: Vec::new(),
+            removed_listeners: Vec::new(),
         }
     }
 
@@ -257,10 +253,10 @@ configuration /etc/i.toml, read 1970-01-01T00:00:00Z
 engine splice: can run here
 
 imap (smtp, engine splice) on 192.0.2.10:25: draining, sessions from before are cut in 1m 30s
-  2 active, 75 accepted, 5 refused, 70 headers, 3.0 MiB to backends, 900 B to clients
+  2 active, 75 accepted, 5 rejected, 70 headers, 3.0 MiB to backends, 900 B to clients
 
 smtp (smtp, engine splice) on 192.0.2.10:25
-  2 active, 75 accepted, 5 refused, 70 headers, 3.0 MiB to backends, 900 B to clients
+  2 active, 75 accepted, 5 rejected, 70 headers, 3.0 MiB to backends, 900 B to clients
   mail-1:2525      up, weight 3, 2 active, 70 sessions, checks 40 passed 1 failed
   192.0.2.21:2525  down, backup, 2 active, 70 sessions, checks 40 passed 1 failed
 ";

@@ -97,7 +97,7 @@ impl View {
         let rate = |now: u64, before: u64| per_second(now.saturating_sub(before), seconds);
         Some(Rates {
             accepted: rate(listener.accepted, was.accepted),
-            refused: rate(listener.refused, was.refused),
+            rejected: rate(listener.rejected, was.rejected),
             to_backend: rate(listener.bytes_to_backend, was.bytes_to_backend),
             to_client: rate(listener.bytes_to_client, was.bytes_to_client),
         })
@@ -146,7 +146,7 @@ impl View {
             bytes(*backlog_bytes),
             config.file.display()
         ));
-        let third = match (&self.fault, &config.refused) {
+        let third = match (&self.fault, &config.reload_error) {
             (Some(fault), _) => Line::from(fault.clone().red()),
             (None, Some(why)) => Line::from(format!("configuration read later is refused: {why}").yellow()),
             (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
@@ -173,7 +173,7 @@ impl View {
             let flow = |of: fn(&Rates) -> f64| {
                 rates.as_ref().map_or("-".to_owned(), |rates| format!("{}/s", bytes(whole(of(rates)))))
             };
-            let state = match (listener.draining, listener.cut_in_ms) {
+            let state = match (listener.draining, listener.abort_in_ms) {
                 (true, Some(cut @ 1..)) => format!("draining, {}", age(cut)).yellow(),
                 (true, _) => "draining".yellow(),
                 (false, _) => "open".green(),
@@ -184,11 +184,11 @@ impl View {
                 Cell::from(state),
                 right(listener.active.to_string()),
                 right(rate(|rates| rates.accepted)),
-                right(rate(|rates| rates.refused)),
+                right(rate(|rates| rates.rejected)),
                 right(flow(|rates| rates.to_backend)),
                 right(flow(|rates| rates.to_client)),
                 right(listener.accepted.to_string()),
-                right(listener.refused.to_string()),
+                right(listener.rejected.to_string()),
             ];
             let row = Row::new(cells);
             if self.selected == Some(index) {
@@ -219,13 +219,13 @@ impl View {
             listener.backends.clone().into_iter().map(move |backend| (name.clone(), backend))
         };
         let row = |(listener, backend): (String, BackendStatus)| {
-            let color = if backend.standing.is_up() { Color::Green } else { Color::Red };
+            let color = if backend.state.is_up() { Color::Green } else { Color::Red };
             let role =
                 if backend.backup { "backup".to_owned() } else { format!("weight {}", backend.weight) };
             Row::new([
                 Cell::from(listener),
                 Cell::from(backend.name),
-                Cell::from(Span::styled(backend.standing.name(), Style::new().fg(color))),
+                Cell::from(Span::styled(backend.state.name(), Style::new().fg(color))),
                 Cell::from(role),
                 right(backend.active.to_string()),
                 right(backend.sessions.to_string()),
@@ -281,7 +281,7 @@ impl View {
 #[derive(Clone, Copy, Debug)]
 struct Rates {
     accepted: f64,
-    refused: f64,
+    rejected: f64,
     to_backend: f64,
     to_client: f64,
 }
@@ -393,7 +393,7 @@ fn sample(socket: &Path) -> anyhow::Result<Sample> {
     let Answer::Status(status) = client::ask(socket, &Request::Status)? else {
         bail!("the daemon answers something else than was asked: is it of another version?");
     };
-    let request = Request::Sessions { listener: None, most: Some(MOST_SESSIONS) };
+    let request = Request::Sessions { listener: None, limit: Some(MOST_SESSIONS) };
     let Answer::Sessions(sessions) = client::ask(socket, &request)? else {
         bail!("the daemon answers something else than was asked: is it of another version?");
     };

@@ -17,14 +17,14 @@ pub enum Request {
         /// Of this listener only.
         listener: Option<String>,
         /// At most so many, the oldest.
-        most: Option<usize>,
+        limit: Option<usize>,
     },
     /// Let nobody new in.
     Drain {
         /// This listener only.
         listener: Option<String>,
         /// Cut who is left after so many milliseconds, in place of what is configured.
-        within_ms: Option<u64>,
+        deadline_ms: Option<u64>,
     },
     /// Let clients in again.
     Resume {
@@ -130,7 +130,7 @@ pub struct Status {
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// No longer configured, with sessions left.
-    pub leaving: Vec<LeavingStatus>,
+    pub removed_listeners: Vec<RemovedListenerStatus>,
 }
 
 /// Where the configuration comes from.
@@ -138,10 +138,10 @@ pub struct Status {
 pub struct ConfigStatus {
     /// The file.
     pub file: PathBuf,
-    /// When what runs was read, in seconds since 1970.
-    pub read: u64,
-    /// Why what was read later does not run.
-    pub refused: Option<String>,
+    /// When the configuration in effect was loaded, in seconds since 1970.
+    pub loaded_at: u64,
+    /// Why the last reload failed, if it did.
+    pub reload_error: Option<String>,
 }
 
 /// An engine.
@@ -150,7 +150,7 @@ pub struct EngineStatus {
     /// Its name.
     pub name: String,
     /// Why it cannot run, or was not tried.
-    pub fault: Option<String>,
+    pub failure: Option<String>,
 }
 
 /// A listener.
@@ -167,13 +167,13 @@ pub struct ListenerStatus {
     /// New clients are turned away.
     pub draining: bool,
     /// When sessions from before the drain are cut.
-    pub cut_in_ms: Option<u64>,
+    pub abort_in_ms: Option<u64>,
     /// Sessions now.
     pub active: u64,
     /// Connections so far.
     pub accepted: u64,
-    /// Connections turned away so far.
-    pub refused: u64,
+    /// Connections rejected so far.
+    pub rejected: u64,
     /// Headers sent so far.
     pub headers_sent: u64,
     /// Payload so far, as last counted.
@@ -193,8 +193,8 @@ pub struct BackendStatus {
     pub weight: u32,
     /// Waits until no other can.
     pub backup: bool,
-    /// Whether it gets connections, and why not.
-    pub standing: Standing,
+    /// Whether it gets connections, and if not, why.
+    pub state: Standing,
     /// What its name resolved to.
     pub addresses: Vec<SocketAddr>,
     /// Sessions now.
@@ -211,13 +211,13 @@ pub struct BackendStatus {
 
 /// A listener that is no longer configured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LeavingStatus {
+pub struct RemovedListenerStatus {
     /// Its name.
     pub name: String,
     /// Those that are left.
     pub sessions: u64,
     /// When they are cut.
-    pub cut_in_ms: u64,
+    pub abort_in_ms: u64,
 }
 
 /// Who is connected, by the engines that end TCP.

@@ -327,7 +327,7 @@ impl Seen<'_> {
             Finding::note(
                 Verdict::ForgeryUntried,
                 "whether others are believed was not tried, as this host has no other address that leads there: run \
-                 `injector doctor --stranger` on another host",
+                 `injector doctor --untrusted` on another host",
             )
         })
     }

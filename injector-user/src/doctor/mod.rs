@@ -91,7 +91,7 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
     for (index, listener) in config.listeners.iter().enumerate() {
         for backend in &listener.backends {
             for address in addresses.get(&backend.to_string()).into_iter().flatten().flatten() {
-                let subject = subject(listener, backend, *address, &local, args.stranger);
+                let subject = subject(listener, backend, *address, &local, args.untrusted);
                 let claims = Claims::new(subject.source, &local, &listener.bind);
                 let connect = listener.timeouts.connect.min(args.timeout);
                 let patience = Patience { connect, answer: args.timeout };
@@ -106,7 +106,7 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
         );
     }
     let cases = observe_all(cases).await?;
-    Ok(assemble(&config, &addresses, &cases, args.stranger))
+    Ok(assemble(&config, &addresses, &cases, args.untrusted))
 }
 
 /// One address of one listener, with what it takes to examine it.

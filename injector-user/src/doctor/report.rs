@@ -121,7 +121,7 @@ impl Report {
     #[must_use]
     pub fn json(&self) -> Value {
         let listeners: Vec<_> = self.listeners.iter().map(listener_json).collect();
-        json!({ "fine": self.faults() == 0, "stranger": self.stranger, "listeners": listeners })
+        json!({ "ok": self.faults() == 0, "untrusted": self.stranger, "listeners": listeners })
     }
 }
 
@@ -145,7 +145,7 @@ fn write_backend(out: &mut String, backend: &BackendReport, stranger: bool) {
         }
         write_findings(out, "    ", &address.findings);
         if !address.findings.iter().any(|finding| finding.fault) {
-            let says = if stranger { "shut to this host" } else { "fine" };
+            let says = if stranger { "shut to this host" } else { "ok" };
             let _ = writeln!(out, "    {says}");
         }
     }
@@ -195,7 +195,7 @@ fn address_json(address: &AddressReport) -> Value {
                 "from": one.step.from,
                 "outcome": outcome_code(&one.outcome),
                 "answered": one.answered(),
-                "said": one.said(),
+                "reply": one.said(),
                 "tls": one.tls,
                 "relay": relay_json(one.dialogue.as_ref()),
                 "clear_text_login": match one.dialogue {
@@ -210,7 +210,7 @@ fn address_json(address: &AddressReport) -> Value {
         "address": address.address,
         "source": address.source,
         "server": address.server.to_string(),
-        "fine": !address.findings.iter().any(|finding| finding.fault),
+        "ok": !address.findings.iter().any(|finding| finding.fault),
         "observations": observations,
         "findings": findings_json(&address.findings),
     })
@@ -224,7 +224,7 @@ fn findings_json(findings: &[Finding]) -> Vec<Value> {
             json!({
                 "verdict": finding.verdict.code(),
                 "fault": finding.fault,
-                "says": finding.says,
+                "message": finding.says,
                 "changes": finding.changes.iter().map(change).collect::<Vec<_>>(),
             })
         })
@@ -238,7 +238,7 @@ fn relay_json(dialogue: Option<&Dialogue>) -> Option<Value> {
         Relay::Refused(said) => ("refused", said),
         Relay::Unknown(why) => ("unknown", why),
     };
-    Some(json!({ "answer": answer, "said": said }))
+    Some(json!({ "answer": answer, "reply": said }))
 }
 
 const fn outcome_code(outcome: &Outcome) -> &'static str {

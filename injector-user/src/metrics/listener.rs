@@ -9,12 +9,12 @@ use crate::session::{Bytes, End};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RefusedReason {
+pub enum RejectReason {
     /// The configured limit is reached.
     TooManyConnections,
     /// No file descriptors are left.
     NoDescriptors,
-    /// Every address of the backend refused.
+    /// Every address of the backend rejected.
     BackendRefused,
     /// No address of the backend answered in time.
     ConnectTimeout,
@@ -32,7 +32,7 @@ pub enum RefusedReason {
     Draining,
 }
 
-impl RefusedReason {
+impl RejectReason {
     /// All of them.
     pub const ALL: [Self; 10] = [
         Self::TooManyConnections,
@@ -88,7 +88,7 @@ struct Handles {
     families: Families,
     accepted: Counter,
     active: Gauge,
-    refused: [(RefusedReason, Counter); RefusedReason::ALL.len()],
+    rejected: [(RejectReason, Counter); RejectReason::ALL.len()],
     closed: [(End, Counter); End::ALL.len()],
     headers_sent: Counter,
     headers_failed: Counter,
@@ -97,7 +97,7 @@ struct Handles {
     first_byte: Histogram,
     enrolments: Counter,
     held: Counter,
-    taken_back: Counter,
+    moved_to_user_space: Counter,
     resumed: Counter,
 }
 
@@ -109,7 +109,7 @@ pub struct Counts {
     /// Those that are served now.
     pub active: u64,
     /// Those that were turned away.
-    pub refused: u64,
+    pub rejected: u64,
     /// Headers sent to a backend.
     pub headers_sent: u64,
     /// Payload, from clients to backends.
@@ -154,9 +154,9 @@ impl ListenerMetrics {
         let name: Arc<str> = name.into();
         let plain = ListenerLabels { listener: Arc::clone(&name) };
         let served = ServedLabels { listener: Arc::clone(&name), engine };
-        let refused = |reason: RefusedReason| {
+        let rejected = |reason: RejectReason| {
             let labels = ReasonLabels { listener: Arc::clone(&name), reason: reason.name() };
-            (reason, families.refused.get_or_create_owned(&labels))
+            (reason, families.rejected.get_or_create_owned(&labels))
         };
         let closed = |end: End| {
             let labels = ClosedLabels { listener: Arc::clone(&name), engine, reason: end.name() };
@@ -176,7 +176,7 @@ impl ListenerMetrics {
         Self(Arc::new(Handles {
             accepted: families.accepted.get_or_create_owned(&plain),
             active: families.active.get_or_create_owned(&served),
-            refused: RefusedReason::ALL.map(refused),
+            rejected: RejectReason::ALL.map(rejected),
             closed: End::ALL.map(closed),
             headers_sent: families.headers_sent.get_or_create_owned(&served),
             headers_failed: families.headers_failed.get_or_create_owned(&served),
@@ -184,8 +184,8 @@ impl ListenerMetrics {
             to_client: planes("backend_to_client"),
             first_byte: families.first_byte.get_or_create_owned(&plain),
             enrolments: families.enrolments.get_or_create_owned(&plain),
-            held: change("held"),
-            taken_back: change("taken_back"),
+            held: change("paused"),
+            moved_to_user_space: change("moved_to_user_space"),
             resumed: change("resumed"),
             families: families.clone(),
             name,
@@ -195,11 +195,11 @@ impl ListenerMetrics {
     /// What has been counted so far.
     #[must_use]
     pub fn snapshot(&self) -> Counts {
-        let Handles { accepted, active, refused, to_backend, to_client, headers_sent, .. } = &*self.0;
+        let Handles { accepted, active, rejected, to_backend, to_client, headers_sent, .. } = &*self.0;
         Counts {
             accepted: accepted.get(),
             active: u64::try_from(active.get()).unwrap_or_default(),
-            refused: refused.iter().map(|(_, counter)| counter.get()).sum(),
+            rejected: rejected.iter().map(|(_, counter)| counter.get()).sum(),
             headers_sent: headers_sent.get(),
             to_backend: to_backend.total(),
             to_client: to_client.total(),
@@ -213,8 +213,8 @@ impl ListenerMetrics {
 
     /// A connection was turned away before it was admitted. What [`ListenerMetrics::closed`] reports counts
     /// itself.
-    pub fn refused(&self, reason: RefusedReason) {
-        count(&self.0.refused, reason);
+    pub fn rejected(&self, reason: RejectReason) {
+        count(&self.0.rejected, reason);
     }
 
     /// A connection is being served, until the guard goes.
@@ -223,11 +223,11 @@ impl ListenerMetrics {
         Active(self.0.active.clone())
     }
 
-    /// An admitted connection ended; if that was before its backend spoke, it counts as refused as well.
+    /// An admitted connection ended; if that was before its backend spoke, it counts as rejected as well.
     pub fn closed(&self, end: End) {
         count(&self.0.closed, end);
-        if let Some(reason) = RefusedReason::of(end) {
-            self.refused(reason);
+        if let Some(reason) = RejectReason::of(end) {
+            self.rejected(reason);
         }
     }
 
@@ -263,8 +263,8 @@ impl ListenerMetrics {
     }
 
     /// User space carries a direction that was held.
-    pub fn taken_back(&self) {
-        self.0.taken_back.inc();
+    pub fn moved_to_user_space(&self) {
+        self.0.moved_to_user_space.inc();
     }
 
     /// The kernel carries it again.

@@ -24,7 +24,7 @@ use prometheus_client::{
 
 use self::{backends::Watched, programs::Programs};
 pub use self::{
-    listener::{Active, Counts, ListenerMetrics, RefusedReason},
+    listener::{Active, Counts, ListenerMetrics, RejectReason},
     programs::BpfCounters,
 };
 use crate::{backend::Backends, selftest::Check, session::Ledger};
@@ -59,7 +59,7 @@ struct Inner {
 struct Families {
     accepted: Family<ListenerLabels, Counter>,
     active: Family<ServedLabels, Gauge>,
-    refused: Family<ReasonLabels, Counter>,
+    rejected: Family<ReasonLabels, Counter>,
     closed: Family<ClosedLabels, Counter>,
     headers_sent: Family<ServedLabels, Counter>,
     headers_failed: Family<ServedLabels, Counter>,
@@ -203,7 +203,7 @@ impl Metrics {
         );
         let reloads = Family::<ResultLabels, Counter>::default();
         let result = |applied| {
-            let result = if applied { "applied" } else { "refused" };
+            let result = if applied { "applied" } else { "rejected" };
             (applied, reloads.get_or_create_owned(&ResultLabels { result }))
         };
         let results = [true, false].map(result);
@@ -328,7 +328,7 @@ impl Families {
         let families = Self {
             accepted: Family::default(),
             active: Family::default(),
-            refused: Family::default(),
+            rejected: Family::default(),
             closed: Family::default(),
             headers_sent: Family::default(),
             headers_failed: Family::default(),
@@ -349,9 +349,9 @@ impl Families {
         injector.register("connections_accepted", "Connections accepted", families.accepted.clone());
         injector.register("connections_active", "Connections being served", families.active.clone());
         injector.register(
-            "connections_refused",
+            "connections_rejected",
             "Connections that were turned away before their backend spoke",
-            families.refused.clone(),
+            families.rejected.clone(),
         );
         injector.register("connections_closed", "Connections served to their end", families.closed.clone());
         injector.register("headers_sent", "PROXY headers sent to a backend", families.headers_sent.clone());
@@ -457,7 +457,7 @@ mod tests {
             ("injector_connections_accepted", ("counter", None)),
             ("injector_connections_active", ("gauge", None)),
             ("injector_connections_closed", ("counter", None)),
-            ("injector_connections_refused", ("counter", None)),
+            ("injector_connections_rejected", ("counter", None)),
             ("injector_engine_available", ("gauge", None)),
             ("injector_enrolment_failures", ("counter", None)),
             ("injector_enrolments", ("counter", None)),
@@ -510,7 +510,7 @@ mod tests {
     #[test]
     fn the_documentation_lists_the_values_of_labels() {
         let document = include_str!("../../../docs/metrics.md");
-        for word in End::ALL.map(End::name).iter().chain(&RefusedReason::ALL.map(RefusedReason::name)) {
+        for word in End::ALL.map(End::name).iter().chain(&RejectReason::ALL.map(RejectReason::name)) {
             assert!(document.contains(&format!("`{word}`")), "{word} is not in docs/metrics.md");
         }
     }
@@ -518,9 +518,9 @@ mod tests {
     #[test]
     fn series_of_a_listener_exist_from_the_start() {
         let (metrics, _) = complete();
-        for reason in RefusedReason::ALL {
+        for reason in RejectReason::ALL {
             let series = format!(
-                "injector_connections_refused_total{{listener=\"smtp\",reason=\"{}\"}}",
+                "injector_connections_rejected_total{{listener=\"smtp\",reason=\"{}\"}}",
                 reason.name()
             );
             assert_eq!(sample(&metrics, &series), 0.0);
@@ -535,7 +535,7 @@ mod tests {
     fn what_is_reported_is_counted_where_it_belongs() {
         let (metrics, listener) = complete();
         listener.accepted();
-        listener.refused(RefusedReason::TooManyConnections);
+        listener.rejected(RejectReason::TooManyConnections);
         listener.header_sent();
         listener.header_failed();
         listener.enrolled();
@@ -552,7 +552,7 @@ mod tests {
         for (series, value) in [
             (r#"injector_connections_accepted_total{listener="smtp"}"#.to_owned(), 1.0),
             (
-                r#"injector_connections_refused_total{listener="smtp",reason="too_many_connections"}"#
+                r#"injector_connections_rejected_total{listener="smtp",reason="too_many_connections"}"#
                     .to_owned(),
                 1.0,
             ),
@@ -608,9 +608,9 @@ mod tests {
         }
         let refusals =
             ["backend_refused", "connect_timeout", "backend_unreachable", "backend_unresolved", "no_banner"];
-        for reason in RefusedReason::ALL.map(RefusedReason::name) {
+        for reason in RejectReason::ALL.map(RejectReason::name) {
             let series =
-                format!("injector_connections_refused_total{{listener=\"smtp\",reason=\"{reason}\"}}");
+                format!("injector_connections_rejected_total{{listener=\"smtp\",reason=\"{reason}\"}}");
             let expected = refusals.contains(&reason) || reason == "forged_header";
             assert_eq!(sample(&metrics, &series), f64::from(u8::from(expected)), "{reason}");
         }

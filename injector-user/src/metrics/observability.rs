@@ -338,8 +338,8 @@ fn what_is_wrong_is_found() {
     for (expr, problem) in [
         ("rate(injector_connection_accepted_total[5m])", "nobody exports injector_connection_accepted_total"),
         ("injector_backlog_bytes{listener=\"smtp\"}", "injector_backlog_bytes has no label listener"),
-        ("injector_connections_refused_total{reason=\"bannerless\"}", "no reason is matched"),
-        ("injector_connections_refused_total{reason=~\"front_.+\"}", "no reason is matched"),
+        ("injector_connections_rejected_total{reason=\"bannerless\"}", "no reason is matched"),
+        ("injector_connections_rejected_total{reason=~\"front_.+\"}", "no reason is matched"),
         ("sum by (engine) (injector_connections_accepted_total)", "by (engine)"),
         ("injector_connections_active / injector_max_connections", "is never matched"),
         ("injector_connections_active / on (listener) injector_max_connections", "on (listener)"),

@@ -91,7 +91,7 @@ impl Report {
             "success": self.fault.is_none(),
             "seconds": self.took.as_secs_f64(),
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
-            "fault": self.fault.as_ref().map(fault),
+            "failure": self.fault.as_ref().map(fault),
             "proxy_ports": self.proxy_ports.iter().map(proxy_port_json).collect::<Vec<_>>(),
             "leftovers_deleted": self.leftovers,
         })
@@ -206,7 +206,7 @@ fn proxy_port_json(port: &ProxyPort) -> serde_json::Value {
         json!({
             "address": address,
             "open": matches!(exposure, Exposure::Open { .. }),
-            "said": said,
+            "reply": said,
             "relays": match relay {
                 Some(Relay::Accepted(_)) => Some(true),
                 Some(Relay::Refused(_)) => Some(false),
@@ -281,7 +281,7 @@ mod tests {
             told.contains("failed at smtp_greeting after 1.25 s: it \"hung\" up\nwhat to do: "),
             "{told}"
         );
-        assert_eq!(failed().json()["fault"]["step"], "smtp_greeting");
+        assert_eq!(failed().json()["failure"]["step"], "smtp_greeting");
     }
 
     fn open() -> ProxyPort {

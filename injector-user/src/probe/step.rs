@@ -94,7 +94,7 @@ impl Step {
             }
             Self::SmtpGreeting | Self::ImapGreeting => {
                 "the port is open and its server says nothing, or not what it should: see whether the backend is up \
-                 and takes the PROXY header (metric injector_connections_refused_total and the backend's log)"
+                 and takes the PROXY header (metric injector_connections_rejected_total and the backend's log)"
             }
             Self::SmtpLogin | Self::ImapLogin => {
                 "check --user, the file of --password-file and --mailbox against the mail server's log"
@@ -118,7 +118,7 @@ impl Step {
             Self::ProxyPort => {
                 "close the port to all hosts but the injector's by a firewall (docs/security.md, \"Closing the PROXY \
                  ports\"); where it relays, also set smtpd_relay_restrictions=permit_sasl_authenticated,\
-                 reject_unauth_destination on that service. `injector doctor --stranger` prints both"
+                 reject_unauth_destination on that service. `injector doctor --untrusted` prints both"
             }
             Self::Cleanup => "delete the probe's messages by hand, and see whether the mailbox is read-only",
         }

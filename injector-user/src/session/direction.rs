@@ -165,7 +165,7 @@ impl Direction {
     }
 
     /// User space carries it again: all that the kernel took of the source is in the target's send queue.
-    pub(super) fn taken_back(&mut self) {
+    pub(super) fn moved_to_user_space(&mut self) {
         debug_assert_eq!(self.want(), Want::Drain);
         self.plane = Plane::Relayed;
     }
@@ -256,7 +256,7 @@ mod tests {
         direction.spliced();
         direction.held_back();
         assert_eq!((direction.want(), direction.plane()), (Want::Drain, Plane::Held));
-        direction.taken_back();
+        direction.moved_to_user_space();
         assert_eq!((direction.want(), direction.can_splice()), (Want::Read, true));
     }
 
@@ -271,7 +271,7 @@ mod tests {
         direction.resumed();
         assert_eq!(direction.want(), Want::Hangup);
         direction.held_back();
-        direction.taken_back();
+        direction.moved_to_user_space();
         direction.offered();
         direction.held_back();
         assert_eq!(direction.want(), Want::Drain);
@@ -350,7 +350,7 @@ mod tests {
                     }
                     (Step::Splices, _) if direction.can_splice() => direction.spliced(),
                     (Step::Holds, Want::Hangup | Want::Proof) => direction.held_back(),
-                    (Step::TakesBack, Want::Drain) => direction.taken_back(),
+                    (Step::TakesBack, Want::Drain) => direction.moved_to_user_space(),
                     (Step::Finishes, Want::Read | Want::Write | Want::Hangup) => direction.source_finished(),
                     _ => {}
                 }
@@ -361,7 +361,7 @@ mod tests {
             }
             // Then the target drains: it always comes to an end.
             if direction.want() == Want::Drain {
-                direction.taken_back();
+                direction.moved_to_user_space();
             }
             direction.source_finished();
             loop {

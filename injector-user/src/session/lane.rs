@@ -492,7 +492,7 @@ impl Lane {
         let total = self.share.set(backlog.bytes);
         if backlog.bytes == 0 {
             self.pause.end();
-            self.direction.taken_back();
+            self.direction.moved_to_user_space();
             return Poll::Ready(Ok(Progress::TakenBack));
         }
         if context.marks.judge(backlog.bytes, total) == Judgement::Reset {

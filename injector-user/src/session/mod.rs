@@ -333,7 +333,7 @@ fn unreachable(error: &Unreachable) -> End {
         {
             End::Internal
         }
-        Unreachable::Other { .. } | Unreachable::TakenOut => End::BackendUnreachable,
+        Unreachable::Other { .. } | Unreachable::AllDisabled => End::BackendUnreachable,
     }
 }
 

@@ -216,7 +216,7 @@ impl Model {
                     self.direction.source_finished();
                 }
             }
-            Want::Drain if self.parked.is_empty() => self.direction.taken_back(),
+            Want::Drain if self.parked.is_empty() => self.direction.moved_to_user_space(),
             Want::Handover if self.flow.passing == 0 || !self.received.is_empty() || self.fin => {
                 self.credit = Credit::up_to(self.flow.redirected + CREDIT);
                 self.doing = Some(Doing::Withdraw);

@@ -327,7 +327,7 @@ impl Pump {
         match progress {
             Progress::Read => self.last = Instant::now(),
             Progress::Held => self.context.metrics.held(),
-            Progress::TakenBack => self.context.metrics.taken_back(),
+            Progress::TakenBack => self.context.metrics.moved_to_user_space(),
             Progress::Resumed => self.context.metrics.resumed(),
             Progress::Other => {}
         }

@@ -265,7 +265,7 @@ impl Report {
             count("injector_enrolments_total"),
             count("injector_enrolment_failures_total"),
         )?;
-        for change in ["held", "taken_back", "resumed"] {
+        for change in ["paused", "moved_to_user_space", "resumed"] {
             write!(
                 f,
                 ", {} {change}",

@@ -132,7 +132,7 @@ impl Examination {
         let fine = findings.iter().all(|finding| finding.contains(" note "));
         let code = i32::from(!fine);
         ensure!(self.code == Some(code), "exit code {:?}, expected {code}", self.code);
-        ensure!(self.json.get("fine").and_then(Value::as_bool) == Some(fine), "`fine` is not {fine}");
+        ensure!(self.json.get("ok").and_then(Value::as_bool) == Some(fine), "`ok` is not {fine}");
         Ok(())
     }
 

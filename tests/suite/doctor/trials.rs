@@ -208,7 +208,7 @@ fn shut(stage: &Stage, seen: &Examination) -> anyhow::Result<()> {
 fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
     let port = postfixes::FORGEABLE_BY_STRANGERS;
     let open = [listener("open", "submission", &both(port))];
-    let seen = examine(&stage.topology.client, &open, &["--stranger"])?;
+    let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
     let [v4, v6] = Family::ALL.map(|family| format!("open/{} forgeable", at(family, port)));
     seen.expect(&[&v4, &v6])?;
     seen.advises(&format!(
@@ -219,7 +219,7 @@ fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
         listener("imaps", "imaps", &both(dovecots::IMAPS)),
         listener("bare", "submission", &[ipv4(postfixes::BARE_SMTPD)]),
     ];
-    examine(&stage.topology.client, &shut, &["--stranger"])?.expect(&[])
+    examine(&stage.topology.client, &shut, &["--untrusted"])?.expect(&[])
 }
 
 /// What the doctor may never do is looked for in Postfix' log: a message would have a Message-ID, and a place in the queue.
@@ -253,13 +253,13 @@ fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
 fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
     let port = postfixes::STOCK_OPEN;
     let open = [listener("open", "submission", &[ipv4(port)])];
-    let seen = examine(&stage.topology.client, &open, &["--stranger"])?;
+    let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
     seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
     // On the injector's host: a header from its other addresses is believed as well.
     let edge = examine(&stage.topology.edge, &open, &[])?;
     edge.expect(&[&format!("open/{} forgeable", ipv4(port)), &format!("open/{} open_relay", ipv4(port))])?;
     shut(stage, &edge)?;
-    examine(&stage.topology.client, &open, &["--stranger"])?.expect(&[])?;
+    examine(&stage.topology.client, &open, &["--untrusted"])?.expect(&[])?;
     let note = format!("open/{} note relays_for_localhost", ipv4(port));
     examine(&stage.topology.edge, &open, &[])?.expect(&[&note])?;
     nothing_sent(stage)
@@ -284,7 +284,7 @@ fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
     seen.expect(&expected.iter().map(String::as_str).collect::<Vec<_>>())?;
     ensure!(seen.relay_answers() == ["accepted", "refused"].repeat(4), "{:?}", seen.relay_answers());
     // Shut to strangers, it is nobody's relay.
-    examine(&stage.topology.client, &listeners, &["--stranger"])?.expect(&[])?;
+    examine(&stage.topology.client, &listeners, &["--untrusted"])?.expect(&[])?;
     nothing_sent(stage)
 }
 

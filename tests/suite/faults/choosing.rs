@@ -130,7 +130,7 @@ fn told(world: &World) -> anyhow::Result<()> {
 
 fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
     let found = selftest(world, &WITHOUT_RIGHTS)?;
-    let fault = found["inline"]["fault"].as_str().context("no fault")?;
+    let fault = found["inline"]["failure"].as_str().context("no fault")?;
     ensure!(fault.contains("CAP_BPF and CAP_NET_ADMIN"), "{fault}");
     Ok(())
 }

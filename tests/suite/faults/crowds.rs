@@ -361,7 +361,7 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
     drop((new_client, new_server, client, server));
     finished(&injector, 4)?;
     let refused = [("reason", "no_descriptors")];
-    counted(&injector, "injector_connections_refused_total", &refused, TURNED_AWAY as f64)?;
+    counted(&injector, "injector_connections_rejected_total", &refused, TURNED_AWAY as f64)?;
     // No backend was touched for those who were turned away.
     backend.set_nonblocking(true)?;
     ensure!(accept_now(&backend)?.is_none(), "a connection to the backend for somebody who was turned away");

@@ -49,7 +49,7 @@ fn backend_refuses(world: &World, engine: &str, protocol: &str, line: Option<&st
     let injector = world.injector(engine, protocol, "")?;
     refused(world, line)?;
     ended(&injector, "backend_refused")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_refused")], 1.0)
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "backend_refused")], 1.0)
 }
 
 fn backend_silent(world: &World, engine: &str) -> anyhow::Result<()> {
@@ -58,14 +58,14 @@ fn backend_silent(world: &World, engine: &str) -> anyhow::Result<()> {
     let injector = world.injector(engine, "smtp", extra)?;
     refused(world, Some("421 4.3.2 "))?;
     ended(&injector, "connect_timeout")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "connect_timeout")], 1.0)
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "connect_timeout")], 1.0)
 }
 
 fn backend_unresolved(world: &World, engine: &str) -> anyhow::Result<()> {
     let injector = world.injector(engine, "smtp", "backends = [\"nowhere.invalid:25\"]")?;
     refused(world, Some("421 4.3.2 "))?;
     ended(&injector, "backend_unresolved")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "backend_unresolved")], 1.0)
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "backend_unresolved")], 1.0)
 }
 
 fn backend_closes_early(world: &World, engine: &str) -> anyhow::Result<()> {
@@ -75,7 +75,7 @@ fn backend_closes_early(world: &World, engine: &str) -> anyhow::Result<()> {
     refused(world, Some("421 4.3.2 "))?;
     closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
     ended(&injector, "no_banner")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "no_banner")], 1.0)
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "no_banner")], 1.0)
 }
 
 fn backend_resets_early(world: &World, engine: &str) -> anyhow::Result<()> {
@@ -109,7 +109,7 @@ fn too_many(world: &World, engine: &str) -> anyhow::Result<()> {
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 one\r\n")?;
     refused(world, Some("421 4.3.2 Too many"))?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "too_many_connections")], 1.0)?;
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "too_many_connections")], 1.0)?;
     counted(&injector, "injector_connections_active", &[], 1.0)?;
     drop((client, server));
     finished(&injector, 1)?;
@@ -139,7 +139,7 @@ fn forged(world: &World, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Re
     ensure!(reset || ending(&mut client)? == Ending::Reset(Vec::new()), "the forging client was not reset");
     ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend read something forged");
     ended(&injector, "forged_header")?;
-    counted(&injector, "injector_connections_refused_total", &[("reason", "forged_header")], 1.0)
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "forged_header")], 1.0)
 }
 
 /// Where the client speaks first, the backend does not even get a header.

@@ -131,7 +131,7 @@ fn few_descriptors(world: &World) -> anyhow::Result<()> {
     crate::world::expect(&mut third, b"421 4.3.2 Too many connections, try again later\r\n")?;
     crate::world::counted(
         &injector,
-        "injector_connections_refused_total",
+        "injector_connections_rejected_total",
         &[("reason", "no_descriptors")],
         1.0,
     )

@@ -272,7 +272,7 @@ fn stalled(world: &World, engine: &str, reader: Reader) -> anyhow::Result<()> {
     })
     .with_context(|| format!("logged:\n{}", injector.log()))?;
     if engine == "splice" {
-        ensure!(changes("taken_back")? > 0.5, "the source was not let go");
+        ensure!(changes("moved_to_user_space")? > 0.5, "the source was not let go");
     }
     drop((client, server));
     finished(&injector, 1)?;

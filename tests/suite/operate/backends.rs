@@ -41,7 +41,7 @@ fn standing(injector: &Injector, number: usize) -> anyhow::Result<String> {
     let status = injector.status()?;
     let all = status["listeners"][0]["backends"].as_array().cloned().unwrap_or_default();
     let one = all.into_iter().find(|backend| backend["name"] == backend_name(number));
-    Ok(one.map_or(String::new(), |one| one["standing"].as_str().unwrap_or_default().to_owned()))
+    Ok(one.map_or(String::new(), |one| one["state"].as_str().unwrap_or_default().to_owned()))
 }
 
 fn stands(injector: &Injector, number: usize, expected: &str) -> anyhow::Result<()> {

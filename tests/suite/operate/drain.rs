@@ -33,7 +33,7 @@ fn told(world: &World, engine: &str) -> anyhow::Result<()> {
     ensure!(injector.metrics()?.sum("injector_listener_draining", &[]) > 0.5);
     client.talk()?;
     client.quit()?;
-    let refused = injector.metrics()?.sum("injector_connections_refused_total", &[("reason", "draining")]);
+    let refused = injector.metrics()?.sum("injector_connections_rejected_total", &[("reason", "draining")]);
     ensure!((refused - 1.0).abs() < 0.5, "{refused}");
     let said = injector.command(&["resume", "test"])?;
     ensure!(said == "serving again: test\n", "{said}");

@@ -67,11 +67,18 @@ fn come_and_go(world: &World, engine: &str) -> anyhow::Result<()> {
     // The session may go on for its time, and is cut then.
     client.talk()?;
     let status = injector.status()?;
-    ensure!(status["leaving"][0]["name"] == "more" && status["leaving"][0]["sessions"] == 1, "{status:#}");
+    ensure!(
+        status["removed_listeners"][0]["name"] == "more" && status["removed_listeners"][0]["sessions"] == 1,
+        "{status:#}"
+    );
     client.ends()?;
     let cut = injector.sessions_within(1)?;
     ensure!(cut[0].field("reason").as_deref() == Some("aborted"), "{cut:?}");
-    eventually("leaving", || injector.status(), |status| status["leaving"] == serde_json::json!([]))?;
+    eventually(
+        "leaving",
+        || injector.status(),
+        |status| status["removed_listeners"] == serde_json::json!([]),
+    )?;
     world.who_answers()?;
     Ok(())
 }
@@ -118,13 +125,13 @@ fn mistake(world: &World, engine: &str) -> anyhow::Result<()> {
     let (status, said) = injector.try_command(&["reload"])?;
     ensure!(!status.success() && said.contains("backends \"mail\": the port is missing"), "{said}");
     world.who_answers()?;
-    let refused = injector.status()?["config"]["refused"].clone();
+    let refused = injector.status()?["config"]["reload_error"].clone();
     ensure!(refused.as_str().is_some_and(|why| why.contains("the port is missing")), "{refused}");
     let metrics = injector.metrics()?;
-    ensure!(metrics.sum("injector_config_reloads_total", &[("result", "refused")]) > 0.5);
+    ensure!(metrics.sum("injector_config_reloads_total", &[("result", "rejected")]) > 0.5);
     // And is forgotten when the file is right again.
     reload(&injector, &config.text())?;
-    ensure!(injector.status()?["config"]["refused"].is_null());
+    ensure!(injector.status()?["config"]["reload_error"].is_null());
     Ok(())
 }
 

@@ -370,9 +370,9 @@ impl Outcome {
 
     fn ensure_failed_at(&self, step: &str) -> anyhow::Result<()> {
         ensure!(!self.succeeded, "the probe passed:\n{}", self.output);
-        let failed = self.report.as_ref().and_then(|report| report["fault"]["step"].as_str());
+        let failed = self.report.as_ref().and_then(|report| report["failure"]["step"].as_str());
         ensure!(failed == Some(step), "failed at {failed:?}, not at {step}:\n{}", self.output);
-        let advice = self.report.as_ref().and_then(|report| report["fault"]["advice"].as_str());
+        let advice = self.report.as_ref().and_then(|report| report["failure"]["advice"].as_str());
         ensure!(advice.is_some_and(|advice| !advice.is_empty()), "no advice:\n{}", self.output);
         Ok(())
     }

@@ -183,7 +183,7 @@ const ROWS: &[Row] = &[
                 "cps",
                 12,
                 &[q(
-                    "sum by (reason) (rate(injector_connections_refused_total{@listener}[$__rate_interval]))",
+                    "sum by (reason) (rate(injector_connections_rejected_total{@listener}[$__rate_interval]))",
                     "{{reason}}",
                 )],
             )
@@ -298,7 +298,7 @@ const ROWS: &[Row] = &[
                     q("sum(rate(injector_enrolments_total{@listener}[$__rate_interval]))", "handed to the kernel"),
                     q(
                         "sum by (reason) (rate(injector_enrolment_failures_total{@listener}[$__rate_interval]))",
-                        "refused: {{reason}}",
+                        "rejected: {{reason}}",
                     ),
                 ],
             ),

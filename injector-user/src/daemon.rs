@@ -32,7 +32,7 @@ use crate::{
 /// # Errors
 /// When it cannot start; each says what to do.
 pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow::Result<()> {
-    let nofile = sys::raise_nofile().context("reading the limit of open files")?;
+    let nofile = sys::raise_nofile();
     let carried = serving::carried(&config, nofile);
     if carried == 0 {
         bail!(

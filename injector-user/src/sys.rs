@@ -2,10 +2,16 @@
 
 use std::{
     io,
-    mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
+#[cfg(feature = "bpf")]
+use rustix::mm;
+use rustix::{
+    buffer::spare_capacity,
+    event::{self, PollFd, PollFlags, Timespec, epoll},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// What `TCP_INFO` says of a socket (struct tcp_info, include/uapi/linux/tcp.h).
@@ -67,6 +73,8 @@ pub fn unacknowledged(socket: &impl AsRawFd) -> io::Result<u64> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
     u64::try_from(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
+
+const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// The length of an option that is one int.
 const INT: libc::socklen_t = 4;
@@ -130,20 +138,10 @@ pub fn attach_filter(socket: &impl AsRawFd, program: BorrowedFd<'_>) -> io::Resu
     set_int(socket, libc::SOL_SOCKET, libc::SO_ATTACH_BPF, program.as_raw_fd())
 }
 
-/// Takes the socket filter off (`SO_DETACH_BPF`).
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn detach_filter(socket: &impl AsRawFd) -> io::Result<()> {
-    set_int(socket, libc::SOL_SOCKET, libc::SO_DETACH_BPF, 0)
-}
-
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of `bpf_ktime_get_ns`.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the structure is writable; with this clock and a valid pointer the call cannot fail.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
     seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
@@ -174,11 +172,8 @@ impl Words {
         let len = count * size_of::<u64>();
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, array.as_raw_fd(), 0)
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+            mm::mmap(std::ptr::null_mut(), len, mm::ProtFlags::READ, mm::MapFlags::SHARED, array, 0)
+        }?;
         let first = std::ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?;
         Ok(Self { first, count })
     }
@@ -196,7 +191,7 @@ impl Words {
 impl Drop for Words {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's, and no reference into it outlives it. Nobody can do anything about a failure.
-        let _ = unsafe { libc::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };
+        let _ = unsafe { mm::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };
     }
 }
 
@@ -216,33 +211,25 @@ pub fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// The soft limit of open descriptors after raising it as far as the hard limit allows.
-///
-/// # Errors
-/// As getrlimit(2). Failing to raise is no error: the present limit is returned.
-pub fn raise_nofile() -> io::Result<u64> {
-    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
-    // SAFETY: getrlimit fills the structure when it returns 0.
-    let mut limit = unsafe {
-        check(libc::getrlimit(libc::RLIMIT_NOFILE, limit.as_mut_ptr()))?;
-        limit.assume_init()
-    };
-    let before = limit.rlim_cur;
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: a valid structure, read only.
-    let raised = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0;
-    Ok(if raised { limit.rlim_cur } else { before })
+/// The soft limit of open descriptors after raising it as far as the hard limit allows. When the
+/// kernel refuses to raise it, the present limit is returned.
+#[must_use]
+pub fn raise_nofile() -> u64 {
+    let before = getrlimit(Resource::Nofile);
+    let wanted = Rlimit { current: before.maximum, ..before };
+    let limit = if setrlimit(Resource::Nofile, wanted).is_ok() { wanted } else { before };
+    // `None` means no limit.
+    limit.current.unwrap_or(u64::MAX)
 }
 
 /// Whether `socket` is readable at this moment; a listening one, whether a client waits.
 ///
 /// # Errors
 /// As poll(2).
-pub fn readable_now(socket: &impl AsRawFd) -> io::Result<bool> {
-    let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one structure, which outlives the call.
-    check(unsafe { libc::poll(&raw mut polled, 1, 0) })?;
-    Ok(polled.revents & libc::POLLIN != 0)
+pub fn readable_now(socket: &impl AsFd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(socket, PollFlags::IN)];
+    event::poll(&mut polled, Some(&NO_WAIT))?;
+    Ok(polled[0].revents().contains(PollFlags::IN))
 }
 
 /// Has the runtime poll `inner`.
@@ -275,36 +262,24 @@ impl Epoll {
     /// # Errors
     /// As epoll_create1(2).
     pub fn new() -> io::Result<Self> {
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        check(fd)?;
-        // SAFETY: the kernel has just given us this descriptor.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Self(epoll::create(epoll::CreateFlags::CLOEXEC)?))
     }
 
     /// Watches `socket` for the peer's FIN, errors and hang-up, edge-triggered.
     ///
     /// # Errors
     /// As epoll_ctl(2).
-    pub fn add(&self, socket: &impl AsRawFd, key: u64) -> io::Result<()> {
-        #[expect(clippy::cast_sign_loss, reason = "EPOLLET is the sign bit of a mask")]
-        let events = (libc::EPOLLRDHUP | libc::EPOLLET) as u32;
-        let mut event = libc::epoll_event { events, u64: key };
-        // SAFETY: the event is read during the call.
-        check(unsafe {
-            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, socket.as_raw_fd(), &raw mut event)
-        })
+    pub fn add(&self, socket: &impl AsFd, key: u64) -> io::Result<()> {
+        let events = epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        Ok(epoll::add(&self.0, socket, epoll::EventData::new_u64(key), events)?)
     }
 
     /// Forgets `socket`.
     ///
     /// # Errors
     /// As epoll_ctl(2).
-    pub fn remove(&self, socket: &impl AsRawFd) -> io::Result<()> {
-        // SAFETY: EPOLL_CTL_DEL reads no event.
-        check(unsafe {
-            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_DEL, socket.as_raw_fd(), std::ptr::null_mut())
-        })
+    pub fn remove(&self, socket: &impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.0, socket)?)
     }
 
     /// What has happened, without waiting; at most 64 events a call.
@@ -312,17 +287,12 @@ impl Epoll {
     /// # Errors
     /// As epoll_wait(2).
     pub fn wait(&self) -> io::Result<Vec<Hangup>> {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
-        // SAFETY: the array is writable for as many events as it is said to hold.
-        let count = unsafe { libc::epoll_wait(self.0.as_raw_fd(), events.as_mut_ptr(), 64, 0) };
-        check(count)?;
-        #[expect(clippy::cast_sign_loss, reason = "a mask, and a count that was just checked")]
-        let (broken, count) = ((libc::EPOLLERR | libc::EPOLLHUP) as u32, count as usize);
-        Ok(events
-            .iter()
-            .take(count)
-            .map(|event| Hangup { key: event.u64, broken: event.events & broken != 0 })
-            .collect())
+        let mut events = Vec::with_capacity(64);
+        epoll::wait(&self.0, spare_capacity(&mut events), Some(&NO_WAIT))?;
+        let broken = epoll::EventFlags::ERR | epoll::EventFlags::HUP;
+        let hangup =
+            |epoll::Event { flags, data, .. }| Hangup { key: data.u64(), broken: flags.intersects(broken) };
+        Ok(events.into_iter().map(hangup).collect())
     }
 }
 

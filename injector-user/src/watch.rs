@@ -74,7 +74,7 @@ impl Watch {
     ///
     /// # Errors
     /// As epoll_ctl(2); a socket can be watched once at a time.
-    pub fn add<S: AsRawFd>(&self, socket: S, cookie: u64) -> io::Result<Watched<S>> {
+    pub fn add<S: AsFd>(&self, socket: S, cookie: u64) -> io::Result<Watched<S>> {
         let signal = Arc::new(Signal::default());
         self.0.lock().insert(cookie, Arc::clone(&signal));
         let watched = Watched { watch: self.clone(), socket, cookie, signal };
@@ -85,14 +85,14 @@ impl Watch {
 
 /// A watched socket.
 #[derive(Debug)]
-pub struct Watched<S: AsRawFd> {
+pub struct Watched<S: AsFd> {
     watch: Watch,
     socket: S,
     cookie: u64,
     signal: Arc<Signal>,
 }
 
-impl<S: AsRawFd> Watched<S> {
+impl<S: AsFd> Watched<S> {
     /// Whether the peer has finished sending, or the socket is broken.
     pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
         self.poll(task, &self.signal.finished)
@@ -110,7 +110,7 @@ impl<S: AsRawFd> Watched<S> {
     }
 }
 
-impl<S: AsRawFd> Drop for Watched<S> {
+impl<S: AsFd> Drop for Watched<S> {
     fn drop(&mut self) {
         // A closed socket leaves epoll by itself.
         let _ = self.watch.0.epoll.remove(&self.socket);

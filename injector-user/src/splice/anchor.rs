@@ -35,7 +35,7 @@ impl engine::Anchor for Anchor {
 
 impl Drop for Anchor {
     fn drop(&mut self) {
-        // It fails on no open socket.
-        let _ = sys::detach_filter(&self.socket);
+        // `SO_DETACH_FILTER` detaches BPF programs too. It does not fail on an open socket.
+        let _ = self.socket.detach_filter();
     }
 }

@@ -37,6 +37,8 @@ pub struct Flow {
     pub waits: u32,
     /// The client, and where it connected to.
     pub addresses: HeaderAddresses,
+    /// Makes what follows start on a word's boundary.
+    pub reserved: u32,
     /// `CLOCK_MONOTONIC` of the first SYN, in nanoseconds.
     pub created_ns: u64,
     /// The same of the last packet; no later than it by a tick of the kernel's clock ([`Flow::last_tick`]).

@@ -5,5 +5,7 @@
 #![no_std]
 
 pub mod inline;
+#[cfg(feature = "user")]
+mod pod;
 pub mod proxy;
 pub mod splice;

@@ -9,6 +9,7 @@ pub const HEADER_CAPACITY: usize = crate::proxy::MAX_LEN;
 /// The value in a backend socket's storage (map `HEADERS`): the bytes that `inject` puts in front of the first
 /// payload.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug)]
 pub struct Header {
     /// Bytes used of `bytes`, from [`Header::SHORTEST`] to [`HEADER_CAPACITY`].
@@ -88,6 +89,7 @@ impl Anchor {
 
 /// The value for one spliced direction (map `FLOWS`, by the source's socket cookie).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
     /// Bytes handed to the target since the flow was made.
@@ -135,6 +137,7 @@ pub const fn repeated(next: u32, sequence: u32, len: u32) -> Option<u32> {
 /// How far the program may go in one spliced direction (map `CREDIT`, by the source's socket cookie). Written by the
 /// daemon alone: the flow is the program's.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credit {
     /// How many bytes may be redirected in all, raised as the target takes them.
@@ -193,6 +196,7 @@ pub const fn next_alarm(redirected: u64, step: u64) -> u64 {
 
 /// What the program puts into the ring buffer `ALARMS`: look at the target of this source.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alarm {
     /// The source's socket cookie.
@@ -293,16 +297,6 @@ impl Counter {
             Self::AlarmLost => ("verdict", "alarm_lost"),
         }
     }
-}
-
-#[cfg(feature = "user")]
-mod pod {
-    // SAFETY: `repr(C)`, plain integers and bytes, no padding, every bit pattern valid.
-    unsafe impl aya::Pod for super::Header {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for super::Flow {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for super::Credit {}
 }
 
 #[cfg(test)]

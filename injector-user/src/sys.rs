@@ -1,4 +1,5 @@
-//! The system calls that no crate wraps: the only module of the daemon with `unsafe` in it.
+//! The system calls that no crate wraps. All of the daemon's `unsafe` is here, except one line in
+//! `systemd.rs`, which takes over the sockets that systemd passes.
 
 use std::{
     io,
@@ -193,22 +194,6 @@ impl Drop for Words {
         // SAFETY: the mapping is this value's, and no reference into it outlives it. Nobody can do anything about a failure.
         let _ = unsafe { mm::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };
     }
-}
-
-/// The value in a record of a ring buffer; `None` if the record is shorter.
-#[cfg(feature = "bpf")]
-#[must_use]
-pub fn read_pod<T: aya::Pod>(record: &[u8]) -> Option<T> {
-    // SAFETY: the record is as long as a `T` or longer, a `Pod` has no invalid values, and alignment does not matter.
-    (record.len() >= size_of::<T>()).then(|| unsafe { std::ptr::read_unaligned(record.as_ptr().cast()) })
-}
-
-/// The bytes of a value.
-#[cfg(feature = "bpf")]
-#[must_use]
-pub fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
-    // SAFETY: a `Pod` is made of bytes, all of which have been written.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
 /// The soft limit of open descriptors after raising it as far as the hard limit allows. When the

@@ -2,6 +2,7 @@
 
 /// An address with a port. Its alignment has the programs write it by words.
 #[repr(C, align(4))]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Address {
     /// IPv6, or IPv4 mapped into it.
@@ -50,6 +51,7 @@ impl Address {
 
 /// A connection as it looks between the edge and the backend (the key of maps `PENDING` and `FLOWS`).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Whom the backend takes for its client: the client, or the edge where it masquerades.
@@ -61,6 +63,7 @@ pub struct Key {
 /// The addresses of a header as they stand in it: the client's and the destination's, then their ports, in network order. In
 /// a packet they stand in the same order.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeaderAddresses {
     /// The first [`HeaderAddresses::IPV4`] or all.

@@ -4,6 +4,7 @@ use super::{Flow, Key};
 
 /// What happened to a connection: the daemon hears of it by the ring buffer `EVENTS`.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// One of [`Event::ACKNOWLEDGED`] and those that follow it.
@@ -27,6 +28,7 @@ impl Event {
 
 /// A connection that has ended. The daemon lists them in a packet that is never sent, for the program `sweep`.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ended {
     /// Which connection,

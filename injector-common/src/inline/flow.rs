@@ -6,6 +6,7 @@ use super::{
 
 /// Packets and payload bytes of one direction.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Packets, as forwarded: one of many segments counts one.
@@ -16,6 +17,7 @@ pub struct Tally {
 
 /// One connection (maps `PENDING` and `FLOWS`, by [`Key`](super::Key)).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
     /// The sequence number of the client's first byte.

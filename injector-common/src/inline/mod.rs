@@ -44,25 +44,3 @@ pub const HEADER_CAPACITY: usize = 232;
 pub const LEAST_MTU: usize = 1280;
 
 const _: () = assert!(HEADER_CAPACITY <= proxy::MAX_LEN && HEADER_CAPACITY.is_multiple_of(4));
-
-#[cfg(feature = "user")]
-mod pod {
-    use super::{Address, Ended, Event, Flow, Key, Listener, Slot, Template};
-
-    // SAFETY: each is `repr(C)`, plain integers and bytes, no padding, every bit pattern valid.
-    unsafe impl aya::Pod for Address {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Key {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Slot {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Listener {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Template {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Flow {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Event {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Ended {}
-}

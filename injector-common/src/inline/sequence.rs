@@ -5,6 +5,7 @@ use super::{FIN, Segment};
 /// One side's sequence numbers, in the client's numbering: modulo 2^32, and without the header. `end` and `acked` are `td_end` and
 /// `td_maxack` of `struct ip_ct_tcp_state` (include/linux/netfilter/nf_conntrack_tcp.h).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SeqState {
     /// Behind the last byte (or FIN): of the client, the last one that followed all before it without a gap.

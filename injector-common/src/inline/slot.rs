@@ -9,6 +9,7 @@ use super::HeaderAddresses;
 /// numbers are. Somebody who floods with SYNs until a slot is used again can at most have a SYN dropped, which is then
 /// sent again.
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
     /// `CLOCK_MONOTONIC` in nanoseconds; 0 if the slot is empty.

@@ -4,6 +4,7 @@ use super::HEADER_CAPACITY;
 
 /// A listener (map `LISTENERS`, by address; the address may be unspecified).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Listener {
     /// Its place in the configuration.
@@ -12,6 +13,7 @@ pub struct Listener {
 
 /// A header without its addresses (map `TEMPLATES`, at [`Template::index`]).
 #[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug)]
 pub struct Template {
     /// Length of the header; a multiple of four, for the checksum. 0 if there is none.

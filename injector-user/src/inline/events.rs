@@ -10,6 +10,7 @@ use std::{
 
 use injector_common::inline::{Ended, Event, Flag, Flow, Key};
 use tokio::io::Interest;
+use zerocopy::FromBytes as _;
 
 use super::{Inline, maps::socket_address, parties};
 use crate::{
@@ -137,7 +138,7 @@ impl Books {
                 ready = ring.readable_mut() => {
                     let mut ready = ready?;
                     while let Some(record) = ready.get_inner_mut().next() {
-                        if let Some(event) = sys::read_pod::<Event>(&record) {
+                        if let Ok((event, _)) = Event::read_from_prefix(&record) {
                             self.note(&event);
                         }
                     }

@@ -26,6 +26,7 @@ use aya::{
 };
 use injector_common::inline::{Counter, Ended, HeaderAddresses, Template};
 use thiserror::Error;
+use zerocopy::IntoBytes as _;
 
 use self::maps::Maps;
 pub use self::{
@@ -38,7 +39,6 @@ use crate::{
     header::Rendered,
     log::target,
     metrics::BpfCounters,
-    sys,
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
@@ -171,7 +171,7 @@ fn load_programs(loader: &mut EbpfLoader<'_>) -> Result<(Ebpf, Maps), bpf::LoadE
 fn sweep(programs: &Ebpf, ended: &[Ended]) -> Result<u32, ProgramError> {
     let program: &SchedClassifier = programs.program(SWEEP).ok_or(ProgramError::NotLoaded)?.try_into()?;
     let mut packet = vec![0; Ended::AT];
-    packet.extend(ended.iter().flat_map(sys::bytes_of));
+    packet.extend(ended.as_bytes());
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
     Ok(program.test_run(options)?.return_value)
 }

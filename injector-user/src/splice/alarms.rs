@@ -9,6 +9,7 @@ use std::{
 use aya::maps::{MapData, RingBuf};
 use injector_common::splice::Alarm;
 use tokio::io::Interest;
+use zerocopy::FromBytes as _;
 
 use crate::{engine::Bell, sys};
 
@@ -43,8 +44,8 @@ impl Alarms {
         loop {
             let mut ready = ring.readable_mut().await?;
             while let Some(alarm) = ready.get_inner_mut().next() {
-                if let Some(source) = alarm.first_chunk::<{ size_of::<Alarm>() }>() {
-                    self.ring(u64::from_ne_bytes(*source));
+                if let Ok((alarm, _)) = Alarm::read_from_prefix(&alarm) {
+                    self.ring(alarm.source);
                 }
             }
             ready.clear_ready();

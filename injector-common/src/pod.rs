@@ -1,0 +1,31 @@
+//! The map ABI as aya's plain data.
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::{inline, splice};
+
+/// Implements `Pod` for types whose layout zerocopy has checked.
+macro_rules! pod {
+    ($($value:ty),* $(,)?) => {$(
+        const _: () = plain::<$value>();
+
+        // SAFETY: `plain` accepts only types without padding, of which every bit pattern is valid.
+        unsafe impl aya::Pod for $value {}
+    )*};
+}
+
+const fn plain<T: FromBytes + IntoBytes>() {}
+
+pod!(
+    inline::Address,
+    inline::Ended,
+    inline::Event,
+    inline::Flow,
+    inline::Key,
+    inline::Listener,
+    inline::Slot,
+    inline::Template,
+    splice::Credit,
+    splice::Flow,
+    splice::Header,
+);

@@ -68,14 +68,14 @@ where
 
 /// A map whose entries many threads make and remove. aya wants a map to itself for that, and a thread that waits for another's
 /// bpf(2) call sleeps and is woken: so there are several handles, of which the first that is free is taken.
-pub(crate) struct Handles<M> {
+pub(crate) struct MapPool<M> {
     first: Mutex<M>,
     others: Box<[Mutex<M>]>,
 }
 
-impl<M> Handles<M> {
+impl<M> MapPool<M> {
     /// Each takes a descriptor.
-    const MOST: usize = 8;
+    const MAX: usize = 8;
 
     /// As many handles of the object's map as threads run at a time. The first is the object's own: programs that are loaded
     /// from now on name the map by its descriptor.
@@ -86,7 +86,7 @@ impl<M> Handles<M> {
         let failed = |error| LoadError::Map { map, error };
         let data = take_data(programs, map)?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let others: Result<_, _> = (1..processors.min(Self::MOST)).map(|_| another(&data)).collect();
+        let others: Result<_, _> = (1..processors.min(Self::MAX)).map(|_| another(&data)).collect();
         Ok(Self { others: others.map_err(failed)?, first: handle(data).map_err(failed)? })
     }
 

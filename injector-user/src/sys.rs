@@ -151,20 +151,20 @@ pub fn monotonic_ns() -> u64 {
 /// system call.
 #[cfg(feature = "bpf")]
 #[derive(Debug)]
-pub struct Words {
+pub struct MmapArray {
     first: std::ptr::NonNull<std::sync::atomic::AtomicU64>,
     count: usize,
 }
 
 // SAFETY: shared memory that is only read, by atomic loads; the mapping lives as long as the value.
 #[cfg(feature = "bpf")]
-unsafe impl Send for Words {}
+unsafe impl Send for MmapArray {}
 // SAFETY: as above.
 #[cfg(feature = "bpf")]
-unsafe impl Sync for Words {}
+unsafe impl Sync for MmapArray {}
 
 #[cfg(feature = "bpf")]
-impl Words {
+impl MmapArray {
     /// The first `count` words of the array.
     ///
     /// # Errors
@@ -189,7 +189,7 @@ impl Words {
 }
 
 #[cfg(feature = "bpf")]
-impl Drop for Words {
+impl Drop for MmapArray {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's, and no reference into it outlives it. Nobody can do anything about a failure.
         let _ = unsafe { mm::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };

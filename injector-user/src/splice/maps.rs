@@ -12,22 +12,22 @@ use aya::{
 use injector_common::splice::{ANCHORS, Anchor, Counter, Credit, Flow, Header};
 
 use crate::{
-    bpf::{Handles, LoadError, take_data, take_map as take},
-    sys::Words,
+    bpf::{LoadError, MapPool, take_data, take_map as take},
+    sys::MmapArray,
 };
 
-type Sockets = Handles<SockHash<MapData, u64>>;
+type Sockets = MapPool<SockHash<MapData, u64>>;
 
 pub(super) struct Maps {
     pub(super) inject: Sockets,
     pub(super) verdict: Sockets,
     targets: Sockets,
-    headers: Handles<SkStorage<MapData, Header>>,
-    flows: Handles<HashMap<MapData, u64, Flow>>,
-    anchors: Words,
+    headers: MapPool<SkStorage<MapData, Header>>,
+    flows: MapPool<HashMap<MapData, u64, Flow>>,
+    anchors: MmapArray,
     /// Programs that are loaded later name the map by its descriptor.
     _anchors: MapData,
-    credit: Handles<HashMap<MapData, u64, Credit>>,
+    credit: MapPool<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
     pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
 }
@@ -35,17 +35,17 @@ pub(super) struct Maps {
 impl Maps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
         let array = take_data(programs, "ANCHORS")?;
-        let words = Words::of(array.fd().as_fd(), ANCHORS as usize);
+        let words = MmapArray::of(array.fd().as_fd(), ANCHORS as usize);
         let anchors = words.map_err(|error| LoadError::Memory { map: "ANCHORS", error })?;
         Ok(Self {
-            inject: Handles::take(programs, "INJECT")?,
-            verdict: Handles::take(programs, "VERDICT")?,
-            targets: Handles::take(programs, "TARGETS")?,
-            headers: Handles::take(programs, "HEADERS")?,
-            flows: Handles::take(programs, "FLOWS")?,
+            inject: MapPool::take(programs, "INJECT")?,
+            verdict: MapPool::take(programs, "VERDICT")?,
+            targets: MapPool::take(programs, "TARGETS")?,
+            headers: MapPool::take(programs, "HEADERS")?,
+            flows: MapPool::take(programs, "FLOWS")?,
             anchors,
             _anchors: array,
-            credit: Handles::take(programs, "CREDIT")?,
+            credit: MapPool::take(programs, "CREDIT")?,
             counters: take(programs, "COUNTERS")?,
             alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
         })

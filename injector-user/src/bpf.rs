@@ -1,4 +1,4 @@
-//! What both engines in the kernel need of aya: programs and maps by name, reports on programs, and errors in words.
+//! What both kernel engines use from aya: programs and maps by name, program reports, error texts.
 
 use std::{
     os::fd::AsFd as _,
@@ -13,34 +13,34 @@ use aya::{
 };
 use thiserror::Error;
 
-/// Why programs or maps cannot be had.
+/// Why programs or maps cannot be loaded or used.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// The kernel did not take the object: no rights, or a mechanism that it does not have.
+    /// The kernel rejected the object: missing capabilities, or a feature that it does not have.
     #[error("loading the BPF programs: {}{}", chain(.0), advice(.0))]
     Load(#[from] EbpfError),
-    /// A program was refused, by the verifier or at attachment.
+    /// A program was rejected, by the verifier or at attachment.
     #[error("program {program}: {}", refusal(.error))]
     Program {
         /// Its name.
         program: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         error: ProgramError,
     },
-    /// A map is not what the daemon expects, or does not take what it is told.
+    /// A map differs from what the daemon expects, or an operation on it failed.
     #[error("map {map}: {}", chain(.error))]
     Map {
         /// Its name.
         map: &'static str,
-        /// What is wrong.
+        /// The cause.
         error: MapError,
     },
-    /// A map whose memory the daemon cannot read.
+    /// A map whose memory the daemon cannot map.
     #[error("map {map}: its memory cannot be read: {error}; memory-mapped arrays need Linux 5.5")]
     Memory {
         /// Its name.
         map: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         error: std::io::Error,
     },
     /// The object in this binary lacks a part: daemon and programs were not built together.
@@ -48,7 +48,7 @@ pub enum LoadError {
     Missing(&'static str),
 }
 
-/// A program of the object.
+/// Finds a program of the object.
 pub(crate) fn program<'a, P>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
 where
     &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
@@ -57,7 +57,7 @@ where
     program.try_into().map_err(|error| LoadError::Program { program: name, error })
 }
 
-/// A map of the object, out of its hands.
+/// Takes a map out of the object.
 pub(crate) fn take_map<M>(programs: &mut Ebpf, map: &'static str) -> Result<M, LoadError>
 where
     M: TryFrom<Map, Error = MapError>,
@@ -66,19 +66,20 @@ where
     data.try_into().map_err(|error| LoadError::Map { map, error })
 }
 
-/// A map whose entries many threads make and remove. aya wants a map to itself for that, and a thread that waits for another's
-/// bpf(2) call sleeps and is woken: so there are several handles, of which the first that is free is taken.
+/// Handles to one map whose entries many threads insert and remove. aya needs exclusive access for
+/// that, and a thread that waits for another thread's bpf(2) call sleeps and is woken. With several
+/// handles, a thread takes the first free one.
 pub(crate) struct MapPool<M> {
     first: Mutex<M>,
     others: Box<[Mutex<M>]>,
 }
 
 impl<M> MapPool<M> {
-    /// Each takes a descriptor.
+    /// Each handle takes a descriptor.
     const MAX: usize = 8;
 
-    /// As many handles of the object's map as threads run at a time. The first is the object's own: programs that are loaded
-    /// from now on name the map by its descriptor.
+    /// Takes a map out of the object, with one handle per processor, at most [`MapPool::MAX`]. The first
+    /// handle is the object's own: programs that are loaded later refer to the map by its descriptor.
     pub(crate) fn take(programs: &mut Ebpf, map: &'static str) -> Result<Self, LoadError>
     where
         M: TryFrom<Map, Error = MapError>,
@@ -90,7 +91,7 @@ impl<M> MapPool<M> {
         Ok(Self { others: others.map_err(failed)?, first: handle(data).map_err(failed)? })
     }
 
-    /// One of them, to oneself.
+    /// Locks the first free handle, or waits for the first.
     pub(crate) fn get(&self) -> MutexGuard<'_, M> {
         let mut all = std::iter::once(&self.first).chain(&self.others);
         all.find_map(|handle| handle.try_lock().ok()).unwrap_or_else(|| lock(&self.first))
@@ -107,7 +108,8 @@ fn handle<M: TryFrom<Map, Error = MapError>>(data: MapData) -> Result<Mutex<M>, 
     Map::from_map_data(data).and_then(M::try_from).map(Mutex::new)
 }
 
-/// A map of the object, whatever it holds. Keep it until the programs are loaded, which name it by its descriptor.
+/// Takes a map of any supported type out of the object. Keep it until the programs are loaded: they
+/// refer to it by its descriptor.
 pub(crate) fn take_data(programs: &mut Ebpf, map: &'static str) -> Result<MapData, LoadError> {
     match programs.take_map(map).ok_or(LoadError::Missing(map))? {
         Map::Array(data) | Map::HashMap(data) | Map::SockHash(data) | Map::SkStorage(data) => Ok(data),
@@ -115,16 +117,16 @@ pub(crate) fn take_data(programs: &mut Ebpf, map: &'static str) -> Result<MapDat
     }
 }
 
-/// A loaded program, for reports.
+/// A loaded program, for logs and `selftest`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramReport {
     /// Its name.
     pub name: String,
-    /// Instructions that the verifier walked to prove it safe; `None` before Linux 5.16.
+    /// Instructions that the verifier processed; `None` before Linux 5.16.
     pub verified_instructions: Option<u32>,
 }
 
-/// The loaded programs and what they cost the verifier.
+/// The loaded programs and their verifier costs.
 pub(crate) fn reports(programs: &Ebpf) -> Vec<ProgramReport> {
     programs
         .programs()
@@ -136,7 +138,7 @@ pub(crate) fn reports(programs: &Ebpf) -> Vec<ProgramReport> {
         .collect()
 }
 
-/// Locks, whatever a thread that panicked has left.
+/// Locks, even if a thread panicked while it held the lock.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -156,15 +158,15 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Why a program was refused; of the verifier's log the last words, which name the fault.
+/// Why a program was rejected, with the last two lines of the verifier's log, which name the fault.
 fn refusal(error: &ProgramError) -> String {
     let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
     let log = verifier_log.to_string();
     let statistics = ["verification time", "stack depth", "processed"];
-    let told = log.lines().filter(|line| !statistics.iter().any(|start| line.starts_with(start)));
-    let last: Vec<_> = told.filter(|line| !line.is_empty()).collect();
+    let lines = log.lines().filter(|line| !statistics.iter().any(|start| line.starts_with(start)));
+    let last: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
     let last = last.split_at_checked(last.len().saturating_sub(2)).map_or(&last[..], |(_, last)| last);
-    format!("{io_error}; the verifier's last words: {}", last.join("; "))
+    format!("{io_error}; the verifier's last lines: {}", last.join("; "))
 }
 
 fn advice(error: &EbpfError) -> &'static str {

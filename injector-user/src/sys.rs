@@ -15,28 +15,30 @@ use rustix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// What `TCP_INFO` says of a socket (struct tcp_info, include/uapi/linux/tcp.h).
+/// Fields of a socket's `TCP_INFO` (struct tcp_info, include/uapi/linux/tcp.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpInfo {
     /// One of the `TCP_*` states, [`TcpInfo::ESTABLISHED`] among them.
     pub state: u8,
-    /// Bytes the peer has acknowledged. Its zero lies anywhere: compare differences only.
+    /// Bytes the peer has acknowledged. The count starts at an arbitrary value: compare
+    /// differences only.
     pub bytes_acked: u64,
-    /// Bytes received in order since the connection began, a received FIN counting one.
+    /// Bytes received in order since the connection began. A received FIN counts as one byte.
     pub bytes_received: u64,
 }
 
 impl TcpInfo {
     /// `TCP_ESTABLISHED`, include/net/tcp_states.h.
     pub const ESTABLISHED: u8 = 1;
-    /// `TCP_CLOSE_WAIT`: the peer has finished, we have not.
+    /// `TCP_CLOSE_WAIT`: the peer has sent its FIN, this side has not.
     pub const CLOSE_WAIT: u8 = 8;
 }
 
-/// Reads `TCP_INFO`. Taking the socket lock, it also waits for a segment that the kernel is just working on.
+/// Reads `TCP_INFO`. The call takes the socket lock, so it also waits for a segment that the
+/// kernel is processing.
 ///
 /// # Errors
-/// As getsockopt(2); a kernel older than 4.1 gives a shorter structure, reported as `InvalidData`.
+/// As getsockopt(2). A kernel older than 4.1 returns a shorter structure: `InvalidData`.
 pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
     const BYTES_ACKED: usize = 120;
     const BYTES_RECEIVED: usize = 128;
@@ -64,7 +66,8 @@ pub fn tcp_info(socket: &impl AsRawFd) -> io::Result<TcpInfo> {
     Ok(TcpInfo { state: raw[0], bytes_acked: word(BYTES_ACKED)?, bytes_received: word(BYTES_RECEIVED)? })
 }
 
-/// Bytes in the socket's write queue: not sent, or sent and not acknowledged (`SIOCOUTQ`, tcp(7)).
+/// Bytes in the socket's write queue: not yet sent, or sent and not yet acknowledged (`SIOCOUTQ`,
+/// tcp(7)).
 ///
 /// # Errors
 /// As ioctl(2).
@@ -80,9 +83,9 @@ const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// The length of an option that is one int.
 const INT: libc::socklen_t = 4;
 
-/// Makes the kernel look at the receive queue again, as if a segment had just arrived: setting `SO_RCVLOWAT` calls
-/// the socket's data-ready hook (tcp_set_rcvlowat, net/ipv4/tcp.c), which is the verdict program where one is
-/// attached.
+/// Makes the kernel process the receive queue again, as if a segment had just arrived: setting
+/// `SO_RCVLOWAT` calls the socket's data-ready hook (tcp_set_rcvlowat, net/ipv4/tcp.c). On a spliced
+/// socket the hook runs the program `verdict`.
 ///
 /// # Errors
 /// As setsockopt(2).
@@ -100,7 +103,8 @@ fn set_int(
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) })
 }
 
-/// Has a listening socket keep the network and TCP header of each SYN for [`saved_syn`] (`TCP_SAVE_SYN`, Linux 4.3).
+/// Makes a listening socket keep the network and TCP headers of each SYN for [`saved_syn`]
+/// (`TCP_SAVE_SYN`, Linux 4.3).
 ///
 /// # Errors
 /// As setsockopt(2).
@@ -108,13 +112,13 @@ pub fn save_syn(socket: &impl AsRawFd) -> io::Result<()> {
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_SAVE_SYN, 1)
 }
 
-/// The headers of the SYN that an accepted connection began with, once; empty afterwards, and of a connection that was
-/// accepted by SYN cookie (`TCP_SAVED_SYN`).
+/// Takes the saved headers of the SYN that opened an accepted connection (`TCP_SAVED_SYN`). Empty
+/// when they were taken before, and for a connection that was accepted by SYN cookie.
 ///
 /// # Errors
 /// As getsockopt(2).
 pub fn saved_syn(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
-    // The longest headers: 60 bytes of TCP, and an IPv6 chain that nobody sends.
+    // Room for 60 bytes of TCP and a long chain of IPv6 extension headers.
     let mut syn = vec![0_u8; 512];
     let mut len: libc::socklen_t = 512;
     // SAFETY: `syn` is writable for `len` bytes, and the kernel writes at most that many.
@@ -131,7 +135,7 @@ pub fn saved_syn(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
     Ok(syn)
 }
 
-/// Runs a program of the type socket filter for every packet of `socket` (`SO_ATTACH_BPF`).
+/// Attaches a socket filter program, which runs for every packet of `socket` (`SO_ATTACH_BPF`).
 ///
 /// # Errors
 /// As setsockopt(2).
@@ -147,8 +151,8 @@ pub fn monotonic_ns() -> u64 {
     seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
 
-/// The memory of an array of 64-bit words that a program writes (`BPF_F_MMAPABLE`, Linux 5.5): reading it takes no
-/// system call.
+/// The mapped memory of a BPF array of 64-bit words (`BPF_F_MMAPABLE`, Linux 5.5). Reading it takes
+/// no system call.
 #[cfg(feature = "bpf")]
 #[derive(Debug)]
 pub struct MmapArray {
@@ -156,7 +160,7 @@ pub struct MmapArray {
     count: usize,
 }
 
-// SAFETY: shared memory that is only read, by atomic loads; the mapping lives as long as the value.
+// SAFETY: the memory is read only by atomic loads, and the mapping lives as long as the value.
 #[cfg(feature = "bpf")]
 unsafe impl Send for MmapArray {}
 // SAFETY: as above.
@@ -165,13 +169,13 @@ unsafe impl Sync for MmapArray {}
 
 #[cfg(feature = "bpf")]
 impl MmapArray {
-    /// The first `count` words of the array.
+    /// Maps the first `count` words of the array.
     ///
     /// # Errors
     /// As mmap(2).
     pub fn of(array: BorrowedFd<'_>, count: usize) -> io::Result<Self> {
         let len = count * size_of::<u64>();
-        // SAFETY: a new mapping, at an address that the kernel chooses.
+        // SAFETY: creates a new mapping, at an address that the kernel chooses.
         let start = unsafe {
             mm::mmap(std::ptr::null_mut(), len, mm::ProtFlags::READ, mm::MapFlags::SHARED, array, 0)
         }?;
@@ -179,10 +183,10 @@ impl MmapArray {
         Ok(Self { first, count })
     }
 
-    /// The word at `index`, as it is now.
+    /// The present value of the word at `index`.
     #[must_use]
     pub fn get(&self, index: usize) -> Option<u64> {
-        // SAFETY: inside of the mapping, whose start is that of a page, so every word is aligned.
+        // SAFETY: inside the mapping, which starts at a page boundary, so every word is aligned.
         let word = (index < self.count).then(|| unsafe { self.first.add(index).as_ref() });
         word.map(|word| word.load(std::sync::atomic::Ordering::Acquire))
     }
@@ -191,7 +195,7 @@ impl MmapArray {
 #[cfg(feature = "bpf")]
 impl Drop for MmapArray {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's, and no reference into it outlives it. Nobody can do anything about a failure.
+        // SAFETY: this value owns the mapping, and no reference into it outlives the value.
         let _ = unsafe { mm::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>()) };
     }
 }
@@ -207,7 +211,7 @@ pub fn raise_nofile() -> u64 {
     limit.current.unwrap_or(u64::MAX)
 }
 
-/// Whether `socket` is readable at this moment; a listening one, whether a client waits.
+/// Whether `socket` is readable now. For a listening socket: whether a connection can be accepted.
 ///
 /// # Errors
 /// As poll(2).
@@ -217,32 +221,33 @@ pub fn readable_now(socket: &impl AsFd) -> io::Result<bool> {
     Ok(polled[0].revents().contains(PollFlags::IN))
 }
 
-/// Has the runtime poll `inner`.
+/// Registers `inner` with the runtime's poller.
 ///
 /// # Errors
-/// When the runtime's epoll instance does not take it.
+/// When the runtime's epoll instance rejects the descriptor.
 pub fn poll<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: by the contract of `AsFd`, the descriptor of `inner` stays open and the same as long as `inner` lives,
-    // and nothing here takes `inner` out or mutates it.
+    // SAFETY: by the contract of `AsFd`, the descriptor of `inner` stays open and the same as long as
+    // `inner` lives, and this function neither moves `inner` out nor mutates it.
     let registered = unsafe { AsyncFd::register_with_interest(inner, interest) };
     Ok(registered?)
 }
 
-/// An epoll instance for what tokio cannot ask for: hang-up without readability.
+/// An epoll instance for a condition that tokio cannot poll for: hang-up without readability.
 #[derive(Debug)]
 pub struct Epoll(OwnedFd);
 
 /// One event of [`Epoll::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hangup {
-    /// What was given to [`Epoll::add`].
+    /// The key passed to [`Epoll::add`].
     pub key: u64,
-    /// The socket has an error pending or is closed both ways; otherwise the peer has only finished sending.
+    /// The socket has a pending error or is closed in both directions. Otherwise the peer has only
+    /// finished sending.
     pub broken: bool,
 }
 
 impl Epoll {
-    /// A new, empty instance.
+    /// Creates an empty instance.
     ///
     /// # Errors
     /// As epoll_create1(2).
@@ -250,7 +255,7 @@ impl Epoll {
         Ok(Self(epoll::create(epoll::CreateFlags::CLOEXEC)?))
     }
 
-    /// Watches `socket` for the peer's FIN, errors and hang-up, edge-triggered.
+    /// Watches `socket` for the peer's FIN, for errors and for hang-up, edge-triggered.
     ///
     /// # Errors
     /// As epoll_ctl(2).
@@ -259,7 +264,7 @@ impl Epoll {
         Ok(epoll::add(&self.0, socket, epoll::EventData::new_u64(key), events)?)
     }
 
-    /// Forgets `socket`.
+    /// Stops watching `socket`.
     ///
     /// # Errors
     /// As epoll_ctl(2).
@@ -267,7 +272,7 @@ impl Epoll {
         Ok(epoll::delete(&self.0, socket)?)
     }
 
-    /// What has happened, without waiting; at most 64 events a call.
+    /// Returns pending events, at most 64, without blocking.
     ///
     /// # Errors
     /// As epoll_wait(2).

@@ -7,11 +7,13 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, setup, test};
+use crate::{cargo, deny, setup, test, typos};
 
 pub(crate) fn run() -> Result<()> {
     step("format", format)?;
-    step("setup", || setup::ensure(&setup::Group::USUAL))?;
+    step("setup", || setup::ensure(&[&setup::Group::USUAL[..], &[setup::Group::Lint]].concat()))?;
+    step("spelling", || typos::run(&typos::TyposArgs::default()))?;
+    step("dependencies", || deny::run(&deny::DenyArgs::default()))?;
     step("lint", lint)?;
     step("lint the BPF programs", lint_bpf)?;
     step("docs", docs)?;

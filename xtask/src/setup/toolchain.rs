@@ -1,6 +1,7 @@
 //! Which compiler makes the BPF programs.
 
 use std::{
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -116,11 +117,20 @@ pub(super) fn oldest() -> (u32, u32) {
 }
 
 /// A program out of a rustup toolchain.
-pub(super) fn rustup_run(toolchain: &str, program: &str) -> Command {
+pub(super) fn rustup_run(toolchain: &str, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("rustup");
     // What is missing is said by setup; rustup shall neither fetch a toolchain unasked nor print its own backtrace.
-    command.args(["run", toolchain, program]).env("RUSTUP_LOG", "warn").env_remove("RUST_BACKTRACE");
+    command.args(["run", toolchain]).arg(program).env("RUSTUP_LOG", "warn").env_remove("RUST_BACKTRACE");
     command
+}
+
+/// The components of a rustup toolchain; `None` if rustup does not have the toolchain.
+pub(super) fn components(toolchain: &str) -> Option<Vec<String>> {
+    let mut command = Command::new("rustup");
+    command.args(["component", "list", "--installed", "--toolchain", toolchain]);
+    let output = command.env_remove("RUST_BACKTRACE").output().ok()?;
+    let text = output.status.success().then(|| String::from_utf8(output.stdout).ok())??;
+    Some(text.lines().map(str::to_owned).collect())
 }
 
 fn ask_rustup(toolchain: &str) -> Option<Candidate> {

@@ -8,10 +8,15 @@ mod encoding;
 #[cfg(test)]
 mod forging;
 #[cfg(test)]
+#[path = "../../../fuzz/fuzz_targets/invariants.rs"]
+mod invariants;
+#[cfg(test)]
 mod oracles;
 #[cfg(test)]
 mod parsing;
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod replay;
 #[cfg(test)]
 mod samples;

@@ -8,16 +8,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use injector_bench::{
-    self as bench, Options, ends,
+    self as bench, Options,
     instructions::{self, Verdict},
-    peers,
+    load_process,
     record::{Machine, Record, first_line},
     report::{
         self,
         charts::{self, Chart},
         docs, table,
     },
-    work,
+    systems, workloads,
 };
 use injector_testbed::netns;
 
@@ -41,12 +41,12 @@ pub(crate) struct BenchArgs {
     /// files in FOLDER, if one is named
     #[arg(long, value_name = "FOLDER", num_args = 0..=1, require_equals = true, exclusive = true)]
     instructions: Option<Option<PathBuf>>,
-    /// Measure these peers alone: names, or what they begin with [see --list]
-    #[arg(long, value_name = "PEER", value_delimiter = ',')]
+    /// Measure only these systems: names or prefixes of names [see --list]
+    #[arg(long, value_name = "SYSTEM", value_delimiter = ',')]
     only: Vec<String>,
-    /// Measure this work alone: names, or what they begin with [see --list]
+    /// Measure only these workloads: names or prefixes of names [see --list]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    work: Vec<String>,
+    workload: Vec<String>,
     /// Say what there is, and measure nothing
     #[arg(long)]
     list: bool,
@@ -65,14 +65,14 @@ pub(crate) struct BenchArgs {
     /// Write all that was measured to this file, as JSON; after each measurement what there is
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw the charts into this folder, one SVG for each work
+    /// Draw the charts into this folder, one SVG for each workload
     #[arg(long, value_name = "FOLDER")]
     charts: Option<PathBuf>,
     /// Put the results into docs/benchmarks.md, and their charts beside it
     #[arg(long)]
     write_docs: bool,
     /// Measure nothing, and report what is in this file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "enrolment", "only", "work", "json"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "enrolment", "only", "workload", "json"])]
     from: Option<PathBuf>,
 }
 
@@ -117,8 +117,8 @@ fn count(keep: Option<&Path>) -> Result<()> {
 
 fn draw(charts: &[Chart], folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    for Chart { work, svg } in charts {
-        let path = folder.join(format!("{work}.svg"));
+    for Chart { workload, svg } in charts {
+        let path = folder.join(format!("{workload}.svg"));
         fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
@@ -130,7 +130,7 @@ fn write_docs(record: &Record) -> Result<()> {
     let text = fs::read_to_string(&page).with_context(|| format!("cannot read {}", page.display()))?;
     let charts = charts::all(record)?;
     let folder = docs.join(CHARTS);
-    // Charts of works that are no longer there must not stay.
+    // Charts of removed workloads must not stay.
     if folder.exists() {
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
@@ -141,9 +141,9 @@ fn write_docs(record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// Runs as one end of the load generator; see [`ends`].
+/// Runs as client or server of the load generator; see [`load_process`].
 pub(crate) fn end(arguments: &[String]) -> Result<()> {
-    ends::run(arguments)
+    load_process::run(arguments)
 }
 
 fn write(record: &Record, file: &Path) -> Result<()> {
@@ -174,20 +174,20 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     options.machine = machine();
-    let (peers, works) = bench::choose(&options)?;
-    let count = peers.len() * works.len() * options.repeats;
+    let (systems, workloads) = bench::select(&options)?;
+    let count = systems.len() * workloads.len() * options.repeats;
     println!(
-        "bench: {} peers, {} works, {} repeats: {count} measurements",
-        peers.len(),
-        works.len(),
+        "bench: {} systems, {} workloads, {} repeats: {count} measurements",
+        systems.len(),
+        workloads.len(),
         options.repeats
     );
-    let mut tell = |record: &Record, line: &str| {
+    let mut on_measurement = |record: &Record, line: &str| {
         println!("{line}");
         // A long run that is cut off leaves what it has measured.
         args.json.as_deref().map_or(Ok(()), |file| write(record, file))
     };
-    bench::run(&options, &mut tell).map(Some)
+    bench::run(&options, &mut on_measurement).map(Some)
 }
 
 fn options(args: &BenchArgs) -> Result<Options> {
@@ -204,8 +204,8 @@ fn options(args: &BenchArgs) -> Result<Options> {
     ensure!((1..=1000).contains(&repeats), "--repeats {repeats}: must be 1 to 1000");
     ensure!((0.1..=600.0).contains(&seconds), "--seconds {seconds}: must be 0.1 to 600");
     Ok(Options {
-        peers: or(&args.only, peers::quick(&programs), peers::for_enrolment(&programs)),
-        works: or(&args.work, own(&work::QUICK), own(&work::ENROLMENT)),
+        systems: or(&args.only, systems::quick(&programs), systems::for_enrolment(&programs)),
+        workloads: or(&args.workload, own(&workloads::QUICK), own(&workloads::ENROLMENT)),
         repeats,
         seconds,
         noisy: args.noisy,
@@ -217,13 +217,13 @@ fn options(args: &BenchArgs) -> Result<Options> {
 }
 
 fn list(options: &Options) -> Result<()> {
-    let (peers, works) = bench::choose(options)?;
-    for peer in peers {
-        println!("{:<24} {}", peer.name, peer.about);
+    let (systems, workloads) = bench::select(options)?;
+    for system in systems {
+        println!("{:<24} {}", system.name, system.about);
     }
     println!();
-    for work in works {
-        println!("{:<24} {}", work.name(), work.about());
+    for workload in workloads {
+        println!("{:<24} {}", workload.name(), workload.about());
     }
     Ok(())
 }

@@ -60,7 +60,7 @@ enum Verb {
     /// Check alerts and dashboard with Prometheus' own tools, or by a live run
     Observe(observe::ObserveArgs),
     /// One end of the load generator, in one of bench's namespaces
-    #[command(name = injector_bench::ends::ARGUMENT, hide = true)]
+    #[command(name = injector_bench::load_process::ARGUMENT, hide = true)]
     LoadEnd {
         /// Which, and what it is to do
         arguments: Vec<String>,

@@ -24,7 +24,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use injector_bench::peers::Programs;
+use injector_bench::systems::Programs;
 
 use self::{
     cache::Cache,
@@ -237,7 +237,7 @@ impl std::fmt::Display for Missing {
                 write!(f, "component {component} of rustup's nightly: {why}")
             }
             Self::HaProxy { series, suite } => {
-                write!(f, "HAProxy {series}, as Debian {suite} has it: a peer of the benchmark")
+                write!(f, "HAProxy {series}, as Debian {suite} has it: for the benchmark")
             }
             Self::Kubernetes => f.write_str(
                 "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",

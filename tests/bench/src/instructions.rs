@@ -1,11 +1,13 @@
-//! Instructions that the daemon spends on a session and on a message, counted by callgrind and held against ceilings.
+//! Instructions that the daemon executes per session and per message, counted by callgrind and
+//! compared with ceilings.
 //!
-//! The daemon does the same work a few times and many times; the difference of both counts is divided by the difference of
-//! the times, so that neither start nor stop is in it. Counts hardly depend on how busy the machine is, but they do depend
-//! on the compiler, the C library and the processor's features, by which that library chooses its memcpy.
+//! The daemon does the same job a few times and many times. The difference of both counts is
+//! divided by the difference of the repetitions, so that start and shutdown cancel out. Counts
+//! hardly depend on how busy the machine is, but they do depend on the compiler, the C library and
+//! the processor's features, by which that library selects its memcpy.
 //!
-//! Callgrind counts user space alone: a system call is one instruction, whatever the kernel does in it. The inline engine is
-//! left out, as its connections do not pass through user space.
+//! Callgrind counts user space alone: a system call is one instruction, whatever the kernel does in
+//! it. The inline engine is not measured, because its connections do not pass through user space.
 
 use std::fmt;
 use std::fs;
@@ -17,50 +19,52 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use injector_load::service::{ECHO, SHORT, Service};
 
-use super::peers::{self, Peer, Programs};
-use super::stage::Stage;
+use super::systems::{self, Programs, System};
+use super::testbed::Testbed;
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns;
 
-/// At most so many instructions, by rustc 1.95 and glibc 2.36 on x86-64: what four runs counted, the spread of a busy machine
-/// on top (3.6 % per session, 1.2 % per message), and 5 %.
+/// Maximum instructions, for rustc 1.95 and glibc 2.36 on x86-64: the counts of four runs, plus the
+/// spread of a busy machine (3.6 % per session, 1.2 % per message), plus 5 %.
 pub const CEILINGS: [Ceiling; 4] = [
     // 30,405 to 30,724
-    Ceiling { engine: "relay", per: Per::Session, most: 33_400 },
+    Ceiling { engine: "relay", per: Per::Session, max: 33_400 },
     // 2,967 to 2,994
-    Ceiling { engine: "relay", per: Per::Message, most: 3_200 },
+    Ceiling { engine: "relay", per: Per::Message, max: 3_200 },
     // 30,626 to 31,741
-    Ceiling { engine: "splice", per: Per::Session, most: 34_500 },
-    // 0 to 12: the kernel carries messages, and what is left is what the daemon does as time goes by.
-    Ceiling { engine: "splice", per: Per::Message, most: 60 },
+    Ceiling { engine: "splice", per: Per::Session, max: 34_500 },
+    // 0 to 12: the kernel carries messages; what remains is the daemon's periodic activity.
+    Ceiling { engine: "splice", per: Per::Message, max: 60 },
 ];
 
-/// How often the work is done in a short run and in a long one.
+/// Repetitions in a short run and in a long one.
 const TIMES: [u64; 2] = [200, 1200];
 
-/// How often the daemon may be started for a run: under valgrind on a busy machine its self-test may miss a deadline.
+/// Attempts to start the daemon for a run: under valgrind on a busy machine its self-test may miss
+/// a deadline.
 const STARTS: usize = 5;
 
 /// Below this share of the ceiling, in percent, the ceiling could be lower,
 const FAR_BELOW: u64 = 85;
 /// unless that would save fewer instructions than this.
-const WORTH_SAYING: u64 = 100;
+const MIN_SAVING: u64 = 100;
 
-/// In front of a peer's configuration: all sessions on one thread, so that every run does the same.
+/// Precedes a system's configuration: all sessions on one thread, so that every run is the same.
 const ONE_WORKER: &str = "[limits]\nworkers = 1\n\n";
 
-/// Bytes of each question and of each answer.
+/// Bytes of each request and of each response.
 const SIZE: usize = 64;
 
-/// How long the daemon may take to connect or to answer; under callgrind it is many times slower than by itself.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the daemon may take to connect or to respond; under callgrind it is many times slower
+/// than natively.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the instructions are divided by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Per {
-    /// Connect, 64 bytes there, 64 back, the server closes; one after another.
+    /// Connect, 64 bytes each way, the server closes; one after another.
     Session,
-    /// 64 bytes there or back, on one connection.
+    /// 64 bytes in either direction, on one connection.
     Message,
 }
 
@@ -79,7 +83,7 @@ impl Per {
         }
     }
 
-    /// Connections that it takes to do the work so often.
+    /// Connections for this many repetitions.
     const fn connections(self, times: u64) -> u64 {
         match self {
             Self::Session => times,
@@ -87,7 +91,7 @@ impl Per {
         }
     }
 
-    /// Sessions or messages in so many questions with their answers.
+    /// Sessions or messages in this many round trips.
     const fn count(self, times: u64) -> u64 {
         match self {
             Self::Session => times,
@@ -95,8 +99,8 @@ impl Per {
         }
     }
 
-    /// Does the work so often.
-    fn work(self, target: SocketAddr, times: u64) -> anyhow::Result<()> {
+    /// Repeats the job this often.
+    fn run(self, target: SocketAddr, times: u64) -> anyhow::Result<()> {
         match self {
             Self::Session => (0..times).try_for_each(|_| session(target)),
             Self::Message => dialogue(target, times),
@@ -104,45 +108,45 @@ impl Per {
     }
 }
 
-/// The most that one engine may spend on one thing.
+/// The maximum for one engine and one unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ceiling {
-    /// Name of the peer.
+    /// Name of the system.
     pub engine: &'static str,
-    /// On what.
+    /// The unit.
     pub per: Per,
     /// Instructions.
-    pub most: u64,
+    pub max: u64,
 }
 
-/// A measured value beside its ceiling; displayed as one line that says what to do.
+/// A measured value and its ceiling; displayed as one line that names the remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// What was measured, and the most that it may be.
+    /// What was measured, and its maximum.
     pub ceiling: Ceiling,
     /// Instructions.
     pub measured: u64,
 }
 
-/// How a value lies to its ceiling.
+/// The relation of a value to its ceiling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Too many instructions.
     Above,
-    /// As it should be.
+    /// Within the limit.
     Below,
-    /// So few that the ceiling guards nothing.
+    /// So few that the ceiling does not detect a regression.
     FarBelow,
 }
 
 impl Finding {
-    /// How the value lies to its ceiling.
+    /// The relation of the value to its ceiling.
     #[must_use]
     pub const fn verdict(&self) -> Verdict {
-        let (measured, most) = (self.measured, self.ceiling.most);
-        if measured > most {
+        let (measured, max) = (self.measured, self.ceiling.max);
+        if measured > max {
             Verdict::Above
-        } else if measured < most * FAR_BELOW / 100 && most - measured >= WORTH_SAYING {
+        } else if measured < max * FAR_BELOW / 100 && max - measured >= MIN_SAVING {
             Verdict::FarBelow
         } else {
             Verdict::Below
@@ -152,31 +156,32 @@ impl Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Ceiling { engine, per, most } = self.ceiling;
-        write!(f, "{engine}: {} instructions per {}, ceiling {most}", self.measured, per.name())?;
+        let Ceiling { engine, per, max } = self.ceiling;
+        write!(f, "{engine}: {} instructions per {}, ceiling {max}", self.measured, per.name())?;
         match self.verdict() {
             Verdict::Below => Ok(()),
-            Verdict::FarBelow => write!(f, "; lower it in {}, so that this stays", file!()),
+            Verdict::FarBelow => write!(f, "; lower the ceiling in {} to keep the gain", file!()),
             Verdict::Above => write!(
                 f,
-                "; if the work is worth it, or a new compiler or C library is the reason, raise the ceiling in {} and say \
-                 why in the commit",
+                "; if the change is worth it, or a new compiler or C library is the reason, raise the ceiling in {} and give the \
+                 reason in the commit",
                 file!()
             ),
         }
     }
 }
 
-/// Measures everything that has a ceiling; `tell` gets each finding as it is made.
+/// Measures everything that has a ceiling; calls `on_finding` with each result.
 ///
-/// Callgrind's files stay in `keep`, if given: `relay-session-1200.callgrind` and so on.
+/// Keeps callgrind's files in `keep`, if given: `relay-session-1200.callgrind` and so on.
 ///
 /// # Errors
-/// When the daemon does not run under valgrind, or a session fails. A value above its ceiling is no error here.
+/// When the daemon does not run under valgrind, or a session fails. A value above its ceiling is
+/// not an error here.
 pub fn run(
     daemon: &Path,
     keep: Option<&Path>,
-    tell: &mut dyn FnMut(&Finding),
+    on_finding: &mut dyn FnMut(&Finding),
 ) -> anyhow::Result<Vec<Finding>> {
     let scratch = netns::scratch_dir("callgrind")?;
     let folder = keep.unwrap_or(scratch.path());
@@ -185,7 +190,7 @@ pub fn run(
         let measured = measure(ceiling, daemon, folder);
         let measured = measured.with_context(|| format!("{}, per {}", ceiling.engine, ceiling.per.name()))?;
         let finding = Finding { ceiling, measured };
-        tell(&finding);
+        on_finding(&finding);
         Ok(finding)
     };
     CEILINGS.into_iter().map(measure).collect()
@@ -193,36 +198,37 @@ pub fn run(
 
 fn measure(ceiling: Ceiling, daemon: &Path, folder: &Path) -> anyhow::Result<u64> {
     let Ceiling { engine, per, .. } = ceiling;
-    let peer = peers::all(&Programs::default()).into_iter().find(|peer| peer.name == engine);
-    let peer = peer.with_context(|| format!("{engine} is no peer"))?;
+    let system = systems::all(&Programs::default()).into_iter().find(|system| system.name == engine);
+    let system = system.with_context(|| format!("unknown system {engine}"))?;
     let mut counted = TIMES.into_iter().map(|times| {
         let file = folder.join(format!("{engine}-{}-{times}.callgrind", per.name()));
-        count(&peer, per, times, daemon, &file).with_context(|| format!("{times} times"))
+        count(&system, per, times, daemon, &file).with_context(|| format!("{times} times"))
     });
     let mut next = || counted.next().context("two runs")?;
     let instructions = [next()?, next()?];
     Ok(quotient(instructions, TIMES.map(|times| per.count(times))))
 }
 
-/// Instructions for one more; 0 where more were counted for fewer, which is to say that it takes next to none.
+/// Instructions per unit; 0 if the longer run took fewer, because a unit then takes next to none.
 const fn quotient([few, many]: [u64; 2], [fewer, more]: [u64; 2]) -> u64 {
     many.saturating_sub(few) / (more - fewer)
 }
 
-/// Instructions from start to stop of a daemon that does a work so often. Each has a stage of its own, as in the benchmark.
-fn count(peer: &Peer, per: Per, times: u64, daemon: &Path, file: &Path) -> anyhow::Result<u64> {
-    let mut stage = Stage::new()?;
+/// Instructions from start to exit of a daemon that repeats a job. Each run has its own testbed, as
+/// in the benchmark.
+fn count(system: &System, per: Per, times: u64, daemon: &Path, file: &Path) -> anyhow::Result<u64> {
+    let mut testbed = Testbed::new()?;
     let out = format!("--callgrind-out-file={}", file.display());
     let valgrind = ["valgrind", "--quiet", "--tool=callgrind", &out];
-    let config = format!("{ONE_WORKER}{}", peer.config);
-    let start = || Injector::start_under(&stage.topology.edge, &valgrind, daemon, &config);
+    let config = format!("{ONE_WORKER}{}", system.config);
+    let start = || Injector::start_under(&testbed.topology.edge, &valgrind, daemon, &config);
     let injector = (1..STARTS).find_map(|_| start().ok()).map_or_else(start, Ok)?;
-    let target = peer.target(per.service());
-    let worked = stage.topology.client.run(|| per.work(target, times))?;
+    let target = system.target(per.service());
+    let result = testbed.topology.client.run(|| per.run(target, times))?;
     let (status, log) = injector.stop()?;
-    worked.with_context(|| format!("the injector logged:\n{log}"))?;
+    result.with_context(|| format!("the injector logged:\n{log}"))?;
     ensure!(status.success(), "the injector ended with {status} and logged:\n{log}");
-    let served = stage.server.take()?;
+    let served = testbed.server.take_counts()?;
     ensure!(
         served.headers == per.connections(times) && served.bad_headers == 0 && served.failures == 0,
         "the server saw {served:?}"
@@ -231,7 +237,7 @@ fn count(peer: &Peer, per: Per, times: u64, daemon: &Path, file: &Path) -> anyho
     total(&text).with_context(|| format!("no line `totals:` in {}", file.display()))
 }
 
-/// The count of the whole run in callgrind's output, whose one event is `Ir` ("Callgrind Format Specification").
+/// The total in callgrind's output, whose one event is `Ir` ("Callgrind Format Specification").
 fn total(text: &str) -> Option<u64> {
     text.lines().rev().find_map(|line| line.strip_prefix("totals:"))?.trim().parse().ok()
 }
@@ -239,9 +245,9 @@ fn total(text: &str) -> Option<u64> {
 fn session(target: SocketAddr) -> anyhow::Result<()> {
     let mut stream = connect(target)?;
     stream.write_all(&[b'x'; SIZE])?;
-    let mut answer = Vec::with_capacity(SIZE);
-    stream.read_to_end(&mut answer).context("reading the answer")?;
-    ensure!(answer.len() == SIZE, "an answer of {} bytes", answer.len());
+    let mut response = Vec::with_capacity(SIZE);
+    stream.read_to_end(&mut response).context("reading the response")?;
+    ensure!(response.len() == SIZE, "a response of {} bytes", response.len());
     Ok(())
 }
 
@@ -249,14 +255,14 @@ fn dialogue(target: SocketAddr, times: u64) -> anyhow::Result<()> {
     let mut stream = connect(target)?;
     for _ in 0..times {
         stream.write_all(&[b'x'; SIZE])?;
-        stream.read_exact(&mut [0; SIZE]).context("reading an answer")?;
+        stream.read_exact(&mut [0; SIZE]).context("reading a response")?;
     }
     Ok(())
 }
 
 fn connect(target: SocketAddr) -> anyhow::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&target, PATIENCE).context("connecting")?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let stream = TcpStream::connect_timeout(&target, TIMEOUT).context("connecting")?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -268,14 +274,14 @@ mod tests {
     const OUTPUT: &str = "# callgrind format\nversion: 1\nevents: Ir\nfl=(1) a.c\nfn=(1) main\n16 400\n\n\
                           totals: 9740013\n";
 
-    fn finding(measured: u64, most: u64) -> Finding {
-        Finding { ceiling: Ceiling { engine: "relay", per: Per::Session, most }, measured }
+    fn finding(measured: u64, max: u64) -> Finding {
+        Finding { ceiling: Ceiling { engine: "relay", per: Per::Session, max }, measured }
     }
 
     #[test]
     fn the_total_is_found_at_the_end() {
         assert_eq!(total(OUTPUT), Some(9_740_013));
-        // Of a run that was cut short there is a file without it.
+        // The file of a truncated run lacks the line.
         assert_eq!(total(&OUTPUT.replace("totals:", "summary:")), None);
         assert_eq!(total(&OUTPUT.replace("9740013", "")), None);
     }
@@ -295,21 +301,21 @@ mod tests {
     }
 
     #[test]
-    fn a_value_may_reach_its_ceiling_and_no_more() {
-        for (measured, most, verdict) in [
+    fn a_value_may_equal_its_ceiling() {
+        for (measured, max, verdict) in [
             (41_001, 41_000, Verdict::Above),
             (41_000, 41_000, Verdict::Below),
             (34_850, 41_000, Verdict::Below),
             (34_849, 41_000, Verdict::FarBelow),
-            // Few instructions are far below few in percent alone.
+            // A few instructions below a low ceiling are many in percent alone.
             (0, 99, Verdict::Below),
         ] {
-            assert_eq!(finding(measured, most).verdict(), verdict, "{measured} of {most}");
+            assert_eq!(finding(measured, max).verdict(), verdict, "{measured} of {max}");
         }
     }
 
     #[test]
-    fn a_line_says_what_is_above_what_and_where_to_go() {
+    fn a_finding_names_the_ceiling_and_the_remedy() {
         let line = finding(45_000, 41_000).to_string();
         for word in ["relay", "45000", "per session", "ceiling 41000", "raise", file!(), "commit"] {
             assert!(line.contains(word), "{word}: {line}");
@@ -318,6 +324,6 @@ mod tests {
             finding(40_000, 41_000).to_string(),
             "relay: 40000 instructions per session, ceiling 41000"
         );
-        assert!(finding(30_000, 41_000).to_string().contains("lower it"));
+        assert!(finding(30_000, 41_000).to_string().contains("lower the ceiling"));
     }
 }

@@ -1,19 +1,20 @@
-//! The benchmark: peers, work and figures, interleaved so that they can be compared.
+//! The benchmark: systems, workloads and figures, interleaved so that they can be compared.
 //!
-//! In reading order: [`peers`] are compared, [`work`] is what they do, on a [`stage`] with the load generator at its
-//! [`ends`]; [`run`] measures every peer at every work, again and again, into a [`record`], and [`report`] makes of it
-//! what people read, with the arithmetic of [`stats`]. Apart from all that, [`instructions`] are counted, not timed.
+//! In reading order: [`systems`] are compared, [`workloads`] are what they carry, on a [`testbed`]
+//! with the load generator's two processes ([`load_process`]). [`run`] measures every system with
+//! every workload, repeatedly, into a [`record`], and [`report`] renders it, with the arithmetic of
+//! [`stats`]. Apart from all that, [`instructions`] are counted, not timed.
 
-pub mod ends;
 pub mod instructions;
+pub mod load_process;
 pub mod mail_sink;
-pub mod peers;
 pub mod record;
 pub mod report;
 pub mod spinners;
-pub mod stage;
 pub mod stats;
-pub mod work;
+pub mod systems;
+pub mod testbed;
+pub mod workloads;
 
 use std::fmt::Write as _;
 use std::thread;
@@ -22,64 +23,68 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, ensure};
 use injector_load::cpu::{Cpu, background};
 
-use self::peers::{Peer, Programs};
-use self::record::{Machine, Measurement, PeerNote, Record, Settings, WorkNote};
+use self::record::{Machine, Measurement, Record, Settings, SystemInfo, WorkloadInfo};
 use self::spinners::Spinners;
-use self::stage::Stage;
-use self::work::{Scene, Work};
+use self::systems::{Programs, System};
+use self::testbed::Testbed;
+use self::workloads::{MeasurementContext, Workload};
 
 /// The share of the machine that others may use before a run.
-const MOST_BACKGROUND: f64 = 0.05;
+const MAX_BACKGROUND: f64 = 0.05;
 
 /// How long the machine is watched before a run.
 const WATCH: Duration = Duration::from_secs(2);
 
-/// How long a peer may settle after its start, and the kernel needs to do away with the stage before.
+/// How long a system may settle after its start, and the kernel may take to remove the previous
+/// testbed.
 const SETTLE: Duration = Duration::from_millis(400);
 
 /// What to run.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Names of peers, or what their names begin with; all if empty.
-    pub peers: Vec<String>,
-    /// The same of works.
-    pub works: Vec<String>,
-    /// Times everything is measured.
+    /// Names of systems, or prefixes of names; all if empty.
+    pub systems: Vec<String>,
+    /// The same for workloads.
+    pub workloads: Vec<String>,
+    /// Number of repeats.
     pub repeats: usize,
-    /// Length of a measurement.
+    /// Length of a measurement, in seconds.
     pub seconds: f64,
-    /// Run on a machine that others use; the figures are worth little then, and the record says so.
+    /// Run on a machine that others use; the figures are worth little then, and the record notes
+    /// it.
     pub noisy: bool,
-    /// Keep the processors awake.
+    /// Keep the processors out of idle states.
     pub spinners: bool,
     /// Compare rules of enrolment instead of engines.
     pub enrolment: bool,
-    /// Programs that were found.
+    /// Programs that were found on this machine.
     pub programs: Programs,
     /// The machine, with the versions that the caller knows.
     pub machine: Machine,
 }
 
-/// Those who are measured, and what they do.
-pub type Choice = (Vec<Peer>, Vec<Box<dyn Work>>);
+/// The systems and workloads of a run.
+pub type Selection = (Vec<System>, Vec<Box<dyn Workload>>);
 
-/// The peers and works that the options name.
+/// The systems and workloads that the options name.
 ///
 /// # Errors
-/// When a name is of none.
-pub fn choose(options: &Options) -> anyhow::Result<Choice> {
-    let mut peers = peers::all(&options.programs);
+/// When no system or workload has such a name.
+pub fn select(options: &Options) -> anyhow::Result<Selection> {
+    let mut systems = systems::all(&options.programs);
     if options.enrolment {
-        peers.extend(peers::enrolments());
+        systems.extend(systems::enrolments());
     }
-    let works = work::all();
-    let peers = pick(peers, &options.peers, |peer| peer.name.clone()).context("--only")?;
-    let works = pick(works, &options.works, |work| work.name()).context("--work")?;
-    Ok((peers, works))
+    let workloads = workloads::all();
+    let systems =
+        select_by_name(systems, &options.systems, |system| system.name.clone()).context("--only")?;
+    let workloads =
+        select_by_name(workloads, &options.workloads, |workload| workload.name()).context("--workload")?;
+    Ok((systems, workloads))
 }
 
-/// Those whose name is among `wanted`, or else begins with one of them.
-fn pick<T>(all: Vec<T>, wanted: &[String], name: impl Fn(&T) -> String) -> anyhow::Result<Vec<T>> {
+/// The items whose name is among `wanted`, or else begins with one of its words.
+fn select_by_name<T>(all: Vec<T>, wanted: &[String], name: impl Fn(&T) -> String) -> anyhow::Result<Vec<T>> {
     if wanted.is_empty() {
         return Ok(all);
     }
@@ -89,59 +94,60 @@ fn pick<T>(all: Vec<T>, wanted: &[String], name: impl Fn(&T) -> String) -> anyho
         let exact: Vec<_> = names.iter().filter(|name| *name == word).collect();
         let begins = names.iter().filter(|name| name.starts_with(word));
         let found = if exact.is_empty() { begins.collect() } else { exact };
-        ensure!(!found.is_empty(), "{word} is none of {}", names.join(", "));
+        ensure!(!found.is_empty(), "{word} is not one of {}", names.join(", "));
         chosen.extend(found.into_iter().cloned());
     }
     Ok(all.into_iter().filter(|one| chosen.contains(&name(one))).collect())
 }
 
-/// Measures everything; `tell` gets a line for each measurement, and the record so far. Those that fail are in it.
+/// Measures everything. `on_measurement` gets the record so far and a line for each measurement. Failed
+/// measurements are in the record.
 ///
 /// # Errors
-/// When nothing can be measured here, the machine is busy, or `tell` fails.
+/// When measuring is impossible here, the machine is busy, or `on_measurement` fails.
 pub fn run(
     options: &Options,
-    tell: &mut dyn FnMut(&Record, &str) -> anyhow::Result<()>,
+    on_measurement: &mut dyn FnMut(&Record, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Record> {
-    let (peers, works) = choose(options)?;
+    let (systems, workloads) = select(options)?;
     let others = background(WATCH)?;
     ensure!(
-        options.noisy || others.load() <= MOST_BACKGROUND,
-        "others use {:.0} % of this machine, and figures are worth nothing above {:.0} %; wait, or say --noisy",
+        options.noisy || others.load() <= MAX_BACKGROUND,
+        "other processes use {:.0} % of this machine, and figures are worthless above {:.0} %; wait, or pass --noisy",
         others.load() * 100.0,
-        MOST_BACKGROUND * 100.0
+        MAX_BACKGROUND * 100.0
     );
     let spinners = options.spinners.then(Spinners::start).transpose()?;
-    let mut record = begin(options, &peers, &works, others);
-    let total = options.repeats * peers.len() * works.len();
+    let mut record = begin(options, &systems, &workloads, others);
+    let total = options.repeats * systems.len() * workloads.len();
     for repeat in 0..options.repeats {
-        for work in &works {
-            for turn in 0..peers.len() {
-                // Whoever begins in one repeat comes later in the next.
-                let peer = &peers[(turn + repeat) % peers.len()];
-                let measurement = measure(peer, work.as_ref(), repeat, options.seconds);
+        for workload in &workloads {
+            for turn in 0..systems.len() {
+                // The system that is first in one repeat comes later in the next.
+                let system = &systems[(turn + repeat) % systems.len()];
+                let measurement = measure(system, workload.as_ref(), repeat, options.seconds);
                 let number = record.measurements.len() + 1;
-                let told = format!("[{number}/{total}] {}", line(work.as_ref(), &measurement));
+                let text = format!("[{number}/{total}] {}", line(workload.as_ref(), &measurement));
                 record.measurements.push(measurement);
-                tell(&record, &told)?;
+                on_measurement(&record, &text)?;
             }
         }
     }
-    // They are no work, and would leave the machine nothing to be idle with.
+    // Spinners are not load, and would leave no idle time to measure.
     drop(spinners);
     record.settings.background_after = background(WATCH)?.load();
     Ok(record)
 }
 
-fn begin(options: &Options, peers: &[Peer], works: &[Box<dyn Work>], others: Cpu) -> Record {
+fn begin(options: &Options, systems: &[System], workloads: &[Box<dyn Workload>], others: Cpu) -> Record {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let peer = |peer: &Peer| PeerNote {
-        name: peer.name.clone(),
-        about: peer.about.clone(),
-        config: peer.config.clone(),
+    let system = |system: &System| SystemInfo {
+        name: system.name.clone(),
+        about: system.about.clone(),
+        config: system.config.clone(),
     };
     Record {
-        begun: since.map_or(0, |since| since.as_secs()),
+        started: since.map_or(0, |since| since.as_secs()),
         machine: options.machine.clone(),
         settings: Settings {
             repeats: options.repeats,
@@ -152,59 +158,65 @@ fn begin(options: &Options, peers: &[Peer], works: &[Box<dyn Work>], others: Cpu
             background_steal: others.stolen(),
             background_after: 0.0,
         },
-        peers: peers.iter().map(peer).collect(),
-        works: works.iter().map(|work| note(work.as_ref())).collect(),
+        systems: systems.iter().map(system).collect(),
+        workloads: workloads.iter().map(|workload| note(workload.as_ref())).collect(),
         measurements: Vec::new(),
     }
 }
 
-fn note(work: &dyn Work) -> WorkNote {
-    WorkNote { name: work.name(), about: work.about(), figures: work.figures() }
+fn note(workload: &dyn Workload) -> WorkloadInfo {
+    WorkloadInfo { name: workload.name(), about: workload.about(), figures: workload.figures() }
 }
 
-/// One measurement, from the making of the stage to its end.
+/// One measurement, from creating the testbed to removing it.
 ///
-/// Each has a stage of its own: connections of one peer that the server still remembers (TIME_WAIT) would meet those of the
-/// next under the same addresses, with the timestamps of another clock, and be asked to begin again (a challenge ACK).
-fn measure(peer: &Peer, work: &dyn Work, repeat: usize, seconds: f64) -> Measurement {
-    let mut measurement =
-        Measurement { repeat, work: work.name(), peer: peer.name.clone(), ..Measurement::default() };
-    let started = Stage::new().and_then(|stage| Ok((peer.start(&stage)?, stage)));
-    // The peer goes before its stage.
-    let (mut stage, mut running) = match started {
-        Ok((running, stage)) => (stage, running),
+/// Each measurement has its own testbed: otherwise, connections of one system that the server still
+/// remembers (TIME_WAIT) would meet those of the next under the same addresses with timestamps of
+/// another clock, and would get a challenge ACK.
+fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64) -> Measurement {
+    let mut measurement = Measurement {
+        repeat,
+        workload: workload.name(),
+        system: system.name.clone(),
+        ..Measurement::default()
+    };
+    let started = Testbed::new().and_then(|testbed| Ok((system.start(&testbed)?, testbed)));
+    // The system is dropped before its testbed.
+    let (mut testbed, mut running) = match started {
+        Ok((running, testbed)) => (testbed, running),
         Err(error) => return Measurement { failed: Some(format!("{error:#}")), ..measurement },
     };
     thread::sleep(SETTLE);
-    let mut scene = Scene { stage: &mut stage, peer, running: running.as_mut(), seconds };
-    let measured = work.measure(&mut scene).and_then(|measured| Ok((measured, running.proof()?)));
+    let mut context =
+        MeasurementContext { testbed: &mut testbed, system, running: running.as_mut(), seconds };
+    let measured = workload.measure(&mut context).and_then(|measured| Ok((measured, running.counters()?)));
     match measured {
-        Ok((measured, proof)) => {
-            Measurement { figures: measured.figures, cpu: measured.cpu, proof, ..measurement }
+        Ok((measured, counters)) => {
+            Measurement { figures: measured.figures, cpu: measured.cpu, counters, ..measurement }
         }
         Err(error) => {
-            measurement.failed = Some(format!("{error:#}{}", quote(&running.said())));
+            measurement.failed = Some(format!("{error:#}{}", quote(&running.log())));
             measurement
         }
     }
 }
 
-/// The last lines of what a peer said, set off.
-fn quote(said: &str) -> String {
+/// The last lines of a system's log, set off.
+fn quote(log: &str) -> String {
     const SHOWN: usize = 20;
-    let lines: Vec<_> = said.lines().collect();
+    let lines: Vec<_> = log.lines().collect();
     let last = &lines[lines.len().saturating_sub(SHOWN)..];
     last.iter().map(|line| format!("\n  | {line}")).collect()
 }
 
 /// A measurement in one line.
-fn line(work: &dyn Work, measurement: &Measurement) -> String {
-    let mut text = format!("{:<24} {:<22}", measurement.work, measurement.peer);
+fn line(workload: &dyn Workload, measurement: &Measurement) -> String {
+    let mut text = format!("{:<24} {:<22}", measurement.workload, measurement.system);
     if let Some(why) = &measurement.failed {
         // Writing to a String cannot fail.
         let _ = write!(text, " FAILED: {}", why.lines().next().unwrap_or_default());
     }
-    for figure in work.figures() {
+    for figure in workload.figures() {
         if let Some(value) = measurement.figures.get(&figure.key) {
             let _ = write!(text, "  {} {}", report::digits(*value), figure.unit);
         }
@@ -218,11 +230,11 @@ mod tests {
 
     fn picked(wanted: &[&str]) -> anyhow::Result<Vec<&'static str>> {
         let wanted: Vec<_> = wanted.iter().map(|&word| word.to_owned()).collect();
-        pick(vec!["nat", "splice", "splice-never", "relay"], &wanted, |name| (*name).to_owned())
+        select_by_name(vec!["nat", "splice", "splice-never", "relay"], &wanted, |name| (*name).to_owned())
     }
 
     #[test]
-    fn a_name_is_itself_before_it_is_a_beginning() {
+    fn an_exact_name_wins_over_a_prefix() {
         assert_eq!(picked(&[]).unwrap().len(), 4);
         assert_eq!(picked(&["splice"]).unwrap(), ["splice"]);
         assert_eq!(picked(&["splice-", "nat"]).unwrap(), ["nat", "splice-never"]);
@@ -231,7 +243,7 @@ mod tests {
 
     #[test]
     fn peers_have_distinct_names() {
-        let build = |series: &str| peers::Build {
+        let build = |series: &str| systems::Build {
             series: series.to_owned(),
             version: String::new(),
             command: vec!["haproxy".into()],
@@ -241,13 +253,13 @@ mod tests {
             nginx: Some(("nginx".into(), "/usr/lib/nginx/modules".into())),
         };
         let options = Options { programs, enrolment: true, ..Options::default() };
-        let (peers, _) = choose(&options).unwrap();
-        let mut names: Vec<_> = peers.iter().map(|peer| peer.name.as_str()).collect();
+        let (systems, _) = select(&options).unwrap();
+        let mut names: Vec<_> = systems.iter().map(|system| system.name.as_str()).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), count);
-        for name in [peers::DIRECT, peers::NAT, "haproxy-3.0-splice-2t", "nginx", "splice", "relay"] {
+        for name in [systems::DIRECT, systems::NAT, "haproxy-3.0-splice-2t", "nginx", "splice", "relay"] {
             assert!(names.contains(&name), "{name}");
         }
     }

@@ -1,18 +1,18 @@
-//! Postfix in the mail namespace, which takes mail by smtpd and throws it away: with a PROXY header on one port, without
-//! on another.
+//! Postfix in the mail namespace, whose smtpd accepts mail and discards it: with a PROXY header on
+//! one port, without on another.
 
 use std::path::Path;
 
-use super::stage::mail;
+use super::testbed::mail;
 use injector_testbed::log_file::LogFile;
 use injector_testbed::netns::Netns;
 use injector_testbed::postfix::Postfix;
 
-/// The port that demands a header, and the public one.
+/// The port that requires a header; also the public port.
 pub const PROXIED: u16 = 2525;
-/// The port that takes none.
+/// The port without a header.
 pub const BARE: u16 = 3525;
-/// The domain it takes mail for.
+/// The domain whose mail it accepts.
 pub const DOMAIN: &str = "bench.test";
 
 /// A running Postfix; ended on drop.
@@ -56,7 +56,7 @@ default_transport = discard
 smtpd_relay_restrictions = reject_unauth_destination
 smtpd_client_connection_count_limit = 0
 smtpd_client_connection_rate_limit = 0
-# Whoever sends is not slowed down, and every message counts.
+# Senders are not slowed down, and every message counts.
 in_flow_delay = 0
 smtpd_error_sleep_time = 0
 default_process_limit = 60

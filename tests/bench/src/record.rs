@@ -1,4 +1,4 @@
-//! All that a run found out, as it is written to JSON and read back by the reports.
+//! All results of a run, as they are written to JSON and read back by the reports.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,16 +12,16 @@ use super::stats::Sample;
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Record {
     /// Seconds since 1970 at which it began.
-    pub begun: u64,
-    /// What it ran on.
+    pub started: u64,
+    /// The machine it ran on.
     pub machine: Machine,
-    /// How it was asked to run.
+    /// Its options.
     pub settings: Settings,
-    /// Those that were compared, in the order of the reports.
-    pub peers: Vec<PeerNote>,
-    /// What they had to do, in the same order.
-    pub works: Vec<WorkNote>,
-    /// One for each repeat, work and peer.
+    /// The systems that were compared, in the order of the reports.
+    pub systems: Vec<SystemInfo>,
+    /// The workloads, in the same order.
+    pub workloads: Vec<WorkloadInfo>,
+    /// One for each repeat, workload and system.
     pub measurements: Vec<Measurement>,
 }
 
@@ -30,7 +30,7 @@ pub struct Record {
 pub struct Machine {
     /// Model of the processors.
     pub processor: String,
-    /// How many there are.
+    /// Number of processors.
     pub processors: usize,
     /// `MemTotal`, in KiB.
     pub memory_kib: u64,
@@ -44,12 +44,12 @@ pub struct Machine {
     pub rustc: String,
 }
 
-/// How it was asked to run.
+/// The options of a run.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Settings {
-    /// Times everything was measured.
+    /// Number of repeats.
     pub repeats: usize,
-    /// Length of a measurement.
+    /// Length of a measurement, in seconds.
     pub seconds: f64,
     /// Whether low-priority spinners kept the processors awake.
     pub spinners: bool,
@@ -57,15 +57,15 @@ pub struct Settings {
     pub noisy: bool,
     /// Share of the processors' time that others used before the run, 0 to 1.
     pub background: f64,
-    /// The same after the run: a machine that was quiet at first may not have stayed so.
+    /// The same after the run: a machine that was quiet at first may have become busy.
     pub background_after: f64,
-    /// Share of it that the hypervisor took before the run, 0 to 1.
+    /// The part of it that the hypervisor took before the run, 0 to 1.
     pub background_steal: f64,
 }
 
-/// A peer in the report.
+/// A system in the report.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct PeerNote {
+pub struct SystemInfo {
     /// Its name.
     pub name: String,
     /// What it is.
@@ -74,54 +74,54 @@ pub struct PeerNote {
     pub config: String,
 }
 
-/// A work in the report.
+/// A workload in the report.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct WorkNote {
+pub struct WorkloadInfo {
     /// Its name.
     pub name: String,
     /// What it is.
     pub about: String,
-    /// What is measured; the first is what ratios and charts are made of.
+    /// What is measured; ratios and charts use the first.
     pub figures: Vec<Figure>,
 }
 
-/// One thing that is measured.
+/// One measured quantity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Figure {
-    /// Its name within the work.
+    /// Its name within the workload.
     pub key: String,
     /// Its unit.
     pub unit: String,
-    /// Whether more of it is better.
+    /// Whether larger is better.
     pub more_is_better: bool,
-    /// Whether the direct route has a share in it that is to be subtracted.
+    /// Whether the direct route's share is to be subtracted.
     pub above_direct: bool,
 }
 
-/// What one peer did in one repeat of one work.
+/// The result of one system in one repeat of one workload.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Measurement {
-    /// Counts from 0.
+    /// Counted from 0.
     pub repeat: usize,
-    /// Name of the work.
-    pub work: String,
-    /// Name of the peer.
-    pub peer: String,
+    /// Name of the workload.
+    pub workload: String,
+    /// Name of the system.
+    pub system: String,
     /// By key.
     pub figures: BTreeMap<String, f64>,
-    /// What the whole machine spent meanwhile.
+    /// Processor time of the whole machine meanwhile.
     pub cpu: Cpu,
-    /// What the peer counted itself.
-    pub proof: BTreeMap<String, f64>,
+    /// What the system counted itself.
+    pub counters: BTreeMap<String, f64>,
     /// Why there are no figures.
     pub failed: Option<String>,
 }
 
 impl Record {
-    /// A figure of a peer, in every repeat that has it.
+    /// A figure of a system, in every repeat that has it.
     #[must_use]
-    pub fn samples(&self, work: &str, peer: &str, key: &str) -> Vec<Sample> {
-        let ours = self.measurements.iter().filter(|it| it.work == work && it.peer == peer);
+    pub fn samples(&self, workload: &str, system: &str, key: &str) -> Vec<Sample> {
+        let ours = self.measurements.iter().filter(|it| it.workload == workload && it.system == system);
         ours.filter_map(|it| it.figures.get(key).map(|value| (it.repeat, *value))).collect()
     }
 
@@ -132,7 +132,8 @@ impl Record {
 }
 
 impl Machine {
-    /// This one; what cannot be found out stays empty. `injector` and `rustc` are the caller's to fill in.
+    /// This machine; what cannot be determined stays empty. The caller fills in `injector` and
+    /// `rustc`.
     #[must_use]
     pub fn here() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -1,8 +1,9 @@
-//! One thread for each processor that does nothing, at the lowest priority there is.
+//! One busy thread for each processor, at the lowest priority.
 //!
-//! A processor that has nothing to do goes to sleep and takes its time to wake: on a virtual machine tens of microseconds,
-//! which hide what a peer adds. With a spinner there is no idle state. SCHED_IDLE gives way at once to all else, and
-//! niceness 19 has `/proc/stat` count it as `nice`, apart from work.
+//! An idle processor sleeps and takes time to wake: on a virtual machine tens of microseconds,
+//! which hide what a system adds. With a spinner there is no idle state. SCHED_IDLE yields to
+//! everything else at once, and niceness 19 makes `/proc/stat` count it as `nice`, separate from
+//! load.
 
 use std::hint;
 use std::io;
@@ -21,22 +22,22 @@ pub struct Spinners {
 
 impl Spinners {
     /// # Errors
-    /// When a thread cannot be lowered or bound.
+    /// When a thread cannot be lowered in priority or bound to its processor.
     pub fn start() -> anyhow::Result<Self> {
         let mut spinners = Self { over: Arc::default(), threads: Vec::new() };
         for processor in 0..thread::available_parallelism()?.get() {
             let over = Arc::clone(&spinners.over);
-            let (told, hear) = std::sync::mpsc::channel();
+            let (sender, receiver) = std::sync::mpsc::channel();
             spinners.threads.push(thread::spawn(move || {
                 let lowered = lower(processor);
                 let spins = lowered.is_ok();
-                if told.send(lowered).is_ok() && spins {
+                if sender.send(lowered).is_ok() && spins {
                     while !over.load(Ordering::Relaxed) {
                         hint::spin_loop();
                     }
                 }
             }));
-            hear.recv()??;
+            receiver.recv()??;
         }
         Ok(spinners)
     }
@@ -54,11 +55,11 @@ impl Drop for Spinners {
 
 /// Binds the calling thread to a processor, at the lowest priority.
 fn lower(processor: usize) -> anyhow::Result<()> {
-    // SAFETY: all zeroes is an empty set.
+    // SAFETY: all zeroes is a valid, empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: the number of a processor of this machine is less than CPU_SETSIZE.
     unsafe { libc::CPU_SET(processor, &mut set) };
-    // SAFETY: 0 is the calling thread, and the set is as long as is said.
+    // SAFETY: 0 is the calling thread, and the size is that of the set.
     let bound = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
     ensure!(bound == 0, "cannot bind a spinner: {}", io::Error::last_os_error());
     // SAFETY: 0 is the calling thread: on Linux priorities are each thread's own.
@@ -82,7 +83,7 @@ mod tests {
         let spinners = Spinners::start().unwrap();
         let spent = background(Duration::from_millis(300)).unwrap();
         drop(spinners);
-        // How much is left to them depends on who else runs; that it is not idle does not.
+        // How much time the spinners get depends on other processes; that it is not idle does not.
         assert!(spent.nice > 0.0 || spent.busy() > spent.idle, "{spent:?}");
     }
 }

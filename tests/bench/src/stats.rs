@@ -1,36 +1,37 @@
 //! Medians, spread, and ratios pair by pair.
 //!
-//! A virtual machine's speed changes from minute to minute. What was measured in one repeat lies close together in time,
-//! so a ratio is taken within each repeat, and the median of these.
+//! A virtual machine's speed changes from minute to minute. Measurements of one repeat are close
+//! together in time, so a ratio is taken within each repeat, and the median of these ratios is
+//! reported.
 
-/// A median and what lies around it.
+/// A median with the smallest and the largest value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
-    /// The middle value, or the mean of the two.
+    /// The middle value, or the mean of the two middle values.
     pub median: f64,
-    /// The least value.
-    pub least: f64,
-    /// The greatest.
-    pub most: f64,
+    /// The smallest value.
+    pub min: f64,
+    /// The largest value.
+    pub max: f64,
 }
 
 impl Spread {
-    /// `None` of nothing.
+    /// `None` if there are no values.
     #[must_use]
     pub fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let (least, most) = (*sorted.first()?, *sorted.last()?);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
         let upper = sorted.len() / 2;
         let lower = (sorted.len() - 1) / 2;
         let median = f64::midpoint(*sorted.get(lower)?, *sorted.get(upper)?);
-        Some(Self { median, least, most })
+        Some(Self { median, min, max })
     }
 
-    /// Half the distance from least to most, as a share of the median: 0.05 reads as "± 5 %".
+    /// Half the distance from min to max, as a share of the median: 0.05 reads as "± 5 %".
     #[must_use]
     pub fn half_width(&self) -> f64 {
-        if self.median == 0.0 { 0.0 } else { (self.most - self.least) / 2.0 / self.median.abs() }
+        if self.median == 0.0 { 0.0 } else { (self.max - self.min) / 2.0 / self.median.abs() }
     }
 }
 
@@ -55,7 +56,7 @@ pub fn ratio(ours: &[Sample], theirs: &[Sample]) -> Option<Spread> {
     pairwise(ours, theirs, |ours, theirs| ours / theirs)
 }
 
-/// What is above a reference.
+/// The difference to a reference.
 #[must_use]
 pub fn above(ours: &[Sample], theirs: &[Sample]) -> Option<Spread> {
     pairwise(ours, theirs, |ours, theirs| ours - theirs)
@@ -73,7 +74,7 @@ mod tests {
     fn medians_of_odd_and_even_counts() {
         assert_eq!(Spread::of(&[]), None);
         let odd = Spread::of(&[3.0, 1.0, 2.0]).unwrap();
-        assert!(near(odd.median, 2.0) && near(odd.least, 1.0) && near(odd.most, 3.0));
+        assert!(near(odd.median, 2.0) && near(odd.min, 1.0) && near(odd.max, 3.0));
         assert!(near(odd.half_width(), 0.5));
         assert!(near(Spread::of(&[4.0, 1.0, 2.0, 3.0]).unwrap().median, 2.5));
         assert!(near(Spread::of(&[7.0]).unwrap().half_width(), 0.0));
@@ -85,8 +86,8 @@ mod tests {
         let ours = [(0, 150.0), (1, 75.0), (3, 160.0)];
         let theirs = [(0, 100.0), (1, 50.0), (2, 100.0), (3, 100.0)];
         let ratio = ratio(&ours, &theirs).unwrap();
-        assert!(near(ratio.median, 1.5) && near(ratio.least, 1.5) && near(ratio.most, 1.6));
-        assert!(near(above(&ours, &theirs).unwrap().most, 60.0));
+        assert!(near(ratio.median, 1.5) && near(ratio.min, 1.5) && near(ratio.max, 1.6));
+        assert!(near(above(&ours, &theirs).unwrap().max, 60.0));
     }
 
     #[test]

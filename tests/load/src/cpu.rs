@@ -1,13 +1,14 @@
-//! What the whole machine spent, from `/proc/stat`.
+//! Processor time of the whole machine, from `/proc/stat`.
 //!
-//! The processes' own times would not do: the kernel forwards packets in softirqs and kworkers, which bill whoever
-//! happens to run, or nobody. So everything is counted, and what the direct route takes is subtracted later.
+//! The processes' own times are not enough: the kernel forwards packets in softirqs and kworkers,
+//! which are charged to the interrupted process or to none. So the whole machine is counted, and
+//! the direct route's share is subtracted later.
 //!
-//! Work is what is left of the clock's time when idle, stolen and low-priority time are taken away. The kernel measures
-//! idle time to the microsecond (`get_idle_time` in `fs/proc/stat.c`, on tickless kernels), whereas most kernels learn of
-//! user, system and interrupts only by looking at each tick of the clock who runs: work that begins in step with the
-//! ticks is seen always or never. A loop at 4,000 sessions a second was off thirtyfold that way. These columns are kept
-//! to tell where time went.
+//! Busy time is elapsed time minus idle, stolen and low-priority time. The kernel measures idle
+//! time to the microsecond (`get_idle_time` in `fs/proc/stat.c`, on tickless kernels). Most kernels
+//! only sample user, system and interrupt time at each tick: activity that is in step with the
+//! ticks is seen always or never. A loop at 4,000 sessions a second was off thirtyfold that way.
+//! These columns are kept to show where time went.
 
 use std::fs;
 use std::ops::Sub;
@@ -27,7 +28,7 @@ pub struct Cpu {
     /// In user space, at ordinary priority.
     pub user: f64,
     /// In user space at low priority (`nice`): the spinners that keep processors from idle states run there, so it is
-    /// no work.
+    /// not busy time.
     pub nice: f64,
     /// In the kernel for a process.
     pub system: f64,
@@ -41,7 +42,7 @@ pub struct Cpu {
 
 impl Cpu {
     /// # Errors
-    /// When `/proc/stat` is not as `proc_stat(5)` says.
+    /// When `/proc/stat` is not in the format of `proc_stat(5)`.
     pub fn now() -> anyhow::Result<Self> {
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         let clock = Duration::try_from(clock_gettime(ClockId::Boottime)).context("no clock")?;

@@ -1,46 +1,46 @@
-//! Times of many events, kept to three digits.
+//! Latencies of many events, with three significant digits.
 
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// Nanoseconds above which all are one: a minute.
-const LONGEST: u64 = 60_000_000_000;
+/// Longer latencies are recorded as this: one minute, in nanoseconds.
+const MAX_NANOS: u64 = 60_000_000_000;
 
-/// A growing collection.
+/// A histogram of latencies.
 #[derive(Clone, Debug)]
 pub struct Latencies(Histogram<u64>);
 
-/// What is told of it; microseconds.
+/// Quantiles of the latencies, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Summary {
-    /// How many there were.
+    /// Number of events.
     pub count: u64,
-    /// Half were faster.
+    /// Half of the events were faster.
     pub median: f64,
-    /// 90 % were.
+    /// 90 % were faster.
     pub p90: f64,
-    /// 99 % were.
+    /// 99 % were faster.
     pub p99: f64,
-    /// 99.9 % were.
+    /// 99.9 % were faster.
     pub p999: f64,
     /// The slowest.
-    pub most: f64,
+    pub max: f64,
 }
 
 impl Latencies {
     /// # Errors
-    /// Never; the bounds are constants that the histogram takes.
+    /// Never; the bounds are valid constants.
     pub fn new() -> anyhow::Result<Self> {
-        Ok(Self(Histogram::new_with_bounds(1, LONGEST, 3)?))
+        Ok(Self(Histogram::new_with_bounds(1, MAX_NANOS, 3)?))
     }
 
-    /// Adds one.
+    /// Adds one event.
     pub fn record(&mut self, latency: Duration) {
-        self.0.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(LONGEST));
+        self.0.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(MAX_NANOS));
     }
 
-    /// Adds those of another thread.
+    /// Adds the events of another thread.
     ///
     /// # Errors
     /// Never; both have the same bounds.
@@ -48,15 +48,15 @@ impl Latencies {
         Ok(self.0.add(&other.0)?)
     }
 
-    /// Forgets all, to begin again after the warm-up.
+    /// Removes all events, at the end of the warm-up.
     pub fn clear(&mut self) {
         self.0.reset();
     }
 
-    /// The quantiles; `None` of an empty collection.
+    /// The quantiles; `None` if there are no events.
     #[must_use]
     pub fn summary(&self) -> Option<Summary> {
-        #[expect(clippy::cast_precision_loss, reason = "nanoseconds of at most a minute")]
+        #[expect(clippy::cast_precision_loss, reason = "nanoseconds of at max a minute")]
         let at = |quantile| self.0.value_at_quantile(quantile) as f64 / 1000.0;
         (!self.0.is_empty()).then(|| Summary {
             count: self.0.len(),
@@ -64,7 +64,7 @@ impl Latencies {
             p90: at(0.9),
             p99: at(0.99),
             p999: at(0.999),
-            most: at(1.0),
+            max: at(1.0),
         })
     }
 }
@@ -85,6 +85,6 @@ mod tests {
         assert!((summary.median - 500.0).abs() < 1.0, "{summary:?}");
         assert!((summary.p99 - 990.0).abs() < 1.0, "{summary:?}");
         latencies.record(Duration::from_secs(3600));
-        assert!(latencies.summary().unwrap().most < 61e6);
+        assert!(latencies.summary().unwrap().max < 61e6);
     }
 }

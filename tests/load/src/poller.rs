@@ -1,4 +1,4 @@
-//! epoll over connections that are known by their descriptor's number.
+//! epoll over connections, identified by the number of their descriptor.
 
 use std::fmt;
 use std::io;
@@ -8,14 +8,14 @@ use std::time::Duration;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
-/// Events taken at once.
+/// Maximum number of events per wait.
 const BATCH: usize = 128;
 
 /// An epoll instance; adding works from any thread.
 #[derive(Debug)]
 pub struct Poller(OwnedFd);
 
-/// Room for the events of one wait.
+/// A buffer for the events of one wait.
 pub struct Events(Vec<Event>);
 
 impl fmt::Debug for Events {
@@ -41,17 +41,18 @@ impl Events {
     }
 }
 
-/// What to be told of a connection.
+/// Which events of a connection are reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    /// As long as there is something to read.
+    /// While there is data to read.
     Read,
-    /// As long as there is something to read or room to write.
+    /// While there is data to read or space to write.
     ReadWrite,
-    /// Once when it can be written, once whenever more has come: connecting takes no second call that way.
-    Edges,
-    /// As long as there is something to read, and one waiting thread alone.
-    Shared,
+    /// Edge-triggered: once when it becomes writable, and whenever data arrives. Connecting takes
+    /// no second call that way.
+    EdgeTriggered,
+    /// While there is data to read, waking one waiting thread.
+    Exclusive,
 }
 
 impl Interest {
@@ -59,15 +60,15 @@ impl Interest {
         match self {
             Self::Read => EventFlags::IN,
             Self::ReadWrite => EventFlags::IN.union(EventFlags::OUT),
-            Self::Edges => {
+            Self::EdgeTriggered => {
                 EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET)
             }
-            Self::Shared => EventFlags::IN.union(EventFlags::EXCLUSIVE),
+            Self::Exclusive => EventFlags::IN.union(EventFlags::EXCLUSIVE),
         }
     }
 }
 
-/// The index under which a descriptor's events come.
+/// The index that a descriptor's events carry.
 pub fn index(of: &impl AsRawFd) -> usize {
     usize::try_from(of.as_raw_fd()).unwrap_or(usize::MAX)
 }
@@ -82,12 +83,12 @@ impl Poller {
     /// Watches a socket until it is closed.
     ///
     /// # Errors
-    /// When it is watched already, or is no socket.
+    /// When the socket is watched already, or cannot be watched.
     pub fn add(&self, socket: &(impl AsFd + AsRawFd), interest: Interest) -> io::Result<()> {
         Ok(epoll::add(&self.0, socket, EventData::new_u64(index(socket) as u64), interest.flags())?)
     }
 
-    /// Changes what is told of a watched socket.
+    /// Changes which events of a watched socket are reported.
     ///
     /// # Errors
     /// When it is not watched.
@@ -95,10 +96,10 @@ impl Poller {
         Ok(epoll::modify(&self.0, socket, EventData::new_u64(index(socket) as u64), interest.flags())?)
     }
 
-    /// Waits for events, at most so long.
+    /// Waits for events, at most `limit` long.
     ///
     /// # Errors
-    /// When the kernel refuses; an interruption is no error and brings no events.
+    /// When epoll_wait fails; an interrupted wait returns without events.
     pub fn wait(&self, events: &mut Events, limit: Duration) -> io::Result<()> {
         events.0.clear();
         let limit = Timespec::try_from(limit).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

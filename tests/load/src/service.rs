@@ -1,31 +1,33 @@
-//! What is spoken on which port. Sizes alone matter here: every byte of the payload is the same.
+//! Which service is on which port. Only sizes matter: every byte of the payload is the same.
 
 use std::fmt;
 
-/// What must come before the payload on a port of the server.
+/// What the server expects before the payload on a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Door {
-    /// A PROXY header with the client's address, whole in the first read; a connection without one is counted as bad.
+pub enum PortKind {
+    /// A PROXY header with the client's address, complete in the first read; a connection without
+    /// one is counted as bad.
     Header,
-    /// Nothing; on this port a header would be taken for payload, and the sizes would not fit.
+    /// Nothing; a header would be read as payload, and the sizes would not match.
     Bare,
 }
 
-/// What a connection is used for.
+/// What client and server exchange on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Talk {
-    /// The client sends until it has enough and finishes; the server reads all of it, then finishes, too.
+pub enum Script {
+    /// The client sends and closes; the server reads everything, then closes too.
     Sink,
-    /// The client says for how long (four bytes, milliseconds, big-endian); the server sends for so long and finishes.
+    /// The client sends a duration (four bytes, milliseconds, big-endian); the server sends for
+    /// that long and closes.
     Source,
-    /// Question and answer.
+    /// Requests and responses.
     Dialogue {
-        /// Bytes with which the server begins; 0 where the client does.
+        /// Bytes of the server's greeting; 0 if the client speaks first.
         greeting: usize,
-        /// Bytes of each question and of its answer; at least one pair.
+        /// Bytes of each request and of its response; at least one pair.
         steps: &'static [(usize, usize)],
-        /// Whether the server closes after the last answer; else the steps begin again.
+        /// Whether the server closes after the last response; otherwise the steps repeat.
         ends: bool,
     },
 }
@@ -33,24 +35,25 @@ pub enum Talk {
 /// One service of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Unique.
+    /// Unique name.
     pub name: &'static str,
-    /// What the injector is told (`protocol = …`): who speaks first is all that counts.
+    /// The value of `protocol` in the injector's configuration; only which side speaks first
+    /// matters.
     pub protocol: &'static str,
-    /// The public port, and the server's port that demands a header.
+    /// The public port, and the server's port that requires a header.
     pub port: u16,
-    /// What is spoken.
-    pub talk: Talk,
+    /// What is exchanged.
+    pub script: Script,
 }
 
 impl Service {
-    /// The server's port that takes no header.
+    /// The server's port without a header.
     #[must_use]
     pub const fn bare_port(&self) -> u16 {
         self.port + BARE
     }
 
-    /// The service of that name.
+    /// The service with this name.
     #[must_use]
     pub fn named(name: &str) -> Option<&'static Self> {
         ALL.iter().find(|service| service.name == name)
@@ -63,50 +66,55 @@ impl fmt::Display for Service {
     }
 }
 
-/// Distance of a port without a header from its like with one.
+/// Offset from a port with a header to the port of the same service without one.
 const BARE: u16 = 1000;
 
-/// Bytes of the largest question; it fits into any socket's send buffer at once.
-pub const LARGEST_QUESTION: usize = 4096;
+/// Bytes of the largest request; it fits into any socket's send buffer at once.
+pub const MAX_REQUEST: usize = 4096;
 
 /// Uploads.
-pub const SINK: Service = Service { name: "sink", protocol: "imaps", port: 7001, talk: Talk::Sink };
+pub const SINK: Service = Service { name: "sink", protocol: "imaps", port: 7001, script: Script::Sink };
 /// Downloads.
-pub const SOURCE: Service = Service { name: "source", protocol: "imaps", port: 7002, talk: Talk::Source };
-/// One question, one answer, end: what a connection costs.
+pub const SOURCE: Service = Service { name: "source", protocol: "imaps", port: 7002, script: Script::Source };
+/// One request, one response, close: the cost of a connection.
 pub const SHORT: Service = Service {
     name: "short",
     protocol: "imaps",
     port: 7003,
-    talk: Talk::Dialogue { greeting: 0, steps: &[(64, 64)], ends: true },
+    script: Script::Dialogue { greeting: 0, steps: &[(64, 64)], ends: true },
 };
-/// Questions and answers of 64 bytes without end.
+/// Requests and responses of 64 bytes, without end.
 pub const ECHO: Service = Service {
     name: "echo",
     protocol: "imaps",
     port: 7004,
-    talk: Talk::Dialogue { greeting: 0, steps: &[(64, 64)], ends: false },
+    script: Script::Dialogue { greeting: 0, steps: &[(64, 64)], ends: false },
 };
-/// A message by SMTP in clear text: EHLO, MAIL, RCPT, DATA, 4 KiB, QUIT; the server speaks first.
+/// An SMTP message in clear text: EHLO, MAIL, RCPT, DATA, 4 KiB, QUIT; the server speaks first.
 pub const SMTP: Service = Service {
     name: "smtp",
     protocol: "smtp",
     port: 7005,
-    talk: Talk::Dialogue {
+    script: Script::Dialogue {
         greeting: 40,
-        steps: &[(24, 190), (44, 14), (40, 14), (6, 37), (LARGEST_QUESTION, 42), (6, 15)],
+        steps: &[(24, 190), (44, 14), (40, 14), (6, 37), (MAX_REQUEST, 42), (6, 15)],
         ends: true,
     },
 };
-/// A mail client that looks for news over TLS: NOOP, NOOP, STATUS, FETCH; sizes with TLS' 22 bytes a record.
+/// A mail client that polls over TLS: NOOP, NOOP, STATUS, FETCH; sizes include TLS' 22 bytes per
+/// record.
 pub const IMAP: Service = Service {
     name: "imap",
     protocol: "imaps",
     port: 7006,
-    talk: Talk::Dialogue { greeting: 0, steps: &[(33, 43), (33, 43), (64, 120), (72, 1480)], ends: false },
+    script: Script::Dialogue {
+        greeting: 0,
+        steps: &[(33, 43), (33, 43), (64, 120), (72, 1480)],
+        ends: false,
+    },
 };
 
-/// All of them.
+/// All services.
 pub const ALL: [Service; 6] = [SINK, SOURCE, SHORT, ECHO, SMTP, IMAP];
 
 #[cfg(test)]
@@ -128,11 +136,13 @@ mod tests {
     #[test]
     fn every_dialogue_moves_in_both_directions() {
         for service in &ALL {
-            if let Talk::Dialogue { steps, .. } = service.talk {
+            if let Script::Dialogue { steps, .. } = service.script {
                 assert!(!steps.is_empty());
-                assert!(steps.iter().all(|(question, answer)| {
-                    *question > 0 && *question <= LARGEST_QUESTION && *answer > 0
-                }));
+                assert!(
+                    steps.iter().all(|(request, response)| {
+                        *request > 0 && *request <= MAX_REQUEST && *response > 0
+                    })
+                );
             }
         }
     }

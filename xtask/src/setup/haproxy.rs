@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use injector_bench::peers::Build;
+use injector_bench::systems::Build;
 
 use super::{cache::Cache, job, packages::program};
 

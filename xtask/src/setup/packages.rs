@@ -57,7 +57,7 @@ pub(super) fn can_make_environments() -> bool {
 /// tool, Debian package, what it is needed for, groups
 const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail]),
-    ("nginx", "nginx", "a peer of the benchmark", &[Group::Bench]),
+    ("nginx", "nginx", "a proxy to compare with in the benchmark", &[Group::Bench]),
     ("postfix", "postfix", "postscreen and smtpd behind the injector", &[Group::Mail]),
     ("dovecot", "dovecot-core", "IMAP behind the injector", &[Group::Mail]),
     ("haproxy", "haproxy", "a second receiver, and a sender to compare with", &[Group::Mail]),

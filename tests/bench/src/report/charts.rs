@@ -1,4 +1,5 @@
-//! One chart for each work, as SVG: a bar for every peer's median, with a line from the least to the greatest value.
+//! One chart for each workload, as SVG: a bar for every system's median, with a line from the
+//! smallest to the largest value.
 
 use anyhow::{Context as _, anyhow};
 use plotters::prelude::*;
@@ -6,20 +7,20 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::digits;
 use super::summary::{Section, sections};
-use crate::peers::{DIRECT, HAPROXY, NAT};
 use crate::record::Record;
 use crate::stats::Spread;
+use crate::systems::{DIRECT, HAPROXY, NAT};
 
-/// A chart, and the work it shows.
+/// A chart, and the workload it shows.
 #[derive(Clone, Debug)]
 pub struct Chart {
-    /// Name of the work.
-    pub work: String,
-    /// The picture.
+    /// Name of the workload.
+    pub workload: String,
+    /// The SVG.
     pub svg: String,
 }
 
-/// All works whose first figure was measured.
+/// All workloads whose first figure was measured.
 ///
 /// # Errors
 /// When a chart cannot be drawn.
@@ -28,28 +29,28 @@ pub fn all(record: &Record) -> anyhow::Result<Vec<Chart>> {
     for section in sections(record) {
         let bars = bars(&section);
         if !bars.is_empty() {
-            let svg = draw(&section, &bars).with_context(|| format!("cannot draw {}", section.work))?;
-            charts.push(Chart { work: section.work, svg });
+            let svg = draw(&section, &bars).with_context(|| format!("cannot draw {}", section.workload))?;
+            charts.push(Chart { workload: section.workload, svg });
         }
     }
     Ok(charts)
 }
 
-/// What is drawn of one peer.
+/// The bar of one system.
 struct Bar {
-    peer: String,
+    system: String,
     value: Spread,
 }
 
 fn bars(section: &Section) -> Vec<Bar> {
     let bar = |row: &super::summary::Row| {
         let value = row.cells.first().copied().flatten()?.value;
-        Some(Bar { peer: row.peer.clone(), value })
+        Some(Bar { system: row.system.clone(), value })
     };
     section.rows.iter().filter_map(bar).collect()
 }
 
-/// Pixels, all in one place: a chart is as high as it has bars.
+/// Layout in pixels: the height depends on the number of bars.
 const WIDTH: u32 = 860;
 const LEFT: i32 = 190;
 const RIGHT: i32 = 760;
@@ -57,9 +58,9 @@ const TOP: i32 = 52;
 const ROW: i32 = 24;
 const THICKNESS: i32 = 16;
 
-/// White paper, so that it can be read on a dark page, too.
+/// White background, so that the chart is readable on a dark page too.
 fn draw(section: &Section, bars: &[Bar]) -> anyhow::Result<String> {
-    let most = bars.iter().map(|bar| bar.value.most).fold(0.0, f64::max);
+    let max = bars.iter().map(|bar| bar.value.max).fold(0.0, f64::max);
     let figure = section.figures.first().context("nothing measured")?;
     let better = if figure.more_is_better { "more is better" } else { "less is better" };
     let rows = i32::try_from(bars.len())?;
@@ -70,22 +71,22 @@ fn draw(section: &Section, bars: &[Bar]) -> anyhow::Result<String> {
         let paint = |error: DrawingAreaErrorKind<_>| anyhow!("{error}");
         area.fill(&WHITE).map_err(paint)?;
         let title = text(15, &BLACK, HPos::Left);
-        area.draw(&Text::new(section.work.clone(), (12, 18), title)).map_err(paint)?;
-        let unit = format!("{}; {better}; median, line from least to greatest", figure.unit);
+        area.draw(&Text::new(section.workload.clone(), (12, 18), title)).map_err(paint)?;
+        let unit = format!("{}; {better}; median, line from minimum to maximum", figure.unit);
         area.draw(&Text::new(unit, (12, 36), text(12, &GREY, HPos::Left))).map_err(paint)?;
         for (row, bar) in (0..).zip(bars) {
             let middle = TOP + row * ROW + ROW / 2;
-            let [least, median, greatest] =
-                [bar.value.least, bar.value.median, bar.value.most].map(|value| position(value, most));
-            let name = Text::new(bar.peer.clone(), (LEFT - 8, middle), text(12, &BLACK, HPos::Right));
+            let [min, median, largest] =
+                [bar.value.min, bar.value.median, bar.value.max].map(|value| position(value, max));
+            let name = Text::new(bar.system.clone(), (LEFT - 8, middle), text(12, &BLACK, HPos::Right));
             area.draw(&name).map_err(paint)?;
             let (above, below) = (middle - THICKNESS / 2, middle + THICKNESS / 2);
-            let block = Rectangle::new([(LEFT, above), (median, below)], colour(&bar.peer).filled());
+            let block = Rectangle::new([(LEFT, above), (median, below)], colour(&bar.system).filled());
             area.draw(&block).map_err(paint)?;
-            let whisker = PathElement::new(vec![(least, middle), (greatest, middle)], BLACK.stroke_width(1));
+            let whisker = PathElement::new(vec![(min, middle), (largest, middle)], BLACK.stroke_width(1));
             area.draw(&whisker).map_err(paint)?;
             let value =
-                Text::new(digits(bar.value.median), (greatest + 8, middle), text(12, &BLACK, HPos::Left));
+                Text::new(digits(bar.value.median), (largest + 8, middle), text(12, &BLACK, HPos::Left));
             area.draw(&value).map_err(paint)?;
         }
         area.present().map_err(paint)?;
@@ -99,17 +100,17 @@ fn text(size: i32, colour: &RGBColor, side: HPos) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(colour).pos(Pos::new(side, VPos::Center))
 }
 
-/// Where on the axis a value lies, which begins at 0.
-fn position(value: f64, most: f64) -> i32 {
-    let share = if most > 0.0 { (value / most).clamp(0.0, 1.0) } else { 0.0 };
+/// The position of a value on the axis, which begins at 0.
+fn position(value: f64, max: f64) -> i32 {
+    let share = if max > 0.0 { (value / max).clamp(0.0, 1.0) } else { 0.0 };
     #[expect(clippy::cast_possible_truncation, reason = "pixels of a picture")]
     let pixels = (share * f64::from(RIGHT - LEFT)).round() as i32;
     LEFT + pixels
 }
 
 /// The references are grey, others blue, the injector's engines green.
-fn colour(peer: &str) -> RGBColor {
-    match peer {
+fn colour(system: &str) -> RGBColor {
+    match system {
         DIRECT | NAT => RGBColor(170, 170, 170),
         other if other.starts_with(HAPROXY) || other == "nginx" => RGBColor(120, 160, 210),
         _ => RGBColor(70, 150, 90),
@@ -119,23 +120,23 @@ fn colour(peer: &str) -> RGBColor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Figure, Measurement, PeerNote, WorkNote};
+    use crate::record::{Figure, Measurement, SystemInfo, WorkloadInfo};
 
     #[test]
-    fn a_chart_has_a_bar_for_everyone_who_was_measured() {
+    fn a_chart_has_a_bar_for_each_measured_system() {
         let figure =
             Figure { key: "rate".into(), unit: "x < y".into(), more_is_better: true, above_direct: false };
-        let work = WorkNote { name: "bulk".into(), about: String::new(), figures: vec![figure] };
-        let peer = |name: &str| PeerNote { name: name.into(), ..PeerNote::default() };
-        let measurement = |peer: &str, rate: f64| Measurement {
-            work: "bulk".into(),
-            peer: peer.into(),
+        let workload = WorkloadInfo { name: "bulk".into(), about: String::new(), figures: vec![figure] };
+        let system = |name: &str| SystemInfo { name: name.into(), ..SystemInfo::default() };
+        let measurement = |system: &str, rate: f64| Measurement {
+            workload: "bulk".into(),
+            system: system.into(),
             figures: [("rate".into(), rate)].into(),
             ..Measurement::default()
         };
         let mut record = Record {
-            works: vec![work],
-            peers: ["nat", "splice", "relay"].map(peer).into(),
+            workloads: vec![workload],
+            systems: ["nat", "splice", "relay"].map(system).into(),
             measurements: vec![measurement("nat", 2.0), measurement("splice", 1.0)],
             ..Record::default()
         };
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_axis_begins_at_nothing() {
+    fn the_axis_begins_at_zero() {
         assert_eq!(position(0.0, 5.0), LEFT);
         assert_eq!(position(5.0, 5.0), RIGHT);
         assert_eq!(position(2.5, 5.0), i32::midpoint(LEFT, RIGHT));

@@ -1,4 +1,4 @@
-//! The part of `docs/benchmarks.md` that a run writes: between two marks, and nothing outside them.
+//! The results in `docs/benchmarks.md`: written between two marks; the rest of the page stays.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,8 @@ use crate::record::Record;
 const BEGIN: &str = "<!-- results: written by `cargo xtask bench --write-docs`, do not edit -->";
 const END: &str = "<!-- end of results -->";
 
-/// Puts the results of a run into the page; `folder` is where its charts lie, relative to the page.
+/// Puts the results of a run into the page; `folder` is the folder of its charts, relative to the
+/// page.
 ///
 /// # Errors
 /// When the page has no marks.
@@ -25,23 +26,23 @@ pub fn insert(page: &str, record: &Record, charts: &[Chart], folder: &str) -> an
 fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
     let (machine, settings) = (&record.machine, &record.settings);
     let mut text = String::new();
-    let mut say = |name: &str, value: String| {
+    let mut row = |name: &str, value: String| {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "| {name} | {value} |");
     };
-    say("of the run", "value".to_owned());
-    say("---", "---".to_owned());
-    say("begun", format!("{} s after 1970-01-01 UTC", record.begun));
-    say("processors", format!("{} × {}", machine.processors, machine.processor));
-    say("memory", format!("{} MiB", machine.memory_kib / 1024));
-    say("system", format!("{}, Linux {}", machine.system, machine.kernel));
-    say("injector", format!("{}, built by {}", machine.injector, machine.rustc));
-    say("repeats", format!("{} of {} s each, interleaved", settings.repeats, settings.seconds));
-    say("spinners", if settings.spinners { "on every processor".into() } else { "none".into() });
+    row("property", "value".to_owned());
+    row("---", "---".to_owned());
+    row("started", format!("{} s after 1970-01-01 UTC", record.started));
+    row("processors", format!("{} × {}", machine.processors, machine.processor));
+    row("memory", format!("{} MiB", machine.memory_kib / 1024));
+    row("system", format!("{}, Linux {}", machine.system, machine.kernel));
+    row("injector", format!("{}, built by {}", machine.injector, machine.rustc));
+    row("repeats", format!("{} of {} s each, interleaved", settings.repeats, settings.seconds));
+    row("spinners", if settings.spinners { "on every processor".into() } else { "none".into() });
     let noise =
         if settings.noisy { "; **a busy machine was accepted: the figures are worth little**" } else { "" };
-    say(
-        "others",
+    row(
+        "other processes",
         format!(
             "{:.1} % of the processors before the run ({:.1} % stolen), {:.1} % after it{noise}",
             settings.background * 100.0,
@@ -49,23 +50,23 @@ fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
             settings.background_after * 100.0
         ),
     );
-    text.push_str("\n## Peers\n\n");
-    for peer in &record.peers {
-        let _ = writeln!(text, "- **{}**: {}", peer.name, peer.about);
+    text.push_str("\n## Systems\n\n");
+    for system in &record.systems {
+        let _ = writeln!(text, "- **{}**: {}", system.name, system.about);
     }
     text.push_str("\n## Figures\n\n");
     for chart in charts {
-        let _ = writeln!(text, "![{work}]({folder}/{work}.svg)", work = chart.work);
+        let _ = writeln!(text, "![{workload}]({folder}/{workload}.svg)", workload = chart.workload);
     }
     text.push('\n');
     text.push_str(&table::full(record));
     text.push_str("\n## Configurations\n\n");
-    for peer in record.peers.iter().filter(|peer| !peer.config.is_empty()) {
+    for system in record.systems.iter().filter(|system| !system.config.is_empty()) {
         let _ = writeln!(
             text,
             "<details><summary>{}</summary>\n\n```\n{}\n```\n\n</details>\n",
-            peer.name,
-            peer.config.trim_end()
+            system.name,
+            system.config.trim_end()
         );
     }
     text
@@ -74,14 +75,15 @@ fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::PeerNote;
+    use crate::record::SystemInfo;
 
     #[test]
     fn only_what_is_between_the_marks_changes() {
         let page = format!("# Head\n\n{BEGIN}\nold\n{END}\n\ntail\n");
-        let peer = PeerNote { name: "splice".into(), about: "an engine".into(), config: "x = 1\n".into() };
-        let record = Record { peers: vec![peer], ..Record::default() };
-        let charts = [Chart { work: "bulk".into(), svg: String::new() }];
+        let system =
+            SystemInfo { name: "splice".into(), about: "an engine".into(), config: "x = 1\n".into() };
+        let record = Record { systems: vec![system], ..Record::default() };
+        let charts = [Chart { workload: "bulk".into(), svg: String::new() }];
         let new = insert(&page, &record, &charts, "benchmarks").unwrap();
         assert!(new.starts_with("# Head\n\n") && new.ends_with("\n\ntail\n"));
         assert!(!new.contains("old") && new.contains("**splice**") && new.contains("(benchmarks/bulk.svg)"));

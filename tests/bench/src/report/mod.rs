@@ -1,4 +1,4 @@
-//! What people read of a run.
+//! Reports of a run, for readers.
 
 pub mod charts;
 pub mod docs;
@@ -7,13 +7,13 @@ pub mod table;
 
 use crate::record::Record;
 
-/// In one line, how a run was made.
+/// The options of a run in one line.
 #[must_use]
 pub fn heading(record: &Record) -> String {
     let settings = &record.settings;
     let noise = if settings.noisy { "; A BUSY MACHINE WAS ACCEPTED" } else { "" };
     format!(
-        "{} repeats of {} s, {}; others used {:.1} % of the machine before and {:.1} % after{noise}",
+        "{} repeats of {} s, {}; other processes used {:.1} % of the machine before and {:.1} % after{noise}",
         settings.repeats,
         settings.seconds,
         if settings.spinners { "with spinners" } else { "without spinners" },
@@ -22,7 +22,7 @@ pub fn heading(record: &Record) -> String {
     )
 }
 
-/// A number with three significant digits, or all of those before the point.
+/// A number with three significant digits, or all digits before the point.
 #[must_use]
 pub fn digits(value: f64) -> String {
     let decimals = match value.abs() {
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_as_long_as_they_are_true() {
+    fn numbers_have_three_significant_digits() {
         for (value, text) in [
             (12345.6, "12,346"),
             (1_234_567.0, "1,234,567"),

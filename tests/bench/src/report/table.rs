@@ -1,4 +1,4 @@
-//! The tables, in Markdown, which reads well in a terminal, too.
+//! The tables in Markdown, which is readable in a terminal too.
 
 use std::fmt::Write as _;
 
@@ -7,33 +7,34 @@ use super::summary::{Cell, Row, Section, sections};
 use crate::record::{Figure, Record};
 use crate::stats::Spread;
 
-/// All works with all figures.
+/// All workloads with all figures.
 #[must_use]
 pub fn full(record: &Record) -> String {
     let mut text = String::new();
     for section in sections(record) {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "### {}\n{}.\n", section.work, section.about);
+        let _ = writeln!(text, "### {}\n{}.\n", section.workload, section.about);
         text.push_str(&align(&whole(&section)));
         text.push('\n');
     }
-    text.push_str(&proofs(record));
+    text.push_str(&all_counters(record));
     text.push_str(&failures(record));
     text
 }
 
-/// The ratios alone: one line for each work and peer.
+/// The ratios alone: one line for each workload and system.
 #[must_use]
 pub fn ratios(record: &Record) -> String {
-    let mut rows =
-        vec![["work", "peer", "", "", "to HAProxy's best", "to kernel NAT"].map(str::to_owned).to_vec()];
+    let mut rows = vec![
+        ["workload", "system", "", "", "to HAProxy's best", "to kernel NAT"].map(str::to_owned).to_vec(),
+    ];
     for section in sections(record) {
         let Some(figure) = section.figures.first() else { continue };
         for row in &section.rows {
             let value = row.cells.first().copied().flatten();
             rows.push(vec![
-                section.work.clone(),
-                row.peer.clone(),
+                section.workload.clone(),
+                row.system.clone(),
                 value.map(|cell| spread(&cell.value)).unwrap_or_else(|| "failed".to_owned()),
                 figure.unit.clone(),
                 row.to_haproxy.as_ref().map(ratio).unwrap_or_default(),
@@ -44,9 +45,9 @@ pub fn ratios(record: &Record) -> String {
     format!("{}{}", align(&rows), failures(record))
 }
 
-/// One work.
+/// One workload.
 fn whole(section: &Section) -> Vec<Vec<String>> {
-    let mut head = vec!["peer".to_owned()];
+    let mut head = vec!["system".to_owned()];
     for figure in &section.figures {
         head.push(figure.unit.clone());
         if figure.above_direct {
@@ -62,7 +63,7 @@ fn whole(section: &Section) -> Vec<Vec<String>> {
 
 fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
     let failed = if row.failures > 0 { format!(" ({} failed)", row.failures) } else { String::new() };
-    let mut words = vec![format!("{}{failed}", row.peer)];
+    let mut words = vec![format!("{}{failed}", row.system)];
     for (figure, cell) in figures.iter().zip(&row.cells) {
         words.push(cell.map(|cell| spread(&cell.value)).unwrap_or_default());
         if figure.above_direct {
@@ -85,24 +86,30 @@ fn spread(value: &Spread) -> String {
 }
 
 fn ratio(value: &Spread) -> String {
-    format!("{:.2} ({:.2} to {:.2})", value.median, value.least, value.most)
+    format!("{:.2} ({:.2} to {:.2})", value.median, value.min, value.max)
 }
 
-/// What the peers counted themselves, over all repeats: it proves who spliced.
-fn proofs(record: &Record) -> String {
+/// What the systems counted themselves, over all repeats: it shows which ones spliced.
+fn all_counters(record: &Record) -> String {
     let mut rows =
-        vec![vec!["work".to_owned(), "peer".to_owned(), "counted by itself, all repeats".to_owned()]];
-    for work in &record.works {
-        for peer in &record.peers {
-            let ours =
-                || record.measurements.iter().filter(|it| it.work == work.name && it.peer == peer.name);
-            let Some(keys) = ours().map(|it| &it.proof).find(|proof| !proof.is_empty()) else { continue };
-            let sum = |key: &String| ours().filter_map(|it| it.proof.get(key)).sum::<f64>();
+        vec![vec!["workload".to_owned(), "system".to_owned(), "own counters, all repeats".to_owned()]];
+    for workload in &record.workloads {
+        for system in &record.systems {
+            let ours = || {
+                record
+                    .measurements
+                    .iter()
+                    .filter(|it| it.workload == workload.name && it.system == system.name)
+            };
+            let Some(keys) = ours().map(|it| &it.counters).find(|counters| !counters.is_empty()) else {
+                continue;
+            };
+            let sum = |key: &String| ours().filter_map(|it| it.counters.get(key)).sum::<f64>();
             let words: Vec<_> = keys.keys().map(|key| format!("{key} {}", digits(sum(key)))).collect();
-            rows.push(vec![work.name.clone(), peer.name.clone(), words.join(", ")]);
+            rows.push(vec![workload.name.clone(), system.name.clone(), words.join(", ")]);
         }
     }
-    if rows.len() > 1 { format!("### Who carried the bytes\n\n{}", align(&rows)) } else { String::new() }
+    if rows.len() > 1 { format!("### How the bytes were carried\n\n{}", align(&rows)) } else { String::new() }
 }
 
 fn failures(record: &Record) -> String {
@@ -110,13 +117,18 @@ fn failures(record: &Record) -> String {
     for failed in record.failures() {
         let why = failed.failed.as_deref().unwrap_or_default();
         // Writing to a String cannot fail.
-        let _ =
-            write!(text, "\nFAILED: {}, {}, repeat {}: {why}", failed.work, failed.peer, failed.repeat + 1);
+        let _ = write!(
+            text,
+            "\nFAILED: {}, {}, repeat {}: {why}",
+            failed.workload,
+            failed.system,
+            failed.repeat + 1
+        );
     }
     text
 }
 
-/// A Markdown table whose columns are as wide as they need; the first row is the head.
+/// A Markdown table with aligned columns; the first row is the header.
 pub(super) fn align(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| {
@@ -152,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_spread_reads_as_a_share() {
-        let value = Spread { median: 2.0, least: 1.8, most: 2.2 };
+        let value = Spread { median: 2.0, min: 1.8, max: 2.2 };
         assert_eq!(spread(&value), "2.00 ± 10 %");
         assert_eq!(ratio(&value), "2.00 (1.80 to 2.20)");
     }

@@ -1,6 +1,6 @@
-//! As many bytes as fit through: blocking sockets, a thread for each, large system calls.
+//! Bulk transfer at full speed: blocking sockets, one thread for each connection, large system calls.
 //!
-//! What counts is what arrived, and the time until the last byte had: megabytes lie in the buffers of a proxy.
+//! Only bytes that arrived count, and the time runs until the last byte has arrived: a proxy buffers megabytes.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::net::{RecvFlags, recv};
 
-use super::tally::Failures;
+use super::failures::Failures;
 use crate::cpu::Cpu;
-use crate::order::Outcome;
+use crate::job::JobOutcome;
 use crate::server::CHUNK;
 
-/// Without a byte for so long, a connection has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A connection that transfers no byte for this long has failed.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Bytes asked for at once; the kernel drops them (MSG_TRUNC), so the client costs no memory traffic.
-const SWALLOW: usize = 1 << 20;
+/// Bytes per read; the kernel drops them (MSG_TRUNC), so that the client causes no memory traffic.
+const DISCARD_CHUNK: usize = 1 << 20;
 
-pub(super) fn upload(target: SocketAddr, connections: usize, seconds: f64) -> anyhow::Result<Outcome> {
-    together(target, connections, |mut stream| {
+pub(super) fn upload(target: SocketAddr, connections: usize, seconds: f64) -> anyhow::Result<JobOutcome> {
+    run_together(target, connections, |mut stream| {
         let payload = vec![b'x'; CHUNK];
         let until = Instant::now() + Duration::from_secs_f64(seconds);
         let mut sent = 0;
@@ -32,25 +32,25 @@ pub(super) fn upload(target: SocketAddr, connections: usize, seconds: f64) -> an
             sent += stream.write(&payload)? as u64;
         }
         stream.shutdown(Shutdown::Write)?;
-        // The server finishes when it has read all; until then nothing is known to have arrived.
+        // The server closes when it has read everything; before that, arrival is unknown.
         match stream.read(&mut [0])? {
             0 => Ok(sent),
-            _ => Err(io::Error::other("the server of an upload spoke")),
+            _ => Err(io::Error::other("the server sent data during an upload")),
         }
     })
 }
 
-pub(super) fn download(target: SocketAddr, connections: usize, seconds: f64) -> anyhow::Result<Outcome> {
+pub(super) fn download(target: SocketAddr, connections: usize, seconds: f64) -> anyhow::Result<JobOutcome> {
     let millis = Duration::from_secs_f64(seconds).as_millis();
-    let question = u32::try_from(millis).context("too long")?.to_be_bytes();
-    together(target, connections, move |mut stream| {
-        let mut buffer = vec![0; SWALLOW];
-        stream.write_all(&question)?;
-        let mut come = 0;
+    let duration = u32::try_from(millis).context("too long")?.to_be_bytes();
+    run_together(target, connections, move |mut stream| {
+        let mut buffer = vec![0; DISCARD_CHUNK];
+        stream.write_all(&duration)?;
+        let mut received = 0;
         loop {
             match recv(stream.as_fd(), &mut buffer[..], RecvFlags::TRUNC) {
-                Ok((_, 0)) => return Ok(come),
-                Ok((_, length)) => come += length as u64,
+                Ok((_, 0)) => return Ok(received),
+                Ok((_, length)) => received += length as u64,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -58,13 +58,13 @@ pub(super) fn download(target: SocketAddr, connections: usize, seconds: f64) -> 
     })
 }
 
-/// Connects all, begins at one moment, and ends with the last.
-fn together(
+/// Opens all connections, starts all transfers at the same moment, and returns when the last has ended.
+fn run_together(
     target: SocketAddr,
     connections: usize,
-    carry: impl Fn(TcpStream) -> io::Result<u64> + Sync,
-) -> anyhow::Result<Outcome> {
-    let mut outcome = Outcome::default();
+    transfer: impl Fn(TcpStream) -> io::Result<u64> + Sync,
+) -> anyhow::Result<JobOutcome> {
+    let mut outcome = JobOutcome::default();
     let mut failures = Failures::default();
     let mut streams = Vec::new();
     for _ in 0..connections {
@@ -75,21 +75,21 @@ fn together(
     }
     outcome.connections = streams.len() as u64;
     let start = Barrier::new(streams.len() + 1);
-    let (start, carry) = (&start, &carry);
+    let (start, transfer) = (&start, &transfer);
     let (begun, before) = thread::scope(|scope| {
-        let begin = move |stream| {
+        let run = move |stream| {
             start.wait();
-            carry(stream)
+            transfer(stream)
         };
-        let threads: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || begin(stream))).collect();
+        let threads: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || run(stream))).collect();
         let before = Cpu::now()?;
         let begun = Instant::now();
         start.wait();
         for thread in threads {
             match thread.join() {
                 Ok(Ok(bytes)) => outcome.bytes += bytes,
-                Ok(Err(error)) => failures.note("carrying", error),
-                Err(_) => failures.note("carrying", "panicked"),
+                Ok(Err(error)) => failures.note("transferring", error),
+                Err(_) => failures.note("transferring", "panicked"),
             }
         }
         anyhow::Ok((begun, before))
@@ -101,9 +101,9 @@ fn together(
 }
 
 pub(super) fn connect(target: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&target, TIMEOUT)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
     Ok(stream)
 }

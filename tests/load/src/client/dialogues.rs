@@ -1,4 +1,4 @@
-//! Dialogues: many at a time, by as many threads as there are processors, each with a poller of its own.
+//! Dialogues: many at a time, one thread for each processor, each with its own poller.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -17,19 +17,19 @@ use rustix::time::{
 };
 
 use super::WARM_UP;
-use super::tally::Failures;
+use super::failures::Failures;
 use crate::cpu::Cpu;
+use crate::job::JobOutcome;
 use crate::latency::Latencies;
-use crate::order::Outcome;
 use crate::poller::{Events, Interest, Poller, index};
-use crate::service::{LARGEST_QUESTION, Service, Talk};
+use crate::service::{MAX_REQUEST, Script, Service};
 
-/// When the next dialogue begins.
+/// When the next dialogue starts.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Pace {
-    /// When an earlier one is done; so many at one time.
+    /// When an earlier one has ended (closed loop); this many at a time.
     Closed { connections: usize },
-    /// At so many a second.
+    /// At a fixed rate per second (open loop).
     Open { rate: f64 },
 }
 
@@ -38,57 +38,62 @@ const WARMING: u8 = 0;
 const MEASURING: u8 = 1;
 const ENDING: u8 = 2;
 
-/// How long the last dialogues of an open loop may take.
+/// How long the last dialogues of an open loop may still run.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// Dialogues of an open loop at one time, in each thread: a peer that is this far behind does not keep up.
-const MOST_OPEN: usize = 4096;
+/// Limit of simultaneous dialogues of an open loop, per thread: a system that is this far behind does not keep up.
+const MAX_OPEN: usize = 4096;
 
-/// How long a thread waits before it looks at the phase again.
+/// How long a thread waits before it reads the phase again.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Bytes read at once; more than any answer.
-const ROOM: usize = 64 << 10;
+/// Bytes per read; larger than any response.
+const READ_BUFFER: usize = 64 << 10;
 
 pub(super) fn run(
     target: SocketAddr,
     service: &'static Service,
     pace: Pace,
     seconds: f64,
-) -> anyhow::Result<Outcome> {
-    let Talk::Dialogue { greeting, steps, ends } = service.talk else { bail!("{service} is no dialogue") };
-    ensure!(ends || matches!(pace, Pace::Closed { .. }), "{service} does not end, so it has no rate");
+) -> anyhow::Result<JobOutcome> {
+    let Script::Dialogue { greeting, steps, ends } = service.script else {
+        bail!("{service} is not a dialogue")
+    };
+    ensure!(
+        ends || matches!(pace, Pace::Closed { .. }),
+        "{service} does not end, so it cannot run at a fixed rate"
+    );
     let processors = thread::available_parallelism()?.get();
-    let threads = match pace {
+    let count = match pace {
         Pace::Closed { connections } => processors.min(connections),
         Pace::Open { .. } => processors,
     };
     let phase = AtomicU8::new(WARMING);
     let phase = &phase;
     thread::scope(|scope| {
-        let begin = |thread: usize| {
-            let pace = pace.share(thread, threads);
+        let start = |number: usize| {
+            let pace = pace.share(number, count);
             move || {
-                let crew = Crew::new(target, greeting, steps, ends, phase)?;
-                crew.work(pace, thread as u64)
+                let thread = ClientThread::new(target, greeting, steps, ends, phase)?;
+                thread.run(pace, number as u64)
             }
         };
-        let crews: Vec<_> = (0..threads).map(|thread| scope.spawn(begin(thread))).collect();
+        let threads: Vec<_> = (0..count).map(|number| scope.spawn(start(number))).collect();
         thread::sleep(Duration::from_secs_f64(WARM_UP));
         let before = Cpu::now()?;
         let begun = Instant::now();
         phase.store(MEASURING, Ordering::Relaxed);
         thread::sleep(Duration::from_secs_f64(seconds));
         phase.store(ENDING, Ordering::Relaxed);
-        let mut outcome = Outcome {
+        let mut outcome = JobOutcome {
             seconds: begun.elapsed().as_secs_f64(),
             cpu: Cpu::now()? - before,
-            ..Outcome::default()
+            ..JobOutcome::default()
         };
         let mut latencies = Latencies::new()?;
         let mut failures = Failures::default();
-        for crew in crews {
-            let done = crew.join().map_err(|_| anyhow!("a client thread panicked"))??;
+        for thread in threads {
+            let done = thread.join().map_err(|_| anyhow!("a client thread panicked"))??;
             outcome.round_trips += done.round_trips;
             outcome.sessions += done.sessions;
             outcome.unfinished += done.unfinished;
@@ -97,7 +102,7 @@ pub(super) fn run(
             done.failures.into(&mut outcome);
         }
         if outcome.round_trips == 0 {
-            failures.note("measuring", "not one question was answered");
+            failures.note("measuring", "no request received a response");
         }
         failures.into(&mut outcome);
         outcome.latency = latencies.summary();
@@ -106,7 +111,7 @@ pub(super) fn run(
 }
 
 impl Pace {
-    /// What one of the threads does of it.
+    /// The share of one thread.
     fn share(self, thread: usize, threads: usize) -> Self {
         match self {
             Self::Closed { connections } => {
@@ -121,51 +126,51 @@ impl Pace {
 
 /// One connection.
 #[derive(Debug)]
-struct Lane {
+struct ClientConnection {
     stream: TcpStream,
     state: State,
-    /// When its dialogue began, or was to begin.
+    /// When its dialogue started, or was scheduled to start.
     begun: Instant,
-    /// When its question was asked.
-    asked: Instant,
+    /// When its last request was sent.
+    requested: Instant,
 }
 
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// To be connected.
+    /// The connection to be established.
     Connecting,
-    /// The greeting, of which so many bytes have come.
-    Greeting { come: usize },
-    /// The answer of a step.
-    Answer { step: usize, come: usize },
-    /// The server's end of the connection, after the last answer.
+    /// The greeting, of which `received` bytes have arrived.
+    Greeting { received: usize },
+    /// The response of a step.
+    Response { step: usize, received: usize },
+    /// The server to close the connection, after the last response.
     End,
 }
 
-/// When dialogues begin: a Poisson process, told by a timer of the kernel, which has no slack as `epoll_wait` has.
+/// Start times of dialogues: a Poisson process, on a timerfd, which has no timer slack, unlike `epoll_wait`.
 #[derive(Debug)]
-struct Alarm {
+struct ArrivalTimer {
     timer: OwnedFd,
     rate: f64,
-    chance: ChaCha8Rng,
+    rng: ChaCha8Rng,
     next: Instant,
 }
 
-impl Alarm {
+impl ArrivalTimer {
     fn new(rate: f64, seed: u64) -> anyhow::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let mut alarm = Self { timer, rate, chance: ChaCha8Rng::seed_from_u64(seed), next: Instant::now() };
-        alarm.advance();
-        alarm.set()?;
-        Ok(alarm)
+        let mut timer = Self { timer, rate, rng: ChaCha8Rng::seed_from_u64(seed), next: Instant::now() };
+        timer.advance();
+        timer.arm()?;
+        Ok(timer)
     }
 
-    /// The next beginning that is due; `None`, with the timer set, if none is.
+    /// The next start time that has passed; `None`, with the timer armed, if none has.
     fn due(&mut self) -> anyhow::Result<Option<Instant>> {
         if self.next > Instant::now() {
-            self.set()?;
+            self.arm()?;
             return Ok(None);
         }
         let due = self.next;
@@ -174,13 +179,13 @@ impl Alarm {
     }
 
     fn advance(&mut self) {
-        let uniform: f64 = self.chance.random();
+        let uniform: f64 = self.rng.random();
         self.next += Duration::from_secs_f64(-(1.0 - uniform).ln() / self.rate);
     }
 
-    /// To set a timer is to forget that it has rung.
-    fn set(&self) -> anyhow::Result<()> {
-        // Zero would never ring.
+    /// Arming the timer also clears its pending expiration.
+    fn arm(&self) -> anyhow::Result<()> {
+        // Zero would disarm the timer.
         let left = self.next.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         let (once, left) = (Duration::ZERO.try_into()?, left.try_into().context("the rate is too low")?);
         let spec = Itimerspec { it_interval: once, it_value: left };
@@ -188,9 +193,9 @@ impl Alarm {
     }
 }
 
-/// One thread with its connections and what it counts.
+/// One thread with its connections and counts.
 #[derive(Debug)]
-struct Crew<'a> {
+struct ClientThread<'a> {
     target: SocketAddr,
     greeting: usize,
     steps: &'static [(usize, usize)],
@@ -198,15 +203,15 @@ struct Crew<'a> {
     phase: &'a AtomicU8,
     poller: Poller,
     /// By descriptor.
-    lanes: Vec<Option<Lane>>,
+    connections: Vec<Option<ClientConnection>>,
     open: usize,
     payload: Vec<u8>,
     buffer: Vec<u8>,
-    done: Done,
+    result: ThreadResult,
 }
 
 #[derive(Debug)]
-struct Done {
+struct ThreadResult {
     round_trips: u64,
     sessions: u64,
     unfinished: u64,
@@ -215,7 +220,7 @@ struct Done {
     failures: Failures,
 }
 
-impl<'a> Crew<'a> {
+impl<'a> ClientThread<'a> {
     fn new(
         target: SocketAddr,
         greeting: usize,
@@ -223,7 +228,7 @@ impl<'a> Crew<'a> {
         ends: bool,
         phase: &'a AtomicU8,
     ) -> anyhow::Result<Self> {
-        let done = Done {
+        let result = ThreadResult {
             round_trips: 0,
             sessions: 0,
             unfinished: 0,
@@ -238,46 +243,46 @@ impl<'a> Crew<'a> {
             ends,
             phase,
             poller: Poller::new()?,
-            lanes: Vec::new(),
+            connections: Vec::new(),
             open: 0,
-            payload: vec![b'x'; LARGEST_QUESTION],
-            buffer: vec![0; ROOM],
-            done,
+            payload: vec![b'x'; MAX_REQUEST],
+            buffer: vec![0; READ_BUFFER],
+            result,
         })
     }
 
-    fn work(self, pace: Pace, thread: u64) -> anyhow::Result<Done> {
+    fn run(self, pace: Pace, thread: u64) -> anyhow::Result<ThreadResult> {
         match pace {
             Pace::Closed { connections } => self.closed(connections),
             Pace::Open { rate } => self.at_rate(rate, thread),
         }
     }
 
-    fn closed(mut self, connections: usize) -> anyhow::Result<Done> {
+    fn closed(mut self, connections: usize) -> anyhow::Result<ThreadResult> {
         for _ in 0..connections {
-            self.begin(Instant::now());
+            self.start(Instant::now());
         }
         let mut events = Events::default();
         loop {
             self.poller.wait(&mut events, TICK)?;
             let phase = self.phase.load(Ordering::Relaxed);
             if phase == ENDING {
-                return Ok(self.done);
+                return Ok(self.result);
             }
             for (at, readable) in events.iter() {
-                // What ended makes room for the next; what failed does too, so that one fault is not the end of all.
-                if self.go_on(at, readable, phase == MEASURING).is_none() {
-                    self.begin(Instant::now());
+                // A dialogue that ended or failed is replaced, so that one failure does not end the run.
+                if self.advance(at, readable, phase == MEASURING).is_none() {
+                    self.start(Instant::now());
                 }
             }
         }
     }
 
-    /// Dialogues begin at random, as clients that know nothing of each other do, and at the same moments in every run. At
-    /// equal distances they would fall into step with the kernel's clock, and its ticks would always find the same.
-    fn at_rate(mut self, rate: f64, thread: u64) -> anyhow::Result<Done> {
-        let mut alarm = Alarm::new(rate, thread)?;
-        self.poller.add(&alarm.timer, Interest::Read)?;
+    /// Dialogues start at random times, as those of independent clients do, and at the same times in every run. At equal
+    /// distances they would synchronise with the kernel's clock, whose ticks would then always sample the same state.
+    fn at_rate(mut self, rate: f64, thread: u64) -> anyhow::Result<ThreadResult> {
+        let mut timer = ArrivalTimer::new(rate, thread)?;
+        self.poller.add(&timer.timer, Interest::Read)?;
         let (mut events, mut measured_from, mut ending) = (Events::default(), None, None);
         loop {
             self.poller.wait(&mut events, TICK)?;
@@ -288,58 +293,59 @@ impl<'a> Crew<'a> {
             if phase == ENDING {
                 let ending = *ending.get_or_insert(now);
                 if self.open == 0 || now - ending > DRAIN {
-                    self.give_up(measured_from);
-                    return Ok(self.done);
+                    self.count_unfinished(measured_from);
+                    return Ok(self.result);
                 }
             }
             for (at, readable) in events.iter() {
-                if at == index(&alarm.timer) {
-                    while let Some(intended) = alarm.due()? {
+                if at == index(&timer.timer) {
+                    while let Some(intended) = timer.due()? {
                         if ending.is_none() {
-                            self.begin_if_room(intended);
+                            self.start_below_limit(intended);
                         }
                     }
                     continue;
                 }
-                let intended = self.lanes.get(at).and_then(Option::as_ref).map(|lane| lane.begun);
+                let intended =
+                    self.connections.get(at).and_then(Option::as_ref).map(|connection| connection.begun);
                 let in_window = measured_from.is_some_and(|from| intended.is_some_and(|it| it >= from));
-                self.go_on(at, readable, in_window);
+                self.advance(at, readable, in_window);
             }
         }
     }
 
-    fn begin_if_room(&mut self, intended: Instant) {
-        if self.open < MOST_OPEN {
-            self.begin(intended);
+    fn start_below_limit(&mut self, intended: Instant) {
+        if self.open < MAX_OPEN {
+            self.start(intended);
         } else {
-            self.done.unfinished += 1;
+            self.result.unfinished += 1;
         }
     }
 
-    /// Dialogues that are not done by now took at least as long as they have been waiting: to leave them out would flatter
-    /// whoever is slow.
-    fn give_up(&mut self, measured_from: Option<Instant>) {
-        for lane in self.lanes.drain(..).flatten() {
-            self.done.unfinished += 1;
-            if measured_from.is_some_and(|from| lane.begun >= from) {
-                self.done.latencies.record(lane.begun.elapsed());
+    /// An unfinished dialogue took at least as long as it has been waiting. Leaving it out would flatter a slow system.
+    fn count_unfinished(&mut self, measured_from: Option<Instant>) {
+        for connection in self.connections.drain(..).flatten() {
+            self.result.unfinished += 1;
+            if measured_from.is_some_and(|from| connection.begun >= from) {
+                self.result.latencies.record(connection.begun.elapsed());
             }
         }
     }
 
-    /// Opens a connection for a dialogue that begins, or was to begin, then.
-    fn begin(&mut self, begun: Instant) {
-        self.done.connections += 1;
+    /// Opens a connection for a dialogue that was scheduled to start at `begun`.
+    fn start(&mut self, begun: Instant) {
+        self.result.connections += 1;
         match self.connect() {
             Ok(stream) => {
                 let at = index(&stream);
-                if self.lanes.len() <= at {
-                    self.lanes.resize_with(at + 1, || None);
+                if self.connections.len() <= at {
+                    self.connections.resize_with(at + 1, || None);
                 }
-                self.lanes[at] = Some(Lane { stream, state: State::Connecting, begun, asked: begun });
+                self.connections[at] =
+                    Some(ClientConnection { stream, state: State::Connecting, begun, requested: begun });
                 self.open += 1;
             }
-            Err(error) => self.done.failures.note("connecting", error),
+            Err(error) => self.result.failures.note("connecting", error),
         }
     }
 
@@ -353,105 +359,122 @@ impl<'a> Crew<'a> {
             Err(error) => return Err(error),
         }
         let stream = TcpStream::from(socket);
-        self.poller.add(&stream, Interest::Edges)?;
+        self.poller.add(&stream, Interest::EdgeTriggered)?;
         Ok(stream)
     }
 
-    /// Goes on with a connection after an event; `None` if that was its last. Counts if `measured`.
-    fn go_on(&mut self, at: usize, readable: bool, measured: bool) -> Option<()> {
-        let mut lane = self.lanes.get_mut(at)?.take()?;
-        match self.step(&mut lane, readable, measured) {
+    /// Advances a connection after an event; `None` if it has ended. Counts only if `measured`.
+    fn advance(&mut self, at: usize, readable: bool, measured: bool) -> Option<()> {
+        let mut connection = self.connections.get_mut(at)?.take()?;
+        match self.step(&mut connection, readable, measured) {
             Ok(true) => {
-                self.lanes[at] = Some(lane);
+                self.connections[at] = Some(connection);
                 return Some(());
             }
             Ok(false) => {
                 if measured {
-                    self.done.sessions += 1;
-                    self.done.latencies.record(lane.begun.elapsed());
+                    self.result.sessions += 1;
+                    self.result.latencies.record(connection.begun.elapsed());
                 }
             }
-            Err(error) => self.done.failures.note("a dialogue", error),
+            Err(error) => self.result.failures.note("a dialogue", error),
         }
         self.open -= 1;
         None
     }
 
-    /// Whether there is more to come.
-    fn step(&mut self, lane: &mut Lane, readable: bool, measured: bool) -> io::Result<bool> {
-        if lane.state == State::Connecting {
-            if let Some(error) = lane.stream.take_error()? {
+    /// Advances the dialogue; whether it continues.
+    fn step(
+        &mut self,
+        connection: &mut ClientConnection,
+        readable: bool,
+        measured: bool,
+    ) -> io::Result<bool> {
+        if connection.state == State::Connecting {
+            if let Some(error) = connection.stream.take_error()? {
                 return Err(error);
             }
             if self.greeting > 0 {
-                lane.state = State::Greeting { come: 0 };
+                connection.state = State::Greeting { received: 0 };
             } else {
-                self.ask(lane, 0)?;
+                self.send_request(connection, 0)?;
             }
         }
         if !readable {
             return Ok(true);
         }
-        // An edge comes once: read until there is no more.
+        // An edge is reported once: read until the socket is empty.
         loop {
-            let length = match recv(lane.stream.as_fd(), &mut self.buffer[..], RecvFlags::empty()) {
+            let length = match recv(connection.stream.as_fd(), &mut self.buffer[..], RecvFlags::empty()) {
                 Ok((_, length)) => length,
                 Err(Errno::AGAIN) => return Ok(true),
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
             if length == 0 {
-                let in_order = lane.state == State::End;
-                return if in_order { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                let expected = connection.state == State::End;
+                return if expected { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
-            self.take(lane, length, measured)?;
-            // A short read has emptied the socket; only the end of the connection may still be there.
-            if length < ROOM && lane.state != State::End {
+            self.receive(connection, length, measured)?;
+            // A short read has emptied the socket; only the end of the connection may be left.
+            if length < READ_BUFFER && connection.state != State::End {
                 return Ok(true);
             }
         }
     }
 
-    /// So many bytes have come.
-    fn take(&mut self, lane: &mut Lane, length: usize, measured: bool) -> io::Result<()> {
-        match lane.state {
-            State::Greeting { come } if come + length < self.greeting => {
-                lane.state = State::Greeting { come: come + length };
+    /// Accounts for `length` received bytes.
+    fn receive(
+        &mut self,
+        connection: &mut ClientConnection,
+        length: usize,
+        measured: bool,
+    ) -> io::Result<()> {
+        match connection.state {
+            State::Greeting { received } if received + length < self.greeting => {
+                connection.state = State::Greeting { received: received + length };
             }
-            State::Greeting { come } if come + length == self.greeting => self.ask(lane, 0)?,
-            State::Answer { step, come } if come + length < self.steps[step].1 => {
-                lane.state = State::Answer { step, come: come + length };
+            State::Greeting { received } if received + length == self.greeting => {
+                self.send_request(connection, 0)?
             }
-            State::Answer { step, come } if come + length == self.steps[step].1 => {
-                self.answered(lane, measured);
+            State::Response { step, received } if received + length < self.steps[step].1 => {
+                connection.state = State::Response { step, received: received + length };
+            }
+            State::Response { step, received } if received + length == self.steps[step].1 => {
+                self.count_response(connection, measured);
                 match step + 1 {
-                    next if next < self.steps.len() => self.ask(lane, next)?,
-                    _ if self.ends => lane.state = State::End,
-                    _ => self.ask(lane, 0)?,
+                    next if next < self.steps.len() => self.send_request(connection, next)?,
+                    _ if self.ends => connection.state = State::End,
+                    _ => self.send_request(connection, 0)?,
                 }
             }
-            _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "more came than was asked for")),
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "more bytes arrived than were requested",
+                ));
+            }
         }
         Ok(())
     }
 
-    fn answered(&mut self, lane: &Lane, measured: bool) {
+    fn count_response(&mut self, connection: &ClientConnection, measured: bool) {
         if measured {
-            self.done.round_trips += 1;
+            self.result.round_trips += 1;
             if !self.ends {
-                self.done.latencies.record(lane.asked.elapsed());
+                self.result.latencies.record(connection.requested.elapsed());
             }
         }
     }
 
-    fn ask(&self, lane: &mut Lane, step: usize) -> io::Result<()> {
-        let (question, _) = self.steps[step];
+    fn send_request(&self, connection: &mut ClientConnection, step: usize) -> io::Result<()> {
+        let (request, _) = self.steps[step];
         if !self.ends {
-            lane.asked = Instant::now();
+            connection.requested = Instant::now();
         }
-        lane.state = State::Answer { step, come: 0 };
-        let said = send(lane.stream.as_fd(), &self.payload[..question], SendFlags::NOSIGNAL)?;
-        if said == question { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        connection.state = State::Response { step, received: 0 };
+        let sent = send(connection.stream.as_fd(), &self.payload[..request], SendFlags::NOSIGNAL)?;
+        if sent == request { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
 
@@ -460,14 +483,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn beginnings_come_at_the_rate_and_at_the_same_moments_again() {
+    fn dialogues_start_at_the_rate_and_at_reproducible_times() {
         let gaps = || {
-            let mut alarm = Alarm::new(1000.0, 7).unwrap();
-            let mut last = alarm.next;
+            let mut timer = ArrivalTimer::new(1000.0, 7).unwrap();
+            let mut last = timer.next;
             let mut gap = || {
-                alarm.advance();
-                let gap = alarm.next - last;
-                last = alarm.next;
+                timer.advance();
+                let gap = timer.next - last;
+                last = timer.next;
                 gap
             };
             (0..10_000).map(|_| gap()).collect::<Vec<_>>()

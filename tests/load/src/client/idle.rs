@@ -1,4 +1,4 @@
-//! Connections that have said one thing and are then held.
+//! Connections that make one round trip and are then held open.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -6,19 +6,19 @@ use std::thread;
 use std::time::Instant;
 
 use super::bulk::connect;
-use super::tally::Failures;
+use super::failures::Failures;
 use crate::cpu::Cpu;
-use crate::order::Outcome;
-use crate::service::{ECHO, Talk};
+use crate::job::JobOutcome;
+use crate::service::{ECHO, Script};
 
-/// The line that is printed when all connections are open.
+/// The client prints this line when all connections are open.
 pub const OPEN: &str = "open";
 
 /// Threads that open connections.
 const OPENERS: usize = 8;
 
-/// Opens, holds until standard input has a line or ends, and closes.
-pub(super) fn run(target: SocketAddr, connections: usize) -> anyhow::Result<Outcome> {
+/// Opens the connections, holds them until standard input has a line or ends, and closes them.
+pub(super) fn run(target: SocketAddr, connections: usize) -> anyhow::Result<JobOutcome> {
     let (before, begun) = (Cpu::now()?, Instant::now());
     let mut failures = Failures::default();
     let mut held = Vec::with_capacity(connections);
@@ -34,7 +34,7 @@ pub(super) fn run(target: SocketAddr, connections: usize) -> anyhow::Result<Outc
             }
         }
     });
-    let mut outcome = Outcome { connections: connections as u64, ..Outcome::default() };
+    let mut outcome = JobOutcome { connections: connections as u64, ..JobOutcome::default() };
     let mut streams = Vec::with_capacity(connections);
     for opened in held {
         match opened {
@@ -53,13 +53,13 @@ pub(super) fn run(target: SocketAddr, connections: usize) -> anyhow::Result<Outc
     Ok(outcome)
 }
 
-/// One connection that has gone all the way: the header is behind it.
+/// One connection after a round trip, so that its header has been sent.
 fn open(target: SocketAddr) -> io::Result<TcpStream> {
-    let Talk::Dialogue { steps: &[(question, answer), ..], .. } = ECHO.talk else {
+    let Script::Dialogue { steps: &[(request, response), ..], .. } = ECHO.script else {
         return Err(io::ErrorKind::Unsupported.into());
     };
     let mut stream = connect(target)?;
-    stream.write_all(&vec![b'x'; question])?;
-    stream.read_exact(&mut vec![0; answer])?;
+    stream.write_all(&vec![b'x'; request])?;
+    stream.read_exact(&mut vec![0; response])?;
     Ok(stream)
 }

@@ -1,9 +1,9 @@
-//! The client: carries out one order and tells what came of it.
+//! The client: executes one job and prints its outcome.
 
 mod bulk;
 mod dialogues;
+mod failures;
 mod idle;
-mod tally;
 
 use std::io::Write as _;
 use std::thread;
@@ -12,42 +12,42 @@ use anyhow::{Context as _, bail};
 
 use self::dialogues::Pace;
 use crate::descriptors;
-use crate::order::{Order, Outcome, Work};
+use crate::job::{Job, JobOutcome, Load};
 use crate::service::{ECHO, Service};
 
 pub use self::idle::OPEN;
 
-/// Seconds before the measured time in which dialogues run already: slow start, enrolment and caches are behind them.
+/// Seconds of warm-up before the measured time, for slow start, enrolment and caches.
 pub const WARM_UP: f64 = 0.3;
 
-/// Carries out an order (one line of JSON) and prints the outcome (another).
+/// Executes a job (one line of JSON) and prints the outcome (another line).
 ///
 /// # Errors
-/// When the order is none, or could not be carried out. Connections that fail are counted in the outcome.
-pub fn run(order: &str) -> anyhow::Result<()> {
-    let order: Order = serde_json::from_str(order).context("not an order")?;
+/// When `job` is invalid or cannot be executed. Failed connections are counted in the outcome.
+pub fn run(job: &str) -> anyhow::Result<()> {
+    let job: Job = serde_json::from_str(job).context("not a job")?;
     descriptors::raise_limit();
-    let outcome = carry_out(&order)?;
+    let outcome = execute(&job)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(&outcome)?)?;
     Ok(out.flush()?)
 }
 
-pub(crate) fn carry_out(order: &Order) -> anyhow::Result<Outcome> {
-    let Order { target, work, seconds } = order;
-    match work {
-        Work::Upload { connections } => bulk::upload(*target, *connections, *seconds),
-        Work::Download { connections } => bulk::download(*target, *connections, *seconds),
-        Work::Closed { service, connections } => {
+pub(crate) fn execute(job: &Job) -> anyhow::Result<JobOutcome> {
+    let Job { target, load, seconds } = job;
+    match load {
+        Load::Upload { connections } => bulk::upload(*target, *connections, *seconds),
+        Load::Download { connections } => bulk::download(*target, *connections, *seconds),
+        Load::Closed { service, connections } => {
             let pace = Pace::Closed { connections: *connections };
             dialogues::run(*target, dialogue(service)?, pace, *seconds)
         }
-        Work::Open { service, rate } => {
+        Load::Open { service, rate } => {
             dialogues::run(*target, dialogue(service)?, Pace::Open { rate: *rate }, *seconds)
         }
-        Work::Idle { connections } => idle::run(*target, *connections),
-        Work::Beside { connections, bulk_connections, bulk } => thread::scope(|scope| {
-            // Longer than what it runs beside, at both ends.
+        Load::Idle { connections } => idle::run(*target, *connections),
+        Load::Beside { connections, bulk_connections, bulk } => thread::scope(|scope| {
+            // Starts before the round trips and ends after them.
             let long = seconds + 2.0 * WARM_UP;
             let beside = scope.spawn(move || bulk::upload(*bulk, *bulk_connections, long));
             let pace = Pace::Closed { connections: *connections };
@@ -64,5 +64,5 @@ pub(crate) fn carry_out(order: &Order) -> anyhow::Result<Outcome> {
 }
 
 fn dialogue(name: &str) -> anyhow::Result<&'static Service> {
-    Service::named(name).with_context(|| format!("there is no service {name}"))
+    Service::named(name).with_context(|| format!("unknown service {name}"))
 }

@@ -1,4 +1,4 @@
-//! One connection of the server, from event to event.
+//! The state machine of one server connection.
 
 use std::io;
 use std::net::{IpAddr, TcpStream};
@@ -9,34 +9,34 @@ use injector_common::proxy;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use crate::order::Counts;
-use crate::service::{Door, Service, Talk};
+use crate::job::ServerCounts;
+use crate::service::{PortKind, Script, Service};
 
 /// What the thread does with a connection after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Nothing: more will come.
+    /// Wait for the next event.
     Wait,
-    /// It has to hear of room in the send buffer as well, from now on.
-    WaitForRoom,
-    /// It is done.
+    /// From now on, also wait for space in the send buffer.
+    WaitWritable,
+    /// Close it: it is complete.
     Close,
-    /// It went wrong.
+    /// Close it and count a failure.
     Fail,
 }
 
-/// Where it stands.
+/// What the connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The first bytes have to be a header.
+    /// A header.
     Header,
-    /// A question of this step of the dialogue, of which so many bytes have come; or bulk.
-    Payload { step: usize, come: usize },
-    /// Bulk until then.
+    /// A request of this step of the dialogue, of which `received` bytes have arrived; or bulk.
+    Payload { step: usize, received: usize },
+    /// Sends bulk until this time.
     Sending(Instant),
 }
 
-/// A connection that was accepted.
+/// An accepted connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
@@ -44,14 +44,14 @@ pub(super) struct Connection {
     state: State,
 }
 
-/// Bytes that are looked at rather than dropped: a header with a question behind it.
-const LOOK: usize = 64 << 10;
+/// Bytes that are read and inspected: a header followed by a request.
+const INSPECT_LIMIT: usize = 64 << 10;
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream, service: &'static Service, door: Door) -> Self {
-        let state = match door {
-            Door::Header => State::Header,
-            Door::Bare => State::Payload { step: 0, come: 0 },
+    pub(super) fn new(stream: TcpStream, service: &'static Service, port_kind: PortKind) -> Self {
+        let state = match port_kind {
+            PortKind::Header => State::Header,
+            PortKind::Bare => State::Payload { step: 0, received: 0 },
         };
         Self { stream, service, state }
     }
@@ -60,14 +60,14 @@ impl Connection {
         &self.stream
     }
 
-    /// Goes on after an event; `client` is the address that a header must carry.
-    pub(super) fn go_on(
+    /// Advances after an event; `client` is the address that a header must carry.
+    pub(super) fn advance(
         &mut self,
         readable: bool,
         client: IpAddr,
         payload: &[u8],
         buffer: &mut [u8],
-        counts: &mut Counts,
+        counts: &mut ServerCounts,
     ) -> Next {
         if let State::Sending(until) = self.state {
             return self.send(until, payload, counts);
@@ -75,10 +75,10 @@ impl Connection {
         if !readable {
             return Next::Wait;
         }
-        let dropped = self.service.talk == Talk::Sink && self.state != State::Header;
-        let (room, flags) =
-            if dropped { (buffer.len(), RecvFlags::TRUNC) } else { (LOOK, RecvFlags::empty()) };
-        let length = match recv(self.stream.as_fd(), &mut buffer[..room], flags) {
+        let dropped = self.service.script == Script::Sink && self.state != State::Header;
+        let (limit, flags) =
+            if dropped { (buffer.len(), RecvFlags::TRUNC) } else { (INSPECT_LIMIT, RecvFlags::empty()) };
+        let length = match recv(self.stream.as_fd(), &mut buffer[..limit], flags) {
             Ok((_, length)) => length,
             Err(Errno::AGAIN | Errno::INTR) => return Next::Wait,
             Err(_) => return Next::Fail,
@@ -96,10 +96,10 @@ impl Connection {
                 }
             }
             counts.headers += 1;
-            self.state = State::Payload { step: 0, come: 0 };
-            if let Talk::Dialogue { greeting, .. } = self.service.talk
+            self.state = State::Payload { step: 0, received: 0 };
+            if let Script::Dialogue { greeting, .. } = self.service.script
                 && greeting > 0
-                && say(&self.stream, payload, greeting).is_err()
+                && send_all(&self.stream, payload, greeting).is_err()
             {
                 return Next::Fail;
             }
@@ -109,56 +109,59 @@ impl Connection {
         self.payload(rest, payload, counts)
     }
 
-    /// The client has finished. In the middle of a dialogue that is in order, too: at the end of a run clients just leave.
-    fn finished(&self, counts: &mut Counts) -> Next {
+    /// The client has closed. This may happen within a dialogue: at the end of a run clients close
+    /// at once.
+    fn finished(&self, counts: &mut ServerCounts) -> Next {
         if self.state == State::Header {
             counts.silent += 1;
         }
-        if self.service.talk == Talk::Source { Next::Fail } else { Next::Close }
+        if self.service.script == Script::Source { Next::Fail } else { Next::Close }
     }
 
-    fn payload(&mut self, came: &[u8], payload: &[u8], counts: &mut Counts) -> Next {
-        match self.service.talk {
-            Talk::Sink => Next::Wait,
-            Talk::Source => match <[u8; 4]>::try_from(came) {
+    fn payload(&mut self, received: &[u8], payload: &[u8], counts: &mut ServerCounts) -> Next {
+        match self.service.script {
+            Script::Sink => Next::Wait,
+            Script::Source => match <[u8; 4]>::try_from(received) {
                 Ok(millis) => {
                     let duration = Duration::from_millis(u32::from_be_bytes(millis).into());
                     self.state = State::Sending(Instant::now() + duration);
-                    Next::WaitForRoom
+                    Next::WaitWritable
                 }
-                // Behind a header that came alone, or in pieces, which four bytes never do.
-                Err(_) if came.is_empty() => Next::Wait,
+                // After a header that arrived alone, or in segments, which four bytes never do.
+                Err(_) if received.is_empty() => Next::Wait,
                 Err(_) => Next::Fail,
             },
-            Talk::Dialogue { steps, ends, .. } => self.answer(came.len(), steps, ends, payload, counts),
+            Script::Dialogue { steps, ends, .. } => {
+                self.respond(received.len(), steps, ends, payload, counts)
+            }
         }
     }
 
-    fn answer(
+    fn respond(
         &mut self,
         length: usize,
         steps: &[(usize, usize)],
         ends: bool,
         payload: &[u8],
-        counts: &mut Counts,
+        counts: &mut ServerCounts,
     ) -> Next {
-        let State::Payload { step, come } = self.state else { return Next::Fail };
-        let (question, answer) = steps[step];
-        let come = come + length;
-        if come < question {
-            self.state = State::Payload { step, come };
+        let State::Payload { step, received } = self.state else { return Next::Fail };
+        let (request, response) = steps[step];
+        let received = received + length;
+        if received < request {
+            self.state = State::Payload { step, received };
             return Next::Wait;
         }
-        // Clients wait for each answer.
-        if come > question || say(&self.stream, payload, answer).is_err() {
+        // Clients wait for each response before the next request.
+        if received > request || send_all(&self.stream, payload, response).is_err() {
             return Next::Fail;
         }
-        counts.bytes_out += answer as u64;
-        self.state = State::Payload { step: (step + 1) % steps.len(), come: 0 };
+        counts.bytes_out += response as u64;
+        self.state = State::Payload { step: (step + 1) % steps.len(), received: 0 };
         if ends && step + 1 == steps.len() { Next::Close } else { Next::Wait }
     }
 
-    fn send(&mut self, until: Instant, payload: &[u8], counts: &mut Counts) -> Next {
+    fn send(&mut self, until: Instant, payload: &[u8], counts: &mut ServerCounts) -> Next {
         match send(self.stream.as_fd(), payload, SendFlags::NOSIGNAL) {
             Ok(length) => counts.bytes_out += length as u64,
             Err(Errno::AGAIN | Errno::INTR) => {}
@@ -168,17 +171,17 @@ impl Connection {
     }
 }
 
-/// The length of the header at the start, if it is whole and carries the client's address.
+/// The length of the header at the start, if it is complete and carries the client's address.
 fn header(bytes: &[u8], client: IpAddr) -> Option<usize> {
     let parsed = proxy::parse(bytes).ok()?;
     let source = parsed.command.addresses()?.source();
     (source.ip() == client).then_some(parsed.len)
 }
 
-/// Writes so many bytes at once; they always fit, for the other end has read all that came before.
-pub(super) fn say(stream: &TcpStream, payload: &[u8], length: usize) -> io::Result<()> {
-    let said = send(stream.as_fd(), &payload[..length], SendFlags::NOSIGNAL)?;
-    if said == length { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+/// Sends `length` bytes at once. They always fit, because the other end has read everything before.
+pub(super) fn send_all(stream: &TcpStream, payload: &[u8], length: usize) -> io::Result<()> {
+    let sent = send(stream.as_fd(), &payload[..length], SendFlags::NOSIGNAL)?;
+    if sent == length { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! Connections with one question and one answer: as many as there can be, and at fixed rates.
+//! Connections with one request and one response: as many as possible, and at fixed rates.
 
-use injector_load::order::Work as Load;
+use injector_load::job::Load;
 use injector_load::service::SHORT;
 
-use super::{Measured, Scene, Work, cpu_figure, figure, float, measured};
+use super::{Measured, MeasurementContext, Workload, cpu_figure, figure, float, measured};
 use crate::record::Figure;
 
 /// Clients of the closed loop.
@@ -18,12 +18,12 @@ struct Open {
     rate: f64,
 }
 
-pub(super) fn all() -> impl Iterator<Item = Box<dyn Work>> {
-    let closed = std::iter::once(Box::new(Closed) as Box<dyn Work>);
-    closed.chain(RATES.into_iter().map(|rate| Box::new(Open { rate }) as Box<dyn Work>))
+pub(super) fn all() -> impl Iterator<Item = Box<dyn Workload>> {
+    let closed = std::iter::once(Box::new(Closed) as Box<dyn Workload>);
+    closed.chain(RATES.into_iter().map(|rate| Box::new(Open { rate }) as Box<dyn Workload>))
 }
 
-impl Work for Closed {
+impl Workload for Closed {
     fn name(&self) -> String {
         "short-sessions".to_owned()
     }
@@ -43,13 +43,13 @@ impl Work for Closed {
         ]
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        let order = Load::Closed { service: SHORT.name.to_owned(), connections: CLIENTS };
-        sessions(scene, order)
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        let load = Load::Closed { service: SHORT.name.to_owned(), connections: CLIENTS };
+        sessions(context, load)
     }
 }
 
-impl Work for Open {
+impl Workload for Open {
     fn name(&self) -> String {
         format!("short-sessions-at-{}", self.rate)
     }
@@ -68,14 +68,14 @@ impl Work for Open {
         ]
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        sessions(scene, Load::Open { service: SHORT.name.to_owned(), rate: self.rate })
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        sessions(context, Load::Open { service: SHORT.name.to_owned(), rate: self.rate })
     }
 }
 
-fn sessions(scene: &mut Scene<'_>, order: Load) -> anyhow::Result<Measured> {
-    let (outcome, _) = scene.load(&SHORT, order)?;
-    // At a fixed rate some may not have come to their end in the measured time.
+fn sessions(context: &mut MeasurementContext<'_>, load: Load) -> anyhow::Result<Measured> {
+    let (outcome, _) = context.load(&SHORT, load)?;
+    // At a fixed rate some sessions may not have completed in the measured time.
     let (count, latency) = (float(outcome.sessions.max(1)), outcome.latency.unwrap_or_default());
     Ok(measured(
         outcome.cpu,

@@ -1,37 +1,38 @@
-//! The injector's engines, each with the daemon's defaults, and the splice engine under other rules of enrolment.
+//! The injector's engines, each with the daemon's defaults, and the splice engine with other rules
+//! of enrolment.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use injector_load::service::{ALL, Door};
+use injector_load::service::{ALL, PortKind};
 
-use super::{Address, Peer, Proof, Running};
+use super::{Address, Counters, RunningSystem, System};
 use crate::mail_sink;
-use crate::stage::mail;
+use crate::testbed::mail;
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
     BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
 };
 use injector_testbed::netns::{Entrance, Place, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 
-/// How long the daemon may take to take its programs off and end.
+/// How long the daemon may take to detach its programs and exit.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// Stands for the folder of a BPF file system, of which each run of the inline engine has its own.
+/// A placeholder for the directory of a BPF file system; each run of the inline engine has its own.
 const PIN: &str = "/sys/fs/bpf/injector-bench";
 /// The inline engine's NAT table.
 const TABLE: &str = "injector-bench";
 
-/// One engine, with lines that stand before the listeners in its configuration.
+/// One engine, with tables that precede the listeners in its configuration.
 struct Engine {
     name: String,
     /// Value of `engine =`.
     engine: &'static str,
-    /// Where it listens.
+    /// The address on which it listens.
     vip: Place,
-    /// Further tables of the configuration.
+    /// Additional tables of the configuration.
     tables: String,
     about: String,
 }
@@ -43,9 +44,9 @@ impl Engine {
     }
 }
 
-/// All engines, with the daemon's defaults. A further engine is one entry here; tables that it needs in the configuration
-/// go into [`Engine::tables`].
-pub(super) fn engines() -> Vec<Peer> {
+/// All engines, with the daemon's defaults. To add an engine, add an entry here; tables that it
+/// needs in the configuration go into [`Engine::tables`].
+pub(super) fn engines() -> Vec<System> {
     [
         Engine::new(
             "splice",
@@ -58,7 +59,7 @@ pub(super) fn engines() -> Vec<Peer> {
             ..Engine::new(
                 "splice",
                 VIP_SPLICE,
-                "the same, the header sent by user space in place of a program",
+                "the same, the header sent by user space instead of a program",
             )
         },
         Engine {
@@ -69,15 +70,15 @@ pub(super) fn engines() -> Vec<Peer> {
                 "the injector, packets: kernel NAT forwards them, the header is added on the way",
             )
         },
-        Engine::new("relay", VIP_RELAY, "the injector, user space carries the payload"),
+        Engine::new("relay", VIP_RELAY, "the injector, user space copies the payload"),
     ]
-    .map(peer)
+    .map(system)
     .into()
 }
 
-/// The splice engine, each direction enrolled after so many payloads. Bytes alone never enrol here, so that payloads are
-/// the one thing that differs.
-pub(super) fn enrolments() -> Vec<Peer> {
+/// The splice engine, each direction enrolled after a number of payloads. Bytes alone never enrol
+/// here, so that the number of payloads is the only difference.
+pub(super) fn enrolments() -> Vec<System> {
     const NEVER: u64 = 1 << 40;
     let after = |messages: u64, bytes: u64, name: &str, about: &str| Engine {
         name: format!("splice-{name}"),
@@ -98,29 +99,32 @@ pub(super) fn enrolments() -> Vec<Peer> {
         after(NEVER, 1 << 20, "after-1m", "after 1 MiB"),
         after(NEVER, NEVER, "never", "never"),
     ]
-    .map(peer)
+    .map(system)
     .into()
 }
 
-fn peer(engine: Engine) -> Peer {
+fn system(engine: Engine) -> System {
     let config = engine.configuration();
-    Peer {
+    System {
         name: engine.name.clone(),
         about: engine.about.clone(),
-        door: Door::Header,
+        port_kind: PortKind::Header,
         config: config.clone(),
         address: Address::Edge(engine.vip),
-        start: Box::new(move |stage| {
-            let edge = &stage.topology.edge;
+        start: Box::new(move |testbed| {
+            let edge = &testbed.topology.edge;
             if !config.contains(PIN) {
-                return Ok(Box::new(Daemon { injector: Some(Injector::start(edge, &config)?), left: None }));
+                return Ok(Box::new(Daemon {
+                    injector: Some(Injector::start(edge, &config)?),
+                    leftovers: None,
+                }));
             }
             let bpffs = BpfFs::mount()?;
             let config = config.replace(PIN, &bpffs.path().display().to_string());
             let injector = Injector::start(edge, &config)?;
             Ok(Box::new(Daemon {
                 injector: Some(injector),
-                left: Some(Left { edge: edge.entrance(), _bpffs: bpffs }),
+                leftovers: Some(InlineLeftovers { edge: edge.entrance(), _bpffs: bpffs }),
             }))
         }),
     }
@@ -129,7 +133,7 @@ fn peer(engine: Engine) -> Peer {
 impl Engine {
     fn configuration(&self) -> String {
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 9145));
-        // Nothing to drain when a measurement is over; and, as with HAProxy, no line for each connection.
+        // No draining after a measurement; and, as with HAProxy, no log line per connection.
         let mut text = format!(
             "[metrics]\nlisten = \"{metrics}\"\n\n[log]\nlevel = \"warn\"\n\n[stop]\ndeadline = \"0s\"\n\n{}",
             self.tables
@@ -152,42 +156,43 @@ impl Engine {
 /// A running daemon.
 #[derive(Debug)]
 struct Daemon {
-    /// `None` once it is being ended.
+    /// `None` during shutdown.
     injector: Option<Injector>,
-    /// Goes after it.
-    left: Option<Left>,
+    /// Dropped after it.
+    leftovers: Option<InlineLeftovers>,
 }
 
-/// What the inline engine leaves behind, so that the next peer has the edge to itself.
+/// What the inline engine leaves on the edge; removed so that the next system starts with a clean
+/// edge.
 #[derive(Debug)]
-struct Left {
+struct InlineLeftovers {
     edge: Entrance,
-    /// Programs and maps are pinned here, and go with it.
+    /// Programs and maps are pinned here, and are removed with it.
     _bpffs: BpfFs,
 }
 
-impl Drop for Left {
+impl Drop for InlineLeftovers {
     fn drop(&mut self) {
         let removed = self.edge.run(|| Command::new("nft").args(["delete", "table", "inet", TABLE]).status());
         if !removed.as_ref().is_ok_and(|status| status.as_ref().is_ok_and(ExitStatus::success)) {
-            eprintln!("bench: the table {TABLE} is not removed: {removed:?}");
+            eprintln!("bench: the table {TABLE} could not be removed: {removed:?}");
         }
     }
 }
 
-impl Running for Daemon {
+impl RunningSystem for Daemon {
     fn pids(&self) -> Vec<u32> {
         self.injector.iter().map(Injector::pid).collect()
     }
 
-    fn said(&self) -> String {
+    fn log(&self) -> String {
         self.injector.as_ref().map(Injector::log).unwrap_or_default()
     }
 
-    fn proof(&mut self) -> anyhow::Result<Proof> {
-        let Some(injector) = &self.injector else { return Ok(Proof::new()) };
+    fn counters(&mut self) -> anyhow::Result<Counters> {
+        let Some(injector) = &self.injector else { return Ok(Counters::new()) };
         let metrics = injector.metrics()?;
-        Ok(Proof::from([
+        Ok(Counters::from([
             ("bytes spliced".to_owned(), metrics.sum(BYTES, &[(PLANE, SPLICED)])),
             ("bytes piped".to_owned(), metrics.sum(BYTES, &[(PLANE, PIPED)])),
             ("bytes relayed".to_owned(), metrics.sum(BYTES, &[(PLANE, RELAYED)])),
@@ -198,10 +203,10 @@ impl Running for Daemon {
 }
 
 impl Drop for Daemon {
-    /// In order, so that an engine with programs on interfaces takes them off.
+    /// In order, so that an engine with programs on interfaces detaches them.
     fn drop(&mut self) {
         let Some(injector) = self.injector.take() else { return };
-        let _left = self.left.take();
+        let _leftovers = self.leftovers.take();
         let begun = Instant::now();
         match injector.stop() {
             Ok((status, log)) if !status.success() => {
@@ -222,15 +227,15 @@ mod tests {
 
     #[test]
     fn every_engine_has_every_service_and_mail() {
-        for peer in engines().iter().chain(&enrolments()) {
-            assert_eq!(peer.config.matches("[[listener]]").count(), ALL.len() + 1, "{}", peer.name);
-            assert!(peer.config.parse::<toml::Table>().is_ok(), "{}", peer.config);
+        for system in engines().iter().chain(&enrolments()) {
+            assert_eq!(system.config.matches("[[listener]]").count(), ALL.len() + 1, "{}", system.name);
+            assert!(system.config.parse::<toml::Table>().is_ok(), "{}", system.config);
         }
     }
 
     #[test]
     fn the_rules_of_enrolment_differ() {
-        let mut configs: Vec<_> = enrolments().into_iter().map(|peer| peer.config).collect();
+        let mut configs: Vec<_> = enrolments().into_iter().map(|system| system.config).collect();
         let count = configs.len();
         configs.sort();
         configs.dedup();

@@ -1,5 +1,5 @@
-//! HAProxy as its own developers would set it up for this: no logging, `send-proxy-v2`, one thread and two, with the
-//! kernel's splicing and without.
+//! HAProxy as its own developers would configure it for this: no logging, `send-proxy-v2`, one
+//! thread and two, with kernel splicing and without.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -9,79 +9,81 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use injector_load::service::{ALL, Door};
+use injector_load::service::{ALL, PortKind};
 use tempfile::TempDir;
 
-use super::{Address, HAPROXY, Peer, Proof, Running};
+use super::{Address, Counters, HAPROXY, RunningSystem, System};
 use crate::mail_sink;
-use crate::stage::{Stage, mail};
+use crate::testbed::{Testbed, mail};
 use injector_testbed::netns::{self, VIP_HAPROXY};
 use injector_testbed::process::Process;
 
 /// One version of HAProxy on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Build {
-    /// `3.0`, as it goes into names.
+    /// `3.0`, as it appears in names.
     pub series: String,
     /// `3.0.11-1+deb13u3`, for the report.
     pub version: String,
-    /// The program with the arguments that stand before its own: a dynamic loader, where it has its own libraries.
+    /// The program with the arguments before its own: a dynamic loader, where HAProxy has its own
+    /// libraries.
     pub command: Vec<PathBuf>,
 }
 
-/// Its output, in its folder.
+/// Its output, in its directory.
 const LOG: &str = "haproxy.log";
 
 /// Whether the payload goes through pipes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Carry {
+enum Forwarding {
     Splice,
     Copy,
 }
 
-/// Connections that it takes: more than any work has, and two descriptors each.
-const MOST: usize = 9_200;
+/// Connection limit: more than any workload has; each takes two descriptors.
+const MAX_CONNECTIONS: usize = 9_200;
 
-/// Pipes that it may have, two descriptors each: more than bulk needs. By default it wants one for every four connections,
-/// and does not start where the limit on descriptors has no room for them.
+/// Pipe limit, two descriptors each: more than bulk needs. By default HAProxy wants one for every
+/// four connections, and does not start where the descriptor limit is too low for them.
 const PIPES: usize = 512;
 
-pub(super) fn peers(build: &Build) -> Vec<Peer> {
-    let mut peers = Vec::new();
-    for (carry, name) in [(Carry::Splice, "splice"), (Carry::Copy, "copy")] {
+pub(super) fn systems(build: &Build) -> Vec<System> {
+    let mut systems = Vec::new();
+    for (forwarding, name) in [(Forwarding::Splice, "splice"), (Forwarding::Copy, "copy")] {
         for threads in [1, 2] {
-            peers.push(peer(build, carry, name, threads));
+            systems.push(system(build, forwarding, name, threads));
         }
     }
-    peers
+    systems
 }
 
-fn peer(build: &Build, carry: Carry, word: &str, threads: usize) -> Peer {
+fn system(build: &Build, forwarding: Forwarding, word: &str, threads: usize) -> System {
     let copy = build.clone();
     let name = format!("{HAPROXY}-{}-{word}-{threads}t", build.series);
-    let splicing = if carry == Carry::Splice { "splice-request, splice-response" } else { "no splicing" };
-    Peer {
+    let splicing =
+        if forwarding == Forwarding::Splice { "splice-request, splice-response" } else { "no splicing" };
+    System {
         name,
         about: format!("HAProxy {}, {splicing}, nbthread {threads}", build.version),
-        door: Door::Header,
-        config: configuration(carry, threads, Path::new("DIR")),
+        port_kind: PortKind::Header,
+        config: configuration(forwarding, threads, Path::new("DIR")),
         address: Address::Edge(VIP_HAPROXY),
-        start: Box::new(move |stage| Ok(Box::new(HaProxy::start(stage, &copy, carry, threads)?))),
+        start: Box::new(move |testbed| Ok(Box::new(HaProxy::start(testbed, &copy, forwarding, threads)?))),
     }
 }
 
-fn configuration(carry: Carry, threads: usize, dir: &Path) -> String {
-    let (pipes, splice) = match carry {
-        Carry::Splice => (
+fn configuration(forwarding: Forwarding, threads: usize, dir: &Path) -> String {
+    let (pipes, splice) = match forwarding {
+        Forwarding::Splice => (
             format!("    tune.pipesize 1048576\n    maxpipes {PIPES}\n"),
             "    option splice-request\n    option splice-response\n",
         ),
-        Carry::Copy => (String::new(), ""),
+        Forwarding::Copy => (String::new(), ""),
     };
     let mut text = format!(
         "global
     nbthread {threads}
-    maxconn {MOST}
+    maxconn {MAX_CONNECTIONS}
 {pipes}    stats socket {}/stats.sock level admin
 defaults
     mode tcp
@@ -111,12 +113,17 @@ struct HaProxy {
 }
 
 impl HaProxy {
-    fn start(stage: &Stage, build: &Build, carry: Carry, threads: usize) -> anyhow::Result<Self> {
+    fn start(
+        testbed: &Testbed,
+        build: &Build,
+        forwarding: Forwarding,
+        threads: usize,
+    ) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("haproxy")?;
         let config = dir.path().join("haproxy.cfg");
-        fs::write(&config, configuration(carry, threads, dir.path()))?;
+        fs::write(&config, configuration(forwarding, threads, dir.path()))?;
         let log = dir.path().join(LOG);
-        let edge = &stage.topology.edge;
+        let edge = &testbed.topology.edge;
         let (program, arguments) = build.command.split_first().context("no program")?;
         let mut command = edge.command(program);
         command.args(arguments).arg("-db").arg("-f").arg(&config);
@@ -124,11 +131,11 @@ impl HaProxy {
         let sockets = ALL.map(|service| (VIP_HAPROXY.v4, service.port).into());
         process
             .wait_listening(edge, &sockets, Duration::from_secs(10))
-            .with_context(|| format!("HAProxy said:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
+            .with_context(|| format!("HAProxy printed:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
         Ok(Self { process, dir })
     }
 
-    /// What `show info` says.
+    /// The output of `show info`.
     fn info(&self) -> anyhow::Result<String> {
         let mut socket = UnixStream::connect(self.dir.path().join("stats.sock"))?;
         socket.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -139,25 +146,25 @@ impl HaProxy {
     }
 }
 
-impl Running for HaProxy {
+impl RunningSystem for HaProxy {
     fn pids(&self) -> Vec<u32> {
         vec![self.process.pid()]
     }
 
-    fn said(&self) -> String {
+    fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
 
-    fn proof(&mut self) -> anyhow::Result<Proof> {
-        let info = self.info().context("HAProxy's stats socket does not answer")?;
-        // "Splicded" is how every series so far writes it; the other spelling is for the day when that is mended.
+    fn counters(&mut self) -> anyhow::Result<Counters> {
+        let info = self.info().context("HAProxy's stats socket does not respond")?;
+        // All series so far print "Splicded"; the other spelling is for a version that corrects it.
         let spliced = ["TotalSplicdedBytesOut", "TotalSplicedBytesOut"];
         number(&info, "TotalBytesOut")
             .zip(spliced.iter().find_map(|name| number(&info, name)))
             .map(|(out, spliced)| {
-                Proof::from([("bytes out".to_owned(), out), ("bytes spliced".to_owned(), spliced)])
+                Counters::from([("bytes out".to_owned(), out), ("bytes spliced".to_owned(), spliced)])
             })
-            .with_context(|| format!("HAProxy does not say what it spliced:\n{info}"))
+            .with_context(|| format!("HAProxy does not report the bytes that it spliced:\n{info}"))
     }
 }
 
@@ -180,11 +187,11 @@ mod tests {
     }
 
     #[test]
-    fn only_the_splicing_one_is_told_of_pipes() {
-        let splice = configuration(Carry::Splice, 2, Path::new("/d"));
+    fn only_the_splicing_configuration_has_pipe_settings() {
+        let splice = configuration(Forwarding::Splice, 2, Path::new("/d"));
         assert!(splice.contains("option splice-response") && splice.contains("tune.pipesize 1048576"));
         assert!(splice.contains("nbthread 2"));
-        let copy = configuration(Carry::Copy, 1, Path::new("/d"));
+        let copy = configuration(Forwarding::Copy, 1, Path::new("/d"));
         assert!(!copy.contains("splice") && !copy.contains("pipesize"));
         assert!(copy.contains("server mail 10.25.0.2:7001 send-proxy-v2"), "{copy}");
     }

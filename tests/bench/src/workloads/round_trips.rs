@@ -1,9 +1,9 @@
-//! Questions and answers on connections that stay, and SMTP dialogues on connections that do not.
+//! Round trips on persistent connections, and SMTP dialogues on one connection each.
 
-use injector_load::order::Work as Load;
+use injector_load::job::Load;
 use injector_load::service::{ECHO, IMAP, SMTP, Service};
 
-use super::{Measured, Scene, Work, cpu_figure, figure, float, measured};
+use super::{Measured, MeasurementContext, Workload, cpu_figure, figure, float, measured};
 use crate::record::Figure;
 
 struct RoundTrips {
@@ -13,7 +13,7 @@ struct RoundTrips {
     connections: usize,
 }
 
-pub(super) fn all() -> impl Iterator<Item = Box<dyn Work>> {
+pub(super) fn all() -> impl Iterator<Item = Box<dyn Workload>> {
     let echo = [1, 32, 256].map(|connections| RoundTrips {
         name: format!("round-trips-{connections}"),
         about: "64 bytes there, 64 back, on connections that stay",
@@ -34,17 +34,17 @@ pub(super) fn all() -> impl Iterator<Item = Box<dyn Work>> {
             connections: 32,
         },
     ];
-    echo.into_iter().chain(shapes).map(|work| Box::new(work) as Box<dyn Work>)
+    echo.into_iter().chain(shapes).map(|workload| Box::new(workload) as Box<dyn Workload>)
 }
 
 impl RoundTrips {
-    /// Whether whole dialogues are what counts, rather than questions.
+    /// Whether whole dialogues are counted, rather than round trips.
     fn by_session(&self) -> bool {
         self.service == &SMTP
     }
 }
 
-impl Work for RoundTrips {
+impl Workload for RoundTrips {
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -62,14 +62,14 @@ impl Work for RoundTrips {
         let rate = figure("rate", rate, true, false);
         let median = figure("median", "µs, median", false, false);
         let rest = [figure("p99", "µs, 99 %", false, false), cpu_figure(cpu)];
-        // One connection shows how long a round trip takes, many how many there can be.
+        // One connection shows the latency of a round trip, many show the throughput.
         let first = if self.connections == 1 { [median, rate] } else { [rate, median] };
         first.into_iter().chain(rest).collect()
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        let order = Load::Closed { service: self.service.name.to_owned(), connections: self.connections };
-        let (outcome, _) = scene.load(self.service, order)?;
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        let load = Load::Closed { service: self.service.name.to_owned(), connections: self.connections };
+        let (outcome, _) = context.load(self.service, load)?;
         let count = float(if self.by_session() { outcome.sessions } else { outcome.round_trips });
         let latency = outcome.latency.unwrap_or_default();
         Ok(measured(

@@ -1,34 +1,34 @@
-//! Real mail: Postfix' own `smtp-source` through the peer to Postfix, which throws it away.
+//! Real mail: Postfix' own `smtp-source` through the system to Postfix, which discards it.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use injector_load::cpu::Cpu;
-use injector_load::service::Door;
+use injector_load::service::PortKind;
 
-use super::{Measured, Scene, Work, cpu_figure, figure, float, measured};
+use super::{Measured, MeasurementContext, Workload, cpu_figure, figure, float, measured};
 use crate::mail_sink::{BARE, DOMAIN, MailSink, PROXIED};
 use crate::record::Figure;
 use injector_testbed::netns::CLIENT;
 
-/// Sessions at one time.
+/// Simultaneous sessions.
 const SENDERS: &str = "16";
 /// Bytes of a message.
 const LENGTH: &str = "4096";
-/// Messages for each second that a measurement is to take, about what two processors do.
-const A_SECOND: f64 = 400.0;
+/// Messages per second of measurement, about what two processors do.
+const PER_SECOND: f64 = 400.0;
 
-/// Messages before those that are measured.
+/// Messages before the measurement.
 const WARM_UP: u64 = 64;
 
 struct Mail;
 
-pub(super) fn work() -> Box<dyn Work> {
+pub(super) fn workload() -> Box<dyn Workload> {
     Box::new(Mail)
 }
 
-impl Work for Mail {
+impl Workload for Mail {
     fn name(&self) -> String {
         "mail".to_owned()
     }
@@ -44,18 +44,18 @@ impl Work for Mail {
         vec![figure("rate", "messages/s", true, false), cpu_figure("CPU µs/message")]
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        let sink = MailSink::start(&scene.stage.topology.mail)?;
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        let sink = MailSink::start(&context.testbed.topology.mail)?;
         // Postfix forks its processes for the first messages.
-        send(scene, WARM_UP)?;
+        send(context, WARM_UP)?;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "thousands")]
-        let messages = (A_SECOND * scene.seconds).clamp(1.0, 1e5) as u64;
+        let messages = (PER_SECOND * context.seconds).clamp(1.0, 1e5) as u64;
         let mark = sink.log().mark();
         let before = Cpu::now()?;
         let begun = Instant::now();
-        send(scene, messages)?;
+        send(context, messages)?;
         let (seconds, cpu) = (begun.elapsed().as_secs_f64(), Cpu::now()? - before);
-        if scene.peer.door == Door::Header {
+        if context.system.port_kind == PortKind::Header {
             ensure_clients(&sink, mark, messages)?;
         }
         let count = float(messages);
@@ -63,11 +63,11 @@ impl Work for Mail {
     }
 }
 
-fn send(scene: &Scene<'_>, messages: u64) -> anyhow::Result<()> {
-    let target = scene.peer.target_port(PROXIED, BARE);
-    let mut command = scene.stage.topology.client.command("timeout");
-    // It has no limit of its own.
-    command.arg("--signal=KILL").arg(format!("{}", 60.0 + 10.0 * scene.seconds));
+fn send(context: &MeasurementContext<'_>, messages: u64) -> anyhow::Result<()> {
+    let target = context.system.target_port(PROXIED, BARE);
+    let mut command = context.testbed.topology.client.command("timeout");
+    // smtp-source has no time limit of its own.
+    command.arg("--signal=KILL").arg(format!("{}", 60.0 + 10.0 * context.seconds));
     command.args(["smtp-source", "-s", SENDERS, "-l", LENGTH, "-m", &messages.to_string()]);
     command.args(["-f", &format!("from@{DOMAIN}"), "-t", &format!("to@{DOMAIN}")]);
     command.arg(format!("{}:{}", target.ip(), target.port())).stdin(Stdio::null());
@@ -77,7 +77,7 @@ fn send(scene: &Scene<'_>, messages: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Postfix must have seen the client itself behind every message.
+/// Checks that Postfix saw the client's address for every message.
 fn ensure_clients(
     sink: &MailSink,
     mark: injector_testbed::log_file::Mark,

@@ -1,29 +1,29 @@
-//! How long a round trip takes while bulk runs beside it.
+//! Round-trip latency while bulk runs beside it.
 
-use injector_load::order::Work as Load;
+use injector_load::job::Load;
 use injector_load::service::{ECHO, SINK};
 
-use super::{Measured, Scene, Work, figure, float, measured};
+use super::{Measured, MeasurementContext, Workload, figure, float, measured};
 use crate::record::Figure;
 
-/// Connections with questions.
-const ASKING: usize = 4;
-/// Connections with bulk.
+/// Connections that make round trips.
+const REQUESTERS: usize = 4;
+/// Connections that carry bulk.
 const BULK: usize = 4;
 
-struct Mixed;
+struct BesideBulk;
 
-pub(super) fn work() -> Box<dyn Work> {
-    Box::new(Mixed)
+pub(super) fn workload() -> Box<dyn Workload> {
+    Box::new(BesideBulk)
 }
 
-impl Work for Mixed {
+impl Workload for BesideBulk {
     fn name(&self) -> String {
         "beside-bulk".to_owned()
     }
 
     fn about(&self) -> String {
-        format!("round trips of 64 bytes on {ASKING} connections while {BULK} others upload")
+        format!("round trips of 64 bytes on {REQUESTERS} connections while {BULK} others upload")
     }
 
     fn figures(&self) -> Vec<Figure> {
@@ -35,10 +35,10 @@ impl Work for Mixed {
         ]
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        let bulk = scene.peer.target(&SINK);
-        let order = Load::Beside { connections: ASKING, bulk_connections: BULK, bulk };
-        let (outcome, _) = scene.load(&ECHO, order)?;
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        let bulk = context.system.target(&SINK);
+        let load = Load::Beside { connections: REQUESTERS, bulk_connections: BULK, bulk };
+        let (outcome, _) = context.load(&ECHO, load)?;
         let latency = outcome.latency.unwrap_or_default();
         // The upload runs through warm-up and measurement.
         let seconds = outcome.seconds + 2.0 * injector_load::client::WARM_UP;

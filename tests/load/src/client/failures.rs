@@ -1,10 +1,10 @@
-//! What the threads of a client count together.
+//! Failures of a client's connections.
 
 use std::fmt::Display;
 
-use crate::order::Outcome;
+use crate::job::JobOutcome;
 
-/// Failures, of which the first is kept in words.
+/// The number of failures, and the message of the first.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Failures {
     count: u64,
@@ -17,7 +17,7 @@ impl Failures {
         self.first.get_or_insert_with(|| format!("{what}: {error}"));
     }
 
-    pub(super) fn into(self, outcome: &mut Outcome) {
+    pub(super) fn into(self, outcome: &mut JobOutcome) {
         outcome.failures += self.count;
         outcome.failure = outcome.failure.take().or(self.first);
     }

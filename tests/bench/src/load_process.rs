@@ -1,4 +1,4 @@
-//! The load generator's processes: how they are started, asked and ended.
+//! The load generator's processes: starting, querying and ending them.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::IpAddr;
@@ -8,55 +8,55 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use injector_load::order::{Counts, Order, Outcome};
+use injector_load::job::{Job, JobOutcome, ServerCounts};
 use injector_load::{client, server};
 
 use injector_testbed::netns::{CLIENT, MAIL, Netns};
 
-/// The first argument with which the calling program runs itself as one of the ends.
+/// The first argument with which the calling program runs itself as client or server.
 pub const ARGUMENT: &str = "load-end";
 
 /// How long the server may take to start or to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How much longer than its work a client may take.
+/// How much longer than its job a client may take.
 const SLACK: Duration = Duration::from_secs(30);
 
-/// Runs as one of the ends, told which by the arguments after [`ARGUMENT`].
+/// Runs as client or server, according to the arguments after [`ARGUMENT`].
 ///
 /// # Errors
-/// When the arguments make no sense, or the end fails.
+/// When the arguments are invalid, or the process fails.
 pub fn run(arguments: &[String]) -> anyhow::Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         ["server", address, client] => server::run(address.parse()?, client.parse()?),
-        ["client", order] => client::run(order),
-        _ => bail!("not an end: {arguments:?}"),
+        ["client", job] => client::run(job),
+        _ => bail!("not a client or server: {arguments:?}"),
     }
 }
 
-/// A process that speaks in lines; killed on drop.
+/// A process that exchanges lines; killed on drop.
 #[derive(Debug)]
-struct Speaker {
+struct ChildProcess {
     what: &'static str,
     child: Child,
     input: Option<ChildStdin>,
     lines: Receiver<String>,
 }
 
-impl Speaker {
+impl ChildProcess {
     fn start(what: &'static str, netns: &Netns, arguments: &[&str]) -> anyhow::Result<Self> {
-        // By pid: this program's file may have been replaced by a build since it was started.
+        // By pid: a build may have replaced this program's file since it was started.
         let mut command = netns.command(format!("/proc/{}/exe", std::process::id()));
         command.arg(ARGUMENT).arg(what).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = netns.spawn(command)?;
         let input = child.stdin.take();
         let output = child.stdout.take().context("no standard output")?;
-        let (said, lines) = mpsc::channel();
-        // Ends with the process, whose output it reads.
+        let (sender, lines) = mpsc::channel();
+        // This thread ends with the process whose output it reads.
         thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if said.send(line).is_err() {
+                if sender.send(line).is_err() {
                     break;
                 }
             }
@@ -64,23 +64,23 @@ impl Speaker {
         Ok(Self { what, child, input, lines })
     }
 
-    fn say(&mut self, line: &str) -> anyhow::Result<()> {
+    fn send(&mut self, line: &str) -> anyhow::Result<()> {
         let input = self.input.as_mut().context("standard input is closed")?;
         writeln!(input, "{line}")?;
         Ok(input.flush()?)
     }
 
-    fn hear(&mut self, limit: Duration) -> anyhow::Result<String> {
+    fn receive(&mut self, limit: Duration) -> anyhow::Result<String> {
         self.lines.recv_timeout(limit).with_context(|| match self.child.try_wait() {
             Ok(Some(status)) => format!("the load generator's {} ended: {status}", self.what),
-            _ => format!("the load generator's {} says nothing for {limit:?}", self.what),
+            _ => format!("the load generator's {} printed nothing for {limit:?}", self.what),
         })
     }
 }
 
-impl Drop for Speaker {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
-        // Both fail only for a process that is gone already.
+        // Both fail only if the process has already exited.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -88,68 +88,68 @@ impl Drop for Speaker {
 
 /// The server, in the mail namespace.
 #[derive(Debug)]
-pub struct Server(Speaker);
+pub struct LoadServer(ChildProcess);
 
-impl Server {
+impl LoadServer {
     /// # Errors
     /// When a port is taken.
     pub fn start(mail: &Netns) -> anyhow::Result<Self> {
         let (address, client) = (IpAddr::V4(MAIL.v4).to_string(), IpAddr::V4(CLIENT.v4).to_string());
-        let mut speaker = Speaker::start("server", mail, &[&address, &client])?;
-        let line = speaker.hear(PATIENCE)?;
-        ensure!(line == server::READY, "the server said {line}");
-        Ok(Self(speaker))
+        let mut process = ChildProcess::start("server", mail, &[&address, &client])?;
+        let line = process.receive(TIMEOUT)?;
+        ensure!(line == server::READY, "the server printed {line}");
+        Ok(Self(process))
     }
 
-    /// What it has counted since the last time.
+    /// The counts since the last call.
     ///
     /// # Errors
-    /// When it is gone.
-    pub fn take(&mut self) -> anyhow::Result<Counts> {
-        self.0.say("take")?;
-        Ok(serde_json::from_str(&self.0.hear(PATIENCE)?)?)
+    /// When the server has exited.
+    pub fn take_counts(&mut self) -> anyhow::Result<ServerCounts> {
+        self.0.send("take")?;
+        Ok(serde_json::from_str(&self.0.receive(TIMEOUT)?)?)
     }
 }
 
-/// A client at work, in the client's namespace.
+/// A client that executes a job, in the client's namespace.
 #[derive(Debug)]
-pub struct Client {
-    speaker: Speaker,
+pub struct LoadClient {
+    process: ChildProcess,
     limit: Duration,
 }
 
-impl Client {
+impl LoadClient {
     /// # Errors
     /// When it cannot be started.
-    pub fn start(netns: &Netns, order: &Order) -> anyhow::Result<Self> {
-        let line = serde_json::to_string(order)?;
-        let limit = Duration::from_secs_f64(order.seconds) + SLACK;
-        Ok(Self { speaker: Speaker::start("client", netns, &[&line])?, limit })
+    pub fn start(netns: &Netns, job: &Job) -> anyhow::Result<Self> {
+        let line = serde_json::to_string(job)?;
+        let limit = Duration::from_secs_f64(job.seconds) + SLACK;
+        Ok(Self { process: ChildProcess::start("client", netns, &[&line])?, limit })
     }
 
     /// Waits until all idle connections are open.
     ///
     /// # Errors
-    /// When it ends first, or takes too long.
+    /// When it exits first, or takes too long.
     pub fn wait_open(&mut self) -> anyhow::Result<()> {
-        let line = self.speaker.hear(self.limit)?;
-        ensure!(line == client::OPEN, "the client said {line}");
+        let line = self.process.receive(self.limit)?;
+        ensure!(line == client::OPEN, "the client printed {line}");
         Ok(())
     }
 
-    /// Has it close its idle connections.
+    /// Makes the client close its idle connections.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When it has exited.
     pub fn close(&mut self) -> anyhow::Result<()> {
-        self.speaker.say("close")
+        self.process.send("close")
     }
 
-    /// Waits for the end of its work.
+    /// Waits for the end of the job.
     ///
     /// # Errors
-    /// When it could not do it, or takes too long; it is killed then.
-    pub fn outcome(mut self) -> anyhow::Result<Outcome> {
-        Ok(serde_json::from_str(&self.speaker.hear(self.limit)?)?)
+    /// When the client cannot execute the job, or takes too long; it is killed then.
+    pub fn outcome(mut self) -> anyhow::Result<JobOutcome> {
+        Ok(serde_json::from_str(&self.process.receive(self.limit)?)?)
     }
 }

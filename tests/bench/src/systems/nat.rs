@@ -1,28 +1,30 @@
-//! The kernel's NAT alone: destination NAT and masquerade by nftables, no header. What an edge without the injector does.
+//! Kernel NAT alone: destination NAT and masquerade by nftables, no header. This is what an edge
+//! without the injector does.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use injector_load::service::{ALL, Door};
+use injector_load::service::{ALL, PortKind};
 
-use super::{Address, NAT, Peer, Running};
+use super::{Address, NAT, RunningSystem, System};
 use crate::mail_sink;
 use injector_testbed::netns::{MAIL, Netns, VIP_HAPROXY};
 
-/// The table, which is there only while this peer is measured: connection tracking would be in the way of the others.
+/// The table exists only while this system is measured: connection tracking would slow down the
+/// others.
 const TABLE: &str = "injector_bench";
 
-pub(super) fn peer() -> Peer {
+pub(super) fn system() -> System {
     let rules = rules();
-    Peer {
+    System {
         name: NAT.to_owned(),
         about: "nftables: destination NAT and masquerade, no header".to_owned(),
-        door: Door::Bare,
+        port_kind: PortKind::Bare,
         config: rules.clone(),
         address: Address::Edge(VIP_HAPROXY),
-        start: Box::new(move |stage| Ok(Box::new(Table::load(&stage.topology.edge, &rules)?))),
+        start: Box::new(move |testbed| Ok(Box::new(Table::load(&testbed.topology.edge, &rules)?))),
     }
 }
 
@@ -54,13 +56,13 @@ struct Table {
 impl Table {
     fn load(edge: &Netns, rules: &str) -> anyhow::Result<Self> {
         nft(edge.name(), rules)?;
-        // Short sessions by the ten thousand: the table must not fill with those that are over.
+        // Tens of thousands of short sessions: closed ones must not fill the table.
         edge.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "5")?;
         Ok(Self { name: edge.name().to_owned() })
     }
 }
 
-impl Running for Table {}
+impl RunningSystem for Table {}
 
 impl Drop for Table {
     fn drop(&mut self) {

@@ -1,49 +1,51 @@
-//! Where the benchmark takes place: the three namespaces, with the load generator's server in the third.
+//! The testbed of a measurement: the three namespaces, with the load generator's server in the mail
+//! namespace.
 
 use std::net::{IpAddr, SocketAddr};
 
-use injector_load::order::{Order, Outcome};
+use injector_load::job::{Job, JobOutcome};
 
-use super::ends::{Client, Server};
+use super::load_process::{LoadClient, LoadServer};
 use injector_testbed::netns::{EDGE_OUTSIDE, MAIL, Topology};
 
-/// Ports for clients' connections, so many that none has to wait for one; the services' are below.
+/// Local ports of clients, so many that no client has to wait for one; the services' ports are
+/// below.
 const LOCAL_PORTS: &str = "10000 65000";
 
-/// The namespaces and the server; all is gone when it is dropped.
+/// The namespaces and the server; removed on drop.
 #[derive(Debug)]
-pub struct Stage {
+pub struct Testbed {
     // Before the namespaces: fields are dropped in this order.
-    /// What answers.
-    pub server: Server,
+    /// The load generator's server.
+    pub server: LoadServer,
     /// Client, edge, mail.
     pub topology: Topology,
 }
 
-impl Stage {
+impl Testbed {
     /// # Errors
     /// When not root, or the namespaces cannot be made.
     pub fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
-        // The direct route: through the edge, which forwards and does nothing else.
+        // The direct route: through the edge, which only forwards.
         topology.client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
         for netns in [&topology.client, &topology.edge, &topology.mail] {
             netns.sysctl("net/ipv4/ip_local_port_range", LOCAL_PORTS)?;
-            // Thousands of short sessions a second, from one address to one port.
+            // For thousands of short sessions a second, from one address to one port.
             netns.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
             netns.sysctl("net/core/somaxconn", "16384")?;
             netns.sysctl("net/ipv4/tcp_max_syn_backlog", "16384")?;
         }
-        let server = Server::start(&topology.mail)?;
+        let server = LoadServer::start(&topology.mail)?;
         Ok(Self { server, topology })
     }
 
-    /// Has a client carry out an order.
+    /// Executes a job with a new client.
     ///
     /// # Errors
-    /// When it cannot.
-    pub fn order(&self, order: &Order) -> anyhow::Result<Outcome> {
-        Client::start(&self.topology.client, order)?.outcome()
+    /// When the client fails.
+    pub fn run(&self, job: &Job) -> anyhow::Result<JobOutcome> {
+        LoadClient::start(&self.topology.client, job)?.outcome()
     }
 }
 

@@ -1,4 +1,5 @@
-//! nginx' stream module. It sends version 1 of the header, the only one it knows, and copies through user space.
+//! nginx' stream module. It sends version 1 of the header, the only version it supports, and copies
+//! in user space.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -6,24 +7,25 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use injector_load::service::{ALL, Door};
+use injector_load::service::{ALL, PortKind};
 use tempfile::TempDir;
 
-use super::{Address, Peer, Running};
+use super::{Address, RunningSystem, System};
 use crate::mail_sink;
-use crate::stage::{Stage, mail};
+use crate::testbed::{Testbed, mail};
 use injector_testbed::netns::{self, VIP_HAPROXY};
 use injector_testbed::process::Process;
 
-pub(super) fn peer(program: &Path, modules: &Path) -> Peer {
+pub(super) fn system(program: &Path, modules: &Path) -> System {
     let (program, modules) = (program.to_owned(), modules.to_owned());
-    Peer {
+    System {
         name: "nginx".to_owned(),
-        about: "nginx stream, two workers; its header is PROXY version 1, it knows no other".to_owned(),
-        door: Door::Header,
+        about: "nginx stream, two workers; its header is PROXY version 1, the only one it supports"
+            .to_owned(),
+        port_kind: PortKind::Header,
         config: configuration(&modules, Path::new("DIR")),
         address: Address::Edge(VIP_HAPROXY),
-        start: Box::new(move |stage| Ok(Box::new(Nginx::start(stage, &program, &modules)?))),
+        start: Box::new(move |testbed| Ok(Box::new(Nginx::start(testbed, &program, &modules)?))),
     }
 }
 
@@ -48,7 +50,8 @@ stream {{
     let ports = ALL.iter().map(|service| service.port).chain([mail_sink::PROXIED]);
     for port in ports {
         let (bind, backend) = (format!("{}:{port}", VIP_HAPROXY.v4), mail(port));
-        // Writing to a String cannot fail. Backlog and reuseport as nginx' own advice for many short sessions.
+        // Writing to a String cannot fail. Backlog and reuseport follow nginx' advice for many
+        // short sessions.
         let _ =
             writeln!(text, "    server {{ listen {bind} reuseport backlog=16384; proxy_pass {backend}; }}");
     }
@@ -65,24 +68,24 @@ struct Nginx {
 }
 
 impl Nginx {
-    fn start(stage: &Stage, program: &Path, modules: &Path) -> anyhow::Result<Self> {
+    fn start(testbed: &Testbed, program: &Path, modules: &Path) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("nginx")?;
         let config = dir.path().join("nginx.conf");
         fs::write(&config, configuration(modules, dir.path()))?;
         let log = dir.path().join("nginx.out");
-        let edge = &stage.topology.edge;
+        let edge = &testbed.topology.edge;
         let mut command = edge.command(program);
         command.arg("-e").arg(dir.path().join("error.log")).arg("-c").arg(&config);
         let mut process = Process::start("nginx", edge, command, &log)?;
         let sockets = ALL.map(|service| (VIP_HAPROXY.v4, service.port).into());
         process
             .wait_listening(edge, &sockets, Duration::from_secs(10))
-            .with_context(|| format!("nginx said:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
+            .with_context(|| format!("nginx printed:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
         Ok(Self { process, dir })
     }
 }
 
-impl Running for Nginx {
+impl RunningSystem for Nginx {
     fn pids(&self) -> Vec<u32> {
         let master = self.process.pid();
         let path = format!("/proc/{master}/task/{master}/children");
@@ -91,14 +94,14 @@ impl Running for Nginx {
         std::iter::once(master).chain(workers).collect()
     }
 
-    fn said(&self) -> String {
+    fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("error.log")).unwrap_or_default()
     }
 }
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        // Its workers go with a master that ends in order; one that is killed leaves them behind.
+        // A master that shuts down stops its workers; one that is killed leaves them running.
         let workers = self.pids();
         let _ = self.process.signal(libc::SIGTERM);
         let deadline = std::time::Instant::now() + Duration::from_secs(3);
@@ -107,7 +110,7 @@ impl Drop for Nginx {
         }
         let left = workers.iter().filter(|pid| Path::new("/proc").join(pid.to_string()).exists()).count();
         if left > 0 {
-            eprintln!("bench: {left} processes of nginx are still there; they go with their namespace");
+            eprintln!("bench: {left} processes of nginx are still running; they end with their namespace");
         }
     }
 }

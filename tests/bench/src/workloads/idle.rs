@@ -1,40 +1,40 @@
-//! Thousands of connections that do nothing: what they keep in memory, and how long it takes to be rid of them.
+//! Thousands of idle connections: the memory that they take, and the time to close them.
 
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use injector_load::order::{Order, Work as Load};
+use injector_load::job::{Job, Load};
 use injector_load::service::ECHO;
 
-use super::{Measured, Scene, Work, figure, measured};
-use crate::ends::Client;
+use super::{Measured, MeasurementContext, Workload, figure, measured};
+use crate::load_process::LoadClient;
 use crate::record::Figure;
 use injector_testbed::netns::Netns;
 
 /// How long memory may settle before it is read.
 const SETTLE: Duration = Duration::from_millis(700);
 
-/// How long the last connection may take to be gone.
+/// How long closing all connections may take.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 
 struct Idle {
     connections: usize,
 }
 
-pub(super) fn all() -> impl Iterator<Item = Box<dyn Work>> {
-    [1000, 5000, 9000].into_iter().map(|connections| Box::new(Idle { connections }) as Box<dyn Work>)
+pub(super) fn all() -> impl Iterator<Item = Box<dyn Workload>> {
+    [1000, 5000, 9000].into_iter().map(|connections| Box::new(Idle { connections }) as Box<dyn Workload>)
 }
 
-impl Work for Idle {
+impl Workload for Idle {
     fn name(&self) -> String {
         format!("idle-{}", self.connections)
     }
 
     fn about(&self) -> String {
         format!(
-            "{} connections that have made one round trip. User space is the proportional set size of the peer's \
+            "{} connections that have made one round trip. User space is the proportional set size of the system's \
              processes, the kernel's share is slab, kernel stacks, page tables, per-CPU memory and socket buffers of \
              the whole machine, both above what was there before the first connection",
             self.connections
@@ -49,22 +49,22 @@ impl Work for Idle {
         ]
     }
 
-    fn measure(&self, scene: &mut Scene<'_>) -> anyhow::Result<Measured> {
-        let (order, pids) = (self.order(scene), scene.running.pids());
-        scene.stage.server.take()?;
-        let sockets = sockets(scene)?;
+    fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
+        let (job, pids) = (self.job(context), context.running.pids());
+        context.testbed.server.take_counts()?;
+        let sockets = sockets(context)?;
         thread::sleep(SETTLE);
         let before = Memory::now(&pids)?;
-        let mut client = Client::start(&scene.stage.topology.client, &order)?;
+        let mut client = LoadClient::start(&context.testbed.topology.client, &job)?;
         client.wait_open()?;
         thread::sleep(SETTLE);
         let after = Memory::now(&pids)?;
         let begun = Instant::now();
         client.close()?;
-        wait_closed(scene, sockets)?;
+        wait_closed(context, sockets)?;
         let close = begun.elapsed();
         let outcome = client.outcome()?;
-        scene.counts(&outcome)?;
+        context.counts(&outcome)?;
         ensure!(outcome.sessions == self.connections as u64, "only {} were open", outcome.sessions);
         #[expect(clippy::cast_precision_loss, reason = "thousands")]
         let each = |after: f64, before: f64| (after - before) / self.connections as f64;
@@ -80,16 +80,16 @@ impl Work for Idle {
 }
 
 impl Idle {
-    fn order(&self, scene: &Scene<'_>) -> Order {
-        let work = Load::Idle { connections: self.connections };
-        // Opening takes as long as it takes: the limit of a client is what is said here, and some.
-        Order { target: scene.peer.target(&ECHO), work, seconds: 60.0 }
+    fn job(&self, context: &MeasurementContext<'_>) -> Job {
+        let load = Load::Idle { connections: self.connections };
+        // Opening takes an unknown time: this only sets the client's limit.
+        Job { target: context.system.target(&ECHO), load, seconds: 60.0 }
     }
 }
 
-/// TCP sockets that are neither listening nor waiting for their time to be over, on the edge and behind it.
-fn sockets(scene: &Scene<'_>) -> anyhow::Result<u64> {
-    Ok(in_use(&scene.stage.topology.edge)? + in_use(&scene.stage.topology.mail)?)
+/// TCP sockets on the edge and the mail host, without listening ones and those in TIME_WAIT.
+fn sockets(context: &MeasurementContext<'_>) -> anyhow::Result<u64> {
+    Ok(in_use(&context.testbed.topology.edge)? + in_use(&context.testbed.topology.mail)?)
 }
 
 fn in_use(netns: &Netns) -> anyhow::Result<u64> {
@@ -105,10 +105,10 @@ fn tcp(sockstat: &str, name: &str) -> Option<u64> {
     words.next()?.parse().ok()
 }
 
-fn wait_closed(scene: &Scene<'_>, before: u64) -> anyhow::Result<()> {
+fn wait_closed(context: &MeasurementContext<'_>, before: u64) -> anyhow::Result<()> {
     let deadline = Instant::now() + CLOSE_LIMIT;
     loop {
-        let left = sockets(scene)?;
+        let left = sockets(context)?;
         if left <= before {
             return Ok(());
         }
@@ -117,7 +117,7 @@ fn wait_closed(scene: &Scene<'_>, before: u64) -> anyhow::Result<()> {
     }
 }
 
-/// KiB in use.
+/// Memory in use, in KiB.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Memory {
     user: f64,
@@ -135,7 +135,7 @@ impl Memory {
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let parts = ["Slab", "KernelStack", "PageTables", "Percpu"];
         let mut kernel: f64 = parts.iter().filter_map(|part| kib(&meminfo, part)).sum();
-        // Pages of socket buffers; the number is the whole machine's in every namespace.
+        // Pages of socket buffers; this number is the whole machine's in every namespace.
         let pages = tcp(&fs::read_to_string("/proc/net/sockstat")?, "mem").unwrap_or_default();
         kernel += super::float(pages * 4);
         Ok(Self { user, kernel })

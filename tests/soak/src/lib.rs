@@ -1,19 +1,19 @@
 //! The soak: thousands of random sessions through the daemon, each held against its plan byte for byte.
 //!
 //! Every session follows a `plan` that is drawn from a seed and its number alone, so both ends know it without a word
-//! between them, and one session can be run again by itself. In reading order: `plan` draws, `stage` builds the
-//! namespaces and starts the daemon, `ends` are the clients and the backend, whose sockets `conversation` carries
-//! through the plan and whose bytes `content` follows, `verdict` judges a session by what its ends saw, `accounts`
-//! by what the daemon says, [`injector_testbed::gauges`] measure the machine, and `report` is what a person reads.
+//! between them, and one session can be run again by itself. In reading order: `plan` draws, `testbed` builds the
+//! namespaces and starts the daemon, `endpoints` are the clients and the backend, whose sockets `conversation` carries
+//! through the plan and whose bytes `content` follows, `verdict` judges a session by what its ends saw, `daemon_report`
+//! by what the daemon says, [`injector_testbed::resource_usage`] measure the machine, and `report` is what a person reads.
 
-mod accounts;
 mod content;
 mod conversation;
-mod ends;
-mod ledger;
+mod daemon_report;
+mod endpoints;
 mod plan;
 mod report;
-mod stage;
+mod session_log;
+mod testbed;
 mod verdict;
 
 use std::fmt;
@@ -26,13 +26,13 @@ use tokio::sync::watch;
 
 use self::content::Content;
 use self::conversation::LIMIT;
-use self::ends::Shared;
-use self::ledger::Ledger;
+use self::endpoints::Shared;
 use self::plan::Plan;
 pub use self::report::Report;
 use self::report::{After, Before};
-use self::stage::{MOST_SESSIONS, Stage};
-use injector_testbed::gauges::MemoryWatch;
+use self::session_log::Ledger;
+use self::testbed::{MOST_SESSIONS, Stage};
+use injector_testbed::resource_usage::MemoryWatch;
 
 /// What carries the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +106,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Repo
     let sessions = load(&stage, &shared, tell)?;
     let took = start.elapsed();
     let memory = memory.end();
-    let accounts = accounts::settle(&stage.injector, &shared)?;
+    let accounts = daemon_report::settle(&stage.injector, &shared)?;
     let after = After::settled(&stage.injector, &before)?;
     Report::new(options, &shared, &stage, sessions, took, accounts, memory, (before, after))
 }
@@ -116,11 +116,12 @@ fn load(stage: &Stage, shared: &Shared, tell: &mut dyn FnMut(&str)) -> anyhow::R
     let (stop, stopped) = watch::channel(false);
     let (ready, listening) = mpsc::channel();
     thread::scope(|scope| {
-        let backend = scope.spawn(move || stage.topology.mail.run(|| ends::backend(shared, &ready, stopped)));
+        let backend =
+            scope.spawn(move || stage.topology.mail.run(|| endpoints::backend(shared, &ready, stopped)));
         // Without the backend there is nothing to run: its own error says why.
         let sessions = match listening.recv_timeout(LIMIT) {
             Ok(()) => {
-                let clients = scope.spawn(|| stage.topology.client.run(|| ends::clients(shared)));
+                let clients = scope.spawn(|| stage.topology.client.run(|| endpoints::clients(shared)));
                 watch_over(shared, tell, || clients.is_finished());
                 clients.join().unwrap_or_else(|_| Err(anyhow!("the clients panicked")))
             }

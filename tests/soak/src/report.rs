@@ -5,17 +5,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Options;
-use super::accounts::{Accounts, Line};
-use super::ends::Shared;
-use super::ledger::Both;
+use super::daemon_report::{Accounts, Line};
+use super::endpoints::Shared;
 use super::plan::{Ending, Opening, Plan, Side};
-use super::stage::Stage;
+use super::session_log::Both;
+use super::testbed::Stage;
 use super::verdict::Failure;
 use injector_testbed::bpf;
 use injector_testbed::daemon::{
     BPF_EVENTS, BYTES, DIRECTION, Injector, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT,
 };
-use injector_testbed::gauges::{self, Memory};
+use injector_testbed::resource_usage::{self, Memory};
 
 /// How many failures are printed in full.
 const MOST_SHOWN: usize = 20;
@@ -32,7 +32,7 @@ impl Before {
     pub(crate) fn settled(pid: u32) -> anyhow::Result<Self> {
         let mut descriptors = usize::MAX;
         for _ in 0..10 {
-            descriptors = descriptors.min(gauges::descriptors(pid)?);
+            descriptors = descriptors.min(resource_usage::descriptors(pid)?);
             thread::sleep(Duration::from_millis(50));
         }
         Ok(Self { descriptors, entries: bpf::map_entries(pid)? })
@@ -58,7 +58,7 @@ impl After {
             // The scrape's own connection is closed a moment later.
             thread::sleep(Duration::from_millis(100));
             let pid = injector.pid();
-            let (descriptors, entries) = (gauges::descriptors(pid)?, bpf::map_entries(pid)?);
+            let (descriptors, entries) = (resource_usage::descriptors(pid)?, bpf::map_entries(pid)?);
             let after = Self { descriptors, entries, active };
             if after.is_as(before) || Instant::now() > deadline {
                 return Ok(after);

@@ -1,6 +1,6 @@
 //! What `deploy/` has: units and configuration as files, and the unit started by a systemd, with mail through each engine.
 
-mod booted;
+mod booted_systemd;
 mod files;
 mod service;
 

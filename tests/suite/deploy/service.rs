@@ -18,7 +18,7 @@ use injector_testbed::metrics;
 use injector_testbed::netns::{CLIENT, Family, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 use injector_testbed::service::SMTP;
 
-use crate::booted::Booted;
+use crate::booted_systemd::Booted;
 use crate::files::workspace;
 
 const UNIT: &str = "injector.service";

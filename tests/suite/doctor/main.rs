@@ -1,11 +1,11 @@
 //! `injector doctor`, run from the edge, against real Postfix and Dovecot that are misconfigured in one way each, and against
 //! small receivers for what those two cannot be.
 
-mod dovecots;
-mod examination;
-mod postfixes;
+mod doctor_run;
+mod dovecot;
+mod postfix;
 mod receivers;
-mod stage;
+mod testbed;
 mod trials;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use stage::Stage;
+use testbed::Stage;
 
 fn main() {
     let mut arguments = Arguments::from_args();

@@ -9,9 +9,9 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::log_file::Mark;
 use injector_testbed::netns::{Family, MAIL};
 
-use crate::examination::{Examination, Listener, configuration, examine, listener, run};
-use crate::stage::{DROPPED, NOTHING, Stage};
-use crate::{dovecots, postfixes, receivers};
+use crate::doctor_run::{Examination, Listener, configuration, examine, listener, run};
+use crate::testbed::{DROPPED, NOTHING, Stage};
+use crate::{dovecot, postfix, receivers};
 
 type Run = fn(&Stage) -> anyhow::Result<()>;
 
@@ -65,11 +65,11 @@ fn one(stage: &Stage, protocol: &'static str, port: u16) -> anyhow::Result<Exami
 /// Everything right, over IPv4 and IPv6: nothing is found, not even a note, and few connections are made.
 fn fine(stage: &Stage) -> anyhow::Result<()> {
     let listeners = [
-        listener("smtp", "smtp", &both(postfixes::POSTSCREEN)),
-        listener("submission", "submission", &both(postfixes::SMTPD)),
-        listener("submissions", "submissions", &both(postfixes::WRAPPED)),
-        listener("imaps", "imaps", &both(dovecots::IMAPS)),
-        listener("pop3", "pop3", &both(dovecots::POP3)),
+        listener("smtp", "smtp", &both(postfix::POSTSCREEN)),
+        listener("submission", "submission", &both(postfix::SMTPD)),
+        listener("submissions", "submissions", &both(postfix::WRAPPED)),
+        listener("imaps", "imaps", &both(dovecot::IMAPS)),
+        listener("pop3", "pop3", &both(dovecot::POP3)),
     ];
     let seen = examine(&stage.topology.edge, &listeners, &[])?;
     seen.expect(&[])?;
@@ -79,14 +79,14 @@ fn fine(stage: &Stage) -> anyhow::Result<()> {
     ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
     // Those from elsewhere were reset by the firewall: for either family one that is silent and three with a header.
     let log = stage.postfix.log();
-    let connected = log
-        .lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfixes::SMTPD), "]: connect from "]);
+    let connected =
+        log.lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfix::SMTPD), "]: connect from "]);
     ensure!(connected.len() == 8, "{connected:#?}");
     Ok(())
 }
 
 fn no_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::REPAIRED;
+    let port = postfix::REPAIRED;
     let seen = one(stage, "submission", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     seen.advises(&format!("{port} inet n - n - - smtpd"))?;
@@ -94,7 +94,7 @@ fn no_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
     let setting = setting.context("no setting advised")?;
     ensure!(setting.trim() == "-o smtpd_upstream_proxy_protocol=haproxy", "{setting:?}");
 
-    postfixes::set(&stage.topology.mail, &stage.postfix, port, &setting)?;
+    postfix::set(&stage.topology.mail, &stage.postfix, port, &setting)?;
     // An smtpd that is still waiting for clients may take one more before it goes.
     let seen =
         patiently(|| one(stage, "submission", port), |seen| !seen.findings().join(" ").contains("no_proxy"))?;
@@ -105,7 +105,7 @@ fn no_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn no_setting_in_tls(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::BARE_WRAPPED;
+    let port = postfix::BARE_WRAPPED;
     let seen = one(stage, "submissions", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     ensure!(seen.servers() == ["Postfix, smtpd"], "{:?}", seen.servers());
@@ -114,7 +114,7 @@ fn no_setting_in_tls(stage: &Stage) -> anyhow::Result<()> {
 
 /// Such an smtpd is as one that is told nothing; on port 25 it may as well be postscreen that knows the client.
 fn postscreen_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::SMTPD_AS_POSTSCREEN;
+    let port = postfix::SMTPD_AS_POSTSCREEN;
     let seen = one(stage, "smtp", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")?;
@@ -126,7 +126,7 @@ fn postscreen_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::POSTSCREEN_AS_SMTPD;
+    let port = postfix::POSTSCREEN_AS_SMTPD;
     let expected = format!("l/{} no_proxy", ipv4(port));
     let seen = one(stage, "smtp", port)?;
     seen.expect(&[&expected])?;
@@ -150,7 +150,7 @@ fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn ipv6_off(stage: &Stage) -> anyhow::Result<()> {
-    let ports = [postfixes::IPV4_POSTSCREEN, postfixes::IPV4_SMTPD];
+    let ports = [postfix::IPV4_POSTSCREEN, postfix::IPV4_SMTPD];
     let listeners = [
         listener("smtp", "smtp", &[ipv4(ports[0])]),
         listener("submission", "submission", &[ipv4(ports[1])]),
@@ -171,21 +171,21 @@ fn ipv6_off(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn clear_text(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "submissions", postfixes::CLEAR)?;
-    seen.expect(&[&format!("l/{} clear_text", ipv4(postfixes::CLEAR))])?;
+    let seen = one(stage, "submissions", postfix::CLEAR)?;
+    seen.expect(&[&format!("l/{} clear_text", ipv4(postfix::CLEAR))])?;
     seen.advises("-o smtpd_tls_wrappermode=yes")?;
     seen.advises("protocol = \"submission\"")
 }
 
 fn mute(stage: &Stage) -> anyhow::Result<()> {
-    let listeners = [listener("l", "submission", &[ipv4(postfixes::WRAPPED)])];
+    let listeners = [listener("l", "submission", &[ipv4(postfix::WRAPPED)])];
     let seen = examine(&stage.topology.edge, &listeners, &["--timeout", "6s"])?;
-    seen.expect(&[&format!("l/{} mute", ipv4(postfixes::WRAPPED))])?;
+    seen.expect(&[&format!("l/{} mute", ipv4(postfix::WRAPPED))])?;
     seen.advises("protocol = \"submissions\"")
 }
 
 fn forgeable(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::FORGEABLE;
+    let port = postfix::FORGEABLE;
     let listeners = [listener("l", "submission", &both(port))];
     let seen = examine(&stage.topology.edge, &listeners, &[])?;
     let [v4, v6] = Family::ALL.map(|family| format!("l/{} forgeable", at(family, port)));
@@ -206,7 +206,7 @@ fn shut(stage: &Stage, seen: &Examination) -> anyhow::Result<()> {
 }
 
 fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::FORGEABLE_BY_STRANGERS;
+    let port = postfix::FORGEABLE_BY_STRANGERS;
     let open = [listener("open", "submission", &both(port))];
     let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
     let [v4, v6] = Family::ALL.map(|family| format!("open/{} forgeable", at(family, port)));
@@ -215,9 +215,9 @@ fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
         "nft 'add rule inet proxy_ports input ip saddr != INJECTOR_IPV4 tcp dport {port} counter drop'"
     ))?;
     let shut = [
-        listener("smtp", "smtp", &both(postfixes::POSTSCREEN)),
-        listener("imaps", "imaps", &both(dovecots::IMAPS)),
-        listener("bare", "submission", &[ipv4(postfixes::BARE_SMTPD)]),
+        listener("smtp", "smtp", &both(postfix::POSTSCREEN)),
+        listener("imaps", "imaps", &both(dovecot::IMAPS)),
+        listener("bare", "submission", &[ipv4(postfix::BARE_SMTPD)]),
     ];
     examine(&stage.topology.client, &shut, &["--untrusted"])?.expect(&[])
 }
@@ -233,7 +233,7 @@ fn nothing_sent(stage: &Stage) -> anyhow::Result<()> {
 
 fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
     const SETTING: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
-    let port = postfixes::STOCK_REPAIRED;
+    let port = postfix::STOCK_REPAIRED;
     let seen = one(stage, "submission", port)?;
     seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
@@ -245,13 +245,13 @@ fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
     let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
     log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
 
-    postfixes::set(&stage.topology.mail, &stage.stock_postfix, port, SETTING)?;
+    postfix::set(&stage.topology.mail, &stage.stock_postfix, port, SETTING)?;
     patiently(|| one(stage, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
     nothing_sent(stage)
 }
 
 fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::STOCK_OPEN;
+    let port = postfix::STOCK_OPEN;
     let open = [listener("open", "submission", &[ipv4(port)])];
     let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
     seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
@@ -267,10 +267,10 @@ fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
 
 fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
     let services = [
-        ("smtp", postfixes::STOCK_POSTSCREEN),
-        ("submission", postfixes::STOCK_SMTPD),
-        ("submissions", postfixes::STOCK_WRAPPED),
-        ("starttls", postfixes::STOCK_ENCRYPTED),
+        ("smtp", postfix::STOCK_POSTSCREEN),
+        ("submission", postfix::STOCK_SMTPD),
+        ("submissions", postfix::STOCK_WRAPPED),
+        ("starttls", postfix::STOCK_ENCRYPTED),
     ];
     let listeners = services.map(|(name, port)| {
         let protocol = if name == "starttls" { "submission" } else { name };
@@ -289,7 +289,7 @@ fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn open_relay(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::OPEN_RELAY;
+    let port = postfix::OPEN_RELAY;
     let seen = one(stage, "submission", port)?;
     seen.expect(&[&format!("l/{} open_relay", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "accepted"], "{:?}", seen.relay_answers());
@@ -297,14 +297,14 @@ fn open_relay(stage: &Stage) -> anyhow::Result<()> {
 }
 
 fn greylisted(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "submission", postfixes::GREYLISTED)?;
-    seen.expect(&[&format!("l/{} note relay_unknown", ipv4(postfixes::GREYLISTED))])?;
+    let seen = one(stage, "submission", postfix::GREYLISTED)?;
+    seen.expect(&[&format!("l/{} note relay_unknown", ipv4(postfix::GREYLISTED))])?;
     ensure!(seen.relay_answers() == ["unknown"], "{:?}", seen.relay_answers());
     Ok(())
 }
 
 fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
-    let ports = [dovecots::TRUSTING_IMAP, dovecots::TRUSTING_POP3];
+    let ports = [dovecot::TRUSTING_IMAP, dovecot::TRUSTING_POP3];
     let listeners =
         [listener("imap", "imap", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
     let seen = examine(&stage.topology.edge, &listeners, &[])?;
@@ -317,14 +317,14 @@ fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
 
 fn untrusted(stage: &Stage) -> anyhow::Result<()> {
     let listeners = [
-        listener("imaps", "imaps", &both(dovecots::UNTRUSTED_IMAPS)),
-        listener("pop3", "pop3", &both(dovecots::UNTRUSTED_POP3)),
+        listener("imaps", "imaps", &both(dovecot::UNTRUSTED_IMAPS)),
+        listener("pop3", "pop3", &both(dovecot::UNTRUSTED_POP3)),
     ];
     let seen = examine(&stage.topology.edge, &listeners, &[])?;
     let [imaps4, imaps6] =
-        Family::ALL.map(|family| format!("imaps/{} untrusted", at(family, dovecots::UNTRUSTED_IMAPS)));
+        Family::ALL.map(|family| format!("imaps/{} untrusted", at(family, dovecot::UNTRUSTED_IMAPS)));
     let [pop4, pop6] =
-        Family::ALL.map(|family| format!("pop3/{} untrusted", at(family, dovecots::UNTRUSTED_POP3)));
+        Family::ALL.map(|family| format!("pop3/{} untrusted", at(family, dovecot::UNTRUSTED_POP3)));
     seen.expect(&[&imaps4, &imaps6, &pop4, &pop6])?;
     seen.advises("haproxy_trusted_networks = 10.25.0.1")?;
     seen.advises("haproxy_trusted_networks = fd25::1")?;
@@ -340,7 +340,7 @@ fn untrusted(stage: &Stage) -> anyhow::Result<()> {
         seen.lines().iter().filter_map(|line| line.strip_prefix(name)).map(str::to_owned).collect();
     addresses.sort();
     addresses.dedup();
-    dovecots::set(&stage.topology.mail, dovecot, &format!("{name}{}", addresses.join(" ")))?;
+    dovecot::set(&stage.topology.mail, dovecot, &format!("{name}{}", addresses.join(" ")))?;
     patiently(|| examine(&stage.topology.edge, &listeners, &[]), |seen| seen.findings().is_empty())?
         .expect(&[])
 }
@@ -361,7 +361,7 @@ fn patiently(
 }
 
 fn no_haproxy(stage: &Stage) -> anyhow::Result<()> {
-    let ports = [dovecots::BARE_IMAPS, dovecots::BARE_POP3];
+    let ports = [dovecot::BARE_IMAPS, dovecot::BARE_POP3];
     let listeners =
         [listener("imaps", "imaps", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
     let seen = examine(&stage.topology.edge, &listeners, &[])?;
@@ -434,7 +434,7 @@ fn no_address(stage: &Stage) -> anyhow::Result<()> {
 
 /// On the mail host itself, `localhost` leads to Postfix by either family; no firewall can tell who is who there.
 fn name(stage: &Stage) -> anyhow::Result<()> {
-    let port = postfixes::FORGEABLE_BY_STRANGERS;
+    let port = postfix::FORGEABLE_BY_STRANGERS;
     let backends = [format!("localhost:{port}")];
     let seen = examine(&stage.topology.mail, &[listener("l", "submission", &backends)], &[])?;
     let expected = ["127.0.0.1", "[::1]"].map(|ip| format!("l/{ip}:{port} note loopback"));
@@ -449,7 +449,7 @@ fn exit_codes(stage: &Stage) -> anyhow::Result<()> {
     let edge = &stage.topology.edge;
     let config = configuration(&[
         listener("refusing", "smtp", &[ipv4(NOTHING)]),
-        listener("other", "imaps", &[ipv4(dovecots::IMAPS)]),
+        listener("other", "imaps", &[ipv4(dovecot::IMAPS)]),
     ]);
     let output = run(edge, &config, &[])?;
     let said = String::from_utf8_lossy(&output.stdout);

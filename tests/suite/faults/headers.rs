@@ -10,7 +10,7 @@ use injector_testbed::bpf::DaemonMap;
 use injector_testbed::daemon::{BPF_EVENTS, BYTES, PLANE, SPLICED};
 
 use crate::Run;
-use crate::world::{
+use crate::testbed::{
     Ending, World, accept, accept_now, accept_with_header, client_ip, counted, ended, ending, expect,
     finished, pass, patient, public_address,
 };

@@ -2,34 +2,34 @@
 //! Each trial starts its own injector in the edge; client and backend are plain sockets of the test, in their namespaces,
 //! so that every byte and every reset at both ends is seen.
 
-mod choosing;
-mod crowds;
-mod endings;
+mod close_semantics;
+mod connection_limits;
+mod engine_selection;
 mod headers;
-mod hoard;
-mod overlaps;
-mod refusals;
-mod segments;
-mod starting;
-mod stopping;
+mod killable_backend;
+mod peer_timeouts;
+mod rejections;
+mod retransmissions;
+mod segment_counts;
+mod shutdown;
+mod stalled_readers;
+mod startup;
+mod testbed;
 mod transfers;
-mod vanished;
-mod victim;
-mod world;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use world::World;
+use testbed::World;
 
 /// The engines that every trial is run with that does not name one itself.
 const ENGINES: [&str; 2] = ["splice", "relay"];
 
 fn main() {
-    if let Some(habit) = victim::asked() {
-        return victim::run(habit);
+    if let Some(habit) = killable_backend::asked() {
+        return killable_backend::run(habit);
     }
     let mut arguments = Arguments::from_args();
     // They share addresses.
@@ -37,17 +37,17 @@ fn main() {
     let world = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();
     for engine in ENGINES {
-        let each = refusals::TRIALS
+        let each = rejections::TRIALS
             .iter()
             .chain(headers::TRIALS)
             .chain(transfers::TRIALS)
-            .chain(overlaps::TRIALS)
-            .chain(endings::TRIALS)
-            .chain(segments::TRIALS)
-            .chain(stopping::TRIALS)
-            .chain(crowds::TRIALS)
-            .chain(hoard::TRIALS)
-            .chain(vanished::TRIALS);
+            .chain(retransmissions::TRIALS)
+            .chain(close_semantics::TRIALS)
+            .chain(segment_counts::TRIALS)
+            .chain(shutdown::TRIALS)
+            .chain(connection_limits::TRIALS)
+            .chain(stalled_readers::TRIALS)
+            .chain(peer_timeouts::TRIALS);
         for (name, run) in each {
             trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
         }
@@ -55,15 +55,15 @@ fn main() {
     for (name, run) in headers::SPLICE_TRIALS.iter().chain(transfers::SPLICE_TRIALS) {
         trials.push(trial(&world, format!("splice/{name}"), |world| run(world, "splice")));
     }
-    for (name, run) in starting::TRIALS {
+    for (name, run) in startup::TRIALS {
         trials.push(trial(&world, format!("start/{name}"), run));
     }
-    for (name, run) in choosing::TRIALS {
+    for (name, run) in engine_selection::TRIALS {
         trials.push(trial(&world, format!("start/{name}"), run));
     }
-    for refusal in choosing::REFUSALS {
+    for refusal in engine_selection::REFUSALS {
         let name = format!("start/inline/refused: {}", refusal.name);
-        trials.push(trial(&world, name, |world| choosing::refuses(world, refusal)));
+        trials.push(trial(&world, name, |world| engine_selection::refuses(world, refusal)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(world);

@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use socket2::SockRef;
 
 use crate::Run;
-use crate::world::{Ending, World, accept_with_header, ended, ending, expect, finished, pass, until};
+use crate::testbed::{Ending, World, accept_with_header, ended, ending, expect, finished, pass, until};
 
 /// Enough to go round every buffer on the way many times.
 const BULK: usize = 24 << 20;

@@ -17,8 +17,8 @@ use injector_testbed::netns::Family;
 use socket2::SockRef;
 
 use crate::frame::{Extra, Frame, forged_header};
-use crate::lab::{self, Lab, Setting};
 use crate::wire::{Fate, Side, Way};
+use crate::wire_testbed::{self, Lab, Setting};
 
 /// Connections that are under way at the same time.
 const BATCH: usize = 64;
@@ -230,7 +230,7 @@ impl Client {
         };
         let port = 10_000 + number;
         let victim = if rng.bool() { loopback(family) } else { stranger(family, 9000 + number) };
-        let header = forged_header(SocketAddr::new(victim, 4444), lab::public(family));
+        let header = forged_header(SocketAddr::new(victim, 4444), wire_testbed::public(family));
         // Numbers that meet, and those that wrap round, too.
         let first = if rng.u8(0..4) == 0 { rng.u32(0..200).wrapping_sub(100) } else { rng.u32(..) };
         let ip = stranger(family, 1000 + number);
@@ -265,7 +265,8 @@ impl Client {
 
     fn frame(&self, template: &Frame) -> Frame {
         let mut frame = template.clone();
-        (frame.source, frame.destination) = (SocketAddr::new(self.ip, self.port), lab::public(self.family));
+        (frame.source, frame.destination) =
+            (SocketAddr::new(self.ip, self.port), wire_testbed::public(self.family));
         frame.sequence = self.first;
         frame
     }
@@ -287,7 +288,10 @@ impl Client {
             Opening::Planted => vec![planted.whole(), syn.whole()],
             Opening::PlantedFragments => [vec![planted.whole()], syn.fragments(rng)].concat(),
             Opening::PlantedPast => {
-                vec![planted.whole(), Frame { destination: lab::backend(self.family), ..syn }.whole()]
+                vec![
+                    planted.whole(),
+                    Frame { destination: wire_testbed::backend(self.family), ..syn }.whole(),
+                ]
             }
             Opening::Odd => {
                 let mut odd = syn;
@@ -393,7 +397,7 @@ impl Client {
         }
         let parsed = proxy::parse(read).map_err(|error| anyhow::anyhow!("no header: {error}"))?;
         let Announced::Proxy(addresses) = parsed.command else { bail!("FORGED: a header without addresses") };
-        let own = (SocketAddr::new(self.ip, self.port), lab::public(family));
+        let own = (SocketAddr::new(self.ip, self.port), wire_testbed::public(family));
         let named = (addresses.source(), addresses.destination());
         ensure!(named == own, "FORGED: the header says {named:?}, and this is {own:?}");
         Ok(read.get(parsed.len..))

@@ -10,7 +10,7 @@ use injector_testbed::netns::{Family, Netns};
 
 use crate::Run;
 use crate::lifecycle::{serve, session};
-use crate::world::{LIMIT, World, accept, own_header, pass};
+use crate::testbed::{LIMIT, World, accept, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("outlives/clsact, killed twenty times", killed_with_clsact),

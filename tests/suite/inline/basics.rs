@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::netns::Family;
 
 use crate::Run;
-use crate::world::{World, accept, client_ip, expect, own_header, pass};
+use crate::testbed::{World, accept, client_ip, expect, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("server speaks first", server_first),

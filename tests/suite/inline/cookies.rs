@@ -13,9 +13,9 @@ use socket2::SockRef;
 
 use crate::LabRun;
 use crate::frame::{Frame, forged_header};
-use crate::lab::{self, Lab, Setting};
+use crate::testbed::{LIMIT, accept, expect, header, patient};
 use crate::wire::{Fate, Side, Way};
-use crate::world::{LIMIT, accept, expect, header, patient};
+use crate::wire_testbed::{self, Lab, Setting};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("SYN cookies: a connection that was reset is not begun again", |lab, family| {
@@ -83,7 +83,7 @@ fn again(lab: &Lab, family: Family, end: End) -> anyhow::Result<()> {
     ensure!(named == frame.source, "the header says {named}");
     // As many bytes as make the client's numbers fit again, one header's length away.
     let victim = if family == Family::V4 { "127.0.0.1:4444" } else { "[::1]:4444" };
-    let forged = forged_header(victim.parse()?, lab::public(family));
+    let forged = forged_header(victim.parse()?, wire_testbed::public(family));
     let len = u32::try_from(forged.len())?;
     server.write_all(&forged)?;
     std::thread::sleep(Duration::from_millis(10));

@@ -12,11 +12,11 @@ use injector_testbed::daemon::BPF_EVENTS;
 use injector_testbed::netns::Family;
 use socket2::SockRef;
 
-use crate::lab::{self, First, Lab, Setting, through};
 use crate::losses;
 use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
+use crate::testbed::{World, accept, expect, own_header};
 use crate::wire::{Fate, Side, Way};
-use crate::world::{World, accept, expect, own_header};
+use crate::wire_testbed::{self, First, Lab, Setting, through};
 use crate::{LabRun, Run};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
@@ -257,7 +257,7 @@ fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
     server.read_to_end(&mut seen)?;
     ensure!(seen == b"all", "{seen:02x?}");
     through(&server, &client, BYTES, 0)?;
-    let session = lab.session(client.local_addr()?, lab::tls(family))?;
+    let session = lab.session(client.local_addr()?, wire_testbed::tls(family))?;
     ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     Ok(())
 }
@@ -272,7 +272,7 @@ fn fin_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
     ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
     drop(server);
     ensure!((&client).read(&mut [0; 8])? == 0, "bytes in place of an end");
-    lab.session(client.local_addr()?, lab::tls(family))?;
+    lab.session(client.local_addr()?, wire_testbed::tls(family))?;
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use fastrand::Rng;
 use injector_common::proxy::{Addresses, Command, v2};
 use injector_testbed::netns::Family;
 
-use crate::lab::{self, Lab};
 use crate::wire::{Fate, Side, Way};
+use crate::wire_testbed::{self, Lab};
 
 /// A TCP segment, and what is around it.
 #[derive(Clone, Debug)]
@@ -52,13 +52,13 @@ impl Frame {
             Fate::Pass
         });
         let connect =
-            || std::net::TcpStream::connect_timeout(&lab::public(family), Duration::from_millis(50));
+            || std::net::TcpStream::connect_timeout(&wire_testbed::public(family), Duration::from_millis(50));
         let _ = lab.client_side().run(connect)?;
-        let link = link.recv_timeout(crate::world::LIMIT)?.context("no SYN")?;
+        let link = link.recv_timeout(crate::testbed::LIMIT)?.context("no SYN")?;
         Ok(Self {
             link,
-            source: SocketAddr::new(lab::client_ip(family), 1024),
-            destination: lab::public(family),
+            source: SocketAddr::new(wire_testbed::client_ip(family), 1024),
+            destination: wire_testbed::public(family),
             hops: 64,
             sequence: 0,
             acknowledgement: 0,

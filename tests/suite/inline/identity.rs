@@ -14,9 +14,9 @@ use injector_testbed::netns::Family;
 use socket2::{Domain, Socket, Type};
 
 use crate::LabRun;
-use crate::lab::{self, First, Lab, Setting};
+use crate::testbed::{LIMIT, accept, expect, patient};
 use crate::wire::{Fate, Seen, Side, Way};
-use crate::world::{LIMIT, accept, expect, patient};
+use crate::wire_testbed::{self, First, Lab, Setting};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("forged SYNs with the client's own number and port", same_numbers),
@@ -174,7 +174,7 @@ fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let connection = lab.connection_at(&listener, family, First::Server, LIMIT)?;
     let client = connection.client.local_addr()?;
     connection.finish(1000)?;
-    lab.session(client, lab::public(family))?;
+    lab.session(client, wire_testbed::public(family))?;
     ensure!(lab.counted("opened")? >= before + 20, "too few SYNs arrived");
     let of_port = |session: &Session| session.client().is_some_and(|client| client.port() == 7100);
     let line = lab.injector.sessions()?.into_iter().find(of_port);
@@ -186,7 +186,7 @@ fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
 fn past_the_vip(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let listener = lab.backend(family)?;
     let before = lab.counted("no_slot")?;
-    let connect = || TcpStream::connect_timeout(&lab::backend(family), Duration::from_millis(300));
+    let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), Duration::from_millis(300));
     let outcome = lab.client_side().run(connect)?;
     ensure!(
         outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut),
@@ -211,7 +211,7 @@ fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
         }
         Fate::Pass
     });
-    let backend = lab::backend(family);
+    let backend = wire_testbed::backend(family);
     for flags in [(true, false, false), (true, true, false), (true, false, true), (false, false, true)] {
         let frame = sample.with(|ip, tcp| {
             match (ip, backend.ip()) {
@@ -237,14 +237,14 @@ fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// Health checks, and what else starts there: no header, no translation.
 fn own_of_the_edge(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let listener = lab.backend(family)?;
-    let connect = || TcpStream::connect_timeout(&lab::backend(family), LIMIT);
+    let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), LIMIT);
     let mut client = lab.edge().run(connect)?.context("from the edge")?;
     patient(&client)?;
     let mut server = accept(&listener)?;
     client.write_all(b"from the edge")?;
     expect(&mut server, b"from the edge")?;
-    lab::through(&client, &server, 100_000, 0)?;
-    lab::through(&server, &client, 100_000, 0)
+    wire_testbed::through(&client, &server, 100_000, 0)?;
+    wire_testbed::through(&server, &client, 100_000, 0)
 }
 
 /// A SYN with data never arrives; the one that the client sends a second later, without, does.
@@ -256,20 +256,20 @@ fn fast_open(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let listener = lab.backend(family)?;
     let start = Instant::now();
     let connect = || {
-        let socket = Socket::new(Domain::for_address(lab::public(family)), Type::STREAM, None)?;
-        let to = lab::public(family).into();
+        let socket = Socket::new(Domain::for_address(wire_testbed::public(family)), Type::STREAM, None)?;
+        let to = wire_testbed::public(family).into();
         socket.send_to_with_flags(b"early data", &to, libc::MSG_FASTOPEN)?;
         io::Result::Ok(TcpStream::from(socket))
     };
     let client = lab.client_side().run(connect)?.context("Fast Open")?;
     patient(&client)?;
     let mut server = accept(&listener)?;
-    let (named, _) = crate::world::header(&mut server)?;
+    let (named, _) = crate::testbed::header(&mut server)?;
     ensure!(named == client.local_addr()?, "the header says {named}");
     expect(&mut server, b"early data")?;
     let took = start.elapsed();
-    lab::through(&client, &server, 10_000, 0)?;
-    lab::through(&server, &client, 10_000, 0)?;
+    wire_testbed::through(&client, &server, 10_000, 0)?;
+    wire_testbed::through(&server, &client, 10_000, 0)?;
     let dropped = lab.counted("fast_open")? - before;
     ensure!(dropped == 1, "{dropped} SYNs with data were dropped");
     eprintln!("    early data after {took:.0?}");
@@ -321,7 +321,7 @@ fn sample_syn(lab: &Lab, family: Family) -> anyhow::Result<Sample> {
         }
         Fate::Pass
     });
-    let connect = || TcpStream::connect_timeout(&lab::public(family), Duration::from_millis(50));
+    let connect = || TcpStream::connect_timeout(&wire_testbed::public(family), Duration::from_millis(50));
     let _ = lab.client_side().run(connect)?;
     syn.recv_timeout(LIMIT)?.context("no SYN")
 }

@@ -10,7 +10,7 @@ use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{EDGE_INSIDE, Family};
 
 use crate::Run;
-use crate::world::{World, accept, backend_address, expect, own_header, pass, public_address};
+use crate::testbed::{World, accept, backend_address, expect, own_header, pass, public_address};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("ends/both at the same moment", both_at_once),

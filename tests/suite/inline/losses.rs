@@ -11,8 +11,8 @@ use anyhow::{anyhow, ensure};
 use injector_testbed::netns::Family;
 
 use crate::LabRun;
-use crate::lab::{First, Lab};
 use crate::wire::{Fate, Seen, Side, Way};
+use crate::wire_testbed::{First, Lab};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("header lost once, client first", |lab, family| header_lost(lab, family, First::Client, 1, 200)),

@@ -9,22 +9,22 @@ mod cookies;
 mod first_bytes;
 mod frame;
 mod identity;
-mod lab;
 mod lifecycle;
 mod losses;
 mod offloads;
 mod tcp;
+mod testbed;
 mod wire;
-mod world;
+mod wire_testbed;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use injector_testbed::netns::{self, Family};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use lab::Lab;
+use testbed::World;
 use wire::Layer;
-use world::World;
+use wire_testbed::Lab;
 
 fn main() {
     let mut arguments = Arguments::from_args();

@@ -14,10 +14,10 @@ use etherparse::{SlicedPacket, TransportSlice};
 use injector_testbed::netns::{Family, Netns};
 
 use crate::Run;
-use crate::lab::through;
 use crate::tcp;
+use crate::testbed::{World, accept, expect, own_header};
 use crate::wire::sums_are_right;
-use crate::world::{World, accept, expect, own_header};
+use crate::wire_testbed::through;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("all off, checksums compared", all_off)];
 

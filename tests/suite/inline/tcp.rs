@@ -16,11 +16,11 @@ use injector_testbed::daemon::Session;
 use injector_testbed::netns::Family;
 use socket2::{SockRef, Socket, TcpKeepalive};
 
-use crate::lab::{First, Lab, Setting, through};
 use crate::losses::Order;
+use crate::testbed::{LIMIT, World, accept, expect, own_header};
 use crate::wire::{Fate, Layer, Seen, Side, Way};
-use crate::world::{LIMIT, World, accept, expect, own_header};
-use crate::{LabRun, lab};
+use crate::wire_testbed::{First, Lab, Setting, through};
+use crate::{LabRun, wire_testbed};
 
 pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("without timestamps", |lab, family| with(lab, family, &[("net/ipv4/tcp_timestamps", "0")])),
@@ -180,7 +180,7 @@ fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     through(first, last, 1000, 0)?;
     std::thread::sleep(Duration::from_millis(50));
     through(last, first, BYTES, 0)?;
-    let session = lab.session(connection.client.local_addr()?, lab::public(family))?;
+    let session = lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
     let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
@@ -201,7 +201,7 @@ fn simultaneous_close(lab: &Lab, family: Family) -> anyhow::Result<()> {
     for stream in [&mut connection.client, &mut connection.server] {
         ensure!(stream.read(&mut [0; 8]).context("waiting for the FIN")? == 0, "bytes in place of an end");
     }
-    lab.session(connection.client.local_addr()?, lab::public(family))?;
+    lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
     Ok(())
 }
 
@@ -221,7 +221,7 @@ fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     let outcome = stays.read(&mut [0; 8]);
     ensure!(outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{outcome:?}");
     ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
-    let session = lab.session(address, lab::public(family))?;
+    let session = lab.session(address, wire_testbed::public(family))?;
     let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
@@ -312,7 +312,7 @@ fn again_from(lab: &Lab, family: Family, port: u16) -> anyhow::Result<TcpStream>
     loop {
         let outcome = lab.client_by(family, |socket| {
             socket.set_reuse_address(true)?;
-            socket.bind(&SocketAddr::new(lab::client_ip(family), port).into())
+            socket.bind(&SocketAddr::new(wire_testbed::client_ip(family), port).into())
         });
         match outcome {
             Err(error) if Instant::now() < deadline && is(&error, ErrorKind::AddrNotAvailable) => {

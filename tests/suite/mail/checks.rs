@@ -10,7 +10,7 @@ use injector_testbed::netns::{MAIL, VIP_RELAY};
 use injector_testbed::service::{MATRIX, SUBMISSION, Service};
 use serde_json::Value;
 
-use crate::environment::Environment;
+use crate::testbed::Environment;
 
 /// The first of the ports on the public address that the shared instance leaves free.
 const PORT: u16 = 8100;

@@ -15,7 +15,7 @@ use injector_testbed::metrics::Metrics;
 use injector_testbed::netns::{CLIENT, Family};
 use injector_testbed::service::{IMAPS, SMTP, Service};
 
-use crate::environment::{Environment, Front, Running};
+use crate::testbed::{Environment, Front, Running};
 
 /// How long a server's log line, a delivery or a metric may take to show.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);

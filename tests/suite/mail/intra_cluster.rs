@@ -9,8 +9,8 @@ use injector_testbed::message::Message;
 use injector_testbed::netns::{EDGE_INSIDE, Family, MAIL};
 use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION, SUBMISSIONS, Service};
 
-use crate::environment::Environment;
 use crate::external::{self, LIMIT, Watch};
+use crate::testbed::Environment;
 
 /// One stock port, both ways: what is sent arrives unchanged, and the server logs the real neighbour.
 pub(crate) fn direct(all: &Environment, service: Service, family: Family) -> anyhow::Result<()> {

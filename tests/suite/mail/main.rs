@@ -4,12 +4,12 @@
 //! runs; each front is started when its first trial runs, so that one that cannot start fails its own trials only.
 
 mod checks;
-mod environment;
 mod external;
 mod intra_cluster;
 mod kube_proxy;
 mod receivers;
-mod stopping;
+mod shutdown;
+mod testbed;
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use injector_testbed::netns::{self, Family, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, 
 use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use environment::{Environment, Front, Kind, Nat, Shared};
+use testbed::{Environment, Front, Kind, Nat, Shared};
 
 /// The columns of the matrix. Another engine is another line.
 const FRONTS: [Front; 4] = [
@@ -89,7 +89,7 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
         }
         if matches!(front.kind, Kind::Injector { .. }) {
             let name = format!("{}/sessions finish after SIGTERM", front.name);
-            trials.push(trial(shared, name, |all| stopping::sessions_finish(all, *front)));
+            trials.push(trial(shared, name, |all| shutdown::sessions_finish(all, *front)));
         }
     }
     trials

@@ -9,8 +9,8 @@ use injector_testbed::message::DOMAIN;
 use injector_testbed::netns::{Family, MAIL, Place};
 use injector_testbed::service::{SMTP, Service};
 
-use crate::environment::Environment;
 use crate::external::LIMIT;
+use crate::testbed::Environment;
 
 /// A client that exists only in the header.
 const FAR_CLIENT: Place = Place {

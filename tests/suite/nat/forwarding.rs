@@ -4,7 +4,7 @@ use anyhow::ensure;
 use injector_testbed::netns::{Family, MAIL};
 use injector_user::inline::forwarding::{Finding, Paths, Severity, check, set};
 
-use crate::world::{World, service, vip};
+use crate::testbed::{World, service, vip};
 
 fn paths() -> Paths {
     Paths { interfaces: ["outside", "inside"].map(str::to_owned).into(), ipv4: true, ipv6: true }

@@ -5,11 +5,11 @@ mod forwarding;
 mod routes;
 mod rules;
 mod table;
-mod world;
+mod testbed;
 
 use injector_testbed::netns::{self, Family};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use world::World;
+use testbed::World;
 
 fn main() {
     let mut arguments = Arguments::from_args();

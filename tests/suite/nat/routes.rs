@@ -9,7 +9,7 @@ use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, VIP_INLI
 use injector_user::inline::routes::{Changes, LinkKind, RouteError, Routes};
 use tokio::time::timeout;
 
-use crate::world::World;
+use crate::testbed::World;
 
 pub(crate) fn towards(world: &World, family: Family) -> anyhow::Result<()> {
     world.block_on_edge(|| async {

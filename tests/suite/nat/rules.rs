@@ -11,7 +11,7 @@ use injector_user::inline::nat::{Change, Service};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-use crate::world::{
+use crate::testbed::{
     BACKEND_PORT, OTHER_MAIL, PORT, World, backend, edge_inside, elsewhere, greeted, rules, service, socket,
     vip,
 };

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::world::{
+use crate::testbed::{
     BACKEND_PORT, OTHER_MAIL, PORT, World, backend, elsewhere, greeted, rules, service, socket, table, vip,
 };
 
@@ -120,7 +120,7 @@ pub(crate) fn recognized(world: &World) -> anyhow::Result<()> {
         },
     ];
     let rules = rules(&services)?;
-    let other = crate::world::rules(&services[..3])?;
+    let other = crate::testbed::rules(&services[..3])?;
     world.on_edge(|| {
         ensure!(!rules.is_applied()?, "before");
         ensure!(rules.apply()? == Change::Created);

@@ -7,7 +7,7 @@ use anyhow::ensure;
 use injector_testbed::daemon::{Injector, OWN_DIRECTORY};
 
 use crate::Run;
-use crate::world::{Config, World, backend_name, eventually};
+use crate::testbed::{Config, World, backend_name, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/weights", weights),

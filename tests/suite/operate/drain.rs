@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 
 use crate::Run;
-use crate::world::{Config, PORT, World, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, World, another, backend_name, bind_of, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("drain/new clients are told, sessions finish", told),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 
 use crate::Run;
-use crate::world::{Config, PORT, World, another, backend_name, bind_of};
+use crate::testbed::{Config, PORT, World, another, backend_name, bind_of};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains cut no session", no_cut)];
 

@@ -6,14 +6,14 @@ mod drain;
 mod load;
 mod reload;
 mod systemd;
-mod world;
+mod testbed;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use world::World;
+use testbed::World;
 
 /// The engines that every trial is run with that does not name one itself.
 const ENGINES: [&str; 2] = ["splice", "relay"];

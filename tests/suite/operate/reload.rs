@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::daemon::Injector;
 
 use crate::Run;
-use crate::world::{Config, PORT, World, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, World, another, backend_name, bind_of, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("reload/sessions go on, others go elsewhere", elsewhere),

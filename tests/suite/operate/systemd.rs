@@ -9,7 +9,7 @@ use injector_testbed::netns;
 use injector_testbed::sockets::LIMIT;
 
 use crate::Run;
-use crate::world::{Config, PORT, World};
+use crate::testbed::{Config, PORT, World};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("told of start, reload, life and stop", told),
@@ -95,7 +95,7 @@ fn taken_over(world: &World, engine: &str) -> anyhow::Result<()> {
     let injector = injector?;
     let first = first.map_err(|_| anyhow::anyhow!("the client panicked"))???;
     // Who came before the daemon did is served, and so is everybody after that, whichever thread takes them.
-    let mut first = crate::world::Client::new(first)?;
+    let mut first = crate::testbed::Client::new(first)?;
     first.greeted()?;
     first.quit()?;
     for _ in 0..10 {

@@ -3,7 +3,7 @@
 //! The probe runs in the client's namespace, the injector with the splice engine on the edge. All trials share one set.
 
 mod gateway;
-mod world;
+mod testbed;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -17,7 +17,7 @@ use injector_testbed::service::{IMAP, IMAPS, SMTP, SUBMISSION, SUBMISSIONS, Serv
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use gateway::Gateway;
-use world::{Outcome, World};
+use testbed::{Outcome, World};
 
 /// The world before and after the first trial needs it.
 type Shared = Arc<OnceLock<Result<World, String>>>;

@@ -10,11 +10,11 @@ use injector_testbed::daemon::Injector;
 use socket2::SockRef;
 
 use crate::Run;
-use crate::transfers::{introduced, joined, pattern, receive_all, send_all};
-use crate::victim::{Habit, Victim, sent};
-use crate::world::{
+use crate::killable_backend::{Habit, Victim, sent};
+use crate::testbed::{
     Ending, World, accept_with_header, backend_address, ended, ending, expect, finished, pass, patient,
 };
+use crate::transfers::{introduced, joined, pattern, receive_all, send_all};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("killed/backend process in an upload", killed_in_upload),

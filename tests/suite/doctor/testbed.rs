@@ -9,31 +9,31 @@ use injector_testbed::postfix::Postfix;
 use tempfile::TempDir;
 
 use crate::receivers::Receivers;
-use crate::{dovecots, postfixes, receivers};
+use crate::{dovecot, postfix, receivers};
 
 /// Nobody listens there.
 pub(crate) const NOTHING: u16 = 2590;
 /// The firewall drops all that comes there.
 pub(crate) const DROPPED: u16 = 2591;
 
-/// Ports that believe a header, and that the firewall shuts to all but the edge. Those of [`postfixes::FORGEABLE`],
-/// [`postfixes::REPAIRED`] and [`postfixes::STOCK_OPEN`] are left open.
+/// Ports that believe a header, and that the firewall shuts to all but the edge. Those of [`postfix::FORGEABLE`],
+/// [`postfix::REPAIRED`] and [`postfix::STOCK_OPEN`] are left open.
 const SHUT: &[u16] = &[
-    postfixes::POSTSCREEN,
-    postfixes::SMTPD,
-    postfixes::WRAPPED,
-    postfixes::CLEAR,
-    postfixes::IPV4_POSTSCREEN,
-    postfixes::IPV4_SMTPD,
-    postfixes::STOCK_POSTSCREEN,
-    postfixes::STOCK_SMTPD,
-    postfixes::STOCK_WRAPPED,
-    postfixes::STOCK_ENCRYPTED,
-    postfixes::STOCK_REPAIRED,
-    postfixes::OPEN_RELAY,
-    postfixes::GREYLISTED,
-    dovecots::TRUSTING_IMAP,
-    dovecots::TRUSTING_POP3,
+    postfix::POSTSCREEN,
+    postfix::SMTPD,
+    postfix::WRAPPED,
+    postfix::CLEAR,
+    postfix::IPV4_POSTSCREEN,
+    postfix::IPV4_SMTPD,
+    postfix::STOCK_POSTSCREEN,
+    postfix::STOCK_SMTPD,
+    postfix::STOCK_WRAPPED,
+    postfix::STOCK_ENCRYPTED,
+    postfix::STOCK_REPAIRED,
+    postfix::OPEN_RELAY,
+    postfix::GREYLISTED,
+    dovecot::TRUSTING_IMAP,
+    dovecot::TRUSTING_POP3,
     receivers::V1_ONLY,
     receivers::V2_ONLY,
     receivers::OPTIONAL,
@@ -65,12 +65,12 @@ impl Stage {
         let dir = netns::scratch_dir("certificate")?;
         let certificate = Certificate::new(dir.path())?;
         Ok(Self {
-            postfix: postfixes::start(mail, &certificate)?,
-            ipv4_postfix: postfixes::start_ipv4(mail)?,
-            stock_postfix: postfixes::start_stock(mail, &certificate)?,
-            _dovecot: dovecots::start(mail, &certificate)?,
-            _trusting_dovecot: dovecots::start_trusting_localhost(mail, &certificate)?,
-            distrustful_dovecot: dovecots::start_distrustful(mail, &certificate)?,
+            postfix: postfix::start(mail, &certificate)?,
+            ipv4_postfix: postfix::start_ipv4(mail)?,
+            stock_postfix: postfix::start_stock(mail, &certificate)?,
+            _dovecot: dovecot::start(mail, &certificate)?,
+            _trusting_dovecot: dovecot::start_trusting_localhost(mail, &certificate)?,
+            distrustful_dovecot: dovecot::start_distrustful(mail, &certificate)?,
             _receivers: Receivers::start(mail)?,
             topology,
             _dir: dir,

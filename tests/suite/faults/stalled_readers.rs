@@ -5,12 +5,12 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use injector_testbed::gauges::{Memory, MemoryWatch, socket_buffers};
+use injector_testbed::resource_usage::{Memory, MemoryWatch, socket_buffers};
 use socket2::SockRef;
 
 use crate::Run;
+use crate::testbed::{LIMIT, World, accept_with_header, expect, patient, public_address};
 use crate::transfers::pattern;
-use crate::world::{LIMIT, World, accept_with_header, expect, patient, public_address};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("crowd/200 stalled readers", stalled_readers)];
 

@@ -16,9 +16,9 @@ use tokio::time::{sleep, timeout};
 use super::Options;
 use super::content::Content;
 use super::conversation::{End, LIMIT, Seen, converse};
-use super::ledger::Ledger;
 use super::plan::{Plan, Side};
-use super::stage::{LISTENERS, MOST_SESSIONS, destination, number, source};
+use super::session_log::Ledger;
+use super::testbed::{LISTENERS, MOST_SESSIONS, destination, number, source};
 
 /// Bytes that may be planned per second of the run, both directions together, so that large streams do not eat the time
 /// that many sessions are to have.

@@ -10,8 +10,8 @@ use injector_testbed::daemon::{BPF_EVENTS, Injector};
 use injector_testbed::netns::Netns;
 
 use crate::Run;
+use crate::testbed::{World, accept_with_header, expect, finished, pass};
 use crate::transfers::joined;
-use crate::world::{World, accept_with_header, expect, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("overlap/client sends twice, while spliced", |world, engine| {

@@ -12,10 +12,10 @@ use injector_testbed::daemon::{BPF_EVENTS, Injector, Session};
 use injector_testbed::netns::{Family, Netns, Place, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
-use crate::wire::{Layer, Wire};
-use crate::world::{
+use crate::testbed::{
     Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, World, accept_within, expect, header, patient,
 };
+use crate::wire::{Layer, Wire};
 
 const CLIENT: Place =
     place(Ipv4Addr::new(198, 51, 101, 7), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 7));

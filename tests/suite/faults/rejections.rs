@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use anyhow::ensure;
 
 use crate::Run;
-use crate::world::{Ending, World, accept, accept_with_header, counted, ended, ending, finished, pass};
+use crate::testbed::{Ending, World, accept, accept_with_header, counted, ended, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backend refuses/smtp", |world, engine| backend_refuses(world, engine, "smtp", Some("421 4.3.2 "))),
@@ -163,5 +163,5 @@ fn almost_forged(world: &World, engine: &str) -> anyhow::Result<()> {
     client.write_all(b"PRO")?;
     std::thread::sleep(std::time::Duration::from_millis(20));
     client.write_all(b"FIT\r\n")?;
-    crate::world::expect(&mut server, b"PROFIT\r\n")
+    crate::testbed::expect(&mut server, b"PROFIT\r\n")
 }

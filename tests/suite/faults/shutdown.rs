@@ -7,7 +7,7 @@ use anyhow::ensure;
 use injector_testbed::daemon::parse_sessions;
 
 use crate::Run;
-use crate::world::{Ending, World, accept_with_header, ending, finished, pass};
+use crate::testbed::{Ending, World, accept_with_header, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("stop/cuts at the deadline and says so", cut),

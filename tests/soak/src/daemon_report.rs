@@ -5,10 +5,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::conversation::Seen;
-use super::ends::Shared;
-use super::ledger::Both;
+use super::endpoints::Shared;
 use super::plan::{Ending, Plan, Side};
-use super::stage::number;
+use super::session_log::Both;
+use super::testbed::number;
 use super::verdict::{Failure, judge};
 use injector_testbed::daemon::{BYTES, Injector, Session};
 use injector_testbed::metrics::Metrics;

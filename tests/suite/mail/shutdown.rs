@@ -11,8 +11,8 @@ use injector_testbed::forward::Forward;
 use injector_testbed::netns::Family;
 use injector_testbed::service::SMTP;
 
-use crate::environment::{Environment, Front};
 use crate::external::{HARMLESS_ENDS, LIMIT};
+use crate::testbed::{Environment, Front};
 
 /// A port on the public address that the shared instance leaves free.
 const PORT: u16 = 8025;

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, ensure};
 use injector_testbed::daemon::binary;
 
-use crate::world::{World, accept_with_header, config, pass, public_address};
+use crate::testbed::{World, accept_with_header, config, pass, public_address};
 
 type Start = fn(&World) -> anyhow::Result<()>;
 
@@ -128,8 +128,8 @@ fn few_descriptors(world: &World) -> anyhow::Result<()> {
         open.push((client, server));
     }
     let mut third = world.client()?;
-    crate::world::expect(&mut third, b"421 4.3.2 Too many connections, try again later\r\n")?;
-    crate::world::counted(
+    crate::testbed::expect(&mut third, b"421 4.3.2 Too many connections, try again later\r\n")?;
+    crate::testbed::counted(
         &injector,
         "injector_connections_rejected_total",
         &[("reason", "no_descriptors")],
@@ -201,7 +201,7 @@ fn rights_given_up(world: &World) -> anyhow::Result<()> {
     pass(&mut client, &mut server, b"EHLO client\r\n")?;
     pass(&mut client, &mut server, b"NOOP\r\n")?;
     drop((client, server));
-    let sessions = crate::world::finished(&injector, 1)?;
+    let sessions = crate::testbed::finished(&injector, 1)?;
     ensure!(sessions[0].number("spliced_to_backend") == Some(6), "{sessions:?}");
     Ok(())
 }

@@ -7,8 +7,8 @@ use anyhow::ensure;
 use injector_testbed::sockets::segments_received;
 
 use crate::Run;
-use crate::endings::send_with_fin;
-use crate::world::{Ending, World, accept_with_header, ending, finished};
+use crate::close_semantics::send_with_fin;
+use crate::testbed::{Ending, World, accept_with_header, ending, finished};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("segments/client speaks first, backend answers and closes", question_and_answer),

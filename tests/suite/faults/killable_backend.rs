@@ -9,8 +9,8 @@ use injector_testbed::netns;
 use injector_testbed::process::Process;
 use tempfile::TempDir;
 
+use crate::testbed::{LIMIT, World, backend_address};
 use crate::transfers::pattern;
-use crate::world::{LIMIT, World, backend_address};
 
 /// In the environment of the victim: its habit.
 const VARIABLE: &str = "INJECTOR_FAULTS_VICTIM";

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use injector_testbed::bpf::{map_entries, map_exists, map_ids};
-use injector_testbed::gauges::{Memory, descriptors};
+use injector_testbed::resource_usage::{Memory, descriptors};
 
 use crate::Run;
-use crate::transfers::{introduced, pattern, receive_all, send_all};
-use crate::world::{
+use crate::testbed::{
     Ending, LIMIT, World, accept_now, accept_with_header, counted, ending, expect, finished, pass, patient,
     public_address, until,
 };
+use crate::transfers::{introduced, pattern, receive_all, send_all};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("crowd/connections that come and go during a stop", churn),

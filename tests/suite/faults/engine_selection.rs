@@ -9,8 +9,8 @@ use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{BPF_EVENTS, Injector, binary};
 use injector_testbed::netns::{EDGE_INSIDE, Netns, VIP_SPLICE};
 
-use crate::starting::{WITHOUT_RIGHTS, fails, selftest};
-use crate::world::{BACKEND_PORT, PORT, World, accept, accept_with_header, config, pass};
+use crate::startup::{WITHOUT_RIGHTS, fails, selftest};
+use crate::testbed::{BACKEND_PORT, PORT, World, accept, accept_with_header, config, pass};
 
 type Run = fn(&World) -> anyhow::Result<()>;
 

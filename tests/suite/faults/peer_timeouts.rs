@@ -9,8 +9,8 @@ use anyhow::ensure;
 use injector_testbed::netns::{EDGE_INSIDE, Family, Netns, VIP_SPLICE};
 
 use crate::Run;
+use crate::testbed::{Ending, World, ended, ending};
 use crate::transfers::{joined, pattern};
-use crate::world::{Ending, World, ended, ending};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("vanished/client, data on its way", |world, engine| with_data(world, engine, Side::Client)),

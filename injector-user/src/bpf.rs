@@ -36,7 +36,7 @@ pub enum LoadError {
         error: MapError,
     },
     /// A map whose memory the daemon cannot map.
-    #[error("map {map}: its memory cannot be read: {error}; memory-mapped arrays need Linux 5.5")]
+    #[error("map {map}: mapping its memory failed: {error}; memory-mapped arrays need Linux 5.5")]
     Memory {
         /// Its name.
         map: &'static str,

@@ -44,7 +44,7 @@ pub fn inline(config: &mut Config, findings: &mut Findings) -> anyhow::Result<Ve
     if let (Some(listener), Some(fault)) = (by_name, findings.inline.fault()) {
         bail!(
             "listener {:?}: engine \"inline\" cannot run here: {fault}; `injector selftest` shows all checks, \
-             engine = \"auto\" would take another",
+             engine = \"auto\" would select another",
             listener.name
         );
     }
@@ -101,7 +101,7 @@ fn warn_of_limits(listener: &Listener, limits: Limits) {
     if !fields.is_empty() {
         tracing::warn!(target: target::ENGINE,
             listener = listener.name,
-            "engine \"inline\" does not enforce {}: it has room for inline.flows connections",
+            "engine \"inline\" does not enforce {}; its only limit is inline.flows",
             fields.join(" and ")
         );
     }
@@ -120,7 +120,7 @@ pub fn engines(
     if let Some(fault) = &fault
         && config.listeners.iter().any(|listener| splices(listener.engine))
     {
-        tracing::warn!(target: target::ENGINE, reason = fault, "the splice engine cannot run here");
+        tracing::warn!(target: target::ENGINE, reason = fault, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
     }
     let mut engines = Vec::new();
     for (listener, choice) in config.listeners.iter().zip(choices) {
@@ -130,7 +130,7 @@ pub fn engines(
             let engine = findings.engine(listener.engine).map_err(|fault| {
                 anyhow::anyhow!(
                     "listener {:?}: engine \"splice\" cannot run here: {fault}; \
-                     `injector selftest` shows all checks, engine = \"auto\" would take relay",
+                     `injector selftest` shows all checks, engine = \"auto\" would select relay",
                     listener.name
                 )
             })?;
@@ -138,7 +138,7 @@ pub fn engines(
         };
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
         let reason = reason(choice, fault.as_deref());
-        tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine chosen");
+        tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine selected");
         engines.push(engine);
     }
     Ok(engines)

@@ -13,8 +13,8 @@ use crate::{
     control::wire::BackendAction,
 };
 
-/// Puts a PROXY protocol header with the client's real address in front of mail connections, and lets the
-/// kernel carry the rest.
+/// Prepends a PROXY protocol header with the client's real address to mail connections and lets the kernel
+/// forward the data.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "injector", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct Cli {
@@ -24,16 +24,16 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = r#"Examples:
-  See which engine this machine can run, and why
+  Show which engines this machine can run, and why
     $ injector selftest
 
-  Check a configuration and see what it means
+  Check a configuration and show the effective settings
     $ injector check --config /etc/injector/injector.toml
 
   Run it
     $ injector run --config /etc/injector/injector.toml
 
-  See how a running one stands, and have it read its configuration again
+  Show the state of a running injector, then reload its configuration
     $ injector status
     $ injector reload
 
@@ -48,7 +48,7 @@ A configuration:
   engine = "auto"
   backends = ["mail.internal:2525"]
 
-The whole of it is described in docs/config.md, the metrics in docs/metrics.md."#;
+All options are described in docs/config.md, the metrics in docs/metrics.md."#;
 
 /// The verbs of `injector`.
 #[derive(Clone, Debug, Subcommand)]
@@ -59,77 +59,78 @@ pub enum Command {
     /// deadline.
     #[command(after_long_help = RUN_EXAMPLES)]
     Run(RunArgs),
-    /// Check a configuration file and print what it would run
+    /// Check a configuration file and print the effective settings
     ///
-    /// Prints every mistake with its line and ends with a failure, or prints the listeners with all defaults.
-    /// Opens no port and resolves no name.
+    /// Prints every error with its line and exits with 1, or prints the listeners with all defaults. Opens no
+    /// port and resolves no name.
     Check(CheckArgs),
-    /// Find out which engine would run here, and why
+    /// Test which engines can run on this machine, and why
     ///
-    /// Drives the real mechanism over loopback sockets of its own and cleans up after itself.
+    /// Runs the real mechanism over its own loopback sockets and cleans up afterwards.
     Selftest(SelftestArgs),
-    /// Drive every backend for real, and name the fault and the line to change
+    /// Diagnose every backend with real connections, and name the setting to change
     ///
-    /// To be run where the injector runs. Makes a few connections to each address of each backend, sends PROXY headers that
-    /// name this host, takes its leave politely, and delivers nothing. Ends with 0 if all is fine, with 1 if there
-    /// are faults, with 2 if nothing could be examined.
+    /// Run it on the injector's host. Opens a few connections to each address of each backend, sends PROXY headers
+    /// with this host's addresses, ends each dialogue with QUIT and delivers nothing. Exits with 0 if no fault was
+    /// found, with 1 if there are faults, with 2 if nothing could be examined.
     #[command(after_long_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
     /// Send a message through the injector, fetch it by IMAP, and compare
     ///
-    /// What a monitor runs every 20 minutes: it says which step failed and what to do, and leaves its figures
-    /// for Prometheus. Described in docs/observability.md.
+    /// Meant for a monitor that runs every 20 minutes: it reports which step failed and what to do, and writes
+    /// metrics for Prometheus. Described in docs/observability.md.
     #[cfg(feature = "probe")]
     #[command(after_long_help = crate::probe::EXAMPLES)]
     Probe(Box<crate::probe::ProbeArgs>),
-    /// What engine "inline" has left in the kernel
+    /// Remove what engine "inline" leaves in the kernel
     #[cfg(feature = "bpf")]
     #[command(subcommand)]
     Inline(InlineCommand),
-    /// How a running injector stands: listeners, backends, configuration
+    /// Show the state of a running injector: listeners, backends, configuration
     Status(AskArgs),
-    /// Who is connected to a running injector, by the engines that end TCP
+    /// List the sessions of a running injector (engines splice and relay)
     Sessions(SessionsArgs),
-    /// Let nobody new in: new clients are told to come back later, sessions may finish
+    /// Stop accepting new clients (they get a temporary failure); existing sessions may finish
     ///
-    /// Without a listener, all of them are drained, and /readyz says so. Sessions from before are cut at the deadline.
+    /// Without a listener, all of them are drained, and /readyz reports it. Sessions from before the drain are
+    /// aborted at the deadline.
     #[command(after_long_help = DRAIN_EXAMPLES)]
     Drain(DrainArgs),
-    /// Let clients in again after `drain`
+    /// Accept new clients again after `drain`
     Resume(ResumeArgs),
-    /// Take a backend out of service, or put it back
+    /// Disable or enable a backend
     Backend(BackendArgs),
-    /// Have a running injector read its configuration again
+    /// Reload the configuration of a running injector
     ///
-    /// It is checked first: with a mistake in it, everything stays as it was. Sessions go on, those of listeners that
-    /// are gone for as long as listener.timeouts.drain allows. SIGHUP does the same, and says so in the log alone.
+    /// The file is checked first; an invalid file changes nothing. Sessions continue; sessions of removed listeners
+    /// may finish within listener.timeouts.drain. SIGHUP does the same and reports only to the log.
     Reload(ReloadArgs),
-    /// Watch a running injector on the terminal
+    /// Show a running injector live on the terminal
     Top(TopArgs),
-    /// Print the completions for a shell
+    /// Print completions for a shell
     Completions(completions::CompletionsArgs),
-    /// Print the manual page, or write those of all verbs
+    /// Print the manual page, or write those of all commands
     Man(man::ManArgs),
 }
 
 const DRAIN_EXAMPLES: &str = "\
 Examples:
-  Before the host is restarted: mail has two minutes, then what is left is cut
+  Before the host is restarted: sessions have two minutes, then the rest is aborted
     $ injector drain --deadline 2m
 
-  One listener, and back
+  Drain one listener, then accept clients again
     $ injector drain smtp
     $ injector resume smtp";
 
-/// How a running injector is reached.
+/// Where a running injector is reached.
 #[derive(Clone, Debug, Args)]
 pub struct SocketArgs {
-    /// Its socket [file: admin.socket]
+    /// Control socket [file: admin.socket]
     #[arg(long, env = "INJECTOR_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 }
 
-/// Where packages and manifests have it.
+/// The path that packages and manifests use.
 const DEFAULT_SOCKET: &str = "/run/injector/admin.sock";
 
 /// Arguments of commands to a running injector.
@@ -139,7 +140,7 @@ pub struct AskArgs {
     #[command(flatten)]
     pub at: SocketArgs,
 
-    /// Print the answer as JSON
+    /// Print the reply as JSON
     #[arg(long, env = "INJECTOR_JSON")]
     pub json: bool,
 }
@@ -151,10 +152,10 @@ pub struct SessionsArgs {
     #[command(flatten)]
     pub ask: AskArgs,
 
-    /// Those of this listener only
+    /// Only this listener
     pub listener: Option<String>,
 
-    /// At most so many, the oldest
+    /// Limit to the N oldest
     #[arg(long, env = "INJECTOR_LIMIT", value_name = "N")]
     pub limit: Option<usize>,
 }
@@ -166,14 +167,14 @@ pub struct DrainArgs {
     #[command(flatten)]
     pub ask: AskArgs,
 
-    /// This listener only
+    /// Only this listener
     pub listener: Option<String>,
 
-    /// Cut sessions after so long, such as 30s [file: listener.timeouts.drain]
+    /// Abort sessions after this time, such as 30s [file: listener.timeouts.drain]
     #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = duration)]
     pub deadline: Option<Duration>,
 
-    /// Come back when no session is left, or at the deadline
+    /// Wait until no session is left, or until the deadline
     #[arg(long, env = "INJECTOR_WAIT")]
     pub wait: bool,
 }
@@ -185,7 +186,7 @@ pub struct ResumeArgs {
     #[command(flatten)]
     pub ask: AskArgs,
 
-    /// This listener only
+    /// Only this listener
     pub listener: Option<String>,
 }
 
@@ -196,13 +197,13 @@ pub struct BackendArgs {
     #[command(flatten)]
     pub ask: AskArgs,
 
-    /// What is to become of it
+    /// New state
     pub action: BackendAction,
 
     /// The backend as in the configuration, such as mail.internal:2525
     pub backend: String,
 
-    /// For this listener only
+    /// Only for this listener
     #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
     pub listener: Option<String>,
 }
@@ -214,7 +215,7 @@ pub struct ReloadArgs {
     #[command(flatten)]
     pub ask: AskArgs,
 
-    /// Stay, and have it read the configuration again whenever this file changes
+    /// Watch this file and reload on change
     #[arg(long, env = "INJECTOR_WATCH", value_name = "FILE", conflicts_with = "json")]
     pub watch: Option<PathBuf>,
 }
@@ -226,11 +227,11 @@ pub struct TopArgs {
     #[command(flatten)]
     pub at: SocketArgs,
 
-    /// From one look to the next, such as 1s
+    /// Refresh interval, such as 1s
     #[arg(long, env = "INJECTOR_INTERVAL", value_name = "DURATION", value_parser = duration, default_value = "1s")]
     pub interval: Duration,
 
-    /// Print one page as text, and end
+    /// Print one page as text and exit
     #[arg(long, env = "INJECTOR_ONCE")]
     pub once: bool,
 }
@@ -239,10 +240,10 @@ pub struct TopArgs {
 #[cfg(feature = "bpf")]
 #[derive(Clone, Debug, Subcommand)]
 pub enum InlineCommand {
-    /// Take the programs off all devices, and remove the maps and the NAT table
+    /// Detach the programs from all devices, and remove the maps and the NAT table
     ///
-    /// Programs, maps and NAT outlive the daemon, so that connections go on while it restarts. Stop the daemon
-    /// first, for it attaches them again when devices change. Connections through the engine break.
+    /// Programs, maps and NAT outlive the daemon, so that connections continue while it restarts. Stop the daemon
+    /// first, because it attaches the programs again when devices change. Connections through the engine break.
     Detach(DetachArgs),
 }
 
@@ -258,40 +259,39 @@ pub struct DetachArgs {
 
 const RUN_EXAMPLES: &str = "\
 Examples:
-  The engines side by side: the same file without the kernel's help
+  Use the relay engine for every listener, whatever the file says
     $ injector run --config injector.toml --engine relay
 
-  In a container, by environment alone
+  In a container, configured by environment variables
     $ INJECTOR_CONFIG=/etc/injector.toml INJECTOR_LOG_FORMAT=json injector run
 
-  One module in detail
+  Log sessions at debug level, everything else at info
     $ INJECTOR_LOG=info,session=debug injector run --config injector.toml";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
-  After the mail server was changed
+  After a change of the mail server
     $ injector doctor --config injector.toml --listener smtp
 
-  On any other host: who believes a header from there?
+  On any other host: does a mail server trust headers from there?
     $ injector doctor --config injector.toml --untrusted
 
-Verdicts and what is done to a server are described in docs/doctor.md.";
+Verdicts, and what the doctor sends to a server, are described in docs/doctor.md.";
 
-/// Arguments of `injector run`. What is `None` is left to the file.
+/// Arguments of `injector run`. `None` keeps the value of the file.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
     /// The configuration file (TOML)
     #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
 
-    /// Shape of the log [file: log.format; default: human]
+    /// Log format [file: log.format; default: human]
     #[arg(long, env = "INJECTOR_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 
     /// Least severe level to log [file: log.level; default: info]
     ///
-    /// INJECTOR_LOG, if set, takes the place of this with filter directives such as
-    /// "info,session=debug".
+    /// INJECTOR_LOG, if set, overrides this with filter directives such as "info,session=debug".
     #[arg(long, env = "INJECTOR_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
 
@@ -299,11 +299,11 @@ pub struct RunArgs {
     #[arg(long, env = "INJECTOR_METRICS_LISTEN", value_name = "IP:PORT")]
     pub metrics_listen: Option<SocketAddr>,
 
-    /// Connections at one time [file: limits.max_connections; default: 10000]
+    /// Maximum number of concurrent connections [file: limits.max_connections; default: 10000]
     #[arg(long, env = "INJECTOR_MAX_CONNECTIONS", value_name = "N", value_parser = connections)]
     pub max_connections: Option<usize>,
 
-    /// How long sessions may go on after SIGTERM, such as 30s or "2m 30s" [file: stop.deadline; default: 30s]
+    /// How long sessions may continue after SIGTERM, such as 30s or "2m 30s" [file: stop.deadline; default: 30s]
     #[arg(long, env = "INJECTOR_STOP_DEADLINE", value_name = "DURATION", value_parser = duration)]
     pub stop_deadline: Option<Duration>,
 
@@ -335,11 +335,11 @@ pub struct DoctorArgs {
     #[arg(long, env = "INJECTOR_JSON")]
     pub json: bool,
 
-    /// How long a server may take to say something; postscreen takes 6s, and Postfix 5s to miss a header
+    /// How long to wait for a server's reply; postscreen takes 6s, Postfix 5s to miss a header
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = duration, default_value = "10s")]
     pub timeout: Duration,
 
-    /// This host is not the injector's: say which backends believe a header from here, and relay for it
+    /// This host is not the injector's: report which backends trust a header from here, and relay for it
     #[arg(long, env = "INJECTOR_UNTRUSTED")]
     pub untrusted: bool,
 }
@@ -352,7 +352,7 @@ pub struct SelftestArgs {
     pub json: bool,
 }
 
-/// Puts what was given on the command line, or by environment, over what the file says.
+/// Overrides values of the file with those of the command line and the environment.
 pub fn apply(config: &mut Config, args: &RunArgs) {
     if let Some(format) = args.log_format {
         config.log.format = format;

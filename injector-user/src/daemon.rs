@@ -36,7 +36,8 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
     let carried = serving::carried(&config, nofile);
     if carried == 0 {
         bail!(
-            "a limit of {nofile} open files carries no connection: raise it (LimitNOFILE= in systemd, ulimit -n)"
+            "the open-file limit ({nofile}) is too low for even one connection: raise it (LimitNOFILE= in systemd, \
+             ulimit -n)"
         );
     }
     let wanted = config.limits.max_connections;
@@ -45,7 +46,8 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
             nofile,
             connections = carried,
             wanted,
-            "the limit of open files carries fewer connections than limits.max_connections: raise it to {}",
+            "the open-file limit allows fewer connections than limits.max_connections; connections above it are \
+             rejected: raise it to {} (LimitNOFILE= in systemd, ulimit -n)",
             listener::nofile_for(wanted, serving::doors(&config), config.limits.workers)
         );
     }
@@ -113,7 +115,8 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
     };
     let used = |address: &SocketAddr| config.listeners.iter().any(|listener| listener.bind.contains(address));
     for (address, _) in inherited.iter().filter(|(address, _)| !used(address)) {
-        tracing::warn!(target: target::DAEMON, %address, "systemd listens there, and no listener has that address: clients would wait for nobody");
+        tracing::warn!(target: target::DAEMON, %address, "systemd passed a socket for this address, but no listener binds it; its clients are never accepted: \
+             add the address to a listener or remove it from the .socket unit");
     }
     config.listeners.iter().map(bind).collect()
 }
@@ -133,8 +136,10 @@ fn give_up_rights(findings: &Findings, attaches: bool) {
     #[cfg(not(feature = "bpf"))]
     let _ = (findings, attaches);
     match rights::drop_all_but(&keep) {
-        Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities given up"),
-        Err(error) => tracing::warn!(target: target::DAEMON, %error, "capabilities could not be given up"),
+        Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
+        Err(error) => {
+            tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them")
+        }
     }
 }
 
@@ -166,7 +171,7 @@ async fn serve(
         watch_inline(running, &serving, &metrics);
     }
     // Not before each of its threads has opened its doors.
-    ensure!(serving.pulse().await, "a thread for connections has ended");
+    ensure!(serving.pulse().await, "a worker thread exited during startup");
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
     let control = Control::new(serving, file, source, metrics, ready);
@@ -174,7 +179,7 @@ async fn serve(
         let control = control.clone();
         tokio::spawn(async move {
             if let Err(error) = door.answer(control).await {
-                tracing::error!(target: target::CONTROL, %error, "commands are not heard");
+                tracing::error!(target: target::CONTROL, %error, "control socket failed; status, drain and reload are unavailable until a restart, mail is not affected");
             }
         });
     }
@@ -214,10 +219,10 @@ async fn keep_alive(control: Control) {
         match tokio::time::timeout(every, control.pulse()).await {
             Ok(true) => systemd::alive(),
             Ok(false) => {
-                tracing::error!(target: target::DAEMON, "a thread that serves connections is no more: systemd is not told to wait")
+                tracing::error!(target: target::DAEMON, "a worker thread exited; withholding the systemd watchdog ping, so systemd restarts the service")
             }
             Err(_) => {
-                tracing::error!(target: target::DAEMON, "a thread that serves connections is stuck: systemd is not told to wait")
+                tracing::error!(target: target::DAEMON, "a worker thread is unresponsive; withholding the systemd watchdog ping, so systemd restarts the service")
             }
         }
         tokio::time::sleep_until(next).await;
@@ -233,13 +238,13 @@ fn watch_inline(running: crate::inline::start::Running, serving: &Serving, metri
     let inline = Arc::clone(&running.inline);
     tokio::spawn(async move {
         if let Err(error) = books.keep(&inline).await {
-            tracing::error!(target: target::ENGINE_INLINE, %error, "nobody hears what becomes of the connections");
+            tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
         }
     });
     let (served, health) = serving.inline();
     tokio::spawn(async move {
         if let Err(error) = running.follow(served, health).await {
-            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "devices that come later are not served");
+            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; programs are not attached to interfaces that appear from now on");
         }
     });
 }
@@ -256,14 +261,14 @@ fn observe(metrics: &Metrics, findings: &Findings) {
         let alarms = Arc::clone(splice);
         tokio::spawn(async move {
             if let Err(error) = alarms.follow_alarms().await {
-                tracing::error!(target: target::ENGINE_SPLICE, %error, "nobody hears the programs' alarms: slow readers are not held back");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "BPF backlog events are not received; slow receivers are found only by the periodic check");
             }
         });
         metrics.watch_programs(Arc::clone(splice) as Arc<dyn crate::metrics::BpfCounters>);
         match splice.logger() {
             Ok(logger) => drop(tokio::spawn(follow(logger))),
             Err(error) => {
-                tracing::warn!(target: target::ENGINE_SPLICE, %error, "the programs' log cannot be read")
+                tracing::warn!(target: target::ENGINE_SPLICE, %error, "cannot read the log of the BPF programs; their warnings are missing here")
             }
         }
     }

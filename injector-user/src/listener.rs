@@ -279,11 +279,20 @@ struct Admitted {
 
 impl Door {
     /// Accepts on `socket` until the stop, and turns away politely who is still waiting then.
-    ///
-    /// # Errors
-    /// When the runtime cannot poll the socket.
-    pub async fn keep_open(self, socket: Socket) -> io::Result<()> {
-        let socket = sys::poll(socket, Interest::READABLE)?;
+    pub async fn keep_open(self, socket: Socket) {
+        let address = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let socket = match sys::poll(socket, Interest::READABLE) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::error!(target: target::LISTENER,
+                    listener = &*self.owner.policy().context().listener,
+                    address = address.map(tracing::field::display),
+                    %error,
+                    "accept loop failed; this address accepts no connections until a restart"
+                );
+                return;
+            }
+        };
         let mut spare = Spare::kept_of(socket.get_ref());
         loop {
             let accepted = tokio::select! {
@@ -307,7 +316,7 @@ impl Door {
                 }
                 // The client has gone meanwhile, or the network had news of it (accept(2)).
                 Err(error) => {
-                    tracing::debug!(target: target::LISTENER, listener = &*self.owner.policy().context().listener, %error, "accept")
+                    tracing::debug!(target: target::LISTENER, listener = &*self.owner.policy().context().listener, %error, "accepting a connection failed; retrying")
                 }
             }
         }
@@ -316,7 +325,6 @@ impl Door {
             context.metrics.accepted();
             self.turn_away(&context, client, RejectReason::Stopping, Refusal::Stopping);
         }
-        Ok(())
     }
 
     fn let_in(&self, client: Accepted) {
@@ -440,8 +448,8 @@ impl Shortage {
             *told = Some(Instant::now());
             tracing::warn!(target: target::LISTENER,
                 listener,
-                "no file descriptors are left, clients are turned away: lower limits.max_connections or raise the \
-                 limit of open files"
+                "no file descriptors left; new connections are rejected: raise the open-file limit (LimitNOFILE= in \
+                 systemd, ulimit -n) or lower limits.max_connections"
             );
         }
     }

@@ -73,7 +73,7 @@ pub const FILTER_VARIABLE: &str = "INJECTOR_LOG";
 pub enum LogError {
     /// [`FILTER_VARIABLE`] holds no filter.
     #[error(
-        "{FILTER_VARIABLE}={directives:?} is no log filter ({reason}): use directives such as \"debug\" \
+        "{FILTER_VARIABLE}={directives:?} is not a log filter ({reason}): use directives such as \"debug\" \
          or \"info,session=debug\""
     )]
     Filter {
@@ -83,7 +83,7 @@ pub enum LogError {
         reason: String,
     },
     /// Another subscriber is in place: logging was started twice.
-    #[error("logging is set up already: {0}")]
+    #[error("logging is already initialized: {0}")]
     Taken(#[from] TryInitError),
 }
 
@@ -196,6 +196,6 @@ mod tests {
     #[test]
     fn a_bad_filter_is_named() {
         let error = filter(&Log::default(), Some("injector=loud")).unwrap_err().to_string();
-        assert!(error.starts_with("INJECTOR_LOG=\"injector=loud\" is no log filter"), "{error}");
+        assert!(error.starts_with("INJECTOR_LOG=\"injector=loud\" is not a log filter"), "{error}");
     }
 }

@@ -189,7 +189,7 @@ impl Serving {
         let (doors, ended) = (TaskTracker::new(), CancellationToken::new());
         let worker = |number| Worker::start(number, &doors, ended.clone());
         let workers: Result<Vec<_>, _> = (0..config.limits.workers).map(worker).collect();
-        let workers = workers.context("starting a thread for connections")?;
+        let workers = workers.context("starting a worker thread")?;
         let shared = Shared {
             stop: CancellationToken::new(),
             cut: CancellationToken::new(),
@@ -241,7 +241,11 @@ impl Serving {
             config,
         };
         if prepared.carried == 0 {
-            bail!("the limit of open files ({}) carries no connection with so many addresses", self.nofile);
+            bail!(
+                "the open-file limit ({}) is too low for even one connection with this many addresses: raise it \
+                 (LimitNOFILE= in systemd, ulimit -n)",
+                self.nofile
+            );
         }
         for listener in &mut prepared.config.listeners {
             let engine =
@@ -315,7 +319,7 @@ impl Serving {
             let until = open.engine.is_some().then(|| Instant::now() + within);
             open.drained = Some(Drained { until });
             self.shared.metrics.set_draining(&open.config.name, true);
-            tracing::info!(target: target::LISTENER, listener = open.config.name, ?within, "draining: nobody new is let in");
+            tracing::info!(target: target::LISTENER, listener = open.config.name, deadline = ?within, "draining: new connections are rejected, sessions may finish until the deadline");
             let before = std::mem::replace(&mut open.cut_next, open.cut.child_token());
             self.renew_contexts(open);
             open.cut_drained.retain(|cut| !cut.is_cancelled());
@@ -345,7 +349,7 @@ impl Serving {
             open.policies.iter().for_each(|policy| policy.drain(false));
             open.drained = None;
             self.shared.metrics.set_draining(&open.config.name, false);
-            tracing::info!(target: target::LISTENER, listener = open.config.name, "no longer draining");
+            tracing::info!(target: target::LISTENER, listener = open.config.name, "draining ended: new connections are accepted again");
             resumed.push(open.config.name.clone());
         }
         self.tell_inline();
@@ -433,7 +437,7 @@ impl Serving {
         tracing::info!(target: target::DAEMON,
             sessions = left,
             ?deadline,
-            "stopping: no new connections; a second signal cuts what is left"
+            "shutting down: no new connections; a second signal aborts the remaining sessions"
         );
         let finished = tokio::select! {
             () = sessions.wait() => true,
@@ -445,15 +449,16 @@ impl Serving {
             count = sessions.len();
             cut_now(&cut, self.workers.iter().map(Worker::table));
             if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
-                tracing::warn!(target: target::DAEMON, sessions = sessions.len(), "sessions that did not end");
+                tracing::warn!(target: target::DAEMON, sessions = sessions.len(), "sessions are still open after they were aborted; they end with the process");
             }
         }
         ended.cancel();
         self.workers.into_iter().for_each(Worker::join);
         let by_themselves = left.saturating_sub(count);
         tracing::info!(target: target::DAEMON,
-            cut = count,
-            "stopped: {by_themselves} sessions finished by themselves, {count} were cut"
+            completed = by_themselves,
+            aborted = count,
+            "stopped: {by_themselves} sessions completed, {count} aborted"
         );
     }
 
@@ -601,7 +606,7 @@ impl Serving {
         open.background.cancel();
         let name = open.config.name;
         let until = Instant::now() + open.config.timeouts.drain;
-        tracing::info!(target: target::LISTENER, listener = name, within = ?open.config.timeouts.drain, "no longer configured: sessions may finish");
+        tracing::info!(target: target::LISTENER, listener = name, deadline = ?open.config.timeouts.drain, "listener removed; its sessions may finish until the deadline");
         self.cut_at(until, open.cut);
         self.shared.metrics.forget_listener(&name);
         self.leaving.push(Leaving { name, until, metrics: open.metrics });
@@ -613,7 +618,7 @@ impl Serving {
             Some(index) => Ok(vec![index]),
             None => {
                 let all: Vec<_> = self.listeners.iter().map(|open| open.config.name.as_str()).collect();
-                bail!("there is no listener {name:?}: there are {}", all.join(", "))
+                bail!("no listener is named {name:?}; configured listeners: {}", all.join(", "))
             }
         }
     }
@@ -630,14 +635,14 @@ impl Serving {
                 && (open.config.bind != listener.bind || open.config.receiver != listener.receiver)
             {
                 bail!(
-                    "engine \"inline\": another bind or receiver takes a restart, which its connections outlive"
+                    "changing bind or receiver of an inline listener needs a restart (its connections survive it)"
                 );
             }
             self.refuse_unserved(listener)?;
             return Ok(None);
         }
         if was_inline || listener.engine == EngineChoice::Inline {
-            bail!("from engine \"inline\" to another, or to it, takes a restart");
+            bail!("changing a listener to or from engine \"inline\" needs a restart");
         }
         if let Some(open) = before.filter(|_| stays) {
             return Ok(open.engine.clone());
@@ -645,7 +650,10 @@ impl Serving {
         match self.findings.engine(listener.engine) {
             Ok(engine) => Ok(Some(engine)),
             Err(fault) => {
-                bail!("engine {}: {fault}; what is not loaded at the start takes a restart", listener.engine)
+                bail!(
+                    "engine {} was not loaded at startup ({fault}): restart the daemon to use it",
+                    listener.engine
+                )
             }
         }
     }
@@ -666,7 +674,9 @@ impl Serving {
                 && !config.listeners.iter().any(|listener| listener.name == open.config.name)
         };
         match self.listeners.iter().find(gone) {
-            Some(open) => bail!("listener {:?}: engine \"inline\" takes a restart to go", open.config.name),
+            Some(open) => {
+                bail!("listener {:?}: removing an inline listener needs a restart", open.config.name)
+            }
             None => Ok(()),
         }
     }
@@ -774,7 +784,7 @@ fn receive_doors(open: &mut Open, handed_over: &mut BTreeMap<SocketAddr, Doors>)
         for (owner, policy) in doors.owners.iter().zip(&open.policies) {
             owner.hand_over(Arc::clone(policy));
         }
-        tracing::info!(target: target::LISTENER, listener = open.config.name, %address, "listening: handed over");
+        tracing::info!(target: target::LISTENER, listener = open.config.name, %address, "listening (socket taken over from the listener that had this address)");
         open.doors.insert(address, doors);
     }
 }

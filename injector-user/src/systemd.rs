@@ -24,7 +24,7 @@ pub fn sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
         let address = socket.local_addr()?.as_socket().filter(|_| socket.is_listener().unwrap_or(false));
         let address = address.ok_or_else(|| {
             io::Error::other(
-                "a socket of systemd's is none that listens on TCP: use ListenStream=ADDRESS:PORT",
+                "a socket passed by systemd is not a listening TCP socket: use ListenStream=ADDRESS:PORT",
             )
         })?;
         Ok((address, socket))
@@ -65,6 +65,6 @@ pub fn alive() {
 
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(target: target::DAEMON, %error, "systemd is not told");
+        tracing::debug!(target: target::DAEMON, %error, "notifying systemd failed");
     }
 }

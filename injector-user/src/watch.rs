@@ -145,7 +145,7 @@ async fn dispatch(polled: AsyncFd<EpollOf>) {
             Ok(events) => events,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                tracing::error!(target: target::ENGINE_SPLICE, %error, "watching spliced sockets for hang-up failed");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
                 return;
             }
         };

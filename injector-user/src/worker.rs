@@ -39,7 +39,7 @@ impl Worker {
         let (watching, timing) = (watch.clone(), table.clone());
         let work = async move {
             if let Err(error) = watching.follow() {
-                tracing::error!(target: target::ENGINE_SPLICE, %error, "nobody hears of hang-ups");
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
             }
             let open = async {
                 while let Some(door) = opened.recv().await {
@@ -71,11 +71,7 @@ impl Worker {
     /// Keeps a door open, until it closes itself.
     pub fn open(&self, door: Door, socket: Socket) {
         // Counted from here on: whoever waits for the doors waits for those that the thread has not come to yet.
-        let door = self.doors.track_future(async move {
-            if let Err(error) = door.keep_open(socket).await {
-                tracing::error!(target: target::LISTENER, %error, "nobody is let in by this door");
-            }
-        });
+        let door = self.doors.track_future(door.keep_open(socket));
         // The thread lives until the doors are closed.
         let _ = self.open.send(Box::pin(door));
     }

@@ -35,7 +35,7 @@ const LEAVE: Duration = Duration::from_secs(1);
 #[derive(Debug, Error)]
 pub(super) enum Failed {
     /// Not all of it came in time.
-    #[error("{stage}: nothing within {within:?}")]
+    #[error("{stage}: no reply within {within:?}")]
     TooLate {
         /// What was waited for.
         stage: &'static str,
@@ -51,7 +51,7 @@ pub(super) enum Failed {
         error: io::Error,
     },
     /// It said something else than a server that is well does.
-    #[error("{stage}: the server says {said:?}")]
+    #[error("{stage}: unexpected reply {said:?}")]
     Said {
         /// What it was the answer to.
         stage: &'static str,
@@ -300,9 +300,9 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_well_says_so() {
         for (greeting, answer, words) in [
-            ("421 4.3.2 closing\r\n", "", "the greeting: the server says \"421 4.3.2 closing\""),
-            ("220 mx\r\n", "500 what\r\n", "the goodbye: the server says \"500 what\""),
-            ("SSH-2.0-x\r\n", "", "the greeting: the server says \"SSH-2.0-x\""),
+            ("421 4.3.2 closing\r\n", "", "the greeting: unexpected reply \"421 4.3.2 closing\""),
+            ("220 mx\r\n", "500 what\r\n", "the goodbye: unexpected reply \"500 what\""),
+            ("SSH-2.0-x\r\n", "", "the greeting: unexpected reply \"SSH-2.0-x\""),
         ] {
             let error = server(greeting, answer, plan(Some(Protocol::Smtp))).await.0.unwrap_err();
             assert_eq!(error.to_string(), words);
@@ -313,7 +313,7 @@ mod tests {
     async fn silence_is_too_late() {
         let plan = Check { timeout: Duration::from_millis(50), ..plan(Some(Protocol::Smtp)) };
         let error = server("", "", plan).await.0.unwrap_err();
-        assert_eq!(error.to_string(), "the greeting: nothing within 50ms");
+        assert_eq!(error.to_string(), "the greeting: no reply within 50ms");
     }
 
     #[tokio::test]

@@ -111,10 +111,10 @@ impl Drop for Session {
 #[derive(Debug, Error)]
 pub enum Unreachable {
     /// No name has an address.
-    #[error("no backend name has an address")]
+    #[error("no name of a backend resolves to an address")]
     Unresolved,
     /// The operator has taken out every one.
-    #[error("all backends are taken out; `injector backend auto` puts one back")]
+    #[error("all backends are disabled by the operator; `injector backend auto` enables one again")]
     AllDisabled,
     /// Refused, and no other address timed out.
     #[error("{address}: {error}")]
@@ -246,7 +246,7 @@ impl Backends {
             return false;
         };
         backend.known.health().force(forced);
-        tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend set by the operator");
+        tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend state set by the operator");
         self.changed.notify_one();
         true
     }
@@ -305,13 +305,13 @@ impl Backends {
         let (listener, name) = (&self.listener, &backend.configured);
         match (&outcome, changed) {
             (Ok(()), Some(_)) => {
-                tracing::info!(target: target::HEALTH, listener, backend = %name, "backend is up: it passes its checks")
+                tracing::info!(target: target::HEALTH, listener, backend = %name, "backend is up: health checks pass; it receives new connections")
             }
             (Err(error), Some(_)) => {
-                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: it fails its checks");
+                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: health checks fail; new connections go to the other backends");
             }
             (Err(error), None) => {
-                tracing::debug!(target: target::HEALTH, listener, backend = %name, error, "check failed")
+                tracing::debug!(target: target::HEALTH, listener, backend = %name, error, "health check failed")
             }
             (Ok(()), None) => {}
         }
@@ -358,7 +358,7 @@ impl Backends {
                 Ok(Err(error)) => Unreachable::Other { address, error },
                 Err(_) => Unreachable::Timeout { address, within: share },
             };
-            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "backend address failed");
+            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next");
             failing = failed.blames_backend().then_some(backend);
             worst = worse(worst, failed);
         }
@@ -391,7 +391,7 @@ impl Backends {
         if let Some(time) = ejected {
             backend.known.counts.ejections.fetch_add(1, Ordering::Relaxed);
             let name = &backend.configured;
-            tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, ?time, "backend ejected: connections fail");
+            tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, duration = ?time, "backend ejected after failed connections; it receives none until the time is over");
         }
     }
 
@@ -401,13 +401,13 @@ impl Backends {
             let addresses: Vec<_> = match tokio::net::lookup_host((name.as_str(), *port)).await {
                 Ok(addresses) => addresses.collect(),
                 Err(error) => {
-                    tracing::warn!(target: target::RESOLVER, listener = self.listener, backend = name, %error, "name not resolved");
+                    tracing::warn!(target: target::RESOLVER, listener = self.listener, backend = name, %error, "resolving the backend's name failed; the last known addresses stay in use");
                     continue;
                 }
             };
             let mut known = backend.known.addresses.write().unwrap_or_else(PoisonError::into_inner);
             if *known != addresses {
-                tracing::info!(target: target::RESOLVER, listener = self.listener, backend = name, ?addresses, "name resolved");
+                tracing::info!(target: target::RESOLVER, listener = self.listener, backend = name, ?addresses, "backend name resolved");
                 *known = addresses;
             }
         }

@@ -36,9 +36,11 @@ pub(super) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<Sock
                  IPv4"
             ),
             _ if host.parse::<Ipv6Addr>().is_ok() => {
-                format!("an IPv6 address stands in brackets: write \"[{host}]:{port}\"")
+                format!("an IPv6 address must be in brackets: write \"[{host}]:{port}\"")
             }
-            _ => format!("{host:?} is no IP address: write one of this host, such as \"192.0.2.10:{port}\""),
+            _ => format!(
+                "{host:?} is not an IP address: write one of this host, such as \"192.0.2.10:{port}\""
+            ),
         });
     }
     Err(format!(
@@ -65,7 +67,7 @@ pub(super) fn backend(text: &str) -> Result<(Host, u16), String> {
     };
     let port: u16 = port.parse().map_err(|_| format!("port {port:?} must be a number from 1 to 65535"))?;
     if host.parse::<Ipv6Addr>().is_ok() {
-        return Err(format!("an IPv6 address stands in brackets: write \"[{host}]:{port}\""));
+        return Err(format!("an IPv6 address must be in brackets: write \"[{host}]:{port}\""));
     }
     refuse_port_0(port)?;
     Ok((Host::Name(host_name(host)?), port))
@@ -74,7 +76,10 @@ pub(super) fn backend(text: &str) -> Result<(Host, u16), String> {
 fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
     refuse_port_0(address.port())?;
     if address.ip().is_unspecified() {
-        return Err(format!("{} is no address to connect to: name the host", address.ip()));
+        return Err(format!(
+            "{} cannot be used as a destination: write the address or name of the mail server",
+            address.ip()
+        ));
     }
     if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) {
         return Err("link-local addresses with a zone are not supported: use a global address".to_owned());
@@ -98,7 +103,7 @@ pub(super) fn host_name(text: &str) -> Result<String, String> {
     };
     // RFC 1035, section 2.3.4: 255 bytes on the wire, which leaves 253 in text.
     if name.len() > 253 || !name.split('.').all(label_ok) {
-        return Err(format!("{text:?} is no host name"));
+        return Err(format!("{text:?} is not a host name"));
     }
     // "192.0.2" or "192.0.2.300": no top-level domain is numeric, so a resolver would only be confused.
     if name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit())) {

@@ -139,7 +139,7 @@ fn refuse_for_tcp(section: &Section<'_>, spoken: Option<At<Protocol>>, header: O
     }
     if let Some((at, CheckHeader::Local)) = header {
         // smtpd up to 3.10: "fatal: … haproxy …" when the peer is gone after its header.
-        let what = ": closing right after a header ends Postfix's smtpd: use check = \"mail\"";
+        let what = ": closing right after a header terminates Postfix's smtpd: use check = \"mail\"";
         section.field_problem(at, "header", what);
     }
 }
@@ -153,15 +153,14 @@ fn refuse_for_mail(
 ) {
     if check.protocol == Some(Protocol::Plain) {
         let at = spoken.map_or(section.at(), |(at, _)| at);
-        let what =
-            " \"plain\": check = \"mail\" needs a protocol whose server says something: use check = \"tcp\"";
+        let what = " \"plain\": check = \"mail\" needs a protocol whose server sends a greeting: use check = \"tcp\"";
         section.field_problem(at, "protocol", what);
     }
     if let (Some((at, CheckHeader::Local)), ProxyVersion::V1) = (header, receiver.version) {
         section.field_problem(
             at,
             "header",
-            " \"local\": version 1 has no such thing: give the port of a service without PROXY",
+            " \"local\": PROXY version 1 has no LOCAL command: set health.port to a port that does not expect a header",
         );
     }
     if check.port.is_none() && check.header == CheckHeader::None {

@@ -92,11 +92,7 @@ fn name(section: &mut Section<'_>, names: &mut BTreeMap<String, usize>) -> Optio
     section.set_listener(name.to_owned());
     if let Some(first) = names.get(name) {
         let line = section.line(*first);
-        section.field_problem(
-            at,
-            "name",
-            &format!(" {name:?}: the listener of line {line} has this name already"),
-        );
+        section.field_problem(at, "name", &format!(" {name:?}: already used by the listener in line {line}"));
         return None;
     }
     names.insert(name.to_owned(), at);
@@ -158,17 +154,17 @@ fn backends(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backend> {
             }
         };
         if backends.iter().any(|other| (&other.host, other.port) == (&host, port)) {
-            section.field_problem(at, "backends", &format!(" {text:?}: named twice"));
+            section.field_problem(at, "backends", &format!(" {text:?}: listed twice"));
         }
         if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &host, port)) {
             let message =
-                format!(" {text:?}: is this listener itself (bind \"{bind}\"): connections would go round");
+                format!(" {text:?}: points back at this listener (bind \"{bind}\"): connections would loop");
             section.field_problem(at, "backends", &message);
         }
         backends.push(Backend { host, port, weight, backup });
     }
     if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
-        let message = ": one must be no backup and have a weight above 0";
+        let message = ": at least one non-backup backend with weight > 0 is required";
         section.field_problem(section.at(), "backends", message);
     }
     backends
@@ -199,8 +195,9 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
     if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
         if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
             let written = humantime::format_duration(keepalive);
-            let what =
-                format!(" \"{written}\": must be whole seconds, at most 9h 6m 7s: the kernel knows no other");
+            let what = format!(
+                " \"{written}\": must be whole seconds, at most 9h 6m 7s (the limit of the kernel's TCP_KEEPIDLE)"
+            );
             section.field_problem(at, "keepalive", &what);
         }
         timeouts.keepalive = keepalive;
@@ -213,7 +210,7 @@ fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bo
             section.field_problem(at, "header_wait", &what);
         } else if wait >= HEADER_WAIT_LIMIT {
             let what =
-                format!(" \"{written}\": must be less than 3s: Dovecot waits no longer for the header");
+                format!(" \"{written}\": must be less than 3s: Dovecot waits at most 3s for the header");
             section.field_problem(at, "header_wait", &what);
         }
         timeouts.header_wait = wait;

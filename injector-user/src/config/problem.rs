@@ -18,7 +18,7 @@ pub enum ConfigError {
     Invalid(Vec<Problem>),
     /// The file could not be understood, and the checks failed to say why: a defect of the injector.
     #[error(
-        "{file}: not understood, and no reason is known: please report this file as a defect of the injector"
+        "{file}: cannot parse the file and cannot tell why: please report this file as a bug of the injector"
     )]
     Incomplete {
         /// As given.

@@ -108,7 +108,7 @@ impl<'t> Section<'t> {
         let name = key.get_ref();
         let advice = match closest(name, known.iter().copied()) {
             Some(meant) => format!("did you mean `{}{meant}`?", self.prefix),
-            None => format!("known here: {}", known.join(", ")),
+            None => format!("known fields: {}", known.join(", ")),
         };
         self.problem(key.span().start, format!("unknown field `{}{name}`, {advice}", self.prefix));
     }

@@ -21,10 +21,10 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     let count = config.listeners.len();
     write!(out, "{count} listener{}, ", if count == 1 { "" } else { "s" })?;
     let super::Limits { max_connections, workers } = config.limits;
-    write!(out, "at most {max_connections} connections, threads that serve them: {workers}, ")?;
+    write!(out, "at most {max_connections} connections, {workers} worker threads, ")?;
     writeln!(
         out,
-        "sessions may go on for {} after SIGTERM",
+        "sessions may finish for {} after SIGTERM",
         humantime::format_duration(config.stop.deadline)
     )?;
     match config.metrics {
@@ -32,8 +32,8 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
         None => writeln!(out, "no metrics (add [metrics] listen)")?,
     }
     match &config.admin {
-        Some(admin) => writeln!(out, "commands on {}", admin.socket.display()),
-        None => writeln!(out, "no commands at run time (add [admin] socket)"),
+        Some(admin) => writeln!(out, "control socket {}", admin.socket.display()),
+        None => writeln!(out, "no control socket (add [admin] socket)"),
     }
 }
 
@@ -66,8 +66,8 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
         Speaker::Server => writeln!(out)?,
         Speaker::Client | Speaker::Unknown => writeln!(out, ", header waits {wait} for the client")?,
     }
-    writeln!(out, "  dead peers   asked after {keepalive}, given up after {user_timeout}")?;
-    writeln!(out, "  draining     sessions may go on for {drain}")?;
+    writeln!(out, "  dead peers   probed after {keepalive}, timed out after {user_timeout}")?;
+    writeln!(out, "  draining     sessions may finish for {drain}")?;
     match listener.max_connections {
         Some(most) => writeln!(out, "  connections  at most {most}"),
         None => Ok(()),
@@ -78,10 +78,10 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
 fn write_inline(out: &mut String, listener: &Listener) -> fmt::Result {
     let waits =
         if listener.waits_for_first_bytes() { "; the header goes with the client's first bytes" } else { "" };
-    writeln!(out, "  timeouts     those of client and backend{waits}")?;
-    writeln!(out, "  draining     sessions go on")?;
+    writeln!(out, "  timeouts     set by client and backend{waits}")?;
+    writeln!(out, "  draining     established connections are not aborted")?;
     match listener.max_connections {
-        Some(_) => writeln!(out, "  connections  not limited: inline does not count them as they come"),
+        Some(_) => writeln!(out, "  connections  max_connections is not enforced by engine inline"),
         None => Ok(()),
     }
 }
@@ -114,7 +114,7 @@ fn health(health: &Health) -> String {
     match health.ejection.after {
         Some(after) => {
             let time = humantime::format_duration(health.ejection.time);
-            format!("{checks}; left out for {time} after {after} failures to connect")
+            format!("{checks}; ejected for {time} after {after} failed connections")
         }
         None => checks,
     }

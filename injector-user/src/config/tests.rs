@@ -143,7 +143,7 @@ fn the_documentation_names_every_field() {
     // An unknown field is answered with the known ones: they are asked for here.
     let known = |text: &str| -> Vec<String> {
         let all = problems(text);
-        let (_, list) = all[0].split_once("known here: ").unwrap_or_else(|| panic!("{all:?}"));
+        let (_, list) = all[0].split_once("known fields: ").unwrap_or_else(|| panic!("{all:?}"));
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = std::collections::BTreeSet::new();
@@ -212,7 +212,7 @@ fn unknown_fields_are_answered_with_what_was_probably_meant() {
     );
     assert_problems(
         &and("[listener.timeouts]\ntls = \"5s\""),
-        &["f.toml:7:1: listener \"smtp\": unknown field `timeouts.tls`, known here: connect, idle, \
+        &["f.toml:7:1: listener \"smtp\": unknown field `timeouts.tls`, known fields: connect, idle, \
              half_closed, user_timeout, drain, keepalive, header_wait"],
     );
     assert_problems(
@@ -284,7 +284,7 @@ fn names() {
     let second = LISTENER.replace("192.0.2.10", "192.0.2.11");
     assert_problems(
         &and(&second),
-        &["f.toml:7:8: listener \"smtp\": name \"smtp\": the listener of line 2 has this name already"],
+        &["f.toml:7:8: listener \"smtp\": name \"smtp\": already used by the listener in line 2"],
     );
 }
 
@@ -335,10 +335,10 @@ fn bind_addresses() {
         ("*:25", "the address is missing: write \"0.0.0.0:25\" for IPv4, or \"[::]:25\" for IPv6 and IPv4"),
         (
             "mx.example:25",
-            "\"mx.example\" is no IP address: write one of this host, such as \"192.0.2.10:25\"",
+            "\"mx.example\" is not an IP address: write one of this host, such as \"192.0.2.10:25\"",
         ),
         // Where the last group is no hexadecimal number of four digits, the intent is plain.
-        ("2001:db8::10:65535", "an IPv6 address stands in brackets: write \"[2001:db8::10]:65535\""),
+        ("2001:db8::10:65535", "an IPv6 address must be in brackets: write \"[2001:db8::10]:65535\""),
     ] {
         assert_problems(
             &with("bind", &format!("bind = [{bind:?}]")),
@@ -400,7 +400,10 @@ fn weights_and_backups_are_checked() {
         );
     };
     let two = "{ address = \"192.0.2.20:1\", weight = 0 }, { address = \"192.0.2.21:1\", backup = true }";
-    problem(two, "1:1: listener \"smtp\": backends: one must be no backup and have a weight above 0");
+    problem(
+        two,
+        "1:1: listener \"smtp\": backends: at least one non-backup backend with weight > 0 is required",
+    );
     problem(
         "{ address = \"192.0.2.20:1\", weight = 1001 }",
         "5:50: listener \"smtp\": backends.weight 1001: must be 0 to 1000",
@@ -416,7 +419,7 @@ fn weights_and_backups_are_checked() {
     );
     problem(
         "\"192.0.2.20:1\", { address = \"192.0.2.20:1\", backup = true }",
-        "5:41: listener \"smtp\": backends \"192.0.2.20:1\": named twice",
+        "5:41: listener \"smtp\": backends \"192.0.2.20:1\": listed twice",
     );
     let fine = "\"192.0.2.20:1\", { address = \"192.0.2.21:1\", weight = 3 }, { address = \"192.0.2.22:1\", backup = true }";
     let config = Config::parse(&with("backends", &format!("backends = [{fine}]")), "f.toml").unwrap();
@@ -447,23 +450,20 @@ fn health_is_checked() {
     problem(
         "check = \"tcp\"\nheader = \"local\"\nprotocol = \"smtp\"",
         &[
-            "8:10: listener \"smtp\": health.header: closing right after a header ends Postfix's smtpd: use check = \"mail\"",
+            "8:10: listener \"smtp\": health.header: closing right after a header terminates Postfix's smtpd: use check = \"mail\"",
             "9:12: listener \"smtp\": health.protocol: has no effect with check = \"tcp\"",
         ],
     );
     problem(
         "check = \"mail\"\nprotocol = \"plain\"\nport = 25",
         &[
-            "8:12: listener \"smtp\": health.protocol \"plain\": check = \"mail\" needs a protocol whose server says \
-           something: use check = \"tcp\"",
+            "8:12: listener \"smtp\": health.protocol \"plain\": check = \"mail\" needs a protocol whose server sends a greeting: use check = \"tcp\"",
         ],
     );
     problem(
         "check = \"mail\"\nheader = \"local\"\n[listener.receiver]\nversion = \"v1\"",
-        &[
-            "8:10: listener \"smtp\": health.header \"local\": version 1 has no such thing: give the port of a service \
-           without PROXY",
-        ],
+        &["8:10: listener \"smtp\": health.header \"local\": PROXY version 1 has no LOCAL command: \
+             set health.port to a port that does not expect a header"],
     );
     problem(
         "check = \"http\"",
@@ -505,17 +505,20 @@ fn backends_are_checked() {
             "2001:db8::20",
             "the port is missing: write \"[2001:db8::20]:2525\" with the port on which it expects the header",
         ),
-        ("2001:db8::20:65535", "an IPv6 address stands in brackets: write \"[2001:db8::20]:65535\""),
+        ("2001:db8::20:65535", "an IPv6 address must be in brackets: write \"[2001:db8::20]:65535\""),
         ("mail.internal:0", "port must be 1 to 65535"),
         ("192.0.2.20:0", "port must be 1 to 65535"),
         ("mail.internal:smtp", "port \"smtp\" must be a number from 1 to 65535"),
         ("mail.internal:70000", "port \"70000\" must be a number from 1 to 65535"),
-        ("mail_.-x:25", "\"mail_.-x\" is no host name"),
-        ("ma il:25", "\"ma il\" is no host name"),
-        (":2525", "\"\" is no host name"),
+        ("mail_.-x:25", "\"mail_.-x\" is not a host name"),
+        ("ma il:25", "\"ma il\" is not a host name"),
+        (":2525", "\"\" is not a host name"),
         ("192.0.2:25", "\"192.0.2\" is neither a host name nor an IP address"),
-        ("0.0.0.0:2525", "0.0.0.0 is no address to connect to: name the host"),
-        ("[::]:2525", ":: is no address to connect to: name the host"),
+        (
+            "0.0.0.0:2525",
+            "0.0.0.0 cannot be used as a destination: write the address or name of the mail server",
+        ),
+        ("[::]:2525", ":: cannot be used as a destination: write the address or name of the mail server"),
         ("[fe80::1%2]:2525", "link-local addresses with a zone are not supported: use a global address"),
     ] {
         assert_problems(
@@ -525,7 +528,7 @@ fn backends_are_checked() {
     }
     assert_problems(
         &with("backends", "backends = [\"a:1\", \"A.:1\"]"),
-        &["f.toml:5:20: listener \"smtp\": backends \"A.:1\": named twice"],
+        &["f.toml:5:20: listener \"smtp\": backends \"A.:1\": listed twice"],
     );
     for (bind, backend) in [
         ("192.0.2.10:25", "192.0.2.10:25"),
@@ -539,9 +542,8 @@ fn backends_are_checked() {
         assert_problems(
             &text,
             &[&format!(
-                "f.toml:5:13: listener \"smtp\": backends {backend:?}: is this listener itself (bind \
-                 {bind:?}): \
-                 connections would go round"
+                "f.toml:5:13: listener \"smtp\": backends {backend:?}: points back at this listener \
+                 (bind {bind:?}): connections would loop"
             )],
         );
     }
@@ -583,8 +585,8 @@ fn numbers_and_durations() {
     assert_problems(
         &header_wait("imaps", "3s"),
         &["f.toml:7:15: listener \"smtp\": timeouts.header_wait \"3s\": must be less than 3s: Dovecot \
-             waits no longer \
-           for the header"],
+             waits at most 3s \
+             for the header"],
     );
     assert_problems(
         &header_wait("smtp", "1s"),
@@ -635,7 +637,7 @@ fn receivers() {
     );
     assert_problems(
         &receiver("authority = \"mx example\""),
-        &["f.toml:7:13: listener \"smtp\": receiver.authority: \"mx example\" is no host name"],
+        &["f.toml:7:13: listener \"smtp\": receiver.authority: \"mx example\" is not a host name"],
     );
     // 52 + 3 + 177 = 232 bytes is the last that fits.
     Config::parse(&receiver("noop = 177"), "f.toml").unwrap();
@@ -737,11 +739,11 @@ fn the_summary_shows_what_would_run() {
 smtp (smtp, engine auto)
   listens on   192.0.2.10:25
   backends     mail.internal:2525 (names resolved every 15s)
-  health       not checked; left out for 30s after 3 failures to connect
+  health       not checked; ejected for 30s after 3 failed connections
   header       PROXY v2, up to 52 bytes, no TLVs
   timeouts     connect 5s, idle 11m, half-closed 11m
-  dead peers   asked after 1m, given up after 5m
-  draining     sessions may go on for 2m
+  dead peers   probed after 1m, timed out after 5m
+  draining     sessions may finish for 2m
 
 imaps (imaps, engine relay)
   listens on   [::]:993
@@ -749,22 +751,22 @@ imaps (imaps, engine relay)
   health       mail (imap) on port 143, every 10s within 5s, down after 3, up after 2
   header       PROXY v2, up to 94 bytes, crc32c, unique_id
   timeouts     connect 5s, idle 35m, half-closed 1m, header waits 1s for the client
-  dead peers   asked after 1m, given up after 5m
-  draining     sessions may go on for 30m
+  dead peers   probed after 1m, timed out after 5m
+  draining     sessions may finish for 30m
   connections  at most 50
 
 packets (submissions, engine inline)
   listens on   192.0.2.11:465
   backends     192.0.2.20:4465
-  health       not checked; left out for 30s after 3 failures to connect
+  health       not checked; ejected for 30s after 3 failed connections
   header       PROXY v2, up to 52 bytes, no TLVs
-  timeouts     those of client and backend; the header goes with the client's first bytes
-  draining     sessions go on
-  connections  not limited: inline does not count them as they come
+  timeouts     set by client and backend; the header goes with the client's first bytes
+  draining     established connections are not aborted
+  connections  max_connections is not enforced by engine inline
 
-3 listeners, at most 10000 connections, threads that serve them: 2, sessions may go on for 30s after SIGTERM
+3 listeners, at most 10000 connections, 2 worker threads, sessions may finish for 30s after SIGTERM
 no metrics (add [metrics] listen)
-no commands at run time (add [admin] socket)
+no control socket (add [admin] socket)
 ";
     assert_eq!(summary(&Config::parse(&text, "f.toml").unwrap()), expected);
 }

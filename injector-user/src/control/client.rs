@@ -35,7 +35,7 @@ pub enum AskError {
         error: io::Error,
     },
     /// It is another version's.
-    #[error("{path}: the answer is not understood ({error}): is the daemon of another version?")]
+    #[error("{path}: cannot parse the reply ({error}): is the daemon of another version?")]
     Foreign {
         /// The socket.
         path: PathBuf,

@@ -135,14 +135,14 @@ impl Control {
             Ok(Changes { added, changed, removed, later }) => {
                 *read =
                     ConfigStatus { file: self.0.file.clone(), loaded_at: since_1970(), reload_error: None };
-                tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration read again");
+                tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration reloaded");
                 if !later.is_empty() {
-                    tracing::warn!(target: target::CONFIG, sections = ?later, "what has changed there takes effect with a restart");
+                    tracing::warn!(target: target::CONFIG, sections = ?later, "changes in these sections need a restart");
                 }
             }
             Err(error) => {
                 read.reload_error = Some(format!("{error:#}"));
-                tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "configuration refused: the one before stays");
+                tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "reload failed; the previous configuration stays in effect");
             }
         }
         result
@@ -267,7 +267,7 @@ fn backend_set(
         all.sort_unstable();
         all.dedup();
         let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));
-        anyhow::bail!("there is no backend {backend:?}{which}: there are {}", all.join(", "));
+        anyhow::bail!("no backend is named {backend:?}{which}; configured backends: {}", all.join(", "));
     }
     Ok(set)
 }

@@ -28,19 +28,19 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Somebody answers there.
-    #[error("{path}: another injector answers there already: give each a socket of its own (admin.socket)")]
+    #[error("{path}: another injector already listens on this socket: give each its own (admin.socket)")]
     Taken {
         /// The socket.
         path: PathBuf,
     },
     /// A file stands in the way.
-    #[error("{path}: there is a file that is no socket: remove it, or use another path (admin.socket)")]
+    #[error("{path}: the file exists and is not a socket: remove it, or use another path (admin.socket)")]
     NoSocket {
         /// The file.
         path: PathBuf,
     },
     /// The kernel refuses.
-    #[error("{path}: {error}: admin.socket must be in a folder that the injector may write to")]
+    #[error("{path}: {error}: admin.socket must be in a directory that the injector can write to")]
     Io {
         /// What it was about.
         path: PathBuf,
@@ -103,12 +103,12 @@ impl Door {
                     let control = control.clone();
                     tokio::spawn(async move {
                         if let Err(error) = converse(stream, &control).await {
-                            tracing::debug!(target: target::CONTROL, %error, "a command's connection");
+                            tracing::debug!(target: target::CONTROL, %error, "control connection failed");
                         }
                     });
                 }
                 Err(error) => {
-                    tracing::debug!(target: target::CONTROL, %error, "accepting a command");
+                    tracing::debug!(target: target::CONTROL, %error, "accepting a control connection failed; retrying");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }

@@ -18,9 +18,11 @@ pub fn show(answer: &Answer) -> String {
         Answer::Status(status) => write_status(&mut out, status),
         Answer::Sessions(sessions) => write_sessions(&mut out, sessions),
         Answer::Drained { listeners } => writeln!(out, "draining: {}", listeners.join(", ")),
-        Answer::Resumed { listeners } if listeners.is_empty() => writeln!(out, "nothing was drained"),
-        Answer::Resumed { listeners } => writeln!(out, "serving again: {}", listeners.join(", ")),
-        Answer::BackendSet { listeners } => writeln!(out, "set for {}", listeners.join(", ")),
+        Answer::Resumed { listeners } if listeners.is_empty() => writeln!(out, "no listener was draining"),
+        Answer::Resumed { listeners } => writeln!(out, "accepting again: {}", listeners.join(", ")),
+        Answer::BackendSet { listeners } => {
+            writeln!(out, "backend state changed for {}", listeners.join(", "))
+        }
         Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
     };
     out
@@ -32,16 +34,16 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     let ConfigStatus { file, loaded_at, reload_error } = &status.config;
     writeln!(
         out,
-        "configuration {}, read {}",
+        "configuration {}, loaded {}",
         file.display(),
         humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(*loaded_at))
     )?;
     if let Some(why) = reload_error {
-        writeln!(out, "  what was read later is refused: {}", why.replace('\n', "\n    "))?;
+        writeln!(out, "  last reload failed: {}", why.replace('\n', "\n    "))?;
     }
     writeln!(
         out,
-        "{connections} of {max_connections} connections, {} wait in the kernel for slow readers",
+        "{connections} of {max_connections} connections, {} queued in the kernel for slow receivers",
         bytes(status.backlog_bytes)
     )?;
     for engine in &status.engines {
@@ -57,7 +59,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     for leaving in &status.removed_listeners {
         writeln!(
             out,
-            "\n{}: no longer configured, {} sessions left, cut in {}",
+            "\n{}: removed, {} sessions left, aborted in {}",
             leaving.name,
             leaving.sessions,
             age(leaving.abort_in_ms)
@@ -71,7 +73,7 @@ fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
     let bind: Vec<_> = listener.bind.iter().map(ToString::to_string).collect();
     write!(out, "{name} ({protocol}, engine {engine}) on {}", bind.join(", "))?;
     match (listener.draining, listener.abort_in_ms) {
-        (true, Some(cut @ 1..)) => writeln!(out, ": draining, sessions from before are cut in {}", age(cut))?,
+        (true, Some(cut @ 1..)) => writeln!(out, ": draining, older sessions are aborted in {}", age(cut))?,
         (true, _) => writeln!(out, ": draining")?,
         (false, _) => writeln!(out)?,
     }
@@ -145,10 +147,10 @@ fn write_reloaded(out: &mut String, reloaded: &Reloaded) -> fmt::Result {
         }
     }
     if !said {
-        writeln!(out, "no listener is different")?;
+        writeln!(out, "no changes")?;
     }
     if !restart_needed_for.is_empty() {
-        writeln!(out, "takes effect with a restart: {}", restart_needed_for.join(", "))?;
+        writeln!(out, "needs a restart: {}", restart_needed_for.join(", "))?;
     }
     Ok(())
 }
@@ -248,11 +250,11 @@ pub(super) mod tests {
     fn a_status_is_a_page() {
         let expected = "\
 injector 0.1.0, process 7, up 1h 2m, ready
-configuration /etc/i.toml, read 1970-01-01T00:00:00Z
-2 of 10000 connections, 0 B wait in the kernel for slow readers
+configuration /etc/i.toml, loaded 1970-01-01T00:00:00Z
+2 of 10000 connections, 0 B queued in the kernel for slow receivers
 engine splice: can run here
 
-imap (smtp, engine splice) on 192.0.2.10:25: draining, sessions from before are cut in 1m 30s
+imap (smtp, engine splice) on 192.0.2.10:25: draining, older sessions are aborted in 1m 30s
   2 active, 75 accepted, 5 rejected, 70 headers, 3.0 MiB to backends, 900 B to clients
 
 smtp (smtp, engine splice) on 192.0.2.10:25
@@ -287,13 +289,13 @@ smtp (smtp, engine splice) on 192.0.2.10:25
 
     #[test]
     fn a_reload_says_what_is_different() {
-        assert_eq!(show(&Answer::Reloaded(Reloaded::default())), "no listener is different\n");
+        assert_eq!(show(&Answer::Reloaded(Reloaded::default())), "no changes\n");
         let reloaded = Reloaded {
             removed: vec!["pop3".to_owned()],
             restart_needed_for: vec!["log".to_owned()],
             ..Reloaded::default()
         };
-        assert_eq!(show(&Answer::Reloaded(reloaded)), "removed: pop3\ntakes effect with a restart: log\n");
+        assert_eq!(show(&Answer::Reloaded(reloaded)), "removed: pop3\nneeds a restart: log\n");
     }
 
     #[test]

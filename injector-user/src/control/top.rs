@@ -142,13 +142,13 @@ impl View {
             Span::styled(readiness.clone(), Style::new().fg(mood).bold()),
         ]);
         let second = Line::raw(format!(
-            "{connections} of {max_connections} connections, {} wait in the kernel   configuration {}",
+            "{connections} of {max_connections} connections, {} queued in the kernel   configuration {}",
             bytes(*backlog_bytes),
             config.file.display()
         ));
         let third = match (&self.fault, &config.reload_error) {
             (Some(fault), _) => Line::from(fault.clone().red()),
-            (None, Some(why)) => Line::from(format!("configuration read later is refused: {why}").yellow()),
+            (None, Some(why)) => Line::from(format!("last reload failed: {why}").yellow()),
             (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
         };
         Paragraph::new(vec![first, second, third])
@@ -328,7 +328,7 @@ fn table<'a, const N: usize>(
 /// When there is no terminal, or no daemon answers at first. One that goes away later is waited for.
 pub fn run(socket: &Path, every: Duration) -> anyhow::Result<()> {
     if !io::stdout().is_terminal() {
-        bail!("standard output is no terminal: use --once, or `injector status`");
+        bail!("standard output is not a terminal: use --once, or `injector status`");
     }
     let mut view = View::new(sample(socket)?);
     let mut terminal = ratatui::try_init().context("the terminal")?;
@@ -391,11 +391,11 @@ fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
 fn sample(socket: &Path) -> anyhow::Result<Sample> {
     let at = Instant::now();
     let Answer::Status(status) = client::ask(socket, &Request::Status)? else {
-        bail!("the daemon answers something else than was asked: is it of another version?");
+        bail!("unexpected reply: is the daemon of another version?");
     };
     let request = Request::Sessions { listener: None, limit: Some(MOST_SESSIONS) };
     let Answer::Sessions(sessions) = client::ask(socket, &request)? else {
-        bail!("the daemon answers something else than was asked: is it of another version?");
+        bail!("unexpected reply: is the daemon of another version?");
     };
     Ok(Sample { at, status: *status, sessions })
 }

@@ -44,15 +44,15 @@ pub enum Request {
     Reload,
 }
 
-/// What is to become of a backend.
+/// The state that an operator gives a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum BackendAction {
-    /// It gets connections, whatever its checks say
+    /// Use it, whatever its health checks report
     Up,
-    /// It gets no new connections; those it has go on
+    /// Disable it: no new connections, established ones continue
     Down,
-    /// Its checks decide again
+    /// Let its health checks decide again
     Auto,
 }
 

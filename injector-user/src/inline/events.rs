@@ -129,7 +129,7 @@ impl Books {
     /// When it was called already, or the runtime cannot poll the ring buffer.
     pub async fn keep(&self, inline: &Inline) -> io::Result<()> {
         let ring = lock(&inline.maps.events).take();
-        let ring = ring.ok_or_else(|| io::Error::other("the events are followed already"))?;
+        let ring = ring.ok_or_else(|| io::Error::other("the event ring buffer already has a reader"))?;
         let mut ring = sys::poll(ring, Interest::READABLE)?;
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         let mut scan = tokio::time::interval(SCAN_EVERY);

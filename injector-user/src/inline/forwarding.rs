@@ -71,7 +71,7 @@ impl fmt::Display for Finding {
 #[derive(Debug, Error)]
 pub enum CheckError {
     /// Neither built in nor loaded, or turned off with `ipv6.disable=1`.
-    #[error("a service listens on IPv6, but this kernel runs without it: there is no {}", .0.display())]
+    #[error("a listener uses IPv6, but IPv6 is disabled in this kernel: {} does not exist", .0.display())]
     NoIpv6(PathBuf),
     /// Not readable, or not a number.
     #[error("cannot read {}: {error}", path.display())]
@@ -354,7 +354,7 @@ mod tests {
     fn no_ipv6_is_an_error_and_a_gone_interface_is_not() {
         let root = tree(&[("net/ipv6/conf/all/forwarding", "")]);
         let error = check_in(root.path(), &paths()).unwrap_err();
-        assert!(error.to_string().contains("runs without it"), "{error}");
+        assert!(error.to_string().contains("IPv6 is disabled in this kernel"), "{error}");
         let gone = Paths { interfaces: vec!["eth9".to_owned()], ipv4: true, ipv6: false };
         assert_eq!(check_in(root.path(), &gone).unwrap(), []);
     }

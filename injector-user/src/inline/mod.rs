@@ -131,7 +131,7 @@ impl Inline {
         let programs = lock(&self.programs);
         for some in ended.chunks(Ended::MOST) {
             if let Err(error) = sweep(&programs, some) {
-                tracing::debug!(target: target::ENGINE_INLINE, %error, "the program that sweeps cannot be run");
+                tracing::debug!(target: target::ENGINE_INLINE, %error, "running the sweep program failed; its flows are removed from user space");
                 self.maps.forget(some);
             }
         }
@@ -153,7 +153,7 @@ fn pins(settings: &Settings) -> Result<PathBuf, LoadError> {
     if found.f_type == libc::BPF_FS_MAGIC {
         return Ok(pins);
     }
-    Err(failed(io::Error::other(format!("{} is in another file system", there.display()))))
+    Err(failed(io::Error::other(format!("{} is on another file system", there.display()))))
 }
 
 fn load_programs(loader: &mut EbpfLoader<'_>) -> Result<(Ebpf, Maps), bpf::LoadError> {

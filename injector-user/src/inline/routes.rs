@@ -83,7 +83,7 @@ pub enum RouteError {
         error: io::Error,
     },
     /// A route that TCP cannot use.
-    #[error("the route to {backend} is of type {kind}, and TCP needs unicast")]
+    #[error("the route to {backend} has type {kind}; TCP needs a unicast route")]
     NotUnicast {
         /// As asked for.
         backend: IpAddr,
@@ -258,7 +258,7 @@ impl Changes {
     /// # Errors
     /// When the socket has failed for good; watch anew.
     pub async fn next(&mut self) -> io::Result<()> {
-        let closed = || io::Error::other("the rtnetlink socket that tells of changes has failed");
+        let closed = || io::Error::other("the rtnetlink socket for route changes failed");
         let since = match self.since {
             Some(since) => since,
             None => {

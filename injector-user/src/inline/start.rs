@@ -77,12 +77,14 @@ pub fn unsuited(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>>
 
 async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
     let backends = possible(listener).map_err(anyhow::Error::msg)?;
-    let routes = Routes::open().context("asking for routes")?;
+    let routes = Routes::open().context("opening rtnetlink to read routes")?;
     for backend in &backends {
         let device = routes.towards(backend.ip()).await?;
         if let LinkKind::Other(number) = device.kind {
             let name = device.name;
-            bail!("{backend} is reached by {name}, whose packets (ARPHRD {number}) cannot be read");
+            bail!(
+                "{backend} is reached through {name}, whose packet format (ARPHRD {number}) is not supported"
+            );
         }
     }
     super::pins(settings)?;
@@ -117,12 +119,12 @@ fn stand_back(settings: &Settings) {
     }
     match nat::ruleset(&table, &[]).map_err(anyhow::Error::from).and_then(|empty| Ok(empty.apply()?)) {
         Ok(change) => {
-            tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT: no listener is inline")
+            tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "no inline listener: NAT table emptied")
         }
         Err(error) => tracing::error!(target: target::ENGINE_INLINE,
             table = settings.table,
             error = format!("{error:#}"),
-            "the table still sends new connections on: remove it (nft delete table inet {})",
+            "emptying the NAT table failed; it still forwards new connections: remove it (nft delete table inet {})",
             settings.table
         ),
     }
@@ -161,7 +163,7 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
         let what = removed.join(", ");
         tracing::warn!(target: target::ENGINE_INLINE,
             what,
-            "another version's programs and maps are removed; connections through them have ended"
+            "programs and maps of another version were removed; connections through them have ended"
         );
     }
     if let Some(ruleset) = ruleset {
@@ -174,7 +176,7 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
             );
         }
         let change = ruleset.apply()?;
-        tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT");
+        tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT rules updated");
     }
     Ok(running)
 }
@@ -235,12 +237,12 @@ pub fn acceptable(settings: &Settings, listener: &Listener) -> anyhow::Result<()
 /// Which programs belong where: those for backends on the devices that lead to them, those for clients everywhere, for a
 /// client may come by any of them.
 async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<BTreeSet<(Interface, Role)>> {
-    let routes = Routes::open().context("asking for routes")?;
+    let routes = Routes::open().context("opening rtnetlink to read routes")?;
     let devices = routes.interfaces().await?;
     let named = |names: &[String]| -> anyhow::Result<Vec<Interface>> {
         let find = |name: &String| {
             let device = devices.iter().find(|device| device.name == *name).cloned();
-            device.with_context(|| format!("there is no device {name:?} that is up"))
+            device.with_context(|| format!("device {name:?} does not exist or is down"))
         };
         names.iter().map(find).collect()
     };
@@ -260,7 +262,7 @@ async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<
             Ok(device) => drop(places.insert((device, Role::Backend))),
             // It may come back, and nothing reaches it meanwhile.
             Err(error @ RouteError::Unreachable { .. }) => {
-                tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend");
+                tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend; its packets pass a device without our programs until one appears");
             }
             Err(error) => return Err(error.into()),
         }
@@ -311,7 +313,7 @@ impl Running {
     fn attach(&mut self, places: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
         for (device, role) in places.difference(&self.attached) {
             self.inline.attach(device, *role, self.settings.attachment)?;
-            tracing::info!(target: target::ENGINE_INLINE, device = device.name, ?role, "attached");
+            tracing::info!(target: target::ENGINE_INLINE, device = device.name, ?role, "programs attached");
         }
         self.attached = places;
         Ok(())
@@ -334,11 +336,11 @@ impl Running {
                 match places(&self.settings, &self.backends).await {
                     Ok(places) => {
                         if let Err(error) = self.attach(places) {
-                            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "not attached");
+                            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "attaching programs to new interfaces failed; connections through them are not served");
                         }
                     }
                     Err(error) => {
-                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "devices and routes")
+                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "reading interfaces and routes failed; programs stay where they are")
                     }
                 }
             }
@@ -354,7 +356,7 @@ impl Running {
                 () = health.notified() => routes_changed = false,
                 Ok(()) = served.changed() => {
                     if let Err(error) = self.reload(&served.borrow().clone()) {
-                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "engine \"inline\" goes on as before");
+                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "inline reload failed; the previous settings stay in effect");
                     }
                     routes_changed = true;
                 }
@@ -378,13 +380,15 @@ impl Running {
         match tokio::task::spawn_blocking(apply).await {
             Ok(Ok(nat::Change::Unchanged)) => {}
             Ok(Ok(change)) => {
-                tracing::info!(target: target::ENGINE_INLINE, table = self.settings.table, ?change, "NAT")
+                tracing::info!(target: target::ENGINE_INLINE, table = self.settings.table, ?change, "NAT rules updated")
             }
             Ok(Err(error)) => tracing::error!(target: target::ENGINE_INLINE,
                 error = format!("{error:#}"),
-                "NAT goes on as before: new connections may be sent to backends that are down"
+                "updating NAT rules failed; new connections may reach backends that are down"
             ),
-            Err(error) => tracing::error!(target: target::ENGINE_INLINE, %error, "NAT"),
+            Err(error) => {
+                tracing::error!(target: target::ENGINE_INLINE, %error, "applying NAT rules failed; the previous rules stay in effect")
+            }
         }
     }
 }

@@ -177,7 +177,7 @@ impl Known {
                 }
                 Ok(labels)
             }
-            Expr::Extension(_) => Err(format!("not known here: {expr}")),
+            Expr::Extension(_) => Err(format!("not known fields: {expr}")),
         }
     }
 

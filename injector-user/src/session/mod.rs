@@ -125,7 +125,7 @@ struct Known {
 
 /// Up to the header; `None` if it has come to its end, and was reported.
 async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Option<Box<Begun>> {
-    let gone = |error: io::Error| tracing::debug!(target: target::SESSION, listener = &*context.listener, %error, "gone before it was served");
+    let gone = |error: io::Error| tracing::debug!(target: target::SESSION, listener = &*context.listener, %error, "client closed before the session started");
     let client = Endpoint::accepted(client).map_err(gone).ok()?;
     let local = client.local().map_err(gone).ok()?;
     let id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));

@@ -303,7 +303,7 @@ impl Pump {
         let timeouts = &self.context.timeouts;
         if let Err(error) = self.backend.give_up_after(timeouts.user_timeout, timeouts.keepalive) {
             let listener = &*self.context.listener;
-            tracing::warn!(target: target::SESSION, listener, %error, "a dead backend will be noticed by the idle timeout alone");
+            tracing::warn!(target: target::SESSION, listener, %error, "cannot set TCP user timeout on the backend socket; only the idle timeout detects a dead backend");
         }
     }
 

@@ -16,14 +16,14 @@ const DOORBELL: &[u8] = &[0];
 #[derive(Debug, Error)]
 pub enum InjectError {
     /// Nothing was sent and the program was not involved: the header may still go another way.
-    #[error("the socket could not be enrolled for its header: {0}")]
+    #[error("the socket could not be added to the map for its header: {0}")]
     Refused(#[source] MapError),
     /// The program dropped the message, or the send failed. The connection is lost; the backend has read nothing.
-    #[error("the header was not placed: {0}")]
+    #[error("sending the header failed: {0}")]
     Dropped(#[source] io::Error),
     /// The kernel took the message but the program did not mark the header as sent: what the backend reads is not
     /// known.
-    #[error("the header was not placed: the program did not run")]
+    #[error("the BPF program did not confirm the header")]
     NotPlaced,
 }
 

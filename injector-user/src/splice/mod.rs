@@ -94,7 +94,7 @@ impl Splice {
     /// When it was called already, or the runtime cannot poll the ring buffer.
     pub async fn follow_alarms(&self) -> io::Result<()> {
         let ring = lock(&self.maps.alarms).take();
-        let ring = ring.ok_or_else(|| io::Error::other("the alarms are followed already"))?;
+        let ring = ring.ok_or_else(|| io::Error::other("the backlog ring buffer already has a reader"))?;
         self.alarms.follow(ring).await
     }
 

@@ -69,10 +69,13 @@ async fn header_before_payload(splice: &Arc<Splice>) -> io::Result<String> {
     let (header, payload) = (pattern(232), b"\x16\x03\x01 hello");
     let sent = splice.inject(&backend, &header, payload).map_err(io::Error::other)?;
     if sent != payload.len() {
-        return Err(io::Error::other(format!("{sent} of {} bytes of payload went along", payload.len())));
+        return Err(io::Error::other(format!(
+            "only {sent} of {} payload bytes were sent with the header",
+            payload.len()
+        )));
     }
     expect(&mut peer, &[&header, payload]).await?;
-    Ok("232 bytes in front of a payload".to_owned())
+    Ok("232 bytes sent ahead of the payload".to_owned())
 }
 
 /// Without a header nothing leaves.
@@ -83,7 +86,7 @@ async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
     splice.maps.unwatch_first_message(backend.cookie()).map_err(io::Error::other)?;
     match sent {
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => {}
-        other => return Err(io::Error::other(format!("sending without a header gave {other:?}"))),
+        other => return Err(io::Error::other(format!("sending without a header returned {other:?}"))),
     }
     drop(backend);
     let mut seen = Vec::new();
@@ -162,7 +165,7 @@ async fn read_in_pieces(reader: &mut TcpStream, whole: &[u8]) -> io::Result<usiz
         }
         if whole.get(at..at + count) != buffer.get(..count) {
             return Err(io::Error::other(format!(
-                "other bytes than were sent, from byte {at} on or soon after"
+                "the received bytes differ from those sent, from about byte {at} on"
             )));
         }
         (at, pieces) = (at + count, pieces + 1);
@@ -187,7 +190,7 @@ async fn speak(peer: &mut TcpStream, rest: &[u8], whole: &[u8]) -> io::Result<()
     }
     let first = seen.iter().zip(whole).take_while(|(seen, sent)| seen == sent).count();
     let (got, sent) = (seen.len(), whole.len());
-    Err(io::Error::other(format!("{got} of {sent} bytes arrived, different from byte {first} on")))
+    Err(io::Error::other(format!("{got} of {sent} bytes arrived; they differ from byte {first} on")))
 }
 
 async fn finish(spliced: &Spliced, source: &Endpoint, target: &Endpoint) -> io::Result<()> {
@@ -240,7 +243,7 @@ async fn expect(peer: &mut TcpStream, parts: &[&[u8]]) -> io::Result<()> {
     let whole = parts.concat();
     let mut seen = vec![0; whole.len()];
     peer.read_exact(&mut seen).await?;
-    if seen == whole { Ok(()) } else { Err(io::Error::other("the peer read other bytes than were sent")) }
+    if seen == whole { Ok(()) } else { Err(io::Error::other("the peer received other bytes than were sent")) }
 }
 
 fn pattern(len: usize) -> Vec<u8> {

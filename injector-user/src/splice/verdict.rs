@@ -31,10 +31,10 @@ pub enum EnrolError {
         error: MapError,
     },
     /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.
-    #[error("the sequence number at which the stream began is not known")]
+    #[error("the initial sequence number of the connection was not observed")]
     Unanchored,
     /// The target acknowledged so fast that its counts could not be read twice alike.
-    #[error("the target's acknowledgements did not hold still")]
+    #[error("could not read a consistent acknowledgement number of the target socket")]
     Unsteady,
     /// A socket would not say its state.
     #[error(transparent)]
@@ -260,7 +260,7 @@ fn settle(source: &Endpoint) -> io::Result<()> {
 }
 
 fn lost(flow: &Flow) -> io::Error {
-    io::Error::other(format!("{} bytes found no target, or did not continue the stream", flow.lost))
+    io::Error::other(format!("{} bytes dropped: no target socket, or not in sequence", flow.lost))
 }
 
 /// The sequence number of the byte behind the first `read` of the stream.

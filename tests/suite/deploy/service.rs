@@ -225,7 +225,7 @@ pub(crate) fn stop(lab: &Lab) -> anyhow::Result<()> {
     // What the inline engine pins serves on while the daemon is away.
     let pins = lab.systemd.must(&["ls", "/sys/fs/bpf/injector"])?;
     ensure!(!pins.trim().is_empty(), "nothing is pinned");
-    ensure!(lab.journal().contains("stopped: "), "the journal does not tell of the stop");
+    ensure!(lab.journal().contains("stopped: "), "the journal has no line about the shutdown");
     Ok(())
 }
 

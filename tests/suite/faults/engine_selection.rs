@@ -138,7 +138,7 @@ fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
 /// The daemon has chosen so, and says why.
 fn chosen(injector: &Injector, engine: &str, reason: &str) -> anyhow::Result<()> {
     let log = injector.log();
-    let line = log.lines().find(|line| line.contains("\"engine chosen\"")).context("no engine chosen")?;
+    let line = log.lines().find(|line| line.contains("\"engine selected\"")).context("no engine selected")?;
     ensure!(line.contains(&format!("\"engine\":\"{engine}\"")), "{log}");
     ensure!(line.contains(reason), "no {reason:?} in {line}");
     Ok(())
@@ -218,7 +218,7 @@ fn auto_both(world: &World) -> anyhow::Result<()> {
     let injector = pinned.start("auto", &other)?;
     let log = injector.log();
     for (listener, engine) in [("test", "inline"), ("local", "splice")] {
-        let chosen = |line: &&str| line.contains("\"engine chosen\"") && line.contains(listener);
+        let chosen = |line: &&str| line.contains("\"engine selected\"") && line.contains(listener);
         let line = log.lines().find(chosen).with_context(|| format!("nothing of {listener} in {log}"))?;
         ensure!(line.contains(&format!("\"engine\":\"{engine}\"")), "{line}");
     }
@@ -250,7 +250,7 @@ fn back_to_sockets(world: &World) -> anyhow::Result<()> {
     drop(backend);
     injector.stop()?;
     let injector = pinned.start("splice", "")?;
-    ensure!(injector.log().contains("no listener is inline"), "{}", injector.log());
+    ensure!(injector.log().contains("no inline listener"), "{}", injector.log());
     serves(world, &injector, "splice")?;
     pass(&mut client, &mut server, b"QUIT\r\n")?;
     pass(&mut server, &mut client, b"221 bye\r\n")

@@ -28,7 +28,7 @@ fn cut(world: &World, engine: &str) -> anyhow::Result<()> {
     ensure!(start.elapsed() > Duration::from_millis(400), "before the deadline: {:?}", start.elapsed());
     let (status, log) = injector.wait_stopped()?;
     ensure!(status.success(), "{status}");
-    ensure!(log.contains("0 sessions finished by themselves, 1 were cut"), "{log}");
+    ensure!(log.contains("0 sessions completed, 1 aborted"), "{log}");
     let sessions = parse_sessions(&log)?;
     ensure!(sessions.len() == 1 && sessions[0].field("reason").as_deref() == Some("aborted"), "{sessions:?}");
     Ok(())
@@ -54,7 +54,7 @@ fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
         "{status} after {:?}",
         start.elapsed()
     );
-    ensure!(log.contains("1 sessions finished by themselves, 0 were cut"), "{log}");
+    ensure!(log.contains("1 sessions completed, 0 aborted"), "{log}");
     Ok(())
 }
 

@@ -183,7 +183,10 @@ fn operator(world: &World, engine: &str) -> anyhow::Result<()> {
     injector.command(&["backend", "auto", &backend_name(number)])?;
     ensure!(world.who_answers()? == number);
     let (status, said) = injector.try_command(&["backend", "down", "mail:25"])?;
-    ensure!(!status.success() && said.contains("there is no backend \"mail:25\": there are"), "{said}");
+    ensure!(
+        !status.success() && said.contains("no backend is named \"mail:25\"; configured backends:"),
+        "{said}"
+    );
     Ok(())
 }
 

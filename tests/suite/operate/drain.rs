@@ -36,11 +36,11 @@ fn told(world: &World, engine: &str) -> anyhow::Result<()> {
     let refused = injector.metrics()?.sum("injector_connections_rejected_total", &[("reason", "draining")]);
     ensure!((refused - 1.0).abs() < 0.5, "{refused}");
     let said = injector.command(&["resume", "test"])?;
-    ensure!(said == "serving again: test\n", "{said}");
+    ensure!(said == "accepting again: test\n", "{said}");
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
     world.who_answers()?;
     let said = injector.command(&["resume"])?;
-    ensure!(said == "nothing was drained\n", "{said}");
+    ensure!(said == "no listener was draining\n", "{said}");
     ensure!(server.seen() == 2, "{} reached the backend", server.seen());
     Ok(())
 }
@@ -83,7 +83,7 @@ fn one_of_two(world: &World, engine: &str) -> anyhow::Result<()> {
     ensure!(injector.readiness()?.0 == 200);
     let (status, said) = injector.try_command(&["drain", "less"])?;
     ensure!(
-        !status.success() && said.contains("there is no listener \"less\": there are test, more"),
+        !status.success() && said.contains("no listener is named \"less\"; configured listeners: test, more"),
         "{said}"
     );
     Ok(())

@@ -116,7 +116,7 @@ pub enum Mistake {
         reason: &'static str,
     },
     /// Two rules for the same packets.
-    #[error("{service}: {listen} is taken by {other} already")]
+    #[error("{service}: {listen} is already used by {other}")]
     ListenTwice {
         /// Its name.
         service: String,

@@ -25,11 +25,11 @@ const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
 pub enum NftError {
     /// No such program.
     #[error(
-        "no program nft, neither in PATH nor in /usr/sbin: install the package nftables, or use nat = \"external\""
+        "the program nft is neither in PATH nor in /usr/sbin: install the package nftables, or use nat = \"external\""
     )]
     Missing,
     /// The kernel wants CAP_NET_ADMIN in the user namespace that owns the network namespace.
-    #[error("nft may not change this network namespace: it needs CAP_NET_ADMIN ({said})")]
+    #[error("changing nftables in this network namespace needs CAP_NET_ADMIN ({said})")]
     NotPermitted {
         /// In nft's words.
         said: String,
@@ -47,7 +47,7 @@ pub enum NftError {
         said: String,
     },
     /// Anything else that nft complains of.
-    #[error("nft refuses {piece}: {said}")]
+    #[error("nft rejected {piece}: {said}")]
     Refused {
         /// The first object that it refuses, or what was asked of it.
         piece: String,
@@ -58,7 +58,7 @@ pub enum NftError {
     #[error("cannot run nft: {0}")]
     Run(#[from] io::Error),
     /// nft's answer is not what nft answers.
-    #[error("nft answered with something else than JSON: {0}")]
+    #[error("the output of nft is not JSON: {0}")]
     Answer(#[from] serde_json::Error),
 }
 
@@ -395,7 +395,7 @@ mod tests {
             ("netlink: Error: cache initialization failed: Protocol not supported", "lacks nf_nat"),
             (
                 "internal:0:0-0: Error: Could not process rule: Device or resource busy",
-                "nft refuses a chain: Could not process rule: Device or resource busy",
+                "nft rejected a chain: Could not process rule: Device or resource busy",
             ),
             ("", "it ended with exit status: 1 and said nothing"),
         ];

@@ -154,7 +154,7 @@ fn mistakes_name_the_listener_or_the_backend() {
         (mistake(|s| s.listen = listen("255.255.255.255:25")), "broadcast"),
         (
             mistake(|s| s.listen = ["192.0.2.12:25"; 2].map(|at| at.parse().unwrap()).into()),
-            "taken by smtp already",
+            "already used by smtp",
         ),
         (
             mistake(|s| s.backends[0] = backend("0.0.0.0:25", 1)),

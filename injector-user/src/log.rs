@@ -10,7 +10,7 @@
 
 use std::{env, io};
 
-use tracing::Subscriber;
+use tracing::{Level, Subscriber};
 use tracing_subscriber::{
     EnvFilter,
     fmt::{self, MakeWriter},
@@ -94,15 +94,23 @@ pub fn init(log: &Log) -> Result<(), LogError> {
     Ok(())
 }
 
-/// The filter: `directives` if there are any, else the configured level.
+/// The filter: `directives` if there are any, else the configured level for our own targets. Libraries log at
+/// INFO at most: at DEBUG, loading the BPF programs alone writes hundreds of lines.
 fn filter(log: &Log, directives: Option<&str>) -> Result<EnvFilter, LogError> {
-    let builder = EnvFilter::builder().with_default_directive(log.level.tracing().into());
+    let level = log.level.tracing();
     match directives {
-        None | Some("") => Ok(builder.parse_lossy("")),
-        Some(directives) => builder.parse(directives).map_err(|error| LogError::Filter {
-            directives: directives.to_owned(),
-            reason: error.to_string(),
-        }),
+        None | Some("") => {
+            let own = target::ALL.iter().map(|target| format!("{target}={level}"));
+            let all: Vec<_> = std::iter::once(level.min(Level::INFO).to_string()).chain(own).collect();
+            Ok(EnvFilter::builder().parse_lossy(all.join(",")))
+        }
+        Some(directives) => {
+            let builder = EnvFilter::builder().with_default_directive(level.into());
+            builder.parse(directives).map_err(|error| LogError::Filter {
+                directives: directives.to_owned(),
+                reason: error.to_string(),
+            })
+        }
     }
 }
 
@@ -191,6 +199,22 @@ mod tests {
         for target in target::ALL {
             filter(&Log::default(), Some(&format!("{target}=debug"))).unwrap();
         }
+    }
+
+    #[test]
+    fn libraries_are_quiet_at_debug() {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let log = Log { format: LogFormat::Human, level: LogLevel::Debug };
+        let filter = filter(&log, None).unwrap();
+        let subscriber = subscriber(log.format, filter, move || writer.clone());
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!(target: "aya_obj::relocation", "relocating");
+            tracing::info!(target: "aya::bpf", "loaded");
+            tracing::debug!(target: target::ENGINE_SPLICE, "ours");
+        });
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        assert!(!text.contains("relocating") && text.contains("loaded") && text.contains("ours"), "{text}");
     }
 
     #[test]

@@ -28,6 +28,7 @@ use injector_common::splice::Counter;
 use self::{alarms::Alarms, maps::Maps};
 use crate::{
     bpf::{LoadError, ProgramReport, lock, program, reports},
+    log::target,
     metrics::BpfCounters,
 };
 
@@ -137,12 +138,19 @@ struct ProgramLog {
 
 impl log::Log for ProgramLog {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        self.heard.load(Ordering::Relaxed) && log::logger().enabled(metadata)
+        let metadata = log::Metadata::builder().level(metadata.level()).target(target::ENGINE_SPLICE).build();
+        self.heard.load(Ordering::Relaxed) && log::logger().enabled(&metadata)
     }
 
     fn log(&self, record: &log::Record<'_>) {
         if self.heard.load(Ordering::Relaxed) {
-            log::logger().log(record);
+            log::logger().log(
+                &log::Record::builder()
+                    .args(*record.args())
+                    .level(record.level())
+                    .target(target::ENGINE_SPLICE)
+                    .build(),
+            );
         }
     }
 

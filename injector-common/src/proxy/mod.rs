@@ -13,6 +13,7 @@ mod checksum;
 mod error;
 mod forgery;
 mod parse;
+mod parsed;
 mod tlv;
 pub mod v1;
 pub mod v2;
@@ -21,7 +22,8 @@ mod writer;
 pub use addresses::Addresses;
 pub use error::{EncodeError, ParseError};
 pub use forgery::{Forgery, forgery};
-pub use parse::{Announced, Parsed, Version, parse};
+pub use parse::parse;
+pub use parsed::{Announced, Parsed, Version};
 pub use tlv::{RawTlv, Tlv, Tlvs, UNIQUE_ID_MAX, kind};
 
 /// The twelve bytes every version 2 header starts with (section 2.2).

@@ -1,62 +1,6 @@
 //! A strict reader of both versions.
 
-use super::{Addresses, ParseError, SIGNATURE, Tlvs, kind, v1, v2};
-
-/// A whole header, at the start of the input that was parsed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parsed<'a> {
-    /// How it was written.
-    pub version: Version,
-    /// What it says.
-    pub command: Announced,
-    /// The records behind the addresses; none in version 1.
-    pub tlvs: Tlvs<'a>,
-    /// Bytes of the whole header: the payload follows.
-    pub len: usize,
-}
-
-impl<'a> Parsed<'a> {
-    /// The value of the first record of type `kind`.
-    pub fn tlv(&self, kind: u8) -> Option<&'a [u8]> {
-        self.tlvs.clone().flatten().find(|tlv| tlv.kind == kind).map(|tlv| tlv.value)
-    }
-
-    /// The header carried a CRC32C, which was right.
-    pub fn is_checksummed(&self) -> bool {
-        self.tlv(kind::CRC32C).is_some()
-    }
-}
-
-/// How a header was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Version {
-    /// One line of text.
-    One,
-    /// Binary.
-    Two,
-}
-
-/// What a received header says about the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Announced {
-    /// Version 2, LOCAL: the sender speaks for itself.
-    Local,
-    /// The ends of the client's TCP connection.
-    Proxy(Addresses),
-    /// `UNKNOWN` in version 1, PROXY with AF_UNSPEC in version 2: there is a client, but the sender cannot say who.
-    /// A receiver is free to refuse it (sections 2.1 and 2.2); Postfix and Exim do.
-    Unknown,
-}
-
-impl Announced {
-    /// The ends of the client's connection, where the header tells them.
-    pub fn addresses(&self) -> Option<Addresses> {
-        match *self {
-            Self::Proxy(addresses) => Some(addresses),
-            Self::Local | Self::Unknown => None,
-        }
-    }
-}
+use super::{ParseError, SIGNATURE, parsed::Parsed, v1, v2};
 
 /// Reads the header at the start of `input`; version 1 or 2 by their first bytes.
 ///

@@ -4,7 +4,7 @@ use core::fmt::Write;
 use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use core::{fmt, str};
 
-use super::parse::{Announced, Parsed, Version};
+use super::parsed::{Announced, Parsed, Version};
 use super::writer::Writer;
 use super::{Addresses, EncodeError, ParseError, Tlvs};
 

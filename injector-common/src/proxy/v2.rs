@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, SocketAddr};
 
-use super::parse::{Announced, Parsed, Version};
+use super::parsed::{Announced, Parsed, Version};
 use super::tlv::{self, Value};
 use super::writer::Writer;
 use super::{Addresses, Command, EncodeError, MAX_LEN, ParseError, SIGNATURE, Tlv, Tlvs, checksum, kind};

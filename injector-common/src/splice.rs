@@ -99,8 +99,8 @@ pub struct Flow {
     pub lost: u64,
     /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
     pub last_ns: u64,
-    /// When `redirected` has come this far, the program rings [`Alarm`].
-    pub alarm_at: u64,
+    /// When `redirected` has come this far, the program sends a [`BacklogEvent`].
+    pub notify_at: u64,
     /// 1 while payload is left to user space instead. It stays so until user space has written all of it
     /// ([`Credit::resume_at`]), or payload would overtake payload.
     pub passing: u64,
@@ -117,7 +117,7 @@ impl Flow {
     #[must_use]
     pub const fn new(next: u32) -> Self {
         let (redirected, lost, last_ns, passing, passed) = (0, 0, 0, 0, 0);
-        Self { redirected, lost, last_ns, alarm_at: FIRST_ALARM, passing, passed, next, reserved: 0 }
+        Self { redirected, lost, last_ns, notify_at: FIRST_NOTIFY, passing, passed, next, reserved: 0 }
     }
 }
 
@@ -182,23 +182,25 @@ pub enum Way {
     Pass,
 }
 
-/// Bytes after which a flow rings for the first time: what a stalled target can hold back unnoticed.
-pub const FIRST_ALARM: u64 = 64 * 1024;
+/// Bytes after which a flow sends its first [`BacklogEvent`]: the backlog that a stalled target can
+/// build up unnoticed.
+pub const FIRST_NOTIFY: u64 = 64 * 1024;
 
-/// When to ring again after `redirected` bytes: after as much again, but at the latest after `step`. Long streams ring
-/// seldom for their size, short ones never.
+/// When a flow that has carried `redirected` bytes sends its next [`BacklogEvent`]: after as many
+/// bytes again, at most `step`. Long streams send few events for their size, short ones none.
 #[must_use]
 #[inline(always)]
-pub const fn next_alarm(redirected: u64, step: u64) -> u64 {
+pub const fn next_notify(redirected: u64, step: u64) -> u64 {
     let more = if redirected < step { redirected } else { step };
     redirected.wrapping_add(more)
 }
 
-/// What the program puts into the ring buffer `ALARMS`: look at the target of this source.
+/// A record of the ring buffer `BACKLOG_EVENTS`: the daemon should check the backlog of this
+/// direction's target.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Alarm {
+pub struct BacklogEvent {
     /// The source's socket cookie.
     pub source: u64,
 }
@@ -242,10 +244,10 @@ pub enum Counter {
     Passed,
     /// `verdict`: payload handed to the other socket again, user space having written all that was left to it.
     Resumed,
-    /// `verdict`: the daemon was asked to look at a target.
-    AlarmRung,
+    /// `verdict`: the daemon was notified to check a backlog.
+    Notified,
     /// `verdict`: the ring buffer was full; the next payload tries again.
-    AlarmLost,
+    NotifyFailed,
 }
 
 impl Counter {
@@ -268,8 +270,8 @@ impl Counter {
         Self::AfterLoss,
         Self::Passed,
         Self::Resumed,
-        Self::AlarmRung,
-        Self::AlarmLost,
+        Self::Notified,
+        Self::NotifyFailed,
     ];
 
     /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
@@ -293,8 +295,8 @@ impl Counter {
             Self::AfterLoss => ("verdict", "after_loss"),
             Self::Passed => ("verdict", "passed"),
             Self::Resumed => ("verdict", "resumed"),
-            Self::AlarmRung => ("verdict", "alarm_rung"),
-            Self::AlarmLost => ("verdict", "alarm_lost"),
+            Self::Notified => ("verdict", "notified"),
+            Self::NotifyFailed => ("verdict", "notify_failed"),
         }
     }
 }
@@ -326,15 +328,15 @@ mod tests {
     }
 
     #[test]
-    fn alarms_come_at_doubling_sizes_and_then_every_step() {
+    fn notifications_come_at_doubling_sizes_and_then_every_step() {
         const STEP: u64 = 512 * 1024;
-        let mut at = Flow::new(0).alarm_at;
-        let mut rung = [0; 7];
-        for slot in &mut rung {
+        let mut at = Flow::new(0).notify_at;
+        let mut notified = [0; 7];
+        for slot in &mut notified {
             *slot = at / 1024;
-            at = next_alarm(at, STEP);
+            at = next_notify(at, STEP);
         }
-        assert_eq!(rung, [64, 128, 256, 512, 1024, 1536, 2048]);
+        assert_eq!(notified, [64, 128, 256, 512, 1024, 1536, 2048]);
     }
 
     #[test]

@@ -258,9 +258,9 @@ fn observe(metrics: &Metrics, findings: &Findings) {
     }
     #[cfg(feature = "bpf")]
     if let Some(splice) = findings.splice_engine() {
-        let alarms = Arc::clone(splice);
+        let events = Arc::clone(splice);
         tokio::spawn(async move {
-            if let Err(error) = alarms.follow_alarms().await {
+            if let Err(error) = events.follow_backlog_events().await {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "BPF backlog events are not received; slow receivers are found only by the periodic check");
             }
         });

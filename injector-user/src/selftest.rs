@@ -152,7 +152,7 @@ impl Findings {
         use crate::splice::{Splice, selftest};
 
         let start = std::time::Instant::now();
-        let loaded = match Splice::load(connections, marks.alarm_step(), marks.credit()) {
+        let loaded = match Splice::load(connections, marks.notify_step(), marks.credit()) {
             Ok(splice) => Arc::new(splice),
             Err(error) => {
                 let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };

@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::{SkBuffContext, SkMsgContext},
 };
 use injector_common::splice::{
-    ANCHORS as PLACES, Alarm, Anchor, Counter, Credit, Flow, Header, Way, next_alarm,
+    ANCHORS as PLACES, Anchor, BacklogEvent, Counter, Credit, Flow, Header, Way, next_notify,
 };
 
 /// Placeholder: the daemon sets the real size from its connection limit.
@@ -48,13 +48,14 @@ static ANCHORS: Array<u64, { PLACES as usize }, { BPF_F_MMAPABLE as usize }> = A
 #[btf_map]
 static CREDIT: HashMap<u64, Credit, SIZED_BY_THE_DAEMON> = HashMap::new();
 
-/// Asks the daemon to look at a target. Each alarm takes 16 bytes, and the daemon reads at once.
+/// Directions whose backlog the daemon should check. An event takes 16 bytes, and the daemon reads
+/// it at once.
 #[btf_map]
-static ALARMS: RingBuf<Alarm, { 64 * 1024 }> = RingBuf::new();
+static BACKLOG_EVENTS: RingBuf<BacklogEvent, { 64 * 1024 }> = RingBuf::new();
 
-/// Bytes between two alarms of a long stream; set by the daemon when it loads the programs.
+/// Bytes between two events of a long stream. The daemon sets it when it loads the programs.
 #[unsafe(no_mangle)]
-static ALARM_STEP: Global<u64> = Global::new(512 * 1024);
+static NOTIFY_STEP: Global<u64> = Global::new(512 * 1024);
 
 /// One slot for each [`Counter`].
 #[btf_map]
@@ -116,7 +117,7 @@ pub(super) fn add_passed(flow: NonNull<Flow>, len: u64) {
     flow.last_ns = now();
     if flow.passing == 0 {
         flow.passing = 1;
-        flow.alarm_at = 0;
+        flow.notify_at = 0;
     }
 }
 
@@ -129,7 +130,7 @@ pub(super) fn resume(flow: NonNull<Flow>) {
     // without CAP_PERFMON.
     flow.passing = 0;
     compiler_fence(Ordering::SeqCst);
-    flow.alarm_at = 0;
+    flow.notify_at = 0;
 }
 
 /// `CLOCK_MONOTONIC`, in nanoseconds.
@@ -151,19 +152,20 @@ pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
     }
 }
 
-/// Rings if so much was carried that the daemon must look whether the target keeps up.
+/// Notifies the daemon if the flow has carried so much that the target's backlog must be checked.
 #[inline(always)]
-pub(super) fn ring(flow: NonNull<Flow>, source: u64) {
+pub(super) fn notify(flow: NonNull<Flow>, source: u64) {
     // SAFETY: as in `add_redirected`.
     let flow = unsafe { &mut *flow.as_ptr() };
-    if flow.redirected < flow.alarm_at {
+    if flow.redirected < flow.notify_at {
         return;
     }
-    if ALARMS.output(Alarm { source }, 0).is_err() {
-        return count(Counter::AlarmLost);
+    if BACKLOG_EVENTS.output(BacklogEvent { source }, 0).is_err() {
+        return count(Counter::NotifyFailed);
     }
-    flow.alarm_at = if flow.passing == 0 { next_alarm(flow.redirected, ALARM_STEP.load()) } else { u64::MAX };
-    count(Counter::AlarmRung);
+    flow.notify_at =
+        if flow.passing == 0 { next_notify(flow.redirected, NOTIFY_STEP.load()) } else { u64::MAX };
+    count(Counter::Notified);
 }
 
 /// Counts `len` bytes as lost: the daemon is to hear of it, and resets both sides.
@@ -172,7 +174,7 @@ pub(super) fn add_lost(flow: NonNull<Flow>, len: u64) {
     // SAFETY: as in `add_redirected`.
     let flow = unsafe { &mut *flow.as_ptr() };
     flow.lost += len;
-    flow.alarm_at = 0;
+    flow.notify_at = 0;
 }
 
 /// Whether the stream has lost something.

@@ -41,7 +41,7 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
     }
     let Some(len) = cut_repeated(payload, flow, len) else {
         maps::add_lost(flow, len.into());
-        maps::ring(flow, source);
+        maps::notify(flow, source);
         return Err(Counter::Misplaced);
     };
     match maps::way(flow, source) {
@@ -53,18 +53,18 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
         // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
         Way::Pass => {
             maps::add_passed(flow, len.into());
-            maps::ring(flow, source);
+            maps::notify(flow, source);
             return Ok(Counter::Passed);
         }
     }
     // Counted before it leaves: whoever reads the count never sees less than what is under way.
     maps::add_redirected(flow, len.into());
-    maps::ring(flow, source);
+    maps::notify(flow, source);
     if maps::redirect(payload, source) {
         return Ok(Counter::Redirected);
     }
     maps::add_lost(flow, len.into());
-    maps::ring(flow, source);
+    maps::notify(flow, source);
     Err(Counter::NoTarget)
 }
 

@@ -40,7 +40,7 @@ pub(super) enum Judgement {
 impl Marks {
     /// How often a long stream is looked at: so that it is held before it is far above `high`.
     #[must_use]
-    pub fn alarm_step(&self) -> u64 {
+    pub fn notify_step(&self) -> u64 {
         (self.high / 2).max(1)
     }
 

@@ -1,4 +1,4 @@
-//! What `verdict` rings for, passed on to the direction that it concerns.
+//! Passes the backlog events of `verdict` on to the direction that they concern.
 
 use std::{
     collections::HashMap,
@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
-use injector_common::splice::Alarm;
+use injector_common::splice::BacklogEvent;
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
@@ -15,9 +15,9 @@ use crate::{engine::Bell, sys};
 
 /// The bells of all spliced directions, by their source's cookie.
 #[derive(Debug, Default)]
-pub(super) struct Alarms(Mutex<HashMap<u64, Arc<Bell>>>);
+pub(super) struct BacklogEvents(Mutex<HashMap<u64, Arc<Bell>>>);
 
-impl Alarms {
+impl BacklogEvents {
     pub(super) fn add(&self, source: u64) -> Arc<Bell> {
         let bell = Arc::new(Bell::default());
         self.lock().insert(source, Arc::clone(&bell));
@@ -28,7 +28,7 @@ impl Alarms {
         self.lock().remove(&source);
     }
 
-    fn ring(&self, source: u64) {
+    fn notify(&self, source: u64) {
         if let Some(bell) = self.lock().get(&source) {
             bell.ring();
         }
@@ -38,14 +38,14 @@ impl Alarms {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes on what the programs ring, as long as the daemon runs.
+    /// Reads the programs' events as long as the daemon runs.
     pub(super) async fn follow(&self, ring: RingBuf<MapData>) -> io::Result<()> {
         let mut ring = sys::poll(ring, Interest::READABLE)?;
         loop {
             let mut ready = ring.readable_mut().await?;
-            while let Some(alarm) = ready.get_inner_mut().next() {
-                if let Ok((alarm, _)) = Alarm::read_from_prefix(&alarm) {
-                    self.ring(alarm.source);
+            while let Some(record) = ready.get_inner_mut().next() {
+                if let Ok((event, _)) = BacklogEvent::read_from_prefix(&record) {
+                    self.notify(event.source);
                 }
             }
             ready.clear_ready();

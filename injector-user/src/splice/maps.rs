@@ -29,7 +29,7 @@ pub(super) struct Maps {
     _anchors: MapData,
     credit: MapPool<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
-    pub(super) alarms: Mutex<Option<RingBuf<MapData>>>,
+    pub(super) backlog_events: Mutex<Option<RingBuf<MapData>>>,
 }
 
 impl Maps {
@@ -47,7 +47,7 @@ impl Maps {
             _anchors: array,
             credit: MapPool::take(programs, "CREDIT")?,
             counters: take(programs, "COUNTERS")?,
-            alarms: Mutex::new(Some(take(programs, "ALARMS")?)),
+            backlog_events: Mutex::new(Some(take(programs, "BACKLOG_EVENTS")?)),
         })
     }
 

@@ -25,7 +25,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use injector_common::splice::Counter;
 
-use self::{alarms::Alarms, maps::Maps};
+use self::{alarms::BacklogEvents, maps::Maps};
 use crate::{
     bpf::{LoadError, ProgramReport, lock, program, reports},
     log::target,
@@ -38,19 +38,19 @@ pub struct Splice {
     /// The program of that name.
     anchor: OwnedFd,
     credit: u64,
-    alarms: Alarms,
+    backlog_events: BacklogEvents,
     // Holds the attachments.
     programs: Mutex<Ebpf>,
 }
 
 impl Splice {
-    /// Loads the programs, with maps for `connections` connections, and attaches them. A direction rings for its
-    /// backlog to be looked at after every `alarm_step` bytes, and more often in the beginning; should nobody look in time,
-    /// the kernel stops carrying it when `credit` bytes may be waiting.
+    /// Loads the programs, with maps for `connections` connections, and attaches them. `verdict`
+    /// notifies the daemon after every `notify_step` bytes of a direction, and more often at its start,
+    /// to check the backlog. Without a check the kernel stops forwarding when `credit` bytes may wait.
     ///
     /// # Errors
     /// [`LoadError`]: typically missing CAP_BPF or CAP_NET_ADMIN.
-    pub fn load(connections: u32, alarm_step: u64, credit: u64) -> Result<Self, LoadError> {
+    pub fn load(connections: u32, notify_step: u64, credit: u64) -> Result<Self, LoadError> {
         let directions = connections.saturating_mul(2);
         let mut programs = EbpfLoader::new()
             .map_max_entries("INJECT", connections)
@@ -58,7 +58,7 @@ impl Splice {
             .map_max_entries("VERDICT", directions)
             .map_max_entries("FLOWS", directions)
             .map_max_entries("CREDIT", directions)
-            .override_global("ALARM_STEP", &alarm_step, true)
+            .override_global("NOTIFY_STEP", &notify_step, true)
             .load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/splice")))?;
         let maps = Maps::take(&mut programs)?;
 
@@ -73,7 +73,13 @@ impl Splice {
         anchor.load().map_err(failed("anchor"))?;
         let anchor =
             anchor.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?)).map_err(failed("anchor"))?;
-        Ok(Self { maps, anchor, credit, alarms: Alarms::default(), programs: Mutex::new(programs) })
+        Ok(Self {
+            maps,
+            anchor,
+            credit,
+            backlog_events: BacklogEvents::default(),
+            programs: Mutex::new(programs),
+        })
     }
 
     /// The log lines that the programs write from now on, as `log` records; can be taken once. What they wrote before,
@@ -89,14 +95,15 @@ impl Splice {
         Ok(logger)
     }
 
-    /// Listens to what the programs ring, until the runtime ends. Without it nobody is held back.
+    /// Passes the programs' backlog events on to their directions, until the runtime ends. Without it
+    /// no sender is held back.
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
-    pub async fn follow_alarms(&self) -> io::Result<()> {
-        let ring = lock(&self.maps.alarms).take();
+    pub async fn follow_backlog_events(&self) -> io::Result<()> {
+        let ring = lock(&self.maps.backlog_events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the backlog ring buffer already has a reader"))?;
-        self.alarms.follow(ring).await
+        self.backlog_events.follow(ring).await
     }
 
     /// The loaded programs and what they cost the verifier.

@@ -99,7 +99,7 @@ impl Spliced {
         let maps = &splice.maps;
         maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
         // From here on dropping undoes what was done; removing what is not there does no harm.
-        let bell = splice.alarms.add(source.cookie());
+        let bell = splice.backlog_events.add(source.cookie());
         let spliced = Self {
             splice: Arc::clone(splice),
             source: source.cookie(),
@@ -249,7 +249,7 @@ impl Drop for Spliced {
         let _ = maps.remove_target(self.source);
         let _ = maps.remove_flow(self.source);
         let _ = maps.remove_credit(self.source);
-        self.splice.alarms.remove(self.source);
+        self.splice.backlog_events.remove(self.source);
     }
 }
 

@@ -223,7 +223,7 @@ mod kernel {
 
         fn anchor(&self, socket: &Arc<Socket>) -> Option<Box<dyn Anchor>> {
             // Without it the backend's direction stays relayed, and is counted as such.
-            splice::anchor::Anchor::new(self, socket).ok().map(|anchor| Box::new(anchor) as Box<dyn Anchor>)
+            splice::peer_isn::Anchor::new(self, socket).ok().map(|anchor| Box::new(anchor) as Box<dyn Anchor>)
         }
 
         fn enrol(

@@ -6,7 +6,7 @@
 #[path = "../object.rs"]
 mod object;
 
-mod anchor;
 mod inject;
 mod maps;
+mod peer_isn;
 mod verdict;

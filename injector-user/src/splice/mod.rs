@@ -1,10 +1,10 @@
 //! The splice engine, user half: it terminates TCP at both sides, has the header put in by `inject` and the payload
 //! carried by `verdict`. The programs are in `injector-ebpf/src/splice/`, under the same names.
 
-mod alarms;
-pub(crate) mod anchor;
+mod backlog_events;
 pub mod inject;
 mod maps;
+pub(crate) mod peer_isn;
 pub mod selftest;
 pub mod verdict;
 
@@ -25,7 +25,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use injector_common::splice::Counter;
 
-use self::{alarms::BacklogEvents, maps::Maps};
+use self::{backlog_events::BacklogEvents, maps::Maps};
 use crate::{
     bpf::{LoadError, ProgramReport, lock, program, reports},
     log::target,

@@ -49,41 +49,44 @@ impl Header {
     }
 }
 
-/// Places in the map `ANCHORS`. Sockets get their cookies one after another, so a word stays until about so many further
-/// sockets of the whole machine have had one; it is read a moment after it was written.
-pub const ANCHORS: u32 = 16 * 1024;
-
-/// A word of the map `ANCHORS`, which sockets share by turns: the sequence number of the SYN that one of them received, and
-/// which of them it was. One word, so that nobody ever sees half of each.
+/// An entry of the map `PEER_ISNS`: the initial sequence number that a connecting socket's peer chose,
+/// and which of the sockets that share the entry it belongs to. Both are in one word, so a reader never
+/// sees half of an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Anchor(pub u64);
+pub struct PeerIsn(pub u64);
 
-impl Anchor {
-    /// Where the word of the socket with this cookie is, below [`ANCHORS`].
+impl PeerIsn {
+    /// Entries of the map. The kernel assigns cookies in sequence, so an entry stays until about this
+    /// many more sockets of the whole machine have got one. The daemon reads it right after it was
+    /// written.
+    pub const COUNT: u32 = 16 * 1024;
+
+    /// The index of the entry of the socket with this cookie, below [`PeerIsn::COUNT`].
     #[must_use]
-    pub const fn place(cookie: u64) -> u32 {
-        #[expect(clippy::cast_possible_truncation, reason = "less than ANCHORS")]
-        let place = (cookie % ANCHORS as u64) as u32;
-        place
+    pub const fn index(cookie: u64) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "less than COUNT")]
+        let index = (cookie % Self::COUNT as u64) as u32;
+        index
     }
 
-    /// The word of the socket with this cookie.
+    /// The entry of the socket with this cookie.
     #[must_use]
     pub const fn new(cookie: u64, sequence: u32) -> Self {
-        Self(Self::turn(cookie) << 32 | sequence as u64)
+        Self(Self::generation(cookie) << 32 | sequence as u64)
     }
 
-    /// The sequence number, if the word found at its place is that socket's.
+    /// The sequence number, if the entry belongs to the socket with this cookie.
     #[must_use]
     pub const fn sequence(self, cookie: u64) -> Option<u32> {
         #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
         let sequence = self.0 as u32;
-        if self.0 >> 32 == Self::turn(cookie) { Some(sequence) } else { None }
+        if self.0 >> 32 == Self::generation(cookie) { Some(sequence) } else { None }
     }
 
-    /// Which of those that share a place; never that of a word which nobody has written, before 2^46 sockets.
-    const fn turn(cookie: u64) -> u64 {
-        (cookie / ANCHORS as u64 + 1) & u32::MAX as u64
+    /// Tells the sockets apart that share an entry. For the first 2^46 sockets it is never 0, which an
+    /// unwritten entry has.
+    const fn generation(cookie: u64) -> u64 {
+        (cookie / Self::COUNT as u64 + 1) & u32::MAX as u64
     }
 }
 
@@ -306,17 +309,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_anchor_is_that_of_one_socket_of_those_that_share_its_place() {
-        let turns = u64::from(ANCHORS);
-        for cookie in [1, turns - 1, turns, 7 * turns + 1, u64::from(u32::MAX) * turns - 1] {
-            let word = Anchor::new(cookie, 0xDEAD_BEEF);
-            assert!(Anchor::place(cookie) < ANCHORS);
-            assert_eq!(word.sequence(cookie), Some(0xDEAD_BEEF));
-            let next = cookie + turns;
-            assert_eq!(Anchor::place(next), Anchor::place(cookie));
-            assert_eq!(word.sequence(next), None);
-            // A place that nobody has written.
-            assert_eq!(Anchor(0).sequence(cookie), None);
+    fn a_peer_isn_belongs_to_one_of_the_sockets_that_share_its_entry() {
+        let count = u64::from(PeerIsn::COUNT);
+        for cookie in [1, count - 1, count, 7 * count + 1, u64::from(u32::MAX) * count - 1] {
+            let entry = PeerIsn::new(cookie, 0xDEAD_BEEF);
+            assert!(PeerIsn::index(cookie) < PeerIsn::COUNT);
+            assert_eq!(entry.sequence(cookie), Some(0xDEAD_BEEF));
+            let next = cookie + count;
+            assert_eq!(PeerIsn::index(next), PeerIsn::index(cookie));
+            assert_eq!(entry.sequence(next), None);
+            // An unwritten entry.
+            assert_eq!(PeerIsn(0).sequence(cookie), None);
         }
     }
 

@@ -99,7 +99,7 @@ impl Endpoint {
         receive_buffer(&socket)?;
         spare_acknowledgements(&socket)?;
         let socket = Arc::new(socket);
-        let anchor = engine.anchor(&socket);
+        let observer = engine.observe_syn(&socket);
         match socket.connect(&address.into()) {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
@@ -111,7 +111,7 @@ impl Endpoint {
         match socket.take_error()? {
             Some(error) => Err(error),
             None => {
-                let sequence = anchor.and_then(|anchor| anchor.sequence());
+                let sequence = observer.and_then(|observer| observer.sequence());
                 Ok(Self::connected(socket, io, sequence))
             }
         }

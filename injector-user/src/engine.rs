@@ -29,9 +29,9 @@ pub trait Engine: Debug + Send + Sync {
     /// The connection must be reset: the backend has read nothing, or nobody knows what.
     fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected>;
 
-    /// Looks out for where the peer's stream begins, on a socket that has not begun to connect; `None` if this engine has no
-    /// use for it, or cannot.
-    fn anchor(&self, socket: &Arc<Socket>) -> Option<Box<dyn Anchor>>;
+    /// Observes the peer's SYN on a socket that has not begun to connect. `None` if this engine does not
+    /// need it, or cannot.
+    fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>>;
 
     /// Has the kernel carry what `source` receives to `target`; `None` if this engine never does. All that user space
     /// read of `source`, `read` bytes, must have been written.
@@ -43,8 +43,8 @@ pub trait Engine: Debug + Send + Sync {
     ) -> Option<Result<Box<dyn Spliced>, Refused>>;
 }
 
-/// Looks out for where a stream begins, until it is dropped.
-pub trait Anchor: Debug + Send + Sync {
+/// Observes the SYN of a connecting socket's peer until it is dropped.
+pub trait SynObserver: Debug + Send + Sync {
     /// The sequence number of the peer's SYN, once it has come.
     fn sequence(&self) -> Option<u32>;
 }
@@ -176,7 +176,7 @@ impl Engine for Relay {
         Ok(Injected { payload, refused: None })
     }
 
-    fn anchor(&self, _: &Arc<Socket>) -> Option<Box<dyn Anchor>> {
+    fn observe_syn(&self, _: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
         None
     }
 
@@ -190,8 +190,8 @@ mod kernel {
     use aya::maps::MapError;
 
     use super::{
-        Anchor, Arc, Backlog, Bell, Endpoint, Engine, Flow, Injected, Offer, Refused, Socket, Spliced, io,
-        relay,
+        Arc, Backlog, Bell, Endpoint, Engine, Flow, Injected, Offer, Refused, Socket, Spliced, SynObserver,
+        io, relay,
     };
     use crate::splice::{
         self, Splice,
@@ -221,9 +221,11 @@ mod kernel {
             }
         }
 
-        fn anchor(&self, socket: &Arc<Socket>) -> Option<Box<dyn Anchor>> {
+        fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
             // Without it the backend's direction stays relayed, and is counted as such.
-            splice::peer_isn::Anchor::new(self, socket).ok().map(|anchor| Box::new(anchor) as Box<dyn Anchor>)
+            splice::peer_isn::PeerIsnFilter::new(self, socket)
+                .ok()
+                .map(|filter| Box::new(filter) as Box<dyn SynObserver>)
         }
 
         fn enrol(

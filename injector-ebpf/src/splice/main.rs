@@ -1,5 +1,5 @@
-//! The splice engine: `inject` puts the PROXY header in front of the first payload, `verdict` carries the rest, and `anchor`
-//! tells it where a stream begins.
+//! The splice engine: `inject` puts the PROXY header in front of the first payload, `verdict` forwards
+//! the rest, and `peer_isn` records where a backend's stream begins.
 #![no_std]
 #![no_main]
 

@@ -13,9 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{
-    ANCHORS as PLACES, Anchor, BacklogEvent, Counter, Credit, Flow, Header, Way, next_notify,
-};
+use injector_common::splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Way, next_notify};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -40,9 +38,10 @@ static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 #[btf_map]
 static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 
-/// The sequence numbers of the SYNs that sockets received which connect, by [`Anchor::place`]. The daemon reads its memory.
+/// The initial sequence numbers of the peers of connecting sockets, by [`PeerIsn::index`]. The daemon
+/// maps its memory.
 #[btf_map]
-static ANCHORS: Array<u64, { PLACES as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+static PEER_ISNS: Array<u64, { PeerIsn::COUNT as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Source's cookie → how far the program may go.
 #[btf_map]
@@ -71,12 +70,12 @@ pub(super) fn count(counter: Counter) {
     }
 }
 
-/// Remembers the sequence number of the SYN that this socket received.
+/// Stores the sequence number of the SYN that this socket received.
 #[inline(always)]
-pub(super) fn set_anchor(cookie: u64, sequence: u32) {
-    if let Some(place) = ANCHORS.get_ptr_mut(Anchor::place(cookie)) {
-        // SAFETY: a map value stays valid while the program runs, and is aligned: one store, which nobody sees half of.
-        unsafe { *place = Anchor::new(cookie, sequence).0 };
+pub(super) fn record_peer_isn(cookie: u64, sequence: u32) {
+    if let Some(entry) = PEER_ISNS.get_ptr_mut(PeerIsn::index(cookie)) {
+        // SAFETY: a map value stays valid while the program runs, and is aligned, so this is one store.
+        unsafe { *entry = PeerIsn::new(cookie, sequence).0 };
     }
 }
 

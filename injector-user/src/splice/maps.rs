@@ -9,7 +9,7 @@ use aya::{
     Ebpf,
     maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
 };
-use injector_common::splice::{ANCHORS, Anchor, Counter, Credit, Flow, Header};
+use injector_common::splice::{Counter, Credit, Flow, Header, PeerIsn};
 
 use crate::{
     bpf::{LoadError, MapPool, take_data, take_map as take},
@@ -24,9 +24,9 @@ pub(super) struct Maps {
     targets: Sockets,
     headers: MapPool<SkStorage<MapData, Header>>,
     flows: MapPool<HashMap<MapData, u64, Flow>>,
-    anchors: MmapArray,
+    peer_isns: MmapArray,
     /// Programs that are loaded later name the map by its descriptor.
-    _anchors: MapData,
+    _peer_isns: MapData,
     credit: MapPool<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
     pub(super) backlog_events: Mutex<Option<RingBuf<MapData>>>,
@@ -34,17 +34,17 @@ pub(super) struct Maps {
 
 impl Maps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
-        let array = take_data(programs, "ANCHORS")?;
-        let words = MmapArray::of(array.fd().as_fd(), ANCHORS as usize);
-        let anchors = words.map_err(|error| LoadError::Memory { map: "ANCHORS", error })?;
+        let array = take_data(programs, "PEER_ISNS")?;
+        let words = MmapArray::of(array.fd().as_fd(), PeerIsn::COUNT as usize);
+        let peer_isns = words.map_err(|error| LoadError::Memory { map: "PEER_ISNS", error })?;
         Ok(Self {
             inject: MapPool::take(programs, "INJECT")?,
             verdict: MapPool::take(programs, "VERDICT")?,
             targets: MapPool::take(programs, "TARGETS")?,
             headers: MapPool::take(programs, "HEADERS")?,
             flows: MapPool::take(programs, "FLOWS")?,
-            anchors,
-            _anchors: array,
+            peer_isns,
+            _peer_isns: array,
             credit: MapPool::take(programs, "CREDIT")?,
             counters: take(programs, "COUNTERS")?,
             backlog_events: Mutex::new(Some(take(programs, "BACKLOG_EVENTS")?)),
@@ -67,9 +67,9 @@ impl Maps {
         self.inject.get().remove(&cookie)
     }
 
-    pub(super) fn anchor(&self, cookie: u64) -> Option<u32> {
-        let word = self.anchors.get(Anchor::place(cookie) as usize)?;
-        Anchor(word).sequence(cookie)
+    pub(super) fn peer_isn(&self, cookie: u64) -> Option<u32> {
+        let word = self.peer_isns.get(PeerIsn::index(cookie) as usize)?;
+        PeerIsn(word).sequence(cookie)
     }
 
     pub(super) fn add_flow(&self, source: u64, next: u32) -> Result<(), MapError> {

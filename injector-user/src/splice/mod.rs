@@ -36,7 +36,7 @@ use crate::{
 pub struct Splice {
     maps: Maps,
     /// The program of that name.
-    anchor: OwnedFd,
+    peer_isn: OwnedFd,
     credit: u64,
     backlog_events: BacklogEvents,
     // Holds the attachments.
@@ -69,13 +69,13 @@ impl Splice {
         let verdict: &mut SkSkb = program(&mut programs, "verdict")?;
         verdict.load().map_err(failed("verdict"))?;
         verdict.attach(maps.verdict.get().fd()).map_err(failed("verdict"))?;
-        let anchor: &mut SocketFilter = program(&mut programs, "anchor")?;
-        anchor.load().map_err(failed("anchor"))?;
-        let anchor =
-            anchor.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?)).map_err(failed("anchor"))?;
+        let peer_isn: &mut SocketFilter = program(&mut programs, "peer_isn")?;
+        peer_isn.load().map_err(failed("peer_isn"))?;
+        let peer_isn =
+            peer_isn.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?)).map_err(failed("peer_isn"))?;
         Ok(Self {
             maps,
-            anchor,
+            peer_isn,
             credit,
             backlog_events: BacklogEvents::default(),
             programs: Mutex::new(programs),

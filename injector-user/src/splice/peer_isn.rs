@@ -1,4 +1,4 @@
-//! Where a backend's stream begins: the program `anchor` on its socket while that connects.
+//! Records a backend's initial sequence number: the program `peer_isn` on a connecting socket.
 
 use std::{io, os::fd::AsFd as _, sync::Arc};
 
@@ -7,33 +7,33 @@ use socket2::Socket;
 use super::Splice;
 use crate::{engine, sys};
 
-/// The program on a socket; dropping it takes it off.
+/// The program on a socket. Dropping it detaches the program.
 #[derive(Debug)]
-pub(crate) struct Anchor {
+pub(crate) struct PeerIsnFilter {
     splice: Arc<Splice>,
     socket: Arc<Socket>,
     cookie: u64,
 }
 
-impl Anchor {
-    /// Puts the program on `socket`, which has not begun to connect.
+impl PeerIsnFilter {
+    /// Attaches the program to `socket`, which has not begun to connect.
     ///
     /// # Errors
     /// As setsockopt(2).
     pub(crate) fn new(splice: &Arc<Splice>, socket: &Arc<Socket>) -> io::Result<Self> {
         let cookie = socket.cookie()?;
-        sys::attach_filter(socket, splice.anchor.as_fd())?;
+        sys::attach_filter(socket, splice.peer_isn.as_fd())?;
         Ok(Self { splice: Arc::clone(splice), socket: Arc::clone(socket), cookie })
     }
 }
 
-impl engine::Anchor for Anchor {
+impl engine::SynObserver for PeerIsnFilter {
     fn sequence(&self) -> Option<u32> {
-        self.splice.maps.anchor(self.cookie)
+        self.splice.maps.peer_isn(self.cookie)
     }
 }
 
-impl Drop for Anchor {
+impl Drop for PeerIsnFilter {
     fn drop(&mut self) {
         // `SO_DETACH_FILTER` detaches BPF programs too. It does not fail on an open socket.
         let _ = self.socket.detach_filter();

@@ -32,7 +32,7 @@ pub enum EnrolError {
     },
     /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.
     #[error("the initial sequence number of the connection was not observed")]
-    Unanchored,
+    IsnUnknown,
     /// The target acknowledged so fast that its counts could not be read twice alike.
     #[error("could not read a consistent acknowledgement number of the target socket")]
     Unsteady,
@@ -48,7 +48,7 @@ impl EnrolError {
         match self {
             Self::Map { error: MapError::SyscallError(error), .. } => reason_of(&error.io_error),
             Self::Map { .. } => "other",
-            Self::Unanchored => "unanchored",
+            Self::IsnUnknown => "isn_unknown",
             Self::Unsteady => "unsteady",
             Self::Socket(_) => "socket",
         }
@@ -93,7 +93,7 @@ impl Spliced {
         target: &Endpoint,
         read: u64,
     ) -> Result<Self, EnrolError> {
-        let next = next_sequence(source, read).ok_or(EnrolError::Unanchored)?;
+        let next = next_sequence(source, read).ok_or(EnrolError::IsnUnknown)?;
         let base = queued_steadily(target)?;
         let failed = |map| move |error| EnrolError::Map { map, error };
         let maps = &splice.maps;

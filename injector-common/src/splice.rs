@@ -225,7 +225,7 @@ pub enum Counter {
     /// `inject`: the kernel could not make room in front; dropped.
     PushFailed,
     /// `inject`: the room the kernel made is not what was asked for; dropped.
-    ShortRoom,
+    ShortPush,
     /// `inject`: the doorbell could not be taken out; dropped.
     PopFailed,
     /// `verdict`: payload handed to the other socket.
@@ -240,7 +240,7 @@ pub enum Counter {
     Trimmed,
     /// `verdict`: a segment that did not continue the stream, or of which the repeated bytes could not be cut off; dropped
     /// and counted in the flow as lost.
-    Misplaced,
+    OutOfOrder,
     /// `verdict`: payload of a stream that has lost some; dropped.
     AfterLoss,
     /// `verdict`: payload left to user space, because the target does not keep up.
@@ -262,14 +262,14 @@ impl Counter {
         Self::NoHeader,
         Self::BadHeader,
         Self::PushFailed,
-        Self::ShortRoom,
+        Self::ShortPush,
         Self::PopFailed,
         Self::Redirected,
         Self::Empty,
         Self::NoFlow,
         Self::NoTarget,
         Self::Trimmed,
-        Self::Misplaced,
+        Self::OutOfOrder,
         Self::AfterLoss,
         Self::Passed,
         Self::Resumed,
@@ -287,14 +287,14 @@ impl Counter {
             Self::NoHeader => ("inject", "no_header"),
             Self::BadHeader => ("inject", "bad_header"),
             Self::PushFailed => ("inject", "push_failed"),
-            Self::ShortRoom => ("inject", "short_room"),
+            Self::ShortPush => ("inject", "short_push"),
             Self::PopFailed => ("inject", "pop_failed"),
             Self::Redirected => ("verdict", "redirected"),
             Self::Empty => ("verdict", "empty"),
             Self::NoFlow => ("verdict", "no_flow"),
             Self::NoTarget => ("verdict", "no_target"),
             Self::Trimmed => ("verdict", "trimmed"),
-            Self::Misplaced => ("verdict", "misplaced"),
+            Self::OutOfOrder => ("verdict", "out_of_order"),
             Self::AfterLoss => ("verdict", "after_loss"),
             Self::Passed => ("verdict", "passed"),
             Self::Resumed => ("verdict", "resumed"),

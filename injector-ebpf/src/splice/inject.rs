@@ -89,7 +89,7 @@ fn copy(message: &SkMsgContext, header: NonNull<Header>) -> Result<(), Counter> 
             return copy_last(bytes, room, end, at, len);
         }
         if room + at + size_of::<u64>() > end {
-            return Err(Counter::ShortRoom);
+            return Err(Counter::ShortPush);
         }
         // SAFETY: both ends are within bounds by the checks above, and aligned: `bytes` is by its type, and the kernel
         // makes room at the start of a page.
@@ -107,7 +107,7 @@ fn copy_last(bytes: *const u8, room: usize, end: usize, at: usize, len: usize) -
             return Ok(());
         }
         if room + byte + 1 > end {
-            return Err(Counter::ShortRoom);
+            return Err(Counter::ShortPush);
         }
         // SAFETY: both ends are within bounds by the checks above; `byte` is below the capacity, a multiple of words.
         unsafe { ptr::write((room + byte) as *mut u8, ptr::read(bytes.add(byte))) };

@@ -42,7 +42,7 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
     let Some(len) = cut_repeated(payload, flow, len) else {
         maps::add_lost(flow, len.into());
         maps::notify(flow, source);
-        return Err(Counter::Misplaced);
+        return Err(Counter::OutOfOrder);
     };
     match maps::way(flow, source) {
         Way::Redirect => {}

@@ -160,26 +160,26 @@ impl Credit {
         Self { limit, resume_at: Self::NEVER }
     }
 
-    /// What the program does with a segment.
+    /// Decides where a segment goes.
     #[must_use]
     #[inline(always)]
-    pub const fn way(&self, flow: &Flow) -> Way {
+    pub const fn verdict(&self, flow: &Flow) -> Verdict {
         if flow.redirected >= self.limit {
-            return Way::Pass;
+            return Verdict::Pass;
         }
         if flow.passing == 0 {
-            return Way::Redirect;
+            return Verdict::Redirect;
         }
-        if flow.passed == self.resume_at { Way::Resume } else { Way::Pass }
+        if flow.passed == self.resume_at { Verdict::Resume } else { Verdict::Pass }
     }
 }
 
-/// Where a segment goes.
+/// Where the program `verdict` sends a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Verdict {
     /// To the target.
     Redirect,
-    /// To the target, and so all that follow: user space has caught up.
+    /// To the target, and so do all that follow: user space has caught up.
     Resume,
     /// To user space.
     Pass,
@@ -365,21 +365,21 @@ mod tests {
     }
 
     #[test]
-    fn the_way_of_a_segment() {
+    fn the_verdict_on_a_segment() {
         let flow = |redirected, passing, passed| Flow { redirected, passing, passed, ..Flow::new(0) };
         let offer = |limit, resume_at| Credit { limit, resume_at };
-        for (credit, flow, way) in [
-            (Credit::up_to(100), flow(99, 0, 0), Way::Redirect),
-            (Credit::up_to(100), flow(100, 0, 0), Way::Pass),
-            (Credit::up_to(100), flow(5, 1, 7), Way::Pass),
-            (offer(100, 7), flow(5, 1, 7), Way::Resume),
+        for (credit, flow, verdict) in [
+            (Credit::up_to(100), flow(99, 0, 0), Verdict::Redirect),
+            (Credit::up_to(100), flow(100, 0, 0), Verdict::Pass),
+            (Credit::up_to(100), flow(5, 1, 7), Verdict::Pass),
+            (offer(100, 7), flow(5, 1, 7), Verdict::Resume),
             // More was passed since user space wrote the last of it.
-            (offer(100, 7), flow(5, 1, 8), Way::Pass),
-            (offer(5, 7), flow(5, 1, 7), Way::Pass),
+            (offer(100, 7), flow(5, 1, 8), Verdict::Pass),
+            (offer(5, 7), flow(5, 1, 7), Verdict::Pass),
             // An offer that was taken means nothing to a flow that goes on.
-            (offer(100, 7), flow(5, 0, 7), Way::Redirect),
+            (offer(100, 7), flow(5, 0, 7), Verdict::Redirect),
         ] {
-            assert_eq!(credit.way(&flow), way, "{credit:?} {flow:?}");
+            assert_eq!(credit.verdict(&flow), verdict, "{credit:?} {flow:?}");
         }
     }
 

@@ -16,17 +16,17 @@ use super::maps;
 
 #[sk_msg]
 fn inject(message: SkMsgContext) -> u32 {
-    match place(&message) {
-        Ok(way) => {
-            maps::count(way);
+    match push_header(&message) {
+        Ok(counter) => {
+            maps::count(counter);
             sk_action::SK_PASS
         }
-        Err(way) => {
-            maps::count(way);
+        Err(counter) => {
+            maps::count(counter);
             warn!(
                 &message,
                 "no header placed: reason {}, message of {} bytes dropped",
-                way as u32,
+                counter as u32,
                 message.size()
             );
             sk_action::SK_DROP
@@ -35,7 +35,7 @@ fn inject(message: SkMsgContext) -> u32 {
 }
 
 #[inline(always)]
-fn place(message: &SkMsgContext) -> Result<Counter, Counter> {
+fn push_header(message: &SkMsgContext) -> Result<Counter, Counter> {
     let header = maps::header(message).ok_or(Counter::NoHeader)?;
     // SAFETY: the storage of a socket that is sending; this program is its only writer while the state is ARMED,
     // and sends of one socket are serialised by the socket lock.

@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Way, next_notify};
+use injector_common::splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Verdict, next_notify};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -100,11 +100,11 @@ pub(super) fn flow(source: u64) -> Option<NonNull<Flow>> {
     FLOWS.get_ptr_mut(&source).and_then(NonNull::new)
 }
 
-/// Where payload of this source goes now, by the daemon's credit; without one to user space.
+/// Where payload of this source goes now, by the daemon's credit. Without a credit: to user space.
 #[inline(always)]
-pub(super) fn way(flow: NonNull<Flow>, source: u64) -> Way {
+pub(super) fn verdict(flow: NonNull<Flow>, source: u64) -> Verdict {
     // SAFETY: as in `add_redirected`. The daemon replaces a credit as a whole.
-    unsafe { CREDIT.get_ptr(&source).map_or(Way::Pass, |credit| (*credit).way(flow.as_ref())) }
+    unsafe { CREDIT.get_ptr(&source).map_or(Verdict::Pass, |credit| (*credit).verdict(flow.as_ref())) }
 }
 
 /// Counts `len` bytes as left to user space, and so all that follow; the daemon is to hear of the first.

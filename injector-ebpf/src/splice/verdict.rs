@@ -6,7 +6,7 @@ use aya_ebpf::{
     EbpfContext as _, bindings::sk_action, helpers::generated::bpf_get_socket_cookie, macros::stream_verdict,
     programs::SkBuffContext,
 };
-use injector_common::splice::{Counter, Flow, Way};
+use injector_common::splice::{Counter, Flow, Verdict};
 use seq_macro::seq;
 
 use super::maps;
@@ -14,12 +14,12 @@ use super::maps;
 #[stream_verdict]
 fn verdict(payload: SkBuffContext) -> u32 {
     match carry(&payload) {
-        Ok(way) => {
-            maps::count(way);
+        Ok(counter) => {
+            maps::count(counter);
             sk_action::SK_PASS
         }
-        Err(way) => {
-            maps::count(way);
+        Err(counter) => {
+            maps::count(counter);
             sk_action::SK_DROP
         }
     }
@@ -44,14 +44,14 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
         maps::notify(flow, source);
         return Err(Counter::OutOfOrder);
     };
-    match maps::way(flow, source) {
-        Way::Redirect => {}
-        Way::Resume => {
+    match maps::verdict(flow, source) {
+        Verdict::Redirect => {}
+        Verdict::Resume => {
             maps::resume(flow);
             maps::count(Counter::Resumed);
         }
         // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
-        Way::Pass => {
+        Verdict::Pass => {
             maps::add_passed(flow, len.into());
             maps::notify(flow, source);
             return Ok(Counter::Passed);

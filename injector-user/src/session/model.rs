@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use injector_common::splice::{Credit, Flow, Way};
+use injector_common::splice::{Credit, Flow, Verdict};
 use proptest::prelude::*;
 
 use super::direction::{Direction, Plane, Want};
@@ -146,13 +146,13 @@ impl Model {
         if !self.enrolled {
             return self.received.extend(bytes);
         }
-        match self.credit.way(&self.flow) {
-            Way::Pass => {
+        match self.credit.verdict(&self.flow) {
+            Verdict::Pass => {
                 self.flow.passed += count;
                 self.flow.passing = 1;
                 self.received.extend(bytes);
             }
-            Way::Redirect | Way::Resume => {
+            Verdict::Redirect | Verdict::Resume => {
                 self.flow.passing = 0;
                 self.flow.redirected += count;
                 self.parked.extend(bytes);

@@ -224,7 +224,7 @@ mod tests {
     fn only_the_closing_line_of_that_client_counts() {
         let log = "{\"message\":\"listening\"}\nwarning: not JSON\n\
             {\"message\":\"connection closed\",\"client\":\"198.51.100.7:4\"}\n\
-            {\"message\":\"connection closed\",\"client\":\"198.51.100.7:40\",\"end\":\"idle\"}\n";
+            {\"message\":\"connection closed\",\"client\":\"198.51.100.7:40\",\"reason\":\"idle\"}\n";
         let found = lines_about(log, "198.51.100.7:40".parse().unwrap());
         assert_eq!(found.len(), 1);
         assert_eq!(found[0]["reason"], "idle");

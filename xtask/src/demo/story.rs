@@ -293,7 +293,7 @@ mod tests {
         assert_eq!(words[..3], ["client=192.0.2.1:9", "listener=smtp", "engine=splice"]);
         let mut others = words[3..].to_vec();
         others.sort();
-        assert_eq!(others, ["bytes=7", "end=idle"]);
+        assert_eq!(others, ["bytes=7", "reason=idle"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use injector_testbed::demo_backend::client::{self, Route};
-use injector_testbed::demo_backend::{Backend, Protocol, Visit};
+use injector_testbed::demo_backend::{Backend, Visit};
 use injector_testbed::message::{DOMAIN, Message};
 use injector_testbed::metrics::Metrics;
 use injector_testbed::netns::Family;
@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::injector::Injector;
+use super::service::{IMAP, SMTP, Service};
 use super::stage::Stage;
 
 /// How long the backend may take to close a connection and record it.
@@ -23,29 +24,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whose mailbox it is.
 const USER: &str = "demo";
-
-/// A protocol of the demo.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Service {
-    /// What the backend speaks.
-    pub(super) protocol: Protocol,
-    /// The protocol's name in the injector's configuration.
-    pub(super) name: &'static str,
-    /// The backend's port where it can choose one: the alternative port that demands a header.
-    pub(super) backend_port: u16,
-}
-
-/// Sending mail.
-pub(super) const SMTP: Service = Service { protocol: Protocol::Smtp, name: "smtp", backend_port: 2525 };
-/// Reading mail, without TLS so that everything can be compared.
-pub(super) const IMAP: Service = Service { protocol: Protocol::Imap, name: "imap", backend_port: 10143 };
-
-impl Service {
-    /// The listener's name for one family.
-    pub(super) fn listener_name(self, family: Family) -> String {
-        format!("{}-{}", self.name, family.name())
-    }
-}
 
 /// Everything that was seen.
 pub(super) struct Performance {

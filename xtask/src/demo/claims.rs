@@ -3,8 +3,8 @@
 use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_testbed::metrics::Metrics;
 
-use super::Engine;
 use super::act::{Exchange, Performance};
+use super::engine::Engine;
 
 /// Headers sent, by listener.
 const HEADERS_SENT: &str = "injector_headers_sent_total";
@@ -187,7 +187,8 @@ mod tests {
     use injector_testbed::netns::Family;
     use serde_json::json;
 
-    use super::super::act::{Act, IMAP, SMTP, Service};
+    use super::super::act::Act;
+    use super::super::service::{IMAP, SMTP, Service};
     use super::*;
 
     /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the kernel.

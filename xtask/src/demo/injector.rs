@@ -17,8 +17,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use super::Engine;
-use super::act::{IMAP, SMTP, Service};
+use super::engine::Engine;
+use super::service::{IMAP, SMTP, Service};
 use super::stage::Stage;
 
 /// How long the daemon may take to load its programs, test itself and listen; debug builds are slow.

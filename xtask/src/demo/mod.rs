@@ -9,9 +9,11 @@
 
 mod act;
 mod claims;
+mod engine;
 mod header;
 mod injector;
 mod screen;
+mod service;
 mod stage;
 mod story;
 
@@ -23,6 +25,7 @@ use injector_testbed::netns;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::act::Performance;
+use self::engine::Engine;
 use self::injector::Injector;
 use self::stage::Stage;
 use crate::{AlreadyTold, build, cargo, setup};
@@ -44,25 +47,6 @@ pub(crate) struct DemoArgs {
     /// Keep the daemon's configuration and log, and say where they are
     #[arg(long)]
     keep_logs: bool,
-}
-
-/// What carries the payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Engine {
-    /// The kernel, between two sockets (sockmap); needs root
-    Splice,
-    /// The daemon, by read and write
-    Relay,
-}
-
-impl Engine {
-    /// Its name in the daemon's configuration and log.
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Splice => "splice",
-            Self::Relay => "relay",
-        }
-    }
 }
 
 pub(crate) fn run(args: &DemoArgs) -> Result<()> {
@@ -125,8 +109,11 @@ async fn show(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> 
     // Dropped last to first: the daemon ends before the hosts it runs on go away.
     let stage = Stage::set()?;
     let account = Config::default().account;
-    let config =
-        Config { smtp: stage.backends(act::SMTP), imap: stage.backends(act::IMAP), ..Config::default() };
+    let config = Config {
+        smtp: stage.backends(service::SMTP),
+        imap: stage.backends(service::IMAP),
+        ..Config::default()
+    };
     let backend = stage.mail.run(Backend::start(config)).await??;
     let mut injector = Injector::start(&stage, &backend, engine, &binary).await?;
     story::opening(&stage, &injector, engine);

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology, VIP_SPLICE};
 use tokio::runtime::{Builder, Runtime};
 
-use super::act::Service;
+use super::service::Service;
 
 /// The hosts, and who has which address.
 pub(super) struct Stage {

@@ -8,12 +8,13 @@ use injector_testbed::metrics::{Metrics, Sample};
 use injector_testbed::netns::Family;
 use serde_json::Value;
 
-use super::Engine;
-use super::act::{Act, Exchange, IMAP, Performance, SMTP};
+use super::act::{Act, Exchange, Performance};
 use super::claims::{self, Claim};
+use super::engine::Engine;
 use super::header;
 use super::injector::Injector;
 use super::screen::{Ink, count, heading, hex, ink, mark, row, wrapped};
+use super::service::{IMAP, SMTP};
 use super::stage::Stage;
 
 /// Who is where.

@@ -10,8 +10,8 @@ use plotters::{
 };
 
 use super::{
+    answer::{Answer, Shown},
     dashboard::{self, Item, Kind, Panel, Placed},
-    live::Answer,
     prometheus::Series,
 };
 
@@ -26,13 +26,6 @@ const MOST: usize = 8;
 const LEGEND_LINE: i32 = 13;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-/// What is drawn of one panel.
-pub(super) struct Shown<'a> {
-    pub(super) series: Vec<(String, &'a Series)>,
-    /// Why there is nothing, if there is not.
-    pub(super) excuse: Option<String>,
-}
 
 /// All of it.
 pub(super) fn page(answers: &[Answer]) -> Result<String> {

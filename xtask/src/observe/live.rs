@@ -8,9 +8,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
+    answer::{Answer, Outcome},
     dashboard::{self, Item, Kind, Panel, Query},
-    draw::{self, Shown},
-    folder,
+    draw, folder,
     prometheus::{Api, Series},
     stage::Stage,
 };
@@ -98,35 +98,6 @@ fn watch(stage: &Stage) -> Result<()> {
 
 fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
-}
-
-/// What came of one query.
-pub(super) struct Outcome {
-    pub(super) query: &'static Query,
-    pub(super) result: Result<Vec<Series>, String>,
-    /// Why there may be nothing.
-    pub(super) excuse: Option<String>,
-}
-
-/// What came of one panel.
-pub(super) struct Answer {
-    pub(super) panel: &'static Panel,
-    pub(super) results: Vec<Outcome>,
-}
-
-impl Answer {
-    fn fault(&self) -> Option<String> {
-        self.results.iter().find_map(|outcome| {
-            let title = self.panel.title;
-            match &outcome.result {
-                Err(error) => Some(format!("{title}: {error}: {}", outcome.query.expr)),
-                Ok(series) if series.is_empty() && outcome.excuse.is_none() => {
-                    Some(format!("{title}: nothing, and no reason stated: {}", outcome.query.expr))
-                }
-                Ok(_) => None,
-            }
-        })
-    }
 }
 
 fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
@@ -224,18 +195,6 @@ fn table(answers: &[Answer]) -> String {
     lines.join("\n") + "\n"
 }
 
-impl Answer {
-    /// What is drawn of it.
-    pub(super) fn shown(&self) -> Shown<'_> {
-        let named = self.results.iter().flat_map(|outcome| {
-            let series = outcome.result.as_deref().unwrap_or_default();
-            series.iter().map(|series| (series.name(outcome.query.legend), series))
-        });
-        let excuse = self.results.iter().find_map(|outcome| outcome.excuse.clone());
-        Shown { series: named.collect(), excuse }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -246,17 +205,5 @@ mod tests {
             let expr = for_this_run(query.expr);
             assert!(!expr.contains(['$', '@']), "{expr}");
         }
-    }
-
-    #[test]
-    fn nothing_without_a_reason_is_a_fault() {
-        let panel = dashboard::panels().next().unwrap();
-        let answer = |result, excuse: Option<&str>| {
-            let outcome = Outcome { query: &panel.queries[0], result, excuse: excuse.map(str::to_owned) };
-            Answer { panel, results: vec![outcome] }.fault()
-        };
-        assert!(answer(Ok(Vec::new()), None).is_some_and(|fault| fault.contains("no reason stated")));
-        assert_eq!(answer(Ok(Vec::new()), Some("not there yet")), None);
-        assert!(answer(Err("bad".to_owned()), Some("not there yet")).is_some());
     }
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask observe`: alerts and dashboard, checked by Prometheus' own tools, and in a live run by Prometheus itself.
 
+mod answer;
 mod dashboard;
 mod draw;
 mod live;

@@ -1,7 +1,7 @@
 //! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools. There is no cluster in it.
 
-mod accord;
-mod drift;
+mod chart_parity;
+mod consistency;
 mod object;
 mod scan;
 mod schema;
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
         let mut told = bench.chart(rendering)?;
         verdicts.chart = if told.is_empty() { "same".into() } else { format!("{} DIFFER", told.len()) };
-        told.extend(accord::faults(&rendering.objects, &mail.objects)?);
+        told.extend(consistency::faults(&rendering.objects, &mail.objects)?);
         match bench.check(&daemon, rendering)? {
             Ok(listeners) => verdicts.config = format!("{listeners} listeners"),
             Err(why) => {
@@ -260,7 +260,7 @@ impl Bench {
             template.args(["--kube-version", version]).arg("--values").arg(&values);
             let text = output(&mut template)?;
             fs::write(self.folder.join(format!("{}.chart.yaml", rendering.name)), &text)?;
-            for difference in drift::between(&rendering.objects, &Object::parse(&text)?) {
+            for difference in chart_parity::between(&rendering.objects, &Object::parse(&text)?) {
                 if !found.contains(&difference) {
                     found.push(difference);
                 }
@@ -292,7 +292,7 @@ impl Bench {
 /// The configurations in ConfigMaps, with the name of each map.
 fn configurations(objects: &[Object]) -> BTreeMap<String, String> {
     let maps = objects.iter().filter(|object| object.kind() == "ConfigMap");
-    maps.filter_map(|map| Some((map.name().to_owned(), map.0["data"].get(accord::CONFIG)?)))
+    maps.filter_map(|map| Some((map.name().to_owned(), map.0["data"].get(consistency::CONFIG)?)))
         .map(|(name, config)| (name, text(config).to_owned()))
         .collect()
 }

@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use super::engine::Engine;
 use super::service::{IMAP, SMTP, Service};
-use super::stage::Stage;
+use super::testbed::Stage;
 
 /// How long the daemon may take to load its programs, test itself and listen; debug builds are slow.
 const START_LIMIT: Duration = Duration::from_secs(20);

@@ -1,21 +1,21 @@
 //! `cargo xtask demo`: mail through the injector, for people to watch and for machines to check.
 //!
 //! As root the story has three hosts, each a network namespace; without root they are three sockets on loopback and the
-//! engine is relay. In reading order: [`stage`] is where things happen, [`injector`] the daemon in the middle, [`act`]
-//! one message sent and fetched, [`screen`] and [`story`] what a person sees, and [`claims`] what must be true in the end.
+//! engine is relay. In reading order: [`testbed`] is where things happen, [`injector`] the daemon in the middle, [`scenario`]
+//! one message sent and fetched, [`terminal`] and [`narration`] what a person sees, and [`assertions`] what must be true in the end.
 //!
 //! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the whole demo is one future:
 //! a signal drops that future, so Ctrl-C, an error and the normal end clean up by the same path.
 
-mod act;
-mod claims;
+mod assertions;
 mod engine;
 mod header;
 mod injector;
-mod screen;
+mod narration;
+mod scenario;
 mod service;
-mod stage;
-mod story;
+mod terminal;
+mod testbed;
 
 use std::path::PathBuf;
 
@@ -24,10 +24,10 @@ use injector_testbed::demo_backend::{Backend, Config};
 use injector_testbed::netns;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::act::Performance;
 use self::engine::Engine;
 use self::injector::Injector;
-use self::stage::Stage;
+use self::scenario::Performance;
+use self::testbed::Stage;
 use crate::{AlreadyTold, build, cargo, setup};
 
 #[derive(clap::Args)]
@@ -116,19 +116,19 @@ async fn show(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> 
     };
     let backend = stage.mail.run(Backend::start(config)).await??;
     let mut injector = Injector::start(&stage, &backend, engine, &binary).await?;
-    story::opening(&stage, &injector, engine);
+    narration::opening(&stage, &injector, engine);
 
     let outcome = perform(&stage, &backend, &mut injector, account).await;
     if outcome.is_err() || args.verbose {
-        story::log(&injector);
+        narration::log(&injector);
     }
     if args.keep_logs {
-        story::kept(&injector.keep_files());
+        narration::kept(&injector.keep_files());
     }
     let performance = outcome?;
-    story::told(&performance);
-    let claims = claims::of(&performance, engine);
-    Ok(story::verdict(&claims, &stage, &performance))
+    narration::told(&performance);
+    let claims = assertions::of(&performance, engine);
+    Ok(narration::verdict(&claims, &stage, &performance))
 }
 
 /// The parts in which something happens, each printed as soon as it is over.
@@ -138,13 +138,13 @@ async fn perform(
     injector: &mut Injector,
     account: (String, String),
 ) -> Result<Performance> {
-    let uninvited = act::knock_without_header(stage, backend).await?;
-    story::uninvited(&uninvited);
+    let uninvited = scenario::knock_without_header(stage, backend).await?;
+    narration::uninvited(&uninvited);
     let before = injector.metrics(stage).await?;
     let mut acts = Vec::new();
     for &family in stage.families {
-        let act = act::perform(stage, backend, injector, family, &account).await?;
-        story::act(&act, stage);
+        let act = scenario::perform(stage, backend, injector, family, &account).await?;
+        narration::act(&act, stage);
         acts.push(act);
     }
     let after = injector.metrics(stage).await?;

@@ -1,9 +1,9 @@
 //! `cargo xtask install` and `uninstall`: the daemon on an edge host that systemd runs.
 //!
-//! What would be done is a plan (`plan.rs`), printed before it is carried out (`act.rs`). What was installed is written down
+//! What would be done is a plan (`plan.rs`), printed before it is carried out (`apply.rs`). What was installed is written down
 //! (`manifest.rs`), and only that is removed.
 
-mod act;
+mod apply;
 mod layout;
 mod manifest;
 mod plan;
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use self::{
-    act::Tree,
+    apply::Tree,
     layout::{CONFIG, Layout},
     plan::{Step, System},
 };

@@ -1,4 +1,4 @@
-//! What installing and uninstalling would do: decided here, from what is wanted and what is there, and done in `act`.
+//! What installing and uninstalling would do: decided here, from what is wanted and what is there, and done in `apply`.
 
 use std::{
     collections::BTreeSet,

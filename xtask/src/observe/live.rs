@@ -12,7 +12,7 @@ use super::{
     dashboard::{self, Item, Kind, Panel, Query},
     draw, folder,
     prometheus::{Api, Series},
-    stage::Stage,
+    testbed::Stage,
 };
 use crate::{AlreadyTold, build};
 

@@ -5,7 +5,7 @@ mod dashboard;
 mod draw;
 mod live;
 mod prometheus;
-mod stage;
+mod testbed;
 
 use std::{fs, path::PathBuf, process::Command};
 

@@ -3,8 +3,8 @@
 use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_testbed::metrics::Metrics;
 
-use super::act::{Exchange, Performance};
 use super::engine::Engine;
+use super::scenario::{Exchange, Performance};
 
 /// Headers sent, by listener.
 const HEADERS_SENT: &str = "injector_headers_sent_total";
@@ -187,7 +187,7 @@ mod tests {
     use injector_testbed::netns::Family;
     use serde_json::json;
 
-    use super::super::act::Act;
+    use super::super::scenario::Act;
     use super::super::service::{IMAP, SMTP, Service};
     use super::*;
 

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::injector::Injector;
 use super::service::{IMAP, SMTP, Service};
-use super::stage::Stage;
+use super::testbed::Stage;
 
 /// How long the backend may take to close a connection and record it.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -8,14 +8,14 @@ use injector_testbed::metrics::{Metrics, Sample};
 use injector_testbed::netns::Family;
 use serde_json::Value;
 
-use super::act::{Act, Exchange, Performance};
-use super::claims::{self, Claim};
+use super::assertions::{self, Claim};
 use super::engine::Engine;
 use super::header;
 use super::injector::Injector;
-use super::screen::{Ink, count, heading, hex, ink, mark, row, wrapped};
+use super::scenario::{Act, Exchange, Performance};
 use super::service::{IMAP, SMTP};
-use super::stage::Stage;
+use super::terminal::{Ink, count, heading, hex, ink, mark, row, wrapped};
+use super::testbed::Stage;
 
 /// Who is where.
 pub(super) fn opening(stage: &Stage, injector: &Injector, engine: Engine) {
@@ -149,7 +149,7 @@ fn planes(performance: &Performance) {
             line(&format!("{:<10} {way}", exchange.listener_name()), spliced, all.saturating_sub(spliced));
         }
     }
-    let carried = claims::carried(performance);
+    let carried = assertions::carried(performance);
     line("all        → backend", carried.spliced_to_backend, carried.relayed_to_backend);
     line("all        → client", carried.spliced_to_client, carried.relayed_to_client);
 }
@@ -247,7 +247,7 @@ pub(super) fn verdict(claims: &[Claim], stage: &Stage, performance: &Performance
         }
     }
     let fallen = claims.iter().filter(|claim| claim.against.is_some()).count();
-    let carried = claims::carried(performance);
+    let carried = assertions::carried(performance);
     let spliced = count(carried.spliced_to_backend + carried.spliced_to_client);
     let relayed = count(carried.relayed_to_backend + carried.relayed_to_client);
     let place = if stage.is_real() { "three namespaces" } else { "loopback only" };

@@ -1,23 +1,23 @@
-//! What the demo claims, each checked against what was seen: the demo succeeds only if all of it holds.
+//! What the demo assertions, each checked failure what was seen: the demo succeeds only if all of it holds.
 
 use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_testbed::metrics::Metrics;
 
 use super::engine::Engine;
-use super::scenario::{Exchange, Performance};
+use super::scenario::{Run, Transaction};
 
 /// Headers sent, by listener.
 const HEADERS_SENT: &str = "injector_headers_sent_total";
 /// Connections accepted, by listener.
 const ACCEPTED: &str = "injector_connections_accepted_total";
 
-/// A statement, and the first thing that speaks against it.
+/// A statement, and the first thing that speaks failure it.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct Assertion {
     /// What is claimed.
     pub(super) text: String,
     /// Why it does not hold; `None` if it does.
-    pub(super) against: Option<String>,
+    pub(super) failure: Option<String>,
 }
 
 /// Payload bytes during the demo, by direction and plane, as the metrics have them.
@@ -34,30 +34,26 @@ pub(super) struct Carried {
 }
 
 /// Checks everything.
-pub(super) fn of(performance: &Performance, engine: Engine) -> Vec<Claim> {
-    let every = |check: fn(&Exchange) -> Option<String>| performance.exchanges().find_map(check);
+pub(super) fn of(run: &Run, engine: Engine) -> Vec<Assertion> {
+    let every = |check: fn(&Transaction) -> Option<String>| run.transactions().find_map(check);
     vec![
-        claim("a client that comes without a header is turned away by the backend", uninvited(performance)),
-        claim("the backend saw the client's own address and port, every time", every(source)),
-        claim("and the public address that the client had connected to", every(destination)),
-        claim("which is more than the TCP connection could tell it", every(peer)),
-        claim(
-            "messages are stored, and fetched again, byte for byte as they were sent",
-            messages(performance),
-        ),
-        claim("exactly one header was sent for every connection accepted", headers(performance)),
-        claim("the injector, its metrics and the backend counted the same bytes", counts(performance)),
-        claim(&planes_text(engine), planes(carried(performance), engine)),
-        claim("every connection has its line in the log, and ended cleanly", lines(performance, engine)),
-        claim("the daemon ended by itself when asked to", stopped(performance)),
+        assertion("a client that comes without a header is turned away by the backend", without_header(run)),
+        assertion("the backend saw the client's own address and port, every time", every(source)),
+        assertion("and the public address that the client had connected to", every(destination)),
+        assertion("which is more than the TCP connection could tell it", every(peer)),
+        assertion("messages are stored, and fetched again, byte for byte as they were sent", messages(run)),
+        assertion("exactly one header was sent for every connection accepted", headers(run)),
+        assertion("the injector, its metrics and the backend counted the same bytes", counts(run)),
+        assertion(&planes_text(engine), planes(carried(run), engine)),
+        assertion("every connection has its line in the log, and ended cleanly", lines(run, engine)),
+        assertion("the daemon ended by itself when asked to", stopped(run)),
     ]
 }
 
 /// What the metrics say of the payload.
-pub(super) fn carried(performance: &Performance) -> Carried {
-    let sum = |direction, plane| {
-        moved(&performance.before, &performance.after, BYTES, &[(DIRECTION, direction), (PLANE, plane)])
-    };
+pub(super) fn carried(run: &Run) -> Carried {
+    let sum =
+        |direction, plane| moved(&run.before, &run.after, BYTES, &[(DIRECTION, direction), (PLANE, plane)]);
     Carried {
         spliced_to_backend: sum(TO_BACKEND, SPLICED),
         relayed_to_backend: sum(TO_BACKEND, RELAYED) + sum(TO_BACKEND, PIPED),
@@ -77,17 +73,17 @@ fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)])
     whole(after.sum(name, labels) - before.sum(name, labels))
 }
 
-fn claim(text: &str, against: Option<String>) -> Claim {
-    Claim { text: text.to_owned(), against }
+fn assertion(text: &str, failure: Option<String>) -> Assertion {
+    Assertion { text: text.to_owned(), failure }
 }
 
 /// `None` if both are equal, else what was seen and what was expected.
-fn differ<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
+fn difference<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
     (seen != expected).then(|| format!("{what}: {seen:?} instead of {expected:?}"))
 }
 
-fn uninvited(performance: &Performance) -> Option<String> {
-    let visit = &performance.uninvited;
+fn without_header(run: &Run) -> Option<String> {
+    let visit = &run.without_header;
     match &visit.header {
         Ok(header) => Some(format!("it found a header of {} bytes", header.raw.len())),
         Err(_) if visit.sent > 0 => Some(format!("it answered {} bytes", visit.sent)),
@@ -95,48 +91,53 @@ fn uninvited(performance: &Performance) -> Option<String> {
     }
 }
 
-fn source(exchange: &Exchange) -> Option<String> {
-    let name = exchange.listener_name();
-    match &exchange.visit.header {
-        Ok(header) => differ(&name, header.source, Some(exchange.client)),
+fn source(transaction: &Transaction) -> Option<String> {
+    let name = transaction.listener_name();
+    match &transaction.visit.header {
+        Ok(header) => difference(&name, header.source, Some(transaction.client)),
         Err(refusal) => Some(format!("{name}: {refusal}")),
     }
 }
 
-fn destination(exchange: &Exchange) -> Option<String> {
-    let header = exchange.visit.header.as_ref().ok()?;
-    differ(&exchange.listener_name(), header.destination, Some(exchange.listener))
+fn destination(transaction: &Transaction) -> Option<String> {
+    let header = transaction.visit.header.as_ref().ok()?;
+    difference(&transaction.listener_name(), header.destination, Some(transaction.listener))
 }
 
-fn peer(exchange: &Exchange) -> Option<String> {
-    let same = exchange.visit.peer == exchange.client;
-    same.then(|| format!("{}: the TCP peer is the client already", exchange.listener_name()))
+fn peer(transaction: &Transaction) -> Option<String> {
+    let same = transaction.visit.peer == transaction.client;
+    same.then(|| format!("{}: the TCP peer is the client already", transaction.listener_name()))
 }
 
-fn messages(performance: &Performance) -> Option<String> {
-    performance.acts.iter().find_map(|act| {
-        let sizes =
-            format!("{} sent, {} stored, {} fetched", act.sent.len(), act.stored.len(), act.fetched.len());
-        (act.stored != act.sent || act.fetched != act.sent).then(|| format!("{}: {sizes}", act.family.name()))
+fn messages(run: &Run) -> Option<String> {
+    run.scenarios.iter().find_map(|scenario| {
+        let sizes = format!(
+            "{} sent, {} stored, {} fetched",
+            scenario.sent.len(),
+            scenario.stored.len(),
+            scenario.fetched.len()
+        );
+        (scenario.stored != scenario.sent || scenario.fetched != scenario.sent)
+            .then(|| format!("{}: {sizes}", scenario.family.name()))
     })
 }
 
-fn headers(performance: &Performance) -> Option<String> {
-    performance.exchanges().find_map(|exchange| {
-        let listener = exchange.listener_name();
-        let moved = |name| moved(&performance.before, &performance.after, name, &[("listener", &listener)]);
-        differ(&format!("{listener}: accepted, sent"), (moved(ACCEPTED), moved(HEADERS_SENT)), (1, 1))
+fn headers(run: &Run) -> Option<String> {
+    run.transactions().find_map(|transaction| {
+        let listener = transaction.listener_name();
+        let moved = |name| moved(&run.before, &run.after, name, &[("listener", &listener)]);
+        difference(&format!("{listener}: accepted, sent"), (moved(ACCEPTED), moved(HEADERS_SENT)), (1, 1))
     })
 }
 
-fn counts(performance: &Performance) -> Option<String> {
-    let line_by_line = performance.exchanges().find_map(|exchange| {
-        let logged = (exchange.logged("bytes_to_backend"), exchange.logged("bytes_to_client"));
-        let by_backend = (exchange.visit.received, exchange.visit.sent);
-        differ(&format!("{}: to backend, to client", exchange.listener_name()), logged, by_backend)
+fn counts(run: &Run) -> Option<String> {
+    let line_by_line = run.transactions().find_map(|transaction| {
+        let logged = (transaction.logged("bytes_to_backend"), transaction.logged("bytes_to_client"));
+        let by_backend = (transaction.visit.received, transaction.visit.sent);
+        difference(&format!("{}: to backend, to client", transaction.listener_name()), logged, by_backend)
     });
-    let carried = carried(performance);
-    let total = |field| performance.exchanges().map(|exchange| exchange.logged(field)).sum::<u64>();
+    let carried = carried(run);
+    let total = |field| run.transactions().map(|transaction| transaction.logged(field)).sum::<u64>();
     line_by_line.or_else(|| {
         let logged = Carried {
             spliced_to_backend: total("spliced_to_backend"),
@@ -144,7 +145,7 @@ fn counts(performance: &Performance) -> Option<String> {
             spliced_to_client: total("spliced_to_client"),
             relayed_to_client: total("bytes_to_client") - total("spliced_to_client"),
         };
-        differ("metrics and log", carried, logged)
+        difference("metrics and log", carried, logged)
     })
 }
 
@@ -165,17 +166,17 @@ fn planes(carried: Carried, engine: Engine) -> Option<String> {
     (!holds).then(|| format!("to backend and to client: spliced {spliced:?}, relayed {relayed:?}"))
 }
 
-fn lines(performance: &Performance, engine: Engine) -> Option<String> {
-    performance.exchanges().find_map(|exchange| {
-        let (end, used) = (&exchange.line["reason"], &exchange.line["engine"]);
+fn lines(run: &Run, engine: Engine) -> Option<String> {
+    run.transactions().find_map(|transaction| {
+        let (end, used) = (&transaction.line["reason"], &transaction.line["engine"]);
         let clean = *end == "client_closed" || *end == "backend_closed";
         let holds = clean && *used == engine.name();
-        (!holds).then(|| format!("{}: engine {used}, end {end}", exchange.listener_name()))
+        (!holds).then(|| format!("{}: engine {used}, end {end}", transaction.listener_name()))
     })
 }
 
-fn stopped(performance: &Performance) -> Option<String> {
-    (!performance.stopped.success()).then(|| performance.stopped.to_string())
+fn stopped(run: &Run) -> Option<String> {
+    (!run.stopped.success()).then(|| run.stopped.to_string())
 }
 
 #[cfg(test)]
@@ -187,12 +188,12 @@ mod tests {
     use injector_testbed::netns::Family;
     use serde_json::json;
 
-    use super::super::scenario::Act;
+    use super::super::scenario::Scenario;
     use super::super::service::{IMAP, SMTP, Service};
     use super::*;
 
     /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the kernel.
-    fn exchange(service: Service) -> Exchange {
+    fn transaction(service: Service) -> Transaction {
         let client = "198.51.100.7:40000".parse().unwrap();
         let listener = "192.0.2.10:25".parse().unwrap();
         let header = Header { raw: vec![0; 28], source: Some(client), destination: Some(listener) };
@@ -207,11 +208,11 @@ mod tests {
             "bytes_to_backend": 10, "bytes_to_client": 20, "spliced_to_backend": 4, "spliced_to_client": 5,
             "engine": "splice", "reason": "client_closed",
         });
-        Exchange { service, client, listener, visit, line }
+        Transaction { service, client, listener, visit, line }
     }
 
     /// A demo in IPv4 alone in which all goes well.
-    fn performance() -> Performance {
+    fn run() -> Run {
         let mut after = String::new();
         for listener in ["smtp-ipv4", "imap-ipv4"] {
             for (direction, plane, bytes) in [
@@ -228,20 +229,20 @@ mod tests {
                 "{ACCEPTED}{{listener=\"{listener}\"}} 1\n{HEADERS_SENT}{{listener=\"{listener}\"}} 1\n"
             );
         }
-        let uninvited = Visit {
+        let without_header = Visit {
             header: Err(Refusal::Malformed { seen: b"EHLO".to_vec(), reason: "no signature".to_owned() }),
             sent: 0,
-            ..exchange(SMTP).visit
+            ..transaction(SMTP).visit
         };
         let message = b"Subject: x\r\n\r\n".to_vec();
-        Performance {
-            uninvited,
-            acts: vec![Act {
+        Run {
+            without_header,
+            scenarios: vec![Scenario {
                 family: Family::V4,
                 sent: message.clone(),
                 stored: message.clone(),
                 fetched: message,
-                exchanges: [exchange(SMTP), exchange(IMAP)],
+                transactions: [transaction(SMTP), transaction(IMAP)],
             }],
             before: Metrics::default(),
             after: Metrics::parse(&(after + "# EOF\n")).unwrap(),
@@ -249,41 +250,45 @@ mod tests {
         }
     }
 
-    fn fallen(performance: &Performance, engine: Engine) -> Vec<String> {
-        of(performance, engine)
+    fn failed(run: &Run, engine: Engine) -> Vec<String> {
+        of(run, engine)
             .into_iter()
-            .filter(|claim| claim.against.is_some())
-            .map(|claim| claim.text)
+            .filter(|assertion| assertion.failure.is_some())
+            .map(|assertion| assertion.text)
             .collect()
     }
 
     #[test]
     fn a_good_performance_holds() {
-        assert_eq!(fallen(&performance(), Engine::Splice), Vec::<String>::new());
+        assert_eq!(failed(&run(), Engine::Splice), Vec::<String>::new());
     }
 
     #[test]
     fn every_claim_can_fall() {
-        type Spoil = fn(&mut Performance);
+        type Spoil = fn(&mut Run);
         let cases: [(&str, Spoil); 12] = [
-            ("without a header", |p| p.uninvited.header = p.acts[0].exchanges[0].visit.header.clone()),
-            ("without a header", |p| p.uninvited.sent = 9),
-            ("own address and port", |p| p.acts[0].exchanges[1].client.set_port(1)),
-            ("own address and port", |p| p.acts[0].exchanges[0].visit.header = Err(Refusal::Silent)),
-            ("connected to", |p| p.acts[0].exchanges[0].listener.set_port(1)),
-            ("more than the TCP", |p| p.acts[0].exchanges[0].visit.peer = p.acts[0].exchanges[0].client),
-            ("byte for byte", |p| p.acts[0].fetched[3] ^= 1),
-            ("byte for byte", |p| p.acts[0].stored.truncate(3)),
+            ("without a header", |p| {
+                p.without_header.header = p.scenarios[0].transactions[0].visit.header.clone()
+            }),
+            ("without a header", |p| p.without_header.sent = 9),
+            ("own address and port", |p| p.scenarios[0].transactions[1].client.set_port(1)),
+            ("own address and port", |p| p.scenarios[0].transactions[0].visit.header = Err(Refusal::Silent)),
+            ("connected to", |p| p.scenarios[0].transactions[0].listener.set_port(1)),
+            ("more than the TCP", |p| {
+                p.scenarios[0].transactions[0].visit.peer = p.scenarios[0].transactions[0].client
+            }),
+            ("byte for byte", |p| p.scenarios[0].fetched[3] ^= 1),
+            ("byte for byte", |p| p.scenarios[0].stored.truncate(3)),
             ("one header", |p| p.before = p.after.clone()),
-            ("counted the same", |p| p.acts[0].exchanges[0].visit.received += 1),
-            ("ended cleanly", |p| p.acts[0].exchanges[0].line["reason"] = json!("lost")),
+            ("counted the same", |p| p.scenarios[0].transactions[0].visit.received += 1),
+            ("ended cleanly", |p| p.scenarios[0].transactions[0].line["reason"] = json!("lost")),
             ("ended by itself", |p| p.stopped = ExitStatus::from_raw(9)),
         ];
         for (text, spoil) in cases {
-            let mut performance = performance();
-            spoil(&mut performance);
-            let fallen = fallen(&performance, Engine::Splice);
-            assert!(fallen.iter().any(|fallen| fallen.contains(text)), "{text}: {fallen:?}");
+            let mut run = run();
+            spoil(&mut run);
+            let failed = failed(&run, Engine::Splice);
+            assert!(failed.iter().any(|failed| failed.contains(text)), "{text}: {failed:?}");
         }
     }
 

@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use super::engine::Engine;
 use super::service::{IMAP, SMTP, Service};
-use super::testbed::Stage;
+use super::testbed::Testbed;
 
 /// How long the daemon may take to load its programs, test itself and listen; debug builds are slow.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -47,16 +47,16 @@ struct Files {
 impl Injector {
     /// Starts the daemon on the edge and waits until it says that it is ready.
     pub(super) async fn start(
-        stage: &Stage,
+        testbed: &Testbed,
         backend: &Backend,
         engine: Engine,
         binary: &Path,
     ) -> Result<Self> {
         let files = Files::new()?;
-        fs::write(&files.config, config(stage, backend, engine))?;
-        let child = spawn(stage, binary, &files)?;
+        fs::write(&files.config, config(testbed, backend, engine))?;
+        let child = spawn(testbed, binary, &files)?;
         let mut injector = Self { child, files };
-        if let Err(error) = injector.wait_ready(stage).await {
+        if let Err(error) = injector.wait_ready(testbed).await {
             bail!("the injector does not start: {error:#}; it logged:\n{}", injector.log());
         }
         Ok(injector)
@@ -73,8 +73,8 @@ impl Injector {
     }
 
     /// One scrape, from the edge itself.
-    pub(super) async fn metrics(&self, stage: &Stage) -> Result<Metrics> {
-        let (status, body) = get(stage, "/metrics").await.context("cannot read the injector's metrics")?;
+    pub(super) async fn metrics(&self, testbed: &Testbed) -> Result<Metrics> {
+        let (status, body) = get(testbed, "/metrics").await.context("cannot read the injector's metrics")?;
         ensure!(status == 200, "/metrics answered {status}: {body}");
         Metrics::parse(&body)
     }
@@ -122,13 +122,13 @@ impl Injector {
         self.files.dir.clone()
     }
 
-    async fn wait_ready(&mut self, stage: &Stage) -> Result<()> {
+    async fn wait_ready(&mut self, testbed: &Testbed) -> Result<()> {
         let ready = async {
             loop {
                 if let Some(status) = self.child.try_wait()? {
                     bail!("it ended ({status})");
                 }
-                if get(stage, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
+                if get(testbed, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
                     return Ok(());
                 }
                 sleep(POLL).await;
@@ -160,24 +160,24 @@ impl Files {
 }
 
 /// One listener for each service and family, each to the backend of its own family.
-fn config(stage: &Stage, backend: &Backend, engine: Engine) -> String {
+fn config(testbed: &Testbed, backend: &Backend, engine: Engine) -> String {
     let services = [(SMTP, backend.smtp()), (IMAP, backend.imap())];
     let forward = |(service, addresses): (Service, &[SocketAddr])| {
-        // The backend has its addresses in the order in which the stage named the families.
-        let pairs = stage.families.iter().copied().zip(addresses.to_vec());
+        // The backend has its addresses in the order in which the testbed named the families.
+        let pairs = testbed.families.iter().copied().zip(addresses.to_vec());
         pairs.map(move |(family, backend)| Forward {
             name: service.listener_name(family),
             protocol: service.name,
-            bind: stage.listener(service, family),
+            bind: testbed.listener(service, family),
             backend,
         })
     };
     let forwards: Vec<_> = services.into_iter().flat_map(forward).collect();
-    configuration(&forwards, engine.name(), stage.metrics())
+    configuration(&forwards, engine.name(), testbed.metrics())
 }
 
-fn spawn(stage: &Stage, binary: &Path, files: &Files) -> Result<Child> {
-    let mut command = match stage.edge_netns() {
+fn spawn(testbed: &Testbed, binary: &Path, files: &Files) -> Result<Child> {
+    let mut command = match testbed.edge_netns() {
         Some(netns) => netns.command(binary),
         None => Command::new(binary),
     };
@@ -186,16 +186,16 @@ fn spawn(stage: &Stage, binary: &Path, files: &Files) -> Result<Child> {
     command.args(["run", "--log-format", "json", "--config"]).arg(&files.config);
     let log = File::create(&files.log)?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    match stage.edge_netns() {
+    match testbed.edge_netns() {
         Some(netns) => netns.spawn(command),
         None => command.spawn().with_context(|| format!("cannot start {}", binary.display())),
     }
 }
 
 /// Asks the daemon for one page; returns status and body.
-async fn get(stage: &Stage, path: &'static str) -> Result<(u16, String)> {
-    let address = stage.metrics();
-    let exchange = async move {
+async fn get(testbed: &Testbed, path: &'static str) -> Result<(u16, String)> {
+    let address = testbed.metrics();
+    let request = async move {
         let mut stream = TcpStream::connect(address).await?;
         // HTTP/1.0: the answer ends with the connection and comes unchunked.
         stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes()).await?;
@@ -203,7 +203,7 @@ async fn get(stage: &Stage, path: &'static str) -> Result<(u16, String)> {
         stream.read_to_string(&mut answer).await?;
         anyhow::Ok(answer)
     };
-    let answer = stage.edge.run(timeout(Duration::from_secs(5), exchange)).await???;
+    let answer = testbed.edge.run(timeout(Duration::from_secs(5), request)).await???;
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
     Ok((status.with_context(|| format!("no HTTP status in: {head}"))?, body.to_owned()))

@@ -26,8 +26,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::engine::Engine;
 use self::injector::Injector;
-use self::scenario::Performance;
-use self::testbed::Stage;
+use self::scenario::Run;
+use self::testbed::Testbed;
 use crate::{AlreadyTold, build, cargo, setup};
 
 #[derive(clap::Args)]
@@ -58,15 +58,15 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     );
     let binary = daemon(engine, args.release)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let holds = runtime.block_on(async {
+    let passed = runtime.block_on(async {
         // Before anything is made: from here on a signal no longer ends this process, but the future.
         let interrupted = interruption()?;
         tokio::select! {
-            holds = show(args, engine, binary) => holds,
+            passed = run_demo(args, engine, binary) => passed,
             name = interrupted => Err(anyhow::anyhow!("{name}: stopped, and everything that was made is removed")),
         }
     })?;
-    if holds { Ok(()) } else { Err(AlreadyTold.into()) }
+    if passed { Ok(()) } else { Err(AlreadyTold.into()) }
 }
 
 /// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be missing.
@@ -104,50 +104,50 @@ fn interruption() -> Result<impl Future<Output = &'static str>> {
     })
 }
 
-/// The whole demo; true if every claim holds.
-async fn show(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> {
+/// The whole demo; true if every assertion holds.
+async fn run_demo(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> {
     // Dropped last to first: the daemon ends before the hosts it runs on go away.
-    let stage = Stage::set()?;
+    let testbed = Testbed::new()?;
     let account = Config::default().account;
     let config = Config {
-        smtp: stage.backends(service::SMTP),
-        imap: stage.backends(service::IMAP),
+        smtp: testbed.backends(service::SMTP),
+        imap: testbed.backends(service::IMAP),
         ..Config::default()
     };
-    let backend = stage.mail.run(Backend::start(config)).await??;
-    let mut injector = Injector::start(&stage, &backend, engine, &binary).await?;
-    narration::opening(&stage, &injector, engine);
+    let backend = testbed.mail.run(Backend::start(config)).await??;
+    let mut injector = Injector::start(&testbed, &backend, engine, &binary).await?;
+    narration::introduction(&testbed, &injector, engine);
 
-    let outcome = perform(&stage, &backend, &mut injector, account).await;
+    let outcome = run_scenarios(&testbed, &backend, &mut injector, account).await;
     if outcome.is_err() || args.verbose {
         narration::log(&injector);
     }
     if args.keep_logs {
         narration::kept(&injector.keep_files());
     }
-    let performance = outcome?;
-    narration::told(&performance);
-    let claims = assertions::of(&performance, engine);
-    Ok(narration::verdict(&claims, &stage, &performance))
+    let run = outcome?;
+    narration::summary(&run);
+    let assertions = assertions::of(&run, engine);
+    Ok(narration::verdict(&assertions, &testbed, &run))
 }
 
 /// The parts in which something happens, each printed as soon as it is over.
-async fn perform(
-    stage: &Stage,
+async fn run_scenarios(
+    testbed: &Testbed,
     backend: &Backend,
     injector: &mut Injector,
     account: (String, String),
-) -> Result<Performance> {
-    let uninvited = scenario::knock_without_header(stage, backend).await?;
-    narration::uninvited(&uninvited);
-    let before = injector.metrics(stage).await?;
-    let mut acts = Vec::new();
-    for &family in stage.families {
-        let act = scenario::perform(stage, backend, injector, family, &account).await?;
-        narration::act(&act, stage);
-        acts.push(act);
+) -> Result<Run> {
+    let without_header = scenario::connect_without_header(testbed, backend).await?;
+    narration::without_header(&without_header);
+    let before = injector.metrics(testbed).await?;
+    let mut scenarios = Vec::new();
+    for &family in testbed.families {
+        let scenario = scenario::run(testbed, backend, injector, family, &account).await?;
+        narration::scenario(&scenario, testbed);
+        scenarios.push(scenario);
     }
-    let after = injector.metrics(stage).await?;
+    let after = injector.metrics(testbed).await?;
     let stopped = injector.stop().await?;
-    Ok(Performance { uninvited, acts, before, after, stopped })
+    Ok(Run { without_header, scenarios, before, after, stopped })
 }

@@ -1,4 +1,4 @@
-//! The demo as it is told, part by part.
+//! The demo as it is summary, part by part.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,22 +8,25 @@ use injector_testbed::metrics::{Metrics, Sample};
 use injector_testbed::netns::Family;
 use serde_json::Value;
 
-use super::assertions::{self, Claim};
+use super::assertions::{self, Assertion};
 use super::engine::Engine;
 use super::header;
 use super::injector::Injector;
-use super::scenario::{Act, Exchange, Performance};
+use super::scenario::{Run, Scenario, Transaction};
 use super::service::{IMAP, SMTP};
-use super::terminal::{Ink, count, heading, hex, ink, mark, row, wrapped};
-use super::testbed::Stage;
+use super::terminal::{Style, count, heading, hex, mark, row, styled, wrapped};
+use super::testbed::Testbed;
 
 /// Who is where.
-pub(super) fn opening(stage: &Stage, injector: &Injector, engine: Engine) {
+pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engine) {
     println!(
         "{}",
-        ink(Ink::Bold, "Mail through the injector, from a client to a backend that demands a PROXY header")
+        styled(
+            Style::Bold,
+            "Mail through the injector, from a client to a backend that demands a PROXY header"
+        )
     );
-    if !stage.is_real() {
+    if !testbed.is_real() {
         println!(
             "\n  Not root, so this is loopback and the relay engine. What cannot be shown this way: three hosts in\n  \
              network namespaces of their own, and payload carried by the kernel. Over IPv6 even the client and\n  \
@@ -31,18 +34,18 @@ pub(super) fn opening(stage: &Stage, injector: &Injector, engine: Engine) {
         );
     }
     let columns = |client: &str, edge: &str, mail: &str| println!("  {client:<22}{edge:<44}{mail}");
-    if !stage.families.contains(&Family::V6) {
+    if !testbed.families.contains(&Family::V6) {
         println!("\n  This machine has no IPv6, so that half is missing.");
     }
     println!();
     columns("client", "edge: the injector, which mail sees as …", "mail: the backend");
-    for &family in stage.families {
-        let listener = stage.listener(SMTP, family);
-        let both = format!("{listener}, :{}", stage.listener(IMAP, family).port());
-        let client = stage.client_ip(family).to_string();
-        let arrow = ink(Ink::Dim, "→");
+    for &family in testbed.families {
+        let listener = testbed.listener(SMTP, family);
+        let both = format!("{listener}, :{}", testbed.listener(IMAP, family).port());
+        let client = testbed.client_ip(family).to_string();
+        let arrow = styled(Style::Dim, "→");
         let backends =
-            |service| stage.backends(service).into_iter().find(|to| to.is_ipv4() == listener.is_ipv4());
+            |service| testbed.backends(service).into_iter().find(|to| to.is_ipv4() == listener.is_ipv4());
         let mail = match (backends(SMTP), backends(IMAP)) {
             (Some(smtp), Some(imap)) if smtp.port() != 0 => format!("{smtp}, :{}", imap.port()),
             (Some(smtp), _) => format!("{}, free ports", smtp.ip()),
@@ -50,56 +53,57 @@ pub(super) fn opening(stage: &Stage, injector: &Injector, engine: Engine) {
         };
         println!(
             "  {client:<20}{arrow} {:<41} {arrow} {mail}",
-            format!("{both}  as {}", stage.edge_ip(family))
+            format!("{both}  as {}", testbed.edge_ip(family))
         );
     }
     println!(
         "\n  engine {}, daemon pid {}, metrics on {} of the edge",
         engine.name(),
         injector.pid(),
-        stage.metrics()
+        testbed.metrics()
     );
 }
 
 /// The connection that nobody asked in.
-pub(super) fn uninvited(visit: &Visit) {
+pub(super) fn without_header(visit: &Visit) {
     heading("Straight to the backend, without a header");
     match &visit.header {
-        Err(refusal) => row("the backend closed the connection", &ink(Ink::Dim, &refusal.to_string())),
-        Ok(_) => row("the backend let it in", &ink(Ink::Red, "it should not have")),
+        Err(refusal) => row("the backend closed the connection", &styled(Style::Dim, &refusal.to_string())),
+        Ok(_) => row("the backend let it in", &styled(Style::Red, "it should not have")),
     }
 }
 
 /// One family's message, there and back.
-pub(super) fn act(act: &Act, stage: &Stage) {
-    for exchange in &act.exchanges {
-        let (protocol, what) = match exchange.service.protocol {
+pub(super) fn scenario(scenario: &Scenario, testbed: &Testbed) {
+    for transaction in &scenario.transactions {
+        let (protocol, what) = match transaction.service.protocol {
             Protocol::Smtp => ("SMTP", "a message sent through the injector"),
             Protocol::Imap => ("IMAP", "the message fetched through the injector"),
         };
-        let family = if act.family == Family::V4 { "IPv4" } else { "IPv6" };
+        let family = if scenario.family == Family::V4 { "IPv4" } else { "IPv6" };
         heading(&format!("{protocol} over {family}: {what}"));
-        addresses(exchange, stage, act.family);
-        match exchange.service.protocol {
+        addresses(transaction, testbed, scenario.family);
+        match transaction.service.protocol {
             Protocol::Smtp => {
-                message("stored by the backend", &act.sent, &act.stored);
-                header_in_full(exchange);
+                message("stored by the backend", &scenario.sent, &scenario.stored);
+                header_in_full(transaction);
             }
-            Protocol::Imap => message("fetched by the client", &act.sent, &act.fetched),
+            Protocol::Imap => message("fetched by the client", &scenario.sent, &scenario.fetched),
         }
     }
 }
 
-fn addresses(exchange: &Exchange, stage: &Stage, family: Family) {
-    row("the client is", &exchange.client.to_string());
-    let edge = if exchange.visit.peer.ip() == stage.edge_ip(family) { "the edge" } else { "not the edge" };
-    row("without the header the backend would see", &format!("{}  ({edge})", exchange.visit.peer));
-    let seen = match &exchange.visit.header {
+fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
+    row("the client is", &transaction.client.to_string());
+    let edge =
+        if transaction.visit.peer.ip() == testbed.edge_ip(family) { "the edge" } else { "not the edge" };
+    row("without the header the backend would see", &format!("{}  ({edge})", transaction.visit.peer));
+    let seen = match &transaction.visit.header {
         Ok(header) => header.source.map_or_else(|| "nobody (LOCAL)".to_owned(), |source| source.to_string()),
         Err(refusal) => refusal.to_string(),
     };
-    let same = seen == exchange.client.to_string();
-    row("with it the backend saw", &format!("{}  {}", ink(Ink::Cyan, &seen), mark(same)));
+    let same = seen == transaction.client.to_string();
+    row("with it the backend saw", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
 }
 
 fn message(what: &str, sent: &[u8], arrived: &[u8]) {
@@ -108,8 +112,8 @@ fn message(what: &str, sent: &[u8], arrived: &[u8]) {
     row(what, &format!("{} bytes, {verdict}  {}", count(arrived.len() as u64), mark(same)));
 }
 
-fn header_in_full(exchange: &Exchange) {
-    let Ok(seen) = &exchange.visit.header else { return };
+fn header_in_full(transaction: &Transaction) {
+    let Ok(seen) = &transaction.visit.header else { return };
     println!("  the header, {} bytes, whole in the backend's first read:", seen.raw.len());
     match header::fields(&seen.raw) {
         Ok(fields) => {
@@ -122,18 +126,18 @@ fn header_in_full(exchange: &Exchange) {
 }
 
 /// What the injector says of it all: planes, metrics, log.
-pub(super) fn told(performance: &Performance) {
-    planes(performance);
-    metrics(&performance.before, &performance.after);
+pub(super) fn summary(run: &Run) {
+    planes(run);
+    metrics(&run.before, &run.after);
     heading("The daemon's one line per connection");
-    for exchange in performance.exchanges() {
-        for line in wrapped(&words(&exchange.line)) {
+    for transaction in run.transactions() {
+        for line in wrapped(&words(&transaction.line)) {
             println!("{line}");
         }
     }
 }
 
-fn planes(performance: &Performance) {
+fn planes(run: &Run) {
     heading("Who carried the payload");
     let columns = |name: &str, kernel: &str, daemon: &str, share: &str| {
         println!("  {name:<26}{kernel:>18}{daemon:>18}{share:>18}");
@@ -142,14 +146,14 @@ fn planes(performance: &Performance) {
     let line = |name: &str, spliced: u64, relayed: u64| {
         columns(name, &count(spliced), &count(relayed), &share(spliced, relayed));
     };
-    for exchange in performance.exchanges() {
+    for transaction in run.transactions() {
         for (way, direction) in [("→ backend", "to_backend"), ("→ client", "to_client")] {
-            let spliced = exchange.logged(&format!("spliced_{direction}"));
-            let all = exchange.logged(&format!("bytes_{direction}"));
-            line(&format!("{:<10} {way}", exchange.listener_name()), spliced, all.saturating_sub(spliced));
+            let spliced = transaction.logged(&format!("spliced_{direction}"));
+            let all = transaction.logged(&format!("bytes_{direction}"));
+            line(&format!("{:<10} {way}", transaction.listener_name()), spliced, all.saturating_sub(spliced));
         }
     }
-    let carried = assertions::carried(performance);
+    let carried = assertions::carried(run);
     line("all        → backend", carried.spliced_to_backend, carried.relayed_to_backend);
     line("all        → client", carried.spliced_to_client, carried.relayed_to_client);
 }
@@ -237,33 +241,36 @@ pub(super) fn kept(directory: &Path) {
     println!("\nThe daemon's configuration and log are kept in {}", directory.display());
 }
 
-/// Every claim, and one line for all of them; true if all hold.
-pub(super) fn verdict(claims: &[Claim], stage: &Stage, performance: &Performance) -> bool {
+/// Every assertion, and one line for all of them; true if all hold.
+pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run) -> bool {
     heading("Claims checked");
-    for claim in claims {
-        println!("  {} {}", mark(claim.against.is_none()), claim.text);
-        if let Some(against) = &claim.against {
-            println!("      {}", ink(Ink::Red, against));
+    for assertion in assertions {
+        println!("  {} {}", mark(assertion.failure.is_none()), assertion.text);
+        if let Some(failure) = &assertion.failure {
+            println!("      {}", styled(Style::Red, failure));
         }
     }
-    let fallen = claims.iter().filter(|claim| claim.against.is_some()).count();
-    let carried = assertions::carried(performance);
+    let failed = assertions.iter().filter(|assertion| assertion.failure.is_some()).count();
+    let carried = assertions::carried(run);
     let spliced = count(carried.spliced_to_backend + carried.spliced_to_client);
     let relayed = count(carried.relayed_to_backend + carried.relayed_to_client);
-    let place = if stage.is_real() { "three namespaces" } else { "loopback only" };
-    let connections = performance.exchanges().count();
+    let place = if testbed.is_real() { "three namespaces" } else { "loopback only" };
+    let connections = run.transactions().count();
     println!();
-    if fallen == 0 {
+    if failed == 0 {
         let sums = format!("{connections} connections, {spliced} bytes spliced, {relayed} relayed");
-        let text = format!("PASSED: all {} claims hold; {sums}; {place}", claims.len());
-        println!("{}", ink(Ink::Green, &text));
+        let text = format!("PASSED: all {} assertions hold; {sums}; {place}", assertions.len());
+        println!("{}", styled(Style::Green, &text));
     } else {
         println!(
             "{}",
-            ink(Ink::Red, &format!("FAILED: {fallen} of {} claims do not hold; {place}", claims.len()))
+            styled(
+                Style::Red,
+                &format!("FAILED: {failed} of {} assertions do not hold; {place}", assertions.len())
+            )
         );
     }
-    fallen == 0
+    failed == 0
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What happens on the stage: a message sent and fetched again, seen from the client, the backend and the injector.
+//! What happens on the testbed: a message sent and fetched again, seen from the client, the backend and the injector.
 
 use std::net::SocketAddr;
 use std::process::ExitStatus;
@@ -17,21 +17,21 @@ use tokio::time::timeout;
 
 use super::injector::Injector;
 use super::service::{IMAP, SMTP, Service};
-use super::testbed::Stage;
+use super::testbed::Testbed;
 
 /// How long the backend may take to close a connection and record it.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whose mailbox it is.
 const USER: &str = "demo";
 
 /// Everything that was seen.
-pub(super) struct Performance {
+pub(super) struct Run {
     /// The connection that came straight to the backend, without a header.
-    pub(super) uninvited: Visit,
+    pub(super) without_header: Visit,
     /// One per family.
-    pub(super) acts: Vec<Act>,
-    /// The injector's metrics before the first act.
+    pub(super) scenarios: Vec<Scenario>,
+    /// The injector's metrics before the first scenario.
     pub(super) before: Metrics,
     /// And after the last.
     pub(super) after: Metrics,
@@ -40,7 +40,7 @@ pub(super) struct Performance {
 }
 
 /// A message sent over SMTP and fetched over IMAP, in one family.
-pub(super) struct Act {
+pub(super) struct Scenario {
     /// Which.
     pub(super) family: Family,
     /// The message as sent.
@@ -50,11 +50,11 @@ pub(super) struct Act {
     /// As it came back.
     pub(super) fetched: Vec<u8>,
     /// The two connections, SMTP first.
-    pub(super) exchanges: [Exchange; 2],
+    pub(super) transactions: [Transaction; 2],
 }
 
 /// One connection from three points of view.
-pub(super) struct Exchange {
+pub(super) struct Transaction {
     /// Its protocol.
     pub(super) service: Service,
     /// The client's own end, as the client knows it: the truth.
@@ -67,14 +67,14 @@ pub(super) struct Exchange {
     pub(super) line: Value,
 }
 
-impl Performance {
+impl Run {
     /// All connections through the injector.
-    pub(super) fn exchanges(&self) -> impl Iterator<Item = &Exchange> {
-        self.acts.iter().flat_map(|act| &act.exchanges)
+    pub(super) fn transactions(&self) -> impl Iterator<Item = &Transaction> {
+        self.scenarios.iter().flat_map(|scenario| &scenario.transactions)
     }
 }
 
-impl Exchange {
+impl Transaction {
     /// A number in the injector's line; 0 if it is not there.
     pub(super) fn logged(&self, field: &str) -> u64 {
         self.line[field].as_u64().unwrap_or(0)
@@ -88,7 +88,7 @@ impl Exchange {
 }
 
 /// Goes straight to the backend's SMTP port, past the injector, and speaks without a header.
-pub(super) async fn knock_without_header(stage: &Stage, backend: &Backend) -> Result<Visit> {
+pub(super) async fn connect_without_header(testbed: &Testbed, backend: &Backend) -> Result<Visit> {
     let before = backend.visits().borrow().len();
     let to = *backend.smtp().first().context("the backend has no SMTP address")?;
     let knock = async move {
@@ -98,64 +98,64 @@ pub(super) async fn knock_without_header(stage: &Stage, backend: &Backend) -> Re
         let _reset = stream.read_to_end(&mut Vec::new()).await;
         anyhow::Ok(())
     };
-    stage.edge.run(timeout(PATIENCE, knock)).await???;
+    testbed.edge.run(timeout(TIMEOUT, knock)).await???;
     visit(backend, before).await
 }
 
 /// Sends a message through the injector, and fetches it through the injector.
-pub(super) async fn perform(
-    stage: &Stage,
+pub(super) async fn run(
+    testbed: &Testbed,
     backend: &Backend,
     injector: &mut Injector,
     family: Family,
     account: &(String, String),
-) -> Result<Act> {
+) -> Result<Scenario> {
     let sent = Message::new(&format!("demo-{}", family.name()), USER).bytes;
-    let smtp = send(stage, backend, injector, family, &sent).await?;
+    let smtp = send(testbed, backend, injector, family, &sent).await?;
     let stored = backend.messages().pop().context("the backend has no message")?.content;
-    let (imap, fetched) = fetch(stage, backend, injector, family, account).await?;
-    Ok(Act { family, sent, stored, fetched, exchanges: [smtp, imap] })
+    let (imap, fetched) = fetch(testbed, backend, injector, family, account).await?;
+    Ok(Scenario { family, sent, stored, fetched, transactions: [smtp, imap] })
 }
 
 async fn send(
-    stage: &Stage,
+    testbed: &Testbed,
     backend: &Backend,
     injector: &mut Injector,
     family: Family,
     message: &[u8],
-) -> Result<Exchange> {
+) -> Result<Transaction> {
     let before = backend.visits().borrow().len();
-    let listener = stage.listener(SMTP, family);
-    let route = Route { from: Some(stage.client_ip(family)), ..Route::to(listener) };
+    let listener = testbed.listener(SMTP, family);
+    let route = Route { from: Some(testbed.client_ip(family)), ..Route::to(listener) };
     let message = message.to_vec();
     let recipient = format!("{USER}@{DOMAIN}");
     let work = async move { client::send(&route, "sender@client.example.test", &recipient, &message).await };
-    let client = stage.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
+    let client = testbed.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
     let visit = visit(backend, before).await?;
     let line = injector.line_about(client).await?;
-    Ok(Exchange { service: SMTP, client, listener, visit, line })
+    Ok(Transaction { service: SMTP, client, listener, visit, line })
 }
 
 async fn fetch(
-    stage: &Stage,
+    testbed: &Testbed,
     backend: &Backend,
     injector: &mut Injector,
     family: Family,
     account: &(String, String),
-) -> Result<(Exchange, Vec<u8>)> {
+) -> Result<(Transaction, Vec<u8>)> {
     let before = backend.visits().borrow().len();
-    let listener = stage.listener(IMAP, family);
-    let route = Route { from: Some(stage.client_ip(family)), ..Route::to(listener) };
+    let listener = testbed.listener(IMAP, family);
+    let route = Route { from: Some(testbed.client_ip(family)), ..Route::to(listener) };
     let account = account.clone();
     let work = async move { client::fetch(&route, &account).await };
-    let fetched = stage.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
+    let fetched = testbed.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
     let visit = visit(backend, before).await?;
     let line = injector.line_about(fetched.local).await?;
-    let exchange = Exchange { service: IMAP, client: fetched.local, listener, visit, line };
-    Ok((exchange, fetched.newest))
+    let transaction = Transaction { service: IMAP, client: fetched.local, listener, visit, line };
+    Ok((transaction, fetched.newest))
 }
 
-/// Adds to a client's trouble what the backend, which may be the cause, has against the connections after `before` others.
+/// Adds to a client's trouble what the backend, which may be the cause, has failure the connections after `before` others.
 fn with_refusals(error: anyhow::Error, backend: &Backend, before: usize) -> anyhow::Error {
     let visits = backend.visits();
     let refusals: Vec<_> =
@@ -169,7 +169,7 @@ fn with_refusals(error: anyhow::Error, backend: &Backend, before: usize) -> anyh
 /// The backend's record of the first connection after `before` others.
 async fn visit(backend: &Backend, before: usize) -> Result<Visit> {
     let mut visits = backend.visits();
-    let seen = timeout(PATIENCE, visits.wait_for(|visits| visits.len() > before)).await;
+    let seen = timeout(TIMEOUT, visits.wait_for(|visits| visits.len() > before)).await;
     let seen = seen.context("the backend did not see the connection end")??;
     seen.get(before).cloned().context("the backend has lost a record")
 }

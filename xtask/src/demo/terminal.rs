@@ -7,7 +7,7 @@ pub(super) const WIDTH: usize = 100;
 
 /// A colour with a meaning.
 #[derive(Clone, Copy)]
-pub(super) enum Ink {
+pub(super) enum Style {
     /// Headings.
     Bold,
     /// What holds.
@@ -21,25 +21,25 @@ pub(super) enum Ink {
 }
 
 /// The text in a colour, or as it is where colours are not wanted (<https://no-color.org>).
-pub(super) fn ink(ink: Ink, text: &str) -> String {
+pub(super) fn styled(styled: Style, text: &str) -> String {
     let wanted =
         std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     if !wanted {
         return text.to_owned();
     }
-    let code = match ink {
-        Ink::Bold => "1",
-        Ink::Green => "32",
-        Ink::Red => "31",
-        Ink::Dim => "2",
-        Ink::Cyan => "36",
+    let code = match styled {
+        Style::Bold => "1",
+        Style::Green => "32",
+        Style::Red => "31",
+        Style::Dim => "2",
+        Style::Cyan => "36",
     };
     format!("\x1b[{code}m{text}\x1b[0m")
 }
 
 /// A line that begins a part.
 pub(super) fn heading(text: &str) {
-    println!("\n{}", ink(Ink::Bold, text));
+    println!("\n{}", styled(Style::Bold, text));
 }
 
 /// A name and its value, the values in one column.
@@ -49,7 +49,7 @@ pub(super) fn row(name: &str, value: &str) {
 
 /// The mark before something that holds or does not.
 pub(super) fn mark(holds: bool) -> String {
-    if holds { ink(Ink::Green, "✓") } else { ink(Ink::Red, "✗") }
+    if holds { styled(Style::Green, "✓") } else { styled(Style::Red, "✗") }
 }
 
 /// A number with its thousands apart: `1,234,567`.

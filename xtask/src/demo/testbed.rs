@@ -10,7 +10,7 @@ use tokio::runtime::{Builder, Runtime};
 use super::service::Service;
 
 /// The hosts, and who has which address.
-pub(super) struct Stage {
+pub(super) struct Testbed {
     /// Where mail is sent and read.
     pub(super) client: Host,
     /// Where the injector runs.
@@ -31,9 +31,9 @@ struct Ports {
     metrics: u16,
 }
 
-impl Stage {
+impl Testbed {
     /// Makes the namespaces if this process may, and uses loopback otherwise.
-    pub(super) fn set() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         if injector_testbed::netns::unavailable().is_some() {
             let here = || Host::new(None);
             let [smtp, imap, metrics] = free_ports()?;

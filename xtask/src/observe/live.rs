@@ -12,7 +12,7 @@ use super::{
     dashboard::{self, Item, Kind, Panel, Query},
     draw, folder,
     prometheus::{Api, Series},
-    testbed::Stage,
+    testbed::Testbed,
 };
 use crate::{AlreadyTold, build};
 
@@ -33,23 +33,23 @@ pub(super) fn run() -> Result<()> {
     let start = Instant::now();
     if env::var_os(BINARY_VARIABLE).is_none() {
         let daemon = build::daemon(false)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the stage starts its own below.
+        // SAFETY: the only thread: setup and build have ended theirs, and the testbed starts its own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     let began = Instant::now();
-    let stage = Stage::set()?;
+    let testbed = Testbed::new()?;
     println!(
         "live: injector, Postfix, Dovecot, Prometheus, node_exporter and Pushgateway run; {TRAFFIC:?} of traffic"
     );
     let from = now()?;
-    stage.with_traffic(|| watch(&stage))?;
+    testbed.with_traffic(|| watch(&testbed))?;
     // The last scrape and the last evaluation of the rules.
     thread::sleep(Duration::from_secs(3));
     let to = now()?;
-    let api = stage.api();
+    let api = testbed.api();
     let answers = evaluate(&api, from, to)?;
     let rules = rules(&api)?;
-    drop(stage);
+    drop(testbed);
 
     println!("\n{}", table(&answers));
     println!("{rules}");
@@ -71,21 +71,21 @@ pub(super) fn run() -> Result<()> {
 }
 
 /// While there is traffic: the probe, with a file, a Pushgateway and a wrong password.
-fn watch(stage: &Stage) -> Result<()> {
+fn watch(testbed: &Testbed) -> Result<()> {
     let end = Instant::now() + TRAFFIC;
-    let textfile = stage.textfile("mail");
-    let gateway = Stage::gateway();
+    let textfile = testbed.textfile("mail");
+    let gateway = Testbed::gateway();
     while Instant::now() < end {
-        let passed = stage.probe("mail", Stage::password(), &["--textfile", &textfile])?;
+        let passed = testbed.probe("mail", Testbed::password(), &["--textfile", &textfile])?;
         ensure!(passed.status.success(), "the probe failed:\n{}", String::from_utf8_lossy(&passed.stdout));
-        let pushed = stage.probe("pushed", Stage::password(), &["--pushgateway", &gateway])?;
+        let pushed = testbed.probe("pushed", Testbed::password(), &["--pushgateway", &gateway])?;
         ensure!(
             pushed.status.success(),
             "the probe failed:\n{}{}",
             String::from_utf8_lossy(&pushed.stdout),
             String::from_utf8_lossy(&pushed.stderr)
         );
-        let failed = stage.probe("broken", "wrong", &["--pushgateway", &gateway])?;
+        let failed = testbed.probe("broken", "wrong", &["--pushgateway", &gateway])?;
         let said = String::from_utf8_lossy(&failed.stdout);
         ensure!(
             !failed.status.success() && said.contains("failed at imap_login"),
@@ -145,7 +145,7 @@ fn rules(api: &Api) -> Result<String> {
             on.push(format!("  {state:<8} {}", alert["annotations"]["summary"].as_str().unwrap_or(name)));
         }
     }
-    // The stage has a listener whose backend is not there.
+    // The testbed has a listener whose backend is not there.
     ensure!(
         on.iter().any(|line| line.contains("dead")),
         "no alert about the listener without a backend: {on:#?}"

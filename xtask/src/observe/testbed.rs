@@ -45,7 +45,7 @@ const SLOW: u16 = 8027;
 const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// All that runs. Fields are dropped in this order: what runs in a namespace before the namespace.
-pub(super) struct Stage {
+pub(super) struct Testbed {
     _watchers: Vec<Process>,
     injector: Injector,
     host: MailHost,
@@ -56,8 +56,8 @@ pub(super) struct Stage {
     next: AtomicU64,
 }
 
-impl Stage {
-    pub(super) fn set() -> Result<Self> {
+impl Testbed {
+    pub(super) fn new() -> Result<Self> {
         let topology = Topology::new().context("cannot make the network namespaces")?;
         let host = MailHost::start(&topology.mail)?;
         let bpffs = BpfFs::mount()?;

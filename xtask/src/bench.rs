@@ -21,7 +21,7 @@ use injector_bench::{
 };
 use injector_testbed::netns;
 
-use crate::{AlreadyTold, build, cargo, setup};
+use crate::{AlreadyReported, build, cargo, setup};
 
 /// Where the testbed looks for the daemon.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     }
     let text = if args.quick { table::ratios(&record) } else { table::full(&record) };
     println!("\n{}\n\n{text}", report::heading(&record));
-    if record.failures().next().is_some() { Err(AlreadyTold.into()) } else { Ok(()) }
+    if record.failures().next().is_some() { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
 /// Counts instructions, of a daemon that is given or else built.

@@ -24,7 +24,7 @@ use self::{
     schema::Count,
 };
 use crate::{
-    AlreadyTold, cargo,
+    AlreadyReported, cargo,
     setup::{self, KubernetesTools},
 };
 
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     }
     println!("\n{} faults", faults.len());
     faults.iter().for_each(|fault| println!("  {fault}"));
-    Err(AlreadyTold.into())
+    Err(AlreadyReported.into())
 }
 
 /// The daemon that is asked for its opinion of configurations; that takes no BPF.

@@ -81,15 +81,15 @@ enum Verb {
 
 /// The verb has failed and has already said why.
 #[derive(Debug)]
-pub(crate) struct AlreadyTold;
+pub(crate) struct AlreadyReported;
 
-impl std::fmt::Display for AlreadyTold {
+impl std::fmt::Display for AlreadyReported {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("failed, as said above")
     }
 }
 
-impl std::error::Error for AlreadyTold {}
+impl std::error::Error for AlreadyReported {}
 
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
@@ -115,7 +115,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            if !error.is::<AlreadyTold>() {
+            if !error.is::<AlreadyReported>() {
                 eprintln!("error: {error:#}");
             }
             ExitCode::FAILURE

@@ -34,7 +34,7 @@ use self::{
 pub(crate) use self::{
     kubernetes::Tools as KubernetesTools, packages::SECCOMP_PROFILE, toolchain::BPF_TARGET,
 };
-use crate::AlreadyTold;
+use crate::AlreadyReported;
 
 #[derive(clap::Args)]
 pub(crate) struct SetupArgs {
@@ -456,7 +456,7 @@ fn check(groups: &[Group], cache: &Cache) -> Result<()> {
         Some(why) => println!("\n{why}"),
         None => println!("\n`cargo xtask setup` installs what is missing"),
     }
-    Err(AlreadyTold.into())
+    Err(AlreadyReported.into())
 }
 
 /// Installs until nothing is missing. One installation may show the next need (a compiler its LLVM), hence the rounds.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use injector_soak::{self as soak, Engine, Options};
 use injector_testbed::netns;
 
-use crate::{AlreadyTold, build, setup};
+use crate::{AlreadyReported, build, setup};
 
 /// Where the testbed looks for the daemon.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &SoakArgs) -> Result<()> {
     for engine in engines {
         passed &= one(args, seed, engine)?;
     }
-    if passed { Ok(()) } else { Err(AlreadyTold.into()) }
+    if passed { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
 fn one(args: &SoakArgs, seed: u64, engine: Engine) -> Result<bool> {

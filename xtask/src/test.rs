@@ -26,7 +26,7 @@ use self::{
     report::{Output, Report},
 };
 use crate::{
-    AlreadyTold, build,
+    AlreadyReported, build,
     cargo::{self, Executable},
     setup::{self, Group},
 };
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         cannot_run(args, &programs, &why, &mut report)?;
     }
     println!("\n{}", report.render(start.elapsed()));
-    if report.passed() { Ok(()) } else { Err(AlreadyTold.into()) }
+    if report.passed() { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
 /// Builds every test program, and the daemon with them: by itself it would be built from libraries with other features, for what

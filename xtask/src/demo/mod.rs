@@ -28,7 +28,7 @@ use self::engine::Engine;
 use self::injector::Injector;
 use self::scenario::Run;
 use self::testbed::Testbed;
-use crate::{AlreadyTold, build, cargo, setup};
+use crate::{AlreadyReported, build, cargo, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct DemoArgs {
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
             name = interrupted => Err(anyhow::anyhow!("{name}: stopped, and everything that was made is removed")),
         }
     })?;
-    if passed { Ok(()) } else { Err(AlreadyTold.into()) }
+    if passed { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
 /// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be missing.

@@ -14,7 +14,7 @@ use super::{
     prometheus::{Api, Series},
     testbed::Testbed,
 };
-use crate::{AlreadyTold, build};
+use crate::{AlreadyReported, build};
 
 /// Where the testbed looks for the daemon.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
@@ -67,7 +67,7 @@ pub(super) fn run() -> Result<()> {
         start.elapsed().as_secs_f64(),
         began.elapsed().as_secs_f64(),
     );
-    if faults.is_empty() { Ok(()) } else { Err(AlreadyTold.into()) }
+    if faults.is_empty() { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
 /// While there is traffic: the probe, with a file, a Pushgateway and a wrong password.

@@ -3,26 +3,24 @@
 mod bench;
 mod build;
 mod cargo;
-mod ci;
+mod check;
 mod demo;
-mod deny;
-mod fuzz;
-mod image;
-mod install;
-mod kubernetes;
-mod miri;
 mod observe;
-mod package;
+mod release;
 #[cfg(test)]
 mod script;
 mod setup;
 mod soak;
 mod test;
-mod typos;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use self::{
+    check::{ci, deny, fuzz, miri, typos},
+    release::{image, install, kubernetes, package},
+};
 
 /// The injector's workbench.
 ///

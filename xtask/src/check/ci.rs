@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, deny, setup, test, typos};
+use super::{deny, typos};
+use crate::{cargo, setup, test};
 
 pub(crate) fn run() -> Result<()> {
     step("format", format)?;

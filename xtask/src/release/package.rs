@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use super::install::products;
 use crate::{
     build,
     cargo::{self, workspace},
-    install::products,
     setup::{self, Group},
 };
 

@@ -1,128 +1,20 @@
-//! Dialogues: many at a time, one thread for each processor, each with its own poller.
+//! One thread of a client, with its connections.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail, ensure};
-use rand::{RngExt as _, SeedableRng as _};
-use rand_chacha::ChaCha8Rng;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 
-use super::WARM_UP;
-use super::failures::Failures;
-use crate::cpu::Cpu;
-use crate::job::JobOutcome;
+use super::arrival_timer::ArrivalTimer;
+use super::{DRAIN, ENDING, MAX_OPEN, MEASURING, Pace, READ_BUFFER, TICK};
+use crate::client::failures::Failures;
 use crate::latency::Latencies;
 use crate::poller::{Events, Interest, Poller, index};
-use crate::service::{MAX_REQUEST, Script, Service};
-
-/// When the next dialogue starts.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Pace {
-    /// When an earlier one has ended (closed loop); this many at a time.
-    Closed { connections: usize },
-    /// At a fixed rate per second (open loop).
-    Open { rate: f64 },
-}
-
-/// Phases of a run, in this order.
-const WARMING: u8 = 0;
-const MEASURING: u8 = 1;
-const ENDING: u8 = 2;
-
-/// How long the last dialogues of an open loop may still run.
-const DRAIN: Duration = Duration::from_secs(2);
-
-/// Limit of simultaneous dialogues of an open loop, per thread: a system that is this far behind does not keep up.
-const MAX_OPEN: usize = 4096;
-
-/// How long a thread waits before it reads the phase again.
-const TICK: Duration = Duration::from_millis(20);
-
-/// Bytes per read; larger than any response.
-const READ_BUFFER: usize = 64 << 10;
-
-pub(super) fn run(
-    target: SocketAddr,
-    service: &'static Service,
-    pace: Pace,
-    seconds: f64,
-) -> anyhow::Result<JobOutcome> {
-    let Script::Dialogue { greeting, steps, ends } = service.script else {
-        bail!("{service} is not a dialogue")
-    };
-    ensure!(
-        ends || matches!(pace, Pace::Closed { .. }),
-        "{service} does not end, so it cannot run at a fixed rate"
-    );
-    let processors = thread::available_parallelism()?.get();
-    let count = match pace {
-        Pace::Closed { connections } => processors.min(connections),
-        Pace::Open { .. } => processors,
-    };
-    let phase = AtomicU8::new(WARMING);
-    let phase = &phase;
-    thread::scope(|scope| {
-        let start = |number: usize| {
-            let pace = pace.share(number, count);
-            move || {
-                let thread = ClientThread::new(target, greeting, steps, ends, phase)?;
-                thread.run(pace, number as u64)
-            }
-        };
-        let threads: Vec<_> = (0..count).map(|number| scope.spawn(start(number))).collect();
-        thread::sleep(Duration::from_secs_f64(WARM_UP));
-        let before = Cpu::now()?;
-        let begun = Instant::now();
-        phase.store(MEASURING, Ordering::Relaxed);
-        thread::sleep(Duration::from_secs_f64(seconds));
-        phase.store(ENDING, Ordering::Relaxed);
-        let mut outcome = JobOutcome {
-            seconds: begun.elapsed().as_secs_f64(),
-            cpu: Cpu::now()? - before,
-            ..JobOutcome::default()
-        };
-        let mut latencies = Latencies::new()?;
-        let mut failures = Failures::default();
-        for thread in threads {
-            let done = thread.join().map_err(|_| anyhow!("a client thread panicked"))??;
-            outcome.round_trips += done.round_trips;
-            outcome.sessions += done.sessions;
-            outcome.unfinished += done.unfinished;
-            outcome.connections += done.connections;
-            latencies.add(&done.latencies)?;
-            done.failures.into(&mut outcome);
-        }
-        if outcome.round_trips == 0 {
-            failures.note("measuring", "no request received a response");
-        }
-        failures.into(&mut outcome);
-        outcome.latency = latencies.summary();
-        Ok(outcome)
-    })
-}
-
-impl Pace {
-    /// The share of one thread.
-    fn share(self, thread: usize, threads: usize) -> Self {
-        match self {
-            Self::Closed { connections } => {
-                let rest = usize::from(thread < connections % threads);
-                Self::Closed { connections: connections / threads + rest }
-            }
-            #[expect(clippy::cast_precision_loss, reason = "a handful of threads")]
-            Self::Open { rate } => Self::Open { rate: rate / threads as f64 },
-        }
-    }
-}
+use crate::service::MAX_REQUEST;
 
 /// One connection.
 #[derive(Debug)]
@@ -148,54 +40,9 @@ enum State {
     End,
 }
 
-/// Start times of dialogues: a Poisson process, on a timerfd, which has no timer slack, unlike `epoll_wait`.
-#[derive(Debug)]
-struct ArrivalTimer {
-    timer: OwnedFd,
-    rate: f64,
-    rng: ChaCha8Rng,
-    next: Instant,
-}
-
-impl ArrivalTimer {
-    fn new(rate: f64, seed: u64) -> anyhow::Result<Self> {
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let mut timer = Self { timer, rate, rng: ChaCha8Rng::seed_from_u64(seed), next: Instant::now() };
-        timer.advance();
-        timer.arm()?;
-        Ok(timer)
-    }
-
-    /// The next start time that has passed; `None`, with the timer armed, if none has.
-    fn due(&mut self) -> anyhow::Result<Option<Instant>> {
-        if self.next > Instant::now() {
-            self.arm()?;
-            return Ok(None);
-        }
-        let due = self.next;
-        self.advance();
-        Ok(Some(due))
-    }
-
-    fn advance(&mut self) {
-        let uniform: f64 = self.rng.random();
-        self.next += Duration::from_secs_f64(-(1.0 - uniform).ln() / self.rate);
-    }
-
-    /// Arming the timer also clears its pending expiration.
-    fn arm(&self) -> anyhow::Result<()> {
-        // Zero would disarm the timer.
-        let left = self.next.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
-        let (once, left) = (Duration::ZERO.try_into()?, left.try_into().context("the rate is too low")?);
-        let spec = Itimerspec { it_interval: once, it_value: left };
-        Ok(timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec).map(drop)?)
-    }
-}
-
 /// One thread with its connections and counts.
 #[derive(Debug)]
-struct ClientThread<'a> {
+pub(super) struct ClientThread<'a> {
     target: SocketAddr,
     greeting: usize,
     steps: &'static [(usize, usize)],
@@ -211,17 +58,17 @@ struct ClientThread<'a> {
 }
 
 #[derive(Debug)]
-struct ThreadResult {
-    round_trips: u64,
-    sessions: u64,
-    unfinished: u64,
-    connections: u64,
-    latencies: Latencies,
-    failures: Failures,
+pub(super) struct ThreadResult {
+    pub(super) round_trips: u64,
+    pub(super) sessions: u64,
+    pub(super) unfinished: u64,
+    pub(super) connections: u64,
+    pub(super) latencies: Latencies,
+    pub(super) failures: Failures,
 }
 
 impl<'a> ClientThread<'a> {
-    fn new(
+    pub(super) fn new(
         target: SocketAddr,
         greeting: usize,
         steps: &'static [(usize, usize)],
@@ -251,7 +98,7 @@ impl<'a> ClientThread<'a> {
         })
     }
 
-    fn run(self, pace: Pace, thread: u64) -> anyhow::Result<ThreadResult> {
+    pub(super) fn run(self, pace: Pace, thread: u64) -> anyhow::Result<ThreadResult> {
         match pace {
             Pace::Closed { connections } => self.closed(connections),
             Pace::Open { rate } => self.at_rate(rate, thread),
@@ -475,40 +322,5 @@ impl<'a> ClientThread<'a> {
         connection.state = State::Response { step, received: 0 };
         let sent = send(connection.stream.as_fd(), &self.payload[..request], SendFlags::NOSIGNAL)?;
         if sent == request { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dialogues_start_at_the_rate_and_at_reproducible_times() {
-        let gaps = || {
-            let mut timer = ArrivalTimer::new(1000.0, 7).unwrap();
-            let mut last = timer.next;
-            let mut gap = || {
-                timer.advance();
-                let gap = timer.next - last;
-                last = timer.next;
-                gap
-            };
-            (0..10_000).map(|_| gap()).collect::<Vec<_>>()
-        };
-        let first = gaps();
-        assert_eq!(first, gaps());
-        let total: Duration = first.iter().sum();
-        assert!((9.5..10.5).contains(&total.as_secs_f64()), "{total:?}");
-    }
-
-    #[test]
-    fn shares_add_up() {
-        for (connections, threads) in [(1, 1), (5, 2), (256, 2), (32, 3)] {
-            let share = |thread| match (Pace::Closed { connections }).share(thread, threads) {
-                Pace::Closed { connections } => connections,
-                Pace::Open { .. } => unreachable!(),
-            };
-            assert_eq!((0..threads).map(share).sum::<usize>(), connections);
-        }
     }
 }

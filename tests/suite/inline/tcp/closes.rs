@@ -1,0 +1,172 @@
+//! How connections end, and what follows on the same ports.
+
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use injector_testbed::daemon::Session;
+use injector_testbed::netns::Family;
+use socket2::SockRef;
+
+use super::BYTES;
+use crate::testbed::{LIMIT, accept, expect, own_header};
+use crate::wire::{Fate, Side, Way};
+use crate::wire_testbed::{self, First, Lab, through};
+
+/// One way ends, the other goes on.
+pub(super) fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
+    let connection = lab.connection(family, First::Server)?;
+    let (first, last) = match way {
+        Way::ToBackend => (&connection.client, &connection.server),
+        Way::ToClient => (&connection.server, &connection.client),
+    };
+    through(first, last, 1000, 0)?;
+    std::thread::sleep(Duration::from_millis(50));
+    through(last, first, BYTES, 0)?;
+    let session = lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
+    let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
+    ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
+    Ok(())
+}
+
+/// The FINs cross.
+pub(super) fn simultaneous_close(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let _faulty = lab.wire.faults(|seen| {
+        if seen.tcp.fin() && seen.side == Side::Backend {
+            Fate::Late(Duration::from_millis(30))
+        } else {
+            Fate::Pass
+        }
+    });
+    let mut connection = lab.connection(family, First::Server)?;
+    connection.client.shutdown(Shutdown::Write)?;
+    connection.server.shutdown(Shutdown::Write)?;
+    for stream in [&mut connection.client, &mut connection.server] {
+        ensure!(stream.read(&mut [0; 8]).context("waiting for the FIN")? == 0, "bytes in place of an end");
+    }
+    lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
+    Ok(())
+}
+
+/// The other end sees it at once.
+pub(super) fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
+    let connection = lab.connection(family, First::Server)?;
+    let address = connection.client.local_addr()?;
+    let (goes, mut stays) = match way {
+        Way::ToBackend => (connection.client, connection.server),
+        Way::ToClient => (connection.server, connection.client),
+    };
+    stays.write_all(b"not read")?;
+    std::thread::sleep(Duration::from_millis(10));
+    let start = Instant::now();
+    SockRef::from(&goes).set_linger(Some(Duration::ZERO))?;
+    drop(goes);
+    let outcome = stays.read(&mut [0; 8]);
+    ensure!(outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{outcome:?}");
+    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    let session = lab.session(address, wire_testbed::public(family))?;
+    let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
+    ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
+    Ok(())
+}
+
+/// The header was lost, then the client resets: the backend has a connection, and learns that it is none.
+pub(super) fn early_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let mut dropped = 0;
+    let _faulty = lab.wire.faults(move |seen| {
+        dropped += u32::from(seen.is_header());
+        if seen.is_header() && dropped < 4 { Fate::Drop } else { Fate::Pass }
+    });
+    let listener = lab.backend(family)?;
+    let mut client = lab.client(family)?;
+    // The first data gives the backend its connection, without the header.
+    client.write_all(b"EHLO")?;
+    let mut server = accept(&listener)?;
+    SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+    drop(client);
+    let start = Instant::now();
+    // Perhaps it gets the header first, but never data without it, and no clean end.
+    let mut seen = Vec::new();
+    let outcome = server.read_to_end(&mut seen);
+    ensure!(
+        outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+        "{outcome:?}, {seen:02x?}"
+    );
+    ensure!(!seen.starts_with(b"EHLO"), "data without a header");
+    ensure!(start.elapsed() < Duration::from_millis(1500), "after {:?}", start.elapsed());
+    Ok(())
+}
+
+/// The client is refused at once, and that is counted. It is no line of the log: nobody has shown that the SYN came from where it
+/// says.
+pub(super) fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
+    let closed = || -> anyhow::Result<f64> {
+        let labels = [("listener", "lab"), ("reason", "backend_refused")];
+        Ok(lab.injector.metrics()?.sum("injector_connections_closed_total", &labels))
+    };
+    let before = (closed()?, lab.counted("refused")?);
+    let start = Instant::now();
+    let Err(error) = lab.client(family) else { bail!("connected to nobody") };
+    ensure!(is(&error, ErrorKind::ConnectionRefused), "{error:#}");
+    ensure!(start.elapsed() < Duration::from_millis(300), "after {:?}", start.elapsed());
+    let deadline = Instant::now() + LIMIT;
+    while closed()? < before.0 + 1.0 {
+        ensure!(Instant::now() < deadline, "not counted for the listener");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    ensure!(lab.counted("refused")? == before.1 + 1, "not counted by the program");
+    let refused = |session: &Session| session.field("reason").as_deref() == Some("backend_refused");
+    let line = lab.injector.sessions()?.into_iter().find(refused);
+    ensure!(line.is_none(), "a line for a SYN: {line:?}");
+    Ok(())
+}
+
+/// The same addresses and ports at once again, several times.
+pub(super) fn same_ports(lab: &Lab, family: Family, by_reset: bool) -> anyhow::Result<()> {
+    let listener = lab.backend(family)?;
+    let mut port = 0;
+    for turn in 0..5 {
+        let mut client = again_from(lab, family, port).with_context(|| format!("turn {turn}"))?;
+        port = client.local_addr()?.port();
+        let mut server = accept(&listener).with_context(|| format!("turn {turn}"))?;
+        own_header(&mut server, &client).with_context(|| format!("turn {turn}"))?;
+        server.write_all(b"220 hello")?;
+        expect(&mut client, b"220 hello")?;
+        if by_reset {
+            client.write_all(b"QUIT")?;
+            expect(&mut server, b"QUIT")?;
+            SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+            drop(client);
+            let outcome = server.read(&mut [0; 8]);
+            ensure!(outcome.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "no reset");
+        } else {
+            // The backend's FIN comes first, and so it is there that TIME_WAIT is found by the next turn.
+            server.shutdown(Shutdown::Write)?;
+            ensure!(client.read(&mut [0; 8])? == 0, "bytes in place of an end");
+            through(&client, &server, 10_000, turn)?;
+        }
+    }
+    Ok(())
+}
+
+/// Connects from this port, as soon as the client's kernel has seen the end of the connection before.
+fn again_from(lab: &Lab, family: Family, port: u16) -> anyhow::Result<TcpStream> {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        let outcome = lab.client_by(family, |socket| {
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::new(wire_testbed::client_ip(family), port).into())
+        });
+        match outcome {
+            Err(error) if Instant::now() < deadline && is(&error, ErrorKind::AddrNotAvailable) => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn is(error: &anyhow::Error, kind: ErrorKind) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == kind)
+}

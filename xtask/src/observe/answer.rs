@@ -1,28 +1,28 @@
 //! What Prometheus answered to a panel's queries.
 
 use super::{
-    dashboard::{Panel, Query},
+    panels::{Panel, Query},
     prometheus::Series,
 };
 
 /// What came of one query.
-pub(super) struct Outcome {
-    pub(super) query: &'static Query,
+pub(super) struct Outcome<'a> {
+    pub(super) query: &'a Query,
     pub(super) result: Result<Vec<Series>, String>,
     /// Why there may be nothing.
     pub(super) excuse: Option<String>,
 }
 
 /// What came of one panel.
-pub(super) struct Answer {
-    pub(super) panel: &'static Panel,
-    pub(super) results: Vec<Outcome>,
+pub(super) struct Answer<'a> {
+    pub(super) panel: &'a Panel,
+    pub(super) results: Vec<Outcome<'a>>,
 }
 
-impl Answer {
+impl Answer<'_> {
     pub(super) fn fault(&self) -> Option<String> {
         self.results.iter().find_map(|outcome| {
-            let title = self.panel.title;
+            let title = &self.panel.title;
             match &outcome.result {
                 Err(error) => Some(format!("{title}: {error}: {}", outcome.query.expr)),
                 Ok(series) if series.is_empty() && outcome.excuse.is_none() => {
@@ -37,7 +37,7 @@ impl Answer {
     pub(super) fn shown(&self) -> Shown<'_> {
         let named = self.results.iter().flat_map(|outcome| {
             let series = outcome.result.as_deref().unwrap_or_default();
-            series.iter().map(|series| (series.name(outcome.query.legend), series))
+            series.iter().map(|series| (series.name(&outcome.query.legend), series))
         });
         let excuse = self.results.iter().find_map(|outcome| outcome.excuse.clone());
         Shown { series: named.collect(), excuse }
@@ -53,11 +53,12 @@ pub(super) struct Shown<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::dashboard, *};
+    use super::{super::panels::Page, *};
 
     #[test]
     fn nothing_without_a_reason_is_a_fault() {
-        let panel = dashboard::panels().next().unwrap();
+        let page = Page::read().unwrap();
+        let panel = page.panels().next().unwrap();
         let answer = |result, excuse: Option<&str>| {
             let outcome = Outcome { query: &panel.queries[0], result, excuse: excuse.map(str::to_owned) };
             Answer { panel, results: vec![outcome] }.fault()

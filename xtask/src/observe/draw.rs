@@ -11,7 +11,7 @@ use plotters::{
 
 use super::{
     answer::{Answer, Shown},
-    dashboard::{self, Item, Kind, Panel, Placed},
+    panels::{Item, Kind, Page, Panel, Placed},
     prometheus::Series,
 };
 
@@ -28,15 +28,15 @@ const LEGEND_LINE: i32 = 13;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// All of it.
-pub(super) fn page(answers: &[Answer]) -> Result<String> {
-    let placed = dashboard::placed();
+pub(super) fn draw(page: &Page, answers: &[Answer<'_>]) -> Result<String> {
+    let placed = page.placed();
     let rows = placed.iter().map(|item| item.y + item.height).max().unwrap_or_default();
     let mut svg = String::new();
     {
-        let page = SVGBackend::with_string(&mut svg, (24 * COLUMN, rows * ROW)).into_drawing_area();
-        page.fill(&WHITE).map_err(unpaintable)?;
+        let canvas = SVGBackend::with_string(&mut svg, (24 * COLUMN, rows * ROW)).into_drawing_area();
+        canvas.fill(&WHITE).map_err(unpaintable)?;
         for item in &placed {
-            let area = page
+            let area = canvas
                 .clone()
                 .shrink((item.x * COLUMN, item.y * ROW), (item.width * COLUMN, item.height * ROW));
             match item.what {
@@ -45,11 +45,11 @@ pub(super) fn page(answers: &[Answer]) -> Result<String> {
                     let answer = answers.iter().find(|answer| answer.panel.title == panel.title);
                     let answer =
                         answer.ok_or_else(|| anyhow!("panel {:?} was not evaluated", panel.title))?;
-                    draw(&area, item, panel, &answer.shown())?;
+                    draw_panel(&area, item, panel, &answer.shown())?;
                 }
             }
         }
-        page.present().map_err(unpaintable)?;
+        canvas.present().map_err(unpaintable)?;
     }
     Ok(svg)
 }
@@ -85,11 +85,11 @@ fn heading(area: &Area<'_>, title: &str) -> Result<()> {
     write(area, title, (8, 16), text(16, &BLACK, HPos::Left))
 }
 
-fn draw(area: &Area<'_>, item: &Placed, panel: &Panel, shown: &Shown<'_>) -> Result<()> {
+fn draw_panel(area: &Area<'_>, item: &Placed<'_>, panel: &Panel, shown: &Shown<'_>) -> Result<()> {
     let (width, height) = (signed(item.width * COLUMN)?, signed(item.height * ROW)?);
     let frame = Rectangle::new([(3, 3), (width - 3, height - 3)], PALE.stroke_width(1));
     area.draw(&frame).map_err(unpaintable)?;
-    write(area, panel.title, (10, 15), text(12, &BLACK, HPos::Left))?;
+    write(area, &panel.title, (10, 15), text(12, &BLACK, HPos::Left))?;
     // The largest first, and constant nothing last: a page of zeros tells little.
     let mut series: Vec<_> = shown.series.iter().collect();
     series.sort_by(|left, right| greatest(right.1).total_cmp(&greatest(left.1)));
@@ -117,8 +117,8 @@ fn list(area: &Area<'_>, panel: &Panel, series: &[&(String, &Series)], height: i
     const LINE: i32 = 16;
     let room = usize::try_from((height - 30) / LINE)?.max(1);
     for (row, (name, series)) in (0..).zip(series.iter().take(room).copied()) {
-        let value = series.last().map_or("no number".to_owned(), |last| number(last, panel.unit));
-        let words = if panel.title == "Version" { name.clone() } else { format!("{value}   {name}") };
+        let value = series.last().map_or("no number".to_owned(), |last| number(last, &panel.unit));
+        let words = if panel.show_name { name.clone() } else { format!("{value}   {name}") };
         write(area, &words, (10, 36 + row * LINE), text(12, &COLOURS[0], HPos::Left))?;
     }
     if series.len() > room {
@@ -161,7 +161,7 @@ fn chart(
         .x_labels(5)
         .y_labels(4)
         .x_label_formatter(&|seconds| format!("{seconds:.0} s"))
-        .y_label_formatter(&|value| number(*value, panel.unit))
+        .y_label_formatter(&|value| number(*value, &panel.unit))
         .label_style(("sans-serif", 10).into_font().color(&GREY))
         .draw()
         .map_err(unpaintable)?;
@@ -174,7 +174,7 @@ fn chart(
         let (x, y) = (12 + (index % 2) * (width - 20) / 2, height - legend + (index / 2) * LEGEND_LINE + 4);
         let mark = Rectangle::new([(x, y - 2), (x + 8, y + 2)], colour.filled());
         area.draw(&mark).map_err(unpaintable)?;
-        let last = series.last().map_or("–".to_owned(), |last| number(last, panel.unit));
+        let last = series.last().map_or("–".to_owned(), |last| number(last, &panel.unit));
         write(area, &format!("{name}  {last}"), (x + 12, y), text(10, &GREY, HPos::Left))?;
     }
     if series.len() > drawn.len() {

@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{
     answer::{Answer, Outcome},
-    dashboard::{self, Item, Kind, Panel, Query},
-    draw, folder,
+    dashboard, draw, folder,
+    panels::{Kind, Page, Panel, Query},
     prometheus::{Api, Series},
     testbed::Testbed,
 };
@@ -47,14 +47,16 @@ pub(super) fn run() -> Result<()> {
     thread::sleep(Duration::from_secs(3));
     let to = now()?;
     let api = testbed.api();
-    let answers = evaluate(&api, from, to)?;
+    let page = Page::read()?;
+    let answers = evaluate(&page, &api, from, to);
     let rules = rules(&api)?;
     drop(testbed);
 
     println!("\n{}", table(&answers));
     println!("{rules}");
     let file = folder("docs/observability").join("dashboard.svg");
-    fs::write(&file, draw::page(&answers)?).with_context(|| format!("cannot write {}", file.display()))?;
+    fs::write(&file, draw::draw(&page, &answers)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
     let faults: Vec<_> = answers.iter().filter_map(Answer::fault).collect();
     for fault in &faults {
         eprintln!("FAILED {fault}");
@@ -100,25 +102,21 @@ fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
 }
 
-fn evaluate(api: &Api, from: f64, to: f64) -> Result<Vec<Answer>> {
-    let panels = dashboard::placed().into_iter().filter_map(|placed| match placed.what {
-        Item::Panel(panel) => Some(panel),
-        Item::Heading(_) => None,
-    });
-    let answer = |panel: &'static Panel| {
-        let outcome = |query: &'static Query| {
-            let expr = for_this_run(query.expr);
+fn evaluate<'a>(page: &'a Page, api: &Api, from: f64, to: f64) -> Vec<Answer<'a>> {
+    let answer = |panel: &'a Panel| {
+        let outcome = |query: &'a Query| {
+            let expr = for_this_run(&query.expr);
             let result = match panel.kind {
                 Kind::Stat | Kind::Table => api.instant(&expr, to),
                 Kind::Lines | Kind::Stacked | Kind::Heatmap => api.range(&expr, from, to, STEP),
             };
             let result = result.map_err(|error| format!("{error:#}"));
-            let excuse = panel.may_be_empty.map(str::to_owned);
+            let excuse = panel.empty_when.clone();
             Outcome { query, result, excuse }
         };
         Answer { panel, results: panel.queries.iter().map(outcome).collect() }
     };
-    Ok(panels.map(answer).collect())
+    page.panels().map(answer).collect()
 }
 
 /// An expression as Grafana would send it, with everything chosen.
@@ -158,14 +156,14 @@ fn rules(api: &Api) -> Result<String> {
 }
 
 /// Panel, query, series, last value.
-fn table(answers: &[Answer]) -> String {
+fn table(answers: &[Answer<'_>]) -> String {
     /// Series of one query that are listed.
     const MOST: usize = 6;
     let mut lines = Vec::new();
     for answer in answers {
         // A heatmap's unit is that of its buckets, and its values are counts.
-        let unit = if answer.panel.kind == Kind::Heatmap { "none" } else { answer.panel.unit };
-        lines.push(answer.panel.title.to_owned());
+        let unit = if answer.panel.kind == Kind::Heatmap { "none" } else { &answer.panel.unit };
+        lines.push(answer.panel.title.clone());
         for outcome in &answer.results {
             match &outcome.result {
                 Err(error) => lines.push(format!("    FAILED: {error}")),
@@ -183,7 +181,7 @@ fn table(answers: &[Answer]) -> String {
                     for series in listed.iter().take(MOST) {
                         let value =
                             series.last().map_or("no number".to_owned(), |last| draw::number(last, unit));
-                        lines.push(format!("    {:<48} {value:>14}", series.name(outcome.query.legend)));
+                        lines.push(format!("    {:<48} {value:>14}", series.name(&outcome.query.legend)));
                     }
                     if listed.len() > MOST {
                         lines.push(format!("    and {} more", listed.len() - MOST));
@@ -201,8 +199,9 @@ mod tests {
 
     #[test]
     fn no_variable_is_left_in_an_expression() {
-        for query in dashboard::panels().flat_map(|panel| panel.queries) {
-            let expr = for_this_run(query.expr);
+        let page = Page::read().unwrap();
+        for query in page.panels().flat_map(|panel| &panel.queries) {
+            let expr = for_this_run(&query.expr);
             assert!(!expr.contains(['$', '@']), "{expr}");
         }
     }

@@ -4,6 +4,7 @@ mod answer;
 mod dashboard;
 mod draw;
 mod live;
+mod panels;
 mod prometheus;
 mod testbed;
 
@@ -11,6 +12,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
+use self::panels::Page;
 use crate::{
     cargo,
     setup::{self, Group},
@@ -51,13 +53,14 @@ pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
 /// The dashboard's file is what the table of panels makes of it.
 fn dashboard(write: bool) -> Result<()> {
     let file = folder("deploy/grafana").join("injector.json");
-    let made = dashboard::json();
+    let page = Page::read()?;
+    let made = dashboard::json(&page);
     if write {
         return fs::write(&file, made).with_context(|| format!("cannot write {}", file.display()));
     }
     let have = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
     ensure!(have == made, "{} is not what the panels make: `cargo xtask observe --write`", file.display());
-    println!("the dashboard is as its {} panels make it", dashboard::panels().count());
+    println!("the dashboard is as its {} panels make it", page.panels().count());
     Ok(())
 }
 

@@ -6,14 +6,13 @@ use clap::Parser as _;
 use injector_user::{
     cli::{self, AskArgs, Cli, Command},
     completions,
-    config::{self, Config},
+    config::{self, Config, Marks},
     control::{
         self, Request, client,
         wire::{Answer, ListenerStatus},
     },
     daemon, doctor, log, man,
     selftest::Findings,
-    session::Marks,
 };
 use mimalloc::MiMalloc;
 

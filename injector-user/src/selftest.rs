@@ -5,10 +5,9 @@ use std::{fmt::Write as _, sync::Arc, time::Duration};
 use serde_json::json;
 
 use crate::{
-    config::EngineChoice,
+    config::{EngineChoice, Marks},
     engine::{Engine, Relay},
     log::target,
-    session::Marks,
 };
 
 /// One check of an engine's mechanism.

@@ -10,6 +10,7 @@ mod listener;
 mod problem;
 mod receiver;
 mod section;
+mod splice;
 mod summary;
 #[cfg(test)]
 mod tests;
@@ -26,16 +27,14 @@ pub use self::{
     health::{Check, CheckHeader, Ejection, Health},
     problem::{ConfigError, Problem},
     receiver::UNIQUE_ID_LEN,
+    splice::{HeaderBy, Marks, Pays, Splice},
     summary::summary,
 };
 use self::{
     problem::Problems,
     section::{Section, Zero},
 };
-use crate::{
-    protocol::{Protocol, Speaker},
-    session::{Marks, Pays},
-};
+use crate::protocol::{Protocol, Speaker};
 
 /// A complete configuration, as small as it gets, with the names of the project's documentation.
 pub const EXAMPLE: &str = r#"[metrics]
@@ -103,31 +102,6 @@ impl Default for Limits {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self { max_connections: 10_000, workers: processors.min(Self::MOST_WORKERS) }
     }
-}
-
-/// `[splice]`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Splice {
-    /// How much may wait in the kernel; `low < high` and `total_high < total_limit`.
-    pub marks: Marks,
-    /// When a direction is handed to the kernel.
-    pub pays: Pays,
-    /// Who puts the header in front.
-    pub header: HeaderBy,
-}
-
-/// Who puts the header in front of what the backend reads first, in the splice engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HeaderBy {
-    /// The program `inject`, in the kernel.
-    #[default]
-    Program,
-    /// One sendmsg(2), as in the relay engine: less work for short sessions.
-    Send,
-}
-
-impl HeaderBy {
-    const CHOICES: [(&'static str, Self); 2] = [("program", Self::Program), ("send", Self::Send)];
 }
 
 /// `[inline]`
@@ -434,7 +408,7 @@ fn read(root: Section<'_>) -> Option<Config> {
         limits.workers = workers.and_then(|(_, given)| usize::try_from(given).ok()).unwrap_or(limits.workers);
         section.finish();
     }
-    let splice = root.section("splice").map(read_splice).unwrap_or_default();
+    let splice = root.section("splice").map(splice::read).unwrap_or_default();
     let inline = root.section("inline").map(read_inline).unwrap_or_default();
     let mut stop = Stop::default();
     if let Some(section) = root.section("stop") {
@@ -452,38 +426,6 @@ fn read(root: Section<'_>) -> Option<Config> {
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
     Some(Config { metrics, admin, limits, splice, inline, stop, log, listeners: listeners? })
-}
-
-/// Water marks and the like: more than any machine has, and sums of it still fit.
-const MOST_BYTES: u64 = 1 << 40;
-
-fn read_splice(section: Section<'_>) -> Splice {
-    let mut splice = Splice::default();
-    let Splice { marks, pays, header } = &mut splice;
-    *header = section.choice("header", &HeaderBy::CHOICES).unwrap_or_default();
-    for (field, least, value) in [
-        ("high_water", 1, &mut marks.high),
-        ("low_water", 0, &mut marks.low),
-        ("total_high_water", 1, &mut marks.total_high),
-        ("total_limit", 1, &mut marks.total_limit),
-        ("enrol_after_messages", 1, &mut pays.messages),
-    ] {
-        *value = section.integer(field, least, MOST_BYTES).map_or(*value, |(_, given)| given);
-    }
-    pays.bytes = section.integer("enrol_after_bytes", 1, MOST_BYTES).map(|(_, given)| given);
-    pays.age = section.duration("enrol_after", Zero::Allowed).map(|(_, given)| given);
-    for (lower, higher, names) in [
-        (marks.low, marks.high, ["low_water", "high_water"]),
-        (marks.total_high, marks.total_limit, ["total_high_water", "total_limit"]),
-    ] {
-        if lower >= higher {
-            let [low, high] = names;
-            section
-                .problem(section.at(), format!("splice.{low} = {lower} must be less than {high} = {higher}"));
-        }
-    }
-    section.finish();
-    splice
 }
 
 fn read_inline(section: Section<'_>) -> Inline {

@@ -6,25 +6,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// Limits in bytes. `low < high`, `total_high < total_limit`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Marks {
-    /// Above this, one direction is held.
-    pub high: u64,
-    /// What one direction may have waiting in any case.
-    pub low: u64,
-    /// Above this over all connections, every direction above `low` is held.
-    pub total_high: u64,
-    /// Above this over all connections, directions above `low` are reset.
-    pub total_limit: u64,
-}
-
-impl Default for Marks {
-    fn default() -> Self {
-        // 200 stalled readers had 191 MiB waiting with 1 MiB, 17 to 47 MiB with 256 KiB (`crowd/200 stalled readers`).
-        Self { high: 256 << 10, low: 64 << 10, total_high: 256 << 20, total_limit: 512 << 20 }
-    }
-}
+use crate::config::Marks;
 
 /// What to do with a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,29 +19,15 @@ pub(super) enum Judgement {
     Reset,
 }
 
-impl Marks {
-    /// How often a long stream is looked at: so that it is held before it is far above `high`.
-    #[must_use]
-    pub fn notify_step(&self) -> u64 {
-        (self.high / 2).max(1)
+/// What to do with a direction that has `own` bytes waiting, of `total` over all connections.
+pub(super) fn judge(marks: &Marks, own: u64, total: u64) -> Judgement {
+    if total > marks.total_limit && own > marks.low {
+        return Judgement::Reset;
     }
-
-    /// What one direction may have waiting where nobody looks in time: then the kernel stops by itself.
-    #[must_use]
-    pub fn credit(&self) -> u64 {
-        self.high.saturating_mul(8)
+    if own > marks.high || (total > marks.total_high && own > marks.low) {
+        return Judgement::Hold;
     }
-
-    /// What to do with a direction that has `own` bytes waiting, of `total` over all connections.
-    pub(super) fn judge(&self, own: u64, total: u64) -> Judgement {
-        if total > self.total_limit && own > self.low {
-            return Judgement::Reset;
-        }
-        if own > self.high || (total > self.total_high && own > self.low) {
-            return Judgement::Hold;
-        }
-        Judgement::Go
-    }
+    Judgement::Go
 }
 
 /// Bytes waiting in the kernel over all connections, as far as they were looked at.
@@ -110,20 +78,20 @@ mod tests {
     #[test]
     fn one_direction_is_held_above_its_mark() {
         for (own, expected) in [(0, Judgement::Go), (100, Judgement::Go), (101, Judgement::Hold)] {
-            assert_eq!(MARKS.judge(own, own), expected, "{own}");
+            assert_eq!(judge(&MARKS, own, own), expected, "{own}");
         }
     }
 
     #[test]
     fn above_the_total_everybody_with_a_backlog_is_held() {
-        assert_eq!(MARKS.judge(10, 1001), Judgement::Go);
-        assert_eq!(MARKS.judge(11, 1001), Judgement::Hold);
+        assert_eq!(judge(&MARKS, 10, 1001), Judgement::Go);
+        assert_eq!(judge(&MARKS, 11, 1001), Judgement::Hold);
     }
 
     #[test]
     fn above_the_limit_everybody_with_a_backlog_is_reset() {
-        assert_eq!(MARKS.judge(10, 2001), Judgement::Go);
-        assert_eq!(MARKS.judge(11, 2001), Judgement::Reset);
+        assert_eq!(judge(&MARKS, 10, 2001), Judgement::Go);
+        assert_eq!(judge(&MARKS, 11, 2001), Judgement::Reset);
     }
 
     #[test]

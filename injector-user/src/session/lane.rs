@@ -17,11 +17,12 @@ use tokio::{
 
 use super::{
     Context,
-    backlog::{Judgement, Share},
+    backlog::{Judgement, Share, judge},
     direction::{Direction, Plane, Want},
     end::Bytes,
 };
 use crate::{
+    config::Pays,
     endpoint::{Endpoint, SOON},
     engine::{Offer, Refused, Spliced},
     pipe::Pipe,
@@ -289,7 +290,7 @@ impl Lane {
         if self.stays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
-        if !context.pays.off(self.messages.into(), self.direction.read_bytes(), age) {
+        if !pays_off(&context.pays, self.messages.into(), self.direction.read_bytes(), age) {
             return Enrolment::NotNow;
         }
         if self.carried.is_some() {
@@ -467,7 +468,7 @@ impl Lane {
         let spliced = &carried.spliced;
         let backlog = spliced.backlog(target).map_err(Break::Lost)?;
         let total = self.share.set(backlog.bytes);
-        match context.marks.judge(backlog.bytes, total) {
+        match judge(&context.marks, backlog.bytes, total) {
             Judgement::Reset => return Err(Break::Overload),
             Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
             Judgement::Go if !backlog.held => {
@@ -495,7 +496,7 @@ impl Lane {
             self.direction.moved_to_user_space();
             return Poll::Ready(Ok(Progress::TakenBack));
         }
-        if context.marks.judge(backlog.bytes, total) == Judgement::Reset {
+        if judge(&context.marks, backlog.bytes, total) == Judgement::Reset {
             return Poll::Ready(Err(Break::Overload));
         }
         self.pause.grow(0, DRAIN_PAUSE, task);
@@ -559,34 +560,13 @@ impl Lane {
     }
 }
 
-/// When the kernel's plane pays off. Enrolling costs as much as carrying some payloads in user space does: short sessions
-/// stay there, and so does bulk, which a pipe carries faster (measured in `docs/benchmarks.md`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pays {
-    /// After so many payloads in user space that were not bulk,
-    pub messages: u64,
-    /// or so many bytes,
-    pub bytes: Option<u64>,
-    /// or, with the next payload, when the connection has lasted so long.
-    pub age: Option<Duration>,
-}
-
-impl Default for Pays {
-    fn default() -> Self {
-        Self { messages: 16, bytes: None, age: None }
-    }
-}
-
-impl Pays {
-    /// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
-    /// payload is examined.
-    #[must_use]
-    pub fn off(&self, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
-        bytes > 0
-            && (messages >= self.messages
-                || self.bytes.is_some_and(|enough| bytes >= enough)
-                || self.age.is_some_and(|enough| age() >= enough))
-    }
+/// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
+/// payload is examined.
+fn pays_off(pays: &Pays, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
+    bytes > 0
+        && (messages >= pays.messages
+            || pays.bytes.is_some_and(|enough| bytes >= enough)
+            || pays.age.is_some_and(|enough| age() >= enough))
 }
 
 /// What became of an enrolment.
@@ -651,8 +631,8 @@ mod tests {
             (0, 1, second, true),
             (0, 0, second, false),
         ] {
-            assert_eq!(pays.off(messages, bytes, || age), off, "{messages} {bytes} {age:?}");
+            assert_eq!(pays_off(&pays, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
         }
-        assert!(!Pays { bytes: None, age: None, ..pays }.off(2, u64::MAX, || panic!("not asked for")));
+        assert!(!pays_off(&Pays { bytes: None, age: None, ..pays }, 2, u64::MAX, || panic!("not asked for")));
     }
 }

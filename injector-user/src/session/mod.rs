@@ -26,9 +26,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    backlog::{Ledger, Marks},
+    backlog::Ledger,
     end::{Bytes, End, Report},
-    lane::Pays,
 };
 use self::{
     pump::Pump,
@@ -36,7 +35,7 @@ use self::{
 };
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
-    config::{HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN},
+    config::{HeaderBy, Marks, Pays, Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
     engine::{Engine, Injected, Relay},
     header::Rendered,

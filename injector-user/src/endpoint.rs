@@ -3,6 +3,7 @@
 
 use std::{
     cell::RefCell,
+    fmt::Debug,
     future::poll_fn,
     io::{self, IoSlice, Read as _},
     net::{Shutdown, SocketAddr},
@@ -19,7 +20,6 @@ use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::io::{Interest, Ready, unix::AsyncFd};
 
 use crate::{
-    engine::Engine,
     pipe::{Pipe, Pipes},
     sys,
     watch::{Watch, Watched},
@@ -51,6 +51,21 @@ pub const SOON: Duration = Duration::from_millis(1);
 const EVERYTHING: Needs = Needs { read: true, write: true };
 
 type Io = AsyncFd<Arc<Socket>>;
+
+/// Reads the peer's SYN while a socket connects, until it is dropped.
+pub trait SynObserver: Debug + Send + Sync {
+    /// The sequence number of the peer's SYN, once it has arrived.
+    fn sequence(&self) -> Option<u32>;
+}
+
+/// Starts a [`SynObserver`] on a socket that has not begun to connect; `None` where nothing needs one, or none can run.
+pub type ObserveSyn<'a> = dyn Fn(&Arc<Socket>) -> Option<Box<dyn SynObserver>> + Send + Sync + 'a;
+
+/// [`ObserveSyn`] for sockets whose data the kernel never forwards.
+#[must_use]
+pub fn unobserved(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
+    None
+}
 
 /// One end of a connection.
 ///
@@ -87,19 +102,19 @@ impl Endpoint {
         Ok(Self::connected(socket, io, None))
     }
 
-    /// Connects to `address`, while `engine` looks out for where the peer's stream begins. Dropping the future gives up. The peer
+    /// Connects to `address`, while an observer reads the peer's SYN. Dropping the future gives up. The peer
     /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::acknowledge`].
     ///
     /// # Errors
     /// As connect(2).
-    pub async fn connect(address: SocketAddr, engine: &dyn Engine) -> io::Result<Self> {
+    pub async fn connect(address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Self> {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         prepare(&socket)?;
         receive_buffer(&socket)?;
         spare_acknowledgements(&socket)?;
         let socket = Arc::new(socket);
-        let observer = engine.observe_syn(&socket);
+        let observer = observe(&socket);
         match socket.connect(&address.into()) {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
@@ -569,11 +584,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::engine::Relay;
 
     async fn pair() -> (Endpoint, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let ours = Endpoint::connect(listener.local_addr().unwrap(), &Relay).await.unwrap();
+        let ours = Endpoint::connect(listener.local_addr().unwrap(), &unobserved).await.unwrap();
         ours.acknowledge().unwrap();
         (ours, listener.accept().await.unwrap().0)
     }

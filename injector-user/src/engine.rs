@@ -15,7 +15,10 @@ use atomic_waker::AtomicWaker;
 use injector_common::splice::Flow;
 use socket2::Socket;
 
-use crate::{endpoint::Endpoint, relay};
+use crate::{
+    endpoint::{Endpoint, SynObserver},
+    relay,
+};
 
 /// An engine that terminates TCP.
 pub trait Engine: Debug + Send + Sync {
@@ -41,12 +44,6 @@ pub trait Engine: Debug + Send + Sync {
         target: &Endpoint,
         read: u64,
     ) -> Option<Result<Box<dyn Spliced>, Refused>>;
-}
-
-/// Observes the SYN of a connecting socket's peer until it is dropped.
-pub trait SynObserver: Debug + Send + Sync {
-    /// The sequence number of the peer's SYN, once it has come.
-    fn sequence(&self) -> Option<u32>;
 }
 
 /// How a header went out.

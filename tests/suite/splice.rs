@@ -75,7 +75,10 @@ fn count(splice: &Splice, counter: Counter) -> u64 {
 /// A socket of the daemon's, and the other end of it.
 async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
-    let ours = Endpoint::connect(listener.local_addr()?, splice).await?;
+    let ours = Endpoint::connect(listener.local_addr()?, &|socket| {
+        injector_user::engine::Engine::observe_syn(splice, socket)
+    })
+    .await?;
     // The peer is to have its connection before the header comes.
     ours.acknowledge()?;
     Ok((ours, listener.accept().await?.0))

@@ -29,8 +29,7 @@ use self::{
 };
 use crate::{
     config::{self, Check, Host, Listener},
-    endpoint::Endpoint,
-    engine::Engine,
+    endpoint::{Endpoint, ObserveSyn},
     log::target,
 };
 
@@ -320,12 +319,12 @@ impl Backends {
         }
     }
 
-    /// Connects to the first that answers, on behalf of `engine`. All addresses together get `within`, each its share of what
+    /// Connects to the first that answers, while `observe` reads its SYN. All addresses together get `within`, each its share of what
     /// is left.
     ///
     /// # Errors
     /// [`Unreachable`], after all that may be tried was.
-    pub async fn connect(&self, within: Duration, engine: &dyn Engine) -> Result<Reached, Unreachable> {
+    pub async fn connect(&self, within: Duration, observe: &ObserveSyn<'_>) -> Result<Reached, Unreachable> {
         let deadline = Instant::now() + within;
         let order = self.order();
         if order.is_empty() {
@@ -347,7 +346,7 @@ impl Backends {
                 self.failed(failing);
             }
             let share = deadline.saturating_duration_since(Instant::now()) / left;
-            let failed = match timeout(share, Endpoint::connect(address, engine)).await {
+            let failed = match timeout(share, Endpoint::connect(address, observe)).await {
                 Ok(Ok(endpoint)) => return Ok(Reached { endpoint, address, session: self.reached(backend) }),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     Unreachable::Refused { address, error }
@@ -450,7 +449,7 @@ fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::Config, engine::Relay};
+    use crate::{config::Config, endpoint::unobserved};
 
     fn backends(list: &str) -> Backends {
         let text = format!(
@@ -473,14 +472,14 @@ mod tests {
     async fn the_next_address_is_tried_when_one_refuses() {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
-        let backend = backends.connect(Duration::from_secs(5), &Relay).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn all_refusing_is_a_refusal() {
         let backends = backends(&format!("\"{}\"", refusing().await));
-        let error = backends.connect(Duration::from_secs(5), &Relay).await.unwrap_err();
+        let error = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
@@ -489,14 +488,16 @@ mod tests {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"localhost:{}\"", good.port()));
         assert_eq!(backends.all()[0].addresses(), []);
-        let backend = backends.connect(Duration::from_secs(5), &Relay).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn a_name_without_address_says_so() {
-        let error =
-            backends("\"nowhere.invalid:25\"").connect(Duration::from_secs(5), &Relay).await.unwrap_err();
+        let error = backends("\"nowhere.invalid:25\"")
+            .connect(Duration::from_secs(5), &unobserved)
+            .await
+            .unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
     }
 }

@@ -145,7 +145,8 @@ async fn reach(
     known: &mut Known,
 ) -> Result<Pump, (End, Option<String>)> {
     // connecting
-    let connecting = context.backends.connect(context.timeouts.connect, &*context.engine);
+    let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
+    let connecting = context.backends.connect(context.timeouts.connect, &observe);
     let connected = tokio::select! {
         connected = connecting => connected,
         _ = client.closed() => return Err((End::ClientReset, None)),

@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, sync::Arc};
 use socket2::Socket;
 
 use super::Splice;
-use crate::{engine, sys};
+use crate::{endpoint::SynObserver, sys};
 
 /// The program on a socket. Dropping it detaches the program.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl PeerIsnFilter {
     }
 }
 
-impl engine::SynObserver for PeerIsnFilter {
+impl SynObserver for PeerIsnFilter {
     fn sequence(&self) -> Option<u32> {
         self.splice.maps.peer_isn(self.cookie)
     }

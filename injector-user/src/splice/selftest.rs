@@ -210,7 +210,10 @@ async fn leaves_nothing(splice: &Arc<Splice>) -> io::Result<String> {
 
 async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
-    let ours = Endpoint::connect(listener.local_addr()?, splice).await?;
+    let ours = Endpoint::connect(listener.local_addr()?, &|socket| {
+        crate::engine::Engine::observe_syn(splice, socket)
+    })
+    .await?;
     // No header follows, with which the peer's connection would begin.
     ours.acknowledge()?;
     Ok((ours, listener.accept().await?.0))

@@ -6,8 +6,9 @@ use serde_json::json;
 
 use crate::{
     config::{EngineChoice, Marks},
-    engine::{Engine, Relay},
+    engine::Engine,
     log::target,
+    relay::Relay,
 };
 
 /// One check of an engine's mechanism.

@@ -1,9 +1,40 @@
 //! The relay engine: everything in user space, for machines where BPF is not to be had, and for what the kernel
 //! engines refuse.
 
-use std::io::{self, IoSlice};
+use std::{
+    io::{self, IoSlice},
+    sync::Arc,
+};
 
-use crate::endpoint::Endpoint;
+use socket2::Socket;
+
+use crate::{
+    endpoint::{Endpoint, SynObserver},
+    engine::{Engine, Injected, Refused, Spliced},
+};
+
+/// The engine without BPF.
+#[derive(Debug)]
+pub struct Relay;
+
+impl Engine for Relay {
+    fn name(&self) -> &'static str {
+        "relay"
+    }
+
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+        let payload = inject(backend, header, payload)?;
+        Ok(Injected { payload, refused: None })
+    }
+
+    fn observe_syn(&self, _: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
+        None
+    }
+
+    fn enrol(&self, _: &Endpoint, _: &Endpoint, _: u64) -> Option<Result<Box<dyn Spliced>, Refused>> {
+        None
+    }
+}
 
 /// Sends `header` and behind it what fits of `payload` by one call, on a socket that has sent nothing yet: receivers
 /// refuse a header in two segments. Returns how many bytes of `payload` went along.

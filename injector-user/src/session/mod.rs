@@ -37,12 +37,13 @@ use crate::{
     backend::{self, Backends, Reached, Unreachable},
     config::{HeaderBy, Marks, Pays, Receiver, Timeouts, UNIQUE_ID_LEN},
     endpoint::Endpoint,
-    engine::{Engine, Injected, Relay},
+    engine::{Engine, Injected},
     header::Rendered,
     log::target,
     metrics::ListenerMetrics,
     pipe::Pipes,
     protocol::{Protocol, Refusal, Speaker},
+    relay::Relay,
     watch::Watch,
 };
 

@@ -2,9 +2,10 @@
 //! carried by `verdict`. The programs are in `injector-ebpf/src/splice/`, under the same names.
 
 mod backlog_events;
+mod engine;
 pub mod inject;
 mod maps;
-pub(crate) mod peer_isn;
+mod peer_isn;
 pub mod selftest;
 pub mod verdict;
 

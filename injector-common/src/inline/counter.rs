@@ -5,13 +5,13 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
     /// `client_in`: a SYN for a listener, remembered for `backend_out`.
-    Remembered,
+    SynCached,
     /// `client_in`: a SYN with data (Fast Open); dropped, the client sends it again without.
     FastOpen,
     /// `backend_out`: a SYN whose client is known: a new flow.
     Opened,
     /// `backend_out`: a forwarded SYN to a backend's PROXY port whose client is not known; dropped.
-    NoSlot,
+    SynUnknown,
     /// `backend_out`: a forwarded segment to a backend's PROXY port that belongs to no flow; dropped.
     NoFlow,
     /// `backend_out`: a fragment to a backend; dropped.
@@ -24,7 +24,7 @@ pub enum Counter {
     /// `backend_out`: the header sent as payload of the client's acknowledgement.
     Appended,
     /// `backend_out`: the end of a handshake kept back until the client speaks.
-    Waited,
+    Deferred,
     /// `backend_out`: the header sent in front of the client's first bytes.
     Prepended,
     /// `backend_out`: the header sent ahead of the client's first bytes, in a packet of its own.
@@ -34,11 +34,11 @@ pub enum Counter {
     /// `backend_out`: the map `FLOWS` is full; dropped.
     Full,
     /// `backend_in`: the header sent as an answer to the backend.
-    Answered,
+    HeaderRetransmitted,
     /// `backend_in`: the backend asked for the header again too soon; dropped.
     TooSoon,
     /// `backend_in`: the header could not be sent as an answer; dropped, the backend will ask again.
-    AnswerFailed,
+    RetransmitFailed,
     /// `backend_in`: the backend has acknowledged the header.
     Acknowledged,
     /// `backend_in`: a backend acknowledged a header that was never sent; dropped.
@@ -58,23 +58,23 @@ pub enum Counter {
 impl Counter {
     /// All of them, in the order of their indices.
     pub const ALL: [Self; 24] = [
-        Self::Remembered,
+        Self::SynCached,
         Self::FastOpen,
         Self::Opened,
-        Self::NoSlot,
+        Self::SynUnknown,
         Self::NoFlow,
         Self::Fragment,
         Self::InvalidSyn,
         Self::InvalidSegment,
         Self::Appended,
-        Self::Waited,
+        Self::Deferred,
         Self::Prepended,
         Self::SentAhead,
         Self::AppendFailed,
         Self::Full,
-        Self::Answered,
+        Self::HeaderRetransmitted,
         Self::TooSoon,
-        Self::AnswerFailed,
+        Self::RetransmitFailed,
         Self::Acknowledged,
         Self::InvalidAck,
         Self::StaleSynAck,
@@ -88,23 +88,23 @@ impl Counter {
     #[must_use]
     pub const fn labels(self) -> (&'static str, &'static str) {
         match self {
-            Self::Remembered => ("client_in", "remembered"),
+            Self::SynCached => ("client_in", "syn_cached"),
             Self::FastOpen => ("client_in", "fast_open"),
             Self::Opened => ("backend_out", "opened"),
-            Self::NoSlot => ("backend_out", "no_slot"),
+            Self::SynUnknown => ("backend_out", "syn_unknown"),
             Self::NoFlow => ("backend_out", "no_flow"),
             Self::Fragment => ("backend_out", "fragment"),
             Self::InvalidSyn => ("backend_out", "invalid_syn"),
             Self::InvalidSegment => ("backend_out", "invalid_segment"),
             Self::Appended => ("backend_out", "appended"),
-            Self::Waited => ("backend_out", "waited"),
+            Self::Deferred => ("backend_out", "deferred"),
             Self::Prepended => ("backend_out", "prepended"),
             Self::SentAhead => ("backend_out", "sent_ahead"),
             Self::AppendFailed => ("backend_out", "append_failed"),
             Self::Full => ("backend_out", "full"),
-            Self::Answered => ("backend_in", "answered"),
+            Self::HeaderRetransmitted => ("backend_in", "header_retransmitted"),
             Self::TooSoon => ("backend_in", "too_soon"),
-            Self::AnswerFailed => ("backend_in", "answer_failed"),
+            Self::RetransmitFailed => ("backend_in", "retransmit_failed"),
             Self::Acknowledged => ("backend_in", "acknowledged"),
             Self::InvalidAck => ("backend_in", "invalid_ack"),
             Self::StaleSynAck => ("backend_in", "stale_syn_ack"),

@@ -177,13 +177,13 @@ fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
         return DROP;
     }
     if header::answer(skb, packet, flow).is_err() {
-        maps::count(Counter::AnswerFailed);
+        maps::count(Counter::RetransmitFailed);
         return DROP;
     }
     flow.set(Flag::Sent);
     flow.answered_ns = now;
     flow.answered += 1;
-    maps::count(Counter::Answered);
+    maps::count(Counter::HeaderRetransmitted);
     skb.set_mark(ANSWER);
     // SAFETY: reads the program's own context, and redirects to the device that it came by.
     unsafe { bpf_redirect((*skb.skb.skb).ifindex, 0) as i32 }

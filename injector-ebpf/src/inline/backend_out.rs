@@ -85,7 +85,7 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
 fn open(skb: &TcContext, packet: &Packet) -> i32 {
     let key = &packet.key;
     let Some(slot) = maps::recall(token(skb), packet.segment.sequence) else {
-        maps::count(Counter::NoSlot);
+        maps::count(Counter::SynUnknown);
         return DROP;
     };
     // SAFETY: a map value, valid while the program runs.
@@ -96,7 +96,7 @@ fn open(skb: &TcContext, packet: &Packet) -> i32 {
             Some(template) => maps::open(key, slot, packet.segment.sequence.wrapping_add(1), template)
                 .ok_or(Counter::Full)
                 .inspect(|_| maps::count(Counter::Opened)),
-            None => Err(Counter::NoSlot),
+            None => Err(Counter::SynUnknown),
         },
         _ => Err(Counter::InvalidSyn),
     };
@@ -168,7 +168,7 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
             .map(|()| sent(flow, Counter::Appended)),
         ToBackend::Wait => {
             flow.set(Flag::Waited);
-            maps::count(Counter::Waited);
+            maps::count(Counter::Deferred);
             maps::touch(flow);
             return DROP;
         }

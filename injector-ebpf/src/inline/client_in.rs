@@ -43,7 +43,7 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
     }
     if let Some(token) = remember(skb, packet, listener) {
         set_token(skb, token);
-        maps::count(Counter::Remembered);
+        maps::count(Counter::SynCached);
     }
     // Otherwise `backend_out` will drop it.
     NEXT

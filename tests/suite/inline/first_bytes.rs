@@ -66,7 +66,7 @@ struct Ways<'a> {
 }
 
 impl<'a> Ways<'a> {
-    const EVENTS: [&'static str; 4] = ["waited", "prepended", "sent_ahead", "appended"];
+    const EVENTS: [&'static str; 4] = ["deferred", "prepended", "sent_ahead", "appended"];
 
     fn counted(lab: &Lab) -> anyhow::Result<[u64; 4]> {
         let mut counts = [0; 4];
@@ -137,7 +137,7 @@ fn silent(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// well. Nobody has to ask for it.
 fn full_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(lab)?;
-    let answered = lab.counted("answered")?;
+    let answered = lab.counted("header_retransmitted")?;
     let listener = lab.backend(family)?;
     let client = lab.client_awaited(family)?;
     let start = Instant::now();
@@ -158,7 +158,7 @@ fn full_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
         through(&server, &client, BYTES, 0)
     })?;
     ways.are([1, 0, 1, 0])?;
-    ensure!(lab.counted("answered")? == answered, "the backend had to ask for the header");
+    ensure!(lab.counted("header_retransmitted")? == answered, "the backend had to ask for the header");
     Ok(())
 }
 
@@ -210,7 +210,7 @@ fn lost(lab: &Lab, family: Family, times: u32) -> anyhow::Result<()> {
 
 /// The bytes are sent again, and arrive without the header that went ahead: the backend has to ask.
 fn ahead_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let answered = lab.counted("answered")?;
+    let answered = lab.counted("header_retransmitted")?;
     let mut headers = 0;
     let _faulty = lab.wire.faults(move |seen| {
         headers += u32::from(seen.is_header());
@@ -218,7 +218,7 @@ fn ahead_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
     });
     let connection = lab.connection(family, First::ClientAwaited)?;
     connection.finish(BYTES)?;
-    ensure!(lab.counted("answered")? > answered, "the backend did not ask");
+    ensure!(lab.counted("header_retransmitted")? > answered, "the backend did not ask");
     Ok(())
 }
 

@@ -33,7 +33,7 @@ pub(crate) const TRIALS: &[(&str, LabRun)] = &[
 /// Before and behind each SYN of a client, others from elsewhere with the same sequence number and ports.
 fn same_numbers(lab: &Lab, family: Family) -> anyhow::Result<()> {
     const OTHERS: u16 = 8;
-    let before = lab.counted("remembered")?;
+    let before = lab.counted("syn_cached")?;
     let _faulty = lab.wire.faults(|seen| {
         if !seen.at(Side::Client, Way::ToBackend) || !seen.is_syn() {
             return Fate::Pass;
@@ -46,7 +46,7 @@ fn same_numbers(lab: &Lab, family: Family) -> anyhow::Result<()> {
         // It compares the header with the client's own address.
         lab.connection_at(&listener, family, first, LIMIT)?.finish(1000)?;
     }
-    let remembered = lab.counted("remembered")? - before;
+    let remembered = lab.counted("syn_cached")? - before;
     ensure!(
         remembered >= 20 * (1 + 2 * u64::from(OTHERS)),
         "of the forged SYNs too few arrived: {remembered}"
@@ -60,7 +60,7 @@ fn flood(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let listener = lab.backend(family)?;
     let sample = sample_syn(lab, family)?;
     let done = AtomicBool::new(false);
-    let before = lab.counted("remembered")?;
+    let before = lab.counted("syn_cached")?;
     std::thread::scope(|scope| {
         let flooding = scope.spawn(|| flood_until(lab, &sample, &done));
         let outcome = (0..30).try_for_each(|_| {
@@ -70,7 +70,7 @@ fn flood(lab: &Lab, family: Family) -> anyhow::Result<()> {
         done.store(true, Ordering::Relaxed);
         let sent = flooding.join().map_err(|_| anyhow!("panicked"))?;
         outcome?;
-        let remembered = lab.counted("remembered")? - before;
+        let remembered = lab.counted("syn_cached")? - before;
         eprintln!("    60 connections beside {remembered} forged SYNs of {sent}");
         ensure!(remembered > 1000, "only {remembered} of {sent} forged SYNs arrived");
         Ok(())
@@ -185,14 +185,14 @@ fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// To the backend's own address, by the edge: nobody has looked at it there.
 fn past_the_vip(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let listener = lab.backend(family)?;
-    let before = lab.counted("no_slot")?;
+    let before = lab.counted("syn_unknown")?;
     let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), Duration::from_millis(300));
     let outcome = lab.client_side().run(connect)?;
     ensure!(
         outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut),
         "connected past the public address: {outcome:?}"
     );
-    ensure!(lab.counted("no_slot")? > before, "not counted");
+    ensure!(lab.counted("syn_unknown")? > before, "not counted");
     listener.set_nonblocking(true)?;
     ensure!(listener.accept().is_err(), "the backend has it");
     Ok(())

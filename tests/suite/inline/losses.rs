@@ -152,7 +152,7 @@ fn a_tenth_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// As long as it cannot get the header, a backend asks with every segment that comes; the answers stay few.
 fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
     const BLIND: Duration = Duration::from_millis(500);
-    let before = lab.counted("answered")?;
+    let before = lab.counted("header_retransmitted")?;
     let start = Instant::now();
     let _faulty =
         lab.wire.faults(
@@ -162,7 +162,7 @@ fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
         );
     let connection = lab.connection(family, First::Client)?;
     connection.finish(BYTES)?;
-    let answered = lab.counted("answered")? - before;
+    let answered = lab.counted("header_retransmitted")? - before;
     eprintln!("    first byte after {:.1} ms, {answered} answers", connection.took.as_secs_f64() * 1e3);
     ensure!((1..100).contains(&answered), "{answered} answers");
     Ok(())
@@ -171,7 +171,7 @@ fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
 /// The same question a thousand times, as fast as a machine can, and no header reaches it: no more answers than one for each
 /// half millisecond.
 fn asks_at_once(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let before = (lab.counted("answered")?, lab.counted("too_soon")?);
+    let before = (lab.counted("header_retransmitted")?, lab.counted("too_soon")?);
     let mut left = 1;
     let mut headers = 0;
     let _faulty = lab.wire.faults(move |seen| {
@@ -188,7 +188,8 @@ fn asks_at_once(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let start = Instant::now();
     lab.connection(family, First::Client)?.finish(BYTES)?;
     let passed = start.elapsed();
-    let (answered, soon) = (lab.counted("answered")? - before.0, lab.counted("too_soon")? - before.1);
+    let (answered, soon) =
+        (lab.counted("header_retransmitted")? - before.0, lab.counted("too_soon")? - before.1);
     eprintln!("    {answered} answers, {soon} questions not answered");
     ensure!(answered + soon >= 900, "the questions did not arrive");
     ensure!(u128::from(answered) <= passed.as_micros() / 500 + 1, "{answered} answers within {passed:?}");

@@ -69,7 +69,11 @@ fn on_one_processor() -> (Vec<Check>, Vec<ProgramReport>) {
             "for a client that speaks first, and goes in front of its first bytes",
         ),
         ("shifted", shifted, "sequence numbers later, acknowledgements and SACK blocks earlier"),
-        ("answered", answered, "a backend that asks for the header gets it, and its packet goes no further"),
+        (
+            "header_retransmitted",
+            header_retransmitted,
+            "a backend that asks for the header gets it, and its packet goes no further",
+        ),
         ("fail_closed", fail_closed, "nothing that was forwarded reaches the backend without a header"),
         ("swept", swept, "a connection that has ended is taken out, and no other"),
     ];
@@ -463,7 +467,7 @@ fn sack_option(left: u32, right: u32) -> Vec<u8> {
     [&[5, 10][..], &left.to_be_bytes(), &right.to_be_bytes()].concat()
 }
 
-fn answered(way: &Way<'_>) -> Result<(), String> {
+fn header_retransmitted(way: &Way<'_>) -> Result<(), String> {
     // The header was sent and lost. The client's data comes, and the backend asks for what is before it.
     let header = way.establish()?;
     let data = way.header_len();

@@ -18,12 +18,12 @@ const fn plain<T: FromBytes + IntoBytes>() {}
 
 pod!(
     inline::Address,
-    inline::Ended,
+    inline::ClosedFlow,
     inline::Event,
     inline::Flow,
     inline::Key,
     inline::Listener,
-    inline::Slot,
+    inline::PendingSyn,
     inline::Template,
     splice::Credit,
     splice::Flow,

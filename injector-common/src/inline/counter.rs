@@ -1,6 +1,6 @@
 //! The counters of the programs.
 
-/// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `TALLIES`.
+/// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `COUNTERS`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {

@@ -1,6 +1,6 @@
 //! The decisions about segments.
 
-use super::{ACK, FIN, Flag, Flow, RST, SYN, Segment, Slot, URG};
+use super::{ACK, FIN, Flag, Flow, PendingSyn, RST, SYN, Segment, URG};
 
 /// What becomes of a SYN that is forwarded to a backend's PROXY port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub enum OnSyn {
 /// with the same number.
 #[must_use]
 #[inline(always)]
-pub fn on_syn(pending: Option<&Flow>, slot: &Slot, segment: &Segment) -> OnSyn {
+pub fn on_syn(pending: Option<&Flow>, slot: &PendingSyn, segment: &Segment) -> OnSyn {
     if !segment.is_plain_syn() {
         return OnSyn::Drop;
     }

@@ -30,7 +30,7 @@ impl Event {
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ended {
+pub struct ClosedFlow {
     /// Which connection,
     pub key: Key,
     /// and which of those that had the same ports ([`Flow::created_ns`]).
@@ -39,7 +39,7 @@ pub struct Ended {
     pub last_ns: u64,
 }
 
-impl Ended {
+impl ClosedFlow {
     /// Where the first stands: behind the Ethernet header that the kernel asks for, on a word's boundary.
     pub const AT: usize = 16;
     /// So many to a packet. With what the kernel puts around it, that must fit into a page (bpf_test_init,

@@ -1,14 +1,14 @@
 //! A connection's entry in the maps.
 
 use super::{
-    ACK, FIN, HeaderAddresses, RST, Segment, SeqState, Slot, Template, URG, sequence::LARGEST_WINDOW,
+    ACK, FIN, HeaderAddresses, PendingSyn, RST, Segment, SeqState, Template, URG, sequence::LARGEST_WINDOW,
 };
 
 /// Packets and payload bytes of one direction.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
+pub struct DirectionStats {
     /// Packets, as forwarded: one of many segments counts one.
     pub packets: u64,
     /// Payload bytes, sent again ones included.
@@ -48,9 +48,9 @@ pub struct Flow {
     /// The same of the last header that answered the backend.
     pub answered_ns: u64,
     /// From the client to the backend, without the header.
-    pub to_backend: Tally,
+    pub to_backend: DirectionStats,
     /// From the backend to the client.
-    pub to_client: Tally,
+    pub to_client: DirectionStats,
     /// When the connection was reset, in nanoseconds.
     pub reset_ns: u64,
     /// How far the client has come,
@@ -118,7 +118,7 @@ impl Flow {
 
     /// Makes a zeroed flow that of the client whose SYN leaves now; its addresses are still to be copied.
     #[inline(always)]
-    pub const fn open(&mut self, slot: &Slot, template: &Template, offset: u32, now_ns: u64) {
+    pub const fn open(&mut self, slot: &PendingSyn, template: &Template, offset: u32, now_ns: u64) {
         self.first = slot.sequence.wrapping_add(1);
         self.offset = offset;
         self.client = SeqState::new(self.first);
@@ -173,7 +173,7 @@ impl Flow {
     /// Whether the SYN in this slot is this connection's own, sent again.
     #[must_use]
     #[inline(always)]
-    pub fn is_of(&self, slot: &Slot) -> bool {
+    pub fn is_of(&self, slot: &PendingSyn) -> bool {
         self.first == slot.sequence.wrapping_add(1)
             && self.listener == slot.listener
             && self.addresses.same(&slot.addresses)

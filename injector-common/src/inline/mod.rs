@@ -27,11 +27,11 @@ pub use self::{
         ClientOwner, OnSyn, OnSynAck, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack,
         to_backend, to_client,
     },
-    event::{Ended, Event},
-    flow::{Flag, Flow, Tally},
+    event::{ClosedFlow, Event},
+    flow::{DirectionStats, Flag, Flow},
     segment::{ACK, FIN, PSH, RST, SYN, Segment, URG, payload_len},
     sequence::SeqState,
-    slot::Slot,
+    slot::PendingSyn,
     template::{Listener, Template},
 };
 use crate::proxy;

@@ -2,27 +2,27 @@
 
 use super::HeaderAddresses;
 
-/// A client's SYN on its way through this host (map `SLOTS`): what NAT is about to hide.
+/// A client's SYN on its way through this host (map `SYN_CACHE`): what NAT is about to hide.
 ///
-/// The packet carries the slot's [token](Slot::token) from ingress to egress, in `skb->tc_index`, which neither forwarding nor NAT
+/// The packet carries the slot's [token](PendingSyn::token) from ingress to egress, in `skb->tc_index`, which neither forwarding nor NAT
 /// nor reassembly writes. So a slot is that packet's and no other's: a SYN that was not read at ingress has no token, whatever its
 /// numbers are. Somebody who floods with SYNs until a slot is used again can at most have a SYN dropped, which is then
 /// sent again.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Slot {
+pub struct PendingSyn {
     /// `CLOCK_MONOTONIC` in nanoseconds; 0 if the slot is empty.
     pub at_ns: u64,
     /// The SYN's sequence number.
     pub sequence: u32,
-    /// Which listener it is for; [`Slot::DISPUTED`] if two clients claim the slot and the number.
+    /// Which listener it is for; [`PendingSyn::DISPUTED`] if two clients claim the slot and the number.
     pub listener: u32,
     /// The client, and where it connected to.
     pub addresses: HeaderAddresses,
 }
 
-impl Slot {
+impl PendingSyn {
     /// In place of a listener: the slot was used again while its SYN was under way, for one with the same number. None of them
     /// passes.
     pub const DISPUTED: u32 = u32::MAX;
@@ -69,7 +69,7 @@ impl Slot {
 
     /// Remembers a SYN. While another with the same number has not left, neither is known any more.
     #[inline(always)]
-    pub fn remember(&mut self, sequence: u32, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
+    pub fn store(&mut self, sequence: u32, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
         let disputed = self.waits_for(sequence, now_ns)
             && (self.listener == Self::DISPUTED || !self.addresses.same(addresses));
         self.at_ns = now_ns;
@@ -79,4 +79,4 @@ impl Slot {
     }
 }
 
-const _: () = assert!(Slot::COUNT <= u16::MAX as u32 + 1);
+const _: () = assert!(PendingSyn::COUNT <= u16::MAX as u32 + 1);

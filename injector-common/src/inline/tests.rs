@@ -24,10 +24,10 @@ fn from_backend(flags: u8, acknowledgement: u32, payload: u32) -> Segment {
 #[test]
 fn no_padding() {
     assert_eq!(size_of::<Key>(), 40);
-    assert_eq!(size_of::<Slot>(), 16 + 40);
+    assert_eq!(size_of::<PendingSyn>(), 16 + 40);
     assert_eq!(size_of::<Flow>(), 20 + 12 + 4 + 40 + 24 + 32 + 8 + 32 + 16 + 4);
     assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
-    assert_eq!(size_of::<Ended>(), 40 + 16);
+    assert_eq!(size_of::<ClosedFlow>(), 40 + 16);
     assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
 }
 
@@ -202,7 +202,7 @@ fn a_refusal_acknowledges_the_syn() {
 #[test]
 fn only_what_has_ended_or_is_silent_is_swept() {
     let open = Flow { created_ns: 5, last_ns: 9, ..flow(&[]) };
-    let seen = Ended::new(Key::default(), &open);
+    let seen = ClosedFlow::new(Key::default(), &open);
     assert!(seen.may_remove(&open));
     assert!(!seen.may_remove(&Flow { last_ns: 10, ..open }), "it has spoken since");
     assert!(!seen.may_remove(&Flow { created_ns: 6, ..open }), "another of the same ports");
@@ -244,22 +244,22 @@ fn an_address_is_set_in_place() {
 
 #[test]
 fn a_slot_is_that_of_one_syn_and_for_a_while() {
-    let slot = Slot { at_ns: 100, sequence: 7, ..Slot::default() };
-    assert!(slot.fits(7, 100) && slot.fits(7, 100 + Slot::FRESH_NS));
-    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + Slot::FRESH_NS) && !slot.fits(7, 99));
-    assert!(!Slot::default().fits(0, 0));
+    let slot = PendingSyn { at_ns: 100, sequence: 7, ..PendingSyn::default() };
+    assert!(slot.fits(7, 100) && slot.fits(7, 100 + PendingSyn::FRESH_NS));
+    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + PendingSyn::FRESH_NS) && !slot.fits(7, 99));
+    assert!(!PendingSyn::default().fits(0, 0));
 }
 
 #[test]
 fn a_token_is_never_that_of_a_packet_without_one() {
-    let mut used = [false; Slot::COUNT as usize];
+    let mut used = [false; PendingSyn::COUNT as usize];
     for (number, processor) in (0..1023).flat_map(|number| (0..64).map(move |processor| (number, processor)))
     {
-        let token = usize::from(Slot::token(processor, number));
+        let token = usize::from(PendingSyn::token(processor, number));
         assert!(token != 0 && !used[token], "each processor has its own");
         used[token] = true;
     }
-    assert_eq!(Slot::token(64 + 5, 1023 + 7), Slot::token(5, 7));
+    assert_eq!(PendingSyn::token(64 + 5, 1023 + 7), PendingSyn::token(5, 7));
 }
 
 /// The same connection's numbers fit a SYN cookie again one header's length away.
@@ -379,27 +379,27 @@ fn of_client(last: u8) -> HeaderAddresses {
 
 #[test]
 fn two_clients_with_one_number_are_both_unknown() {
-    let mut slot = Slot::default();
-    slot.remember(7, 1, &of_client(1), 100);
+    let mut slot = PendingSyn::default();
+    slot.store(7, 1, &of_client(1), 100);
     assert!(slot.fits(7, 100) && slot.listener == 1 && slot.addresses == of_client(1));
     // Its own again.
-    slot.remember(7, 1, &of_client(1), 110);
+    slot.store(7, 1, &of_client(1), 110);
     assert!(slot.fits(7, 110));
     // Another's, and once more: whoever comes in between, nobody is known.
-    slot.remember(7, 1, &of_client(2), 120);
+    slot.store(7, 1, &of_client(2), 120);
     assert!(!slot.fits(7, 120));
-    slot.remember(7, 1, &of_client(2), 130);
-    slot.remember(7, 1, &of_client(1), 130);
+    slot.store(7, 1, &of_client(2), 130);
+    slot.store(7, 1, &of_client(1), 130);
     assert!(!slot.fits(7, 130));
     // Later, or with another number, it begins anew; so it does when the SYN has left.
     let disputed = slot;
-    slot.remember(7, 1, &of_client(1), 131 + Slot::FRESH_NS);
-    assert!(slot.fits(7, 131 + Slot::FRESH_NS));
+    slot.store(7, 1, &of_client(1), 131 + PendingSyn::FRESH_NS);
+    assert!(slot.fits(7, 131 + PendingSyn::FRESH_NS));
     slot = disputed;
-    slot.remember(8, 1, &of_client(2), 140);
+    slot.store(8, 1, &of_client(2), 140);
     assert!(slot.fits(8, 140) && slot.addresses == of_client(2));
     slot.at_ns = 0;
-    slot.remember(8, 1, &of_client(3), 150);
+    slot.store(8, 1, &of_client(3), 150);
     assert!(slot.fits(8, 150) && slot.addresses == of_client(3));
 }
 
@@ -416,16 +416,16 @@ fn addresses_differ_by_any_byte() {
 
 #[test]
 fn a_syn_is_a_connections_own_by_number_and_client() {
-    let slot = Slot { sequence: FIRST - 1, addresses: of_client(1), ..Slot::default() };
+    let slot = PendingSyn { sequence: FIRST - 1, addresses: of_client(1), ..PendingSyn::default() };
     let mut flow = Flow::default();
     let template = Template { len: LEN, sum: 0, waits: 1, bytes: [0; HEADER_CAPACITY] };
     flow.open(&slot, &template, 9, 5);
     assert!(flow.waits == 1 && flow.header_len == LEN && flow.offset == 9);
     flow.addresses = slot.addresses;
     assert!(flow.is_of(&slot));
-    assert!(!flow.is_of(&Slot { sequence: FIRST, ..slot }));
-    assert!(!flow.is_of(&Slot { addresses: of_client(2), ..slot }));
-    assert!(!flow.is_of(&Slot { listener: 1, ..slot }));
+    assert!(!flow.is_of(&PendingSyn { sequence: FIRST, ..slot }));
+    assert!(!flow.is_of(&PendingSyn { addresses: of_client(2), ..slot }));
+    assert!(!flow.is_of(&PendingSyn { listener: 1, ..slot }));
     let mut reset = flow;
     reset.set(Flag::BackendRst);
     assert!(!reset.is_of(&slot));

@@ -2,8 +2,8 @@
 //! `FLOWS`. There is one pair of addresses and ports, so that every connection meets what others have left.
 
 use injector_common::inline::{
-    ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, SYN, Segment, Slot, Template,
-    ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack, to_backend, to_client,
+    ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, PendingSyn, SYN, Segment,
+    Template, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack, to_backend, to_client,
 };
 
 /// The header's length.
@@ -64,7 +64,7 @@ impl Edge {
     /// A SYN of this client's, which was read at ingress.
     pub(crate) fn syn(&mut self, client: u8, segment: &Segment) -> Option<Sent> {
         let slot =
-            Slot { at_ns: self.now_ns, sequence: segment.sequence, listener: 0, addresses: of(client) };
+            PendingSyn { at_ns: self.now_ns, sequence: segment.sequence, listener: 0, addresses: of(client) };
         match on_syn(self.pending.as_ref(), &slot, segment) {
             OnSyn::Drop => return None,
             OnSyn::Pass => {}

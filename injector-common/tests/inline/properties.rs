@@ -1,6 +1,6 @@
 //! The properties themselves.
 
-use injector_common::inline::{ACK, FIN, Flag, Flow, SYN, Segment, SeqState, Slot, payload_len};
+use injector_common::inline::{ACK, FIN, Flag, Flow, PendingSyn, SYN, Segment, SeqState, payload_len};
 use proptest::prelude::*;
 
 use crate::edge::of;
@@ -112,14 +112,14 @@ proptest! {
     /// A SYN is named after the client that it came from at ingress, and a packet that did not come by it after nobody.
     #[test]
     fn a_token_names_its_own_packet(steps in prop::collection::vec(passage(), 1..200)) {
-        let mut slots = vec![Slot::default(); Slot::COUNT as usize];
+        let mut slots = vec![PendingSyn::default(); PendingSyn::COUNT as usize];
         let (mut under_way, mut now_ns, mut seen) = (Vec::new(), 1_u64, [0_u32; 4]);
         for step in steps {
             match step {
                 Passage::In { client, processor, sequence } => {
                     seen[processor as usize] += 1;
-                    let token = Slot::token(processor, seen[processor as usize]);
-                    slots[usize::from(token)].remember(sequence, client.into(), &of(client), now_ns);
+                    let token = PendingSyn::token(processor, seen[processor as usize]);
+                    slots[usize::from(token)].store(sequence, client.into(), &of(client), now_ns);
                     under_way.push((token, sequence, Some(client)));
                 }
                 Passage::Unseen { sequence } => under_way.push((0, sequence, None)),

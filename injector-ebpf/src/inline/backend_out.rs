@@ -84,7 +84,7 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
 #[inline(always)]
 fn open(skb: &TcContext, packet: &Packet) -> i32 {
     let key = &packet.key;
-    let Some(slot) = maps::recall(token(skb), packet.segment.sequence) else {
+    let Some(slot) = maps::take_syn(token(skb), packet.segment.sequence) else {
         maps::count(Counter::SynUnknown);
         return DROP;
     };

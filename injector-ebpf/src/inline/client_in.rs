@@ -41,7 +41,7 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
         maps::count(Counter::FastOpen);
         return DROP;
     }
-    if let Some(token) = remember(skb, packet, listener) {
+    if let Some(token) = cache_syn(skb, packet, listener) {
         set_token(skb, token);
         maps::count(Counter::SynCached);
     }
@@ -50,7 +50,7 @@ fn look<L: Link>(skb: &TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<u16> {
+fn cache_syn(skb: &TcContext, packet: &Packet, listener: u32) -> Option<u16> {
     let mut addresses = MaybeUninit::<HeaderAddresses>::uninit();
     // SAFETY: the value's own place; zeroed, it is one.
     let addresses = unsafe {
@@ -58,5 +58,5 @@ fn remember(skb: &TcContext, packet: &Packet, listener: u32) -> Option<u16> {
         addresses.assume_init_mut()
     };
     packet.read_addresses(skb, addresses).ok()?;
-    maps::remember(packet.segment.sequence, listener, addresses)
+    maps::cache_syn(packet.segment.sequence, listener, addresses)
 }

@@ -8,7 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use injector_common::inline::{
-    Address, Counter, Ended, Event, Flag, Flow, HeaderAddresses, Key, LEAST_MTU, Listener, Slot, Template,
+    Address, ClosedFlow, Counter, Event, Flag, Flow, HeaderAddresses, Key, LEAST_MTU, Listener, PendingSyn,
+    Template,
 };
 
 use super::{packet::Packet, words};
@@ -28,9 +29,9 @@ static BACKENDS: HashMap<Address, u32, SIZED_BY_THE_DAEMON> = HashMap::new();
 #[btf_map]
 static TEMPLATES: Array<Template, SIZED_BY_THE_DAEMON> = Array::new();
 
-/// SYNs between ingress and egress, by [`Slot::token`].
+/// SYNs between ingress and egress, by [`PendingSyn::token`].
 #[btf_map]
-static SLOTS: Array<Slot, { Slot::COUNT as usize }> = Array::new();
+static SYN_CACHE: Array<PendingSyn, { PendingSyn::COUNT as usize }> = Array::new();
 
 /// How many SYNs this processor has remembered.
 #[btf_map]
@@ -63,12 +64,12 @@ static EVENTS: RingBuf<Event, { 1024 * 1024 }> = RingBuf::new();
 
 /// One slot for each [`Counter`].
 #[btf_map]
-static TALLIES: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
+static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
 
 /// Counts that a program went this way.
 #[inline(always)]
 pub(super) fn count(counter: Counter) {
-    if let Some(slot) = TALLIES.get_ptr_mut(counter as u32) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: a per-CPU slot, written by programs of this processor alone; a statistic.
         unsafe { *slot += 1 };
     }
@@ -141,7 +142,7 @@ pub(super) fn template(listener: u32, ipv6: bool) -> Option<&'static Template> {
 
 /// Remembers a SYN; returns the token that its packet must carry.
 #[inline(always)]
-pub(super) fn remember(sequence: u32, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
+pub(super) fn cache_syn(sequence: u32, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
     let seen = SEEN.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot; softirqs of one processor do not interrupt each other.
     let number = unsafe {
@@ -149,18 +150,18 @@ pub(super) fn remember(sequence: u32, listener: u32, addresses: &HeaderAddresses
         *seen
     };
     // SAFETY: takes nothing.
-    let token = Slot::token(unsafe { bpf_get_smp_processor_id() }, number);
-    let slot = SLOTS.get_ptr_mut(token.into())?;
+    let token = PendingSyn::token(unsafe { bpf_get_smp_processor_id() }, number);
+    let slot = SYN_CACHE.get_ptr_mut(token.into())?;
     // SAFETY: a map value. Processors that share it, for there are very many, may tear it: then its SYN is dropped, or disputed.
-    unsafe { &mut *slot }.remember(sequence, listener, addresses, now());
+    unsafe { &mut *slot }.store(sequence, listener, addresses, now());
     Some(token)
 }
 
 /// Takes the slot of the SYN that leaves now, with this token.
 #[inline(always)]
-pub(super) fn recall(token: u16, sequence: u32) -> Option<&'static Slot> {
-    // SAFETY: a map value; see `remember`.
-    let slot = unsafe { &mut *SLOTS.get_ptr_mut(token.into())? };
+pub(super) fn take_syn(token: u16, sequence: u32) -> Option<&'static PendingSyn> {
+    // SAFETY: a map value; see `cache_syn`.
+    let slot = unsafe { &mut *SYN_CACHE.get_ptr_mut(token.into())? };
     slot.take(sequence, now()).then_some(slot)
 }
 
@@ -178,7 +179,7 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
 
 /// Begins the connection of the client in this slot, whose header will be of this template; returns its [`Flow::offset`].
 #[inline(always)]
-pub(super) fn open(key: &Key, slot: &Slot, first: u32, template: &Template) -> Option<u32> {
+pub(super) fn open(key: &Key, slot: &PendingSyn, first: u32, template: &Template) -> Option<u32> {
     let flow = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
@@ -238,7 +239,7 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
 
 /// Takes out a connection that has ended, unless another has its ports by now.
 #[inline(always)]
-pub(super) fn forget(ended: &Ended) -> bool {
+pub(super) fn forget(ended: &ClosedFlow) -> bool {
     let Some(flow) = established(&ended.key) else { return false };
     // SAFETY: a map value, valid while the program runs.
     ended.may_remove(unsafe { flow.as_ref() }) && FLOWS.remove(&ended.key).is_ok()

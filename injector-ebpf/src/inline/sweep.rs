@@ -2,7 +2,7 @@
 //! on a packet of its own, which lists them. One call for all of them, where looking up and deleting takes two for each.
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use injector_common::inline::Ended;
+use injector_common::inline::ClosedFlow;
 
 use super::maps;
 
@@ -10,8 +10,10 @@ use super::maps;
 #[classifier]
 fn sweep(skb: TcContext) -> i32 {
     let mut swept = 0;
-    for index in 0..Ended::MOST {
-        let Ok(ended) = skb.load::<Ended>(Ended::AT + index * size_of::<Ended>()) else { break };
+    for index in 0..ClosedFlow::MOST {
+        let Ok(ended) = skb.load::<ClosedFlow>(ClosedFlow::AT + index * size_of::<ClosedFlow>()) else {
+            break;
+        };
         swept += i32::from(maps::forget(&ended));
     }
     swept

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use injector_common::inline::{Ended, Event, Flag, Flow, Key};
+use injector_common::inline::{ClosedFlow, Event, Flag, Flow, Key};
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
@@ -66,7 +66,7 @@ pub struct Books {
 #[derive(Debug, Default)]
 struct Lingering {
     /// The first to end in front; with when that was.
-    queue: VecDeque<(Instant, Ended)>,
+    queue: VecDeque<(Instant, ClosedFlow)>,
     /// When the last connection of each key was created.
     last: HashMap<Key, u64>,
 }
@@ -78,7 +78,7 @@ impl Lingering {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;
         }
-        self.queue.push_back((Instant::now(), Ended::new(key, flow)));
+        self.queue.push_back((Instant::now(), ClosedFlow::new(key, flow)));
         true
     }
 
@@ -94,7 +94,7 @@ impl Lingering {
     }
 
     /// Takes out those that ended longer ago.
-    fn take(&mut self, linger: Duration) -> Vec<Ended> {
+    fn take(&mut self, linger: Duration) -> Vec<ClosedFlow> {
         let (mut taken, now) = (Vec::new(), Instant::now());
         while let Some((_, ended)) = self.queue.pop_front_if(|(since, _)| now.duration_since(*since) > linger)
         {
@@ -267,7 +267,7 @@ impl Books {
                     self.ended(&key, &flow, self.end_of(&flow));
                 }
                 if silent > linger {
-                    past.push(Ended::new(key, &flow));
+                    past.push(ClosedFlow::new(key, &flow));
                 }
                 continue;
             }
@@ -275,7 +275,7 @@ impl Books {
                 self.reopened(key, &flow);
             }
             if silent > self.idle {
-                past.push(Ended::new(key, &flow));
+                past.push(ClosedFlow::new(key, &flow));
                 self.ended(&key, &flow, End::Idle);
                 continue;
             }
@@ -305,7 +305,7 @@ mod tests {
         assert!(ended.add(key, &flow(2)));
         assert_eq!(ended.take(Duration::from_secs(60)), []);
         assert!(!ended.add(key, &flow(2)), "it is still there");
-        let both = [1, 2].map(|created_ns| Ended { key, created_ns, last_ns: 0 });
+        let both = [1, 2].map(|created_ns| ClosedFlow { key, created_ns, last_ns: 0 });
         assert_eq!(ended.take(Duration::ZERO), both);
         assert_eq!(ended.take(Duration::ZERO), []);
         assert!(ended.last.is_empty());

@@ -10,13 +10,13 @@ use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, RingBuf},
 };
-use injector_common::inline::{Address, Counter, Ended, Flow, Key, Listener, Template};
+use injector_common::inline::{Address, ClosedFlow, Counter, Flow, Key, Listener, Template};
 
 use crate::bpf::{LoadError, lock, take_map as take};
 
 /// The maps that the next daemon's programs share with this one's. What a program only works in while it runs is its own.
 pub(super) const PINNED: [&str; 8] =
-    ["LISTENERS", "BACKENDS", "TEMPLATES", "SLOTS", "PENDING", "FLOWS", "EVENTS", "TALLIES"];
+    ["LISTENERS", "BACKENDS", "TEMPLATES", "SYN_CACHE", "PENDING", "FLOWS", "EVENTS", "COUNTERS"];
 
 pub(super) struct Maps {
     listeners: Mutex<HashMap<MapData, Address, Listener>>,
@@ -45,7 +45,7 @@ impl Maps {
             backends: Mutex::new(take::<HashMap<_, _, _>>(programs, "BACKENDS")?),
             templates: Mutex::new(take::<Array<_, _>>(programs, "TEMPLATES")?),
             flows: Mutex::new(take::<HashMap<_, _, _>>(programs, "FLOWS")?),
-            counters: take(programs, "TALLIES")?,
+            counters: take(programs, "COUNTERS")?,
             events: Mutex::new(Some(take(programs, "EVENTS")?)),
         })
     }
@@ -73,7 +73,7 @@ impl Maps {
     }
 
     /// Takes out connections that have ended, as the program `sweep` does, by two calls for each.
-    pub(super) fn forget(&self, ended: &[Ended]) {
+    pub(super) fn forget(&self, ended: &[ClosedFlow]) {
         let mut flows = lock(&self.flows);
         for ended in ended {
             if flows.get(&ended.key, 0).is_ok_and(|flow| ended.may_remove(&flow)) {

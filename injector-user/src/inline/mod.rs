@@ -24,7 +24,7 @@ use aya::{
     Ebpf, EbpfLoader,
     programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
-use injector_common::inline::{Counter, Ended, HeaderAddresses, Template};
+use injector_common::inline::{ClosedFlow, Counter, HeaderAddresses, Template};
 use thiserror::Error;
 use zerocopy::IntoBytes as _;
 
@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// The version of what is pinned: maps of another layout are another folder's.
-const VERSION: &str = "v4";
+const VERSION: &str = "v5";
 
 /// Every program: those of devices once for Ethernet and once for devices without a link-layer header, and [`SWEEP`].
 const PROGRAMS: [&str; 7] =
@@ -127,9 +127,9 @@ impl Inline {
     }
 
     /// Takes out connections that have ended.
-    fn forget(&self, ended: &[Ended]) {
+    fn forget(&self, ended: &[ClosedFlow]) {
         let programs = lock(&self.programs);
-        for some in ended.chunks(Ended::MOST) {
+        for some in ended.chunks(ClosedFlow::MOST) {
             if let Err(error) = sweep(&programs, some) {
                 tracing::debug!(target: target::ENGINE_INLINE, %error, "running the sweep program failed; its flows are removed from user space");
                 self.maps.forget(some);
@@ -166,11 +166,11 @@ fn load_programs(loader: &mut EbpfLoader<'_>) -> Result<(Ebpf, Maps), bpf::LoadE
     Ok((programs, maps))
 }
 
-/// Has the program take out connections that have ended, up to [`Ended::MOST`], unless others have their ports by now; returns
+/// Has the program take out connections that have ended, up to [`ClosedFlow::MOST`], unless others have their ports by now; returns
 /// how many it took out.
-fn sweep(programs: &Ebpf, ended: &[Ended]) -> Result<u32, ProgramError> {
+fn sweep(programs: &Ebpf, ended: &[ClosedFlow]) -> Result<u32, ProgramError> {
     let program: &SchedClassifier = programs.program(SWEEP).ok_or(ProgramError::NotLoaded)?.try_into()?;
-    let mut packet = vec![0; Ended::AT];
+    let mut packet = vec![0; ClosedFlow::AT];
     packet.extend(ended.as_bytes());
     let options = TestRunOptions { data_in: Some(&packet), ..TestRunOptions::default() };
     Ok(program.test_run(options)?.return_value)

@@ -18,7 +18,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use injector_common::{
-    inline::{ACK, Ended, Key, PSH, SYN},
+    inline::{ACK, ClosedFlow, Key, PSH, SYN},
     proxy,
 };
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
@@ -535,17 +535,17 @@ fn swept(way: &Way<'_>) -> Result<(), String> {
         let mut flows = way.bench.maps.flows().into_iter();
         flows.find(|(key, _)| key.source.port == way.port)
     };
-    let sweep = |ended: &[Ended]| {
+    let sweep = |ended: &[ClosedFlow]| {
         let swept = sweep(&way.bench.programs, ended);
         swept.map_err(|error| format!("sweep: BPF_PROG_TEST_RUN: {}", crate::bpf::chain(&error)))
     };
     way.acknowledge()?;
     let (key, flow_now) = flow().ok_or("there is no flow to sweep")?;
-    let ended = Ended::new(key, &flow_now);
+    let ended = ClosedFlow::new(key, &flow_now);
     // One that had the same ports, the same one seen before its last packet, and as many that are not there as can be listed.
-    let mut others = vec![Ended { key: Key::default(), ..ended }; Ended::MOST - 2];
-    others.push(Ended { created_ns: ended.created_ns - 1, ..ended });
-    others.push(Ended { last_ns: ended.last_ns - 1, ..ended });
+    let mut others = vec![ClosedFlow { key: Key::default(), ..ended }; ClosedFlow::MOST - 2];
+    others.push(ClosedFlow { created_ns: ended.created_ns - 1, ..ended });
+    others.push(ClosedFlow { last_ns: ended.last_ns - 1, ..ended });
     if sweep(&others)? != 0 || flow().is_none() {
         return Err("sweep has taken out a connection that goes on".to_owned());
     }

@@ -13,9 +13,9 @@ mod counter;
 mod decide;
 mod event;
 mod flow;
+mod pending_syn;
 mod segment;
 mod sequence;
-mod slot;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -29,9 +29,9 @@ pub use self::{
     },
     event::{ClosedFlow, Event},
     flow::{DirectionStats, Flag, Flow},
+    pending_syn::PendingSyn,
     segment::{ACK, FIN, PSH, RST, SYN, Segment, URG, payload_len},
     sequence::SeqState,
-    slot::PendingSyn,
     template::{Listener, Template},
 };
 use crate::proxy;

@@ -98,8 +98,8 @@ pub enum ToBackend {
     /// It goes no further. The client speaks first: its first bytes end the handshake as well, with the header in front of them,
     /// and spare a packet and its acknowledgement. Should none come, the backend sends its SYN again after a second (RFC 6298,
     /// section 2), the client repeats its answer, and the header goes with that.
-    Wait,
-    /// It goes with the header in front of its payload; where both together are longer than [`LEAST_MTU`](super::LEAST_MTU), as by
+    Defer,
+    /// It goes with the header in front of its payload; where both together are longer than [`IPV6_MIN_MTU`](super::IPV6_MIN_MTU), as by
     /// [`ToBackend::Follow`].
     Prepend,
     /// It goes later by the header's length, right behind a packet with the header alone.
@@ -173,7 +173,7 @@ const fn in_place(flow: &Flow, segment: &Segment) -> ToBackend {
     }
     let waits = flow.waits != 0;
     if bare {
-        return if waits && !flow.is(Flag::Waited) { ToBackend::Wait } else { ToBackend::Append };
+        return if waits && !flow.is(Flag::Deferred) { ToBackend::Defer } else { ToBackend::Append };
     }
     if segment.payload == 0 && segment.is(URG) {
         // The urgent pointer counts from the segment's start, where the header is.
@@ -198,11 +198,11 @@ pub enum ToClient {
     Shift,
     /// It acknowledges the header and says no more: the client, which knows of none, need not hear it. With SACK blocks it does
     /// say more, and goes as by [`ToClient::Shift`].
-    Swallow,
+    DropAck,
     /// It acknowledges nothing of the client's: the header is under way.
-    Hold,
+    ClampAck,
     /// The backend asks for the header: it gets it, and the client is spared the question.
-    Answer,
+    Retransmit,
     /// It goes no further: it acknowledges a header that was never sent.
     Drop,
 }
@@ -229,9 +229,9 @@ pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
         }
         // With a closed window it does say something.
         let no_more = beyond == flow.header_len && bare && segment.window != 0;
-        return if no_more { ToClient::Swallow } else { ToClient::Shift };
+        return if no_more { ToClient::DropAck } else { ToClient::Shift };
     }
-    if bare { ToClient::Answer } else { ToClient::Hold }
+    if bare { ToClient::Retransmit } else { ToClient::ClampAck }
 }
 
 /// Whether this segment of the backend acknowledges the header, which no other did before. What was never sent cannot be

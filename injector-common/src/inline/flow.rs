@@ -45,8 +45,8 @@ pub struct Flow {
     pub created_ns: u64,
     /// The same of the last packet; no later than it by a tick of the kernel's clock ([`Flow::last_tick`]).
     pub last_ns: u64,
-    /// The same of the last header that answered the backend.
-    pub answered_ns: u64,
+    /// The same of the last header that was retransmitted.
+    pub retransmitted_ns: u64,
     /// From the client to the backend, without the header.
     pub to_backend: DirectionStats,
     /// From the backend to the client.
@@ -61,8 +61,8 @@ pub struct Flow {
     pub backend_first: u32,
     /// How often the header was sent with a packet of the client's own.
     pub appended: u32,
-    /// How often it was sent as an answer to the backend.
-    pub answered: u32,
+    /// How often it was retransmitted because the backend asked for it.
+    pub retransmitted: u32,
     /// The kernel's tick (jiffies) at which `last_ns` was read: a clock that costs nothing says when the other may be asked again.
     pub last_tick: u32,
 }
@@ -87,10 +87,10 @@ pub enum Flag {
     ClientRst,
     /// The backend has.
     BackendRst,
-    /// The end of the handshake was kept back once.
-    Waited,
-    /// The daemon was told of the end.
-    Told,
+    /// The end of the handshake was deferred once.
+    Deferred,
+    /// The daemon was notified of the end.
+    EndReported,
     /// The backend has acknowledged so much that nothing is compared with [`Flow::first`] any more.
     Far,
     /// A reset has passed, in either direction, with a number that may or may not have been the expected one.
@@ -103,8 +103,8 @@ impl Flag {
 }
 
 impl Flow {
-    /// How often a backend is answered at most.
-    const ANSWER_EVERY_NS: u64 = 500_000;
+    /// The shortest time between two retransmissions.
+    const RETRANSMIT_INTERVAL_NS: u64 = 500_000;
 
     /// How far the numbers of a segment may be off for a SYN cookie to fit: the index of a segment size is added to them
     /// (check_tcp_syn_cookie, net/ipv4/syncookies.c), and there are four.
@@ -345,7 +345,7 @@ impl Flow {
     /// cannot read it, would otherwise be told as fast as it asks.
     #[must_use]
     #[inline(always)]
-    pub const fn may_answer(&self, now_ns: u64) -> bool {
-        now_ns.wrapping_sub(self.answered_ns) >= Self::ANSWER_EVERY_NS
+    pub const fn may_retransmit(&self, now_ns: u64) -> bool {
+        now_ns.wrapping_sub(self.retransmitted_ns) >= Self::RETRANSMIT_INTERVAL_NS
     }
 }

@@ -39,8 +39,8 @@ use crate::proxy;
 /// Bytes that a header can have: what every receiver takes, and small enough for any packet.
 pub const HEADER_CAPACITY: usize = 232;
 
-/// IP packets up to this length get through everywhere (RFC 8200, section 5; IPv4 guarantees less, and links below are as rare).
-/// So long may one become that is made longer on its way.
-pub const LEAST_MTU: usize = 1280;
+/// The smallest MTU of an IPv6 link (RFC 8200, section 5). IPv4 allows less, but such links are rare. A
+/// packet that is lengthened on its way may become this long.
+pub const IPV6_MIN_MTU: usize = 1280;
 
 const _: () = assert!(HEADER_CAPACITY <= proxy::MAX_LEN && HEADER_CAPACITY.is_multiple_of(4));

@@ -20,7 +20,7 @@ pub struct Template {
     pub len: u32,
     /// Sum of the header's 32-bit words as bpf_csum_diff has it, the addresses taken as zero.
     pub sum: u32,
-    /// 1 if the header waits for the client's first bytes, where it speaks first: see [`ToBackend::Wait`](super::ToBackend::Wait).
+    /// 1 if the header waits for the client's first bytes, where it speaks first: see [`ToBackend::Defer`](super::ToBackend::Defer).
     pub waits: u32,
     /// The header, with zeros where the addresses belong.
     pub bytes: [u8; HEADER_CAPACITY],

@@ -86,23 +86,23 @@ fn segments_of_a_client_that_speaks_first() {
     let waits = |flags: &[Flag]| Flow { waits: 1, ..flow(flags) };
     for (state, segment, expected) in [
         // The end of the handshake waits once.
-        (&[][..], from_client(ACK, FIRST, 0), ToBackend::Wait),
-        (&[Flag::Waited], from_client(ACK, FIRST, 0), ToBackend::Append),
+        (&[][..], from_client(ACK, FIRST, 0), ToBackend::Defer),
+        (&[Flag::Deferred], from_client(ACK, FIRST, 0), ToBackend::Append),
         // A keep-alive probe is no end of a handshake.
-        (&[Flag::Waited], from_client(ACK, FIRST - 1, 0), ToBackend::Drop),
-        (&[Flag::Waited], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
+        (&[Flag::Deferred], from_client(ACK, FIRST - 1, 0), ToBackend::Drop),
+        (&[Flag::Deferred], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
         // Its own acknowledgement was lost before it came here.
         (&[][..], from_client(ACK | PSH, FIRST, 5), ToBackend::Prepend),
-        (&[Flag::Waited], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
+        (&[Flag::Deferred], from_client(ACK | URG, FIRST, 5), ToBackend::Follow),
         // Sent again, and what comes behind.
-        (&[Flag::Waited, Flag::Sent], from_client(ACK | PSH, FIRST, 5), ToBackend::Follow),
-        (&[Flag::Waited, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
-        (&[Flag::Waited], from_client(ACK, FIRST + 5, 5), ToBackend::Drop),
+        (&[Flag::Deferred, Flag::Sent], from_client(ACK | PSH, FIRST, 5), ToBackend::Follow),
+        (&[Flag::Deferred, Flag::Sent], from_client(ACK, FIRST + 5, 5), ToBackend::Shift),
+        (&[Flag::Deferred], from_client(ACK, FIRST + 5, 5), ToBackend::Drop),
         // It leaves, with a word and without.
-        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 5), ToBackend::Follow),
-        (&[Flag::Waited], from_client(ACK | FIN, FIRST, 0), ToBackend::Follow),
-        (&[Flag::Waited, Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
-        (&[Flag::Waited], from_client(RST, FIRST, 0), ToBackend::Pass),
+        (&[Flag::Deferred], from_client(ACK | FIN, FIRST, 5), ToBackend::Follow),
+        (&[Flag::Deferred], from_client(ACK | FIN, FIRST, 0), ToBackend::Follow),
+        (&[Flag::Deferred, Flag::Sent], from_client(ACK | FIN, FIRST, 0), ToBackend::Shift),
+        (&[Flag::Deferred], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 5), ToBackend::Shift),
     ] {
         assert_eq!(to_backend(&waits(state), &segment), expected, "{state:?} {segment:?}");
@@ -114,16 +114,16 @@ fn segments_of_the_backend() {
     let sent = &[Flag::Sent][..];
     for (state, segment, expected) in [
         // Refused.
-        (&[][..], from_backend(RST | ACK, FIRST, 0), ToClient::Hold),
+        (&[][..], from_backend(RST | ACK, FIRST, 0), ToClient::ClampAck),
         (sent, from_backend(RST, 0, 0), ToClient::Pass),
         // The header is missing, in whole or in part.
-        (sent, from_backend(ACK, FIRST, 0), ToClient::Answer),
-        (sent, from_backend(ACK, FIRST + LEN - 1, 0), ToClient::Answer),
-        (&[][..], from_backend(ACK, FIRST, 0), ToClient::Answer),
-        (sent, from_backend(ACK, FIRST, 9), ToClient::Hold),
-        (sent, from_backend(ACK | FIN, FIRST, 0), ToClient::Hold),
+        (sent, from_backend(ACK, FIRST, 0), ToClient::Retransmit),
+        (sent, from_backend(ACK, FIRST + LEN - 1, 0), ToClient::Retransmit),
+        (&[][..], from_backend(ACK, FIRST, 0), ToClient::Retransmit),
+        (sent, from_backend(ACK, FIRST, 9), ToClient::ClampAck),
+        (sent, from_backend(ACK | FIN, FIRST, 0), ToClient::ClampAck),
         // It has come, and there is nothing else to say, or there is.
-        (sent, from_backend(ACK, FIRST + LEN, 0), ToClient::Swallow),
+        (sent, from_backend(ACK, FIRST + LEN, 0), ToClient::DropAck),
         (sent, Segment { window: 0, ..from_backend(ACK, FIRST + LEN, 0) }, ToClient::Shift),
         (sent, from_backend(ACK, FIRST + LEN, 9), ToClient::Shift),
         (sent, from_backend(ACK | FIN, FIRST + LEN, 0), ToClient::Shift),
@@ -223,9 +223,9 @@ fn the_header_is_acknowledged_once() {
 fn the_decisions_hold_across_the_wrap() {
     let first = u32::MAX - 5;
     let flow = Flow { first, client: SeqState::new(first), ..flow(&[Flag::Sent]) };
-    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 5, 0)), ToClient::Answer);
-    assert_eq!(to_client(&flow, &from_backend(ACK, 21, 0)), ToClient::Answer);
-    assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::Swallow);
+    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 5, 0)), ToClient::Retransmit);
+    assert_eq!(to_client(&flow, &from_backend(ACK, 21, 0)), ToClient::Retransmit);
+    assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::DropAck);
     assert_eq!(to_client(&flow, &from_backend(ACK, 23, 0)), ToClient::Shift);
     assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 6, 0)), ToClient::Pass);
 }

@@ -112,8 +112,8 @@ impl Edge {
         let now_ns = self.now_ns;
         let sent = match to_backend(flow, segment) {
             ToBackend::Drop => return Vec::new(),
-            ToBackend::Wait => {
-                flow.set(Flag::Waited);
+            ToBackend::Defer => {
+                flow.set(Flag::Deferred);
                 return Vec::new();
             }
             ToBackend::Pass => vec![with(plain)],
@@ -195,11 +195,11 @@ impl Edge {
         let received = match way {
             ToClient::Drop => Received::default(),
             ToClient::Pass => earlier(flow.offset),
-            ToClient::Swallow => Received::default(),
-            ToClient::Shift | ToClient::Hold | ToClient::Answer if failing => Received::default(),
+            ToClient::DropAck => Received::default(),
+            ToClient::Shift | ToClient::ClampAck | ToClient::Retransmit if failing => Received::default(),
             ToClient::Shift => earlier(flow.shift()),
-            ToClient::Hold => earlier(segment.acknowledgement.wrapping_sub(flow.first)),
-            ToClient::Answer => {
+            ToClient::ClampAck => earlier(segment.acknowledgement.wrapping_sub(flow.first)),
+            ToClient::Retransmit => {
                 flow.set(Flag::Sent);
                 let numbers = Segment {
                     flags: injector_common::inline::ACK | injector_common::inline::PSH,
@@ -220,9 +220,9 @@ impl Edge {
     fn report(&mut self) {
         if let Some(flow) = &mut self.established
             && flow.closed()
-            && !flow.is(Flag::Told)
+            && !flow.is(Flag::EndReported)
         {
-            flow.set(Flag::Told);
+            flow.set(Flag::EndReported);
             self.reported.push(*flow);
         }
     }

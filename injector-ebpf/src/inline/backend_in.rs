@@ -11,8 +11,10 @@ use injector_common::inline::{
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use super::{
-    ANSWER, DROP, NEXT, header, maps,
-    packet::{ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse},
+    DROP, MARK_RETRANSMIT, NEXT, header, maps,
+    packet::{
+        ACKNOWLEDGEMENT, Ethernet, Failed, Link, Origin, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse,
+    },
 };
 
 #[classifier]
@@ -28,7 +30,7 @@ fn backend_in_raw(skb: TcContext) -> i32 {
 #[inline(always)]
 fn receive<L: Link>(skb: &TcContext) -> i32 {
     let Some(packet) = maps::packet(is_ipv6(skb)) else { return DROP };
-    match parse::<L>(skb, packet, From::Backend) {
+    match parse::<L>(skb, packet, Origin::Backend) {
         Parsed::Tcp => {}
         Parsed::Icmp => {
             return match quoted(skb, packet) {
@@ -99,7 +101,7 @@ fn refuse(key: &Key, flow: &mut Flow) {
     if !flow.is(Flag::BackendRst) {
         flow.set(Flag::BackendRst);
         maps::count(Counter::Refused);
-        maps::tell(Event::REFUSED, key, flow);
+        maps::emit_event(Event::REFUSED, key, flow);
     }
 }
 
@@ -139,22 +141,22 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
     if acknowledges(flow, &segment) {
         flow.set(Flag::Acknowledged);
         maps::count(Counter::Acknowledged);
-        maps::tell(Event::ACKNOWLEDGED, &packet.key, flow);
+        maps::emit_event(Event::ACKNOWLEDGED, &packet.key, flow);
     }
     match way {
         ToClient::Drop => {
             maps::count(Counter::InvalidAck);
             return DROP;
         }
-        ToClient::Answer => return answer(skb, packet, flow),
+        ToClient::Retransmit => return retransmit(skb, packet, flow),
         _ => {}
     }
     // The backend has sent it, whatever becomes of it.
     account(&packet.key, flow, &segment);
     let done = match way {
-        ToClient::Swallow if !packet.may_have_sack(skb) => return DROP,
-        ToClient::Shift | ToClient::Swallow => packet.acknowledge_earlier(skb, flow.shift()),
-        ToClient::Hold => packet
+        ToClient::DropAck if !packet.may_have_sack(skb) => return DROP,
+        ToClient::Shift | ToClient::DropAck => packet.acknowledge_earlier(skb, flow.shift()),
+        ToClient::ClampAck => packet
             .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
             .and_then(|()| packet.sack_earlier(skb, flow.shift())),
         _ if segment.is(ACK) => packet.acknowledge_earlier(skb, flow.offset),
@@ -169,22 +171,22 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
 
 /// The backend asks for the client's first byte, which is the header's.
 #[inline(always)]
-fn answer(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
+fn retransmit(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
     let now = maps::now();
     flow.note_from_backend(&packet.segment, || now);
-    if !flow.may_answer(now) {
+    if !flow.may_retransmit(now) {
         maps::count(Counter::TooSoon);
         return DROP;
     }
-    if header::answer(skb, packet, flow).is_err() {
+    if header::retransmit(skb, packet, flow).is_err() {
         maps::count(Counter::RetransmitFailed);
         return DROP;
     }
     flow.set(Flag::Sent);
-    flow.answered_ns = now;
-    flow.answered += 1;
+    flow.retransmitted_ns = now;
+    flow.retransmitted += 1;
     maps::count(Counter::HeaderRetransmitted);
-    skb.set_mark(ANSWER);
+    skb.set_mark(MARK_RETRANSMIT);
     // SAFETY: reads the program's own context, and redirects to the device that it came by.
     unsafe { bpf_redirect((*skb.skb.skb).ifindex, 0) as i32 }
 }
@@ -195,7 +197,7 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     flow.to_client.packets += 1;
     flow.to_client.bytes += u64::from(segment.payload);
     flow.note_from_backend(segment, maps::now);
-    maps::tell_of_end(key, flow);
+    maps::emit_end(key, flow);
 }
 
 /// An ICMP error quotes the packet that caused it, with the numbers that the backend's side knows: the client must find its

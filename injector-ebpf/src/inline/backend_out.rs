@@ -13,9 +13,9 @@ use injector_common::inline::{
 };
 
 use super::{
-    AHEAD, ANSWER, DROP, NEXT, header, maps,
+    DROP, MARK_HEADER_COPY, MARK_RETRANSMIT, NEXT, header, maps,
     packet::{
-        ACKNOWLEDGEMENT, Ethernet, Failed, From, Link, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse, token,
+        ACKNOWLEDGEMENT, Ethernet, Failed, Link, Origin, Packet, Parsed, Raw, SEQUENCE, is_ipv6, parse, token,
     },
 };
 
@@ -34,14 +34,14 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
     // SAFETY: the program's own context.
     let (mark, from, device) =
         unsafe { ((*skb.skb.skb).mark, (*skb.skb.skb).ingress_ifindex, (*skb.skb.skb).ifindex) };
-    if mark == ANSWER && from == device {
+    if mark == MARK_RETRANSMIT && from == device {
         skb.set_mark(0);
         return NEXT;
     }
     // What starts on this host itself has no client: health checks, its own mail.
     let forwarded = from != 0;
     let Some(packet) = maps::packet(is_ipv6(skb)) else { return DROP };
-    match parse::<L>(skb, packet, From::Client) {
+    match parse::<L>(skb, packet, Origin::Client) {
         Parsed::Tcp => {}
         Parsed::Unreadable if forwarded && maps::is_backend(&packet.to_host()) => {
             maps::count(Counter::Fragment);
@@ -73,7 +73,7 @@ fn send<L: Link>(skb: &TcContext) -> i32 {
         }
         Owner::None => return NEXT,
     };
-    if mark == AHEAD {
+    if mark == MARK_HEADER_COPY {
         skb.set_mark(0);
         return go_ahead(skb, packet, flow);
     }
@@ -166,8 +166,8 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
             .map_err(|_| Counter::AppendFailed)
             .and_then(|()| later(skb, packet, flow.offset))
             .map(|()| sent(flow, Counter::Appended)),
-        ToBackend::Wait => {
-            flow.set(Flag::Waited);
+        ToBackend::Defer => {
+            flow.set(Flag::Deferred);
             maps::count(Counter::Deferred);
             maps::touch(flow);
             return DROP;
@@ -209,7 +209,7 @@ fn follow(skb: &TcContext, packet: &Packet, flow: &mut Flow) -> Result<(), Count
     let (mark, device) = unsafe { ((*skb.skb.skb).mark, (*skb.skb.skb).ifindex) };
     // Before it: the backend's answer may be here before this program has ended.
     flow.set(Flag::Sent);
-    skb.set_mark(AHEAD);
+    skb.set_mark(MARK_HEADER_COPY);
     // SAFETY: as above. The program that runs meanwhile reads the same packet into the same `Packet`.
     let result = unsafe { bpf_clone_redirect(skb.as_ptr().cast(), device, 0) };
     skb.set_mark(mark);
@@ -240,5 +240,5 @@ fn account(key: &Key, flow: &mut Flow, segment: &Segment) {
     flow.to_backend.packets += 1;
     flow.to_backend.bytes += u64::from(segment.payload);
     flow.note_from_client(segment, maps::now);
-    maps::tell_of_end(key, flow);
+    maps::emit_end(key, flow);
 }

@@ -7,7 +7,7 @@ use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
     DROP, NEXT, maps,
-    packet::{Ethernet, From, Link, Packet, Parsed, Raw, is_ipv6, opens_nothing, parse, set_token},
+    packet::{Ethernet, Link, Origin, Packet, Parsed, Raw, is_ipv6, is_not_syn, parse, set_token},
     words,
 };
 
@@ -23,14 +23,14 @@ fn client_in_raw(skb: TcContext) -> i32 {
 
 #[inline(always)]
 fn look<L: Link>(skb: &TcContext) -> i32 {
-    if opens_nothing::<L>(skb) {
+    if is_not_syn::<L>(skb) {
         return NEXT;
     }
     // Another network namespace may have set it.
     set_token(skb, 0);
     let Some(packet) = maps::packet(is_ipv6(skb)) else { return NEXT };
     // Its destination stands where a backend's would.
-    let Parsed::Tcp = parse::<L>(skb, packet, From::Client) else { return NEXT };
+    let Parsed::Tcp = parse::<L>(skb, packet, Origin::Client) else { return NEXT };
     let segment = packet.segment;
     if !segment.is(SYN) || segment.is(ACK) {
         return NEXT;

@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_csum_diff, bpf_skb_change_tail},
     programs::TcContext,
 };
-use injector_common::inline::{ACK, FIN, Flow, HeaderAddresses, Key, LEAST_MTU, PSH, Template, URG};
+use injector_common::inline::{ACK, FIN, Flow, HeaderAddresses, IPV6_MIN_MTU, Key, PSH, Template, URG};
 use network_types::{ip::Ipv6Hdr, tcp::TcpHdr};
 
 use super::{
@@ -28,14 +28,14 @@ pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<()
 }
 
 /// Puts the header in front of the payload of a client's segment, whose numbers stay as they are; `false` if the packet has no
-/// room for both, and is as it was. Of more than [`LEAST_MTU`] bytes nobody knows whether they will arrive.
+/// room for both, and is as it was. Of more than [`IPV6_MIN_MTU`] bytes nobody knows whether they will arrive.
 #[inline(always)]
 pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<bool, Failed> {
     // Read anew by each who uses it: the verifier forgets what an earlier check has said about a number that lies in a map.
     // SAFETY: a field.
     let payload = || unsafe { (&raw const packet.segment.payload).read_volatile() } as usize;
     let at = packet.tcp + packet.tcp_len;
-    if at - packet.ip + flow.header_len as usize + payload() > LEAST_MTU {
+    if at - packet.ip + flow.header_len as usize + payload() > IPV6_MIN_MTU {
         return Ok(false);
     }
     let moved = maps::payload().ok_or(Failed)?;
@@ -83,7 +83,7 @@ pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resu
 /// client's clock, and anything older would fail the test for wrapped sequence numbers (RFC 7323, section 5). Other options
 /// are left out: a SACK block would not be the client's.
 #[inline(always)]
-pub(super) fn answer(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
+pub(super) fn retransmit(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
     let with_timestamps = packet.has_timestamps(skb);
     // One buffer for both headers.
     packet.clear_header();

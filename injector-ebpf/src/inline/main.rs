@@ -24,8 +24,9 @@ const NEXT: i32 = -1;
 /// Nowhere (`TC_ACT_SHOT`, `TCX_DROP`).
 const DROP: i32 = 2;
 
-/// `skb->mark` of a header that answers the backend, from ingress to egress of the same device: it has its numbers already.
-const ANSWER: u32 = 0x1A9E_C70F;
+/// `skb->mark` of a retransmitted header on its way to the egress of the device by which the backend's
+/// segment came. Its sequence numbers are already rewritten.
+const MARK_RETRANSMIT: u32 = 0x1A9E_C70F;
 
-/// The same of a copy of the client's first bytes, which is to become the header ahead of them.
-const AHEAD: u32 = 0x1A9E_C710;
+/// `skb->mark` of a copy of the client's first segment, whose payload the header replaces.
+const MARK_HEADER_COPY: u32 = 0x1A9E_C710;

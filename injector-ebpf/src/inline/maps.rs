@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use injector_common::inline::{
-    Address, ClosedFlow, Counter, Event, Flag, Flow, HeaderAddresses, Key, LEAST_MTU, Listener, PendingSyn,
-    Template,
+    Address, ClosedFlow, Counter, Event, Flag, Flow, HeaderAddresses, IPV6_MIN_MTU, Key, Listener,
+    PendingSyn, Template,
 };
 
 use super::{packet::Packet, words};
@@ -56,7 +56,7 @@ static PACKET: PerCpuArray<Packet, 2> = PerCpuArray::new();
 
 /// Where the client's first bytes lie while the header is put in front of them.
 #[btf_map]
-static PAYLOAD: PerCpuArray<[u8; LEAST_MTU], 1> = PerCpuArray::new();
+static PAYLOAD: PerCpuArray<[u8; IPV6_MIN_MTU], 1> = PerCpuArray::new();
 
 /// Tells the daemon what happened to a connection.
 #[btf_map]
@@ -102,7 +102,7 @@ pub(super) fn packet(ipv6: bool) -> Option<&'static mut Packet> {
 
 /// Where payload that moves may lie meanwhile.
 #[inline(always)]
-pub(super) fn payload() -> Option<&'static mut [u8; LEAST_MTU]> {
+pub(super) fn payload() -> Option<&'static mut [u8; IPV6_MIN_MTU]> {
     // SAFETY: a per-CPU slot, asked for once a program.
     PAYLOAD.get_ptr_mut(0).map(|payload| unsafe { &mut *payload })
 }
@@ -226,7 +226,7 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
         words::copy(copy, flow.as_ptr());
         &*copy
     };
-    words::apart();
+    words::compiler_barrier();
     // SAFETY: a map value, valid while the program runs.
     let still = unsafe { pending(key)?.as_ref() };
     if still.offset != copied.offset || still.created_ns != copied.created_ns {
@@ -245,20 +245,21 @@ pub(super) fn forget(ended: &ClosedFlow) -> bool {
     ended.may_remove(unsafe { flow.as_ref() }) && FLOWS.remove(&ended.key).is_ok()
 }
 
-/// Tells the daemon of the end, once. That may be with a packet behind the last FIN: where both sides finish at the same moment,
-/// programs on two processors may each see one FIN alone, and what acknowledges them sees both.
+/// Notifies the daemon of the connection's end, once. The notification may come with a packet after the
+/// last FIN: when both sides finish at the same moment, programs on two processors may each see one FIN
+/// only, and the packet that acknowledges the FINs sees both.
 #[inline(always)]
-pub(super) fn tell_of_end(key: &Key, flow: &mut Flow) {
-    if flow.closed() && !flow.is(Flag::Told) {
-        flow.set(Flag::Told);
+pub(super) fn emit_end(key: &Key, flow: &mut Flow) {
+    if flow.closed() && !flow.is(Flag::EndReported) {
+        flow.set(Flag::EndReported);
         count(Counter::Ended);
-        tell(Event::ENDED, key, flow);
+        emit_event(Event::ENDED, key, flow);
     }
 }
 
-/// Tells the daemon.
+/// Sends the daemon an event.
 #[inline(always)]
-pub(super) fn tell(kind: u32, key: &Key, flow: &Flow) {
+pub(super) fn emit_event(kind: u32, key: &Key, flow: &Flow) {
     let Some(mut entry) = EVENTS.reserve(0) else { return count(Counter::EventLost) };
     // Field by field: the stack has no room for an event.
     let event: *mut Event = entry.as_mut_ptr();

@@ -72,10 +72,10 @@ pub(super) enum Parsed {
     Other,
 }
 
-/// Who sent a packet.
+/// Which side sent a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
-    /// The client's side.
+pub(super) enum Origin {
+    /// The client.
     Client,
     /// The backend.
     Backend,
@@ -129,7 +129,7 @@ fn self_test() -> bool {
 pub(super) fn set_token(skb: &TcContext, token: u16) {
     if self_test() {
         skb.set_mark(token.into());
-        words::apart();
+        words::compiler_barrier();
         return;
     }
     // SAFETY: the program's own context.
@@ -142,7 +142,7 @@ pub(super) fn token(skb: &TcContext) -> u16 {
     if self_test() {
         // SAFETY: the program's own context.
         let mark = unsafe { (*skb.skb.skb).mark };
-        words::apart();
+        words::compiler_barrier();
         return mark as u16;
     }
     // SAFETY: the program's own context.
@@ -155,18 +155,18 @@ struct Word([u8; 4]);
 
 /// Reads the headers of a packet.
 #[inline(always)]
-pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
     packet.ip = L::LEN;
     // SAFETY: the program's own context.
     match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
-        IPV4 => parse_ipv4::<L>(skb, packet, from),
-        IPV6 => parse_ipv6::<L>(skb, packet, from),
+        IPV4 => parse_ipv4::<L>(skb, packet, origin),
+        IPV6 => parse_ipv6::<L>(skb, packet, origin),
         _ => Parsed::Other,
     }
 }
 
 #[inline(always)]
-fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
     const MORE_OR_OFFSET: u32 = 0x3FFF;
     const WORDS: usize = Ipv4Hdr::LEN / 4;
 
@@ -182,7 +182,7 @@ fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
     let len = (packet.word(0) >> 24 & 0x0F) as usize * 4;
     packet.tcp = packet.ip + len;
     let addresses = [packet.words[3], packet.words[4]];
-    let [source, destination] = from.ends(&mut packet.key);
+    let [source, destination] = origin.ends(&mut packet.key);
     source.set_mapped(addresses[0]);
     destination.set_mapped(addresses[1]);
     if protocol == u32::from(ICMP) {
@@ -195,11 +195,11 @@ fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
         return Parsed::Unreadable;
     }
     let total = packet.word(0) & 0xFFFF;
-    parse_tcp(skb, packet, from, total, total == 0)
+    parse_tcp(skb, packet, origin, total, total == 0)
 }
 
 #[inline(always)]
-fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Parsed {
+fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
     const WORDS: usize = Ipv6Hdr::LEN / 4;
 
     let both = packet.read_front::<L, WORDS>(skb);
@@ -209,7 +209,7 @@ fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
     packet.ipv6 = true;
     packet.tcp = packet.ip + Ipv6Hdr::LEN;
     let [_, _, s0, s1, s2, s3, d0, d1, d2, d3, ..] = packet.words;
-    let [source, destination] = from.ends(&mut packet.key);
+    let [source, destination] = origin.ends(&mut packet.key);
     source.set([s0, s1, s2, s3]);
     destination.set([d0, d1, d2, d3]);
     match (packet.word(1) >> 8) as u8 {
@@ -226,13 +226,13 @@ fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, from: From) -> Pars
         _ => return Parsed::Other,
     }
     let payload = packet.word(1) >> 16;
-    parse_tcp(skb, packet, from, Ipv6Hdr::LEN as u32 + payload, payload == 0)
+    parse_tcp(skb, packet, origin, Ipv6Hdr::LEN as u32 + payload, payload == 0)
 }
 
 /// The TCP header, which stands among the packet's words. A packet of many segments that is too long for its IP header has no
 /// length there (BIG TCP).
 #[inline(always)]
-fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: u32, no_length: bool) -> Parsed {
+fn parse_tcp(skb: &TcContext, packet: &mut Packet, origin: Origin, total: u32, no_length: bool) -> Parsed {
     let length_flags_window = packet.word(TCP_AT + 3);
     packet.tcp_len = (length_flags_window >> 28) as usize * 4;
     if packet.tcp_len < TcpHdr::LEN {
@@ -252,16 +252,17 @@ fn parse_tcp(skb: &TcContext, packet: &mut Packet, from: From, total: u32, no_le
         window: length_flags_window as u16,
     };
     let ports = packet.word(TCP_AT);
-    let [source, destination] = from.ends(&mut packet.key);
+    let [source, destination] = origin.ends(&mut packet.key);
     source.port = (ports >> 16) as u16;
     destination.port = ports as u16;
     Parsed::Tcp
 }
 
-/// Whether this packet is seen at a glance not to open a TCP connection, as nearly all are: IP without options, its headers in
-/// one piece. Offsets are constant, for without CAP_PERFMON the verifier allows no others into a packet.
+/// Whether this packet is certainly not a SYN, as nearly all are not. It only recognises packets without
+/// IP options whose headers are in one piece: without CAP_PERFMON the verifier allows constant offsets
+/// into a packet only.
 #[inline(always)]
-pub(super) fn opens_nothing<L: Link>(skb: &TcContext) -> bool {
+pub(super) fn is_not_syn<L: Link>(skb: &TcContext) -> bool {
     const VERSION_AND_LENGTH: u8 = 0x45;
     const PROTOCOL: usize = 9;
     const NEXT_HEADER: usize = 6;
@@ -269,12 +270,12 @@ pub(super) fn opens_nothing<L: Link>(skb: &TcContext) -> bool {
     // SAFETY: the program's own context.
     match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
         IPV4 if byte(skb, L::LEN) == Some(VERSION_AND_LENGTH) => match byte(skb, L::LEN + PROTOCOL) {
-            Some(TCP) if !is_fragment::<L>(skb) => goes_on(byte(skb, L::LEN + Ipv4Hdr::LEN + FLAGS)),
+            Some(TCP) if !is_fragment::<L>(skb) => is_mid_stream(byte(skb, L::LEN + Ipv4Hdr::LEN + FLAGS)),
             Some(TCP) | None => false,
             Some(_) => true,
         },
         IPV6 => match byte(skb, L::LEN + NEXT_HEADER) {
-            Some(TCP) => goes_on(byte(skb, L::LEN + Ipv6Hdr::LEN + FLAGS)),
+            Some(TCP) => is_mid_stream(byte(skb, L::LEN + Ipv6Hdr::LEN + FLAGS)),
             // TCP may follow.
             Some(next) => !BEFORE_OTHERS.contains(&next),
             None => false,
@@ -292,9 +293,9 @@ fn is_fragment<L: Link>(skb: &TcContext) -> bool {
     !matches!((byte(skb, L::LEN + MORE), byte(skb, L::LEN + OFFSET)), (Some(more), Some(0)) if more & 0x3F == 0)
 }
 
-/// Whether these are the flags of a segment in the midst of a connection.
+/// Whether these are the flags of a segment of an established connection.
 #[inline(always)]
-fn goes_on(flags: Option<u8>) -> bool {
+fn is_mid_stream(flags: Option<u8>) -> bool {
     flags.is_some_and(|flags| flags & (SYN | ACK) != SYN)
 }
 
@@ -312,7 +313,7 @@ fn byte(skb: &TcContext, at: usize) -> Option<u8> {
 /// A helper has failed, and with it everything: what is half rewritten must not leave.
 pub(super) struct Failed;
 
-impl From {
+impl Origin {
     /// Source and destination.
     #[inline(always)]
     fn ends(self, key: &mut Key) -> [&mut Address; 2] {

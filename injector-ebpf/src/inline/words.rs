@@ -40,9 +40,9 @@ pub(super) unsafe fn copy<T: Copy>(to: *mut T, from: *const T) {
     }
 }
 
-/// Keeps what stands before and after it apart: of two branches that write to different places LLVM makes one store to a
-/// variable place.
+/// Keeps LLVM from merging what is before it with what is after it: it would merge stores in two
+/// branches into one store at a variable offset.
 #[inline(always)]
-pub(super) fn apart() {
+pub(super) fn compiler_barrier() {
     compiler_fence(Ordering::SeqCst);
 }

@@ -6,9 +6,8 @@ use aya_ebpf::{macros::classifier, programs::TcContext};
 use injector_common::inline::{ACK, Counter, HeaderAddresses, SYN};
 
 use super::{
-    DROP, NEXT, maps,
+    DROP, NEXT, maps, mem,
     packet::{Ethernet, Link, Origin, Packet, Parsed, Raw, is_ipv6, is_not_syn, parse, set_token},
-    words,
 };
 
 #[classifier]
@@ -54,7 +53,7 @@ fn cache_syn(skb: &TcContext, packet: &Packet, listener: u32) -> Option<u16> {
     let mut addresses = MaybeUninit::<HeaderAddresses>::uninit();
     // SAFETY: the value's own place; zeroed, it is one.
     let addresses = unsafe {
-        words::zero(addresses.as_mut_ptr());
+        mem::zero(addresses.as_mut_ptr());
         addresses.assume_init_mut()
     };
     packet.read_addresses(skb, addresses).ok()?;

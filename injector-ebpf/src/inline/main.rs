@@ -15,9 +15,9 @@ mod backend_out;
 mod client_in;
 mod header;
 mod maps;
+mod mem;
 mod packet;
 mod sweep;
-mod words;
 
 /// To the next program, and then on its way (`TCX_NEXT`; `TC_ACT_UNSPEC` for older kernels).
 const NEXT: i32 = -1;

@@ -12,7 +12,7 @@ use injector_common::inline::{
     PendingSyn, Template,
 };
 
-use super::{packet::Packet, words};
+use super::{mem, packet::Packet};
 
 /// Placeholder: the daemon sets the real size.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -114,7 +114,7 @@ pub(super) fn listener(address: &Address, ipv6: bool) -> Option<u32> {
         let mut any = MaybeUninit::<Address>::uninit();
         // SAFETY: the value's own place; zeroed, it is one.
         let any = unsafe {
-            words::zero(any.as_mut_ptr());
+            mem::zero(any.as_mut_ptr());
             any.assume_init_mut()
         };
         if !ipv6 {
@@ -183,8 +183,8 @@ pub(super) fn open(key: &Key, slot: &PendingSyn, first: u32, template: &Template
     let flow = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
-        words::zero(flow);
-        words::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
+        mem::zero(flow);
+        mem::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
         &mut *flow
     };
     // SAFETY: takes nothing.
@@ -223,10 +223,10 @@ pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>>
     let copy = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends; and a map value.
     let copied = unsafe {
-        words::copy(copy, flow.as_ptr());
+        mem::copy(copy, flow.as_ptr());
         &*copy
     };
-    words::compiler_barrier();
+    mem::compiler_barrier();
     // SAFETY: a map value, valid while the program runs.
     let still = unsafe { pending(key)?.as_ref() };
     if still.offset != copied.offset || still.created_ns != copied.created_ns {

@@ -15,7 +15,7 @@ use network_types::{
     tcp::TcpHdr,
 };
 
-use super::words;
+use super::mem;
 
 /// Where things stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const SEQUENCE: usize = 4;
@@ -129,7 +129,7 @@ fn self_test() -> bool {
 pub(super) fn set_token(skb: &TcContext, token: u16) {
     if self_test() {
         skb.set_mark(token.into());
-        words::compiler_barrier();
+        mem::compiler_barrier();
         return;
     }
     // SAFETY: the program's own context.
@@ -142,7 +142,7 @@ pub(super) fn token(skb: &TcContext) -> u16 {
     if self_test() {
         // SAFETY: the program's own context.
         let mark = unsafe { (*skb.skb.skb).mark };
-        words::compiler_barrier();
+        mem::compiler_barrier();
         return mark as u16;
     }
     // SAFETY: the program's own context.
@@ -375,7 +375,7 @@ impl Packet {
     #[inline(always)]
     pub(super) fn clear_header(&mut self) {
         // SAFETY: our own words.
-        unsafe { words::zero(&raw mut self.words) };
+        unsafe { mem::zero(&raw mut self.words) };
     }
 
     /// The backend's host, whatever the port.

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use super::Group;
+use super::group::Group;
 
 /// Something the build, the demo or the tests call upon.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -18,6 +18,9 @@ pub(crate) const BPF_TARGET: &str =
 /// Names the toolchain to use, whatever else is there.
 pub(super) const CHOICE: &str = "INJECTOR_BPF_TOOLCHAIN";
 
+/// What rustup calls its nightly.
+pub(super) const NIGHTLY: &str = "nightly";
+
 /// What `rustc -vV` says about a compiler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Compiler {
@@ -121,6 +124,17 @@ pub(super) fn rustup_run(toolchain: &str, program: impl AsRef<OsStr>) -> Command
     let mut command = Command::new("rustup");
     // What is missing is said by setup; rustup shall neither fetch a toolchain unasked nor print its own backtrace.
     command.args(["run", toolchain]).arg(program).env("RUSTUP_LOG", "warn").env_remove("RUST_BACKTRACE");
+    command
+}
+
+/// A program that runs with rustup's nightly.
+pub(crate) fn nightly(program: impl AsRef<OsStr>) -> Command {
+    let mut command = rustup_run(NIGHTLY, program);
+    crate::cargo::forget_this_package(&mut command);
+    // What runs this program is not a nightly.
+    for name in ["CARGO", "RUSTC", "RUSTDOC"] {
+        command.env_remove(name);
+    }
     command
 }
 

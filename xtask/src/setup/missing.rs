@@ -1,0 +1,52 @@
+//! What may be missing, and what it is needed for.
+
+use super::{cargo_deb, linker, wheel::Wheel};
+
+/// Something to be installed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// A Debian package.
+    Package { name: String, why: String },
+    /// rustup's nightly, or one of its components.
+    Nightly { present: bool, component: &'static str, why: &'static str },
+    /// A name by which rustup runs `/usr/bin/rustc`.
+    Link { name: &'static str },
+    /// bpf-linker for this LLVM, which can be built here.
+    Linker { llvm: u32 },
+    /// A version of HAProxy, to be had from another Debian release.
+    HaProxy { series: &'static str, suite: &'static str },
+    /// cargo-deb, which can be built here.
+    CargoDeb,
+    /// bpf-linker, and no LLVM to build it with.
+    LinkerByHand { llvm: u32 },
+    /// What validates the manifests for Kubernetes.
+    Kubernetes,
+    /// A program that PyPI has.
+    Wheel(&'static Wheel),
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Package { name, why } => write!(f, "package {name}: {why}"),
+            Self::Nightly { present: false, component, why } => {
+                write!(f, "rustup's nightly with {component}: {why}")
+            }
+            Self::Nightly { present: true, component, why } => {
+                write!(f, "component {component} of rustup's nightly: {why}")
+            }
+            Self::HaProxy { series, suite } => {
+                write!(f, "HAProxy {series}, as Debian {suite} has it: for the benchmark")
+            }
+            Self::Kubernetes => f.write_str(
+                "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
+            ),
+            Self::Wheel(wheel) => write!(f, "{} {}: {}", wheel.program, wheel.version, wheel.why),
+            Self::CargoDeb => write!(f, "cargo-deb {}: making the Debian package", cargo_deb::VERSION),
+            Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),
+            Self::Linker { llvm } | Self::LinkerByHand { llvm } => {
+                write!(f, "bpf-linker {} (LLVM {llvm}): linking the BPF programs", linker::VERSION)
+            }
+        }
+    }
+}

@@ -56,6 +56,19 @@ pub(super) fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
+/// The container of a pod that has this name.
+pub(super) fn container<'a>(pod: &'a Value, name: &str) -> Option<&'a Value> {
+    list(&pod["spec"]["containers"]).iter().find(|container| container["name"] == name)
+}
+
+/// The value of a container's environment variable, empty if it is not set.
+pub(super) fn variable<'a>(container: &'a Value, name: &str) -> &'a str {
+    list(&container["env"])
+        .iter()
+        .find(|variable| variable["name"] == name)
+        .map_or("", |variable| text(&variable["value"]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

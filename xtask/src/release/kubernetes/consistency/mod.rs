@@ -1,0 +1,53 @@
+//! Whether the objects, and the configuration in them, agree with each other: what a schema cannot know and an API server would
+//! only show by pods that do not start or mail that does not come.
+
+mod backends;
+mod config;
+mod deadlines;
+mod metrics;
+mod ports;
+mod references;
+mod reload;
+mod rollout;
+mod services;
+#[cfg(test)]
+mod tests;
+
+use anyhow::{Context as _, Result};
+
+use self::config::Config;
+use super::object::{Object, container, text};
+
+/// The file in the ConfigMap.
+pub(super) const CONFIG: &str = "injector.toml";
+
+/// Every disagreement among the objects of one overlay, and with the mail server's.
+///
+/// # Errors
+/// When the objects that are to agree are not there at all.
+pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>> {
+    let daemons = find(objects, "DaemonSet").context("no DaemonSet")?;
+    let pod = &daemons.0["spec"]["template"];
+    let daemon = container(pod, "injector").context("no container `injector`")?;
+    let map = objects
+        .iter()
+        .find(|object| object.kind() == "ConfigMap" && object.0["data"][CONFIG].is_string())
+        .context("no ConfigMap with a configuration")?;
+    let config: Config = toml::from_str(text(&map.0["data"][CONFIG])).context("the configuration")?;
+    let mut faults = Vec::new();
+    for object in objects {
+        faults.extend(references::check(object, objects));
+    }
+    faults.extend(ports::check(daemon, &config));
+    faults.extend(metrics::check(pod, daemon));
+    faults.extend(deadlines::check(pod, daemon, &config));
+    faults.extend(rollout::check(&daemons.0));
+    faults.extend(reload::check(pod, &config));
+    faults.extend(services::check(objects, daemons));
+    faults.extend(backends::check(&config, objects, mail));
+    Ok(faults)
+}
+
+fn find<'a>(objects: &'a [Object], kind: &str) -> Option<&'a Object> {
+    objects.iter().find(|object| object.kind() == kind)
+}

@@ -1,0 +1,21 @@
+//! The pod declares the ports that the daemon opens.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::{super::object::list, config::Config};
+
+/// The ports that the scheduler keeps free are those that the daemon opens; with engine inline it opens none.
+pub(super) fn check(daemon: &Value, config: &Config) -> Option<String> {
+    let declared: BTreeSet<u64> = list(&daemon["ports"])
+        .iter()
+        .filter(|port| port["name"] != "metrics")
+        .filter_map(|port| port["containerPort"].as_u64())
+        .collect();
+    let opened = config.listener.iter().filter(|listener| listener.engine != "inline");
+    let opened: BTreeSet<u64> =
+        opened.flat_map(|listener| &listener.bind).map(|address| u64::from(address.port())).collect();
+    (declared != opened)
+        .then(|| format!("the pod declares the ports {declared:?}, the configuration opens {opened:?}"))
+}

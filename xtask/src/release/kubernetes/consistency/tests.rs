@@ -1,0 +1,146 @@
+//! Objects that agree, and each way in which they may not.
+
+use super::*;
+
+const EDGE: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: config, namespace: edge}
+data:
+  injector.toml: |
+    admin.socket = "/run/injector/admin.sock"
+    stop.deadline = "30s"
+    [[listener]]
+    name = "smtp"
+    bind = ["[::]:25"]
+    backends = ["proxied.mail.svc.cluster.local:2525"]
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: account, namespace: edge}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: public, namespace: edge}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  selector: {app: edge}
+  ports: [{port: 25, targetPort: smtp}]
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: injector, namespace: edge}
+spec:
+  updateStrategy: {rollingUpdate: {maxSurge: 0}}
+  template:
+    metadata: {labels: {app: edge, tier: one}, annotations: {prometheus.io/port: "9145"}}
+    spec:
+      hostNetwork: true
+      serviceAccountName: account
+      terminationGracePeriodSeconds: 300
+      containers:
+        - name: injector
+          env:
+            - {name: INJECTOR_CONFIG, value: /etc/injector/injector.toml}
+            - {name: INJECTOR_METRICS_LISTEN, value: "$(NODE):9145"}
+          ports: [{name: smtp, containerPort: 25}, {name: metrics, containerPort: 9145}]
+          startupProbe: {httpGet: {port: metrics}}
+          livenessProbe: {httpGet: {port: metrics}}
+          readinessProbe: {httpGet: {port: metrics}}
+          lifecycle: {preStop: {exec: {command: [injector, drain, --deadline, 240s]}}}
+          volumeMounts: [{name: c, mountPath: /etc/injector}, {name: r, mountPath: /run/injector}]
+        - name: reload
+          args: [reload, --watch, /etc/injector/injector.toml]
+          env: [{name: INJECTOR_SOCKET, value: /run/injector/admin.sock}]
+          volumeMounts: [{name: c, mountPath: /etc/injector}, {name: r, mountPath: /run/injector}]
+      volumes: [{name: c, configMap: {name: config}}, {name: r, emptyDir: {}}]
+"#;
+const MAIL: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: proxied, namespace: mail}
+spec: {ports: [{port: 2525, targetPort: 2525}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: mail, namespace: mail}
+spec:
+  ingress:
+    - {from: [{namespaceSelector: {}}], ports: [{port: 993}]}
+    - {from: [{ipBlock: {cidr: 10.0.0.1/32}}], ports: [{port: 2525}]}
+"#;
+
+fn told(edge: &str, mail: &str) -> Vec<String> {
+    faults(&Object::parse(edge).unwrap(), &Object::parse(mail).unwrap()).unwrap()
+}
+
+#[test]
+fn objects_that_agree_are_left_in_peace() {
+    assert_eq!(told(EDGE, MAIL), [""; 0]);
+    let weighted = r#"[{ address = "proxied.mail.svc.cluster.local:2525", weight = 2 }]"#;
+    assert_eq!(told(&EDGE.replace(r#"["proxied.mail.svc.cluster.local:2525"]"#, weighted), MAIL), [""; 0]);
+}
+
+#[test]
+fn every_disagreement_is_told() {
+    for (from, to, expected) in [
+        ("[::]:25", "[::]:26", "declares the ports {25}, the configuration opens {26}"),
+        (":9145\"}\n", ":9146\"}\n", "INJECTOR_METRICS_LISTEN says 9146"),
+        ("prometheus.io/port: \"9145\"", "prometheus.io/port: \"80\"", "prometheus.io/port \"80\""),
+        ("readinessProbe: {httpGet: {port: metrics}}", "", "readinessProbe does not ask"),
+        ("Seconds: 300", "Seconds: 270", "killed after 270s, but drains for 240s and then stops for 30s"),
+        (", --deadline, 240s", "", "without a deadline"),
+        ("maxSurge: 0", "maxSurge: 1", "maxSurge must be 0"),
+        ("serviceAccountName: account", "serviceAccountName: other", "no ServiceAccount \"other\""),
+        ("configMap: {name: config}", "configMap: {name: other}", "no ConfigMap \"other\""),
+        ("[{name: c, mountPath: /etc/injector}", "[{name: x, mountPath: /etc/injector}", "no volume \"x\""),
+        ("--watch, /etc", "--watch, /tmp", "does not watch /etc/injector/injector.toml"),
+        ("value: /run/injector/admin.sock", "value: /run/injector/a.sock", "asks /run/injector/a.sock"),
+        ("/etc/injector}, {name: r", "/etc/injector, subPath: f}, {name: r", "is in no volume"),
+        ("selector: {app: edge}", "selector: {app: mail}", "selects no pod"),
+        ("targetPort: smtp", "targetPort: imap", "no container has port 25 called \"imap\""),
+        ("Policy: Local", "Policy: Cluster", "client's address is lost"),
+        ("proxied.mail.svc", "stock.mail.svc", "no Service leads to stock.mail"),
+        ("local:2525", "local:25", "no Service leads to proxied.mail.svc.cluster.local:25"),
+    ] {
+        let faults = told(&EDGE.replace(from, to), MAIL);
+        assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+    }
+}
+
+#[test]
+fn a_proxy_port_that_pods_reach_is_told() {
+    for (mail, expected) in [
+        (MAIL.replace("ipBlock: {cidr: 10.0.0.1/32}", "podSelector: {}"), "other pods reach port 2525"),
+        (MAIL.replace("from: [{ipBlock: {cidr: 10.0.0.1/32}}], ", ""), "other pods reach port 2525"),
+        (MAIL.replace("port: 993", "port: 2525"), "other pods reach port 2525"),
+        (MAIL.replace("{port: 2525}]}\n", "{port: 4465}]}\n"), "no policy lets the edge nodes to port 2525"),
+    ] {
+        let faults = told(EDGE, &mail);
+        assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+    }
+}
+
+#[test]
+fn inline_listens_nowhere_and_needs_the_service_that_translates() {
+    let edge = EDGE
+        .replace(
+            "backends = [\"proxied.mail.svc.cluster.local:2525\"]",
+            "backends = [\"10.9.9.9:2525\"]\n    engine = \"inline\"",
+        )
+        .replace("[{name: smtp, containerPort: 25}, ", "[")
+        .replace("name: public, namespace: edge", "name: public, namespace: mail")
+        .replace("targetPort: smtp", "targetPort: 2525");
+    assert_eq!(told(&edge, MAIL), [""; 0]);
+    let wrong = told(&edge.replace("targetPort: 2525", "targetPort: 25"), MAIL);
+    assert_eq!(wrong, ["listener smtp: no Service leads to 10.9.9.9:2525"]);
+}
+
+#[test]
+fn without_the_objects_there_is_nothing_to_judge() {
+    let (edge, mail) = (Object::parse(EDGE).unwrap(), Object::parse(MAIL).unwrap());
+    assert!(faults(&mail, &mail).is_err());
+    let rest: Vec<_> = edge.into_iter().filter(|object| object.kind() != "ConfigMap").collect();
+    assert!(faults(&rest, &mail).is_err());
+}

@@ -81,7 +81,7 @@ umount "$2"
 
 /// A running systemd; ended on drop with all that it started.
 #[derive(Debug)]
-pub(crate) struct Booted {
+pub(crate) struct BootedSystemd {
     /// Stays outside its PID namespace, and takes it along when it ends.
     keeper: Child,
     /// Systemd, as this machine numbers it.
@@ -90,7 +90,7 @@ pub(crate) struct Booted {
     dir: TempDir,
 }
 
-impl Booted {
+impl BootedSystemd {
     /// Boots, and waits until all that it was to start has started.
     ///
     /// # Errors
@@ -192,7 +192,7 @@ impl Booted {
     }
 }
 
-impl Drop for Booted {
+impl Drop for BootedSystemd {
     fn drop(&mut self) {
         // Both fail only for a child that is gone already. Its PID namespace ends with it.
         let _ = self.keeper.kill();

@@ -10,10 +10,10 @@ use anyhow::Context;
 use injector_testbed::netns::{self, Family};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use service::{Lab, Shared};
+use service::{Shared, Testbed};
 
 /// What a trial does: with a running systemd.
-type Act = fn(&Lab) -> anyhow::Result<()>;
+type TrialRun = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -26,7 +26,7 @@ fn main() {
         file("files/a stop has the time that the configuration gives it", files::a_stop_has_its_time),
     ];
     let shared = Arc::new(Shared::default());
-    let acts: [(&str, Act); 7] = [
+    let systemd_trials: [(&str, TrialRun); 7] = [
         ("systemd/installing twice changes nothing", service::installing_twice),
         ("systemd/the process has what it needs and no more", service::rights),
         ("systemd/a stop ends it and leaves no socket", service::stop),
@@ -38,10 +38,10 @@ fn main() {
     for engine in service::ENGINES {
         for family in Family::ALL {
             let name = format!("systemd/mail/{}/{}", engine.name, family.name());
-            trials.push(trial(&shared, name, move |lab| service::mail(lab, engine, family)));
+            trials.push(trial(&shared, name, move |testbed| service::mail(testbed, engine, family)));
         }
     }
-    trials.extend(acts.map(|(name, act)| trial(&shared, name.to_owned(), act)));
+    trials.extend(systemd_trials.map(|(name, run)| trial(&shared, name.to_owned(), run)));
     // The last: nothing is there afterwards.
     let last = "systemd/uninstalling removes all but the configuration";
     trials.push(trial(&shared, last.to_owned(), service::uninstall));
@@ -57,15 +57,15 @@ fn file(name: &str, run: fn() -> anyhow::Result<()>) -> Trial {
 fn trial(
     shared: &Arc<Shared>,
     name: String,
-    run: impl Fn(&Lab) -> anyhow::Result<()> + Send + 'static,
+    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
     let shared = Arc::clone(shared);
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let lab = shared.lab()?;
-        let outcome = run(lab).with_context(|| format!("the journal:\n{}", lab.journal()));
+        let testbed = shared.testbed()?;
+        let outcome = run(testbed).with_context(|| format!("the journal:\n{}", testbed.journal()));
         match outcome {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => {

@@ -18,7 +18,7 @@ use injector_testbed::metrics;
 use injector_testbed::netns::{CLIENT, Family, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 use injector_testbed::service::SMTP;
 
-use crate::booted_systemd::Booted;
+use crate::booted_systemd::BootedSystemd;
 use crate::files::workspace;
 
 const UNIT: &str = "injector.service";
@@ -44,26 +44,26 @@ pub(crate) const ENGINES: [Engine; 3] = [
 
 /// What all trials share; made when the first of them runs.
 #[derive(Default)]
-pub(crate) struct Shared(OnceLock<Result<Lab, String>>);
+pub(crate) struct Shared(OnceLock<Result<Testbed, String>>);
 
 impl Shared {
-    pub(crate) fn lab(&self) -> Result<&Lab, String> {
-        let made = self.0.get_or_init(|| Lab::new().map_err(|error| format!("no testbed: {error:#}")));
+    pub(crate) fn testbed(&self) -> Result<&Testbed, String> {
+        let made = self.0.get_or_init(|| Testbed::new().map_err(|error| format!("no testbed: {error:#}")));
         made.as_ref().map_err(Clone::clone)
     }
 }
 
 /// Fields are dropped in this order.
 #[derive(Debug)]
-pub(crate) struct Lab {
-    systemd: Booted,
+pub(crate) struct Testbed {
+    systemd: BootedSystemd,
     host: MailHost,
     topology: Topology,
     xtask: PathBuf,
     binary: PathBuf,
 }
 
-impl Lab {
+impl Testbed {
     fn new() -> anyhow::Result<Self> {
         let binary = daemon::binary()?.canonicalize()?;
         let xtask = xtask()?;
@@ -71,11 +71,11 @@ impl Lab {
         let host = MailHost::start(&topology.mail)?;
         let workspace = workspace();
         let folders = [&workspace, &binary, &xtask].map(|path| path.parent().unwrap_or(path));
-        let systemd = Booted::boot(&topology.edge, &[&workspace, folders[1], folders[2]])?;
-        let lab = Self { systemd, host, topology, xtask, binary };
-        lab.install()?;
-        lab.write_config(&lab.configuration())?;
-        Ok(lab)
+        let systemd = BootedSystemd::boot(&topology.edge, &[&workspace, folders[1], folders[2]])?;
+        let testbed = Self { systemd, host, topology, xtask, binary };
+        testbed.install()?;
+        testbed.write_config(&testbed.configuration())?;
+        Ok(testbed)
     }
 
     pub(crate) fn journal(&self) -> String {
@@ -156,21 +156,21 @@ fn xtask() -> anyhow::Result<PathBuf> {
 }
 
 /// A message goes from the client through the service to Postfix, which sees the client.
-pub(crate) fn mail(lab: &Lab, engine: Engine, family: Family) -> anyhow::Result<()> {
-    lab.start()?;
-    send(lab, engine, family)
+pub(crate) fn mail(testbed: &Testbed, engine: Engine, family: Family) -> anyhow::Result<()> {
+    testbed.start()?;
+    send(testbed, engine, family)
 }
 
-fn send(lab: &Lab, engine: Engine, family: Family) -> anyhow::Result<()> {
+fn send(testbed: &Testbed, engine: Engine, family: Family) -> anyhow::Result<()> {
     let user = format!("{}-{}", engine.name, family.name());
     let message = Message::new(&user, &user);
-    let postfix = &lab.host.postfix;
+    let postfix = &testbed.host.postfix;
     let mark = postfix.log().mark();
     let server = Server {
         address: SocketAddr::new(engine.vip.of(family), SMTP.stock),
-        authority_pem: &lab.host.certificate.authority_pem,
+        authority_pem: &testbed.host.certificate.authority_pem,
     };
-    let queue_id = mail_client::send(&lab.topology.client, server, SMTP.security, &user, &message)
+    let queue_id = mail_client::send(&testbed.topology.client, server, SMTP.security, &user, &message)
         .with_context(|| postfix.log().since(mark))?;
     let sender = postfix.client_of(mark, &queue_id, SMTP.proxied, LIMIT)?;
     ensure!(sender.ip() == CLIENT.of(family), "Postfix saw {sender}, the client is {}", CLIENT.of(family));
@@ -179,28 +179,28 @@ fn send(lab: &Lab, engine: Engine, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(crate) fn installing_twice(lab: &Lab) -> anyhow::Result<()> {
-    let said = lab.install()?;
+pub(crate) fn installing_twice(testbed: &Testbed) -> anyhow::Result<()> {
+    let said = testbed.install()?;
     let changes = ["write ", "replace ", "create ", "remove "];
     let changed: Vec<_> =
         said.lines().filter(|line| changes.iter().any(|change| line.starts_with(change))).collect();
     ensure!(changed.is_empty(), "{said}");
     ensure!(said.contains(&format!("keep           {CONFIG}")), "{said}");
-    lab.systemd.must(&["id", "injector"])?;
-    let pins = lab.systemd.must(&["stat", "--format", "%U %a", "/sys/fs/bpf/injector"])?;
+    testbed.systemd.must(&["id", "injector"])?;
+    let pins = testbed.systemd.must(&["stat", "--format", "%U %a", "/sys/fs/bpf/injector"])?;
     ensure!(pins.trim() == "injector 700", "/sys/fs/bpf/injector is {pins}");
     Ok(())
 }
 
 /// Read from the process, not from the unit.
-pub(crate) fn rights(lab: &Lab) -> anyhow::Result<()> {
-    let pid = lab.start()?;
-    let status = lab.systemd.must(&["cat", &format!("/proc/{pid}/status")])?;
+pub(crate) fn rights(testbed: &Testbed) -> anyhow::Result<()> {
+    let pid = testbed.start()?;
+    let status = testbed.systemd.must(&["cat", &format!("/proc/{pid}/status")])?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":"));
         line.map(str::trim).with_context(|| format!("no {name} in\n{status}"))
     };
-    let user = lab.systemd.must(&["id", "--user", "injector"])?;
+    let user = testbed.systemd.must(&["id", "--user", "injector"])?;
     ensure!(field("Uid")?.split_whitespace().all(|uid| uid == user.trim()), "runs as {}", field("Uid")?);
     // CAP_NET_BIND_SERVICE is 10, CAP_NET_ADMIN 12, CAP_BPF 39 (linux/capability.h).
     let most = 1 << 10 | 1 << 12 | 1 << 39;
@@ -210,118 +210,118 @@ pub(crate) fn rights(lab: &Lab) -> anyhow::Result<()> {
         println!("{set} {have:016x}");
     }
     ensure!(field("NoNewPrivs")? == "1" && field("Seccomp")? == "2", "{status}");
-    let shown = lab.systemd.must(&["systemctl", "status", "--no-pager", "--lines=0", UNIT])?;
+    let shown = testbed.systemd.must(&["systemctl", "status", "--no-pager", "--lines=0", UNIT])?;
     println!("{shown}");
     Ok(())
 }
 
-pub(crate) fn stop(lab: &Lab) -> anyhow::Result<()> {
-    lab.start()?;
-    lab.systemd.must(&["systemctl", "stop", UNIT])?;
-    let result = lab.systemd.property(UNIT, "Result")?;
+pub(crate) fn stop(testbed: &Testbed) -> anyhow::Result<()> {
+    testbed.start()?;
+    testbed.systemd.must(&["systemctl", "stop", UNIT])?;
+    let result = testbed.systemd.property(UNIT, "Result")?;
     ensure!(result == "success", "the stop was a {result}");
-    ensure!(lab.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
-    ensure!(!lab.systemd.path("/run/injector").exists(), "/run/injector is left");
+    ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
+    ensure!(!testbed.systemd.path("/run/injector").exists(), "/run/injector is left");
     // What the inline engine pins serves on while the daemon is away.
-    let pins = lab.systemd.must(&["ls", "/sys/fs/bpf/injector"])?;
+    let pins = testbed.systemd.must(&["ls", "/sys/fs/bpf/injector"])?;
     ensure!(!pins.trim().is_empty(), "nothing is pinned");
-    ensure!(lab.journal().contains("stopped: "), "the journal has no line about the shutdown");
+    ensure!(testbed.journal().contains("stopped: "), "the journal has no line about the shutdown");
     Ok(())
 }
 
-pub(crate) fn mistake(lab: &Lab) -> anyhow::Result<()> {
-    lab.systemd.must(&["systemctl", "stop", UNIT])?;
-    lab.write_config(&(lab.configuration() + "[stopp]\ndeadline = \"1s\"\n"))?;
-    let outcome = lab.systemd.run(&["systemctl", "start", UNIT]);
-    lab.systemd.must(&["systemctl", "stop", UNIT])?;
-    lab.write_config(&lab.configuration())?;
+pub(crate) fn mistake(testbed: &Testbed) -> anyhow::Result<()> {
+    testbed.systemd.must(&["systemctl", "stop", UNIT])?;
+    testbed.write_config(&(testbed.configuration() + "[stopp]\ndeadline = \"1s\"\n"))?;
+    let outcome = testbed.systemd.run(&["systemctl", "start", UNIT]);
+    testbed.systemd.must(&["systemctl", "stop", UNIT])?;
+    testbed.write_config(&testbed.configuration())?;
     ensure!(!outcome?.status.success(), "it started");
-    ensure!(lab.journal().contains("stopp"), "the journal does not name the mistake");
-    lab.start().map(drop)
+    ensure!(testbed.journal().contains("stopp"), "the journal does not name the mistake");
+    testbed.start().map(drop)
 }
 
-pub(crate) fn reload(lab: &Lab) -> anyhow::Result<()> {
-    let before = lab.start()?;
+pub(crate) fn reload(testbed: &Testbed) -> anyhow::Result<()> {
+    let before = testbed.start()?;
     let one_more = "[[listener]]\nname = \"added\"\nprotocol = \"smtp\"\nbind = [\"127.0.0.1:2500\"]\n\
                     backends = [\"10.25.0.2:2525\"]\nengine = \"relay\"\n";
-    lab.write_config(&(lab.configuration() + one_more))?;
-    lab.systemd.must(&["systemctl", "reload", UNIT])?;
+    testbed.write_config(&(testbed.configuration() + one_more))?;
+    testbed.systemd.must(&["systemctl", "reload", UNIT])?;
     let connect = || std::net::TcpStream::connect("127.0.0.1:2500").map(drop);
-    lab.topology.edge.run(connect)?.context("the listener that the reload added")?;
+    testbed.topology.edge.run(connect)?.context("the listener that the reload added")?;
 
-    lab.write_config("[[listener]]\n")?;
-    let refused = lab.systemd.run(&["systemctl", "reload", UNIT])?;
-    lab.write_config(&lab.configuration())?;
+    testbed.write_config("[[listener]]\n")?;
+    let refused = testbed.systemd.run(&["systemctl", "reload", UNIT])?;
+    testbed.write_config(&testbed.configuration())?;
     ensure!(!refused.status.success(), "a reload of a file with a mistake succeeded");
-    lab.topology.edge.run(connect)?.context("a refused reload closed the listener")?;
-    lab.systemd.must(&["systemctl", "reload", UNIT])?;
-    ensure!(lab.systemd.property(UNIT, "MainPID")? == before, "a reload is no restart");
-    ensure!(lab.systemd.property(UNIT, "ActiveState")? == "active", "not active after a reload");
+    testbed.topology.edge.run(connect)?.context("a refused reload closed the listener")?;
+    testbed.systemd.must(&["systemctl", "reload", UNIT])?;
+    ensure!(testbed.systemd.property(UNIT, "MainPID")? == before, "a reload is no restart");
+    ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "active", "not active after a reload");
     Ok(())
 }
 
-pub(crate) fn watchdog(lab: &Lab) -> anyhow::Result<()> {
-    lab.drop_in("[Service]\nWatchdogSec=3s\nRestartSec=100ms\n")?;
-    lab.systemd.must(&["systemctl", "restart", UNIT])?;
-    let before = lab.start()?;
+pub(crate) fn watchdog(testbed: &Testbed) -> anyhow::Result<()> {
+    testbed.drop_in("[Service]\nWatchdogSec=3s\nRestartSec=100ms\n")?;
+    testbed.systemd.must(&["systemctl", "restart", UNIT])?;
+    let before = testbed.start()?;
     // Longer than the watchdog: a daemon that tells it that it lives is left alone.
     thread::sleep(Duration::from_secs(5));
-    ensure!(lab.systemd.property(UNIT, "MainPID")? == before, "replaced while it worked");
-    lab.systemd.must(&["kill", "-STOP", &before])?;
+    ensure!(testbed.systemd.property(UNIT, "MainPID")? == before, "replaced while it worked");
+    testbed.systemd.must(&["kill", "-STOP", &before])?;
     let deadline = Instant::now() + LIMIT * 3;
     loop {
-        let state = lab.systemd.property(UNIT, "ActiveState")?;
-        let pid = lab.systemd.property(UNIT, "MainPID")?;
+        let state = testbed.systemd.property(UNIT, "ActiveState")?;
+        let pid = testbed.systemd.property(UNIT, "MainPID")?;
         if state == "active" && pid != before && pid != "0" {
             break;
         }
         ensure!(Instant::now() < deadline, "{state}, process {pid} (it was {before})");
         thread::sleep(Duration::from_millis(100));
     }
-    lab.wait_ready()?;
-    let restarts = lab.systemd.property(UNIT, "NRestarts")?;
+    testbed.wait_ready()?;
+    let restarts = testbed.systemd.property(UNIT, "NRestarts")?;
     ensure!(restarts == "1", "{restarts} restarts");
-    lab.drop_in("")
+    testbed.drop_in("")
 }
 
 /// systemd holds the port: who comes while there is no daemon has one started, and is served by it.
-pub(crate) fn activated(lab: &Lab) -> anyhow::Result<()> {
+pub(crate) fn activated(testbed: &Testbed) -> anyhow::Result<()> {
     const SOCKET: &str = "injector.socket";
     let [_, _, relay] = ENGINES;
-    lab.systemd.must(&["systemctl", "stop", UNIT])?;
-    let folder = lab.systemd.path("/etc/systemd/system/injector.socket.d");
+    testbed.systemd.must(&["systemctl", "stop", UNIT])?;
+    let folder = testbed.systemd.path("/etc/systemd/system/injector.socket.d");
     fs::create_dir_all(&folder)?;
     let address = SocketAddr::new(relay.vip.of(Family::V4), SMTP.stock);
     fs::write(folder.join("test.conf"), format!("[Socket]\nListenStream=\nListenStream={address}\n"))?;
-    lab.systemd.must(&["systemctl", "daemon-reload"])?;
-    lab.systemd.must(&["systemctl", "start", SOCKET])?;
-    let state = lab.systemd.property(UNIT, "ActiveState")?;
+    testbed.systemd.must(&["systemctl", "daemon-reload"])?;
+    testbed.systemd.must(&["systemctl", "start", SOCKET])?;
+    let state = testbed.systemd.property(UNIT, "ActiveState")?;
     ensure!(state == "inactive", "{state} before anybody has come");
-    send(lab, relay, Family::V4)?;
-    let before = lab.systemd.property(UNIT, "MainPID")?;
+    send(testbed, relay, Family::V4)?;
+    let before = testbed.systemd.property(UNIT, "MainPID")?;
     // And whoever comes during a restart waits for the next one.
-    lab.systemd.must(&["systemctl", "restart", "--no-block", UNIT])?;
-    send(lab, relay, Family::V4)?;
-    lab.wait_ready()?;
-    ensure!(lab.systemd.property(UNIT, "MainPID")? != before, "it was not replaced");
+    testbed.systemd.must(&["systemctl", "restart", "--no-block", UNIT])?;
+    send(testbed, relay, Family::V4)?;
+    testbed.wait_ready()?;
+    ensure!(testbed.systemd.property(UNIT, "MainPID")? != before, "it was not replaced");
     // The addresses that systemd does not hold are the daemon's own.
-    send(lab, relay, Family::V6)?;
-    lab.systemd.must(&["systemctl", "stop", SOCKET, UNIT])?;
+    send(testbed, relay, Family::V6)?;
+    testbed.systemd.must(&["systemctl", "stop", SOCKET, UNIT])?;
     fs::remove_dir_all(&folder)?;
-    lab.systemd.must(&["systemctl", "daemon-reload"]).map(drop)
+    testbed.systemd.must(&["systemctl", "daemon-reload"]).map(drop)
 }
 
-pub(crate) fn uninstall(lab: &Lab) -> anyhow::Result<()> {
-    lab.start()?;
-    let said = lab.xtask(&["uninstall"])?;
+pub(crate) fn uninstall(testbed: &Testbed) -> anyhow::Result<()> {
+    testbed.start()?;
+    let said = testbed.xtask(&["uninstall"])?;
     for path in [PROGRAM, "/usr/local/lib/systemd/system/injector.service", "/usr/local/share/injector"] {
-        ensure!(!lab.systemd.path(path).exists(), "{path} is left:\n{said}");
+        ensure!(!testbed.systemd.path(path).exists(), "{path} is left:\n{said}");
     }
-    ensure!(lab.systemd.path(CONFIG).exists(), "the configuration is gone");
-    ensure!(lab.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
+    ensure!(testbed.systemd.path(CONFIG).exists(), "the configuration is gone");
+    ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
     // What inline had in the kernel: pins, and its NAT table.
-    ensure!(!lab.systemd.path("/sys/fs/bpf/injector").exists(), "pins are left:\n{said}");
-    let tables = lab.systemd.must(&["nft", "list", "tables"])?;
+    ensure!(!testbed.systemd.path("/sys/fs/bpf/injector").exists(), "pins are left:\n{said}");
+    let tables = testbed.systemd.must(&["nft", "list", "tables"])?;
     ensure!(tables.trim().is_empty(), "NAT is left: {tables}");
     Ok(())
 }

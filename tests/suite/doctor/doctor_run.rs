@@ -28,18 +28,18 @@ pub(crate) fn listener(name: &'static str, protocol: &'static str, backends: &[S
 
 /// What came of it.
 #[derive(Debug)]
-pub(crate) struct Examination {
+pub(crate) struct DoctorRun {
     pub(crate) code: Option<i32>,
     json: Value,
 }
 
 /// Runs the doctor in a namespace.
-pub(crate) fn examine(netns: &Netns, listeners: &[Listener], flags: &[&str]) -> anyhow::Result<Examination> {
+pub(crate) fn run_json(netns: &Netns, listeners: &[Listener], flags: &[&str]) -> anyhow::Result<DoctorRun> {
     let output = run(netns, &configuration(listeners), &[&["--json"], flags].concat())?;
     let json = serde_json::from_slice(&output.stdout);
     let json =
         json.with_context(|| format!("no JSON; it said {}", String::from_utf8_lossy(&output.stderr)))?;
-    Ok(Examination { code: output.status.code(), json })
+    Ok(DoctorRun { code: output.status.code(), json })
 }
 
 /// The same for people.
@@ -72,7 +72,7 @@ pub(crate) fn configuration(listeners: &[Listener]) -> String {
     text
 }
 
-impl Examination {
+impl DoctorRun {
     /// All that was found, as `listener/address verdict`, notes with the word before.
     pub(crate) fn findings(&self) -> Vec<String> {
         let mut all = Vec::new();

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::Stage;
+use testbed::Testbed;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -27,24 +27,24 @@ fn main() {
 }
 
 /// Made by the first trial that runs.
-type Shared = Arc<Mutex<Option<Arc<Stage>>>>;
+type Shared = Arc<Mutex<Option<Arc<Testbed>>>>;
 
-fn trial(shared: &Shared, name: &str, run: fn(&Stage) -> anyhow::Result<()>) -> Trial {
+fn trial(shared: &Shared, name: &str, run: fn(&Testbed) -> anyhow::Result<()>) -> Trial {
     let shared = Arc::clone(shared);
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let stage = stage(&shared).map_err(|error| format!("{error:#}"))?;
-        let outcome = run(&stage).and_then(|()| stage.nothing_died());
+        let testbed = testbed(&shared).map_err(|error| format!("{error:#}"))?;
+        let outcome = run(&testbed).and_then(|()| testbed.nothing_died());
         outcome.map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:#}")))
     })
 }
 
-fn stage(shared: &Shared) -> anyhow::Result<Arc<Stage>> {
-    let mut stage = shared.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(stage) = &*stage {
-        return Ok(Arc::clone(stage));
+fn testbed(shared: &Shared) -> anyhow::Result<Arc<Testbed>> {
+    let mut testbed = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(testbed) = &*testbed {
+        return Ok(Arc::clone(testbed));
     }
-    Ok(Arc::clone(stage.insert(Arc::new(Stage::new()?))))
+    Ok(Arc::clone(testbed.insert(Arc::new(Testbed::new()?))))
 }

@@ -43,7 +43,7 @@ const SHUT: &[u16] = &[
 /// Everything that trials share.
 // Fields are dropped in this order: what runs in a namespace before the namespace.
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct Testbed {
     pub(crate) postfix: Postfix,
     ipv4_postfix: Postfix,
     pub(crate) stock_postfix: Postfix,
@@ -55,7 +55,7 @@ pub(crate) struct Stage {
     _dir: TempDir,
 }
 
-impl Stage {
+impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new().context("no namespaces")?;
         let Topology { client, mail, .. } = &topology;

@@ -9,11 +9,11 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::log_file::Mark;
 use injector_testbed::netns::{Family, MAIL};
 
-use crate::doctor_run::{Examination, Listener, configuration, examine, listener, run};
-use crate::testbed::{DROPPED, NOTHING, Stage};
+use crate::doctor_run::{DoctorRun, Listener, configuration, listener, run, run_json};
+use crate::testbed::{DROPPED, NOTHING, Testbed};
 use crate::{dovecot, postfix, receivers};
 
-type Run = fn(&Stage) -> anyhow::Result<()>;
+type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const ALL: &[(&str, Run)] = &[
     ("postfix/no setting on smtpd, then with it", no_setting_on_smtpd),
@@ -58,12 +58,12 @@ fn both(port: u16) -> Vec<String> {
 }
 
 /// One listener, examined from the edge.
-fn one(stage: &Stage, protocol: &'static str, port: u16) -> anyhow::Result<Examination> {
-    examine(&stage.topology.edge, &[listener("l", protocol, &[ipv4(port)])], &[])
+fn one(testbed: &Testbed, protocol: &'static str, port: u16) -> anyhow::Result<DoctorRun> {
+    run_json(&testbed.topology.edge, &[listener("l", protocol, &[ipv4(port)])], &[])
 }
 
 /// Everything right, over IPv4 and IPv6: nothing is found, not even a note, and few connections are made.
-fn fine(stage: &Stage) -> anyhow::Result<()> {
+fn fine(testbed: &Testbed) -> anyhow::Result<()> {
     let listeners = [
         listener("smtp", "smtp", &both(postfix::POSTSCREEN)),
         listener("submission", "submission", &both(postfix::SMTPD)),
@@ -71,64 +71,66 @@ fn fine(stage: &Stage) -> anyhow::Result<()> {
         listener("imaps", "imaps", &both(dovecot::IMAPS)),
         listener("pop3", "pop3", &both(dovecot::POP3)),
     ];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     seen.expect(&[])?;
     let servers = ["Postfix, postscreen", "Postfix, smtpd", "Postfix, smtpd", "Dovecot", "Dovecot"];
     ensure!(seen.servers() == servers.map(|server| [server; 2]).concat(), "{:?}", seen.servers());
     // Four, and one from each of three other addresses of the edge.
     ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
     // Those from elsewhere were reset by the firewall: for either family one that is silent and three with a header.
-    let log = stage.postfix.log();
+    let log = testbed.postfix.log();
     let connected =
         log.lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfix::SMTPD), "]: connect from "]);
     ensure!(connected.len() == 8, "{connected:#?}");
     Ok(())
 }
 
-fn no_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
+fn no_setting_on_smtpd(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::REPAIRED;
-    let seen = one(stage, "submission", port)?;
+    let seen = one(testbed, "submission", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     seen.advises(&format!("{port} inet n - n - - smtpd"))?;
     let setting = seen.lines().into_iter().find(|line| line.trim().starts_with("-o "));
     let setting = setting.context("no setting advised")?;
     ensure!(setting.trim() == "-o smtpd_upstream_proxy_protocol=haproxy", "{setting:?}");
 
-    postfix::set(&stage.topology.mail, &stage.postfix, port, &setting)?;
+    postfix::set(&testbed.topology.mail, &testbed.postfix, port, &setting)?;
     // An smtpd that is still waiting for clients may take one more before it goes.
-    let seen =
-        patiently(|| one(stage, "submission", port), |seen| !seen.findings().join(" ").contains("no_proxy"))?;
+    let seen = patiently(
+        || one(testbed, "submission", port),
+        |seen| !seen.findings().join(" ").contains("no_proxy"),
+    )?;
     // No firewall before this port: the next thing to mend.
     seen.expect(&[&format!("l/{} forgeable", ipv4(port))])?;
-    shut(stage, &seen)?;
-    one(stage, "submission", port)?.expect(&[])
+    shut(testbed, &seen)?;
+    one(testbed, "submission", port)?.expect(&[])
 }
 
-fn no_setting_in_tls(stage: &Stage) -> anyhow::Result<()> {
+fn no_setting_in_tls(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::BARE_WRAPPED;
-    let seen = one(stage, "submissions", port)?;
+    let seen = one(testbed, "submissions", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     ensure!(seen.servers() == ["Postfix, smtpd"], "{:?}", seen.servers());
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
 }
 
 /// Such an smtpd is as one that is told nothing; on port 25 it may as well be postscreen that knows the client.
-fn postscreen_setting_on_smtpd(stage: &Stage) -> anyhow::Result<()> {
+fn postscreen_setting_on_smtpd(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::SMTPD_AS_POSTSCREEN;
-    let seen = one(stage, "smtp", port)?;
+    let seen = one(testbed, "smtp", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")?;
     seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
     // Where there can be no postscreen, one line remains.
-    let seen = one(stage, "submission", port)?;
+    let seen = one(testbed, "submission", port)?;
     ensure!(!seen.lines().join("\n").contains("postscreen"), "{:?}", seen.lines());
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
 }
 
-fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
+fn smtpd_setting_behind_postscreen(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::POSTSCREEN_AS_SMTPD;
     let expected = format!("l/{} no_proxy", ipv4(port));
-    let seen = one(stage, "smtp", port)?;
+    let seen = one(testbed, "smtp", port)?;
     seen.expect(&[&expected])?;
     ensure!(seen.servers() == ["Postfix, postscreen"], "{:?}", seen.servers());
     seen.advises(&format!("{port} inet n - n - 1 postscreen"))?;
@@ -136,12 +138,12 @@ fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
     ensure!(!seen.lines().join("\n").contains("smtpd_upstream"), "{:?}", seen.lines());
     // Postfix says the same once the connection is through.
     let ignored = "ignoring non-empty smtpd_upstream_proxy_protocol setting behind postscreen";
-    stage.postfix.log().wait_for(Mark::default(), &[ignored], Duration::from_secs(5))?;
+    testbed.postfix.log().wait_for(Mark::default(), &[ignored], Duration::from_secs(5))?;
     // Now it knows the edge and lets it pass unseen: both lines are named. With all these probes it may take one visit more
     // until it does: one that spoke too early is not believed at once.
-    let mut seen = one(stage, "smtp", port)?;
+    let mut seen = one(testbed, "smtp", port)?;
     if seen.servers() == ["Postfix, postscreen"] {
-        seen = one(stage, "smtp", port)?;
+        seen = one(testbed, "smtp", port)?;
     }
     seen.expect(&[&expected])?;
     ensure!(seen.servers() == ["Postfix"], "{:?}", seen.servers());
@@ -149,13 +151,13 @@ fn smtpd_setting_behind_postscreen(stage: &Stage) -> anyhow::Result<()> {
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
 }
 
-fn ipv6_off(stage: &Stage) -> anyhow::Result<()> {
+fn ipv6_off(testbed: &Testbed) -> anyhow::Result<()> {
     let ports = [postfix::IPV4_POSTSCREEN, postfix::IPV4_SMTPD];
     let listeners = [
         listener("smtp", "smtp", &[ipv4(ports[0])]),
         listener("submission", "submission", &[ipv4(ports[1])]),
     ];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     seen.expect(&[
         &format!("smtp/{} ipv6_off", ipv4(ports[0])),
         &format!("submission/{} ipv6_off", ipv4(ports[1])),
@@ -164,51 +166,51 @@ fn ipv6_off(stage: &Stage) -> anyhow::Result<()> {
     ensure!(seen.servers() == ["Postfix, postscreen", "Postfix, smtpd"], "{:?}", seen.servers());
     // Without clients over IPv6 it does no harm.
     let ipv4_only = listeners.map(|listener| Listener { ipv6: false, ..listener });
-    examine(&stage.topology.edge, &ipv4_only, &[])?.expect(&[
+    run_json(&testbed.topology.edge, &ipv4_only, &[])?.expect(&[
         &format!("smtp/{} note ipv6_off", ipv4(ports[0])),
         &format!("submission/{} note ipv6_off", ipv4(ports[1])),
     ])
 }
 
-fn clear_text(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "submissions", postfix::CLEAR)?;
+fn clear_text(testbed: &Testbed) -> anyhow::Result<()> {
+    let seen = one(testbed, "submissions", postfix::CLEAR)?;
     seen.expect(&[&format!("l/{} clear_text", ipv4(postfix::CLEAR))])?;
     seen.advises("-o smtpd_tls_wrappermode=yes")?;
     seen.advises("protocol = \"submission\"")
 }
 
-fn mute(stage: &Stage) -> anyhow::Result<()> {
+fn mute(testbed: &Testbed) -> anyhow::Result<()> {
     let listeners = [listener("l", "submission", &[ipv4(postfix::WRAPPED)])];
-    let seen = examine(&stage.topology.edge, &listeners, &["--timeout", "6s"])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &["--timeout", "6s"])?;
     seen.expect(&[&format!("l/{} mute", ipv4(postfix::WRAPPED))])?;
     seen.advises("protocol = \"submissions\"")
 }
 
-fn forgeable(stage: &Stage) -> anyhow::Result<()> {
+fn forgeable(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::FORGEABLE;
     let listeners = [listener("l", "submission", &both(port))];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     let [v4, v6] = Family::ALL.map(|family| format!("l/{} forgeable", at(family, port)));
     seen.expect(&[&v4, &v6])?;
-    shut(stage, &seen)?;
-    examine(&stage.topology.edge, &listeners, &[])?.expect(&[])
+    shut(testbed, &seen)?;
+    run_json(&testbed.topology.edge, &listeners, &[])?.expect(&[])
 }
 
 /// Runs the commands that the doctor printed, on the mail host.
-fn shut(stage: &Stage, seen: &Examination) -> anyhow::Result<()> {
+fn shut(testbed: &Testbed, seen: &DoctorRun) -> anyhow::Result<()> {
     let mut lines = seen.lines();
     lines.dedup();
     for line in lines.iter().filter(|line| line.starts_with("nft ")) {
-        let output = stage.topology.mail.run(|| Command::new("sh").args(["-c", line]).output())??;
+        let output = testbed.topology.mail.run(|| Command::new("sh").args(["-c", line]).output())??;
         ensure!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }
 
-fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
+fn forgeable_by_strangers(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::FORGEABLE_BY_STRANGERS;
     let open = [listener("open", "submission", &both(port))];
-    let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
+    let seen = run_json(&testbed.topology.client, &open, &["--untrusted"])?;
     let [v4, v6] = Family::ALL.map(|family| format!("open/{} forgeable", at(family, port)));
     seen.expect(&[&v4, &v6])?;
     seen.advises(&format!(
@@ -219,53 +221,53 @@ fn forgeable_by_strangers(stage: &Stage) -> anyhow::Result<()> {
         listener("imaps", "imaps", &both(dovecot::IMAPS)),
         listener("bare", "submission", &[ipv4(postfix::BARE_SMTPD)]),
     ];
-    examine(&stage.topology.client, &shut, &["--untrusted"])?.expect(&[])
+    run_json(&testbed.topology.client, &shut, &["--untrusted"])?.expect(&[])
 }
 
 /// What the doctor may never do is looked for in Postfix' log: a message would have a Message-ID, and a place in the queue.
-fn nothing_sent(stage: &Stage) -> anyhow::Result<()> {
-    let log = stage.stock_postfix.log().since(Mark::default());
+fn nothing_sent(testbed: &Testbed) -> anyhow::Result<()> {
+    let log = testbed.stock_postfix.log().since(Mark::default());
     let sent =
         log.lines().find(|line| ["message-id=", "data=", "status="].iter().any(|sign| line.contains(sign)));
     ensure!(sent.is_none(), "the doctor sent mail: {}", sent.unwrap_or_default());
     Ok(())
 }
 
-fn relays_for_localhost(stage: &Stage) -> anyhow::Result<()> {
+fn relays_for_localhost(testbed: &Testbed) -> anyhow::Result<()> {
     const SETTING: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
     let port = postfix::STOCK_REPAIRED;
-    let seen = one(stage, "submission", port)?;
+    let seen = one(testbed, "submission", port)?;
     seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
     seen.advises(SETTING)?;
     // Postfix took both recipients' client from the header.
     let service = format!("postfix/{port}/smtpd[");
-    let log = stage.stock_postfix.log();
+    let log = testbed.stock_postfix.log();
     log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
     let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
     log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
 
-    postfix::set(&stage.topology.mail, &stage.stock_postfix, port, SETTING)?;
-    patiently(|| one(stage, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
-    nothing_sent(stage)
+    postfix::set(&testbed.topology.mail, &testbed.stock_postfix, port, SETTING)?;
+    patiently(|| one(testbed, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
+    nothing_sent(testbed)
 }
 
-fn open_relay_for_strangers(stage: &Stage) -> anyhow::Result<()> {
+fn open_relay_for_strangers(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::STOCK_OPEN;
     let open = [listener("open", "submission", &[ipv4(port)])];
-    let seen = examine(&stage.topology.client, &open, &["--untrusted"])?;
+    let seen = run_json(&testbed.topology.client, &open, &["--untrusted"])?;
     seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
     // On the injector's host: a header from its other addresses is believed as well.
-    let edge = examine(&stage.topology.edge, &open, &[])?;
+    let edge = run_json(&testbed.topology.edge, &open, &[])?;
     edge.expect(&[&format!("open/{} forgeable", ipv4(port)), &format!("open/{} open_relay", ipv4(port))])?;
-    shut(stage, &edge)?;
-    examine(&stage.topology.client, &open, &["--untrusted"])?.expect(&[])?;
+    shut(testbed, &edge)?;
+    run_json(&testbed.topology.client, &open, &["--untrusted"])?.expect(&[])?;
     let note = format!("open/{} note relays_for_localhost", ipv4(port));
-    examine(&stage.topology.edge, &open, &[])?.expect(&[&note])?;
-    nothing_sent(stage)
+    run_json(&testbed.topology.edge, &open, &[])?.expect(&[&note])?;
+    nothing_sent(testbed)
 }
 
-fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
+fn relays_over_all_services(testbed: &Testbed) -> anyhow::Result<()> {
     let services = [
         ("smtp", postfix::STOCK_POSTSCREEN),
         ("submission", postfix::STOCK_SMTPD),
@@ -276,7 +278,7 @@ fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
         let protocol = if name == "starttls" { "submission" } else { name };
         listener(name, protocol, &[ipv4(port)])
     });
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     let expected: Vec<_> = services
         .iter()
         .map(|(name, port)| format!("{name}/{} note relays_for_localhost", ipv4(*port)))
@@ -284,30 +286,30 @@ fn relays_over_all_services(stage: &Stage) -> anyhow::Result<()> {
     seen.expect(&expected.iter().map(String::as_str).collect::<Vec<_>>())?;
     ensure!(seen.relay_answers() == ["accepted", "refused"].repeat(4), "{:?}", seen.relay_answers());
     // Shut to strangers, it is nobody's relay.
-    examine(&stage.topology.client, &listeners, &["--untrusted"])?.expect(&[])?;
-    nothing_sent(stage)
+    run_json(&testbed.topology.client, &listeners, &["--untrusted"])?.expect(&[])?;
+    nothing_sent(testbed)
 }
 
-fn open_relay(stage: &Stage) -> anyhow::Result<()> {
+fn open_relay(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::OPEN_RELAY;
-    let seen = one(stage, "submission", port)?;
+    let seen = one(testbed, "submission", port)?;
     seen.expect(&[&format!("l/{} open_relay", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "accepted"], "{:?}", seen.relay_answers());
-    nothing_sent(stage)
+    nothing_sent(testbed)
 }
 
-fn greylisted(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "submission", postfix::GREYLISTED)?;
+fn greylisted(testbed: &Testbed) -> anyhow::Result<()> {
+    let seen = one(testbed, "submission", postfix::GREYLISTED)?;
     seen.expect(&[&format!("l/{} note relay_unknown", ipv4(postfix::GREYLISTED))])?;
     ensure!(seen.relay_answers() == ["unknown"], "{:?}", seen.relay_answers());
     Ok(())
 }
 
-fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
+fn trusts_localhost(testbed: &Testbed) -> anyhow::Result<()> {
     let ports = [dovecot::TRUSTING_IMAP, dovecot::TRUSTING_POP3];
     let listeners =
         [listener("imap", "imap", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     seen.expect(&[
         &format!("imap/{} note trusts_localhost", ipv4(ports[0])),
         &format!("pop3/{} note trusts_localhost", ipv4(ports[1])),
@@ -315,12 +317,12 @@ fn trusts_localhost(stage: &Stage) -> anyhow::Result<()> {
     seen.advises("login_trusted_networks =")
 }
 
-fn untrusted(stage: &Stage) -> anyhow::Result<()> {
+fn untrusted(testbed: &Testbed) -> anyhow::Result<()> {
     let listeners = [
         listener("imaps", "imaps", &both(dovecot::UNTRUSTED_IMAPS)),
         listener("pop3", "pop3", &both(dovecot::UNTRUSTED_POP3)),
     ];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     let [imaps4, imaps6] =
         Family::ALL.map(|family| format!("imaps/{} untrusted", at(family, dovecot::UNTRUSTED_IMAPS)));
     let [pop4, pop6] =
@@ -328,7 +330,7 @@ fn untrusted(stage: &Stage) -> anyhow::Result<()> {
     seen.expect(&[&imaps4, &imaps6, &pop4, &pop6])?;
     seen.advises("haproxy_trusted_networks = 10.25.0.1")?;
     seen.advises("haproxy_trusted_networks = fd25::1")?;
-    let dovecot = &stage.distrustful_dovecot;
+    let dovecot = &testbed.distrustful_dovecot;
     dovecot.log().wait_for(
         Mark::default(),
         &["haproxy: Client not trusted (rip=10.25.0.1)"],
@@ -340,31 +342,31 @@ fn untrusted(stage: &Stage) -> anyhow::Result<()> {
         seen.lines().iter().filter_map(|line| line.strip_prefix(name)).map(str::to_owned).collect();
     addresses.sort();
     addresses.dedup();
-    dovecot::set(&stage.topology.mail, dovecot, &format!("{name}{}", addresses.join(" ")))?;
-    patiently(|| examine(&stage.topology.edge, &listeners, &[]), |seen| seen.findings().is_empty())?
+    dovecot::set(&testbed.topology.mail, dovecot, &format!("{name}{}", addresses.join(" ")))?;
+    patiently(|| run_json(&testbed.topology.edge, &listeners, &[]), |seen| seen.findings().is_empty())?
         .expect(&[])
 }
 
 /// A server that was told to reload does so when it can.
 fn patiently(
-    examine: impl Fn() -> anyhow::Result<Examination>,
-    done: impl Fn(&Examination) -> bool,
-) -> anyhow::Result<Examination> {
+    run_json: impl Fn() -> anyhow::Result<DoctorRun>,
+    done: impl Fn(&DoctorRun) -> bool,
+) -> anyhow::Result<DoctorRun> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         thread::sleep(Duration::from_millis(300));
-        let seen = examine()?;
+        let seen = run_json()?;
         if done(&seen) || Instant::now() > deadline {
             return Ok(seen);
         }
     }
 }
 
-fn no_haproxy(stage: &Stage) -> anyhow::Result<()> {
+fn no_haproxy(testbed: &Testbed) -> anyhow::Result<()> {
     let ports = [dovecot::BARE_IMAPS, dovecot::BARE_POP3];
     let listeners =
         [listener("imaps", "imaps", &[ipv4(ports[0])]), listener("pop3", "pop3", &[ipv4(ports[1])])];
-    let seen = examine(&stage.topology.edge, &listeners, &[])?;
+    let seen = run_json(&testbed.topology.edge, &listeners, &[])?;
     seen.expect(&[
         &format!("imaps/{} no_proxy", ipv4(ports[0])),
         &format!("pop3/{} no_proxy", ipv4(ports[1])),
@@ -381,62 +383,62 @@ fn no_haproxy(stage: &Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn v1_only(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "smtp", receivers::V1_ONLY)?;
+fn v1_only(testbed: &Testbed) -> anyhow::Result<()> {
+    let seen = one(testbed, "smtp", receivers::V1_ONLY)?;
     seen.expect(&[&format!("l/{} wants_v1", ipv4(receivers::V1_ONLY))])?;
     seen.advises("version = \"v1\"")?;
     let more = "[listener.receiver]\nversion = \"v1\"\n";
     let mended = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::V1_ONLY)]) };
-    examine(&stage.topology.edge, &[mended], &[])?.expect(&[])
+    run_json(&testbed.topology.edge, &[mended], &[])?.expect(&[])
 }
 
-fn v2_only(stage: &Stage) -> anyhow::Result<()> {
+fn v2_only(testbed: &Testbed) -> anyhow::Result<()> {
     let more = "[listener.receiver]\nversion = \"v1\"\n";
     let listener = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::V2_ONLY)]) };
-    let seen = examine(&stage.topology.edge, &[listener], &[])?;
+    let seen = run_json(&testbed.topology.edge, &[listener], &[])?;
     seen.expect(&[&format!("l/{} wants_v2", ipv4(receivers::V2_ONLY))])?;
     seen.advises("version = \"v2\"")
 }
 
-fn header_optional(stage: &Stage) -> anyhow::Result<()> {
+fn header_optional(testbed: &Testbed) -> anyhow::Result<()> {
     let port = receivers::OPTIONAL;
-    let seen = one(stage, "smtp", port)?;
+    let seen = one(testbed, "smtp", port)?;
     seen.expect(&[&format!("l/{} header_optional", ipv4(port))])?;
     seen.advises(&format!(
         "nft 'add rule inet proxy_ports input ip saddr != 10.25.0.1 tcp dport {port} counter drop'"
     ))
 }
 
-fn no_tlvs(stage: &Stage) -> anyhow::Result<()> {
+fn no_tlvs(testbed: &Testbed) -> anyhow::Result<()> {
     let more = "[listener.receiver]\ncrc32c = true\n";
     let listener = Listener { more, ..listener("l", "smtp", &[ipv4(receivers::NO_TLVS)]) };
-    let seen = examine(&stage.topology.edge, &[listener], &[])?;
+    let seen = run_json(&testbed.topology.edge, &[listener], &[])?;
     seen.expect(&[&format!("l/{} refuses_tlvs", ipv4(receivers::NO_TLVS))])
 }
 
-fn not_listening(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "submission", NOTHING)?;
+fn not_listening(testbed: &Testbed) -> anyhow::Result<()> {
+    let seen = one(testbed, "submission", NOTHING)?;
     seen.expect(&[&format!("l/{} not_listening", ipv4(NOTHING))])?;
     seen.advises(&format!("{NOTHING} inet n - n - - smtpd"))
 }
 
-fn no_answer(stage: &Stage) -> anyhow::Result<()> {
-    let seen = one(stage, "smtp", DROPPED)?;
+fn no_answer(testbed: &Testbed) -> anyhow::Result<()> {
+    let seen = one(testbed, "smtp", DROPPED)?;
     seen.expect(&[&format!("l/{} no_answer", ipv4(DROPPED))])?;
     seen.advises(&format!("ip saddr 10.25.0.1 tcp dport {DROPPED} accept"))
 }
 
-fn no_address(stage: &Stage) -> anyhow::Result<()> {
+fn no_address(testbed: &Testbed) -> anyhow::Result<()> {
     let backends = ["nowhere.invalid:2525".to_owned()];
-    let seen = examine(&stage.topology.edge, &[listener("l", "smtp", &backends)], &["--timeout", "2s"])?;
+    let seen = run_json(&testbed.topology.edge, &[listener("l", "smtp", &backends)], &["--timeout", "2s"])?;
     seen.expect(&["l/nowhere.invalid:2525 no_address"])
 }
 
 /// On the mail host itself, `localhost` leads to Postfix by either family; no firewall can tell who is who there.
-fn name(stage: &Stage) -> anyhow::Result<()> {
+fn name(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::FORGEABLE_BY_STRANGERS;
     let backends = [format!("localhost:{port}")];
-    let seen = examine(&stage.topology.mail, &[listener("l", "submission", &backends)], &[])?;
+    let seen = run_json(&testbed.topology.mail, &[listener("l", "submission", &backends)], &[])?;
     let expected = ["127.0.0.1", "[::1]"].map(|ip| format!("l/{ip}:{port} note loopback"));
     let got = seen.findings();
     // Where localhost has no IPv6 address, one remains.
@@ -445,8 +447,8 @@ fn name(stage: &Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn exit_codes(stage: &Stage) -> anyhow::Result<()> {
-    let edge = &stage.topology.edge;
+fn exit_codes(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     let config = configuration(&[
         listener("refusing", "smtp", &[ipv4(NOTHING)]),
         listener("other", "imaps", &[ipv4(dovecot::IMAPS)]),

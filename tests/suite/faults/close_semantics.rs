@@ -12,7 +12,7 @@ use socket2::SockRef;
 use crate::Run;
 use crate::killable_backend::{Habit, Victim, sent};
 use crate::testbed::{
-    Ending, World, accept_with_header, backend_address, ended, ending, expect, finished, pass, patient,
+    Ending, Testbed, accept_with_header, backend_address, ended, ending, expect, finished, pass, patient,
 };
 use crate::transfers::{introduced, joined, pattern, receive_all, send_all};
 
@@ -32,9 +32,9 @@ const KNOWS_WITHIN: Duration = Duration::from_millis(100);
 const KILLS: usize = 5;
 
 /// A client that has exchanged the first words with a victim.
-fn with_victim(world: &World, habit: Habit) -> anyhow::Result<(Victim, TcpStream)> {
-    let victim = Victim::start(world, habit)?;
-    let mut client = world.client()?;
+fn with_victim(testbed: &Testbed, habit: Habit) -> anyhow::Result<(Victim, TcpStream)> {
+    let victim = Victim::start(testbed, habit)?;
+    let mut client = testbed.client()?;
     expect(&mut client, b"220 hello\r\n")?;
     client.write_all(b"EHLO client\r\n")?;
     expect(&mut client, b"250 go on\r\n")?;
@@ -44,14 +44,14 @@ fn with_victim(world: &World, habit: Habit) -> anyhow::Result<(Victim, TcpStream
 /// Kills the victim while `transfer` goes on, which returns how the client saw the end; several times. Every time it must
 /// be a reset.
 fn kill_during(
-    world: &World,
+    testbed: &Testbed,
     injector: &Injector,
     habit: Habit,
     transfer: fn(&mut TcpStream) -> anyhow::Result<ErrorKind>,
 ) -> anyhow::Result<()> {
     let mut took = Vec::new();
     for _ in 0..KILLS {
-        let (mut victim, mut client) = with_victim(world, habit)?;
+        let (mut victim, mut client) = with_victim(testbed, habit)?;
         let (end, after) = std::thread::scope(|scope| {
             let transferring = scope.spawn(move || (transfer(&mut client), Instant::now()));
             // In the middle: megabytes have passed.
@@ -110,16 +110,16 @@ fn download_with_commands_unread(client: &mut TcpStream) -> anyhow::Result<Error
 }
 
 /// The server dies with some of the message unread: its kernel resets, and the client is told at once.
-fn killed_in_upload(world: &World, engine: &str) -> anyhow::Result<()> {
-    let injector = world.injector(engine, "smtp", "")?;
-    kill_during(world, &injector, Habit::Read, upload)?;
+fn killed_in_upload(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let injector = testbed.injector(engine, "smtp", "")?;
+    kill_during(testbed, &injector, Habit::Read, upload)?;
     check_planes(&injector, engine, "spliced_to_backend")
 }
 
 /// The same with bulk the other way: the commands that the server has not read make its kernel reset.
-fn killed_in_download(world: &World, engine: &str) -> anyhow::Result<()> {
-    let injector = world.injector(engine, "smtp", "")?;
-    kill_during(world, &injector, Habit::Send, download_with_commands_unread)?;
+fn killed_in_download(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let injector = testbed.injector(engine, "smtp", "")?;
+    kill_during(testbed, &injector, Habit::Send, download_with_commands_unread)?;
     check_planes(&injector, engine, "spliced_to_client")
 }
 
@@ -132,9 +132,9 @@ fn check_planes(injector: &Injector, engine: &str, spliced: &str) -> anyhow::Res
 
 /// A killed server that has read everything: its kernel closes for it as it closes for any process, by a FIN after all that
 /// was written. No proxy can know better; the client sees just what it would see without one.
-fn killed_orderly(world: &World, engine: &str) -> anyhow::Result<()> {
-    let direct = world.topology.edge.run(|| -> anyhow::Result<ErrorKind> {
-        let mut victim = Victim::start(world, Habit::Send)?;
+fn killed_orderly(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let direct = testbed.topology.edge.run(|| -> anyhow::Result<ErrorKind> {
+        let mut victim = Victim::start(testbed, Habit::Send)?;
         let mut client = TcpStream::connect(backend_address())?;
         patient(&client)?;
         client.write_all(b"in place of a header")?;
@@ -144,8 +144,8 @@ fn killed_orderly(world: &World, engine: &str) -> anyhow::Result<()> {
         victim.kill()?;
         download(&mut client)
     })??;
-    let injector = world.injector(engine, "smtp", "")?;
-    let (mut victim, mut client) = with_victim(world, Habit::Send)?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    let (mut victim, mut client) = with_victim(testbed, Habit::Send)?;
     victim.kill()?;
     let through = download(&mut client)?;
     ensure!(through == direct && direct == ErrorKind::UnexpectedEof, "{through:?}, directly {direct:?}");
@@ -155,13 +155,13 @@ fn killed_orderly(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// FIN crosses FIN, with data on the way in both directions: each side gets every byte and the other's FIN.
-fn crossing(world: &World, engine: &str) -> anyhow::Result<()> {
+fn crossing(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const SIZES: [usize; 6] = [0, 1, 1_448, 70_000, 400_000, 3_000_000];
     const ROUNDS: usize = 5;
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     for size in SIZES.repeat(ROUNDS) {
-        let (client, server) = introduced(world, &backend)?;
+        let (client, server) = introduced(testbed, &backend)?;
         let (up, down) = (pattern(31, size), pattern(37, size));
         let start = Arc::new(Barrier::new(2));
         let send = |stream: &TcpStream, bytes: &[u8]| {
@@ -194,12 +194,12 @@ pub(crate) fn send_with_fin(stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<
 }
 
 /// The program sees a segment that carries both.
-fn corked(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+fn corked(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     let sizes = [1, 100, 1_448, 5_000, 60_000];
     for size in sizes {
-        let (client, server) = introduced(world, &backend)?;
+        let (client, server) = introduced(testbed, &backend)?;
         let bytes = pattern(41, size);
         send_with_fin(&client, &bytes)?;
         receive_all(&server, &bytes).with_context(|| format!("{size} bytes to the backend"))?;
@@ -213,11 +213,11 @@ fn corked(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// A client that has said all, and finished, before the backend has accepted: nothing of it was ever enrolled.
-fn before_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
+fn before_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for size in [13, 1_448, 50_000] {
-        let backend = world.backend()?;
-        let injector = world.injector(engine, "smtp", "")?;
-        let mut client = world.client()?;
+        let backend = testbed.backend()?;
+        let injector = testbed.injector(engine, "smtp", "")?;
+        let mut client = testbed.client()?;
         let early = pattern(43, size);
         send_with_fin(&client, &early)?;
         std::thread::sleep(Duration::from_millis(20));
@@ -235,10 +235,10 @@ fn before_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// A backend whose FIN comes with its banner; what the client says then still reaches it.
-fn with_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn with_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     send_with_fin(&server, b"554 go away\r\n")?;
     ensure!(ending(&mut client)? == Ending::Fin(b"554 go away\r\n".to_vec()), "not the banner and a FIN");
@@ -253,17 +253,17 @@ fn with_the_banner(world: &World, engine: &str) -> anyhow::Result<()> {
 
 /// From one side's FIN to the other side's end of file, on idle connections: by median, and more than once if another
 /// program had the processors.
-fn prompt(world: &World, engine: &str) -> anyhow::Result<()> {
+fn prompt(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const CONNECTIONS: usize = 50;
     const TRIES: usize = 4;
     const WITHIN: Duration = Duration::from_millis(5);
-    let (_injector, ..) = joined(world, engine, "")?;
+    let (_injector, ..) = joined(testbed, engine, "")?;
     let mut medians = Vec::new();
     for _ in 0..TRIES {
-        let backend = world.backend()?;
+        let backend = testbed.backend()?;
         let mut took = [Vec::new(), Vec::new()];
         for _ in 0..CONNECTIONS {
-            let (mut client, mut server) = introduced(world, &backend)?;
+            let (mut client, mut server) = introduced(testbed, &backend)?;
             took[0].push(fin_passes(&client, &mut server)?);
             took[1].push(fin_passes(&server, &mut client)?);
         }

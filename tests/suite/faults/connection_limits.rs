@@ -13,7 +13,7 @@ use injector_testbed::resource_usage::{Memory, descriptors};
 
 use crate::Run;
 use crate::testbed::{
-    Ending, LIMIT, World, accept_now, accept_with_header, counted, ending, expect, finished, pass, patient,
+    Ending, LIMIT, Testbed, accept_now, accept_with_header, counted, ending, expect, finished, pass, patient,
     public_address, until,
 };
 use crate::transfers::{introduced, pattern, receive_all, send_all};
@@ -48,18 +48,18 @@ impl AddAssign for Fared {
 
 /// Clients connect and finish all the time, while the daemon is told to stop: whoever had the banner finishes, whoever had
 /// none is told or reset, nobody before the signal, and the daemon ends in time and leaves nothing in the kernel.
-fn churn(world: &World, engine: &str) -> anyhow::Result<()> {
+fn churn(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const WORKERS: usize = 8;
     const DEADLINE: Duration = Duration::from_secs(5);
-    let backend = world.backend()?;
+    let backend = testbed.backend()?;
     backend.set_nonblocking(true)?;
-    let mut injector = world.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"5s\"")?;
+    let mut injector = testbed.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"5s\"")?;
     let maps = map_ids(injector.pid())?;
     let (stopping, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let (fared, stopped) = std::thread::scope(|scope| {
         let serving = scope.spawn(|| serve(&backend, &over));
         let clients = scope.spawn(|| {
-            world.topology.client.run(|| {
+            testbed.topology.client.run(|| {
                 std::thread::scope(|scope| {
                     let workers: Vec<_> = (0..WORKERS)
                         .map(|number| {
@@ -188,12 +188,12 @@ fn talk(client: &mut TcpStream, number: usize) -> anyhow::Result<()> {
 const PER_DIRECTION: [&str; 4] = ["TARGETS", "VERDICT", "FLOWS", "CREDIT"];
 
 /// All of them in the kernel's hands, then all closed: descriptors and map elements are as before.
-fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
+fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const CONNECTIONS: usize = 2000;
     // Two for each here, two there.
     allow_descriptors(std::process::id(), 2 * CONNECTIONS + 1000)?;
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     let pid = injector.pid();
     // The connection that asked for readiness may still be open.
     std::thread::sleep(Duration::from_millis(300));
@@ -203,7 +203,7 @@ fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
     let (mut clients, mut servers) = (Vec::new(), Vec::new());
     while clients.len() < CONNECTIONS {
         // So few at a time that no queue of waiting connections is full.
-        let some: Vec<_> = world.topology.client.run(|| {
+        let some: Vec<_> = testbed.topology.client.run(|| {
             let connect = |_| TcpStream::connect_timeout(&public_address(), LIMIT);
             (0..100).map(connect).collect::<Result<_, _>>()
         })??;
@@ -304,18 +304,18 @@ fn ticks(pid: u32) -> anyhow::Result<u64> {
 
 /// Everybody beyond is told to come back later, the log says so once, those who are served notice nothing, the daemon does
 /// not spin, and with descriptors there is room again.
-fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
+fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const TURNED_AWAY: usize = 20;
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     let pid = injector.pid();
     std::thread::sleep(Duration::from_millis(300));
-    let (mut client, mut server) = introduced(world, &backend)?;
-    let (bulk_client, bulk_server) = introduced(world, &backend)?;
+    let (mut client, mut server) = introduced(testbed, &backend)?;
+    let (bulk_client, bulk_server) = introduced(testbed, &backend)?;
 
     // Room for the client, none for the socket to its backend.
     set_nofile(pid, lowest_free(pid)? + 1)?;
-    let mut half = world.client()?;
+    let mut half = testbed.client()?;
     expect(&mut half, b"421 4.3.2 Mail service not available, try again later\r\n")
         .with_context(|| format!("logged:\n{}", injector.log()))?;
     drop(half);
@@ -330,7 +330,7 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
     set_nofile(pid, settled_free(pid)?)?;
     let (start, before) = (Instant::now(), ticks(pid)?);
     for _ in 0..TURNED_AWAY {
-        let mut late = world.client()?;
+        let mut late = testbed.client()?;
         let told = ending(&mut late)?;
         let line = b"421 4.3.2 Too many connections, try again later\r\n".to_vec();
         ensure!(told == Ending::Fin(line), "{told:?}");
@@ -357,7 +357,7 @@ fn no_descriptors(world: &World, engine: &str) -> anyhow::Result<()> {
     // And again.
     set_nofile(pid, 1000)?;
     drop((bulk_client, bulk_server));
-    let (new_client, new_server) = introduced(world, &backend)?;
+    let (new_client, new_server) = introduced(testbed, &backend)?;
     drop((new_client, new_server, client, server));
     finished(&injector, 4)?;
     let refused = [("reason", "no_descriptors")];

@@ -10,9 +10,9 @@ use injector_testbed::daemon::{BPF_EVENTS, Injector, binary};
 use injector_testbed::netns::{EDGE_INSIDE, Netns, VIP_SPLICE};
 
 use crate::startup::{WITHOUT_RIGHTS, fails, selftest};
-use crate::testbed::{BACKEND_PORT, PORT, World, accept, accept_with_header, config, pass};
+use crate::testbed::{BACKEND_PORT, PORT, Testbed, accept, accept_with_header, config, pass};
 
-type Run = fn(&World) -> anyhow::Result<()>;
+type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("inline/its programs do what they should", programs),
@@ -34,8 +34,8 @@ struct Pinned<'a> {
 }
 
 impl<'a> Pinned<'a> {
-    fn new(world: &'a World) -> anyhow::Result<Self> {
-        Ok(Self { edge: &world.topology.edge, bpffs: BpfFs::mount()? })
+    fn new(testbed: &'a Testbed) -> anyhow::Result<Self> {
+        Ok(Self { edge: &testbed.topology.edge, bpffs: BpfFs::mount()? })
     }
 
     /// `[inline]`, to stand at the end of a file.
@@ -89,7 +89,7 @@ impl Drop for NotForwarding<'_> {
 }
 
 /// The programs as such: [`injector_user::inline::selftest`] is their unit test as well.
-fn programs(_: &World) -> anyhow::Result<()> {
+fn programs(_: &Testbed) -> anyhow::Result<()> {
     const EXPECTED: [&str; 7] =
         ["load", "header_added", "header_waits", "shifted", "header_retransmitted", "fail_closed", "swept"];
     // Their processor may have much else to do, but not each time.
@@ -106,11 +106,11 @@ fn programs(_: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn told(world: &World) -> anyhow::Result<()> {
-    let found = selftest(world, &["sh", "-c"])?;
+fn told(testbed: &Testbed) -> anyhow::Result<()> {
+    let found = selftest(testbed, &["sh", "-c"])?;
     let checks = found["inline"]["checks"].as_array().context("no checks")?;
     ensure!(checks.len() == 7 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
-    let pinned = Pinned::new(world)?;
+    let pinned = Pinned::new(testbed)?;
     let injector = pinned.start("inline", "")?;
     let (log, metrics) = (injector.log(), injector.metrics()?);
     for name in checks.iter().filter_map(|check| check["name"].as_str()) {
@@ -128,8 +128,8 @@ fn told(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
-    let found = selftest(world, &WITHOUT_RIGHTS)?;
+fn selftest_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+    let found = selftest(testbed, &WITHOUT_RIGHTS)?;
     let fault = found["inline"]["failure"].as_str().context("no fault")?;
     ensure!(fault.contains("CAP_BPF and CAP_NET_ADMIN"), "{fault}");
     Ok(())
@@ -145,9 +145,9 @@ fn chosen(injector: &Injector, engine: &str, reason: &str) -> anyhow::Result<()>
 }
 
 /// A connection is served: by packets the header comes by itself, by sockets the daemon sends it.
-fn serves(world: &World, injector: &Injector, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let mut client = world.client()?;
+fn serves(testbed: &Testbed, injector: &Injector, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let mut client = testbed.client()?;
     let (mut server, header, _) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     pass(&mut server, &mut client, b"220 hello\r\n")?;
@@ -158,57 +158,57 @@ fn serves(world: &World, injector: &Injector, engine: &str) -> anyhow::Result<()
     Ok(())
 }
 
-fn auto_routed(world: &World) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
+fn auto_routed(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
     let injector = pinned.start("auto", "max_connections = 5\n")?;
     chosen(&injector, "inline", "auto: all checks of inline passed")?;
     let log = injector.log();
     ensure!(log.contains("does not enforce listener.max_connections"), "{log}");
     ensure!(!log.contains("\"check\":\"slow_reader\""), "splice was tried as well: {log}");
     // A socket would be open for nothing.
-    let output = world.topology.edge.command("ss").args(["-Hltn", "sport", "=", ":2500"]).output()?;
+    let output = testbed.topology.edge.command("ss").args(["-Hltn", "sport", "=", ":2500"]).output()?;
     ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
-    serves(world, &injector, "inline")
+    serves(testbed, &injector, "inline")
 }
 
-fn auto_local(world: &World) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
+fn auto_local(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
     let backend = format!("backends = [\"{}:{BACKEND_PORT}\"]\n", EDGE_INSIDE.v4);
     let injector = pinned.start("auto", &backend)?;
     chosen(&injector, "splice", "not inline: 10.25.0.1 is an address of this host")?;
     // It does reach the backend there.
     let listen = || std::net::TcpListener::bind((EDGE_INSIDE.v4, BACKEND_PORT));
-    let backend = world.topology.edge.run(listen)??;
-    let _client = world.client()?;
+    let backend = testbed.topology.edge.run(listen)??;
+    let _client = testbed.client()?;
     accept(&backend)?;
     Ok(())
 }
 
-fn auto_not_given(world: &World) -> anyhow::Result<()> {
-    let injector = world.injector("auto", "smtp", "")?;
+fn auto_not_given(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.injector("auto", "smtp", "")?;
     chosen(&injector, "splice", "not inline: no [inline] table in the configuration")?;
     ensure!(!injector.log().contains("\"check\":\"header_added\""), "inline was tried: {}", injector.log());
-    serves(world, &injector, "splice")
+    serves(testbed, &injector, "splice")
 }
 
-fn auto_crc32c(world: &World) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
+fn auto_crc32c(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
     let injector = pinned.start("auto", "\n\n[listener.receiver]\ncrc32c = true\n")?;
     chosen(&injector, "splice", "not inline: receiver.crc32c needs to be made for each connection")
 }
 
-fn auto_not_forwarded(world: &World) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
-    let _not = NotForwarding::new(&world.topology.edge)?;
+fn auto_not_forwarded(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
+    let _not = NotForwarding::new(&testbed.topology.edge)?;
     let injector = pinned.start("auto", "")?;
     chosen(&injector, "splice", "not inline: IPv4 is not forwarded")?;
-    serves(world, &injector, "splice")
+    serves(testbed, &injector, "splice")
 }
 
 /// One listener by packets, one by sockets, in one daemon.
-fn auto_both(world: &World) -> anyhow::Result<()> {
+fn auto_both(testbed: &Testbed) -> anyhow::Result<()> {
     const OTHER_PORT: u16 = PORT + 1;
-    let pinned = Pinned::new(world)?;
+    let pinned = Pinned::new(testbed)?;
     let here = (EDGE_INSIDE.v4, BACKEND_PORT);
     let other = format!(
         "\n\n[[listener]]\nname = \"local\"\nbind = [\"{}:{OTHER_PORT}\"]\nprotocol = \"smtp\"\n\
@@ -222,10 +222,10 @@ fn auto_both(world: &World) -> anyhow::Result<()> {
         let line = log.lines().find(chosen).with_context(|| format!("nothing of {listener} in {log}"))?;
         ensure!(line.contains(&format!("\"engine\":\"{engine}\"")), "{line}");
     }
-    serves(world, &injector, "inline")?;
-    let backend = world.topology.edge.run(|| std::net::TcpListener::bind(here))??;
+    serves(testbed, &injector, "inline")?;
+    let backend = testbed.topology.edge.run(|| std::net::TcpListener::bind(here))??;
     let connect = || std::net::TcpStream::connect((VIP_SPLICE.v4, OTHER_PORT));
-    let mut client = world.topology.client.run(connect)??;
+    let mut client = testbed.topology.client.run(connect)??;
     let (mut server, header, _) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     pass(&mut server, &mut client, b"220 hello\r\n")?;
@@ -238,20 +238,20 @@ fn auto_both(world: &World) -> anyhow::Result<()> {
 }
 
 /// The rules of an earlier run would take every new connection past the sockets.
-fn back_to_sockets(world: &World) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
+fn back_to_sockets(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
     let injector = pinned.start("auto", "")?;
     chosen(&injector, "inline", "auto")?;
     // A connection of it goes on.
-    let backend = world.backend()?;
-    let mut client = world.client()?;
+    let backend = testbed.backend()?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     drop(backend);
     injector.stop()?;
     let injector = pinned.start("splice", "")?;
     ensure!(injector.log().contains("no inline listener"), "{}", injector.log());
-    serves(world, &injector, "splice")?;
+    serves(testbed, &injector, "splice")?;
     pass(&mut client, &mut server, b"QUIT\r\n")?;
     pass(&mut server, &mut client, b"221 bye\r\n")
 }
@@ -332,18 +332,18 @@ pub(crate) const REFUSALS: &[Refusal] = &[
 ];
 
 /// The daemon says what is wrong, and leaves nothing behind.
-pub(crate) fn refuses(world: &World, refusal: &Refusal) -> anyhow::Result<()> {
-    let pinned = Pinned::new(world)?;
-    let _not = if refusal.forwards { None } else { Some(NotForwarding::new(&world.topology.edge)?) };
+pub(crate) fn refuses(testbed: &Testbed, refusal: &Refusal) -> anyhow::Result<()> {
+    let pinned = Pinned::new(testbed)?;
+    let _not = if refusal.forwards { None } else { Some(NotForwarding::new(&testbed.topology.edge)?) };
     let mut text = pinned.config("inline", refusal.extra);
     if let Some(pin) = refusal.pin {
         text = text.replace(&pinned.bpffs.path().display().to_string(), pin);
     }
-    fails(world, refusal.prefix, &text, refusal.words)?;
+    fails(testbed, refusal.prefix, &text, refusal.words)?;
     if let Some(pin) = refusal.pin {
         ensure!(!std::path::Path::new(pin).exists(), "{pin} was made");
     }
-    let output = world.topology.edge.command("nft").args(["list", "tables"]).output()?;
+    let output = testbed.topology.edge.command("nft").args(["list", "tables"]).output()?;
     let tables = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(!tables.contains("injector-faults"), "{tables}");
     // The file system has files of its own; the daemon's folder is named after the layout's version.

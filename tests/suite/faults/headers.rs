@@ -11,7 +11,7 @@ use injector_testbed::daemon::{BPF_EVENTS, BYTES, PLANE, SPLICED};
 
 use crate::Run;
 use crate::testbed::{
-    Ending, World, accept, accept_now, accept_with_header, client_ip, counted, ended, ending, expect,
+    Ending, Testbed, accept, accept_now, accept_with_header, client_ip, counted, ended, ending, expect,
     finished, pass, patient, public_address,
 };
 
@@ -37,10 +37,10 @@ pub(crate) const SPLICE_TRIALS: &[(&str, Run)] = &[
     ("enrolment/refused", enrolment_refused),
 ];
 
-fn server_first(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn server_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, header, rest) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     ensure!(header.source.ip() == client_ip(), "{header:?}");
@@ -55,10 +55,10 @@ fn server_first(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// Header and payload leave together.
-fn client_first(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let _injector = world.injector(engine, "imaps", "")?;
-    let mut client = world.client()?;
+fn client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let _injector = testbed.injector(engine, "imaps", "")?;
+    let mut client = testbed.client()?;
     client.write_all(b"\x16\x03\x01 hello")?;
     let (mut server, header, rest) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
@@ -67,10 +67,10 @@ fn client_first(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// A header that waits for a silent client goes alone, in time for the backend.
-fn silent_client(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let _injector = world.injector(engine, "imaps", "[listener.timeouts]\nheader_wait = \"300ms\"")?;
-    let mut client = world.client()?;
+fn silent_client(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let _injector = testbed.injector(engine, "imaps", "[listener.timeouts]\nheader_wait = \"300ms\"")?;
+    let mut client = testbed.client()?;
     let start = Instant::now();
     let (mut server, header, rest) = accept_with_header(&backend)?;
     let waited = start.elapsed();
@@ -81,10 +81,10 @@ fn silent_client(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// Servers up to Postfix 3.10 count a header followed by an early close as fatal.
-fn leaving_client(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "submissions", "")?;
-    let client = world.client()?;
+fn leaving_client(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "submissions", "")?;
+    let client = testbed.client()?;
     let mut server = accept(&backend)?;
     drop(client);
     ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend read something");
@@ -92,10 +92,10 @@ fn leaving_client(world: &World, engine: &str) -> anyhow::Result<()> {
     counted(&injector, "injector_headers_sent_total", &[], 0.0)
 }
 
-fn version_1(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let _injector = world.injector(engine, "smtp", "[listener.receiver]\nversion = \"v1\"")?;
-    let client = world.client()?;
+fn version_1(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let _injector = testbed.injector(engine, "smtp", "[listener.receiver]\nversion = \"v1\"")?;
+    let client = testbed.client()?;
     let (_server, header, _) = accept_with_header(&backend)?;
     let local = client.local_addr()?;
     let line = format!("PROXY TCP4 {} 192.0.2.10 {} 2500\r\n", local.ip(), local.port());
@@ -103,12 +103,12 @@ fn version_1(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn every_tlv(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
+fn every_tlv(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
     let extra = "[listener.receiver]\ncrc32c = true\nunique_id = true\nauthority = \"mail.example\"\nnoop = 5\n\
                  custom = [{ kind = 0xE1, value = \"edge\" }]";
-    let _injector = world.injector(engine, "smtp", extra)?;
-    let client = world.client()?;
+    let _injector = testbed.injector(engine, "smtp", extra)?;
+    let client = testbed.client()?;
     let (_server, header, _) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     let parsed = parse(&header.bytes)?;
@@ -120,12 +120,12 @@ fn every_tlv(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// As long as an operator may ask for.
-fn longest(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
+fn longest(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
     let noop = 536 - 52 - 3;
     let extra = format!("[listener.receiver]\nmax_header = 536\nnoop = {noop}");
-    let _injector = world.injector(engine, "smtp", &extra)?;
-    let mut client = world.client()?;
+    let _injector = testbed.injector(engine, "smtp", &extra)?;
+    let mut client = testbed.client()?;
     let (mut server, header, rest) = accept_with_header(&backend)?;
     // Over IPv4 the addresses take 24 bytes less.
     ensure!(header.bytes.len() == 512 && rest.is_empty(), "{} bytes", header.bytes.len());
@@ -134,10 +134,10 @@ fn longest(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// A client that talks before the banner is the backend's to judge (postscreen does): its bytes follow the header.
-fn early_talker(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let _injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn early_talker(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let _injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     client.write_all(b"EHLO early\r\n")?;
     let (mut server, header, rest) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
@@ -147,15 +147,15 @@ fn early_talker(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// `splice.header = "send"`: the backend reads the same, the program does nothing, and the kernel carries the payload.
-fn sent_without_program(world: &World, engine: &str) -> anyhow::Result<()> {
+fn sent_without_program(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const SEND: &str = "\n\n[splice]\nheader = \"send\"\nenrol_after_messages = 1";
     for (protocol, first) in [("smtp", &b""[..]), ("imaps", b"\x16\x03\x01 hello")] {
-        let backend = world.backend()?;
-        let injector = world.injector(engine, protocol, SEND)?;
+        let backend = testbed.backend()?;
+        let injector = testbed.injector(engine, protocol, SEND)?;
         let injected =
             || Ok::<_, anyhow::Error>(injector.metrics()?.sum(BPF_EVENTS, &[("program", "inject")]));
         let before = injected()?;
-        let mut client = world.client()?;
+        let mut client = testbed.client()?;
         client.write_all(first)?;
         let (mut server, header, rest) = accept_with_header(&backend)?;
         ensure!(header.source == client.local_addr()? && rest == first, "{header:?}, then {rest:?}");
@@ -174,30 +174,30 @@ fn sent_without_program(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The backend has read nothing, and both ends are reset.
-fn dropped(world: &World, engine: &str) -> anyhow::Result<()> {
-    server_first_fails(world, engine, DaemonMap::drop_messages)
+fn dropped(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    server_first_fails(testbed, engine, DaemonMap::drop_messages)
 }
 
-fn dropped_client_first(world: &World, engine: &str) -> anyhow::Result<()> {
-    client_first_fails(world, engine, DaemonMap::drop_messages)
+fn dropped_client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    client_first_fails(testbed, engine, DaemonMap::drop_messages)
 }
 
 /// What was given to the kernel without a header is taken back.
-fn not_placed(world: &World, engine: &str) -> anyhow::Result<()> {
-    server_first_fails(world, engine, DaemonMap::pass_messages)
+fn not_placed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    server_first_fails(testbed, engine, DaemonMap::pass_messages)
 }
 
-fn not_placed_client_first(world: &World, engine: &str) -> anyhow::Result<()> {
-    client_first_fails(world, engine, DaemonMap::pass_messages)
+fn not_placed_client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    client_first_fails(testbed, engine, DaemonMap::pass_messages)
 }
 
 type Spoil = fn(&DaemonMap) -> anyhow::Result<()>;
 
-fn server_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+fn server_first_fails(testbed: &Testbed, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
-    if let Some(mut client) = world.client_unless_reset()? {
+    if let Some(mut client) = testbed.client_unless_reset()? {
         ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
     }
     ended(&injector, "header_failed")?;
@@ -206,11 +206,11 @@ fn server_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Resu
     counted(&injector, "injector_headers_sent_total", &[], 0.0)
 }
 
-fn client_first_fails(world: &World, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "submissions", "")?;
+fn client_first_fails(testbed: &Testbed, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "submissions", "")?;
     spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
-    let mut client = world.client()?;
+    let mut client = testbed.client()?;
     client.write_all(b"\x16\x03\x01 hello")?;
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
     ended(&injector, "header_failed")?;
@@ -228,11 +228,11 @@ fn heard_nothing(backend: &TcpListener) -> anyhow::Result<()> {
 }
 
 /// Nothing has gone out yet: user space sends the header, and the connection lives.
-fn storage_refused(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+fn storage_refused(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     DaemonMap::of(injector.pid(), "HEADERS")?.freeze()?;
-    let mut client = world.client()?;
+    let mut client = testbed.client()?;
     let (mut server, header, _) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     pass(&mut server, &mut client, b"220 by user space\r\n")?;
@@ -242,11 +242,11 @@ fn storage_refused(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The connection stays in user space and loses nothing.
-fn enrolment_refused(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+fn enrolment_refused(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     DaemonMap::of(injector.pid(), "VERDICT")?.freeze()?;
-    let mut client = world.client()?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     for _ in 0..3 {
         pass(&mut server, &mut client, b"250 fine\r\n")?;

@@ -9,7 +9,7 @@ use injector_testbed::netns;
 use injector_testbed::process::Process;
 use tempfile::TempDir;
 
-use crate::testbed::{LIMIT, World, backend_address};
+use crate::testbed::{LIMIT, Testbed, backend_address};
 use crate::transfers::pattern;
 
 /// In the environment of the victim: its habit.
@@ -93,13 +93,13 @@ pub(crate) struct Victim {
 
 impl Victim {
     /// Starts it, and waits until it listens.
-    pub(crate) fn start(world: &World, habit: Habit) -> anyhow::Result<Self> {
+    pub(crate) fn start(testbed: &Testbed, habit: Habit) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("victim")?;
-        let mut command = world.topology.mail.command(std::env::current_exe()?);
+        let mut command = testbed.topology.mail.command(std::env::current_exe()?);
         command.env(VARIABLE, habit.name());
         let mut process =
-            Process::start("victim", &world.topology.mail, command, &dir.path().join("output"))?;
-        process.wait_listening(&world.topology.mail, &[backend_address()], LIMIT).context("the victim")?;
+            Process::start("victim", &testbed.topology.mail, command, &dir.path().join("output"))?;
+        process.wait_listening(&testbed.topology.mail, &[backend_address()], LIMIT).context("the victim")?;
         Ok(Self { process, _dir: dir })
     }
 

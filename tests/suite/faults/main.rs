@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::World;
+use testbed::Testbed;
 
 /// The engines that every trial is run with that does not name one itself.
 const ENGINES: [&str; 2] = ["splice", "relay"];
@@ -34,7 +34,7 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // They share addresses.
     arguments.test_threads.get_or_insert(1);
-    let world = Arc::new(Mutex::new(None));
+    let testbed = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();
     for engine in ENGINES {
         let each = rejections::TRIALS
@@ -49,48 +49,48 @@ fn main() {
             .chain(stalled_readers::TRIALS)
             .chain(peer_timeouts::TRIALS);
         for (name, run) in each {
-            trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
+            trials.push(trial(&testbed, format!("{engine}/{name}"), move |testbed| run(testbed, engine)));
         }
     }
     for (name, run) in headers::SPLICE_TRIALS.iter().chain(transfers::SPLICE_TRIALS) {
-        trials.push(trial(&world, format!("splice/{name}"), |world| run(world, "splice")));
+        trials.push(trial(&testbed, format!("splice/{name}"), |testbed| run(testbed, "splice")));
     }
     for (name, run) in startup::TRIALS {
-        trials.push(trial(&world, format!("start/{name}"), run));
+        trials.push(trial(&testbed, format!("start/{name}"), run));
     }
     for (name, run) in engine_selection::TRIALS {
-        trials.push(trial(&world, format!("start/{name}"), run));
+        trials.push(trial(&testbed, format!("start/{name}"), run));
     }
     for refusal in engine_selection::REFUSALS {
         let name = format!("start/inline/refused: {}", refusal.name);
-        trials.push(trial(&world, name, |world| engine_selection::refuses(world, refusal)));
+        trials.push(trial(&testbed, name, |testbed| engine_selection::refuses(testbed, refusal)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(world);
+    drop(testbed);
     conclusion.exit();
 }
 
 /// What a trial does with an engine.
-type Run = fn(&World, &str) -> anyhow::Result<()>;
+type Run = fn(&Testbed, &str) -> anyhow::Result<()>;
 
 fn trial(
-    shared: &Arc<Mutex<Option<World>>>,
+    shared: &Arc<Mutex<Option<Testbed>>>,
     name: String,
-    run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static,
+    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
     let shared = Arc::clone(shared);
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        if world.is_none() {
-            *world = Some(World::new()?);
+        let mut testbed = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if testbed.is_none() {
+            *testbed = Some(Testbed::new()?);
         }
-        match world.as_ref() {
-            Some(world) => {
-                run(world).map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:#}")))
-            }
+        match testbed.as_ref() {
+            Some(testbed) => run(testbed)
+                .map(|()| Completion::Completed)
+                .map_err(|error| Failed::from(format!("{error:#}"))),
             None => Err(Failed::without_message()),
         }
     })

@@ -9,14 +9,14 @@ use anyhow::ensure;
 use injector_testbed::netns::{EDGE_INSIDE, Family, Netns, VIP_SPLICE};
 
 use crate::Run;
-use crate::testbed::{Ending, World, ended, ending};
+use crate::testbed::{Ending, Testbed, ended, ending};
 use crate::transfers::{joined, pattern};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("vanished/client, data on its way", |world, engine| with_data(world, engine, Side::Client)),
-    ("vanished/backend, data on its way", |world, engine| with_data(world, engine, Side::Backend)),
-    ("vanished/client, idle", |world, engine| while_idle(world, engine, Side::Client)),
-    ("vanished/backend, idle", |world, engine| while_idle(world, engine, Side::Backend)),
+    ("vanished/client, data on its way", |testbed, engine| with_data(testbed, engine, Side::Client)),
+    ("vanished/backend, data on its way", |testbed, engine| with_data(testbed, engine, Side::Backend)),
+    ("vanished/client, idle", |testbed, engine| while_idle(testbed, engine, Side::Client)),
+    ("vanished/backend, idle", |testbed, engine| while_idle(testbed, engine, Side::Backend)),
     ("vanished/client lives, but reads nothing for too long", closed_window),
 ];
 
@@ -48,10 +48,10 @@ impl<'a> Silence<'a> {
         Ok(Self { netns, route })
     }
 
-    fn of_side(world: &'a World, side: Side) -> anyhow::Result<Self> {
+    fn of_side(testbed: &'a Testbed, side: Side) -> anyhow::Result<Self> {
         match side {
-            Side::Client => Self::of(&world.topology.client, VIP_SPLICE.of(Family::V4)),
-            Side::Backend => Self::of(&world.topology.mail, EDGE_INSIDE.of(Family::V4)),
+            Side::Client => Self::of(&testbed.topology.client, VIP_SPLICE.of(Family::V4)),
+            Side::Backend => Self::of(&testbed.topology.mail, EDGE_INSIDE.of(Family::V4)),
         }
     }
 }
@@ -83,11 +83,11 @@ fn told(left: &mut TcpStream, since: Instant, after: Duration, before: Duration)
 }
 
 /// What was sent stays without an answer. Keepalive would come much later.
-fn with_data(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
+fn with_data(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> {
     let extra = "[listener.timeouts]\nuser_timeout = \"1s\"\nkeepalive = \"1h\"";
-    let (injector, client, server) = joined(world, engine, extra)?;
+    let (injector, client, server) = joined(testbed, engine, extra)?;
     let (gone, mut left) = sides(side, client, server);
-    let silence = Silence::of_side(world, side)?;
+    let silence = Silence::of_side(testbed, side)?;
     let start = Instant::now();
     left.write_all(&pattern(61, 10_000))?;
     told(&mut left, start, Duration::from_millis(900), Duration::from_secs(4))?;
@@ -99,14 +99,14 @@ fn with_data(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
 }
 
 /// Nobody says anything; the question whether the peer lives stays without an answer.
-fn while_idle(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
+fn while_idle(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> {
     let extra = "[listener.timeouts]\nuser_timeout = \"2s\"\nkeepalive = \"1s\"";
-    let (injector, client, server) = joined(world, engine, extra)?;
+    let (injector, client, server) = joined(testbed, engine, extra)?;
     let (gone, mut left) = sides(side, client, server);
     // As long as both answer, nobody is given up.
     std::thread::sleep(Duration::from_millis(2500));
     ensure!(injector.sessions()?.is_empty(), "given up although it answers");
-    let silence = Silence::of_side(world, side)?;
+    let silence = Silence::of_side(testbed, side)?;
     told(&mut left, Instant::now(), Duration::from_millis(500), Duration::from_secs(6))?;
     ended(&injector, side.end())?;
     drop(silence);
@@ -115,8 +115,9 @@ fn while_idle(world: &World, engine: &str, side: Side) -> anyhow::Result<()> {
 }
 
 /// A client that acknowledges, with its window closed: after the user timeout it is given up as well.
-fn closed_window(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, client, mut server) = joined(world, engine, "[listener.timeouts]\nuser_timeout = \"1s\"")?;
+fn closed_window(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) =
+        joined(testbed, engine, "[listener.timeouts]\nuser_timeout = \"1s\"")?;
     let bytes = pattern(67, 1 << 20);
     let start = Instant::now();
     let error = loop {

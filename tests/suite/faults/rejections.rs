@@ -6,28 +6,34 @@ use std::net::TcpListener;
 use anyhow::ensure;
 
 use crate::Run;
-use crate::testbed::{Ending, World, accept, accept_with_header, counted, ended, ending, finished, pass};
+use crate::testbed::{Ending, Testbed, accept, accept_with_header, counted, ended, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("backend refuses/smtp", |world, engine| backend_refuses(world, engine, "smtp", Some("421 4.3.2 "))),
-    ("backend refuses/imap", |world, engine| backend_refuses(world, engine, "imap", Some("* BYE "))),
-    ("backend refuses/pop3", |world, engine| backend_refuses(world, engine, "pop3", Some("-ERR "))),
-    ("backend refuses/submissions", |world, engine| backend_refuses(world, engine, "submissions", None)),
+    ("backend refuses/smtp", |testbed, engine| backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))),
+    ("backend refuses/imap", |testbed, engine| backend_refuses(testbed, engine, "imap", Some("* BYE "))),
+    ("backend refuses/pop3", |testbed, engine| backend_refuses(testbed, engine, "pop3", Some("-ERR "))),
+    ("backend refuses/submissions", |testbed, engine| backend_refuses(testbed, engine, "submissions", None)),
     ("backend silent", backend_silent),
     ("backend unresolved", backend_unresolved),
     ("backend closes before its banner", backend_closes_early),
     ("backend resets before its banner", backend_resets_early),
     ("the next backend is tried", next_backend),
     ("too many connections", too_many),
-    ("forged header/v2", |world, engine| forged(world, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)),
-    ("forged header/v1", |world, engine| forged(world, engine, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n", 64)),
-    ("forged header/byte by byte", |world, engine| forged(world, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11", 1)),
+    ("forged header/v2", |testbed, engine| {
+        forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)
+    }),
+    ("forged header/v1", |testbed, engine| {
+        forged(testbed, engine, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n", 64)
+    }),
+    ("forged header/byte by byte", |testbed, engine| {
+        forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11", 1)
+    }),
     ("forged header/in front of TLS", forged_tls),
     ("almost a header is no header", almost_forged),
 ];
 
-fn refused(world: &World, line: Option<&str>) -> anyhow::Result<()> {
-    let Some(mut client) = world.client_unless_reset()? else {
+fn refused(testbed: &Testbed, line: Option<&str>) -> anyhow::Result<()> {
+    let Some(mut client) = testbed.client_unless_reset()? else {
         ensure!(line.is_none(), "reset where {line:?} was expected");
         return Ok(());
     };
@@ -45,55 +51,60 @@ fn refused(world: &World, line: Option<&str>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn backend_refuses(world: &World, engine: &str, protocol: &str, line: Option<&str>) -> anyhow::Result<()> {
-    let injector = world.injector(engine, protocol, "")?;
-    refused(world, line)?;
+fn backend_refuses(
+    testbed: &Testbed,
+    engine: &str,
+    protocol: &str,
+    line: Option<&str>,
+) -> anyhow::Result<()> {
+    let injector = testbed.injector(engine, protocol, "")?;
+    refused(testbed, line)?;
     ended(&injector, "backend_refused")?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "backend_refused")], 1.0)
 }
 
-fn backend_silent(world: &World, engine: &str) -> anyhow::Result<()> {
+fn backend_silent(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     // A neighbour that does not exist answers nothing for three seconds.
     let extra = "backends = [\"10.25.0.77:25\"]\n[listener.timeouts]\nconnect = \"300ms\"";
-    let injector = world.injector(engine, "smtp", extra)?;
-    refused(world, Some("421 4.3.2 "))?;
+    let injector = testbed.injector(engine, "smtp", extra)?;
+    refused(testbed, Some("421 4.3.2 "))?;
     ended(&injector, "connect_timeout")?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "connect_timeout")], 1.0)
 }
 
-fn backend_unresolved(world: &World, engine: &str) -> anyhow::Result<()> {
-    let injector = world.injector(engine, "smtp", "backends = [\"nowhere.invalid:25\"]")?;
-    refused(world, Some("421 4.3.2 "))?;
+fn backend_unresolved(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let injector = testbed.injector(engine, "smtp", "backends = [\"nowhere.invalid:25\"]")?;
+    refused(testbed, Some("421 4.3.2 "))?;
     ended(&injector, "backend_unresolved")?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "backend_unresolved")], 1.0)
 }
 
-fn backend_closes_early(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+fn backend_closes_early(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     let closing = std::thread::spawn(move || accept_with_header(&backend).map(drop));
-    refused(world, Some("421 4.3.2 "))?;
+    refused(testbed, Some("421 4.3.2 "))?;
     closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
     ended(&injector, "no_banner")?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "no_banner")], 1.0)
 }
 
-fn backend_resets_early(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "imap", "")?;
+fn backend_resets_early(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "imap", "")?;
     // Closed with the header unread: a reset.
     let closing = std::thread::spawn(move || accept(&backend).map(drop));
-    refused(world, Some("* BYE "))?;
+    refused(testbed, Some("* BYE "))?;
     closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
     ended(&injector, "no_banner")?;
     Ok(())
 }
 
-fn next_backend(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
+fn next_backend(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
     let extra = "backends = [\"10.25.0.2:12599\", \"10.25.0.2:12500\"]";
-    let injector = world.injector(engine, "smtp", extra)?;
-    let mut client = world.client()?;
+    let injector = testbed.injector(engine, "smtp", extra)?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 second\r\n")?;
     drop((client, server));
@@ -102,28 +113,28 @@ fn next_backend(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn too_many(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "\n\n[limits]\nmax_connections = 1")?;
-    let mut client = world.client()?;
+fn too_many(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "\n\n[limits]\nmax_connections = 1")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 one\r\n")?;
-    refused(world, Some("421 4.3.2 Too many"))?;
+    refused(testbed, Some("421 4.3.2 Too many"))?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "too_many_connections")], 1.0)?;
     counted(&injector, "injector_connections_active", &[], 1.0)?;
     drop((client, server));
     finished(&injector, 1)?;
     // The place is free again.
-    let mut client = world.client()?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 two\r\n")
 }
 
 /// The backend reads the injector's header and nothing of the client's, which is reset.
-fn forged(world: &World, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn forged(testbed: &Testbed, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, header, rest) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()? && rest.is_empty(), "{header:?} {rest:?}");
     let mut reset = false;
@@ -143,10 +154,10 @@ fn forged(world: &World, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Re
 }
 
 /// Where the client speaks first, the backend does not even get a header.
-fn forged_tls(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "imaps", "")?;
-    let mut client = world.client()?;
+fn forged_tls(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "imaps", "")?;
+    let mut client = testbed.client()?;
     let mut server = accept(&backend)?;
     client.write_all(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c")?;
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the forging client was not reset");
@@ -155,10 +166,10 @@ fn forged_tls(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn almost_forged(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend: TcpListener = world.backend()?;
-    let _injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn almost_forged(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend: TcpListener = testbed.backend()?;
+    let _injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     client.write_all(b"PRO")?;
     std::thread::sleep(std::time::Duration::from_millis(20));

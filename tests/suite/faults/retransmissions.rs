@@ -10,21 +10,21 @@ use injector_testbed::daemon::{BPF_EVENTS, Injector};
 use injector_testbed::netns::Netns;
 
 use crate::Run;
-use crate::testbed::{World, accept_with_header, expect, finished, pass};
+use crate::testbed::{Testbed, accept_with_header, expect, finished, pass};
 use crate::transfers::joined;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("overlap/client sends twice, while spliced", |world, engine| {
-        while_spliced(world, engine, Sender::Client)
+    ("overlap/client sends twice, while spliced", |testbed, engine| {
+        while_spliced(testbed, engine, Sender::Client)
     }),
-    ("overlap/backend sends twice, while spliced", |world, engine| {
-        while_spliced(world, engine, Sender::Backend)
+    ("overlap/backend sends twice, while spliced", |testbed, engine| {
+        while_spliced(testbed, engine, Sender::Backend)
     }),
-    ("overlap/client sends twice what came before the enrolment", |world, engine| {
-        before_enrolment(world, engine, Sender::Client)
+    ("overlap/client sends twice what came before the enrolment", |testbed, engine| {
+        before_enrolment(testbed, engine, Sender::Client)
     }),
-    ("overlap/backend sends twice what came before the enrolment", |world, engine| {
-        before_enrolment(world, engine, Sender::Backend)
+    ("overlap/backend sends twice what came before the enrolment", |testbed, engine| {
+        before_enrolment(testbed, engine, Sender::Backend)
     }),
     ("overlap/a long one", long),
 ];
@@ -36,24 +36,24 @@ enum Sender {
 }
 
 impl Sender {
-    fn namespace(self, world: &World) -> &Netns {
+    fn namespace(self, testbed: &Testbed) -> &Netns {
         match self {
-            Self::Client => &world.topology.client,
-            Self::Backend => &world.topology.mail,
+            Self::Client => &testbed.topology.client,
+            Self::Backend => &testbed.topology.mail,
         }
     }
 }
 
 /// Both sides have said something, and what follows goes through the kernel.
-fn while_spliced(world: &World, engine: &str, sender: Sender) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn while_spliced(testbed: &Testbed, engine: &str, sender: Sender) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut server, &mut client, b"250 hello\r\n")?;
     pass(&mut client, &mut server, b"MAIL FROM:<a@client.test>\r\n")?;
     let (from, to) = match sender {
         Sender::Client => (&mut client, &mut server),
         Sender::Backend => (&mut server, &mut client),
     };
-    overlap(world, sender, from, to, b"first\r\n", b"second\r\n")?;
+    overlap(testbed, sender, from, to, b"first\r\n", b"second\r\n")?;
     pass(from, to, b"third\r\n")?;
     pass(to, from, b"answer\r\n")?;
     drop((client, server));
@@ -61,18 +61,18 @@ fn while_spliced(world: &World, engine: &str, sender: Sender) -> anyhow::Result<
 }
 
 /// The words after which the direction is spliced are those that are sent twice.
-fn before_enrolment(world: &World, engine: &str, sender: Sender) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn before_enrolment(testbed: &Testbed, engine: &str, sender: Sender) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     if sender == Sender::Backend {
-        overlap(world, sender, &mut server, &mut client, b"220-hello\r\n", b"220 there\r\n")?;
+        overlap(testbed, sender, &mut server, &mut client, b"220-hello\r\n", b"220 there\r\n")?;
         pass(&mut client, &mut server, b"EHLO client\r\n")?;
         pass(&mut server, &mut client, b"250 hello\r\n")?;
     } else {
         pass(&mut server, &mut client, b"220 hello\r\n")?;
-        overlap(world, sender, &mut client, &mut server, b"EHLO client\r\n", b"NOOP\r\n")?;
+        overlap(testbed, sender, &mut client, &mut server, b"EHLO client\r\n", b"NOOP\r\n")?;
         pass(&mut server, &mut client, b"250 hello\r\n")?;
         pass(&mut client, &mut server, b"QUIT\r\n")?;
     }
@@ -81,10 +81,10 @@ fn before_enrolment(world: &World, engine: &str, sender: Sender) -> anyhow::Resu
 }
 
 /// Nearly as long as a segment can be.
-fn long(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn long(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut client, &mut server, b"DATA\r\n")?;
-    overlap(world, Sender::Client, &mut client, &mut server, &[b'a'; 1000], &[b'b'; 400])?;
+    overlap(testbed, Sender::Client, &mut client, &mut server, &[b'a'; 1000], &[b'b'; 400])?;
     pass(&mut client, &mut server, b".\r\n")?;
     drop((client, server));
     trimmed(&injector, engine)
@@ -100,7 +100,7 @@ fn trimmed(injector: &Injector, engine: &str) -> anyhow::Result<()> {
 
 /// Passes `first` such that `from` does not hear of it, and lets it send `second` in the same segment.
 fn overlap(
-    world: &World,
+    testbed: &Testbed,
     sender: Sender,
     from: &mut TcpStream,
     to: &mut TcpStream,
@@ -111,12 +111,12 @@ fn overlap(
     // What was sent before has been acknowledged then.
     std::thread::sleep(Duration::from_millis(60));
     {
-        let _deaf = Cut::new(sender.namespace(world), "input", &format!("tcp dport {port}"))?;
+        let _deaf = Cut::new(sender.namespace(testbed), "input", &format!("tcp dport {port}"))?;
         from.write_all(first)?;
         expect(to, first)?;
         {
             // Not where it is sent: TCP is told of that, and takes it for not sent.
-            let _mute = Cut::new(&world.topology.edge, "prerouting", &format!("tcp sport {port}"))?;
+            let _mute = Cut::new(&testbed.topology.edge, "prerouting", &format!("tcp sport {port}"))?;
             from.write_all(second)?;
             std::thread::sleep(Duration::from_millis(60));
         }

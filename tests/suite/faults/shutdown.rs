@@ -7,7 +7,7 @@ use anyhow::ensure;
 use injector_testbed::daemon::parse_sessions;
 
 use crate::Run;
-use crate::testbed::{Ending, World, accept_with_header, ending, finished, pass};
+use crate::testbed::{Ending, Testbed, accept_with_header, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("stop/cuts at the deadline and says so", cut),
@@ -15,10 +15,10 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("nothing is left behind", nothing_left),
 ];
 
-fn cut(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let mut injector = world.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"500ms\"")?;
-    let mut client = world.client()?;
+fn cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let mut injector = testbed.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"500ms\"")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     let start = Instant::now();
@@ -34,10 +34,10 @@ fn cut(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let mut injector = world.injector(engine, "smtp", "")?;
-    let mut client = world.client()?;
+fn waits(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let mut injector = testbed.injector(engine, "smtp", "")?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     injector.ask_to_stop()?;
@@ -59,14 +59,14 @@ fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// Descriptors of the daemon before and after many connections.
-fn nothing_left(world: &World, engine: &str) -> anyhow::Result<()> {
+fn nothing_left(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const CONNECTIONS: usize = 50;
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", "")?;
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
     let descriptors = || anyhow::Ok(std::fs::read_dir(format!("/proc/{}/fd", injector.pid()))?.count());
     let before = descriptors()?;
     for _ in 0..CONNECTIONS {
-        let mut client = world.client()?;
+        let mut client = testbed.client()?;
         let (mut server, ..) = accept_with_header(&backend)?;
         pass(&mut server, &mut client, b"220 hello\r\n")?;
         pass(&mut client, &mut server, b"QUIT\r\n")?;

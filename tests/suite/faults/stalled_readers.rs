@@ -9,7 +9,7 @@ use injector_testbed::resource_usage::{Memory, MemoryWatch, socket_buffers};
 use socket2::SockRef;
 
 use crate::Run;
-use crate::testbed::{LIMIT, World, accept_with_header, expect, patient, public_address};
+use crate::testbed::{LIMIT, Testbed, accept_with_header, expect, patient, public_address};
 use crate::transfers::pattern;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("crowd/200 stalled readers", stalled_readers)];
@@ -55,12 +55,12 @@ impl Cost {
 }
 
 /// Backends push as fast as they can at clients that read nothing.
-fn stalled_readers(world: &World, engine: &str) -> anyhow::Result<()> {
+fn stalled_readers(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     // Other programs may take kernel memory at the same time: the least of some runs counts.
     const TRIES: usize = 3;
     let mut least = u64::MAX;
     for _ in 0..TRIES {
-        let cost = push(world, engine, "")?;
+        let cost = push(testbed, engine, "")?;
         cost.tell("with back-pressure");
         // Memory that others give back meanwhile hides ours; what the daemon counts does not depend on them.
         least = least.min(cost.beside_buffers().max(cost.backlog));
@@ -69,18 +69,18 @@ fn stalled_readers(world: &World, engine: &str) -> anyhow::Result<()> {
         }
     }
     if engine == "splice" {
-        push(world, engine, NO_BACK_PRESSURE)?.tell("without it");
+        push(testbed, engine, NO_BACK_PRESSURE)?.tell("without it");
     }
     ensure!(least < BESIDE_BUFFERS, "{READERS} stalled readers cost {} MiB beside the buffers", least >> 20);
     Ok(())
 }
 
-fn push(world: &World, engine: &str, extra: &str) -> anyhow::Result<Cost> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", extra)?;
-    let readers = readers(world, &backend)?;
+fn push(testbed: &Testbed, engine: &str, extra: &str) -> anyhow::Result<Cost> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", extra)?;
+    let readers = readers(testbed, &backend)?;
     let buffers = || -> anyhow::Result<u64> {
-        let topology = &world.topology;
+        let topology = &testbed.topology;
         [&topology.client, &topology.edge, &topology.mail].into_iter().map(socket_buffers).sum()
     };
     let buffers_before = buffers()?;
@@ -110,11 +110,11 @@ fn push(world: &World, engine: &str, extra: &str) -> anyhow::Result<Cost> {
 
 /// Clients that will read nothing, and their backends' ends, both with small buffers, so that those do not hide what the
 /// injector keeps.
-fn readers(world: &World, backend: &TcpListener) -> anyhow::Result<Vec<(TcpStream, TcpStream)>> {
+fn readers(testbed: &Testbed, backend: &TcpListener) -> anyhow::Result<Vec<(TcpStream, TcpStream)>> {
     const BUFFER: usize = 64 << 10;
     let connect = |_| TcpStream::connect_timeout(&public_address(), LIMIT);
     let clients: Vec<TcpStream> =
-        world.topology.client.run(|| (0..READERS).map(connect).collect::<Result<_, _>>())??;
+        testbed.topology.client.run(|| (0..READERS).map(connect).collect::<Result<_, _>>())??;
     let mut servers = Vec::new();
     for _ in &clients {
         let (mut server, ..) = accept_with_header(backend)?;

@@ -5,9 +5,9 @@ use std::process::{Command, Output};
 use anyhow::{Context, ensure};
 use injector_testbed::daemon::binary;
 
-use crate::testbed::{World, accept_with_header, config, pass, public_address};
+use crate::testbed::{Testbed, accept_with_header, config, pass, public_address};
 
-type Start = fn(&World) -> anyhow::Result<()>;
+type Start = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const TRIALS: &[(&str, Start)] = &[
     ("a mistake in the file is named with its line", mistake),
@@ -23,9 +23,9 @@ pub(crate) const TRIALS: &[(&str, Start)] = &[
 ];
 
 /// Runs a command line in the edge to its end.
-fn run(world: &World, line: &[&str]) -> anyhow::Result<Output> {
+fn run(testbed: &Testbed, line: &[&str]) -> anyhow::Result<Output> {
     let (program, arguments) = line.split_first().context("nothing to run")?;
-    let mut command: Command = world.topology.edge.command(program);
+    let mut command: Command = testbed.topology.edge.command(program);
     Ok(command.args(arguments).output()?)
 }
 
@@ -41,10 +41,10 @@ fn file(text: &str) -> anyhow::Result<tempfile::NamedTempFile> {
 }
 
 /// The daemon refuses to start with this configuration, and its error has all these words.
-pub(crate) fn fails(world: &World, prefix: &[&str], text: &str, words: &[&str]) -> anyhow::Result<()> {
+pub(crate) fn fails(testbed: &Testbed, prefix: &[&str], text: &str, words: &[&str]) -> anyhow::Result<()> {
     let file = file(text)?;
     let (binary, path) = (own_binary()?, file.path().display().to_string());
-    let output = run(world, &[prefix, &[&binary, "run", "--config", &path]].concat())?;
+    let output = run(testbed, &[prefix, &[&binary, "run", "--config", &path]].concat())?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success(), "started: {error}");
     for word in words {
@@ -53,32 +53,32 @@ pub(crate) fn fails(world: &World, prefix: &[&str], text: &str, words: &[&str]) 
     Ok(())
 }
 
-fn mistake(world: &World) -> anyhow::Result<()> {
+fn mistake(testbed: &Testbed) -> anyhow::Result<()> {
     let text = config("splice", "smtp", "").replace("protocol = \"smtp\"", "protocol = \"smpt\"");
-    fails(world, &[], &text, &[".toml:7:", "listener \"test\"", "did you mean \"smtp\"?"])
+    fails(testbed, &[], &text, &[".toml:7:", "listener \"test\"", "did you mean \"smtp\"?"])
 }
 
-fn port_in_use(world: &World) -> anyhow::Result<()> {
-    let _taken = world.topology.edge.run(|| std::net::TcpListener::bind(public_address()))??;
+fn port_in_use(testbed: &Testbed) -> anyhow::Result<()> {
+    let _taken = testbed.topology.edge.run(|| std::net::TcpListener::bind(public_address()))??;
     fails(
-        world,
+        testbed,
         &[],
         &config("relay", "smtp", ""),
         &["listener \"test\"", "192.0.2.10:2500", "another program listens there"],
     )
 }
 
-fn foreign_address(world: &World) -> anyhow::Result<()> {
+fn foreign_address(testbed: &Testbed) -> anyhow::Result<()> {
     let text = config("relay", "smtp", "").replace("192.0.2.10", "192.0.2.99");
-    fails(world, &[], &text, &["192.0.2.99:2500", "no interface of this machine has the address"])
+    fails(testbed, &[], &text, &["192.0.2.99:2500", "no interface of this machine has the address"])
 }
 
 pub(crate) const WITHOUT_RIGHTS: [&str; 4] = ["capsh", "--drop=all", "--", "-c"];
 
-fn auto_without_rights(world: &World) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector_by(&WITHOUT_RIGHTS, &config("auto", "smtp", ""))?;
-    let mut client = world.client()?;
+fn auto_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector_by(&WITHOUT_RIGHTS, &config("auto", "smtp", ""))?;
+    let mut client = testbed.client()?;
     let (mut server, header, _) = accept_with_header(&backend)?;
     ensure!(header.source == client.local_addr()?, "{header:?}");
     pass(&mut server, &mut client, b"220 hello\r\n")?;
@@ -88,10 +88,10 @@ fn auto_without_rights(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn splice_without_rights(world: &World) -> anyhow::Result<()> {
+fn splice_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
     let file = file(&config("splice", "smtp", ""))?;
     let line = format!("{} run --config {}", own_binary()?, file.path().display());
-    let output = run(world, &[&WITHOUT_RIGHTS[..], &[&line]].concat())?;
+    let output = run(testbed, &[&WITHOUT_RIGHTS[..], &[&line]].concat())?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success(), "started: {error}");
     for word in [
@@ -108,26 +108,26 @@ fn splice_without_rights(world: &World) -> anyhow::Result<()> {
 /// What a worker needs for itself then does not depend on the machine.
 const ONE_WORKER: &str = "\n\n[limits]\nworkers = 1";
 
-fn few_descriptors(world: &World) -> anyhow::Result<()> {
+fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
     fails(
-        world,
+        testbed,
         &["prlimit", "--nofile=100:100"],
         &config("relay", "smtp", ""),
         &["100 open files", "LimitNOFILE"],
     )?;
     // 204 are good for two connections; the third is told so.
-    let backend = world.backend()?;
-    let injector = world
+    let backend = testbed.backend()?;
+    let injector = testbed
         .injector_by(&["prlimit", "--nofile=204:204", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
     ensure!(injector.log().contains("carries fewer connections"), "{}", injector.log());
     let mut open = Vec::new();
     for _ in 0..2 {
-        let mut client = world.client()?;
+        let mut client = testbed.client()?;
         let (mut server, ..) = accept_with_header(&backend)?;
         pass(&mut server, &mut client, b"220 hello\r\n")?;
         open.push((client, server));
     }
-    let mut third = world.client()?;
+    let mut third = testbed.client()?;
     crate::testbed::expect(&mut third, b"421 4.3.2 Too many connections, try again later\r\n")?;
     crate::testbed::counted(
         &injector,
@@ -138,15 +138,15 @@ fn few_descriptors(world: &World) -> anyhow::Result<()> {
 }
 
 /// What the self-test finds out when this command, which takes one more argument, runs it.
-pub(crate) fn selftest(world: &World, prefix: &[&str]) -> anyhow::Result<serde_json::Value> {
+pub(crate) fn selftest(testbed: &Testbed, prefix: &[&str]) -> anyhow::Result<serde_json::Value> {
     let line = format!("{} selftest --json", own_binary()?);
-    let output = run(world, &[prefix, &[&line]].concat())?;
+    let output = run(testbed, &[prefix, &[&line]].concat())?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-fn selftest_as_root(world: &World) -> anyhow::Result<()> {
-    let found = selftest(world, &["sh", "-c"])?;
+fn selftest_as_root(testbed: &Testbed) -> anyhow::Result<()> {
+    let found = selftest(testbed, &["sh", "-c"])?;
     ensure!(found["auto"] == "splice", "{found:#}");
     let checks = found["splice"]["checks"].as_array().context("no checks")?;
     ensure!(checks.iter().any(|check| check["name"] == "slow_reader"), "{found:#}");
@@ -155,7 +155,7 @@ fn selftest_as_root(world: &World) -> anyhow::Result<()> {
     println!("  {seconds} s");
     ensure!(seconds < 2.0, "took {seconds} s");
     // The daemon says the same: in its log, and as metrics.
-    let injector = world.injector("splice", "smtp", "")?;
+    let injector = testbed.injector("splice", "smtp", "")?;
     let (log, metrics) = (injector.log(), injector.metrics()?);
     for name in checks.iter().filter_map(|check| check["name"].as_str()) {
         let labels = [("engine", "splice"), ("check", name)];
@@ -166,9 +166,9 @@ fn selftest_as_root(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_with_two_rights(world: &World) -> anyhow::Result<()> {
+fn selftest_with_two_rights(testbed: &Testbed) -> anyhow::Result<()> {
     // By the bounding set: root that starts a program gets all that is in it, whatever it had before.
-    let found = selftest(world, &["setpriv", "--bounding-set=-all,+bpf,+net_admin", "sh", "-c"])?;
+    let found = selftest(testbed, &["setpriv", "--bounding-set=-all,+bpf,+net_admin", "sh", "-c"])?;
     ensure!(found["auto"] == "splice", "{found:#}");
     for engine in ["splice", "inline"] {
         let checks = found[engine]["checks"].as_array().context("no checks")?;
@@ -177,8 +177,8 @@ fn selftest_with_two_rights(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
-    let found = selftest(world, &WITHOUT_RIGHTS)?;
+fn selftest_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+    let found = selftest(testbed, &WITHOUT_RIGHTS)?;
     ensure!(found["auto"] == "relay", "{found:#}");
     let reason = found["reason"].as_str().context("no reason")?;
     ensure!(reason.contains("CAP_BPF and CAP_NET_ADMIN"), "{reason}");
@@ -186,16 +186,16 @@ fn selftest_without_rights(world: &World) -> anyhow::Result<()> {
 }
 
 /// Once it runs, no thread of the daemon may do anything special, and the engine still works.
-fn rights_given_up(world: &World) -> anyhow::Result<()> {
-    let backend = world.backend()?;
-    let injector = world.injector("splice", "smtp", "")?;
+fn rights_given_up(testbed: &Testbed) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector("splice", "smtp", "")?;
     for task in std::fs::read_dir(format!("/proc/{}/task", injector.pid()))? {
         let status = std::fs::read_to_string(task?.path().join("status"))?;
         let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).context("no CapPrm")?;
         // CAP_NET_BIND_SERVICE: a configuration that is read again may have other ports below 1024.
         ensure!(u64::from_str_radix(permitted.trim(), 16)? == 1 << 10, "a thread has {permitted}");
     }
-    let mut client = world.client()?;
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     pass(&mut client, &mut server, b"EHLO client\r\n")?;

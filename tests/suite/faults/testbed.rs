@@ -19,11 +19,11 @@ pub(crate) const BACKEND_PORT: u16 = 12500;
 
 /// The namespaces, made once.
 #[derive(Debug)]
-pub(crate) struct World {
+pub(crate) struct Testbed {
     pub(crate) topology: Topology,
 }
 
-impl World {
+impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         Ok(Self { topology: Topology::new()? })
     }

@@ -8,21 +8,25 @@ use anyhow::{Context, bail, ensure};
 use socket2::SockRef;
 
 use crate::Run;
-use crate::testbed::{Ending, World, accept_with_header, ended, ending, expect, finished, pass, until};
+use crate::testbed::{Ending, Testbed, accept_with_header, ended, ending, expect, finished, pass, until};
 
 /// Enough to go round every buffer on the way many times.
 const BULK: usize = 24 << 20;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("transfer/both ways at once", |world, engine| both_ways(world, engine, "")),
-    ("transfer/both ways at once, marks soon reached", |world, engine| both_ways(world, engine, SMALL_MARKS)),
+    ("transfer/both ways at once", |testbed, engine| both_ways(testbed, engine, "")),
+    ("transfer/both ways at once, marks soon reached", |testbed, engine| {
+        both_ways(testbed, engine, SMALL_MARKS)
+    }),
     ("transfer/a long first payload", long_first),
     ("transfer/client finishes first", client_half_closes),
     ("transfer/backend finishes first", backend_half_closes),
     ("transfer/backend says goodbye and is gone", goodbye),
     ("transfer/byte by byte", byte_by_byte),
-    ("stalled/backend reads nothing for a while", |world, engine| stalled(world, engine, Reader::Backend)),
-    ("stalled/client reads nothing for a while", |world, engine| stalled(world, engine, Reader::Client)),
+    ("stalled/backend reads nothing for a while", |testbed, engine| {
+        stalled(testbed, engine, Reader::Backend)
+    }),
+    ("stalled/client reads nothing for a while", |testbed, engine| stalled(testbed, engine, Reader::Client)),
     ("stalled/and then by the kernel again", resumed),
     ("stalled/the sender finishes meanwhile", stalled_fin),
     ("stalled/the reader is gone", stalled_gone),
@@ -39,19 +43,19 @@ pub(crate) const SPLICE_TRIALS: &[(&str, Run)] =
 
 /// A client and a backend that have exchanged their first words.
 pub(crate) fn joined(
-    world: &World,
+    testbed: &Testbed,
     engine: &str,
     extra: &str,
 ) -> anyhow::Result<(injector_testbed::daemon::Injector, TcpStream, TcpStream)> {
-    let backend = world.backend()?;
-    let injector = world.injector(engine, "smtp", extra)?;
-    let (client, server) = introduced(world, &backend)?;
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", extra)?;
+    let (client, server) = introduced(testbed, &backend)?;
     Ok((injector, client, server))
 }
 
 /// The same with an injector that runs already.
-pub(crate) fn introduced(world: &World, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
-    let mut client = world.client()?;
+pub(crate) fn introduced(testbed: &Testbed, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
     pass(&mut client, &mut server, b"EHLO client\r\n")?;
@@ -93,8 +97,8 @@ const DEFAULTS: &str = "\n\n[splice]\n";
 const SMALL_MARKS: &str = "\n\n[splice]\nhigh_water = 65536\nlow_water = 16384\n\
                            enrol_after_messages = 1";
 
-fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
-    let (injector, client, server) = joined(world, engine, marks)?;
+fn both_ways(testbed: &Testbed, engine: &str, marks: &str) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(testbed, engine, marks)?;
     let (up, down) = (pattern(1, BULK), pattern(7, BULK));
     std::thread::scope(|scope| {
         let tasks = [
@@ -126,10 +130,10 @@ fn both_ways(world: &World, engine: &str, marks: &str) -> anyhow::Result<()> {
 }
 
 /// By default a direction is the kernel's after 16 payloads, and no sooner; then even bulk is.
-fn enrolled_when_it_pays(world: &World, _engine: &str) -> anyhow::Result<()> {
+fn enrolled_when_it_pays(testbed: &Testbed, _engine: &str) -> anyhow::Result<()> {
     const ENROL_AFTER: u64 = 16;
     for messages in [ENROL_AFTER - 1, ENROL_AFTER + 4] {
-        let (injector, mut client, mut server) = joined(world, "splice", DEFAULTS)?;
+        let (injector, mut client, mut server) = joined(testbed, "splice", DEFAULTS)?;
         for _ in 1..messages {
             pass(&mut server, &mut client, b"250 ok\r\n")?;
             pass(&mut client, &mut server, b"NOOP\r\n")?;
@@ -153,11 +157,11 @@ fn enrolled_when_it_pays(world: &World, _engine: &str) -> anyhow::Result<()> {
 }
 
 /// More than one read takes, before anything was enrolled: no segment is carried by both planes.
-fn long_first(world: &World, engine: &str) -> anyhow::Result<()> {
+fn long_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for len in [65_536, 65_537, 100_000, 400_000] {
-        let backend = world.backend()?;
-        let injector = world.injector(engine, "imaps", "")?;
-        let client = world.client()?;
+        let backend = testbed.backend()?;
+        let injector = testbed.injector(engine, "imaps", "")?;
+        let client = testbed.client()?;
         let bytes = pattern(19, len);
         std::thread::scope(|scope| {
             let sending = scope.spawn(|| send_all(&client, &bytes));
@@ -173,8 +177,8 @@ fn long_first(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The backend answers a client that has finished, at its leisure.
-fn client_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn client_half_closes(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     client.write_all(b"DATA and more\r\n")?;
     client.shutdown(Shutdown::Write)?;
     ensure!(
@@ -191,8 +195,8 @@ fn client_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn backend_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn backend_half_closes(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     server.write_all(b"221 bye\r\n")?;
     server.shutdown(Shutdown::Write)?;
     ensure!(ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "the client did not get it all");
@@ -206,9 +210,9 @@ fn backend_half_closes(world: &World, engine: &str) -> anyhow::Result<()> {
 
 /// A backend that has closed answers what still comes with a reset (TLS clients say goodbye to it). What it sent before
 /// belongs to the client all the same, however slowly it reads.
-fn goodbye(world: &World, engine: &str) -> anyhow::Result<()> {
+fn goodbye(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const LAST: usize = 300_000;
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     let last = pattern(3, LAST);
     server.write_all(&last)?;
     drop(server);
@@ -254,8 +258,8 @@ const ON_ITS_WAY: usize = 24 << 20;
 const TOO_MUCH: usize = 96 << 20;
 
 /// The sender is slowed down, memory stays bounded, and nothing is lost when the reader goes on.
-fn stalled(world: &World, engine: &str, reader: Reader) -> anyhow::Result<()> {
-    let (injector, client, server) = joined(world, engine, "")?;
+fn stalled(testbed: &Testbed, engine: &str, reader: Reader) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(testbed, engine, "")?;
     let (from, to) = if reader == Reader::Client { (&server, &client) } else { (&client, &server) };
     let bytes = pattern(11, TOO_MUCH);
     let taken = fill(from, &bytes)?;
@@ -282,8 +286,8 @@ fn stalled(world: &World, engine: &str, reader: Reader) -> anyhow::Result<()> {
 }
 
 /// When the target has caught up, and payload comes piece by piece, the kernel carries it again.
-fn resumed(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, client, mut server) = joined(world, engine, "")?;
+fn resumed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, mut server) = joined(testbed, engine, "")?;
     let bytes = pattern(19, TOO_MUCH);
     let taken = fill(&client, &bytes)?;
     let mut seen = vec![0; taken];
@@ -307,8 +311,8 @@ fn resumed(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// A FIN that comes while the source is held: the kernel does not take the source back, user space reads the rest.
-fn stalled_fin(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, client, server) = joined(world, engine, "")?;
+fn stalled_fin(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, client, server) = joined(testbed, engine, "")?;
     let bytes = pattern(13, TOO_MUCH);
     let taken = fill(&client, &bytes)?;
     client.shutdown(Shutdown::Write)?;
@@ -320,8 +324,8 @@ fn stalled_fin(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The reader resets: the sender is told at once, not after a timeout.
-fn stalled_gone(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, server) = joined(world, engine, "")?;
+fn stalled_gone(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, server) = joined(testbed, engine, "")?;
     fill(&client, &pattern(17, TOO_MUCH))?;
     let start = Instant::now();
     reset(server)?;
@@ -331,8 +335,8 @@ fn stalled_gone(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn byte_by_byte(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (_injector, mut client, mut server) = joined(world, engine, "")?;
+fn byte_by_byte(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (_injector, mut client, mut server) = joined(testbed, engine, "")?;
     let bytes = pattern(5, 2000);
     for byte in bytes.chunks(1) {
         client.write_all(byte)?;
@@ -349,8 +353,8 @@ fn reset(stream: TcpStream) -> anyhow::Result<()> {
 }
 
 /// A reset on one side is a reset on the other, at once, and never looks like an end.
-fn backend_resets(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn backend_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut server, &mut client, b"250 half of a sent")?;
     let start = Instant::now();
     reset(server)?;
@@ -360,8 +364,8 @@ fn backend_resets(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn client_resets(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "")?;
+fn client_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut client, &mut server, b"DATA half of a sent")?;
     let start = Instant::now();
     reset(client)?;
@@ -371,8 +375,9 @@ fn client_resets(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) =
+        joined(testbed, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
     let start = Instant::now();
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
     let after = start.elapsed();
@@ -383,8 +388,9 @@ fn idle(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// Also where no byte passes through user space.
-fn kept_alive(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (injector, mut client, mut server) = joined(world, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
+fn kept_alive(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) =
+        joined(testbed, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
     for _ in 0..8 {
         std::thread::sleep(Duration::from_millis(150));
         pass(&mut client, &mut server, b"NOOP\r\n")?;
@@ -395,9 +401,9 @@ fn kept_alive(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn half_closed_idle(world: &World, engine: &str) -> anyhow::Result<()> {
+fn half_closed_idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, client, mut server) =
-        joined(world, engine, "[listener.timeouts]\nhalf_closed = \"300ms\"")?;
+        joined(testbed, engine, "[listener.timeouts]\nhalf_closed = \"300ms\"")?;
     client.shutdown(Shutdown::Write)?;
     let start = Instant::now();
     ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the FIN did not pass");

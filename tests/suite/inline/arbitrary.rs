@@ -18,7 +18,7 @@ use socket2::SockRef;
 
 use crate::frame::{Extra, Frame, forged_header};
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, Lab, Setting};
+use crate::wire_testbed::{self, Setting, WireTestbed};
 
 /// Connections that are under way at the same time.
 const BATCH: usize = 64;
@@ -26,21 +26,22 @@ const BATCH: usize = 64;
 const HONEST: u32 = 64;
 
 /// So many connections; each is named after its own client or has read nothing.
-pub(crate) fn segments(lab: &Lab, family: Family, connections: usize) -> anyhow::Result<()> {
+pub(crate) fn segments(testbed: &WireTestbed, family: Family, connections: usize) -> anyhow::Result<()> {
     let seed =
         std::env::var("INJECTOR_SEED").ok().map_or(Ok(2525), |seed| seed.parse()).context("INJECTOR_SEED")?;
-    run(lab, family, connections, &mut Rng::with_seed(seed)).with_context(|| format!("INJECTOR_SEED={seed}"))
+    run(testbed, family, connections, &mut Rng::with_seed(seed))
+        .with_context(|| format!("INJECTOR_SEED={seed}"))
 }
 
-fn run(lab: &Lab, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
+fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
     // The programs must do without the kernel's judgement of windows, which Kubernetes nodes have switched off.
-    let _liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
-    let listener = lab.backend(family)?;
+    let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let listener = testbed.backend(family)?;
     listener.set_nonblocking(true)?;
-    let template = Frame::of_a_client(lab, family)?;
+    let template = Frame::of_a_client(testbed, family)?;
     let answers = Arc::new(Mutex::new(HashMap::new()));
     let heard = Arc::clone(&answers);
-    let _watching = lab.wire.faults(move |seen| {
+    let _watching = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() {
             let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
             heard.insert(
@@ -50,7 +51,7 @@ fn run(lab: &Lab, family: Family, connections: usize, rng: &mut Rng) -> anyhow::
         }
         Fate::Pass
     });
-    let before = lab.counted("invalid_segment").unwrap_or(0);
+    let before = testbed.counted("invalid_segment").unwrap_or(0);
     let mut totals = Totals::default();
     let mut number = 0_u16;
     while usize::from(number) < connections {
@@ -58,9 +59,9 @@ fn run(lab: &Lab, family: Family, connections: usize, rng: &mut Rng) -> anyhow::
         for _ in 0..BATCH {
             number += 1;
             let client = Client::new(family, number, rng);
-            lab.wire.watch(client.port);
+            testbed.wire.watch(client.port);
             for frame in client.opening(&template, rng) {
-                lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+                testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
             }
             batch.push(client);
         }
@@ -89,21 +90,21 @@ fn run(lab: &Lab, family: Family, connections: usize, rng: &mut Rng) -> anyhow::
         frames.sort_by_key(|(at, _)| *at);
         totals.frames += frames.len();
         for (_, frame) in frames {
-            lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
         }
         // Sent once more, for the header may have been asked for meanwhile.
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(20));
             for client in batch.iter().filter(|client| client.honest) {
                 for frame in client.honest_end(&template) {
-                    lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+                    testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
                 }
             }
         }
         std::thread::sleep(Duration::from_millis(20));
-        totals.count(&batch, &listener, lab, family)?;
+        totals.count(&batch, &listener, testbed, family)?;
     }
-    let below = lab.counted("invalid_segment").unwrap_or(0) - before;
+    let below = testbed.counted("invalid_segment").unwrap_or(0) - before;
     eprintln!("    {totals:?}, {below} segments dropped as invalid");
     // Not a test of nothing.
     ensure!(
@@ -136,7 +137,7 @@ impl Totals {
         &mut self,
         batch: &[Client],
         listener: &TcpListener,
-        lab: &Lab,
+        testbed: &WireTestbed,
         family: Family,
     ) -> anyhow::Result<()> {
         self.honest += batch.iter().filter(|client| client.honest).count();
@@ -160,7 +161,7 @@ impl Totals {
                 continue;
             };
             let what = || {
-                let trace = lab.wire.trace_of(client.port);
+                let trace = testbed.wire.trace_of(client.port);
                 format!("{client:?}\n{trace}\nThe backend read {read:02x?}")
             };
             let Some(rest) = client.after_header(&read, family).with_context(what)? else { continue };

@@ -10,7 +10,7 @@ use injector_testbed::netns::{Family, Netns};
 
 use crate::Run;
 use crate::lifecycle::{serve, session};
-use crate::testbed::{LIMIT, World, accept, own_header, pass};
+use crate::testbed::{LIMIT, Testbed, accept, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("outlives/clsact, killed twenty times", killed_with_clsact),
@@ -89,18 +89,18 @@ fn tc(netns: &Netns, arguments: &[&str]) -> anyhow::Result<String> {
 }
 
 /// How many filters of each program there are.
-fn filters(world: &World) -> anyhow::Result<Vec<usize>> {
+fn filters(testbed: &Testbed) -> anyhow::Result<Vec<usize>> {
     let of = |(program, device, direction): (&str, &str, &str)| {
-        let shown = tc(&world.topology.edge, &["filter", "show", "dev", device, direction])?;
+        let shown = tc(&testbed.topology.edge, &["filter", "show", "dev", device, direction])?;
         Ok(shown.lines().filter(|line| line.contains(&format!(" {program} "))).count())
     };
     PLACES.into_iter().map(of).collect()
 }
 
 /// The pinned links.
-fn links(world: &World) -> anyhow::Result<Vec<String>> {
+fn links(testbed: &Testbed) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
-    for version in std::fs::read_dir(world.bpffs.path())? {
+    for version in std::fs::read_dir(testbed.bpffs.path())? {
         let Ok(links) = std::fs::read_dir(version?.path().join("links")) else { continue };
         for link in links {
             names.push(link?.file_name().to_string_lossy().into_owned());
@@ -113,15 +113,15 @@ fn links(world: &World) -> anyhow::Result<Vec<String>> {
 /// With clsact no program may be missing while one daemon follows another. Clients go on connecting,
 /// and each must come with its header. The moment is short, and clients may miss it; so the kernel
 /// must not report a filter as deleted either.
-fn killed_with_clsact(world: &World, family: Family) -> anyhow::Result<()> {
+fn killed_with_clsact(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const TIMES: usize = 20;
-    let edge = &world.topology.edge;
-    let config = world.config("smtp", CLSACT);
-    let backend = world.backend(family)?;
+    let edge = &testbed.topology.edge;
+    let config = testbed.config("smtp", CLSACT);
+    let backend = testbed.backend(family)?;
     backend.set_nonblocking(true)?;
     let monitor = Monitor::start(edge)?;
-    let _nat = world.nat()?;
-    let _attached = world.attached();
+    let _nat = testbed.nat()?;
+    let _attached = testbed.attached();
     let mut injector = Some(Injector::start(edge, &config)?);
     ensure!(monitor.deleted_of(PLACES.len())? == 0, "something was deleted at first: {}", monitor.read()?);
     let (done, over, all_over) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicBool::new(false));
@@ -130,7 +130,7 @@ fn killed_with_clsact(world: &World, family: Family) -> anyhow::Result<()> {
         let clients = scope.spawn(|| -> anyhow::Result<()> {
             while !over.load(Ordering::Relaxed) {
                 let (number, start) = (done.load(Ordering::Relaxed), Instant::now());
-                session(world, family).with_context(|| format!("session {number}"))?;
+                session(testbed, family).with_context(|| format!("session {number}"))?;
                 done.fetch_add(1, Ordering::Relaxed);
                 // Most of the time is the starting daemon's, which needs it where processors are slow.
                 std::thread::sleep(start.elapsed() * 4);
@@ -155,33 +155,33 @@ fn killed_with_clsact(world: &World, family: Family) -> anyhow::Result<()> {
     eprintln!("    {} sessions during {TIMES} restarts", done.into_inner());
     let deleted = monitor.deleted_of(PLACES.len() * (TIMES + 1))?;
     ensure!(deleted == 0, "{deleted} filters were deleted:\n{}", monitor.read()?);
-    ensure!(filters(world)? == [1; 3], "{:?} filters for {PLACES:?}", filters(world)?);
+    ensure!(filters(testbed)? == [1; 3], "{:?} filters for {PLACES:?}", filters(testbed)?);
     Ok(())
 }
 
 /// A daemon that attaches the other way removes the earlier one's programs, or packets would be
 /// changed twice.
-fn from_one_to_the_other(world: &World, family: Family) -> anyhow::Result<()> {
-    let has_tcx = world.topology.edge.run(injector_user::inline::has_tcx)?;
+fn from_one_to_the_other(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let has_tcx = testbed.topology.edge.run(injector_user::inline::has_tcx)?;
     if !has_tcx {
         eprintln!("    not run: this kernel has no tcx");
         return Ok(());
     }
-    let backend = world.backend(family)?;
-    let _nat = world.nat()?;
-    let _attached = world.attached();
+    let backend = testbed.backend(family)?;
+    let _nat = testbed.nat()?;
+    let _attached = testbed.attached();
     let pinned = ["backend_in@inside", "backend_out@inside", "client_in@outside"];
     let mut before = None;
     for (how, filter_count, links_left) in [(CLSACT, 1, &[][..]), (TCX, 0, &pinned[..]), (CLSACT, 1, &[][..])]
     {
-        let injector = Injector::start(&world.topology.edge, &world.config("smtp", how))?;
-        let mut client = world.client(family).context(how)?;
+        let injector = Injector::start(&testbed.topology.edge, &testbed.config("smtp", how))?;
+        let mut client = testbed.client(family).context(how)?;
         let mut server = accept(&backend)?;
         own_header(&mut server, &client)?;
         pass(&mut server, &mut client, b"220 hello\r\n")?;
         pass(&mut client, &mut server, b"EHLO client\r\n")?;
-        ensure!(filters(world)? == [filter_count; 3], "{how}: {:?} filters", filters(world)?);
-        ensure!(links(world)? == links_left, "{how}: {:?} are pinned", links(world)?);
+        ensure!(filters(testbed)? == [filter_count; 3], "{how}: {:?} filters", filters(testbed)?);
+        ensure!(links(testbed)? == links_left, "{how}: {:?} are pinned", links(testbed)?);
         if let Some(before) = before.replace(how) {
             let log = injector.log();
             ensure!(

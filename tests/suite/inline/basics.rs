@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::netns::Family;
 
 use crate::Run;
-use crate::testbed::{World, accept, client_ip, expect, own_header, pass};
+use crate::testbed::{Testbed, accept, client_ip, expect, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("server speaks first", server_first),
@@ -15,10 +15,10 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("both ways at once", both_ways),
 ];
 
-fn server_first(world: &World, family: Family) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let injector = world.injector("smtp", "")?;
-    let mut client = world.client(family)?;
+fn server_first(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let injector = testbed.injector("smtp", "")?;
+    let mut client = testbed.client(family)?;
     let mut server = accept(&backend)?;
     own_header(&mut server, &client)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
@@ -37,10 +37,10 @@ fn server_first(world: &World, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn client_first(world: &World, family: Family) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let _injector = world.injector("imaps", "")?;
-    let mut client = world.client(family)?;
+fn client_first(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let _injector = testbed.injector("imaps", "")?;
+    let mut client = testbed.client(family)?;
     client.write_all(b"\x16\x03\x01")?;
     let mut server = accept(&backend)?;
     own_header(&mut server, &client)?;
@@ -48,11 +48,11 @@ fn client_first(world: &World, family: Family) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"hello")
 }
 
-fn both_ways(world: &World, family: Family) -> anyhow::Result<()> {
+fn both_ways(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const BULK: usize = 32 << 20;
-    let backend = world.backend(family)?;
-    let _injector = world.injector("smtp", "")?;
-    let mut client = world.client(family)?;
+    let backend = testbed.backend(family)?;
+    let _injector = testbed.injector("smtp", "")?;
+    let mut client = testbed.client(family)?;
     let mut server = accept(&backend)?;
     own_header(&mut server, &client)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;

@@ -11,18 +11,18 @@ use injector_common::inline::{ACK, FIN, PSH, SYN};
 use injector_testbed::netns::Family;
 use socket2::SockRef;
 
-use crate::LabRun;
+use crate::WireRun;
 use crate::frame::{Frame, forged_header};
 use crate::testbed::{LIMIT, accept, expect, header, patient};
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, Lab, Setting};
+use crate::wire_testbed::{self, Setting, WireTestbed};
 
-pub(crate) const TRIALS: &[(&str, LabRun)] = &[
-    ("SYN cookies: a connection that was reset is not begun again", |lab, family| {
-        again(lab, family, End::Reset)
+pub(crate) const TRIALS: &[(&str, WireRun)] = &[
+    ("SYN cookies: a connection that was reset is not begun again", |testbed, family| {
+        again(testbed, family, End::Reset)
     }),
-    ("SYN cookies: a connection that has finished is not begun again", |lab, family| {
-        again(lab, family, End::Fin)
+    ("SYN cookies: a connection that has finished is not begun again", |testbed, family| {
+        again(testbed, family, End::Fin)
     }),
     ("SYN cookies: a number that is nearly the first one", nearly_first),
 ];
@@ -41,42 +41,45 @@ struct Client {
     answered: u32,
 }
 
-fn client(lab: &Lab, family: Family, port: u16) -> anyhow::Result<Client> {
+fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<Client> {
     let first: u32 = 0x1000_0000 + u32::from(port);
     let ip: IpAddr = match family {
         Family::V4 => Ipv4Addr::new(203, 0, 113, 99).into(),
         Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, 99).into(),
     };
     let frame =
-        Frame { source: SocketAddr::new(ip, port), sequence: first, ..Frame::of_a_client(lab, family)? };
+        Frame { source: SocketAddr::new(ip, port), sequence: first, ..Frame::of_a_client(testbed, family)? };
     let (sender, answers) = mpsc::channel();
-    let _watching = lab.wire.faults(move |seen| {
+    let _watching = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() && seen.tcp.destination_port() == port {
             let _ = sender.send(seen.tcp.sequence_number().wrapping_add(1));
         }
         Fate::Pass
     });
-    lab.wire.watch(port);
+    testbed.wire.watch(port);
     let sequence = first.wrapping_sub(1);
     let syn = Frame { flags: SYN, sequence, options: vec![2, 4, 5, 0xA0], ..frame.clone() };
-    lab.wire.inject(Side::Client, Way::ToBackend, &syn.whole())?;
+    testbed.wire.inject(Side::Client, Way::ToBackend, &syn.whole())?;
     let answered = answers.recv_timeout(LIMIT).context("the SYN was not answered")?;
     Ok(Client { frame, first, answered })
 }
 
-fn with_cookies<'a>(lab: &'a Lab, family: Family) -> anyhow::Result<([Setting<'a>; 2], TcpListener)> {
-    let cookies = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+fn with_cookies<'a>(
+    testbed: &'a WireTestbed,
+    family: Family,
+) -> anyhow::Result<([Setting<'a>; 2], TcpListener)> {
+    let cookies = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
     // The kernel's own judgement of numbers is not what is tried.
-    let liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
-    Ok(([cookies, liberal], lab.backend(family)?))
+    let liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    Ok(([cookies, liberal], testbed.backend(family)?))
 }
 
-fn again(lab: &Lab, family: Family, end: End) -> anyhow::Result<()> {
-    let (_settings, listener) = with_cookies(lab, family)?;
+fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> {
+    let (_settings, listener) = with_cookies(testbed, family)?;
     let port = if end == End::Reset { 9100 } else { 9200 };
-    let Client { frame, first, answered } = client(lab, family, port)?;
+    let Client { frame, first, answered } = client(testbed, family, port)?;
     let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
-    lab.wire.inject(Side::Client, Way::ToBackend, &answer.whole())?;
+    testbed.wire.inject(Side::Client, Way::ToBackend, &answer.whole())?;
     let mut server = accept(&listener)?;
     patient(&server)?;
     let (named, _) = header(&mut server)?;
@@ -94,13 +97,13 @@ fn again(lab: &Lab, family: Family, end: End) -> anyhow::Result<()> {
     } else {
         // The client finishes first: then the backend forgets the connection with the last acknowledgement.
         let fin = Frame { flags: ACK | FIN, acknowledgement, ..frame.clone() };
-        lab.wire.inject(Side::Client, Way::ToBackend, &fin.whole())?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &fin.whole())?;
         ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
         drop(server);
         std::thread::sleep(Duration::from_millis(10));
         acknowledgement = acknowledgement.wrapping_add(1);
         let last = Frame { flags: ACK, sequence: first.wrapping_add(1), acknowledgement, ..frame.clone() };
-        lab.wire.inject(Side::Client, Way::ToBackend, &last.whole())?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &last.whole())?;
     }
     std::thread::sleep(Duration::from_millis(20));
     for at in 0..3 {
@@ -113,26 +116,26 @@ fn again(lab: &Lab, family: Family, end: End) -> anyhow::Result<()> {
                 payload: forged.clone(),
                 ..frame.clone()
             };
-            lab.wire.inject(Side::Client, Way::ToBackend, &again.whole())?;
+            testbed.wire.inject(Side::Client, Way::ToBackend, &again.whole())?;
         }
     }
     nothing_new(&listener)
 }
 
 /// The backend takes any of a few numbers for the first one, and would begin in the middle of the header.
-fn nearly_first(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let (_settings, listener) = with_cookies(lab, family)?;
+fn nearly_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let (_settings, listener) = with_cookies(testbed, family)?;
     let len: u32 = if family == Family::V4 { 28 } else { 52 };
     // As they are, and as they would be behind the header.
     let offs = [1, 2, 3, 1_u32.wrapping_neg(), 2_u32.wrapping_neg()];
     let offs = offs.into_iter().chain(offs.map(|off| off.wrapping_sub(len)));
     for (port, off) in (9300..).zip(offs) {
-        let Client { frame, first, answered } = client(lab, family, port)?;
+        let Client { frame, first, answered } = client(testbed, family, port)?;
         let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
         let early = Frame { sequence: first.wrapping_add(off), ..answer.clone() };
         let data = Frame { flags: ACK | PSH, payload: b"the first words".to_vec(), ..answer };
-        lab.wire.inject(Side::Client, Way::ToBackend, &early.whole())?;
-        lab.wire.inject(Side::Client, Way::ToBackend, &data.whole())?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &early.whole())?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &data.whole())?;
         let mut server = accept(&listener)?;
         patient(&server)?;
         let (named, _) = header(&mut server).with_context(|| format!("{} off", off.cast_signed()))?;

@@ -14,31 +14,31 @@ use socket2::SockRef;
 
 use crate::losses;
 use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
-use crate::testbed::{World, accept, expect, own_header};
+use crate::testbed::{Testbed, accept, expect, own_header};
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, First, Lab, Setting, through};
-use crate::{LabRun, Run};
+use crate::wire_testbed::{self, First, Setting, WireTestbed, through};
+use crate::{Run, WireRun};
 
-pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("one packet with the header", one_packet),
     ("a client that says nothing", silent),
     ("a full packet, the header ahead", full_packet),
     ("urgent data", urgent),
-    ("lost once, with the header", |lab, family| lost(lab, family, 1)),
-    ("lost twice, with the header", |lab, family| lost(lab, family, 2)),
+    ("lost once, with the header", |testbed, family| lost(testbed, family, 1)),
+    ("lost twice, with the header", |testbed, family| lost(testbed, family, 2)),
     ("lost, and the header ahead lost", ahead_lost),
-    ("lost, SYN cookies", |lab, family| {
-        let _always = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
-        lost(lab, family, 1)
+    ("lost, SYN cookies", |testbed, family| {
+        let _always = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+        lost(testbed, family, 1)
     }),
     ("the second packet first", second_first),
-    ("SYN-ACK lost behind the edge", |lab, family| {
-        losses::lost(lab, family, First::ClientAwaited, 1, 1500, |seen| {
+    ("SYN-ACK lost behind the edge", |testbed, family| {
+        losses::lost(testbed, family, First::ClientAwaited, 1, 1500, |seen| {
             seen.is_syn_ack() && seen.side == Side::Client
         })
     }),
-    ("their acknowledgement lost", |lab, family| {
-        losses::lost(lab, family, First::ClientAwaited, 1, 1500, |seen| {
+    ("their acknowledgement lost", |testbed, family| {
+        losses::lost(testbed, family, First::ClientAwaited, 1, 1500, |seen| {
             seen.at(Side::Backend, Way::ToClient) && !seen.is_syn_ack()
         })
     }),
@@ -46,43 +46,43 @@ pub(crate) const TRIALS: &[(&str, LabRun)] = &[
     ("a FIN in place of them", fin_alone),
     ("a reset in place of them", reset_alone),
     ("too long for the path with the header", path_mtu),
-    ("numbers that wrap around", |lab, family| {
-        EDGES.into_iter().try_for_each(|number| tcp::begins_at(lab, family, First::ClientAwaited, number))
+    ("numbers that wrap around", |testbed, family| {
+        EDGES.into_iter().try_for_each(|number| tcp::begins_at(testbed, family, First::ClientAwaited, number))
     }),
 ];
 
 /// On veth, which hands unfinished checksums and large segments on.
 pub(crate) const ON_DEVICES: &[(&str, Run)] = &[
-    ("first bytes/few", |world, family| on_devices(world, family, 300)),
-    ("first bytes/many at once", |world, family| on_devices(world, family, 1 << 20)),
+    ("first bytes/few", |testbed, family| on_devices(testbed, family, 300)),
+    ("first bytes/many at once", |testbed, family| on_devices(testbed, family, 1 << 20)),
 ];
 
 const BYTES: usize = 256 << 10;
 
 /// How often `backend_out` has added a header in each way, since the last time.
 struct Ways<'a> {
-    lab: &'a Lab,
+    testbed: &'a WireTestbed,
     before: [u64; 4],
 }
 
 impl<'a> Ways<'a> {
     const EVENTS: [&'static str; 4] = ["deferred", "prepended", "sent_ahead", "appended"];
 
-    fn counted(lab: &Lab) -> anyhow::Result<[u64; 4]> {
+    fn counted(testbed: &WireTestbed) -> anyhow::Result<[u64; 4]> {
         let mut counts = [0; 4];
         for (count, event) in counts.iter_mut().zip(Self::EVENTS) {
-            *count = lab.counted(event)?;
+            *count = testbed.counted(event)?;
         }
         Ok(counts)
     }
 
-    fn begin(lab: &'a Lab) -> anyhow::Result<Self> {
-        Ok(Self { lab, before: Self::counted(lab)? })
+    fn begin(testbed: &'a WireTestbed) -> anyhow::Result<Self> {
+        Ok(Self { testbed, before: Self::counted(testbed)? })
     }
 
     /// Exactly these were added.
     fn are(&self, expected: [u64; 4]) -> anyhow::Result<()> {
-        let now = Self::counted(self.lab)?;
+        let now = Self::counted(self.testbed)?;
         let grown: Vec<_> = now.iter().zip(self.before).map(|(now, before)| now - before).collect();
         ensure!(grown == expected, "{:?} have grown by {grown:?}, not {expected:?}", Self::EVENTS);
         Ok(())
@@ -90,18 +90,18 @@ impl<'a> Ways<'a> {
 }
 
 /// The backend gets header and first bytes in one packet, and no other before; it has nothing to say of the header alone.
-fn one_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
+fn one_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
     let packets = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&packets);
-    let _faulty = lab.wire.faults(move |packet| {
+    let _faulty = testbed.wire.faults(move |packet| {
         if packet.side == Side::Backend && !packet.is_syn() && !packet.is_syn_ack() {
             let what = (packet.way, packet.tcp.payload().to_vec());
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         }
         Fate::Pass
     });
-    let connection = lab.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, First::ClientAwaited)?;
     connection.finish(BYTES)?;
     ways.are([1, 1, 0, 0])?;
     let packets = packets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,11 +116,11 @@ fn one_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// The backend sends its SYN again after a second: then the header comes, and it knows its client.
-fn silent(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
-    let listener = lab.backend(family)?;
+fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
+    let listener = testbed.backend(family)?;
     let start = Instant::now();
-    let mut client = lab.client_awaited(family)?;
+    let mut client = testbed.client_awaited(family)?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
     let took = start.elapsed();
@@ -135,11 +135,11 @@ fn silent(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// Bytes that fill a packet, as a ClientHello with keys against quantum computers does: no packet has room for the header as
 /// well. Nobody has to ask for it.
-fn full_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
-    let answered = lab.counted("header_retransmitted")?;
-    let listener = lab.backend(family)?;
-    let client = lab.client_awaited(family)?;
+fn full_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
+    let answered = testbed.counted("header_retransmitted")?;
+    let listener = testbed.backend(family)?;
+    let client = testbed.client_awaited(family)?;
     let start = Instant::now();
     std::thread::scope(|scope| {
         let up = scope.spawn(|| {
@@ -158,25 +158,25 @@ fn full_packet(lab: &Lab, family: Family) -> anyhow::Result<()> {
         through(&server, &client, BYTES, 0)
     })?;
     ways.are([1, 0, 1, 0])?;
-    ensure!(lab.counted("header_retransmitted")? == answered, "the backend had to ask for the header");
+    ensure!(testbed.counted("header_retransmitted")? == answered, "the backend had to ask for the header");
     Ok(())
 }
 
 /// The urgent pointer counts from the start of its segment, which the header must not move.
-fn urgent(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
-    let listener = lab.backend(family)?;
+fn urgent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
+    let listener = testbed.backend(family)?;
     SockRef::from(&listener).set_out_of_band_inline(true)?;
     let pointers = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&pointers);
-    let _faulty = lab.wire.faults(move |packet| {
+    let _faulty = testbed.wire.faults(move |packet| {
         if packet.at(Side::Backend, Way::ToBackend) && packet.is_data() {
             let what = (packet.is_header(), packet.tcp.urg().then(|| packet.tcp.urgent_pointer()));
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         }
         Fate::Pass
     });
-    let client = lab.client_awaited(family)?;
+    let client = testbed.client_awaited(family)?;
     SockRef::from(&client).send_out_of_band(b"abc")?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
@@ -189,10 +189,10 @@ fn urgent(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// Whoever lost it once, the client's own timer brings both: the bytes in a packet of their own, for the long one may have been
 /// too long.
-fn lost(lab: &Lab, family: Family, times: u32) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
+fn lost(testbed: &WireTestbed, family: Family, times: u32) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
     let mut headers = 0;
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if !seen.at(Side::Backend, Way::ToBackend) || !seen.is_data() {
             return Fate::Pass;
         }
@@ -200,7 +200,7 @@ fn lost(lab: &Lab, family: Family, times: u32) -> anyhow::Result<()> {
         // What comes behind the header is lost with it.
         if headers <= times { Fate::Drop } else { Fate::Pass }
     });
-    let connection = lab.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, First::ClientAwaited)?;
     connection.finish(BYTES)?;
     let took = connection.took;
     eprintln!("    first byte after {:.1} ms", took.as_secs_f64() * 1e3);
@@ -209,31 +209,31 @@ fn lost(lab: &Lab, family: Family, times: u32) -> anyhow::Result<()> {
 }
 
 /// The bytes are sent again, and arrive without the header that went ahead: the backend has to ask.
-fn ahead_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let answered = lab.counted("header_retransmitted")?;
+fn ahead_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let answered = testbed.counted("header_retransmitted")?;
     let mut headers = 0;
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         headers += u32::from(seen.is_header());
         if seen.is_header() && headers <= 2 { Fate::Drop } else { Fate::Pass }
     });
-    let connection = lab.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, First::ClientAwaited)?;
     connection.finish(BYTES)?;
-    ensure!(lab.counted("header_retransmitted")? > answered, "the backend did not ask");
+    ensure!(testbed.counted("header_retransmitted")? > answered, "the backend did not ask");
     Ok(())
 }
 
 /// What is behind the first bytes overtakes them.
-fn second_first(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn second_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let late = AtomicBool::new(false);
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         let first = seen.at(Side::Client, Way::ToBackend) && seen.is_data();
         if first && !late.swap(true, Ordering::Relaxed) {
             return Fate::Late(Duration::from_millis(30));
         }
         Fate::Pass
     });
-    let listener = lab.backend(family)?;
-    let client = lab.client_awaited(family)?;
+    let listener = testbed.backend(family)?;
+    let client = testbed.client_awaited(family)?;
     client.set_nodelay(true)?;
     (&client).write_all(b"first")?;
     (&client).write_all(b"second")?;
@@ -245,9 +245,9 @@ fn second_first(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// First bytes and end in one segment: so they are for the backend.
-fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
-    let client = lab.client_awaited(family)?;
+fn with_fin(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
+    let client = testbed.client_awaited(family)?;
     SockRef::from(&client).set_tcp_cork(true)?;
     (&client).write_all(b"all")?;
     client.shutdown(Shutdown::Write)?;
@@ -257,39 +257,39 @@ fn with_fin(lab: &Lab, family: Family) -> anyhow::Result<()> {
     server.read_to_end(&mut seen)?;
     ensure!(seen == b"all", "{seen:02x?}");
     through(&server, &client, BYTES, 0)?;
-    let session = lab.session(client.local_addr()?, wire_testbed::tls(family))?;
+    let session = testbed.session(client.local_addr()?, wire_testbed::tls(family))?;
     ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     Ok(())
 }
 
 /// The client leaves without a word: the backend hears of it, behind the header.
-fn fin_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
-    let client = lab.client_awaited(family)?;
+fn fin_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
+    let client = testbed.client_awaited(family)?;
     client.shutdown(Shutdown::Write)?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
     ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
     drop(server);
     ensure!((&client).read(&mut [0; 8])? == 0, "bytes in place of an end");
-    lab.session(client.local_addr()?, wire_testbed::tls(family))?;
+    testbed.session(client.local_addr()?, wire_testbed::tls(family))?;
     Ok(())
 }
 
 /// The backend has no connection yet, and never gets one: what is half open is taken back.
-fn reset_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(lab)?;
-    let listener = lab.backend(family)?;
+fn reset_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let ways = Ways::begin(testbed)?;
+    let listener = testbed.backend(family)?;
     let resets = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&resets);
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         count.fetch_add(
             u32::from(seen.at(Side::Backend, Way::ToBackend) && seen.tcp.rst()),
             Ordering::Relaxed,
         );
         Fate::Pass
     });
-    let client = lab.client_awaited(family)?;
+    let client = testbed.client_awaited(family)?;
     SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
     drop(client);
     std::thread::sleep(Duration::from_millis(1500));
@@ -301,14 +301,14 @@ fn reset_alone(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// Header and first bytes together are longer than a narrow link behind the edge takes, the bytes alone are not. The client is
 /// told to send less, which it does already: it must not be told so without end. IPv6 has no link so narrow.
-fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (mtu, headers) = if family == Family::V4 { (1000, 20 + 32) } else { (1280, 40 + 32) };
-    let layer = lab.layer;
+    let layer = testbed.layer;
     let answers = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&answers);
-    let _faulty = lab.wire.faults(move |seen| narrow_link(seen, layer, mtu, &count));
-    let listener = lab.backend(family)?;
-    let client = lab.client_awaited(family)?;
+    let _faulty = testbed.wire.faults(move |seen| narrow_link(seen, layer, mtu, &count));
+    let listener = testbed.backend(family)?;
+    let client = testbed.client_awaited(family)?;
     let hello: Vec<u8> = (0_u8..251).cycle().take(usize::from(mtu) - headers - 4).collect();
     let start = Instant::now();
     (&client).write_all(&hello)?;
@@ -319,15 +319,15 @@ fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
     eprintln!("    after {took:.0?}, {answers} packets were too big");
     ensure!(answers == u32::from(family == Family::V4), "{answers} packets were too big");
     ensure!(took < Duration::from_secs(1), "it took {took:?}");
-    forget_path_mtu(lab)
+    forget_path_mtu(testbed)
 }
 
 /// Whatever the client's first write is, it comes whole and behind the header.
-fn on_devices(world: &World, family: Family, bytes: usize) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let injector = world.injector("imaps", "")?;
+fn on_devices(testbed: &Testbed, family: Family, bytes: usize) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let injector = testbed.injector("imaps", "")?;
     for _ in 0..20 {
-        let client: TcpStream = world.client(family)?;
+        let client: TcpStream = testbed.client(family)?;
         let sent: Vec<u8> = (0_u8..251).cycle().take(bytes).collect();
         std::thread::scope(|scope| {
             let sending = scope.spawn(|| (&client).write_all(&sent));

@@ -9,7 +9,7 @@ use injector_common::proxy::{Addresses, Command, v2};
 use injector_testbed::netns::Family;
 
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, Lab};
+use crate::wire_testbed::{self, WireTestbed};
 
 /// A TCP segment, and what is around it.
 #[derive(Clone, Debug)]
@@ -42,9 +42,9 @@ const TCP: u8 = 6;
 
 impl Frame {
     /// One with the link-layer header of a client's.
-    pub(crate) fn of_a_client(lab: &Lab, family: Family) -> anyhow::Result<Self> {
+    pub(crate) fn of_a_client(testbed: &WireTestbed, family: Family) -> anyhow::Result<Self> {
         let (sender, link) = std::sync::mpsc::channel();
-        let _faulty = lab.wire.faults(move |seen| {
+        let _faulty = testbed.wire.faults(move |seen| {
             if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
                 let _ = sender.send(seen.frame.get(..seen.ip_at).map(<[u8]>::to_vec));
                 return Fate::Drop;
@@ -53,7 +53,7 @@ impl Frame {
         });
         let connect =
             || std::net::TcpStream::connect_timeout(&wire_testbed::public(family), Duration::from_millis(50));
-        let _ = lab.client_side().run(connect)?;
+        let _ = testbed.client_side().run(connect)?;
         let link = link.recv_timeout(crate::testbed::LIMIT)?.context("no SYN")?;
         Ok(Self {
             link,

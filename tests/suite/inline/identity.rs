@@ -13,12 +13,12 @@ use injector_testbed::daemon::Session;
 use injector_testbed::netns::Family;
 use socket2::{Domain, Socket, Type};
 
-use crate::LabRun;
+use crate::WireRun;
 use crate::testbed::{LIMIT, accept, expect, patient};
 use crate::wire::{Fate, Seen, Side, Way};
-use crate::wire_testbed::{self, First, Lab, Setting};
+use crate::wire_testbed::{self, First, Setting, WireTestbed};
 
-pub(crate) const TRIALS: &[(&str, LabRun)] = &[
+pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("forged SYNs with the client's own number and port", same_numbers),
     ("a flood of forged SYNs", flood),
     ("a forged SYN in an established connection", syn_in_established),
@@ -31,22 +31,22 @@ pub(crate) const TRIALS: &[(&str, LabRun)] = &[
 ];
 
 /// Before and behind each SYN of a client, others from elsewhere with the same sequence number and ports.
-fn same_numbers(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn same_numbers(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const OTHERS: u16 = 8;
-    let before = lab.counted("syn_cached")?;
-    let _faulty = lab.wire.faults(|seen| {
+    let before = testbed.counted("syn_cached")?;
+    let _faulty = testbed.wire.faults(|seen| {
         if !seen.at(Side::Client, Way::ToBackend) || !seen.is_syn() {
             return Fate::Pass;
         }
         let forged = |hosts: std::ops::Range<u16>| hosts.map(|host| from_elsewhere(seen, host)).collect();
         Fate::Between(forged(100..100 + OTHERS), forged(120..120 + OTHERS))
     });
-    let listener = lab.backend(family)?;
+    let listener = testbed.backend(family)?;
     for first in [First::Server, First::Client].into_iter().cycle().take(20) {
         // It compares the header with the client's own address.
-        lab.connection_at(&listener, family, first, LIMIT)?.finish(1000)?;
+        testbed.connection_at(&listener, family, first, LIMIT)?.finish(1000)?;
     }
-    let remembered = lab.counted("syn_cached")? - before;
+    let remembered = testbed.counted("syn_cached")? - before;
     ensure!(
         remembered >= 20 * (1 + 2 * u64::from(OTHERS)),
         "of the forged SYNs too few arrived: {remembered}"
@@ -56,28 +56,28 @@ fn same_numbers(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// Thousands of SYNs from everywhere, while clients connect. The backend falls back to SYN cookies. Not more of them than
 /// the kernel's connection tracking takes: when that is full nobody connects, with or without the injector.
-fn flood(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
-    let sample = sample_syn(lab, family)?;
+fn flood(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
+    let sample = sample_syn(testbed, family)?;
     let done = AtomicBool::new(false);
-    let before = lab.counted("syn_cached")?;
+    let before = testbed.counted("syn_cached")?;
     std::thread::scope(|scope| {
-        let flooding = scope.spawn(|| flood_until(lab, &sample, &done));
+        let flooding = scope.spawn(|| flood_until(testbed, &sample, &done));
         let outcome = (0..30).try_for_each(|_| {
-            lab.connection_at(&listener, family, First::Server, LIMIT)?.finish(1000)?;
-            lab.connection_at(&listener, family, First::Client, LIMIT)?.finish(1000)
+            testbed.connection_at(&listener, family, First::Server, LIMIT)?.finish(1000)?;
+            testbed.connection_at(&listener, family, First::Client, LIMIT)?.finish(1000)
         });
         done.store(true, Ordering::Relaxed);
         let sent = flooding.join().map_err(|_| anyhow!("panicked"))?;
         outcome?;
-        let remembered = lab.counted("syn_cached")? - before;
+        let remembered = testbed.counted("syn_cached")? - before;
         eprintln!("    60 connections beside {remembered} forged SYNs of {sent}");
         ensure!(remembered > 1000, "only {remembered} of {sent} forged SYNs arrived");
         Ok(())
     })
 }
 
-fn flood_until(lab: &Lab, sample: &Sample, done: &AtomicBool) -> u32 {
+fn flood_until(testbed: &WireTestbed, sample: &Sample, done: &AtomicBool) -> u32 {
     const LIMIT: u32 = 6000;
     let mut sent = 0_u32;
     while !done.load(Ordering::Relaxed) && sent < LIMIT {
@@ -88,7 +88,7 @@ fn flood_until(lab: &Lab, sample: &Sample, done: &AtomicBool) -> u32 {
                 tcp.source_port = u16::try_from(sent % 50_000).unwrap_or(0) + 1024;
                 tcp.sequence_number = sent.wrapping_mul(0x9E37_79B9);
             });
-            let _ = lab.wire.inject(Side::Client, Way::ToBackend, &frame);
+            let _ = testbed.wire.inject(Side::Client, Way::ToBackend, &frame);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -96,20 +96,20 @@ fn flood_until(lab: &Lab, sample: &Sample, done: &AtomicBool) -> u32 {
 }
 
 /// A SYN with the addresses and ports of a connection that there is, and another number.
-fn syn_in_established(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn syn_in_established(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (sender, syn) = mpsc::channel();
-    let faulty = lab.wire.faults(move |seen| {
+    let faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
             let _ = sender.send(Sample::of(seen));
         }
         Fate::Pass
     });
-    let mut connection = lab.connection(family, First::Server)?;
+    let mut connection = testbed.connection(family, First::Server)?;
     drop(faulty);
     let syn = syn.recv_timeout(LIMIT)?.context("no SYN")?;
     for number in [1, 1 << 20, 1 << 31] {
         let frame = syn.with(|_, tcp| tcp.sequence_number = tcp.sequence_number.wrapping_add(number));
-        lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
         connection.client.write_all(b"still here")?;
         expect(&mut connection.server, b"still here")?;
     }
@@ -117,12 +117,12 @@ fn syn_in_established(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// Whoever cannot read the backend's answers cannot finish a handshake, and takes no place among the flows.
-fn forged_handshakes(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     // The programs must do without the kernel's own judgement of windows, which Kubernetes nodes have switched off.
-    let _liberal = Setting::new(lab.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
-    let _listener = lab.backend(family)?;
-    let sample = sample_syn(lab, family)?;
-    let before = (lab.counted("opened")?, lab.counted("appended")?, lab.counted("no_flow")?);
+    let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let _listener = testbed.backend(family)?;
+    let sample = sample_syn(testbed, family)?;
+    let before = (testbed.counted("opened")?, testbed.counted("appended")?, testbed.counted("no_flow")?);
     let handshake = |host: u16, guess: u32| {
         let syn = sample.with(|ip, tcp| {
             set_source(ip, host);
@@ -136,28 +136,28 @@ fn forged_handshakes(lab: &Lab, family: Family) -> anyhow::Result<()> {
             tcp.sequence_number = tcp.sequence_number.wrapping_add(1);
             tcp.acknowledgment_number = guess;
         });
-        lab.wire.inject(Side::Client, Way::ToBackend, &syn)?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &syn)?;
         // The backend's answer has time to come.
         std::thread::sleep(Duration::from_millis(3));
-        lab.wire.inject(Side::Client, Way::ToBackend, &ack)
+        testbed.wire.inject(Side::Client, Way::ToBackend, &ack)
     };
     for attempt in 0..60_u16 {
         handshake(4000 + attempt, u32::from(attempt).wrapping_mul(0x4000_0001))?;
     }
     std::thread::sleep(Duration::from_millis(20));
-    let opened = lab.counted("opened")? - before.0;
-    let appended = lab.counted("appended")? - before.1;
-    let refused = lab.counted("no_flow")? - before.2;
+    let opened = testbed.counted("opened")? - before.0;
+    let appended = testbed.counted("appended")? - before.1;
+    let refused = testbed.counted("no_flow")? - before.2;
     ensure!(appended == 0, "{appended} forged handshakes were taken for true");
     ensure!(opened == 60 && refused >= 50, "{opened} were opened, {refused} refused");
     Ok(())
 }
 
 /// Whoever has not shown that an address is his is not logged with it: what bans by the log would ban whom he likes.
-fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
-    let sample = sample_syn(lab, family)?;
-    let before = lab.counted("opened")?;
+fn syn_and_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
+    let sample = sample_syn(testbed, family)?;
+    let before = testbed.counted("opened")?;
     for host in 0..20 {
         for reset in [false, true] {
             let frame = sample.with(|ip, tcp| {
@@ -166,46 +166,46 @@ fn syn_and_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
                 (tcp.syn, tcp.rst) = (!reset, reset);
                 tcp.sequence_number = tcp.sequence_number.wrapping_add(reset.into());
             });
-            lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
             std::thread::sleep(Duration::from_millis(2));
         }
     }
     // Of a connection behind them there is a line, so theirs would be there as well.
-    let connection = lab.connection_at(&listener, family, First::Server, LIMIT)?;
+    let connection = testbed.connection_at(&listener, family, First::Server, LIMIT)?;
     let client = connection.client.local_addr()?;
     connection.finish(1000)?;
-    lab.session(client, wire_testbed::public(family))?;
-    ensure!(lab.counted("opened")? >= before + 20, "too few SYNs arrived");
+    testbed.session(client, wire_testbed::public(family))?;
+    ensure!(testbed.counted("opened")? >= before + 20, "too few SYNs arrived");
     let of_port = |session: &Session| session.client().is_some_and(|client| client.port() == 7100);
-    let line = lab.injector.sessions()?.into_iter().find(of_port);
+    let line = testbed.injector.sessions()?.into_iter().find(of_port);
     ensure!(line.is_none(), "a line for a client that was never there: {line:?}");
     Ok(())
 }
 
 /// To the backend's own address, by the edge: nobody has looked at it there.
-fn past_the_vip(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
-    let before = lab.counted("syn_unknown")?;
+fn past_the_vip(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
+    let before = testbed.counted("syn_unknown")?;
     let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), Duration::from_millis(300));
-    let outcome = lab.client_side().run(connect)?;
+    let outcome = testbed.client_side().run(connect)?;
     ensure!(
         outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut),
         "connected past the public address: {outcome:?}"
     );
-    ensure!(lab.counted("syn_unknown")? > before, "not counted");
+    ensure!(testbed.counted("syn_unknown")? > before, "not counted");
     listener.set_nonblocking(true)?;
     ensure!(listener.accept().is_err(), "the backend has it");
     Ok(())
 }
 
 /// In the middle of a connection that there is not.
-fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let _listener = lab.backend(family)?;
-    let sample = sample_syn(lab, family)?;
-    let before = lab.counted("no_flow")?;
+fn without_flow(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let _listener = testbed.backend(family)?;
+    let sample = sample_syn(testbed, family)?;
+    let before = testbed.counted("no_flow")?;
     let (sender, arrived) = mpsc::channel();
     // To be born, it needs a SYN; that goes to no listener.
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Backend, Way::ToBackend) && !seen.is_syn() {
             let _ = sender.send(seen.tcp.sequence_number());
         }
@@ -224,10 +224,10 @@ fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
             (tcp.ack, tcp.fin, tcp.rst) = flags;
             tcp.acknowledgment_number = 1;
         });
-        lab.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
     }
     std::thread::sleep(Duration::from_millis(30));
-    let dropped = lab.counted("no_flow")? - before;
+    let dropped = testbed.counted("no_flow")? - before;
     // The connection-tracking may have dropped the resets before.
     ensure!(dropped >= 2, "{dropped} were counted");
     ensure!(arrived.try_recv().is_err(), "one has reached the backend");
@@ -235,10 +235,10 @@ fn without_flow(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// Health checks, and what else starts there: no header, no translation.
-fn own_of_the_edge(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
+fn own_of_the_edge(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
     let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), LIMIT);
-    let mut client = lab.edge().run(connect)?.context("from the edge")?;
+    let mut client = testbed.edge().run(connect)?.context("from the edge")?;
     patient(&client)?;
     let mut server = accept(&listener)?;
     client.write_all(b"from the edge")?;
@@ -248,12 +248,13 @@ fn own_of_the_edge(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// A SYN with data never arrives; the one that the client sends a second later, without, does.
-fn fast_open(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const KEY: &str = "net/ipv4/tcp_fastopen";
     // The client needs no cookie, and the backend would take data without one, from every socket.
-    let _both = [Setting::new(lab.client_side(), KEY, "5")?, Setting::new(lab.backend_side(), KEY, "1538")?];
-    let before = lab.counted("fast_open")?;
-    let listener = lab.backend(family)?;
+    let _both =
+        [Setting::new(testbed.client_side(), KEY, "5")?, Setting::new(testbed.backend_side(), KEY, "1538")?];
+    let before = testbed.counted("fast_open")?;
+    let listener = testbed.backend(family)?;
     let start = Instant::now();
     let connect = || {
         let socket = Socket::new(Domain::for_address(wire_testbed::public(family)), Type::STREAM, None)?;
@@ -261,7 +262,7 @@ fn fast_open(lab: &Lab, family: Family) -> anyhow::Result<()> {
         socket.send_to_with_flags(b"early data", &to, libc::MSG_FASTOPEN)?;
         io::Result::Ok(TcpStream::from(socket))
     };
-    let client = lab.client_side().run(connect)?.context("Fast Open")?;
+    let client = testbed.client_side().run(connect)?.context("Fast Open")?;
     patient(&client)?;
     let mut server = accept(&listener)?;
     let (named, _) = crate::testbed::header(&mut server)?;
@@ -270,7 +271,7 @@ fn fast_open(lab: &Lab, family: Family) -> anyhow::Result<()> {
     let took = start.elapsed();
     wire_testbed::through(&client, &server, 10_000, 0)?;
     wire_testbed::through(&server, &client, 10_000, 0)?;
-    let dropped = lab.counted("fast_open")? - before;
+    let dropped = testbed.counted("fast_open")? - before;
     ensure!(dropped == 1, "{dropped} SYNs with data were dropped");
     eprintln!("    early data after {took:.0?}");
     Ok(())
@@ -312,9 +313,9 @@ impl Sample {
 }
 
 /// A SYN like that of a client, from an address that no client has.
-fn sample_syn(lab: &Lab, family: Family) -> anyhow::Result<Sample> {
+fn sample_syn(testbed: &WireTestbed, family: Family) -> anyhow::Result<Sample> {
     let (sender, syn) = mpsc::channel();
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
             let _ = sender.send(Sample::of(seen));
             return Fate::Drop;
@@ -322,7 +323,7 @@ fn sample_syn(lab: &Lab, family: Family) -> anyhow::Result<Sample> {
         Fate::Pass
     });
     let connect = || TcpStream::connect_timeout(&wire_testbed::public(family), Duration::from_millis(50));
-    let _ = lab.client_side().run(connect)?;
+    let _ = testbed.client_side().run(connect)?;
     syn.recv_timeout(LIMIT)?.context("no SYN")
 }
 

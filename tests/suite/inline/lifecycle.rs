@@ -10,7 +10,7 @@ use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{EDGE_INSIDE, Family};
 
 use crate::Run;
-use crate::testbed::{World, accept, backend_address, expect, own_header, pass, public_address};
+use crate::testbed::{Testbed, accept, backend_address, expect, own_header, pass, public_address};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("ends/both at the same moment", both_at_once),
@@ -23,12 +23,12 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 
 /// FINs that cross each other, each on a processor of its own: whichever program comes second must see what the first has seen, or
 /// nobody tells of the end until the next scan.
-fn both_at_once(world: &World, family: Family) -> anyhow::Result<()> {
+fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const CONNECTIONS: u32 = 4000;
     /// Long enough for the daemon to hear, and shorter than the time between two scans.
     const HEARD: Duration = Duration::from_secs(5);
-    let backend = world.backend(family)?;
-    let injector = world.injector("smtp", "")?;
+    let backend = testbed.backend(family)?;
+    let injector = testbed.injector("smtp", "")?;
     let at = AtomicU32::new(0);
     let finish = |stream: TcpStream, turn: u32| {
         at.fetch_add(1, Ordering::AcqRel);
@@ -41,7 +41,7 @@ fn both_at_once(world: &World, family: Family) -> anyhow::Result<()> {
     };
     let start = Instant::now();
     for turn in 1..=CONNECTIONS {
-        let client = world.client(family)?;
+        let client = testbed.client(family)?;
         let mut server = accept(&backend)?;
         own_header(&mut server, &client)?;
         std::thread::scope(|scope| {
@@ -63,32 +63,32 @@ fn both_at_once(world: &World, family: Family) -> anyhow::Result<()> {
 }
 
 /// The injector finds the devices and makes its own NAT.
-fn config(world: &World) -> String {
+fn config(testbed: &Testbed) -> String {
     let [v4, v6] = [Family::V4, Family::V6].map(public_address);
     let [b4, b6] = [Family::V4, Family::V6].map(backend_address);
     format!(
         "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[inline]\npin = \"{}\"\ntable = \"injector-test\"\n\n\
          [[listener]]\nname = \"test\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"smtp\"\n\
          engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n",
-        world.bpffs.path().display()
+        testbed.bpffs.path().display()
     )
 }
 
 /// What `injector inline detach` is run for, in the end of each trial.
 struct Detached<'a> {
-    world: &'a World,
+    testbed: &'a Testbed,
     config: tempfile::NamedTempFile,
 }
 
 impl<'a> Detached<'a> {
-    fn new(world: &'a World) -> anyhow::Result<Self> {
+    fn new(testbed: &'a Testbed) -> anyhow::Result<Self> {
         let mut file = tempfile::NamedTempFile::new()?;
-        file.write_all(config(world).as_bytes())?;
-        Ok(Self { world, config: file })
+        file.write_all(config(testbed).as_bytes())?;
+        Ok(Self { testbed, config: file })
     }
 
     fn detach(&self) -> anyhow::Result<String> {
-        let mut command = self.world.topology.edge.command(injector_testbed::daemon::binary()?);
+        let mut command = self.testbed.topology.edge.command(injector_testbed::daemon::binary()?);
         command.args(["inline", "detach", "--config"]).arg(self.config.path());
         let output = command.output()?;
         let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -105,8 +105,12 @@ impl Drop for Detached<'_> {
     }
 }
 
-fn joined(world: &World, family: Family, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
-    let mut client = world.client(family)?;
+fn joined(
+    testbed: &Testbed,
+    family: Family,
+    backend: &TcpListener,
+) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut client = testbed.client(family)?;
     let mut server = accept(backend)?;
     own_header(&mut server, &client)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;
@@ -114,11 +118,11 @@ fn joined(world: &World, family: Family, backend: &TcpListener) -> anyhow::Resul
     Ok((client, server))
 }
 
-fn managed(world: &World, family: Family) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let _detached = Detached::new(world)?;
-    let _injector = Injector::start(&world.topology.edge, &config(world))?;
-    let (_client, server) = joined(world, family, &backend)?;
+fn managed(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let _detached = Detached::new(testbed)?;
+    let _injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
+    let (_client, server) = joined(testbed, family, &backend)?;
     ensure!(
         server.peer_addr()?.ip() == EDGE_INSIDE.of(family),
         "the backend's peer is {}",
@@ -127,20 +131,20 @@ fn managed(world: &World, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn detached(world: &World, family: Family) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let detached = Detached::new(world)?;
-    let injector = Injector::start(&world.topology.edge, &config(world))?;
-    drop(joined(world, family, &backend)?);
+fn detached(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let detached = Detached::new(testbed)?;
+    let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
+    drop(joined(testbed, family, &backend)?);
     drop(injector);
     let said = detached.detach()?;
     for what in ["client_in@outside", "backend_out@inside", "backend_in@inside", "FLOWS"] {
         ensure!(said.contains(what), "{what} is not among what was removed: {said}");
     }
-    let rules = world.topology.edge.command("nft").args(["list", "ruleset"]).output()?;
+    let rules = testbed.topology.edge.command("nft").args(["list", "ruleset"]).output()?;
     ensure!(rules.stdout.is_empty(), "{}", String::from_utf8_lossy(&rules.stdout));
     for device in ["outside", "inside"] {
-        let shown = world.topology.edge.command("ip").args(["link", "show", "dev", device]).output()?;
+        let shown = testbed.topology.edge.command("ip").args(["link", "show", "dev", device]).output()?;
         ensure!(shown.status.success(), "{device} is gone");
     }
     ensure!(detached.detach()?.contains("nothing was left"), "a second time there was something");
@@ -148,16 +152,16 @@ fn detached(world: &World, family: Family) -> anyhow::Result<()> {
 }
 
 /// The daemon dies and comes back while a transfer goes on, and new connections are opened meanwhile.
-fn killed_in_transfer(world: &World, family: Family) -> anyhow::Result<()> {
-    killed_and_upgraded(world, family, 256 << 20)
+fn killed_in_transfer(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    killed_and_upgraded(testbed, family, 256 << 20)
 }
 
 /// The same with so many bytes; the daemon that comes back is the next one where `INJECTOR_NEXT_BIN` names it.
-pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let _detached = Detached::new(world)?;
-    let injector = Injector::start(&world.topology.edge, &config(world))?;
-    let (mut client, mut server) = joined(world, family, &backend)?;
+pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let _detached = Detached::new(testbed)?;
+    let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
+    let (mut client, mut server) = joined(testbed, family, &backend)?;
     let block: Vec<u8> = (0..251).cycle().take(1 << 20).collect();
     let (received, back) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
@@ -186,9 +190,9 @@ pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) ->
         }
         // SIGKILL.
         drop(injector);
-        let alone = joined(world, family, &backend).context("with no daemon");
-        let again = Injector::start_next(&world.topology.edge, &config(world)).context("started again");
-        let second = joined(world, family, &backend).context("with the second daemon");
+        let alone = joined(testbed, family, &backend).context("with no daemon");
+        let again = Injector::start_next(&testbed.topology.edge, &config(testbed)).context("started again");
+        let second = joined(testbed, family, &backend).context("with the second daemon");
         let left = bulk - received.load(Ordering::Relaxed);
         // Whatever has become of it, the sender is not to wait for ever.
         back.store(true, Ordering::Relaxed);
@@ -204,11 +208,11 @@ pub(crate) fn killed_and_upgraded(world: &World, family: Family, bulk: usize) ->
 }
 
 /// What a daemon of another version has left must not add a second header.
-fn another_version(world: &World, family: Family) -> anyhow::Result<()> {
-    let backend = world.backend(family)?;
-    let _detached = Detached::new(world)?;
-    drop(Injector::start(&world.topology.edge, &config(world))?);
-    let pin = world.bpffs.path();
+fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let _detached = Detached::new(testbed)?;
+    drop(Injector::start(&testbed.topology.edge, &config(testbed))?);
+    let pin = testbed.bpffs.path();
     let versions = || -> anyhow::Result<Vec<String>> {
         let names =
             std::fs::read_dir(pin)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -217,30 +221,33 @@ fn another_version(world: &World, family: Family) -> anyhow::Result<()> {
     };
     let [current] = &versions()?[..] else { anyhow::bail!("not one version but {:?}", versions()?) };
     std::fs::rename(pin.join(current), pin.join("v0"))?;
-    let injector = Injector::start(&world.topology.edge, &config(world))?;
-    drop(joined(world, family, &backend)?);
+    let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
+    drop(joined(testbed, family, &backend)?);
     ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
     let log = injector.log();
     // Filters of clsact are not among what is removed: they were replaced.
-    let removed =
-        if world.topology.edge.run(injector_user::inline::has_tcx)? { "backend_out@inside" } else { "FLOWS" };
+    let removed = if testbed.topology.edge.run(injector_user::inline::has_tcx)? {
+        "backend_out@inside"
+    } else {
+        "FLOWS"
+    };
     ensure!(log.contains("another version's programs") && log.contains(removed), "{log}");
     Ok(())
 }
 
 /// No client of many sees an error while the daemon dies and comes back.
-fn killed_in_sessions(world: &World, family: Family) -> anyhow::Result<()> {
+fn killed_in_sessions(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const SESSIONS: usize = 1000;
-    let backend = world.backend(family)?;
+    let backend = testbed.backend(family)?;
     backend.set_nonblocking(true)?;
-    let _detached = Detached::new(world)?;
-    let injector = Injector::start(&world.topology.edge, &config(world))?;
+    let _detached = Detached::new(testbed)?;
+    let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
     let (done, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| serve(&backend, &over));
         let clients = scope.spawn(|| -> anyhow::Result<()> {
             for number in 0..SESSIONS {
-                session(world, family).with_context(|| format!("session {number}"))?;
+                session(testbed, family).with_context(|| format!("session {number}"))?;
                 done.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
@@ -256,7 +263,7 @@ fn killed_in_sessions(world: &World, family: Family) -> anyhow::Result<()> {
         // SIGKILL.
         drop(injector);
         wait_for(SESSIONS / 2);
-        let again = Injector::start(&world.topology.edge, &config(world));
+        let again = Injector::start(&testbed.topology.edge, &config(testbed));
         let finished = clients.join().map_err(|_| anyhow::anyhow!("panicked"));
         over.store(true, Ordering::Relaxed);
         let served = serving.join().map_err(|_| anyhow::anyhow!("panicked"));
@@ -291,8 +298,8 @@ pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<
 }
 
 /// One client of such a backend, from its beginning to its end.
-pub(crate) fn session(world: &World, family: Family) -> anyhow::Result<()> {
-    let mut client = world.client(family)?;
+pub(crate) fn session(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let mut client = testbed.client(family)?;
     expect(&mut client, b"220 hello\r\n")?;
     client.write_all(b"QUIT\r\n")?;
     client.shutdown(Shutdown::Write)?;

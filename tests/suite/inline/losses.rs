@@ -10,37 +10,43 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, ensure};
 use injector_testbed::netns::Family;
 
-use crate::LabRun;
+use crate::WireRun;
 use crate::wire::{Fate, Seen, Side, Way};
-use crate::wire_testbed::{First, Lab};
+use crate::wire_testbed::{First, WireTestbed};
 
-pub(crate) const TRIALS: &[(&str, LabRun)] = &[
-    ("header lost once, client first", |lab, family| header_lost(lab, family, First::Client, 1, 200)),
-    ("header lost twice, client first", |lab, family| header_lost(lab, family, First::Client, 2, 700)),
-    ("header lost five times, client first", |lab, family| header_lost(lab, family, First::Client, 5, 4000)),
-    ("header lost once, server first", |lab, family| header_lost(lab, family, First::Server, 1, 1500)),
-    ("SYN lost", |lab, family| lost(lab, family, First::Server, 1, 1500, |seen| seen.is_syn())),
-    ("SYN-ACK lost before the edge", |lab, family| {
-        lost(lab, family, First::Server, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Backend)
+pub(crate) const TRIALS: &[(&str, WireRun)] = &[
+    ("header lost once, client first", |testbed, family| header_lost(testbed, family, First::Client, 1, 200)),
+    ("header lost twice, client first", |testbed, family| {
+        header_lost(testbed, family, First::Client, 2, 700)
     }),
-    ("SYN-ACK lost behind the edge", |lab, family| {
-        lost(lab, family, First::Client, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Client)
+    ("header lost five times, client first", |testbed, family| {
+        header_lost(testbed, family, First::Client, 5, 4000)
     }),
-    ("client's acknowledgement lost before the edge, client first", |lab, family| {
-        lost(lab, family, First::Client, 1, 200, |seen| {
+    ("header lost once, server first", |testbed, family| {
+        header_lost(testbed, family, First::Server, 1, 1500)
+    }),
+    ("SYN lost", |testbed, family| lost(testbed, family, First::Server, 1, 1500, |seen| seen.is_syn())),
+    ("SYN-ACK lost before the edge", |testbed, family| {
+        lost(testbed, family, First::Server, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Backend)
+    }),
+    ("SYN-ACK lost behind the edge", |testbed, family| {
+        lost(testbed, family, First::Client, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Client)
+    }),
+    ("client's acknowledgement lost before the edge, client first", |testbed, family| {
+        lost(testbed, family, First::Client, 1, 200, |seen| {
             seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
         })
     }),
-    ("client's acknowledgement lost before the edge, server first", |lab, family| {
-        lost(lab, family, First::Server, 1, 1500, |seen| {
+    ("client's acknowledgement lost before the edge, server first", |testbed, family| {
+        lost(testbed, family, First::Server, 1, 1500, |seen| {
             seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
         })
     }),
-    ("acknowledgement of the header lost, client first", |lab, family| {
-        lost(lab, family, First::Client, 2, 200, from_backend_bare)
+    ("acknowledgement of the header lost, client first", |testbed, family| {
+        lost(testbed, family, First::Client, 2, 200, from_backend_bare)
     }),
-    ("acknowledgement of the header lost, server first", |lab, family| {
-        lost(lab, family, First::Server, 1, 200, from_backend_bare)
+    ("acknowledgement of the header lost, server first", |testbed, family| {
+        lost(testbed, family, First::Server, 1, 200, from_backend_bare)
     }),
     ("everything twice", everything_twice),
     ("header late, client first", header_late),
@@ -59,7 +65,7 @@ fn from_backend_bare(seen: &Seen<'_>) -> bool {
 
 /// Drops the first `times` packets that fit; the transfer is complete, and its first byte came within `limit` milliseconds.
 pub(crate) fn lost(
-    lab: &Lab,
+    testbed: &WireTestbed,
     family: Family,
     first: First,
     times: u32,
@@ -68,14 +74,14 @@ pub(crate) fn lost(
 ) -> anyhow::Result<()> {
     let dropped = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&dropped);
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if fits(seen) && count.load(Ordering::Relaxed) < times {
             count.fetch_add(1, Ordering::Relaxed);
             return Fate::Drop;
         }
         Fate::Pass
     });
-    let connection = lab.connection(family, first)?;
+    let connection = testbed.connection(family, first)?;
     connection.finish(BYTES)?;
     let dropped = dropped.load(Ordering::Relaxed);
     ensure!(dropped == times, "{dropped} packets were there to be dropped");
@@ -85,15 +91,21 @@ pub(crate) fn lost(
     Ok(())
 }
 
-fn header_lost(lab: &Lab, family: Family, first: First, times: u32, limit: u64) -> anyhow::Result<()> {
-    lost(lab, family, first, times, limit, |seen| seen.is_header())
+fn header_lost(
+    testbed: &WireTestbed,
+    family: Family,
+    first: First,
+    times: u32,
+    limit: u64,
+) -> anyhow::Result<()> {
+    lost(testbed, family, first, times, limit, |seen| seen.is_header())
 }
 
 /// Nobody but the backend's SYN-ACK timer asks here: after 1, 2, 4, 8 and 16 seconds, as it does when the last packet of any
 /// handshake is lost. Hence both families at once.
-pub(crate) fn header_lost_server_first(lab: &Lab, times: u32) -> anyhow::Result<()> {
+pub(crate) fn header_lost_server_first(testbed: &WireTestbed, times: u32) -> anyhow::Result<()> {
     let mut dropped = HashMap::<SocketAddr, u32>::new();
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if !seen.is_header() {
             return Fate::Pass;
         }
@@ -102,7 +114,7 @@ pub(crate) fn header_lost_server_first(lab: &Lab, times: u32) -> anyhow::Result<
         if *before <= times { Fate::Drop } else { Fate::Pass }
     });
     let run = |family| {
-        let connection = lab.connection_within(family, First::Server, Duration::from_secs(40))?;
+        let connection = testbed.connection_within(family, First::Server, Duration::from_secs(40))?;
         connection.finish(BYTES)?;
         anyhow::Ok(connection.took)
     };
@@ -118,51 +130,49 @@ pub(crate) fn header_lost_server_first(lab: &Lab, times: u32) -> anyhow::Result<
     Ok(())
 }
 
-fn everything_twice(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let _faulty = lab.wire.faults(|_| Fate::Twice);
-    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
+fn everything_twice(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let _faulty = testbed.wire.faults(|_| Fate::Twice);
+    First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
 /// The data overtakes the header.
-fn header_late(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let _faulty = lab
+fn header_late(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let _faulty = testbed
         .wire
         .faults(|seen| if seen.is_header() { Fate::Late(Duration::from_millis(30)) } else { Fate::Pass });
-    lab.connection(family, First::Client)?.finish(BYTES)
+    testbed.connection(family, First::Client)?.finish(BYTES)
 }
 
-fn everything_reordered(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn everything_reordered(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let mut order = Order(7);
-    let _faulty = lab.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
-    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
+    let _faulty =
+        testbed.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
+    First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
-fn a_tenth_lost(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn a_tenth_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     for first in [First::Client, First::ClientAwaited] {
         // The same packets every time; enough of the handshake is among them.
         let mut order = Order(11);
-        let _faulty = lab
+        let _faulty = testbed
             .wire
             .faults(move |seen| if !seen.is_syn() && order.below(10) == 0 { Fate::Drop } else { Fate::Pass });
-        lab.connection(family, first)?.finish(64 << 10)?;
+        testbed.connection(family, first)?.finish(64 << 10)?;
     }
     Ok(())
 }
 
 /// As long as it cannot get the header, a backend asks with every segment that comes; the answers stay few.
-fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
+fn asks_without_end(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const BLIND: Duration = Duration::from_millis(500);
-    let before = lab.counted("header_retransmitted")?;
+    let before = testbed.counted("header_retransmitted")?;
     let start = Instant::now();
-    let _faulty =
-        lab.wire.faults(
-            move |seen| {
-                if seen.is_header() && start.elapsed() < BLIND { Fate::Drop } else { Fate::Pass }
-            },
-        );
-    let connection = lab.connection(family, First::Client)?;
+    let _faulty = testbed.wire.faults(move |seen| {
+        if seen.is_header() && start.elapsed() < BLIND { Fate::Drop } else { Fate::Pass }
+    });
+    let connection = testbed.connection(family, First::Client)?;
     connection.finish(BYTES)?;
-    let answered = lab.counted("header_retransmitted")? - before;
+    let answered = testbed.counted("header_retransmitted")? - before;
     eprintln!("    first byte after {:.1} ms, {answered} answers", connection.took.as_secs_f64() * 1e3);
     ensure!((1..100).contains(&answered), "{answered} answers");
     Ok(())
@@ -170,11 +180,11 @@ fn asks_without_end(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// The same question a thousand times, as fast as a machine can, and no header reaches it: no more answers than one for each
 /// half millisecond.
-fn asks_at_once(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let before = (lab.counted("header_retransmitted")?, lab.counted("too_soon")?);
+fn asks_at_once(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let before = (testbed.counted("header_retransmitted")?, testbed.counted("too_soon")?);
     let mut left = 1;
     let mut headers = 0;
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if seen.is_header() && headers < 3 {
             headers += 1;
             return Fate::Drop;
@@ -186,10 +196,10 @@ fn asks_at_once(lab: &Lab, family: Family) -> anyhow::Result<()> {
         Fate::Pass
     });
     let start = Instant::now();
-    lab.connection(family, First::Client)?.finish(BYTES)?;
+    testbed.connection(family, First::Client)?.finish(BYTES)?;
     let passed = start.elapsed();
     let (answered, soon) =
-        (lab.counted("header_retransmitted")? - before.0, lab.counted("too_soon")? - before.1);
+        (testbed.counted("header_retransmitted")? - before.0, testbed.counted("too_soon")? - before.1);
     eprintln!("    {answered} answers, {soon} questions not answered");
     ensure!(answered + soon >= 900, "the questions did not arrive");
     ensure!(u128::from(answered) <= passed.as_micros() / 500 + 1, "{answered} answers within {passed:?}");

@@ -22,9 +22,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use injector_testbed::netns::{self, Family};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::World;
+use testbed::Testbed;
 use wire::Layer;
-use wire_testbed::Lab;
+use wire_testbed::WireTestbed;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -41,7 +41,7 @@ fn main() {
             .chain(first_bytes::ON_DEVICES)
         {
             trials.push(trial(&shared, format!("inline/{}/{name}", family.name()), move |shared| {
-                run(&*shared.world()?, family)
+                run(&*shared.testbed()?, family)
             }));
         }
     }
@@ -55,14 +55,16 @@ fn main() {
     for (area, of_area) in areas {
         for (family, (name, run)) in each(of_area) {
             let name = format!("{area}/{}/{name}", family.name());
-            trials
-                .push(trial(&shared, name, move |shared| in_lab(shared.lab(Layer::Ethernet)?, family, run)));
+            trials.push(trial(&shared, name, move |shared| {
+                on_wire(shared.wire_testbed(Layer::Ethernet)?, family, run)
+            }));
         }
     }
     for (times, slow) in [(2, false), (5, true)] {
         let name = format!("losses/header lost {times} times, server first");
-        let run =
-            move |shared: &mut Shared| losses::header_lost_server_first(shared.lab(Layer::Ethernet)?, times);
+        let run = move |shared: &mut Shared| {
+            losses::header_lost_server_first(shared.wire_testbed(Layer::Ethernet)?, times)
+        };
         trials.push(trial(&shared, name, run).with_ignored_flag(slow));
     }
     trials.extend(arbitrary(&shared, "identity", Layer::Ethernet, 1600));
@@ -70,20 +72,22 @@ fn main() {
     for (family, (name, run)) in areas.into_iter().flat_map(|(_, of_area)| each(of_area)) {
         if HEADERLESS.contains(&name) {
             let name = format!("headerless/{}/{name}", family.name());
-            trials.push(trial(&shared, name, move |shared| in_lab(shared.lab(Layer::Ip)?, family, run)));
+            trials.push(trial(&shared, name, move |shared| {
+                on_wire(shared.wire_testbed(Layer::Ip)?, family, run)
+            }));
         }
     }
     trials.extend(arbitrary(&shared, "headerless", Layer::Ip, 448));
     for family in Family::ALL {
         let name = format!("inline/{}/outlives/killed and upgraded during 2 GiB", family.name());
         let run =
-            move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.world()?, family, 2 << 30);
+            move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.testbed()?, family, 2 << 30);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));
         let name = format!("tcp/{}/more than 5 GiB each way", family.name());
-        let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.world()?, family);
+        let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.testbed()?, family);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));
         let name = format!("tcp/{}/more than 5 GiB each way, offloads off", family.name());
-        let run = move |shared: &mut Shared| offloads::five_gibibytes(&*shared.world()?, family);
+        let run = move |shared: &mut Shared| offloads::five_gibibytes(&*shared.testbed()?, family);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -92,12 +96,14 @@ fn main() {
 }
 
 /// What a trial does for an address family.
-type Run = fn(&World, Family) -> anyhow::Result<()>;
+type Run = fn(&Testbed, Family) -> anyhow::Result<()>;
 /// The same, between the links that it holds in its hands.
-type LabRun = fn(&Lab, Family) -> anyhow::Result<()>;
+type WireRun = fn(&WireTestbed, Family) -> anyhow::Result<()>;
 
 /// Every trial for both families.
-fn each(trials: &'static [(&'static str, LabRun)]) -> impl Iterator<Item = (Family, (&'static str, LabRun))> {
+fn each(
+    trials: &'static [(&'static str, WireRun)],
+) -> impl Iterator<Item = (Family, (&'static str, WireRun))> {
     Family::ALL.into_iter().flat_map(move |family| trials.iter().map(move |trial| (family, *trial)))
 }
 
@@ -120,14 +126,14 @@ const HEADERLESS: &[&str] = &[
 ];
 
 /// Every packet's checksums must have been right, and a failure comes with the packets.
-fn in_lab(lab: &Lab, family: Family, run: LabRun) -> anyhow::Result<()> {
-    checked(lab, run(lab, family))
+fn on_wire(testbed: &WireTestbed, family: Family, run: WireRun) -> anyhow::Result<()> {
+    checked(testbed, run(testbed, family))
 }
 
-fn checked(lab: &Lab, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
+fn checked(testbed: &WireTestbed, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
     outcome
-        .and_then(|()| lab.wire.sums().map(drop))
-        .map_err(|error| error.context(format!("last packets:\n{}\n", lab.wire.trace())))
+        .and_then(|()| testbed.wire.sums().map(drop))
+        .map_err(|error| error.context(format!("last packets:\n{}\n", testbed.wire.trace())))
 }
 
 /// Arbitrary segments of so many clients, for both families.
@@ -135,8 +141,8 @@ fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usi
     Family::ALL.map(|family| {
         let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
         trial(shared, name, move |shared| {
-            let lab = shared.lab(layer)?;
-            checked(lab, arbitrary::segments(lab, family, clients))
+            let testbed = shared.wire_testbed(layer)?;
+            checked(testbed, arbitrary::segments(testbed, family, clients))
         })
     })
 }
@@ -145,28 +151,28 @@ fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usi
 #[derive(Default)]
 struct Shared {
     // In the order in which they go.
-    lab: Option<Lab>,
-    world: Option<Arc<World>>,
+    wire_testbed: Option<WireTestbed>,
+    testbed: Option<Arc<Testbed>>,
 }
 
 impl Shared {
-    fn world(&mut self) -> anyhow::Result<Arc<World>> {
-        let world = match &self.world {
-            Some(world) => Arc::clone(world),
-            None => Arc::new(World::new()?),
+    fn testbed(&mut self) -> anyhow::Result<Arc<Testbed>> {
+        let testbed = match &self.testbed {
+            Some(testbed) => Arc::clone(testbed),
+            None => Arc::new(Testbed::new()?),
         };
-        self.world = Some(Arc::clone(&world));
-        Ok(world)
+        self.testbed = Some(Arc::clone(&testbed));
+        Ok(testbed)
     }
 
-    fn lab(&mut self, layer: Layer) -> anyhow::Result<&Lab> {
-        let world = self.world()?;
-        if self.lab.as_ref().is_none_or(|lab| lab.layer != layer) {
+    fn wire_testbed(&mut self, layer: Layer) -> anyhow::Result<&WireTestbed> {
+        let testbed = self.testbed()?;
+        if self.wire_testbed.as_ref().is_none_or(|testbed| testbed.layer != layer) {
             // They share addresses.
-            self.lab = None;
-            self.lab = Some(Lab::new(&world, layer)?);
+            self.wire_testbed = None;
+            self.wire_testbed = Some(WireTestbed::new(&testbed, layer)?);
         }
-        self.lab.as_ref().ok_or_else(|| anyhow::anyhow!("just made"))
+        self.wire_testbed.as_ref().ok_or_else(|| anyhow::anyhow!("just made"))
     }
 }
 

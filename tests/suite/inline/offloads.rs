@@ -15,7 +15,7 @@ use injector_testbed::netns::{Family, Netns};
 
 use crate::Run;
 use crate::tcp;
-use crate::testbed::{World, accept, expect, own_header};
+use crate::testbed::{Testbed, accept, expect, own_header};
 use crate::wire::sums_are_right;
 use crate::wire_testbed::through;
 
@@ -25,14 +25,14 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[("all off, checksums compared", all_
 type End<'a> = (&'a Netns, &'static str);
 
 /// A transfer each way; every segment that the backend's device receives or sends has the right checksums.
-fn all_off(world: &World, family: Family) -> anyhow::Result<()> {
-    let topology = &world.topology;
-    let _off = everywhere_off(world)?;
+fn all_off(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let topology = &testbed.topology;
+    let _off = everywhere_off(testbed)?;
     let done = AtomicBool::new(false);
     let capture = topology.mail.run(|| Capture::new("eth0"))??;
     let counts = std::thread::scope(|scope| {
         let capturing = scope.spawn(|| capture.until(&done));
-        let outcome = transfer(world, family);
+        let outcome = transfer(testbed, family);
         // What is on its way.
         std::thread::sleep(Duration::from_millis(20));
         done.store(true, Ordering::Relaxed);
@@ -46,14 +46,14 @@ fn all_off(world: &World, family: Family) -> anyhow::Result<()> {
 }
 
 /// More than the sequence numbers have room for, segment by segment and with checksums that are really computed.
-pub(crate) fn five_gibibytes(world: &World, family: Family) -> anyhow::Result<()> {
-    let _off = everywhere_off(world)?;
-    tcp::five_gibibytes(world, family)
+pub(crate) fn five_gibibytes(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let _off = everywhere_off(testbed)?;
+    tcp::five_gibibytes(testbed, family)
 }
 
 /// Off on every device, until this is dropped.
-fn everywhere_off(world: &World) -> anyhow::Result<Vec<Offloads<'_>>> {
-    let topology = &world.topology;
+fn everywhere_off(testbed: &Testbed) -> anyhow::Result<Vec<Offloads<'_>>> {
+    let topology = &testbed.topology;
     let ends: [End<'_>; 4] = [
         (&topology.client, "eth0"),
         (&topology.edge, "outside"),
@@ -63,11 +63,11 @@ fn everywhere_off(world: &World) -> anyhow::Result<Vec<Offloads<'_>>> {
     ends.map(Offloads::off).into_iter().collect()
 }
 
-fn transfer(world: &World, family: Family) -> anyhow::Result<()> {
+fn transfer(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const BYTES: usize = 2 << 20;
-    let backend = world.backend(family)?;
-    let _injector = world.injector("smtp", "")?;
-    let mut client = world.client(family)?;
+    let backend = testbed.backend(family)?;
+    let _injector = testbed.injector("smtp", "")?;
+    let mut client = testbed.client(family)?;
     let mut server = accept(&backend)?;
     own_header(&mut server, &client)?;
     io::Write::write_all(&mut server, b"220 hello")?;

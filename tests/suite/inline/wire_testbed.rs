@@ -1,4 +1,4 @@
-//! An injector between two links that the test holds in its hands (see [`crate::wire`]): beside the world's own devices, with
+//! An injector between two links that the test holds in its hands (see [`crate::wire`]): beside the testbed's own devices, with
 //! addresses of its own. It is made once for all trials of a kind.
 
 use std::fmt::Write as _;
@@ -13,7 +13,7 @@ use injector_testbed::netns::{Family, Netns, Place, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
 use crate::testbed::{
-    Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, World, accept_within, expect, header, patient,
+    Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, Testbed, accept_within, expect, header, patient,
 };
 use crate::wire::{Layer, Wire};
 
@@ -31,24 +31,24 @@ const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
 }
 
 #[derive(Debug)]
-pub(crate) struct Lab {
+pub(crate) struct WireTestbed {
     // In the order in which they go.
     pub(crate) injector: Injector,
     _attached: Attached,
     _nat: Nat,
     pub(crate) wire: Wire,
     pub(crate) layer: Layer,
-    world: Arc<World>,
+    testbed: Arc<Testbed>,
 }
 
-impl Lab {
-    pub(crate) fn new(world: &Arc<World>, layer: Layer) -> anyhow::Result<Self> {
-        let topology = &world.topology;
+impl WireTestbed {
+    pub(crate) fn new(testbed: &Arc<Testbed>, layer: Layer) -> anyhow::Result<Self> {
+        let topology = &testbed.topology;
         let ends = [
-            (&topology.client, "lab"),
-            (&topology.edge, "lab-outside"),
-            (&topology.edge, "lab-inside"),
-            (&topology.mail, "lab"),
+            (&topology.client, "wire"),
+            (&topology.edge, "wire-outside"),
+            (&topology.edge, "wire-inside"),
+            (&topology.mail, "wire"),
         ];
         let wire = Wire::new(ends, layer)?;
         for ((netns, device), place) in ends.into_iter().zip([CLIENT, OUTSIDE, INSIDE, BACKEND]) {
@@ -62,23 +62,23 @@ impl Lab {
             (BACKEND.v4.to_string(), OUTSIDE.v4.to_string()),
             (BACKEND.v6.to_string(), OUTSIDE.v6.to_string()),
         ] {
-            topology.client.ip(&["route", "replace", &to, "via", &via, "dev", "lab"])?;
+            topology.client.ip(&["route", "replace", &to, "via", &via, "dev", "wire"])?;
         }
         // Strangers are answered by a cable that leads nowhere.
         for (to, via) in
             [("203.0.0.0/16", CLIENT.v4.to_string()), ("2001:db8:ee::/64", CLIENT.v6.to_string())]
         {
-            topology.edge.ip(&["route", "replace", to, "via", &via, "dev", "lab-outside"])?;
+            topology.edge.ip(&["route", "replace", to, "via", &via, "dev", "wire-outside"])?;
         }
-        let pin = world.bpffs.path().join("lab");
-        let nat = Nat::new(&topology.edge, "lab-nat", VIP, BACKEND, INSIDE)?;
+        let pin = testbed.bpffs.path().join("wire");
+        let nat = Nat::new(&topology.edge, "wire-nat", VIP, BACKEND, INSIDE)?;
         let attached = Attached { edge: topology.edge.entrance(), pin: pin.clone() };
         let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
-             client_devices = [\"lab-outside\"]\nbackend_devices = [\"lab-inside\"]\n\n",
+             client_devices = [\"wire-outside\"]\nbackend_devices = [\"wire-inside\"]\n\n",
             pin.display()
         );
-        for (name, port, protocol) in [("lab", PORT, "smtp"), ("lab-tls", TLS_PORT, "imaps")] {
+        for (name, port, protocol) in [("wire", PORT, "smtp"), ("wire-tls", TLS_PORT, "imaps")] {
             let [v4, v6] = Family::ALL.map(|family| SocketAddr::new(VIP.of(family), port));
             let [b4, b6] = Family::ALL.map(backend);
             write!(
@@ -88,19 +88,19 @@ impl Lab {
             )?;
         }
         let injector = Injector::start(&topology.edge, &config)?;
-        Ok(Self { injector, _attached: attached, _nat: nat, wire, layer, world: Arc::clone(world) })
+        Ok(Self { injector, _attached: attached, _nat: nat, wire, layer, testbed: Arc::clone(testbed) })
     }
 
     pub(crate) fn client_side(&self) -> &Netns {
-        &self.world.topology.client
+        &self.testbed.topology.client
     }
 
     pub(crate) fn edge(&self) -> &Netns {
-        &self.world.topology.edge
+        &self.testbed.topology.edge
     }
 
     pub(crate) fn backend_side(&self) -> &Netns {
-        &self.world.topology.mail
+        &self.testbed.topology.mail
     }
 
     /// A backend that listens.

@@ -10,7 +10,7 @@ use injector_testbed::netns::{MAIL, VIP_RELAY};
 use injector_testbed::service::{MATRIX, SUBMISSION, Service};
 use serde_json::Value;
 
-use crate::testbed::Environment;
+use crate::testbed::Testbed;
 
 /// The first of the ports on the public address that the shared instance leaves free.
 const PORT: u16 = 8100;
@@ -33,7 +33,7 @@ fn listener(number: u16, service: Service, name: &str, check: &str) -> String {
 
 /// By LOCAL on the ports that demand a header, TLS among them, and without one on the stock ports: the servers answer, and no
 /// process of theirs dies. Not even of checks that are broken off.
-pub(crate) fn understood(all: &Environment) -> anyhow::Result<()> {
+pub(crate) fn understood(testbed: &Testbed) -> anyhow::Result<()> {
     let mut config = format!("[metrics]\nlisten = \"127.0.0.1:9198\"\n{ADMIN}");
     for (number, service) in (0..).zip(MATRIX) {
         // Writing to a String cannot fail.
@@ -46,8 +46,8 @@ pub(crate) fn understood(all: &Environment) -> anyhow::Result<()> {
         );
     }
     config += &listener(90, SUBMISSION, "hasty", "header = \"local\"\ntimeout = \"1ms\"");
-    let marks = all.host.mark();
-    let injector = Injector::start(&all.topology.edge, &config)?;
+    let marks = testbed.host.mark();
+    let injector = Injector::start(&testbed.topology.edge, &config)?;
     let deadline = Instant::now() + LIMIT;
     let counted = |backend: &Value, what: &str| backend[what].as_u64().unwrap_or_default();
     loop {
@@ -71,7 +71,7 @@ pub(crate) fn understood(all: &Environment) -> anyhow::Result<()> {
         thread::sleep(Duration::from_millis(100));
     }
     injector.stop()?;
-    let logged = all.host.logged_since(marks);
+    let logged = testbed.host.logged_since(marks);
     for word in ["fatal:", "panic:", "Panic:", "Fatal:", "killed by signal", "bad command startup"] {
         ensure!(!logged.contains(word), "{word} in what the servers logged:\n{logged}");
     }

@@ -15,7 +15,7 @@ use injector_testbed::metrics::Metrics;
 use injector_testbed::netns::{CLIENT, Family};
 use injector_testbed::service::{IMAPS, SMTP, Service};
 
-use crate::testbed::{Environment, Front, Running};
+use crate::testbed::{Front, Running, Testbed};
 
 /// How long a server's log line, a delivery or a metric may take to show.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
@@ -26,41 +26,41 @@ pub(crate) const HARMLESS_ENDS: [&str; 4] =
     ["client_closed", "backend_closed", "client_reset", "backend_reset"];
 
 /// A message goes in by one of the SMTP ports, lies in its mailbox unchanged, and comes back by IMAP.
-pub(crate) fn smtp(all: &Environment, front: usize, service: Service, family: Family) -> anyhow::Result<()> {
-    let (front, running) = all.front(front)?;
+pub(crate) fn smtp(testbed: &Testbed, front: usize, service: Service, family: Family) -> anyhow::Result<()> {
+    let (front, running) = testbed.front(front)?;
     let user = format!("{}-{}-{}", front.name, family.name(), service.stock);
     let message = Message::new(&user, &user);
     let watch = Watch::start(running)?;
 
-    let sender = send(all, front, service, family, &message, &user)?;
-    let reader = fetch(all, front, family, &message, &user)?;
+    let sender = send(testbed, front, service, family, &message, &user)?;
+    let reader = fetch(testbed, front, family, &message, &user)?;
     watch.ensure_carried(front, &[sender, reader], &message)
 }
 
 /// A message goes in and comes back in one IMAP session.
-pub(crate) fn imap(all: &Environment, front: usize, family: Family) -> anyhow::Result<()> {
-    let (front, running) = all.front(front)?;
+pub(crate) fn imap(testbed: &Testbed, front: usize, family: Family) -> anyhow::Result<()> {
+    let (front, running) = testbed.front(front)?;
     let user = format!("{}-{}-{}", front.name, family.name(), IMAPS.stock);
     let message = Message::new(&user, &user);
     let watch = Watch::start(running)?;
 
-    let reader = read(all, front, family, &message, &user, &[&message])?;
+    let reader = read(testbed, front, family, &message, &user, &[&message])?;
     watch.ensure_carried(front, &[reader], &message)
 }
 
 /// Sends from the client's network and returns the address under which Postfix knows the sender.
 pub(crate) fn send(
-    all: &Environment,
+    testbed: &Testbed,
     front: Front,
     service: Service,
     family: Family,
     message: &Message,
     user: &str,
 ) -> anyhow::Result<SocketAddr> {
-    let postfix = &all.host.postfix;
+    let postfix = &testbed.host.postfix;
     let mark = postfix.log().mark();
-    let server = all.server(front.vip, family, service.stock);
-    let queue_id = mail_client::send(&all.topology.client, server, service.security, user, message)?;
+    let server = testbed.server(front.vip, family, service.stock);
+    let queue_id = mail_client::send(&testbed.topology.client, server, service.security, user, message)?;
 
     let sender = postfix.client_of(mark, &queue_id, service.proxied, LIMIT)?;
     ensure!(sender.ip() == CLIENT.of(family), "Postfix saw {sender}, the client is {}", CLIENT.of(family));
@@ -75,27 +75,27 @@ pub(crate) fn send(
 
 /// Fetches the message by IMAP, from the client's network, and returns the reader's address.
 pub(crate) fn fetch(
-    all: &Environment,
+    testbed: &Testbed,
     front: Front,
     family: Family,
     message: &Message,
     user: &str,
 ) -> anyhow::Result<SocketAddr> {
-    read(all, front, family, message, user, &[])
+    read(testbed, front, family, message, user, &[])
 }
 
 fn read(
-    all: &Environment,
+    testbed: &Testbed,
     front: Front,
     family: Family,
     message: &Message,
     user: &str,
     append: &[&Message],
 ) -> anyhow::Result<SocketAddr> {
-    let dovecot = &all.host.dovecot;
+    let dovecot = &testbed.host.dovecot;
     let mark = dovecot.log().mark();
-    let server = all.server(front.vip, family, IMAPS.stock);
-    let mailbox = mail_client::read_inbox(&all.topology.client, server, user, append)?;
+    let server = testbed.server(front.vip, family, IMAPS.stock);
+    let mailbox = mail_client::read_inbox(&testbed.topology.client, server, user, append)?;
 
     let seen = dovecot.client_of(mark, user, LIMIT)?;
     ensure!(seen == mailbox.client, "Dovecot saw {seen}, the client was {}", mailbox.client);

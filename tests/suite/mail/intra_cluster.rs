@@ -10,17 +10,17 @@ use injector_testbed::netns::{EDGE_INSIDE, Family, MAIL};
 use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION, SUBMISSIONS, Service};
 
 use crate::external::{self, LIMIT, Watch};
-use crate::testbed::Environment;
+use crate::testbed::Testbed;
 
 /// One stock port, both ways: what is sent arrives unchanged, and the server logs the real neighbour.
-pub(crate) fn direct(all: &Environment, service: Service, family: Family) -> anyhow::Result<()> {
+pub(crate) fn direct(testbed: &Testbed, service: Service, family: Family) -> anyhow::Result<()> {
     let user = format!("stock-{}-{}", family.name(), service.stock);
-    webmail(all, service, family, &user)
+    webmail(testbed, service, family, &user)
 }
 
 /// All ports of both paths at once: what the one path's traffic needs must not disturb the other's.
-pub(crate) fn at_once(all: &Environment, front: usize, family: Family) -> anyhow::Result<()> {
-    let (front, running) = all.front(front)?;
+pub(crate) fn at_once(testbed: &Testbed, front: usize, family: Family) -> anyhow::Result<()> {
+    let (front, running) = testbed.front(front)?;
     let watch = Watch::start(running)?;
     let user = |path: &str, service: Service| {
         format!("once-{}-{}-{path}-{}", front.name, family.name(), service.stock)
@@ -28,13 +28,13 @@ pub(crate) fn at_once(all: &Environment, front: usize, family: Family) -> anyhow
     let external = |service| {
         let user = user("external", service);
         let message = Message::new(&user, &user);
-        let sender = external::send(all, front, service, family, &message, &user)?;
-        Ok([sender, external::fetch(all, front, family, &message, &user)?])
+        let sender = external::send(testbed, front, service, family, &message, &user)?;
+        Ok([sender, external::fetch(testbed, front, family, &message, &user)?])
     };
     let clients = thread::scope(|scope| {
         let external = [SMTP, SUBMISSIONS, SUBMISSION].map(|service| scope.spawn(move || external(service)));
         let direct = MATRIX
-            .map(|service| scope.spawn(move || webmail(all, service, family, &user("webmail", service))));
+            .map(|service| scope.spawn(move || webmail(testbed, service, family, &user("webmail", service))));
         direct.into_iter().try_for_each(outcome)?;
         external.into_iter().map(outcome).collect::<anyhow::Result<Vec<_>>>()
     })?;
@@ -45,14 +45,14 @@ fn outcome<T>(thread: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result
     thread.join().map_err(|_| anyhow!("panicked"))?
 }
 
-fn webmail(all: &Environment, service: Service, family: Family, user: &str) -> anyhow::Result<()> {
-    let (neighbour, host) = (&all.topology.edge, &all.host);
+fn webmail(testbed: &Testbed, service: Service, family: Family, user: &str) -> anyhow::Result<()> {
+    let (neighbour, host) = (&testbed.topology.edge, &testbed.host);
     let marks = host.mark();
     let message = Message::new(user, user);
     let append: &[_] = if service == IMAPS {
         &[&message]
     } else {
-        let server = all.server(MAIL, family, service.stock);
+        let server = testbed.server(MAIL, family, service.stock);
         let queue_id = mail_client::send(neighbour, server, service.security, user, &message)?;
         let sender = host.postfix.client_of(marks.postfix, &queue_id, service.stock, LIMIT)?;
         ensure!(
@@ -63,7 +63,7 @@ fn webmail(all: &Environment, service: Service, family: Family, user: &str) -> a
         host.postfix.wait_delivered(marks.postfix, &queue_id, LIMIT)?;
         &[]
     };
-    let server = all.server(MAIL, family, IMAPS.stock);
+    let server = testbed.server(MAIL, family, IMAPS.stock);
     let mailbox = mail_client::read_inbox(neighbour, server, user, append)?;
     let seen = host.dovecot.client_of(marks.dovecot, user, LIMIT)?;
     ensure!(seen == mailbox.client, "Dovecot saw {seen}, the reader was {}", mailbox.client);

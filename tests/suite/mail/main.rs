@@ -18,7 +18,7 @@ use injector_testbed::netns::{self, Family, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, 
 use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::{Environment, Front, Kind, Nat, Shared};
+use testbed::{Front, Kind, Nat, Shared, Testbed};
 
 /// The columns of the matrix. Another engine is another line.
 const FRONTS: [Front; 4] = [
@@ -46,26 +46,28 @@ fn main() {
     // The servers' logs are read from where they stood when a trial began: one trial at a time.
     arguments.test_threads.get_or_insert(1);
     // A testbed is made by the first trial that needs it, and goes with the last: a process has one at a time.
-    let mut trials = testbed(&Arc::new(Shared::new(&FRONTS)));
+    let mut trials = shared_trials(&Arc::new(Shared::new(&FRONTS)));
     trials.extend(columns(&Arc::new(Shared::new(&EXTERNAL)), &EXTERNAL));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
 /// All trials of the first testbed: the servers alone, and the columns.
-fn testbed(shared: &Arc<Shared>) -> Vec<Trial> {
+fn shared_trials(shared: &Arc<Shared>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for family in Family::ALL {
         let name = family.name();
-        trials.push(trial(shared, format!("testbed/{name}/swaks→2525"), move |all| {
-            receivers::swaks(all, family)
+        trials.push(trial(shared, format!("testbed/{name}/swaks→2525"), move |testbed| {
+            receivers::swaks(testbed, family)
         }));
         for service in [SMTP, SUBMISSION] {
             let name = format!("testbed/{name}/{} demands a header", service.proxied);
-            trials.push(trial(shared, name, move |all| receivers::demands_header(all, service, family)));
+            trials.push(trial(shared, name, move |testbed| {
+                receivers::demands_header(testbed, service, family)
+            }));
         }
         for service in MATRIX {
             let name = format!("stock/{name}/{}", service.stock);
-            trials.push(trial(shared, name, move |all| intra_cluster::direct(all, service, family)));
+            trials.push(trial(shared, name, move |testbed| intra_cluster::direct(testbed, service, family)));
         }
     }
     trials.push(trial(shared, "health checks harm nobody".to_owned(), checks::understood));
@@ -79,17 +81,17 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
         for family in Family::ALL {
             for service in MATRIX {
                 let name = format!("{}/{}/{}→{}", front.name, family.name(), service.stock, service.proxied);
-                trials.push(trial(shared, name, move |all| match service {
-                    IMAPS => external::imap(all, index, family),
-                    _ => external::smtp(all, index, service, family),
+                trials.push(trial(shared, name, move |testbed| match service {
+                    IMAPS => external::imap(testbed, index, family),
+                    _ => external::smtp(testbed, index, service, family),
                 }));
             }
             let name = format!("{}/{}/both paths at once", front.name, family.name());
-            trials.push(trial(shared, name, move |all| intra_cluster::at_once(all, index, family)));
+            trials.push(trial(shared, name, move |testbed| intra_cluster::at_once(testbed, index, family)));
         }
         if matches!(front.kind, Kind::Injector { .. }) {
             let name = format!("{}/sessions finish after SIGTERM", front.name);
-            trials.push(trial(shared, name, |all| shutdown::sessions_finish(all, *front)));
+            trials.push(trial(shared, name, |testbed| shutdown::sessions_finish(testbed, *front)));
         }
     }
     trials
@@ -99,16 +101,17 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
 fn trial(
     shared: &Arc<Shared>,
     name: String,
-    run: impl Fn(&Environment) -> anyhow::Result<()> + Send + 'static,
+    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
     let shared = Arc::clone(shared);
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let all = shared.environment()?;
-        let start = all.mark();
-        let outcome = run(all).with_context(|| format!("logged meanwhile:\n{}", all.logged_since(&start)));
+        let testbed = shared.testbed()?;
+        let start = testbed.mark();
+        let outcome =
+            run(testbed).with_context(|| format!("logged meanwhile:\n{}", testbed.logged_since(&start)));
         outcome.map(|()| Completion::Completed).map_err(|error| {
             // The cause first, then the logs: `{:#}` would have it the other way round.
             let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();

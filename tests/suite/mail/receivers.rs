@@ -10,7 +10,7 @@ use injector_testbed::netns::{Family, MAIL, Place};
 use injector_testbed::service::{SMTP, Service};
 
 use crate::external::LIMIT;
-use crate::testbed::Environment;
+use crate::testbed::Testbed;
 
 /// A client that exists only in the header.
 const FAR_CLIENT: Place = Place {
@@ -26,15 +26,15 @@ const FAR_SERVER: Place = Place {
 
 /// swaks sends the header itself, from the edge straight to postscreen; the connection is IPv4 whatever the header says,
 /// as swaks needs one Perl module more for IPv6.
-pub(crate) fn swaks(all: &Environment, family: Family) -> anyhow::Result<()> {
-    let postfix = &all.host.postfix;
+pub(crate) fn swaks(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let postfix = &testbed.host.postfix;
     let mark = postfix.log().mark();
     let (source, destination) = (FAR_CLIENT.of(family).to_string(), FAR_SERVER.of(family).to_string());
     let proxy_family = match family {
         Family::V4 => "AF_INET",
         Family::V6 => "AF_INET6",
     };
-    let mut command = all.topology.edge.command("swaks");
+    let mut command = testbed.topology.edge.command("swaks");
     command.args(["--server", &MAIL.v4.to_string(), "--port", &SMTP.proxied.to_string()]);
     command.args(["--from", "sender@client.example.test", "--to", &format!("swaks@{DOMAIN}")]);
     command.args(["--helo", "client.example.test", "--timeout", "20"]);
@@ -55,9 +55,9 @@ pub(crate) fn swaks(all: &Environment, family: Family) -> anyhow::Result<()> {
 }
 
 /// A clear-text port behind the injector ends a conversation that begins with a command, and never greets.
-pub(crate) fn demands_header(all: &Environment, service: Service, family: Family) -> anyhow::Result<()> {
+pub(crate) fn demands_header(testbed: &Testbed, service: Service, family: Family) -> anyhow::Result<()> {
     let address = SocketAddr::new(MAIL.of(family), service.proxied);
-    let heard = all.topology.edge.run(|| -> anyhow::Result<Vec<u8>> {
+    let heard = testbed.topology.edge.run(|| -> anyhow::Result<Vec<u8>> {
         let mut stream = TcpStream::connect(address)?;
         // Postfix waits 5 s for a header.
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;

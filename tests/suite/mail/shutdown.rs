@@ -12,7 +12,7 @@ use injector_testbed::netns::Family;
 use injector_testbed::service::SMTP;
 
 use crate::external::{HARMLESS_ENDS, LIMIT};
-use crate::testbed::{Environment, Front};
+use crate::testbed::{Front, Testbed};
 
 /// A port on the public address that the shared instance leaves free.
 const PORT: u16 = 8025;
@@ -20,15 +20,15 @@ const PORT: u16 = 8025;
 const METRICS_PORT: u16 = 9199;
 
 /// A session that has seen its banner goes on after SIGTERM, while the port is closed to others.
-pub(crate) fn sessions_finish(all: &Environment, front: Front) -> anyhow::Result<()> {
+pub(crate) fn sessions_finish(testbed: &Testbed, front: Front) -> anyhow::Result<()> {
     let mut forward = Forward::to_mail(front.vip, SMTP, Family::V4);
     forward.bind.set_port(PORT);
     let address = forward.bind;
     let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), METRICS_PORT);
     let config = daemon::configuration(&[forward], front.engine, metrics);
-    let mut injector = Injector::start(&all.topology.edge, &config)?;
+    let mut injector = Injector::start(&testbed.topology.edge, &config)?;
 
-    let client = all.topology.client.run(|| -> anyhow::Result<SocketAddr> {
+    let client = testbed.topology.client.run(|| -> anyhow::Result<SocketAddr> {
         let mut session = BufReader::new(TcpStream::connect(address)?);
         session.get_ref().set_read_timeout(Some(LIMIT))?;
         expect(&mut session, "220")?;

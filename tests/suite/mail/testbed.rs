@@ -66,29 +66,29 @@ impl Running {
     }
 }
 
-/// The environment before and after the first trial needs it.
+/// The testbed before and after the first trial needs it.
 pub(crate) struct Shared {
     fronts: &'static [Front],
-    environment: OnceLock<Result<Environment, String>>,
+    testbed: OnceLock<Result<Testbed, String>>,
 }
 
 impl Shared {
     pub(crate) fn new(fronts: &'static [Front]) -> Self {
-        Self { fronts, environment: OnceLock::new() }
+        Self { fronts, testbed: OnceLock::new() }
     }
 
-    /// The environment; if it could not be made, every trial fails with the reason.
-    pub(crate) fn environment(&self) -> Result<&Environment, String> {
+    /// The testbed; if it could not be made, every trial fails with the reason.
+    pub(crate) fn testbed(&self) -> Result<&Testbed, String> {
         let made = self
-            .environment
-            .get_or_init(|| Environment::new(self.fronts).map_err(|error| format!("no testbed: {error:#}")));
+            .testbed
+            .get_or_init(|| Testbed::new(self.fronts).map_err(|error| format!("no testbed: {error:#}")));
         made.as_ref().map_err(Clone::clone)
     }
 }
 
 /// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the namespace.
 #[derive(Debug)]
-pub(crate) struct Environment {
+pub(crate) struct Testbed {
     fronts: Vec<(Front, OnceLock<Result<Running, String>>)>,
     pub(crate) host: MailHost,
     pub(crate) topology: Topology,
@@ -100,7 +100,7 @@ pub(crate) struct Start {
     fronts: Vec<usize>,
 }
 
-impl Environment {
+impl Testbed {
     fn new(fronts: &[Front]) -> anyhow::Result<Self> {
         let topology = Topology::new().context("no namespaces")?;
         let host = MailHost::start(&topology.mail)?;

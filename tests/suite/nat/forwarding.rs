@@ -4,24 +4,24 @@ use anyhow::ensure;
 use injector_testbed::netns::{Family, MAIL};
 use injector_user::inline::forwarding::{Finding, Paths, Severity, check, set};
 
-use crate::testbed::{World, service, vip};
+use crate::testbed::{Testbed, service, vip};
 
 fn paths() -> Paths {
     Paths { interfaces: ["outside", "inside"].map(str::to_owned).into(), ipv4: true, ipv6: true }
 }
 
-pub(crate) fn found_and_set(world: &World) -> anyhow::Result<()> {
-    let edge = &world.topology.edge;
+pub(crate) fn found_and_set(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     for key in ["all", "default", "outside", "inside"] {
         edge.sysctl(&format!("net/ipv4/conf/{key}/rp_filter"), "0")?;
     }
-    world.apply(&[service()])?;
-    let findings = world.on_edge(|| check(&paths()))??;
+    testbed.apply(&[service()])?;
+    let findings = testbed.on_edge(|| check(&paths()))??;
     ensure!(findings.is_empty(), "the testbed forwards, and still: {findings:?}");
 
     edge.sysctl("net/ipv4/ip_forward", "0")?;
     edge.sysctl("net/ipv6/conf/all/forwarding", "0")?;
-    let findings = world.on_edge(|| check(&paths()))??;
+    let findings = testbed.on_edge(|| check(&paths()))??;
     let texts: Vec<_> = findings.iter().map(ToString::to_string).collect();
     ensure!(findings.len() == 2 && findings.iter().all(|f| f.severity == Severity::Blocks), "{texts:?}");
     let lines = ["net.ipv4.conf.outside.forwarding = 1", "net.ipv4.conf.inside.forwarding = 1"];
@@ -30,23 +30,23 @@ pub(crate) fn found_and_set(world: &World) -> anyhow::Result<()> {
         "{texts:?}"
     );
     for family in Family::ALL {
-        ensure!(world.ask(vip(family)).is_err(), "{}: not needed at all", family.name());
+        ensure!(testbed.ask(vip(family)).is_err(), "{}: not needed at all", family.name());
     }
 
-    let settings = world.on_edge(|| set(&findings))??;
+    let settings = testbed.on_edge(|| set(&findings))??;
     ensure!(settings.len() >= 3, "{settings:?}");
     for family in Family::ALL {
-        let greeting = world.ask(vip(family))?;
+        let greeting = testbed.ask(vip(family))?;
         ensure!(greeting.server.ip() == MAIL.of(family), "{greeting:?}");
     }
-    let left = world.on_edge(|| check(&paths()))??;
+    let left = testbed.on_edge(|| check(&paths()))??;
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
 
 /// Reported, and not touched by `set`.
-pub(crate) fn reverse_path(world: &World) -> anyhow::Result<()> {
-    let edge = &world.topology.edge;
+pub(crate) fn reverse_path(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     edge.sysctl("net/ipv4/conf/all/rp_filter", "1")?;
     edge.sysctl("net/ipv4/conf/outside/rp_filter", "0")?;
     edge.sysctl("net/ipv4/conf/inside/rp_filter", "2")?;
@@ -57,12 +57,12 @@ pub(crate) fn reverse_path(world: &World) -> anyhow::Result<()> {
         }
         _ => false,
     };
-    let findings = world.on_edge(|| check(&paths()))??;
+    let findings = testbed.on_edge(|| check(&paths()))??;
     ensure!(is_advice(&findings), "{findings:?}");
-    let settings = world.on_edge(|| set(&findings))??;
+    let settings = testbed.on_edge(|| set(&findings))??;
     ensure!(settings.is_empty(), "{settings:?}");
     edge.sysctl("net/ipv4/conf/outside/rp_filter", "2")?;
-    let findings = world.on_edge(|| check(&paths()))??;
+    let findings = testbed.on_edge(|| check(&paths()))??;
     ensure!(findings.is_empty(), "{findings:?}");
     Ok(())
 }

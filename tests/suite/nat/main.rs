@@ -9,7 +9,7 @@ mod testbed;
 
 use injector_testbed::netns::{self, Family};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use testbed::World;
+use testbed::Testbed;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -35,23 +35,23 @@ fn main() {
     ];
     for family in Family::ALL {
         let named = |name: &str| format!("{name}, {}", family.name());
-        trials.push(trial(named("dnat/reaches the backend"), move |world| rules::reaches(world, family)));
-        trials.push(trial(named("dnat/weights 3 to 1"), move |world| rules::weights(world, family)));
-        trials.push(trial(named("dnat/masquerade"), move |world| rules::masquerade(world, family)));
-        trials.push(trial(named("routes/towards"), move |world| routes::towards(world, family)));
+        trials.push(trial(named("dnat/reaches the backend"), move |testbed| rules::reaches(testbed, family)));
+        trials.push(trial(named("dnat/weights 3 to 1"), move |testbed| rules::weights(testbed, family)));
+        trials.push(trial(named("dnat/masquerade"), move |testbed| rules::masquerade(testbed, family)));
+        trials.push(trial(named("routes/towards"), move |testbed| routes::towards(testbed, family)));
     }
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn trial(name: impl Into<String>, run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static) -> Trial {
+fn trial(name: impl Into<String>, run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static) -> Trial {
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let world = World::new().map_err(failed)?;
-        match run(&world) {
+        let testbed = Testbed::new().map_err(failed)?;
+        match run(&testbed) {
             Ok(()) => Ok(Completion::Completed),
-            Err(error) => Err(Failed::from(format!("{error:#}\n{}", world.ruleset().unwrap_or_default()))),
+            Err(error) => Err(Failed::from(format!("{error:#}\n{}", testbed.ruleset().unwrap_or_default()))),
         }
     })
 }

@@ -9,10 +9,10 @@ use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, VIP_INLI
 use injector_user::inline::routes::{Changes, LinkKind, RouteError, Routes};
 use tokio::time::timeout;
 
-use crate::testbed::World;
+use crate::testbed::Testbed;
 
-pub(crate) fn towards(world: &World, family: Family) -> anyhow::Result<()> {
-    world.block_on_edge(|| async {
+pub(crate) fn towards(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    testbed.block_on_edge(|| async {
         let routes = Routes::open()?;
         for (place, name) in [(MAIL, "inside"), (CLIENT, "outside")] {
             let interface = routes.towards(place.of(family)).await?;
@@ -30,8 +30,8 @@ pub(crate) fn towards(world: &World, family: Family) -> anyhow::Result<()> {
     })
 }
 
-pub(crate) fn kinds(world: &World) -> anyhow::Result<()> {
-    let edge = &world.topology.edge;
+pub(crate) fn kinds(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     edge.ip(&["tuntap", "add", "dev", "tun0", "mode", "tun"])?;
     edge.ip(&["link", "set", "tun0", "up"])?;
     edge.ip(&["route", "add", "10.99.0.0/24", "dev", "tun0"])?;
@@ -40,7 +40,7 @@ pub(crate) fn kinds(world: &World) -> anyhow::Result<()> {
         edge.ip(&["route", "add", kind, &format!("{}.0.0.0/8", 20 + kind.len())])?;
         edge.ip(&["route", "add", kind, &format!("2001:db8:{}::/64", kind.len())])?;
     }
-    world.block_on_edge(|| async {
+    testbed.block_on_edge(|| async {
         let routes = Routes::open()?;
         for headerless in ["10.99.0.9", "2001:db8:99::9"] {
             let interface = routes.towards(headerless.parse()?).await?;
@@ -68,12 +68,12 @@ pub(crate) fn kinds(world: &World) -> anyhow::Result<()> {
     })
 }
 
-pub(crate) fn interfaces(world: &World) -> anyhow::Result<()> {
-    let edge = &world.topology.edge;
+pub(crate) fn interfaces(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     edge.ip(&["link", "add", "spare0", "type", "veth", "peer", "name", "spare1"])?;
     edge.ip(&["link", "set", "spare0", "up"])?;
     let names = |expected: &'static [&str]| {
-        world.block_on_edge(move || async move {
+        testbed.block_on_edge(move || async move {
             let interfaces = Routes::open()?.interfaces().await?;
             let mut names: Vec<_> = interfaces.iter().map(|interface| interface.name.as_str()).collect();
             names.sort_unstable();
@@ -88,11 +88,11 @@ pub(crate) fn interfaces(world: &World) -> anyhow::Result<()> {
     names(&["outside"])
 }
 
-pub(crate) fn changes(world: &World) -> anyhow::Result<()> {
-    let edge = &world.topology.edge;
+pub(crate) fn changes(testbed: &Testbed) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
     edge.ip(&["link", "add", "spare0", "type", "veth", "peer", "name", "spare1"])?;
     let mail = MAIL.of(Family::V4);
-    world.block_on_edge(|| async {
+    testbed.block_on_edge(|| async {
         let mut changes = Changes::watch()?;
         let routes = Routes::open()?;
         quiet(&mut changes).await?;

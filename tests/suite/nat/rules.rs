@@ -12,29 +12,29 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::testbed::{
-    BACKEND_PORT, OTHER_MAIL, PORT, World, backend, edge_inside, elsewhere, greeted, rules, service, socket,
-    vip,
+    BACKEND_PORT, OTHER_MAIL, PORT, Testbed, backend, edge_inside, elsewhere, greeted, rules, service,
+    socket, vip,
 };
 
-pub(crate) fn reaches(world: &World, family: Family) -> anyhow::Result<()> {
-    let before = world.ask(vip(family));
+pub(crate) fn reaches(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let before = testbed.ask(vip(family));
     ensure!(before.is_err(), "somebody answers before there is a rule: {before:?}");
-    world.apply(&[service()])?;
-    let greeting = world.ask(vip(family))?;
+    testbed.apply(&[service()])?;
+    let greeting = testbed.ask(vip(family))?;
     ensure!(greeting.server == SocketAddr::new(MAIL.of(family), BACKEND_PORT), "{greeting:?}");
     ensure!(greeting.client.ip() == CLIENT.of(family), "{greeting:?}");
     let other_port = SocketAddr::new(vip(family).ip(), PORT + 1);
-    ensure!(world.ask(other_port).is_err(), "another port is sent on as well");
+    ensure!(testbed.ask(other_port).is_err(), "another port is sent on as well");
     let other_address = SocketAddr::new(VIP_RELAY.of(family), PORT);
-    ensure!(world.ask(other_address).is_err(), "another address is sent on as well");
+    ensure!(testbed.ask(other_address).is_err(), "another address is sent on as well");
     Ok(())
 }
 
 /// A wildcard takes every address of the host, but none that has a rule of its own, and nothing that is passing through.
-pub(crate) fn any_address(world: &World) -> anyhow::Result<()> {
+pub(crate) fn any_address(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let any = Service { listen: any.map(|ip| SocketAddr::new(ip, PORT)).into(), ..elsewhere() };
-    world.apply(&[any, service()])?;
+    testbed.apply(&[any, service()])?;
     for family in Family::ALL {
         let cases = [
             (VIP_INLINE.of(family), MAIL),
@@ -42,24 +42,24 @@ pub(crate) fn any_address(world: &World) -> anyhow::Result<()> {
             (EDGE_OUTSIDE.of(family), OTHER_MAIL),
         ];
         for (to, place) in cases {
-            let greeting = world.ask(SocketAddr::new(to, PORT))?;
+            let greeting = testbed.ask(SocketAddr::new(to, PORT))?;
             ensure!(greeting.server.ip() == place.of(family), "{to}: {greeting:?}");
         }
         let stock = SocketAddr::new(MAIL.of(family), PORT);
-        world.serve(&world.topology.mail, stock)?;
-        let passing = world.ask(stock)?;
+        testbed.serve(&testbed.topology.mail, stock)?;
+        let passing = testbed.ask(stock)?;
         ensure!(passing.server == stock, "{passing:?}");
     }
     Ok(())
 }
 
 /// 400 connections: 300 expected for the first, with a standard deviation of 8.7; the limits are seven of those away.
-pub(crate) fn weights(world: &World, family: Family) -> anyhow::Result<()> {
+pub(crate) fn weights(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let backends = vec![backend(MAIL, family, 30), backend(OTHER_MAIL, family, 10)];
-    world.apply(&[Service { listen: vec![vip(family)], backends, ..service() }])?;
+    testbed.apply(&[Service { listen: vec![vip(family)], backends, ..service() }])?;
     let mut first = 0;
     for _ in 0..400 {
-        let greeting = world.ask(vip(family))?;
+        let greeting = testbed.ask(vip(family))?;
         ensure!(
             greeting.server.port() == BACKEND_PORT && greeting.client.ip() == CLIENT.of(family),
             "{greeting:?}"
@@ -71,7 +71,7 @@ pub(crate) fn weights(world: &World, family: Family) -> anyhow::Result<()> {
 }
 
 /// Only where it is asked for, with one backend and with several, at single addresses and at any.
-pub(crate) fn masquerade(world: &World, family: Family) -> anyhow::Result<()> {
+pub(crate) fn masquerade(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let any: IpAddr = match family {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
@@ -83,10 +83,10 @@ pub(crate) fn masquerade(world: &World, family: Family) -> anyhow::Result<()> {
             for masquerade in [true, false] {
                 let service =
                     Service { listen: vec![listen], backends: backends.clone(), masquerade, ..service() };
-                world.apply(&[service])?;
+                testbed.apply(&[service])?;
                 let expected = if masquerade { edge_inside(family) } else { CLIENT.of(family) };
                 for _ in 0..4 {
-                    let greeting = world.ask(vip(family))?;
+                    let greeting = testbed.ask(vip(family))?;
                     ensure!(
                         greeting.client.ip() == expected,
                         "{listen}, masquerade {masquerade}: {greeting:?}"
@@ -95,8 +95,8 @@ pub(crate) fn masquerade(world: &World, family: Family) -> anyhow::Result<()> {
             }
         }
     }
-    world.apply(&[Service { masquerade: true, listen: vec![vip(family)], backends: two, ..service() }])?;
-    let direct = world.ask(SocketAddr::new(MAIL.of(family), BACKEND_PORT))?;
+    testbed.apply(&[Service { masquerade: true, listen: vec![vip(family)], backends: two, ..service() }])?;
+    let direct = testbed.ask(SocketAddr::new(MAIL.of(family), BACKEND_PORT))?;
     ensure!(
         direct.client.ip() == CLIENT.of(family),
         "a connection that was not sent on is masqueraded: {direct:?}"
@@ -105,31 +105,31 @@ pub(crate) fn masquerade(world: &World, family: Family) -> anyhow::Result<()> {
 }
 
 /// What starts on the edge reaches the edge's own listener, over `lo`.
-pub(crate) fn own_connections(world: &World) -> anyhow::Result<()> {
+pub(crate) fn own_connections(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let any =
         Service { listen: any.map(|ip| SocketAddr::new(ip, PORT)).into(), masquerade: true, ..elsewhere() };
-    world.apply(&[any, Service { masquerade: true, ..service() }])?;
+    testbed.apply(&[any, Service { masquerade: true, ..service() }])?;
     for family in Family::ALL {
-        world.serve(&world.topology.edge, vip(family))?;
-        let greeting = world.ask_from(&world.topology.edge, vip(family))?;
+        testbed.serve(&testbed.topology.edge, vip(family))?;
+        let greeting = testbed.ask_from(&testbed.topology.edge, vip(family))?;
         ensure!(greeting.server == vip(family), "{greeting:?}");
-        let greeting = world.ask(vip(family))?;
+        let greeting = testbed.ask(vip(family))?;
         ensure!(greeting.server.ip() == MAIL.of(family), "{greeting:?}");
     }
     Ok(())
 }
 
 /// The bytes come back from the first mail host, all of them, while the rules change and in the end the whole table.
-pub(crate) fn during_a_transfer(world: &World) -> anyhow::Result<()> {
+pub(crate) fn during_a_transfer(testbed: &Testbed) -> anyhow::Result<()> {
     const PIECE: usize = 1 << 20;
     const PIECES: usize = 64;
-    world.apply(&[service()])?;
+    testbed.apply(&[service()])?;
     for family in Family::ALL {
-        let socket = socket(&world.topology.client, vip(family))?;
-        let (greeting, stream) = world.runtime.block_on(greeted(socket, vip(family)))?;
+        let socket = socket(&testbed.topology.client, vip(family))?;
+        let (greeting, stream) = testbed.runtime.block_on(greeted(socket, vip(family)))?;
         ensure!(greeting.server.ip() == MAIL.of(family), "{greeting:?}");
-        let transfer = world.runtime.spawn(async move {
+        let transfer = testbed.runtime.spawn(async move {
             let (mut read, mut write) = tokio::io::split(stream);
             let mut pieces = 0;
             for number in 0..PIECES {
@@ -144,30 +144,30 @@ pub(crate) fn during_a_transfer(world: &World) -> anyhow::Result<()> {
             Ok(pieces)
         });
         for round in 0..10 {
-            world.apply(&[if round % 2 == 0 { elsewhere() } else { service() }])?;
+            testbed.apply(&[if round % 2 == 0 { elsewhere() } else { service() }])?;
         }
-        world.nft(&["add chain inet injector-test extra"])?;
+        testbed.nft(&["add chain inet injector-test extra"])?;
         let remade = rules(&[elsewhere()])?;
-        let change = world.on_edge(|| remade.apply())??;
+        let change = testbed.on_edge(|| remade.apply())??;
         ensure!(change == Change::Remade, "{change:?}");
         ensure!(!transfer.is_finished(), "the transfer was over before the last change");
-        let greeting = world.ask(vip(family))?;
+        let greeting = testbed.ask(vip(family))?;
         ensure!(greeting.server.ip() == OTHER_MAIL.of(family), "{greeting:?}");
         let end = async { timeout(Duration::from_secs(60), transfer).await.context("it stalls") };
-        let pieces = world.runtime.block_on(end)???;
+        let pieces = testbed.runtime.block_on(end)???;
         ensure!(pieces == PIECES);
-        world.apply(&[service()])?;
+        testbed.apply(&[service()])?;
     }
     Ok(())
 }
 
 /// Nobody listens on the edge, so a connection that met no rule would be refused.
-pub(crate) fn no_gap(world: &World) -> anyhow::Result<()> {
+pub(crate) fn no_gap(testbed: &Testbed) -> anyhow::Result<()> {
     const CLIENTS: usize = 8;
     const CHANGES: usize = 100;
-    world.apply(&[service()])?;
+    testbed.apply(&[service()])?;
     let over = Arc::new(AtomicBool::new(false));
-    let client = world.topology.client.entrance();
+    let client = testbed.topology.client.entrance();
     let connecting: Vec<_> = (0..CLIENTS)
         .map(|number| {
             let (over, client) = (Arc::clone(&over), client.clone());
@@ -176,7 +176,7 @@ pub(crate) fn no_gap(world: &World) -> anyhow::Result<()> {
         })
         .collect();
     let (to_mail, to_other) = (rules(&[service()])?, rules(&[elsewhere()])?);
-    let changes = world.on_edge(|| {
+    let changes = testbed.on_edge(|| {
         for _ in 0..CHANGES / 2 {
             for rules in [&to_other, &to_mail] {
                 let change = rules.apply()?;

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::testbed::{
-    BACKEND_PORT, OTHER_MAIL, PORT, World, backend, elsewhere, greeted, rules, service, socket, table, vip,
+    BACKEND_PORT, OTHER_MAIL, PORT, Testbed, backend, elsewhere, greeted, rules, service, socket, table, vip,
 };
 
 /// Tables of others, which look as much like ours as they can.
@@ -38,13 +38,13 @@ table inet injector {
 }
 ";
 
-pub(crate) fn foreign(world: &World) -> anyhow::Result<()> {
+pub(crate) fn foreign(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
-    load(world, FOREIGN)?;
+    load(testbed, FOREIGN)?;
     let tables = [["ip", "injector-test"], ["inet", "injector"]];
-    let listed = || tables.iter().map(|[family, name]| world.nft(&["-a", "list", "table", family, name]));
+    let listed = || tables.iter().map(|[family, name]| testbed.nft(&["-a", "list", "table", family, name]));
     let listed = || listed().collect::<anyhow::Result<Vec<_>>>();
-    let (all, each) = (world.ruleset()?, listed()?);
+    let (all, each) = (testbed.ruleset()?, listed()?);
     ensure!(each.iter().all(|table| table.contains("chain prerouting")), "{each:?}");
     let steps: [(&str, &[Service]); 4] = [
         ("applied", &[service()]),
@@ -53,34 +53,34 @@ pub(crate) fn foreign(world: &World) -> anyhow::Result<()> {
         ("filled again", &[service()]),
     ];
     for (step, services) in steps {
-        world.apply(services)?;
-        ensure!(listed()? == each, "{step}: {}", world.ruleset()?);
+        testbed.apply(services)?;
+        ensure!(listed()? == each, "{step}: {}", testbed.ruleset()?);
     }
-    ensure!(world.ask(vip(Family::V4))?.server.ip() == MAIL.of(Family::V4));
-    world.on_edge(|| remove(&ours))??;
-    let after = world.ruleset()?;
+    ensure!(testbed.ask(vip(Family::V4))?.server.ip() == MAIL.of(Family::V4));
+    testbed.on_edge(|| remove(&ours))??;
+    let after = testbed.ruleset()?;
     ensure!(after == all, "before:\n{all}\nafter:\n{after}");
     Ok(())
 }
 
 /// A table without services lets established connections finish; without any the kernel stops translating, and they end.
-pub(crate) fn removed(world: &World) -> anyhow::Result<()> {
+pub(crate) fn removed(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
-    world.on_edge(|| remove(&ours))?.context("where there is none")?;
-    world.apply(&[Service { masquerade: true, ..service() }])?;
+    testbed.on_edge(|| remove(&ours))?.context("where there is none")?;
+    testbed.apply(&[Service { masquerade: true, ..service() }])?;
     for family in Family::ALL {
-        world.apply(&[Service { masquerade: true, ..service() }])?;
-        let socket = socket(&world.topology.client, vip(family))?;
-        let (_, mut stream) = world.runtime.block_on(greeted(socket, vip(family)))?;
-        world.apply(&[])?;
-        ensure!(world.ask(vip(family)).is_err(), "new connections are still sent on");
-        world.runtime.block_on(echo(&mut stream)).context("the established connection")?;
-        world.on_edge(|| remove(&ours))??;
-        let left = world.ruleset()?;
+        testbed.apply(&[Service { masquerade: true, ..service() }])?;
+        let socket = socket(&testbed.topology.client, vip(family))?;
+        let (_, mut stream) = testbed.runtime.block_on(greeted(socket, vip(family)))?;
+        testbed.apply(&[])?;
+        ensure!(testbed.ask(vip(family)).is_err(), "new connections are still sent on");
+        testbed.runtime.block_on(echo(&mut stream)).context("the established connection")?;
+        testbed.on_edge(|| remove(&ours))??;
+        let left = testbed.ruleset()?;
         ensure!(left.is_empty(), "left: {left}");
-        ensure!(world.runtime.block_on(echo(&mut stream)).is_err(), "it is still translated");
+        ensure!(testbed.runtime.block_on(echo(&mut stream)).is_err(), "it is still translated");
     }
-    world.on_edge(|| remove(&ours))?.context("once more")
+    testbed.on_edge(|| remove(&ours))?.context("once more")
 }
 
 async fn echo(stream: &mut BufReader<TcpStream>) -> anyhow::Result<()> {
@@ -95,7 +95,7 @@ async fn echo(stream: &mut BufReader<TcpStream>) -> anyhow::Result<()> {
 }
 
 /// Everything that rules can be made of, read back from the kernel.
-pub(crate) fn recognized(world: &World) -> anyhow::Result<()> {
+pub(crate) fn recognized(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let weighted = |family| [backend(MAIL, family, 3), backend(OTHER_MAIL, family, 2)];
     let weighted: Vec<_> = Family::ALL.into_iter().flat_map(weighted).collect();
@@ -121,7 +121,7 @@ pub(crate) fn recognized(world: &World) -> anyhow::Result<()> {
     ];
     let rules = rules(&services)?;
     let other = crate::testbed::rules(&services[..3])?;
-    world.on_edge(|| {
+    testbed.on_edge(|| {
         ensure!(!rules.is_applied()?, "before");
         ensure!(rules.apply()? == Change::Created);
         ensure!(rules.is_applied()?, "after");
@@ -136,8 +136,8 @@ pub(crate) fn recognized(world: &World) -> anyhow::Result<()> {
         "insert rule inet injector-test prerouting tcp dport 25 accept",
         "add chain inet injector-test extra",
     ] {
-        world.nft(&[meddling])?;
-        let change = world.on_edge(|| {
+        testbed.nft(&[meddling])?;
+        let change = testbed.on_edge(|| {
             ensure!(!other.is_applied()?, "not noticed");
             let change = other.apply()?;
             ensure!(other.is_applied()?, "not mended");
@@ -151,9 +151,9 @@ pub(crate) fn recognized(world: &World) -> anyhow::Result<()> {
 }
 
 /// A table by our name that another version could have left.
-pub(crate) fn other_layout(world: &World) -> anyhow::Result<()> {
+pub(crate) fn other_layout(testbed: &Testbed) -> anyhow::Result<()> {
     load(
-        world,
+        testbed,
         "table inet injector-test {
             map vips { type ipv4_addr : verdict; elements = { 192.0.2.12 : jump smtp } }
             chain prerouting { type filter hook prerouting priority raw; policy drop; ip daddr vmap @vips; }
@@ -161,19 +161,19 @@ pub(crate) fn other_layout(world: &World) -> anyhow::Result<()> {
         }",
     )?;
     let rules = rules(&[service()])?;
-    let change = world.on_edge(|| rules.apply())??;
+    let change = testbed.on_edge(|| rules.apply())??;
     ensure!(change == Change::Remade, "{change:?}");
-    let listed = world.nft(&["list", "table", "inet", "injector-test"])?;
+    let listed = testbed.nft(&["list", "table", "inet", "injector-test"])?;
     ensure!(!listed.contains("vips") && !listed.contains("drop"), "{listed}");
-    ensure!(world.ask(vip(Family::V4))?.server == SocketAddr::new(MAIL.of(Family::V4), BACKEND_PORT));
+    ensure!(testbed.ask(vip(Family::V4))?.server == SocketAddr::new(MAIL.of(Family::V4), BACKEND_PORT));
     Ok(())
 }
 
 /// Not even root gets the capability at exec(2) if it is out of the bounding set.
-pub(crate) fn not_permitted(world: &World) -> anyhow::Result<()> {
+pub(crate) fn not_permitted(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
     let rules = rules(&[service()])?;
-    world.on_edge(|| {
+    testbed.on_edge(|| {
         caps::drop(None, CapSet::Bounding, Capability::CAP_NET_ADMIN)?;
         for outcome in [rules.apply().map(drop), remove(&ours), chains_that_drop_forwarded().map(drop)] {
             let Err(error) = outcome else { anyhow::bail!("it was permitted") };
@@ -182,16 +182,16 @@ pub(crate) fn not_permitted(world: &World) -> anyhow::Result<()> {
         }
         Ok(())
     })??;
-    ensure!(world.ruleset()?.is_empty());
+    ensure!(testbed.ruleset()?.is_empty());
     Ok(())
 }
 
 /// As the daemon runs after it has given up root: one capability, which nft has to be given.
-pub(crate) fn without_root(world: &World) -> anyhow::Result<()> {
+pub(crate) fn without_root(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
     const NOBODY: libc::uid_t = 65534;
     let rules = rules(&[service()])?;
-    world.on_edge(|| {
+    testbed.on_edge(|| {
         // SAFETY: both take numbers only. The raw system call changes this thread alone, not the whole process as
         // setresuid(3) would.
         let changed = unsafe {
@@ -211,9 +211,9 @@ pub(crate) fn without_root(world: &World) -> anyhow::Result<()> {
     })?
 }
 
-pub(crate) fn dropping_chains(world: &World) -> anyhow::Result<()> {
+pub(crate) fn dropping_chains(testbed: &Testbed) -> anyhow::Result<()> {
     load(
-        world,
+        testbed,
         "
         table ip filter {
             chain FORWARD { type filter hook forward priority 0; policy drop; }
@@ -223,13 +223,13 @@ pub(crate) fn dropping_chains(world: &World) -> anyhow::Result<()> {
         }
         ",
     )?;
-    world.apply(&[service()])?;
-    let chains = world.on_edge(chains_that_drop_forwarded)??;
+    testbed.apply(&[service()])?;
+    let chains = testbed.on_edge(chains_that_drop_forwarded)??;
     let names: Vec<_> = chains.iter().map(ToString::to_string).collect();
     ensure!(names == ["ip filter FORWARD"], "{names:?}");
     Ok(())
 }
 
-fn load(world: &World, rules: &str) -> anyhow::Result<()> {
-    world.nft(&[rules]).map(drop)
+fn load(testbed: &Testbed, rules: &str) -> anyhow::Result<()> {
+    testbed.nft(&[rules]).map(drop)
 }

@@ -34,12 +34,12 @@ pub(crate) struct Greeting {
 }
 
 /// The three namespaces, with two mail hosts that listen on both families and that the client also reaches directly.
-pub(crate) struct World {
+pub(crate) struct Testbed {
     pub(crate) topology: Topology,
     pub(crate) runtime: Runtime,
 }
 
-impl World {
+impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
         topology.mail.ip(&["address", "add", &format!("{}/24", OTHER_MAIL.v4), "dev", "eth0"])?;
@@ -50,16 +50,16 @@ impl World {
             topology.client.ip(&["route", "add", subnet, "via", &edge])?;
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let world = Self { topology, runtime };
+        let testbed = Self { topology, runtime };
         for family in Family::ALL {
             for place in [MAIL, OTHER_MAIL] {
-                world.serve(&world.topology.mail, SocketAddr::new(place.of(family), BACKEND_PORT))?;
+                testbed.serve(&testbed.topology.mail, SocketAddr::new(place.of(family), BACKEND_PORT))?;
             }
         }
-        Ok(world)
+        Ok(testbed)
     }
 
-    /// Answers there until the end of the world: with a [`Greeting`], then with whatever it reads.
+    /// Answers there until the end of the testbed: with a [`Greeting`], then with whatever it reads.
     pub(crate) fn serve(&self, netns: &Netns, at: SocketAddr) -> anyhow::Result<()> {
         let bind = || {
             let listener = std::net::TcpListener::bind(at)?;

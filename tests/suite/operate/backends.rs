@@ -7,7 +7,7 @@ use anyhow::ensure;
 use injector_testbed::daemon::{Injector, OWN_DIRECTORY};
 
 use crate::Run;
-use crate::testbed::{Config, World, backend_name, eventually};
+use crate::testbed::{Config, Testbed, backend_name, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/weights", weights),
@@ -29,10 +29,10 @@ fn two(config: &mut Config, other: &str) {
 }
 
 /// How often each answers.
-fn answers(world: &World, count: usize) -> anyhow::Result<[usize; 3]> {
+fn answers(testbed: &Testbed, count: usize) -> anyhow::Result<[usize; 3]> {
     let mut seen = [0; 3];
     for _ in 0..count {
-        seen[world.who_answers()?] += 1;
+        seen[testbed.who_answers()?] += 1;
     }
     Ok(seen)
 }
@@ -48,12 +48,12 @@ fn stands(injector: &Injector, number: usize, expected: &str) -> anyhow::Result<
     eventually("standing", || standing(injector, number), |standing| standing == expected).map(drop)
 }
 
-fn weights(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn weights(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     two(&mut config, "weight = 3");
-    let injector = world.start(&config.text())?;
-    let seen = answers(world, 40)?;
+    let injector = testbed.start(&config.text())?;
+    let seen = answers(testbed, 40)?;
     ensure!(seen == [10, 30, 0], "{seen:?}");
     let metrics = injector.metrics()?;
     let name = backend_name(1);
@@ -62,36 +62,36 @@ fn weights(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn backup(world: &World, engine: &str) -> anyhow::Result<()> {
-    let first = world.backend(0)?;
-    let _other = world.backend(1)?;
+fn backup(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let first = testbed.backend(0)?;
+    let _other = testbed.backend(1)?;
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
-    let _injector = world.start(&config.text())?;
-    ensure!(answers(world, 10)? == [10, 0, 0]);
+    let _injector = testbed.start(&config.text())?;
+    ensure!(answers(testbed, 10)? == [10, 0, 0]);
     drop(first);
     // Without checks, too: the connection that fails is tried again there.
-    ensure!(answers(world, 10)? == [0, 10, 0]);
+    ensure!(answers(testbed, 10)? == [0, 10, 0]);
     Ok(())
 }
 
 const QUICK: &str = "interval = \"100ms\"\ntimeout = \"1s\"\nrise = 2\nfall = 2\neject_after = 0\n";
 
 /// Down and up again, while an established session goes on.
-fn mail_check(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
-    let stock = world.stock(STOCK)?;
+fn mail_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
+    let stock = testbed.stock(STOCK)?;
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nport = {STOCK}\n{QUICK}");
-    let injector = world.start(&config.text())?;
-    ensure!(answers(world, 4)? == [4, 0, 0]);
+    let injector = testbed.start(&config.text())?;
+    ensure!(answers(testbed, 4)? == [4, 0, 0]);
     eventually("checks", || Ok(stock.seen()), |seen| *seen >= 4)?;
     ensure!(
         stock.broken.load(std::sync::atomic::Ordering::Relaxed) == 0,
         "a check hung up without a goodbye"
     );
-    let mut session = world.client()?;
+    let mut session = testbed.client()?;
     ensure!(session.greeted()? == 0);
     drop(stock);
     // Both are checked on the same host's port, so both are down, and all are tried: the first again.
@@ -99,7 +99,7 @@ fn mail_check(world: &World, engine: &str) -> anyhow::Result<()> {
     stands(&injector, 1, "down")?;
     session.talk()?;
     ensure!(injector.metrics()?.sum("injector_backend_up", &[]) < 0.5);
-    let _stock = world.stock(STOCK)?;
+    let _stock = testbed.stock(STOCK)?;
     stands(&injector, 0, "up")?;
     session.quit()?;
     let metrics = injector.metrics()?;
@@ -112,65 +112,65 @@ fn mail_check(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn local_check(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (first, _other) = (world.backend(0)?, world.backend(1)?);
+fn local_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (first, _other) = (testbed.backend(0)?, testbed.backend(1)?);
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nheader = \"local\"\n{QUICK}");
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     eventually("checks", || Ok(first.seen()), |seen| *seen >= 3)?;
     ensure!(first.broken.load(std::sync::atomic::Ordering::Relaxed) == 0, "a check was not understood");
-    ensure!(answers(world, 4)? == [4, 0, 0]);
+    ensure!(answers(testbed, 4)? == [4, 0, 0]);
     drop(first);
     stands(&injector, 0, "down")?;
-    ensure!(answers(world, 4)? == [0, 4, 0]);
-    let _first = world.backend(0)?;
+    ensure!(answers(testbed, 4)? == [0, 4, 0]);
+    let _first = testbed.backend(0)?;
     stands(&injector, 0, "up")?;
-    ensure!(answers(world, 4)? == [4, 0, 0]);
+    ensure!(answers(testbed, 4)? == [4, 0, 0]);
     Ok(())
 }
 
-fn tcp_check(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (first, _other) = (world.backend(0)?, world.backend(1)?);
+fn tcp_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (first, _other) = (testbed.backend(0)?, testbed.backend(1)?);
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
     config.listener = format!("[listener.health]\ncheck = \"tcp\"\n{QUICK}");
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     stands(&injector, 0, "up")?;
     drop(first);
     stands(&injector, 0, "down")?;
-    ensure!(answers(world, 4)? == [0, 4, 0]);
+    ensure!(answers(testbed, 4)? == [0, 4, 0]);
     Ok(())
 }
 
-fn ejected(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _other = world.backend(1)?;
+fn ejected(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _other = testbed.backend(1)?;
     let mut config = Config::new(engine);
     two(&mut config, "weight = 1");
     config.listener = "[listener.health]\neject_after = 2\neject_for = \"1s\"\n".to_owned();
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     // Every client gets through, the failures are the injector's own.
-    ensure!(answers(world, 6)? == [0, 6, 0]);
+    ensure!(answers(testbed, 6)? == [0, 6, 0]);
     ensure!(standing(&injector, 0)? == "ejected", "{}", standing(&injector, 0)?);
     ensure!(injector.log().contains("backend ejected"), "{}", injector.log());
-    let _first = world.backend(0)?;
-    ensure!(answers(world, 4)? == [0, 4, 0], "it was asked too soon");
+    let _first = testbed.backend(0)?;
+    ensure!(answers(testbed, 4)? == [0, 4, 0], "it was asked too soon");
     thread::sleep(Duration::from_millis(1100));
-    let seen = answers(world, 4)?;
+    let seen = answers(testbed, 4)?;
     ensure!(seen[0] == 2 && seen[1] == 2, "{seen:?}");
     Ok(())
 }
 
-fn operator(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     two(&mut config, "weight = 1");
-    let injector = world.start(&config.text())?;
-    let mut session = world.client()?;
+    let injector = testbed.start(&config.text())?;
+    let mut session = testbed.client()?;
     let number = session.greeted()?;
     let said = injector.command(&["backend", "down", &backend_name(number)])?;
     ensure!(said == "set for test\n", "{said}");
-    let seen = answers(world, 6)?;
+    let seen = answers(testbed, 6)?;
     ensure!(seen[1 - number] == 6, "{seen:?}");
     session.talk()?;
     session.quit()?;
@@ -178,10 +178,10 @@ fn operator(world: &World, engine: &str) -> anyhow::Result<()> {
     injector.command(&["reload"])?;
     ensure!(standing(&injector, number)? == "forced_down");
     injector.command(&["backend", "down", &backend_name(1 - number), "--listener", "test"])?;
-    let line = world.client()?.line()?;
+    let line = testbed.client()?.line()?;
     ensure!(line.starts_with("421 4.3.2 Mail service not available"), "{line:?}");
     injector.command(&["backend", "auto", &backend_name(number)])?;
-    ensure!(world.who_answers()? == number);
+    ensure!(testbed.who_answers()? == number);
     let (status, said) = injector.try_command(&["backend", "down", "mail:25"])?;
     ensure!(
         !status.success() && said.contains("no backend is named \"mail:25\"; configured backends:"),
@@ -190,59 +190,59 @@ fn operator(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn last_resort(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn last_resort(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     two(&mut config, "weight = 1");
     // Nobody answers there.
     config.listener = format!("[listener.health]\ncheck = \"tcp\"\nport = {STOCK}\n{QUICK}");
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     for number in [0, 1] {
         stands(&injector, number, "down")?;
     }
-    ensure!(answers(world, 4)? == [2, 2, 0]);
+    ensure!(answers(testbed, 4)? == [2, 2, 0]);
     Ok(())
 }
 
-fn inline(world: &World, engine: &str) -> anyhow::Result<()> {
-    let (first, _other) = (world.backend(0)?, world.backend(1)?);
+fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (first, _other) = (testbed.backend(0)?, testbed.backend(1)?);
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
-    let pin = world.bpffs.path().display();
+    let pin = testbed.bpffs.path().display();
     config.top = format!("[inline]\npin = \"{pin}\"\ntable = \"injector-operate\"\n");
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nheader = \"local\"\n{QUICK}");
-    let injector = world.start(&config.text())?;
-    let _detached = Detached { world, config: config.clone() };
-    ensure!(answers(world, 4)? == [4, 0, 0]);
-    let mut session = world.client()?;
+    let injector = testbed.start(&config.text())?;
+    let _detached = Detached { testbed, config: config.clone() };
+    ensure!(answers(testbed, 4)? == [4, 0, 0]);
+    let mut session = testbed.client()?;
     session.greeted()?;
     drop(first);
     stands(&injector, 0, "down")?;
-    eventually("NAT", || world.who_answers(), |number| *number == 1)?;
+    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
-    let _first = world.backend(0)?;
+    let _first = testbed.backend(0)?;
     stands(&injector, 0, "up")?;
-    eventually("NAT", || world.who_answers(), |number| *number == 0)?;
+    eventually("NAT", || testbed.who_answers(), |number| *number == 0)?;
     injector.command(&["backend", "down", &backend_name(0)])?;
-    eventually("NAT", || world.who_answers(), |number| *number == 1)?;
+    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
     // Other backends by a reload; the session still goes on.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     injector.command(&["reload"])?;
-    ensure!(answers(world, 4)? == [0, 4, 0]);
+    ensure!(answers(testbed, 4)? == [0, 4, 0]);
     // Drained, nobody new is sent on, and the host refuses.
     injector.command(&["drain"])?;
-    eventually("drained", || Ok(world.client().is_err()), |refused| *refused)?;
+    eventually("drained", || Ok(testbed.client().is_err()), |refused| *refused)?;
     session.talk()?;
     injector.command(&["resume"])?;
-    eventually("NAT", || world.who_answers(), |number| *number == 1)?;
+    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
     session.quit()
 }
 
 /// Takes away what outlives the daemon.
 struct Detached<'a> {
-    world: &'a World,
+    testbed: &'a Testbed,
     config: Config,
 }
 
@@ -252,7 +252,7 @@ impl Drop for Detached<'_> {
             let file = tempfile::NamedTempFile::new()?;
             // Not used by this command.
             std::fs::write(file.path(), self.config.text().replace(OWN_DIRECTORY, "/nonexistent"))?;
-            let mut command = self.world.topology.edge.command(injector_testbed::daemon::binary()?);
+            let mut command = self.testbed.topology.edge.command(injector_testbed::daemon::binary()?);
             let output = command.args(["inline", "detach", "--config"]).arg(file.path()).output()?;
             ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             Ok(())

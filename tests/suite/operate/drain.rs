@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, World, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("drain/new clients are told, sessions finish", told),
@@ -18,15 +18,15 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("top/a page", page),
 ];
 
-fn told(world: &World, engine: &str) -> anyhow::Result<()> {
-    let server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut client = world.client()?;
+fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
     let said = injector.command(&["drain"])?;
     ensure!(said == "draining: test\n", "{said}");
-    let line = world.client()?.line()?;
+    let line = testbed.client()?.line()?;
     ensure!(line == "421 4.3.2 Service shutting down, try again later", "{line:?}");
     ensure!(injector.readiness()? == (503, "draining\n".to_owned()));
     ensure!(injector.status()?["listeners"][0]["draining"] == true);
@@ -38,23 +38,23 @@ fn told(world: &World, engine: &str) -> anyhow::Result<()> {
     let said = injector.command(&["resume", "test"])?;
     ensure!(said == "accepting again: test\n", "{said}");
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
-    world.who_answers()?;
+    testbed.who_answers()?;
     let said = injector.command(&["resume"])?;
     ensure!(said == "no listener was draining\n", "{said}");
     ensure!(server.seen() == 2, "{} reached the backend", server.seen());
     Ok(())
 }
 
-fn deadline(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut before = world.client()?;
+fn deadline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut before = testbed.client()?;
     before.greeted()?;
     let cut = before.address()?;
     let start = Instant::now();
     injector.command(&["drain", "test", "--deadline", "800ms"])?;
     injector.command(&["resume"])?;
-    let mut after = world.client()?;
+    let mut after = testbed.client()?;
     after.greeted()?;
     before.talk()?;
     before.ends()?;
@@ -71,15 +71,15 @@ fn deadline(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one_of_two(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn one_of_two(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let backend = format!("\"{}\"", backend_name(0));
     let config = Config::new(engine).text() + &another("more", engine, &bind_of(PORT + 1), &backend);
-    let injector = world.start(&config)?;
+    let injector = testbed.start(&config)?;
     injector.command(&["drain", "more"])?;
-    let line = world.client_at(PORT + 1)?.line()?;
+    let line = testbed.client_at(PORT + 1)?.line()?;
     ensure!(line.starts_with("421 "), "{line:?}");
-    world.who_answers()?;
+    testbed.who_answers()?;
     ensure!(injector.readiness()?.0 == 200);
     let (status, said) = injector.try_command(&["drain", "less"])?;
     ensure!(
@@ -89,10 +89,10 @@ fn one_of_two(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn earlier(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut client = world.client()?;
+fn earlier(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     injector.command(&["drain", "--deadline", "1h"])?;
     client.talk()?;
@@ -103,10 +103,10 @@ fn earlier(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut client = world.client()?;
+fn waits(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     let start = Instant::now();
     injector.command(&["drain", "--deadline", "700ms", "--wait"])?;
@@ -116,18 +116,18 @@ fn waits(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_nobody(world: &World, engine: &str) -> anyhow::Result<()> {
-    let injector = world.start(&Config::new(engine).text())?;
+fn of_nobody(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let injector = testbed.start(&Config::new(engine).text())?;
     let socket = ["status", "--socket", "/nonexistent/admin.sock"];
     let (status, said) = injector.try_command(&socket)?;
     ensure!(!status.success() && said.contains("no injector answers there: is it running"), "{said}");
     Ok(())
 }
 
-fn listed(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut client = world.client()?;
+fn listed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     let answer = || -> anyhow::Result<serde_json::Value> {
         Ok(serde_json::from_str(&injector.command(&["sessions", "test", "--json"])?)?)
@@ -145,10 +145,10 @@ fn listed(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn page(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
-    let injector = world.start(&Config::new(engine).text())?;
-    let mut client = world.client()?;
+fn page(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     let text = injector.command(&["top", "--once", "--interval", "300ms"])?;
     let row = |line: &&str| line.starts_with("test") && line.contains(engine) && line.contains("open");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, World, another, backend_name, bind_of};
+use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains cut no session", no_cut)];
 
@@ -18,17 +18,17 @@ const LONG: usize = 20;
 /// For how long changes are made.
 const TIME: Duration = Duration::from_secs(4);
 
-fn no_cut(world: &World, engine: &str) -> anyhow::Result<()> {
-    let servers = [world.backend(0)?, world.backend(1)?];
+fn no_cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     let both = format!("\"{}\", \"{}\"", backend_name(0), backend_name(1));
     config.backends.clone_from(&both);
     // Room for those that are not drained.
     let other = another("other", engine, &bind_of(PORT + 1), &both);
-    let injector = world.start(&(config.text() + &other))?;
+    let injector = testbed.start(&(config.text() + &other))?;
     let mut long = Vec::new();
     for _ in 0..LONG {
-        let mut client = world.client()?;
+        let mut client = testbed.client()?;
         client.greeted()?;
         long.push(client);
     }
@@ -40,7 +40,7 @@ fn no_cut(world: &World, engine: &str) -> anyhow::Result<()> {
                 let (over, done, turned_away) = (&over, &done, &turned_away);
                 scope.spawn(move || -> anyhow::Result<()> {
                     while !over.load(Ordering::Relaxed) {
-                        let mut client = world.client_at(PORT + u16::try_from(number % 2)?)?;
+                        let mut client = testbed.client_at(PORT + u16::try_from(number % 2)?)?;
                         let line = client.line()?;
                         if line.starts_with("421 4.3.2 Service shutting down") {
                             turned_away.fetch_add(1, Ordering::Relaxed);

@@ -13,52 +13,52 @@ use std::sync::{Arc, Mutex, PoisonError};
 use injector_testbed::netns;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::World;
+use testbed::Testbed;
 
 /// The engines that every trial is run with that does not name one itself.
 const ENGINES: [&str; 2] = ["splice", "relay"];
 
 /// What a trial does with an engine.
-type Run = fn(&World, &str) -> anyhow::Result<()>;
+type Run = fn(&Testbed, &str) -> anyhow::Result<()>;
 
 fn main() {
     let mut arguments = Arguments::from_args();
     // They share addresses.
     arguments.test_threads.get_or_insert(1);
-    let world = Arc::new(Mutex::new(None));
+    let testbed = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();
     for engine in ENGINES {
         let each = reload::TRIALS.iter().chain(drain::TRIALS).chain(backends::TRIALS).chain(load::TRIALS);
         for (name, run) in each {
-            trials.push(trial(&world, format!("{engine}/{name}"), move |world| run(world, engine)));
+            trials.push(trial(&testbed, format!("{engine}/{name}"), move |testbed| run(testbed, engine)));
         }
     }
     for (name, run) in backends::INLINE_TRIALS {
-        trials.push(trial(&world, format!("inline/{name}"), |world| run(world, "inline")));
+        trials.push(trial(&testbed, format!("inline/{name}"), |testbed| run(testbed, "inline")));
     }
     for (name, run) in systemd::TRIALS {
-        trials.push(trial(&world, format!("systemd/{name}"), |world| run(world, "relay")));
+        trials.push(trial(&testbed, format!("systemd/{name}"), |testbed| run(testbed, "relay")));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(world);
+    drop(testbed);
     conclusion.exit();
 }
 
 fn trial(
-    world: &Arc<Mutex<Option<World>>>,
+    testbed: &Arc<Mutex<Option<Testbed>>>,
     name: String,
-    run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static,
+    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
-    let world = Arc::clone(world);
+    let testbed = Arc::clone(testbed);
     Trial::ignorable_test(name, move || {
         if let Some(why) = netns::unavailable() {
             return Ok(Completion::ignored_with(why));
         }
-        let mut world = world.lock().unwrap_or_else(PoisonError::into_inner);
-        if world.is_none() {
-            *world = Some(World::new().map_err(|error| Failed::from(format!("{error:#}")))?);
+        let mut testbed = testbed.lock().unwrap_or_else(PoisonError::into_inner);
+        if testbed.is_none() {
+            *testbed = Some(Testbed::new().map_err(|error| Failed::from(format!("{error:#}")))?);
         }
-        let Some(world) = &*world else { return Err("no world".into()) };
-        run(world).map(|()| Completion::Completed).map_err(|error| format!("{error:#}").into())
+        let Some(testbed) = &*testbed else { return Err("no testbed".into()) };
+        run(testbed).map(|()| Completion::Completed).map_err(|error| format!("{error:#}").into())
     })
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use injector_testbed::daemon::Injector;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, World, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of, eventually};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("reload/sessions go on, others go elsewhere", elsewhere),
@@ -27,16 +27,16 @@ fn reload(injector: &Injector, config: &str) -> anyhow::Result<String> {
     injector.command(&["reload"])
 }
 
-fn elsewhere(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn elsewhere(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
-    let mut old = world.client()?;
+    let injector = testbed.start(&config.text())?;
+    let mut old = testbed.client()?;
     ensure!(old.greeted()? == 0);
     config.backends = format!("\"{}\"", backend_name(1));
     let said = reload(&injector, &config.text())?;
     ensure!(said == "changed: test\n", "{said}");
-    ensure!(world.who_answers()? == 1);
+    ensure!(testbed.who_answers()? == 1);
     old.talk()?;
     old.quit()?;
     // Once more the same is nothing new.
@@ -48,22 +48,22 @@ fn elsewhere(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn come_and_go(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let config = Config::new(engine);
-    let injector = world.start(&config.text())?;
-    ensure!(world.client_at(PORT + 1).is_err(), "somebody listens there already");
+    let injector = testbed.start(&config.text())?;
+    ensure!(testbed.client_at(PORT + 1).is_err(), "somebody listens there already");
     let backend = format!("\"{}\"", backend_name(0));
     let more =
         another("more", engine, &bind_of(PORT + 1), &backend) + "[listener.timeouts]\ndrain = \"600ms\"\n";
     let said = reload(&injector, &(config.text() + &more))?;
     ensure!(said == "added: more\n", "{said}");
-    let mut client = world.client_at(PORT + 1)?;
+    let mut client = testbed.client_at(PORT + 1)?;
     client.greeted()?;
     let said = reload(&injector, &config.text())?;
     ensure!(said == "removed: more\n", "{said}");
     // The workers close what they accept from, each when it comes to it.
-    eventually("listening", || Ok(world.client_at(PORT + 1).is_ok()), |listens| !listens)?;
+    eventually("listening", || Ok(testbed.client_at(PORT + 1).is_ok()), |listens| !listens)?;
     // The session may go on for its time, and is cut then.
     client.talk()?;
     let status = injector.status()?;
@@ -79,20 +79,20 @@ fn come_and_go(world: &World, engine: &str) -> anyhow::Result<()> {
         || injector.status(),
         |status| status["removed_listeners"] == serde_json::json!([]),
     )?;
-    world.who_answers()?;
+    testbed.who_answers()?;
     Ok(())
 }
 
-fn renamed(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn renamed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let config = Config::new(engine).text();
-    let injector = world.start(&config)?;
-    let mut client = world.client()?;
+    let injector = testbed.start(&config)?;
+    let mut client = testbed.client()?;
     client.greeted()?;
     let said = reload(&injector, &config.replace("name = \"test\"", "name = \"other\""))?;
     ensure!(said == "added: other\nremoved: test\n", "{said}");
     for _ in 0..20 {
-        world.who_answers()?;
+        testbed.who_answers()?;
     }
     client.talk()?;
     client.quit()?;
@@ -102,29 +102,29 @@ fn renamed(world: &World, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn low_port(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn low_port(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     ensure!(injector.log().contains("CAP_NET_BIND_SERVICE"), "{}", injector.log());
     config.bind.push(26);
     reload(&injector, &config.text())?;
-    let mut client = world.client_at(26)?;
+    let mut client = testbed.client_at(26)?;
     client.greeted()?;
     client.quit()?;
-    world.who_answers()?;
+    testbed.who_answers()?;
     Ok(())
 }
 
-fn mistake(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn mistake(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let config = Config::new(engine);
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     let broken = Config { backends: "\"mail\"".to_owned(), ..config.clone() };
     injector.rewrite(&broken.text())?;
     let (status, said) = injector.try_command(&["reload"])?;
     ensure!(!status.success() && said.contains("backends \"mail\": the port is missing"), "{said}");
-    world.who_answers()?;
+    testbed.who_answers()?;
     let refused = injector.status()?["config"]["reload_error"].clone();
     ensure!(refused.as_str().is_some_and(|why| why.contains("the port is missing")), "{refused}");
     let metrics = injector.metrics()?;
@@ -136,47 +136,47 @@ fn mistake(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The second of two new addresses cannot be had: the first is not opened either.
-fn port_in_use(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn port_in_use(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
-    let taken = world.topology.edge.run(|| std::net::TcpListener::bind(("0.0.0.0", PORT + 2)))??;
+    let injector = testbed.start(&config.text())?;
+    let taken = testbed.topology.edge.run(|| std::net::TcpListener::bind(("0.0.0.0", PORT + 2)))??;
     config.bind.extend([PORT + 1, PORT + 2]);
     injector.rewrite(&config.text())?;
     let (status, said) = injector.try_command(&["reload"])?;
     ensure!(!status.success() && said.contains("another program listens there"), "{said}");
-    ensure!(world.client_at(PORT + 1).is_err(), "half of it was done");
-    world.who_answers()?;
+    ensure!(testbed.client_at(PORT + 1).is_err(), "half of it was done");
+    testbed.who_answers()?;
     drop(taken);
     injector.command(&["reload"])?;
-    world.client_at(PORT + 2)?.greeted()?;
+    testbed.client_at(PORT + 2)?.greeted()?;
     Ok(())
 }
 
-fn by_signal(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn by_signal(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
-    let mut injector = world.start(&config.text())?;
-    ensure!(world.who_answers()? == 0);
+    let mut injector = testbed.start(&config.text())?;
+    ensure!(testbed.who_answers()? == 0);
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     injector.hang_up()?;
-    eventually("the backend", || world.who_answers(), |number| *number == 1)?;
+    eventually("the backend", || testbed.who_answers(), |number| *number == 1)?;
     ensure!(injector.log().contains("configuration reloaded"), "{}", injector.log());
     Ok(())
 }
 
-fn limits(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn limits(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
-    let mut clients = [world.client()?, world.client()?];
+    let injector = testbed.start(&config.text())?;
+    let mut clients = [testbed.client()?, testbed.client()?];
     for client in &mut clients {
         client.greeted()?;
     }
     config.listener = "max_connections = 1".to_owned();
     reload(&injector, &config.text())?;
-    let line = world.client()?.line()?;
+    let line = testbed.client()?.line()?;
     ensure!(line.starts_with("421 4.3.2 Too many connections"), "{line:?}");
     for client in &mut clients {
         client.talk()?;
@@ -184,18 +184,18 @@ fn limits(world: &World, engine: &str) -> anyhow::Result<()> {
     config.listener = "max_connections = 3".to_owned();
     config.top = "[limits]\nmax_connections = 2".to_owned();
     reload(&injector, &config.text())?;
-    let line = world.client()?.line()?;
+    let line = testbed.client()?.line()?;
     ensure!(line.starts_with("421 4.3.2 Too many connections"), "{line:?}");
     config.top = String::new();
     reload(&injector, &config.text())?;
-    world.who_answers()?;
+    testbed.who_answers()?;
     Ok(())
 }
 
-fn restart(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     config.top = "[log]\nlevel = \"debug\"\n[limits]\nworkers = 7\n".to_owned();
     let said = reload(&injector, &config.text())?;
     ensure!(said.ends_with("needs a restart: limits.workers, log\n"), "{said}");
@@ -205,20 +205,20 @@ fn restart(world: &World, engine: &str) -> anyhow::Result<()> {
     injector.rewrite(&other.text())?;
     let (status, said) = injector.try_command(&["reload"])?;
     ensure!(!status.success() && said.contains("restart the daemon"), "{said}");
-    world.who_answers()?;
+    testbed.who_answers()?;
     Ok(())
 }
 
-fn watching(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _servers = [world.backend(0)?, world.backend(1)?];
+fn watching(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
-    let injector = world.start(&config.text())?;
+    let injector = testbed.start(&config.text())?;
     let mut watching = injector.watching()?;
     // Longer than it takes to read the file for the first time.
     std::thread::sleep(Duration::from_millis(500));
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
-    let found = eventually("the backend", || world.who_answers(), |number| *number == 1);
+    let found = eventually("the backend", || testbed.who_answers(), |number| *number == 1);
     watching.kill()?;
     let output = watching.wait_with_output().context("injector reload --watch")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();

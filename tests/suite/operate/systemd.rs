@@ -9,7 +9,7 @@ use injector_testbed::netns;
 use injector_testbed::sockets::LIMIT;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, World};
+use crate::testbed::{Config, PORT, Testbed};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("told of start, reload, life and stop", told),
@@ -41,7 +41,7 @@ impl Notified {
     }
 }
 
-fn told(world: &World, engine: &str) -> anyhow::Result<()> {
+fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let dir = netns::scratch_dir("notify")?;
     let path = dir.path().join("notify");
     let socket = UnixDatagram::bind(&path)?;
@@ -51,7 +51,7 @@ fn told(world: &World, engine: &str) -> anyhow::Result<()> {
     let by: Vec<_> = ["env"].into_iter().chain(variables.split(' ')).collect();
     let config = Config::new(engine);
     let mut injector =
-        injector_testbed::daemon::Injector::start_by(&world.topology.edge, &by, &config.text())?;
+        injector_testbed::daemon::Injector::start_by(&testbed.topology.edge, &by, &config.text())?;
     systemd.hear("READY=1")?;
     systemd.hear("STATUS=serving")?;
     systemd.hear("WATCHDOG=1")?;
@@ -68,15 +68,15 @@ fn told(world: &World, engine: &str) -> anyhow::Result<()> {
 }
 
 /// The name is in the environment of a service that systemd starts for its sockets.
-fn taken_over(world: &World, engine: &str) -> anyhow::Result<()> {
-    let _server = world.backend(0)?;
+fn taken_over(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
     let config = Config::new(engine);
     let address = format!("--listen={}:{PORT}", injector_testbed::netns::VIP_SPLICE.v4);
     // It starts what it is told when the first client comes.
     let by = ["systemd-socket-activate", address.as_str(), "sh", "-c"];
     let knock = || {
         let address = (injector_testbed::netns::VIP_SPLICE.v4, PORT);
-        world.topology.client.run(|| {
+        testbed.topology.client.run(|| {
             let deadline = Instant::now() + LIMIT;
             loop {
                 match std::net::TcpStream::connect(address) {
@@ -89,7 +89,7 @@ fn taken_over(world: &World, engine: &str) -> anyhow::Result<()> {
     let (first, injector) = std::thread::scope(|scope| {
         let first = scope.spawn(knock);
         let injector =
-            injector_testbed::daemon::Injector::start_by(&world.topology.edge, &by, &config.text());
+            injector_testbed::daemon::Injector::start_by(&testbed.topology.edge, &by, &config.text());
         (first.join(), injector)
     });
     let injector = injector?;
@@ -99,7 +99,7 @@ fn taken_over(world: &World, engine: &str) -> anyhow::Result<()> {
     first.greeted()?;
     first.quit()?;
     for _ in 0..10 {
-        world.who_answers()?;
+        testbed.who_answers()?;
     }
     // What starts it writes to the same log, and not in JSON.
     let accepted = injector.status()?["listeners"][0]["accepted"].clone();

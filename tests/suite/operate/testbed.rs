@@ -21,12 +21,12 @@ pub(crate) const BACKEND_PORTS: [u16; 3] = [12500, 12501, 12502];
 
 /// The namespaces, made once.
 #[derive(Debug)]
-pub(crate) struct World {
+pub(crate) struct Testbed {
     pub(crate) topology: Topology,
     pub(crate) bpffs: BpfFs,
 }
 
-impl World {
+impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
         // Every public address must be there for inline, too.

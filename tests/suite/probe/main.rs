@@ -17,13 +17,13 @@ use injector_testbed::service::{IMAP, IMAPS, SMTP, SUBMISSION, SUBMISSIONS, Serv
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use gateway::Gateway;
-use testbed::{Outcome, World};
+use testbed::{Outcome, Testbed};
 
-/// The world before and after the first trial needs it.
-type Shared = Arc<OnceLock<Result<World, String>>>;
+/// The testbed before and after the first trial needs it.
+type Shared = Arc<OnceLock<Result<Testbed, String>>>;
 
 /// A trial.
-type Run = fn(&World) -> anyhow::Result<()>;
+type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -43,8 +43,8 @@ fn main() {
                 smtp.stock,
                 imap.stock
             );
-            trials.push(trial(&shared, name, move |world| {
-                roundtrip(world, family, (smtp, smtp_tls), (imap, imap_tls))
+            trials.push(trial(&shared, name, move |testbed| {
+                roundtrip(testbed, family, (smtp, smtp_tls), (imap, imap_tls))
             }));
         }
     }
@@ -64,7 +64,7 @@ fn main() {
         ("PROXY ports behind a firewall", closed_proxy_ports),
     ];
     trials.extend(others.map(|(name, run)| trial(&shared, name.to_owned(), run)));
-    // The world goes with the last trial; what main held would never go, for it ends by exit(3).
+    // The testbed goes with the last trial; what main held would never go, for it ends by exit(3).
     drop(shared);
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -72,31 +72,31 @@ fn main() {
 fn trial(
     shared: &Shared,
     name: String,
-    run: impl Fn(&World) -> anyhow::Result<()> + Send + 'static,
+    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
     let shared = Arc::clone(shared);
     Trial::ignorable_test(name, move || {
         if let Some(reason) = netns::unavailable() {
             return Ok(Completion::ignored_with(reason));
         }
-        let world = shared.get_or_init(|| World::new().map_err(|error| format!("no testbed: {error:#}")));
-        let world = world.as_ref().map_err(Clone::clone)?;
-        let marks = world.host.mark();
-        run(world).map(|()| Completion::Completed).map_err(|error| {
-            Failed::from(format!("{error:#}\n\nlogged meanwhile:\n{}", world.host.logged_since(marks)))
+        let testbed = shared.get_or_init(|| Testbed::new().map_err(|error| format!("no testbed: {error:#}")));
+        let testbed = testbed.as_ref().map_err(Clone::clone)?;
+        let marks = testbed.host.mark();
+        run(testbed).map(|()| Completion::Completed).map_err(|error| {
+            Failed::from(format!("{error:#}\n\nlogged meanwhile:\n{}", testbed.host.logged_since(marks)))
         })
     })
 }
 
 fn roundtrip(
-    world: &World,
+    testbed: &Testbed,
     family: Family,
     (smtp, smtp_tls): (Service, &str),
     (imap, imap_tls): (Service, &str),
 ) -> anyhow::Result<()> {
     let user = format!("probe-{}-{}-{smtp_tls}", family.name(), smtp.stock);
-    let before = world.injector.sessions()?.len();
-    let outcome = world.probe(
+    let before = testbed.injector.sessions()?.len();
+    let outcome = testbed.probe(
         family,
         smtp,
         imap,
@@ -120,25 +120,25 @@ fn roundtrip(
             == 0
     );
     // Both connections went through the injector, and the mailbox is as it was.
-    let sessions = world.injector.sessions_within(before + 2)?;
+    let sessions = testbed.injector.sessions_within(before + 2)?;
     for session in sessions.iter().skip(before) {
         let client = session.client().context("no client")?;
         ensure!(client.ip() == CLIENT.of(family), "the injector saw {client}");
     }
-    ensure!(world.inbox(&user)?.is_empty(), "the message was not deleted");
+    ensure!(testbed.inbox(&user)?.is_empty(), "the message was not deleted");
     Ok(())
 }
 
-fn wrong_password(world: &World) -> anyhow::Result<()> {
-    let file = world.folder.path().join("kept.prom");
+fn wrong_password(testbed: &Testbed) -> anyhow::Result<()> {
+    let file = testbed.folder.path().join("kept.prom");
     let textfile = ["--textfile", &file.display().to_string()].map(str::to_owned);
     let textfile: Vec<_> = textfile.iter().map(String::as_str).collect();
-    let good = world.probe(Family::V4, SMTP, IMAPS, "wrong", &textfile)?;
+    let good = testbed.probe(Family::V4, SMTP, IMAPS, "wrong", &textfile)?;
     good.ensure_passed()?;
     let passed_at =
         value(&std::fs::read_to_string(&file)?, "injector_probe_last_success_timestamp_seconds", None)?;
     let secret = "not-the-password-7391";
-    let outcome = world.probe_with_password(Family::V4, SMTP, IMAPS, "wrong", secret, &textfile)?;
+    let outcome = testbed.probe_with_password(Family::V4, SMTP, IMAPS, "wrong", secret, &textfile)?;
     outcome.ensure_failed_at("imap_login")?;
     ensure!(outcome.output.contains("AUTHENTICATIONFAILED"), "not in the server's words: {}", outcome.output);
     ensure!(!outcome.output.contains(secret), "the password is in the output");
@@ -151,15 +151,15 @@ fn wrong_password(world: &World) -> anyhow::Result<()> {
     ensure!(kept == passed_at, "the last success was at {passed_at}, and is {kept} after a failure");
     let last = value(&metrics, "injector_probe_last_run_timestamp_seconds", None)?;
     ensure!(last > passed_at, "the failed run is not the last");
-    let outcome = world.probe_with_password(Family::V4, SUBMISSION, IMAPS, "wrong", secret, &[])?;
+    let outcome = testbed.probe_with_password(Family::V4, SUBMISSION, IMAPS, "wrong", secret, &[])?;
     outcome.ensure_failed_at("smtp_login")?;
     ensure!(!outcome.output.contains(secret), "the password is in the output");
     Ok(())
 }
 
-fn never_arrives(world: &World) -> anyhow::Result<()> {
+fn never_arrives(testbed: &Testbed) -> anyhow::Result<()> {
     let to = ["--to", "somebody-else@example.test", "--timeout", "6s"];
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "waiting", &to)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "waiting", &to)?;
     outcome.ensure_failed_at("arrival")?;
     ensure!(outcome.output.contains("6s of --timeout"), "{}", outcome.output);
     let seconds = outcome.sample("injector_probe_seconds", None)?;
@@ -167,50 +167,51 @@ fn never_arrives(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn nobody_listens(world: &World) -> anyhow::Result<()> {
+fn nobody_listens(testbed: &Testbed) -> anyhow::Result<()> {
     let nobody = Service { stock: 2626, ..SMTP };
-    let outcome = world.probe(Family::V6, nobody, IMAPS, "nobody", &[])?;
+    let outcome = testbed.probe(Family::V6, nobody, IMAPS, "nobody", &[])?;
     outcome.ensure_failed_at("smtp_connect")?;
     ensure!(outcome.output.contains("refused"), "{}", outcome.output);
     Ok(())
 }
 
-fn strange_certificate(world: &World) -> anyhow::Result<()> {
-    let stranger = injector_testbed::certificate::Certificate::new(world.strange_folder.path())?;
-    let file = world.folder.path().join("stranger.pem");
+fn strange_certificate(testbed: &Testbed) -> anyhow::Result<()> {
+    let stranger = injector_testbed::certificate::Certificate::new(testbed.strange_folder.path())?;
+    let file = testbed.folder.path().join("stranger.pem");
     std::fs::write(&file, &stranger.authority_pem)?;
     let outcome =
-        world.probe(Family::V4, SUBMISSIONS, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
+        testbed.probe(Family::V4, SUBMISSIONS, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
     outcome.ensure_failed_at("smtp_tls")?;
     let outcome =
-        world.probe(Family::V4, SUBMISSION, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
+        testbed.probe(Family::V4, SUBMISSION, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
     outcome.ensure_failed_at("smtp_tls")?;
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
+    let outcome =
+        testbed.probe(Family::V4, SMTP, IMAPS, "strange", &["--ca", &file.display().to_string()])?;
     outcome.ensure_failed_at("imap_tls")
 }
 
-fn insecure(world: &World) -> anyhow::Result<()> {
+fn insecure(testbed: &Testbed) -> anyhow::Result<()> {
     let flags = ["--insecure", "--tls-name", "no-such-name.example.test"];
-    world.probe_bare(Family::V4, SUBMISSION, IMAPS, "insecure", PASSWORD, &flags)?.ensure_passed()?;
-    world.probe_bare(Family::V4, SUBMISSIONS, IMAP, "insecure", PASSWORD, &flags)?.ensure_passed()
+    testbed.probe_bare(Family::V4, SUBMISSION, IMAPS, "insecure", PASSWORD, &flags)?.ensure_passed()?;
+    testbed.probe_bare(Family::V4, SUBMISSIONS, IMAP, "insecure", PASSWORD, &flags)?.ensure_passed()
 }
 
-fn other_client(world: &World) -> anyhow::Result<()> {
+fn other_client(testbed: &Testbed) -> anyhow::Result<()> {
     let right = ["--expect-client", &CLIENT.v4.to_string()];
-    world.probe(Family::V4, SMTP, IMAPS, "other", &right)?.ensure_passed()?;
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "other", &["--expect-client", "203.0.113.9"])?;
+    testbed.probe(Family::V4, SMTP, IMAPS, "other", &right)?.ensure_passed()?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "other", &["--expect-client", "203.0.113.9"])?;
     outcome.ensure_failed_at("client_address")?;
     ensure!(
         outcome.output.contains(&format!("for {}, not for 203.0.113.9", CLIENT.v4)),
         "{}",
         outcome.output
     );
-    ensure!(world.inbox("other")?.is_empty(), "a message of no use was kept");
+    ensure!(testbed.inbox("other")?.is_empty(), "a message of no use was kept");
     Ok(())
 }
 
 /// Four messages lie in the mailbox: one that an earlier run left, one of a run at work, one of another probe, and real mail.
-fn leftovers(world: &World) -> anyhow::Result<()> {
+fn leftovers(testbed: &Testbed) -> anyhow::Result<()> {
     let user = "leftovers";
     let mail = Message::new("real", user);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
@@ -221,26 +222,26 @@ fn leftovers(world: &World) -> anyhow::Result<()> {
         message
     };
     let (left, at_work, others) = (of("mail", now - 3600), of("mail", now), of("mail-v6", now - 3600));
-    let server = world.stock(Family::V4, IMAPS);
+    let server = testbed.stock(Family::V4, IMAPS);
     let append = [&left, &at_work, &others, &mail];
-    mail_client::read_inbox(&world.topology.edge, server, user, &append)?;
+    mail_client::read_inbox(&testbed.topology.edge, server, user, &append)?;
 
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, user, &[])?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, user, &[])?;
     outcome.ensure_passed()?;
     ensure!(outcome.sample("injector_probe_leftovers_deleted", None)? == 1.0, "{}", outcome.metrics);
-    let inbox = world.inbox(user)?;
+    let inbox = testbed.inbox(user)?;
     ensure!(inbox.len() == 3, "{} messages, not three", inbox.len());
     let has = |message: &Message| inbox.contains(&message.bytes);
     ensure!(has(&at_work) && has(&others) && has(&mail) && !has(&left), "other messages than these are left");
     Ok(())
 }
 
-fn pushed(world: &World) -> anyhow::Result<()> {
-    let gateway = Gateway::start(&world.topology.client, 200, "")?;
+fn pushed(testbed: &Testbed) -> anyhow::Result<()> {
+    let gateway = Gateway::start(&testbed.topology.client, 200, "")?;
     let url = format!("http://{}", gateway.address());
-    world.probe(Family::V4, SMTP, IMAPS, "pushed", &["--pushgateway", &url])?.ensure_passed()?;
+    testbed.probe(Family::V4, SMTP, IMAPS, "pushed", &["--pushgateway", &url])?.ensure_passed()?;
     let failing = ["--pushgateway", &url, "--mailbox", "nowhere"];
-    world.probe(Family::V4, SMTP, IMAPS, "pushed", &failing)?.ensure_failed_at("imap_login")?;
+    testbed.probe(Family::V4, SMTP, IMAPS, "pushed", &failing)?.ensure_failed_at("imap_login")?;
     let requests = gateway.requests();
     let [success, failure] = &requests[..] else {
         anyhow::bail!("{} requests: {requests:#?}", requests.len())
@@ -254,10 +255,10 @@ fn pushed(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn refused_by_gateway(world: &World) -> anyhow::Result<()> {
-    let gateway = Gateway::start(&world.topology.client, 400, "pushed metrics are invalid")?;
+fn refused_by_gateway(testbed: &Testbed) -> anyhow::Result<()> {
+    let gateway = Gateway::start(&testbed.topology.client, 400, "pushed metrics are invalid")?;
     let url = format!("http://{}", gateway.address());
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "refused", &["--pushgateway", &url])?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "refused", &["--pushgateway", &url])?;
     ensure!(!outcome.succeeded, "the exit code says that all is well");
     ensure!(outcome.output.contains("400") && outcome.output.contains("are invalid"), "{}", outcome.output);
     Ok(())
@@ -283,7 +284,7 @@ fn proxy_ports(ports: &[(Family, u16)]) -> Vec<String> {
     ports.iter().flat_map(|port| ["--proxy-port".to_owned(), server(port)]).collect()
 }
 
-fn open_proxy_ports(world: &World) -> anyhow::Result<()> {
+fn open_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
     const STOCK: &str =
         "smtpd_relay_restrictions=permit_mynetworks,permit_sasl_authenticated,defer_unauth_destination";
     const SAFE: &str = "smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
@@ -296,7 +297,7 @@ fn open_proxy_ports(world: &World) -> anyhow::Result<()> {
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
     // Less patience with the port that waits for TLS.
     let all = [&flags[..], &["--timeout", "15s"]].concat();
-    let tried = || world.probe(Family::V4, SMTP, IMAPS, "ports", &all);
+    let tried = || testbed.probe(Family::V4, SMTP, IMAPS, "ports", &all);
     let [smtp, smtp6, submissions, imaps] = [&flags[1], &flags[3], &flags[5], &flags[7]];
     let states = |outcome: &Outcome| -> anyhow::Result<Vec<(f64, f64)>> {
         let gauges = [smtp, smtp6, submissions, imaps].map(|port| {
@@ -312,11 +313,11 @@ fn open_proxy_ports(world: &World) -> anyhow::Result<()> {
     ensure!(outcome.steps()?.contains(&"cleanup"), "{}", outcome.output);
     ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
 
-    let postfix = &world.host.postfix;
-    postfix.set(&world.topology.mail, &[STOCK])?;
+    let postfix = &testbed.host.postfix;
+    postfix.set(&testbed.topology.mail, &[STOCK])?;
     let mark = postfix.log().mark();
     let outcome = tried();
-    postfix.set(&world.topology.mail, &[SAFE])?;
+    postfix.set(&testbed.topology.mail, &[SAFE])?;
     let outcome = outcome?;
     outcome.ensure_failed_at("proxy_port")?;
     // The submission ports have restrictions of their own, which reject who has not logged in.
@@ -328,23 +329,23 @@ fn open_proxy_ports(world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn no_proxy_port(world: &World) -> anyhow::Result<()> {
+fn no_proxy_port(testbed: &Testbed) -> anyhow::Result<()> {
     let flags = proxy_ports(&[(Family::V4, SMTP.stock)]);
     let mut flags: Vec<_> = flags.iter().map(String::as_str).collect();
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
     outcome.ensure_failed_at("proxy_port")?;
     ensure!(outcome.output.contains("it is no PROXY port"), "{}", outcome.output);
     // A roundtrip that fails is named first, and hides nothing.
     flags.extend(["--mailbox", "nowhere"]);
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
     outcome.ensure_failed_at("imap_login")?;
     ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
     Ok(())
 }
 
-fn closed_proxy_ports(world: &World) -> anyhow::Result<()> {
+fn closed_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
     let ports = [(Family::V4, SMTP.proxied), (Family::V6, SMTP.proxied), (Family::V4, SUBMISSION.proxied)];
-    world.topology.mail.nft(&format!(
+    testbed.topology.mail.nft(&format!(
         "add table inet ports; add chain inet ports input {{ type filter hook input priority 0; }}; \
          add rule inet ports input ip saddr != {} tcp dport {{ {}, {} }} drop; \
          add rule inet ports input ip6 saddr != {} tcp dport {} reject with tcp reset",
@@ -352,7 +353,7 @@ fn closed_proxy_ports(world: &World) -> anyhow::Result<()> {
     ))?;
     let flags = proxy_ports(&ports);
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
-    let outcome = world.probe(Family::V4, SMTP, IMAPS, "closed", &flags)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "closed", &flags)?;
     outcome.ensure_passed()?;
     for port in [flags[1], flags[3], flags[5]] {
         ensure!(port_value(&outcome.metrics, "injector_probe_proxy_port_open", port)? == 0.0);

@@ -17,7 +17,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the namespace.
-pub(crate) struct World {
+pub(crate) struct Testbed {
     pub(crate) injector: Injector,
     pub(crate) host: MailHost,
     pub(crate) topology: Topology,
@@ -38,7 +38,7 @@ pub(crate) struct Outcome {
     pub(crate) metrics: String,
 }
 
-impl World {
+impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
         // So that the PROXY ports can be tried from the client, as a firewall that is missing would let it.

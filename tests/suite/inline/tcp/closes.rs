@@ -12,11 +12,11 @@ use socket2::SockRef;
 use super::BYTES;
 use crate::testbed::{LIMIT, accept, expect, own_header};
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, First, Lab, through};
+use crate::wire_testbed::{self, First, WireTestbed, through};
 
 /// One way ends, the other goes on.
-pub(super) fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
-    let connection = lab.connection(family, First::Server)?;
+pub(super) fn half_close(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
+    let connection = testbed.connection(family, First::Server)?;
     let (first, last) = match way {
         Way::ToBackend => (&connection.client, &connection.server),
         Way::ToClient => (&connection.server, &connection.client),
@@ -24,34 +24,34 @@ pub(super) fn half_close(lab: &Lab, family: Family, way: Way) -> anyhow::Result<
     through(first, last, 1000, 0)?;
     std::thread::sleep(Duration::from_millis(50));
     through(last, first, BYTES, 0)?;
-    let session = lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
+    let session = testbed.session(connection.client.local_addr()?, wire_testbed::public(family))?;
     let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
 
 /// The FINs cross.
-pub(super) fn simultaneous_close(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let _faulty = lab.wire.faults(|seen| {
+pub(super) fn simultaneous_close(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let _faulty = testbed.wire.faults(|seen| {
         if seen.tcp.fin() && seen.side == Side::Backend {
             Fate::Late(Duration::from_millis(30))
         } else {
             Fate::Pass
         }
     });
-    let mut connection = lab.connection(family, First::Server)?;
+    let mut connection = testbed.connection(family, First::Server)?;
     connection.client.shutdown(Shutdown::Write)?;
     connection.server.shutdown(Shutdown::Write)?;
     for stream in [&mut connection.client, &mut connection.server] {
         ensure!(stream.read(&mut [0; 8]).context("waiting for the FIN")? == 0, "bytes in place of an end");
     }
-    lab.session(connection.client.local_addr()?, wire_testbed::public(family))?;
+    testbed.session(connection.client.local_addr()?, wire_testbed::public(family))?;
     Ok(())
 }
 
 /// The other end sees it at once.
-pub(super) fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
-    let connection = lab.connection(family, First::Server)?;
+pub(super) fn reset(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
+    let connection = testbed.connection(family, First::Server)?;
     let address = connection.client.local_addr()?;
     let (goes, mut stays) = match way {
         Way::ToBackend => (connection.client, connection.server),
@@ -65,21 +65,21 @@ pub(super) fn reset(lab: &Lab, family: Family, way: Way) -> anyhow::Result<()> {
     let outcome = stays.read(&mut [0; 8]);
     ensure!(outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{outcome:?}");
     ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
-    let session = lab.session(address, wire_testbed::public(family))?;
+    let session = testbed.session(address, wire_testbed::public(family))?;
     let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
 
 /// The header was lost, then the client resets: the backend has a connection, and learns that it is none.
-pub(super) fn early_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn early_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let mut dropped = 0;
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         dropped += u32::from(seen.is_header());
         if seen.is_header() && dropped < 4 { Fate::Drop } else { Fate::Pass }
     });
-    let listener = lab.backend(family)?;
-    let mut client = lab.client(family)?;
+    let listener = testbed.backend(family)?;
+    let mut client = testbed.client(family)?;
     // The first data gives the backend its connection, without the header.
     client.write_all(b"EHLO")?;
     let mut server = accept(&listener)?;
@@ -100,14 +100,14 @@ pub(super) fn early_reset(lab: &Lab, family: Family) -> anyhow::Result<()> {
 
 /// The client is refused at once, and that is counted. It is no line of the log: nobody has shown that the SYN came from where it
 /// says.
-pub(super) fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn refused(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let closed = || -> anyhow::Result<f64> {
-        let labels = [("listener", "lab"), ("reason", "backend_refused")];
-        Ok(lab.injector.metrics()?.sum("injector_connections_closed_total", &labels))
+        let labels = [("listener", "wire"), ("reason", "backend_refused")];
+        Ok(testbed.injector.metrics()?.sum("injector_connections_closed_total", &labels))
     };
-    let before = (closed()?, lab.counted("refused")?);
+    let before = (closed()?, testbed.counted("refused")?);
     let start = Instant::now();
-    let Err(error) = lab.client(family) else { bail!("connected to nobody") };
+    let Err(error) = testbed.client(family) else { bail!("connected to nobody") };
     ensure!(is(&error, ErrorKind::ConnectionRefused), "{error:#}");
     ensure!(start.elapsed() < Duration::from_millis(300), "after {:?}", start.elapsed());
     let deadline = Instant::now() + LIMIT;
@@ -115,19 +115,19 @@ pub(super) fn refused(lab: &Lab, family: Family) -> anyhow::Result<()> {
         ensure!(Instant::now() < deadline, "not counted for the listener");
         std::thread::sleep(Duration::from_millis(10));
     }
-    ensure!(lab.counted("refused")? == before.1 + 1, "not counted by the program");
+    ensure!(testbed.counted("refused")? == before.1 + 1, "not counted by the program");
     let refused = |session: &Session| session.field("reason").as_deref() == Some("backend_refused");
-    let line = lab.injector.sessions()?.into_iter().find(refused);
+    let line = testbed.injector.sessions()?.into_iter().find(refused);
     ensure!(line.is_none(), "a line for a SYN: {line:?}");
     Ok(())
 }
 
 /// The same addresses and ports at once again, several times.
-pub(super) fn same_ports(lab: &Lab, family: Family, by_reset: bool) -> anyhow::Result<()> {
-    let listener = lab.backend(family)?;
+pub(super) fn same_ports(testbed: &WireTestbed, family: Family, by_reset: bool) -> anyhow::Result<()> {
+    let listener = testbed.backend(family)?;
     let mut port = 0;
     for turn in 0..5 {
-        let mut client = again_from(lab, family, port).with_context(|| format!("turn {turn}"))?;
+        let mut client = again_from(testbed, family, port).with_context(|| format!("turn {turn}"))?;
         port = client.local_addr()?.port();
         let mut server = accept(&listener).with_context(|| format!("turn {turn}"))?;
         own_header(&mut server, &client).with_context(|| format!("turn {turn}"))?;
@@ -151,10 +151,10 @@ pub(super) fn same_ports(lab: &Lab, family: Family, by_reset: bool) -> anyhow::R
 }
 
 /// Connects from this port, as soon as the client's kernel has seen the end of the connection before.
-fn again_from(lab: &Lab, family: Family, port: u16) -> anyhow::Result<TcpStream> {
+fn again_from(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<TcpStream> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
-        let outcome = lab.client_by(family, |socket| {
+        let outcome = testbed.client_by(family, |socket| {
             socket.set_reuse_address(true)?;
             socket.bind(&SocketAddr::new(wire_testbed::client_ip(family), port).into())
         });

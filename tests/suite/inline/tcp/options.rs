@@ -10,44 +10,48 @@ use injector_testbed::netns::Family;
 use super::BYTES;
 use crate::losses::Order;
 use crate::wire::{Fate, Seen, Side, Way};
-use crate::wire_testbed::{First, Lab, Setting};
+use crate::wire_testbed::{First, Setting, WireTestbed};
 
 /// With these settings at both ends: the header lost once, and packets in mid-stream.
-pub(super) fn with(lab: &Lab, family: Family, settings: &[(&'static str, &str)]) -> anyhow::Result<()> {
+pub(super) fn with(
+    testbed: &WireTestbed,
+    family: Family,
+    settings: &[(&'static str, &str)],
+) -> anyhow::Result<()> {
     let mut kept = Vec::new();
     for (key, value) in settings {
-        for netns in [lab.client_side(), lab.backend_side()] {
+        for netns in [testbed.client_side(), testbed.backend_side()] {
             kept.push(Setting::new(netns, key, value)?);
         }
     }
     for first in [First::Client, First::Server] {
         let (mut order, mut headers) = (Order(5), 0);
-        let _faulty = lab.wire.faults(move |seen| {
+        let _faulty = testbed.wire.faults(move |seen| {
             headers += u32::from(seen.is_header());
             let header = seen.is_header() && headers == 1 && first == First::Client;
             let data =
                 seen.is_data() && !seen.is_header() && seen.side == Side::Backend && order.below(100) == 0;
             if header || data { Fate::Drop } else { Fate::Pass }
         });
-        lab.connection(family, first)?.finish(BYTES)?;
+        testbed.connection(family, first)?.finish(BYTES)?;
     }
     Ok(())
 }
 
 /// The backend remembers nothing of the SYN: the header's segment must carry the very numbers that prove it.
-pub(super) fn syn_cookies(lab: &Lab, family: Family) -> anyhow::Result<()> {
-    let _always = Setting::new(lab.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
-    First::ALL.into_iter().try_for_each(|first| lab.connection(family, first)?.finish(BYTES))
+pub(super) fn syn_cookies(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let _always = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+    First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
 /// Every block that the client is told of is of what it has sent and not of what it was told has come.
-pub(super) fn sack(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn sack(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let seen_blocks = Arc::new(AtomicU32::new(0));
     let wrong = Arc::new(Mutex::new(Vec::new()));
     let mut order = Order(3);
     let mut sent = None;
     let (blocks, complaints) = (Arc::clone(&seen_blocks), Arc::clone(&wrong));
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         let tcp = seen.tcp;
         if seen.at(Side::Client, Way::ToBackend) {
             let len = u32::try_from(tcp.payload().len()).unwrap_or(0) + u32::from(tcp.fin());
@@ -72,7 +76,7 @@ pub(super) fn sack(lab: &Lab, family: Family) -> anyhow::Result<()> {
         let far = seen.is_data() && !seen.is_header() && seen.side == Side::Backend;
         if far && order.below(50) == 0 { Fate::Drop } else { Fate::Pass }
     });
-    let connection = lab.connection(family, First::Server)?;
+    let connection = testbed.connection(family, First::Server)?;
     connection.finish(2 * BYTES)?;
     let sack = seen_blocks.load(Ordering::Relaxed);
     let wrong = wrong.lock().unwrap_or_else(PoisonError::into_inner);

@@ -12,23 +12,23 @@ use injector_testbed::netns::Family;
 
 use super::BYTES;
 use crate::wire::{Fate, Layer, Seen, Side, Way};
-use crate::wire_testbed::{First, Lab, through};
+use crate::wire_testbed::{First, WireTestbed, through};
 
 /// Behind the edge there is a narrower link, whose router says so: the client must be told in its own numbers, believe it, and
 /// send less at once. (Linux takes any number of what is under way; others need not.)
-pub(super) fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const MTU: u16 = 1300;
     let answers = Arc::new(AtomicU32::new(0));
-    let (count, layer) = (Arc::clone(&answers), lab.layer);
+    let (count, layer) = (Arc::clone(&answers), testbed.layer);
     let sent = Arc::new(Mutex::new(HashSet::new()));
     let sending = Arc::clone(&sent);
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Way::ToBackend) && seen.is_data() {
             sending.lock().unwrap_or_else(PoisonError::into_inner).insert(seen.tcp.sequence_number());
         }
         narrow_link(seen, layer, MTU, &count)
     });
-    let connection = lab.connection(family, First::Server)?;
+    let connection = testbed.connection(family, First::Server)?;
     let start = Instant::now();
     through(&connection.client, &connection.server, BYTES, 0)?;
     let took = start.elapsed();
@@ -36,11 +36,11 @@ pub(super) fn path_mtu(lab: &Lab, family: Family) -> anyhow::Result<()> {
     eprintln!("    1 MiB in {took:.0?}, {answers} packets were too big");
     ensure!(answers > 0, "nothing was too big");
     ensure!(took < Duration::from_secs(2), "it took {took:?}");
-    let told = lab.wire.quoted();
+    let told = testbed.wire.quoted();
     let sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
     ensure!(!told.is_empty(), "the client was told nothing");
     ensure!(told.iter().all(|number| sent.contains(number)), "of {told:?} the client has sent {sent:?}");
-    forget_path_mtu(lab)
+    forget_path_mtu(testbed)
 }
 
 /// A narrower link behind the edge, whose router answers what is too big for it, and counts that.
@@ -54,10 +54,10 @@ pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &Ato
 }
 
 /// The client remembers for ten minutes what it was told; other trials are to begin anew.
-pub(crate) fn forget_path_mtu(lab: &Lab) -> anyhow::Result<()> {
+pub(crate) fn forget_path_mtu(testbed: &WireTestbed) -> anyhow::Result<()> {
     let flush = ["route", "flush", "cache"];
-    lab.client_side().ip(&flush)?;
-    lab.client_side().ip(&[&["-6"], &flush[..]].concat())
+    testbed.client_side().ip(&flush)?;
+    testbed.client_side().ip(&[&["-6"], &flush[..]].concat())
 }
 
 /// What a router answers: RFC 792 and 1191, RFC 4443 section 3.2.

@@ -10,9 +10,9 @@ use injector_testbed::netns::Family;
 use socket2::Socket;
 
 use crate::losses::Order;
-use crate::testbed::{World, accept, own_header};
+use crate::testbed::{Testbed, accept, own_header};
 use crate::wire::{Fate, Side};
-use crate::wire_testbed::{First, Lab};
+use crate::wire_testbed::{First, WireTestbed};
 
 /// Initial numbers for which the header, or what the client says first, lies across 2^32; and across 2^31, where comparisons
 /// change sides.
@@ -28,32 +28,37 @@ pub(crate) const EDGES: [u32; 9] = [
     (1 << 31) - 20,
 ];
 
-pub(super) fn wrap(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn wrap(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     for (number, first) in EDGES.into_iter().zip([First::Server, First::Client].into_iter().cycle()) {
-        begins_at(lab, family, first, number)?;
+        begins_at(testbed, family, first, number)?;
     }
     Ok(())
 }
 
-pub(super) fn wrap_with_loss(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn wrap_with_loss(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     for number in EDGES {
         let (mut order, mut headers) = (Order(9), 0);
-        let _faulty = lab.wire.faults(move |seen| {
+        let _faulty = testbed.wire.faults(move |seen| {
             headers += u32::from(seen.is_header());
             let header = seen.is_header() && headers == 1;
             let data =
                 seen.is_data() && !seen.is_header() && seen.side == Side::Backend && order.below(60) == 0;
             if header || data { Fate::Drop } else { Fate::Pass }
         });
-        begins_at(lab, family, First::Client, number)?;
+        begins_at(testbed, family, First::Client, number)?;
     }
     Ok(())
 }
 
-pub(crate) fn begins_at(lab: &Lab, family: Family, first: First, number: u32) -> anyhow::Result<()> {
+pub(crate) fn begins_at(
+    testbed: &WireTestbed,
+    family: Family,
+    first: First,
+    number: u32,
+) -> anyhow::Result<()> {
     let name = || format!("initial sequence number {number}");
     let connection =
-        lab.connection_by(family, first, |socket| begin_at(socket, number)).with_context(name)?;
+        testbed.connection_by(family, first, |socket| begin_at(socket, number)).with_context(name)?;
     connection.finish(100_000).with_context(name)
 }
 
@@ -82,11 +87,11 @@ fn begin_at(socket: &Socket, number: u32) -> io::Result<()> {
 }
 
 /// More than 2^32 bytes each way in one connection, on the devices with all offloads; hashed at both ends.
-pub(crate) fn five_gibibytes(world: &World, family: Family) -> anyhow::Result<()> {
+pub(crate) fn five_gibibytes(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const BYTES: u64 = (5 << 30) + 12_345;
-    let backend: TcpListener = world.backend(family)?;
-    let _injector = world.injector("smtp", "")?;
-    let client = world.client(family)?;
+    let backend: TcpListener = testbed.backend(family)?;
+    let _injector = testbed.injector("smtp", "")?;
+    let client = testbed.client(family)?;
     let mut server = accept(&backend)?;
     own_header(&mut server, &client)?;
     let start = Instant::now();

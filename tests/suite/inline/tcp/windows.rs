@@ -11,12 +11,12 @@ use injector_testbed::netns::Family;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{First, Lab};
+use crate::wire_testbed::{First, WireTestbed};
 
 /// Neither end reads until both windows have been closed for a second; then everything is there.
-pub(super) fn zero_window(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn zero_window(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const MUCH: usize = 12 << 20;
-    let connection = lab.connection(family, First::Server)?;
+    let connection = testbed.connection(family, First::Server)?;
     let (client, server) = (&connection.client, &connection.server);
     for socket in [client, server] {
         SockRef::from(socket).set_recv_buffer_size(64 << 10)?;
@@ -50,11 +50,11 @@ pub(super) fn zero_window(lab: &Lab, family: Family) -> anyhow::Result<()> {
 }
 
 /// Probes have a number before the next byte; they are answered, and the connection lives.
-pub(super) fn keepalive(lab: &Lab, family: Family) -> anyhow::Result<()> {
+pub(super) fn keepalive(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let probes = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&probes);
     let mut last = None;
-    let _faulty = lab.wire.faults(move |seen| {
+    let _faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Backend, Way::ToBackend) && seen.is_bare_ack() {
             let number = seen.tcp.sequence_number();
             if last.is_some_and(|last: u32| last.wrapping_sub(number) == 1) {
@@ -69,7 +69,7 @@ pub(super) fn keepalive(lab: &Lab, family: Family) -> anyhow::Result<()> {
         .with_time(Duration::from_secs(1))
         .with_interval(Duration::from_secs(1))
         .with_retries(1);
-    let connection = lab.connection(family, First::Server)?;
+    let connection = testbed.connection(family, First::Server)?;
     SockRef::from(&connection.client).set_tcp_keepalive(&often)?;
     SockRef::from(&connection.server).set_tcp_keepalive(&often)?;
     // A probe without an answer would end it a second later.

@@ -1,20 +1,23 @@
-//! What streams are made of, and following one as it arrives: every byte has one right place.
+//! The content of streams, and checking a stream as it arrives: every byte has exactly one
+//! position.
 
-use super::plan::{LARGEST, Plan, STARTS, Side};
+use super::plan::{MAX_STREAM, Plan, STARTS, Side};
 
-/// Bytes by which a place in the content is found again; at random they agree somewhere once in 2^100 runs.
+/// Bytes by which a position in the content is found again; random bytes match elsewhere once in
+/// 2^100 runs.
 const NEEDLE: usize = 16;
 
-/// How many leaps are noted before the rest counts as foreign.
-const MOST_LEAPS: usize = 16;
+/// How many jumps are recorded before the rest counts as foreign.
+const MAX_JUMPS: usize = 16;
 
-/// Random bytes, longer than any stream: no stream repeats itself, and two begin at different places.
+/// Random bytes, longer than any stream: no stream repeats itself, and two streams start at
+/// different positions.
 #[derive(Debug)]
 pub(crate) struct Content(Vec<u8>);
 
 impl Content {
     pub(crate) fn new(seed: u64) -> Self {
-        Self::of_length(seed, usize::try_from(LARGEST + STARTS).unwrap_or(usize::MAX))
+        Self::of_length(seed, usize::try_from(MAX_STREAM + STARTS).unwrap_or(usize::MAX))
     }
 
     fn of_length(seed: u64, length: usize) -> Self {
@@ -26,29 +29,29 @@ impl Content {
 
 /// One stream, byte for byte.
 #[derive(Clone, Debug)]
-pub(crate) struct Script<'a> {
-    words: Vec<u8>,
+pub(crate) struct StreamContent<'a> {
+    prefix: Vec<u8>,
     content: &'a [u8],
 }
 
-impl<'a> Script<'a> {
-    /// What a side sends by the plan.
+impl<'a> StreamContent<'a> {
+    /// What a side sends, according to the plan.
     pub(crate) fn new(plan: &Plan, side: Side, content: &'a Content) -> Self {
         let stream = plan.sent_by(side);
         let len = usize::try_from(stream.len).unwrap_or(usize::MAX);
         let start = usize::try_from(stream.start).unwrap_or(usize::MAX);
-        let mut words = plan.words(side).into_bytes();
-        words.truncate(len);
-        let rest = len - words.len();
+        let mut prefix = plan.prefix(side).into_bytes();
+        prefix.truncate(len);
+        let rest = len - prefix.len();
         let content = content.0.get(start..).and_then(|content| content.get(..rest));
-        Self { words, content: content.unwrap_or_default() }
+        Self { prefix, content: content.unwrap_or_default() }
     }
 
-    /// At most `most` bytes from `at` on, in one piece; empty at the end.
+    /// At most `most` bytes from `at` on, in one slice; empty at the end.
     pub(crate) fn piece(&self, at: u64, most: u64) -> &[u8] {
         let at = usize::try_from(at).unwrap_or(usize::MAX);
-        let part = match at.checked_sub(self.words.len()) {
-            None => self.words.get(at..),
+        let part = match at.checked_sub(self.prefix.len()) {
+            None => self.prefix.get(at..),
             Some(at) => self.content.get(at..),
         };
         let part = part.unwrap_or_default();
@@ -56,64 +59,64 @@ impl<'a> Script<'a> {
         part.get(..most.min(part.len())).unwrap_or_default()
     }
 
-    /// Where in the stream these bytes are.
+    /// The position of these bytes in the stream.
     fn find(&self, needle: &[u8]) -> Option<u64> {
         let behind = self.content.get(..NEEDLE.min(self.content.len())).unwrap_or_default();
-        let beginning = [&self.words, behind].concat();
+        let beginning = [&self.prefix, behind].concat();
         if let Some(at) = beginning.windows(needle.len()).position(|window| window == needle) {
             return Some(at as u64);
         }
         let at = self.content.windows(needle.len()).position(|window| window == needle)?;
-        Some((self.words.len() + at) as u64)
+        Some((self.prefix.len() + at) as u64)
     }
 }
 
-/// A place where the stream did not go on as it should, but at another place of its own.
+/// A position at which the stream continued at another position of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Leap {
-    /// What should have come.
+pub(crate) struct Jump {
+    /// The expected position.
     pub(crate) from: u64,
-    /// What came.
+    /// The actual position.
     pub(crate) to: u64,
 }
 
-/// What is wrong with a stream.
+/// The errors of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Faults {
-    pub(crate) leaps: Vec<Leap>,
-    /// From here on, counted as received, it is not the stream at all.
+pub(crate) struct StreamErrors {
+    pub(crate) jumps: Vec<Jump>,
+    /// Received bytes before the first that does not belong to the stream at all.
     pub(crate) foreign: Option<u64>,
 }
 
-/// Follows a stream as it arrives.
+/// Checks a stream as it arrives.
 #[derive(Debug)]
-pub(crate) struct Follower<'a> {
-    script: &'a Script<'a>,
-    /// The place in the script.
+pub(crate) struct StreamChecker<'a> {
+    stream: &'a StreamContent<'a>,
+    /// The position in the stream.
     at: u64,
     pub(crate) received: u64,
-    pub(crate) faults: Faults,
+    pub(crate) errors: StreamErrors,
     pub(crate) hash: blake3::Hasher,
     first: Vec<u8>,
 }
 
-impl<'a> Follower<'a> {
-    pub(crate) fn new(script: &'a Script<'a>) -> Self {
-        let (faults, hash) = (Faults::default(), blake3::Hasher::new());
-        Self { script, at: 0, received: 0, faults, hash, first: Vec::new() }
+impl<'a> StreamChecker<'a> {
+    pub(crate) fn new(stream: &'a StreamContent<'a>) -> Self {
+        let (errors, hash) = (StreamErrors::default(), blake3::Hasher::new());
+        Self { stream, at: 0, received: 0, errors, hash, first: Vec::new() }
     }
 
-    /// Takes what has arrived.
-    pub(crate) fn take(&mut self, mut arrived: &[u8]) {
+    /// Checks received bytes.
+    pub(crate) fn feed(&mut self, mut arrived: &[u8]) {
         self.hash.update(arrived);
         let missing = 4_usize.saturating_sub(self.first.len()).min(arrived.len());
         self.first.extend_from_slice(arrived.get(..missing).unwrap_or_default());
         while !arrived.is_empty() {
-            if self.faults.foreign.is_some() {
+            if self.errors.foreign.is_some() {
                 self.received += arrived.len() as u64;
                 return;
             }
-            let expected = self.script.piece(self.at, arrived.len() as u64);
+            let expected = self.stream.piece(self.at, arrived.len() as u64);
             let (now, rest) = arrived.split_at(expected.len());
             let same = if now == expected { now.len() } else { common(now, expected) };
             self.at += same as u64;
@@ -122,30 +125,30 @@ impl<'a> Follower<'a> {
                 arrived = rest;
             } else {
                 arrived = arrived.get(same..).unwrap_or_default();
-                self.leap(arrived);
+                self.jump(arrived);
             }
         }
     }
 
-    /// Whether the daemon speaks, not the backend: RFC 5321's 421.
-    pub(crate) fn is_refusal(&self) -> bool {
+    /// Whether the daemon responded instead of the backend: RFC 5321's 421.
+    pub(crate) fn is_rejection(&self) -> bool {
         self.first == b"421 "
     }
 
-    /// Finds out where in the stream these bytes belong.
-    fn leap(&mut self, arrived: &[u8]) {
+    /// Determines where in the stream these bytes belong.
+    fn jump(&mut self, arrived: &[u8]) {
         let needle = arrived.get(..NEEDLE.min(arrived.len())).unwrap_or_default();
-        let to = if needle.len() < 4 || self.faults.leaps.len() == MOST_LEAPS {
+        let to = if needle.len() < 4 || self.errors.jumps.len() == MAX_JUMPS {
             None
         } else {
-            self.script.find(needle)
+            self.stream.find(needle)
         };
         match to {
             Some(to) => {
-                self.faults.leaps.push(Leap { from: self.at, to });
+                self.errors.jumps.push(Jump { from: self.at, to });
                 self.at = to;
             }
-            None => self.faults.foreign = Some(self.received),
+            None => self.errors.foreign = Some(self.received),
         }
     }
 }
@@ -158,36 +161,36 @@ fn common(one: &[u8], other: &[u8]) -> usize {
 mod tests {
     use super::*;
 
-    fn followed(script: &Script<'_>, pieces: &[&[u8]]) -> (u64, Faults) {
-        let mut follower = Follower::new(script);
-        pieces.iter().for_each(|piece| follower.take(piece));
-        (follower.received, follower.faults)
+    fn followed(stream: &StreamContent<'_>, pieces: &[&[u8]]) -> (u64, StreamErrors) {
+        let mut checker = StreamChecker::new(stream);
+        pieces.iter().for_each(|piece| checker.feed(piece));
+        (checker.received, checker.errors)
     }
 
-    fn script(content: &Content) -> Script<'_> {
-        Script { words: b"220 hello\r\n".to_vec(), content: &content.0[100..100_100] }
+    fn stream(content: &Content) -> StreamContent<'_> {
+        StreamContent { prefix: b"220 hello\r\n".to_vec(), content: &content.0[100..100_100] }
     }
 
-    fn all(script: &Script<'_>) -> Vec<u8> {
-        [&script.words, script.content].concat()
+    fn all(stream: &StreamContent<'_>) -> Vec<u8> {
+        [&stream.prefix, stream.content].concat()
     }
 
     #[test]
-    fn a_stream_is_followed_in_any_pieces() {
+    fn a_stream_is_checked_in_any_pieces() {
         let content = Content::of_length(1, 200_000);
-        let script = script(&content);
-        let bytes = all(&script);
+        let stream = stream(&content);
+        let bytes = all(&stream);
         for size in [1, 7, 11, 4096, 1 << 20] {
             let pieces: Vec<_> = bytes.chunks(size).collect();
-            assert_eq!(followed(&script, &pieces), (100_011, Faults::default()), "{size}");
+            assert_eq!(followed(&stream, &pieces), (100_011, StreamErrors::default()), "{size}");
         }
     }
 
     #[test]
-    fn lost_doubled_and_moved_bytes_are_leaps() {
+    fn lost_repeated_and_reordered_bytes_are_jumps() {
         let content = Content::of_length(2, 200_000);
-        let script = script(&content);
-        let bytes = all(&script);
+        let stream = stream(&content);
+        let bytes = all(&stream);
         type Case<'a> = (&'a [&'a [u8]], &'a [(u64, u64)]);
         let cases: [Case<'_>; 4] = [
             (&[&bytes[..5000], &bytes], &[(5000, 0)]),
@@ -199,33 +202,33 @@ mod tests {
             ),
         ];
         for (pieces, expected) in cases {
-            let (_, faults) = followed(&script, pieces);
-            let leaps: Vec<_> = faults.leaps.iter().map(|leap| (leap.from, leap.to)).collect();
-            assert_eq!((&leaps[..], faults.foreign), (expected, None));
+            let (_, errors) = followed(&stream, pieces);
+            let jumps: Vec<_> = errors.jumps.iter().map(|jump| (jump.from, jump.to)).collect();
+            assert_eq!((&jumps[..], errors.foreign), (expected, None));
         }
     }
 
     #[test]
     fn bytes_of_another_stream_are_foreign() {
         let content = Content::of_length(3, 200_000);
-        let script = script(&content);
-        let bytes = all(&script);
-        let (received, faults) = followed(&script, &[&bytes[..5000], &content.0[150_000..150_100], &bytes]);
-        assert_eq!(faults, Faults { leaps: vec![], foreign: Some(5000) });
+        let stream = stream(&content);
+        let bytes = all(&stream);
+        let (received, errors) = followed(&stream, &[&bytes[..5000], &content.0[150_000..150_100], &bytes]);
+        assert_eq!(errors, StreamErrors { jumps: vec![], foreign: Some(5000) });
         assert_eq!(received, 5100 + bytes.len() as u64);
     }
 
     #[test]
-    fn bytes_behind_the_end_are_faults() {
+    fn bytes_after_the_end_are_errors() {
         let content = Content::of_length(4, 200_000);
-        let script = script(&content);
-        let mut bytes = all(&script);
+        let stream = stream(&content);
+        let mut bytes = all(&stream);
         let len = bytes.len() as u64;
         bytes.extend_from_slice(&content.0[100..200]);
-        let (_, faults) = followed(&script, &[&bytes]);
-        assert_eq!(faults.leaps.first(), Some(&Leap { from: len, to: 11 }));
-        let (_, faults) = followed(&script, &[&all(&script), b"x"]);
-        assert_eq!(faults.foreign, Some(len));
+        let (_, errors) = followed(&stream, &[&bytes]);
+        assert_eq!(errors.jumps.first(), Some(&Jump { from: len, to: 11 }));
+        let (_, errors) = followed(&stream, &[&all(&stream), b"x"]);
+        assert_eq!(errors.foreign, Some(len));
     }
 
     #[test]

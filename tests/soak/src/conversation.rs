@@ -1,4 +1,4 @@
-//! One end of a session: does what the plan says and notes what it sees.
+//! One side of a session: follows the plan and records what it observes.
 
 use std::io;
 use std::time::Duration;
@@ -12,53 +12,53 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::content::{Content, Faults, Follower, Script};
-use super::plan::{Ending, Moment, Plan, Rest, Side};
+use super::content::{Content, StreamChecker, StreamContent, StreamErrors};
+use super::plan::{Delay, Ending, Moment, Plan, Side};
 
 /// A session takes seconds. One that takes longer hangs.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// How an end saw the other go.
+/// How the connection ended for one side.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    /// A FIN.
+pub(crate) enum ConnectionEnd {
+    /// The other side sent a FIN.
     Fin,
-    /// A reset.
+    /// The other side sent a reset.
     Reset,
-    /// It was itself the one that went, as planned.
-    Gone,
-    /// Nothing, until the time was over.
-    Stuck,
+    /// This side closed first, as planned.
+    Left,
+    /// It did not end within the limit.
+    TimedOut,
     /// Another error, or no connection at all.
     Failed(String),
 }
 
-/// What one end has done and seen.
+/// What one side has sent, received and observed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Seen {
+pub(crate) struct EndpointResult {
     /// Bytes written.
     pub(crate) sent: u64,
-    /// Hash of these.
+    /// Hash of the bytes written.
     pub(crate) sent_hash: blake3::Hash,
-    /// Its FIN was sent.
+    /// Whether it sent its FIN.
     pub(crate) finished: bool,
-    /// What ended its writing before its time.
+    /// The error that ended its writing early.
     pub(crate) write_error: Option<io::ErrorKind>,
-    /// Bytes read; none where the daemon spoke for the backend.
+    /// Bytes read; none if the daemon responded instead of the backend.
     pub(crate) received: u64,
-    /// Hash of these.
+    /// Hash of the bytes read.
     pub(crate) received_hash: blake3::Hash,
-    /// What was wrong with them.
-    pub(crate) faults: Faults,
-    /// The daemon turned the client away in SMTP's words.
-    pub(crate) refused: bool,
-    /// How it ended.
-    pub(crate) end: End,
+    /// Errors in the bytes read.
+    pub(crate) errors: StreamErrors,
+    /// Whether the daemon rejected the client with an SMTP reply.
+    pub(crate) rejected: bool,
+    /// How the connection ended.
+    pub(crate) end: ConnectionEnd,
 }
 
-impl Seen {
-    /// An end that came without a byte.
-    pub(crate) fn ended(end: End) -> Self {
+impl EndpointResult {
+    /// A side that exchanged no byte.
+    pub(crate) fn ended(end: ConnectionEnd) -> Self {
         let nothing = blake3::hash(&[]);
         Self {
             sent: 0,
@@ -67,91 +67,102 @@ impl Seen {
             write_error: None,
             received: 0,
             received_hash: nothing,
-            faults: Faults::default(),
-            refused: false,
+            errors: StreamErrors::default(),
+            rejected: false,
             end,
         }
     }
 }
 
-/// How far the reading is, for the writing to wait for.
+/// Progress of the reading half, which the writing half waits for.
 #[derive(Clone, Copy, Debug, Default)]
-struct Heard {
+struct ReadProgress {
     received: u64,
     finished: bool,
 }
 
-/// Carries a connected socket through the plan; `first` was read of it before.
-pub(crate) async fn converse(
+/// Runs a connected socket through the plan; `first` was read from it before.
+pub(crate) async fn run_conversation(
     mut stream: TcpStream,
     plan: &Plan,
     side: Side,
     content: &Content,
     first: &[u8],
-) -> Seen {
-    let (own, other) = (Script::new(plan, side, content), Script::new(plan, side.other(), content));
-    let departure = plan.ending.departure(side, plan.greeting());
-    let moment = departure.map(|(moment, _)| moment);
-    let (heard, listening) = watch::channel(Heard::default());
-    // Both survive the futures that fill them, which may be dropped half way.
-    let mut said = Said::default();
-    let mut follower = Follower::new(&other);
+) -> EndpointResult {
+    let (own, expected) =
+        (StreamContent::new(plan, side, content), StreamContent::new(plan, side.other(), content));
+    let planned_exit = plan.ending.planned_exit(side, plan.greeting());
+    let moment = planned_exit.map(|(moment, _)| moment);
+    let (read_progress, progress_of_reading) = watch::channel(ReadProgress::default());
+    // Both survive the futures that fill them, which may be dropped halfway.
+    let mut write_progress = WriteProgress::default();
+    let mut checker = StreamChecker::new(&expected);
     if !first.is_empty() {
-        follower.take(first);
-        heard.send_replace(Heard { received: first.len() as u64, finished: false });
+        checker.feed(first);
+        read_progress.send_replace(ReadProgress { received: first.len() as u64, finished: false });
     }
     let (mut incoming, mut outgoing) = stream.split();
-    let read = Reading { plan, side, moment, heard };
-    let write = Writing { plan, side, moment, listening, script: &own, said: &mut said };
-    let end = timeout(LIMIT, both(read.run(&mut incoming, &mut follower), write.run(&mut outgoing))).await;
-    if departure.is_some_and(|(_, reset)| reset) && end == Ok(End::Gone) {
-        // If it fails, the connection is broken already.
+    let read = Reading { plan, side, moment, read_progress };
+    let write = Writing {
+        plan,
+        side,
+        moment,
+        read_progress: progress_of_reading,
+        stream: &own,
+        write_progress: &mut write_progress,
+    };
+    let end = timeout(LIMIT, run_both(read.run(&mut incoming, &mut checker), write.run(&mut outgoing))).await;
+    if planned_exit.is_some_and(|(_, reset)| reset) && end == Ok(ConnectionEnd::Left) {
+        // If this fails, the connection is broken already.
         let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
     }
     drop(stream);
-    seen(end.unwrap_or(End::Stuck), &said, &follower)
+    result(end.unwrap_or(ConnectionEnd::TimedOut), &write_progress, &checker)
 }
 
-fn seen(end: End, said: &Said, follower: &Follower<'_>) -> Seen {
-    let refused = follower.is_refusal();
-    // Whichever call comes first after a reset is told, and the other then takes it for an end of file. Behind a FIN
-    // the error is EPIPE (tcp_reset, net/ipv4/tcp_input.c).
-    let told_the_writer = said.error == Some(io::ErrorKind::ConnectionReset);
-    Seen {
-        sent: said.count,
-        sent_hash: said.hash.finalize(),
-        finished: said.finished,
-        write_error: said.error,
-        received: if refused { 0 } else { follower.received },
-        received_hash: follower.hash.finalize(),
-        faults: if refused { Faults::default() } else { follower.faults.clone() },
-        refused,
-        end: if told_the_writer && end == End::Fin { End::Reset } else { end },
+fn result(end: ConnectionEnd, write_progress: &WriteProgress, checker: &StreamChecker<'_>) -> EndpointResult {
+    let rejected = checker.is_rejection();
+    // The first call after a reset gets the error, and the other then sees an end of file. After a
+    // FIN the error is EPIPE (tcp_reset, net/ipv4/tcp_input.c).
+    let writer_got_reset = write_progress.error == Some(io::ErrorKind::ConnectionReset);
+    EndpointResult {
+        sent: write_progress.count,
+        sent_hash: write_progress.hash.finalize(),
+        finished: write_progress.finished,
+        write_error: write_progress.error,
+        received: if rejected { 0 } else { checker.received },
+        received_hash: checker.hash.finalize(),
+        errors: if rejected { StreamErrors::default() } else { checker.errors.clone() },
+        rejected,
+        end: if writer_got_reset && end == ConnectionEnd::Fin { ConnectionEnd::Reset } else { end },
     }
 }
 
-/// How the writing stopped.
-enum Wrote {
-    /// All of it, or as far as it got: the reading tells the end.
+/// How the writing half stopped.
+enum WriteEnd {
+    /// It has written everything, or failed: the reading half determines the end.
     Stopped,
-    /// The moment to go has come.
-    Gone,
+    /// The planned moment to close has come.
+    Left,
 }
 
-/// Both directions, until the connection is over for this end.
-async fn both(reading: impl Future<Output = End>, writing: impl Future<Output = Wrote>) -> End {
+/// Both directions, until the connection has ended for this side.
+async fn run_both(
+    reading: impl Future<Output = ConnectionEnd>,
+    writing: impl Future<Output = WriteEnd>,
+) -> ConnectionEnd {
     tokio::pin!(reading, writing);
     tokio::select! {
-        // The order in which they are polled must not depend on chance that the seed does not govern.
+        // The polling order must be deterministic: only the seed governs chance.
         biased;
         wrote = &mut writing => match wrote {
-            Wrote::Gone => End::Gone,
-            Wrote::Stopped => reading.await,
+            WriteEnd::Left => ConnectionEnd::Left,
+            WriteEnd::Stopped => reading.await,
         },
         end = &mut reading => match end {
-            End::Fin => match writing.await {
-                Wrote::Gone => End::Gone,
-                Wrote::Stopped => End::Fin,
+            ConnectionEnd::Fin => match writing.await {
+                WriteEnd::Left => ConnectionEnd::Left,
+                WriteEnd::Stopped => ConnectionEnd::Fin,
             },
             other => other,
         },
@@ -162,16 +173,16 @@ struct Reading<'a> {
     plan: &'a Plan,
     side: Side,
     moment: Option<Moment>,
-    heard: watch::Sender<Heard>,
+    read_progress: watch::Sender<ReadProgress>,
 }
 
 impl Reading<'_> {
-    async fn run(self, socket: &mut ReadHalf<'_>, follower: &mut Follower<'_>) -> End {
+    async fn run(self, socket: &mut ReadHalf<'_>, checker: &mut StreamChecker<'_>) -> ConnectionEnd {
         let mut buffer = vec![0; 64 << 10];
         let mut stalls = self.plan.sent_by(self.side.other()).stalls.clone().into_iter().peekable();
         loop {
-            let received = follower.received;
-            while let Some(stall) = stalls.next_if(|stall: &Rest| stall.at <= received) {
+            let received = checker.received;
+            while let Some(stall) = stalls.next_if(|stall: &Delay| stall.at <= received) {
                 sleep(stall.length()).await;
             }
             let go = match self.moment {
@@ -179,30 +190,30 @@ impl Reading<'_> {
                 _ => None,
             };
             if go.is_some_and(|go| go <= received) {
-                return End::Gone;
+                return ConnectionEnd::Left;
             }
             let mark = stalls.peek().map(|stall| stall.at).into_iter().chain(go).min();
-            let room = mark.map_or(u64::MAX, |mark| mark - received);
-            let room = usize::try_from(room).unwrap_or(usize::MAX).min(buffer.len());
-            match socket.read(buffer.get_mut(..room).unwrap_or_default()).await {
+            let limit = mark.map_or(u64::MAX, |mark| mark - received);
+            let limit = usize::try_from(limit).unwrap_or(usize::MAX).min(buffer.len());
+            match socket.read(buffer.get_mut(..limit).unwrap_or_default()).await {
                 Ok(0) => {
-                    self.heard.send_modify(|heard| heard.finished = true);
-                    return End::Fin;
+                    self.read_progress.send_modify(|progress| progress.finished = true);
+                    return ConnectionEnd::Fin;
                 }
                 Ok(count) => {
-                    follower.take(buffer.get(..count).unwrap_or_default());
-                    self.heard.send_modify(|heard| heard.received += count as u64);
+                    checker.feed(buffer.get(..count).unwrap_or_default());
+                    self.read_progress.send_modify(|progress| progress.received += count as u64);
                 }
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return End::Reset,
-                Err(error) => return End::Failed(format!("reading: {error}")),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return ConnectionEnd::Reset,
+                Err(error) => return ConnectionEnd::Failed(format!("reading: {error}")),
             }
         }
     }
 }
 
-/// What was written.
+/// Progress of the writing half.
 #[derive(Debug, Default)]
-struct Said {
+struct WriteProgress {
     count: u64,
     hash: blake3::Hasher,
     finished: bool,
@@ -213,74 +224,80 @@ struct Writing<'a> {
     plan: &'a Plan,
     side: Side,
     moment: Option<Moment>,
-    listening: watch::Receiver<Heard>,
-    script: &'a Script<'a>,
-    said: &'a mut Said,
+    read_progress: watch::Receiver<ReadProgress>,
+    stream: &'a StreamContent<'a>,
+    write_progress: &'a mut WriteProgress,
 }
 
 impl Writing<'_> {
-    async fn run(mut self, socket: &mut WriteHalf<'_>) -> Wrote {
+    async fn run(mut self, socket: &mut WriteHalf<'_>) -> WriteEnd {
         match self.write(socket).await {
             Ok(wrote) => wrote,
             Err(error) => {
-                self.said.error = Some(error.kind());
-                Wrote::Stopped
+                self.write_progress.error = Some(error.kind());
+                WriteEnd::Stopped
             }
         }
     }
 
-    async fn write(&mut self, socket: &mut WriteHalf<'_>) -> io::Result<Wrote> {
-        let leaves = matches!((self.plan.ending, self.side), (Ending::Leaves { .. }, Side::Client));
-        if leaves || self.moment == Some(Moment::Read(0)) {
-            // Without a word, when its reading says so.
-            return Ok(Wrote::Stopped);
+    async fn write(&mut self, socket: &mut WriteHalf<'_>) -> io::Result<WriteEnd> {
+        let leaves_silently =
+            matches!((self.plan.ending, self.side), (Ending::ClientLeavesSilently { .. }, Side::Client));
+        if leaves_silently || self.moment == Some(Moment::Read(0)) {
+            // It closes without sending a byte, when its reading half reaches the planned moment.
+            return Ok(WriteEnd::Stopped);
         }
         let awaited = self.plan.awaits(self.side);
-        // The reading has ended otherwise: what it saw is the end of this session.
-        if self.listening.wait_for(|heard| heard.received >= awaited || heard.finished).await.is_err() {
-            return Ok(Wrote::Stopped);
+        // The reading half has already ended: its result is the end of this session.
+        if self
+            .read_progress
+            .wait_for(|progress| progress.received >= awaited || progress.finished)
+            .await
+            .is_err()
+        {
+            return Ok(WriteEnd::Stopped);
         }
         let stream = self.plan.sent_by(self.side);
         let until = match self.moment {
             Some(Moment::Sent(count)) => count,
-            _ => stream.len - stream.kept_back,
+            _ => stream.len - stream.held_back,
         };
         self.pieces(socket, until).await?;
         if matches!(self.moment, Some(Moment::Sent(_))) {
-            return Ok(Wrote::Gone);
+            return Ok(WriteEnd::Left);
         }
-        if self.plan.ending == Ending::FinishesFirst(self.side.other()) {
-            if self.listening.wait_for(|heard| heard.finished).await.is_err() {
-                return Ok(Wrote::Stopped);
+        if self.plan.ending == Ending::ClosesFirst(self.side.other()) {
+            if self.read_progress.wait_for(|progress| progress.finished).await.is_err() {
+                return Ok(WriteEnd::Stopped);
             }
             self.pieces(socket, stream.len).await?;
         }
         socket.shutdown().await?;
-        self.said.finished = true;
-        Ok(Wrote::Stopped)
+        self.write_progress.finished = true;
+        Ok(WriteEnd::Stopped)
     }
 
-    /// Writes on to that place, in the plan's pieces and with its pauses.
+    /// Writes up to `until`, in the pieces and with the pauses of the plan.
     async fn pieces(&mut self, socket: &mut WriteHalf<'_>, until: u64) -> io::Result<()> {
         let stream = self.plan.sent_by(self.side);
         let mut sizes = ChaCha8Rng::seed_from_u64(stream.pieces_seed);
-        let from = self.said.count;
+        let from = self.write_progress.count;
         let pauses: Vec<_> = stream.pauses.iter().copied().filter(|pause| pause.at >= from).collect();
         let mut pauses = pauses.into_iter().peekable();
         loop {
-            let sent = self.said.count;
-            while let Some(pause) = pauses.next_if(|pause: &Rest| pause.at <= sent) {
+            let sent = self.write_progress.count;
+            while let Some(pause) = pauses.next_if(|pause: &Delay| pause.at <= sent) {
                 sleep(pause.length()).await;
             }
             if sent >= until {
                 return Ok(());
             }
             let next = pauses.peek().map_or(until, |pause| pause.at.min(until));
-            let size = sizes.random_range(1..=stream.largest_piece).min(next - sent);
-            let piece = self.script.piece(sent, size);
+            let size = sizes.random_range(1..=stream.max_piece).min(next - sent);
+            let piece = self.stream.piece(sent, size);
             let written = socket.write(piece).await?;
-            self.said.hash.update(piece.get(..written).unwrap_or_default());
-            self.said.count += written as u64;
+            self.write_progress.hash.update(piece.get(..written).unwrap_or_default());
+            self.write_progress.count += written as u64;
         }
     }
 }
@@ -290,19 +307,19 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::verdict::judge;
+    use crate::verdict::check;
 
-    /// Both ends joined without a daemon in between: whatever is found wrong here is a fault of the soak.
+    /// Both sides connected without a daemon: any failure here is an error of the soak itself.
     #[test]
-    fn sessions_without_a_daemon_are_judged_good() {
+    fn sessions_without_a_daemon_pass() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let content = Content::new(9);
         let numbers: Vec<_> = (0..300)
             .filter(|number| {
                 let plan = Plan::draw(9, *number);
                 plan.up.len.max(plan.down.len) < 4 << 20
-                // Alone the daemon turns a client away.
-                && !matches!(plan.ending, Ending::Speechless { .. })
+                // Only the daemon rejects clients.
+                && !matches!(plan.ending, Ending::BackendLeavesSilently { .. })
             })
             .collect();
         for numbers in numbers.chunks(32) {
@@ -318,10 +335,10 @@ mod tests {
         let (client, accepted) = tokio::join!(connected, listener.accept());
         let (client, (backend, _)) = (client.unwrap(), accepted.unwrap());
         let (client, backend) = tokio::join!(
-            converse(client, &plan, Side::Client, content, &[]),
-            converse(backend, &plan, Side::Backend, content, &[]),
+            run_conversation(client, &plan, Side::Client, content, &[]),
+            run_conversation(backend, &plan, Side::Backend, content, &[]),
         );
-        assert_eq!(judge(&plan, &client, Some(&backend)), Ok(()), "{plan}\n{client:#?}\n{backend:#?}");
+        assert_eq!(check(&plan, &client, Some(&backend)), Ok(()), "{plan}\n{client:#?}\n{backend:#?}");
         if plan.ending.clean() {
             assert_eq!((client.sent, backend.sent), (plan.up.len, plan.down.len));
         }

@@ -15,29 +15,29 @@ use tokio::time::{sleep, timeout};
 
 use super::Options;
 use super::content::Content;
-use super::conversation::{End, LIMIT, Seen, converse};
+use super::conversation::{ConnectionEnd, EndpointResult, LIMIT, run_conversation};
 use super::plan::{Plan, Side};
-use super::session_log::Ledger;
-use super::testbed::{LISTENERS, MOST_SESSIONS, destination, number, source};
+use super::session_log::SessionLog;
+use super::testbed::{LISTENERS, MAX_SESSIONS, destination, number, source};
 
-/// Bytes that may be planned per second of the run, both directions together, so that large streams do not eat the time
-/// that many sessions are to have.
+/// Limit of planned bytes per second of the run, both directions together, so that a few large
+/// streams do not displace many sessions.
 const BYTES_PER_SECOND: u64 = 64 << 20;
 
-/// What both ends share.
+/// What both sides share.
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
     pub(crate) options: Options,
     pub(crate) content: Arc<Content>,
-    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) log: Arc<SessionLog>,
 }
 
-/// A runtime whose sockets belong to the namespace of the thread that calls this.
+/// A runtime whose sockets belong to the namespace of the calling thread.
 fn runtime() -> anyhow::Result<Runtime> {
     Builder::new_current_thread().enable_all().build().context("no runtime")
 }
 
-/// Starts sessions until the time is over, and waits for their ends; returns how many there were.
+/// Starts sessions until the time has passed, and waits for their ends; returns their number.
 pub(crate) fn clients(shared: &Shared) -> anyhow::Result<u64> {
     runtime()?.block_on(start_all(shared))
 }
@@ -48,12 +48,12 @@ async fn start_all(shared: &Shared) -> anyhow::Result<u64> {
     let start = Instant::now();
     let mut running = JoinSet::new();
     let mut planned = 0;
-    let numbers = only.map_or(0..MOST_SESSIONS, |only| only..only + 1);
+    let numbers = only.map_or(0..MAX_SESSIONS, |only| only..only + 1);
     let first = numbers.start;
     let mut next = first;
     for number in numbers {
         let permit = Arc::clone(&free).acquire_owned().await?;
-        while within(planned, start.elapsed()) && start.elapsed() < duration {
+        while over_budget(planned, start.elapsed()) && start.elapsed() < duration {
             sleep(Duration::from_millis(5)).await;
         }
         if start.elapsed() >= duration && only.is_none() {
@@ -64,12 +64,14 @@ async fn start_all(shared: &Shared) -> anyhow::Result<u64> {
         let shared = shared.clone();
         running.spawn(async move {
             let seen = match connect(&plan, &shared).await {
-                Ok(stream) => converse(stream, &plan, Side::Client, &shared.content, &[]).await,
-                // By a backend that is quick: the daemon has accepted before, and only then can anybody reset.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Seen::ended(End::Reset),
-                Err(error) => Seen::ended(End::Failed(format!("connecting: {error}"))),
+                Ok(stream) => run_conversation(stream, &plan, Side::Client, &shared.content, &[]).await,
+                // By a fast backend: nothing resets before the daemon has accepted.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    EndpointResult::ended(ConnectionEnd::Reset)
+                }
+                Err(error) => EndpointResult::ended(ConnectionEnd::Failed(format!("connecting: {error}"))),
             };
-            shared.ledger.enter(number, Side::Client, seen);
+            shared.log.record(number, Side::Client, seen);
             drop(permit);
         });
         next = number + 1;
@@ -81,8 +83,8 @@ async fn start_all(shared: &Shared) -> anyhow::Result<u64> {
     Ok(next - first)
 }
 
-/// Whether so many bytes are too many after that time; the first second's are given in advance.
-fn within(planned: u64, elapsed: Duration) -> bool {
+/// Whether more bytes are planned than the time allows; one second is granted in advance.
+fn over_budget(planned: u64, elapsed: Duration) -> bool {
     let allowed = u128::from(BYTES_PER_SECOND) * (elapsed.as_millis() + 1000) / 1000;
     u128::from(planned) > allowed
 }
@@ -91,7 +93,7 @@ async fn connect(plan: &Plan, shared: &Shared) -> io::Result<TcpStream> {
     let destination = destination(plan, shared.options.engine);
     let socket = if destination.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(buffer) = plan.down.receive_buffer {
-        // Before connecting, so that the window is announced to fit.
+        // Before connecting, so that the advertised window fits.
         socket.set_recv_buffer_size(buffer)?;
     }
     socket.bind(source(plan.number, plan.family))?;
@@ -100,7 +102,7 @@ async fn connect(plan: &Plan, shared: &Shared) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Answers on all backend addresses until told to stop.
+/// Serves on all backend addresses until stopped.
 pub(crate) fn backend(
     shared: &Shared,
     ready: &std::sync::mpsc::Sender<()>,
@@ -113,7 +115,7 @@ pub(crate) fn backend(
             let socket = socket.with_context(|| format!("backend at {}", listener.backend))?;
             accepting.spawn(accept(socket, shared.clone(), stop.clone()));
         }
-        // Nobody waits only if the run has failed already.
+        // The receiver is gone only if the run has failed already.
         let _ = ready.send(());
         while let Some(ended) = accepting.join_next().await {
             ended.context("the backend panicked")??;
@@ -131,16 +133,16 @@ async fn accept(
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => accepted.context("accepting at the backend")?.0,
-            // An error means that the run is over as well.
+            // An error also means that the run has ended.
             _ = stop.wait_for(|stop| *stop) => break,
         };
-        shared.ledger.open().at_backend += 1;
+        shared.log.lock().at_backend += 1;
         let shared = shared.clone();
         running.spawn(async move {
-            if let Err(error) = answer(stream, &shared).await {
-                shared.ledger.open().strangers.push(format!("{error:#}"));
+            if let Err(error) = serve(stream, &shared).await {
+                shared.log.lock().unmatched.push(format!("{error:#}"));
             }
-            shared.ledger.open().at_backend -= 1;
+            shared.log.lock().at_backend -= 1;
         });
         while running.try_join_next().is_some() {}
     }
@@ -150,37 +152,39 @@ async fn accept(
     Ok(())
 }
 
-/// Demands a header, which must come whole in the first read, finds the session in it, and plays its part.
-async fn answer(stream: TcpStream, shared: &Shared) -> anyhow::Result<()> {
+/// Requires a header, complete in the first read, identifies the session by it, and runs its plan.
+async fn serve(stream: TcpStream, shared: &Shared) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
     let mut first = vec![0; 16 << 10];
     let Some(count) = first_read(&stream, &mut first).await? else {
-        shared.ledger.open().without_header += 1;
+        shared.log.lock().without_header += 1;
         return Ok(());
     };
     first.truncate(count);
     let beginning = first.get(..count.min(64)).unwrap_or_default();
-    let header = parse(&first).with_context(|| format!("no whole header at first, but {beginning:02x?}"))?;
+    let header = parse(&first)
+        .with_context(|| format!("no complete header in the first read, but {beginning:02x?}"))?;
     let addresses = header.command.addresses().context("a header without addresses")?;
     let from = addresses.source();
-    let number = number(from).with_context(|| format!("a header that names {from}, which is no client"))?;
+    let number =
+        number(from).with_context(|| format!("a header that names {from}, which is not a client"))?;
     let plan = Plan::draw(shared.options.seed, number);
     let (source, destination) = (source(number, plan.family), destination(&plan, shared.options.engine));
     anyhow::ensure!(
         (from, addresses.destination()) == (source, destination),
-        "session {number} goes from {source} to {destination}, its header says {from} to {}",
+        "session {number} is from {source} to {destination}, but its header names {from} to {}",
         addresses.destination()
     );
     let rest = first.get(header.len..).unwrap_or_default();
     if let Some(buffer) = plan.up.receive_buffer {
         SockRef::from(&stream).set_recv_buffer_size(usize::try_from(buffer)?)?;
     }
-    let seen = converse(stream, &plan, Side::Backend, &shared.content, rest).await;
-    shared.ledger.enter(number, Side::Backend, seen);
+    let seen = run_conversation(stream, &plan, Side::Backend, &shared.content, rest).await;
+    shared.log.record(number, Side::Backend, seen);
     Ok(())
 }
 
-/// The first bytes of a connection, or `None` if it went without any.
+/// The first bytes of a connection, or `None` if it ended without any.
 async fn first_read(stream: &TcpStream, buffer: &mut [u8]) -> anyhow::Result<Option<usize>> {
     let reading = async {
         loop {

@@ -1,10 +1,13 @@
-//! The soak: thousands of random sessions through the daemon, each held against its plan byte for byte.
+//! The soak: thousands of random sessions through the daemon, each checked byte for byte against
+//! its plan.
 //!
-//! Every session follows a `plan` that is drawn from a seed and its number alone, so both ends know it without a word
-//! between them, and one session can be run again by itself. In reading order: `plan` draws, `testbed` builds the
-//! namespaces and starts the daemon, `endpoints` are the clients and the backend, whose sockets `conversation` carries
-//! through the plan and whose bytes `content` follows, `verdict` judges a session by what its ends saw, `daemon_report`
-//! by what the daemon says, [`injector_testbed::resource_usage`] measure the machine, and `report` is what a person reads.
+//! Every session follows a `plan` that is drawn from a seed and its number alone, so that both
+//! sides know it without communicating, and one session can be run again by itself. In reading
+//! order: `plan` draws, `testbed` creates the namespaces and starts the daemon, `endpoints` are the
+//! clients and the backend, `conversation` runs one of their sockets through the plan, `content`
+//! checks the received bytes, `verdict` checks what both sides observed, `daemon_report` checks the
+//! daemon's log lines and metrics, [`injector_testbed::resource_usage`] measures the machine, and
+//! `report` prints the result.
 
 mod content;
 mod conversation;
@@ -29,9 +32,9 @@ use self::conversation::LIMIT;
 use self::endpoints::Shared;
 use self::plan::Plan;
 pub use self::report::Report;
-use self::report::{After, Before};
-use self::session_log::Ledger;
-use self::testbed::{MOST_SESSIONS, Stage};
+use self::report::{ResourcesAfter, ResourcesBefore};
+use self::session_log::SessionLog;
+use self::testbed::{MAX_SESSIONS, Testbed};
 use injector_testbed::resource_usage::MemoryWatch;
 
 /// What carries the payload.
@@ -44,7 +47,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Both.
+    /// Both engines.
     pub const ALL: [Self; 2] = [Self::Splice, Self::Relay];
 
     /// Its name in the daemon's configuration.
@@ -66,105 +69,105 @@ impl fmt::Display for Engine {
 /// What to run.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Of all random choices: the same seed gives the same plan to every session.
+    /// The seed of all random choices: the same seed gives the same plan to every session.
     pub seed: u64,
-    /// How long new sessions are started; those that run then are waited for.
+    /// How long new sessions are started; running ones are waited for.
     pub duration: Duration,
-    /// How many sessions run at one time.
+    /// Number of simultaneous sessions.
     pub at_once: usize,
-    /// Which engine to run them through.
+    /// The engine under test.
     pub engine: Engine,
-    /// How many sessions there must have been at the end.
+    /// Minimum number of sessions for the run to pass.
     pub planned: u64,
-    /// Run this session alone, whatever the duration.
+    /// Run only this session, whatever the duration.
     pub only: Option<u64>,
 }
 
-/// Runs a soak in namespaces of its own; `tell` gets a line of progress every ten seconds.
+/// Runs a soak in its own namespaces; `on_progress` gets a line every ten seconds.
 ///
 /// # Errors
-/// When it could not be run. Sessions that failed are in the report.
-pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
+/// When it cannot be run. Sessions that failed are in the report.
+pub fn run(options: &Options, on_progress: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
     if let Some(only) = options.only {
-        anyhow::ensure!(
-            only < MOST_SESSIONS,
-            "there is no session {only}: the last is {}",
-            MOST_SESSIONS - 1
-        );
-        tell(&Plan::draw(options.seed, only).to_string());
+        anyhow::ensure!(only < MAX_SESSIONS, "there is no session {only}: the last is {}", MAX_SESSIONS - 1);
+        on_progress(&Plan::draw(options.seed, only).to_string());
     }
-    let stage = Stage::new(options.engine)?;
-    let pid = stage.injector.pid();
-    let before = Before::settled(pid)?;
+    let testbed = Testbed::new(options.engine)?;
+    let pid = testbed.injector.pid();
+    let before = ResourcesBefore::settled(pid)?;
     let shared = Shared {
         options: *options,
         content: Arc::new(Content::new(options.seed)),
-        ledger: Arc::new(Ledger::default()),
+        log: Arc::new(SessionLog::default()),
     };
     let memory = MemoryWatch::start(pid);
     let start = Instant::now();
-    let sessions = load(&stage, &shared, tell)?;
+    let sessions = run_sessions(&testbed, &shared, on_progress)?;
     let took = start.elapsed();
     let memory = memory.end();
-    let accounts = daemon_report::settle(&stage.injector, &shared)?;
-    let after = After::settled(&stage.injector, &before)?;
-    Report::new(options, &shared, &stage, sessions, took, accounts, memory, (before, after))
+    let daemon_report = daemon_report::collect(&testbed.injector, &shared)?;
+    let after = ResourcesAfter::settled(&testbed.injector, &before)?;
+    Report::new(options, &shared, &testbed, sessions, took, daemon_report, memory, (before, after))
 }
 
-/// Runs the sessions; returns how many there were.
-fn load(stage: &Stage, shared: &Shared, tell: &mut dyn FnMut(&str)) -> anyhow::Result<u64> {
+/// Runs the sessions; returns their number.
+fn run_sessions(
+    testbed: &Testbed,
+    shared: &Shared,
+    on_progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<u64> {
     let (stop, stopped) = watch::channel(false);
     let (ready, listening) = mpsc::channel();
     thread::scope(|scope| {
         let backend =
-            scope.spawn(move || stage.topology.mail.run(|| endpoints::backend(shared, &ready, stopped)));
-        // Without the backend there is nothing to run: its own error says why.
+            scope.spawn(move || testbed.topology.mail.run(|| endpoints::backend(shared, &ready, stopped)));
+        // Without the backend nothing can run; its own error has the reason.
         let sessions = match listening.recv_timeout(LIMIT) {
             Ok(()) => {
-                let clients = scope.spawn(|| stage.topology.client.run(|| endpoints::clients(shared)));
-                watch_over(shared, tell, || clients.is_finished());
+                let clients = scope.spawn(|| testbed.topology.client.run(|| endpoints::clients(shared)));
+                report_progress(shared, on_progress, || clients.is_finished());
                 clients.join().unwrap_or_else(|_| Err(anyhow!("the clients panicked")))
             }
             Err(_) => Err(anyhow!("no backend")),
         };
-        await_backend(shared);
-        // Nobody listens only if the backend has ended.
+        wait_for_backend(shared);
+        // The receiver is gone only if the backend has ended.
         let _ = stop.send(true);
         backend.join().unwrap_or_else(|_| Err(anyhow!("the backend panicked")))?.context("the backend")?;
         sessions?.context("the clients")
     })
 }
 
-fn watch_over(shared: &Shared, tell: &mut dyn FnMut(&str), over: impl Fn() -> bool) {
+fn report_progress(shared: &Shared, on_progress: &mut dyn FnMut(&str), is_over: impl Fn() -> bool) {
     const EVERY: Duration = Duration::from_secs(10);
     let start = Instant::now();
     let mut next = EVERY;
-    while !over() {
+    while !is_over() {
         thread::sleep(Duration::from_millis(20));
         if start.elapsed() >= next {
             next += EVERY;
-            let pages = shared.ledger.open();
-            let ended = pages.sessions.values().filter(|both| both.client.is_some()).count();
-            let (up, down) = pages.arrived;
-            let strangers = pages.strangers.len();
-            drop(pages);
+            let log = shared.log.lock();
+            let ended = log.sessions.values().filter(|record| record.client.is_some()).count();
+            let (up, down) = log.arrived;
+            let unmatched = log.unmatched.len();
+            drop(log);
             let seconds = start.elapsed().as_secs();
             let [up, down] = [up, down].map(report::bytes);
-            let odd = if strangers > 0 { format!(", {strangers} FAULTS") } else { String::new() };
-            tell(&format!(
+            let odd = if unmatched > 0 { format!(", {unmatched} UNMATCHED") } else { String::new() };
+            on_progress(&format!(
                 "{seconds:>5} s: {ended} sessions ended, {up} to the backend, {down} to clients{odd}"
             ));
         }
     }
 }
 
-/// The backend hears of the last ends a little later than the clients; of some never.
-fn await_backend(shared: &Shared) {
+/// The backend sees the last closes a little later than the clients, and some never.
+fn wait_for_backend(shared: &Shared) {
     const QUIET: Duration = Duration::from_millis(500);
     let deadline = Instant::now() + LIMIT;
     let mut since = Instant::now();
     while since.elapsed() < QUIET && Instant::now() < deadline {
-        if shared.ledger.open().at_backend > 0 {
+        if shared.log.lock().at_backend > 0 {
             since = Instant::now();
         }
         thread::sleep(Duration::from_millis(20));

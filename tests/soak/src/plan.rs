@@ -1,4 +1,5 @@
-//! What a session will do, drawn from the seed: the same seed and number give the same plan on every machine.
+//! The plan of a session, drawn from the seed: the same seed and number give the same plan on every
+//! machine.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,16 +9,16 @@ use rand_chacha::ChaCha8Rng;
 
 use injector_testbed::netns::Family;
 
-/// The largest size of a stream, without the words it begins with.
-pub(crate) const LARGEST: u64 = 64 << 20;
+/// The largest size of a stream, without its prefix.
+pub(crate) const MAX_STREAM: u64 = 64 << 20;
 
-/// Where in the content streams begin: enough places for no two to be alike.
+/// Number of start positions of streams in the content: enough that no two streams are alike.
 pub(crate) const STARTS: u64 = 16 << 20;
 
-/// About how many pieces a stream is written in at most, twice that where they come out small.
-const MOST_PIECES: u64 = 500;
+/// Approximate maximum of pieces per stream; twice as many if they come out small.
+const MAX_PIECES: u64 = 500;
 
-/// One end of a session.
+/// One side of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Side {
     Client,
@@ -44,26 +45,26 @@ impl fmt::Display for Side {
     }
 }
 
-/// Who may speak first.
+/// Which side speaks first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Opening {
-    /// The backend greets (SMTP); the client waits for the whole greeting unless it is `early`.
+    /// The server (SMTP); the client waits for the whole greeting unless it is `early`.
     Server {
-        /// The client talks before it was greeted.
+        /// The client sends before the greeting.
         early: bool,
     },
-    /// The client starts (IMAP over TLS).
+    /// The client (IMAP over TLS).
     Client,
 }
 
-/// A wait once that many bytes of a stream have passed.
+/// A delay after `at` bytes of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Rest {
+pub(crate) struct Delay {
     pub(crate) at: u64,
     pub(crate) ms: u32,
 }
 
-impl Rest {
+impl Delay {
     pub(crate) fn length(self) -> Duration {
         Duration::from_millis(self.ms.into())
     }
@@ -72,81 +73,81 @@ impl Rest {
 /// One direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stream {
-    /// All its bytes, words included.
+    /// Its length, prefix included.
     pub(crate) len: u64,
-    /// Where its content begins in what all streams share.
+    /// Its start position in the content that all streams share.
     pub(crate) start: u64,
-    /// The largest piece written at once.
-    pub(crate) largest_piece: u64,
-    /// For the sizes of the pieces.
+    /// The largest piece per write.
+    pub(crate) max_piece: u64,
+    /// Seed of the sizes of the pieces.
     pub(crate) pieces_seed: u64,
     /// When its writer pauses, in order.
-    pub(crate) pauses: Vec<Rest>,
+    pub(crate) pauses: Vec<Delay>,
     /// When its reader stalls, in order.
-    pub(crate) stalls: Vec<Rest>,
-    /// What its reader asks of the kernel as receive buffer.
+    pub(crate) stalls: Vec<Delay>,
+    /// The receive buffer that its reader sets.
     pub(crate) receive_buffer: Option<u32>,
-    /// The last bytes, which its writer sends only after the other side's FIN.
-    pub(crate) kept_back: u64,
+    /// The last bytes, which its writer holds back until the other side's FIN.
+    pub(crate) held_back: u64,
 }
 
-/// When a side goes: after so many bytes.
+/// When a side closes: after a number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
-    /// Of its own stream, written.
+    /// Bytes of its own stream, written.
     Sent(u64),
-    /// Of the other stream, read.
+    /// Bytes of the other stream, read.
     Read(u64),
 }
 
 /// How a session ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// This side sends its FIN, and the other one only when it has seen that.
-    FinishesFirst(Side),
-    /// Each sends its FIN after its last byte.
+    /// This side sends its FIN first, and the other side only after it has seen that.
+    ClosesFirst(Side),
+    /// Each side sends its FIN after its last byte.
     Together,
     /// This side resets the connection.
     Reset {
-        /// Which.
+        /// The side.
         by: Side,
         /// When.
         when: Moment,
     },
-    /// The client is gone without having said a word.
-    Leaves {
+    /// The client closes without sending a byte.
+    ClientLeavesSilently {
         /// By a reset, not a FIN.
         reset: bool,
-        /// Having read the greeting, not at once.
+        /// After reading the greeting, not at once.
         greeted: bool,
     },
-    /// The backend takes the header and is gone without a word.
-    Speechless {
+    /// The backend reads the header and closes without sending a byte.
+    BackendLeavesSilently {
         /// By a reset, not a FIN.
         reset: bool,
     },
 }
 
 impl Ending {
-    /// Whether both sides must get everything.
+    /// Whether both sides must receive everything.
     pub(crate) fn clean(self) -> bool {
-        matches!(self, Self::FinishesFirst(_) | Self::Together)
+        matches!(self, Self::ClosesFirst(_) | Self::Together)
     }
 
-    /// When this side goes before its time, and whether by a reset.
-    pub(crate) fn departure(self, side: Side, greeting: u64) -> Option<(Moment, bool)> {
+    /// When this side closes early, and whether by a reset.
+    pub(crate) fn planned_exit(self, side: Side, greeting: u64) -> Option<(Moment, bool)> {
         match (self, side) {
             (Self::Reset { by, when }, side) if by == side => Some((when, true)),
-            (Self::Leaves { reset, greeted }, Side::Client) => {
+            (Self::ClientLeavesSilently { reset, greeted }, Side::Client) => {
                 Some((Moment::Read(if greeted { greeting } else { 0 }), reset))
             }
-            (Self::Speechless { reset }, Side::Backend) => Some((Moment::Read(0), reset)),
+            (Self::BackendLeavesSilently { reset }, Side::Backend) => Some((Moment::Read(0), reset)),
             _ => None,
         }
     }
 }
 
-/// What a session will do.
+/// The plan of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) number: u64,
@@ -160,10 +161,11 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// The plan of one session.
+    /// Draws the plan of one session.
     pub(crate) fn draw(seed: u64, number: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        // A stream of its own for each: the plan does not depend on how many were drawn before.
+        // Each session has its own random stream: its plan does not depend on how many were drawn
+        // before.
         rng.set_stream(number);
         let family = if rng.random_bool(0.5) { Family::V4 } else { Family::V6 };
         let opening = if rng.random_bool(0.5) {
@@ -197,8 +199,8 @@ impl Plan {
         }
     }
 
-    /// What a side's stream begins with, in front of its content: the greeting, or the session's number.
-    pub(crate) fn words(&self, side: Side) -> String {
+    /// The beginning of a side's stream, before its content: the greeting, or the session's number.
+    pub(crate) fn prefix(&self, side: Side) -> String {
         match (side, self.opening) {
             (Side::Client, _) => format!("SOAK {:010}\n", self.number),
             (Side::Backend, Opening::Server { .. }) => format!("220 soak {:010}\r\n", self.number),
@@ -206,12 +208,12 @@ impl Plan {
         }
     }
 
-    /// How long the greeting is.
+    /// The length of the greeting.
     pub(crate) fn greeting(&self) -> u64 {
-        self.words(Side::Backend).len() as u64
+        self.prefix(Side::Backend).len() as u64
     }
 
-    /// How many bytes of the other stream a side awaits before its first own.
+    /// How many bytes of the other stream a side waits for before its first own byte.
     pub(crate) fn awaits(&self, side: Side) -> u64 {
         match (side, self.opening) {
             (Side::Client, Opening::Server { early: false }) => self.greeting(),
@@ -219,12 +221,12 @@ impl Plan {
         }
     }
 
-    /// How many stalls of readers it has.
+    /// The number of its readers' stalls.
     pub(crate) fn stalls(&self) -> usize {
         self.up.stalls.len() + self.down.stalls.len()
     }
 
-    /// One direction in eight sessions gets a reader that lags behind with much to read.
+    /// One direction in eight sessions gets a reader that lags behind, with much to read.
     fn lag(&mut self, rng: &mut ChaCha8Rng) {
         if !rng.random_ratio(1, 8) {
             return;
@@ -233,42 +235,44 @@ impl Plan {
         let size = power(rng, 18, 21);
         let stream = self.sent_by_mut(side);
         stream.len = stream.len.max(size);
-        stream.largest_piece = stream.largest_piece.max(stream.len / MOST_PIECES);
+        stream.max_piece = stream.max_piece.max(stream.len / MAX_PIECES);
         stream.receive_buffer = Some(1 << rng.random_range(14..=16));
         stream.stalls = (0..rng.random_range(1..=4)).map(|_| rest(rng, 4, 8)).collect();
         if rng.random_ratio(1, 8) {
-            stream.stalls = vec![Rest { at: 0, ms: rng.random_range(1000..3000) }];
+            stream.stalls = vec![Delay { at: 0, ms: rng.random_range(1000..3000) }];
         }
     }
 
     fn words_and_bounds(&mut self, rng: &mut ChaCha8Rng) {
         for side in Side::ALL {
-            let words = self.words(side).len() as u64;
-            self.sent_by_mut(side).len += words;
+            let prefix = self.prefix(side).len() as u64;
+            self.sent_by_mut(side).len += prefix;
         }
-        let says_nothing = matches!(self.ending, Ending::Leaves { .. });
-        // The header names the session as well; a client that starts has to say something, or it is turned away.
-        let mute = self.up.len == self.words(Side::Client).len() as u64
+        let says_nothing = matches!(self.ending, Ending::ClientLeavesSilently { .. });
+        // The header also identifies the session; a client that speaks first has to send something,
+        // or it is rejected.
+        let is_silent = self.up.len == self.prefix(Side::Client).len() as u64
             && matches!(self.opening, Opening::Server { .. })
             && rng.random_bool(0.5);
-        if says_nothing || mute {
+        if says_nothing || is_silent {
             self.up.len = 0;
         }
-        if matches!(self.ending, Ending::Speechless { .. }) {
+        if matches!(self.ending, Ending::BackendLeavesSilently { .. }) {
             self.down.len = 0;
         } else {
-            // Without a byte before its FIN the backend would count as one that has failed.
+            // A backend that sends no byte before its FIN would count as failed.
             self.down.len = self.down.len.max(1);
         }
     }
 
     fn settle_ending(&mut self, rng: &mut ChaCha8Rng) {
         match self.ending {
-            Ending::FinishesFirst(first) => {
-                let words = self.words(first.other()).len() as u64;
+            Ending::ClosesFirst(first) => {
+                let prefix = self.prefix(first.other()).len() as u64;
                 let second = self.sent_by_mut(first.other());
-                // The greeting cannot wait for the client's FIN: the client waits for it.
-                second.kept_back = rng.random_range(0..=second.len.saturating_sub(words.max(1)));
+                // The greeting cannot wait for the client's FIN, because the client waits for the
+                // greeting.
+                second.held_back = rng.random_range(0..=second.len.saturating_sub(prefix.max(1)));
             }
             Ending::Reset { by, when } => {
                 self.up.len = self.up.len.max(1);
@@ -286,15 +290,15 @@ impl Plan {
         let hesitates = side == Side::Client && self.opening == Opening::Client && rng.random_ratio(1, 50);
         let stream = self.sent_by_mut(side);
         for rest in &mut stream.stalls {
-            // Early, so that what follows is much.
+            // Early, so that much follows.
             rest.at = rng.random_range(0..=stream.len / 2);
         }
         for rest in &mut stream.pauses {
             rest.at = rng.random_range(0..=stream.len);
         }
         if hesitates {
-            // Longer than a header waits for the client's first bytes.
-            stream.pauses.push(Rest { at: 0, ms: 1200 });
+            // Longer than the header waits for the client's first bytes.
+            stream.pauses.push(Delay { at: 0, ms: 1200 });
         }
         stream.stalls.sort_by_key(|rest| rest.at);
         stream.pauses.sort_by_key(|rest| rest.at);
@@ -314,7 +318,7 @@ impl fmt::Display for Plan {
 
 impl fmt::Display for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes in pieces up to {}", self.len, self.largest_piece)?;
+        write!(f, "{} bytes in pieces up to {}", self.len, self.max_piece)?;
         for (what, rests) in [("pauses", &self.pauses), ("stalls", &self.stalls)] {
             for rest in rests {
                 write!(f, ", {what} {} ms at {}", rest.ms, rest.at)?;
@@ -323,8 +327,8 @@ impl fmt::Display for Stream {
         if let Some(buffer) = self.receive_buffer {
             write!(f, ", receive buffer {buffer}")?;
         }
-        if self.kept_back > 0 {
-            write!(f, ", the last {} after the other's FIN", self.kept_back)?;
+        if self.held_back > 0 {
+            write!(f, ", the last {} after the other's FIN", self.held_back)?;
         }
         Ok(())
     }
@@ -333,23 +337,26 @@ impl fmt::Display for Stream {
 fn kind(rng: &mut ChaCha8Rng, opening: Opening) -> Ending {
     let greets = matches!(opening, Opening::Server { .. });
     match rng.random_range(0..100) {
-        0..22 => Ending::FinishesFirst(Side::Client),
-        22..44 => Ending::FinishesFirst(Side::Backend),
+        0..22 => Ending::ClosesFirst(Side::Client),
+        22..44 => Ending::ClosesFirst(Side::Backend),
         44..68 => Ending::Together,
-        // The moment's number is drawn once the sizes are known.
+        // The byte count of the moment is drawn when the sizes are known.
         68..77 => Ending::Reset { by: Side::Client, when: Moment::Sent(0) },
         77..81 => Ending::Reset { by: Side::Client, when: Moment::Read(0) },
         81..90 => Ending::Reset { by: Side::Backend, when: Moment::Sent(0) },
         90..94 => Ending::Reset { by: Side::Backend, when: Moment::Read(0) },
-        94..98 => Ending::Leaves { reset: rng.random_bool(0.5), greeted: greets && rng.random_bool(0.5) },
-        _ => Ending::Speechless { reset: rng.random_bool(0.5) },
+        94..98 => Ending::ClientLeavesSilently {
+            reset: rng.random_bool(0.5),
+            greeted: greets && rng.random_bool(0.5),
+        },
+        _ => Ending::BackendLeavesSilently { reset: rng.random_bool(0.5) },
     }
 }
 
-/// A stream without words yet; pauses and stalls get their places later.
+/// A stream without prefix; its pauses and stalls get their positions later.
 fn stream(rng: &mut ChaCha8Rng) -> Stream {
     let len = size(rng);
-    let largest_piece = power(rng, 0, 17).max(len / MOST_PIECES);
+    let max_piece = power(rng, 0, 17).max(len / MAX_PIECES);
     let pauses = match rng.random_range(0..10) {
         0..5 => 0,
         5..9 => rng.random_range(1..=2),
@@ -359,12 +366,12 @@ fn stream(rng: &mut ChaCha8Rng) -> Stream {
     Stream {
         len,
         start: rng.random_range(0..STARTS),
-        largest_piece,
+        max_piece,
         pieces_seed: rng.random(),
         pauses: (0..pauses).map(|_| rest(rng, 0, 5)).collect(),
         stalls: (0..stalls).map(|_| rest(rng, 1, 6)).collect(),
         receive_buffer: None,
-        kept_back: 0,
+        held_back: 0,
     }
 }
 
@@ -380,15 +387,15 @@ fn size(rng: &mut ChaCha8Rng) -> u64 {
     }
 }
 
-/// A number of `low + 1` to `high + 1` binary digits, each count of digits as likely as the others.
+/// A number of `low + 1` to `high + 1` binary digits, each length with the same probability.
 fn power(rng: &mut ChaCha8Rng, low: u32, high: u32) -> u64 {
     let digits = rng.random_range(low..=high);
     rng.random_range(1 << digits..=(2 << digits))
 }
 
-fn rest(rng: &mut ChaCha8Rng, low: u32, high: u32) -> Rest {
+fn rest(rng: &mut ChaCha8Rng, low: u32, high: u32) -> Delay {
     let ms = u32::try_from(power(rng, low, high)).unwrap_or(u32::MAX);
-    Rest { at: 0, ms }
+    Delay { at: 0, ms }
 }
 
 #[cfg(test)]
@@ -413,10 +420,10 @@ mod tests {
         for plan in (0..MANY).map(|number| Plan::draw(1, number)) {
             for side in Side::ALL {
                 let stream = plan.sent_by(side);
-                let words = plan.words(side).len() as u64;
-                assert!(stream.len <= LARGEST + words, "{plan}");
-                assert!(stream.start < STARTS && stream.largest_piece > 0, "{plan}");
-                assert!(stream.len / stream.largest_piece <= 2 * MOST_PIECES + 21, "{plan}");
+                let prefix = plan.prefix(side).len() as u64;
+                assert!(stream.len <= MAX_STREAM + prefix, "{plan}");
+                assert!(stream.start < STARTS && stream.max_piece > 0, "{plan}");
+                assert!(stream.len / stream.max_piece <= 2 * MAX_PIECES + 21, "{plan}");
                 assert!(stream.stalls.iter().all(|rest| rest.at <= stream.len && rest.ms <= 3000), "{plan}");
                 assert!(stream.pauses.is_sorted_by_key(|rest| rest.at), "{plan}");
                 let rests = stream.pauses.iter().chain(&stream.stalls).map(|rest| rest.ms).sum::<u32>();
@@ -425,17 +432,17 @@ mod tests {
         }
     }
 
-    /// Each side would wait for the other for ever.
+    /// Otherwise each side would wait for the other forever.
     #[test]
     fn no_plan_waits_for_itself() {
         for plan in (0..MANY).map(|number| Plan::draw(2, number)) {
             let awaited = plan.awaits(Side::Client);
-            let at_once = plan.down.len - plan.down.kept_back;
+            let at_once = plan.down.len - plan.down.held_back;
             assert!(at_once >= awaited || !plan.ending.clean(), "{plan}");
-            assert!(plan.up.kept_back == 0 || plan.down.kept_back == 0, "{plan}");
+            assert!(plan.up.held_back == 0 || plan.down.held_back == 0, "{plan}");
             if plan.ending.clean() {
                 assert!(at_once > 0, "{plan}");
-                assert!(plan.up.len > plan.up.kept_back || plan.opening != Opening::Client, "{plan}");
+                assert!(plan.up.len > plan.up.held_back || plan.opening != Opening::Client, "{plan}");
             }
         }
     }
@@ -458,9 +465,9 @@ mod tests {
         let share = |what: &dyn Fn(&Plan) -> bool| {
             plans.iter().filter(|plan| what(plan)).count() * 1000 / plans.len()
         };
-        assert!(share(&|plan| matches!(plan.ending, Ending::FinishesFirst(_))) > 400);
+        assert!(share(&|plan| matches!(plan.ending, Ending::ClosesFirst(_))) > 400);
         assert!(share(&|plan| matches!(plan.ending, Ending::Reset { .. })) > 200);
-        assert!(share(&|plan| matches!(plan.ending, Ending::Leaves { .. })) > 20);
+        assert!(share(&|plan| matches!(plan.ending, Ending::ClientLeavesSilently { .. })) > 20);
         assert!(share(&|plan| plan.stalls() > 0) > 200);
         assert!(share(&|plan| plan.opening == Opening::Server { early: true }) > 70);
         assert!(share(&|plan| plan.up.len == 0) > 20);

@@ -1,15 +1,15 @@
-//! What came of a soak.
+//! The result of a soak.
 
 use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Options;
-use super::daemon_report::{Accounts, Line};
+use super::daemon_report::{DaemonReport, Line};
 use super::endpoints::Shared;
 use super::plan::{Ending, Opening, Plan, Side};
-use super::session_log::Both;
-use super::testbed::Stage;
+use super::session_log::SessionRecord;
+use super::testbed::Testbed;
 use super::verdict::Failure;
 use injector_testbed::bpf;
 use injector_testbed::daemon::{
@@ -18,17 +18,17 @@ use injector_testbed::daemon::{
 use injector_testbed::resource_usage::{self, Memory};
 
 /// How many failures are printed in full.
-const MOST_SHOWN: usize = 20;
+const MAX_SHOWN: usize = 20;
 
 /// What a daemon without sessions holds.
 #[derive(Debug)]
-pub(crate) struct Before {
+pub(crate) struct ResourcesBefore {
     pub(crate) descriptors: usize,
     pub(crate) entries: Vec<(String, usize)>,
 }
 
-impl Before {
-    /// The least of several looks: the connection that asked whether the daemon is ready may still be open.
+impl ResourcesBefore {
+    /// The minimum of several readings: the readiness check's connection may still be open.
     pub(crate) fn settled(pid: u32) -> anyhow::Result<Self> {
         let mut descriptors = usize::MAX;
         for _ in 0..10 {
@@ -39,17 +39,17 @@ impl Before {
     }
 }
 
-/// What it holds after the last one.
+/// What the daemon holds after the last session.
 #[derive(Debug)]
-pub(crate) struct After {
+pub(crate) struct ResourcesAfter {
     pub(crate) descriptors: usize,
     pub(crate) entries: Vec<(String, usize)>,
     pub(crate) active: f64,
 }
 
-impl After {
-    /// Looks until it is as before, or clearly will not be.
-    pub(crate) fn settled(injector: &Injector, before: &Before) -> anyhow::Result<Self> {
+impl ResourcesAfter {
+    /// Reads until the values are as before, or time has passed.
+    pub(crate) fn settled(injector: &Injector, before: &ResourcesBefore) -> anyhow::Result<Self> {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             let active = injector
@@ -66,14 +66,14 @@ impl After {
         }
     }
 
-    fn is_as(&self, before: &Before) -> bool {
+    fn is_as(&self, before: &ResourcesBefore) -> bool {
         self.active < 0.5 && self.descriptors == before.descriptors && self.entries == before.entries
     }
 }
 
-/// What sessions of some kind there were.
+/// Numbers of sessions by kind.
 #[derive(Clone, Copy, Debug, Default)]
-struct Kinds {
+struct SessionCounts {
     clean: u64,
     half_closes: u64,
     resets_by_client: u64,
@@ -84,18 +84,18 @@ struct Kinds {
     stalls: u64,
 }
 
-impl Kinds {
+impl SessionCounts {
     fn add(&mut self, plan: &Plan) {
         self.stalls += plan.stalls() as u64;
         self.early_talkers += u64::from(plan.opening == Opening::Server { early: true });
         self.clean += u64::from(plan.ending.clean());
         match plan.ending {
-            Ending::FinishesFirst(_) => self.half_closes += 1,
+            Ending::ClosesFirst(_) => self.half_closes += 1,
             Ending::Together => {}
             Ending::Reset { by: Side::Client, .. } => self.resets_by_client += 1,
             Ending::Reset { by: Side::Backend, .. } => self.resets_by_backend += 1,
-            Ending::Leaves { .. } => self.leavers += 1,
-            Ending::Speechless { .. } => self.speechless += 1,
+            Ending::ClientLeavesSilently { .. } => self.leavers += 1,
+            Ending::BackendLeavesSilently { .. } => self.speechless += 1,
         }
     }
 }
@@ -106,23 +106,23 @@ struct Failed {
     plan: Plan,
     failure: Failure,
     lines: Vec<Line>,
-    both: Both,
+    record: SessionRecord,
 }
 
-/// What came of a soak; prints as what a person reads.
+/// The result of a soak, printed for readers.
 #[derive(Debug)]
 pub struct Report {
     options: Options,
-    marks: Option<(u64, u64)>,
+    watermarks: Option<(u64, u64)>,
     sessions: u64,
     took: Duration,
-    kinds: Kinds,
-    accounts: Accounts,
+    kinds: SessionCounts,
+    daemon_report: DaemonReport,
     failed: Vec<Failed>,
-    strangers: Vec<String>,
+    unmatched: Vec<String>,
     without_header: u64,
     memory: (Memory, Memory, Memory),
-    held: (Before, After),
+    resources: (ResourcesBefore, ResourcesAfter),
 }
 
 impl Report {
@@ -130,46 +130,46 @@ impl Report {
     pub(crate) fn new(
         options: &Options,
         shared: &Shared,
-        stage: &Stage,
+        testbed: &Testbed,
         sessions: u64,
         took: Duration,
-        accounts: Accounts,
+        daemon_report: DaemonReport,
         memory: (Memory, Memory),
-        held: (Before, After),
+        resources: (ResourcesBefore, ResourcesAfter),
     ) -> anyhow::Result<Self> {
-        let pages = shared.ledger.open();
-        let mut kinds = Kinds::default();
-        for number in pages.sessions.keys() {
+        let log = shared.log.lock();
+        let mut kinds = SessionCounts::default();
+        for number in log.sessions.keys() {
             kinds.add(&Plan::draw(options.seed, *number));
         }
-        let failed = accounts.failures.iter().map(|(number, (failure, lines))| Failed {
+        let failed = daemon_report.failures.iter().map(|(number, (failure, lines))| Failed {
             plan: Plan::draw(options.seed, *number),
             failure: failure.clone(),
             lines: lines.clone(),
-            both: pages.sessions.get(number).cloned().unwrap_or_default(),
+            record: log.sessions.get(number).cloned().unwrap_or_default(),
         });
         Ok(Self {
             options: *options,
-            marks: stage.marks,
+            watermarks: testbed.watermarks,
             sessions,
             took,
             kinds,
             failed: failed.collect(),
-            strangers: pages.strangers.clone(),
-            without_header: pages.without_header,
-            accounts,
-            memory: (memory.0, memory.1, Memory::now(stage.injector.pid())),
-            held,
+            unmatched: log.unmatched.clone(),
+            without_header: log.without_header,
+            daemon_report,
+            memory: (memory.0, memory.1, Memory::now(testbed.injector.pid())),
+            resources,
         })
     }
 
-    /// Whether everything held, and enough of it was run.
+    /// Whether all checks passed.
     #[must_use]
     pub fn passed(&self) -> bool {
         self.checks().iter().all(|(good, _)| *good)
     }
 
-    /// How many sessions were run.
+    /// The number of sessions.
     #[must_use]
     pub fn sessions(&self) -> u64 {
         self.sessions
@@ -180,12 +180,12 @@ impl Report {
     }
 
     fn checks(&self) -> Vec<(bool, String)> {
-        let Self { sessions, accounts, held: (before, after), .. } = self;
+        let Self { sessions, daemon_report, resources: (before, after), .. } = self;
         let planned = if self.options.only.is_some() { 1 } else { self.options.planned };
         let [lost, duplicated, reordered, foreign] =
             ["lost", "duplicated", "reordered", "foreign"].map(|kind| self.failures(kind));
         let others = self.failed.len() - lost - duplicated - reordered - foreign;
-        let (in_lines, in_metrics) = accounts.bytes;
+        let (in_lines, in_metrics) = daemon_report.bytes;
         // Exact: payloads of a run are far below 2^53 bytes.
         #[expect(clippy::cast_precision_loss, reason = "below 2^53")]
         let same_bytes = (in_lines as f64 - in_metrics).abs() < 0.5;
@@ -193,20 +193,20 @@ impl Report {
             let each = entries.iter().map(|(name, count)| format!("{name} {count}"));
             each.collect::<Vec<_>>().join(", ")
         };
-        let strangers = self.strangers.len() as u64 + accounts.strangers;
+        let unmatched = self.unmatched.len() as u64 + daemon_report.unmatched;
         vec![
             (*sessions >= planned, format!("{sessions} sessions, {planned} planned")),
             (
                 lost + duplicated + reordered + foreign == 0,
                 format!("{lost} lost, {duplicated} duplicated, {reordered} reordered, {foreign} foreign"),
             ),
-            (others == 0, format!("{others} that failed otherwise")),
-            (strangers == 0, format!("{strangers} connections or lines that were none of ours")),
+            (others == 0, format!("{others} sessions failed otherwise")),
+            (unmatched == 0, format!("{unmatched} connections or log lines without a session")),
             (
-                accounts.mute.is_none(),
-                format!("/metrics: {}", accounts.mute.as_deref().unwrap_or("answered")),
+                daemon_report.metrics_error.is_none(),
+                format!("/metrics: {}", daemon_report.metrics_error.as_deref().unwrap_or("responded")),
             ),
-            (same_bytes, format!("bytes in the daemon's lines {in_lines}, in its metrics {in_metrics}")),
+            (same_bytes, format!("bytes in the daemon's log lines {in_lines}, in its metrics {in_metrics}")),
             (after.active < 0.5, format!("connections still active: {}", after.active)),
             (
                 before.descriptors == after.descriptors,
@@ -230,7 +230,7 @@ impl Report {
         let Self { kinds, sessions, .. } = self;
         let rate = *sessions as u128 * 1000 / self.took.as_millis().max(1);
         writeln!(f, "sessions      {sessions} in {:.0} s, {rate} per second", self.took.as_secs_f64())?;
-        writeln!(f, "  to the end  {}, of them half-closed {}", kinds.clean, kinds.half_closes)?;
+        writeln!(f, "  completed   {}, half-closed {}", kinds.clean, kinds.half_closes)?;
         writeln!(
             f,
             "  resets      {} by clients, {} by backends",
@@ -238,20 +238,20 @@ impl Report {
         )?;
         writeln!(
             f,
-            "  early ends  {} clients without a word, {} backends; {} connections never got a header",
+            "  early ends  {} silent clients, {} silent backends; {} connections got no header",
             kinds.leavers, kinds.speechless, self.without_header
         )?;
         writeln!(
             f,
-            "  also        {} early talkers, {} stalls of readers",
+            "  also        {} early-talking clients, {} stalls of readers",
             kinds.early_talkers, kinds.stalls
         )?;
-        let ends = self.accounts.ends.iter().map(|(end, count)| format!("{end} {count}"));
-        writeln!(f, "  it says     {}", ends.collect::<Vec<_>>().join(", "))
+        let reasons = self.daemon_report.ends.iter().map(|(end, count)| format!("{end} {count}"));
+        writeln!(f, "  reasons     {}", reasons.collect::<Vec<_>>().join(", "))
     }
 
     fn show_planes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let metrics = &self.accounts.metrics;
+        let metrics = &self.daemon_report.metrics;
         for (name, direction) in [("to backends", TO_BACKEND), ("to clients", TO_CLIENT)] {
             let [spliced, piped, relayed] = [SPLICED, PIPED, RELAYED]
                 .map(|plane| whole(metrics.sum(BYTES, &[(DIRECTION, direction), (PLANE, plane)])));
@@ -261,7 +261,7 @@ impl Report {
         let count = |name| metrics.sum(name, &[]) + 0.0;
         write!(
             f,
-            "planes        {} enrolments, {} refused",
+            "planes        {} enrolments, {} failed",
             count("injector_enrolments_total"),
             count("injector_enrolment_failures_total"),
         )?;
@@ -274,7 +274,7 @@ impl Report {
         }
         let trimmed = metrics.sum(BPF_EVENTS, &[("event", "trimmed")]) + 0.0;
         write!(f, ", {trimmed} segments trimmed")?;
-        match self.marks {
+        match self.watermarks {
             Some((high, low)) => writeln!(f, " (water marks {high} and {low})"),
             None => writeln!(f, " (this daemon has no water marks)"),
         }
@@ -284,12 +284,12 @@ impl Report {
         let (before, peak, after) = self.memory;
         let row = |f: &mut fmt::Formatter<'_>, name, [before, peak, after]: [u64; 3]| {
             let [before, peak, after] = [before, peak, after].map(bytes);
-            writeln!(f, "  {name:<11} {before} before, {peak} at worst, {after} after")
+            writeln!(f, "  {name:<11} {before} before, {peak} at peak, {after} after")
         };
         let used = before.available.saturating_sub(peak.available);
         writeln!(
             f,
-            "memory        {} less available at worst; others on this machine count as well",
+            "memory        {} less available at worst; other processes on this machine count as well",
             bytes(used)
         )?;
         row(f, "available", [before.available, peak.available, after.available])?;
@@ -300,9 +300,9 @@ impl Report {
 
     fn show_failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Options { seed, engine, .. } = self.options;
-        for Failed { plan, failure, lines, both } in self.failed.iter().take(MOST_SHOWN) {
+        for Failed { plan, failure, lines, record } in self.failed.iter().take(MAX_SHOWN) {
             writeln!(f, "\nFAILED {plan}\n  {failure}")?;
-            for (side, seen) in [(Side::Client, &both.client), (Side::Backend, &both.backend)] {
+            for (side, seen) in [(Side::Client, &record.client), (Side::Backend, &record.backend)] {
                 match seen {
                     Some(seen) => writeln!(
                         f,
@@ -313,7 +313,7 @@ impl Report {
                         seen.end,
                         seen.write_error.map_or_else(String::new, |error| format!(", writing: {error}"))
                     )?,
-                    None => writeln!(f, "  {side:<7} never saw it")?,
+                    None => writeln!(f, "  {side:<7} never saw the session")?,
                 }
             }
             for Line { end, error, to_backend, to_client } in lines {
@@ -323,14 +323,14 @@ impl Report {
                 )?;
             }
             let number = plan.number;
-            writeln!(f, "  again: cargo xtask soak --engine {engine} --seed {seed} --only {number}")?;
+            writeln!(f, "  repeat: cargo xtask soak --engine {engine} --seed {seed} --only {number}")?;
         }
-        if self.failed.len() > MOST_SHOWN {
-            let rest = self.failed.iter().skip(MOST_SHOWN).map(|failed| failed.plan.number.to_string());
+        if self.failed.len() > MAX_SHOWN {
+            let rest = self.failed.iter().skip(MAX_SHOWN).map(|failed| failed.plan.number.to_string());
             writeln!(f, "\nalso failed: {}", rest.collect::<Vec<_>>().join(", "))?;
         }
-        for stranger in self.strangers.iter().take(MOST_SHOWN) {
-            writeln!(f, "FAILED at the backend: {stranger}")?;
+        for unmatched in self.unmatched.iter().take(MAX_SHOWN) {
+            writeln!(f, "FAILED at the backend: {unmatched}")?;
         }
         Ok(())
     }
@@ -347,11 +347,11 @@ impl fmt::Display for Report {
         for (good, what) in self.checks() {
             writeln!(f, "{} {what}", if good { "ok    " } else { "FAILED" })?;
         }
-        f.write_str(if self.passed() { "everything held" } else { "NOT everything held" })
+        f.write_str(if self.passed() { "all checks passed" } else { "NOT all checks passed" })
     }
 }
 
-/// A number of bytes as people read it.
+/// A number of bytes with a unit.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 4] = ["B", "KiB", "MiB", "GiB"];
     let mut unit = 0;
@@ -386,9 +386,9 @@ mod tests {
     }
 
     #[test]
-    fn anything_left_behind_is_seen() {
-        let before = Before { descriptors: 20, entries: vec![("FLOWS".into(), 0)] };
-        let after = |descriptors, flows, active| After {
+    fn leftovers_are_detected() {
+        let before = ResourcesBefore { descriptors: 20, entries: vec![("FLOWS".into(), 0)] };
+        let after = |descriptors, flows, active| ResourcesAfter {
             descriptors,
             entries: vec![("FLOWS".into(), flows)],
             active,

@@ -1,53 +1,53 @@
-//! What is known of every session, filled by both ends.
+//! What is known of every session, recorded by both sides.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::conversation::Seen;
+use super::conversation::EndpointResult;
 use super::plan::Side;
 
-/// Both ends of one session.
+/// Both sides of one session.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Both {
-    pub(crate) client: Option<Seen>,
-    pub(crate) backend: Option<Seen>,
+pub(crate) struct SessionRecord {
+    pub(crate) client: Option<EndpointResult>,
+    pub(crate) backend: Option<EndpointResult>,
 }
 
-/// Every session so far.
+/// All sessions so far.
 #[derive(Debug, Default)]
-pub(crate) struct Ledger(Mutex<Pages>);
+pub(crate) struct SessionLog(Mutex<LogContents>);
 
-/// What the ledger holds.
+/// The contents of the log.
 #[derive(Debug, Default)]
-pub(crate) struct Pages {
-    pub(crate) sessions: BTreeMap<u64, Both>,
-    /// Connections that reached a backend and went without a byte.
+pub(crate) struct LogContents {
+    pub(crate) sessions: BTreeMap<u64, SessionRecord>,
+    /// Connections that reached a backend and ended without a byte.
     pub(crate) without_header: u64,
-    /// Connections that reached a backend and were no session, or not that one.
-    pub(crate) strangers: Vec<String>,
-    /// Conversations that the backend has begun and not ended.
+    /// Errors of connections that reached a backend and match no session, or another one.
+    pub(crate) unmatched: Vec<String>,
+    /// Conversations that the backend has started and not ended.
     pub(crate) at_backend: u64,
-    /// Bytes that arrived, up and down.
+    /// Bytes received, by the backend and by clients.
     pub(crate) arrived: (u64, u64),
 }
 
-impl Ledger {
-    pub(crate) fn open(&self) -> MutexGuard<'_, Pages> {
+impl SessionLog {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, LogContents> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters what one end saw.
-    pub(crate) fn enter(&self, number: u64, side: Side, seen: Seen) {
-        let mut pages = self.open();
+    /// Records the result of one side.
+    pub(crate) fn record(&self, number: u64, side: Side, seen: EndpointResult) {
+        let mut log = self.lock();
         let (entry, arrived) = match side {
-            Side::Client => (&mut pages.sessions.entry(number).or_default().client, (0, seen.received)),
-            Side::Backend => (&mut pages.sessions.entry(number).or_default().backend, (seen.received, 0)),
+            Side::Client => (&mut log.sessions.entry(number).or_default().client, (0, seen.received)),
+            Side::Backend => (&mut log.sessions.entry(number).or_default().backend, (seen.received, 0)),
         };
         let twice = entry.replace(seen).is_some();
-        pages.arrived.0 += arrived.0;
-        pages.arrived.1 += arrived.1;
+        log.arrived.0 += arrived.0;
+        log.arrived.1 += arrived.1;
         if twice {
-            pages.strangers.push(format!("session {number} reached the {side} twice"));
+            log.unmatched.push(format!("session {number} reached the {side} twice"));
         }
     }
 }

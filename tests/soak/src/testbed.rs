@@ -1,4 +1,5 @@
-//! Where the soak takes place: three namespaces, a client address and port for every session, the daemon.
+//! The testbed of the soak: three namespaces, a client address and port for every session, the
+//! daemon.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,22 +12,22 @@ use super::plan::{Opening, Plan};
 use injector_testbed::daemon::{self, Injector};
 use injector_testbed::netns::{self, Family, MAIL, Topology, VIP_RELAY, VIP_SPLICE};
 
-/// Outstanding bytes of a direction above which it leaves the kernel plane, and below which it returns: tiny, so that
-/// planes change often.
-const MARKS: (u64, u64) = (64 << 10, 16 << 10);
+/// Outstanding bytes of a direction above which it leaves the kernel data path, and below which it
+/// returns: very low, so that the data path changes often.
+const WATERMARKS: (u64, u64) = (64 << 10, 16 << 10);
 
-/// Sessions per client address, each with a port of its own.
+/// Sessions per client address, each with its own port.
 const PORTS: u64 = 50_000;
 /// The first of these ports.
 const FIRST_PORT: u64 = 10_000;
 /// Client addresses of either family.
 const ADDRESSES: u8 = 8;
 
-/// Sessions that one soak can tell apart.
-pub(crate) const MOST_SESSIONS: u64 = PORTS * ADDRESSES as u64;
+/// The maximum number of sessions in one soak.
+pub(crate) const MAX_SESSIONS: u64 = PORTS * ADDRESSES as u64;
 
-/// The two listeners: SMTP, in which the server speaks first, and IMAP over TLS, in which the client does. Both take
-/// either family; the backend of the one has an IPv4 address, of the other an IPv6 address.
+/// The two listeners: SMTP, where the server speaks first, and IMAP over TLS, where the client
+/// does. Both accept IPv4 and IPv6; one has an IPv4 backend, the other an IPv6 backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Listener {
     pub(crate) protocol: &'static str,
@@ -39,10 +40,10 @@ const SMTP: Listener =
 const IMAPS: Listener =
     Listener { protocol: "imaps", port: 993, backend: SocketAddr::new(IpAddr::V6(MAIL.v6), 10993) };
 
-/// Both.
+/// Both listeners.
 pub(crate) const LISTENERS: [Listener; 2] = [SMTP, IMAPS];
 
-/// Where a session connects to.
+/// The destination of a session.
 pub(crate) fn destination(plan: &Plan, engine: Engine) -> SocketAddr {
     let listener = match plan.opening {
         Opening::Server { .. } => SMTP,
@@ -55,14 +56,15 @@ pub(crate) fn destination(plan: &Plan, engine: Engine) -> SocketAddr {
     SocketAddr::new(vip.of(plan.family), listener.port)
 }
 
-/// From where a session connects: no other session of this soak has the same, so the header alone tells which it is.
+/// The source of a session. It is unique within a soak, so that the header alone identifies the
+/// session.
 pub(crate) fn source(number: u64, family: Family) -> SocketAddr {
     let (address, port) = (number / PORTS, FIRST_PORT + number % PORTS);
     let address = u8::try_from(address).unwrap_or(u8::MAX);
     SocketAddr::new(client(address, family), u16::try_from(port).unwrap_or_default())
 }
 
-/// The session that connects from there.
+/// The number of the session that has this source.
 pub(crate) fn number(source: SocketAddr) -> Option<u64> {
     let family = if source.is_ipv4() { Family::V4 } else { Family::V6 };
     let address = (0..ADDRESSES).find(|address| client(*address, family) == source.ip())?;
@@ -79,17 +81,17 @@ fn client(address: u8, family: Family) -> IpAddr {
     }
 }
 
-/// The namespaces and the daemon; all is gone when it is dropped.
+/// The namespaces and the daemon; removed on drop.
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct Testbed {
     // Before the namespaces: fields are dropped in this order.
     pub(crate) injector: Injector,
     pub(crate) topology: Topology,
-    /// High and low water mark, where the daemon lets them be set.
-    pub(crate) marks: Option<(u64, u64)>,
+    /// High and low water mark, if the daemon supports them.
+    pub(crate) watermarks: Option<(u64, u64)>,
 }
 
-impl Stage {
+impl Testbed {
     pub(crate) fn new(engine: Engine) -> anyhow::Result<Self> {
         let topology = Topology::new()?;
         for address in 0..ADDRESSES {
@@ -97,21 +99,22 @@ impl Stage {
             topology.client.ip(&["address", "add", &format!("{v4}/24"), "dev", "eth0"])?;
             topology.client.ip(&["address", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
         }
-        let with_marks = configuration(engine, Some(MARKS));
-        let marks = takes(&with_marks)?.then_some(MARKS);
-        let config = if marks.is_some() { with_marks } else { configuration(engine, None) };
+        let with_marks = configuration(engine, Some(WATERMARKS));
+        let watermarks = accepts_config(&with_marks)?.then_some(WATERMARKS);
+        let config = if watermarks.is_some() { with_marks } else { configuration(engine, None) };
         let injector = Injector::start(&topology.edge, &config)?;
-        Ok(Self { injector, topology, marks })
+        Ok(Self { injector, topology, watermarks })
     }
 }
 
-/// Few enough for most sessions that speak in small pieces, too many for those that begin with bulk: these go by pipe.
+/// Low enough for most sessions with small pieces, too high for sessions that start with bulk:
+/// these go by pipe.
 const ENROL_AFTER: u32 = 3;
 
-fn configuration(engine: Engine, marks: Option<(u64, u64)>) -> String {
+fn configuration(engine: Engine, watermarks: Option<(u64, u64)>) -> String {
     let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9145);
     let mut text = format!("[metrics]\nlisten = \"{metrics}\"\n");
-    if let Some((high, low)) = marks {
+    if let Some((high, low)) = watermarks {
         // Writing to a String cannot fail.
         let _ = write!(
             text,
@@ -135,8 +138,8 @@ fn configuration(engine: Engine, marks: Option<(u64, u64)>) -> String {
     text
 }
 
-/// Whether the daemon understands a configuration.
-fn takes(config: &str) -> anyhow::Result<bool> {
+/// Whether the daemon accepts a configuration.
+fn accepts_config(config: &str) -> anyhow::Result<bool> {
     let dir = netns::scratch_dir("soak")?;
     let file = dir.path().join("injector.toml");
     fs::write(&file, config)?;
@@ -151,9 +154,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_session_has_an_address_that_tells_its_number() {
+    fn every_session_has_an_address_that_identifies_it() {
         for family in Family::ALL {
-            for session in [0, 1, 49_999, 50_000, 123_456, MOST_SESSIONS - 1] {
+            for session in [0, 1, 49_999, 50_000, 123_456, MAX_SESSIONS - 1] {
                 assert_eq!(number(source(session, family)), Some(session));
             }
         }

@@ -231,7 +231,10 @@ fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     } else {
         "FLOWS"
     };
-    ensure!(log.contains("another version's programs") && log.contains(removed), "{log}");
+    ensure!(
+        log.contains("programs and maps of another version were removed") && log.contains(removed),
+        "{log}"
+    );
     Ok(())
 }
 

@@ -1,0 +1,109 @@
+//! The counters of the programs.
+
+/// Every way through a program ends in one of these; each is an index of the per-CPU array `COUNTERS`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// `inject`: header put in front of the client's first payload.
+    HeaderBeforePayload,
+    /// `inject`: header sent alone, the doorbell taken out.
+    HeaderAlone,
+    /// `inject`: a later message of a socket whose header is already sent; passed as it is.
+    AfterHeader,
+    /// `inject`: the socket has no header in its storage; dropped.
+    NoHeader,
+    /// `inject`: the stored header has an impossible length; dropped.
+    BadHeader,
+    /// `inject`: the kernel could not make room in front; dropped.
+    PushFailed,
+    /// `inject`: the room the kernel made is not what was asked for; dropped.
+    ShortPush,
+    /// `inject`: the doorbell could not be taken out; dropped.
+    PopFailed,
+    /// `verdict`: payload handed to the other socket.
+    Redirected,
+    /// `verdict`: a segment without payload (a bare FIN) discarded; the daemon forwards the FIN.
+    Empty,
+    /// `verdict`: payload of a socket that has no flow; dropped.
+    NoFlow,
+    /// `verdict`: payload whose target has left the map; dropped and counted in the flow as lost.
+    NoTarget,
+    /// `verdict`: a segment that repeated bytes received before; they were cut off.
+    Trimmed,
+    /// `verdict`: a segment that did not continue the stream, or of which the repeated bytes could not be cut off; dropped
+    /// and counted in the flow as lost.
+    OutOfOrder,
+    /// `verdict`: payload of a stream that has lost some; dropped.
+    AfterLoss,
+    /// `verdict`: payload left to user space, because the target does not keep up.
+    Passed,
+    /// `verdict`: payload handed to the other socket again, user space having written all that was left to it.
+    Resumed,
+    /// `verdict`: the daemon was notified to check a backlog.
+    Notified,
+    /// `verdict`: the ring buffer was full; the next payload tries again.
+    NotifyFailed,
+}
+
+impl Counter {
+    /// All of them, in the order of their indices.
+    pub const ALL: [Self; 19] = [
+        Self::HeaderBeforePayload,
+        Self::HeaderAlone,
+        Self::AfterHeader,
+        Self::NoHeader,
+        Self::BadHeader,
+        Self::PushFailed,
+        Self::ShortPush,
+        Self::PopFailed,
+        Self::Redirected,
+        Self::Empty,
+        Self::NoFlow,
+        Self::NoTarget,
+        Self::Trimmed,
+        Self::OutOfOrder,
+        Self::AfterLoss,
+        Self::Passed,
+        Self::Resumed,
+        Self::Notified,
+        Self::NotifyFailed,
+    ];
+
+    /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
+    #[must_use]
+    pub const fn labels(self) -> (&'static str, &'static str) {
+        match self {
+            Self::HeaderBeforePayload => ("inject", "header_before_payload"),
+            Self::HeaderAlone => ("inject", "header_alone"),
+            Self::AfterHeader => ("inject", "after_header"),
+            Self::NoHeader => ("inject", "no_header"),
+            Self::BadHeader => ("inject", "bad_header"),
+            Self::PushFailed => ("inject", "push_failed"),
+            Self::ShortPush => ("inject", "short_push"),
+            Self::PopFailed => ("inject", "pop_failed"),
+            Self::Redirected => ("verdict", "redirected"),
+            Self::Empty => ("verdict", "empty"),
+            Self::NoFlow => ("verdict", "no_flow"),
+            Self::NoTarget => ("verdict", "no_target"),
+            Self::Trimmed => ("verdict", "trimmed"),
+            Self::OutOfOrder => ("verdict", "out_of_order"),
+            Self::AfterLoss => ("verdict", "after_loss"),
+            Self::Passed => ("verdict", "passed"),
+            Self::Resumed => ("verdict", "resumed"),
+            Self::Notified => ("verdict", "notified"),
+            Self::NotifyFailed => ("verdict", "notify_failed"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_stand_at_their_index() {
+        for (index, counter) in Counter::ALL.into_iter().enumerate() {
+            assert_eq!(counter as usize, index);
+        }
+    }
+}

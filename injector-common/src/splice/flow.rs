@@ -1,0 +1,157 @@
+//! One spliced direction: what it has carried, and how far it may go.
+
+use super::FIRST_NOTIFY;
+
+/// The value for one spliced direction (map `FLOWS`, by the source's socket cookie).
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Bytes handed to the target since the flow was made.
+    pub redirected: u64,
+    /// Bytes that had no target to go to, or that did not fit into the stream. Above zero the stream is broken: nothing
+    /// more is passed on, and it ends in a reset, never in a FIN.
+    pub lost: u64,
+    /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
+    pub last_ns: u64,
+    /// When `redirected` has come this far, the program sends a [`BacklogEvent`].
+    pub notify_at: u64,
+    /// 1 while payload is left to user space instead. It stays so until user space has written all of it
+    /// ([`Credit::resume_at`]), or payload would overtake payload.
+    pub passing: u64,
+    /// Bytes left to user space since the flow was made.
+    pub passed: u64,
+    /// The sequence number of the next new byte.
+    pub next: u32,
+    /// Makes the size a multiple of the alignment.
+    pub reserved: u32,
+}
+
+impl Flow {
+    /// A flow that has carried nothing, of a stream whose next byte has the sequence number `next`.
+    #[must_use]
+    pub const fn new(next: u32) -> Self {
+        let (redirected, lost, last_ns, passing, passed) = (0, 0, 0, 0, 0);
+        Self { redirected, lost, last_ns, notify_at: FIRST_NOTIFY, passing, passed, next, reserved: 0 }
+    }
+}
+
+/// How many bytes at the start of a segment of `len` bytes, which begins at `sequence`, had been received before, where
+/// `next` is the next new byte; `None` if it has no new byte or does not join.
+///
+/// A peer that did not hear that its bytes arrived sends them once more, together with new ones. TCP queues such a segment
+/// as it is (tcp_data_queue, net/ipv4/tcp_input.c: "partial packet") and skips when it reads; but tcp_read_skb
+/// (net/ipv4/tcp.c) hands it over whole.
+#[must_use]
+#[inline(always)]
+pub const fn repeated(next: u32, sequence: u32, len: u32) -> Option<u32> {
+    let before = next.wrapping_sub(sequence);
+    if before < len { Some(before) } else { None }
+}
+
+/// How far the program may go in one spliced direction (map `CREDIT`, by the source's socket cookie). Written by the
+/// daemon alone: the flow is the program's.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Credit {
+    /// How many bytes may be redirected in all, raised as the target takes them.
+    pub limit: u64,
+    /// When [`Flow::passed`] is just this, user space has written all that was left to it, and the program redirects
+    /// again; [`Credit::NEVER`] otherwise. Any more payload that is passed makes the offer void.
+    pub resume_at: u64,
+}
+
+impl Credit {
+    /// No way back.
+    pub const NEVER: u64 = u64::MAX;
+
+    /// Redirect up to `limit`, and then leave everything to user space.
+    #[must_use]
+    pub const fn up_to(limit: u64) -> Self {
+        Self { limit, resume_at: Self::NEVER }
+    }
+
+    /// Decides where a segment goes.
+    #[must_use]
+    #[inline(always)]
+    pub const fn verdict(&self, flow: &Flow) -> Verdict {
+        if flow.redirected >= self.limit {
+            return Verdict::Pass;
+        }
+        if flow.passing == 0 {
+            return Verdict::Redirect;
+        }
+        if flow.passed == self.resume_at { Verdict::Resume } else { Verdict::Pass }
+    }
+}
+
+/// Where the program `verdict` sends a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// To the target.
+    Redirect,
+    /// To the target, and so do all that follow: user space has caught up.
+    Resume,
+    /// To user space.
+    Pass,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::splice::next_notify;
+
+    #[test]
+    fn notifications_come_at_doubling_sizes_and_then_every_step() {
+        const STEP: u64 = 512 * 1024;
+        let mut at = Flow::new(0).notify_at;
+        let mut notified = [0; 7];
+        for slot in &mut notified {
+            *slot = at / 1024;
+            at = next_notify(at, STEP);
+        }
+        assert_eq!(notified, [64, 128, 256, 512, 1024, 1536, 2048]);
+    }
+
+    #[test]
+    fn what_a_segment_repeats() {
+        const TOP: u32 = u32::MAX;
+        for (next, sequence, len, repeats) in [
+            (100, 100, 10, Some(0)),
+            (100, 95, 10, Some(5)),
+            (100, 91, 10, Some(9)),
+            // Nothing new.
+            (100, 90, 10, None),
+            (100, 80, 10, None),
+            // A gap.
+            (100, 101, 10, None),
+            // Across the wrap.
+            (2, TOP - 3, 10, Some(6)),
+            (TOP, TOP, 1, Some(0)),
+            (0, TOP, 2, Some(1)),
+            (TOP, 0, 10, None),
+        ] {
+            assert_eq!(repeated(next, sequence, len), repeats, "{next} {sequence} {len}");
+        }
+    }
+
+    #[test]
+    fn the_verdict_on_a_segment() {
+        let flow = |redirected, passing, passed| Flow { redirected, passing, passed, ..Flow::new(0) };
+        let offer = |limit, resume_at| Credit { limit, resume_at };
+        for (credit, flow, verdict) in [
+            (Credit::up_to(100), flow(99, 0, 0), Verdict::Redirect),
+            (Credit::up_to(100), flow(100, 0, 0), Verdict::Pass),
+            (Credit::up_to(100), flow(5, 1, 7), Verdict::Pass),
+            (offer(100, 7), flow(5, 1, 7), Verdict::Resume),
+            // More was passed since user space wrote the last of it.
+            (offer(100, 7), flow(5, 1, 8), Verdict::Pass),
+            (offer(5, 7), flow(5, 1, 7), Verdict::Pass),
+            // An offer that was taken means nothing to a flow that goes on.
+            (offer(100, 7), flow(5, 0, 7), Verdict::Redirect),
+        ] {
+            assert_eq!(credit.verdict(&flow), verdict, "{credit:?} {flow:?}");
+        }
+    }
+}

@@ -13,6 +13,8 @@ use aya::{
 };
 use thiserror::Error;
 
+use crate::engine::check::ProgramReport;
+
 /// Why programs or maps cannot be loaded or used.
 #[derive(Debug, Error)]
 pub enum LoadError {
@@ -115,15 +117,6 @@ pub(crate) fn take_data(programs: &mut Ebpf, map: &'static str) -> Result<MapDat
         Map::Array(data) | Map::HashMap(data) | Map::SockHash(data) | Map::SkStorage(data) => Ok(data),
         _ => Err(LoadError::Missing(map)),
     }
-}
-
-/// A loaded program, for logs and `selftest`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProgramReport {
-    /// Its name.
-    pub name: String,
-    /// Instructions that the verifier processed; `None` before Linux 5.16.
-    pub verified_instructions: Option<u32>,
 }
 
 /// The loaded programs and their verifier costs.

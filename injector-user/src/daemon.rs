@@ -254,7 +254,9 @@ fn observe(metrics: &Metrics, findings: &Findings) {
     metrics.set_engine("relay", true);
     for (engine, tested) in [("inline", &findings.inline), ("splice", &findings.splice)] {
         metrics.set_engine(engine, tested.fault().is_none());
-        tested.checks.iter().for_each(|check| metrics.set_check(engine, check));
+        for check in &tested.checks {
+            metrics.set_check(engine, check.name, check.result.is_ok(), check.took);
+        }
     }
     #[cfg(feature = "bpf")]
     if let Some(splice) = findings.splice_engine() {

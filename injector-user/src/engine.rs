@@ -1,5 +1,7 @@
 //! What the session asks of an engine. Engines differ only in how bytes move; the life of a connection is the same.
 
+pub mod check;
+
 use std::{
     fmt::Debug,
     io,

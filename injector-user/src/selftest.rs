@@ -1,113 +1,16 @@
 //! Which engine can run here, and why not a better one: for `injector selftest`, the log at start and `engine = "auto"`.
 
-use std::{fmt::Write as _, sync::Arc, time::Duration};
+use std::sync::Arc;
+#[cfg(feature = "bpf")]
+use std::time::Duration;
 
 use serde_json::json;
 
 use crate::{
     config::{EngineChoice, Marks},
-    engine::Engine,
-    log::target,
+    engine::{Engine, check::Tested},
     relay::Relay,
 };
-
-/// One check of an engine's mechanism.
-#[derive(Clone, Debug)]
-pub struct Check {
-    /// Its name.
-    pub name: &'static str,
-    /// What was seen, or what went wrong.
-    pub result: Result<String, String>,
-    /// How long it took.
-    pub took: Duration,
-}
-
-/// What was found out about one engine.
-#[derive(Clone, Debug)]
-pub struct Tested {
-    /// Its checks, in order; the first that fails rules it out.
-    pub checks: Vec<Check>,
-    /// The loaded programs and the instructions that the verifier walked.
-    pub programs: Vec<(String, Option<u32>)>,
-    /// Why nothing was tried.
-    untried: Option<String>,
-}
-
-impl Tested {
-    /// Nothing was loaded, for this reason.
-    fn untried(why: &str) -> Self {
-        Self { checks: Vec::new(), programs: Vec::new(), untried: Some(why.to_owned()) }
-    }
-
-    #[cfg(feature = "bpf")]
-    fn new(checks: Vec<Check>, programs: Vec<crate::bpf::ProgramReport>) -> Self {
-        let programs = programs.into_iter().map(|report| (report.name, report.verified_instructions));
-        Self { checks, programs: programs.collect(), untried: None }
-    }
-
-    /// Why the engine cannot run; `None` if it can.
-    #[must_use]
-    pub fn fault(&self) -> Option<String> {
-        self.untried.clone().or_else(|| {
-            self.checks.iter().find_map(|check| {
-                let fault = check.result.as_ref().err()?;
-                Some(format!("{}: {fault}", check.name))
-            })
-        })
-    }
-
-    /// One line for each check, in the daemon's log.
-    pub fn log(&self, engine: &str) {
-        for Check { name, result, took } in &self.checks {
-            let seconds = took.as_secs_f64();
-            match result {
-                Ok(detail) => {
-                    tracing::info!(target: target::ENGINE, engine, check = name, passed = true, seconds, detail, "self-test");
-                }
-                Err(detail) => {
-                    tracing::warn!(target: target::ENGINE, engine, check = name, passed = false, seconds, detail, "self-test");
-                }
-            }
-        }
-    }
-
-    fn text(&self, engine: &str) -> String {
-        let mut text = format!("{engine}\n");
-        if let Some(why) = &self.untried {
-            let _ = writeln!(text, "  not tried: {why}");
-        }
-        for check in &self.checks {
-            let (mark, what) = match &check.result {
-                Ok(seen) => ("ok    ", seen),
-                Err(fault) => ("FAILED", fault),
-            };
-            let took = check.took.as_secs_f64() * 1000.0;
-            let _ = writeln!(text, "  {mark}  {:<22} {took:>7.1} ms  {what}", check.name);
-        }
-        for (name, instructions) in &self.programs {
-            let walked = instructions.map_or("?".to_owned(), |count| count.to_string());
-            let _ = writeln!(text, "  program {name}: {walked} instructions walked by the verifier");
-        }
-        text
-    }
-
-    fn json(&self) -> serde_json::Value {
-        let check = |check: &Check| {
-            json!({
-                "name": check.name,
-                "passed": check.result.is_ok(),
-                "detail": check.result.as_ref().unwrap_or_else(|fault| fault),
-                "seconds": check.took.as_secs_f64(),
-            })
-        };
-        let program = |(name, instructions): &(String, Option<u32>)| json!({ "name": name, "verified_instructions": instructions });
-        json!({
-            "failure": self.fault(),
-            "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
-            "programs": self.programs.iter().map(program).collect::<Vec<_>>(),
-        })
-    }
-}
 
 /// What was found out about this machine.
 #[derive(Debug)]
@@ -149,7 +52,10 @@ impl Findings {
     /// Loads the programs of the splice engine with room for `connections`, holding back by these marks, and drives them.
     #[cfg(feature = "bpf")]
     pub fn try_splice(&mut self, connections: u32, marks: &Marks) {
-        use crate::splice::{Splice, selftest};
+        use crate::{
+            engine::check::Check,
+            splice::{Splice, selftest},
+        };
 
         let start = std::time::Instant::now();
         let loaded = match Splice::load(connections, marks.notify_step(), marks.credit()) {

@@ -34,8 +34,9 @@ pub use self::{
     events::{Books, Listening},
 };
 use crate::{
-    bpf::{self, ProgramReport, lock, reports},
+    bpf::{self, lock, reports},
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
+    engine::check::ProgramReport,
     header::Rendered,
     log::target,
     metrics::BpfCounters,

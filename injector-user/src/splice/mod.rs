@@ -28,7 +28,8 @@ use injector_common::splice::Counter;
 
 use self::{backlog_events::BacklogEvents, maps::Maps};
 use crate::{
-    bpf::{LoadError, ProgramReport, lock, program, reports},
+    bpf::{LoadError, lock, program, reports},
+    engine::check::ProgramReport,
     log::target,
     metrics::BpfCounters,
 };

@@ -13,7 +13,7 @@ use tokio::{
 use super::{Splice, verdict::Spliced};
 use crate::{
     endpoint::{self, Endpoint, Needs},
-    selftest::Check,
+    engine::check::Check,
     watch::Watch,
 };
 

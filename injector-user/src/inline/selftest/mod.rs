@@ -30,9 +30,9 @@ use super::{
     sweep, template,
 };
 use crate::{
-    bpf::{ProgramReport, reports},
+    bpf::reports,
     config::Receiver,
-    selftest::Check,
+    engine::check::{Check, ProgramReport},
 };
 
 /// Runs all checks, and says what the programs cost the verifier. The engine may be used if all passed.

@@ -23,8 +23,8 @@ use crate::{
     rights,
     selftest::Findings,
     serving::{self, Outset, Serving, Sockets},
-    session::Ledger,
     sys, systemd,
+    telemetry::backlog::Ledger,
 };
 
 /// Runs what `source` reads from `file`, until it is told to stop.

@@ -33,6 +33,7 @@ pub mod session;
 pub mod splice;
 pub mod sys;
 pub mod systemd;
+pub mod telemetry;
 pub mod tls;
 pub mod watch;
 pub mod worker;

@@ -29,9 +29,10 @@ use crate::{
     room::Room,
     selftest::Findings,
     session::{
-        Context, Ledger,
+        Context,
         table::{Snapshot, Table},
     },
+    telemetry::backlog::Ledger,
     worker::Worker,
 };
 

@@ -16,8 +16,8 @@ use super::{Inline, maps::socket_address, parties};
 use crate::{
     bpf::lock,
     metrics::{Active, ListenerMetrics},
-    session::{Bytes, End, Report},
     sys,
+    telemetry::outcome::{Bytes, End, Report},
 };
 
 /// How often flows that have ended are taken out.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 use super::{BytesLabels, ChangeLabels, ClosedLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
-use crate::session::{Bytes, End};
+use crate::telemetry::outcome::{Bytes, End};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

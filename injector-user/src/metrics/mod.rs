@@ -27,7 +27,7 @@ pub use self::{
     listener::{Active, Counts, ListenerMetrics, RejectReason},
     programs::BpfCounters,
 };
-use crate::{backend::Backends, session::Ledger};
+use crate::{backend::Backends, telemetry::backlog::Ledger};
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -391,7 +391,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{Config, EXAMPLE},
-        session::{Bytes, End},
+        telemetry::outcome::{Bytes, End},
     };
 
     #[derive(Debug)]

@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Unit,
 };
 
-use crate::session::Ledger;
+use crate::telemetry::backlog::Ledger;
 
 /// What loaded programs have counted.
 pub trait BpfCounters: Send + Sync + Debug {

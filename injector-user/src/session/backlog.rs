@@ -1,10 +1,4 @@
-//! How much may wait in the kernel for targets that do not keep up, and what is done above that: pure decisions, and
-//! the sum over all connections.
-
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+//! How much may wait in the kernel for targets that do not keep up, and what is done above that: pure decisions.
 
 use crate::config::Marks;
 
@@ -30,45 +24,6 @@ pub(super) fn judge(marks: &Marks, own: u64, total: u64) -> Judgement {
     Judgement::Go
 }
 
-/// Bytes waiting in the kernel over all connections, as far as they were looked at.
-#[derive(Clone, Debug, Default)]
-pub struct Ledger(Arc<AtomicU64>);
-
-impl Ledger {
-    /// The sum.
-    #[must_use]
-    pub fn total(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// A direction's part of it, which is nothing so far.
-    pub(super) fn share(&self) -> Share {
-        Share { ledger: self.clone(), bytes: 0 }
-    }
-}
-
-/// One direction's part of the sum, given back when dropped.
-#[derive(Debug)]
-pub(super) struct Share {
-    ledger: Ledger,
-    bytes: u64,
-}
-
-impl Share {
-    /// Replaces what was said before; returns the new sum.
-    pub(super) fn set(&mut self, bytes: u64) -> u64 {
-        let change = bytes.wrapping_sub(self.bytes);
-        self.bytes = bytes;
-        self.ledger.0.fetch_add(change, Ordering::Relaxed).wrapping_add(change)
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        self.set(0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,18 +47,5 @@ mod tests {
     fn above_the_limit_everybody_with_a_backlog_is_reset() {
         assert_eq!(judge(&MARKS, 10, 2001), Judgement::Go);
         assert_eq!(judge(&MARKS, 11, 2001), Judgement::Reset);
-    }
-
-    #[test]
-    fn shares_add_up_and_are_given_back() {
-        let ledger = Ledger::default();
-        let (mut one, mut two) = (ledger.share(), ledger.share());
-        assert_eq!(one.set(70), 70);
-        assert_eq!(two.set(50), 120);
-        assert_eq!(one.set(20), 70);
-        drop(two);
-        assert_eq!(ledger.total(), 20);
-        drop(one);
-        assert_eq!(ledger.total(), 0);
     }
 }

@@ -17,9 +17,8 @@ use tokio::{
 
 use super::{
     Context,
-    backlog::{Judgement, Share, judge},
+    backlog::{Judgement, judge},
     direction::{Direction, Plane, Want},
-    end::Bytes,
 };
 use crate::{
     config::Pays,
@@ -27,6 +26,7 @@ use crate::{
     engine::{Offer, Refused, Spliced},
     pipe::Pipe,
     sys,
+    telemetry::{backlog::Share, outcome::Bytes},
 };
 
 /// Longest pause between two looks whether a finished direction has been delivered.

@@ -10,7 +10,6 @@
 
 mod backlog;
 mod direction;
-pub mod end;
 mod lane;
 #[cfg(test)]
 mod model;
@@ -25,10 +24,6 @@ use socket2::Socket;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-pub use self::{
-    backlog::Ledger,
-    end::{Bytes, End, Report},
-};
 use self::{
     pump::Pump,
     table::{Entry, Table},
@@ -44,6 +39,10 @@ use crate::{
     pipe::Pipes,
     protocol::{Protocol, Refusal, Speaker},
     relay::Relay,
+    telemetry::{
+        backlog::Ledger,
+        outcome::{Bytes, End, Report},
+    },
     watch::Watch,
 };
 

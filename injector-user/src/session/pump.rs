@@ -14,13 +14,13 @@ use tokio::time::Instant;
 use super::{
     Context,
     direction::Want,
-    end::{Bytes, End},
     lane::{Between, Break, Enrolment, Lane, Progress},
     table::Handle,
 };
 use crate::{
     endpoint::{Endpoint, Needs},
     log::target,
+    telemetry::outcome::{Bytes, End},
 };
 
 /// How often the counters of a long connection are brought up to date.

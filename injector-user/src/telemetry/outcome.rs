@@ -1,9 +1,10 @@
 //! How a connection ended, and the one line that says so.
 
-use crate::log::target;
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
-/// How a connection ended: the field `end` of its log line and the label of `injector_connections_closed_total`.
+use crate::log::target;
+
+/// How a connection ended: the field `reason` of its log line and the label of `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum End {
     /// The client finished first, then the backend: everything was delivered.

@@ -1,0 +1,4 @@
+//! What becomes of connections, for logs and metrics.
+
+pub mod backlog;
+pub mod outcome;

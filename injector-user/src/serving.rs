@@ -502,7 +502,7 @@ impl Serving {
     /// What is known of its backends is kept up to date, and published.
     fn look_after(&self, open: &Open) {
         tokio::spawn(Arc::clone(&open.backends).keep_up_to_date(open.background.clone()));
-        self.shared.metrics.watch_backends(&open.config.name, Arc::clone(&open.backends));
+        self.shared.metrics.watch_backends(&open.config.name, open.backends.clone());
     }
 
     fn open_doors(&self, open: &mut Open, sockets: Sockets) {

@@ -31,6 +31,7 @@ use crate::{
     config::{self, Check, Host, Listener},
     endpoint::{Endpoint, ObserveSyn},
     log::target,
+    metrics::{BackendSample, BackendSource},
 };
 
 /// The backends of one listener.
@@ -187,6 +188,24 @@ impl Backend {
             up: standing.is_up(),
             out: standing == Standing::ForcedDown,
         }
+    }
+}
+
+impl BackendSource for Backends {
+    fn sample(&self) -> Vec<BackendSample> {
+        let sample = |backend: &Backend| {
+            let Account { active, sessions, passed, failed, ejections } = backend.account();
+            BackendSample {
+                name: backend.configured().to_string(),
+                up: backend.standing().is_up(),
+                active,
+                sessions,
+                checks_passed: passed,
+                checks_failed: failed,
+                ejections,
+            }
+        };
+        self.all.iter().map(sample).collect()
     }
 }
 

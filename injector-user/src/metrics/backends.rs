@@ -12,14 +12,37 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-use crate::backend::{Account, Backend, Backends};
+/// What a scrape reads of one backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendSample {
+    /// As in the configuration.
+    pub name: String,
+    /// Whether it gets connections.
+    pub up: bool,
+    /// Sessions with it now. Not those of the inline engine, which the kernel forwards.
+    pub active: u64,
+    /// Sessions with it so far.
+    pub sessions: u64,
+    /// Health checks that it passed.
+    pub checks_passed: u64,
+    /// Health checks that it failed.
+    pub checks_failed: u64,
+    /// How often it was ejected because connections failed.
+    pub ejections: u64,
+}
+
+/// The backends of a listener, as the metrics see them.
+pub trait BackendSource: fmt::Debug + Send + Sync {
+    /// All of them, in the order of the configuration. Called at every scrape.
+    fn sample(&self) -> Vec<BackendSample>;
+}
 
 /// The backends of each listener.
 #[derive(Debug, Default)]
-pub(super) struct Watched(RwLock<BTreeMap<String, Arc<Backends>>>);
+pub(super) struct Watched(RwLock<BTreeMap<String, Arc<dyn BackendSource>>>);
 
 impl Watched {
-    pub(super) fn watch(&self, listener: &str, backends: Arc<Backends>) {
+    pub(super) fn watch(&self, listener: &str, backends: Arc<dyn BackendSource>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(listener.to_owned(), backends);
     }
 
@@ -28,31 +51,32 @@ impl Watched {
     }
 }
 
-type Count = fn(Account) -> u64;
+type Count = fn(&BackendSample) -> u64;
 
 impl Collector for Watched {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let watched = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let all: Vec<(&str, String, &Backend)> = watched
+        let all: Vec<(&str, BackendSample)> = watched
             .iter()
-            .flat_map(|(listener, backends)| backends.all().iter().map(move |it| (listener, it)))
-            .map(|(listener, backend)| (listener.as_str(), backend.configured().to_string(), backend))
+            .flat_map(|(listener, backends)| {
+                backends.sample().into_iter().map(move |it| (listener.as_str(), it))
+            })
             .collect();
         if all.is_empty() {
             return Ok(());
         }
         let help = "1 if the backend gets connections, 0 if it is down, ejected or taken out";
         let mut family = encoder.encode_descriptor("backend_up", help, None, MetricType::Gauge)?;
-        for (listener, name, backend) in &all {
-            let labels = [("listener", *listener), ("backend", name.as_str())];
-            let up = i64::from(backend.standing().is_up());
+        for (listener, backend) in &all {
+            let labels = [("listener", *listener), ("backend", backend.name.as_str())];
+            let up = i64::from(backend.up);
             ConstGauge::new(up).encode(family.encode_family(&labels)?)?;
         }
         let help = "Sessions of the engines that end TCP with the backend now";
         let mut family = encoder.encode_descriptor("backend_active", help, None, MetricType::Gauge)?;
-        for (listener, name, backend) in &all {
-            let labels = [("listener", *listener), ("backend", name.as_str())];
-            let active = i64::try_from(backend.account().active).unwrap_or(i64::MAX);
+        for (listener, backend) in &all {
+            let labels = [("listener", *listener), ("backend", backend.name.as_str())];
+            let active = i64::try_from(backend.active).unwrap_or(i64::MAX);
             ConstGauge::new(active).encode(family.encode_family(&labels)?)?;
         }
         let counters: [(&str, &str, Count); 2] = [
@@ -63,9 +87,9 @@ impl Collector for Watched {
         ];
         for (metric, help, count) in counters {
             let mut family = encoder.encode_descriptor(metric, help, None, MetricType::Counter)?;
-            for (listener, name, backend) in &all {
-                let labels = [("listener", *listener), ("backend", name.as_str())];
-                ConstCounter::new(count(backend.account())).encode(family.encode_family(&labels)?)?;
+            for (listener, backend) in &all {
+                let labels = [("listener", *listener), ("backend", backend.name.as_str())];
+                ConstCounter::new(count(backend)).encode(family.encode_family(&labels)?)?;
             }
         }
         let mut family = encoder.encode_descriptor(
@@ -74,10 +98,10 @@ impl Collector for Watched {
             None,
             MetricType::Counter,
         )?;
-        for (listener, name, backend) in &all {
-            let Account { passed, failed, .. } = backend.account();
-            for (result, count) in [("passed", passed), ("failed", failed)] {
-                let labels = [("listener", *listener), ("backend", name.as_str()), ("result", result)];
+        for (listener, backend) in &all {
+            for (result, count) in [("passed", backend.checks_passed), ("failed", backend.checks_failed)] {
+                let labels =
+                    [("listener", *listener), ("backend", backend.name.as_str()), ("result", result)];
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
         }

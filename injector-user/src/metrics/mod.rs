@@ -24,10 +24,11 @@ use prometheus_client::{
 
 use self::{backends::Watched, programs::Programs};
 pub use self::{
+    backends::{BackendSample, BackendSource},
     listener::{Active, Counts, ListenerMetrics, RejectReason},
     programs::BpfCounters,
 };
-use crate::{backend::Backends, telemetry::backlog::Ledger};
+use crate::telemetry::backlog::Ledger;
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -248,7 +249,7 @@ impl Metrics {
     }
 
     /// Has the backends of a listener looked at, at every scrape, in place of those that it had before.
-    pub fn watch_backends(&self, listener: &str, backends: Arc<Backends>) {
+    pub fn watch_backends(&self, listener: &str, backends: Arc<dyn BackendSource>) {
         self.0.backends.watch(listener, backends);
     }
 
@@ -389,10 +390,24 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        config::{Config, EXAMPLE},
-        telemetry::outcome::{Bytes, End},
-    };
+    use crate::telemetry::outcome::{Bytes, End};
+
+    #[derive(Debug)]
+    struct OneBackend;
+
+    impl BackendSource for OneBackend {
+        fn sample(&self) -> Vec<BackendSample> {
+            vec![BackendSample {
+                name: "mail.internal:2525".to_owned(),
+                up: true,
+                active: 0,
+                sessions: 0,
+                checks_passed: 0,
+                checks_failed: 0,
+                ejections: 0,
+            }]
+        }
+    }
 
     #[derive(Debug)]
     struct Counted;
@@ -413,8 +428,7 @@ mod tests {
         metrics.set_check("splice", "slow_reader", false, took);
         metrics.set_max_connections(10);
         metrics.set_draining("smtp", false);
-        let config = Config::parse(EXAMPLE, "f").unwrap();
-        metrics.watch_backends("smtp", Arc::new(Backends::new(&config.listeners[0], None, Arc::default())));
+        metrics.watch_backends("smtp", Arc::new(OneBackend));
         let listener = metrics.listener("smtp", "relay");
         listener.enrolment_failed("not_established");
         (metrics, listener)

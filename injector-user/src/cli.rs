@@ -4,12 +4,10 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 
-use crate::{completions, man};
 use crate::{
-    config::{
-        Config, DurationError, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration,
-    },
+    config::{Config, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration},
     control::wire::BackendAction,
 };
 
@@ -73,8 +71,8 @@ pub enum Command {
     /// Run it on the injector's host. Opens a few connections to each address of each backend, sends PROXY headers
     /// with this host's addresses, ends each dialogue with QUIT and delivers nothing. Exits with 0 if no fault was
     /// found, with 1 if there are faults, with 2 if nothing could be examined.
-    #[command(after_long_help = DOCTOR_EXAMPLES)]
-    Doctor(DoctorArgs),
+    #[command(after_long_help = crate::doctor::EXAMPLES)]
+    Doctor(crate::doctor::DoctorArgs),
     /// Send a message through the injector, fetch it by IMAP, and compare
     ///
     /// Meant for a monitor that runs every 20 minutes: it reports which step failed and what to do, and writes
@@ -108,9 +106,9 @@ pub enum Command {
     /// Show a running injector live on the terminal
     Top(TopArgs),
     /// Print completions for a shell
-    Completions(completions::CompletionsArgs),
+    Completions(CompletionsArgs),
     /// Print the manual page, or write those of all commands
-    Man(man::ManArgs),
+    Man(ManArgs),
 }
 
 const DRAIN_EXAMPLES: &str = "\
@@ -171,7 +169,7 @@ pub struct DrainArgs {
     pub listener: Option<String>,
 
     /// Abort sessions after this time, such as 30s [file: listener.timeouts.drain]
-    #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
 
     /// Wait until no session is left, or until the deadline
@@ -228,7 +226,7 @@ pub struct TopArgs {
     pub at: SocketArgs,
 
     /// Refresh interval, such as 1s
-    #[arg(long, env = "INJECTOR_INTERVAL", value_name = "DURATION", value_parser = duration, default_value = "1s")]
+    #[arg(long, env = "INJECTOR_INTERVAL", value_name = "DURATION", value_parser = parse_duration, default_value = "1s")]
     pub interval: Duration,
 
     /// Print one page as text and exit
@@ -268,16 +266,6 @@ Examples:
   Log sessions at debug level, everything else at info
     $ INJECTOR_LOG=info,session=debug injector run --config injector.toml";
 
-const DOCTOR_EXAMPLES: &str = "\
-Examples:
-  After a change of the mail server
-    $ injector doctor --config injector.toml --listener smtp
-
-  On any other host: does a mail server trust headers from there?
-    $ injector doctor --config injector.toml --untrusted
-
-Verdicts, and what the doctor sends to a server, are described in docs/doctor.md.";
-
 /// Arguments of `injector run`. `None` keeps the value of the file.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
@@ -304,7 +292,7 @@ pub struct RunArgs {
     pub max_connections: Option<usize>,
 
     /// How long sessions may continue after SIGTERM, such as 30s or "2m 30s" [file: stop.deadline; default: 30s]
-    #[arg(long, env = "INJECTOR_STOP_DEADLINE", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "INJECTOR_STOP_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub stop_deadline: Option<Duration>,
 
     /// Engine of every listener, whatever the file says [file: listener.engine; default: auto]
@@ -320,28 +308,19 @@ pub struct CheckArgs {
     pub config: PathBuf,
 }
 
-/// Arguments of `injector doctor`.
+/// Arguments of `injector completions`.
 #[derive(Clone, Debug, Args)]
-pub struct DoctorArgs {
-    /// The configuration file (TOML)
-    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
-    pub config: PathBuf,
+pub struct CompletionsArgs {
+    /// For which shell
+    pub shell: Shell,
+}
 
-    /// Only this listener
-    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
-    pub listener: Option<String>,
-
-    /// Print the result as JSON
-    #[arg(long, env = "INJECTOR_JSON")]
-    pub json: bool,
-
-    /// How long to wait for a server's reply; postscreen takes 6s, Postfix 5s to miss a header
-    #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = duration, default_value = "10s")]
-    pub timeout: Duration,
-
-    /// This host is not the injector's: report which backends trust a header from here, and relay for it
-    #[arg(long, env = "INJECTOR_UNTRUSTED")]
-    pub untrusted: bool,
+/// Arguments of `injector man`.
+#[derive(Clone, Debug, Args)]
+pub struct ManArgs {
+    /// Write a page for each command into this folder instead of printing that of `injector`
+    #[arg(long, env = "INJECTOR_OUT", value_name = "DIR")]
+    pub out: Option<PathBuf>,
 }
 
 /// Arguments of `injector selftest`.
@@ -372,10 +351,6 @@ pub fn apply(config: &mut Config, args: &RunArgs) {
     if let Some(engine) = args.engine {
         config.listeners.iter_mut().for_each(|listener| listener.engine = engine);
     }
-}
-
-fn duration(text: &str) -> Result<Duration, DurationError> {
-    parse_duration(text)
 }
 
 fn connections(text: &str) -> Result<usize, &'static str> {

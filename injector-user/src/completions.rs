@@ -2,42 +2,34 @@
 
 use std::io::{self, Write as _};
 
-use clap::{Args, CommandFactory as _};
+use clap::Command;
 use clap_complete::Shell;
 
-use crate::cli::Cli;
-
-/// Arguments of `injector completions`.
-#[derive(Clone, Debug, Args)]
-pub struct CompletionsArgs {
-    /// For which shell
-    pub shell: Shell,
-}
-
-/// Prints them.
+/// Prints the completions of `command` for this shell.
 ///
 /// # Errors
 /// When standard output takes no more.
-pub fn print(args: &CompletionsArgs) -> io::Result<()> {
-    io::stdout().write_all(&of(args.shell))
+pub fn print(command: Command, shell: Shell) -> io::Result<()> {
+    io::stdout().write_all(&of(command, shell))
 }
 
-fn of(shell: Shell) -> Vec<u8> {
+fn of(mut command: Command, shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "injector", &mut script);
+    clap_complete::generate(shell, &mut command, "injector", &mut script);
     script
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum as _;
+    use clap::{CommandFactory as _, ValueEnum as _};
 
     use super::*;
+    use crate::cli::Cli;
 
     #[test]
     fn every_verb_is_in_the_script_of_every_shell() {
         for shell in Shell::value_variants() {
-            let script = String::from_utf8(of(*shell)).unwrap();
+            let script = String::from_utf8(of(Cli::command(), *shell)).unwrap();
             for verb in Cli::command().get_subcommands() {
                 assert!(script.contains(verb.get_name()), "{shell}: {}", verb.get_name());
             }

@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, thread, time::Duration};
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
     cli::{self, AskArgs, Cli, Command},
     completions,
@@ -66,8 +66,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => return Ok(doctor::run(&args)),
         #[cfg(feature = "probe")]
         Command::Probe(args) => return injector_user::probe::run(&args),
-        Command::Completions(args) => completions::print(&args)?,
-        Command::Man(args) => man::run(&args)?,
+        Command::Completions(args) => completions::print(Cli::command(), args.shell)?,
+        Command::Man(args) => man::run(Cli::command(), args.out.as_deref())?,
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();

@@ -3,56 +3,48 @@
 use std::{
     fs,
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::Context as _;
-use clap::{Args, Command, CommandFactory as _};
+use clap::Command;
 use clap_mangen::Man;
 
-use crate::cli::Cli;
-
-/// Arguments of `injector man`.
-#[derive(Clone, Debug, Args)]
-pub struct ManArgs {
-    /// Write a page for every verb into this folder, instead of printing that of `injector`
-    #[arg(long, env = "INJECTOR_OUT", value_name = "DIR")]
-    pub out: Option<PathBuf>,
-}
-
-/// Prints or writes.
+/// Prints the page of `command`, or writes it and those of its subcommands into a folder.
 ///
 /// # Errors
 /// When standard output takes no more, or the folder cannot be written.
-pub fn run(args: &ManArgs) -> anyhow::Result<()> {
-    match &args.out {
-        Some(folder) => write(folder).with_context(|| format!("cannot write to {}", folder.display())),
+pub fn run(command: Command, out: Option<&Path>) -> anyhow::Result<()> {
+    let command = without_help(command);
+    match out {
+        Some(folder) => {
+            write(command, folder).with_context(|| format!("cannot write to {}", folder.display()))
+        }
         None => {
             let mut page = Vec::new();
-            Man::new(command()).render(&mut page)?;
+            Man::new(command).render(&mut page)?;
             io::stdout().write_all(&page).context("cannot print")
         }
     }
 }
 
 /// `injector.1`, `injector-run.1`, `injector-inline-detach.1` and so on.
-fn write(folder: &Path) -> io::Result<()> {
+fn write(command: Command, folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
-    clap_mangen::generate_to(command(), folder)
+    clap_mangen::generate_to(command, folder)
 }
 
-/// Without the verbs `help`, of which there would be a page for each page.
-fn command() -> Command {
-    without_help(Cli::command())
-}
-
+/// Without the verbs `help`: each would have a page of its own.
 fn without_help(command: Command) -> Command {
     command.disable_help_subcommand(true).mut_subcommands(without_help)
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+    use crate::cli::Cli;
 
     /// The pages of a verb and of those below it.
     fn pages(command: &Command, name: &str) -> Vec<String> {
@@ -64,7 +56,7 @@ mod tests {
     #[test]
     fn every_verb_has_its_page_and_nothing_else_has() {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path()).unwrap();
+        write(without_help(Cli::command()), folder.path()).unwrap();
         let entries = fs::read_dir(folder.path()).unwrap();
         let mut written: Vec<_> =
             entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();

@@ -4,6 +4,7 @@
 //! servers' settings. Only `probe` and this file do I/O. What it does to a server is in `docs/doctor.md`.
 
 pub mod advice;
+mod args;
 mod claims;
 mod conversation;
 pub mod diagnosis;
@@ -28,7 +29,10 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::task::JoinSet;
 
-pub use self::probe::claim_localhost;
+pub use self::{
+    args::{DoctorArgs, EXAMPLES},
+    probe::claim_localhost,
+};
 use self::{
     claims::Claims,
     diagnosis::{Finding, Verdict},
@@ -36,10 +40,7 @@ use self::{
     probe::Patience,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
-use crate::{
-    cli::DoctorArgs,
-    config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat},
-};
+use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat};
 
 /// Everything is fine.
 const FINE: u8 = 0;

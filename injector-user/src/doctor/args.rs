@@ -1,0 +1,42 @@
+//! The arguments of `injector doctor`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+
+use crate::config::parse_duration;
+
+/// At the end of `injector doctor --help`.
+pub const EXAMPLES: &str = "\
+Examples:
+  After a change of the mail server
+    $ injector doctor --config injector.toml --listener smtp
+
+  On any other host: does a mail server trust headers from there?
+    $ injector doctor --config injector.toml --untrusted
+
+Verdicts, and what the doctor sends to a server, are described in docs/doctor.md.";
+
+/// Arguments of `injector doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// The configuration file (TOML)
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+
+    /// Only this listener
+    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
+    pub listener: Option<String>,
+
+    /// Print the result as JSON
+    #[arg(long, env = "INJECTOR_JSON")]
+    pub json: bool,
+
+    /// How long to wait for a server's reply; postscreen takes 6s, Postfix 5s to miss a header
+    #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
+    pub timeout: Duration,
+
+    /// This host is not the injector's: report which backends trust a header from here, and relay for it
+    #[arg(long, env = "INJECTOR_UNTRUSTED")]
+    pub untrusted: bool,
+}

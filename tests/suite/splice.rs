@@ -24,16 +24,16 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() {
     let trials = vec![
-        trial("inject/alone, every length", |splice| every_length(splice, b"")),
+        trial("inject/without payload, every length", |splice| every_length(splice, b"")),
         trial("inject/in front of one byte, every length", |splice| every_length(splice, b"x")),
         trial("inject/in front of 64 KiB", big_payload),
         trial("inject/twice on a socket", twice),
-        trial("inject/lengths that no header has", impossible_lengths),
+        trial("inject/impossible lengths", impossible_lengths),
         trial("verdict/without a target the bytes are counted as lost", no_target),
         trial("verdict/not before it is established, not after a FIN", only_established),
-        trial("verdict/the proof waits for a stalled target", stalled_target),
+        trial("verdict/the delivery check waits for a stalled target", stalled_target),
         trial("verdict/enrolled in the middle of a stream", mid_stream),
-        trial("verdict/dropping it takes the direction back", moved_to_user_space),
+        trial("verdict/dropping it moves the direction to user space", moved_to_user_space),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }

@@ -44,7 +44,7 @@ pub struct Marks {
 
 impl Default for Marks {
     fn default() -> Self {
-        // 200 stalled readers had 191 MiB waiting with 1 MiB, 17 to 47 MiB with 256 KiB (`crowd/200 stalled readers`).
+        // 200 stalled readers had 191 MiB waiting with 1 MiB, 17 to 47 MiB with 256 KiB (`limits/200 stalled readers`).
         Self { high: 256 << 10, low: 64 << 10, total_high: 256 << 20, total_limit: 512 << 20 }
     }
 }

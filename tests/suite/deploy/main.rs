@@ -23,17 +23,17 @@ fn main() {
         file("files/the units are sound", files::units_are_sound),
         file("files/the unit is hardened", files::unit_is_hardened),
         file("files/the configuration is valid", files::configuration_is_valid),
-        file("files/a stop has the time that the configuration gives it", files::a_stop_has_its_time),
+        file("files/the stop timeout covers the configured deadline", files::a_stop_has_its_time),
     ];
     let shared = Arc::new(Shared::default());
     let systemd_trials: [(&str, TrialRun); 7] = [
         ("systemd/installing twice changes nothing", service::installing_twice),
-        ("systemd/the process has what it needs and no more", service::rights),
-        ("systemd/a stop ends it and leaves no socket", service::stop),
-        ("systemd/a mistake in the configuration keeps it from starting", service::mistake),
-        ("systemd/a reload applies, or is refused and changes nothing", service::reload),
-        ("systemd/a daemon that hangs is replaced", service::watchdog),
-        ("systemd/its socket unit starts it, and holds the port meanwhile", service::activated),
+        ("systemd/the process has only the capabilities that it needs", service::rights),
+        ("systemd/a stop leaves no socket", service::stop),
+        ("systemd/an invalid configuration prevents the start", service::mistake),
+        ("systemd/a reload applies, or is rejected and changes nothing", service::reload),
+        ("systemd/a daemon that hangs is restarted", service::watchdog),
+        ("systemd/the socket unit starts it and keeps the port open", service::activated),
     ];
     for engine in service::ENGINES {
         for family in Family::ALL {
@@ -43,7 +43,7 @@ fn main() {
     }
     trials.extend(systemd_trials.map(|(name, run)| trial(&shared, name.to_owned(), run)));
     // The last: nothing is there afterwards.
-    let last = "systemd/uninstalling removes all but the configuration";
+    let last = "systemd/uninstalling removes everything except the configuration";
     trials.push(trial(&shared, last.to_owned(), service::uninstall));
     // The trials alone have it, so it goes with the last of them.
     drop(shared);

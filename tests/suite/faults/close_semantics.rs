@@ -20,11 +20,11 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("killed/backend process in an upload", killed_in_upload),
     ("killed/backend process in a download, commands unread", killed_in_download),
     ("killed/backend process in a download, nothing unread", killed_orderly),
-    ("finish/both sides at once", crossing),
-    ("finish/with the last data in one segment", corked),
-    ("finish/client before the banner", before_the_banner),
-    ("finish/backend with its banner", with_the_banner),
-    ("finish/passed on within 5 ms", prompt),
+    ("close/both sides at once", crossing),
+    ("close/FIN and last data in one segment", corked),
+    ("close/client before the banner", before_the_banner),
+    ("close/backend with its banner", with_the_banner),
+    ("close/forwarded within 5 ms", prompt),
 ];
 
 /// How soon after the kill the client must know, in the median of [`KILLS`].

@@ -10,18 +10,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use injector_testbed::bpf::{map_entries, map_exists, map_ids};
 use injector_testbed::resource_usage::{Memory, descriptors};
+use injector_testbed::wait::wait_until;
 
 use crate::Run;
 use crate::testbed::{
     Ending, LIMIT, Testbed, accept_now, accept_with_header, counted, ending, expect, finished, pass, patient,
-    public_address, until,
+    public_address,
 };
 use crate::transfers::{introduced, pattern, receive_all, send_all};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("crowd/connections that come and go during a stop", churn),
-    ("crowd/2000 idle connections", idle),
-    ("crowd/no descriptors left", no_descriptors),
+    ("limits/connections during a shutdown", churn),
+    ("limits/2000 idle connections", idle),
+    ("limits/no descriptors left", no_descriptors),
 ];
 
 /// How the clients of [`churn`] fared.
@@ -224,12 +225,15 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         expect(server, b"EHLO client\r\n")?;
     }
     if engine == "splice" {
-        until(|| {
-            let entries = map_entries(pid)?;
-            let full =
-                |name: &&str| entries.iter().any(|(map, count)| map == name && *count == 2 * CONNECTIONS);
-            Ok(PER_DIRECTION.iter().all(full).then_some(()).ok_or_else(|| format!("{entries:?}")))
-        })?;
+        wait_until(
+            "map entries",
+            || map_entries(pid),
+            |entries| {
+                let full =
+                    |name: &&str| entries.iter().any(|(map, count)| map == name && *count == 2 * CONNECTIONS);
+                PER_DIRECTION.iter().all(full)
+            },
+        )?;
     }
     let grown = Memory::now(pid).daemon.saturating_sub(memory);
     let opened = start.elapsed();
@@ -247,12 +251,13 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for session in finished(&injector, CONNECTIONS)? {
         ensure!(session.field("reason").as_deref() == Some("client_closed"), "{session:?}");
     }
-    until(|| {
-        let after = (descriptors(pid)?, map_entries(pid)?);
-        // The scrape above may have kept its connection.
-        let same = after.0 <= before.0 && after.1 == before.1;
-        Ok(same.then_some(()).ok_or_else(|| format!("before {before:?}, after {after:?}")))
-    })
+    // The scrape above may have kept its connection.
+    wait_until(
+        &format!("descriptors and map entries, before {before:?}"),
+        || Ok((descriptors(pid)?, map_entries(pid)?)),
+        |after| after.0 <= before.0 && after.1 == before.1,
+    )
+    .map(drop)
 }
 
 /// Sets a process's limit of open files.

@@ -15,16 +15,16 @@ use crate::testbed::{BACKEND_PORT, PORT, Testbed, accept, accept_with_header, co
 type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("inline/its programs do what they should", programs),
-    ("inline/selftest, log and metrics say the same", told),
-    ("inline/selftest without rights", selftest_without_rights),
+    ("inline/the programs pass the self-test", programs),
+    ("inline/selftest, log and metrics agree", told),
+    ("inline/selftest without capabilities", selftest_without_rights),
     ("auto/inline where the backend is reached by forwarding", auto_routed),
     ("auto/splice where the backend is on the host", auto_local),
-    ("auto/splice where nobody has said that the host forwards", auto_not_given),
-    ("auto/splice where the header has to be made each time", auto_crc32c),
+    ("auto/splice without a table [inline]", auto_not_given),
+    ("auto/splice with a CRC-32C TLV", auto_crc32c),
     ("auto/splice where nothing is forwarded", auto_not_forwarded),
-    ("auto/both at once, each where it can", auto_both),
-    ("auto/back to sockets, and its NAT is out of the way", back_to_sockets),
+    ("auto/inline and splice in one daemon", auto_both),
+    ("auto/back to sockets, with the NAT rules removed", back_to_sockets),
 ];
 
 /// What is pinned, and where; removed in the end.
@@ -280,7 +280,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         ..PLAIN
     },
     Refusal {
-        name: "a header that has to be made each time",
+        name: "a header with a CRC-32C TLV",
         extra: "\n\n[listener.receiver]\ncrc32c = true\n",
         words: &["listener \"test\"", "receiver.crc32c", "use splice or relay"],
         ..PLAIN
@@ -310,7 +310,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         ..PLAIN
     },
     Refusal {
-        name: "nothing can be pinned",
+        name: "pinning is impossible",
         pin: Some("/run/injector-faults"),
         words: &[
             "/run/injector-faults",
@@ -319,7 +319,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         ..PLAIN
     },
     Refusal {
-        name: "no rights",
+        name: "no capabilities",
         prefix: &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
         words: &[
             "listener \"test\"",

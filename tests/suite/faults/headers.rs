@@ -19,7 +19,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("header/server speaks first", server_first),
     ("header/client speaks first", client_first),
     ("header/client stays silent", silent_client),
-    ("header/client leaves without a word", leaving_client),
+    ("header/client closes without sending", leaving_client),
     ("header/version 1", version_1),
     ("header/every TLV", every_tlv),
     ("header/536 bytes", longest),
@@ -31,9 +31,9 @@ pub(crate) const SPLICE_TRIALS: &[(&str, Run)] = &[
     ("header/sent without the program", sent_without_program),
     ("header/dropped by the program", dropped),
     ("header/dropped by the program, client first", dropped_client_first),
-    ("header/not placed by the program", not_placed),
-    ("header/not placed by the program, client first", not_placed_client_first),
-    ("header/storage refused", storage_refused),
+    ("header/not sent by the program", not_placed),
+    ("header/not sent by the program, client first", not_placed_client_first),
+    ("header/map update refused", storage_refused),
     ("enrolment/refused", enrolment_refused),
 ];
 

@@ -62,7 +62,7 @@ fn main() {
         trials.push(trial(&testbed, format!("start/{name}"), run));
     }
     for refusal in engine_selection::REFUSALS {
-        let name = format!("start/inline/refused: {}", refusal.name);
+        let name = format!("start/inline/rejected: {}", refusal.name);
         trials.push(trial(&testbed, name, |testbed| engine_selection::refuses(testbed, refusal)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);

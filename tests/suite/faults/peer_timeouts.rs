@@ -13,11 +13,11 @@ use crate::testbed::{Ending, Testbed, ended, ending};
 use crate::transfers::{joined, pattern};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("vanished/client, data on its way", |testbed, engine| with_data(testbed, engine, Side::Client)),
-    ("vanished/backend, data on its way", |testbed, engine| with_data(testbed, engine, Side::Backend)),
-    ("vanished/client, idle", |testbed, engine| while_idle(testbed, engine, Side::Client)),
-    ("vanished/backend, idle", |testbed, engine| while_idle(testbed, engine, Side::Backend)),
-    ("vanished/client lives, but reads nothing for too long", closed_window),
+    ("peer timeout/client, data in flight", |testbed, engine| with_data(testbed, engine, Side::Client)),
+    ("peer timeout/backend, data in flight", |testbed, engine| with_data(testbed, engine, Side::Backend)),
+    ("peer timeout/client, idle", |testbed, engine| while_idle(testbed, engine, Side::Client)),
+    ("peer timeout/backend, idle", |testbed, engine| while_idle(testbed, engine, Side::Backend)),
+    ("peer timeout/client alive, but reads nothing for too long", closed_window),
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,7 +29,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
         forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11", 1)
     }),
     ("forged header/in front of TLS", forged_tls),
-    ("almost a header is no header", almost_forged),
+    ("almost a header is not a header", almost_forged),
 ];
 
 fn refused(testbed: &Testbed, line: Option<&str>) -> anyhow::Result<()> {

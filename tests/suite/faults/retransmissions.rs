@@ -14,19 +14,19 @@ use crate::testbed::{Testbed, accept_with_header, expect, finished, pass};
 use crate::transfers::joined;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("overlap/client sends twice, while spliced", |testbed, engine| {
+    ("retransmission/client, while spliced", |testbed, engine| {
         while_spliced(testbed, engine, Sender::Client)
     }),
-    ("overlap/backend sends twice, while spliced", |testbed, engine| {
+    ("retransmission/backend, while spliced", |testbed, engine| {
         while_spliced(testbed, engine, Sender::Backend)
     }),
-    ("overlap/client sends twice what came before the enrolment", |testbed, engine| {
+    ("retransmission/client, of bytes before the enrolment", |testbed, engine| {
         before_enrolment(testbed, engine, Sender::Client)
     }),
-    ("overlap/backend sends twice what came before the enrolment", |testbed, engine| {
+    ("retransmission/backend, of bytes before the enrolment", |testbed, engine| {
         before_enrolment(testbed, engine, Sender::Backend)
     }),
-    ("overlap/a long one", long),
+    ("retransmission/a long segment", long),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use crate::close_semantics::send_with_fin;
 use crate::testbed::{Ending, Testbed, accept_with_header, ending, finished};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("segments/client speaks first, backend answers and closes", question_and_answer),
+    ("segments/client speaks first, backend responds and closes", question_and_answer),
     ("segments/client speaks first, but late", late_question),
 ];
 

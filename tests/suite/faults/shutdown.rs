@@ -10,9 +10,9 @@ use crate::Run;
 use crate::testbed::{Ending, Testbed, accept_with_header, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("stop/cuts at the deadline and says so", cut),
-    ("stop/waits for what finishes", waits),
-    ("nothing is left behind", nothing_left),
+    ("shutdown/aborts at the deadline and logs it", cut),
+    ("shutdown/waits for sessions to finish", waits),
+    ("shutdown/nothing is left behind", nothing_left),
 ];
 
 fn cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ use crate::Run;
 use crate::testbed::{LIMIT, Testbed, accept_with_header, expect, patient, public_address};
 use crate::transfers::pattern;
 
-pub(crate) const TRIALS: &[(&str, Run)] = &[("crowd/200 stalled readers", stalled_readers)];
+pub(crate) const TRIALS: &[(&str, Run)] = &[("limits/200 stalled readers", stalled_readers)];
 
 const READERS: usize = 200;
 /// What is pushed at each of them, if it is taken.

@@ -10,16 +10,16 @@ use crate::testbed::{Testbed, accept_with_header, config, pass, public_address};
 type Start = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const TRIALS: &[(&str, Start)] = &[
-    ("a mistake in the file is named with its line", mistake),
+    ("an error in the file is reported with its line", mistake),
     ("a port in use", port_in_use),
     ("an address of another machine", foreign_address),
-    ("no rights: auto takes relay, and mail passes", auto_without_rights),
-    ("no rights: splice says what is missing", splice_without_rights),
+    ("without capabilities: auto selects relay, and mail passes", auto_without_rights),
+    ("without capabilities: splice reports what is missing", splice_without_rights),
     ("too few descriptors", few_descriptors),
     ("selftest as root", selftest_as_root),
     ("selftest with CAP_BPF and CAP_NET_ADMIN alone", selftest_with_two_rights),
-    ("selftest without rights", selftest_without_rights),
-    ("rights are given up", rights_given_up),
+    ("selftest without capabilities", selftest_without_rights),
+    ("capabilities are dropped", rights_given_up),
 ];
 
 /// Runs a command line in the edge to its end.

@@ -2,7 +2,6 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use injector_testbed::daemon::{EAGER, Injector, Session};
@@ -107,18 +106,6 @@ pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStre
         Ok((stream, _)) => Ok(Some(stream)),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// Waits until `look` finds what it wants, or fails with what it saw last.
-pub(crate) fn until(look: impl Fn() -> anyhow::Result<Result<(), String>>) -> anyhow::Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        match look()? {
-            Ok(()) => return Ok(()),
-            Err(seen) => ensure!(Instant::now() < deadline, "{seen}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

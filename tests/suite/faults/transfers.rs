@@ -5,34 +5,35 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use injector_testbed::wait::wait_until;
 use socket2::SockRef;
 
 use crate::Run;
-use crate::testbed::{Ending, Testbed, accept_with_header, ended, ending, expect, finished, pass, until};
+use crate::testbed::{Ending, Testbed, accept_with_header, ended, ending, expect, finished, pass};
 
 /// Enough to go round every buffer on the way many times.
 const BULK: usize = 24 << 20;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("transfer/both ways at once", |testbed, engine| both_ways(testbed, engine, "")),
-    ("transfer/both ways at once, marks soon reached", |testbed, engine| {
+    ("transfer/both directions at once", |testbed, engine| both_ways(testbed, engine, "")),
+    ("transfer/both directions at once, low water marks", |testbed, engine| {
         both_ways(testbed, engine, SMALL_MARKS)
     }),
     ("transfer/a long first payload", long_first),
-    ("transfer/client finishes first", client_half_closes),
-    ("transfer/backend finishes first", backend_half_closes),
-    ("transfer/backend says goodbye and is gone", goodbye),
+    ("transfer/client closes first", client_half_closes),
+    ("transfer/backend closes first", backend_half_closes),
+    ("transfer/backend sends its last reply and closes", goodbye),
     ("transfer/byte by byte", byte_by_byte),
     ("stalled/backend reads nothing for a while", |testbed, engine| {
         stalled(testbed, engine, Reader::Backend)
     }),
     ("stalled/client reads nothing for a while", |testbed, engine| stalled(testbed, engine, Reader::Client)),
-    ("stalled/and then by the kernel again", resumed),
-    ("stalled/the sender finishes meanwhile", stalled_fin),
-    ("stalled/the reader is gone", stalled_gone),
+    ("stalled/resumed by the kernel", resumed),
+    ("stalled/the sender closes meanwhile", stalled_fin),
+    ("stalled/the reader resets", stalled_gone),
     ("transfer/backend resets", backend_resets),
     ("transfer/client resets", client_resets),
-    ("idle/cut after the timeout", idle),
+    ("idle/aborted after the timeout", idle),
     ("idle/payload keeps it alive", kept_alive),
     ("idle/half closed", half_closed_idle),
 ];
@@ -302,7 +303,7 @@ fn resumed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let resumed = || anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &changes) > 0.5);
     if engine == "splice" {
         // User space may hear of it later than the payload has passed.
-        until(|| Ok(resumed()?.then_some(()).ok_or_else(|| "not resumed".to_owned())))?;
+        wait_until("resumed", resumed, |resumed| *resumed)?;
     } else {
         ensure!(!resumed()?, "{engine} has nothing to resume");
     }

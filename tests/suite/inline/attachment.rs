@@ -13,8 +13,8 @@ use crate::lifecycle::{serve, session};
 use crate::testbed::{LIMIT, Testbed, accept, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("outlives/clsact, killed twenty times", killed_with_clsact),
-    ("outlives/from clsact to tcx and back", from_one_to_the_other),
+    ("survives/clsact, daemon killed twenty times", killed_with_clsact),
+    ("survives/from clsact to tcx and back", from_one_to_the_other),
 ];
 
 const CLSACT: &str = "attachment = \"clsact\"";

@@ -12,7 +12,7 @@ use crate::testbed::{Testbed, accept, client_ip, expect, own_header, pass};
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("server speaks first", server_first),
     ("client speaks first", client_first),
-    ("both ways at once", both_ways),
+    ("both directions at once", both_ways),
 ];
 
 fn server_first(testbed: &Testbed, family: Family) -> anyhow::Result<()> {

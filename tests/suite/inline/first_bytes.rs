@@ -21,12 +21,12 @@ use crate::{Run, WireRun};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("one packet with the header", one_packet),
-    ("a client that says nothing", silent),
-    ("a full packet, the header ahead", full_packet),
+    ("a silent client", silent),
+    ("a full packet, header sent ahead", full_packet),
     ("urgent data", urgent),
     ("lost once, with the header", |testbed, family| lost(testbed, family, 1)),
     ("lost twice, with the header", |testbed, family| lost(testbed, family, 2)),
-    ("lost, and the header ahead lost", ahead_lost),
+    ("lost, with the header that was sent ahead", ahead_lost),
     ("lost, SYN cookies", |testbed, family| {
         let _always = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
         lost(testbed, family, 1)
@@ -43,10 +43,10 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
         })
     }),
     ("with the client's FIN", with_fin),
-    ("a FIN in place of them", fin_alone),
-    ("a reset in place of them", reset_alone),
+    ("a FIN instead", fin_alone),
+    ("a reset instead", reset_alone),
     ("too long for the path with the header", path_mtu),
-    ("numbers that wrap around", |testbed, family| {
+    ("sequence numbers wrap around", |testbed, family| {
         EDGES.into_iter().try_for_each(|number| tcp::begins_at(testbed, family, First::ClientAwaited, number))
     }),
 ];

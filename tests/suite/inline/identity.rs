@@ -19,7 +19,7 @@ use crate::wire::{Fate, Seen, Side, Way};
 use crate::wire_testbed::{self, First, Setting, WireTestbed};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
-    ("forged SYNs with the client's own number and port", same_numbers),
+    ("forged SYNs with the client's sequence number and port", same_numbers),
     ("a flood of forged SYNs", flood),
     ("a forged SYN in an established connection", syn_in_established),
     ("forged handshakes do not fill the map of flows", forged_handshakes),
@@ -27,7 +27,7 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("a SYN past the public address is dropped", past_the_vip),
     ("a segment without a flow is dropped", without_flow),
     ("connections of the edge itself are left alone", own_of_the_edge),
-    ("Fast Open is refused and the client tries without", fast_open),
+    ("Fast Open is rejected and the client retries without", fast_open),
 ];
 
 /// Before and behind each SYN of a client, others from elsewhere with the same sequence number and ports.

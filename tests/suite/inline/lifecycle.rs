@@ -13,12 +13,12 @@ use crate::Run;
 use crate::testbed::{Testbed, accept, backend_address, expect, own_header, pass, public_address};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("ends/both at the same moment", both_at_once),
-    ("managed/NAT and devices by itself", managed),
+    ("close/both sides at once", both_at_once),
+    ("managed/NAT and devices", managed),
     ("managed/nothing is left after detach", detached),
-    ("outlives/killed during a transfer", killed_in_transfer),
-    ("outlives/killed during short sessions", killed_in_sessions),
-    ("outlives/replaced by another version", another_version),
+    ("survives/daemon killed during a transfer", killed_in_transfer),
+    ("survives/daemon killed during short sessions", killed_in_sessions),
+    ("survives/daemon replaced by another version", another_version),
 ];
 
 /// FINs that cross each other, each on a processor of its own: whichever program comes second must see what the first has seen, or

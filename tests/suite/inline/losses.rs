@@ -50,10 +50,10 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     }),
     ("everything twice", everything_twice),
     ("header late, client first", header_late),
-    ("everything in another order", everything_reordered),
-    ("a tenth of everything lost", a_tenth_lost),
-    ("a backend that asks without end", asks_without_end),
-    ("a backend that asks a thousand times at once", asks_at_once),
+    ("everything reordered", everything_reordered),
+    ("10 % of all packets lost", a_tenth_lost),
+    ("a backend that requests the header endlessly", asks_without_end),
+    ("a backend that requests the header a thousand times at once", asks_at_once),
 ];
 
 /// Enough for a few round trips of slow start.

@@ -79,7 +79,7 @@ fn main() {
     }
     trials.extend(arbitrary(&shared, "headerless", Layer::Ip, 448));
     for family in Family::ALL {
-        let name = format!("inline/{}/outlives/killed and upgraded during 2 GiB", family.name());
+        let name = format!("inline/{}/survives/daemon killed and upgraded during 2 GiB", family.name());
         let run =
             move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.testbed()?, family, 2 << 30);
         trials.push(trial(&shared, name, run).with_ignored_flag(true));
@@ -111,17 +111,17 @@ fn each(
 const HEADERLESS: &[&str] = &[
     "header lost once, client first",
     "everything twice",
-    "everything in another order",
-    "forged SYNs with the client's own number and port",
+    "everything reordered",
+    "forged SYNs with the client's sequence number and port",
     "a SYN past the public address is dropped",
     "without timestamps",
-    "losses in mid-stream, SACK blocks fit",
+    "losses in mid-stream, SACK blocks are valid",
     "reset by the backend",
     "refused by the backend",
-    "path MTU found behind the edge",
-    "numbers that wrap around, header lost",
+    "path MTU discovery behind the edge",
+    "sequence numbers wrap around, header lost",
     "one packet with the header",
-    "a full packet, the header ahead",
+    "a full packet, header sent ahead",
     "urgent data",
 ];
 

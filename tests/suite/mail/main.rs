@@ -60,17 +60,17 @@ fn shared_trials(shared: &Arc<Shared>) -> Vec<Trial> {
             receivers::swaks(testbed, family)
         }));
         for service in [SMTP, SUBMISSION] {
-            let name = format!("testbed/{name}/{} demands a header", service.proxied);
+            let name = format!("testbed/{name}/{} requires a header", service.proxied);
             trials.push(trial(shared, name, move |testbed| {
                 receivers::demands_header(testbed, service, family)
             }));
         }
         for service in MATRIX {
-            let name = format!("stock/{name}/{}", service.stock);
+            let name = format!("standard/{name}/{}", service.stock);
             trials.push(trial(shared, name, move |testbed| intra_cluster::direct(testbed, service, family)));
         }
     }
-    trials.push(trial(shared, "health checks harm nobody".to_owned(), checks::understood));
+    trials.push(trial(shared, "health checks are harmless".to_owned(), checks::understood));
     trials.extend(columns(shared, &FRONTS));
     trials
 }

@@ -17,20 +17,20 @@ fn main() {
     arguments.test_threads = Some(1);
     let mut trials = vec![
         trial("dnat/every address of the host, single ones first", rules::any_address),
-        trial("dnat/connections of the host itself are left alone", rules::own_connections),
-        trial("replace/a transfer goes on, new connections go elsewhere", rules::during_a_transfer),
-        trial("replace/no connection meets a gap", rules::no_gap),
+        trial("dnat/connections of the host itself are not translated", rules::own_connections),
+        trial("replace/a transfer continues, new connections use the new backend", rules::during_a_transfer),
+        trial("replace/no connection is lost", rules::no_gap),
         trial("table/foreign tables stay as they are", table::foreign),
         trial("table/removed, and nothing is left", table::removed),
         trial("table/recognized when it is applied", table::recognized),
-        trial("table/another layout is made anew", table::other_layout),
+        trial("table/another layout is replaced", table::other_layout),
         trial("table/without CAP_NET_ADMIN", table::not_permitted),
         trial("table/with CAP_NET_ADMIN and without root", table::without_root),
         trial("table/chains that drop forwarded packets are named", table::dropping_chains),
-        trial("routes/what is local, unreachable or without Ethernet", routes::kinds),
+        trial("routes/local, unreachable or without Ethernet", routes::kinds),
         trial("routes/all interfaces", routes::interfaces),
-        trial("routes/changes are heard, bursts once", routes::changes),
-        trial("forwarding/found, set, and then it works", forwarding::found_and_set),
+        trial("routes/changes are reported, bursts once", routes::changes),
+        trial("forwarding/detected, enabled, and effective", forwarding::found_and_set),
         trial("forwarding/strict reverse path", forwarding::reverse_path),
     ];
     for family in Family::ALL {

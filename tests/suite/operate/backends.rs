@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use injector_testbed::daemon::{Injector, OWN_DIRECTORY};
+use injector_testbed::wait::wait_until;
 
 use crate::Run;
-use crate::testbed::{Config, Testbed, backend_name, eventually};
+use crate::testbed::{Config, Testbed, backend_name};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/weights", weights),
@@ -16,8 +17,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/checked by mail with LOCAL on their own", local_check),
     ("backends/checked by tcp", tcp_check),
     ("backends/ejected when connections fail", ejected),
-    ("backends/the operator takes one out", operator),
-    ("backends/none is up: all are tried", last_resort),
+    ("backends/the operator disables one", operator),
+    ("backends/none is up, so all are tried", last_resort),
 ];
 
 pub(crate) const INLINE_TRIALS: &[(&str, Run)] = &[("backends/NAT follows health and the operator", inline)];
@@ -45,7 +46,7 @@ fn standing(injector: &Injector, number: usize) -> anyhow::Result<String> {
 }
 
 fn stands(injector: &Injector, number: usize, expected: &str) -> anyhow::Result<()> {
-    eventually("standing", || standing(injector, number), |standing| standing == expected).map(drop)
+    wait_until("standing", || standing(injector, number), |standing| standing == expected).map(drop)
 }
 
 fn weights(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
@@ -86,7 +87,7 @@ fn mail_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nport = {STOCK}\n{QUICK}");
     let injector = testbed.start(&config.text())?;
     ensure!(answers(testbed, 4)? == [4, 0, 0]);
-    eventually("checks", || Ok(stock.seen()), |seen| *seen >= 4)?;
+    wait_until("checks", || Ok(stock.seen()), |seen| *seen >= 4)?;
     ensure!(
         stock.broken.load(std::sync::atomic::Ordering::Relaxed) == 0,
         "a check hung up without a goodbye"
@@ -118,7 +119,7 @@ fn local_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     two(&mut config, "backup = true");
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nheader = \"local\"\n{QUICK}");
     let injector = testbed.start(&config.text())?;
-    eventually("checks", || Ok(first.seen()), |seen| *seen >= 3)?;
+    wait_until("checks", || Ok(first.seen()), |seen| *seen >= 3)?;
     ensure!(first.broken.load(std::sync::atomic::Ordering::Relaxed) == 0, "a check was not understood");
     ensure!(answers(testbed, 4)? == [4, 0, 0]);
     drop(first);
@@ -218,13 +219,13 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     session.greeted()?;
     drop(first);
     stands(&injector, 0, "down")?;
-    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
     let _first = testbed.backend(0)?;
     stands(&injector, 0, "up")?;
-    eventually("NAT", || testbed.who_answers(), |number| *number == 0)?;
+    wait_until("NAT", || testbed.who_answers(), |number| *number == 0)?;
     injector.command(&["backend", "down", &backend_name(0)])?;
-    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
     // Other backends by a reload; the session still goes on.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
@@ -232,10 +233,10 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(answers(testbed, 4)? == [0, 4, 0]);
     // Drained, nobody new is sent on, and the host refuses.
     injector.command(&["drain"])?;
-    eventually("drained", || Ok(testbed.client().is_err()), |refused| *refused)?;
+    wait_until("drained", || Ok(testbed.client().is_err()), |refused| *refused)?;
     session.talk()?;
     injector.command(&["resume"])?;
-    eventually("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
     session.quit()
 }

@@ -3,19 +3,20 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use injector_testbed::wait::wait_until;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("drain/new clients are told, sessions finish", told),
-    ("drain/cuts at the deadline, and not who came later", deadline),
-    ("drain/one of two", one_of_two),
-    ("drain/the earlier of two deadlines holds", earlier),
-    ("drain/waits", waits),
-    ("drain/of nobody", of_nobody),
+    ("drain/new clients are rejected, sessions finish", told),
+    ("drain/aborts at the deadline, but not later sessions", deadline),
+    ("drain/one of two listeners", one_of_two),
+    ("drain/the earlier of two deadlines applies", earlier),
+    ("drain/waits for sessions", waits),
+    ("drain/without sessions", of_nobody),
     ("sessions/are listed", listed),
-    ("top/a page", page),
+    ("top/one page", page),
 ];
 
 fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
@@ -133,7 +134,7 @@ fn listed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         Ok(serde_json::from_str(&injector.command(&["sessions", "test", "--json"])?)?)
     };
     let counted = |answer: &serde_json::Value| answer["sessions"]["rows"][0]["bytes_to_client"] == 7;
-    let answer = eventually("bytes", answer, counted)?;
+    let answer = wait_until("bytes", answer, counted)?;
     let row = &answer["sessions"]["rows"][0];
     ensure!(answer["sessions"]["count"] == 1, "{answer:#}");
     ensure!(row["backend"] == backend_name(0) && row["engine"] == engine, "{answer:#}");
@@ -141,7 +142,7 @@ fn listed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(text.lines().count() == 2 && text.starts_with("LISTENER"), "{text}");
     client.quit()?;
     let gone = |text: &String| text.lines().count() == 1;
-    eventually("sessions", || injector.command(&["sessions"]), gone)?;
+    wait_until("sessions", || injector.command(&["sessions"]), gone)?;
     Ok(())
 }
 

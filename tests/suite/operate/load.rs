@@ -9,7 +9,7 @@ use anyhow::ensure;
 use crate::Run;
 use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
-pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains cut no session", no_cut)];
+pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains abort no session", no_cut)];
 
 /// Clients at one time.
 const CLIENTS: usize = 16;

@@ -4,20 +4,21 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use injector_testbed::daemon::Injector;
+use injector_testbed::wait::wait_until;
 
 use crate::Run;
-use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of, eventually};
+use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("reload/sessions go on, others go elsewhere", elsewhere),
-    ("reload/listeners come and go", come_and_go),
-    ("reload/an address goes to a listener of another name", renamed),
-    ("reload/a port below 1024, after rights were given up", low_port),
-    ("reload/a mistake changes nothing", mistake),
+    ("reload/sessions continue, new ones use the new backend", elsewhere),
+    ("reload/listeners are added and removed", come_and_go),
+    ("reload/an address moves to another listener", renamed),
+    ("reload/a port below 1024, after capabilities were dropped", low_port),
+    ("reload/an invalid file changes nothing", mistake),
     ("reload/a port in use changes nothing", port_in_use),
     ("reload/by SIGHUP", by_signal),
     ("reload/limits", limits),
-    ("reload/what restart the daemon is said", restart),
+    ("reload/changes that need a restart are reported", restart),
     ("reload/watching a file", watching),
 ];
 
@@ -63,7 +64,7 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let said = reload(&injector, &config.text())?;
     ensure!(said == "removed: more\n", "{said}");
     // The workers close what they accept from, each when it comes to it.
-    eventually("listening", || Ok(testbed.client_at(PORT + 1).is_ok()), |listens| !listens)?;
+    wait_until("listening", || Ok(testbed.client_at(PORT + 1).is_ok()), |listens| !listens)?;
     // The session may go on for its time, and is cut then.
     client.talk()?;
     let status = injector.status()?;
@@ -74,7 +75,7 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     client.ends()?;
     let cut = injector.sessions_within(1)?;
     ensure!(cut[0].field("reason").as_deref() == Some("aborted"), "{cut:?}");
-    eventually(
+    wait_until(
         "leaving",
         || injector.status(),
         |status| status["removed_listeners"] == serde_json::json!([]),
@@ -161,7 +162,7 @@ fn by_signal(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     injector.hang_up()?;
-    eventually("the backend", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 1)?;
     ensure!(injector.log().contains("configuration reloaded"), "{}", injector.log());
     Ok(())
 }
@@ -218,7 +219,7 @@ fn watching(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
-    let found = eventually("the backend", || testbed.who_answers(), |number| *number == 1);
+    let found = wait_until("the backend", || testbed.who_answers(), |number| *number == 1);
     watching.kill()?;
     let output = watching.wait_with_output().context("injector reload --watch")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -12,8 +12,8 @@ use crate::Run;
 use crate::testbed::{Config, PORT, Testbed};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("told of start, reload, life and stop", told),
-    ("a socket that systemd listens on is taken over", taken_over),
+    ("notified of start, reload, liveness and stop", told),
+    ("a socket that systemd opened is adopted", taken_over),
 ];
 
 /// What stands in for systemd's end.

@@ -6,9 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{ADMIN, EAGER, Injector};
 use injector_testbed::netns::{Family, MAIL, Netns, Topology, VIP_SPLICE};
@@ -242,22 +242,5 @@ impl Client {
         let _ = self.0.read_to_end(&mut rest);
         ensure!(rest.is_empty(), "{:?} before the end", String::from_utf8_lossy(&rest));
         Ok(())
-    }
-}
-
-/// Asks until it is so, and says what it was last if it never is.
-pub(crate) fn eventually<T: std::fmt::Debug>(
-    what: &str,
-    mut ask: impl FnMut() -> anyhow::Result<T>,
-    fits: impl Fn(&T) -> bool,
-) -> anyhow::Result<T> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let found = ask();
-        match found {
-            Ok(found) if fits(&found) => return Ok(found),
-            found if Instant::now() > deadline => bail!("{what}: still {found:?}"),
-            _ => thread::sleep(Duration::from_millis(20)),
-        }
     }
 }

@@ -49,17 +49,17 @@ fn main() {
         }
     }
     let others: [(&str, Run); 12] = [
-        ("a password that is wrong", wrong_password),
+        ("a wrong password", wrong_password),
         ("mail that never arrives", never_arrives),
-        ("nobody listens", nobody_listens),
-        ("a certificate of a stranger", strange_certificate),
-        ("any certificate, if told so", insecure),
-        ("another client than expected", other_client),
-        ("leftovers go, other mail stays", leftovers),
-        ("a Pushgateway is pushed to", pushed),
-        ("a Pushgateway that refuses", refused_by_gateway),
-        ("a PROXY port that answers, then one that relays", open_proxy_ports),
-        ("a port that is no PROXY port, beside a failed roundtrip", no_proxy_port),
+        ("connection refused", nobody_listens),
+        ("an untrusted certificate", strange_certificate),
+        ("any certificate with --insecure", insecure),
+        ("an unexpected client address", other_client),
+        ("old probe mail is deleted, other mail stays", leftovers),
+        ("metrics are pushed to a Pushgateway", pushed),
+        ("a Pushgateway that rejects metrics", refused_by_gateway),
+        ("a PROXY port that responds, then one that relays", open_proxy_ports),
+        ("a port without PROXY, beside a failed roundtrip", no_proxy_port),
         // The last: it has a firewall made.
         ("PROXY ports behind a firewall", closed_proxy_ports),
     ];

@@ -23,3 +23,4 @@ pub mod process;
 pub mod resource_usage;
 pub mod service;
 pub mod sockets;
+pub mod wait;

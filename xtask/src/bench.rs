@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: the engines against HAProxy, nginx, kernel NAT and the direct route, in namespaces of its own.
+//! `cargo xtask bench`: the engines against HAProxy, nginx, kernel NAT and the direct route, in
+//! namespaces of its own.
 
 use std::{
     env, fs,
@@ -37,8 +38,8 @@ pub(crate) struct BenchArgs {
     /// Compare when the splice engine enrols a connection, instead of engines
     #[arg(long, conflicts_with = "quick")]
     enrolment: bool,
-    /// Count the daemon's instructions per session and message, and hold them against their ceilings; keep callgrind's
-    /// files in FOLDER, if one is named
+    /// Count the daemon's instructions per session and message, and hold them against their
+    /// ceilings; keep callgrind's files in FOLDER, if one is named
     #[arg(long, value_name = "FOLDER", num_args = 0..=1, require_equals = true, exclusive = true)]
     instructions: Option<Option<PathBuf>>,
     /// Measure only these systems: names or prefixes of names [see --list]
@@ -170,7 +171,8 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
     // A daemon that is given is taken as it is: an older one, say, to compare with.
     if env::var_os(BINARY_VARIABLE).is_none() {
         let daemon = build::daemon(true)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the benchmark starts its own below.
+        // SAFETY: the only thread: setup and build have ended theirs, and the benchmark starts its
+        // own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     options.machine = machine();

@@ -11,7 +11,7 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct BuildArgs {
-    /// Build what one installs: optimised, much slower to compile
+    /// Build with optimisation, as for an installation; compiles much longer
     #[arg(long, short)]
     release: bool,
 }
@@ -23,7 +23,7 @@ pub(crate) fn run(args: &BuildArgs) -> Result<()> {
     Ok(())
 }
 
-/// Builds `injector` and tells where it is. What BPF needs must be set up.
+/// Builds `injector` and returns its path. The BPF toolchain must be set up.
 ///
 /// # Errors
 /// When it doesn't compile.
@@ -36,10 +36,10 @@ pub(crate) fn daemon(release: bool) -> Result<PathBuf> {
     among(&cargo::executables(&mut command)?)
 }
 
-/// Where `injector` is, among what was built.
+/// The path of `injector` among the executables that were built.
 ///
 /// # Errors
-/// When it is not.
+/// When it is not among them.
 pub(crate) fn among(built: &[Executable]) -> Result<PathBuf> {
     let daemon = built.iter().find(|made| made.target == "injector" && made.kind == "bin" && !made.harness);
     let missing = "cargo built no program `injector`; is it still a [[bin]] of injector-user?";

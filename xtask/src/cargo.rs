@@ -10,8 +10,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-/// Every package that the host's compiler can build. One selection for all verbs means one set of features, so nothing is
-/// built twice, but for what tests alone depend on: that adds features as soon as a test is among what is built.
+/// Every package that the host's compiler can build. All verbs use the same selection: other
+/// packages would mean other features, and a second build of the dependencies. Tests add features
+/// of their own.
 pub(crate) const HOST_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "injector-ebpf"];
 
 /// The folder of the workspace's `Cargo.toml`.
@@ -28,15 +29,15 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Takes away what `cargo run` told this program about its own package: build scripts that watch such a variable
-/// (ring's does) would run again, and everything above them, each time a build is started from a shell instead.
+/// Removes the variables that `cargo run` set for this package. Build scripts that watch one
+/// (ring's does) would otherwise run again whenever a build is started from a shell instead.
 pub(crate) fn forget_this_package(command: &mut Command) {
-    let told = |name: &str| {
+    let is_of_package = |name: &str| {
         name.starts_with("CARGO_PKG_")
             || matches!(name, "CARGO_MANIFEST_DIR" | "CARGO_MANIFEST_PATH" | "CARGO_BIN_NAME")
     };
     for (name, _) in env::vars_os() {
-        if name.to_str().is_some_and(told) {
+        if name.to_str().is_some_and(is_of_package) {
             command.env_remove(name);
         }
     }
@@ -59,7 +60,7 @@ fn announce(command: &Command) {
     eprintln!("$ {}", line(command));
 }
 
-/// The command as one would type it; the program without its folder.
+/// The command line as an operator would type it; the program without its folder.
 pub(crate) fn line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
@@ -75,7 +76,7 @@ pub(crate) struct Executable {
     pub(crate) folder: PathBuf,
     /// The target's name: of the library, program or test file.
     pub(crate) target: String,
-    /// `lib`, `bin` or `test`.
+    /// The target's kind: `lib`, `bin` or `test`.
     pub(crate) kind: String,
     /// Whether it is a test harness, not the program itself.
     pub(crate) harness: bool,
@@ -83,7 +84,7 @@ pub(crate) struct Executable {
     pub(crate) path: PathBuf,
 }
 
-/// Runs a cargo command that builds, and tells which executables it made.
+/// Runs a cargo command that builds, and returns the executables that it made.
 ///
 /// # Errors
 /// When the build fails; the compiler's messages have been shown.
@@ -125,7 +126,8 @@ fn executable(message: &str) -> Option<Executable> {
     })
 }
 
-/// `path+file:///w/tests/suite#injector-suite@0.1.0`, or `path+file:///w/xtask#0.1.0` where folder and package have one name.
+/// `path+file:///w/tests/suite#injector-suite@0.1.0`, or `path+file:///w/xtask#0.1.0` where folder
+/// and package have one name.
 fn package_name(id: &str, folder: &Path) -> String {
     let fragment = id.rsplit_once('#').map_or(id, |(_, fragment)| fragment);
     match fragment.split_once('@') {

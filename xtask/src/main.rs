@@ -1,4 +1,4 @@
-//! The project's own commands: `cargo xtask <verb>`, one verb per file.
+//! The project's own commands: `cargo xtask <verb>`, one module per verb.
 
 mod bench;
 mod build;
@@ -22,10 +22,10 @@ use self::{
     release::{image, install, kubernetes, package},
 };
 
-/// The injector's workbench.
+/// Build, test, measure and package the injector
 ///
-/// Every verb first sees to it that what it needs is there, so on a fresh machine `cargo xtask demo` is all there is
-/// to type.
+/// Each command first installs the tools that it needs. On a fresh machine `cargo xtask demo` is
+/// enough.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", arg_required_else_help = true, disable_help_subcommand = true)]
 struct Cli {
@@ -35,55 +35,57 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Find or install what building, the demo and the tests need; fast when nothing is missing
+    /// Install the tools that build, demo and tests need; fast if none is missing
     Setup(setup::SetupArgs),
-    /// Build the daemon, BPF programs included
+    /// Build the daemon with its BPF programs
     Build(build::BuildArgs),
     /// Install the daemon on this host, with its systemd unit
     Install(install::InstallArgs),
     /// Remove what `install` installed
     Uninstall(install::UninstallArgs),
-    /// Make an OCI image without a registry, and run it
+    /// Make an OCI image, without a registry
     Image(image::ImageArgs),
-    /// Make a Debian package, and try what is in it
+    /// Make a Debian package and check its contents
     Package(package::PackageArgs),
-    /// Watch mail go through the injector, in network namespaces of its own
+    /// Send and fetch mail through the injector in network namespaces, and check the result
     Demo(demo::DemoArgs),
-    /// Run the unit tests, then the privileged ones against real mail servers
+    /// Run the unit tests, then the privileged tests with real mail servers
     Test(test::TestArgs),
-    /// Run random sessions through the daemon for minutes, and compare every byte
+    /// Run random sessions through the daemon and compare every byte
     Soak(soak::SoakArgs),
-    /// Compare the engines with HAProxy, nginx and kernel NAT, in network namespaces of its own
+    /// Compare the engines with HAProxy, nginx and kernel NAT in network namespaces
     Bench(bench::BenchArgs),
-    /// Check alerts and dashboard with Prometheus' own tools, or by a live run
+    /// Check alerts and dashboard with Prometheus' tools, optionally in a live run
     Observe(observe::ObserveArgs),
-    /// One end of the load generator, in one of bench's namespaces
+    /// Run one end of the load generator in a namespace of the benchmark
     #[command(name = injector_bench::load_process::ARGUMENT, hide = true)]
     LoadEnd {
-        /// Which, and what it is to do
+        /// Which end, and its job
         arguments: Vec<String>,
     },
-    /// Validate the manifests and the chart: schemas, kustomize, helm, a policy scanner, `injector check`
+    /// Validate manifests and chart with schemas, kustomize, helm, a policy scanner and `injector
+    /// check`
     Kubernetes(kubernetes::KubernetesArgs),
     /// Check the spelling of code and documentation
     Typos(typos::TyposArgs),
     /// Check licences, duplicates and sources of the dependencies
     Deny(deny::DenyArgs),
-    /// Run the parsers' tests under Miri, which finds undefined behaviour; takes minutes
+    /// Run the parsers' tests under Miri to find undefined behaviour; takes minutes
     Miri(miri::MiriArgs),
-    /// Fuzz the parser of PROXY headers for a few seconds
+    /// Fuzz the parser of PROXY headers
     Fuzz(fuzz::FuzzArgs),
-    /// Everything that must hold before a change lands: format, lint, docs, build, test
+    /// Run all checks that a change must pass: format, spelling, dependencies, lints, docs, build,
+    /// tests
     Ci,
 }
 
-/// The verb has failed and has already said why.
+/// The verb has failed and has printed the reason.
 #[derive(Debug)]
 pub(crate) struct AlreadyReported;
 
 impl std::fmt::Display for AlreadyReported {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("failed, as said above")
+        f.write_str("failed; the reason is printed above")
     }
 }
 

@@ -6,8 +6,9 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// Writes an executable script. A child does it: a descriptor of this process that is open for writing would be inherited by what
-/// other tests start at that moment, and until these call execve(2) the script is a busy text file (ETXTBSY).
+/// Writes an executable script, through a child process. If this process had the file open for
+/// writing, a child that another test starts at that moment would inherit the descriptor, and
+/// running the script would fail with ETXTBSY until that child calls execve(2).
 pub(crate) fn write(path: &Path, text: &str) {
     let mut install = Command::new("install");
     install.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped());

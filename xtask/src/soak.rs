@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: random sessions through the daemon, in network namespaces, for as long as one likes.
+//! `cargo xtask soak`: random sessions through the daemon, in network namespaces, for as long as
+//! one likes.
 
 use std::{
     env,
@@ -58,7 +59,8 @@ pub(crate) fn run(args: &SoakArgs) -> Result<()> {
     if env::var_os(BINARY_VARIABLE).is_none() {
         setup::ensure(&[setup::Group::Bpf])?;
         let daemon = build::daemon(args.release)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the soak starts its own below.
+        // SAFETY: the only thread: setup and build have ended theirs, and the soak starts its own
+        // below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     let engines = match args.engine {

@@ -1,4 +1,4 @@
-//! `cargo xtask ci`: what must hold before a change lands, the cheapest question first.
+//! `cargo xtask ci`: the checks that a change must pass, the cheapest first.
 
 use std::{
     process::{Command, Stdio},
@@ -26,7 +26,7 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     eprintln!("\n== {name}");
     let start = Instant::now();
     let result = work();
-    // The tests' report ends with its totals; nothing may follow them.
+    // The tests' totals must be the last line of the output.
     if name != "test" {
         eprintln!("== {name}: {:.0} s", start.elapsed().as_secs_f32());
     }
@@ -35,7 +35,7 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
 
 fn format() -> Result<()> {
     cargo::run(cargo::cargo().args(["fmt", "--all", "--check"]))
-        .context("run `cargo fmt --all` (where cargo knows no fmt: `rustup component add rustfmt clippy`)")
+        .context("run `cargo fmt --all` (if cargo has no fmt: `rustup component add rustfmt clippy`)")
 }
 
 fn lint() -> Result<()> {
@@ -44,11 +44,11 @@ fn lint() -> Result<()> {
     cargo::run(cargo::cargo().args(["clippy", "--all-targets"]).args(RELAY_ONLY).args(DENY))
 }
 
-/// The daemon without BPF: must stay buildable with stable Rust alone.
+/// The daemon without BPF, which must build with stable Rust alone.
 const RELAY_ONLY: [&str; 3] = ["--package", "injector-user", "--no-default-features"];
 
-/// Lints the programs for their own target: by clippy where the BPF toolchain has it (Debian's has not), and by the
-/// compiler's own lints otherwise.
+/// Lints the programs for the BPF target: with clippy if the BPF toolchain has it (Debian's does
+/// not), else with the compiler's own lints.
 fn lint_bpf() -> Result<()> {
     let toolchain = setup::bpf_toolchain()?;
     let clippy = toolchain.command("cargo").args(["clippy", "--version"]).stderr(Stdio::null()).output();
@@ -76,7 +76,7 @@ fn docs() -> Result<()> {
 }
 
 fn build() -> Result<()> {
-    // The full build last: both put their daemon in the same place.
+    // The full build comes last, because both write the daemon to the same path.
     cargo::run(cargo::cargo().arg("build").args(RELAY_ONLY))?;
     cargo::run(cargo::cargo().arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets"))
 }

@@ -24,5 +24,5 @@ pub(crate) fn run(args: &DenyArgs) -> Result<()> {
     if args.advisories {
         command.arg("advisories");
     }
-    cargo::run(&mut command).context("deny.toml has the rules, and where an exception is stated")
+    cargo::run(&mut command).context("deny.toml has the rules; state an exception there, with its reason")
 }

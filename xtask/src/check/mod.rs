@@ -1,4 +1,4 @@
-//! What must hold before a change lands.
+//! The checks that a change must pass, and those that take longer.
 
 pub(crate) mod ci;
 pub(crate) mod deny;

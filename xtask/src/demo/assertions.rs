@@ -1,4 +1,5 @@
-//! What the demo assertions, each checked failure what was seen: the demo succeeds only if all of it holds.
+//! What the demo assertions, each checked failure what was seen: the demo succeeds only if all of
+//! it holds.
 
 use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_testbed::metrics::Metrics;
@@ -192,7 +193,8 @@ mod tests {
     use super::super::service::{IMAP, SMTP, Service};
     use super::*;
 
-    /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the kernel.
+    /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the
+    /// kernel.
     fn transaction(service: Service) -> Transaction {
         let client = "198.51.100.7:40000".parse().unwrap();
         let listener = "192.0.2.10:25".parse().unwrap();

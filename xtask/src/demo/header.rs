@@ -13,7 +13,8 @@ pub(super) struct Field {
     pub(super) meaning: String,
 }
 
-/// Takes a header apart, byte for byte in order. What it says is the parser's word; this only puts it beside the bytes.
+/// Takes a header apart, byte for byte in order. What it says is the parser's word; this only puts
+/// it beside the bytes.
 ///
 /// # Errors
 /// When it is no whole header.

@@ -1,4 +1,5 @@
-//! The daemon under the demo's care: started with a configuration, watched through its log and metrics, stopped.
+//! The daemon under the demo's care: started with a configuration, watched through its log and
+//! metrics, stopped.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -21,7 +22,8 @@ use super::engine::Engine;
 use super::service::{IMAP, SMTP, Service};
 use super::testbed::Testbed;
 
-/// How long the daemon may take to load its programs, test itself and listen; debug builds are slow.
+/// How long the daemon may take to load its programs, test itself and listen; debug builds are
+/// slow.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long it may take to end; nothing is left to drain by then.
@@ -99,7 +101,8 @@ impl Injector {
     pub(super) async fn stop(&mut self) -> Result<ExitStatus> {
         let pid = libc::pid_t::try_from(self.child.id())?;
         if self.child.try_wait()?.is_none() {
-            // SAFETY: kill touches no memory, and the child has not been waited for, so the pid is still its own.
+            // SAFETY: kill touches no memory, and the child has not been waited for, so the pid is
+            // still its own.
             let result = unsafe { libc::kill(pid, libc::SIGTERM) };
             ensure!(result == 0, "cannot stop the injector: {}", std::io::Error::last_os_error());
         }

@@ -1,11 +1,13 @@
 //! `cargo xtask demo`: mail through the injector, for people to watch and for machines to check.
 //!
-//! As root the story has three hosts, each a network namespace; without root they are three sockets on loopback and the
-//! engine is relay. In reading order: [`testbed`] is where things happen, [`injector`] the daemon in the middle, [`scenario`]
-//! one message sent and fetched, [`terminal`] and [`narration`] what a person sees, and [`assertions`] what must be true in the end.
+//! As root the story has three hosts, each a network namespace; without root they are three sockets
+//! on loopback and the engine is relay. In reading order: [`testbed`] is where things happen,
+//! [`injector`] the daemon in the middle, [`scenario`] one message sent and fetched, [`terminal`]
+//! and [`narration`] what a person sees, and [`assertions`] what must be true in the end.
 //!
-//! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the whole demo is one future:
-//! a signal drops that future, so Ctrl-C, an error and the normal end clean up by the same path.
+//! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the
+//! whole demo is one future: a signal drops that future, so Ctrl-C, an error and the normal end
+//! clean up by the same path.
 
 mod assertions;
 mod engine;
@@ -59,7 +61,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     let binary = daemon(engine, args.release)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let passed = runtime.block_on(async {
-        // Before anything is made: from here on a signal no longer ends this process, but the future.
+        // Before anything is made: from here on a signal no longer ends this process, but the
+        // future.
         let interrupted = interruption()?;
         tokio::select! {
             passed = run_demo(args, engine, binary) => passed,
@@ -69,7 +72,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     if passed { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
-/// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be missing.
+/// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be
+/// missing.
 fn daemon(engine: Engine, release: bool) -> Result<PathBuf> {
     if netns::unavailable().is_none() {
         setup::ensure(&[setup::Group::Bpf, setup::Group::Demo])?;
@@ -79,8 +83,9 @@ fn daemon(engine: Engine, release: bool) -> Result<PathBuf> {
     build_relay_only(release)
 }
 
-/// Builds the daemon with stable Rust alone. It takes the place of one with BPF inside, which the next `build` restores
-/// by linking once more: a folder of its own would mean compiling every dependency again.
+/// Builds the daemon with stable Rust alone. It takes the place of one with BPF inside, which the
+/// next `build` restores by linking once more: a folder of its own would mean compiling every
+/// dependency again.
 fn build_relay_only(release: bool) -> Result<PathBuf> {
     let mut command = cargo::cargo();
     command.arg("build").args(cargo::HOST_PACKAGES).args(["--bin", "injector", "--no-default-features"]);
@@ -90,7 +95,8 @@ fn build_relay_only(release: bool) -> Result<PathBuf> {
     daemon.map(|daemon| daemon.path).context("cargo built no program `injector`")
 }
 
-/// Waits for the signals that people and terminals end programs with; returns the name of the first.
+/// Waits for the signals that people and terminals end programs with; returns the name of the
+/// first.
 fn interruption() -> Result<impl Future<Output = &'static str>> {
     let mut int = signal(SignalKind::interrupt())?;
     let mut term = signal(SignalKind::terminate())?;

@@ -164,8 +164,8 @@ fn share(spliced: u64, relayed: u64) -> String {
     thousandths.map_or_else(|| "-".to_owned(), |share| format!("{}.{} %", share / 10, share % 10))
 }
 
-/// Metrics that changed, all listeners together; but not the buckets of histograms, nor the times at which series were
-/// made.
+/// Metrics that changed, all listeners together; but not the buckets of histograms, nor the times
+/// at which series were made.
 fn metrics(before: &Metrics, after: &Metrics) {
     heading("Metrics that moved, all listeners together");
     let mut changes = totals(after);

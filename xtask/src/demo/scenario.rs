@@ -1,4 +1,5 @@
-//! What happens on the testbed: a message sent and fetched again, seen from the client, the backend and the injector.
+//! What happens on the testbed: a message sent and fetched again, seen from the client, the backend
+//! and the injector.
 
 use std::net::SocketAddr;
 use std::process::ExitStatus;
@@ -94,7 +95,8 @@ pub(super) async fn connect_without_header(testbed: &Testbed, backend: &Backend)
     let knock = async move {
         let mut stream = TcpStream::connect(to).await?;
         stream.write_all(b"EHLO uninvited.example\r\n").await?;
-        // Closed with our line unread, which arrives as a reset; what was seen is in the backend's record.
+        // Closed with our line unread, which arrives as a reset; what was seen is in the backend's
+        // record.
         let _reset = stream.read_to_end(&mut Vec::new()).await;
         anyhow::Ok(())
     };
@@ -155,7 +157,8 @@ async fn fetch(
     Ok((transaction, fetched.newest))
 }
 
-/// Adds to a client's trouble what the backend, which may be the cause, has failure the connections after `before` others.
+/// Adds to a client's trouble what the backend, which may be the cause, has failure the connections
+/// after `before` others.
 fn with_refusals(error: anyhow::Error, backend: &Backend, before: usize) -> anyhow::Error {
     let visits = backend.visits();
     let refusals: Vec<_> =

@@ -1,4 +1,5 @@
-//! How the demo is laid out: at most 100 columns, in colour on a terminal that wants it, plain otherwise.
+//! How the demo is laid out: at most 100 columns, in colour on a terminal that wants it, plain
+//! otherwise.
 
 use std::io::IsTerminal as _;
 

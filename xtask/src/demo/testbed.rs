@@ -74,13 +74,15 @@ impl Testbed {
     pub(super) fn client_ip(&self, family: Family) -> IpAddr {
         match (&self.topology, family) {
             (Some(_), _) => CLIENT.of(family),
-            // All of 127.0.0.0/8 is local, so IPv4 can have a client of its own; IPv6 has ::1 and nothing else.
+            // All of 127.0.0.0/8 is local, so IPv4 can have a client of its own; IPv6 has ::1 and
+            // nothing else.
             (None, Family::V4) => Ipv4Addr::new(127, 0, 0, 2).into(),
             (None, Family::V6) => Ipv6Addr::LOCALHOST.into(),
         }
     }
 
-    /// The edge's address towards the backend: all that the backend would know without the injector's header.
+    /// The edge's address towards the backend: all that the backend would know without the
+    /// injector's header.
     pub(super) fn edge_ip(&self, family: Family) -> IpAddr {
         self.or_loopback(EDGE_INSIDE.of(family), family)
     }
@@ -120,7 +122,8 @@ pub(super) struct Host(Option<Runtime>);
 
 impl Host {
     fn new(netns: Option<&Netns>) -> Result<Self> {
-        // One worker, started here and now: a thread begins in the namespace of the thread that starts it.
+        // One worker, started here and now: a thread begins in the namespace of the thread that
+        // starts it.
         let build = || Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = match netns {
             Some(netns) => netns.run(build)?,

@@ -1,4 +1,5 @@
-//! The dashboard's page as one SVG: every panel where Grafana has it, with the series that Prometheus gave.
+//! The dashboard's page as one SVG: every panel where Grafana has it, with the series that
+//! Prometheus gave.
 
 use std::collections::BTreeMap;
 
@@ -208,7 +209,8 @@ fn stacked(series: &[&(String, &Series)]) -> Vec<Line> {
         .collect()
 }
 
-/// Time by bucket; the darker, the more fell into it. Prometheus' buckets hold all that is below them, too.
+/// Time by bucket; the darker, the more fell into it. Prometheus' buckets hold all that is below
+/// them, too.
 fn heatmap(area: &Area<'_>, series: &[&(String, &Series)], (width, height): (i32, i32)) -> Result<()> {
     let mut buckets: Vec<_> = series
         .iter()

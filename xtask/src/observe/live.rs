@@ -1,4 +1,5 @@
-//! `cargo xtask observe --live`: every expression of the dashboard through a real Prometheus, printed and drawn.
+//! `cargo xtask observe --live`: every expression of the dashboard through a real Prometheus,
+//! printed and drawn.
 
 use std::{
     env, fs, thread,
@@ -33,7 +34,8 @@ pub(super) fn run() -> Result<()> {
     let start = Instant::now();
     if env::var_os(BINARY_VARIABLE).is_none() {
         let daemon = build::daemon(false)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the testbed starts its own below.
+        // SAFETY: the only thread: setup and build have ended theirs, and the testbed starts its
+        // own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     let began = Instant::now();

@@ -1,4 +1,5 @@
-//! `cargo xtask observe`: alerts and dashboard, checked by Prometheus' own tools, and in a live run by Prometheus itself.
+//! `cargo xtask observe`: alerts and dashboard, checked by Prometheus' own tools, and in a live run
+//! by Prometheus itself.
 
 mod answer;
 mod dashboard;
@@ -23,8 +24,8 @@ pub(crate) struct ObserveArgs {
     /// Write deploy/grafana/injector.json anew from the panels, instead of comparing it with them
     #[arg(long)]
     write: bool,
-    /// Also run a real Prometheus beside a real injector under load, in network namespaces, evaluate every panel, and draw
-    /// docs/observability/dashboard.svg; takes about two minutes
+    /// Also run a real Prometheus beside a real injector under load, in network namespaces,
+    /// evaluate every panel, and draw docs/observability/dashboard.svg; takes about two minutes
     #[arg(long)]
     live: bool,
 }

@@ -1,5 +1,6 @@
-//! The live run's world: an injector with all three engines, mail servers behind it, Prometheus and what feeds it beside it,
-//! and clients of every kind that the panels tell apart. Nothing leaves the namespaces.
+//! The live run's world: an injector with all three engines, mail servers behind it, Prometheus and
+//! what feeds it beside it, and clients of every kind that the panels tell apart. Nothing leaves
+//! the namespaces.
 
 use std::{
     fmt::Write as _,
@@ -119,7 +120,8 @@ impl Testbed {
         let secret = self.folder.path().join(format!("{name}.password"));
         fs::write(&secret, password)?;
         let server = |port| SocketAddr::new(VIP_SPLICE.of(Family::V4), port).to_string();
-        // The Pushgateway and the textfile's folder are the edge's, and so is the probe: a host that watches itself.
+        // The Pushgateway and the textfile's folder are the edge's, and so is the probe: a host
+        // that watches itself.
         let mut command: Command = self.topology.edge.command(daemon::binary()?);
         command.args(["probe", "--name", name, "--smtp", &server(25), "--imap", &server(993)]);
         command.args(["--from", "probe@client.example.test", "--to", &format!("probe-{name}@{DOMAIN}")]);
@@ -191,7 +193,8 @@ impl Testbed {
         }
     }
 
-    /// A client that sends faster than its backend reads, so that the kernel's backlog grows and is held.
+    /// A client that sends faster than its backend reads, so that the kernel's backlog grows and is
+    /// held.
     fn flood(&self, run: Running<'_>) {
         let slow = SocketAddr::new(VIP_SPLICE.v4.into(), SLOW);
         let _ = self.topology.client.run(|| -> Result<()> {
@@ -348,7 +351,8 @@ fn watchers(edge: &Netns, folder: &Path) -> Result<Vec<Process>> {
     Ok(started)
 }
 
-/// The example in `deploy`, with this run's addresses, and intervals that show something within a minute.
+/// The example in `deploy`, with this run's addresses, and intervals that show something within a
+/// minute.
 fn scrape_configuration() -> Result<String> {
     let file = folder("deploy/prometheus").join("scrape.yml");
     let mut text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;

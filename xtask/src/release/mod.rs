@@ -1,4 +1,5 @@
-//! What is installed on hosts and clusters: the package, the installation, the image, the manifests.
+//! What is installed on hosts and clusters: the package, the installation, the image, the
+//! manifests.
 
 pub(crate) mod image;
 pub(crate) mod install;

@@ -141,7 +141,8 @@ fn install_in_a_copy(package: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unpacks the package, scripts included, and runs the program that it has with the configuration that it has.
+/// Unpacks the package, scripts included, and runs the program that it has with the configuration
+/// that it has.
 fn try_out(package: &Path) -> Result<()> {
     let tree = tempfile::tempdir()?;
     let status = Command::new("dpkg-deb").arg("--raw-extract").arg(package).arg(tree.path()).status()?;

@@ -28,7 +28,8 @@ pub(super) fn may_install() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// What `apt-cache show` tells about the version that would be installed; empty when apt doesn't know the package.
+/// What `apt-cache show` tells about the version that would be installed; empty when apt doesn't
+/// know the package.
 pub(super) fn description(package: &str) -> String {
     let output = Command::new("apt-cache").args(["show", "--no-all-versions", package]).output();
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
@@ -101,7 +102,8 @@ fn answer_postfix(log: &Path) -> Result<()> {
     job::run(Command::new("sh").args(["-c", &script]), log)
 }
 
-/// Packages switch their services on for the next boot; the tests start their own servers, in their own namespaces.
+/// Packages switch their services on for the next boot; the tests start their own servers, in their
+/// own namespaces.
 fn keep_off(packages: &[String], log: &Path) {
     const SERVICES: [(&str, &str); 7] = [
         ("postfix", "postfix"),
@@ -125,8 +127,8 @@ fn keep_off(packages: &[String], log: &Path) {
 /// First line after `#!` of a policy this program wrote, before the pid of the setup that did.
 const MARK: &str = "# by the injector's setup, process ";
 
-/// While it lives, package scripts may not start services: invoke-rc.d asks `policy-rc.d`, and 101 means no.
-/// A policy that is there already stays as it is.
+/// While it lives, package scripts may not start services: invoke-rc.d asks `policy-rc.d`, and 101
+/// means no. A policy that is there already stays as it is.
 struct NoServices {
     ours: Option<PathBuf>,
 }

@@ -31,8 +31,8 @@ impl BpfToolchain {
         self.core == Core::Built
     }
 
-    /// A stable compiler lets this one crate use unstable features. The crate's name, for `1` would make aya-build ask for
-    /// `-Z build-std`, which needs a source that is not there.
+    /// A stable compiler lets this one crate use unstable features. The crate's name, for `1` would
+    /// make aya-build ask for `-Z build-std`, which needs a source that is not there.
     fn bootstrap(&self) -> Option<&'static str> {
         (self.core == Core::Prebuilt).then_some("aya_ebpf")
     }

@@ -11,14 +11,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// The tool cache: one folder per tool, version and LLVM major, the logs, and what the build script reads.
+/// The tool cache: one folder per tool, version and LLVM major, the logs, and what the build script
+/// reads.
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
     folder: PathBuf,
 }
 
 impl Cache {
-    /// `$INJECTOR_TOOLS`, else `$XDG_CACHE_HOME/injector/tools`, else `~/.cache/injector/tools`. Creates nothing.
+    /// `$INJECTOR_TOOLS`, else `$XDG_CACHE_HOME/injector/tools`, else `~/.cache/injector/tools`.
+    /// Creates nothing.
     pub(super) fn locate() -> Result<Self> {
         let folder =
             folder(env::var_os("INJECTOR_TOOLS"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"))?;
@@ -30,7 +32,8 @@ impl Cache {
         self.folder.join(name)
     }
 
-    /// A fresh folder beside the tools, to install into before the finished tool is renamed into its place.
+    /// A fresh folder beside the tools, to install into before the finished tool is renamed into
+    /// its place.
     pub(super) fn partial(&self) -> Result<tempfile::TempDir> {
         tempfile::Builder::new()
             .prefix(PARTIAL)
@@ -77,7 +80,8 @@ impl Cache {
         }
     }
 
-    /// Writes what injector-user's build script reads; an unchanged file keeps its time, so nothing is built again.
+    /// Writes what injector-user's build script reads; an unchanged file keeps its time, so nothing
+    /// is built again.
     pub(super) fn record(&self, text: &str) -> Result<()> {
         let path = self.folder.join("bpf-toolchain.env");
         if fs::read_to_string(&path).is_ok_and(|old| old == text) {
@@ -107,8 +111,8 @@ pub(super) fn replace(finished: &Path, place: &Path) -> Result<()> {
 
 const PARTIAL: &str = ".partial-";
 
-/// The rule, which `injector-user/build.rs` follows too. A build script runs in another folder than xtask, so only
-/// absolute paths mean one place; the XDG specification has relative ones ignored.
+/// The rule, which `injector-user/build.rs` follows too. A build script runs in another folder than
+/// xtask, so only absolute paths mean one place; the XDG specification has relative ones ignored.
 fn folder(tools: Option<OsString>, xdg_cache: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
     if let Some(tools) = tools.filter(|path| !path.is_empty()).map(PathBuf::from) {
         if !tools.is_absolute() {

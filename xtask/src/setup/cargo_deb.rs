@@ -9,8 +9,8 @@ use super::{cache::Cache, job, linker};
 /// The release that is built.
 pub(super) const VERSION: &str = "3.8.0";
 
-/// The program in the cache, if it is there and runs. Others are not looked for: what is in the package depends on the
-/// release.
+/// The program in the cache, if it is there and runs. Others are not looked for: what is in the
+/// package depends on the release.
 pub(super) fn find(cache: &Cache) -> Option<PathBuf> {
     let program = cache.tool(&folder()).join("bin/cargo-deb");
     job::version(&program).filter(|said| said.contains(VERSION)).map(|_| program)

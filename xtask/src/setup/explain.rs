@@ -12,7 +12,8 @@ pub(super) fn package_names(missing: &[Missing]) -> Vec<String> {
     missing.iter().filter_map(name).collect()
 }
 
-/// Why nothing can be installed here, with what the operator has to do; none if setup can go on by itself.
+/// Why nothing can be installed here, with what the operator has to do; none if setup can go on by
+/// itself.
 pub(super) fn refusal(missing: &[Missing]) -> Option<String> {
     let by_hand = missing.iter().find_map(|it| match it {
         Missing::LinkerByHand { llvm } => Some(*llvm),

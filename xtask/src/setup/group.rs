@@ -28,6 +28,7 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    /// What is installed unless one asks for more: the benchmark is not everybody's, and its needs are large.
+    /// What is installed unless one asks for more: the benchmark is not everybody's, and its needs
+    /// are large.
     pub(crate) const USUAL: [Self; 3] = [Self::Bpf, Self::Demo, Self::Mail];
 }

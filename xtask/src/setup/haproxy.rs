@@ -1,8 +1,9 @@
 //! The versions of HAProxy that the benchmark compares with: what Debian 13 and Debian 12 have.
 //!
-//! The system's own serves where it is of that series. Another release's comes from the same archive that this system's
-//! packages come from, by an apt with lists and state of its own, and is unpacked into the tool cache with all libraries it
-//! stands on, the C library included: nothing of this system is changed or used.
+//! The system's own serves where it is of that series. Another release's comes from the same
+//! archive that this system's packages come from, by an apt with lists and state of its own, and is
+//! unpacked into the tool cache with all libraries it stands on, the C library included: nothing of
+//! this system is changed or used.
 
 use std::{
     fs,
@@ -99,7 +100,8 @@ pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     fs::rename(&tree, &place).with_context(|| format!("cannot create {}", place.display()))
 }
 
-/// An apt-get that knows one source and keeps everything in a folder; how to reach the network is as this system says.
+/// An apt-get that knows one source and keeps everything in a folder; how to reach the network is
+/// as this system says.
 fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() -> Command + use<>> {
     for inner in ["state/lists/partial", "cache/archives/partial"] {
         fs::create_dir_all(folder.join(inner))

@@ -17,7 +17,8 @@ use super::{
     wheel,
 };
 
-/// Installs until nothing is missing. One installation may show the next need (a compiler its LLVM), hence the rounds.
+/// Installs until nothing is missing. One installation may show the next need (a compiler its
+/// LLVM), hence the rounds.
 pub(super) fn install(groups: &[Group], cache: &Cache) -> Result<Survey> {
     const ROUNDS: usize = 6;
     let survey = survey::survey(groups, cache, false)?;

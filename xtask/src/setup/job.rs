@@ -1,4 +1,5 @@
-//! A long command: its output goes to a log, and an interruption reaches it, so that what has to be put back is.
+//! A long command: its output goes to a log, and an interruption reaches it, so that what has to be
+//! put back is.
 
 use std::{
     fs::{self, File},
@@ -33,8 +34,9 @@ struct Signals {
 impl Signals {
     fn take() -> Self {
         let before = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(|signal| {
-            // SAFETY: the handler only stores to an atomic, which is async-signal-safe, and has the type that signal(2)
-            // wants. A handler, unlike SIG_IGN, is not inherited by the programs that are started.
+            // SAFETY: the handler only stores to an atomic, which is async-signal-safe, and has the
+            // type that signal(2) wants. A handler, unlike SIG_IGN, is not inherited by the
+            // programs that are started.
             (signal, unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) })
         });
         Self { before }
@@ -93,10 +95,12 @@ fn wait(mut child: Child) -> Result<ExitStatus> {
     }
 }
 
-/// From the terminal the signal came to the whole group; a signal for this process alone is passed on.
+/// From the terminal the signal came to the whole group; a signal for this process alone is passed
+/// on.
 fn terminate(child: &Child) {
     if let Ok(pid) = libc::pid_t::try_from(child.id()) {
-        // SAFETY: kill(2) touches no memory; the child has not been waited for, so the number is still its own.
+        // SAFETY: kill(2) touches no memory; the child has not been waited for, so the number is
+        // still its own.
         unsafe { libc::kill(pid, libc::SIGTERM) };
     }
 }

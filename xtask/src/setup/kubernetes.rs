@@ -1,7 +1,8 @@
-//! What validates the manifests: kubectl and helm, schemas of Kubernetes' versions, and a policy scanner.
+//! What validates the manifests: kubectl and helm, schemas of Kubernetes' versions, and a policy
+//! scanner.
 //!
-//! All of it comes from PyPI. kubectl and helm are Kubernetes' and Helm's own builds: a package made for something else (a layer
-//! for AWS Lambda) carries both, unchanged.
+//! All of it comes from PyPI. kubectl and helm are Kubernetes' and Helm's own builds: a package
+//! made for something else (a layer for AWS Lambda) carries both, unchanged.
 
 use std::{
     env::consts::ARCH,

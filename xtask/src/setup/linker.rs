@@ -19,8 +19,9 @@ const LLVMS: std::ops::RangeInclusive<u32> = 21..=23;
 
 /// The folder of the linker's program for this LLVM, if it is there and runs.
 ///
-/// One in the cache was built for that LLVM. One in PATH is the operator's, and counts for a toolchain of rustup's: the
-/// released ones carry a newer LLVM than any Rust does, and that reads older bitcode.
+/// One in the cache was built for that LLVM. One in PATH is the operator's, and counts for a
+/// toolchain of rustup's: the released ones carry a newer LLVM than any Rust does, and that reads
+/// older bitcode.
 pub(super) fn find(cache: &Cache, llvm: u32, accept_path: bool) -> Option<PathBuf> {
     let cached = folder(cache, llvm).join("bin");
     if job::version(&cached.join("bpf-linker")).is_some_and(|said| said.contains(VERSION)) {
@@ -35,7 +36,8 @@ fn folder(cache: &Cache, llvm: u32) -> PathBuf {
     cache.tool(&format!("bpf-linker-{VERSION}-llvm{llvm}"))
 }
 
-/// Where this LLVM's headers and libraries are: `LLVM_PREFIX` if the operator set it, or as Debian lays them.
+/// Where this LLVM's headers and libraries are: `LLVM_PREFIX` if the operator set it, or as Debian
+/// lays them.
 fn prefix() -> Option<PathBuf> {
     env::var_os("LLVM_PREFIX").filter(|path| !path.is_empty()).map(PathBuf::from)
 }

@@ -1,8 +1,8 @@
 //! `cargo xtask setup`: finds or installs what building, the demo and the tests need.
 //!
-//! It looks at everything first and installs only what is missing, packages before anything else: so an operator who may not
-//! install is told the exact commands before something has been changed. Each look costs a fraction of a second, and every
-//! other verb begins with one.
+//! It looks at everything first and installs only what is missing, packages before anything else:
+//! so an operator who may not install is told the exact commands before something has been changed.
+//! Each look costs a fraction of a second, and every other verb begins with one.
 
 mod apt;
 mod bpf;

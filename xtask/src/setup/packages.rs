@@ -174,7 +174,8 @@ pub(super) fn linker_needs(llvm: u32) -> Vec<Tool> {
     ]
 }
 
-/// The commands that install these packages, as one would type them. With `update` the package lists are fetched first.
+/// The commands that install these packages, as one would type them. With `update` the package
+/// lists are fetched first.
 pub(super) fn commands(packages: &[String], update: bool) -> Vec<String> {
     let preseed = packages
         .iter()
@@ -192,7 +193,8 @@ pub(super) fn commands(packages: &[String], update: bool) -> Vec<String> {
         .collect()
 }
 
-/// Postfix' installer asks what kind of site this is. None: the tests write their own configuration.
+/// Postfix' installer asks what kind of site this is. None: the tests write their own
+/// configuration.
 pub(super) const POSTFIX_ANSWER: &str = "postfix postfix/main_mailer_type select No configuration";
 
 #[cfg(test)]

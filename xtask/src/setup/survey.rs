@@ -25,7 +25,8 @@ pub(super) struct Survey {
     pub(super) toolchain: Option<BpfToolchain>,
 }
 
-/// Looks, and changes nothing but apt's lists, and these only when `may_update` and nothing else would do.
+/// Looks, and changes nothing but apt's lists, and these only when `may_update` and nothing else
+/// would do.
 pub(super) fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     let mut survey = Survey::default();
     if groups.contains(&Group::Bpf) {
@@ -189,7 +190,8 @@ impl Survey {
     }
 }
 
-/// Whether Debian's compiler can be had; where that isn't known yet, the package lists are fetched once.
+/// Whether Debian's compiler can be had; where that isn't known yet, the package lists are fetched
+/// once.
 pub(super) fn compiler_offered(cache: &Cache, may_update: bool) -> bool {
     if !apt::is_here() {
         return false;

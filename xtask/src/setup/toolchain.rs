@@ -122,7 +122,8 @@ pub(super) fn oldest() -> (u32, u32) {
 /// A program out of a rustup toolchain.
 pub(super) fn rustup_run(toolchain: &str, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("rustup");
-    // What is missing is said by setup; rustup shall neither fetch a toolchain unasked nor print its own backtrace.
+    // What is missing is said by setup; rustup shall neither fetch a toolchain unasked nor print
+    // its own backtrace.
     command.args(["run", toolchain]).arg(program).env("RUSTUP_LOG", "warn").env_remove("RUST_BACKTRACE");
     command
 }
@@ -254,8 +255,8 @@ pub(super) fn system_link() -> Result<Link> {
     )
 }
 
-/// Whether `rustup run NAME cargo` works: a linked toolchain has no cargo of its own, and rustup lends it that of its
-/// nightly, beta or stable.
+/// Whether `rustup run NAME cargo` works: a linked toolchain has no cargo of its own, and rustup
+/// lends it that of its nightly, beta or stable.
 pub(super) fn has_cargo(name: &str) -> Result<()> {
     let output = rustup_run(name, "cargo").arg("--version").output().context("cannot start rustup")?;
     if !output.status.success() {

@@ -1,7 +1,7 @@
 //! Programs that PyPI has as binary wheels: released builds, which would take minutes to compile.
 //!
-//! A wheel is accepted by its hash alone. On processors without a wheel the program is looked for in
-//! PATH.
+//! A wheel is accepted by its hash alone. On processors without a wheel the program is looked for
+//! in PATH.
 
 use std::{env::consts::ARCH, fs, path::PathBuf, process::Command};
 

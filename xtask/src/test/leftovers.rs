@@ -1,4 +1,4 @@
-//! What the privileged tests must not leave on the machine.
+//! Finds what the privileged tests left on the machine.
 
 use std::{
     collections::BTreeSet,
@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// How the names of everything that the tests and the injector make begin.
+/// Prefixes of the names of everything that the tests and the injector create.
 const OURS: [&str; 2] = ["inj-", "injector"];
 
-/// How long things may take to go away by themselves: the kernel and the tests' own janitor tidy up after the fact.
+/// How long the kernel and the tests' own cleanup may take after a test has ended.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The machine before the tests.
@@ -24,10 +24,10 @@ pub(super) struct Before {
 }
 
 impl Before {
-    /// Notes what is there, and makes this process the one that orphans of the tests come to.
+    /// Records what exists, and makes this process the reaper of the tests' orphans.
     ///
     /// # Errors
-    /// When the kernel refuses that.
+    /// When the kernel refuses the latter.
     pub(super) fn look() -> Result<Self> {
         // SAFETY: this prctl(2) command takes plain numbers and touches no memory.
         let adopted = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
@@ -37,7 +37,7 @@ impl Before {
         Ok(Self { things: things(), children: descendants() })
     }
 
-    /// Names what the tests left. Processes among it, which can only be theirs, are ended.
+    /// Lists what the tests left, and ends their processes.
     pub(super) fn left_behind(self) -> Vec<String> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -59,7 +59,7 @@ impl Before {
     }
 }
 
-/// Namespaces, tables, interfaces and pins of ours, in words.
+/// Descriptions of our namespaces, tables, interfaces and pins.
 fn things() -> BTreeSet<String> {
     let folders = [
         ("network namespace", "/run/netns"),
@@ -112,7 +112,7 @@ fn descendants() -> BTreeSet<u32> {
     found
 }
 
-/// A process' parent; none for one that is gone or only waits to be reaped.
+/// The parent of a process; `None` if the process is gone or is a zombie.
 fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     parse_stat(&stat)
@@ -137,12 +137,14 @@ fn describe(pid: u32) -> String {
 /// Ends a process of the tests.
 fn kill(pid: u32) {
     if let Ok(pid) = libc::pid_t::try_from(pid) {
-        // SAFETY: kill(2) touches no memory. The process descends from this one, which has not reaped it: the number is its.
+        // SAFETY: kill(2) touches no memory. The process descends from this one, which has not
+        // reaped it: the number is still its own.
         unsafe { libc::kill(pid, libc::SIGKILL) };
     }
 }
 
-/// Collects orphans that have ended. Called while this program has no child that someone else waits for.
+/// Reaps orphans that have ended. Call it only while no other code waits for a child of this
+/// process.
 fn reap() {
     loop {
         // SAFETY: a null status pointer is allowed by waitpid(2), which then stores nothing.
@@ -158,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parent_is_found_whatever_the_name() {
+    fn a_parent_is_found_with_any_name() {
         assert_eq!(parse_stat("12 (smtpd) S 7 12 12 0"), Some(7));
         assert_eq!(parse_stat("12 (a) b (c) R 9 1 1"), Some(9));
         assert_eq!(parse_stat("12 (gone) Z 7 12"), None);
@@ -184,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_others_are_not_ours() {
+    fn only_our_own_names_are_listed() {
         assert!(things().iter().all(|thing| !thing.ends_with(" lo")), "every machine has lo");
     }
 }

@@ -1,8 +1,8 @@
-//! `cargo xtask test`: unit, property and documentation tests, then the privileged ones against real mail servers, and at last
-//! a count of the daemon's instructions.
+//! `cargo xtask test`: unit, property and documentation tests, then the privileged tests with real
+//! mail servers, then a count of the daemon's instructions.
 //!
-//! Cargo builds; the test programs are run from here, so that the counts are theirs, a hung one ends, and what they left on
-//! the machine is seen.
+//! Cargo builds the test programs and this module runs them: it adds up their own counts, ends a
+//! program that hangs, and reports what a program left on the machine.
 
 mod leftovers;
 mod report;
@@ -36,15 +36,15 @@ const PRIVILEGED: &str = "injector-suite";
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
-    /// Only what any user can run: unit, property and documentation tests
+    /// Run only the tests that need no root: unit, property and documentation tests
     #[arg(long)]
     unit: bool,
-    /// Only the privileged tests, in network namespaces with real mail servers
+    /// Run only the privileged tests, in network namespaces with real mail servers
     #[arg(long)]
     integration: bool,
-    /// Only tests whose name contains this
+    /// Run only tests whose name contains this
     filter: Option<String>,
-    /// End a test program that takes longer
+    /// End a test program that runs longer
     #[arg(long, value_name = "MINUTES", default_value_t = LIMIT)]
     limit: u64,
 }
@@ -91,8 +91,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     if report.passed() { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
-/// Builds every test program, and the daemon with them: by itself it would be built from libraries with other features, for what
-/// only tests depend on adds some.
+/// Builds every test program and the daemon together. Built alone, the daemon would be linked with
+/// libraries of other features, because dependencies of the tests add some.
 fn compile() -> Result<Vec<Executable>> {
     let mut command = cargo::cargo();
     command.arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets");
@@ -121,7 +121,7 @@ fn unit(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result
     Ok(())
 }
 
-/// The privileged tests, and afterwards a look at what they left.
+/// Runs the privileged tests, then looks for what they left.
 fn integration(args: &TestArgs, programs: &[Executable], daemon: &Path, report: &mut Report) -> Result<()> {
     let before = Before::look()?;
     for program in programs.iter().filter(is_privileged) {
@@ -140,10 +140,10 @@ fn integration(args: &TestArgs, programs: &[Executable], daemon: &Path, report: 
     Ok(())
 }
 
-/// Holds the optimised daemon's instructions against their ceilings.
+/// Compares the optimised daemon's instruction counts with their ceilings.
 fn instructions() -> Result<Output> {
     if !cfg!(target_arch = "x86_64") {
-        println!("\n-- instructions\nskipped: their ceilings are for x86-64");
+        println!("\n-- instructions\nskipped: the ceilings are for x86-64");
         return Ok(Output::skipped(instructions::CEILINGS.len()));
     }
     let daemon = build::daemon(true)?;
@@ -161,7 +161,7 @@ fn instructions() -> Result<Output> {
     })
 }
 
-/// A test program as cargo would start it: in its package's folder.
+/// A test program in its package's folder, as cargo would start it.
 fn harness(program: &Executable, args: &TestArgs) -> Command {
     let mut command = Command::new(&program.path);
     cargo::forget_this_package(&mut command);
@@ -169,27 +169,27 @@ fn harness(program: &Executable, args: &TestArgs) -> Command {
     command
 }
 
-/// Why the privileged tests can't run here, found out by doing what they do first.
+/// Why the privileged tests can't run here; it tries their first steps.
 fn obstacle() -> Option<String> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let is_root =
         status.lines().any(|line| line.starts_with("Uid:") && line.split_whitespace().nth(2) == Some("0"));
     if !is_root {
-        return Some("they make network namespaces and load BPF programs, which takes root".into());
+        return Some("they create network namespaces and load BPF programs, which needs root".into());
     }
     match Command::new("unshare").args(["--net", "--mount", "true"]).output() {
         Ok(output) if output.status.success() => None,
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             Some(format!(
-                "this root may not make network namespaces ({said}); a container needs --privileged"
+                "root may not create network namespaces here ({said}); a container needs --privileged"
             ))
         }
         Err(error) => Some(format!("cannot start unshare, of util-linux: {error}")),
     }
 }
 
-/// Counts the privileged tests as skipped and says why: a run without them has not passed.
+/// Counts the privileged tests as skipped and prints the reason: a run without them has not passed.
 fn cannot_run(args: &TestArgs, programs: &[Executable], why: &str, report: &mut Report) -> Result<()> {
     println!("\n-- the privileged tests cannot run: {why}");
     for program in programs.iter().filter(is_privileged) {
@@ -205,11 +205,11 @@ fn cannot_run(args: &TestArgs, programs: &[Executable], why: &str, report: &mut 
         }
         report.add(title(program), Output::skipped(names.len()));
     }
-    report.refuse(format!("the privileged tests did not run: {why} (--unit runs the others alone)"));
+    report.reject(format!("the privileged tests did not run: {why} (--unit runs only the others)"));
     Ok(())
 }
 
-/// Runs a test program, showing what it prints, and gathers its results.
+/// Runs a test program, prints its output and collects its results.
 fn watch(title: &str, command: &mut Command, limit_minutes: u64) -> Result<Output> {
     println!("\n-- {title}");
     let start = Instant::now();
@@ -227,11 +227,11 @@ fn watch(title: &str, command: &mut Command, limit_minutes: u64) -> Result<Outpu
     let status = child.wait().with_context(|| format!("waiting for {title}"))?;
     output.took = start.elapsed();
     if !in_time {
-        output.complain(format!("ended after {limit_minutes} minutes (--limit)"));
+        output.set_fault(format!("ended after {limit_minutes} minutes (--limit)"));
     } else if !status.success() && !output.has_failures() {
-        output.complain(how_it_ended(status));
+        output.set_fault(how_it_ended(status));
     } else if !output.is_complete() {
-        output.complain("printed no result".into());
+        output.set_fault("printed no result".into());
     }
     Ok(output)
 }
@@ -243,9 +243,10 @@ fn how_it_ended(status: ExitStatus) -> String {
     }
 }
 
-/// Passes the program's lines on until it closes its output; false when the time is over before.
+/// Prints the program's lines until it closes its output; false if the deadline passes first.
 ///
-/// A server that the program started may hold the output open for ever, so its end is looked for as well.
+/// A server that the program started may hold the output open forever, so the end of the program
+/// counts too.
 fn read_until(child: &mut Child, output: &mut Output, deadline: Instant) -> bool {
     const GRACE: Duration = Duration::from_millis(300);
     let Some(stdout) = child.stdout.take() else { return true };
@@ -294,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_dies_or_says_nothing_has_failed() {
+    fn a_program_that_dies_or_prints_no_result_has_failed() {
         for script in ["kill -SEGV $$", "exit 3", "true", &format!("{RESULT}; exit 1")] {
             assert!(sh(script, 1).has_failures(), "{script}");
         }
@@ -307,13 +308,13 @@ mod tests {
     }
 
     #[test]
-    fn an_output_held_open_by_a_server_does_not_hold_the_run() {
+    fn an_output_held_open_by_a_server_does_not_block_the_run() {
         let output = sh(&format!("{RESULT}; sleep 3 &"), 1);
         assert!(!output.has_failures() && output.took < Duration::from_millis(2500));
     }
 
     #[test]
-    fn both_parts_run_unless_one_is_asked_for() {
+    fn both_parts_run_unless_one_is_selected() {
         let parts = |unit, integration| {
             let args = TestArgs { unit, integration, ..TestArgs::default() };
             (args.runs_unit(), args.runs_integration())

@@ -1,29 +1,31 @@
-//! What the test programs said, added up.
+//! Adds up the results of the test programs.
 
 use std::{fmt::Write as _, time::Duration};
 
-/// The results of one test program, taken from its own output; libtest and libtest-mimic print the same.
+/// The results of one test program, taken from its own output; libtest and libtest-mimic print the
+/// same.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Output {
     pub(super) passed: usize,
     pub(super) failed: usize,
-    /// Ignored tests, which said they can't run here.
+    /// Ignored tests, which reported that they can't run here.
     pub(super) skipped: usize,
     pub(super) took: Duration,
     failures: Vec<String>,
-    /// What was wrong with the program itself; counts as one failure.
-    complaint: Option<String>,
-    /// `test result:` lines seen; documentation tests print one for each package.
+    /// A fault of the program itself; counts as one failure.
+    fault: Option<String>,
+    /// The number of `test result:` lines; documentation tests print one for each package.
     results: usize,
 }
 
 impl Output {
-    /// Of a program that was not run.
+    /// The results of a program that was not run.
     pub(super) fn skipped(count: usize) -> Self {
         Self { skipped: count, results: 1, ..Self::default() }
     }
 
-    /// Of a check that is no test program: how many values were as they should be, and what to say of those that were not.
+    /// The results of a check without a test program: how many values were right, and a message for
+    /// each that was not.
     pub(super) fn checked(passed: usize, failures: Vec<String>, took: Duration) -> Self {
         Self { passed, failed: failures.len(), failures, took, results: 1, ..Self::default() }
     }
@@ -40,13 +42,13 @@ impl Output {
         }
     }
 
-    /// Notes that something was wrong beside the tests.
-    pub(super) fn complain(&mut self, what: String) {
-        self.complaint = Some(what);
+    /// Records a fault other than a failed test.
+    pub(super) fn set_fault(&mut self, what: String) {
+        self.fault = Some(what);
     }
 
     pub(super) fn has_failures(&self) -> bool {
-        self.failed > 0 || self.complaint.is_some()
+        self.failed > 0 || self.fault.is_some()
     }
 
     pub(super) fn is_complete(&self) -> bool {
@@ -54,7 +56,7 @@ impl Output {
     }
 
     fn failed_in_all(&self) -> usize {
-        self.failed + usize::from(self.complaint.is_some())
+        self.failed + usize::from(self.fault.is_some())
     }
 }
 
@@ -69,10 +71,10 @@ fn count(result: &str, what: &str) -> usize {
 #[derive(Debug, Default)]
 pub(super) struct Report {
     programs: Vec<(String, Output)>,
-    /// Failures of the run as a whole; each counts as one.
+    /// Failures of the whole run; each counts as one.
     failures: Vec<String>,
     /// Why the run does not count although nothing has failed.
-    refusals: Vec<String>,
+    rejections: Vec<String>,
 }
 
 impl Report {
@@ -84,22 +86,22 @@ impl Report {
         self.failures.push(what);
     }
 
-    pub(super) fn refuse(&mut self, why: String) {
-        self.refusals.push(why);
+    pub(super) fn reject(&mut self, why: String) {
+        self.rejections.push(why);
     }
 
-    /// A run in which every privileged test was skipped has shown nothing.
+    /// A run in which every privileged test was skipped has not passed.
     pub(super) fn demand_one_run(&mut self, package: &str) {
         let of_package =
             self.programs.iter().filter(|(title, _)| title.starts_with(&format!("{package} test ")));
         if of_package.map(|(_, output)| output.passed + output.failed_in_all()).sum::<usize>() == 0 {
-            self.fail("not one privileged test ran".into());
+            self.fail("no privileged test ran".into());
         }
     }
 
     pub(super) fn passed(&self) -> bool {
         let (passed, failed, _) = self.totals();
-        failed == 0 && passed > 0 && self.refusals.is_empty()
+        failed == 0 && passed > 0 && self.rejections.is_empty()
     }
 
     fn totals(&self) -> (usize, usize, usize) {
@@ -109,7 +111,7 @@ impl Report {
         (sum(|output| output.passed), failed, sum(|output| output.skipped))
     }
 
-    /// A table, what went wrong, and the totals as the last line: `N passed, N failed[, N skipped]`.
+    /// A table, the failures, and the totals as the last line: `N passed, N failed[, N skipped]`.
     pub(super) fn render(&self, took: Duration) -> String {
         let mut text = String::from("passed  failed  skipped  seconds  target\n");
         for (title, output) in &self.programs {
@@ -128,9 +130,9 @@ impl Report {
         }
         let (passed, failed, skipped) = self.totals();
         if passed + failed + skipped == 0 {
-            let _ = writeln!(text, "no test has such a name");
+            let _ = writeln!(text, "no test has a name like this");
         }
-        let _ = writeln!(text, "the whole took {:.0} s", took.as_secs_f32());
+        let _ = writeln!(text, "all tests took {:.0} s", took.as_secs_f32());
         let _ = write!(text, "{passed} passed, {failed} failed");
         if skipped > 0 {
             let _ = write!(text, ", {skipped} skipped");
@@ -140,10 +142,10 @@ impl Report {
 
     fn troubles(&self) -> impl Iterator<Item = String> {
         let of_programs = self.programs.iter().flat_map(|(title, output)| {
-            let names = output.failures.iter().chain(&output.complaint);
+            let names = output.failures.iter().chain(&output.fault);
             names.map(move |what| format!("FAILED  {title}: {what}"))
         });
-        let whole = self.failures.iter().chain(&self.refusals).map(|what| format!("FAILED  {what}"));
+        let whole = self.failures.iter().chain(&self.rejections).map(|what| format!("FAILED  {what}"));
         of_programs.chain(whole)
     }
 }
@@ -191,11 +193,11 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_shows_nothing_has_not_passed() {
+    fn a_run_without_results_has_not_passed() {
         assert!(!report(&["test result: ok. 0 passed; 0 failed; 0 ignored"]).passed());
         assert!(!report(&[BAD]).passed());
         let mut refused = report(&[GOOD]);
-        refused.refuse("root".into());
+        refused.reject("root".into());
         assert!(!refused.passed());
     }
 

@@ -1,4 +1,5 @@
-//! How runc is to run the image: as Kubernetes runs a container of the DaemonSet, without a Kubernetes.
+//! How runc is to run the image: as Kubernetes runs a container of the DaemonSet, without a
+//! Kubernetes.
 
 use std::path::Path;
 
@@ -9,8 +10,8 @@ use super::layout::CONFIG;
 /// What the container may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rights {
-    /// Root without root's rights: the DaemonSet's three capabilities. Kubernetes gives a user other than root none of those it
-    /// adds (it knows no ambient capabilities).
+    /// Root without root's rights: the DaemonSet's three capabilities. Kubernetes gives a user
+    /// other than root none of those it adds (it knows no ambient capabilities).
     DaemonSet,
     /// The image's own user, without any: for engine "relay".
     Nobody,
@@ -89,10 +90,11 @@ pub(super) fn config(parts: Parts<'_>) -> Value {
     })
 }
 
-/// What of an engine's profile holds for these capabilities on this processor, as the runtime specification wants it.
+/// What of an engine's profile holds for these capabilities on this processor, as the runtime
+/// specification wants it.
 ///
-/// Debian's file is Podman's, of 2022. Since then engines allow bpf(2) to whom they give CAP_BPF (containerd,
-/// contrib/seccomp/seccomp_default.go), so that is added.
+/// Debian's file is Podman's, of 2022. Since then engines allow bpf(2) to whom they give CAP_BPF
+/// (containerd, contrib/seccomp/seccomp_default.go), so that is added.
 fn seccomp(profile: &Value, capabilities: &[&str]) -> Value {
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",

@@ -1,7 +1,8 @@
-//! `cargo xtask image`: an OCI image without a registry, and a run of it with the capabilities of the DaemonSet.
+//! `cargo xtask image`: an OCI image without a registry, and a run of it with the capabilities of
+//! the DaemonSet.
 //!
-//! The files come from Debian's packages (mmdebstrap), the image is made by umoci, and runc runs it. `deploy/Containerfile` makes
-//! the same where there is a registry to take a base from.
+//! The files come from Debian's packages (mmdebstrap), the image is made by umoci, and runc runs
+//! it. `deploy/Containerfile` makes the same where there is a registry to take a base from.
 
 mod bundle;
 mod layout;
@@ -27,7 +28,8 @@ pub(crate) struct ImageArgs {
     /// Where the image goes, an OCI layout [default: target/image]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Run it under runc, in a network namespace between a client and real mail servers, and send a message through each engine
+    /// Run it under runc, in a network namespace between a client and real mail servers, and send a
+    /// message through each engine
     #[arg(long)]
     run: bool,
 }

@@ -1,4 +1,5 @@
-//! The image's files, from Debian's packages: what the daemon's C library and `nft` need, and no shell.
+//! The image's files, from Debian's packages: what the daemon's C library and `nft` need, and no
+//! shell.
 
 use std::{
     fs,

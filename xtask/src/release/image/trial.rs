@@ -1,4 +1,5 @@
-//! The image under runc, between a client and real mail servers, each in a network namespace: a message through each engine.
+//! The image under runc, between a client and real mail servers, each in a network namespace: a
+//! message through each engine.
 
 use std::{
     fmt::Write as _,

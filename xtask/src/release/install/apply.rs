@@ -33,7 +33,8 @@ impl Tree {
 
     pub(super) fn look(&self, path: &Path, wanted: Option<&Product>) -> There {
         let place = self.place(path);
-        // A folder may be reached by a link, as /lib is; a link in the place of a file is a file of another kind.
+        // A folder may be reached by a link, as /lib is; a link in the place of a file is a file of
+        // another kind.
         if place.is_dir() {
             return There::Folder;
         }
@@ -85,7 +86,8 @@ fn make_folder(place: &Path) -> Result<()> {
     }
 }
 
-/// Writes beside the place and renames: a running program is replaced, not written into, and nobody reads half a file.
+/// Writes beside the place and renames: a running program is replaced, not written into, and nobody
+/// reads half a file.
 fn write(place: &Path, product: &Product) -> Result<()> {
     let work = || -> io::Result<()> {
         let folder = place.parent().unwrap_or(Path::new("/"));

@@ -1,4 +1,5 @@
-//! What was installed, written down beside it, so that uninstalling takes away that and nothing else.
+//! What was installed, written down beside it, so that uninstalling takes away that and nothing
+//! else.
 
 use std::{
     fmt::Write as _,

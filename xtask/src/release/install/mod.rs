@@ -1,7 +1,7 @@
 //! `cargo xtask install` and `uninstall`: the daemon on an edge host that systemd runs.
 //!
-//! What would be done is a plan (`plan.rs`), printed before it is carried out (`apply.rs`). What was installed is written down
-//! (`manifest.rs`), and only that is removed.
+//! What would be done is a plan (`plan.rs`), printed before it is carried out (`apply.rs`). What
+//! was installed is written down (`manifest.rs`), and only that is removed.
 
 mod apply;
 mod layout;
@@ -22,7 +22,8 @@ use crate::{build, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct InstallArgs {
-    /// Folder below which it goes; units go where systemd looks, the configuration always to /etc/injector
+    /// Folder below which it goes; units go where systemd looks, the configuration always to
+    /// /etc/injector
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
     /// Install into this tree, as if it were the root of a system; runs no command there

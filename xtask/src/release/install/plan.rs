@@ -1,4 +1,5 @@
-//! What installing and uninstalling would do: decided here, from what is wanted and what is there, and done in `apply`.
+//! What installing and uninstalling would do: decided here, from what is wanted and what is there,
+//! and done in `apply`.
 
 use std::{
     collections::BTreeSet,
@@ -94,7 +95,8 @@ fn try_to(words: &[&str]) -> Step {
     Step::Run { command: words.iter().map(|&word| word.to_owned()).collect(), tolerant: true }
 }
 
-/// What `install` does. `before` is the manifest of an earlier one; `there` looks at a place, given what is to be in it.
+/// What `install` does. `before` is the manifest of an earlier one; `there` looks at a place, given
+/// what is to be in it.
 pub(crate) fn install(
     layout: &Layout,
     products: Vec<Product>,

@@ -1,4 +1,5 @@
-//! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools. There is no cluster in it.
+//! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools.
+//! There is no cluster in it.
 
 mod chart_parity;
 mod consistency;
@@ -168,7 +169,8 @@ impl Bench {
         Ok(Rendering { name, file, objects })
     }
 
-    /// Validators that approve of everything look like validators that found no fault: they are shown one first.
+    /// Validators that approve of everything look like validators that found no fault: they are
+    /// shown one first.
     fn a_mistake_is_seen(&self, renderings: &[Rendering]) -> Result<()> {
         let mut wrong = Vec::new();
         let all = renderings.iter().flat_map(|rendering| &rendering.objects);
@@ -269,7 +271,8 @@ impl Bench {
         Ok(found)
     }
 
-    /// Has the daemon check every configuration in an overlay: how many listeners it would run, or why it would not.
+    /// Has the daemon check every configuration in an overlay: how many listeners it would run, or
+    /// why it would not.
     fn check(&self, daemon: &Path, rendering: &Rendering) -> Result<Result<usize, String>> {
         let mut listeners = 0;
         for (name, config) in configurations(&rendering.objects) {

@@ -110,7 +110,8 @@ impl Accepted {
         self.accepted.iter().any(|one| one.covers(overlay, &finding.check, &finding.resource))
     }
 
-    /// What is accepted and was found nowhere: it must not stay, or it would excuse a mistake one day.
+    /// What is accepted and was found nowhere: it must not stay, or it would excuse a mistake one
+    /// day.
     pub(super) fn idle(&self, found: &[(String, Finding)]) -> Vec<String> {
         let mut idle = Vec::new();
         for one in &self.accepted {

@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use serde_json::json;
 
-/// The oldest that the chart takes, and what is in use. Each must be one that `kubernetes-validate` has.
+/// The oldest that the chart takes, and what is in use. Each must be one that `kubernetes-validate`
+/// has.
 pub(super) const VERSIONS: [&str; 5] = ["1.29", "1.33", "1.35", "1.36", "1.37"];
 
 /// No registry that `setup` uses has schemas of these: they are counted, and not called valid.

@@ -7,7 +7,8 @@ use super::{
     config::{Config, Listener},
 };
 
-/// Every backend is a port of the mail server that demands the header, and that is closed to everybody but the edge nodes.
+/// Every backend is a port of the mail server that demands the header, and that is closed to
+/// everybody but the edge nodes.
 pub(super) fn check(config: &Config, objects: &[Object], mail: &[Object]) -> Vec<String> {
     let mut faults = Vec::new();
     let (open, closed) = policy(mail);
@@ -46,7 +47,8 @@ fn served(mail: &[Object], address: &str) -> Option<u64> {
     port["targetPort"].as_u64()
 }
 
-/// The pod's port that kube-proxy translates the listener's to, if it is the one that the listener expects.
+/// The pod's port that kube-proxy translates the listener's to, if it is the one that the listener
+/// expects.
 fn translated(objects: &[Object], listener: &Listener, expected: u64) -> Option<u64> {
     let port = u64::from(listener.bind.first()?.port());
     let services =

@@ -1,5 +1,5 @@
-//! Whether the objects, and the configuration in them, agree with each other: what a schema cannot know and an API server would
-//! only show by pods that do not start or mail that does not come.
+//! Whether the objects, and the configuration in them, agree with each other: what a schema cannot
+//! know and an API server would only show by pods that do not start or mail that does not come.
 
 mod backends;
 mod config;

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::super::object::{Object, list, text};
 
-/// What a pod names has to be among the objects: volumes, ConfigMaps, the service account, the priority class.
+/// What a pod names has to be among the objects: volumes, ConfigMaps, the service account, the
+/// priority class.
 pub(super) fn check(object: &Object, objects: &[Object]) -> Vec<String> {
     let pod = match object.kind() {
         "DaemonSet" => &object.0["spec"]["template"],

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::super::object::{Object, list};
 
-/// A Service beside the DaemonSet leads to its pods, by ports they have, and keeps the client's address.
+/// A Service beside the DaemonSet leads to its pods, by ports they have, and keeps the client's
+/// address.
 pub(super) fn check(objects: &[Object], daemons: &Object) -> Vec<String> {
     let pod = &daemons.0["spec"]["template"];
     let mut faults = Vec::new();

@@ -1,5 +1,4 @@
-//! What the demo assertions, each checked failure what was seen: the demo succeeds only if all of
-//! it holds.
+//! The demo's assertions, checked against what was observed. The demo succeeds only if all hold.
 
 use injector_testbed::daemon::{BYTES, DIRECTION, PIPED, PLANE, RELAYED, SPLICED, TO_BACKEND, TO_CLIENT};
 use injector_testbed::metrics::Metrics;
@@ -12,16 +11,16 @@ const HEADERS_SENT: &str = "injector_headers_sent_total";
 /// Connections accepted, by listener.
 const ACCEPTED: &str = "injector_connections_accepted_total";
 
-/// A statement, and the first thing that speaks failure it.
+/// A statement, and the first observation that contradicts it.
 #[derive(Debug)]
 pub(super) struct Assertion {
-    /// What is claimed.
+    /// The statement.
     pub(super) text: String,
     /// Why it does not hold; `None` if it does.
     pub(super) failure: Option<String>,
 }
 
-/// Payload bytes during the demo, by direction and plane, as the metrics have them.
+/// Payload bytes during the demo, by direction and plane, from the metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Carried {
     /// Client to backend, by the kernel.
@@ -34,24 +33,30 @@ pub(super) struct Carried {
     pub(super) relayed_to_client: u64,
 }
 
-/// Checks everything.
+/// Checks all assertions.
 pub(super) fn of(run: &Run, engine: Engine) -> Vec<Assertion> {
     let every = |check: fn(&Transaction) -> Option<String>| run.transactions().find_map(check);
     vec![
-        assertion("a client that comes without a header is turned away by the backend", without_header(run)),
-        assertion("the backend saw the client's own address and port, every time", every(source)),
-        assertion("and the public address that the client had connected to", every(destination)),
-        assertion("which is more than the TCP connection could tell it", every(peer)),
-        assertion("messages are stored, and fetched again, byte for byte as they were sent", messages(run)),
-        assertion("exactly one header was sent for every connection accepted", headers(run)),
+        assertion("the backend rejects a connection without a header", without_header(run)),
+        assertion(
+            "the backend received the client's own address and port on every connection",
+            every(source),
+        ),
+        assertion(
+            "the backend received the public address that the client had connected to",
+            every(destination),
+        ),
+        assertion("the TCP connection alone has another address than the client's", every(peer)),
+        assertion("messages are stored and fetched byte for byte as they were sent", messages(run)),
+        assertion("exactly one header was sent for each accepted connection", headers(run)),
         assertion("the injector, its metrics and the backend counted the same bytes", counts(run)),
         assertion(&planes_text(engine), planes(carried(run), engine)),
-        assertion("every connection has its line in the log, and ended cleanly", lines(run, engine)),
-        assertion("the daemon ended by itself when asked to", stopped(run)),
+        assertion("every connection has one access log line and closed cleanly", lines(run, engine)),
+        assertion("the daemon exited with success after SIGTERM", stopped(run)),
     ]
 }
 
-/// What the metrics say of the payload.
+/// Reads the payload bytes from the metrics.
 pub(super) fn carried(run: &Run) -> Carried {
     let sum =
         |direction, plane| moved(&run.before, &run.after, BYTES, &[(DIRECTION, direction), (PLANE, plane)]);
@@ -63,7 +68,7 @@ pub(super) fn carried(run: &Run) -> Carried {
     }
 }
 
-/// How far a counter went; 0 for one that went back.
+/// By how much a counter grew; 0 if it went back.
 fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)]) -> u64 {
     #[expect(
         clippy::cast_possible_truncation,
@@ -78,7 +83,7 @@ fn assertion(text: &str, failure: Option<String>) -> Assertion {
     Assertion { text: text.to_owned(), failure }
 }
 
-/// `None` if both are equal, else what was seen and what was expected.
+/// `None` if both are equal, else the observed and the expected value.
 fn difference<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
     (seen != expected).then(|| format!("{what}: {seen:?} instead of {expected:?}"))
 }
@@ -86,8 +91,8 @@ fn difference<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) 
 fn without_header(run: &Run) -> Option<String> {
     let visit = &run.without_header;
     match &visit.header {
-        Ok(header) => Some(format!("it found a header of {} bytes", header.raw.len())),
-        Err(_) if visit.sent > 0 => Some(format!("it answered {} bytes", visit.sent)),
+        Ok(header) => Some(format!("the backend found a header of {} bytes", header.raw.len())),
+        Err(_) if visit.sent > 0 => Some(format!("the backend answered {} bytes", visit.sent)),
         Err(_) => None,
     }
 }
@@ -169,10 +174,10 @@ fn planes(carried: Carried, engine: Engine) -> Option<String> {
 
 fn lines(run: &Run, engine: Engine) -> Option<String> {
     run.transactions().find_map(|transaction| {
-        let (end, used) = (&transaction.line["reason"], &transaction.line["engine"]);
-        let clean = *end == "client_closed" || *end == "backend_closed";
+        let (reason, used) = (&transaction.line["reason"], &transaction.line["engine"]);
+        let clean = *reason == "client_closed" || *reason == "backend_closed";
         let holds = clean && *used == engine.name();
-        (!holds).then(|| format!("{}: engine {used}, end {end}", transaction.listener_name()))
+        (!holds).then(|| format!("{}: engine {used}, reason {reason}", transaction.listener_name()))
     })
 }
 
@@ -193,8 +198,7 @@ mod tests {
     use super::super::service::{IMAP, SMTP, Service};
     use super::*;
 
-    /// A connection from which nothing is missing: 10 bytes up, 20 down, 4 and 5 of them by the
-    /// kernel.
+    /// A complete connection: 10 bytes to the backend, 20 to the client, 4 and 5 of them spliced.
     fn transaction(service: Service) -> Transaction {
         let client = "198.51.100.7:40000".parse().unwrap();
         let listener = "192.0.2.10:25".parse().unwrap();
@@ -213,7 +217,7 @@ mod tests {
         Transaction { service, client, listener, visit, line }
     }
 
-    /// A demo in IPv4 alone in which all goes well.
+    /// A successful demo over IPv4 alone.
     fn run() -> Run {
         let mut after = String::new();
         for listener in ["smtp-ipv4", "imap-ipv4"] {
@@ -261,12 +265,12 @@ mod tests {
     }
 
     #[test]
-    fn a_good_performance_holds() {
+    fn a_successful_run_passes() {
         assert_eq!(failed(&run(), Engine::Splice), Vec::<String>::new());
     }
 
     #[test]
-    fn every_claim_can_fall() {
+    fn every_assertion_can_fail() {
         type Spoil = fn(&mut Run);
         let cases: [(&str, Spoil); 12] = [
             ("without a header", |p| {
@@ -276,15 +280,15 @@ mod tests {
             ("own address and port", |p| p.scenarios[0].transactions[1].client.set_port(1)),
             ("own address and port", |p| p.scenarios[0].transactions[0].visit.header = Err(Refusal::Silent)),
             ("connected to", |p| p.scenarios[0].transactions[0].listener.set_port(1)),
-            ("more than the TCP", |p| {
+            ("TCP connection alone", |p| {
                 p.scenarios[0].transactions[0].visit.peer = p.scenarios[0].transactions[0].client
             }),
             ("byte for byte", |p| p.scenarios[0].fetched[3] ^= 1),
             ("byte for byte", |p| p.scenarios[0].stored.truncate(3)),
             ("one header", |p| p.before = p.after.clone()),
             ("counted the same", |p| p.scenarios[0].transactions[0].visit.received += 1),
-            ("ended cleanly", |p| p.scenarios[0].transactions[0].line["reason"] = json!("lost")),
-            ("ended by itself", |p| p.stopped = ExitStatus::from_raw(9)),
+            ("closed cleanly", |p| p.scenarios[0].transactions[0].line["reason"] = json!("lost")),
+            ("after SIGTERM", |p| p.stopped = ExitStatus::from_raw(9)),
         ];
         for (text, spoil) in cases {
             let mut run = run();
@@ -295,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_decides_which_plane_must_have_carried() {
+    fn the_engine_decides_which_plane_must_carry() {
         let all = Carried {
             spliced_to_backend: 1,
             relayed_to_backend: 1,

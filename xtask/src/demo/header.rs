@@ -1,4 +1,4 @@
-//! A PROXY header taken apart for a reader: which bytes say what.
+//! Splits a PROXY header into fields, each with its meaning.
 
 use std::net::SocketAddr;
 
@@ -9,15 +9,14 @@ use injector_common::proxy::{self, Announced, ParseError, SIGNATURE, Version, ki
 pub(super) struct Field {
     /// The bytes.
     pub(super) bytes: Vec<u8>,
-    /// What they say.
+    /// Their meaning.
     pub(super) meaning: String,
 }
 
-/// Takes a header apart, byte for byte in order. What it says is the parser's word; this only puts
-/// it beside the bytes.
+/// Splits a header into all of its bytes, in order. The meanings come from the parser.
 ///
 /// # Errors
-/// When it is no whole header.
+/// When it is not a complete header.
 pub(super) fn fields(raw: &[u8]) -> Result<Vec<Field>, ParseError> {
     let parsed = proxy::parse(raw)?;
     let raw = raw.get(..parsed.len).unwrap_or(raw);
@@ -47,7 +46,7 @@ pub(super) fn fields(raw: &[u8]) -> Result<Vec<Field>, ParseError> {
     Ok(cutter.fields)
 }
 
-/// What is left of a header, and what was cut off its front.
+/// The rest of a header, and the fields that were cut off its front.
 struct Cutter<'a> {
     rest: &'a [u8],
     fields: Vec<Field>,
@@ -89,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn no_byte_is_left_out() {
+    fn fields_contain_every_byte() {
         let v4 = addresses("198.51.100.7:40000", "192.0.2.10:25");
         let v6 = addresses("[2001:db8:c::7]:40000", "[2001:db8:a::10]:25");
         let cases: [(Command, &[Tlv<'_>]); 4] = [

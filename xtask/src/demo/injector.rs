@@ -1,5 +1,4 @@
-//! The daemon under the demo's care: started with a configuration, watched through its log and
-//! metrics, stopped.
+//! The daemon of the demo: starts it, reads its log and metrics, stops it.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -22,14 +21,14 @@ use super::engine::Engine;
 use super::service::{IMAP, SMTP, Service};
 use super::testbed::Testbed;
 
-/// How long the daemon may take to load its programs, test itself and listen; debug builds are
-/// slow.
+/// How long the daemon may take to load its programs, run its self-test and listen; debug builds
+/// are slow.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// How long it may take to end; nothing is left to drain by then.
+/// How long it may take to exit; no session is left to drain by then.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// How often conditions are looked at again.
+/// Interval between two checks of a condition.
 const POLL: Duration = Duration::from_millis(20);
 
 /// A running `injector run`; killed on drop.
@@ -47,7 +46,7 @@ struct Files {
 }
 
 impl Injector {
-    /// Starts the daemon on the edge and waits until it says that it is ready.
+    /// Starts the daemon on the edge and waits until it reports that it is ready.
     pub(super) async fn start(
         testbed: &Testbed,
         backend: &Backend,
@@ -64,7 +63,7 @@ impl Injector {
         Ok(injector)
     }
 
-    /// All it has logged.
+    /// Everything it has logged.
     pub(super) fn log(&self) -> String {
         fs::read_to_string(&self.files.log).unwrap_or_default()
     }
@@ -74,18 +73,18 @@ impl Injector {
         self.child.id()
     }
 
-    /// One scrape, from the edge itself.
+    /// One scrape, from the edge host itself.
     pub(super) async fn metrics(&self, testbed: &Testbed) -> Result<Metrics> {
         let (status, body) = get(testbed, "/metrics").await.context("cannot read the injector's metrics")?;
         ensure!(status == 200, "/metrics answered {status}: {body}");
         Metrics::parse(&body)
     }
 
-    /// The line about the connection of a client, which is written once the connection is over.
-    pub(super) async fn line_about(&mut self, client: SocketAddr) -> Result<Value> {
+    /// The access log line of a client's connection, which is written when the connection closes.
+    pub(super) async fn access_log_line(&mut self, client: SocketAddr) -> Result<Value> {
         let wait = async {
             loop {
-                if let Some(line) = lines_about(&self.log(), client).pop() {
+                if let Some(line) = access_log_lines(&self.log(), client).pop() {
                     return line;
                 }
                 sleep(POLL).await;
@@ -93,11 +92,11 @@ impl Injector {
         };
         match timeout(Duration::from_secs(5), wait).await {
             Ok(line) => Ok(line),
-            Err(_) => bail!("the injector wrote no line about the connection from {client}"),
+            Err(_) => bail!("the injector wrote no access log line for the connection from {client}"),
         }
     }
 
-    /// Sends SIGTERM and waits for the end.
+    /// Sends SIGTERM and waits for the exit.
     pub(super) async fn stop(&mut self) -> Result<ExitStatus> {
         let pid = libc::pid_t::try_from(self.child.id())?;
         if self.child.try_wait()?.is_none() {
@@ -129,7 +128,7 @@ impl Injector {
         let ready = async {
             loop {
                 if let Some(status) = self.child.try_wait()? {
-                    bail!("it ended ({status})");
+                    bail!("it exited ({status})");
                 }
                 if get(testbed, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
                     return Ok(());
@@ -184,7 +183,7 @@ fn spawn(testbed: &Testbed, binary: &Path, files: &Files) -> Result<Child> {
         Some(netns) => netns.command(binary),
         None => Command::new(binary),
     };
-    // Settings in the operator's environment are not for the demo's daemon.
+    // Settings in the operator's environment must not change the demo.
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.args(["run", "--log-format", "json", "--config"]).arg(&files.config);
     let log = File::create(&files.log)?;
@@ -195,25 +194,25 @@ fn spawn(testbed: &Testbed, binary: &Path, files: &Files) -> Result<Child> {
     }
 }
 
-/// Asks the daemon for one page; returns status and body.
+/// Requests one page from the daemon; returns status and body.
 async fn get(testbed: &Testbed, path: &'static str) -> Result<(u16, String)> {
     let address = testbed.metrics();
     let request = async move {
         let mut stream = TcpStream::connect(address).await?;
-        // HTTP/1.0: the answer ends with the connection and comes unchunked.
+        // HTTP/1.0: the answer is not chunked and ends with the connection.
         stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes()).await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         anyhow::Ok(answer)
     };
     let answer = testbed.edge.run(timeout(Duration::from_secs(5), request)).await???;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
     Ok((status.with_context(|| format!("no HTTP status in: {head}"))?, body.to_owned()))
 }
 
-/// Lines of finished connections from this client, oldest first; lines that are no JSON are none.
-fn lines_about(log: &str, client: SocketAddr) -> Vec<Value> {
+/// Access log lines of this client, oldest first; ignores lines that are not JSON.
+fn access_log_lines(log: &str, client: SocketAddr) -> Vec<Value> {
     let client = client.to_string();
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     lines.filter(|line| line["message"] == CONNECTION_CLOSED && line["client"] == client.as_str()).collect()
@@ -228,7 +227,7 @@ mod tests {
         let log = "{\"message\":\"listening\"}\nwarning: not JSON\n\
             {\"message\":\"connection closed\",\"client\":\"198.51.100.7:4\"}\n\
             {\"message\":\"connection closed\",\"client\":\"198.51.100.7:40\",\"reason\":\"idle\"}\n";
-        let found = lines_about(log, "198.51.100.7:40".parse().unwrap());
+        let found = access_log_lines(log, "198.51.100.7:40".parse().unwrap());
         assert_eq!(found.len(), 1);
         assert_eq!(found[0]["reason"], "idle");
     }

@@ -1,13 +1,13 @@
 //! `cargo xtask demo`: mail through the injector, for people to watch and for machines to check.
 //!
-//! As root the story has three hosts, each a network namespace; without root they are three sockets
-//! on loopback and the engine is relay. In reading order: [`testbed`] is where things happen,
-//! [`injector`] the daemon in the middle, [`scenario`] one message sent and fetched, [`terminal`]
-//! and [`narration`] what a person sees, and [`assertions`] what must be true in the end.
+//! As root the demo has three hosts, each a network namespace. Without root they are three sockets
+//! on loopback, and the engine is relay. In reading order: [`testbed`] has the hosts, [`injector`]
+//! the daemon between them, [`scenario`] sends and fetches one message, [`terminal`] and
+//! [`narration`] print it, and [`assertions`] decides whether the demo passes.
 //!
 //! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the
-//! whole demo is one future: a signal drops that future, so Ctrl-C, an error and the normal end
-//! clean up by the same path.
+//! whole demo is one future. A signal drops that future, so Ctrl-C, an error and the normal end
+//! clean up in the same way.
 
 mod assertions;
 mod engine;
@@ -42,11 +42,11 @@ pub(crate) struct DemoArgs {
     #[arg(long, short)]
     release: bool,
 
-    /// Show everything the daemon logged
+    /// Print the daemon's whole log
     #[arg(long, short)]
     verbose: bool,
 
-    /// Keep the daemon's configuration and log, and say where they are
+    /// Keep the daemon's configuration and log, and print their folder
     #[arg(long)]
     keep_logs: bool,
 }
@@ -61,19 +61,18 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     let binary = daemon(engine, args.release)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let passed = runtime.block_on(async {
-        // Before anything is made: from here on a signal no longer ends this process, but the
-        // future.
+        // Before anything is created: from here on a signal ends the future instead of the process.
         let interrupted = interruption()?;
         tokio::select! {
             passed = run_demo(args, engine, binary) => passed,
-            name = interrupted => Err(anyhow::anyhow!("{name}: stopped, and everything that was made is removed")),
+            name = interrupted => Err(anyhow::anyhow!("{name}: stopped, and everything that was created is removed")),
         }
     })?;
     if passed { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
-/// The daemon to show, built. Where nothing could load its BPF programs, their toolchain may be
-/// missing.
+/// Builds the daemon. Without root no engine can load BPF programs, so their toolchain is not
+/// needed.
 fn daemon(engine: Engine, release: bool) -> Result<PathBuf> {
     if netns::unavailable().is_none() {
         setup::ensure(&[setup::Group::Bpf, setup::Group::Demo])?;
@@ -83,9 +82,8 @@ fn daemon(engine: Engine, release: bool) -> Result<PathBuf> {
     build_relay_only(release)
 }
 
-/// Builds the daemon with stable Rust alone. It takes the place of one with BPF inside, which the
-/// next `build` restores by linking once more: a folder of its own would mean compiling every
-/// dependency again.
+/// Builds the daemon with stable Rust alone. It replaces a daemon with BPF, which the next `build`
+/// links again; another target folder would mean compiling every dependency again.
 fn build_relay_only(release: bool) -> Result<PathBuf> {
     let mut command = cargo::cargo();
     command.arg("build").args(cargo::HOST_PACKAGES).args(["--bin", "injector", "--no-default-features"]);
@@ -95,8 +93,7 @@ fn build_relay_only(release: bool) -> Result<PathBuf> {
     daemon.map(|daemon| daemon.path).context("cargo built no program `injector`")
 }
 
-/// Waits for the signals that people and terminals end programs with; returns the name of the
-/// first.
+/// Waits for SIGINT, SIGTERM or SIGHUP; returns the name of the first.
 fn interruption() -> Result<impl Future<Output = &'static str>> {
     let mut int = signal(SignalKind::interrupt())?;
     let mut term = signal(SignalKind::terminate())?;
@@ -112,7 +109,7 @@ fn interruption() -> Result<impl Future<Output = &'static str>> {
 
 /// The whole demo; true if every assertion holds.
 async fn run_demo(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> {
-    // Dropped last to first: the daemon ends before the hosts it runs on go away.
+    // Dropped from last to first: the daemon ends before the hosts that it runs on.
     let testbed = Testbed::new()?;
     let account = Config::default().account;
     let config = Config {
@@ -137,7 +134,7 @@ async fn run_demo(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bo
     Ok(narration::verdict(&assertions, &testbed, &run))
 }
 
-/// The parts in which something happens, each printed as soon as it is over.
+/// Runs the scenarios, and prints each as soon as it is over.
 async fn run_scenarios(
     testbed: &Testbed,
     backend: &Backend,

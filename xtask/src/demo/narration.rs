@@ -1,4 +1,4 @@
-//! The demo as it is summary, part by part.
+//! Prints the demo, part by part.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,16 +17,16 @@ use super::service::{IMAP, SMTP};
 use super::terminal::{Style, count, heading, hex, mark, row, styled, wrapped};
 use super::testbed::Testbed;
 
-/// Who is where.
+/// The hosts and their addresses.
 pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engine) {
     println!(
         "{}",
         styled(
             Style::Bold,
-            "Mail through the injector, from a client to a backend that demands a PROXY header"
+            "Mail through the injector, from a client to a backend that requires a PROXY header"
         )
     );
-    if !testbed.is_real() {
+    if !testbed.has_namespaces() {
         println!(
             "\n  Not root, so this is loopback and the relay engine. What cannot be shown this way: three hosts in\n  \
              network namespaces of their own, and payload carried by the kernel. Over IPv6 even the client and\n  \
@@ -35,10 +35,10 @@ pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engin
     }
     let columns = |client: &str, edge: &str, mail: &str| println!("  {client:<22}{edge:<44}{mail}");
     if !testbed.families.contains(&Family::V6) {
-        println!("\n  This machine has no IPv6, so that half is missing.");
+        println!("\n  This machine has no IPv6, so the IPv6 half is missing.");
     }
     println!();
-    columns("client", "edge: the injector, which mail sees as …", "mail: the backend");
+    columns("client", "edge: the injector, its address inside", "mail: the backend");
     for &family in testbed.families {
         let listener = testbed.listener(SMTP, family);
         let both = format!("{listener}, :{}", testbed.listener(IMAP, family).port());
@@ -64,12 +64,12 @@ pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engin
     );
 }
 
-/// The connection that nobody asked in.
+/// The connection without a header.
 pub(super) fn without_header(visit: &Visit) {
     heading("Straight to the backend, without a header");
     match &visit.header {
         Err(refusal) => row("the backend closed the connection", &styled(Style::Dim, &refusal.to_string())),
-        Ok(_) => row("the backend let it in", &styled(Style::Red, "it should not have")),
+        Ok(_) => row("the backend accepted it", &styled(Style::Red, "it must not")),
     }
 }
 
@@ -97,13 +97,15 @@ fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
     row("the client is", &transaction.client.to_string());
     let edge =
         if transaction.visit.peer.ip() == testbed.edge_ip(family) { "the edge" } else { "not the edge" };
-    row("without the header the backend would see", &format!("{}  ({edge})", transaction.visit.peer));
+    row("the TCP connection alone has", &format!("{}  ({edge})", transaction.visit.peer));
     let seen = match &transaction.visit.header {
-        Ok(header) => header.source.map_or_else(|| "nobody (LOCAL)".to_owned(), |source| source.to_string()),
+        Ok(header) => {
+            header.source.map_or_else(|| "no address (LOCAL)".to_owned(), |source| source.to_string())
+        }
         Err(refusal) => refusal.to_string(),
     };
     let same = seen == transaction.client.to_string();
-    row("with it the backend saw", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
+    row("the header gave the backend", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
 }
 
 fn message(what: &str, sent: &[u8], arrived: &[u8]) {
@@ -125,11 +127,11 @@ fn header_in_full(transaction: &Transaction) {
     }
 }
 
-/// What the injector says of it all: planes, metrics, log.
+/// The injector's own account: planes, metrics, access log.
 pub(super) fn summary(run: &Run) {
     planes(run);
     metrics(&run.before, &run.after);
-    heading("The daemon's one line per connection");
+    heading("The daemon's access log");
     for transaction in run.transactions() {
         for line in wrapped(&words(&transaction.line)) {
             println!("{line}");
@@ -138,11 +140,11 @@ pub(super) fn summary(run: &Run) {
 }
 
 fn planes(run: &Run) {
-    heading("Who carried the payload");
+    heading("Payload by plane");
     let columns = |name: &str, kernel: &str, daemon: &str, share: &str| {
         println!("  {name:<26}{kernel:>18}{daemon:>18}{share:>18}");
     };
-    columns("bytes", "kernel (spliced)", "daemon (relayed)", "by the kernel");
+    columns("bytes", "kernel (spliced)", "daemon (relayed)", "kernel's share");
     let line = |name: &str, spliced: u64, relayed: u64| {
         columns(name, &count(spliced), &count(relayed), &share(spliced, relayed));
     };
@@ -158,16 +160,16 @@ fn planes(run: &Run) {
     line("all        → client", carried.spliced_to_client, carried.relayed_to_client);
 }
 
-/// The kernel's part in tenths of a percent, rounded down: 100 % means every byte.
+/// The kernel's share in tenths of a percent, rounded down: 100 % means every byte.
 fn share(spliced: u64, relayed: u64) -> String {
     let thousandths = (spliced * 1000).checked_div(spliced + relayed);
     thousandths.map_or_else(|| "-".to_owned(), |share| format!("{}.{} %", share / 10, share % 10))
 }
 
-/// Metrics that changed, all listeners together; but not the buckets of histograms, nor the times
-/// at which series were made.
+/// Metrics that changed, summed over listeners, without buckets of histograms and creation times of
+/// series.
 fn metrics(before: &Metrics, after: &Metrics) {
-    heading("Metrics that moved, all listeners together");
+    heading("Metrics that changed, summed over listeners");
     let mut changes = totals(after);
     for (title, earlier) in totals(before) {
         *changes.entry(title).or_default() -= earlier;
@@ -193,7 +195,7 @@ fn title(sample: &Sample) -> String {
     if labels.is_empty() { sample.name.clone() } else { format!("{}{{{}}}", sample.name, labels.join(",")) }
 }
 
-/// `+1,234`, or with six decimals where it is no whole number (seconds).
+/// `+1,234`, or with six decimals if it is not a whole number (seconds).
 fn signed(change: f64) -> String {
     let sign = if change < 0.0 { '-' } else { '+' };
     let size = change.abs();
@@ -212,7 +214,7 @@ fn signed(change: f64) -> String {
 /// The fields that begin a line, in this order; the others follow by name.
 const FIRST_FIELDS: [&str; 5] = ["client", "listener", "local", "backend", "engine"];
 
-/// Fields that every line of the log has, and that say nothing here.
+/// Fields that every log line has, and that add nothing here.
 const FRAME_FIELDS: [&str; 4] = ["timestamp", "level", "target", "message"];
 
 /// A line of the log as `name=value`.
@@ -236,14 +238,14 @@ pub(super) fn log(injector: &Injector) {
     }
 }
 
-/// Where the files are that were to be kept.
+/// The folder of the files that are kept.
 pub(super) fn kept(directory: &Path) {
     println!("\nThe daemon's configuration and log are kept in {}", directory.display());
 }
 
 /// Every assertion, and one line for all of them; true if all hold.
 pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run) -> bool {
-    heading("Claims checked");
+    heading("Assertions");
     for assertion in assertions {
         println!("  {} {}", mark(assertion.failure.is_none()), assertion.text);
         if let Some(failure) = &assertion.failure {
@@ -254,7 +256,7 @@ pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run) ->
     let carried = assertions::carried(run);
     let spliced = count(carried.spliced_to_backend + carried.spliced_to_client);
     let relayed = count(carried.relayed_to_backend + carried.relayed_to_client);
-    let place = if testbed.is_real() { "three namespaces" } else { "loopback only" };
+    let place = if testbed.has_namespaces() { "three namespaces" } else { "loopback only" };
     let connections = run.transactions().count();
     println!();
     if failed == 0 {
@@ -280,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_never_claim_more_than_was_spliced() {
+    fn shares_are_rounded_down() {
         let cases = [
             ((0, 0), "-"),
             ((1, 0), "100.0 %"),
@@ -294,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_line_begins_with_who_and_where() {
+    fn a_log_line_begins_with_client_and_listener() {
         let line = json!({"timestamp": "t", "level": "INFO", "message": "connection closed", "reason": "idle",
             "client": "192.0.2.1:9", "engine": "splice", "bytes": 7, "listener": "smtp"});
         let words = words(&line);

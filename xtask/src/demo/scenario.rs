@@ -1,4 +1,4 @@
-//! What happens on the testbed: a message sent and fetched again, seen from the client, the backend
+//! The demo's scenario: a message is sent and fetched again, observed at the client, the backend
 //! and the injector.
 
 use std::net::SocketAddr;
@@ -23,32 +23,32 @@ use super::testbed::Testbed;
 /// How long the backend may take to close a connection and record it.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whose mailbox it is.
+/// The owner of the mailbox.
 const USER: &str = "demo";
 
-/// Everything that was seen.
+/// Everything that was observed.
 pub(super) struct Run {
-    /// The connection that came straight to the backend, without a header.
+    /// The connection straight to the backend, without a header.
     pub(super) without_header: Visit,
     /// One per family.
     pub(super) scenarios: Vec<Scenario>,
     /// The injector's metrics before the first scenario.
     pub(super) before: Metrics,
-    /// And after the last.
+    /// The injector's metrics after the last scenario.
     pub(super) after: Metrics,
-    /// How the daemon ended on SIGTERM.
+    /// The daemon's exit status after SIGTERM.
     pub(super) stopped: ExitStatus,
 }
 
 /// A message sent over SMTP and fetched over IMAP, in one family.
 pub(super) struct Scenario {
-    /// Which.
+    /// The address family.
     pub(super) family: Family,
     /// The message as sent.
     pub(super) sent: Vec<u8>,
     /// As the backend stored it.
     pub(super) stored: Vec<u8>,
-    /// As it came back.
+    /// As the client fetched it.
     pub(super) fetched: Vec<u8>,
     /// The two connections, SMTP first.
     pub(super) transactions: [Transaction; 2],
@@ -58,13 +58,13 @@ pub(super) struct Scenario {
 pub(super) struct Transaction {
     /// Its protocol.
     pub(super) service: Service,
-    /// The client's own end, as the client knows it: the truth.
+    /// The client's own address: the expected value.
     pub(super) client: SocketAddr,
-    /// Where it connected to.
+    /// The address that it connected to.
     pub(super) listener: SocketAddr,
     /// What the backend saw.
     pub(super) visit: Visit,
-    /// What the injector logged, fields by name.
+    /// The injector's access log line, fields by name.
     pub(super) line: Value,
 }
 
@@ -76,7 +76,7 @@ impl Run {
 }
 
 impl Transaction {
-    /// A number in the injector's line; 0 if it is not there.
+    /// A number in the access log line; 0 if the field is missing.
     pub(super) fn logged(&self, field: &str) -> u64 {
         self.line[field].as_u64().unwrap_or(0)
     }
@@ -88,15 +88,15 @@ impl Transaction {
     }
 }
 
-/// Goes straight to the backend's SMTP port, past the injector, and speaks without a header.
+/// Connects straight to the backend's SMTP port, past the injector, and sends no header.
 pub(super) async fn connect_without_header(testbed: &Testbed, backend: &Backend) -> Result<Visit> {
     let before = backend.visits().borrow().len();
     let to = *backend.smtp().first().context("the backend has no SMTP address")?;
     let knock = async move {
         let mut stream = TcpStream::connect(to).await?;
         stream.write_all(b"EHLO uninvited.example\r\n").await?;
-        // Closed with our line unread, which arrives as a reset; what was seen is in the backend's
-        // record.
+        // The backend closes without reading our line, which arrives here as a reset. What it
+        // received is in its record.
         let _reset = stream.read_to_end(&mut Vec::new()).await;
         anyhow::Ok(())
     };
@@ -134,7 +134,7 @@ async fn send(
     let work = async move { client::send(&route, "sender@client.example.test", &recipient, &message).await };
     let client = testbed.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
     let visit = visit(backend, before).await?;
-    let line = injector.line_about(client).await?;
+    let line = injector.access_log_line(client).await?;
     Ok(Transaction { service: SMTP, client, listener, visit, line })
 }
 
@@ -152,13 +152,13 @@ async fn fetch(
     let work = async move { client::fetch(&route, &account).await };
     let fetched = testbed.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
     let visit = visit(backend, before).await?;
-    let line = injector.line_about(fetched.local).await?;
+    let line = injector.access_log_line(fetched.local).await?;
     let transaction = Transaction { service: IMAP, client: fetched.local, listener, visit, line };
     Ok((transaction, fetched.newest))
 }
 
-/// Adds to a client's trouble what the backend, which may be the cause, has failure the connections
-/// after `before` others.
+/// Adds the backend's first refusal after `before` connections to a client's error, because it may
+/// be the cause.
 fn with_refusals(error: anyhow::Error, backend: &Backend, before: usize) -> anyhow::Error {
     let visits = backend.visits();
     let refusals: Vec<_> =

@@ -6,11 +6,11 @@ use injector_testbed::netns::Family;
 /// A protocol of the demo.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Service {
-    /// What the backend speaks.
+    /// The protocol of the backend.
     pub(super) protocol: Protocol,
     /// The protocol's name in the injector's configuration.
     pub(super) name: &'static str,
-    /// The backend's port where it can choose one: the alternative port that demands a header.
+    /// The backend's port where it can choose one: the alternative port that requires a header.
     pub(super) backend_port: u16,
 }
 

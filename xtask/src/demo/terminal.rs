@@ -1,27 +1,26 @@
-//! How the demo is laid out: at most 100 columns, in colour on a terminal that wants it, plain
-//! otherwise.
+//! The demo's layout: at most 100 columns, with colours if the terminal supports them.
 
 use std::io::IsTerminal as _;
 
-/// Columns to stay within.
+/// The widest line, in columns.
 pub(super) const WIDTH: usize = 100;
 
-/// A colour with a meaning.
+/// A style with a meaning.
 #[derive(Clone, Copy)]
 pub(super) enum Style {
     /// Headings.
     Bold,
-    /// What holds.
+    /// An assertion that holds.
     Green,
-    /// What does not.
+    /// An assertion that does not hold.
     Red,
-    /// What may be skipped.
+    /// Less important text.
     Dim,
-    /// What to look at.
+    /// The value that matters.
     Cyan,
 }
 
-/// The text in a colour, or as it is where colours are not wanted (<https://no-color.org>).
+/// The text in a style, or unchanged where colours are not wanted (<https://no-color.org>).
 pub(super) fn styled(styled: Style, text: &str) -> String {
     let wanted =
         std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
@@ -38,22 +37,22 @@ pub(super) fn styled(styled: Style, text: &str) -> String {
     format!("\x1b[{code}m{text}\x1b[0m")
 }
 
-/// A line that begins a part.
+/// Prints the heading of a part.
 pub(super) fn heading(text: &str) {
     println!("\n{}", styled(Style::Bold, text));
 }
 
-/// A name and its value, the values in one column.
+/// Prints a name and its value, the values in one column.
 pub(super) fn row(name: &str, value: &str) {
     println!("  {name:<44}{value}");
 }
 
-/// The mark before something that holds or does not.
+/// The mark in front of an assertion.
 pub(super) fn mark(holds: bool) -> String {
     if holds { styled(Style::Green, "✓") } else { styled(Style::Red, "✗") }
 }
 
-/// A number with its thousands apart: `1,234,567`.
+/// A number with thousands separators: `1,234,567`.
 pub(super) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
@@ -66,7 +65,7 @@ pub(super) fn count(number: u64) -> String {
     text
 }
 
-/// Bytes in hexadecimal, apart.
+/// Bytes in hexadecimal, separated by spaces.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
 }
@@ -92,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thousands_are_set_apart() {
+    fn thousands_are_separated() {
         for (number, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (1_234_567, "1,234,567")] {
             assert_eq!(count(number), text);
         }

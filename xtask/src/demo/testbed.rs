@@ -1,4 +1,4 @@
-//! Where the demo happens: three namespaces, or loopback.
+//! The demo's hosts: three network namespaces, or loopback.
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -9,22 +9,22 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::service::Service;
 
-/// The hosts, and who has which address.
+/// The hosts and their addresses.
 pub(super) struct Testbed {
-    /// Where mail is sent and read.
+    /// The host of the mail client.
     pub(super) client: Host,
-    /// Where the injector runs.
+    /// The host of the injector.
     pub(super) edge: Host,
-    /// Where the backend runs.
+    /// The host of the backend.
     pub(super) mail: Host,
-    /// Both, but for loopback on a machine without IPv6.
+    /// Both, except on loopback of a machine without IPv6.
     pub(super) families: &'static [Family],
     ports: Ports,
     /// Last: the runtimes above have sockets inside.
     topology: Option<Topology>,
 }
 
-/// The edge's ports: in the namespaces those of real mail, on loopback any that are free.
+/// The edge's ports: the standard ones in namespaces, any free ones on loopback.
 struct Ports {
     smtp: u16,
     imap: u16,
@@ -32,7 +32,7 @@ struct Ports {
 }
 
 impl Testbed {
-    /// Makes the namespaces if this process may, and uses loopback otherwise.
+    /// Creates the namespaces if this process may, and uses loopback otherwise.
     pub(super) fn new() -> Result<Self> {
         if injector_testbed::netns::unavailable().is_some() {
             let here = || Host::new(None);
@@ -49,7 +49,7 @@ impl Testbed {
                 topology: None,
             });
         }
-        let topology = Topology::new().context("cannot make the three network namespaces")?;
+        let topology = Topology::new().context("cannot create the three network namespaces")?;
         Ok(Self {
             client: Host::new(Some(&topology.client))?,
             edge: Host::new(Some(&topology.edge))?,
@@ -60,13 +60,13 @@ impl Testbed {
         })
     }
 
-    /// The namespace in which the injector is to be started; `None` on loopback.
+    /// The injector's namespace; `None` on loopback.
     pub(super) fn edge_netns(&self) -> Option<&Netns> {
         self.topology.as_ref().map(|topology| &topology.edge)
     }
 
     /// Whether there are three hosts, and not only loopback.
-    pub(super) fn is_real(&self) -> bool {
+    pub(super) fn has_namespaces(&self) -> bool {
         self.topology.is_some()
     }
 
@@ -81,13 +81,12 @@ impl Testbed {
         }
     }
 
-    /// The edge's address towards the backend: all that the backend would know without the
-    /// injector's header.
+    /// The edge's address towards the backend, which is the peer of the TCP connection.
     pub(super) fn edge_ip(&self, family: Family) -> IpAddr {
         self.or_loopback(EDGE_INSIDE.of(family), family)
     }
 
-    /// Where clients connect.
+    /// The address that clients connect to.
     pub(super) fn listener(&self, service: Service, family: Family) -> SocketAddr {
         let port = match service.protocol {
             injector_testbed::demo_backend::Protocol::Smtp => self.ports.smtp,
@@ -96,14 +95,14 @@ impl Testbed {
         SocketAddr::new(self.or_loopback(VIP_SPLICE.of(family), family), port)
     }
 
-    /// Where the backend is to listen for a service, by family; on loopback at any free port.
+    /// The backend's listen addresses of a service, by family; on loopback with any free port.
     pub(super) fn backends(&self, service: Service) -> Vec<SocketAddr> {
-        let port = if self.is_real() { service.backend_port } else { 0 };
+        let port = if self.has_namespaces() { service.backend_port } else { 0 };
         let address = |family: &Family| SocketAddr::new(self.or_loopback(MAIL.of(*family), *family), port);
         self.families.iter().map(address).collect()
     }
 
-    /// Where the injector is to answer scrapes: on the edge, for the edge.
+    /// The address of the injector's metrics, on the edge's loopback.
     pub(super) fn metrics(&self) -> SocketAddr {
         SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.ports.metrics)
     }
@@ -122,8 +121,7 @@ pub(super) struct Host(Option<Runtime>);
 
 impl Host {
     fn new(netns: Option<&Netns>) -> Result<Self> {
-        // One worker, started here and now: a thread begins in the namespace of the thread that
-        // starts it.
+        // One worker, started here: a thread begins in the namespace of the thread that starts it.
         let build = || Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = match netns {
             Some(netns) => netns.run(build)?,
@@ -144,21 +142,21 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // A runtime must not be waited for inside another; its sockets are closed all the same.
+        // A runtime must not block inside another one. Its sockets are closed nevertheless.
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// Ports that nobody uses on loopback, in neither family, at this moment.
+/// Ports that are free on loopback in both families at this moment.
 fn free_ports<const N: usize>() -> Result<[u16; N]> {
     let mut held = Vec::new();
     let mut ports = [0; N];
     for port in &mut ports {
         let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on loopback")?;
         *port = v4.local_addr()?.port();
-        // Held until all are chosen, so that none comes twice.
+        // Held until all are chosen, so that no port is chosen twice.
         let v6 = TcpListener::bind((Ipv6Addr::LOCALHOST, *port));
         held.push((v4, v6));
     }

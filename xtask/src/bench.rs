@@ -1,5 +1,5 @@
-//! `cargo xtask bench`: the engines against HAProxy, nginx, kernel NAT and the direct route, in
-//! namespaces of its own.
+//! `cargo xtask bench`: compares the engines with HAProxy, nginx, kernel NAT and the direct route,
+//! in network namespaces.
 
 use std::{
     env, fs,
@@ -24,55 +24,55 @@ use injector_testbed::netns;
 
 use crate::{AlreadyReported, build, cargo, setup};
 
-/// Where the testbed looks for the daemon.
+/// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
-/// Where the charts lie beside docs/benchmarks.md.
+/// The folder of the charts in docs/benchmarks.md.
 const CHARTS: &str = "benchmarks";
 
 #[derive(clap::Args)]
 pub(crate) struct BenchArgs {
-    /// Print the ratios alone, of what matters most; under three minutes
+    /// Measure the most important workloads and print only ratios; under three minutes
     #[arg(long)]
     quick: bool,
-    /// Compare when the splice engine enrols a connection, instead of engines
+    /// Compare enrolment policies of the splice engine instead of engines
     #[arg(long, conflicts_with = "quick")]
     enrolment: bool,
-    /// Count the daemon's instructions per session and message, and hold them against their
-    /// ceilings; keep callgrind's files in FOLDER, if one is named
+    /// Count the daemon's instructions per session and message, and compare them with their
+    /// ceilings; keep callgrind's files in FOLDER
     #[arg(long, value_name = "FOLDER", num_args = 0..=1, require_equals = true, exclusive = true)]
     instructions: Option<Option<PathBuf>>,
-    /// Measure only these systems: names or prefixes of names [see --list]
+    /// Measure only these systems: names or their prefixes, see --list
     #[arg(long, value_name = "SYSTEM", value_delimiter = ',')]
     only: Vec<String>,
-    /// Measure only these workloads: names or prefixes of names [see --list]
+    /// Measure only these workloads: names or their prefixes, see --list
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     workload: Vec<String>,
-    /// Say what there is, and measure nothing
+    /// List systems and workloads, and measure nothing
     #[arg(long)]
     list: bool,
-    /// How often everything is measured [default: 5, quick: 3]
+    /// Number of repeats [default: 5, quick: 3]
     #[arg(long, value_name = "COUNT")]
     repeats: Option<usize>,
-    /// How long one measurement takes [default: 3, quick: 1]
+    /// Seconds for one measurement [default: 3, quick: 1]
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<f64>,
-    /// Keep the processors from idle states, by a spinner of lowest priority on each
+    /// Keep the processors out of idle states with a spinner of lowest priority on each
     #[arg(long)]
     spinners: bool,
-    /// Measure on a busy machine; the figures are worth little, and the report says so
+    /// Measure on a busy machine; the report marks the results as unreliable
     #[arg(long)]
     noisy: bool,
-    /// Write all that was measured to this file, as JSON; after each measurement what there is
+    /// Write all measurements to this file as JSON, after each measurement
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw the charts into this folder, one SVG for each workload
+    /// Draw one SVG for each workload into this folder
     #[arg(long, value_name = "FOLDER")]
     charts: Option<PathBuf>,
-    /// Put the results into docs/benchmarks.md, and their charts beside it
+    /// Write the results into docs/benchmarks.md, and the charts beside it
     #[arg(long)]
     write_docs: bool,
-    /// Measure nothing, and report what is in this file
+    /// Report the measurements in this file, and measure nothing
     #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "enrolment", "only", "workload", "json"])]
     from: Option<PathBuf>,
 }
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     if record.failures().next().is_some() { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
-/// Counts instructions, of a daemon that is given or else built.
+/// Counts the instructions of the daemon in `INJECTOR_BIN`, or of a new build.
 fn count(keep: Option<&Path>) -> Result<()> {
     if let Some(reason) = netns::unavailable() {
         bail!("the benchmark {reason}");
@@ -154,10 +154,10 @@ fn write(record: &Record, file: &Path) -> Result<()> {
 
 fn read(file: &Path) -> Result<Record> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is no record of a run", file.display()))
+    serde_json::from_str(&text).with_context(|| format!("{} is not a benchmark record", file.display()))
 }
 
-/// `None` where nothing was to be measured.
+/// `None` if nothing had to be measured.
 fn measure(args: &BenchArgs) -> Result<Option<Record>> {
     if args.list {
         list(&options(args)?)?;
@@ -168,11 +168,11 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
     }
     setup::ensure(&[setup::Group::Bpf, setup::Group::Mail, setup::Group::Bench])?;
     let mut options = options(args)?;
-    // A daemon that is given is taken as it is: an older one, say, to compare with.
+    // An operator may name a daemon, for example an older one to compare with.
     if env::var_os(BINARY_VARIABLE).is_none() {
         let daemon = build::daemon(true)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the benchmark starts its
-        // own below.
+        // SAFETY: this is the only thread: those of setup and build have ended, and the benchmark
+        // starts its own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     options.machine = machine();
@@ -186,7 +186,7 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
     );
     let mut on_measurement = |record: &Record, line: &str| {
         println!("{line}");
-        // A long run that is cut off leaves what it has measured.
+        // An interrupted run leaves what it has measured.
         args.json.as_deref().map_or(Ok(()), |file| write(record, file))
     };
     bench::run(&options, &mut on_measurement).map(Some)
@@ -195,7 +195,7 @@ fn measure(args: &BenchArgs) -> Result<Option<Record>> {
 fn options(args: &BenchArgs) -> Result<Options> {
     let programs = setup::bench_programs()?;
     let own = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
-    // What was asked for, or what these flags stand for.
+    // Explicit values, or the defaults of these flags.
     let or = |given: &[String], quick: Vec<String>, enrolment: Vec<String>| match given {
         [] if args.quick => quick,
         [] if args.enrolment => enrolment,
@@ -232,13 +232,14 @@ fn list(options: &Options) -> Result<()> {
 
 fn machine() -> Machine {
     let daemon = env::var_os(BINARY_VARIABLE).unwrap_or_default();
-    let said = |command: &mut Command| first_line(command).unwrap_or_default();
-    let version = said(Command::new(daemon).arg("--version"));
-    let commit = said(
+    let output_of = |command: &mut Command| first_line(command).unwrap_or_default();
+    let version = output_of(Command::new(daemon).arg("--version"));
+    let commit = output_of(
         Command::new("git")
             .current_dir(cargo::workspace())
             .args(["describe", "--always", "--dirty", "--tags"]),
     );
-    let rustc = said(Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())).arg("--version"));
+    let rustc =
+        output_of(Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())).arg("--version"));
     Machine { injector: format!("{version} ({commit})"), rustc, ..Machine::here() }
 }

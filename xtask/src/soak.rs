@@ -1,5 +1,4 @@
-//! `cargo xtask soak`: random sessions through the daemon, in network namespaces, for as long as
-//! one likes.
+//! `cargo xtask soak`: random sessions through the daemon, in network namespaces, for a given time.
 
 use std::{
     env,
@@ -12,7 +11,7 @@ use injector_testbed::netns;
 
 use crate::{AlreadyReported, build, setup};
 
-/// Where the testbed looks for the daemon.
+/// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
 /// Sessions per minute that a run must reach: 11,000 in ten minutes.
@@ -20,19 +19,19 @@ const PER_MINUTE: f64 = 1100.0;
 
 #[derive(clap::Args)]
 pub(crate) struct SoakArgs {
-    /// How long new sessions are started
+    /// How many minutes new sessions are started
     #[arg(long, value_name = "MINUTES", default_value_t = 1.0)]
     minutes: f64,
-    /// Draw the sessions from this seed; the same seed gives the same sessions [default: the time]
+    /// Generate the sessions from this seed; equal seeds give equal sessions [default: the time]
     #[arg(long)]
     seed: Option<u64>,
     /// How many sessions run at one time
     #[arg(long, value_name = "COUNT", default_value_t = 64)]
     sessions_at_once: usize,
-    /// Run through this engine alone [default: splice, then relay]
+    /// Run with this engine only [default: splice, then relay]
     #[arg(long, value_enum)]
     engine: Option<Choice>,
-    /// Run the session of this number alone, to see a failure again; takes --seed and --engine
+    /// Run only the session with this number, to repeat a failure; needs --seed and --engine
     #[arg(long, value_name = "NUMBER", requires_all = ["seed", "engine"])]
     only: Option<u64>,
     /// Use an optimised daemon; compiles for longer
@@ -55,12 +54,12 @@ pub(crate) fn run(args: &SoakArgs) -> Result<()> {
     }
     ensure!(args.minutes > 0.0 && args.minutes < 1e6, "--minutes {}: must be above 0", args.minutes);
     ensure!(args.sessions_at_once > 0, "--sessions-at-once must be above 0");
-    // A daemon that is given is taken as it is: an older one, say, to compare with.
+    // An operator may name a daemon, for example an older one to compare with.
     if env::var_os(BINARY_VARIABLE).is_none() {
         setup::ensure(&[setup::Group::Bpf])?;
         let daemon = build::daemon(args.release)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the soak starts its own
-        // below.
+        // SAFETY: this is the only thread: those of setup and build have ended, and the soak starts
+        // its own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     let engines = match args.engine {

@@ -5,50 +5,50 @@ use super::{
     prometheus::Series,
 };
 
-/// What came of one query.
-pub(super) struct Outcome<'a> {
+/// The result of one query.
+pub(super) struct QueryResult<'a> {
     pub(super) query: &'a Query,
     pub(super) result: Result<Vec<Series>, String>,
-    /// Why there may be nothing.
-    pub(super) excuse: Option<String>,
+    /// Why the result may be empty.
+    pub(super) reason: Option<String>,
 }
 
-/// What came of one panel.
-pub(super) struct Answer<'a> {
+/// The results of one panel.
+pub(super) struct PanelResult<'a> {
     pub(super) panel: &'a Panel,
-    pub(super) results: Vec<Outcome<'a>>,
+    pub(super) results: Vec<QueryResult<'a>>,
 }
 
-impl Answer<'_> {
+impl PanelResult<'_> {
     pub(super) fn fault(&self) -> Option<String> {
         self.results.iter().find_map(|outcome| {
             let title = &self.panel.title;
             match &outcome.result {
                 Err(error) => Some(format!("{title}: {error}: {}", outcome.query.expr)),
-                Ok(series) if series.is_empty() && outcome.excuse.is_none() => {
-                    Some(format!("{title}: nothing, and no reason stated: {}", outcome.query.expr))
+                Ok(series) if series.is_empty() && outcome.reason.is_none() => {
+                    Some(format!("{title}: no series, and no `empty_when`: {}", outcome.query.expr))
                 }
                 Ok(_) => None,
             }
         })
     }
 
-    /// What is drawn of it.
+    /// The series to draw.
     pub(super) fn shown(&self) -> Shown<'_> {
         let named = self.results.iter().flat_map(|outcome| {
             let series = outcome.result.as_deref().unwrap_or_default();
             series.iter().map(|series| (series.name(&outcome.query.legend), series))
         });
-        let excuse = self.results.iter().find_map(|outcome| outcome.excuse.clone());
-        Shown { series: named.collect(), excuse }
+        let reason = self.results.iter().find_map(|outcome| outcome.reason.clone());
+        Shown { series: named.collect(), reason }
     }
 }
 
-/// What is drawn of one panel.
+/// The series to draw of one panel.
 pub(super) struct Shown<'a> {
     pub(super) series: Vec<(String, &'a Series)>,
-    /// Why there is nothing, if there is not.
-    pub(super) excuse: Option<String>,
+    /// Why there is no series, if there is none.
+    pub(super) reason: Option<String>,
 }
 
 #[cfg(test)]
@@ -56,14 +56,14 @@ mod tests {
     use super::{super::panels::Page, *};
 
     #[test]
-    fn nothing_without_a_reason_is_a_fault() {
+    fn an_empty_result_without_a_reason_is_a_fault() {
         let page = Page::read().unwrap();
         let panel = page.panels().next().unwrap();
-        let answer = |result, excuse: Option<&str>| {
-            let outcome = Outcome { query: &panel.queries[0], result, excuse: excuse.map(str::to_owned) };
-            Answer { panel, results: vec![outcome] }.fault()
+        let answer = |result, reason: Option<&str>| {
+            let outcome = QueryResult { query: &panel.queries[0], result, reason: reason.map(str::to_owned) };
+            PanelResult { panel, results: vec![outcome] }.fault()
         };
-        assert!(answer(Ok(Vec::new()), None).is_some_and(|fault| fault.contains("no reason stated")));
+        assert!(answer(Ok(Vec::new()), None).is_some_and(|fault| fault.contains("no `empty_when`")));
         assert_eq!(answer(Ok(Vec::new()), Some("not there yet")), None);
         assert!(answer(Err("bad".to_owned()), Some("not there yet")).is_some());
     }

@@ -9,7 +9,7 @@ use super::panels::{Item, Kind, Page, Panel, Placed, Query};
 /// Grafana's schema of dashboards (Grafana 10 and later read it).
 const SCHEMA: u32 = 39;
 
-/// An expression as Grafana gets it, with its own variables.
+/// An expression with Grafana's variables in place of the stand-ins.
 pub(super) fn for_grafana(expr: &str) -> String {
     expr.replace("@listener", r#"job=~"$job",instance=~"$instance",listener=~"$listener""#)
         .replace("@host", r#"job=~"$job",instance=~"$instance""#)
@@ -59,7 +59,7 @@ fn alerts_as_annotations() -> Value {
 }
 
 fn variables() -> Value {
-    // "All" means all that the query found: Prometheus has other jobs, too.
+    // "All" means all values that the query returned, because Prometheus has other jobs too.
     let variable = |name: &str, label: &str, query: &str| {
         json!({
             "name": name, "label": label, "type": "query", "datasource": source(),
@@ -129,7 +129,7 @@ fn of_panel(panel: &Panel, id: u32, place: &Value) -> Value {
         made["description"] = panel.description.clone().into();
     }
     if panel.kind == Kind::Table {
-        // The time of an instant query, and the name of the data source's table.
+        // The time of an instant query is the same in all rows.
         made["transformations"] =
             json!([{ "id": "organize", "options": { "excludeByName": { "Time": true } } }]);
     }
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_panels_share_a_place_or_a_name() {
+    fn panels_have_distinct_places_and_names() {
         let made: Value = serde_json::from_str(&json(&Page::read().unwrap())).unwrap();
         let panels = made["panels"].as_array().unwrap();
         let mut cells = std::collections::BTreeSet::new();

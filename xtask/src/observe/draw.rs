@@ -1,5 +1,4 @@
-//! The dashboard's page as one SVG: every panel where Grafana has it, with the series that
-//! Prometheus gave.
+//! Draws the dashboard as one SVG: every panel at its place in Grafana, with Prometheus' series.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +10,7 @@ use plotters::{
 };
 
 use super::{
-    answer::{Answer, Shown},
+    answer::{PanelResult, Shown},
     panels::{Item, Kind, Page, Panel, Placed},
     prometheus::Series,
 };
@@ -20,16 +19,16 @@ use super::{
 const COLUMN: u32 = 58;
 const ROW: u32 = 30;
 
-/// Series of a panel that are drawn; the rest is counted.
+/// How many series of a panel are drawn; the rest is counted.
 const MOST: usize = 8;
 
-/// Entries of a legend in one line, and its height.
+/// The height of a legend's line, in pixels.
 const LEGEND_LINE: i32 = 13;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// All of it.
-pub(super) fn draw(page: &Page, answers: &[Answer<'_>]) -> Result<String> {
+/// The whole page.
+pub(super) fn draw(page: &Page, answers: &[PanelResult<'_>]) -> Result<String> {
     let placed = page.placed();
     let rows = placed.iter().map(|item| item.y + item.height).max().unwrap_or_default();
     let mut svg = String::new();
@@ -62,7 +61,7 @@ fn unpaintable(error: impl std::fmt::Display) -> anyhow::Error {
 const GREY: RGBColor = RGBColor(100, 100, 100);
 const PALE: RGBColor = RGBColor(225, 225, 225);
 
-/// Colours that can be told apart.
+/// Colours that are easy to distinguish.
 const COLOURS: [RGBColor; MOST] = [
     RGBColor(31, 119, 180),
     RGBColor(255, 127, 14),
@@ -91,12 +90,12 @@ fn draw_panel(area: &Area<'_>, item: &Placed<'_>, panel: &Panel, shown: &Shown<'
     let frame = Rectangle::new([(3, 3), (width - 3, height - 3)], PALE.stroke_width(1));
     area.draw(&frame).map_err(unpaintable)?;
     write(area, &panel.title, (10, 15), text(12, &BLACK, HPos::Left))?;
-    // The largest first, and constant nothing last: a page of zeros tells little.
+    // The largest first, because the legend has room for few series.
     let mut series: Vec<_> = shown.series.iter().collect();
     series.sort_by(|left, right| greatest(right.1).total_cmp(&greatest(left.1)));
     if series.is_empty() {
-        let excuse = shown.excuse.as_deref().unwrap_or("nothing");
-        return write(area, excuse, (width / 2, height / 2), text(11, &GREY, HPos::Center));
+        let reason = shown.reason.as_deref().unwrap_or("nothing");
+        return write(area, reason, (width / 2, height / 2), text(11, &GREY, HPos::Center));
     }
     match panel.kind {
         Kind::Stat | Kind::Table => list(area, panel, &series, height),
@@ -193,7 +192,7 @@ fn plain(series: &[&(String, &Series)]) -> Vec<Line> {
     series.iter().map(|(_, series)| finite(series)).collect()
 }
 
-/// Each line on the sum of those before it. Points of one query have the same times.
+/// Adds to each line the sum of those before it. Points of one query have the same times.
 fn stacked(series: &[&(String, &Series)]) -> Vec<Line> {
     let mut below: BTreeMap<u64, f64> = BTreeMap::new();
     plain(series)
@@ -209,8 +208,7 @@ fn stacked(series: &[&(String, &Series)]) -> Vec<Line> {
         .collect()
 }
 
-/// Time by bucket; the darker, the more fell into it. Prometheus' buckets hold all that is below
-/// them, too.
+/// Time by bucket; darker means more observations. A bucket of Prometheus includes those below it.
 fn heatmap(area: &Area<'_>, series: &[&(String, &Series)], (width, height): (i32, i32)) -> Result<()> {
     let mut buckets: Vec<_> = series
         .iter()

@@ -1,5 +1,5 @@
-//! `cargo xtask observe --live`: every expression of the dashboard through a real Prometheus,
-//! printed and drawn.
+//! `cargo xtask observe --live`: evaluates every expression of the dashboard with a real
+//! Prometheus, prints and draws the results.
 
 use std::{
     env, fs, thread,
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
-    answer::{Answer, Outcome},
+    answer::{PanelResult, QueryResult},
     dashboard, draw, folder,
     panels::{Kind, Page, Panel, Query},
     prometheus::{Api, Series},
@@ -17,13 +17,13 @@ use super::{
 };
 use crate::{AlreadyReported, build};
 
-/// Where the testbed looks for the daemon.
+/// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
 /// How long there is traffic.
 const TRAFFIC: Duration = Duration::from_secs(60);
 
-/// What Grafana would put in for a scrape interval of 1 s, and for a page of a minute.
+/// The values that Grafana inserts for a scrape interval of 1 s and a page of one minute.
 const RATE_INTERVAL: &str = "10s";
 const RANGE: &str = "60s";
 
@@ -34,8 +34,8 @@ pub(super) fn run() -> Result<()> {
     let start = Instant::now();
     if env::var_os(BINARY_VARIABLE).is_none() {
         let daemon = build::daemon(false)?;
-        // SAFETY: the only thread: setup and build have ended theirs, and the testbed starts its
-        // own below.
+        // SAFETY: this is the only thread: those of setup and build have ended, and the testbed
+        // starts its own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
     }
     let began = Instant::now();
@@ -45,7 +45,7 @@ pub(super) fn run() -> Result<()> {
     );
     let from = now()?;
     testbed.with_traffic(|| watch(&testbed))?;
-    // The last scrape and the last evaluation of the rules.
+    // Wait for the last scrape and the last evaluation of the rules.
     thread::sleep(Duration::from_secs(3));
     let to = now()?;
     let api = testbed.api();
@@ -59,7 +59,7 @@ pub(super) fn run() -> Result<()> {
     let file = folder("docs/observability").join("dashboard.svg");
     fs::write(&file, draw::draw(&page, &answers)?)
         .with_context(|| format!("cannot write {}", file.display()))?;
-    let faults: Vec<_> = answers.iter().filter_map(Answer::fault).collect();
+    let faults: Vec<_> = answers.iter().filter_map(PanelResult::fault).collect();
     for fault in &faults {
         eprintln!("FAILED {fault}");
     }
@@ -74,7 +74,7 @@ pub(super) fn run() -> Result<()> {
     if faults.is_empty() { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
-/// While there is traffic: the probe, with a file, a Pushgateway and a wrong password.
+/// Runs the probe during the traffic: with a file, with a Pushgateway, and with a wrong password.
 fn watch(testbed: &Testbed) -> Result<()> {
     let end = Instant::now() + TRAFFIC;
     let textfile = testbed.textfile("mail");
@@ -93,7 +93,7 @@ fn watch(testbed: &Testbed) -> Result<()> {
         let said = String::from_utf8_lossy(&failed.stdout);
         ensure!(
             !failed.status.success() && said.contains("failed at imap_login"),
-            "a wrong password passes:\n{said}"
+            "the probe passed with a wrong password:\n{said}"
         );
         thread::sleep(Duration::from_secs(5));
     }
@@ -104,7 +104,7 @@ fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
 }
 
-fn evaluate<'a>(page: &'a Page, api: &Api, from: f64, to: f64) -> Vec<Answer<'a>> {
+fn evaluate<'a>(page: &'a Page, api: &Api, from: f64, to: f64) -> Vec<PanelResult<'a>> {
     let answer = |panel: &'a Panel| {
         let outcome = |query: &'a Query| {
             let expr = for_this_run(&query.expr);
@@ -113,25 +113,25 @@ fn evaluate<'a>(page: &'a Page, api: &Api, from: f64, to: f64) -> Vec<Answer<'a>
                 Kind::Lines | Kind::Stacked | Kind::Heatmap => api.range(&expr, from, to, STEP),
             };
             let result = result.map_err(|error| format!("{error:#}"));
-            let excuse = panel.empty_when.clone();
-            Outcome { query, result, excuse }
+            let reason = panel.empty_when.clone();
+            QueryResult { query, result, reason }
         };
-        Answer { panel, results: panel.queries.iter().map(outcome).collect() }
+        PanelResult { panel, results: panel.queries.iter().map(outcome).collect() }
     };
     page.panels().map(answer).collect()
 }
 
-/// An expression as Grafana would send it, with everything chosen.
+/// An expression as Grafana would send it, with all values selected.
 fn for_this_run(expr: &str) -> String {
     let chosen =
         dashboard::for_grafana(expr).replace("$__rate_interval", RATE_INTERVAL).replace("$__range", RANGE);
     chosen.replace("$job", "injector").replace("$instance", ".*").replace("$listener", ".*")
 }
 
-/// What Prometheus says of its rules: all in order, and which alerts are on.
+/// Checks that Prometheus evaluates every rule, and lists the active alerts.
 fn rules(api: &Api) -> Result<String> {
     let data = api.ask("/api/v1/rules", &[])?;
-    let groups = data["groups"].as_array().context("no groups of rules")?;
+    let groups = data["groups"].as_array().context("the answer has no rule groups")?;
     let rules: Vec<_> = groups.iter().filter_map(|group| group["rules"].as_array()).flatten().collect();
     ensure!(!rules.is_empty(), "Prometheus has no rules");
     let mut on = Vec::new();
@@ -145,21 +145,17 @@ fn rules(api: &Api) -> Result<String> {
             on.push(format!("  {state:<8} {}", alert["annotations"]["summary"].as_str().unwrap_or(name)));
         }
     }
-    // The testbed has a listener whose backend is not there.
+    // The testbed has a listener without a backend.
     ensure!(
         on.iter().any(|line| line.contains("dead")),
         "no alert about the listener without a backend: {on:#?}"
     );
-    Ok(format!(
-        "{} rules, all in order; alerts that are on or waiting for their time:\n{}\n",
-        rules.len(),
-        on.join("\n")
-    ))
+    Ok(format!("{} rules, all healthy; alerts that fire or are pending:\n{}\n", rules.len(), on.join("\n")))
 }
 
 /// Panel, query, series, last value.
-fn table(answers: &[Answer<'_>]) -> String {
-    /// Series of one query that are listed.
+fn table(answers: &[PanelResult<'_>]) -> String {
+    /// How many series of one query are listed.
     const MOST: usize = 6;
     let mut lines = Vec::new();
     for answer in answers {
@@ -170,12 +166,12 @@ fn table(answers: &[Answer<'_>]) -> String {
             match &outcome.result {
                 Err(error) => lines.push(format!("    FAILED: {error}")),
                 Ok(series) if series.is_empty() => {
-                    let excuse = outcome.excuse.as_deref().unwrap_or("NO REASON STATED");
-                    lines.push(format!("    nothing: {excuse}"));
+                    let reason = outcome.reason.as_deref().unwrap_or("NO REASON GIVEN");
+                    lines.push(format!("    no series: {reason}"));
                 }
                 Ok(series) => {
                     let mut listed: Vec<_> = series.iter().collect();
-                    // What is not zero first.
+                    // The largest first.
                     listed.sort_by(|left, right| {
                         let size = |series: &Series| series.last().unwrap_or_default().abs();
                         size(right).total_cmp(&size(left))

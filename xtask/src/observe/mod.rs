@@ -21,11 +21,11 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct ObserveArgs {
-    /// Write deploy/grafana/injector.json anew from the panels, instead of comparing it with them
+    /// Write deploy/grafana/injector.json from the panels, instead of comparing it with them
     #[arg(long)]
     write: bool,
-    /// Also run a real Prometheus beside a real injector under load, in network namespaces,
-    /// evaluate every panel, and draw docs/observability/dashboard.svg; takes about two minutes
+    /// Also run Prometheus and the injector under load in network namespaces, evaluate every panel,
+    /// and draw docs/observability/dashboard.svg; takes about two minutes
     #[arg(long)]
     live: bool,
 }
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
     if args.live { live::run() } else { Ok(()) }
 }
 
-/// The dashboard's file is what the table of panels makes of it.
+/// Compares the dashboard's file with the panels, or writes it.
 fn dashboard(write: bool) -> Result<()> {
     let file = folder("deploy/grafana").join("injector.json");
     let page = Page::read()?;
@@ -60,8 +60,8 @@ fn dashboard(write: bool) -> Result<()> {
         return fs::write(&file, made).with_context(|| format!("cannot write {}", file.display()));
     }
     let have = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    ensure!(have == made, "{} is not what the panels make: `cargo xtask observe --write`", file.display());
-    println!("the dashboard is as its {} panels make it", page.panels().count());
+    ensure!(have == made, "{} differs from the panels: run `cargo xtask observe --write`", file.display());
+    println!("the dashboard agrees with its {} panels", page.panels().count());
     Ok(())
 }
 

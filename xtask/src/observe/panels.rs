@@ -77,7 +77,7 @@ pub(super) struct Page {
     rows: Vec<Row>,
 }
 
-/// What stands where on the page, in Grafana's units.
+/// A heading or panel with its place on the page, in Grafana's units.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Placed<'a> {
     pub(super) x: u32,

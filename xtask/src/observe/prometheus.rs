@@ -1,4 +1,4 @@
-//! Prometheus' HTTP API (v1), as far as it is asked here.
+//! A client of Prometheus' HTTP API (v1), for the calls that the live run needs.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -39,7 +39,7 @@ impl Api {
 
     fn query(&self, verb: &str, form: &[(&str, &str)]) -> Result<Vec<Series>> {
         let data = self.ask(&format!("/api/v1/{verb}"), form)?;
-        let result = data["result"].as_array().with_context(|| format!("no list of series: {data}"))?;
+        let result = data["result"].as_array().with_context(|| format!("not a list of series: {data}"))?;
         // A scalar is a pair, not a list of series.
         result.iter().map(|item| series(item).with_context(|| format!("not a series: {item}"))).collect()
     }
@@ -84,13 +84,13 @@ fn point(pair: &Value) -> Option<(f64, f64)> {
 }
 
 impl Series {
-    /// Its name by a panel's legend: `{{label}}` filled in.
+    /// Its name by a panel's legend, with each `{{label}}` filled in.
     pub(super) fn name(&self, legend: &str) -> String {
         let mut name = legend.to_owned();
         for (label, value) in &self.labels {
             name = name.replace(&format!("{{{{{label}}}}}"), value);
         }
-        // A label that the series has not is empty, in Grafana, too.
+        // A label that the series does not have is empty, as in Grafana.
         while let Some((before, rest)) = name.split_once("{{") {
             let Some((_, after)) = rest.split_once("}}") else { break };
             name = format!("{before}{after}");
@@ -98,7 +98,7 @@ impl Series {
         name.split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
-    /// The last number that is one.
+    /// The last value that is a number.
     pub(super) fn last(&self) -> Option<f64> {
         self.points.iter().rev().map(|(_, value)| *value).find(|value| value.is_finite())
     }

@@ -1,6 +1,6 @@
-//! The live run's world: an injector with all three engines, mail servers behind it, Prometheus and
-//! what feeds it beside it, and clients of every kind that the panels tell apart. Nothing leaves
-//! the namespaces.
+//! The testbed of the live run: an injector with all three engines, mail servers, Prometheus and
+//! its exporters, and clients of every kind that the panels distinguish. No packet leaves the
+//! namespaces.
 
 use std::{
     fmt::Write as _,
@@ -45,7 +45,7 @@ const SLOW: u16 = 8027;
 /// How long a program may take to open its ports.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// All that runs. Fields are dropped in this order: what runs in a namespace before the namespace.
+/// Everything that runs. Fields are dropped in this order, so programs end before their namespaces.
 pub(super) struct Testbed {
     _watchers: Vec<Process>,
     injector: Injector,
@@ -53,13 +53,13 @@ pub(super) struct Testbed {
     folder: TempDir,
     _bpffs: BpfFs,
     topology: Topology,
-    /// Users' names are numbered: every message has a mailbox of its own.
+    /// Users have numbers as names, because each message gets its own mailbox.
     next: AtomicU64,
 }
 
 impl Testbed {
     pub(super) fn new() -> Result<Self> {
-        let topology = Topology::new().context("cannot make the network namespaces")?;
+        let topology = Topology::new().context("cannot create the network namespaces")?;
         let host = MailHost::start(&topology.mail)?;
         let bpffs = BpfFs::mount()?;
         let injector = Injector::start(&topology.edge, &configuration(bpffs.path()))?;
@@ -77,12 +77,12 @@ impl Testbed {
         })
     }
 
-    /// The Prometheus that watches.
+    /// The API of the Prometheus that scrapes the injector.
     pub(super) fn api(&self) -> Api {
         Api::new(self.topology.edge.entrance(), PROMETHEUS)
     }
 
-    /// Clients of every kind, for as long as `meanwhile` takes.
+    /// Runs clients of every kind while `meanwhile` runs.
     pub(super) fn with_traffic<T>(&self, meanwhile: impl FnOnce() -> Result<T>) -> Result<T> {
         let mute = self.topology.mail.run(|| TcpListener::bind((MAIL.v4, MUTE)))??;
         let slow = self.topology.mail.run(|| TcpListener::bind((MAIL.v4, SLOW)))??;
@@ -120,8 +120,7 @@ impl Testbed {
         let secret = self.folder.path().join(format!("{name}.password"));
         fs::write(&secret, password)?;
         let server = |port| SocketAddr::new(VIP_SPLICE.of(Family::V4), port).to_string();
-        // The Pushgateway and the textfile's folder are the edge's, and so is the probe: a host
-        // that watches itself.
+        // The probe runs on the edge, where the Pushgateway and the folder for text files are.
         let mut command: Command = self.topology.edge.command(daemon::binary()?);
         command.args(["probe", "--name", name, "--smtp", &server(25), "--imap", &server(993)]);
         command.args(["--from", "probe@client.example.test", "--to", &format!("probe-{name}@{DOMAIN}")]);
@@ -155,7 +154,7 @@ impl Testbed {
         PASSWORD
     }
 
-    /// A message in, and out again, over and over.
+    /// Sends and fetches messages, one after another.
     fn mail(&self, vip: Place, service: Service, run: Running<'_>) -> Result<()> {
         while run.on() {
             let user = format!("observe-{}", self.next.fetch_add(1, Ordering::Relaxed));
@@ -173,7 +172,7 @@ impl Testbed {
         Server { address: SocketAddr::new(vip.of(Family::V4), port), authority_pem }
     }
 
-    /// A client that is turned away.
+    /// A client that is rejected.
     fn knock(&self, port: u16, run: Running<'_>) {
         while run.on() {
             let _ =
@@ -182,7 +181,7 @@ impl Testbed {
         }
     }
 
-    /// A client that brings a PROXY header of its own.
+    /// A client that sends its own PROXY header.
     fn forge(&self, run: Running<'_>) {
         const SIGNATURE: &[u8] =
             b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\0\x09\0\x0a";
@@ -193,15 +192,15 @@ impl Testbed {
         }
     }
 
-    /// A client that sends faster than its backend reads, so that the kernel's backlog grows and is
-    /// held.
+    /// A client that sends faster than its backend reads, so that the kernel's backlog grows and
+    /// the direction is paused.
     fn flood(&self, run: Running<'_>) {
         let slow = SocketAddr::new(VIP_SPLICE.v4.into(), SLOW);
         let _ = self.topology.client.run(|| -> Result<()> {
             let mut stream = TcpStream::connect(slow)?;
             stream.set_write_timeout(Some(Duration::from_millis(500)))?;
             while run.on() {
-                // Full for now is what is wanted.
+                // A full send buffer is the purpose.
                 let _ = stream.write(&[b'x'; 8192]);
                 thread::sleep(Duration::from_millis(2));
             }
@@ -210,7 +209,7 @@ impl Testbed {
     }
 }
 
-/// Whether the clients go on.
+/// Whether the clients continue.
 #[derive(Clone, Copy)]
 struct Running<'a>(&'a AtomicBool);
 
@@ -229,7 +228,7 @@ impl Running<'_> {
     }
 }
 
-/// Ends the clients however the scope is left.
+/// Stops the clients when the scope is left, also by an error.
 struct End<'a>(&'a AtomicBool);
 
 impl Drop for End<'_> {
@@ -238,7 +237,7 @@ impl Drop for End<'_> {
     }
 }
 
-/// Says something and reads until the end; what comes of it is the daemon's to count.
+/// Sends something and reads until the end; the daemon counts the outcome.
 fn talk(address: SocketAddr, words: &[u8]) -> std::io::Result<()> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
     stream.set_read_timeout(Some(Duration::from_secs(3)))?;
@@ -247,11 +246,11 @@ fn talk(address: SocketAddr, words: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A backend that does not want the header.
+/// A backend that rejects the header.
 fn hang_up(listener: &TcpListener, run: Running<'_>) {
     while run.on() {
         if let Ok((mut stream, _)) = listener.accept() {
-            // All of the header is read, else it is reset.
+            // Without reading the whole header, closing would reset the connection.
             let _ = stream.set_nonblocking(false);
             let _ = stream.set_read_timeout(Some(Duration::from_millis(100)));
             let _ = stream.read(&mut [0; 536]);
@@ -276,7 +275,7 @@ fn read_slowly(listener: &TcpListener, run: Running<'_>) {
     }
 }
 
-/// All three engines in one daemon.
+/// The configuration: all three engines in one daemon.
 fn configuration(pin: &Path) -> String {
     let mail = |service: Service| SocketAddr::new(MAIL.v4.into(), service.proxied);
     let other = |port: u16| SocketAddr::new(MAIL.v4.into(), port);
@@ -285,7 +284,7 @@ fn configuration(pin: &Path) -> String {
         ("imaps", "imaps", "splice", VIP_SPLICE, IMAPS.stock, mail(IMAPS)),
         ("submission", "submission", "relay", VIP_RELAY, SUBMISSION.stock, mail(SUBMISSION)),
         ("smtp-inline", "smtp", "inline", VIP_INLINE, SMTP.stock, mail(SMTP)),
-        // Nobody listens there.
+        // No server listens there.
         ("dead", "smtp", "splice", VIP_SPLICE, DEAD, other(DEAD)),
         ("mute", "smtp", "splice", VIP_SPLICE, MUTE, other(MUTE)),
         ("slow", "plain", "splice", VIP_SPLICE, SLOW, other(SLOW)),

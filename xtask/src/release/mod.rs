@@ -1,5 +1,4 @@
-//! What is installed on hosts and clusters: the package, the installation, the image, the
-//! manifests.
+//! The ways to ship the injector: package, installation, image, and manifests.
 
 pub(crate) mod image;
 pub(crate) mod install;

@@ -1,4 +1,4 @@
-//! `cargo xtask package`: a Debian package by cargo-deb, and a look at what is in it.
+//! `cargo xtask package`: makes a Debian package with cargo-deb and checks its contents.
 
 use std::{
     fs,
@@ -17,12 +17,12 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct PackageArgs {
-    /// Where the package goes [default: target/debian]
+    /// Folder of the package [default: target/debian]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-/// What must be in the package, below the root.
+/// Files that the package must contain, below the root.
 const EXPECTED: [&str; 9] = [
     "etc/injector/injector.toml",
     "usr/bin/injector",
@@ -51,12 +51,12 @@ pub(crate) fn run(args: &PackageArgs) -> Result<()> {
     if unsafe { libc::geteuid() } == 0 {
         install_in_a_copy(&package)
     } else {
-        println!("\nnot installed by dpkg: a copy of this system to install into takes root");
+        println!("\nnot tried with dpkg: installing into a copy of this system needs root");
         Ok(())
     }
 }
 
-/// What the program says of itself, as files: cargo-deb packs files.
+/// Writes the program's manual pages and completions to files, which cargo-deb packs.
 fn generate(binary: &Path, folder: &Path) -> Result<()> {
     let man = folder.join("man");
     if folder.exists() {
@@ -73,7 +73,7 @@ fn generate(binary: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs cargo-deb on what is built already.
+/// Runs cargo-deb on the existing build.
 fn make(out: &Path) -> Result<PathBuf> {
     fs::create_dir_all(out)?;
     let mut command = Command::new(setup::cargo_deb()?);
@@ -88,10 +88,10 @@ fn make(out: &Path) -> Result<PathBuf> {
     if !complaint.trim().is_empty() {
         eprintln!("{}", complaint.trim());
     }
-    // It prints where it put the package.
+    // It prints the package's path.
     let said = String::from_utf8_lossy(&output.stdout);
     let path = said.lines().rev().map(Path::new).find(|path| path.extension().is_some_and(|it| it == "deb"));
-    path.map(Path::to_path_buf).with_context(|| format!("cargo-deb named no package: {said}"))
+    path.map(Path::to_path_buf).with_context(|| format!("cargo-deb printed no path of a package: {said}"))
 }
 
 fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
@@ -101,7 +101,7 @@ fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A copy of this system, kept in memory, in which the package is installed and purged.
+/// A script that installs and purges the package in a copy of this system, kept in memory.
 const COPY: &str = r#"
 set -eu
 mount --make-rprivate /
@@ -130,19 +130,18 @@ exec chroot "$root" sh -eu -c '
 '
 "#;
 
-/// Installs, removes and purges it, its scripts included.
+/// Installs, removes and purges the package with dpkg, which runs its scripts.
 fn install_in_a_copy(package: &Path) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("inj-package-").tempdir()?;
     println!("\ninstalled by dpkg into a copy of this system, removed and purged:");
     let mut command = Command::new("unshare");
     command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", COPY, "copy"]);
     let status = command.arg(scratch.path()).arg(package).status().context("cannot run unshare")?;
-    ensure!(status.success(), "the package does not install, run or go as it should ({status})");
+    ensure!(status.success(), "installing, running or removing the package failed ({status})");
     Ok(())
 }
 
-/// Unpacks the package, scripts included, and runs the program that it has with the configuration
-/// that it has.
+/// Unpacks the package, and runs its program with its configuration.
 fn try_out(package: &Path) -> Result<()> {
     let tree = tempfile::tempdir()?;
     let status = Command::new("dpkg-deb").arg("--raw-extract").arg(package).arg(tree.path()).status()?;
@@ -151,14 +150,20 @@ fn try_out(package: &Path) -> Result<()> {
     let missing: Vec<_> = EXPECTED.iter().filter(|path| !place(path).is_file()).collect();
     ensure!(missing.is_empty(), "not in the package: {missing:?}");
     let script = |name: &str| fs::read_to_string(place("DEBIAN").join(name)).unwrap_or_default();
-    ensure!(script("conffiles").lines().any(|line| line == "/etc/injector/injector.toml"), "no conffile");
+    ensure!(
+        script("conffiles").lines().any(|line| line == "/etc/injector/injector.toml"),
+        "the configuration is not a conffile"
+    );
     for (name, part) in
         [("postinst", "systemd-sysusers"), ("postinst", "systemd-tmpfiles"), ("prerm", "inline detach")]
     {
         ensure!(script(name).contains(part), "{name} has no {part}:\n{}", script(name));
     }
     let unit = fs::read_to_string(place("usr/lib/systemd/system/injector.service"))?;
-    ensure!(unit.contains("ExecStart=/usr/bin/injector run"), "the unit starts something else:\n{unit}");
+    ensure!(
+        unit.contains("ExecStart=/usr/bin/injector run"),
+        "the unit does not start /usr/bin/injector:\n{unit}"
+    );
     let program = place("usr/bin/injector");
     for arguments in [vec!["--version".into()], vec!["check".into(), "--config".into(), place(EXPECTED[0])]] {
         let output = Command::new(&program).args(&arguments).output()?;

@@ -1,5 +1,5 @@
-//! How runc is to run the image: as Kubernetes runs a container of the DaemonSet, without a
-//! Kubernetes.
+//! The configuration with which runc runs the image like Kubernetes runs a container of the
+//! DaemonSet.
 
 use std::path::Path;
 
@@ -7,28 +7,28 @@ use serde_json::{Value, json};
 
 use super::layout::CONFIG;
 
-/// What the container may do.
+/// The container's user and capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rights {
-    /// Root without root's rights: the DaemonSet's three capabilities. Kubernetes gives a user
-    /// other than root none of those it adds (it knows no ambient capabilities).
+    /// Root with only the DaemonSet's three capabilities. Kubernetes gives added capabilities only
+    /// to root, because it does not support ambient capabilities.
     DaemonSet,
-    /// The image's own user, without any: for engine "relay".
+    /// The image's own user without capabilities, for engine "relay".
     Nobody,
 }
 
 /// The DaemonSet's `securityContext.capabilities.add`, all others dropped.
 pub(super) const CAPABILITIES: [&str; 3] = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"];
 
-/// What a container is made of, apart from the image.
+/// The parts of a container other than the image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parts<'a> {
     pub(super) rights: Rights,
-    /// The network namespace: a stand-in for the node's, which `hostNetwork` means.
+    /// The network namespace, in place of the node's (`hostNetwork`).
     pub(super) network: &'a Path,
     /// The configuration's file on this machine.
     pub(super) config: &'a Path,
-    /// A BPF file system to be seen at `/sys/fs/bpf`.
+    /// A BPF file system to mount at `/sys/fs/bpf`.
     pub(super) bpffs: Option<&'a Path>,
     /// A seccomp profile of the kind that container engines ship.
     pub(super) seccomp: &'a Value,
@@ -90,11 +90,11 @@ pub(super) fn config(parts: Parts<'_>) -> Value {
     })
 }
 
-/// What of an engine's profile holds for these capabilities on this processor, as the runtime
-/// specification wants it.
+/// The rules of a container engine's profile that apply to these capabilities on this processor, in
+/// the runtime specification's form.
 ///
-/// Debian's file is Podman's, of 2022. Since then engines allow bpf(2) to whom they give CAP_BPF
-/// (containerd, contrib/seccomp/seccomp_default.go), so that is added.
+/// Debian's file is Podman's of 2022. Newer engines allow bpf(2) to containers with CAP_BPF
+/// (containerd, contrib/seccomp/seccomp_default.go), so that rule is added.
 fn seccomp(profile: &Value, capabilities: &[&str]) -> Value {
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -116,7 +116,7 @@ fn seccomp(profile: &Value, capabilities: &[&str]) -> Value {
     let rules = profile["syscalls"].as_array().map(Vec::as_slice).unwrap_or_default();
     let mut kept: Vec<_> = rules.iter().filter(holds).map(rule).collect();
     if capabilities.contains(&"CAP_BPF") {
-        // A refusal of the same call would win over it.
+        // A rule that refuses the same call would take precedence.
         for names in kept.iter_mut().filter_map(|rule| rule["names"].as_array_mut()) {
             names.retain(|name| name != "bpf");
         }
@@ -132,7 +132,7 @@ fn seccomp(profile: &Value, capabilities: &[&str]) -> Value {
     })
 }
 
-/// The runtime specification's fields alone; numbers that are zero mean something else there.
+/// Only the runtime specification's fields, in which numbers that are zero have another meaning.
 fn rule(from: &Value) -> Value {
     let mut rule = json!({"names": from["names"], "action": from["action"]});
     if let Some(args) = from["args"].as_array().filter(|args| !args.is_empty()) {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_has_the_capability_may_load_programs() {
+    fn only_a_container_with_the_capability_may_load_programs() {
         let with = seccomp(&profile(), &CAPABILITIES);
         assert_eq!(verdict(&with, "bpf"), ["SCMP_ACT_ALLOW"]);
         assert_eq!(verdict(&with, "mount"), ["SCMP_ACT_ERRNO"]);

@@ -13,16 +13,16 @@ use serde_json::Value;
 use super::{TAG, Time, below, quietly, rootfs::USER};
 use crate::cargo;
 
-/// Where the image expects its configuration.
+/// The configuration's path in the image.
 pub(super) const CONFIG: &str = "/etc/injector/injector.toml";
 
-/// Makes the layout anew.
+/// Creates the layout, in place of an older one.
 ///
 /// # Errors
-/// When umoci refuses.
+/// When umoci fails.
 pub(super) fn build(out: &Path, base: &Path, binary: &Path, time: Time, scratch: &Path) -> Result<()> {
     if out.exists() {
-        ensure!(out.join("oci-layout").is_file(), "{} is there, and is no image", out.display());
+        ensure!(out.join("oci-layout").is_file(), "{} exists and is not an OCI image", out.display());
         fs::remove_dir_all(out).with_context(|| format!("cannot remove {}", out.display()))?;
     }
     if let Some(parent) = out.parent() {
@@ -56,7 +56,7 @@ impl Umoci {
         quietly(&mut command)
     }
 
-    /// What has changed in the bundle becomes a layer.
+    /// Makes a layer from the changes in the bundle.
     fn repack(&self, bundle: &Path, what: &str) -> Result<()> {
         let history = ["--history.author", AUTHOR, "--history.created_by", what];
         let created = ["--history.created", self.created.as_str()];
@@ -90,7 +90,7 @@ impl Umoci {
 
 const AUTHOR: &str = "cargo xtask image";
 
-/// The program, without what only a debugger reads, and a configuration to look at.
+/// The program without debug information, and an example configuration.
 fn daemon(root: &Path, binary: &Path) -> Result<()> {
     let program = root.join("usr/bin/injector");
     fs::create_dir_all(root.join("usr/bin"))?;
@@ -102,7 +102,7 @@ fn daemon(root: &Path, binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Dates everything: a layer has the times of its files.
+/// Sets all times, because a layer contains the times of its files.
 fn date(root: &Path, time: Time) -> Result<()> {
     let stamp = format!("@{}", time.system().duration_since(std::time::UNIX_EPOCH)?.as_secs());
     let mut paths = below(root)?;
@@ -113,10 +113,10 @@ fn date(root: &Path, time: Time) -> Result<()> {
     Ok(())
 }
 
-/// Size, layers and configuration, for people.
+/// Size, layers and configuration, as text.
 ///
 /// # Errors
-/// When the layout is none.
+/// When it is not an OCI layout.
 pub(super) fn describe(out: &Path) -> Result<String> {
     let index = json(&out.join("index.json"))?;
     let digest = index["manifests"][0]["digest"].as_str().context("no manifest in index.json")?;
@@ -144,11 +144,11 @@ pub(super) fn describe(out: &Path) -> Result<String> {
 }
 
 fn blob(out: &Path, digest: &str) -> Result<PathBuf> {
-    let (kind, sum) = digest.split_once(':').with_context(|| format!("no digest: {digest:?}"))?;
+    let (kind, sum) = digest.split_once(':').with_context(|| format!("not a digest: {digest:?}"))?;
     Ok(out.join("blobs").join(kind).join(sum))
 }
 
 fn json(path: &Path) -> Result<Value> {
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))
+    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
 }

@@ -1,8 +1,8 @@
-//! `cargo xtask image`: an OCI image without a registry, and a run of it with the capabilities of
-//! the DaemonSet.
+//! `cargo xtask image`: makes an OCI image without a registry, and runs it with the DaemonSet's
+//! capabilities.
 //!
-//! The files come from Debian's packages (mmdebstrap), the image is made by umoci, and runc runs
-//! it. `deploy/Containerfile` makes the same where there is a registry to take a base from.
+//! mmdebstrap takes the files from Debian's packages, umoci makes the image, and runc runs it.
+//! `deploy/Containerfile` makes the same image where a registry has a base image.
 
 mod bundle;
 mod layout;
@@ -25,11 +25,11 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct ImageArgs {
-    /// Where the image goes, an OCI layout [default: target/image]
+    /// Folder of the image, an OCI layout [default: target/image]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Run it under runc, in a network namespace between a client and real mail servers, and send a
-    /// message through each engine
+    /// Also run it under runc between a client and real mail servers, in network namespaces, and
+    /// send a message through each engine
     #[arg(long)]
     run: bool,
 }
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<()> {
     let groups: &[Group] =
         if args.run { &[Group::Bpf, Group::Image, Group::Mail] } else { &[Group::Bpf, Group::Image] };
     // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
-    ensure!(unsafe { libc::geteuid() } == 0, "unpacking Debian's packages with their owners takes root");
+    ensure!(unsafe { libc::geteuid() } == 0, "unpacking Debian's packages with their owners needs root");
     setup::ensure(groups)?;
     let binary = build::daemon(true)?;
     let out = args.out.clone().unwrap_or_else(|| workspace().join("target/image"));
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<()> {
     Ok(())
 }
 
-/// What all files in the image are dated, in seconds: the same source makes the same image.
+/// The time of all files in the image, in seconds since 1970: the same source makes the same image.
 #[derive(Debug, Clone, Copy)]
 struct Time(u64);
 
@@ -65,7 +65,7 @@ impl Time {
     /// `SOURCE_DATE_EPOCH`, or the last commit.
     fn of_source() -> Result<Self> {
         if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
-            return Ok(Self(text.parse().context("SOURCE_DATE_EPOCH is no number")?));
+            return Ok(Self(text.parse().context("SOURCE_DATE_EPOCH is not a number")?));
         }
         let mut git = std::process::Command::new("git");
         git.current_dir(workspace()).args(["log", "-1", "--format=%ct"]);
@@ -78,7 +78,7 @@ impl Time {
         UNIX_EPOCH + std::time::Duration::from_secs(self.0)
     }
 
-    /// As `--created` wants it (RFC 3339).
+    /// In the form of `--created` (RFC 3339).
     fn rfc3339(self) -> Result<String> {
         let output = std::process::Command::new("date")
             .args(["--utc", "--date", &format!("@{}", self.0), "+%Y-%m-%dT%H:%M:%SZ"])
@@ -102,7 +102,7 @@ fn quietly(command: &mut std::process::Command) -> Result<()> {
     Ok(())
 }
 
-/// Every path below a folder, what is in a folder before it.
+/// Every path below a folder; the contents of a folder come before it.
 fn below(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {

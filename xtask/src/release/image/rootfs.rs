@@ -1,4 +1,4 @@
-//! The image's files, from Debian's packages: what the daemon's C library and `nft` need, and no
+//! The image's files, from Debian's packages: the C library and `nft` with their needs, without a
 //! shell.
 
 use std::{
@@ -13,21 +13,22 @@ use anyhow::{Context as _, Result};
 use super::{Time, below, quietly};
 use crate::setup;
 
-/// `nft` for the NAT of engine "inline"; the C library and what Rust unwinds with.
+/// `nft` for the NAT of engine "inline", the C library, and the library that Rust unwinds with.
 const PACKAGES: &str = "nftables,libc6,libgcc-s1";
 
-/// Who the image's program is unless one says otherwise.
+/// The image's default user.
 pub(super) const USER: &str = "65532:65532";
 
-/// Unpacks the packages, without running their scripts, and leaves out what no program reads.
+/// Unpacks the packages without running their scripts, and removes documentation.
 ///
 /// # Errors
 /// When the archive cannot be reached.
 pub(super) fn debian(root: &Path, time: Time) -> Result<()> {
-    // The release that the daemon was built on: its C library must not be older.
+    // The release that the daemon was built on, because the C library must not be older.
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    let suite = suite.context("/etc/os-release names no release: the image is made on Debian")?;
+    let suite =
+        suite.context("/etc/os-release has no VERSION_CODENAME: the image can only be made on Debian")?;
     let archive = setup::debian_archive()?;
     eprintln!("image: {PACKAGES} of Debian {suite} …");
     let mut command = Command::new("mmdebstrap");
@@ -38,7 +39,7 @@ pub(super) fn debian(root: &Path, time: Time) -> Result<()> {
     complete(root)
 }
 
-/// Documentation, and what apt and dpkg keep for a next time. Licences stay.
+/// Removes documentation and the state of apt and dpkg. Licences stay.
 fn strip(root: &Path) -> Result<()> {
     for path in ["usr/share/man", "usr/share/lintian", "usr/share/locale", "var", "etc/apt", "tmp"] {
         let path = root.join(path);
@@ -48,7 +49,7 @@ fn strip(root: &Path) -> Result<()> {
     }
     let doc = root.join("usr/share/doc");
     for path in below(&doc)? {
-        // Folders and links go through as well; a folder that is not empty stays.
+        // Folders are tried too; one that is not empty stays.
         if path.is_dir() && !path.is_symlink() {
             let _ = fs::remove_dir(&path);
         } else if path.file_name().is_some_and(|name| name != "copyright") {
@@ -58,7 +59,7 @@ fn strip(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Users, and places that a container's mounts go to: the root is read-only.
+/// Creates users, and mount points, because the container's root is read-only.
 fn complete(root: &Path) -> Result<()> {
     for (path, mode) in [
         ("dev", 0o755),
@@ -81,6 +82,6 @@ fn complete(root: &Path) -> Result<()> {
         "root:x:0:0:root:/:/usr/sbin/nologin\ninjector:x:65532:65532:injector:/:/usr/sbin/nologin\n",
     )?;
     text("etc/group", "root:x:0:\ninjector:x:65532:\n")?;
-    // Backends may be names.
+    // Backends may be host names.
     text("etc/nsswitch.conf", "hosts: files dns\n")
 }

@@ -1,5 +1,5 @@
-//! The image under runc, between a client and real mail servers, each in a network namespace: a
-//! message through each engine.
+//! Runs the image under runc between a client and real mail servers, each in a network namespace,
+//! and sends a message through each engine.
 
 use std::{
     fmt::Write as _,
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::setup;
 
-/// How long a start, a delivery or a stop may take.
+/// How long a start, a delivery or a shutdown may take.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The daemon's metrics, in the edge's namespace.
@@ -54,7 +54,7 @@ const CASES: [Case; 4] = [
 /// Runs every case; the first failure ends it.
 ///
 /// # Errors
-/// When a container does not start, or Postfix sees somebody else than the client.
+/// When a container does not start, or Postfix logs another address than the client's.
 pub(super) fn run(image: &Path, scratch: &Path) -> Result<()> {
     let bundle = scratch.join("bundle");
     let name = format!("{}:{TAG}", image.display());
@@ -62,7 +62,7 @@ pub(super) fn run(image: &Path, scratch: &Path) -> Result<()> {
     let profile = fs::read(setup::SECCOMP_PROFILE).context(setup::SECCOMP_PROFILE)?;
     let profile: Value = serde_json::from_slice(&profile).context(setup::SECCOMP_PROFILE)?;
     let topology = Topology::new()?;
-    // For the one that may not bind ports below 1024 by a capability.
+    // For the container without the capability to bind ports below 1024.
     topology.edge.sysctl("net/ipv4/ip_unprivileged_port_start", "25")?;
     let host = MailHost::start(&topology.mail)?;
     for case in &CASES {
@@ -108,7 +108,7 @@ fn try_out(
     outcome.and(ended).with_context(|| format!("the container logged:\n{logged}"))
 }
 
-/// A message from the client; prints the line in which Postfix says whom it saw.
+/// Sends a message from the client; prints the log line in which Postfix names the client.
 fn mail(case: &Case, family: Family, topology: &Topology, host: &MailHost) -> Result<()> {
     let user = format!("{}-{}-{:?}", case.engine, family.name(), case.rights).to_lowercase();
     let message = Message::new(&user, &user);
@@ -128,7 +128,7 @@ fn mail(case: &Case, family: Family, topology: &Topology, host: &MailHost) -> Re
     Ok(())
 }
 
-/// A container that runs; deleted on drop.
+/// A running container; deleted on drop.
 struct Container {
     runc: Child,
     id: String,
@@ -162,14 +162,15 @@ impl Container {
                 return Ok(());
             }
             if let Some(status) = self.runc.try_wait()? {
-                bail!("the container ended: {status}");
+                bail!("the container exited: {status}");
             }
             ensure!(Instant::now() < deadline, "not ready after {LIMIT:?}");
             thread::sleep(Duration::from_millis(50));
         }
     }
 
-    /// What the kernel says that the daemon may do, now that it has given up what it needs no more.
+    /// The daemon's user and capabilities in the kernel, after it has dropped those that it does
+    /// not need.
     fn rights(&self) -> Result<String> {
         let output = self.runc().args(["state", &self.id]).output()?;
         let state: Value = serde_json::from_slice(&output.stdout).context("runc state")?;
@@ -185,16 +186,16 @@ impl Container {
         Ok(said)
     }
 
-    /// Ends it as Kubernetes does, and sees whether it ends well.
+    /// Stops it like Kubernetes does, and checks the exit status.
     fn stop(mut self) -> Result<()> {
         quietly(self.runc().args(["kill", &self.id, "TERM"]))?;
         let deadline = Instant::now() + LIMIT;
         loop {
             if let Some(status) = self.runc.try_wait()? {
-                ensure!(status.success(), "the daemon ended: {status}");
+                ensure!(status.success(), "the daemon exited: {status}");
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "still there {LIMIT:?} after SIGTERM");
+            ensure!(Instant::now() < deadline, "still running {LIMIT:?} after SIGTERM");
             thread::sleep(Duration::from_millis(50));
         }
     }
@@ -208,7 +209,7 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // Whatever of it is left: processes, mounts, cgroups. It is no error if nothing is.
+        // Removes leftover processes, mounts and cgroups; there may be none.
         let _ = self
             .runc()
             .args(["delete", "--force", &self.id])

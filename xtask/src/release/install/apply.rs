@@ -1,4 +1,4 @@
-//! Looking at a system and changing it as a plan says.
+//! Examines a system, and carries out a plan.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use super::{
     plan::{Product, Step, There},
 };
 
-/// The tree that is installed into: `/`, or a `--destdir`.
+/// The tree to install into: `/`, or a `--destdir`.
 #[derive(Debug, Clone)]
 pub(super) struct Tree {
     root: PathBuf,
@@ -26,15 +26,15 @@ impl Tree {
         Self { root: destdir.unwrap_or(Path::new("/")).to_path_buf() }
     }
 
-    /// Where a path of the installed system is.
+    /// The place of the installed system's path in this tree.
     pub(super) fn place(&self, path: &Path) -> PathBuf {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
     pub(super) fn look(&self, path: &Path, wanted: Option<&Product>) -> There {
         let place = self.place(path);
-        // A folder may be reached by a link, as /lib is; a link in the place of a file is a file of
-        // another kind.
+        // A link to a folder counts as a folder (/lib is one). A link in place of a file does not
+        // count as that file.
         if place.is_dir() {
             return There::Folder;
         }
@@ -47,7 +47,7 @@ impl Tree {
         if same { There::Same } else { There::Other }
     }
 
-    /// What an earlier installation wrote down, if there was one.
+    /// The manifest of an earlier installation, if there was one.
     pub(super) fn manifest(&self, path: &Path) -> Result<Option<Manifest>> {
         let place = self.place(path);
         match fs::read_to_string(&place) {
@@ -86,8 +86,8 @@ fn make_folder(place: &Path) -> Result<()> {
     }
 }
 
-/// Writes beside the place and renames: a running program is replaced, not written into, and nobody
-/// reads half a file.
+/// Writes a new file and renames it into place. A running program is then replaced and not written
+/// to, and no reader sees half a file.
 fn write(place: &Path, product: &Product) -> Result<()> {
     let work = || -> io::Result<()> {
         let folder = place.parent().unwrap_or(Path::new("/"));
@@ -102,7 +102,7 @@ fn write(place: &Path, product: &Product) -> Result<()> {
     work().with_context(|| format!("cannot write {}", place.display()))
 }
 
-/// Others may have put something there since.
+/// Removes a folder if it is empty: others may have added files since.
 fn remove_folder(place: &Path) -> Result<()> {
     match fs::remove_dir(place) {
         Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => {
@@ -123,6 +123,6 @@ fn run(command: &[String], tolerant: bool) -> Result<()> {
     if !tolerant {
         bail!("{failed}");
     }
-    eprintln!("{failed}; going on");
+    eprintln!("{failed}; continuing");
     Ok(())
 }

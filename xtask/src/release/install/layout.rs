@@ -1,8 +1,8 @@
-//! Where things go: which folder systemd, man and the shells look into below a prefix.
+//! The folders below a prefix in which systemd, man and the shells look.
 
 use std::path::{Path, PathBuf};
 
-/// Where the configuration is, whatever the prefix.
+/// The configuration's path, with any prefix.
 pub(crate) const CONFIG: &str = "/etc/injector/injector.toml";
 
 /// Folders as the installed system sees them; a `--destdir` is put in front of them later.
@@ -36,7 +36,7 @@ impl Layout {
         self.prefix.join("share").join(path)
     }
 
-    /// Where it is written down what was installed.
+    /// The manifest's path.
     pub(crate) fn manifest(&self) -> PathBuf {
         self.share("injector/manifest")
     }

@@ -1,5 +1,4 @@
-//! What was installed, written down beside it, so that uninstalling takes away that and nothing
-//! else.
+//! The list of installed files, kept beside them. Uninstalling removes these and nothing else.
 
 use std::{
     fmt::Write as _,
@@ -11,11 +10,11 @@ use anyhow::{Context as _, Result, bail};
 /// Paths as the installed system sees them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Manifest {
-    /// Files of ours.
+    /// Files of the injector.
     pub(crate) files: Vec<PathBuf>,
-    /// Files that belong to the operator from then on.
+    /// Files that belong to the operator after the installation.
     pub(crate) configs: Vec<PathBuf>,
-    /// Folders that were not there before.
+    /// Folders that the installation created.
     pub(crate) folders: Vec<PathBuf>,
 }
 
@@ -35,7 +34,7 @@ impl Manifest {
     }
 
     /// # Errors
-    /// When a line is none of ours: better to remove nothing than the wrong thing.
+    /// When a line is not valid. Removing nothing is better than removing the wrong file.
     pub(crate) fn parse(text: &str) -> Result<Self> {
         let mut manifest = Self::default();
         for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_manifest_is_read_back() {
         let manifest = Manifest {
             files: vec!["/usr/local/bin/injector".into(), "/a b".into()],
             configs: vec!["/etc/injector/injector.toml".into()],
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_removed_by_a_damaged_one() {
+    fn a_damaged_manifest_is_rejected() {
         for line in ["file", "file relative", "file /usr/../etc/passwd", "link /usr/bin/x"] {
             assert!(Manifest::parse(line).is_err(), "{line}");
         }

@@ -1,7 +1,7 @@
 //! `cargo xtask install` and `uninstall`: the daemon on an edge host that systemd runs.
 //!
-//! What would be done is a plan (`plan.rs`), printed before it is carried out (`apply.rs`). What
-//! was installed is written down (`manifest.rs`), and only that is removed.
+//! `plan.rs` decides the steps, which are printed before `apply.rs` carries them out. `manifest.rs`
+//! records what was installed, and only that is removed.
 
 mod apply;
 mod layout;
@@ -22,36 +22,36 @@ use crate::{build, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct InstallArgs {
-    /// Folder below which it goes; units go where systemd looks, the configuration always to
+    /// Folder to install below; units go where systemd finds them, the configuration always to
     /// /etc/injector
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
-    /// Install into this tree, as if it were the root of a system; runs no command there
+    /// Install into this tree as the root of a system, and run no commands
     #[arg(long, value_name = "DIR")]
     destdir: Option<PathBuf>,
-    /// Print the plan, and change nothing
+    /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Install this program, in place of building one
+    /// Install this program instead of building one
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
-    /// Enable the service and (re)start it afterwards; without, what runs goes on as it is
+    /// Enable the service and (re)start it; without this a running service keeps the old program
     #[arg(long)]
     start: bool,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct UninstallArgs {
-    /// Folder below which it was installed
+    /// Folder that it was installed below
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
-    /// The tree into which it was installed
+    /// Tree that it was installed into
     #[arg(long, value_name = "DIR")]
     destdir: Option<PathBuf>,
-    /// Print the plan, and change nothing
+    /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Remove the configuration, too
+    /// Remove the configuration too
     #[arg(long)]
     purge: bool,
 }
@@ -61,7 +61,7 @@ pub(crate) fn install(args: &InstallArgs) -> Result<()> {
     may_change(args.destdir.as_deref(), args.dry_run, "install")?;
     ensure!(args.prefix.is_absolute(), "--prefix {} must be an absolute path", args.prefix.display());
     if args.start && system != System::Systemd {
-        bail!("--start: no systemd runs here (no /run/systemd/system, or --destdir)");
+        bail!("--start needs a running systemd: there is no /run/systemd/system, or --destdir is set");
     }
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
@@ -92,7 +92,7 @@ pub(crate) fn uninstall(args: &UninstallArgs) -> Result<()> {
     let tree = Tree::new(args.destdir.as_deref());
     let manifest = tree.manifest(&layout.manifest())?.with_context(|| {
         let place = tree.place(&layout.manifest());
-        format!("nothing is installed there: no {} (was it another --prefix?)", place.display())
+        format!("nothing is installed there: {} is missing (was --prefix another one?)", place.display())
     })?;
     let look = |path: &Path| tree.look(path, None);
     let steps = plan::uninstall(&layout, &manifest, &look, system(args.destdir.as_deref()), args.purge);
@@ -103,7 +103,7 @@ pub(crate) fn uninstall(args: &UninstallArgs) -> Result<()> {
     }
     tree.carry_out(&steps)?;
     println!(
-        "\nuninstalled; the user `injector` stays, and so do drop-ins in /etc/systemd/system/injector.service.d"
+        "\nuninstalled; the user `injector` is kept, and so are drop-ins in /etc/systemd/system/injector.service.d"
     );
     Ok(())
 }
@@ -117,7 +117,7 @@ fn system(destdir: Option<&Path>) -> System {
     }
 }
 
-/// Root is needed for this machine's own folders alone.
+/// Root is needed only for this machine's own folders.
 fn may_change(destdir: Option<&Path>, dry_run: bool, verb: &str) -> Result<()> {
     // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
@@ -145,9 +145,11 @@ fn next(system: System, start: bool) -> String {
             "installed. Edit {CONFIG}, then\n\n    systemctl enable --now injector\n\nor, where it runs already, \
              systemctl restart injector"
         ),
-        System::Idle => format!("installed; no systemd runs here. injector run --config {CONFIG}"),
+        System::Idle => {
+            format!("installed; systemd does not run here: start it with `injector run --config {CONFIG}`")
+        }
         System::Tree => {
-            "installed into the tree; systemd-sysusers and systemd-tmpfiles do the rest there".to_owned()
+            "installed into the tree; run systemd-sysusers and systemd-tmpfiles on its system".to_owned()
         }
     }
 }
@@ -159,7 +161,7 @@ mod tests {
     use super::*;
     use crate::script;
 
-    /// A program that answers as the daemon does, for building one takes minutes.
+    /// A program that answers like the daemon, because building the daemon takes minutes.
     fn program(folder: &Path) -> PathBuf {
         let path = folder.join("injector");
         let script = "#!/bin/sh\ncase $1 in\nman) echo page > \"$3/injector.1\" ;;\n\
@@ -193,7 +195,7 @@ mod tests {
     }
 
     impl Host {
-        /// A tree that has some folders and a file of somebody else's.
+        /// A tree with some folders and a file of another package.
         fn new() -> Self {
             let scratch = tempfile::tempdir().unwrap();
             let root = scratch.path().join("root");
@@ -224,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_installed_is_removed_to_the_last_folder() {
+    fn uninstalling_removes_every_file_and_folder_that_was_installed() {
         let host = Host::new();
         let before = tree(&host.root);
         host.install(true).unwrap();
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_prefix_is_refused() {
+    fn a_relative_prefix_is_rejected() {
         let host = Host::new();
         let args = InstallArgs {
             prefix: "usr".into(),

@@ -1,5 +1,4 @@
-//! What installing and uninstalling would do: decided here, from what is wanted and what is there,
-//! and done in `apply`.
+//! Decides the steps of installing and uninstalling; `apply` carries them out.
 
 use std::{
     collections::BTreeSet,
@@ -12,36 +11,36 @@ use super::{
     manifest::Manifest,
 };
 
-/// A file that is to be there.
+/// A file to install.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Product {
-    /// Where, as the installed system sees it.
+    /// Its path in the installed system.
     pub(crate) path: PathBuf,
     pub(crate) mode: u32,
     pub(crate) content: Vec<u8>,
-    /// Written once; from then on it is the operator's.
+    /// Whether it is written only once: afterwards it belongs to the operator.
     pub(crate) config: bool,
 }
 
-/// What is at a place.
+/// What exists at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum There {
     Nothing,
     Folder,
     /// A file with this content and mode.
     Same,
-    /// Something else that is no folder.
+    /// Something else that is not a folder.
     Other,
 }
 
-/// The system that is installed into.
+/// The system to install into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum System {
-    /// A tree for another machine (`--destdir`): files alone.
+    /// A tree for another machine (`--destdir`): only files.
     Tree,
-    /// This machine, with no systemd in charge: in a container, say.
+    /// This machine without a running systemd, as in a container.
     Idle,
-    /// This machine, and systemd runs it.
+    /// This machine with a running systemd.
     Systemd,
 }
 
@@ -56,10 +55,10 @@ pub(crate) enum Step {
         path: PathBuf,
         mode: u32,
     },
-    /// A configuration of the operator's.
+    /// The operator's configuration.
     Keep(PathBuf),
     RemoveFile(PathBuf),
-    /// Only if nothing is left in it.
+    /// Removed only if it is empty.
     RemoveFolder(PathBuf),
     Run {
         command: Vec<String>,
@@ -95,8 +94,8 @@ fn try_to(words: &[&str]) -> Step {
     Step::Run { command: words.iter().map(|&word| word.to_owned()).collect(), tolerant: true }
 }
 
-/// What `install` does. `before` is the manifest of an earlier one; `there` looks at a place, given
-/// what is to be in it.
+/// The steps of `install`. `before` is the manifest of an earlier installation; `there` compares a
+/// path with the file to install.
 pub(crate) fn install(
     layout: &Layout,
     products: Vec<Product>,
@@ -140,7 +139,7 @@ pub(crate) fn install(
         There::Same => Step::Unchanged { path: record.path, mode: record.mode },
         found => Step::Write { replaces: found != There::Nothing, product: record },
     });
-    // Parents first: that is how paths sort.
+    // Parents come first, because paths sort in this order.
     let folders = made.into_iter().map(Step::MakeFolder);
     folders.chain(files).chain(after_install(layout, system, start)).collect()
 }
@@ -152,7 +151,7 @@ fn after_install(layout: &Layout, system: System, start: bool) -> Vec<Step> {
     let (sysusers, tmpfiles) = (layout.sysusers(), layout.tmpfiles());
     let mut steps = vec![
         run(&["systemd-sysusers", &sysusers.to_string_lossy()]),
-        // Without a BPF file system engine "inline" has nowhere to pin; the others need none.
+        // Only engine "inline" needs a BPF file system, to pin its maps.
         try_to(&["systemd-tmpfiles", "--create", &tmpfiles.to_string_lossy()]),
     ];
     if system == System::Systemd {
@@ -165,7 +164,7 @@ fn after_install(layout: &Layout, system: System, start: bool) -> Vec<Step> {
     steps
 }
 
-/// What `uninstall` does.
+/// The steps of `uninstall`.
 pub(crate) fn uninstall(
     layout: &Layout,
     manifest: &Manifest,
@@ -178,13 +177,13 @@ pub(crate) fn uninstall(
         steps.push(try_to(&["systemctl", "disable", "--now", "injector.socket", "injector.service"]));
     }
     if system != System::Tree {
-        // Programs, maps and NAT would go on without a program to remove them.
+        // Programs, maps and NAT rules stay in the kernel, and only the program can remove them.
         let program = layout.program();
         let program = program.to_string_lossy();
         let config = there(Path::new(CONFIG)) == There::Nothing;
         let detach: &[&str] = &[&program, "inline", "detach", "--config", CONFIG];
         steps.push(try_to(if config { &detach[..3] } else { detach }));
-        // What tmpfiles.d/injector.conf made.
+        // Folders that tmpfiles.d/injector.conf created.
         let made = ["/sys/fs/bpf/injector", "/run/injector-bpf/injector", "/run/injector-bpf"];
         steps.push(try_to(&[&["rmdir", "--ignore-fail-on-non-empty"], &made[..]].concat()));
     }
@@ -198,10 +197,10 @@ pub(crate) fn uninstall(
     steps.extend(files.cloned().map(Step::RemoveFile));
     let mut folders: BTreeSet<_> = manifest.folders.iter().map(PathBuf::as_path).collect();
     if purge {
-        // It was there already if an earlier one was removed without its configuration.
+        // It exists already if an earlier installation was removed without its configuration.
         folders.extend(manifest.configs.iter().filter_map(|config| config.parent()));
     }
-    // What is inside comes after its parent.
+    // Contents come before their folder.
     let folders = folders.into_iter().rev().filter(|path| there(path) == There::Folder);
     steps.extend(folders.map(|path| Step::RemoveFolder(path.to_path_buf())));
     if system == System::Systemd {
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_configuration_is_the_operators() {
+    fn a_changed_configuration_is_kept() {
         for (found, kept) in [(There::Other, true), (There::Nothing, false)] {
             let files = [(CONFIG, found)];
             let steps =
@@ -270,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_manifest_has_what_was_made_and_remembers_earlier_folders() {
+    fn the_manifest_lists_new_files_and_earlier_folders() {
         let before = Manifest { folders: vec!["/usr/local/bin".into()], ..Manifest::default() };
         let steps = install(&layout(), products(), &before, &there(&[]), System::Tree, false);
         let Some(Step::Write { product, .. }) = steps.last() else { panic!("{steps:?}") };
@@ -288,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_release_had_and_this_one_has_not_goes() {
+    fn files_that_only_an_earlier_release_had_are_removed() {
         let before = Manifest { files: vec!["/usr/local/share/old".into()], ..Manifest::default() };
         for (found, removed) in [(There::Other, true), (There::Nothing, false)] {
             let files = [("/usr/local/share/old", found)];
@@ -302,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_running_systemd_is_told_anything() {
+    fn commands_run_only_with_a_running_systemd() {
         let commands = |system, start| {
             let steps = install(&layout(), products(), &Manifest::default(), &there(&[]), system, start);
             steps.iter().filter(|step| matches!(step, Step::Run { .. })).count()
@@ -341,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_inline_left_in_the_kernel_goes_before_the_program_that_removes_it() {
+    fn inline_is_detached_before_the_program_is_removed() {
         let manifest = Manifest { files: vec!["/usr/local/bin/injector".into()], ..Manifest::default() };
         let files = [("/usr/local/bin/injector", There::Other), (CONFIG, There::Other)];
         let look = there(&files);

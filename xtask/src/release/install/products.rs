@@ -1,4 +1,5 @@
-//! The files of an installation: the program, what it says of itself, and what `deploy/` has.
+//! The files of an installation: the program, its manual pages and completions, and those of
+//! `deploy/`.
 
 use std::{
     fs,
@@ -14,10 +15,10 @@ use super::{
 };
 use crate::cargo;
 
-/// Where the units in `deploy/systemd` have the program: the Debian package's place.
+/// The program's path in the units of `deploy/systemd`, which is the Debian package's.
 const PROGRAM_IN_UNITS: &str = "/usr/bin/injector";
 
-/// Everything that is installed, the program first.
+/// All files to install, the program first.
 ///
 /// # Errors
 /// When the program does not run, or a file of `deploy/` cannot be read.
@@ -60,7 +61,7 @@ fn deploy(path: &str) -> Result<Vec<u8>> {
     fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The manual pages, by name and in its order.
+/// The manual pages, sorted by name.
 pub(crate) fn man(binary: &Path, scratch: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     ask(binary, &["man", "--out", &scratch.to_string_lossy()])?;
     let mut pages = Vec::new();
@@ -73,7 +74,7 @@ pub(crate) fn man(binary: &Path, scratch: &Path) -> Result<Vec<(String, Vec<u8>)
     Ok(pages)
 }
 
-/// What the shell reads to complete the verbs and flags.
+/// The shell's completions for commands and options.
 pub(crate) fn completions(binary: &Path, shell: &str) -> Result<Vec<u8>> {
     ask(binary, &["completions", shell])
 }

@@ -2,6 +2,8 @@
 
 pub(crate) mod ci;
 pub(crate) mod deny;
+#[cfg(test)]
+mod docs;
 pub(crate) mod fuzz;
 pub(crate) mod miri;
 pub(crate) mod typos;

@@ -4,15 +4,15 @@ use std::{process::ExitCode, thread, time::Duration};
 
 use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
-    cli::{self, AskArgs, Cli, Command},
-    completions,
+    cli::{self, AskArgs, Cli, Command, completions, man},
     config::{self, Config, Marks},
     control::{
         self, Request, client,
         wire::{Answer, ListenerStatus},
     },
-    daemon, doctor, log, man,
-    selftest::Findings,
+    daemon, doctor,
+    engine::registry::Findings,
+    telemetry::log,
 };
 use mimalloc::MiMalloc;
 
@@ -120,7 +120,7 @@ fn detach(args: &cli::DetachArgs) -> anyhow::Result<()> {
         Some(file) => Config::load(file)?.inline,
         None => config::Inline::default(),
     };
-    let removed = injector_user::inline::start::detach(&settings)?;
+    let removed = injector_user::engine::inline::runner::detach(&settings)?;
     if removed.is_empty() {
         println!("nothing was left of engine \"inline\"");
     }

@@ -1,9 +1,9 @@
 //! Reaching a backend: names resolved again as they change, backends chosen by their health and weight, addresses tried in
 //! order.
 
-mod check;
+mod balance;
+mod checker;
 mod health;
-mod order;
 
 use std::{
     io,
@@ -24,14 +24,16 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::health::{Forced, Standing};
 use self::{
+    balance::{Candidate, Turns},
     health::Health,
-    order::{Candidate, Turns},
 };
 use crate::{
     config::{self, Check, Host, Listener},
-    endpoint::{Endpoint, ObserveSyn},
-    log::target,
-    metrics::{BackendSample, BackendSource},
+    net::socket::{Endpoint, ObserveSyn},
+    telemetry::{
+        log::target,
+        metrics::{BackendSample, BackendSource},
+    },
 };
 
 /// The backends of one listener.
@@ -253,7 +255,7 @@ impl Backends {
     pub fn in_turn(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
         let of: Vec<_> = self.all.iter().filter(|backend| which(&backend.configured)).collect();
         let candidates: Vec<_> = of.iter().map(|backend| backend.candidate()).collect();
-        order::in_turn(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
+        balance::in_turn(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
     }
 
     /// Takes a backend out of service or puts it back, by its name in the configuration. `false` if there is none of that
@@ -311,7 +313,7 @@ impl Backends {
         }
         let mut outcome = Err("the name has no address".to_owned());
         for address in backend.addresses() {
-            outcome = check::check(address, plan).await.map_err(|error| format!("{address}: {error}"));
+            outcome = checker::check(address, plan).await.map_err(|error| format!("{address}: {error}"));
             if outcome.is_ok() {
                 break;
             }
@@ -389,8 +391,8 @@ impl Backends {
     /// Whom to try, first to last.
     fn order(&self) -> Vec<&Backend> {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
-        let mut order = order::in_turn(&candidates);
-        let reserve = order::in_reserve(&candidates, &order);
+        let mut order = balance::in_turn(&candidates);
+        let reserve = balance::in_reserve(&candidates, &order);
         self.turns.lock().unwrap_or_else(PoisonError::into_inner).rotate(&candidates, &mut order);
         order.extend(reserve);
         order.into_iter().filter_map(|index| self.all.get(index)).collect()
@@ -468,7 +470,7 @@ fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::Config, endpoint::unobserved};
+    use crate::{config::Config, net::socket::unobserved};
 
     fn backends(list: &str) -> Backends {
         let text = format!(

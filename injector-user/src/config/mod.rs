@@ -22,7 +22,8 @@ use std::{
     time::Duration,
 };
 
-pub(crate) use self::section::{DurationError, MOST_CONNECTIONS, parse_duration};
+pub(crate) use self::section::MOST_CONNECTIONS;
+pub use self::section::{DurationError, parse_duration};
 pub use self::{
     health::{Check, CheckHeader, Ejection, Health},
     problem::{ConfigError, Problem},

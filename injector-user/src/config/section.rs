@@ -344,17 +344,22 @@ impl<'t> Section<'t> {
     }
 }
 
-/// Why a text is no duration the injector accepts.
+/// Why a text is not a duration that the injector accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum DurationError {
+pub enum DurationError {
+    /// Not a number with a unit.
     #[error("must be a duration such as 30s, \"1m 30s\" or 250ms")]
     NotADuration,
+    /// Longer than seven days.
     #[error("must be at most 7days")]
     TooLong,
 }
 
 /// Reads `30s`, `1m 30s`, `250ms`; up to seven days.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration, DurationError> {
+///
+/// # Errors
+/// [`DurationError`].
+pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
     match humantime::parse_duration(text) {
         Ok(duration) if duration > LONGEST => Err(DurationError::TooLong),
         Ok(duration) => Ok(duration),

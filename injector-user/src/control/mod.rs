@@ -30,10 +30,12 @@ pub use self::{
 use crate::{
     backend::{Backend, Forced},
     config::{Config, ConfigError},
-    log::target,
-    metrics::{Metrics, Readiness},
-    serving::{Changes, Open, Serving},
-    systemd,
+    os::systemd,
+    server::{Changes, Open, Serving},
+    telemetry::{
+        log::target,
+        metrics::{Metrics, Readiness},
+    },
 };
 
 /// Reads the configuration again, as it was read at the start.
@@ -230,7 +232,7 @@ fn sessions(serving: &Serving, listener: Option<&str>, limit: Option<usize>) -> 
     all.sort_by_key(|session| std::cmp::Reverse(session.age));
     let count = all.len() as u64;
     all.truncate(limit.unwrap_or(usize::MAX));
-    let row = |session: crate::session::table::Snapshot| SessionRow {
+    let row = |session: crate::session::registry::Snapshot| SessionRow {
         listener: session.listener.to_string(),
         engine: session.engine.to_owned(),
         client: session.client,

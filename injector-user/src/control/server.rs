@@ -1,6 +1,6 @@
 //! The daemon's end of the socket.
 
-use crate::log::target;
+use crate::telemetry::log::target;
 use std::{
     fs, io,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},

@@ -12,7 +12,7 @@ use super::{
     dialogue::{Action, Script},
     observation::Dialogue,
 };
-use crate::{protocol::Protocol, tls};
+use crate::{net::tls, protocol::Protocol};
 
 /// What may come after a goodbye, or after a refusal, is waited for so long.
 pub(super) const PARTING: Duration = Duration::from_secs(3);

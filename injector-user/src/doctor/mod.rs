@@ -10,12 +10,12 @@ mod conversation;
 pub mod diagnosis;
 mod dialogue;
 mod exchange;
+#[cfg(test)]
+mod fixtures;
 pub mod observation;
 pub mod plan;
 mod probe;
 pub mod report;
-#[cfg(test)]
-mod samples;
 pub mod server;
 
 use std::{

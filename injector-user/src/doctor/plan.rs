@@ -101,7 +101,7 @@ mod tests {
     };
     use crate::{
         config::Receiver,
-        doctor::samples::{closed, subject},
+        doctor::fixtures::{closed, subject},
         protocol::Protocol,
     };
 

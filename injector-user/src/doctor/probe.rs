@@ -30,8 +30,8 @@ use super::{
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
     header::Rendered,
+    net::tls,
     protocol::Protocol,
-    tls,
 };
 
 /// `220-` so long before `220 ` is a teaser and no banner of several lines.
@@ -338,7 +338,7 @@ impl AsyncWrite for Recorded {
 mod tests {
     use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
-    use super::{super::samples::subject, *};
+    use super::{super::fixtures::subject, *};
     use crate::config::ProxyVersion;
 
     /// Observes a server that says this, each part after a pause, and hears what it was told.

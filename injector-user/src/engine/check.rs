@@ -4,7 +4,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use serde_json::json;
 
-use crate::log::target;
+use crate::telemetry::log::target;
 
 /// One check of an engine's mechanism.
 #[derive(Clone, Debug)]

@@ -18,7 +18,7 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::args::Server;
-use crate::tls;
+use crate::net::tls;
 
 /// A connection, clear or secured.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin + Debug {}

@@ -10,11 +10,11 @@
 
 mod backlog;
 mod direction;
-mod lane;
+mod duplex;
+mod half_duplex;
 #[cfg(test)]
 mod model;
-mod pump;
-pub mod table;
+pub mod registry;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,25 +25,22 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    pump::Pump,
-    table::{Entry, Table},
+    duplex::Pump,
+    registry::{Entry, Table},
 };
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
     config::{HeaderBy, Marks, Pays, Receiver, Timeouts, UNIQUE_ID_LEN},
-    endpoint::Endpoint,
-    engine::{Engine, Injected},
+    engine::{Engine, Injected, relay::Relay},
     header::Rendered,
-    log::target,
-    metrics::ListenerMetrics,
-    pipe::Pipes,
+    net::{hangup::Watch, socket::Endpoint, splice_pipe::Pipes},
     protocol::{Protocol, Refusal, Speaker},
-    relay::Relay,
     telemetry::{
         backlog::Ledger,
+        log::target,
+        metrics::ListenerMetrics,
         outcome::{Bytes, End, Report},
     },
-    watch::Watch,
 };
 
 /// What all connections of a listener share.

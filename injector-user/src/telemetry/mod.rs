@@ -1,4 +1,6 @@
 //! What becomes of connections, for logs and metrics.
 
 pub mod backlog;
+pub mod log;
+pub mod metrics;
 pub mod outcome;

@@ -2,7 +2,7 @@
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use crate::log::target;
+use crate::telemetry::log::target;
 
 /// How a connection ended: the field `reason` of its log line and the label of `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -88,14 +88,14 @@ impl Drop for NotForwarding<'_> {
     }
 }
 
-/// The programs as such: [`injector_user::inline::selftest`] is their unit test as well.
+/// The programs as such: [`injector_user::engine::inline::selftest`] is their unit test as well.
 fn programs(_: &Testbed) -> anyhow::Result<()> {
     const EXPECTED: [&str; 7] =
         ["load", "header_added", "header_waits", "shifted", "header_retransmitted", "fail_closed", "swept"];
     // Their processor may have much else to do, but not each time.
     let mut fastest = Duration::MAX;
     for _ in 0..3 {
-        let (checks, programs) = injector_user::inline::selftest::run();
+        let (checks, programs) = injector_user::engine::inline::selftest::run();
         ensure!(checks.iter().map(|check| check.name).eq(EXPECTED), "{checks:#?}");
         ensure!(checks.iter().all(|check| check.result.is_ok()), "{checks:#?}");
         ensure!(programs.len() == 7, "{programs:?}");

@@ -162,7 +162,7 @@ fn killed_with_clsact(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
 /// A daemon that attaches the other way removes the earlier one's programs, or packets would be
 /// changed twice.
 fn from_one_to_the_other(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
-    let has_tcx = testbed.topology.edge.run(injector_user::inline::has_tcx)?;
+    let has_tcx = testbed.topology.edge.run(injector_user::engine::inline::has_tcx)?;
     if !has_tcx {
         eprintln!("    not run: this kernel has no tcx");
         return Ok(());

@@ -226,7 +226,7 @@ fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
     let log = injector.log();
     // Filters of clsact are not among what is removed: they were replaced.
-    let removed = if testbed.topology.edge.run(injector_user::inline::has_tcx)? {
+    let removed = if testbed.topology.edge.run(injector_user::engine::inline::has_tcx)? {
         "backend_out@inside"
     } else {
         "FLOWS"

@@ -103,7 +103,7 @@ pub(crate) struct Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        let removed = self.edge.run(|| injector_user::inline::detach(&self.pin));
+        let removed = self.edge.run(|| injector_user::engine::inline::detach(&self.pin));
         if let Err(error) = removed.and_then(|removed| Ok(removed?)) {
             eprintln!("detaching: {error:#}");
         }

@@ -2,7 +2,7 @@
 
 use anyhow::ensure;
 use injector_testbed::netns::{Family, MAIL};
-use injector_user::inline::forwarding::{Finding, Paths, Severity, check, set};
+use injector_user::engine::inline::sysctl::{Finding, Paths, Severity, check, set};
 
 use crate::testbed::{Testbed, service, vip};
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, VIP_INLINE};
-use injector_user::inline::routes::{Changes, LinkKind, RouteError, Routes};
+use injector_user::engine::inline::routes::{Changes, LinkKind, RouteError, Routes};
 use tokio::time::timeout;
 
 use crate::testbed::Testbed;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use injector_testbed::netns::{CLIENT, EDGE_OUTSIDE, Family, MAIL, VIP_INLINE, VIP_RELAY};
-use injector_user::inline::nat::{Change, Service};
+use injector_user::engine::inline::nat::{Change, Service};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 

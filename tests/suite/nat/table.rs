@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use caps::{CapSet, Capability};
 use injector_testbed::netns::{Family, MAIL};
-use injector_user::inline::nat::{Backend, Change, NftError, Service, chains_that_drop_forwarded, remove};
+use injector_user::engine::inline::nat::{
+    Backend, Change, NftError, Service, chains_that_drop_forwarded, remove,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;

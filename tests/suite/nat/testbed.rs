@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use injector_testbed::netns::{EDGE_INSIDE, EDGE_OUTSIDE, Family, MAIL, Netns, Place, Topology, VIP_INLINE};
-use injector_user::inline::nat::{Backend, Ruleset, Service, TableName, ruleset};
+use injector_user::engine::inline::nat::{Backend, Ruleset, Service, TableName, ruleset};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Runtime;

@@ -2,8 +2,8 @@
 
 use super::{
     super::{
+        fixtures::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, subject},
         observation::{Client, Dialogue, Greeting, Relay},
-        samples::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, subject},
     },
     *,
 };

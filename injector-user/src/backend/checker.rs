@@ -1,0 +1,325 @@
+//! One check of a backend: a connection of the daemon's own, without a client.
+//!
+//! Gentle: the greeting is waited for, the server is told goodbye in its own words, and its answer is read before the
+//! connection is closed. A server that is hung up on in the middle logs it, and Postfix' smtpd up to 3.10 dies of it where a
+//! header came first.
+
+use std::{io, net::SocketAddr, sync::LazyLock, time::Duration};
+
+use injector_common::proxy::{Command, v2};
+use rustls::pki_types::ServerName;
+use thiserror::Error;
+use tokio::{
+    io::{
+        AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
+        BufReader,
+    },
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_rustls::TlsConnector;
+
+use crate::{
+    config::{Check, CheckHeader},
+    net::tls,
+    protocol::{Protocol, Speaker},
+};
+
+/// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 a line); a server that goes on beyond is no mail server.
+const MOST: usize = 16 * 1024;
+
+/// How long a server may take to hang up after it was told goodbye.
+const LEAVE: Duration = Duration::from_secs(1);
+
+/// Why a backend failed its check.
+#[derive(Debug, Error)]
+pub(super) enum Failed {
+    /// Not all of it came in time.
+    #[error("{stage}: no reply within {within:?}")]
+    TooLate {
+        /// What was waited for.
+        stage: &'static str,
+        /// For the whole check.
+        within: Duration,
+    },
+    /// A socket said so.
+    #[error("{stage}: {error}")]
+    Io {
+        /// What was being done.
+        stage: &'static str,
+        /// The kernel, or TLS.
+        error: io::Error,
+    },
+    /// It said something else than a server that is well does.
+    #[error("{stage}: unexpected reply {said:?}")]
+    Said {
+        /// What it was the answer to.
+        stage: &'static str,
+        /// Its line, shortened.
+        said: String,
+    },
+    /// TLS cannot be had.
+    #[error("TLS: {0}")]
+    Tls(#[from] &'static rustls::Error),
+}
+
+static TLS: LazyLock<Result<TlsConnector, rustls::Error>> = LazyLock::new(tls::without_verification);
+
+/// Asks the server at `address`, whose port is the backend's own.
+///
+/// # Errors
+/// [`Failed`], with what it was doing.
+pub(super) async fn check(address: SocketAddr, check: &Check) -> Result<(), Failed> {
+    let address = SocketAddr::new(address.ip(), check.port.unwrap_or(address.port()));
+    let deadline = Instant::now() + check.timeout;
+    let late = |stage| move |_elapsed| Failed::TooLate { stage, within: check.timeout };
+    let connected = timeout_at(deadline, TcpStream::connect(address)).await.map_err(late("connecting"))?;
+    let mut stream = connected.map_err(|error| Failed::Io { stage: "connecting", error })?;
+    let Some(protocol) = check.protocol else { return Ok(()) };
+    let mut stage = "the header";
+    let outcome =
+        match timeout_at(deadline, talk(&mut stream, address, protocol, check.header, &mut stage)).await {
+            Ok(outcome) => outcome,
+            Err(elapsed) => Err(late(stage)(elapsed)),
+        };
+    leave(&mut stream).await;
+    outcome
+}
+
+async fn talk(
+    stream: &mut TcpStream,
+    address: SocketAddr,
+    protocol: Protocol,
+    header: CheckHeader,
+    stage: &mut &'static str,
+) -> Result<(), Failed> {
+    let failed = |stage| move |error| Failed::Io { stage, error };
+    if header == CheckHeader::Local {
+        let mut header = [0; 16];
+        let local = v2::encode(&Command::Local, &[], &mut header);
+        let len = local.map_err(io::Error::other).map_err(failed("the header"))?;
+        let header = header.get(..len).unwrap_or_default();
+        stream.write_all(header).await.map_err(failed("the header"))?;
+    }
+    if protocol.speaks_first() == Speaker::Server {
+        return converse(stream, protocol, stage).await;
+    }
+    *stage = "the TLS handshake";
+    let connector = TLS.as_ref()?;
+    let name = ServerName::IpAddress(address.ip().into());
+    let stream = connector.connect(name, stream).await.map_err(failed("the TLS handshake"))?;
+    converse(stream, protocol, stage).await
+}
+
+/// Goes by a FIN whatever the server still says: a reset after LOCAL is fatal to Postfix' smtpd, which asks for the peer's
+/// address then ("fatal: smtpd_peer_hostaddr_to_sockaddr", seen with 3.7 and 3.10).
+async fn leave(stream: &mut TcpStream) {
+    // It may have gone first.
+    let _ = stream.shutdown().await;
+    let rest = async { while stream.read(&mut [0; 1024]).await.is_ok_and(|count| count > 0) {} };
+    let _ = timeout(LEAVE, rest).await;
+}
+
+/// What a protocol's server says, and is told.
+struct Words {
+    greeting: Lines,
+    farewell: Lines,
+}
+
+/// How lines begin.
+struct Lines {
+    /// The last.
+    last: &'static [&'static str],
+    /// Those that may come before it.
+    before: &'static [&'static str],
+}
+
+const fn words(protocol: Protocol) -> Option<Words> {
+    Some(match protocol {
+        Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Words {
+            greeting: Lines { last: &["220 "], before: &["220-"] },
+            farewell: Lines { last: &["221 "], before: &["221-"] },
+        },
+        Protocol::Imap | Protocol::Imaps => Words {
+            greeting: Lines { last: &["* OK", "* PREAUTH"], before: &[] },
+            farewell: Lines { last: &["a OK"], before: &["* "] },
+        },
+        Protocol::Pop3 | Protocol::Pop3s => Words {
+            greeting: Lines { last: &["+OK"], before: &[] },
+            farewell: Lines { last: &["+OK"], before: &[] },
+        },
+        // Capabilities, each on a line of its own (RFC 5804, section 1.7).
+        Protocol::Sieve => Words {
+            greeting: Lines { last: &["OK"], before: &["\""] },
+            farewell: Lines { last: &["OK", "BYE"], before: &[] },
+        },
+        Protocol::Plain => return None,
+    })
+}
+
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    protocol: Protocol,
+    stage: &mut &'static str,
+) -> Result<(), Failed> {
+    // Refused by the configuration.
+    let (Some(words), Some(goodbye)) = (words(protocol), protocol.goodbye()) else { return Ok(()) };
+    let mut stream = BufReader::new(stream);
+    *stage = "the greeting";
+    hear(&mut stream, &words.greeting, "the greeting").await?;
+    *stage = "the goodbye";
+    let said = stream.get_mut().write_all(goodbye).await;
+    said.map_err(|error| Failed::Io { stage: "the goodbye", error })?;
+    hear(&mut stream, &words.farewell, "the goodbye").await?;
+    // Of TLS: otherwise the server logs that the connection was cut. It may have gone first.
+    let _ = stream.get_mut().shutdown().await;
+    Ok(())
+}
+
+/// Reads them, and fails with the first that is none of them.
+async fn hear(
+    stream: &mut (impl AsyncBufRead + Unpin),
+    lines: &Lines,
+    stage: &'static str,
+) -> Result<(), Failed> {
+    let mut heard = 0;
+    loop {
+        let mut line = Vec::new();
+        let read = line_of(stream, &mut line, MOST - heard).await;
+        read.map_err(|error| Failed::Io { stage, error })?;
+        heard += line.len();
+        let text = String::from_utf8_lossy(&line);
+        let begins = |starts: &[&str]| starts.iter().any(|start| text.starts_with(start));
+        if begins(lines.last) {
+            return Ok(());
+        }
+        if !begins(lines.before) {
+            let said = text.trim_end().chars().take(80).collect();
+            return Err(Failed::Said { stage, said });
+        }
+    }
+}
+
+/// A line with its end, of at most `most` bytes.
+async fn line_of(
+    stream: &mut (impl AsyncBufRead + Unpin),
+    line: &mut Vec<u8>,
+    most: usize,
+) -> io::Result<()> {
+    loop {
+        let bytes = stream.fill_buf().await?;
+        if bytes.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
+        }
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let take = end.map_or(bytes.len(), |end| end + 1);
+        line.extend_from_slice(bytes.get(..take).unwrap_or_default());
+        stream.consume(take);
+        if end.is_some() {
+            return Ok(());
+        }
+        if line.len() >= most {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the line has no end"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn plan(protocol: Option<Protocol>) -> Check {
+        Check {
+            protocol,
+            port: None,
+            header: CheckHeader::None,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(5),
+            rise: 1,
+            fall: 1,
+        }
+    }
+
+    /// A server that says `greeting`, and `answer` when it was told something. Returns what it was told, and whether the
+    /// other side closed after that.
+    async fn server(
+        greeting: &'static str,
+        answer: &'static str,
+        plan: Check,
+    ) -> (Result<(), Failed>, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(greeting.as_bytes()).await.unwrap();
+            let mut told = Vec::new();
+            let mut bytes = [0; 256];
+            while let Ok(count @ 1..) = stream.read(&mut bytes).await {
+                told.extend_from_slice(&bytes[..count]);
+                if told.ends_with(b"\r\n") {
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+            }
+            String::from_utf8_lossy(&told).into_owned()
+        });
+        let result = check(address, &plan).await;
+        (result, serving.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn servers_that_are_well_are_told_goodbye() {
+        for (protocol, greeting, goodbye, answer) in [
+            (Protocol::Smtp, "220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
+            (Protocol::Submission, "220-wait\r\n220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
+            (Protocol::Imap, "* OK ready\r\n", "a LOGOUT\r\n", "* BYE\r\na OK done\r\n"),
+            (Protocol::Pop3, "+OK ready\r\n", "QUIT\r\n", "+OK bye\r\n"),
+            (Protocol::Sieve, "\"SIEVE\" \"fileinto\"\r\nOK ready\r\n", "LOGOUT\r\n", "OK bye\r\n"),
+        ] {
+            let (result, told) = server(greeting, answer, plan(Some(protocol))).await;
+            assert!(result.is_ok(), "{protocol}: {result:?}");
+            assert_eq!(told, goodbye, "{protocol}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_enough_for_tcp() {
+        let (result, told) = server("", "", plan(None)).await;
+        assert!(result.is_ok() && told.is_empty(), "{result:?} {told}");
+    }
+
+    #[tokio::test]
+    async fn a_local_header_stands_in_front() {
+        let plan = Check { header: CheckHeader::Local, ..plan(Some(Protocol::Smtp)) };
+        let (result, told) = server("220 mx\r\n", "221 bye\r\n", plan).await;
+        assert!(result.is_ok(), "{result:?}");
+        assert_eq!(told, "\r\n\r\n\0\r\nQUIT\n \0\0\0QUIT\r\n");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_well_says_so() {
+        for (greeting, answer, words) in [
+            ("421 4.3.2 closing\r\n", "", "the greeting: unexpected reply \"421 4.3.2 closing\""),
+            ("220 mx\r\n", "500 what\r\n", "the goodbye: unexpected reply \"500 what\""),
+            ("SSH-2.0-x\r\n", "", "the greeting: unexpected reply \"SSH-2.0-x\""),
+        ] {
+            let error = server(greeting, answer, plan(Some(Protocol::Smtp))).await.0.unwrap_err();
+            assert_eq!(error.to_string(), words);
+        }
+    }
+
+    #[tokio::test]
+    async fn silence_is_too_late() {
+        let plan = Check { timeout: Duration::from_millis(50), ..plan(Some(Protocol::Smtp)) };
+        let error = server("", "", plan).await.0.unwrap_err();
+        assert_eq!(error.to_string(), "the greeting: no reply within 50ms");
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_an_error_of_connecting() {
+        let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let error = check(address, &plan(None)).await.unwrap_err();
+        assert!(error.to_string().starts_with("connecting: Connection refused"), "{error}");
+    }
+}

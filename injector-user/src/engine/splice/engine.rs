@@ -1,0 +1,97 @@
+//! [`Splice`] as an [`Engine`]: what a session asks of it, in the terms of its maps and programs.
+
+use std::{io, sync::Arc};
+
+use aya::maps::MapError;
+use injector_common::splice::Flow;
+use socket2::Socket;
+
+use super::{
+    Splice,
+    inject::InjectError,
+    peer_isn,
+    verdict::{self, reason_of},
+};
+use crate::{
+    engine::{Backlog, Bell, Engine, Injected, Offer, Refused, Spliced, relay},
+    net::socket::{Endpoint, SynObserver},
+};
+
+impl Engine for Arc<Splice> {
+    fn name(&self) -> &'static str {
+        "splice"
+    }
+
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+        match Splice::inject(self, backend, header, payload) {
+            Ok(payload) => Ok(Injected { payload, refused: None }),
+            // Nothing has gone out: user space still can send it in one piece.
+            Err(InjectError::Refused(error)) => {
+                let reason = match &error {
+                    MapError::SyscallError(error) => reason_of(&error.io_error),
+                    _ => "other",
+                };
+                let payload = relay::inject(backend, header, payload)?;
+                Ok(Injected { payload, refused: Some(reason) })
+            }
+            Err(InjectError::Dropped(error)) => Err(error),
+            Err(error @ InjectError::NotPlaced) => Err(io::Error::other(error)),
+        }
+    }
+
+    fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
+        // Without it the backend's direction stays relayed, and is counted as such.
+        peer_isn::PeerIsnFilter::new(self, socket).ok().map(|filter| Box::new(filter) as Box<dyn SynObserver>)
+    }
+
+    fn enrol(
+        &self,
+        source: &Endpoint,
+        target: &Endpoint,
+        read: u64,
+    ) -> Option<Result<Box<dyn Spliced>, Refused>> {
+        Some(match verdict::Spliced::enrol(self, source, target, read) {
+            Ok(spliced) => Ok(Box::new(spliced)),
+            Err(error) => Err(refused(error)),
+        })
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn refused(error: verdict::EnrolError) -> Refused {
+    Refused { reason: error.reason(), detail: error.to_string() }
+}
+
+impl Spliced for verdict::Spliced {
+    fn flow(&self) -> io::Result<Flow> {
+        self.flow().map_err(io::Error::other)
+    }
+
+    fn bell(&self) -> &Bell {
+        self.bell()
+    }
+
+    fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
+        self.backlog(target)
+    }
+
+    fn grant(&self, taken: u64) -> io::Result<()> {
+        self.grant(taken)
+    }
+
+    fn hold(&self, source: &Endpoint) -> io::Result<()> {
+        self.hold(source)
+    }
+
+    fn offer(&self, written: u64) -> io::Result<bool> {
+        self.offer(written)
+    }
+
+    fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
+        self.withdraw(source, target)
+    }
+
+    fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
+        self.delivered(source, target, read)
+    }
+}

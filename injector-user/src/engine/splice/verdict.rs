@@ -1,0 +1,285 @@
+//! Having the payload of one direction carried by the program `verdict`.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use aya::maps::MapError;
+use injector_common::splice::{Credit, Flow};
+use thiserror::Error;
+
+use super::Splice;
+use crate::{
+    engine::{Backlog, Bell, Offer},
+    net::socket::Endpoint,
+    os::sys::{self, TcpInfo},
+};
+
+/// Why a direction stays in user space.
+#[derive(Debug, Error)]
+pub enum EnrolError {
+    /// A map refused a socket or a flow.
+    #[error("map {map}: {error}")]
+    Map {
+        /// The map's name.
+        map: &'static str,
+        /// What the kernel said.
+        error: MapError,
+    },
+    /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.
+    #[error("the initial sequence number of the connection was not observed")]
+    IsnUnknown,
+    /// The target acknowledged so fast that its counts could not be read twice alike.
+    #[error("could not read a consistent acknowledgement number of the target socket")]
+    Unsteady,
+    /// A socket would not say its state.
+    #[error(transparent)]
+    Socket(#[from] io::Error),
+}
+
+impl EnrolError {
+    /// The label of `injector_enrolment_failures_total`.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Map { error: MapError::SyscallError(error), .. } => reason_of(&error.io_error),
+            Self::Map { .. } => "other",
+            Self::IsnUnknown => "isn_unknown",
+            Self::Unsteady => "unsteady",
+            Self::Socket(_) => "socket",
+        }
+    }
+}
+
+/// The label for what the kernel said to a map update.
+#[must_use]
+pub fn reason_of(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        // Only established sockets enrol: an early FIN comes to this (sock_map_sk_state_allowed, net/core/sock_map.c).
+        Some(libc::EOPNOTSUPP) => "not_established",
+        Some(libc::E2BIG | libc::ENOSPC) => "map_full",
+        Some(libc::ENOMEM) => "no_memory",
+        Some(libc::EPERM | libc::EACCES) => "not_permitted",
+        _ => "other",
+    }
+}
+
+/// One direction of a connection in the hands of the kernel. Dropping it takes the direction back; what is then still
+/// on its way to the target is lost, so drop it only after [`Spliced::delivered`], or to reset.
+#[derive(Debug)]
+pub struct Spliced {
+    splice: Arc<Splice>,
+    source: u64,
+    /// What the target had queued in its life before the first redirected byte.
+    base: u64,
+    /// Of what was left to user space, how much it had written to the target when it last offered to go on.
+    written: AtomicU64,
+    bell: Arc<Bell>,
+}
+
+impl Spliced {
+    /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source`, `read` bytes, must
+    /// have been written to `target`.
+    ///
+    /// # Errors
+    /// [`EnrolError`]; nothing has changed then.
+    pub fn enrol(
+        splice: &Arc<Splice>,
+        source: &Endpoint,
+        target: &Endpoint,
+        read: u64,
+    ) -> Result<Self, EnrolError> {
+        let next = next_sequence(source, read).ok_or(EnrolError::IsnUnknown)?;
+        let base = queued_steadily(target)?;
+        let failed = |map| move |error| EnrolError::Map { map, error };
+        let maps = &splice.maps;
+        maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
+        // From here on dropping undoes what was done; removing what is not there does no harm.
+        let bell = splice.backlog_events.add(source.cookie());
+        let spliced = Self {
+            splice: Arc::clone(splice),
+            source: source.cookie(),
+            base,
+            written: AtomicU64::new(0),
+            bell,
+        };
+        maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
+        maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
+        maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
+        // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
+        // an open socket; if it did, the proof kicks again.
+        let _ = sys::kick(source);
+        Ok(spliced)
+    }
+
+    /// What was carried so far.
+    ///
+    /// # Errors
+    /// When the flow is gone from its map, which only somebody else can have done.
+    pub fn flow(&self) -> Result<Flow, MapError> {
+        self.splice.maps.flow(self.source)
+    }
+
+    /// Rings when the backlog should be looked at.
+    #[must_use]
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Bytes redirected that the target has not taken into its send queue: they wait on a list that knows no limit and
+    /// is charged to nobody (sk_psock_skb_redirect, net/core/skmsg.c).
+    ///
+    /// # Errors
+    /// When the target or the flow does not answer.
+    pub fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
+        // The target first: bytes redirected in between are then counted as waiting, never as taken.
+        let taken = self.taken(target)?;
+        let flow = self.flow().map_err(io::Error::other)?;
+        if flow.lost > 0 {
+            return Err(lost(&flow));
+        }
+        Ok(Backlog { bytes: flow.redirected.saturating_sub(taken), taken, held: flow.passing != 0 })
+    }
+
+    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`Spliced::hold`].
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn grant(&self, taken: u64) -> io::Result<()> {
+        self.set_credit(Credit::up_to(taken + self.splice.credit))
+    }
+
+    /// Has the program leave to `source` what it receives from here on: it waits there for user space to read, charged
+    /// to the receive buffer, so that TCP closes the window. What was redirected goes on to the target.
+    ///
+    /// The source is not taken out of `VERDICT` for that: deleting an element takes no socket lock, and a segment that the
+    /// kernel is just handing to the program is then dropped (sk_psock_verdict_recv, net/core/skmsg.c, finds no program
+    /// and keeps its initial verdict).
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn hold(&self, source: &Endpoint) -> io::Result<()> {
+        self.set_credit(Credit::up_to(0))?;
+        settle(source)
+    }
+
+    /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
+    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`Spliced::withdraw`] user space
+    /// must neither read nor write.
+    ///
+    /// The program decides, under the lock of the source: when [`Flow::passed`] is `written` at that moment, nothing of this
+    /// direction lies outside the target's send queue, and what is redirected from there on is queued behind it.
+    ///
+    /// # Errors
+    /// When the flow or the map does not answer.
+    pub fn offer(&self, written: u64) -> io::Result<bool> {
+        let flow = self.flow().map_err(io::Error::other)?;
+        if flow.passed != written {
+            return Ok(false);
+        }
+        self.written.store(written, Ordering::Relaxed);
+        self.set_credit(Credit { limit: flow.redirected + self.splice.credit, resume_at: written })?;
+        Ok(true)
+    }
+
+    /// Takes [`Spliced::offer`] back, and tells what the program has made of it.
+    ///
+    /// # Errors
+    /// When the flow, the map or a socket does not answer.
+    pub fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
+        let limit = self.flow().map_err(io::Error::other)?.redirected + self.splice.credit;
+        self.set_credit(Credit::up_to(limit))?;
+        settle(source)?;
+        let backlog = self.backlog(target)?;
+        Ok(match (backlog.held, backlog.bytes) {
+            (false, _) => Offer::Taken,
+            (true, 0) => Offer::Void,
+            // It was taken, and the program has stopped again by itself.
+            (true, _) => Offer::Held,
+        })
+    }
+
+    fn set_credit(&self, credit: Credit) -> io::Result<()> {
+        self.splice.maps.set_credit(self.source, credit).map_err(io::Error::other)
+    }
+
+    /// Bytes of this flow in the target's send queue, and beyond.
+    fn taken(&self, target: &Endpoint) -> io::Result<u64> {
+        // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
+        let acknowledged = sys::tcp_info(target)?.bytes_acked;
+        let before = self.base + self.written.load(Ordering::Relaxed);
+        Ok((acknowledged + sys::unacknowledged(target)?).saturating_sub(before))
+    }
+
+    /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
+    /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    ///
+    /// # Errors
+    /// When bytes were lost: reset, never FIN.
+    pub fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
+        let received = sys::tcp_info(source)?.bytes_received;
+        let flow = self.flow().map_err(io::Error::other)?;
+        if flow.lost > 0 {
+            return Err(lost(&flow));
+        }
+        // The FIN counts one.
+        if read + flow.redirected + 1 != received {
+            sys::kick(source)?;
+            return Ok(false);
+        }
+        let state = sys::tcp_info(target)?.state;
+        if !matches!(state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
+            // Broken; its own event says how.
+            return Ok(false);
+        }
+        Ok(self.taken(target)? == flow.redirected)
+    }
+}
+
+impl Drop for Spliced {
+    fn drop(&mut self) {
+        let maps = &self.splice.maps;
+        // First no more payload comes, then the target may go. Errors mean that an entry is not there: the kernel
+        // takes a closed socket out by itself.
+        let _ = maps.remove_source(self.source);
+        let _ = maps.remove_target(self.source);
+        let _ = maps.remove_flow(self.source);
+        let _ = maps.remove_credit(self.source);
+        self.splice.backlog_events.remove(self.source);
+    }
+}
+
+/// Afterwards the program goes by the credit that was set before, and the flow's counts stand still unless it redirects: a
+/// segment may be in its hands just now, on another processor, under the lock of the socket, which this call takes.
+fn settle(source: &Endpoint) -> io::Result<()> {
+    sys::tcp_info(source).map(drop)
+}
+
+fn lost(flow: &Flow) -> io::Error {
+    io::Error::other(format!("{} bytes dropped: no target socket, or not in sequence", flow.lost))
+}
+
+/// The sequence number of the byte behind the first `read` of the stream.
+#[expect(clippy::cast_possible_truncation, reason = "sequence numbers are counted modulo 2^32")]
+fn next_sequence(source: &Endpoint, read: u64) -> Option<u32> {
+    // The SYN counts one.
+    Some(source.first_sequence()?.wrapping_add(1).wrapping_add(read as u32))
+}
+
+/// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no
+/// acknowledgement fell between.
+fn queued_steadily(socket: &Endpoint) -> Result<u64, EnrolError> {
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        let before = sys::tcp_info(socket)?.bytes_acked;
+        let waiting = sys::unacknowledged(socket)?;
+        if sys::tcp_info(socket)?.bytes_acked == before {
+            return Ok(before + waiting);
+        }
+    }
+    Err(EnrolError::Unsteady)
+}

@@ -1,0 +1,165 @@
+//! Hang-ups of sockets whose payload user space does not read.
+//!
+//! Registered with tokio, a spliced socket would wake the daemon for every message that the kernel carries. Here it
+//! is watched for the peer's FIN, errors and hang-up alone: an epoll instance of our own, which tokio polls as one
+//! descriptor.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use atomic_waker::AtomicWaker;
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{
+    os::sys::{self, Epoll},
+    telemetry::log::target,
+};
+
+/// Watches sockets for hang-up; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Watch(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    watched: Mutex<HashMap<u64, Arc<Signal>>>,
+}
+
+#[derive(Debug, Default)]
+struct Signal {
+    finished: AtomicBool,
+    broken: AtomicBool,
+    /// The one task that the socket belongs to.
+    changed: AtomicWaker,
+}
+
+impl Watch {
+    /// Starts watching, as a task of the present runtime.
+    ///
+    /// # Errors
+    /// As [`Watch::new`] and [`Watch::follow`].
+    pub fn start() -> io::Result<Self> {
+        let watch = Self::new()?;
+        watch.follow()?;
+        Ok(watch)
+    }
+
+    /// One that nobody follows yet.
+    ///
+    /// # Errors
+    /// As epoll_create1(2).
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, watched: Mutex::default() })))
+    }
+
+    /// Has a task of the present runtime tell what happens.
+    ///
+    /// # Errors
+    /// When the runtime cannot poll the instance.
+    pub fn follow(&self) -> io::Result<()> {
+        let polled = sys::poll(EpollOf(Arc::clone(&self.0)), Interest::READABLE)?;
+        tokio::spawn(dispatch(polled));
+        Ok(())
+    }
+
+    /// Watches `socket`, which has the cookie `cookie`, until the result is dropped.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2); a socket can be watched once at a time.
+    pub fn add<S: AsFd>(&self, socket: S, cookie: u64) -> io::Result<Watched<S>> {
+        let signal = Arc::new(Signal::default());
+        self.0.lock().insert(cookie, Arc::clone(&signal));
+        let watched = Watched { watch: self.clone(), socket, cookie, signal };
+        self.0.epoll.add(&watched.socket, cookie)?;
+        Ok(watched)
+    }
+}
+
+/// A watched socket.
+#[derive(Debug)]
+pub struct Watched<S: AsFd> {
+    watch: Watch,
+    socket: S,
+    cookie: u64,
+    signal: Arc<Signal>,
+}
+
+impl<S: AsFd> Watched<S> {
+    /// Whether the peer has finished sending, or the socket is broken.
+    pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.poll(task, &self.signal.finished)
+    }
+
+    /// Whether the socket has an error pending or is closed both ways.
+    pub fn poll_broken(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.poll(task, &self.signal.broken)
+    }
+
+    fn poll(&self, task: &mut Context<'_>, reached: &AtomicBool) -> Poll<()> {
+        // Registered before the look: a change in between is not missed.
+        self.signal.changed.register(task.waker());
+        if reached.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl<S: AsFd> Drop for Watched<S> {
+    fn drop(&mut self) {
+        // A closed socket leaves epoll by itself.
+        let _ = self.watch.0.epoll.remove(&self.socket);
+        self.watch.0.lock().remove(&self.cookie);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Signal>>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct EpollOf(Arc<Shared>);
+
+impl AsFd for EpollOf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.epoll.as_fd()
+    }
+}
+
+impl AsRawFd for EpollOf {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.epoll.as_raw_fd()
+    }
+}
+
+async fn dispatch(polled: AsyncFd<EpollOf>) {
+    while let Ok(mut ready) = polled.readable().await {
+        let shared = &polled.get_ref().0;
+        let events = match shared.epoll.wait() {
+            Ok(events) => events,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
+                return;
+            }
+        };
+        if events.is_empty() {
+            ready.clear_ready();
+        }
+        for event in events {
+            // Dropped meanwhile: nobody waits for it any more.
+            let Some(signal) = shared.lock().get(&event.key).cloned() else { continue };
+            signal.finished.store(true, Ordering::Release);
+            if event.broken {
+                signal.broken.store(true, Ordering::Release);
+            }
+            signal.changed.wake();
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! TCP sockets and what they need: pipes for splice(2), hang-ups, TLS for checks.
+
+pub mod hangup;
+pub mod socket;
+pub mod splice_pipe;
+pub mod tls;

@@ -1,0 +1,642 @@
+//! One end of a connection: a non-blocking TCP socket that can be read and written by user space, or only watched
+//! while the kernel carries its payload.
+
+use std::{
+    cell::RefCell,
+    fmt::Debug,
+    future::poll_fn,
+    io::{self, IoSlice, Read as _},
+    net::{Shutdown, SocketAddr},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::io::{Interest, Ready, unix::AsyncFd};
+
+use crate::{
+    net::{
+        hangup::{Watch, Watched},
+        splice_pipe::{Pipe, Pipes},
+    },
+    os::sys,
+};
+
+/// Bytes of the buffer that user space reads into.
+const SCRATCH_SIZE: usize = 64 * 1024;
+
+/// The receive buffer of every socket: fixed, since autotuning would see a reader of infinite speed where the kernel
+/// takes the payload away at once. The kernel doubles it, and caps it at net.core.rmem_max.
+const RECEIVE_BUFFER: usize = 256 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_SIZE].into_boxed_slice());
+}
+
+/// What the session needs to be told about a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Payload arrives that user space reads.
+    pub read: bool,
+    /// User space may have to wait for room to write.
+    pub write: bool,
+}
+
+/// After so long a socket is looked at again where nothing tells when there is more.
+pub const SOON: Duration = Duration::from_millis(1);
+
+const EVERYTHING: Needs = Needs { read: true, write: true };
+
+type Io = AsyncFd<Arc<Socket>>;
+
+/// Reads the peer's SYN while a socket connects, until it is dropped.
+pub trait SynObserver: Debug + Send + Sync {
+    /// The sequence number of the peer's SYN, once it has arrived.
+    fn sequence(&self) -> Option<u32>;
+}
+
+/// Starts a [`SynObserver`] on a socket that has not begun to connect; `None` where nothing needs one, or none can run.
+pub type ObserveSyn<'a> = dyn Fn(&Arc<Socket>) -> Option<Box<dyn SynObserver>> + Send + Sync + 'a;
+
+/// [`ObserveSyn`] for sockets whose data the kernel never forwards.
+#[must_use]
+pub fn unobserved(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
+    None
+}
+
+/// One end of a connection.
+///
+/// Both directions of a connection are carried by one task, so what it waits for is polled, and each socket needs one waker for
+/// what there is to read and one for room: the slots that tokio has for them. A future for each wait, with a place in a list of
+/// waiters as `AsyncFd::ready` keeps it, would cost more time at each step, and memory while nothing happens.
+#[derive(Debug)]
+pub struct Endpoint {
+    socket: Arc<Socket>,
+    /// Asked for when it is needed; 0 is nobody's.
+    cookie: AtomicU64,
+    // Exactly these two follow `needs`; see `arm`.
+    io: Option<Io>,
+    watched: Option<Box<Watched<Arc<Socket>>>>,
+    needs: Needs,
+    /// Of the peer's SYN; of an accepted socket it is read when it is asked for.
+    sequence: Option<u32>,
+    /// The last read took all there was.
+    emptied: AtomicBool,
+    /// And behind that comes the peer's FIN.
+    last: AtomicBool,
+    /// The kernel has told of an error other than by a read. It tells once: who reads then sees an end of file.
+    told: AtomicBool,
+}
+
+impl Endpoint {
+    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`accepts`].
+    ///
+    /// # Errors
+    /// When the runtime cannot poll it.
+    pub fn accepted(socket: Socket) -> io::Result<Self> {
+        let socket = Arc::new(socket);
+        let io = register(&socket, EVERYTHING)?;
+        Ok(Self::connected(socket, io, None))
+    }
+
+    /// Connects to `address`, while an observer reads the peer's SYN. Dropping the future gives up. The peer
+    /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::acknowledge`].
+    ///
+    /// # Errors
+    /// As connect(2).
+    pub async fn connect(address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Self> {
+        let stream = Type::STREAM.nonblocking();
+        let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
+        prepare(&socket)?;
+        receive_buffer(&socket)?;
+        spare_acknowledgements(&socket)?;
+        let socket = Arc::new(socket);
+        let observer = observe(&socket);
+        match socket.connect(&address.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        let io = register(&socket, EVERYTHING)?;
+        if let Some(io) = &io {
+            poll_fn(|task| io.poll_write_ready(task).map_ok(drop)).await?;
+        }
+        match socket.take_error()? {
+            Some(error) => Err(error),
+            None => {
+                let sequence = observer.and_then(|observer| observer.sequence());
+                Ok(Self::connected(socket, io, sequence))
+            }
+        }
+    }
+
+    fn connected(socket: Arc<Socket>, io: Option<Io>, sequence: Option<u32>) -> Self {
+        Self {
+            cookie: AtomicU64::new(0),
+            io,
+            watched: None,
+            needs: EVERYTHING,
+            sequence,
+            emptied: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+            socket,
+        }
+    }
+
+    /// The kernel's number for this socket, never used again while the machine runs (`SO_COOKIE`).
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        let known = self.cookie.load(Ordering::Relaxed);
+        if known != 0 {
+            return known;
+        }
+        // It cannot fail on an open socket.
+        let cookie = self.socket.cookie().unwrap_or_default();
+        self.cookie.store(cookie, Ordering::Relaxed);
+        cookie
+    }
+
+    /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
+    /// it ([`accepts`]).
+    #[must_use]
+    pub fn first_sequence(&self) -> Option<u32> {
+        self.sequence.or_else(|| sys::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
+    }
+
+    /// The address at our side; for a client's socket what the client connected to.
+    ///
+    /// # Errors
+    /// As getsockname(2).
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Asks to be told just that. A socket that user space does not read is watched by `watch` for hang-up instead, so that the
+    /// payload that the kernel carries wakes nobody.
+    ///
+    /// # Errors
+    /// When it cannot be registered.
+    pub fn arm(&mut self, needs: Needs, watch: &Watch) -> io::Result<()> {
+        if needs == self.needs {
+            return Ok(());
+        }
+        self.io = None;
+        self.io = register(&self.socket, needs)?;
+        if needs.read {
+            self.watched = None;
+        } else if self.watched.is_none() {
+            self.watched = Some(Box::new(watch.add(Arc::clone(&self.socket), self.cookie())?));
+        }
+        self.needs = needs;
+        Ok(())
+    }
+
+    /// Waits for payload and hands it to `take`, as [`Endpoint::poll_read`]. Cancel safe.
+    ///
+    /// # Errors
+    /// As recv(2).
+    pub async fn read<T>(&self, mut take: impl FnMut(&[u8]) -> T) -> io::Result<T> {
+        loop {
+            if let Some(taken) = poll_fn(|task| self.poll_read(task, &mut take)).await? {
+                return Ok(taken);
+            }
+            tokio::time::sleep(SOON).await;
+        }
+    }
+
+    /// Hands payload to `take`, out of a buffer that all connections of the thread share; empty is the peer's FIN. `None`: there
+    /// will be more, but nothing tells when; look again [`SOON`].
+    ///
+    /// # Errors
+    /// As recv(2).
+    pub fn poll_read<T>(
+        &self,
+        task: &mut Context<'_>,
+        mut take: impl FnMut(&[u8]) -> T,
+    ) -> Poll<io::Result<Option<T>>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        loop {
+            let mut ready = ready!(io.poll_read_ready(task))?;
+            let state = ready.ready();
+            let closed = state.is_read_closed();
+            let broken = state.is_write_closed() || state.is_error();
+            let taken = SCRATCH.with_borrow_mut(|scratch| {
+                let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
+                    Ok(result) => result?,
+                    Err(_would_block) => return Ok(None),
+                };
+                // A short read has emptied the queue: the next one would only say EAGAIN.
+                let emptied = count < scratch.len();
+                self.emptied.store(emptied, Ordering::Relaxed);
+                self.last.store(emptied && closed && !broken, Ordering::Relaxed);
+                if count > 0 && emptied {
+                    ready.clear_ready_matching(Ready::READABLE);
+                }
+                Ok::<_, io::Error>(Some(take(scratch.get(..count).unwrap_or_default())))
+            })?;
+            // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still with a
+            // worker, and says EAGAIN until then.
+            if taken.is_some() || closed {
+                return Poll::Ready(Ok(taken));
+            }
+        }
+    }
+
+    /// Moves payload into one of the pipes. `None` if there is none to be had, or nothing went into it but the peer's FIN:
+    /// [`Endpoint::poll_read`] then.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub fn poll_fill(
+        &self,
+        task: &mut Context<'_>,
+        pipes: &Pipes,
+    ) -> Poll<io::Result<Option<(Pipe, usize)>>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        loop {
+            let mut ready = ready!(io.poll_read_ready(task))?;
+            let Some(mut pipe) = pipes.borrow() else {
+                ready.retain_ready();
+                return Poll::Ready(Ok(None));
+            };
+            if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
+                let count = filled?;
+                // There may be more, in the middle of a segment even.
+                self.emptied.store(false, Ordering::Relaxed);
+                return Poll::Ready(Ok((count > 0).then_some((pipe, count))));
+            }
+        }
+    }
+
+    /// Moves out of the pipe what fits, once something does.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub fn poll_drain(&self, task: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        self.poll_room(task, || self.try_drain(pipe))
+    }
+
+    /// Moves out of the pipe what fits now, without waiting; 0 when nothing fits.
+    ///
+    /// # Errors
+    /// As splice(2).
+    pub fn try_drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
+        match pipe.drain(&*self.socket) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            drained => self.telling(drained),
+        }
+    }
+
+    /// Whether there is something to read, or an end.
+    ///
+    /// # Errors
+    /// When the runtime no longer polls.
+    pub fn poll_readable(&self, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        ready!(io.poll_read_ready(task))?.retain_ready();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
+    /// the program would have to cut off more than it can: the kernel joins segments that wait in a queue into one.
+    #[must_use]
+    pub fn emptied(&self) -> bool {
+        self.emptied.load(Ordering::Relaxed)
+    }
+
+    /// Whether behind what was read last comes the peer's FIN, as far as is known. Another may not be known of yet.
+    #[must_use]
+    pub fn read_its_last(&self) -> bool {
+        self.last.load(Ordering::Relaxed)
+    }
+
+    /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
+    /// of it may be that error's.
+    #[must_use]
+    pub fn ends_by_fin(&self) -> bool {
+        !self.told.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that an error was told.
+    fn telling<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|_| self.told.store(true, Ordering::Relaxed))
+    }
+
+    /// Writes what fits now, without waiting; 0 when nothing fits.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub fn try_write(&self, payload: &[u8]) -> io::Result<usize> {
+        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL))
+    }
+
+    /// Writes what fits of several pieces by one call, so that they leave in one segment where they can.
+    ///
+    /// # Errors
+    /// As sendmsg(2).
+    pub fn try_write_all(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
+    }
+
+    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::push_and_reset`] unless it
+    /// fills a segment.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub fn try_write_more(&self, payload: &[u8]) -> io::Result<usize> {
+        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL | libc::MSG_MORE))
+    }
+
+    /// Acknowledges what has come by now, and what comes next at once, until the kernel sees a conversation.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn acknowledge(&self) -> io::Result<()> {
+        // To set it again acknowledges (__tcp_sock_set_quickack, net/ipv4/tcp.c).
+        self.socket.set_tcp_quickack(true)
+    }
+
+    /// Sends what was written.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn push(&self) -> io::Result<()> {
+        // To set it again pushes (tcp_sock_set_nodelay, net/ipv4/tcp.c).
+        self.socket.set_tcp_nodelay(true)
+    }
+
+    fn try_now(&self, write: impl Fn(&Socket) -> io::Result<usize>) -> io::Result<usize> {
+        loop {
+            match write(&self.socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return self.telling(result),
+            }
+        }
+    }
+
+    /// Writes what fits, once something does.
+    ///
+    /// # Errors
+    /// As send(2).
+    pub fn poll_write(&self, task: &mut Context<'_>, payload: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_room(task, || self.try_write(payload))
+    }
+
+    /// Waits for room until `write`, which says 0 for no room, finds some. It is asked before the runtime is: what that knows
+    /// of room is thrown away by [`Endpoint::poll_closed`].
+    fn poll_room(
+        &self,
+        task: &mut Context<'_>,
+        mut write: impl FnMut() -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let Some(io) = &self.io else { return Poll::Pending };
+        loop {
+            let written = write()?;
+            if written > 0 {
+                return Poll::Ready(Ok(written));
+            }
+            let mut ready = ready!(io.poll_write_ready(task))?;
+            let written = write()?;
+            if written > 0 {
+                return Poll::Ready(Ok(written));
+            }
+            ready.clear_ready_matching(Ready::WRITABLE);
+        }
+    }
+
+    /// Resolves when the peer has finished sending, as [`Endpoint::poll_finished`]. Cancel safe.
+    pub async fn finished(&self) {
+        poll_fn(|task| self.poll_finished(task)).await;
+    }
+
+    /// Whether the peer has finished sending, for a socket that user space does not read.
+    pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.watched.as_ref().map_or(Poll::Pending, |watched| watched.poll_finished(task))
+    }
+
+    /// Resolves when the connection breaks, as [`Endpoint::poll_closed`]. Cancel safe.
+    pub async fn closed(&self) -> Option<io::Error> {
+        poll_fn(|task| self.poll_closed(task)).await
+    }
+
+    /// Whether the connection is broken, with its error, or both sides have finished, with none. It throws away what the
+    /// runtime knows of room: ask it before writing.
+    pub fn poll_closed(&self, task: &mut Context<'_>) -> Poll<Option<io::Error>> {
+        if let Some(watched) = &self.watched {
+            ready!(watched.poll_broken(task));
+        } else if let Some(io) = &self.io {
+            // An error of the readiness itself means the runtime is going: as broken as can be.
+            while let Ok(mut ready) = ready!(io.poll_write_ready(task)) {
+                if ready.ready().is_write_closed() {
+                    break;
+                }
+                ready.clear_ready_matching(Ready::WRITABLE);
+            }
+        } else {
+            return Poll::Pending;
+        }
+        let error = self.socket.take_error().unwrap_or_else(Some);
+        self.told.fetch_or(error.is_some(), Ordering::Relaxed);
+        Poll::Ready(error)
+    }
+
+    /// Tells the peer that nothing more comes (FIN).
+    ///
+    /// # Errors
+    /// As shutdown(2).
+    pub fn finish(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Write)
+    }
+
+    /// Waits until the peer has acknowledged all that it was sent, or is gone, or this time is over.
+    pub async fn taken(&self, within: Duration) {
+        let acknowledged = async {
+            let mut pause = Duration::from_millis(1);
+            while sys::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+        };
+        let _ = tokio::time::timeout(within, acknowledged).await;
+    }
+
+    /// As [`give_up_after`].
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn give_up_after(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+        give_up_after(&self.socket, user_timeout, keepalive)
+    }
+
+    /// Closes with a RST, so that the peer never takes what it got for the whole. What was written and not sent yet is thrown away.
+    pub fn reset(self) {
+        // If it fails, the socket is gone already.
+        let _ = self.socket.set_linger(Some(Duration::ZERO));
+    }
+
+    /// The same, but what was written is sent before.
+    pub fn push_and_reset(self) {
+        // If it fails, nothing is sent any more.
+        let _ = self.push();
+        self.reset();
+    }
+}
+
+impl AsFd for Endpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Endpoint {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.
+fn syn_sequence(syn: &[u8]) -> Option<u32> {
+    const IPV6_HEADER: usize = 40;
+    const NEXT_HEADER: usize = 6;
+    let tcp = match syn.first()? >> 4 {
+        4 => usize::from(syn.first()? & 0xF) * 4,
+        6 if i32::from(*syn.get(NEXT_HEADER)?) == libc::IPPROTO_TCP => IPV6_HEADER,
+        _ => return None,
+    };
+    syn.get(tcp + 4..tcp + 8)?.first_chunk().copied().map(u32::from_be_bytes)
+}
+
+/// From now on a peer that does not answer is given up: one that has been sent something after `user_timeout`, as is one
+/// whose window stays closed for so long; an idle one is asked whether it lives after `keepalive` (whole seconds), and from
+/// then on, and given up after `user_timeout` as well. By the kernel alone, whoever carries the payload. Accepted sockets
+/// have it from the listening one.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+    let interval = (keepalive / 4).max(Duration::from_secs(1));
+    // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
+    let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(user_timeout))
+}
+
+/// Readies a socket that is to accept: fixes the receive buffer, saves the SYN of each connection until it is read, and
+/// sets what accepted sockets then have as well (sk_clone, net/core/sock.c).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn accepts(socket: &Socket) -> io::Result<()> {
+    prepare(socket)?;
+    receive_buffer(socket)?;
+    sys::save_syn(socket)
+}
+
+/// Fixes the receive buffer; before connect(2) or listen(2), so that the window scale fits it.
+///
+/// # Errors
+/// As setsockopt(2).
+fn receive_buffer(socket: &Socket) -> io::Result<()> {
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)
+}
+
+/// Without Nagle, and with urgent data in its place.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn prepare(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
+    socket.set_out_of_band_inline(true)
+}
+
+/// Has acknowledgements go along with payload where some follows soon (delayed, RFC 9293, section 3.8.6.3), from the first
+/// segment on; the kernel alone sends them at once until it has seen a conversation. A connecting socket leaves that of the
+/// SYN-ACK to the header (tcp_rcv_synsent_state_process, net/ipv4/tcp_input.c). To be called before connect(2), but after
+/// listen(2), which forgets it (inet_csk_listen_start, net/ipv4/inet_connection_sock.c); accepted sockets have it as well.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn spare_acknowledgements(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_quickack(false)
+}
+
+fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
+    let interest = match needs {
+        Needs { read: true, write: true } => Interest::READABLE | Interest::WRITABLE,
+        Needs { read: true, write: false } => Interest::READABLE,
+        Needs { read: false, write: true } => Interest::WRITABLE,
+        Needs { read: false, write: false } => return Ok(None),
+    };
+    sys::poll(Arc::clone(socket), interest | Interest::ERROR).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::AsyncReadExt as _,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    async fn pair() -> (Endpoint, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ours = Endpoint::connect(listener.local_addr().unwrap(), &unobserved).await.unwrap();
+        ours.acknowledge().unwrap();
+        (ours, listener.accept().await.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn what_was_written_to_be_sent_later_is_pushed_before_a_reset_or_never_sent() {
+        let mut seen = [0; 9];
+        let (ours, mut peer) = pair().await;
+        assert_eq!(ours.try_write_more(b"221 bye\r\n").unwrap(), 9);
+        ours.push_and_reset();
+        peer.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"221 bye\r\n");
+        assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let (ours, mut peer) = pair().await;
+        assert_eq!(ours.try_write_more(b"no header").unwrap(), 9);
+        ours.reset();
+        assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn the_last_payload_is_known_by_the_fin_behind_it() {
+        let (ours, peer) = pair().await;
+        let peer = peer.into_std().unwrap();
+        let (first, last) = (b"250 go on\r\n", b"221 bye\r\n");
+        peer.set_nonblocking(false).unwrap();
+        Socket::from(peer.try_clone().unwrap()).send(first).unwrap();
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), first.len());
+        assert!(!ours.read_its_last());
+        let peer = Socket::from(peer);
+        peer.send_with_flags(last, libc::MSG_MORE).unwrap();
+        peer.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), last.len());
+        assert!(ours.read_its_last());
+        assert_eq!(ours.read(<[u8]>::len).await.unwrap(), 0);
+    }
+
+    #[test]
+    fn the_sequence_number_of_a_saved_syn() {
+        let tcp = [0, 25, 0xC0, 0, 0xDE, 0xAD, 0xBE, 0xEF, 0, 0, 0, 0, 0x50, 2];
+        let ipv4 = |first| [&[first][..], &[0; 19], &tcp].concat();
+        let ipv6 = |next| [&[0x60, 0, 0, 0, 0, 20, next, 64][..], &[0; 32], &tcp].concat();
+        assert_eq!(syn_sequence(&ipv4(0x45)), Some(0xDEAD_BEEF));
+        assert_eq!(syn_sequence(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
+        assert_eq!(syn_sequence(&ipv6(6)), Some(0xDEAD_BEEF));
+        // An extension header, nothing, too little.
+        assert_eq!(syn_sequence(&ipv6(0)), None);
+        assert_eq!(syn_sequence(&[]), None);
+        assert_eq!(syn_sequence(ipv4(0x45).get(..26).unwrap()), None);
+    }
+}

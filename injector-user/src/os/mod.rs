@@ -1,0 +1,5 @@
+//! The operating system: system calls, capabilities, systemd.
+
+pub mod capabilities;
+pub mod sys;
+pub mod systemd;

@@ -1,0 +1,640 @@
+//! One direction of a connection, carried out: the wishes of [`Direction`] as reads, writes and enrolments.
+
+use std::{
+    future::Future as _,
+    io,
+    pin::{Pin, pin},
+    task::{self, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf as _, BytesMut};
+use injector_common::proxy::{Forgery, forgery};
+use tokio::{
+    task::yield_now,
+    time::{Sleep, sleep},
+};
+
+use super::{
+    Context,
+    backlog::{Judgement, judge},
+    direction::{Direction, Plane, Want},
+};
+use crate::{
+    config::Pays,
+    engine::{Offer, Refused, Spliced},
+    net::{
+        socket::{Endpoint, SOON},
+        splice_pipe::Pipe,
+    },
+    os::sys,
+    telemetry::{backlog::Share, outcome::Bytes},
+};
+
+/// Longest pause between two looks whether a finished direction has been delivered.
+const PROOF_PAUSE: Duration = Duration::from_millis(4);
+/// Ends of file in a row, a millisecond apart, after which one is believed to be a reset.
+const EARLY_ENDS: u32 = 2000;
+/// Longest pause between two looks whether a target has caught up.
+const DRAIN_PAUSE: Duration = Duration::from_millis(16);
+
+/// Payload of at least so many bytes is bulk, which a pipe carries better than a buffer.
+const LARGE: usize = 16 * 1024;
+/// So many of these in a row, and a pipe is taken for the next.
+const BULK_AFTER: u32 = 2;
+
+/// Why a direction cannot go on.
+#[derive(Debug)]
+pub(super) enum Break {
+    /// The socket that payload comes from.
+    Source(io::Error),
+    /// The socket that payload goes to.
+    Target(io::Error),
+    /// The kernel dropped payload, or lost count of it.
+    Lost(io::Error),
+    /// The source sent a PROXY header of its own.
+    Forged,
+    /// Too much waits in the kernel over all connections, and here is some of it.
+    Overload,
+}
+
+/// One direction.
+///
+/// There are two to a connection, and most connections are idle: what is seldom there is on the heap.
+#[derive(Debug)]
+pub(super) struct Lane {
+    direction: Direction,
+    /// Holds something, if it is there.
+    waiting: Option<Box<Waiting>>,
+    /// Bytes that went into pipes.
+    piped: u64,
+    /// Large payloads in a row.
+    large: u32,
+    /// Payloads read in user space that were not bulk.
+    messages: u32,
+    /// Once the kernel has had the direction.
+    carried: Option<Box<Carried>>,
+    /// The engine refused this direction once, or never carries any.
+    stays: bool,
+    /// Given up before its end: the source has been told that bytes arrived which nobody took.
+    cut: bool,
+    /// Until the next look at what nothing tells of.
+    pause: Pause,
+    /// What waits in the kernel for the target.
+    share: Share,
+}
+
+/// Between which sockets a direction runs, and what it shares with all others.
+#[derive(Clone, Copy)]
+pub(super) struct Between<'a> {
+    pub(super) context: &'a Context,
+    pub(super) source: &'a Endpoint,
+    pub(super) target: &'a Endpoint,
+}
+
+/// Read and not yet written.
+#[derive(Debug, Default)]
+struct Waiting {
+    bytes: BytesMut,
+    /// Comes behind them.
+    pipe: Option<Pipe>,
+}
+
+impl Waiting {
+    fn poll_write(&mut self, task: &mut task::Context<'_>, target: &Endpoint) -> Poll<io::Result<usize>> {
+        match &mut self.pipe {
+            Some(pipe) if self.bytes.is_empty() => target.poll_drain(task, pipe),
+            _ => {
+                let written = ready!(target.poll_write(task, &self.bytes))?;
+                self.bytes.advance(written);
+                Poll::Ready(Ok(written))
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty() && self.pipe.as_ref().is_none_or(|pipe| pipe.held() == 0)
+    }
+}
+
+/// A direction in the kernel's hands.
+#[derive(Debug)]
+struct Carried {
+    spliced: Box<dyn Spliced>,
+    /// What user space had read when the kernel first took over.
+    read_before: u64,
+    /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
+    /// the offer came to nothing, there is more to read.
+    offered_at: u64,
+    /// How often in a row there was an end of file, and then there was none.
+    early_ends: u32,
+}
+
+/// Between two looks at what nothing tells of.
+#[derive(Debug, Default)]
+struct Pause {
+    sleep: Option<Pin<Box<Sleep>>>,
+    /// Looks in a row that found nothing.
+    looks: u32,
+}
+
+impl Pause {
+    /// Begins, for so long.
+    fn begin(&mut self, length: Duration, task: &mut task::Context<'_>) {
+        let sleep = self.sleep.insert(Box::pin(sleep(length)));
+        if sleep.as_mut().poll(task).is_ready() {
+            task.waker().wake_by_ref();
+        }
+    }
+
+    /// Begins after a look that has found nothing. Each is longer than the one before, but not longer than `most`. Of the first
+    /// looks, `at_once` come without a pause, after other tasks.
+    fn grow(&mut self, at_once: u32, most: Duration, task: &mut task::Context<'_>) {
+        if self.looks < at_once {
+            // Polled once it is pending, and wakes this task when the others have had their turn.
+            let _ = pin!(yield_now()).poll(task);
+        } else {
+            let length = SOON * (1 << (self.looks - at_once).min(10));
+            self.begin(length.min(most), task);
+        }
+        self.looks += 1;
+    }
+
+    fn poll_over(&mut self, task: &mut task::Context<'_>) -> Poll<()> {
+        if let Some(sleep) = &mut self.sleep {
+            ready!(sleep.as_mut().poll(task));
+            self.sleep = None;
+        }
+        Poll::Ready(())
+    }
+
+    /// What was looked for is there.
+    fn end(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// What a step has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Payload was read in user space.
+    Read,
+    /// The kernel was told to leave the source to user space.
+    Held,
+    /// User space carries the direction again.
+    TakenBack,
+    /// The kernel carries the direction once more.
+    Resumed,
+    /// Anything else.
+    Other,
+}
+
+impl Lane {
+    /// A direction of which `held` was read before and not yet written. While `gated`, the first bytes are examined
+    /// for a forged header.
+    pub(super) fn new(read: u64, held: BytesMut, gated: bool, context: &Context) -> Self {
+        Self {
+            direction: Direction::new(read, held.len(), gated),
+            waiting: (!held.is_empty()).then(|| Box::new(Waiting { bytes: held, pipe: None })),
+            piped: 0,
+            large: 0,
+            messages: u32::from(read > 0),
+            carried: None,
+            stays: false,
+            cut: false,
+            pause: Pause::default(),
+            share: context.ledger.share(),
+        }
+    }
+
+    pub(super) fn want(&self) -> Want {
+        self.direction.want()
+    }
+
+    pub(super) fn ended(&self) -> bool {
+        self.direction.ended()
+    }
+
+    /// Whether it was given up before its end.
+    pub(super) fn was_cut(&self) -> bool {
+        self.cut
+    }
+
+    /// Whether the source has ever been read in user space; it is, before the kernel takes over.
+    pub(super) fn silent(&self) -> bool {
+        self.direction.read_bytes() == 0
+    }
+
+    /// The target takes nothing any more.
+    pub(super) fn abandon(&mut self) {
+        self.cut |= self.want() != Want::Nothing;
+        self.direction.abandon();
+        self.waiting = None;
+        self.pause.end();
+        self.share.set(0);
+    }
+
+    /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
+    fn is_fin(&self, source: &Endpoint) -> bool {
+        // Asking the kernel for its counts is dear where sessions are short.
+        (self.carried.is_none() && source.ends_by_fin()) || self.complete(source)
+    }
+
+    /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
+    /// of file to epoll, and to recv(2) once its error was fetched; only the count tells, in which a FIN is one.
+    pub(super) fn complete(&self, source: &Endpoint) -> bool {
+        // The kernel may be working on the last segment, having announced its FIN already: asking waits for that, and
+        // only then is the flow's count final.
+        let Ok(info) = sys::tcp_info(source) else { return false };
+        info.bytes_received == self.direction.read_bytes() + self.flow().redirected + 1
+    }
+
+    /// Whether the kernel takes what the source sends away at once: then nothing waits to be read that could say how it
+    /// ended.
+    pub(super) fn runs_in_kernel(&self) -> bool {
+        self.direction.plane() == Plane::Spliced
+    }
+
+    pub(super) fn reads_source(&self) -> bool {
+        self.may_read_source() && !self.direction.ended()
+    }
+
+    /// Whether user space is to be told of what the source sends. When that has finished there is nothing more to be told, but
+    /// nothing to be gained either by asking for less.
+    pub(super) fn may_read_source(&self) -> bool {
+        matches!(self.direction.plane(), Plane::Relayed | Plane::Offered)
+    }
+
+    /// Whether user space is to be told of room at the target.
+    pub(super) fn may_write_target(&self) -> bool {
+        self.direction.plane() == Plane::Relayed
+    }
+
+    /// Bytes so far.
+    pub(super) fn bytes(&self) -> Bytes {
+        let relayed = self.direction.read_bytes().saturating_sub(self.piped);
+        Bytes { relayed, piped: self.piped, spliced: self.flow().redirected }
+    }
+
+    /// `CLOCK_MONOTONIC` of the last payload that the kernel carried, in nanoseconds; 0 if none.
+    pub(super) fn last_carried_ns(&self) -> u64 {
+        self.flow().last_ns
+    }
+
+    fn flow(&self) -> injector_common::splice::Flow {
+        self.carried.as_ref().and_then(|carried| carried.spliced.flow().ok()).unwrap_or_default()
+    }
+
+    /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
+    /// nothing is held. Returns why the engine refused, the once that it does.
+    pub(super) fn enrol(&mut self, between: Between<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
+        let Between { context, source, target } = between;
+        if self.stays || !self.direction.can_splice() {
+            return Enrolment::NotNow;
+        }
+        if !pays_off(&context.pays, self.messages.into(), self.direction.read_bytes(), age) {
+            return Enrolment::NotNow;
+        }
+        if self.carried.is_some() {
+            return self.offer(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
+        }
+        if !source.emptied() {
+            return Enrolment::NotNow;
+        }
+        let read = self.direction.read_bytes();
+        match context.engine.enrol(source, target, read) {
+            Some(Ok(spliced)) => {
+                let carried = Carried { spliced, read_before: read, offered_at: 0, early_ends: 0 };
+                self.carried = Some(Box::new(carried));
+                self.direction.spliced();
+                Enrolment::Done
+            }
+            Some(Err(refused)) => {
+                self.stays = true;
+                Enrolment::Refused(refused)
+            }
+            None => {
+                self.stays = true;
+                Enrolment::NotNow
+            }
+        }
+    }
+
+    /// Offers the kernel to carry again, once the target has taken all but a little of what user space wrote.
+    fn offer(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
+        let Some(carried) = &mut self.carried else { return Ok(()) };
+        let read = self.direction.read_bytes();
+        if read == carried.offered_at || sys::unacknowledged(target)? > context.marks.low {
+            return Ok(());
+        }
+        carried.offered_at = read;
+        if carried.spliced.offer(read - carried.read_before)? {
+            self.direction.offered();
+        }
+        Ok(())
+    }
+
+    /// Does what the direction wants next, once it can be done.
+    pub(super) fn poll_step(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        let target = between.target;
+        ready!(self.pause.poll_over(task));
+        match self.direction.want() {
+            Want::Read => return self.poll_read(task, between),
+            Want::Write => {
+                let Some(waiting) = &mut self.waiting else { return Poll::Pending };
+                let written = ready!(waiting.poll_write(task, target)).map_err(Break::Target)?;
+                self.waiting.take_if(|waiting| waiting.is_empty());
+                self.direction.wrote(written);
+            }
+            Want::Hangup => return self.poll_attend(task, between),
+            Want::Drain => return self.poll_drain(task, between),
+            Want::Handover => return self.poll_hand_over(task, between),
+            Want::Proof => return self.poll_prove(task, between),
+            Want::Fin => {
+                target.finish().map_err(Break::Target)?;
+                self.direction.fin_sent();
+                self.share.set(0);
+            }
+            Want::Nothing => return Poll::Pending,
+        }
+        Poll::Ready(Ok(Progress::Other))
+    }
+
+    fn poll_read(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        let Between { context, source, target } = between;
+        if self.is_bulk()
+            && let Some((pipe, count)) =
+                ready!(source.poll_fill(task, &context.pipes)).map_err(Break::Source)?
+        {
+            return Poll::Ready(self.pass(pipe, count, target));
+        }
+        let Self { direction, waiting, messages, large, carried, .. } = self;
+        let taken = source.poll_read(task, |payload| {
+            if payload.is_empty() {
+                return None;
+            }
+            direction.read(payload.len());
+            if payload.len() >= LARGE {
+                *large += 1;
+            } else {
+                (*large, *messages) = (0, messages.saturating_add(1));
+            }
+            if let Some(carried) = carried {
+                carried.early_ends = 0;
+            }
+            // Its FIN then leaves in one segment with it.
+            let last = carried.is_none() && source.read_its_last();
+            Some(take(direction, waiting, payload, last, target))
+        });
+        match ready!(taken).map_err(Break::Source)? {
+            Some(Some(taken)) => Poll::Ready(taken),
+            Some(None) if self.is_fin(source) => {
+                self.direction.source_finished();
+                Poll::Ready(Ok(Progress::Other))
+            }
+            Some(None) if !self.more_is_coming(source) => {
+                Poll::Ready(Err(Break::Source(io::ErrorKind::ConnectionReset.into())))
+            }
+            Some(None) | None => {
+                self.pause.begin(SOON, task);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Whether a pipe serves better than a buffer. Never again where `verdict` has had the source: what it passes is on a list
+    /// of its own, which splice(2) does not look at (tcp_splice_read, net/ipv4/tcp.c).
+    fn is_bulk(&self) -> bool {
+        self.large >= BULK_AFTER && self.carried.is_none() && self.direction.can_splice()
+    }
+
+    /// Passes on what has just come into a pipe, as far as the target takes it now.
+    fn pass(&mut self, mut pipe: Pipe, count: usize, target: &Endpoint) -> Result<Progress, Break> {
+        self.direction.read(count);
+        self.piped += count as u64;
+        if count < LARGE {
+            self.large = 0;
+        }
+        let drained = target.try_drain(&mut pipe);
+        if pipe.held() > 0 {
+            self.waiting.get_or_insert_default().pipe = Some(pipe);
+        }
+        self.direction.wrote(drained.map_err(Break::Target)?);
+        Ok(Progress::Read)
+    }
+
+    /// Whether an end of file comes too early: of a socket that has been in the program's hands, recv(2) says 0 after the
+    /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
+    fn more_is_coming(&mut self, source: &Endpoint) -> bool {
+        let Some(carried) = &mut self.carried else { return false };
+        let Ok(info) = sys::tcp_info(source) else { return false };
+        let redirected = carried.spliced.flow().map_or(0, |flow| flow.redirected);
+        carried.early_ends += 1;
+        info.bytes_received > self.direction.read_bytes() + redirected + 1 && carried.early_ends < EARLY_ENDS
+    }
+
+    fn spliced(&self) -> Result<&dyn Spliced, Break> {
+        let missing = || Break::Lost(io::ErrorKind::NotFound.into());
+        self.carried.as_ref().map(|carried| &*carried.spliced).ok_or_else(missing)
+    }
+
+    /// While the kernel carries: until the source finishes, or what waits for the target has to be looked at.
+    fn poll_attend(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        if self.spliced()?.bell().poll_heard(task).is_ready() {
+            return Poll::Ready(self.look(between));
+        }
+        ready!(between.source.poll_finished(task));
+        self.direction.source_finished();
+        Poll::Ready(Ok(Progress::Other))
+    }
+
+    /// Looks at what waits for the target, and holds the source if it is too much.
+    pub(super) fn look(&mut self, between: Between<'_>) -> Result<Progress, Break> {
+        let Between { context, source, target } = between;
+        let Some(carried) = &self.carried else { return Ok(Progress::Other) };
+        if self.direction.want() != Want::Hangup {
+            return Ok(Progress::Other);
+        }
+        let spliced = &carried.spliced;
+        let backlog = spliced.backlog(target).map_err(Break::Lost)?;
+        let total = self.share.set(backlog.bytes);
+        match judge(&context.marks, backlog.bytes, total) {
+            Judgement::Reset => return Err(Break::Overload),
+            Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
+            Judgement::Go if !backlog.held => {
+                spliced.grant(backlog.taken).map_err(Break::Lost)?;
+                return Ok(Progress::Other);
+            }
+            Judgement::Go | Judgement::Hold => {}
+        }
+        self.direction.held_back();
+        Ok(Progress::Held)
+    }
+
+    /// While the source is held: until the target has taken all that is on its way. Then user space goes on, and keeps
+    /// the direction.
+    fn poll_drain(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        let Between { context, target, .. } = between;
+        let backlog = self.spliced()?.backlog(target).map_err(Break::Lost)?;
+        let total = self.share.set(backlog.bytes);
+        if backlog.bytes == 0 {
+            self.pause.end();
+            self.direction.moved_to_user_space();
+            return Poll::Ready(Ok(Progress::TakenBack));
+        }
+        if judge(&context.marks, backlog.bytes, total) == Judgement::Reset {
+            return Poll::Ready(Err(Break::Overload));
+        }
+        self.pause.grow(0, DRAIN_PAUSE, task);
+        Poll::Pending
+    }
+
+    /// While the kernel is offered the direction: until it has taken it, or there is more for user space to read.
+    fn poll_hand_over(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        let Between { source, target, .. } = between;
+        let spliced = self.spliced()?;
+        let mut taken = false;
+        // It may have been rung before the offer, when the direction was held.
+        while !taken && spliced.bell().poll_heard(task).is_ready() {
+            taken = spliced.flow().map_err(Break::Lost)?.passing == 0;
+        }
+        if !taken {
+            ready!(source.poll_readable(task)).map_err(Break::Source)?;
+        }
+        Poll::Ready(Ok(match spliced.withdraw(source, target).map_err(Break::Lost)? {
+            Offer::Taken => {
+                self.direction.resumed();
+                Progress::Resumed
+            }
+            Offer::Held => {
+                self.direction.held_back();
+                Progress::Held
+            }
+            Offer::Void => {
+                self.direction.withdrawn();
+                Progress::Other
+            }
+        }))
+    }
+
+    /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
+    /// them to user space.
+    fn poll_prove(
+        &mut self,
+        task: &mut task::Context<'_>,
+        between: Between<'_>,
+    ) -> Poll<Result<Progress, Break>> {
+        let Between { source, target, .. } = between;
+        let spliced = self.spliced()?;
+        if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
+            self.pause.end();
+            self.direction.proven();
+            return Poll::Ready(Ok(Progress::Other));
+        }
+        if spliced.backlog(target).map_err(Break::Lost)?.held {
+            self.pause.end();
+            self.direction.held_back();
+            return Poll::Ready(Ok(Progress::Held));
+        }
+        // The worker that fills the target's queue has most often been there already, or needs this processor.
+        self.pause.grow(2, PROOF_PAUSE, task);
+        Poll::Pending
+    }
+}
+
+/// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
+/// payload is examined.
+fn pays_off(pays: &Pays, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
+    bytes > 0
+        && (messages >= pays.messages
+            || pays.bytes.is_some_and(|enough| bytes >= enough)
+            || pays.age.is_some_and(|enough| age() >= enough))
+}
+
+/// What became of an enrolment.
+#[derive(Debug)]
+pub(super) enum Enrolment {
+    /// Too early, or the engine never does.
+    NotNow,
+    /// The kernel carries the direction.
+    Done,
+    /// User space keeps it.
+    Refused(Refused),
+    /// The kernel does not say what it has carried: the connection cannot go on.
+    Lost(io::Error),
+}
+
+/// Passes on what was just read, as far as the target takes it now; the rest waits. The `last` of it is sent with what follows.
+fn take(
+    direction: &mut Direction,
+    waiting: &mut Option<Box<Waiting>>,
+    payload: &[u8],
+    last: bool,
+    target: &Endpoint,
+) -> Result<Progress, Break> {
+    let gated = direction.want() == Want::Read;
+    // Only at the gate anything waits while there is more to read.
+    let mut held = waiting.take();
+    if let Some(held) = &mut held {
+        held.bytes.extend_from_slice(payload);
+    }
+    let all = held.as_ref().map_or(payload, |held| &held.bytes);
+    let written = match if gated { forgery(all) } else { Forgery::No } {
+        Forgery::Yes => return Err(Break::Forged),
+        Forgery::Undecided => 0,
+        Forgery::No => {
+            direction.open_gate();
+            let written = if last { target.try_write_more(all) } else { target.try_write(all) };
+            let written = written.map_err(Break::Target)?;
+            direction.wrote(written);
+            written
+        }
+    };
+    if written < all.len() {
+        let mut left = held.unwrap_or_else(|| Box::new(Waiting { bytes: payload.into(), pipe: None }));
+        left.bytes.advance(written);
+        *waiting = Some(left);
+    }
+    Ok(Progress::Read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_of_messages_bytes_and_age_pays_but_nothing_before_the_first_byte() {
+        let second = Duration::from_secs(1);
+        let pays = Pays { messages: 3, bytes: Some(100), age: Some(second) };
+        for (messages, bytes, age, off) in [
+            (2, 99, Duration::ZERO, false),
+            (3, 99, Duration::ZERO, true),
+            (0, 100, Duration::ZERO, true),
+            (0, 1, second, true),
+            (0, 0, second, false),
+        ] {
+            assert_eq!(pays_off(&pays, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
+        }
+        assert!(!pays_off(&Pays { bytes: None, age: None, ..pays }, 2, u64::MAX, || panic!("not asked for")));
+    }
+}

@@ -69,29 +69,52 @@ impl Counter {
         Self::NotifyFailed,
     ];
 
-    /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
+    /// The labels of `injector_bpf_events_total`: the program that counts it, and the event's name.
     #[must_use]
     pub const fn labels(self) -> (&'static str, &'static str) {
+        (self.program(), self.as_str())
+    }
+
+    /// The program that counts it.
+    #[must_use]
+    pub const fn program(self) -> &'static str {
         match self {
-            Self::HeaderBeforePayload => ("inject", "header_before_payload"),
-            Self::HeaderAlone => ("inject", "header_alone"),
-            Self::AfterHeader => ("inject", "after_header"),
-            Self::NoHeader => ("inject", "no_header"),
-            Self::BadHeader => ("inject", "bad_header"),
-            Self::PushFailed => ("inject", "push_failed"),
-            Self::ShortPush => ("inject", "short_push"),
-            Self::PopFailed => ("inject", "pop_failed"),
-            Self::Redirected => ("verdict", "redirected"),
-            Self::Empty => ("verdict", "empty"),
-            Self::NoFlow => ("verdict", "no_flow"),
-            Self::NoTarget => ("verdict", "no_target"),
-            Self::Trimmed => ("verdict", "trimmed"),
-            Self::OutOfOrder => ("verdict", "out_of_order"),
-            Self::AfterLoss => ("verdict", "after_loss"),
-            Self::Passed => ("verdict", "passed"),
-            Self::Resumed => ("verdict", "resumed"),
-            Self::Notified => ("verdict", "notified"),
-            Self::NotifyFailed => ("verdict", "notify_failed"),
+            Self::HeaderBeforePayload
+            | Self::HeaderAlone
+            | Self::AfterHeader
+            | Self::NoHeader
+            | Self::BadHeader
+            | Self::PushFailed
+            | Self::ShortPush
+            | Self::PopFailed => "inject",
+            _ => "verdict",
+        }
+    }
+
+    /// The event's name, in metrics and in the log.
+    #[must_use]
+    #[inline(always)]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::HeaderBeforePayload => "header_before_payload",
+            Self::HeaderAlone => "header_alone",
+            Self::AfterHeader => "after_header",
+            Self::NoHeader => "no_header",
+            Self::BadHeader => "bad_header",
+            Self::PushFailed => "push_failed",
+            Self::ShortPush => "short_push",
+            Self::PopFailed => "pop_failed",
+            Self::Redirected => "redirected",
+            Self::Empty => "empty",
+            Self::NoFlow => "no_flow",
+            Self::NoTarget => "no_target",
+            Self::Trimmed => "trimmed",
+            Self::OutOfOrder => "out_of_order",
+            Self::AfterLoss => "after_loss",
+            Self::Passed => "passed",
+            Self::Resumed => "resumed",
+            Self::Notified => "notified",
+            Self::NotifyFailed => "notify_failed",
         }
     }
 }

@@ -23,15 +23,33 @@ fn inject(message: SkMsgContext) -> u32 {
         }
         Err(counter) => {
             maps::count(counter);
-            warn!(
-                &message,
-                "no header placed: reason {}, message of {} bytes dropped",
-                counter as u32,
-                message.size()
-            );
+            log_drop(&message, counter);
             sk_action::SK_DROP
         }
     }
+}
+
+/// Logs why a message was dropped.
+///
+/// One function per reason keeps each name's length constant. A name of variable length makes the
+/// verifier reject the program for a loader without CAP_PERFMON ("pointer arithmetic with it prohibited
+/// for !root").
+#[inline(always)]
+fn log_drop(message: &SkMsgContext, counter: Counter) {
+    let size = message.size();
+    match counter {
+        Counter::NoHeader => log::<{ Counter::NoHeader as u32 }>(size),
+        Counter::BadHeader => log::<{ Counter::BadHeader as u32 }>(size),
+        Counter::PushFailed => log::<{ Counter::PushFailed as u32 }>(size),
+        Counter::ShortPush => log::<{ Counter::ShortPush as u32 }>(size),
+        _ => log::<{ Counter::PopFailed as u32 }>(size),
+    }
+}
+
+#[inline(never)]
+fn log<const COUNTER: u32>(size: u32) {
+    let reason = const { Counter::ALL[COUNTER as usize].as_str() };
+    warn!(&(), "header not sent ({}): message of {} bytes dropped", reason, size);
 }
 
 #[inline(always)]

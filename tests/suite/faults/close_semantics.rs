@@ -1,4 +1,4 @@
-//! How connections end when both sides, or their processes, end at awkward moments.
+//! How connections end when both sides, or their processes, close at unfavourable moments.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -10,7 +10,7 @@ use injector_testbed::daemon::Injector;
 use socket2::SockRef;
 
 use crate::Run;
-use crate::killable_backend::{Habit, Victim, sent};
+use crate::killable_backend::{Behaviour, KillableBackend, sent};
 use crate::testbed::{
     Ending, Testbed, accept_with_header, backend_address, ended, ending, expect, finished, pass, patient,
 };
@@ -27,37 +27,40 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("close/forwarded within 5 ms", prompt),
 ];
 
-/// How soon after the kill the client must know, in the median of [`KILLS`].
+/// Maximum time until the client is notified, in the median of [`KILLS`].
 const KNOWS_WITHIN: Duration = Duration::from_millis(100);
 const KILLS: usize = 5;
 
-/// A client that has exchanged the first words with a victim.
-fn with_victim(testbed: &Testbed, habit: Habit) -> anyhow::Result<(Victim, TcpStream)> {
-    let victim = Victim::start(testbed, habit)?;
+/// A client that has exchanged the first messages with a killable backend.
+fn with_backend_process(
+    testbed: &Testbed,
+    behaviour: Behaviour,
+) -> anyhow::Result<(KillableBackend, TcpStream)> {
+    let backend_process = KillableBackend::start(testbed, behaviour)?;
     let mut client = testbed.client()?;
     expect(&mut client, b"220 hello\r\n")?;
     client.write_all(b"EHLO client\r\n")?;
     expect(&mut client, b"250 go on\r\n")?;
-    Ok((victim, client))
+    Ok((backend_process, client))
 }
 
-/// Kills the victim while `transfer` goes on, which returns how the client saw the end; several times. Every time it must
-/// be a reset.
+/// Kills the backend process several times while `transfer` runs, which returns how the client saw
+/// the end. It must be a reset every time.
 fn kill_during(
     testbed: &Testbed,
     injector: &Injector,
-    habit: Habit,
+    behaviour: Behaviour,
     transfer: fn(&mut TcpStream) -> anyhow::Result<ErrorKind>,
 ) -> anyhow::Result<()> {
     let mut took = Vec::new();
     for _ in 0..KILLS {
-        let (mut victim, mut client) = with_victim(testbed, habit)?;
+        let (mut backend_process, mut client) = with_backend_process(testbed, behaviour)?;
         let (end, after) = std::thread::scope(|scope| {
             let transferring = scope.spawn(move || (transfer(&mut client), Instant::now()));
-            // In the middle: megabytes have passed.
+            // In the middle: megabytes have been transferred.
             std::thread::sleep(Duration::from_millis(100));
             let killed = Instant::now();
-            victim.kill()?;
+            backend_process.kill()?;
             let (end, at) = transferring.join().map_err(|_| anyhow::anyhow!("panicked"))?;
             anyhow::Ok((end?, at.saturating_duration_since(killed)))
         })?;
@@ -76,7 +79,8 @@ fn kill_during(
     Ok(())
 }
 
-/// Sends until that fails. An end of file before would make it a broken pipe (tcp_reset, net/ipv4/tcp_input.c).
+/// Sends until an error. After an end of file the error would be EPIPE (tcp_reset,
+/// net/ipv4/tcp_input.c).
 fn upload(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
     let bytes = pattern(29, 1 << 20);
     loop {
@@ -86,10 +90,11 @@ fn upload(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
     }
 }
 
-/// Reads until that fails, or ends, which is told as an unexpected end; what came must be what was sent.
+/// Reads until an error or an end of file, which is returned as an unexpected end; the bytes must
+/// be the ones sent.
 fn download(client: &mut TcpStream) -> anyhow::Result<ErrorKind> {
     let mut buffer = vec![0; 64 << 10];
-    // Once more from the start: then every read is a slice.
+    // Repeated from the start, so that every read is a slice of it.
     let (period, mut sent, mut at) = (sent().len(), sent().repeat(2), 0);
     sent.truncate(period + buffer.len());
     loop {
@@ -109,17 +114,17 @@ fn download_with_commands_unread(client: &mut TcpStream) -> anyhow::Result<Error
     download(client)
 }
 
-/// The server dies with some of the message unread: its kernel resets, and the client is told at once.
+/// The server is killed with unread data: its kernel resets, and the client is notified at once.
 fn killed_in_upload(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.injector(engine, "smtp", "")?;
-    kill_during(testbed, &injector, Habit::Read, upload)?;
+    kill_during(testbed, &injector, Behaviour::Read, upload)?;
     check_planes(&injector, engine, "spliced_to_backend")
 }
 
-/// The same with bulk the other way: the commands that the server has not read make its kernel reset.
+/// The same with bulk in the other direction: unread commands make the server's kernel reset.
 fn killed_in_download(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.injector(engine, "smtp", "")?;
-    kill_during(testbed, &injector, Habit::Send, download_with_commands_unread)?;
+    kill_during(testbed, &injector, Behaviour::Send, download_with_commands_unread)?;
     check_planes(&injector, engine, "spliced_to_client")
 }
 
@@ -130,23 +135,23 @@ fn check_planes(injector: &Injector, engine: &str, spliced: &str) -> anyhow::Res
     Ok(())
 }
 
-/// A killed server that has read everything: its kernel closes for it as it closes for any process, by a FIN after all that
-/// was written. No proxy can know better; the client sees just what it would see without one.
+/// A killed server that has read everything: its kernel sends a FIN after all written data, as for
+/// any process. A proxy cannot know better; the client sees the same as without one.
 fn killed_orderly(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let direct = testbed.topology.edge.run(|| -> anyhow::Result<ErrorKind> {
-        let mut victim = Victim::start(testbed, Habit::Send)?;
+        let mut backend_process = KillableBackend::start(testbed, Behaviour::Send)?;
         let mut client = TcpStream::connect(backend_address())?;
         patient(&client)?;
         client.write_all(b"in place of a header")?;
         expect(&mut client, b"220 hello\r\n")?;
         client.write_all(b"EHLO client\r\n")?;
         expect(&mut client, b"250 go on\r\n")?;
-        victim.kill()?;
+        backend_process.kill()?;
         download(&mut client)
     })??;
     let injector = testbed.injector(engine, "smtp", "")?;
-    let (mut victim, mut client) = with_victim(testbed, Habit::Send)?;
-    victim.kill()?;
+    let (mut backend_process, mut client) = with_backend_process(testbed, Behaviour::Send)?;
+    backend_process.kill()?;
     let through = download(&mut client)?;
     ensure!(through == direct && direct == ErrorKind::UnexpectedEof, "{through:?}, directly {direct:?}");
     drop(client);
@@ -154,7 +159,8 @@ fn killed_orderly(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// FIN crosses FIN, with data on the way in both directions: each side gets every byte and the other's FIN.
+/// The FINs cross, with data in flight in both directions: each side gets every byte and the
+/// other's FIN.
 fn crossing(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const SIZES: [usize; 6] = [0, 1, 1_448, 70_000, 400_000, 3_000_000];
     const ROUNDS: usize = 5;
@@ -186,14 +192,14 @@ fn crossing(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends this and a FIN such that they share their last segment.
+/// Sends data and a FIN in one segment.
 pub(crate) fn send_with_fin(stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     let sent = SockRef::from(stream).send_with_flags(bytes, libc::MSG_MORE)?;
     ensure!(sent == bytes.len(), "{sent} of {} bytes were taken", bytes.len());
     Ok(stream.shutdown(Shutdown::Write)?)
 }
 
-/// The program sees a segment that carries both.
+/// The program handles a segment with data and FIN.
 fn corked(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
@@ -212,7 +218,7 @@ fn corked(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A client that has said all, and finished, before the backend has accepted: nothing of it was ever enrolled.
+/// A client that has sent everything and closed before the backend accepts: nothing is enrolled.
 fn before_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for size in [13, 1_448, 50_000] {
         let backend = testbed.backend()?;
@@ -234,7 +240,7 @@ fn before_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A backend whose FIN comes with its banner; what the client says then still reaches it.
+/// A backend that sends its FIN with its banner; what the client sends afterwards still reaches it.
 fn with_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
@@ -251,8 +257,8 @@ fn with_the_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From one side's FIN to the other side's end of file, on idle connections: by median, and more than once if another
-/// program had the processors.
+/// Time from one side's FIN to the other side's end of file, on idle connections: the median, and
+/// repeated if another program used the processors.
 fn prompt(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const CONNECTIONS: usize = 50;
     const TRIES: usize = 4;

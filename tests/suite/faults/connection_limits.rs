@@ -1,4 +1,5 @@
-//! Many connections at one time: idle ones, more than there are descriptors for, and those that come during a stop.
+//! Many connections at a time: idle ones, more than there are descriptors, and new ones during a
+//! shutdown.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -25,30 +26,31 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("limits/no descriptors left", no_descriptors),
 ];
 
-/// How the clients of [`churn`] fared.
+/// Sessions of the clients of [`churn`], by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Fared {
-    /// From the banner to the goodbye.
+struct SessionCounts {
+    /// Complete: from the banner to the last reply.
     finished: usize,
-    /// As many of them after the signal.
+    /// Complete after the signal.
     finished_late: usize,
-    /// `421` in place of a banner.
-    told: usize,
-    /// Reset before the banner, in the kernel's queue of a socket that closed.
+    /// `421` instead of a banner.
+    rejected: usize,
+    /// Reset before the banner, in the accept queue of a closed socket.
     reset: usize,
 }
 
-impl AddAssign for Fared {
+impl AddAssign for SessionCounts {
     fn add_assign(&mut self, other: Self) {
         self.finished += other.finished;
         self.finished_late += other.finished_late;
-        self.told += other.told;
+        self.rejected += other.rejected;
         self.reset += other.reset;
     }
 }
 
-/// Clients connect and finish all the time, while the daemon is told to stop: whoever had the banner finishes, whoever had
-/// none is told or reset, nobody before the signal, and the daemon ends in time and leaves nothing in the kernel.
+/// Clients connect and close continuously while the daemon shuts down. A client that has the banner
+/// finishes; others are rejected or reset, none before the signal. The daemon exits in time and
+/// leaves nothing in the kernel.
 fn churn(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const WORKERS: usize = 8;
     const DEADLINE: Duration = Duration::from_secs(5);
@@ -57,7 +59,7 @@ fn churn(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut injector = testbed.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"5s\"")?;
     let maps = map_ids(injector.pid())?;
     let (stopping, over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (fared, stopped) = std::thread::scope(|scope| {
+    let (counts, stopped) = std::thread::scope(|scope| {
         let serving = scope.spawn(|| serve(&backend, &over));
         let clients = scope.spawn(|| {
             testbed.topology.client.run(|| {
@@ -68,7 +70,7 @@ fn churn(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
                             scope.spawn(move || keep_coming(stopping, number))
                         })
                         .collect();
-                    let mut all = Fared::default();
+                    let mut all = SessionCounts::default();
                     for worker in workers {
                         all += worker.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
                     }
@@ -78,28 +80,28 @@ fn churn(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         });
         std::thread::sleep(Duration::from_millis(500));
         let start = Instant::now();
-        // Before the signal: a client that is told cannot have been told too early by a scheduler's whim.
+        // Before the signal, so that scheduling cannot make a rejected client appear to be early.
         stopping.store(true, Ordering::SeqCst);
         injector.ask_to_stop()?;
         let (status, log) = injector.wait_stopped()?;
         let took = start.elapsed();
-        let fared = clients.join().map_err(|_| anyhow::anyhow!("the clients panicked"))???;
+        let counts = clients.join().map_err(|_| anyhow::anyhow!("the clients panicked"))???;
         over.store(true, Ordering::SeqCst);
         serving.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
-        anyhow::Ok((fared, (status, log, took)))
+        anyhow::Ok((counts, (status, log, took)))
     })?;
     let (status, log, took) = stopped;
-    println!("  {fared:?}, stopped after {took:?}");
+    println!("  {counts:?}, stopped after {took:?}");
     ensure!(status.success() && took < DEADLINE, "{status} after {took:?}");
     ensure!(log.contains("0 were cut"), "{log}");
     ensure!(
-        fared.finished > WORKERS && fared.finished_late > 0,
-        "nothing went on during the stop: {fared:?}"
+        counts.finished > WORKERS && counts.finished_late > 0,
+        "nothing went on during the stop: {counts:?}"
     );
     gone(&maps)
 }
 
-/// The maps of an ended daemon go, a moment after it: nothing pins them.
+/// The maps disappear shortly after the daemon exits, because nothing pins them.
 fn gone(maps: &[u32]) -> anyhow::Result<()> {
     let deadline = Instant::now() + LIMIT;
     for map in maps {
@@ -111,7 +113,7 @@ fn gone(maps: &[u32]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A backend that answers everybody at once.
+/// A backend that responds to all clients at once.
 fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         while !over.load(Ordering::SeqCst) {
@@ -127,7 +129,7 @@ fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<()> {
     })
 }
 
-/// What goes wrong here, the client sees.
+/// The client detects any error here.
 fn answer(mut stream: TcpStream) -> anyhow::Result<()> {
     stream.set_nonblocking(false)?;
     patient(&stream)?;
@@ -143,17 +145,17 @@ fn answer(mut stream: TcpStream) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One session after the other, until nobody listens.
-fn keep_coming(stopping: &AtomicBool, number: usize) -> anyhow::Result<Fared> {
-    let mut fared = Fared::default();
+/// One session after another, until connecting fails.
+fn keep_coming(stopping: &AtomicBool, number: usize) -> anyhow::Result<SessionCounts> {
+    let mut counts = SessionCounts::default();
     loop {
         let mut client = match TcpStream::connect_timeout(&public_address(), LIMIT) {
             Ok(client) => client,
             Err(error) if error.kind() == ErrorKind::ConnectionRefused && stopping.load(Ordering::SeqCst) => {
-                return Ok(fared);
+                return Ok(counts);
             }
             Err(error) if error.kind() == ErrorKind::ConnectionReset && stopping.load(Ordering::SeqCst) => {
-                fared.reset += 1;
+                counts.reset += 1;
                 continue;
             }
             Err(error) => return Err(error).context("connecting"),
@@ -163,47 +165,49 @@ fn keep_coming(stopping: &AtomicBool, number: usize) -> anyhow::Result<Fared> {
         match client.read_exact(&mut banner) {
             Ok(()) if &banner == b"220 hello\r\n" => {
                 talk(&mut client, number).context("after the banner")?;
-                fared.finished += 1;
-                fared.finished_late += usize::from(stopping.load(Ordering::SeqCst));
+                counts.finished += 1;
+                counts.finished_late += usize::from(stopping.load(Ordering::SeqCst));
             }
-            Ok(()) if banner.starts_with(b"421 4.3.2 ") && stopping.load(Ordering::SeqCst) => fared.told += 1,
+            Ok(()) if banner.starts_with(b"421 4.3.2 ") && stopping.load(Ordering::SeqCst) => {
+                counts.rejected += 1
+            }
             Err(error) if error.kind() == ErrorKind::ConnectionReset && stopping.load(Ordering::SeqCst) => {
-                fared.reset += 1;
+                counts.reset += 1;
             }
             other => bail!("{other:?} in place of a banner: {:?}", String::from_utf8_lossy(&banner)),
         }
     }
 }
 
-/// Some take their time, so that the stop comes in the middle.
+/// Some sessions are slow, so that the signal arrives in the middle.
 fn talk(client: &mut TcpStream, number: usize) -> anyhow::Result<()> {
     client.write_all(b"EHLO client\r\n")?;
     expect(client, b"250 go on\r\n")?;
     std::thread::sleep(Duration::from_millis(number as u64 * 10));
     client.write_all(b"QUIT\r\n")?;
-    ensure!(ending(client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "no goodbye and FIN");
+    ensure!(ending(client)? == Ending::Fin(b"221 bye\r\n".to_vec()), "no last_reply and FIN");
     Ok(())
 }
 
-/// The hash maps of the splice engine that have an element for each spliced direction.
+/// The hash maps of the splice engine with one entry per spliced direction.
 const PER_DIRECTION: [&str; 4] = ["TARGETS", "VERDICT", "FLOWS", "CREDIT"];
 
-/// All of them in the kernel's hands, then all closed: descriptors and map elements are as before.
+/// All connections are spliced, then closed: descriptors and map entries are as before.
 fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const CONNECTIONS: usize = 2000;
-    // Two for each here, two there.
+    // Two descriptors per connection in this process, two in the daemon.
     allow_descriptors(std::process::id(), 2 * CONNECTIONS + 1000)?;
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
     let pid = injector.pid();
-    // The connection that asked for readiness may still be open.
+    // The readiness check's connection may still be open.
     std::thread::sleep(Duration::from_millis(300));
     let before = (descriptors(pid)?, map_entries(pid)?);
     let memory = Memory::now(pid).daemon;
     let start = Instant::now();
     let (mut clients, mut servers) = (Vec::new(), Vec::new());
     while clients.len() < CONNECTIONS {
-        // So few at a time that no queue of waiting connections is full.
+        // So few at a time that no accept queue overflows.
         let some: Vec<_> = testbed.topology.client.run(|| {
             let connect = |_| TcpStream::connect_timeout(&public_address(), LIMIT);
             (0..100).map(connect).collect::<Result<_, _>>()
@@ -213,7 +217,7 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
             server.write_all(b"220 hello\r\n")?;
             servers.push(server);
         }
-        // Which server is whose does not matter: all say the same.
+        // The order of the servers does not matter: all send the same.
         for mut client in some {
             patient(&client)?;
             client.write_all(b"EHLO client\r\n")?;
@@ -242,7 +246,8 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         grown / CONNECTIONS as u64
     );
     counted(&injector, "injector_connections_active", &[], CONNECTIONS as f64)?;
-    // What a connection needs in the daemon: two sockets, their buffers' bookkeeping, a task. 64 KiB is far too much.
+    // Per connection the daemon needs two sockets, their bookkeeping, and a task. 64 KiB is far too
+    // much.
     ensure!(grown / (CONNECTIONS as u64) < 64 << 10, "{grown} bytes for {CONNECTIONS} connections");
     drop(clients);
     for mut server in servers {
@@ -277,7 +282,7 @@ fn allow_descriptors(pid: u32, wanted: usize) -> anyhow::Result<()> {
     if limit < wanted { set_nofile(pid, wanted) } else { Ok(()) }
 }
 
-/// The lowest number that no descriptor of the process has: as its limit, it leaves room for none.
+/// The lowest unused descriptor number of the process; as its limit, it leaves no descriptor.
 fn lowest_free(pid: u32) -> anyhow::Result<usize> {
     let mut used = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -286,7 +291,7 @@ fn lowest_free(pid: u32) -> anyhow::Result<usize> {
     Ok((0..).find(|number| !used.contains(number)).unwrap_or_default())
 }
 
-/// The same when it has not changed for a while: a descriptor is closed some time after the line about it.
+/// The same, once it is stable: a descriptor is closed shortly after its log line.
 fn settled_free(pid: u32) -> anyhow::Result<usize> {
     let mut free = lowest_free(pid)?;
     for _ in 0..50 {
@@ -299,7 +304,8 @@ fn settled_free(pid: u32) -> anyhow::Result<usize> {
     anyhow::bail!("descriptors come and go: {free} is free now")
 }
 
-/// Ticks (of 10 ms) that the process has run: fields 14 and 15 of /proc/pid/stat, counted behind the name (proc(5)).
+/// Processor time of the process in ticks of 10 ms: fields 14 and 15 of /proc/pid/stat, after the
+/// name (proc(5)).
 fn ticks(pid: u32) -> anyhow::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let (_, fields) = stat.rsplit_once(") ").context("no name in /proc/pid/stat")?;
@@ -307,10 +313,11 @@ fn ticks(pid: u32) -> anyhow::Result<u64> {
     Ok(times.filter_map(|time| time.parse::<u64>().ok()).sum())
 }
 
-/// Everybody beyond is told to come back later, the log says so once, those who are served notice nothing, the daemon does
-/// not spin, and with descriptors there is room again.
+/// Clients above the limit are rejected with a temporary failure, this is logged once, existing
+/// sessions are not affected, the daemon does not spin, and accepts again when descriptors are
+/// free.
 fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
-    const TURNED_AWAY: usize = 20;
+    const REJECTED: usize = 20;
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
     let pid = injector.pid();
@@ -318,7 +325,7 @@ fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (mut client, mut server) = introduced(testbed, &backend)?;
     let (bulk_client, bulk_server) = introduced(testbed, &backend)?;
 
-    // Room for the client, none for the socket to its backend.
+    // One descriptor for the client, none for the backend socket.
     set_nofile(pid, lowest_free(pid)? + 1)?;
     let mut half = testbed.client()?;
     expect(&mut half, b"421 4.3.2 Mail service not available, try again later\r\n")
@@ -331,18 +338,18 @@ fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         "{sessions:?}"
     );
 
-    // None at all, once the last one's is closed.
+    // No descriptor at all, once the last client's is closed.
     set_nofile(pid, settled_free(pid)?)?;
     let (start, before) = (Instant::now(), ticks(pid)?);
-    for _ in 0..TURNED_AWAY {
+    for _ in 0..REJECTED {
         let mut late = testbed.client()?;
-        let told = ending(&mut late)?;
+        let rejected = ending(&mut late)?;
         let line = b"421 4.3.2 Too many connections, try again later\r\n".to_vec();
-        ensure!(told == Ending::Fin(line), "{told:?}");
+        ensure!(rejected == Ending::Fin(line), "{rejected:?}");
         pass(&mut client, &mut server, b"NOOP\r\n")?;
         pass(&mut server, &mut client, b"250 fine\r\n")?;
     }
-    // Somebody who waits costs nothing either.
+    // A waiting client costs no processor time either.
     std::thread::sleep(Duration::from_secs(1));
     let (busy, wall) = (ticks(pid)? - before, start.elapsed());
     ensure!(busy < 30, "{busy} ticks of work in {wall:?}: it spins");
@@ -366,8 +373,8 @@ fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     drop((new_client, new_server, client, server));
     finished(&injector, 4)?;
     let refused = [("reason", "no_descriptors")];
-    counted(&injector, "injector_connections_rejected_total", &refused, TURNED_AWAY as f64)?;
-    // No backend was touched for those who were turned away.
+    counted(&injector, "injector_connections_rejected_total", &refused, REJECTED as f64)?;
+    // Rejected clients cause no backend connection.
     backend.set_nonblocking(true)?;
     ensure!(accept_now(&backend)?.is_none(), "a connection to the backend for somebody who was turned away");
     Ok(())

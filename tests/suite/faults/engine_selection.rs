@@ -1,5 +1,5 @@
-//! Packets or sockets: where `engine = "auto"` takes inline, why it does not, and what `engine = "inline"` refuses to start
-//! with.
+//! Engine selection: when `engine = "auto"` selects inline, the reasons when it does not, and when
+//! `engine = "inline"` fails to start.
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -16,34 +16,34 @@ type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("inline/the programs pass the self-test", programs),
-    ("inline/selftest, log and metrics agree", told),
-    ("inline/selftest without capabilities", selftest_without_rights),
+    ("inline/selftest, log and metrics agree", reports_agree),
+    ("inline/selftest without capabilities", selftest_without_capabilities),
     ("auto/inline where the backend is reached by forwarding", auto_routed),
     ("auto/splice where the backend is on the host", auto_local),
-    ("auto/splice without a table [inline]", auto_not_given),
+    ("auto/splice without a table [inline]", auto_without_table),
     ("auto/splice with a CRC-32C TLV", auto_crc32c),
     ("auto/splice where nothing is forwarded", auto_not_forwarded),
     ("auto/inline and splice in one daemon", auto_both),
     ("auto/back to sockets, with the NAT rules removed", back_to_sockets),
 ];
 
-/// What is pinned, and where; removed in the end.
-struct Pinned<'a> {
+/// A BPF file system for pins; detached on drop.
+struct Pins<'a> {
     edge: &'a Netns,
     bpffs: BpfFs,
 }
 
-impl<'a> Pinned<'a> {
+impl<'a> Pins<'a> {
     fn new(testbed: &'a Testbed) -> anyhow::Result<Self> {
         Ok(Self { edge: &testbed.topology.edge, bpffs: BpfFs::mount()? })
     }
 
-    /// `[inline]`, to stand at the end of a file.
+    /// The table `[inline]`, for the end of a file.
     fn table(&self) -> String {
         format!("[inline]\ntable = \"injector-faults\"\npin = \"{}\"\n", self.bpffs.path().display())
     }
 
-    /// A configuration with it.
+    /// A configuration with that table.
     fn config(&self, engine: &str, extra: &str) -> String {
         config(engine, "smtp", &format!("{extra}\n\n{}", self.table()))
     }
@@ -62,7 +62,7 @@ impl<'a> Pinned<'a> {
     }
 }
 
-impl Drop for Pinned<'_> {
+impl Drop for Pins<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.detach() {
             eprintln!("detaching: {error:#}");
@@ -70,17 +70,17 @@ impl Drop for Pinned<'_> {
     }
 }
 
-/// The edge does not forward IPv4, until this is dropped.
-struct NotForwarding<'a>(&'a Netns);
+/// While this exists, the edge does not forward IPv4.
+struct ForwardingDisabled<'a>(&'a Netns);
 
-impl<'a> NotForwarding<'a> {
+impl<'a> ForwardingDisabled<'a> {
     fn new(edge: &'a Netns) -> anyhow::Result<Self> {
         edge.sysctl("net/ipv4/ip_forward", "0")?;
         Ok(Self(edge))
     }
 }
 
-impl Drop for NotForwarding<'_> {
+impl Drop for ForwardingDisabled<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.0.sysctl("net/ipv4/ip_forward", "1") {
             eprintln!("{error:#}");
@@ -88,11 +88,11 @@ impl Drop for NotForwarding<'_> {
     }
 }
 
-/// The programs as such: [`injector_user::engine::inline::selftest`] is their unit test as well.
+/// The programs alone: [`injector_user::engine::inline::selftest`] is their unit test as well.
 fn programs(_: &Testbed) -> anyhow::Result<()> {
     const EXPECTED: [&str; 7] =
         ["load", "header_added", "header_waits", "shifted", "header_retransmitted", "fail_closed", "swept"];
-    // Their processor may have much else to do, but not each time.
+    // The processor may be busy, but not every time.
     let mut fastest = Duration::MAX;
     for _ in 0..3 {
         let (checks, programs) = injector_user::engine::inline::selftest::run();
@@ -106,11 +106,11 @@ fn programs(_: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn told(testbed: &Testbed) -> anyhow::Result<()> {
+fn reports_agree(testbed: &Testbed) -> anyhow::Result<()> {
     let found = selftest(testbed, &["sh", "-c"])?;
     let checks = found["inline"]["checks"].as_array().context("no checks")?;
     ensure!(checks.len() == 7 && checks.iter().all(|check| check["passed"] == true), "{found:#}");
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let injector = pinned.start("inline", "")?;
     let (log, metrics) = (injector.log(), injector.metrics()?);
     for name in checks.iter().filter_map(|check| check["name"].as_str()) {
@@ -119,7 +119,7 @@ fn told(testbed: &Testbed) -> anyhow::Result<()> {
         ensure!((metrics.sum("injector_selftest_check", &labels) - 1.0).abs() < 0.5, "{name} is not 1");
         ensure!(metrics.sum("injector_selftest_check_seconds", &labels) > 0.0, "{name} took no time");
     }
-    // Splice was not asked for: nothing is said of its checks.
+    // Splice was not requested: its checks are not reported.
     for (engine, available) in [("inline", 1.0), ("splice", 0.0), ("relay", 1.0)] {
         let seen = metrics.sum("injector_engine_available", &[("engine", engine)]);
         ensure!((seen - available).abs() < 0.5, "{engine} is {seen}");
@@ -128,14 +128,14 @@ fn told(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+fn selftest_without_capabilities(testbed: &Testbed) -> anyhow::Result<()> {
     let found = selftest(testbed, &WITHOUT_RIGHTS)?;
     let fault = found["inline"]["failure"].as_str().context("no fault")?;
     ensure!(fault.contains("CAP_BPF and CAP_NET_ADMIN"), "{fault}");
     Ok(())
 }
 
-/// The daemon has chosen so, and says why.
+/// Checks that the daemon selected this engine, and logged the reason.
 fn chosen(injector: &Injector, engine: &str, reason: &str) -> anyhow::Result<()> {
     let log = injector.log();
     let line = log.lines().find(|line| line.contains("\"engine selected\"")).context("no engine selected")?;
@@ -144,7 +144,8 @@ fn chosen(injector: &Injector, engine: &str, reason: &str) -> anyhow::Result<()>
     Ok(())
 }
 
-/// A connection is served: by packets the header comes by itself, by sockets the daemon sends it.
+/// A connection works: with inline the header is added to a packet, with sockets the daemon sends
+/// it.
 fn serves(testbed: &Testbed, injector: &Injector, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let mut client = testbed.client()?;
@@ -159,24 +160,24 @@ fn serves(testbed: &Testbed, injector: &Injector, engine: &str) -> anyhow::Resul
 }
 
 fn auto_routed(testbed: &Testbed) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let injector = pinned.start("auto", "max_connections = 5\n")?;
     chosen(&injector, "inline", "auto: all checks of inline passed")?;
     let log = injector.log();
     ensure!(log.contains("does not enforce listener.max_connections"), "{log}");
     ensure!(!log.contains("\"check\":\"slow_reader\""), "splice was tried as well: {log}");
-    // A socket would be open for nothing.
+    // The listen socket would be unused.
     let output = testbed.topology.edge.command("ss").args(["-Hltn", "sport", "=", ":2500"]).output()?;
     ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
     serves(testbed, &injector, "inline")
 }
 
 fn auto_local(testbed: &Testbed) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let backend = format!("backends = [\"{}:{BACKEND_PORT}\"]\n", EDGE_INSIDE.v4);
     let injector = pinned.start("auto", &backend)?;
     chosen(&injector, "splice", "not inline: 10.25.0.1 is an address of this host")?;
-    // It does reach the backend there.
+    // The backend is reachable there.
     let listen = || std::net::TcpListener::bind((EDGE_INSIDE.v4, BACKEND_PORT));
     let backend = testbed.topology.edge.run(listen)??;
     let _client = testbed.client()?;
@@ -184,7 +185,7 @@ fn auto_local(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn auto_not_given(testbed: &Testbed) -> anyhow::Result<()> {
+fn auto_without_table(testbed: &Testbed) -> anyhow::Result<()> {
     let injector = testbed.injector("auto", "smtp", "")?;
     chosen(&injector, "splice", "not inline: no [inline] table in the configuration")?;
     ensure!(!injector.log().contains("\"check\":\"header_added\""), "inline was tried: {}", injector.log());
@@ -192,23 +193,23 @@ fn auto_not_given(testbed: &Testbed) -> anyhow::Result<()> {
 }
 
 fn auto_crc32c(testbed: &Testbed) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let injector = pinned.start("auto", "\n\n[listener.receiver]\ncrc32c = true\n")?;
     chosen(&injector, "splice", "not inline: receiver.crc32c needs to be made for each connection")
 }
 
 fn auto_not_forwarded(testbed: &Testbed) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
-    let _not = NotForwarding::new(&testbed.topology.edge)?;
+    let pinned = Pins::new(testbed)?;
+    let _not = ForwardingDisabled::new(&testbed.topology.edge)?;
     let injector = pinned.start("auto", "")?;
     chosen(&injector, "splice", "not inline: IPv4 is not forwarded")?;
     serves(testbed, &injector, "splice")
 }
 
-/// One listener by packets, one by sockets, in one daemon.
+/// One listener uses inline, one splice, in one daemon.
 fn auto_both(testbed: &Testbed) -> anyhow::Result<()> {
     const OTHER_PORT: u16 = PORT + 1;
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let here = (EDGE_INSIDE.v4, BACKEND_PORT);
     let other = format!(
         "\n\n[[listener]]\nname = \"local\"\nbind = [\"{}:{OTHER_PORT}\"]\nprotocol = \"smtp\"\n\
@@ -237,12 +238,12 @@ fn auto_both(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The rules of an earlier run would take every new connection past the sockets.
+/// Rules of an earlier run would send every new connection past the sockets.
 fn back_to_sockets(testbed: &Testbed) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
+    let pinned = Pins::new(testbed)?;
     let injector = pinned.start("auto", "")?;
     chosen(&injector, "inline", "auto")?;
-    // A connection of it goes on.
+    // An existing inline connection continues.
     let backend = testbed.backend()?;
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
@@ -256,36 +257,37 @@ fn back_to_sockets(testbed: &Testbed) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"221 bye\r\n")
 }
 
-/// A start that is refused.
-pub(crate) struct Refusal {
+/// A configuration with which the daemon does not start.
+pub(crate) struct InvalidStart {
     pub(crate) name: &'static str,
-    /// What runs the daemon.
+    /// The command that runs the daemon.
     prefix: &'static [&'static str],
-    /// Lines of the listener, and sections behind it.
+    /// Lines of the listener, and tables after it.
     extra: &'static str,
-    /// In place of the BPF file system.
+    /// Replaces the BPF file system.
     pin: Option<&'static str>,
     forwards: bool,
-    /// What the error says.
+    /// Words of the error.
     words: &'static [&'static str],
 }
 
-const PLAIN: Refusal = Refusal { name: "", prefix: &[], extra: "", pin: None, forwards: true, words: &[] };
+const PLAIN: InvalidStart =
+    InvalidStart { name: "", prefix: &[], extra: "", pin: None, forwards: true, words: &[] };
 
-pub(crate) const REFUSALS: &[Refusal] = &[
-    Refusal {
+pub(crate) const INVALID_STARTS: &[InvalidStart] = &[
+    InvalidStart {
         name: "the name of a backend",
         extra: "backends = [\"mail.internal:2525\"]\n",
         words: &["listener \"test\"", "needs the backend's address in place of the name \"mail.internal\""],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "a header with a CRC-32C TLV",
         extra: "\n\n[listener.receiver]\ncrc32c = true\n",
         words: &["listener \"test\"", "receiver.crc32c", "use splice or relay"],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "nothing is forwarded",
         forwards: false,
         words: &[
@@ -296,20 +298,20 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         ],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "a backend on the host",
         extra: "backends = [\"10.25.0.1:12500\"]\n",
         words: &["10.25.0.1 is an address of this host", "use engine = \"splice\""],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "no nft",
-        // It is looked for there whatever PATH says.
+        // nft is searched there, independent of PATH.
         prefix: &["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /usr/sbin && exec \"$0\" \"$@\""],
         words: &["install the package nftables, or use nat = \"external\""],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "pinning is impossible",
         pin: Some("/run/injector-faults"),
         words: &[
@@ -318,7 +320,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         ],
         ..PLAIN
     },
-    Refusal {
+    InvalidStart {
         name: "no capabilities",
         prefix: &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
         words: &[
@@ -331,16 +333,16 @@ pub(crate) const REFUSALS: &[Refusal] = &[
     },
 ];
 
-/// The daemon says what is wrong, and leaves nothing behind.
-pub(crate) fn refuses(testbed: &Testbed, refusal: &Refusal) -> anyhow::Result<()> {
-    let pinned = Pinned::new(testbed)?;
-    let _not = if refusal.forwards { None } else { Some(NotForwarding::new(&testbed.topology.edge)?) };
-    let mut text = pinned.config("inline", refusal.extra);
-    if let Some(pin) = refusal.pin {
+/// Checks the error, and that nothing is left behind.
+pub(crate) fn check_rejected(testbed: &Testbed, case: &InvalidStart) -> anyhow::Result<()> {
+    let pinned = Pins::new(testbed)?;
+    let _not = if case.forwards { None } else { Some(ForwardingDisabled::new(&testbed.topology.edge)?) };
+    let mut text = pinned.config("inline", case.extra);
+    if let Some(pin) = case.pin {
         text = text.replace(&pinned.bpffs.path().display().to_string(), pin);
     }
-    fails(testbed, refusal.prefix, &text, refusal.words)?;
-    if let Some(pin) = refusal.pin {
+    fails(testbed, case.prefix, &text, case.words)?;
+    if let Some(pin) = case.pin {
         ensure!(!std::path::Path::new(pin).exists(), "{pin} was made");
     }
     let output = testbed.topology.edge.command("nft").args(["list", "tables"]).output()?;

@@ -1,4 +1,4 @@
-//! The header as the backend reads it, and what happens when it cannot be put there.
+//! The header as the backend reads it, and failures to send it.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -66,7 +66,7 @@ fn client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"\x16\x03\x03 server")
 }
 
-/// A header that waits for a silent client goes alone, in time for the backend.
+/// The header for a silent client is sent alone, in time for the backend.
 fn silent_client(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let _injector = testbed.injector(engine, "imaps", "[listener.timeouts]\nheader_wait = \"300ms\"")?;
@@ -80,7 +80,7 @@ fn silent_client(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"\x16\x03\x03 server")
 }
 
-/// Servers up to Postfix 3.10 count a header followed by an early close as fatal.
+/// Servers up to Postfix 3.10 log a header followed by an early close as fatal.
 fn leaving_client(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "submissions", "")?;
@@ -119,7 +119,7 @@ fn every_tlv(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As long as an operator may ask for.
+/// The longest header that can be configured.
 fn longest(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let noop = 536 - 52 - 3;
@@ -133,7 +133,8 @@ fn longest(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"220 long\r\n")
 }
 
-/// A client that talks before the banner is the backend's to judge (postscreen does): its bytes follow the header.
+/// The backend (postscreen) decides about a client that sends before the banner: its bytes follow
+/// the header.
 fn early_talker(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let _injector = testbed.injector(engine, "smtp", "")?;
@@ -146,7 +147,8 @@ fn early_talker(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     pass(&mut server, &mut client, b"554 too early\r\n")
 }
 
-/// `splice.header = "send"`: the backend reads the same, the program does nothing, and the kernel carries the payload.
+/// `splice.header = "send"`: the backend reads the same header, the program does nothing, and the
+/// kernel forwards the payload.
 fn sent_without_program(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const SEND: &str = "\n\n[splice]\nheader = \"send\"\nenrol_after_messages = 1";
     for (protocol, first) in [("smtp", &b""[..]), ("imaps", b"\x16\x03\x01 hello")] {
@@ -173,7 +175,7 @@ fn sent_without_program(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend has read nothing, and both ends are reset.
+/// The backend has read nothing, and both connections are reset.
 fn dropped(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     server_first_fails(testbed, engine, DaemonMap::drop_messages)
 }
@@ -182,7 +184,7 @@ fn dropped_client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     client_first_fails(testbed, engine, DaemonMap::drop_messages)
 }
 
-/// What was given to the kernel without a header is taken back.
+/// Payload that was given to the kernel without a header is not delivered.
 fn not_placed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     server_first_fails(testbed, engine, DaemonMap::pass_messages)
 }
@@ -191,34 +193,35 @@ fn not_placed_client_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()
     client_first_fails(testbed, engine, DaemonMap::pass_messages)
 }
 
-type Spoil = fn(&DaemonMap) -> anyhow::Result<()>;
+type Corrupt = fn(&DaemonMap) -> anyhow::Result<()>;
 
-fn server_first_fails(testbed: &Testbed, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
+fn server_first_fails(testbed: &Testbed, engine: &str, corrupt: Corrupt) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
-    spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
+    corrupt(&DaemonMap::of(injector.pid(), "INJECT")?)?;
     if let Some(mut client) = testbed.client_unless_reset()? {
         ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
     }
     ended(&injector, "header_failed")?;
-    heard_nothing(&backend)?;
+    backend_read_nothing(&backend)?;
     counted(&injector, "injector_headers_failed_total", &[], 1.0)?;
     counted(&injector, "injector_headers_sent_total", &[], 0.0)
 }
 
-fn client_first_fails(testbed: &Testbed, engine: &str, spoil: Spoil) -> anyhow::Result<()> {
+fn client_first_fails(testbed: &Testbed, engine: &str, corrupt: Corrupt) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "submissions", "")?;
-    spoil(&DaemonMap::of(injector.pid(), "INJECT")?)?;
+    corrupt(&DaemonMap::of(injector.pid(), "INJECT")?)?;
     let mut client = testbed.client()?;
     client.write_all(b"\x16\x03\x01 hello")?;
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client was not reset");
     ended(&injector, "header_failed")?;
-    heard_nothing(&backend)
+    backend_read_nothing(&backend)
 }
 
-/// The backend has no connection, for the header would have ended its handshake; or, if the daemon was slow, one that is reset.
-fn heard_nothing(backend: &TcpListener) -> anyhow::Result<()> {
+/// The backend has no connection, because the header would have completed its handshake; or, if the
+/// daemon was slow, one that is reset.
+fn backend_read_nothing(backend: &TcpListener) -> anyhow::Result<()> {
     backend.set_nonblocking(true)?;
     let Some(mut server) = accept_now(backend)? else { return Ok(()) };
     server.set_nonblocking(false)?;
@@ -227,7 +230,7 @@ fn heard_nothing(backend: &TcpListener) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nothing has gone out yet: user space sends the header, and the connection lives.
+/// Nothing has been sent yet: user space sends the header, and the connection continues.
 fn storage_refused(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;

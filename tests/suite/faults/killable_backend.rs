@@ -1,4 +1,5 @@
-//! A backend that is a process of its own, to be killed: this test binary, started again in the mail namespace.
+//! A backend in a process of its own, which can be killed: this test binary, started again in the
+//! mail namespace.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,19 +13,19 @@ use tempfile::TempDir;
 use crate::testbed::{LIMIT, Testbed, backend_address};
 use crate::transfers::pattern;
 
-/// In the environment of the victim: its habit.
+/// Environment variable of the backend process: its behaviour.
 const VARIABLE: &str = "INJECTOR_FAULTS_VICTIM";
 
-/// What the victim does after the first words, until it is killed.
+/// What the backend process does after the first messages, until it is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Habit {
-    /// Reads, but for the last byte: when it dies, something is unread.
+pub(crate) enum Behaviour {
+    /// Reads everything except the last byte, so that unread data remains.
     Read,
-    /// Sends [`pattern`] of this seed over and over, and reads nothing.
+    /// Sends [`pattern`] of this seed repeatedly, and reads nothing.
     Send,
 }
 
-impl Habit {
+impl Behaviour {
     const ALL: [Self; 2] = [Self::Read, Self::Send];
 
     const fn name(self) -> &'static str {
@@ -35,36 +36,36 @@ impl Habit {
     }
 }
 
-/// What [`Habit::Send`] repeats.
+/// What [`Behaviour::Send`] repeats.
 pub(crate) fn sent() -> Vec<u8> {
     pattern(23, 1 << 20)
 }
 
-/// Whether this process is to be a victim, and which.
-pub(crate) fn asked() -> Option<Habit> {
+/// The behaviour, if this process is to be a backend process.
+pub(crate) fn requested() -> Option<Behaviour> {
     let name = std::env::var(VARIABLE).ok()?;
-    Habit::ALL.into_iter().find(|habit| habit.name() == name)
+    Behaviour::ALL.into_iter().find(|behaviour| behaviour.name() == name)
 }
 
 /// Serves one connection, until it is killed.
-pub(crate) fn run(habit: Habit) {
-    if let Err(error) = serve(habit) {
-        eprintln!("the victim ended by itself: {error:#}");
+pub(crate) fn run(behaviour: Behaviour) {
+    if let Err(error) = serve(behaviour) {
+        eprintln!("the backend process ended by itself: {error:#}");
     }
 }
 
-fn serve(habit: Habit) -> anyhow::Result<()> {
+fn serve(behaviour: Behaviour) -> anyhow::Result<()> {
     let listener = TcpListener::bind(backend_address())?;
     let (mut stream, _) = listener.accept()?;
-    // The header, then the first words.
+    // The header, then the first message.
     let mut first = [0; 512];
     let _ = stream.read(&mut first)?;
     stream.write_all(b"220 hello\r\n")?;
     let _ = stream.read(&mut first)?;
     stream.write_all(b"250 go on\r\n")?;
-    match habit {
-        Habit::Read => read(&mut stream),
-        Habit::Send => {
+    match behaviour {
+        Behaviour::Read => read(&mut stream),
+        Behaviour::Send => {
             let bytes = sent();
             loop {
                 stream.write_all(&bytes)?;
@@ -84,22 +85,24 @@ fn read(stream: &mut TcpStream) -> anyhow::Result<()> {
     }
 }
 
-/// A running victim.
+/// A running backend process.
 #[derive(Debug)]
-pub(crate) struct Victim {
+pub(crate) struct KillableBackend {
     process: Process,
     _dir: TempDir,
 }
 
-impl Victim {
+impl KillableBackend {
     /// Starts it, and waits until it listens.
-    pub(crate) fn start(testbed: &Testbed, habit: Habit) -> anyhow::Result<Self> {
-        let dir = netns::scratch_dir("victim")?;
+    pub(crate) fn start(testbed: &Testbed, behaviour: Behaviour) -> anyhow::Result<Self> {
+        let dir = netns::scratch_dir("backend")?;
         let mut command = testbed.topology.mail.command(std::env::current_exe()?);
-        command.env(VARIABLE, habit.name());
+        command.env(VARIABLE, behaviour.name());
         let mut process =
-            Process::start("victim", &testbed.topology.mail, command, &dir.path().join("output"))?;
-        process.wait_listening(&testbed.topology.mail, &[backend_address()], LIMIT).context("the victim")?;
+            Process::start("backend", &testbed.topology.mail, command, &dir.path().join("output"))?;
+        process
+            .wait_listening(&testbed.topology.mail, &[backend_address()], LIMIT)
+            .context("the backend process")?;
         Ok(Self { process, _dir: dir })
     }
 

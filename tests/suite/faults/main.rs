@@ -1,6 +1,6 @@
-//! What happens when something is wrong: clients that forge, backends that fail, limits, stops, a kernel that refuses.
-//! Each trial starts its own injector in the edge; client and backend are plain sockets of the test, in their namespaces,
-//! so that every byte and every reset at both ends is seen.
+//! Faults: clients that forge, backends that fail, limits, shutdown, a kernel that check_rejected. Each
+//! trial starts its own injector on the edge; client and backend are plain sockets of the test, in
+//! their namespaces, so that every byte and every reset is observed on both sides.
 
 mod close_semantics;
 mod connection_limits;
@@ -24,15 +24,15 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use testbed::Testbed;
 
-/// The engines that every trial is run with that does not name one itself.
+/// The engines for every trial that does not name its own.
 const ENGINES: [&str; 2] = ["splice", "relay"];
 
 fn main() {
-    if let Some(habit) = killable_backend::asked() {
-        return killable_backend::run(habit);
+    if let Some(behaviour) = killable_backend::requested() {
+        return killable_backend::run(behaviour);
     }
     let mut arguments = Arguments::from_args();
-    // They share addresses.
+    // Trials share addresses.
     arguments.test_threads.get_or_insert(1);
     let testbed = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();
@@ -61,9 +61,9 @@ fn main() {
     for (name, run) in engine_selection::TRIALS {
         trials.push(trial(&testbed, format!("start/{name}"), run));
     }
-    for refusal in engine_selection::REFUSALS {
-        let name = format!("start/inline/rejected: {}", refusal.name);
-        trials.push(trial(&testbed, name, |testbed| engine_selection::refuses(testbed, refusal)));
+    for case in engine_selection::INVALID_STARTS {
+        let name = format!("start/inline/rejected: {}", case.name);
+        trials.push(trial(&testbed, name, |testbed| engine_selection::check_rejected(testbed, case)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(testbed);

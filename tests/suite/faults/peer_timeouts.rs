@@ -1,5 +1,5 @@
-//! Peers that are gone without a word: no FIN, no RST, no answer. The kernel gives up on them in the time that the
-//! configuration says, whichever plane carries the payload, and the other side is reset.
+//! Peers that disappear: no FIN, no RST, no acknowledgement. The kernel times them out within the
+//! configured time, on every data path, and the other side is reset.
 
 use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, TcpStream};
@@ -35,7 +35,8 @@ impl Side {
     }
 }
 
-/// Nothing that a namespace sends to an address leaves it, until this is dropped: not one acknowledgement.
+/// While this exists, no packet leaves the namespace towards an address, not even an
+/// acknowledgement.
 struct Silence<'a> {
     netns: &'a Netns,
     route: String,
@@ -64,7 +65,7 @@ impl Drop for Silence<'_> {
     }
 }
 
-/// The vanished side and the one that is left.
+/// The side that disappears, and the remaining side.
 fn sides(side: Side, client: TcpStream, server: TcpStream) -> (TcpStream, TcpStream) {
     match side {
         Side::Client => (client, server),
@@ -72,25 +73,30 @@ fn sides(side: Side, client: TcpStream, server: TcpStream) -> (TcpStream, TcpStr
     }
 }
 
-/// The side that is left is reset, in this time.
-fn told(left: &mut TcpStream, since: Instant, after: Duration, before: Duration) -> anyhow::Result<()> {
-    let end = ending(left)?;
+/// The remaining side is reset within this time.
+fn check_reset(
+    remaining: &mut TcpStream,
+    since: Instant,
+    after: Duration,
+    before: Duration,
+) -> anyhow::Result<()> {
+    let end = ending(remaining)?;
     let took = since.elapsed();
-    println!("  the other side was told after {took:?}");
+    println!("  the other side was reset after {took:?}");
     ensure!(end == Ending::Reset(Vec::new()), "{end:?} in place of a reset");
-    ensure!(took > after && took < before, "told after {took:?}, not between {after:?} and {before:?}");
+    ensure!(took > after && took < before, "reset after {took:?}, not between {after:?} and {before:?}");
     Ok(())
 }
 
-/// What was sent stays without an answer. Keepalive would come much later.
+/// Sent data is not acknowledged. Keepalive would detect the loss much later.
 fn with_data(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> {
     let extra = "[listener.timeouts]\nuser_timeout = \"1s\"\nkeepalive = \"1h\"";
     let (injector, client, server) = joined(testbed, engine, extra)?;
-    let (gone, mut left) = sides(side, client, server);
+    let (gone, mut remaining) = sides(side, client, server);
     let silence = Silence::of_side(testbed, side)?;
     let start = Instant::now();
-    left.write_all(&pattern(61, 10_000))?;
-    told(&mut left, start, Duration::from_millis(900), Duration::from_secs(4))?;
+    remaining.write_all(&pattern(61, 10_000))?;
+    check_reset(&mut remaining, start, Duration::from_millis(900), Duration::from_secs(4))?;
     let session = ended(&injector, side.end())?;
     ensure!(session.field("error").is_some(), "{session:?}");
     drop(silence);
@@ -98,23 +104,23 @@ fn with_data(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Nobody says anything; the question whether the peer lives stays without an answer.
+/// Both sides are idle; the keepalive probes get no response.
 fn while_idle(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> {
     let extra = "[listener.timeouts]\nuser_timeout = \"2s\"\nkeepalive = \"1s\"";
     let (injector, client, server) = joined(testbed, engine, extra)?;
-    let (gone, mut left) = sides(side, client, server);
-    // As long as both answer, nobody is given up.
+    let (gone, mut remaining) = sides(side, client, server);
+    // While both sides respond, neither times out.
     std::thread::sleep(Duration::from_millis(2500));
     ensure!(injector.sessions()?.is_empty(), "given up although it answers");
     let silence = Silence::of_side(testbed, side)?;
-    told(&mut left, Instant::now(), Duration::from_millis(500), Duration::from_secs(6))?;
+    check_reset(&mut remaining, Instant::now(), Duration::from_millis(500), Duration::from_secs(6))?;
     ended(&injector, side.end())?;
     drop(silence);
     drop(gone);
     Ok(())
 }
 
-/// A client that acknowledges, with its window closed: after the user timeout it is given up as well.
+/// A client that acknowledges, with a zero window, times out after the user timeout as well.
 fn closed_window(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, client, mut server) =
         joined(testbed, engine, "[listener.timeouts]\nuser_timeout = \"1s\"")?;
@@ -125,7 +131,7 @@ fn closed_window(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
             break error;
         }
     };
-    println!("  the sender was told after {:?}", start.elapsed());
+    println!("  the sender was reset after {:?}", start.elapsed());
     ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}");
     ended(&injector, "client_timed_out")?;
     drop(client);

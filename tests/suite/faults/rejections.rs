@@ -1,4 +1,5 @@
-//! Clients that are turned away: politely in clear text, by a reset in TLS, each counted under its reason.
+//! Clients that are rejected: by a protocol-level reply in clear text, by a reset in TLS, each
+//! counted by reason.
 
 use std::io::{ErrorKind, Write};
 use std::net::TcpListener;
@@ -9,10 +10,18 @@ use crate::Run;
 use crate::testbed::{Ending, Testbed, accept, accept_with_header, counted, ended, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("backend refuses/smtp", |testbed, engine| backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))),
-    ("backend refuses/imap", |testbed, engine| backend_refuses(testbed, engine, "imap", Some("* BYE "))),
-    ("backend refuses/pop3", |testbed, engine| backend_refuses(testbed, engine, "pop3", Some("-ERR "))),
-    ("backend refuses/submissions", |testbed, engine| backend_refuses(testbed, engine, "submissions", None)),
+    ("backend check_rejected/smtp", |testbed, engine| {
+        backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))
+    }),
+    ("backend check_rejected/imap", |testbed, engine| {
+        backend_refuses(testbed, engine, "imap", Some("* BYE "))
+    }),
+    ("backend check_rejected/pop3", |testbed, engine| {
+        backend_refuses(testbed, engine, "pop3", Some("-ERR "))
+    }),
+    ("backend check_rejected/submissions", |testbed, engine| {
+        backend_refuses(testbed, engine, "submissions", None)
+    }),
     ("backend silent", backend_silent),
     ("backend unresolved", backend_unresolved),
     ("backend closes before its banner", backend_closes_early),
@@ -64,7 +73,7 @@ fn backend_refuses(
 }
 
 fn backend_silent(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
-    // A neighbour that does not exist answers nothing for three seconds.
+    // A neighbour that does not exist causes three seconds of silence.
     let extra = "backends = [\"10.25.0.77:25\"]\n[listener.timeouts]\nconnect = \"300ms\"";
     let injector = testbed.injector(engine, "smtp", extra)?;
     refused(testbed, Some("421 4.3.2 "))?;
@@ -92,7 +101,7 @@ fn backend_closes_early(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
 fn backend_resets_early(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "imap", "")?;
-    // Closed with the header unread: a reset.
+    // Closing with the header unread causes a reset.
     let closing = std::thread::spawn(move || accept(&backend).map(drop));
     refused(testbed, Some("* BYE "))?;
     closing.join().map_err(|_| anyhow::anyhow!("the backend panicked"))??;
@@ -124,13 +133,13 @@ fn too_many(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     counted(&injector, "injector_connections_active", &[], 1.0)?;
     drop((client, server));
     finished(&injector, 1)?;
-    // The place is free again.
+    // The connection limit has capacity again.
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 two\r\n")
 }
 
-/// The backend reads the injector's header and nothing of the client's, which is reset.
+/// The backend reads the injector's header and nothing from the client, which is reset.
 fn forged(testbed: &Testbed, engine: &str, bytes: &[u8], piece: usize) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
@@ -139,7 +148,7 @@ fn forged(testbed: &Testbed, engine: &str, bytes: &[u8], piece: usize) -> anyhow
     ensure!(header.source == client.local_addr()? && rest.is_empty(), "{header:?} {rest:?}");
     let mut reset = false;
     for piece in bytes.chunks(piece) {
-        // A reset that writing was told of, reading is not told of again.
+        // A reset that was reported to the writer is not reported to the reader again.
         match client.write_all(piece) {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => reset = true,
             Err(_) if reset => break,
@@ -153,7 +162,7 @@ fn forged(testbed: &Testbed, engine: &str, bytes: &[u8], piece: usize) -> anyhow
     counted(&injector, "injector_connections_rejected_total", &[("reason", "forged_header")], 1.0)
 }
 
-/// Where the client speaks first, the backend does not even get a header.
+/// If the client speaks first, the backend does not even get a header.
 fn forged_tls(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "imaps", "")?;

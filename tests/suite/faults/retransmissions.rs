@@ -1,5 +1,5 @@
-//! A peer that did not hear that its bytes arrived sends them once more, together with what comes next: one segment, of
-//! which the receiver has the first part already. `verdict` is handed such a segment whole.
+//! A peer whose bytes were not acknowledged retransmits them together with the next bytes: one
+//! segment, whose first part the receiver already has. `verdict` gets such a segment whole.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -44,7 +44,7 @@ impl Sender {
     }
 }
 
-/// Both sides have said something, and what follows goes through the kernel.
+/// Both sides have exchanged data, and the kernel forwards what follows.
 fn while_spliced(testbed: &Testbed, engine: &str, sender: Sender) -> anyhow::Result<()> {
     let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut server, &mut client, b"250 hello\r\n")?;
@@ -60,7 +60,7 @@ fn while_spliced(testbed: &Testbed, engine: &str, sender: Sender) -> anyhow::Res
     trimmed(&injector, engine)
 }
 
-/// The words after which the direction is spliced are those that are sent twice.
+/// The bytes that precede the enrolment are retransmitted.
 fn before_enrolment(testbed: &Testbed, engine: &str, sender: Sender) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
@@ -90,7 +90,7 @@ fn long(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     trimmed(&injector, engine)
 }
 
-/// It has really happened, and the program has seen it.
+/// Checks that the retransmission happened, and that the program counted it.
 fn trimmed(injector: &Injector, engine: &str) -> anyhow::Result<()> {
     finished(injector, 1)?;
     let seen = injector.metrics()?.sum(BPF_EVENTS, &[("event", "trimmed")]);
@@ -98,7 +98,8 @@ fn trimmed(injector: &Injector, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Passes `first` such that `from` does not hear of it, and lets it send `second` in the same segment.
+/// Passes `first` without an acknowledgement reaching `from`, and makes it send `second` in the
+/// same segment.
 fn overlap(
     testbed: &Testbed,
     sender: Sender,
@@ -108,44 +109,45 @@ fn overlap(
     second: &[u8],
 ) -> anyhow::Result<()> {
     let port = from.local_addr()?.port();
-    // What was sent before has been acknowledged then.
+    // By then, what was sent before has been acknowledged.
     std::thread::sleep(Duration::from_millis(60));
     {
-        let _deaf = Cut::new(sender.namespace(testbed), "input", &format!("tcp dport {port}"))?;
+        let _deaf = DroppedPackets::new(sender.namespace(testbed), "input", &format!("tcp dport {port}"))?;
         from.write_all(first)?;
         expect(to, first)?;
         {
-            // Not where it is sent: TCP is told of that, and takes it for not sent.
-            let _mute = Cut::new(&testbed.topology.edge, "prerouting", &format!("tcp sport {port}"))?;
+            // Not in the sender's namespace: TCP would be notified and treat it as not sent.
+            let _mute =
+                DroppedPackets::new(&testbed.topology.edge, "prerouting", &format!("tcp sport {port}"))?;
             from.write_all(second)?;
             std::thread::sleep(Duration::from_millis(60));
         }
     }
-    // Then the retransmission timer fires, for which the whole is one segment.
+    // Then the retransmission timer fires, and sends everything as one segment.
     expect(to, second)
 }
 
-/// While it exists, what matches does not pass this hook of the namespace.
-struct Cut<'a> {
+/// While it exists, matching packets do not pass this hook of the namespace.
+struct DroppedPackets<'a> {
     namespace: &'a Netns,
     hook: &'static str,
 }
 
-impl<'a> Cut<'a> {
+impl<'a> DroppedPackets<'a> {
     fn new(namespace: &'a Netns, hook: &'static str, matching: &str) -> anyhow::Result<Self> {
-        let cut = Self { namespace, hook };
-        cut.namespace.nft(&format!(
-            "add table inet cut-{hook}; \
-             add chain inet cut-{hook} all-of-it {{ type filter hook {hook} priority 0; }}; \
-             add rule inet cut-{hook} all-of-it {matching} drop"
+        let dropped = Self { namespace, hook };
+        dropped.namespace.nft(&format!(
+            "add table inet drop-{hook}; \
+             add chain inet drop-{hook} all-of-it {{ type filter hook {hook} priority 0; }}; \
+             add rule inet drop-{hook} all-of-it {matching} drop"
         ))?;
-        Ok(cut)
+        Ok(dropped)
     }
 }
 
-impl Drop for Cut<'_> {
+impl Drop for DroppedPackets<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.namespace.nft(&format!("delete table inet cut-{}", self.hook)) {
+        if let Err(error) = self.namespace.nft(&format!("delete table inet drop-{}", self.hook)) {
             eprintln!("{error:#}");
         }
     }

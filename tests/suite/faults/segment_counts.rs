@@ -1,4 +1,5 @@
-//! How many segments a session takes: what can go along with something else is not sent by itself.
+//! Number of segments per session: acknowledgements that can be piggybacked are not sent
+//! separately.
 
 use std::io::Write;
 use std::time::Duration;
@@ -11,15 +12,16 @@ use crate::close_semantics::send_with_fin;
 use crate::testbed::{Ending, Testbed, accept_with_header, ending, finished};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("segments/client speaks first, backend responds and closes", question_and_answer),
-    ("segments/client speaks first, but late", late_question),
+    ("segments/client speaks first, backend responds and closes", request_and_response),
+    ("segments/client speaks first, but late", late_request),
 ];
 
-/// An acknowledgement waits for something to go along with for 40 ms, that of the SYN for 200: on a busy machine not every session
-/// has it in time.
+/// A delayed acknowledgement waits for data for 40 ms, that of the SYN for 200 ms: on a busy
+/// machine not every session meets that.
 const TRIES: usize = 20;
 
-/// What the client has received when it has read all, and what the backend has when it has read the question.
+/// Segments received by the client when it has read everything, and by the backend when it has read
+/// the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Segments {
     client: u32,
@@ -38,10 +40,10 @@ fn session(testbed: &Testbed, backend: &std::net::TcpListener, pause: Duration) 
     Ok(Segments { client: segments_received(&client)?, backend: of_backend })
 }
 
-/// The client gets the answer to its SYN, and in one segment the answer to its question, the acknowledgement of that and the FIN.
-/// The backend gets the SYN, and in one segment the end of the handshake, header and question. Where nothing is spared they get
-/// two more and one more.
-fn question_and_answer(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+/// The client receives the SYN-ACK, and in one segment the response, the acknowledgement of its
+/// request and the FIN. The backend receives the SYN, and in one segment the end of the handshake,
+/// header and request. Without piggybacking the client receives two more and the backend one more.
+fn request_and_response(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "submissions", "")?;
     let sessions: Result<Vec<_>, _> =
@@ -53,8 +55,8 @@ fn question_and_answer(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend's SYN is acknowledged when the client keeps silent for too long; nothing is lost by that.
-fn late_question(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+/// The backend's SYN-ACK is acknowledged if the client stays silent for too long; no data is lost.
+fn late_request(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "submissions", "")?;
     let seen = session(testbed, &backend, Duration::from_millis(500))?;

@@ -1,4 +1,4 @@
-//! SIGTERM: what is said to whom, and what is cut.
+//! SIGTERM: the replies to clients, and what is aborted.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use crate::Run;
 use crate::testbed::{Ending, Testbed, accept_with_header, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("shutdown/aborts at the deadline and logs it", cut),
+    ("shutdown/aborts at the deadline and logs it", aborts),
     ("shutdown/waits for sessions to finish", waits),
     ("shutdown/nothing is left behind", nothing_left),
 ];
 
-fn cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+fn aborts(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let mut injector = testbed.injector(engine, "smtp", "\n\n[stop]\ndeadline = \"500ms\"")?;
     let mut client = testbed.client()?;
@@ -76,7 +76,7 @@ fn nothing_left(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     // The last task may still be closing its sockets.
     std::thread::sleep(Duration::from_millis(100));
     let after = descriptors()?;
-    // Before, the connection that asked for readiness may still have been open.
+    // Before that, the readiness check's connection may still have been open.
     ensure!(after <= before, "{before} descriptors before, {after} after {CONNECTIONS} connections");
     let active = injector.metrics()?.sum("injector_connections_active", &[]);
     ensure!(active.abs() < 0.5, "{active} connections are still active");

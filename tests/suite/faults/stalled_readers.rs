@@ -1,4 +1,4 @@
-//! What many stalled readers cost the machine, with back-pressure and without.
+//! Memory cost of many stalled readers, with back-pressure and without.
 
 use std::io::{ErrorKind, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,26 +15,26 @@ use crate::transfers::pattern;
 pub(crate) const TRIALS: &[(&str, Run)] = &[("limits/200 stalled readers", stalled_readers)];
 
 const READERS: usize = 200;
-/// What is pushed at each of them, if it is taken.
+/// Bytes offered to each reader.
 const PUSHED: usize = 8 << 20;
-/// Memory that they may cost beside what is in the sockets' own buffers.
+/// Memory that they may cost in addition to the sockets' own buffers.
 const BESIDE_BUFFERS: u64 = 64 << 20;
-/// The marks at which the splice engine holds a source back: so high that they are never reached.
+/// Water marks of the splice engine that are too high to be reached.
 const NO_BACK_PRESSURE: &str = "\n\n[splice]\nhigh_water = 1099511627775\ntotal_high_water = 1099511627775\n\
                                 total_limit = 1099511627776\nenrol_after_messages = 1";
 
-/// What it came to, in bytes.
+/// The measured cost, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Cost {
-    /// Taken from the backends.
+    /// Accepted from the backends.
     taken: u64,
-    /// More memory in the kernel, and in the daemon, at the worst moment.
+    /// Additional memory in the kernel, and in the daemon, at peak.
     grown: u64,
-    /// Of that, in buffers of sockets, in the end.
+    /// The part of it in socket buffers, at the end.
     buffers: u64,
-    /// What waits in the kernel, charged to nobody, as the daemon counts it.
+    /// Bytes queued in the kernel that are charged to no socket, as the daemon counts them.
     backlog: u64,
-    /// `MemAvailable` lost; other programs count in it.
+    /// Decrease of `MemAvailable`; other programs contribute to it.
     less_available: u64,
 }
 
@@ -43,7 +43,7 @@ impl Cost {
         self.grown.saturating_sub(self.buffers)
     }
 
-    fn tell(&self, what: &str) {
+    fn print(&self, what: &str) {
         let [taken, grown, buffers, beside, backlog, less] =
             [self.taken, self.grown, self.buffers, self.beside_buffers(), self.backlog, self.less_available]
                 .map(|bytes| bytes >> 20);
@@ -54,22 +54,23 @@ impl Cost {
     }
 }
 
-/// Backends push as fast as they can at clients that read nothing.
+/// Backends send at full speed to clients that read nothing.
 fn stalled_readers(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
-    // Other programs may take kernel memory at the same time: the least of some runs counts.
+    // Other programs may use kernel memory at the same time: the minimum of several runs counts.
     const TRIES: usize = 3;
     let mut least = u64::MAX;
     for _ in 0..TRIES {
         let cost = push(testbed, engine, "")?;
-        cost.tell("with back-pressure");
-        // Memory that others give back meanwhile hides ours; what the daemon counts does not depend on them.
+        cost.print("with back-pressure");
+        // Memory that other programs release meanwhile hides ours; the daemon's counters do not
+        // depend on them.
         least = least.min(cost.beside_buffers().max(cost.backlog));
         if least < BESIDE_BUFFERS {
             break;
         }
     }
     if engine == "splice" {
-        push(testbed, engine, NO_BACK_PRESSURE)?.tell("without it");
+        push(testbed, engine, NO_BACK_PRESSURE)?.print("without back-pressure");
     }
     ensure!(least < BESIDE_BUFFERS, "{READERS} stalled readers cost {} MiB beside the buffers", least >> 20);
     Ok(())
@@ -98,7 +99,7 @@ fn push(testbed: &Testbed, engine: &str, extra: &str) -> anyhow::Result<Cost> {
         backlog,
         less_available: before.available.saturating_sub(peak.available),
     };
-    // Closing with bytes unread resets: what waits in the kernel goes at once.
+    // Closing with unread bytes resets: the queued bytes are freed at once.
     drop(readers);
     let deadline = Instant::now() + LIMIT;
     while injector.sessions()?.len() < READERS {
@@ -108,8 +109,8 @@ fn push(testbed: &Testbed, engine: &str, extra: &str) -> anyhow::Result<Cost> {
     Ok(cost)
 }
 
-/// Clients that will read nothing, and their backends' ends, both with small buffers, so that those do not hide what the
-/// injector keeps.
+/// Clients that read nothing, and their backends' sockets, both with small buffers, so that these
+/// do not hide what the injector queues.
 fn readers(testbed: &Testbed, backend: &TcpListener) -> anyhow::Result<Vec<(TcpStream, TcpStream)>> {
     const BUFFER: usize = 64 << 10;
     let connect = |_| TcpStream::connect_timeout(&public_address(), LIMIT);
@@ -131,7 +132,7 @@ fn readers(testbed: &Testbed, backend: &TcpListener) -> anyhow::Result<Vec<(TcpS
     Ok(clients.into_iter().zip(servers).collect())
 }
 
-/// Waits until the kernel has given back what others held, such as the run before.
+/// Waits until the kernel has released the memory of a previous run.
 fn settle() {
     let kernel = || Memory::now(std::process::id()).kernel;
     let (deadline, mut last) = (Instant::now() + LIMIT, u64::MAX);
@@ -145,7 +146,7 @@ fn settle() {
     }
 }
 
-/// Writes to all of them what they take, until none has taken anything for a second; returns how much that was.
+/// Writes to all sockets until none has accepted anything for a second; returns the accepted bytes.
 fn push_all(readers: &[(TcpStream, TcpStream)]) -> anyhow::Result<u64> {
     let bytes = pattern(59, PUSHED);
     let mut written = vec![0; readers.len()];

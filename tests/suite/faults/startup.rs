@@ -1,4 +1,5 @@
-//! A daemon that cannot start, or not as it was asked: one clear sentence, and the next engine where there is one.
+//! A daemon that cannot start, or not as configured: one clear error, and the next engine where
+//! there is one.
 
 use std::process::{Command, Output};
 
@@ -13,16 +14,16 @@ pub(crate) const TRIALS: &[(&str, Start)] = &[
     ("an error in the file is reported with its line", mistake),
     ("a port in use", port_in_use),
     ("an address of another machine", foreign_address),
-    ("without capabilities: auto selects relay, and mail passes", auto_without_rights),
-    ("without capabilities: splice reports what is missing", splice_without_rights),
+    ("without capabilities: auto selects relay, and mail passes", auto_without_capabilities),
+    ("without capabilities: splice reports what is missing", splice_without_capabilities),
     ("too few descriptors", few_descriptors),
     ("selftest as root", selftest_as_root),
-    ("selftest with CAP_BPF and CAP_NET_ADMIN alone", selftest_with_two_rights),
-    ("selftest without capabilities", selftest_without_rights),
-    ("capabilities are dropped", rights_given_up),
+    ("selftest with CAP_BPF and CAP_NET_ADMIN alone", selftest_with_two_capabilities),
+    ("selftest without capabilities", selftest_without_capabilities),
+    ("capabilities are dropped", capabilities_dropped),
 ];
 
-/// Runs a command line in the edge to its end.
+/// Runs a command on the edge until it exits.
 fn run(testbed: &Testbed, line: &[&str]) -> anyhow::Result<Output> {
     let (program, arguments) = line.split_first().context("nothing to run")?;
     let mut command: Command = testbed.topology.edge.command(program);
@@ -40,7 +41,8 @@ fn file(text: &str) -> anyhow::Result<tempfile::NamedTempFile> {
     Ok(file)
 }
 
-/// The daemon refuses to start with this configuration, and its error has all these words.
+/// Checks that the daemon does not start with this configuration, and that its error has all these
+/// words.
 pub(crate) fn fails(testbed: &Testbed, prefix: &[&str], text: &str, words: &[&str]) -> anyhow::Result<()> {
     let file = file(text)?;
     let (binary, path) = (own_binary()?, file.path().display().to_string());
@@ -75,7 +77,7 @@ fn foreign_address(testbed: &Testbed) -> anyhow::Result<()> {
 
 pub(crate) const WITHOUT_RIGHTS: [&str; 4] = ["capsh", "--drop=all", "--", "-c"];
 
-fn auto_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+fn auto_without_capabilities(testbed: &Testbed) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector_by(&WITHOUT_RIGHTS, &config("auto", "smtp", ""))?;
     let mut client = testbed.client()?;
@@ -88,7 +90,7 @@ fn auto_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn splice_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+fn splice_without_capabilities(testbed: &Testbed) -> anyhow::Result<()> {
     let file = file(&config("splice", "smtp", ""))?;
     let line = format!("{} run --config {}", own_binary()?, file.path().display());
     let output = run(testbed, &[&WITHOUT_RIGHTS[..], &[&line]].concat())?;
@@ -105,7 +107,7 @@ fn splice_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a worker needs for itself then does not depend on the machine.
+/// So that the descriptors of the workers do not depend on the machine.
 const ONE_WORKER: &str = "\n\n[limits]\nworkers = 1";
 
 fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
@@ -115,7 +117,7 @@ fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
         &config("relay", "smtp", ""),
         &["100 open files", "LimitNOFILE"],
     )?;
-    // 204 are good for two connections; the third is told so.
+    // 204 descriptors allow two connections; the third is rejected.
     let backend = testbed.backend()?;
     let injector = testbed
         .injector_by(&["prlimit", "--nofile=204:204", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
@@ -137,7 +139,7 @@ fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
     )
 }
 
-/// What the self-test finds out when this command, which takes one more argument, runs it.
+/// The results of the self-test, run by a command that takes one more argument.
 pub(crate) fn selftest(testbed: &Testbed, prefix: &[&str]) -> anyhow::Result<serde_json::Value> {
     let line = format!("{} selftest --json", own_binary()?);
     let output = run(testbed, &[prefix, &[&line]].concat())?;
@@ -154,7 +156,7 @@ fn selftest_as_root(testbed: &Testbed) -> anyhow::Result<()> {
     let seconds: f64 = checks.iter().filter_map(|check| check["seconds"].as_f64()).sum();
     println!("  {seconds} s");
     ensure!(seconds < 2.0, "took {seconds} s");
-    // The daemon says the same: in its log, and as metrics.
+    // The daemon reports the same: in its log, and as metrics.
     let injector = testbed.injector("splice", "smtp", "")?;
     let (log, metrics) = (injector.log(), injector.metrics()?);
     for name in checks.iter().filter_map(|check| check["name"].as_str()) {
@@ -166,8 +168,9 @@ fn selftest_as_root(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_with_two_rights(testbed: &Testbed) -> anyhow::Result<()> {
-    // By the bounding set: root that starts a program gets all that is in it, whatever it had before.
+fn selftest_with_two_capabilities(testbed: &Testbed) -> anyhow::Result<()> {
+    // By the bounding set: a program started by root gets everything in it, whatever root had
+    // before.
     let found = selftest(testbed, &["setpriv", "--bounding-set=-all,+bpf,+net_admin", "sh", "-c"])?;
     ensure!(found["auto"] == "splice", "{found:#}");
     for engine in ["splice", "inline"] {
@@ -177,7 +180,7 @@ fn selftest_with_two_rights(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn selftest_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
+fn selftest_without_capabilities(testbed: &Testbed) -> anyhow::Result<()> {
     let found = selftest(testbed, &WITHOUT_RIGHTS)?;
     ensure!(found["auto"] == "relay", "{found:#}");
     let reason = found["reason"].as_str().context("no reason")?;
@@ -185,14 +188,15 @@ fn selftest_without_rights(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Once it runs, no thread of the daemon may do anything special, and the engine still works.
-fn rights_given_up(testbed: &Testbed) -> anyhow::Result<()> {
+/// After startup no thread of the daemon has more capabilities than needed, and the engine still
+/// works.
+fn capabilities_dropped(testbed: &Testbed) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
     let injector = testbed.injector("splice", "smtp", "")?;
     for task in std::fs::read_dir(format!("/proc/{}/task", injector.pid()))? {
         let status = std::fs::read_to_string(task?.path().join("status"))?;
         let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).context("no CapPrm")?;
-        // CAP_NET_BIND_SERVICE: a configuration that is read again may have other ports below 1024.
+        // CAP_NET_BIND_SERVICE: a reloaded configuration may have other ports below 1024.
         ensure!(u64::from_str_radix(permitted.trim(), 16)? == 1 << 10, "a thread has {permitted}");
     }
     let mut client = testbed.client()?;

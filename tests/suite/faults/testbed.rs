@@ -16,7 +16,7 @@ pub(crate) const PORT: u16 = 2500;
 /// Where the backend listens.
 pub(crate) const BACKEND_PORT: u16 = 12500;
 
-/// The namespaces, made once.
+/// The namespaces, shared by all trials.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -32,17 +32,17 @@ impl Testbed {
         self.topology.mail.run(|| TcpListener::bind(backend_address()))?.context("backend")
     }
 
-    /// An injector with one listener for `protocol`; `extra` are further lines of it.
+    /// An injector with one listener for `protocol`; `extra` are further lines of the listener.
     pub(crate) fn injector(&self, engine: &str, protocol: &str, extra: &str) -> anyhow::Result<Injector> {
         Injector::start(&self.topology.edge, &config(engine, protocol, extra))
     }
 
-    /// An injector that a command ending in `-c` starts, with this configuration.
+    /// An injector with this configuration, started by a command that ends in `-c`.
     pub(crate) fn injector_by(&self, command: &[&str], config: &str) -> anyhow::Result<Injector> {
         Injector::start_by(&self.topology.edge, command, config)
     }
 
-    /// A client's connection to the injector, which may be reset so fast that connecting already says so: then none.
+    /// A client's connection to the injector; `None` if it is reset so early that connecting fails.
     pub(crate) fn client_unless_reset(&self) -> anyhow::Result<Option<TcpStream>> {
         match self.client() {
             Err(error) if was_reset(&error) => Ok(None),
@@ -82,8 +82,9 @@ pub(crate) fn metrics_address() -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9145)
 }
 
-/// A configuration with one listener. Lines of `extra` before its first blank line belong to the listener; what follows
-/// stands at the end of the file. Unless that has a table `[splice]` of its own, the splice engine is eager.
+/// A configuration with one listener. Lines of `extra` before its first blank line belong to the
+/// listener; the rest is appended to the file. Unless that has a table `[splice]`, the splice
+/// engine enrols at once.
 pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     let (own, rest) = extra.split_once("\n\n").unwrap_or((extra, ""));
     let backends = if own.contains("backends = ") {
@@ -100,7 +101,7 @@ pub(crate) fn config(engine: &str, protocol: &str, extra: &str) -> String {
     )
 }
 
-/// A connection that is there already, at a listener that does not wait.
+/// A connection that is already in the accept queue of a non-blocking listener.
 pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStream>> {
     match backend.accept() {
         Ok((stream, _)) => Ok(Some(stream)),
@@ -109,12 +110,12 @@ pub(crate) fn accept_now(backend: &TcpListener) -> anyhow::Result<Option<TcpStre
     }
 }
 
-/// Waits until `count` connections have their line, and returns them all.
+/// Waits until `count` connections have a log line, and returns them all.
 pub(crate) fn finished(injector: &Injector, count: usize) -> anyhow::Result<Vec<Session>> {
     injector.sessions_within(count)
 }
 
-/// The one finished connection ended so.
+/// Checks that the one finished connection has this close reason.
 pub(crate) fn ended(injector: &Injector, end: &str) -> anyhow::Result<Session> {
     let mut sessions = finished(injector, 1)?;
     let session = sessions.remove(0);
@@ -127,7 +128,7 @@ pub(crate) fn ended(injector: &Injector, end: &str) -> anyhow::Result<Session> {
     Ok(session)
 }
 
-/// A counter of the listener has this value.
+/// Checks that a counter has this value.
 pub(crate) fn counted(
     injector: &Injector,
     name: &str,

@@ -1,4 +1,4 @@
-//! Payload, whole and in order, to the end: both directions, half-closes, resets.
+//! Payload, complete and in order: both directions, half-closes, resets.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use socket2::SockRef;
 use crate::Run;
 use crate::testbed::{Ending, Testbed, accept_with_header, ended, ending, expect, finished, pass};
 
-/// Enough to go round every buffer on the way many times.
+/// Enough to fill every buffer on the way many times.
 const BULK: usize = 24 << 20;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
@@ -19,10 +19,10 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("transfer/both directions at once, low water marks", |testbed, engine| {
         both_ways(testbed, engine, SMALL_MARKS)
     }),
-    ("transfer/a long first payload", long_first),
+    ("transfer/a long first payload", large_first_payload),
     ("transfer/client closes first", client_half_closes),
     ("transfer/backend closes first", backend_half_closes),
-    ("transfer/backend sends its last reply and closes", goodbye),
+    ("transfer/backend sends its last reply and closes", last_reply),
     ("transfer/byte by byte", byte_by_byte),
     ("stalled/backend reads nothing for a while", |testbed, engine| {
         stalled(testbed, engine, Reader::Backend)
@@ -30,7 +30,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("stalled/client reads nothing for a while", |testbed, engine| stalled(testbed, engine, Reader::Client)),
     ("stalled/resumed by the kernel", resumed),
     ("stalled/the sender closes meanwhile", stalled_fin),
-    ("stalled/the reader resets", stalled_gone),
+    ("stalled/the reader resets", stalled_reader_resets),
     ("transfer/backend resets", backend_resets),
     ("transfer/client resets", client_resets),
     ("idle/aborted after the timeout", idle),
@@ -38,11 +38,11 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("idle/half closed", half_closed_idle),
 ];
 
-/// Those that only the splice engine has.
+/// Trials that only the splice engine has.
 pub(crate) const SPLICE_TRIALS: &[(&str, Run)] =
     &[("transfer/by the kernel when it pays off", enrolled_when_it_pays)];
 
-/// A client and a backend that have exchanged their first words.
+/// A client and a backend that have exchanged their first messages.
 pub(crate) fn joined(
     testbed: &Testbed,
     engine: &str,
@@ -54,7 +54,7 @@ pub(crate) fn joined(
     Ok((injector, client, server))
 }
 
-/// The same with an injector that runs already.
+/// The same with a running injector.
 pub(crate) fn introduced(testbed: &Testbed, backend: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(backend)?;
@@ -63,7 +63,7 @@ pub(crate) fn introduced(testbed: &Testbed, backend: &TcpListener) -> anyhow::Re
     Ok((client, server))
 }
 
-/// Bytes that repeat only after 251 times 256: a lost, doubled or swapped piece is seen.
+/// Bytes that repeat only after 251 × 256: a lost, duplicated or swapped piece is detected.
 pub(crate) fn pattern(seed: usize, len: usize) -> Vec<u8> {
     let byte = |at: usize| {
         let [low, ..] = ((at + seed) % 251).to_le_bytes();
@@ -91,10 +91,11 @@ pub(crate) fn receive_all(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Resul
     bail!("{} of {} bytes, the same up to {same}", seen.len(), bytes.len());
 }
 
-/// The daemon's own rules of enrolment.
+/// The daemon's default rules of enrolment.
 const DEFAULTS: &str = "\n\n[splice]\n";
 
-/// With these every direction is held soon, and the change of planes falls into the middle of the stream.
+/// With these water marks every direction is paused early, so that the data path changes in the
+/// middle of the stream.
 const SMALL_MARKS: &str = "\n\n[splice]\nhigh_water = 65536\nlow_water = 16384\n\
                            enrol_after_messages = 1";
 
@@ -120,7 +121,8 @@ fn both_ways(testbed: &Testbed, engine: &str, marks: &str) -> anyhow::Result<()>
     let bulk = BULK as u64;
     ensure!(session.number("bytes_to_backend") == Some(bulk + 13), "{session:?}");
     ensure!(session.number("bytes_to_client") == Some(bulk + 11), "{session:?}");
-    // How much of it the kernel carries depends on who keeps up. What it has had in its hands goes through no pipe.
+    // The share of the kernel depends on which side keeps up. After the kernel, no pipe carries
+    // bytes.
     for (plane, of) in [("spliced", "splice"), ("piped", "relay")] {
         for direction in ["to_backend", "to_client"] {
             let carried = session.number(&format!("{plane}_{direction}")).unwrap_or_default();
@@ -130,7 +132,8 @@ fn both_ways(testbed: &Testbed, engine: &str, marks: &str) -> anyhow::Result<()>
     Ok(())
 }
 
-/// By default a direction is the kernel's after 16 payloads, and no sooner; then even bulk is.
+/// By default a direction is enrolled after 16 payloads and no sooner; then the kernel forwards
+/// even bulk.
 fn enrolled_when_it_pays(testbed: &Testbed, _engine: &str) -> anyhow::Result<()> {
     const ENROL_AFTER: u64 = 16;
     for messages in [ENROL_AFTER - 1, ENROL_AFTER + 4] {
@@ -157,8 +160,8 @@ fn enrolled_when_it_pays(testbed: &Testbed, _engine: &str) -> anyhow::Result<()>
     Ok(())
 }
 
-/// More than one read takes, before anything was enrolled: no segment is carried by both planes.
-fn long_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+/// More than one read takes, before enrolment: no segment is carried by both data paths.
+fn large_first_payload(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for len in [65_536, 65_537, 100_000, 400_000] {
         let backend = testbed.backend()?;
         let injector = testbed.injector(engine, "imaps", "")?;
@@ -177,7 +180,7 @@ fn long_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend answers a client that has finished, at its leisure.
+/// The backend responds late to a client that has closed its sending side.
 fn client_half_closes(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     client.write_all(b"DATA and more\r\n")?;
@@ -209,20 +212,20 @@ fn backend_half_closes(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A backend that has closed answers what still comes with a reset (TLS clients say goodbye to it). What it sent before
-/// belongs to the client all the same, however slowly it reads.
-fn goodbye(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+/// A closed backend responds to further data with a reset (TLS clients send close_notify). What it
+/// sent before still reaches the client, however slowly the client reads.
+fn last_reply(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     const LAST: usize = 300_000;
     let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     let last = pattern(3, LAST);
     server.write_all(&last)?;
     drop(server);
     std::thread::sleep(Duration::from_millis(50));
-    // Draws the reset out of the closed backend.
-    client.write_all(b"goodbye\r\n")?;
+    // Provokes the reset of the closed backend.
+    client.write_all(b"last_reply\r\n")?;
     std::thread::sleep(Duration::from_millis(50));
     let mut seen = Vec::new();
-    // Afterwards a FIN, or a reset for the goodbye that nobody read.
+    // Then a FIN, or a reset because of the unread data.
     let _ = client.read_to_end(&mut seen);
     ensure!(seen == last, "{} of {LAST} bytes", seen.len());
     drop(client);
@@ -236,7 +239,7 @@ enum Reader {
     Backend,
 }
 
-/// Writes what `pattern` gives until nothing more is taken for half a second; returns how much that was.
+/// Writes `pattern` until nothing is accepted for half a second; returns the accepted bytes.
 fn fill(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<usize> {
     stream.set_nonblocking(true)?;
     let (mut written, mut last) = (0, Instant::now());
@@ -253,16 +256,16 @@ fn fill(mut stream: &TcpStream, bytes: &[u8]) -> anyhow::Result<usize> {
     Ok(written)
 }
 
-/// What one stalled reader may have on its way: the marks, the sockets' buffers on four ends, and what comes within the
-/// time that an alarm takes. Without back-pressure it would be all of it.
+/// Maximum in flight for one stalled reader: the water marks, four socket buffers, and what arrives
+/// until the notification is handled. Without back-pressure it would be everything.
 const ON_ITS_WAY: usize = 24 << 20;
-const TOO_MUCH: usize = 96 << 20;
+const MORE_THAN_FITS: usize = 96 << 20;
 
-/// The sender is slowed down, memory stays bounded, and nothing is lost when the reader goes on.
+/// The sender is slowed down, memory stays bounded, and no data is lost when the reader continues.
 fn stalled(testbed: &Testbed, engine: &str, reader: Reader) -> anyhow::Result<()> {
     let (injector, client, server) = joined(testbed, engine, "")?;
     let (from, to) = if reader == Reader::Client { (&server, &client) } else { (&client, &server) };
-    let bytes = pattern(11, TOO_MUCH);
+    let bytes = pattern(11, MORE_THAN_FITS);
     let taken = fill(from, &bytes)?;
     ensure!(taken < ON_ITS_WAY, "{taken} bytes were taken for a reader that reads nothing");
     let changes =
@@ -286,10 +289,10 @@ fn stalled(testbed: &Testbed, engine: &str, reader: Reader) -> anyhow::Result<()
     Ok(())
 }
 
-/// When the target has caught up, and payload comes piece by piece, the kernel carries it again.
+/// When the target has caught up and payload arrives in small pieces, the kernel forwards it again.
 fn resumed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, client, mut server) = joined(testbed, engine, "")?;
-    let bytes = pattern(19, TOO_MUCH);
+    let bytes = pattern(19, MORE_THAN_FITS);
     let taken = fill(&client, &bytes)?;
     let mut seen = vec![0; taken];
     server.read_exact(&mut seen)?;
@@ -302,7 +305,7 @@ fn resumed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let changes = [("change", "resumed")];
     let resumed = || anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &changes) > 0.5);
     if engine == "splice" {
-        // User space may hear of it later than the payload has passed.
+        // User space may be notified after the payload has passed.
         wait_until("resumed", resumed, |resumed| *resumed)?;
     } else {
         ensure!(!resumed()?, "{engine} has nothing to resume");
@@ -311,10 +314,11 @@ fn resumed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     finished(&injector, 1).map(drop)
 }
 
-/// A FIN that comes while the source is held: the kernel does not take the source back, user space reads the rest.
+/// A FIN while the source is paused: the kernel does not resume the source, user space reads the
+/// rest.
 fn stalled_fin(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, client, server) = joined(testbed, engine, "")?;
-    let bytes = pattern(13, TOO_MUCH);
+    let bytes = pattern(13, MORE_THAN_FITS);
     let taken = fill(&client, &bytes)?;
     client.shutdown(Shutdown::Write)?;
     std::thread::sleep(Duration::from_millis(50));
@@ -324,10 +328,10 @@ fn stalled_fin(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The reader resets: the sender is told at once, not after a timeout.
-fn stalled_gone(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+/// The reader resets: the sender is notified at once, not after a timeout.
+fn stalled_reader_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, mut client, server) = joined(testbed, engine, "")?;
-    fill(&client, &pattern(17, TOO_MUCH))?;
+    fill(&client, &pattern(17, MORE_THAN_FITS))?;
     let start = Instant::now();
     reset(server)?;
     ensure!(matches!(ending(&mut client)?, Ending::Reset(_)), "the sender saw a clean end");
@@ -353,7 +357,7 @@ fn reset(stream: TcpStream) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A reset on one side is a reset on the other, at once, and never looks like an end.
+/// A reset on one side causes a reset on the other, at once, and never a clean end.
 fn backend_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, mut client, mut server) = joined(testbed, engine, "")?;
     pass(&mut server, &mut client, b"250 half of a sent")?;
@@ -388,7 +392,7 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Also where no byte passes through user space.
+/// Also when no byte passes through user space.
 fn kept_alive(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (injector, mut client, mut server) =
         joined(testbed, engine, "[listener.timeouts]\nidle = \"400ms\"")?;
@@ -396,7 +400,7 @@ fn kept_alive(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(150));
         pass(&mut client, &mut server, b"NOOP\r\n")?;
     }
-    ensure!(injector.sessions()?.is_empty(), "cut although it was alive");
+    ensure!(injector.sessions()?.is_empty(), "aborted although it was active");
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
     ended(&injector, "idle")?;
     Ok(())
@@ -410,7 +414,7 @@ fn half_closed_idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the FIN did not pass");
     ended(&injector, "half_closed")?;
     let after = start.elapsed();
-    // The first look is after five seconds at the latest: until then the idle timeout was in force.
+    // The first check is after five seconds at the latest: until then the idle timeout applies.
     ensure!(after < Duration::from_secs(7), "after {after:?}");
     drop(client);
     Ok(())

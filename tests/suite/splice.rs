@@ -1,5 +1,5 @@
-//! The programs of the splice engine on real sockets, every case that a daemon can bring about: they have no test-run.
-//! All on loopback, in this process.
+//! The programs of the splice engine on real sockets, in every case that a daemon can cause: their
+//! program type has no BPF_PROG_TEST_RUN. All on loopback, in this process.
 
 use std::future::{Future, poll_fn};
 use std::io::{self, ErrorKind};
@@ -72,14 +72,14 @@ fn count(splice: &Splice, counter: Counter) -> u64 {
     counted.iter().find(|(program, event, _)| (*program, *event) == labels).map_or(0, |(.., count)| *count)
 }
 
-/// A socket of the daemon's, and the other end of it.
+/// A socket of the daemon, and its peer.
 async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
     let ours = Endpoint::connect(listener.local_addr()?, &|socket| {
         injector_user::engine::Engine::observe_syn(splice, socket)
     })
     .await?;
-    // The peer is to have its connection before the header comes.
+    // The peer must have its connection before the header arrives.
     ours.acknowledge()?;
     Ok((ours, listener.accept().await?.0))
 }
@@ -115,7 +115,7 @@ async fn every_length(splice: Arc<Splice>, payload: &[u8]) -> anyhow::Result<()>
     Ok(())
 }
 
-/// More than a socket takes at once: what did not go along follows, without a second header.
+/// More than a socket accepts at once: the rest follows without a second header.
 async fn big_payload(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (backend, mut peer) = pair(&splice).await?;
     let (header, payload) = (pattern(0, 52), pattern(9, 1 << 16));
@@ -133,7 +133,8 @@ async fn big_payload(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The header is placed once: a second attempt is the daemon's mistake and must not reach the backend as a header.
+/// The header is sent once: a second attempt is an error of the daemon and must not reach the
+/// backend as a header.
 async fn twice(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (backend, mut peer) = pair(&splice).await?;
     let (one, two) = (pattern(1, 28), pattern(2, 28));
@@ -155,7 +156,7 @@ async fn impossible_lengths(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The target's socket is closed while the source still sends: its entry goes with it.
+/// The target's socket is closed while the source still sends: its map entry is removed with it.
 async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, target_peer) = pair(&splice).await?;
@@ -173,7 +174,7 @@ async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Half-closed sockets stay in user space, with a reason that says so.
+/// Half-closed sockets stay in user space, with a matching reason.
 async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, _target_peer) = pair(&splice).await?;
@@ -186,7 +187,7 @@ async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As long as the target's own queue has not taken everything, the FIN has to wait; then nothing is missing.
+/// The FIN has to wait until the target's queue has accepted everything; then no byte is missing.
 async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     const BULK: usize = 8 << 20;
     let watch = Watch::start()?;
@@ -221,7 +222,8 @@ async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// User space has written before, and more has arrived unread: order holds across the change of planes.
+/// User space has written before, and more has arrived unread: the order is preserved when the data
+/// path changes.
 async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
     for unread in [0, 1, 1000, 100_000] {
         let (source, mut source_peer) = pair(&splice).await?;

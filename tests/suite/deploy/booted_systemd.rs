@@ -1,7 +1,8 @@
-//! A systemd of its own: PID 1 of new namespaces, over a copy of this machine's files that goes with it.
+//! A systemd of its own: PID 1 of new namespaces, over a temporary copy of this machine's files.
 //!
-//! The root is an overlay whose upper side is in memory; units and settings of this machine's own are hidden, so that it boots
-//! into the journal and nothing else. It lives in a cgroup of its own and in the network namespace that it is given.
+//! The root is an overlay whose upper layer is in memory. This machine's own units and settings are
+//! hidden, so that it boots only the journal. It runs in its own cgroup and in the given network
+//! namespace.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,11 @@ use anyhow::{Context, bail, ensure};
 use injector_testbed::netns::{self, Netns};
 use tempfile::TempDir;
 
-/// How long it may take to boot, on a machine with other work.
+/// Boot time limit, on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
-/// What makes the root and becomes systemd. `$1`: an empty folder, `$2`: name of the cgroup, then folders to be seen at their place.
+/// Creates the root and becomes systemd. `$1`: an empty directory, `$2`: name of the cgroup, then
+/// directories to bind-mount at the same path.
 const BOOT: &str = r#"
 set -eu
 base=$1 group=$2
@@ -29,7 +31,7 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work"
 
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
-# As systemd does outside of a container: nobody but root may look in.
+# As systemd does outside of a container: readable only by root.
 mount -t bpf bpf "$root/sys/fs/bpf" -o mode=0700,nosuid,nodev,noexec
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
@@ -68,7 +70,7 @@ exec unshare --cgroup sh -eu -c '
 ' sh "$root"
 "#;
 
-/// Removes cgroups `$1` that no longer have processes. Systemd's own groups are below them.
+/// Removes cgroups `$1` without processes. Systemd's own groups are below them.
 const REMOVE_GROUPS: &str = r#"
 set -eu
 mount --make-rprivate /
@@ -79,26 +81,26 @@ done
 umount "$2"
 "#;
 
-/// A running systemd; ended on drop with all that it started.
+/// A running systemd; stopped on drop with all its processes.
 #[derive(Debug)]
 pub(crate) struct BootedSystemd {
-    /// Stays outside its PID namespace, and takes it along when it ends.
+    /// The process outside the PID namespace; the namespace ends with it.
     keeper: Child,
-    /// Systemd, as this machine numbers it.
+    /// Systemd's pid on this machine.
     pid: u32,
     group: String,
     dir: TempDir,
 }
 
 impl BootedSystemd {
-    /// Boots, and waits until all that it was to start has started.
+    /// Boots, and waits until the boot target is reached.
     ///
     /// # Errors
     /// When a namespace, a mount or the boot fails.
     pub(crate) fn boot(netns: &Netns, visible: &[&Path]) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("systemd")?;
         let group = format!("inj-{}-systemd", std::process::id());
-        // Those of runs that were killed.
+        // Cgroups of runs that were killed.
         remove_groups("inj-*-systemd", dir.path());
         let log = fs::File::create(dir.path().join("boot.log"))?;
         let base = dir.path().join("base");
@@ -110,14 +112,14 @@ impl BootedSystemd {
         let keeper = netns.spawn(command)?;
         let mut booted = Self { keeper, pid: 0, group, dir };
         let outcome = booted.wait_booted();
-        outcome.with_context(|| format!("systemd did not boot; it said:\n{}", booted.said()))?;
+        outcome.with_context(|| format!("systemd did not boot; it printed:\n{}", booted.console()))?;
         Ok(booted)
     }
 
     /// Runs a command inside.
     ///
     /// # Errors
-    /// When it cannot be started; what it makes of it is in the output.
+    /// When it cannot be started; its exit status is in the output.
     pub(crate) fn run(&self, words: &[&str]) -> anyhow::Result<Output> {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid.to_string(), "--all", "--root", "--wd", "--", "env", "-i"]);
@@ -126,16 +128,16 @@ impl BootedSystemd {
         command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {words:?}"))
     }
 
-    /// Runs a command inside that must succeed, and returns what it printed.
+    /// Runs a command inside, requires success, and returns its output.
     ///
     /// # Errors
-    /// When it fails, with what it complained of.
+    /// When it fails, with its error output.
     pub(crate) fn must(&self, words: &[&str]) -> anyhow::Result<String> {
         let output = self.run(words)?;
-        let (said, complained) =
+        let (printed, complained) =
             (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        ensure!(output.status.success(), "{words:?}: {}\n{said}{complained}", output.status);
-        Ok(said.into_owned())
+        ensure!(output.status.success(), "{words:?}: {}\n{printed}{complained}", output.status);
+        Ok(printed.into_owned())
     }
 
     /// A path inside, as this process can open it.
@@ -152,7 +154,7 @@ impl BootedSystemd {
         Ok(text.trim().to_owned())
     }
 
-    /// What the unit has logged, without journald's prefix.
+    /// The log of the unit, without journald's prefix.
     pub(crate) fn journal(&self, unit: &str) -> String {
         let output = self.run(&["journalctl", "--no-pager", "--output=cat", "--unit", unit]);
         output.map_or_else(|error| error.to_string(), |it| String::from_utf8_lossy(&it.stdout).into_owned())
@@ -182,19 +184,19 @@ impl BootedSystemd {
         }
     }
 
-    /// Whether the shell that prepares has become systemd.
+    /// Whether the preparing shell has become systemd.
     fn is_systemd(&self) -> bool {
         fs::read_to_string(format!("/proc/{}/comm", self.pid)).is_ok_and(|name| name.trim() == "systemd")
     }
 
-    fn said(&self) -> String {
+    fn console(&self) -> String {
         fs::read_to_string(self.dir.path().join("boot.log")).unwrap_or_default()
     }
 }
 
 impl Drop for BootedSystemd {
     fn drop(&mut self) {
-        // Both fail only for a child that is gone already. Its PID namespace ends with it.
+        // Both fail only if the child has exited. Its PID namespace ends with it.
         let _ = self.keeper.kill();
         let _ = self.keeper.wait();
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -207,7 +209,7 @@ impl Drop for BootedSystemd {
 
 fn remove_groups(name: &str, dir: &Path) {
     let place = dir.join("cgroup");
-    // What cannot be removed has a living owner, or is empty and does no harm.
+    // A group that cannot be removed has a living owner, or is empty and harmless.
     let _ = fs::create_dir_all(&place);
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", REMOVE_GROUPS, "sh", name]).arg(&place);

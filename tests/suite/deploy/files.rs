@@ -1,4 +1,4 @@
-//! Units and configuration, without starting anything.
+//! Units and configuration, without starting a service.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,8 +9,8 @@ use anyhow::{Context, ensure};
 use injector_testbed::daemon;
 use tempfile::TempDir;
 
-/// The exposure that `systemd-analyze security` may find, of 100: lower is better. What is left is the network, netlink for NAT, and the
-/// three capabilities.
+/// The maximum exposure that `systemd-analyze security` may report, of 100; lower is better. The
+/// rest is the network, netlink for NAT, and the three capabilities.
 const EXPOSURE: u32 = 19;
 
 /// The workspace's folder.
@@ -25,7 +25,7 @@ pub(crate) fn deploy(path: &str) -> anyhow::Result<String> {
     fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// A root with the units, what they refer to, and systemd's own.
+/// A root with the units, the files they refer to, and systemd's own units.
 fn root() -> anyhow::Result<TempDir> {
     let root = tempfile::tempdir()?;
     let units = root.path().join("usr/lib/systemd/system");
@@ -47,50 +47,53 @@ fn analyze(root: &TempDir, words: &[&str]) -> anyhow::Result<(bool, String)> {
     let mut command = Command::new("systemd-analyze");
     command.args(words).arg(format!("--root={}", root.path().display())).arg("--no-pager");
     let output = command.output().context("cannot run systemd-analyze")?;
-    let said = [output.stdout, output.stderr].concat();
-    Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+    let printed = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&printed).into_owned()))
 }
 
 pub(crate) fn units_are_sound() -> anyhow::Result<()> {
     let root = root()?;
     let verify = || analyze(&root, &["verify", "--man=no", "injector.service", "injector.socket"]);
-    let (sound, said) = verify()?;
-    // Of systemd's own units some refer to programs that this root has not.
-    let complaints: Vec<_> = said.lines().filter(|line| line.contains("injector")).collect();
-    ensure!(sound && complaints.is_empty(), "{said}");
-    // That it would have found something:
+    let (sound, printed) = verify()?;
+    // Some of systemd's own units refer to programs that this root lacks.
+    let complaints: Vec<_> = printed.lines().filter(|line| line.contains("injector")).collect();
+    ensure!(sound && complaints.is_empty(), "{printed}");
+    // It would have reported an error:
     fs::remove_file(root.path().join("usr/bin/injector"))?;
-    let (sound, said) = verify()?;
-    ensure!(!sound && said.contains("/usr/bin/injector"), "no complaint about a missing program: {said}");
+    let (sound, printed) = verify()?;
+    ensure!(
+        !sound && printed.contains("/usr/bin/injector"),
+        "no complaint about a missing program: {printed}"
+    );
     Ok(())
 }
 
 pub(crate) fn unit_is_hardened() -> anyhow::Result<()> {
     let root = root()?;
     let threshold = format!("--threshold={EXPOSURE}");
-    let (passed, said) = analyze(&root, &["security", "--offline=true", &threshold, "injector.service"])?;
-    let score = said.lines().find(|line| line.contains("Overall exposure")).unwrap_or(&said);
+    let (passed, printed) = analyze(&root, &["security", "--offline=true", &threshold, "injector.service"])?;
+    let score = printed.lines().find(|line| line.contains("Overall exposure")).unwrap_or(&printed);
     println!("{}", score.trim());
-    ensure!(passed, "more exposed than {EXPOSURE} of 100:\n{said}");
+    ensure!(passed, "more exposed than {EXPOSURE} of 100:\n{printed}");
     Ok(())
 }
 
-/// The daemon reads the file that is installed, and finds no mistake in it.
+/// The daemon accepts the installed file.
 pub(crate) fn configuration_is_valid() -> anyhow::Result<()> {
     let file = workspace().join("deploy/injector.toml");
     let output = Command::new(daemon::binary()?).args(["check", "--config"]).arg(&file).output()?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for listener in ["smtp", "submissions", "submission", "imaps"] {
-        ensure!(said.contains(listener), "no listener {listener} in\n{said}");
+        ensure!(printed.contains(listener), "no listener {listener} in\n{printed}");
     }
-    // ExecReload= of the unit speaks to the admin socket.
+    // ExecReload= of the unit uses the admin socket.
     let config: toml::Table = deploy("injector.toml")?.parse()?;
     ensure!(config.contains_key("admin"), "the installed configuration has no [admin]");
     Ok(())
 }
 
-/// systemd must not kill what the daemon still lets finish.
+/// systemd must not kill the daemon while sessions may still finish.
 pub(crate) fn a_stop_has_its_time() -> anyhow::Result<()> {
     let config: toml::Table = deploy("injector.toml")?.parse()?;
     let deadline = config.get("stop").and_then(|stop| stop.get("deadline")).and_then(toml::Value::as_str);

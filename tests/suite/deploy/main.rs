@@ -1,4 +1,5 @@
-//! What `deploy/` has: units and configuration as files, and the unit started by a systemd, with mail through each engine.
+//! The contents of `deploy/`: units and configuration as files, and the unit started by a systemd,
+//! with mail through each engine.
 
 mod booted_systemd;
 mod files;
@@ -12,12 +13,12 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use service::{Shared, Testbed};
 
-/// What a trial does: with a running systemd.
+/// A trial with a running systemd.
 type TrialRun = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // One service, which the trials start and stop.
+    // All trials start and stop the same service.
     arguments.test_threads.get_or_insert(1);
     let mut trials = vec![
         file("files/the units are sound", files::units_are_sound),
@@ -28,7 +29,7 @@ fn main() {
     let shared = Arc::new(Shared::default());
     let systemd_trials: [(&str, TrialRun); 7] = [
         ("systemd/installing twice changes nothing", service::installing_twice),
-        ("systemd/the process has only the capabilities that it needs", service::rights),
+        ("systemd/the process has only the capabilities that it needs", service::capabilities),
         ("systemd/a stop leaves no socket", service::stop),
         ("systemd/an invalid configuration prevents the start", service::mistake),
         ("systemd/a reload applies, or is rejected and changes nothing", service::reload),
@@ -42,10 +43,10 @@ fn main() {
         }
     }
     trials.extend(systemd_trials.map(|(name, run)| trial(&shared, name.to_owned(), run)));
-    // The last: nothing is there afterwards.
+    // The last trial: it removes everything.
     let last = "systemd/uninstalling removes everything except the configuration";
     trials.push(trial(&shared, last.to_owned(), service::uninstall));
-    // The trials alone have it, so it goes with the last of them.
+    // Only the trials hold it, so it is dropped with the last of them.
     drop(shared);
     libtest_mimic::run(&arguments, trials).exit();
 }

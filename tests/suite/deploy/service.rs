@@ -26,7 +26,7 @@ const CONFIG: &str = "/etc/injector/injector.toml";
 const PROGRAM: &str = "/usr/local/bin/injector";
 const METRICS: &str = "127.0.0.1:9145";
 
-/// How long a server's log line or a delivery may take to show.
+/// How long a server's log line or a delivery may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// One listener of each engine.
@@ -42,7 +42,7 @@ pub(crate) const ENGINES: [Engine; 3] = [
     Engine { name: "relay", vip: VIP_RELAY },
 ];
 
-/// What all trials share; made when the first of them runs.
+/// What all trials share; created when the first of them runs.
 #[derive(Default)]
 pub(crate) struct Shared(OnceLock<Result<Testbed, String>>);
 
@@ -125,7 +125,7 @@ impl Testbed {
         self.systemd.must(&["systemctl", "daemon-reload"]).map(drop)
     }
 
-    /// Has the service run, and returns its process as systemd numbers it.
+    /// Starts the service, and returns its main pid in systemd's PID namespace.
     fn start(&self) -> anyhow::Result<String> {
         self.systemd.must(&["systemctl", "start", UNIT])?;
         self.wait_ready()?;
@@ -148,14 +148,14 @@ impl Testbed {
     }
 }
 
-/// `cargo xtask`, as cargo left it beside the tests.
+/// `cargo xtask`, which cargo builds beside the tests.
 fn xtask() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let path = own.parent().and_then(Path::parent).map(|profile| profile.join("xtask"));
     path.filter(|path| path.is_file()).context("no xtask beside the tests: run `cargo build -p xtask`")
 }
 
-/// A message goes from the client through the service to Postfix, which sees the client.
+/// A message goes from the client through the service to Postfix, which logs the client.
 pub(crate) fn mail(testbed: &Testbed, engine: Engine, family: Family) -> anyhow::Result<()> {
     testbed.start()?;
     send(testbed, engine, family)
@@ -180,12 +180,12 @@ fn send(testbed: &Testbed, engine: Engine, family: Family) -> anyhow::Result<()>
 }
 
 pub(crate) fn installing_twice(testbed: &Testbed) -> anyhow::Result<()> {
-    let said = testbed.install()?;
+    let printed = testbed.install()?;
     let changes = ["write ", "replace ", "create ", "remove "];
     let changed: Vec<_> =
-        said.lines().filter(|line| changes.iter().any(|change| line.starts_with(change))).collect();
-    ensure!(changed.is_empty(), "{said}");
-    ensure!(said.contains(&format!("keep           {CONFIG}")), "{said}");
+        printed.lines().filter(|line| changes.iter().any(|change| line.starts_with(change))).collect();
+    ensure!(changed.is_empty(), "{printed}");
+    ensure!(printed.contains(&format!("keep           {CONFIG}")), "{printed}");
     testbed.systemd.must(&["id", "injector"])?;
     let pins = testbed.systemd.must(&["stat", "--format", "%U %a", "/sys/fs/bpf/injector"])?;
     ensure!(pins.trim() == "injector 700", "/sys/fs/bpf/injector is {pins}");
@@ -193,7 +193,7 @@ pub(crate) fn installing_twice(testbed: &Testbed) -> anyhow::Result<()> {
 }
 
 /// Read from the process, not from the unit.
-pub(crate) fn rights(testbed: &Testbed) -> anyhow::Result<()> {
+pub(crate) fn capabilities(testbed: &Testbed) -> anyhow::Result<()> {
     let pid = testbed.start()?;
     let status = testbed.systemd.must(&["cat", &format!("/proc/{pid}/status")])?;
     let field = |name: &str| {
@@ -222,7 +222,7 @@ pub(crate) fn stop(testbed: &Testbed) -> anyhow::Result<()> {
     ensure!(result == "success", "the stop was a {result}");
     ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
     ensure!(!testbed.systemd.path("/run/injector").exists(), "/run/injector is left");
-    // What the inline engine pins serves on while the daemon is away.
+    // The pinned inline programs keep working while the daemon is stopped.
     let pins = testbed.systemd.must(&["ls", "/sys/fs/bpf/injector"])?;
     ensure!(!pins.trim().is_empty(), "nothing is pinned");
     ensure!(testbed.journal().contains("stopped: "), "the journal has no line about the shutdown");
@@ -264,7 +264,7 @@ pub(crate) fn watchdog(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.drop_in("[Service]\nWatchdogSec=3s\nRestartSec=100ms\n")?;
     testbed.systemd.must(&["systemctl", "restart", UNIT])?;
     let before = testbed.start()?;
-    // Longer than the watchdog: a daemon that tells it that it lives is left alone.
+    // Longer than the watchdog: a daemon that notifies it is not restarted.
     thread::sleep(Duration::from_secs(5));
     ensure!(testbed.systemd.property(UNIT, "MainPID")? == before, "replaced while it worked");
     testbed.systemd.must(&["kill", "-STOP", &before])?;
@@ -284,7 +284,8 @@ pub(crate) fn watchdog(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.drop_in("")
 }
 
-/// systemd holds the port: who comes while there is no daemon has one started, and is served by it.
+/// systemd keeps the port open: a client that connects while no daemon runs starts one, and is
+/// served.
 pub(crate) fn activated(testbed: &Testbed) -> anyhow::Result<()> {
     const SOCKET: &str = "injector.socket";
     let [_, _, relay] = ENGINES;
@@ -299,12 +300,12 @@ pub(crate) fn activated(testbed: &Testbed) -> anyhow::Result<()> {
     ensure!(state == "inactive", "{state} before anybody has come");
     send(testbed, relay, Family::V4)?;
     let before = testbed.systemd.property(UNIT, "MainPID")?;
-    // And whoever comes during a restart waits for the next one.
+    // Clients that connect during a restart wait for the next daemon.
     testbed.systemd.must(&["systemctl", "restart", "--no-block", UNIT])?;
     send(testbed, relay, Family::V4)?;
     testbed.wait_ready()?;
     ensure!(testbed.systemd.property(UNIT, "MainPID")? != before, "it was not replaced");
-    // The addresses that systemd does not hold are the daemon's own.
+    // The daemon opens the addresses that systemd does not hold.
     send(testbed, relay, Family::V6)?;
     testbed.systemd.must(&["systemctl", "stop", SOCKET, UNIT])?;
     fs::remove_dir_all(&folder)?;
@@ -313,14 +314,14 @@ pub(crate) fn activated(testbed: &Testbed) -> anyhow::Result<()> {
 
 pub(crate) fn uninstall(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.start()?;
-    let said = testbed.xtask(&["uninstall"])?;
+    let printed = testbed.xtask(&["uninstall"])?;
     for path in [PROGRAM, "/usr/local/lib/systemd/system/injector.service", "/usr/local/share/injector"] {
-        ensure!(!testbed.systemd.path(path).exists(), "{path} is left:\n{said}");
+        ensure!(!testbed.systemd.path(path).exists(), "{path} is left:\n{printed}");
     }
     ensure!(testbed.systemd.path(CONFIG).exists(), "the configuration is gone");
     ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "inactive", "it still runs");
-    // What inline had in the kernel: pins, and its NAT table.
-    ensure!(!testbed.systemd.path("/sys/fs/bpf/injector").exists(), "pins are left:\n{said}");
+    // The kernel state of inline: pins, and its NAT table.
+    ensure!(!testbed.systemd.path("/sys/fs/bpf/injector").exists(), "pins are left:\n{printed}");
     let tables = testbed.systemd.must(&["nft", "list", "tables"])?;
     ensure!(tables.trim().is_empty(), "NAT is left: {tables}");
     Ok(())

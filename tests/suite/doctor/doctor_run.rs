@@ -15,7 +15,7 @@ pub(crate) struct Listener {
     pub(crate) name: &'static str,
     pub(crate) protocol: &'static str,
     pub(crate) backends: Vec<String>,
-    /// Further lines, or tables.
+    /// More lines, or tables.
     pub(crate) more: &'static str,
     /// Whether it has an IPv6 address.
     pub(crate) ipv6: bool,
@@ -26,7 +26,7 @@ pub(crate) fn listener(name: &'static str, protocol: &'static str, backends: &[S
     Listener { name, protocol, backends: backends.to_vec(), more: "", ipv6: true }
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug)]
 pub(crate) struct DoctorRun {
     pub(crate) code: Option<i32>,
@@ -38,11 +38,11 @@ pub(crate) fn run_json(netns: &Netns, listeners: &[Listener], flags: &[&str]) ->
     let output = run(netns, &configuration(listeners), &[&["--json"], flags].concat())?;
     let json = serde_json::from_slice(&output.stdout);
     let json =
-        json.with_context(|| format!("no JSON; it said {}", String::from_utf8_lossy(&output.stderr)))?;
+        json.with_context(|| format!("no JSON; it printed {}", String::from_utf8_lossy(&output.stderr)))?;
     Ok(DoctorRun { code: output.status.code(), json })
 }
 
-/// The same for people.
+/// The same with text output.
 pub(crate) fn run(netns: &Netns, config: &str, flags: &[&str]) -> anyhow::Result<Output> {
     let dir = netns::scratch_dir("doctor")?;
     let file = dir.path().join("injector.toml");
@@ -73,7 +73,7 @@ pub(crate) fn configuration(listeners: &[Listener]) -> String {
 }
 
 impl DoctorRun {
-    /// All that was found, as `listener/address verdict`, notes with the word before.
+    /// All findings, as `listener/address verdict`, notes with the word before.
     pub(crate) fn findings(&self) -> Vec<String> {
         let mut all = Vec::new();
         for listener in list(&self.json, "listeners") {
@@ -91,7 +91,7 @@ impl DoctorRun {
         all
     }
 
-    /// The lines to change, of all findings at addresses.
+    /// The suggested lines of all findings at addresses.
     pub(crate) fn lines(&self) -> Vec<String> {
         let addresses = self.addresses();
         let findings = addresses.iter().flat_map(|address| list(address, "findings"));
@@ -100,12 +100,12 @@ impl DoctorRun {
         lines.filter_map(Value::as_str).map(str::to_owned).collect()
     }
 
-    /// What the servers were taken for.
+    /// What kind of server was detected.
     pub(crate) fn servers(&self) -> Vec<String> {
         self.addresses().iter().map(|address| text(address, "server")).collect()
     }
 
-    /// What servers answered to a foreign recipient, in order.
+    /// The servers' replies to a foreign recipient, in order.
     pub(crate) fn relay_answers(&self) -> Vec<String> {
         let addresses = self.addresses();
         let observations = addresses.iter().flat_map(|address| list(address, "observations"));
@@ -115,13 +115,13 @@ impl DoctorRun {
             .collect()
     }
 
-    /// How many connections it made.
+    /// The number of connections it made.
     pub(crate) fn connections(&self) -> usize {
         self.addresses().iter().map(|address| list(address, "observations").count()).sum()
     }
 
     /// # Errors
-    /// When something else was found, or the exit code does not fit it.
+    /// When the findings differ, or the exit code does not match them.
     pub(crate) fn expect(&self, findings: &[&str]) -> anyhow::Result<()> {
         ensure!(
             self.findings() == findings,
@@ -137,7 +137,7 @@ impl DoctorRun {
     }
 
     /// # Errors
-    /// When the advice has no such line.
+    /// When the advice lacks the line.
     pub(crate) fn advises(&self, line: &str) -> anyhow::Result<()> {
         let lines = self.lines();
         ensure!(lines.iter().any(|given| given.trim() == line), "no line {line:?} in {lines:#?}");

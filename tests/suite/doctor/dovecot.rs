@@ -1,4 +1,4 @@
-//! Dovecot that trusts the edge, and one that trusts somebody else.
+//! Dovecot that trusts the edge, and one that trusts another host.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -9,15 +9,15 @@ use injector_testbed::certificate::Certificate;
 use injector_testbed::dovecot::Dovecot;
 use injector_testbed::netns::{EDGE_INSIDE, MAIL, Netns};
 
-/// IMAP in TLS, which demands a header.
+/// IMAP in TLS, with a required header.
 pub(crate) const IMAPS: u16 = 10993;
-/// IMAP in TLS, without.
+/// IMAP in TLS, without a header.
 pub(crate) const BARE_IMAPS: u16 = 993;
-/// POP3 in clear text, which demands a header.
+/// POP3 in clear text, with a required header.
 pub(crate) const POP3: u16 = 10110;
-/// POP3 in clear text, without.
+/// POP3 in clear text, without a header.
 pub(crate) const BARE_POP3: u16 = 110;
-/// As [`IMAPS`], of the Dovecot that trusts somebody else.
+/// As [`IMAPS`], of the Dovecot that trusts another host.
 pub(crate) const UNTRUSTED_IMAPS: u16 = 20993;
 /// The same in clear text.
 pub(crate) const UNTRUSTED_POP3: u16 = 20110;
@@ -106,7 +106,7 @@ service pop3-login {{
     Dovecot::start_with(netns, conf, &sockets)
 }
 
-/// Adds a line at the end, where it takes the place of an earlier one of that name, and reloads.
+/// Appends a line, which overrides an earlier one of that name, and reloads.
 pub(crate) fn set(netns: &Netns, dovecot: &Dovecot, line: &str) -> anyhow::Result<()> {
     let config = dovecot.config();
     let text = fs::read_to_string(&config)?;

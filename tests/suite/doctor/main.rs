@@ -1,5 +1,5 @@
-//! `injector doctor`, run from the edge, against real Postfix and Dovecot that are misconfigured in one way each, and against
-//! small receivers for what those two cannot be.
+//! `injector doctor`, run from the edge, against real Postfix and Dovecot with one misconfiguration
+//! each, and against small receivers for cases that those two cannot produce.
 
 mod doctor_run;
 mod dovecot;
@@ -17,7 +17,8 @@ use testbed::Testbed;
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // They wait for servers, which take 5 s to miss a header; the servers are shared, but each trial has ports of its own.
+    // Trials wait for servers, which need 5 s to detect a missing header; the servers are shared,
+    // but each trial has its own ports.
     arguments.test_threads.get_or_insert(8);
     let shared: Shared = Arc::default();
     let trials = trials::ALL.iter().map(|(name, run)| trial(&shared, name, *run)).collect();
@@ -26,7 +27,7 @@ fn main() {
     conclusion.exit();
 }
 
-/// Made by the first trial that runs.
+/// Created by the first trial that runs.
 type Shared = Arc<Mutex<Option<Arc<Testbed>>>>;
 
 fn trial(shared: &Shared, name: &str, run: fn(&Testbed) -> anyhow::Result<()>) -> Trial {

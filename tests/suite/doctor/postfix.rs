@@ -1,4 +1,4 @@
-//! Postfix with a service for each fault, and another one that knows no IPv6.
+//! Postfix with a service for each fault, and another one without IPv6.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -9,27 +9,27 @@ use injector_testbed::certificate::{Certificate, MAIL_NAME};
 use injector_testbed::netns::{MAIL, Netns};
 use injector_testbed::postfix::Postfix;
 
-/// postscreen as it should be.
+/// Correct postscreen.
 pub(crate) const POSTSCREEN: u16 = 2525;
-/// smtpd as it should be.
+/// Correct smtpd.
 pub(crate) const SMTPD: u16 = 5587;
-/// smtpd in TLS as it should be.
+/// Correct smtpd in TLS.
 pub(crate) const WRAPPED: u16 = 4465;
-/// smtpd that is told nothing.
+/// smtpd without the setting.
 pub(crate) const BARE_SMTPD: u16 = 2501;
-/// smtpd that is told postscreen's setting.
+/// smtpd with postscreen's setting.
 pub(crate) const SMTPD_AS_POSTSCREEN: u16 = 2502;
-/// postscreen before an smtpd that is told what postscreen should be.
+/// postscreen in front of an smtpd that has postscreen's setting.
 pub(crate) const POSTSCREEN_AS_SMTPD: u16 = 2503;
-/// smtpd in TLS that is told nothing.
+/// smtpd in TLS without the setting.
 pub(crate) const BARE_WRAPPED: u16 = 2504;
-/// smtpd as it should be, with no firewall before it.
+/// Correct smtpd, without a firewall.
 pub(crate) const FORGEABLE: u16 = 2505;
-/// The same, for a host that is not the edge.
+/// The same, probed from a host that is not the edge.
 pub(crate) const FORGEABLE_BY_STRANGERS: u16 = 2506;
-/// smtpd that is told nothing until the trial does so.
+/// smtpd without the setting, until the trial adds it.
 pub(crate) const REPAIRED: u16 = 2507;
-/// smtpd as it should be for clear text.
+/// Correct smtpd for clear text.
 pub(crate) const CLEAR: u16 = 2508;
 /// postscreen of the Postfix without IPv6.
 pub(crate) const IPV4_POSTSCREEN: u16 = 2511;
@@ -48,7 +48,7 @@ pub(crate) const STOCK_ENCRYPTED: u16 = 2524;
 pub(crate) const STOCK_REPAIRED: u16 = 2526;
 /// As [`STOCK_SMTPD`], with no firewall before it.
 pub(crate) const STOCK_OPEN: u16 = 2527;
-/// Its smtpd that relays for everybody.
+/// Its smtpd that relays for all clients.
 pub(crate) const OPEN_RELAY: u16 = 2528;
 /// Its smtpd that defers every recipient, as greylisting does.
 pub(crate) const GREYLISTED: u16 = 2529;
@@ -81,7 +81,7 @@ const ALL: [u16; 11] = [
 const SMTPD_PROXY: &str = "-o smtpd_upstream_proxy_protocol=haproxy";
 const POSTSCREEN_PROXY: &str = "-o postscreen_upstream_proxy_protocol=haproxy";
 
-/// What smtpd and postscreen need to talk; no mail is taken.
+/// The services that smtpd and postscreen need; mail is not accepted.
 const OWN_SERVICES: &str = "smtpd pass - - n - - smtpd
 cleanup unix n - n - 0 cleanup
 rewrite unix - - n - - trivial-rewrite
@@ -100,15 +100,15 @@ pub(crate) fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<
     Postfix::start_with(netns, "postfix", |dir| main_cf(dir, "all", &more), &master_cf(), &sockets.concat())
 }
 
-/// What main.cf has on a host that trusts nobody for an address.
+/// main.cf of a host that trusts no client by its address.
 const NO_NETWORKS: &str = "mynetworks =\n";
 
-/// What Debian's package writes into main.cf.
+/// The lines that Debian's package writes into main.cf.
 const STOCK_NETWORKS: &str = "mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
 smtpd_relay_restrictions = permit_mynetworks permit_sasl_authenticated defer_unauth_destination
 ";
 
-/// One whose `mynetworks` and restrictions are those of a fresh installation.
+/// A Postfix with the `mynetworks` and restrictions of a fresh installation.
 pub(crate) fn start_stock(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
     let more = format!("{STOCK_NETWORKS}{}", tls(certificate));
     let smtpd = |port: u16, more: &str| {

@@ -1,4 +1,5 @@
-//! Receivers that Postfix and Dovecot cannot be: SMTP just far enough for a greeting, a recipient that is refused, and QUIT.
+//! Receivers with behaviour that Postfix and Dovecot cannot have: SMTP only with a greeting, a
+//! rejected recipient, and QUIT.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -9,16 +10,16 @@ use anyhow::Context as _;
 use injector_common::proxy::{self, Version};
 use injector_testbed::netns::{MAIL, Netns};
 
-/// Knows v1 alone, and closes on anything else.
+/// Accepts only v1, and closes on anything else.
 pub(crate) const V1_ONLY: u16 = 2601;
-/// Knows v2 alone, and closes on anything else.
+/// Accepts only v2, and closes on anything else.
 pub(crate) const V2_ONLY: u16 = 2602;
-/// Takes a header if one comes.
+/// Accepts a header if there is one.
 pub(crate) const OPTIONAL: u16 = 2603;
-/// Knows v2, and closes on TLVs.
+/// Accepts v2, and closes on TLVs.
 pub(crate) const NO_TLVS: u16 = 2604;
 
-/// All four; they end with the process.
+/// All four; they stop with the process.
 #[derive(Debug)]
 pub(crate) struct Receivers;
 
@@ -36,7 +37,7 @@ impl Receivers {
     }
 }
 
-/// Errors are the client's to notice.
+/// The client detects errors.
 fn serve(mut stream: TcpStream, port: u16) -> Option<()> {
     let wait = if port == OPTIONAL { Duration::from_millis(300) } else { Duration::from_secs(4) };
     stream.set_read_timeout(Some(wait)).ok()?;

@@ -11,13 +11,13 @@ use tempfile::TempDir;
 use crate::receivers::Receivers;
 use crate::{dovecot, postfix, receivers};
 
-/// Nobody listens there.
+/// No server listens there.
 pub(crate) const NOTHING: u16 = 2590;
-/// The firewall drops all that comes there.
+/// The firewall drops all packets to this port.
 pub(crate) const DROPPED: u16 = 2591;
 
-/// Ports that believe a header, and that the firewall shuts to all but the edge. Those of [`postfix::FORGEABLE`],
-/// [`postfix::REPAIRED`] and [`postfix::STOCK_OPEN`] are left open.
+/// Ports that trust a header, and that the firewall closes to all hosts but the edge.
+/// [`postfix::FORGEABLE`], [`postfix::REPAIRED`] and [`postfix::STOCK_OPEN`] stay open.
 const SHUT: &[u16] = &[
     postfix::POSTSCREEN,
     postfix::SMTPD,
@@ -77,7 +77,7 @@ impl Testbed {
         })
     }
 
-    /// No smtpd or postscreen has died of what the doctor did.
+    /// Checks that no smtpd or postscreen died because of the doctor.
     pub(crate) fn nothing_died(&self) -> anyhow::Result<()> {
         for postfix in [&self.postfix, &self.ipv4_postfix, &self.stock_postfix] {
             let log = postfix.log().since(Mark::default());

@@ -1,4 +1,4 @@
-//! One trial for each fault, with its verdict and the line that mends it.
+//! One trial for each fault, with its verdict and the line that corrects it.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -62,7 +62,7 @@ fn one(testbed: &Testbed, protocol: &'static str, port: u16) -> anyhow::Result<D
     run_json(&testbed.topology.edge, &[listener("l", protocol, &[ipv4(port)])], &[])
 }
 
-/// Everything right, over IPv4 and IPv6: nothing is found, not even a note, and few connections are made.
+/// A correct setup, over IPv4 and IPv6: no finding, not even a note, and few connections.
 fn fine(testbed: &Testbed) -> anyhow::Result<()> {
     let listeners = [
         listener("smtp", "smtp", &both(postfix::POSTSCREEN)),
@@ -75,9 +75,10 @@ fn fine(testbed: &Testbed) -> anyhow::Result<()> {
     seen.expect(&[])?;
     let servers = ["Postfix, postscreen", "Postfix, smtpd", "Postfix, smtpd", "Dovecot", "Dovecot"];
     ensure!(seen.servers() == servers.map(|server| [server; 2]).concat(), "{:?}", seen.servers());
-    // Four, and one from each of three other addresses of the edge.
+    // Four connections, and one from each of three other addresses of the edge.
     ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
-    // Those from elsewhere were reset by the firewall: for either family one that is silent and three with a header.
+    // The firewall reset those from other hosts: per family one without data and three with a
+    // header.
     let log = testbed.postfix.log();
     let connected =
         log.lines_with(Mark::default(), &[&format!("postfix/{}/smtpd[", postfix::SMTPD), "]: connect from "]);
@@ -95,12 +96,12 @@ fn no_setting_on_smtpd(testbed: &Testbed) -> anyhow::Result<()> {
     ensure!(setting.trim() == "-o smtpd_upstream_proxy_protocol=haproxy", "{setting:?}");
 
     postfix::set(&testbed.topology.mail, &testbed.postfix, port, &setting)?;
-    // An smtpd that is still waiting for clients may take one more before it goes.
+    // An smtpd that is still waiting for clients may accept one more before it exits.
     let seen = patiently(
         || one(testbed, "submission", port),
         |seen| !seen.findings().join(" ").contains("no_proxy"),
     )?;
-    // No firewall before this port: the next thing to mend.
+    // This port has no firewall: the next fault.
     seen.expect(&[&format!("l/{} forgeable", ipv4(port))])?;
     shut(testbed, &seen)?;
     one(testbed, "submission", port)?.expect(&[])
@@ -114,14 +115,15 @@ fn no_setting_in_tls(testbed: &Testbed) -> anyhow::Result<()> {
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
 }
 
-/// Such an smtpd is as one that is told nothing; on port 25 it may as well be postscreen that knows the client.
+/// Such an smtpd behaves as one without the setting; on port 25 it may as well be postscreen, which
+/// has already tested the client.
 fn postscreen_setting_on_smtpd(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::SMTPD_AS_POSTSCREEN;
     let seen = one(testbed, "smtp", port)?;
     seen.expect(&[&format!("l/{} no_proxy", ipv4(port))])?;
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")?;
     seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
-    // Where there can be no postscreen, one line remains.
+    // Where postscreen is impossible, one line remains.
     let seen = one(testbed, "submission", port)?;
     ensure!(!seen.lines().join("\n").contains("postscreen"), "{:?}", seen.lines());
     seen.advises("-o smtpd_upstream_proxy_protocol=haproxy")
@@ -136,11 +138,12 @@ fn smtpd_setting_behind_postscreen(testbed: &Testbed) -> anyhow::Result<()> {
     seen.advises(&format!("{port} inet n - n - 1 postscreen"))?;
     seen.advises("-o postscreen_upstream_proxy_protocol=haproxy")?;
     ensure!(!seen.lines().join("\n").contains("smtpd_upstream"), "{:?}", seen.lines());
-    // Postfix says the same once the connection is through.
+    // Postfix logs the same once the connection is accepted.
     let ignored = "ignoring non-empty smtpd_upstream_proxy_protocol setting behind postscreen";
     testbed.postfix.log().wait_for(Mark::default(), &[ignored], Duration::from_secs(5))?;
-    // Now it knows the edge and lets it pass unseen: both lines are named. With all these probes it may take one visit more
-    // until it does: one that spoke too early is not believed at once.
+    // Now postscreen remembers the edge and passes it untested: both lines are suggested. With
+    // these probes that may take one more connection, because postscreen does not pass a client
+    // that spoke early at once.
     let mut seen = one(testbed, "smtp", port)?;
     if seen.servers() == ["Postfix, postscreen"] {
         seen = one(testbed, "smtp", port)?;
@@ -164,7 +167,7 @@ fn ipv6_off(testbed: &Testbed) -> anyhow::Result<()> {
     ])?;
     seen.advises("inet_protocols = all")?;
     ensure!(seen.servers() == ["Postfix, postscreen", "Postfix, smtpd"], "{:?}", seen.servers());
-    // Without clients over IPv6 it does no harm.
+    // Without IPv6 clients it is harmless.
     let ipv4_only = listeners.map(|listener| Listener { ipv6: false, ..listener });
     run_json(&testbed.topology.edge, &ipv4_only, &[])?.expect(&[
         &format!("smtp/{} note ipv6_off", ipv4(ports[0])),
@@ -224,7 +227,8 @@ fn forgeable_by_strangers(testbed: &Testbed) -> anyhow::Result<()> {
     run_json(&testbed.topology.client, &shut, &["--untrusted"])?.expect(&[])
 }
 
-/// What the doctor may never do is looked for in Postfix' log: a message would have a Message-ID, and a place in the queue.
+/// Postfix' log must not have what the doctor may never cause: a message would have a Message-ID
+/// and a queue id.
 fn nothing_sent(testbed: &Testbed) -> anyhow::Result<()> {
     let log = testbed.stock_postfix.log().since(Mark::default());
     let sent =
@@ -240,7 +244,7 @@ fn relays_for_localhost(testbed: &Testbed) -> anyhow::Result<()> {
     seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
     seen.advises(SETTING)?;
-    // Postfix took both recipients' client from the header.
+    // Postfix took the client of both recipients from the header.
     let service = format!("postfix/{port}/smtpd[");
     let log = testbed.stock_postfix.log();
     log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
@@ -257,7 +261,7 @@ fn open_relay_for_strangers(testbed: &Testbed) -> anyhow::Result<()> {
     let open = [listener("open", "submission", &[ipv4(port)])];
     let seen = run_json(&testbed.topology.client, &open, &["--untrusted"])?;
     seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
-    // On the injector's host: a header from its other addresses is believed as well.
+    // On the injector's host: a header from its other addresses is trusted as well.
     let edge = run_json(&testbed.topology.edge, &open, &[])?;
     edge.expect(&[&format!("open/{} forgeable", ipv4(port)), &format!("open/{} open_relay", ipv4(port))])?;
     shut(testbed, &edge)?;
@@ -285,7 +289,7 @@ fn relays_over_all_services(testbed: &Testbed) -> anyhow::Result<()> {
         .collect();
     seen.expect(&expected.iter().map(String::as_str).collect::<Vec<_>>())?;
     ensure!(seen.relay_answers() == ["accepted", "refused"].repeat(4), "{:?}", seen.relay_answers());
-    // Shut to strangers, it is nobody's relay.
+    // Closed to untrusted hosts, it does not relay for them.
     run_json(&testbed.topology.client, &listeners, &["--untrusted"])?.expect(&[])?;
     nothing_sent(testbed)
 }
@@ -347,7 +351,7 @@ fn untrusted(testbed: &Testbed) -> anyhow::Result<()> {
         .expect(&[])
 }
 
-/// A server that was told to reload does so when it can.
+/// A server reloads some time after the signal.
 fn patiently(
     run_json: impl Fn() -> anyhow::Result<DoctorRun>,
     done: impl Fn(&DoctorRun) -> bool,
@@ -434,7 +438,8 @@ fn no_address(testbed: &Testbed) -> anyhow::Result<()> {
     seen.expect(&["l/nowhere.invalid:2525 no_address"])
 }
 
-/// On the mail host itself, `localhost` leads to Postfix by either family; no firewall can tell who is who there.
+/// On the mail host itself, `localhost` reaches Postfix by either family; a firewall cannot tell
+/// the clients apart.
 fn name(testbed: &Testbed) -> anyhow::Result<()> {
     let port = postfix::FORGEABLE_BY_STRANGERS;
     let backends = [format!("localhost:{port}")];
@@ -454,20 +459,20 @@ fn exit_codes(testbed: &Testbed) -> anyhow::Result<()> {
         listener("other", "imaps", &[ipv4(dovecot::IMAPS)]),
     ]);
     let output = run(edge, &config, &[])?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.code() == Some(1), "{:?}: {said}", output.status);
+    let printed = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.code() == Some(1), "{:?}: {printed}", output.status);
     for part in
         ["FAULT not_listening", "which sees 10.25.0.1 (Dovecot)", "    fine\n", "2 addresses, 1 fault\n"]
     {
-        ensure!(said.contains(part), "no {part:?} in\n{said}");
+        ensure!(printed.contains(part), "no {part:?} in\n{printed}");
     }
     let output = run(edge, &config, &["--listener", "other"])?;
     ensure!(output.status.code() == Some(0), "{:?}", output.status);
     let output = run(edge, &config, &["--listener", "none"])?;
-    let said = String::from_utf8_lossy(&output.stderr);
+    let printed = String::from_utf8_lossy(&output.stderr);
     ensure!(
-        output.status.code() == Some(2) && said.contains("refusing, other"),
-        "{:?}: {said}",
+        output.status.code() == Some(2) && printed.contains("refusing, other"),
+        "{:?}: {printed}",
         output.status
     );
     let output = run(edge, "nonsense", &[])?;

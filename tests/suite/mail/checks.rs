@@ -1,4 +1,4 @@
-//! Health checks against real servers: they must be understood, and harm nobody.
+//! Health checks against real servers: the servers understand them, and are not harmed.
 
 use std::fmt::Write as _;
 use std::thread;
@@ -12,14 +12,14 @@ use serde_json::Value;
 
 use crate::testbed::Testbed;
 
-/// The first of the ports on the public address that the shared instance leaves free.
+/// The first port on the public address that the shared instance does not use.
 const PORT: u16 = 8100;
-/// So many of each kind.
+/// Number of checks of each kind.
 const CHECKS: u64 = 3;
-/// postscreen greets a client that it does not know after some seconds.
+/// postscreen greets an unknown client after some seconds.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// A listener whose backend is checked so.
+/// A listener with a checked backend.
 fn listener(number: u16, service: Service, name: &str, check: &str) -> String {
     let Service { protocol, proxied, .. } = service;
     let (bind, backend) = (PORT + number, MAIL.v4);
@@ -31,8 +31,9 @@ fn listener(number: u16, service: Service, name: &str, check: &str) -> String {
     )
 }
 
-/// By LOCAL on the ports that demand a header, TLS among them, and without one on the stock ports: the servers answer, and no
-/// process of theirs dies. Not even of checks that are broken off.
+/// With LOCAL on the ports that require a header, TLS among them, and without a header on the
+/// standard ports: the servers respond, and none of their processes dies, even if a check is
+/// aborted.
 pub(crate) fn understood(testbed: &Testbed) -> anyhow::Result<()> {
     let mut config = format!("[metrics]\nlisten = \"127.0.0.1:9198\"\n{ADMIN}");
     for (number, service) in (0..).zip(MATRIX) {
@@ -75,7 +76,7 @@ pub(crate) fn understood(testbed: &Testbed) -> anyhow::Result<()> {
     for word in ["fatal:", "panic:", "Panic:", "Fatal:", "killed by signal", "bad command startup"] {
         ensure!(!logged.contains(word), "{word} in what the servers logged:\n{logged}");
     }
-    // They were there.
+    // The checks were logged.
     ensure!(logged.contains("QUIT") || logged.contains("quit=1"), "{logged}");
     Ok(())
 }

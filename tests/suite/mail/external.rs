@@ -1,4 +1,5 @@
-//! The external path: the client sends and reads through a front, and the mail servers must log the client's address.
+//! The external path: the client sends and reads through a front, and the mail servers must log the
+//! client's address.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -17,15 +18,15 @@ use injector_testbed::service::{IMAPS, SMTP, Service};
 
 use crate::testbed::{Front, Running, Testbed};
 
-/// How long a server's log line, a delivery or a metric may take to show.
+/// How long a server's log line, a delivery or a metric may take.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
 
-/// Ends of a connection that a client and a server can bring about who have both said goodbye: whoever closes while the
-/// other's TLS close_notify is still under way resets. Anything else is the injector's own doing.
+/// Close reasons that client and server can cause after their last replies: the side that closes
+/// while the other's TLS close_notify is in flight resets. Any other reason is the injector's.
 pub(crate) const HARMLESS_ENDS: [&str; 4] =
     ["client_closed", "backend_closed", "client_reset", "backend_reset"];
 
-/// A message goes in by one of the SMTP ports, lies in its mailbox unchanged, and comes back by IMAP.
+/// A message is sent to one of the SMTP ports, is stored unchanged, and is read by IMAP.
 pub(crate) fn smtp(testbed: &Testbed, front: usize, service: Service, family: Family) -> anyhow::Result<()> {
     let (front, running) = testbed.front(front)?;
     let user = format!("{}-{}-{}", front.name, family.name(), service.stock);
@@ -37,7 +38,7 @@ pub(crate) fn smtp(testbed: &Testbed, front: usize, service: Service, family: Fa
     watch.ensure_carried(front, &[sender, reader], &message)
 }
 
-/// A message goes in and comes back in one IMAP session.
+/// A message is appended and read in one IMAP session.
 pub(crate) fn imap(testbed: &Testbed, front: usize, family: Family) -> anyhow::Result<()> {
     let (front, running) = testbed.front(front)?;
     let user = format!("{}-{}-{}", front.name, family.name(), IMAPS.stock);
@@ -48,7 +49,7 @@ pub(crate) fn imap(testbed: &Testbed, front: usize, family: Family) -> anyhow::R
     watch.ensure_carried(front, &[reader], &message)
 }
 
-/// Sends from the client's network and returns the address under which Postfix knows the sender.
+/// Sends from the client's network and returns the sender address that Postfix logged.
 pub(crate) fn send(
     testbed: &Testbed,
     front: Front,
@@ -65,7 +66,8 @@ pub(crate) fn send(
     let sender = postfix.client_of(mark, &queue_id, service.proxied, LIMIT)?;
     ensure!(sender.ip() == CLIENT.of(family), "Postfix saw {sender}, the client is {}", CLIENT.of(family));
     if service == SMTP {
-        // Postscreen read the header itself: source, and the address the client connected to.
+        // postscreen read the header itself: the source, and the address that the client connected
+        // to.
         let seen = format!("CONNECT from {} to {}", bracketed(sender), bracketed(server.address));
         postfix.log().wait_for(mark, &["postscreen[", &seen], LIMIT)?;
     }
@@ -115,7 +117,7 @@ fn bracketed(address: SocketAddr) -> String {
     format!("[{}]:{}", address.ip(), address.port())
 }
 
-/// What an injector had counted before a trial. HAProxy is not asked.
+/// What an injector had counted before a trial. HAProxy has no such counters.
 pub(crate) struct Watch<'a> {
     injector: Option<(&'a Injector, Metrics, usize)>,
 }
@@ -131,7 +133,7 @@ impl<'a> Watch<'a> {
         Ok(Self { injector })
     }
 
-    /// Every connection got its header and ended harmlessly, with one line.
+    /// Every connection got its header, ended normally, and has one log line.
     pub(crate) fn ensure_ended(&self, front: Front, clients: &[SocketAddr]) -> anyhow::Result<()> {
         let Some((injector, before, earlier)) = &self.injector else { return Ok(()) };
         for session in wait_for_sessions(injector, *earlier, clients.len())? {
@@ -156,7 +158,8 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// As [`Self::ensure_ended`], and the engine's plane carried the message both ways.
+    /// As [`Self::ensure_ended`], and the engine's data path carried the message in both
+    /// directions.
     fn ensure_carried(&self, front: Front, clients: &[SocketAddr], message: &Message) -> anyhow::Result<()> {
         self.ensure_ended(front, clients)?;
         let Some((injector, before, _)) = &self.injector else { return Ok(()) };
@@ -164,7 +167,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// Waits for the lines of finished connections; one more than that is an error as well.
+/// Waits for the log lines of finished connections; one line more is an error as well.
 fn wait_for_sessions(injector: &Injector, earlier: usize, expected: usize) -> anyhow::Result<Vec<Session>> {
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -178,10 +181,10 @@ fn wait_for_sessions(injector: &Injector, earlier: usize, expected: usize) -> an
     }
 }
 
-/// The bytes of the message are in the right plane's counters, in both directions.
+/// The bytes of the message are in the counters of the right data path, in both directions.
 ///
-/// TLS and protocol make the sums larger. With splice the first bytes of a direction go through user space, up to half of
-/// the message is granted for that.
+/// TLS and protocol bytes are added. With splice the first bytes of a direction go through user
+/// space; up to half of the message is allowed for that.
 fn ensure_counted(front: Front, before: &Metrics, after: &Metrics, message: &Message) -> anyhow::Result<()> {
     let size = f64::from(u32::try_from(message.bytes.len())?);
     for direction in [TO_BACKEND, TO_CLIENT] {

@@ -1,5 +1,5 @@
-//! The intra-cluster path: webmail reaches the stock ports directly, without a header, from the very address that is
-//! trusted to send one on the others.
+//! The intra-cluster path: webmail reaches the standard ports directly, without a header, from the
+//! same address that is trusted to send one to the other ports.
 
 use std::thread::{self, ScopedJoinHandle};
 
@@ -12,13 +12,14 @@ use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION, SUBMISSIONS, Se
 use crate::external::{self, LIMIT, Watch};
 use crate::testbed::Testbed;
 
-/// One stock port, both ways: what is sent arrives unchanged, and the server logs the real neighbour.
+/// One standard port, both directions: messages arrive unchanged, and the server logs the real
+/// peer.
 pub(crate) fn direct(testbed: &Testbed, service: Service, family: Family) -> anyhow::Result<()> {
     let user = format!("stock-{}-{}", family.name(), service.stock);
     webmail(testbed, service, family, &user)
 }
 
-/// All ports of both paths at once: what the one path's traffic needs must not disturb the other's.
+/// All ports of both paths at once: the traffic of one path must not affect the other.
 pub(crate) fn at_once(testbed: &Testbed, front: usize, family: Family) -> anyhow::Result<()> {
     let (front, running) = testbed.front(front)?;
     let watch = Watch::start(running)?;

@@ -1,5 +1,5 @@
-//! Rules as kube-proxy writes them for a service with an external address: chains by the dozen, backends by probability,
-//! masquerade by mark (pkg/proxy/iptables/proxier.go in Kubernetes).
+//! Rules as kube-proxy writes them for a service with an external address: dozens of chains,
+//! backends by probability, masquerade by mark (pkg/proxy/iptables/proxier.go in Kubernetes).
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -32,7 +32,7 @@ fn rules(forwards: &[&Forward]) -> anyhow::Result<String> {
     for (number, forward) in forwards.iter().enumerate() {
         let (ip, port) = (forward.bind.ip(), forward.bind.port());
         let (service, endpoint) = (format!("KUBE-SVC-{number}"), format!("KUBE-SEP-{number}"));
-        // Two endpoints, which are the same: which one it is, is thrown.
+        // Two identical endpoints; the rules choose one at random.
         writeln!(text, ":{service} - [0:0]\n:{endpoint}A - [0:0]\n:{endpoint}B - [0:0]")?;
         writeln!(text, "-A KUBE-SERVICES -d {ip} -p tcp -m tcp --dport {port} -j {service}")?;
         writeln!(text, "-A {service} -j KUBE-MARK-MASQ")?;

@@ -1,7 +1,8 @@
 //! Real mail through the edge: senders → {HAProxy, the injector's engines} → Postfix and Dovecot → mailbox → reader.
 //!
-//! Trials are named `FRONT/FAMILY/PORT→PORT`. All share one set of namespaces and servers, made when the first of them
-//! runs; each front is started when its first trial runs, so that one that cannot start fails its own trials only.
+//! Trials are named `FRONT/FAMILY/PORT→PORT`. All share one set of namespaces and servers, created
+//! when the first of them runs. Each front is started when its first trial runs, so that a front
+//! that cannot start fails only its own trials.
 
 mod checks;
 mod external;
@@ -20,7 +21,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use testbed::{Front, Kind, Nat, Shared, Testbed};
 
-/// The columns of the matrix. Another engine is another line.
+/// The columns of the matrix; one line per engine.
 const FRONTS: [Front; 4] = [
     Front { name: "haproxy", engine: "", vip: VIP_HAPROXY, kind: Kind::HaProxy },
     Front { name: "splice", engine: "splice", vip: VIP_SPLICE, kind: Kind::Injector { metrics_port: 9145 } },
@@ -33,7 +34,7 @@ const FRONTS: [Front; 4] = [
     },
 ];
 
-/// Columns in a testbed of their own: a host has one inline engine.
+/// Columns in their own testbed: a host has one inline engine.
 const EXTERNAL: [Front; 1] = [Front {
     name: "inline-kube",
     engine: "inline",
@@ -43,9 +44,10 @@ const EXTERNAL: [Front; 1] = [Front {
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // The servers' logs are read from where they stood when a trial began: one trial at a time.
+    // Server logs are read from their position at the start of a trial: one trial at a time.
     arguments.test_threads.get_or_insert(1);
-    // A testbed is made by the first trial that needs it, and goes with the last: a process has one at a time.
+    // A testbed is created by the first trial that needs it, and removed with the last: a process
+    // has one at a time.
     let mut trials = shared_trials(&Arc::new(Shared::new(&FRONTS)));
     trials.extend(columns(&Arc::new(Shared::new(&EXTERNAL)), &EXTERNAL));
     libtest_mimic::run(&arguments, trials).exit();
@@ -97,7 +99,8 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
     trials
 }
 
-/// A trial that is ignored without root, and says on failure what the servers and the injector logged meanwhile.
+/// A trial that is ignored without root; a failure includes what the servers and the injector
+/// logged meanwhile.
 fn trial(
     shared: &Arc<Shared>,
     name: String,
@@ -113,7 +116,7 @@ fn trial(
         let outcome =
             run(testbed).with_context(|| format!("logged meanwhile:\n{}", testbed.logged_since(&start)));
         outcome.map(|()| Completion::Completed).map_err(|error| {
-            // The cause first, then the logs: `{:#}` would have it the other way round.
+            // The cause first, then the logs: `{:#}` would print them in reverse order.
             let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
             Failed::from(format!("{}\n\n{error}", causes.join(": ")))
         })

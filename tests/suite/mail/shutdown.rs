@@ -1,4 +1,4 @@
-//! SIGTERM: no new connections, the ones at work finish, and the process ends well.
+//! SIGTERM: no new connections, active ones finish, and the process exits successfully.
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
@@ -14,12 +14,13 @@ use injector_testbed::service::SMTP;
 use crate::external::{HARMLESS_ENDS, LIMIT};
 use crate::testbed::{Front, Testbed};
 
-/// A port on the public address that the shared instance leaves free.
+/// A port on the public address that the shared instance does not use.
 const PORT: u16 = 8025;
-/// Metrics of the instance that is stopped.
+/// Metrics of the stopped instance.
 const METRICS_PORT: u16 = 9199;
 
-/// A session that has seen its banner goes on after SIGTERM, while the port is closed to others.
+/// A session that has received its banner continues after SIGTERM, while the port is closed to
+/// others.
 pub(crate) fn sessions_finish(testbed: &Testbed, front: Front) -> anyhow::Result<()> {
     let mut forward = Forward::to_mail(front.vip, SMTP, Family::V4);
     forward.bind.set_port(PORT);
@@ -38,7 +39,7 @@ pub(crate) fn sessions_finish(testbed: &Testbed, front: Front) -> anyhow::Result
         expect(&mut session, "221")?;
         Ok(session.get_ref().local_addr()?)
     });
-    // Whatever the client met, the log says more.
+    // Whatever the client saw, the log has more.
     let (status, log) = injector.wait_stopped()?;
     let client = client?.with_context(|| format!("the injector logged:\n{log}"))?;
     ensure!(status.success(), "ended with {status} and logged:\n{log}");
@@ -50,7 +51,7 @@ pub(crate) fn sessions_finish(testbed: &Testbed, front: Front) -> anyhow::Result
     Ok(())
 }
 
-/// Reads one line of an answer.
+/// Reads one line of a reply.
 fn expect(session: &mut BufReader<TcpStream>, code: &str) -> anyhow::Result<()> {
     let mut line = String::new();
     session.read_line(&mut line)?;

@@ -16,7 +16,7 @@ use injector_testbed::service::{MATRIX, Service};
 
 use crate::kube_proxy;
 
-/// A column of the matrix: something on the edge that puts a header in front.
+/// A column of the matrix: a proxy on the edge that sends a header.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Front {
     pub(crate) name: &'static str,
@@ -30,13 +30,13 @@ pub(crate) struct Front {
 pub(crate) enum Kind {
     /// The reference.
     HaProxy,
-    /// A daemon of its own, with metrics at that port of the edge's loopback.
+    /// A daemon, with metrics at this port of the edge's loopback.
     Injector { metrics_port: u16 },
-    /// The same, with an engine that forwards packets.
+    /// A daemon with an engine that forwards packets.
     Inline { metrics_port: u16, nat: Nat },
 }
 
-/// Who translates addresses for the inline engine.
+/// What translates addresses for the inline engine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Nat {
     /// The daemon.
@@ -45,14 +45,14 @@ pub(crate) enum Nat {
     KubeProxy,
 }
 
-/// A front that runs.
+/// A running front.
 #[derive(Debug)]
 pub(crate) enum Running {
     HaProxy(HaProxy),
     Injector(Injector),
     Inline {
         injector: Injector,
-        /// What is pinned goes with it; programs and rules go with the namespace.
+        /// Pins are removed with it; programs and rules with the namespace.
         _bpffs: BpfFs,
     },
 }
@@ -66,7 +66,7 @@ impl Running {
     }
 }
 
-/// The testbed before and after the first trial needs it.
+/// The testbed, created when the first trial needs it.
 pub(crate) struct Shared {
     fronts: &'static [Front],
     testbed: OnceLock<Result<Testbed, String>>,
@@ -77,7 +77,7 @@ impl Shared {
         Self { fronts, testbed: OnceLock::new() }
     }
 
-    /// The testbed; if it could not be made, every trial fails with the reason.
+    /// The testbed; if it cannot be created, every trial fails with the reason.
     pub(crate) fn testbed(&self) -> Result<&Testbed, String> {
         let made = self
             .testbed
@@ -94,7 +94,7 @@ pub(crate) struct Testbed {
     pub(crate) topology: Topology,
 }
 
-/// Where all logs stood: the servers', and the length of each front's.
+/// The positions of all logs: the servers', and the length of each front's.
 pub(crate) struct Start {
     servers: Marks,
     fronts: Vec<usize>,
@@ -108,7 +108,7 @@ impl Testbed {
         Ok(Self { fronts, host, topology })
     }
 
-    /// A front, running.
+    /// A front, started if necessary.
     pub(crate) fn front(&self, index: usize) -> anyhow::Result<(Front, &Running)> {
         let (front, running) = self.fronts.get(index).context("no such front")?;
         let running = running.get_or_init(|| self.start(*front).map_err(|error| format!("{error:#}")));
@@ -146,7 +146,7 @@ impl Testbed {
         }
     }
 
-    /// A port of some place, for a client that trusts the mail host's certificate.
+    /// A server at a port, for a client that trusts the mail host's certificate.
     pub(crate) fn server(&self, place: Place, family: Family, port: u16) -> Server<'_> {
         let authority_pem = &self.host.certificate.authority_pem;
         Server { address: SocketAddr::new(place.of(family), port), authority_pem }

@@ -1,4 +1,4 @@
-//! The kernel's settings, and whether they do what is said of them.
+//! The kernel's forwarding settings, and whether they have the expected effect.
 
 use anyhow::ensure;
 use injector_testbed::netns::{Family, MAIL};
@@ -44,7 +44,7 @@ pub(crate) fn found_and_set(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reported, and not touched by `set`.
+/// Reported, but not changed by `set`.
 pub(crate) fn reverse_path(testbed: &Testbed) -> anyhow::Result<()> {
     let edge = &testbed.topology.edge;
     edge.sysctl("net/ipv4/conf/all/rp_filter", "1")?;

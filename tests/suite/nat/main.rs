@@ -1,5 +1,5 @@
-//! What the inline engine needs around its programs, called in this process, inside real network namespaces: the table
-//! that sends connections on, the routes to the backends, the kernel's forwarding.
+//! What the inline engine needs besides its programs, called in this process, inside real network
+//! namespaces: the NAT table, the routes to the backends, the kernel's forwarding.
 
 mod forwarding;
 mod routes;

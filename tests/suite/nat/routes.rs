@@ -1,4 +1,4 @@
-//! Where backends are reached, and changes of that.
+//! Routes to backends, and changes of routes.
 
 use std::ffi::CString;
 use std::net::IpAddr;
@@ -121,16 +121,18 @@ pub(crate) fn changes(testbed: &Testbed) -> anyhow::Result<()> {
     })
 }
 
-/// One change after another, 20 ms apart, is one item.
+/// Several changes, 20 ms apart, are reported as one.
 async fn burst(changes: &mut Changes, edge: &Netns) -> anyhow::Result<()> {
     for last in 1..=10_u8 {
         let to = IpAddr::from([203, 0, 113, last]);
         edge.ip(&["route", "add", &to.to_string(), "dev", "inside"])?;
-        // As a caller in a select loop does: waits, and is interrupted.
+        // As in a select loop: waits, and is interrupted.
         let early = timeout(Duration::from_millis(20), changes.next()).await;
         ensure!(early.is_err(), "reported after {last} of 10");
     }
-    timeout(Duration::from_secs(2), changes.next()).await.context("what a dropped call heard is lost")??;
+    timeout(Duration::from_secs(2), changes.next())
+        .await
+        .context("what a cancelled call received is lost")??;
     quiet(changes).await
 }
 
@@ -138,13 +140,13 @@ async fn burst(changes: &mut Changes, edge: &Netns) -> anyhow::Result<()> {
 async fn after(changes: &mut Changes, edge: &Netns, ip: &[&str]) -> anyhow::Result<()> {
     edge.ip(ip)?;
     let start = Instant::now();
-    let heard = timeout(Duration::from_secs(5), changes.next()).await;
-    heard.with_context(|| format!("ip {}: nothing is heard of it", ip.join(" ")))??;
+    let reported = timeout(Duration::from_secs(5), changes.next()).await;
+    reported.with_context(|| format!("ip {}: no change was reported", ip.join(" ")))??;
     ensure!(start.elapsed() < Duration::from_secs(2), "ip {}: after {:?}", ip.join(" "), start.elapsed());
     Ok(())
 }
 
-/// Waits until the echoes of earlier changes (IPv6 addresses becoming usable, say) have died down: there is an end.
+/// Waits until delayed events of earlier changes (such as usable IPv6 addresses) have passed.
 async fn quiet(changes: &mut Changes) -> anyhow::Result<()> {
     let end = Instant::now() + Duration::from_secs(15);
     while timeout(Duration::from_secs(1), changes.next()).await.is_ok() {

@@ -1,4 +1,4 @@
-//! What becomes of connections.
+//! Where connections go.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -30,7 +30,8 @@ pub(crate) fn reaches(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A wildcard takes every address of the host, but none that has a rule of its own, and nothing that is passing through.
+/// A wildcard matches every address of the host, except addresses with their own rule, and no
+/// forwarded traffic.
 pub(crate) fn any_address(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let any = Service { listen: any.map(|ip| SocketAddr::new(ip, PORT)).into(), ..elsewhere() };
@@ -53,7 +54,8 @@ pub(crate) fn any_address(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// 400 connections: 300 expected for the first, with a standard deviation of 8.7; the limits are seven of those away.
+/// 400 connections: 300 expected for the first backend, with a standard deviation of 8.7; the
+/// limits are seven of those away.
 pub(crate) fn weights(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let backends = vec![backend(MAIL, family, 30), backend(OTHER_MAIL, family, 10)];
     testbed.apply(&[Service { listen: vec![vip(family)], backends, ..service() }])?;
@@ -70,7 +72,8 @@ pub(crate) fn weights(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Only where it is asked for, with one backend and with several, at single addresses and at any.
+/// Only where it is configured, with one backend and with several, at single addresses and at the
+/// wildcard.
 pub(crate) fn masquerade(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let any: IpAddr = match family {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
@@ -104,7 +107,7 @@ pub(crate) fn masquerade(testbed: &Testbed, family: Family) -> anyhow::Result<()
     Ok(())
 }
 
-/// What starts on the edge reaches the edge's own listener, over `lo`.
+/// A connection that starts on the edge reaches the edge's own listener, over `lo`.
 pub(crate) fn own_connections(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let any =
@@ -120,7 +123,8 @@ pub(crate) fn own_connections(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The bytes come back from the first mail host, all of them, while the rules change and in the end the whole table.
+/// All bytes come back from the first mail host, while the rules and finally the whole table
+/// change.
 pub(crate) fn during_a_transfer(testbed: &Testbed) -> anyhow::Result<()> {
     const PIECE: usize = 1 << 20;
     const PIECES: usize = 64;
@@ -138,7 +142,7 @@ pub(crate) fn during_a_transfer(testbed: &Testbed) -> anyhow::Result<()> {
                 tokio::try_join!(write.write_all(&sent), read.read_exact(&mut back))?;
                 ensure!(sent == back, "piece {number} came back different");
                 pieces += 1;
-                // Slow enough to be under way during every change below.
+                // Slow enough to be in progress during every change below.
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             Ok(pieces)
@@ -161,7 +165,7 @@ pub(crate) fn during_a_transfer(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody listens on the edge, so a connection that met no rule would be refused.
+/// No server listens on the edge, so a connection that matches no rule would be refused.
 pub(crate) fn no_gap(testbed: &Testbed) -> anyhow::Result<()> {
     const CLIENTS: usize = 8;
     const CHANGES: usize = 100;
@@ -195,13 +199,13 @@ pub(crate) fn no_gap(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One connection after the other, in the calling thread's namespace; how many.
+/// One connection after another, in the calling thread's namespace; returns their number.
 fn connect_until(over: &AtomicBool, to: SocketAddr) -> anyhow::Result<usize> {
     let mut connections = 0;
     while !over.load(Ordering::Relaxed) {
         let stream = std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5))
             .with_context(|| format!("connection {connections} to {to}"))?;
-        // Reset instead of TIME_WAIT, so that the client's ports last.
+        // Reset instead of TIME_WAIT, so that the client's ports suffice.
         socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
         connections += 1;
     }

@@ -1,4 +1,4 @@
-//! The table as such: whose it is, what is in it, what happens to others.
+//! The nftables table: its owner, its contents, and other tables.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::testbed::{
     BACKEND_PORT, OTHER_MAIL, PORT, Testbed, backend, elsewhere, greeted, rules, service, socket, table, vip,
 };
 
-/// Tables of others, which look as much like ours as they can.
+/// Tables of other programs, which resemble ours as closely as possible.
 const FOREIGN: &str = "
 table ip injector-test {
     comment \"the same name, another family\"
@@ -65,7 +65,8 @@ pub(crate) fn foreign(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A table without services lets established connections finish; without any the kernel stops translating, and they end.
+/// A table without services lets established connections finish; without any table the kernel stops
+/// translating, and they end.
 pub(crate) fn removed(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
     testbed.on_edge(|| remove(&ours))?.context("where there is none")?;
@@ -96,12 +97,13 @@ async fn echo(stream: &mut BufReader<TcpStream>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Everything that rules can be made of, read back from the kernel.
+/// All elements of rules, read back from the kernel.
 pub(crate) fn recognized(testbed: &Testbed) -> anyhow::Result<()> {
     let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let weighted = |family| [backend(MAIL, family, 3), backend(OTHER_MAIL, family, 2)];
     let weighted: Vec<_> = Family::ALL.into_iter().flat_map(weighted).collect();
-    // More backends than sort as text the way they sort as numbers, and an address that nft may write as 64:ff9b::a19:2.
+    // More backends than sort as text in numeric order, and an address that nft may print as
+    // 64:ff9b::a19:2.
     let many = (1..=12).map(|port| Backend { address: SocketAddr::new(MAIL.v4.into(), port * 9), weight: 1 });
     let embedded = Backend { address: "[64:ff9b::10.25.0.2]:25".parse()?, weight: 1 };
     let at = |port| Family::ALL.map(|family| SocketAddr::new(vip(family).ip(), port)).to_vec();
@@ -152,7 +154,7 @@ pub(crate) fn recognized(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A table by our name that another version could have left.
+/// A table with our name that another version could have left.
 pub(crate) fn other_layout(testbed: &Testbed) -> anyhow::Result<()> {
     load(
         testbed,
@@ -171,7 +173,7 @@ pub(crate) fn other_layout(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Not even root gets the capability at exec(2) if it is out of the bounding set.
+/// Even root does not get the capability at exec(2) if it is not in the bounding set.
 pub(crate) fn not_permitted(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
     let rules = rules(&[service()])?;
@@ -188,14 +190,14 @@ pub(crate) fn not_permitted(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As the daemon runs after it has given up root: one capability, which nft has to be given.
+/// As the daemon runs after dropping root: one capability, which nft has to inherit.
 pub(crate) fn without_root(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
     const NOBODY: libc::uid_t = 65534;
     let rules = rules(&[service()])?;
     testbed.on_edge(|| {
-        // SAFETY: both take numbers only. The raw system call changes this thread alone, not the whole process as
-        // setresuid(3) would.
+        // SAFETY: both take only numbers. The raw system call changes this thread alone, not the
+        // whole process as setresuid(3) would.
         let changed = unsafe {
             libc::prctl(libc::PR_SET_KEEPCAPS, 1) == 0
                 && libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) == 0

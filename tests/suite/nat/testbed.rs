@@ -1,4 +1,4 @@
-//! Client, edge and mail host, and servers that say who they are and whom they see.
+//! Client, edge and mail hosts, and servers that report their own address and the client's.
 
 use std::future::Future;
 use std::io;
@@ -13,27 +13,28 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
-/// The other mail host, at the same interface as [`MAIL`].
+/// The second mail host, on the same interface as [`MAIL`].
 pub(crate) const OTHER_MAIL: Place =
     Place { v4: Ipv4Addr::new(10, 25, 0, 3), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 3) };
 
-/// Where every service listens, and where backends do.
+/// The port of every service, and of the backends.
 pub(crate) const PORT: u16 = 25;
 pub(crate) const BACKEND_PORT: u16 = 2525;
 
-/// For one connection and its greeting.
+/// Time limit of one connection and its greeting.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// What a server tells.
+/// The greeting of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Greeting {
-    /// Its own address.
+    /// The server's address.
     pub(crate) server: SocketAddr,
-    /// The client, as it sees it.
+    /// The client's address, as the server sees it.
     pub(crate) client: SocketAddr,
 }
 
-/// The three namespaces, with two mail hosts that listen on both families and that the client also reaches directly.
+/// The three namespaces, with two mail hosts that listen on both families and that the client also
+/// reaches directly.
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
     pub(crate) runtime: Runtime,
@@ -59,7 +60,7 @@ impl Testbed {
         Ok(testbed)
     }
 
-    /// Answers there until the end of the testbed: with a [`Greeting`], then with whatever it reads.
+    /// Serves there until the testbed is dropped: a [`Greeting`], then an echo of what it reads.
     pub(crate) fn serve(&self, netns: &Netns, at: SocketAddr) -> anyhow::Result<()> {
         let bind = || {
             let listener = std::net::TcpListener::bind(at)?;
@@ -89,7 +90,7 @@ impl Testbed {
         self.topology.edge.run(f)
     }
 
-    /// Runs a future on a runtime of its own inside the edge, whose sockets belong there.
+    /// Runs a future on its own runtime inside the edge, where its sockets belong.
     pub(crate) fn block_on_edge<F: Future<Output = anyhow::Result<()>>>(
         &self,
         make: impl FnOnce() -> F + Send,
@@ -133,7 +134,7 @@ async fn greet(mut stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// A socket that belongs to that namespace, wherever it is used.
+/// A socket that belongs to a namespace, wherever it is used.
 pub(crate) fn socket(netns: &Netns, to: SocketAddr) -> anyhow::Result<TcpSocket> {
     let make = if to.is_ipv4() { TcpSocket::new_v4 } else { TcpSocket::new_v6 };
     Ok(netns.run(make)??)
@@ -157,7 +158,7 @@ pub(crate) async fn greeted(
         .with_context(|| to.to_string())
 }
 
-/// Whose contents the trials compare.
+/// The table that the trials compare.
 pub(crate) fn table() -> anyhow::Result<TableName> {
     Ok("injector-test".parse()?)
 }
@@ -166,7 +167,7 @@ pub(crate) fn rules(services: &[Service]) -> anyhow::Result<Ruleset> {
     Ok(ruleset(&table()?, services)?)
 }
 
-/// From the inline engine's public address of every family to [`MAIL`].
+/// A service from the inline engine's public addresses to [`MAIL`].
 pub(crate) fn service() -> Service {
     Service {
         name: "smtp".to_owned(),
@@ -184,12 +185,12 @@ pub(crate) fn backend(place: Place, family: Family, weight: u32) -> Backend {
     Backend { address: SocketAddr::new(place.of(family), BACKEND_PORT), weight }
 }
 
-/// As a service, with the other mail host for every family.
+/// The same service, with the second mail host.
 pub(crate) fn elsewhere() -> Service {
     Service { backends: Family::ALL.map(|family| backend(OTHER_MAIL, family, 1)).into(), ..service() }
 }
 
-/// Whom the mail hosts see for a client whose address is masqueraded.
+/// The client address that the mail hosts see with masquerading.
 pub(crate) fn edge_inside(family: Family) -> IpAddr {
     EDGE_INSIDE.of(family)
 }

@@ -1,4 +1,4 @@
-//! Who gets connections: weights, backups, checks, ejection, the operator.
+//! Which backend gets connections: weights, backups, checks, ejection, the operator's commands.
 
 use std::thread;
 use std::time::Duration;
@@ -29,7 +29,7 @@ fn two(config: &mut Config, other: &str) {
     config.backends = format!("\"{}\", {{ address = \"{}\", {other} }}", backend_name(0), backend_name(1));
 }
 
-/// How often each answers.
+/// How often each backend responds.
 fn answers(testbed: &Testbed, count: usize) -> anyhow::Result<[usize; 3]> {
     let mut seen = [0; 3];
     for _ in 0..count {
@@ -71,14 +71,14 @@ fn backup(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _injector = testbed.start(&config.text())?;
     ensure!(answers(testbed, 10)? == [10, 0, 0]);
     drop(first);
-    // Without checks, too: the connection that fails is tried again there.
+    // Without checks as well: a failed connection is retried there.
     ensure!(answers(testbed, 10)? == [0, 10, 0]);
     Ok(())
 }
 
 const QUICK: &str = "interval = \"100ms\"\ntimeout = \"1s\"\nrise = 2\nfall = 2\neject_after = 0\n";
 
-/// Down and up again, while an established session goes on.
+/// The backend goes down and up again while an established session continues.
 fn mail_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let stock = testbed.stock(STOCK)?;
@@ -95,7 +95,8 @@ fn mail_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut session = testbed.client()?;
     ensure!(session.greeted()? == 0);
     drop(stock);
-    // Both are checked on the same host's port, so both are down, and all are tried: the first again.
+    // Both are checked on the same port of the host, so both are down, and all are tried: the first
+    // one again.
     stands(&injector, 0, "down")?;
     stands(&injector, 1, "down")?;
     session.talk()?;
@@ -150,7 +151,7 @@ fn ejected(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     two(&mut config, "weight = 1");
     config.listener = "[listener.health]\neject_after = 2\neject_for = \"1s\"\n".to_owned();
     let injector = testbed.start(&config.text())?;
-    // Every client gets through, the failures are the injector's own.
+    // No client fails; only the injector sees the failures.
     ensure!(answers(testbed, 6)? == [0, 6, 0]);
     ensure!(standing(&injector, 0)? == "ejected", "{}", standing(&injector, 0)?);
     ensure!(injector.log().contains("backend ejected"), "{}", injector.log());
@@ -169,13 +170,13 @@ fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&config.text())?;
     let mut session = testbed.client()?;
     let number = session.greeted()?;
-    let said = injector.command(&["backend", "down", &backend_name(number)])?;
-    ensure!(said == "set for test\n", "{said}");
+    let printed = injector.command(&["backend", "down", &backend_name(number)])?;
+    ensure!(printed == "set for test\n", "{printed}");
     let seen = answers(testbed, 6)?;
     ensure!(seen[1 - number] == 6, "{seen:?}");
     session.talk()?;
     session.quit()?;
-    // It stays out over a reload.
+    // It stays ejected after a reload.
     injector.command(&["reload"])?;
     ensure!(standing(&injector, number)? == "forced_down");
     injector.command(&["backend", "down", &backend_name(1 - number), "--listener", "test"])?;
@@ -183,10 +184,10 @@ fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(line.starts_with("421 4.3.2 Mail service not available"), "{line:?}");
     injector.command(&["backend", "auto", &backend_name(number)])?;
     ensure!(testbed.who_answers()? == number);
-    let (status, said) = injector.try_command(&["backend", "down", "mail:25"])?;
+    let (status, printed) = injector.try_command(&["backend", "down", "mail:25"])?;
     ensure!(
-        !status.success() && said.contains("no backend is named \"mail:25\"; configured backends:"),
-        "{said}"
+        !status.success() && printed.contains("no backend is named \"mail:25\"; configured backends:"),
+        "{printed}"
     );
     Ok(())
 }
@@ -195,7 +196,7 @@ fn last_resort(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     two(&mut config, "weight = 1");
-    // Nobody answers there.
+    // No server listens there.
     config.listener = format!("[listener.health]\ncheck = \"tcp\"\nport = {STOCK}\n{QUICK}");
     let injector = testbed.start(&config.text())?;
     for number in [0, 1] {
@@ -226,12 +227,12 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     wait_until("NAT", || testbed.who_answers(), |number| *number == 0)?;
     injector.command(&["backend", "down", &backend_name(0)])?;
     wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
-    // Other backends by a reload; the session still goes on.
+    // A reload changes the backends; the session continues.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     injector.command(&["reload"])?;
     ensure!(answers(testbed, 4)? == [0, 4, 0]);
-    // Drained, nobody new is sent on, and the host refuses.
+    // While draining, new clients are not forwarded, and the host resets them.
     injector.command(&["drain"])?;
     wait_until("drained", || Ok(testbed.client().is_err()), |refused| *refused)?;
     session.talk()?;
@@ -241,7 +242,7 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     session.quit()
 }
 
-/// Takes away what outlives the daemon.
+/// Removes what outlives the daemon.
 struct Detached<'a> {
     testbed: &'a Testbed,
     config: Config,
@@ -251,7 +252,7 @@ impl Drop for Detached<'_> {
     fn drop(&mut self) {
         let detach = || -> anyhow::Result<()> {
             let file = tempfile::NamedTempFile::new()?;
-            // Not used by this command.
+            // Unused by this command.
             std::fs::write(file.path(), self.config.text().replace(OWN_DIRECTORY, "/nonexistent"))?;
             let mut command = self.testbed.topology.edge.command(injector_testbed::daemon::binary()?);
             let output = command.args(["inline", "detach", "--config"]).arg(file.path()).output()?;

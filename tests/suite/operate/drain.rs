@@ -1,4 +1,4 @@
-//! Letting nobody new in.
+//! Draining: new clients are rejected.
 
 use std::time::{Duration, Instant};
 
@@ -9,24 +9,24 @@ use crate::Run;
 use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("drain/new clients are rejected, sessions finish", told),
+    ("drain/new clients are rejected, sessions finish", new_clients_rejected),
     ("drain/aborts at the deadline, but not later sessions", deadline),
     ("drain/one of two listeners", one_of_two),
     ("drain/the earlier of two deadlines applies", earlier),
     ("drain/waits for sessions", waits),
-    ("drain/without sessions", of_nobody),
+    ("drain/without sessions", without_sessions),
     ("sessions/are listed", listed),
     ("top/one page", page),
 ];
 
-fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+fn new_clients_rejected(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let server = testbed.backend(0)?;
     let injector = testbed.start(&Config::new(engine).text())?;
     let mut client = testbed.client()?;
     client.greeted()?;
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
-    let said = injector.command(&["drain"])?;
-    ensure!(said == "draining: test\n", "{said}");
+    let printed = injector.command(&["drain"])?;
+    ensure!(printed == "draining: test\n", "{printed}");
     let line = testbed.client()?.line()?;
     ensure!(line == "421 4.3.2 Service shutting down, try again later", "{line:?}");
     ensure!(injector.readiness()? == (503, "draining\n".to_owned()));
@@ -36,12 +36,12 @@ fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     client.quit()?;
     let refused = injector.metrics()?.sum("injector_connections_rejected_total", &[("reason", "draining")]);
     ensure!((refused - 1.0).abs() < 0.5, "{refused}");
-    let said = injector.command(&["resume", "test"])?;
-    ensure!(said == "accepting again: test\n", "{said}");
+    let printed = injector.command(&["resume", "test"])?;
+    ensure!(printed == "accepting again: test\n", "{printed}");
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
     testbed.who_answers()?;
-    let said = injector.command(&["resume"])?;
-    ensure!(said == "no listener was draining\n", "{said}");
+    let printed = injector.command(&["resume"])?;
+    ensure!(printed == "no listener was draining\n", "{printed}");
     ensure!(server.seen() == 2, "{} reached the backend", server.seen());
     Ok(())
 }
@@ -51,7 +51,7 @@ fn deadline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&Config::new(engine).text())?;
     let mut before = testbed.client()?;
     before.greeted()?;
-    let cut = before.address()?;
+    let aborted = before.address()?;
     let start = Instant::now();
     injector.command(&["drain", "test", "--deadline", "800ms"])?;
     injector.command(&["resume"])?;
@@ -64,10 +64,10 @@ fn deadline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     after.talk()?;
     after.quit()?;
     let sessions = injector.sessions_within(2)?;
-    // Workers write their lines each by itself, so either may be the first.
+    // Worker threads log independently, so either line may be the first.
     for session in &sessions {
-        let is_cut = session.field("reason").as_deref() == Some("aborted");
-        ensure!(is_cut == (session.client() == Some(cut)), "{sessions:?}");
+        let is_aborted = session.field("reason").as_deref() == Some("aborted");
+        ensure!(is_aborted == (session.client() == Some(aborted)), "{sessions:?}");
     }
     Ok(())
 }
@@ -82,10 +82,11 @@ fn one_of_two(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(line.starts_with("421 "), "{line:?}");
     testbed.who_answers()?;
     ensure!(injector.readiness()?.0 == 200);
-    let (status, said) = injector.try_command(&["drain", "less"])?;
+    let (status, printed) = injector.try_command(&["drain", "less"])?;
     ensure!(
-        !status.success() && said.contains("no listener is named \"less\"; configured listeners: test, more"),
-        "{said}"
+        !status.success()
+            && printed.contains("no listener is named \"less\"; configured listeners: test, more"),
+        "{printed}"
     );
     Ok(())
 }
@@ -117,11 +118,11 @@ fn waits(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_nobody(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+fn without_sessions(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&Config::new(engine).text())?;
     let socket = ["status", "--socket", "/nonexistent/admin.sock"];
-    let (status, said) = injector.try_command(&socket)?;
-    ensure!(!status.success() && said.contains("no injector answers there: is it running"), "{said}");
+    let (status, printed) = injector.try_command(&socket)?;
+    ensure!(!status.success() && printed.contains("no injector answers there: is it running"), "{printed}");
     Ok(())
 }
 

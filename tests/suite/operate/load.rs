@@ -1,4 +1,4 @@
-//! Reload and drain while many clients come and go: nobody may notice.
+//! Reload and drain under load, without any effect on clients.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -9,21 +9,21 @@ use anyhow::ensure;
 use crate::Run;
 use crate::testbed::{Config, PORT, Testbed, another, backend_name, bind_of};
 
-pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains abort no session", no_cut)];
+pub(crate) const TRIALS: &[(&str, Run)] = &[("load/reloads and drains abort no session", none_aborted)];
 
-/// Clients at one time.
+/// Simultaneous clients.
 const CLIENTS: usize = 16;
 /// Sessions that last from before the first change until after the last.
 const LONG: usize = 20;
-/// For how long changes are made.
+/// How long the configuration is changed.
 const TIME: Duration = Duration::from_secs(4);
 
-fn no_cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+fn none_aborted(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     let both = format!("\"{}\", \"{}\"", backend_name(0), backend_name(1));
     config.backends.clone_from(&both);
-    // Room for those that are not drained.
+    // The other listener takes the clients that are not drained.
     let other = another("other", engine, &bind_of(PORT + 1), &both);
     let injector = testbed.start(&(config.text() + &other))?;
     let mut long = Vec::new();
@@ -32,18 +32,18 @@ fn no_cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         client.greeted()?;
         long.push(client);
     }
-    let (over, done, turned_away) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    let (over, done, rejected) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     let (mut reloads, mut drains) = (0, 0);
     thread::scope(|scope| -> anyhow::Result<()> {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|number| {
-                let (over, done, turned_away) = (&over, &done, &turned_away);
+                let (over, done, rejected) = (&over, &done, &rejected);
                 scope.spawn(move || -> anyhow::Result<()> {
                     while !over.load(Ordering::Relaxed) {
                         let mut client = testbed.client_at(PORT + u16::try_from(number % 2)?)?;
                         let line = client.line()?;
                         if line.starts_with("421 4.3.2 Service shutting down") {
-                            turned_away.fetch_add(1, Ordering::Relaxed);
+                            rejected.fetch_add(1, Ordering::Relaxed);
                             thread::sleep(Duration::from_millis(10));
                             continue;
                         }
@@ -60,7 +60,8 @@ fn no_cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         let change = || -> anyhow::Result<()> {
             let end = Instant::now() + TIME;
             while Instant::now() < end {
-                // Weights and limits change with each, and the second listener comes and goes under another name.
+                // Each reload changes weights and limits, and adds or removes the second listener
+                // under another name.
                 let weight = 1 + reloads % 3;
                 config.backends = format!(
                     "\"{}\", {{ address = \"{}\", weight = {weight} }}",
@@ -95,15 +96,15 @@ fn no_cut(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for client in long {
         client.quit()?;
     }
-    let (done, turned_away) = (done.into_inner(), turned_away.into_inner());
+    let (done, rejected) = (done.into_inner(), rejected.into_inner());
     let sessions = injector.sessions_within(done + LONG)?;
     let clean = |end: &str| ["client_closed", "backend_closed"].contains(&end);
-    let cut = sessions.iter().filter(|it| !it.field("reason").is_some_and(|end| clean(&end))).count();
+    let aborted = sessions.iter().filter(|it| !it.field("reason").is_some_and(|end| clean(&end))).count();
     println!(
-        "    {engine}: {reloads} reloads and {drains} drains in {TIME:?}; {done} short sessions and {LONG} long ones, {cut} \
-         cut; {turned_away} clients told 421 while drained"
+        "    {engine}: {reloads} reloads and {drains} drains in {TIME:?}; {done} short sessions and {LONG} long ones, {aborted} \
+         aborted; {rejected} clients got 421 while drained"
     );
-    ensure!(cut == 0, "{cut} sessions ended otherwise");
+    ensure!(aborted == 0, "{aborted} sessions ended otherwise");
     ensure!(reloads >= 8 && drains >= 2 && done > 100, "too little happened");
     let broken: usize = servers.iter().map(|server| server.broken.load(Ordering::Relaxed)).sum();
     ensure!(broken == 0, "{broken} sessions broke at the backends");

@@ -1,5 +1,5 @@
-//! What an operator does to a running injector, and what it does about its backends' health: reload, drain, taking a backend
-//! out, checks, ejection, and the ways of systemd. Real sockets at both ends, in namespaces.
+//! Operator commands on a running injector, and backend health: reload, drain, disabling a backend,
+//! checks, ejection, and the protocols of systemd. Real sockets at both ends, in namespaces.
 
 mod backends;
 mod drain;
@@ -15,7 +15,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use testbed::Testbed;
 
-/// The engines that every trial is run with that does not name one itself.
+/// The engines for every trial that does not name its own.
 const ENGINES: [&str; 2] = ["splice", "relay"];
 
 /// What a trial does with an engine.
@@ -23,7 +23,7 @@ type Run = fn(&Testbed, &str) -> anyhow::Result<()>;
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // They share addresses.
+    // Trials share addresses.
     arguments.test_threads.get_or_insert(1);
     let testbed = Arc::new(Mutex::new(None));
     let mut trials = Vec::new();

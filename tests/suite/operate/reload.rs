@@ -1,4 +1,4 @@
-//! Another configuration for a running injector.
+//! Reloading the configuration of a running injector.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("reload/watching a file", watching),
 ];
 
-/// What `injector reload` says.
+/// The output of `injector reload`.
 fn reload(injector: &Injector, config: &str) -> anyhow::Result<String> {
     injector.rewrite(config)?;
     injector.command(&["reload"])
@@ -35,14 +35,14 @@ fn elsewhere(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut old = testbed.client()?;
     ensure!(old.greeted()? == 0);
     config.backends = format!("\"{}\"", backend_name(1));
-    let said = reload(&injector, &config.text())?;
-    ensure!(said == "changed: test\n", "{said}");
+    let printed = reload(&injector, &config.text())?;
+    ensure!(printed == "changed: test\n", "{printed}");
     ensure!(testbed.who_answers()? == 1);
     old.talk()?;
     old.quit()?;
-    // Once more the same is nothing new.
-    let said = injector.command(&["reload"])?;
-    ensure!(said == "no changes\n", "{said}");
+    // Reloading the same file changes nothing.
+    let printed = injector.command(&["reload"])?;
+    ensure!(printed == "no changes\n", "{printed}");
     let metrics = injector.metrics()?;
     let applied = metrics.sum("injector_config_reloads_total", &[("result", "applied")]);
     ensure!((applied - 2.0).abs() < 0.5, "{applied}");
@@ -57,15 +57,15 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = format!("\"{}\"", backend_name(0));
     let more =
         another("more", engine, &bind_of(PORT + 1), &backend) + "[listener.timeouts]\ndrain = \"600ms\"\n";
-    let said = reload(&injector, &(config.text() + &more))?;
-    ensure!(said == "added: more\n", "{said}");
+    let printed = reload(&injector, &(config.text() + &more))?;
+    ensure!(printed == "added: more\n", "{printed}");
     let mut client = testbed.client_at(PORT + 1)?;
     client.greeted()?;
-    let said = reload(&injector, &config.text())?;
-    ensure!(said == "removed: more\n", "{said}");
-    // The workers close what they accept from, each when it comes to it.
+    let printed = reload(&injector, &config.text())?;
+    ensure!(printed == "removed: more\n", "{printed}");
+    // Each worker closes its listen socket in its own time.
     wait_until("listening", || Ok(testbed.client_at(PORT + 1).is_ok()), |listens| !listens)?;
-    // The session may go on for its time, and is cut then.
+    // The session may continue until the drain deadline, and is aborted then.
     client.talk()?;
     let status = injector.status()?;
     ensure!(
@@ -73,8 +73,8 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         "{status:#}"
     );
     client.ends()?;
-    let cut = injector.sessions_within(1)?;
-    ensure!(cut[0].field("reason").as_deref() == Some("aborted"), "{cut:?}");
+    let aborted = injector.sessions_within(1)?;
+    ensure!(aborted[0].field("reason").as_deref() == Some("aborted"), "{aborted:?}");
     wait_until(
         "leaving",
         || injector.status(),
@@ -90,8 +90,8 @@ fn renamed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&config)?;
     let mut client = testbed.client()?;
     client.greeted()?;
-    let said = reload(&injector, &config.replace("name = \"test\"", "name = \"other\""))?;
-    ensure!(said == "added: other\nremoved: test\n", "{said}");
+    let printed = reload(&injector, &config.replace("name = \"test\"", "name = \"other\""))?;
+    ensure!(printed == "added: other\nremoved: test\n", "{printed}");
     for _ in 0..20 {
         testbed.who_answers()?;
     }
@@ -123,20 +123,20 @@ fn mistake(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&config.text())?;
     let broken = Config { backends: "\"mail\"".to_owned(), ..config.clone() };
     injector.rewrite(&broken.text())?;
-    let (status, said) = injector.try_command(&["reload"])?;
-    ensure!(!status.success() && said.contains("backends \"mail\": the port is missing"), "{said}");
+    let (status, printed) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && printed.contains("backends \"mail\": the port is missing"), "{printed}");
     testbed.who_answers()?;
     let refused = injector.status()?["config"]["reload_error"].clone();
     ensure!(refused.as_str().is_some_and(|why| why.contains("the port is missing")), "{refused}");
     let metrics = injector.metrics()?;
     ensure!(metrics.sum("injector_config_reloads_total", &[("result", "rejected")]) > 0.5);
-    // And is forgotten when the file is right again.
+    // The error disappears when the file is valid again.
     reload(&injector, &config.text())?;
     ensure!(injector.status()?["config"]["reload_error"].is_null());
     Ok(())
 }
 
-/// The second of two new addresses cannot be had: the first is not opened either.
+/// The second of two new addresses cannot be bound: the first is not opened either.
 fn port_in_use(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
@@ -144,8 +144,8 @@ fn port_in_use(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let taken = testbed.topology.edge.run(|| std::net::TcpListener::bind(("0.0.0.0", PORT + 2)))??;
     config.bind.extend([PORT + 1, PORT + 2]);
     injector.rewrite(&config.text())?;
-    let (status, said) = injector.try_command(&["reload"])?;
-    ensure!(!status.success() && said.contains("another program listens there"), "{said}");
+    let (status, printed) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && printed.contains("another program listens there"), "{printed}");
     ensure!(testbed.client_at(PORT + 1).is_err(), "half of it was done");
     testbed.who_answers()?;
     drop(taken);
@@ -198,14 +198,14 @@ fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut config = Config::new(engine);
     let injector = testbed.start(&config.text())?;
     config.top = "[log]\nlevel = \"debug\"\n[limits]\nworkers = 7\n".to_owned();
-    let said = reload(&injector, &config.text())?;
-    ensure!(said.ends_with("needs a restart: limits.workers, log\n"), "{said}");
-    // Of an engine that was not loaded at the start there is none later.
+    let printed = reload(&injector, &config.text())?;
+    ensure!(printed.ends_with("needs a restart: limits.workers, log\n"), "{printed}");
+    // An engine that was not loaded at startup cannot be selected later.
     let mut other = Config::new("inline");
     other.listener = String::new();
     injector.rewrite(&other.text())?;
-    let (status, said) = injector.try_command(&["reload"])?;
-    ensure!(!status.success() && said.contains("restart the daemon"), "{said}");
+    let (status, printed) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && printed.contains("restart the daemon"), "{printed}");
     testbed.who_answers()?;
     Ok(())
 }
@@ -215,15 +215,15 @@ fn watching(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut config = Config::new(engine);
     let injector = testbed.start(&config.text())?;
     let mut watching = injector.watching()?;
-    // Longer than it takes to read the file for the first time.
+    // Longer than the first read of the file takes.
     std::thread::sleep(Duration::from_millis(500));
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     let found = wait_until("the backend", || testbed.who_answers(), |number| *number == 1);
     watching.kill()?;
     let output = watching.wait_with_output().context("injector reload --watch")?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    found.with_context(|| said.clone())?;
-    ensure!(said == "changed: test\n", "{said}");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    found.with_context(|| printed.clone())?;
+    ensure!(printed == "changed: test\n", "{printed}");
     Ok(())
 }

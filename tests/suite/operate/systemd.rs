@@ -1,4 +1,5 @@
-//! The protocols of systemd, without systemd: a socket in place of its own, and its `systemd-socket-activate`.
+//! The protocols of systemd, without systemd: a notification socket of the test, and
+//! `systemd-socket-activate`.
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixDatagram;
@@ -12,67 +13,67 @@ use crate::Run;
 use crate::testbed::{Config, PORT, Testbed};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("notified of start, reload, liveness and stop", told),
+    ("notified of start, reload, liveness and stop", notified),
     ("a socket that systemd opened is adopted", taken_over),
 ];
 
-/// What stands in for systemd's end.
-struct Notified {
+/// The receiving side of the notification socket.
+struct NotifySocket {
     socket: UnixDatagram,
-    heard: VecDeque<String>,
+    received: VecDeque<String>,
 }
 
-impl Notified {
+impl NotifySocket {
     /// Waits for a line.
-    fn hear(&mut self, line: &str) -> anyhow::Result<()> {
+    fn expect(&mut self, line: &str) -> anyhow::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         while Instant::now() < deadline {
-            if let Some(at) = self.heard.iter().position(|heard| heard.starts_with(line)) {
-                self.heard.drain(..=at);
+            if let Some(at) = self.received.iter().position(|received| received.starts_with(line)) {
+                self.received.drain(..=at);
                 return Ok(());
             }
             let mut bytes = [0; 4096];
             if let Ok(count) = self.socket.recv(&mut bytes) {
                 let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
-                self.heard.extend(text.lines().map(str::to_owned));
+                self.received.extend(text.lines().map(str::to_owned));
             }
         }
-        anyhow::bail!("never told {line:?}, but {:?}", self.heard)
+        anyhow::bail!("{line:?} was not received, but {:?}", self.received)
     }
 }
 
-fn told(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+fn notified(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let dir = netns::scratch_dir("notify")?;
     let path = dir.path().join("notify");
     let socket = UnixDatagram::bind(&path)?;
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-    let mut systemd = Notified { socket, heard: VecDeque::new() };
+    let mut systemd = NotifySocket { socket, received: VecDeque::new() };
     let variables = format!("NOTIFY_SOCKET={} WATCHDOG_USEC=1000000 sh -c", path.display());
     let by: Vec<_> = ["env"].into_iter().chain(variables.split(' ')).collect();
     let config = Config::new(engine);
     let mut injector =
         injector_testbed::daemon::Injector::start_by(&testbed.topology.edge, &by, &config.text())?;
-    systemd.hear("READY=1")?;
-    systemd.hear("STATUS=serving")?;
-    systemd.hear("WATCHDOG=1")?;
-    systemd.hear("WATCHDOG=1")?;
+    systemd.expect("READY=1")?;
+    systemd.expect("STATUS=serving")?;
+    systemd.expect("WATCHDOG=1")?;
+    systemd.expect("WATCHDOG=1")?;
     injector.command(&["reload"])?;
-    systemd.hear("RELOADING=1")?;
-    systemd.hear("MONOTONIC_USEC=")?;
-    systemd.hear("READY=1")?;
+    systemd.expect("RELOADING=1")?;
+    systemd.expect("MONOTONIC_USEC=")?;
+    systemd.expect("READY=1")?;
     injector.ask_to_stop()?;
-    systemd.hear("STOPPING=1")?;
+    systemd.expect("STOPPING=1")?;
     let (status, log) = injector.wait_stopped()?;
     ensure!(status.success(), "{log}");
     Ok(())
 }
 
-/// The name is in the environment of a service that systemd starts for its sockets.
+/// systemd puts the name into the environment of a service that it starts for its sockets.
 fn taken_over(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _server = testbed.backend(0)?;
     let config = Config::new(engine);
     let address = format!("--listen={}:{PORT}", injector_testbed::netns::VIP_SPLICE.v4);
-    // It starts what it is told when the first client comes.
+    // It starts the command when the first client connects.
     let by = ["systemd-socket-activate", address.as_str(), "sh", "-c"];
     let knock = || {
         let address = (injector_testbed::netns::VIP_SPLICE.v4, PORT);
@@ -94,14 +95,15 @@ fn taken_over(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     });
     let injector = injector?;
     let first = first.map_err(|_| anyhow::anyhow!("the client panicked"))???;
-    // Who came before the daemon did is served, and so is everybody after that, whichever thread takes them.
+    // Clients that connected before the daemon started are served, and so are all later ones, by
+    // any thread.
     let mut first = crate::testbed::Client::new(first)?;
     first.greeted()?;
     first.quit()?;
     for _ in 0..10 {
         testbed.who_answers()?;
     }
-    // What starts it writes to the same log, and not in JSON.
+    // `systemd-socket-activate` writes to the same log, but not in JSON.
     let accepted = injector.status()?["listeners"][0]["accepted"].clone();
     ensure!(accepted == 11, "{accepted}");
     ensure!(!injector.log().contains("systemd listens there"), "{}", injector.log());

@@ -1,4 +1,4 @@
-//! The three namespaces, mail servers of a few lines in them, and an injector between them.
+//! The three namespaces, minimal mail servers in them, and an injector between them.
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -16,10 +16,10 @@ use injector_testbed::sockets::{LIMIT, patient};
 
 /// Where clients connect.
 pub(crate) const PORT: u16 = 2500;
-/// Where the backends listen that expect a header, in the order of their numbers.
+/// Ports of the backends that require a header, in the order of their numbers.
 pub(crate) const BACKEND_PORTS: [u16; 3] = [12500, 12501, 12502];
 
-/// The namespaces, made once.
+/// The namespaces, shared by all trials.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -29,7 +29,7 @@ pub(crate) struct Testbed {
 impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
-        // Every public address must be there for inline, too.
+        // All public addresses must exist for inline, too.
         Ok(Self { topology, bpffs: BpfFs::mount()? })
     }
 
@@ -37,7 +37,7 @@ impl Testbed {
         Injector::start(&self.topology.edge, config)
     }
 
-    /// A server that answers at a backend's port.
+    /// A server on a backend's port.
     pub(crate) fn backend(&self, number: usize) -> anyhow::Result<Server> {
         Server::start(&self.topology.mail, BACKEND_PORTS[number], number, true)
     }
@@ -57,7 +57,7 @@ impl Testbed {
         Client::new(stream)
     }
 
-    /// Which backend greets a new client, who then leaves.
+    /// Which backend greets a new client, which then closes.
     pub(crate) fn who_answers(&self) -> anyhow::Result<usize> {
         let mut client = self.client()?;
         let number = client.greeted()?;
@@ -66,7 +66,7 @@ impl Testbed {
     }
 }
 
-/// A configuration: the engine, lines of its one listener `test`, and what else there is.
+/// A configuration: the engine, the lines of its one listener `test`, and other tables.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) engine: String,
@@ -74,7 +74,7 @@ pub(crate) struct Config {
     pub(crate) backends: String,
     /// Lines and tables of the listener.
     pub(crate) listener: String,
-    /// In front of it.
+    /// Tables before the listener.
     pub(crate) top: String,
 }
 
@@ -111,18 +111,18 @@ pub(crate) fn bind_of(port: u16) -> String {
     format!("\"{}:{port}\"", VIP_SPLICE.v4)
 }
 
-/// As in configurations.
+/// A backend as configurations name it.
 pub(crate) fn backend_name(number: usize) -> String {
     format!("{}:{}", MAIL.v4, BACKEND_PORTS[number])
 }
 
-/// A server that greets with its number, agrees with everything, and says goodbye.
+/// A server that greets with its number, accepts every command, and responds to QUIT.
 #[derive(Debug)]
 pub(crate) struct Server {
     ended: Arc<AtomicBool>,
     accepting: Option<thread::JoinHandle<()>>,
     pub(crate) sessions: Arc<AtomicUsize>,
-    /// Sessions that ended otherwise than by QUIT and its answer.
+    /// Sessions that did not end by QUIT and its reply.
     pub(crate) broken: Arc<AtomicUsize>,
 }
 
@@ -158,7 +158,7 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// Nobody new is accepted and the port is free; sessions go on.
+    /// Stops accepting and releases the port; sessions continue.
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
         if let Some(accepting) = self.accepting.take() {
@@ -194,7 +194,7 @@ fn serve(stream: TcpStream, number: usize, header: bool) -> anyhow::Result<()> {
     }
 }
 
-/// A client that has connected.
+/// A connected client.
 #[derive(Debug)]
 pub(crate) struct Client(BufReader<TcpStream>);
 
@@ -214,14 +214,14 @@ impl Client {
         Ok(line.trim_end().to_owned())
     }
 
-    /// The number of the backend.
+    /// Reads the greeting; returns the number of the backend.
     pub(crate) fn greeted(&mut self) -> anyhow::Result<usize> {
         let line = self.line()?;
         let number = line.strip_prefix("220 ").and_then(|number| number.parse().ok());
         number.with_context(|| format!("greeted with {line:?}"))
     }
 
-    /// A command that is agreed with.
+    /// Sends a command that the server accepts.
     pub(crate) fn talk(&mut self) -> anyhow::Result<()> {
         self.0.get_mut().write_all(b"NOOP\r\n")?;
         let line = self.line()?;
@@ -236,7 +236,7 @@ impl Client {
         Ok(())
     }
 
-    /// Whether the connection ends without another byte, by FIN or reset.
+    /// Checks that the connection ends without another byte, by FIN or reset.
     pub(crate) fn ends(mut self) -> anyhow::Result<()> {
         let mut rest = Vec::new();
         let _ = self.0.read_to_end(&mut rest);

@@ -1,4 +1,5 @@
-//! An HTTP server in the place of a Pushgateway, which writes down what it is asked. `cargo xtask observe` has a real one.
+//! An HTTP server instead of a Pushgateway, which records requests. `cargo xtask observe` uses a
+//! real one.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -10,14 +11,14 @@ use std::time::Duration;
 use anyhow::Context;
 use injector_testbed::netns::Netns;
 
-/// What was asked.
+/// A recorded request.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) line: String,
     pub(crate) body: String,
 }
 
-/// The server, at a port of the namespace's loopback; ended on drop.
+/// The server, at a port of the namespace's loopback; stopped on drop.
 pub(crate) struct Gateway {
     address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
@@ -26,7 +27,7 @@ pub(crate) struct Gateway {
 }
 
 impl Gateway {
-    /// Answers everything with this status and text.
+    /// Responds to everything with this status and text.
     pub(crate) fn start(netns: &Netns, status: u16, text: &'static str) -> anyhow::Result<Self> {
         let listener = netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
         let address = listener.local_addr()?;

@@ -1,6 +1,7 @@
 //! `injector probe` as operators run it: through the injector, to real Postfix and Dovecot.
 //!
-//! The probe runs in the client's namespace, the injector with the splice engine on the edge. All trials share one set.
+//! The probe runs in the client's namespace, the injector with the splice engine on the edge. All
+//! trials share one testbed.
 
 mod gateway;
 mod testbed;
@@ -19,7 +20,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use gateway::Gateway;
 use testbed::{Outcome, Testbed};
 
-/// The testbed before and after the first trial needs it.
+/// The testbed, created when the first trial needs it.
 type Shared = Arc<OnceLock<Result<Testbed, String>>>;
 
 /// A trial.
@@ -60,11 +61,12 @@ fn main() {
         ("a Pushgateway that rejects metrics", refused_by_gateway),
         ("a PROXY port that responds, then one that relays", open_proxy_ports),
         ("a port without PROXY, beside a failed roundtrip", no_proxy_port),
-        // The last: it has a firewall made.
+        // The last: it sets up a firewall.
         ("PROXY ports behind a firewall", closed_proxy_ports),
     ];
     trials.extend(others.map(|(name, run)| trial(&shared, name.to_owned(), run)));
-    // The testbed goes with the last trial; what main held would never go, for it ends by exit(3).
+    // The testbed is dropped with the last trial. A value that main holds would never be dropped,
+    // because main ends by exit(3).
     drop(shared);
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -108,18 +110,18 @@ fn roundtrip(
     expected.extend(["imap_login", "arrival", "content", "client_address", "cleanup"]);
     expected.extend((smtp_tls != "none").then_some("smtp_tls"));
     expected.extend((imap_tls != "none").then_some("imap_tls"));
-    // Postfix offers AUTH on the submission ports alone.
+    // Postfix offers AUTH only on the submission ports.
     expected.extend((smtp != SMTP).then_some("smtp_login"));
     let mut steps = outcome.steps()?;
     steps.sort_unstable();
     expected.sort_unstable();
     ensure!(steps == expected, "steps {steps:?}, not {expected:?}");
-    ensure!(outcome.sample("injector_probe_success", None)? == 1.0, "the textfile says it failed");
+    ensure!(outcome.sample("injector_probe_success", None)? == 1.0, "the textfile reports a failure");
     ensure!(
         outcome.metrics.lines().filter(|line| line.contains("step_failed{") && line.ends_with(" 1")).count()
             == 0
     );
-    // Both connections went through the injector, and the mailbox is as it was.
+    // Both connections went through the injector, and the mailbox is unchanged.
     let sessions = testbed.injector.sessions_within(before + 2)?;
     for session in sessions.iter().skip(before) {
         let client = session.client().context("no client")?;
@@ -210,7 +212,8 @@ fn other_client(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Four messages lie in the mailbox: one that an earlier run left, one of a run at work, one of another probe, and real mail.
+/// Four messages are in the mailbox: one of an earlier run, one of a concurrent run, one of another
+/// probe, and real mail.
 fn leftovers(testbed: &Testbed) -> anyhow::Result<()> {
     let user = "leftovers";
     let mail = Message::new("real", user);
@@ -248,7 +251,7 @@ fn pushed(testbed: &Testbed) -> anyhow::Result<()> {
     };
     ensure!(success.line == "PUT /metrics/job/injector_probe/probe/mail HTTP/1.1", "{success:?}");
     ensure!(success.body.contains("injector_probe_success{probe=\"mail\"} 1\n"), "{success:?}");
-    // A failure must not take away the time of the last success.
+    // A failure must not overwrite the time of the last success.
     ensure!(failure.line == "POST /metrics/job/injector_probe/probe/mail HTTP/1.1", "{failure:?}");
     ensure!(failure.body.contains("injector_probe_success{probe=\"mail\"} 0\n"), "{failure:?}");
     ensure!(!failure.body.contains("last_success"), "{failure:?}");
@@ -259,7 +262,7 @@ fn refused_by_gateway(testbed: &Testbed) -> anyhow::Result<()> {
     let gateway = Gateway::start(&testbed.topology.client, 400, "pushed metrics are invalid")?;
     let url = format!("http://{}", gateway.address());
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "refused", &["--pushgateway", &url])?;
-    ensure!(!outcome.succeeded, "the exit code says that all is well");
+    ensure!(!outcome.succeeded, "the exit code reports success");
     ensure!(outcome.output.contains("400") && outcome.output.contains("are invalid"), "{}", outcome.output);
     Ok(())
 }
@@ -295,7 +298,7 @@ fn open_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
         (Family::V4, IMAPS.proxied),
     ]);
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
-    // Less patience with the port that waits for TLS.
+    // A shorter timeout for the port that waits for TLS.
     let all = [&flags[..], &["--timeout", "15s"]].concat();
     let tried = || testbed.probe(Family::V4, SMTP, IMAPS, "ports", &all);
     let [smtp, smtp6, submissions, imaps] = [&flags[1], &flags[3], &flags[5], &flags[7]];
@@ -308,7 +311,7 @@ fn open_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
     };
     let outcome = tried()?;
     outcome.ensure_failed_at("proxy_port")?;
-    // Dovecot has a list of hosts that it believes. Mail makes the roundtrip all the same.
+    // Dovecot has a list of trusted hosts. The mail roundtrip succeeds all the same.
     ensure!(states(&outcome)? == [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 0.0)], "{}", outcome.output);
     ensure!(outcome.steps()?.contains(&"cleanup"), "{}", outcome.output);
     ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
@@ -320,7 +323,7 @@ fn open_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
     postfix.set(&testbed.topology.mail, &[SAFE])?;
     let outcome = outcome?;
     outcome.ensure_failed_at("proxy_port")?;
-    // The submission ports have restrictions of their own, which reject who has not logged in.
+    // The submission ports have their own restrictions, which reject clients without login.
     ensure!(states(&outcome)? == [(1.0, 1.0), (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)], "{}", outcome.output);
     ensure!(outcome.output.contains("OPEN RELAY"), "{}", outcome.output);
     let logged = postfix.log().since(mark);
@@ -335,7 +338,7 @@ fn no_proxy_port(testbed: &Testbed) -> anyhow::Result<()> {
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
     outcome.ensure_failed_at("proxy_port")?;
     ensure!(outcome.output.contains("it is no PROXY port"), "{}", outcome.output);
-    // A roundtrip that fails is named first, and hides nothing.
+    // A failed roundtrip is reported first, and hides nothing.
     flags.extend(["--mailbox", "nowhere"]);
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
     outcome.ensure_failed_at("imap_login")?;
@@ -358,7 +361,8 @@ fn closed_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
     for port in [flags[1], flags[3], flags[5]] {
         ensure!(port_value(&outcome.metrics, "injector_probe_proxy_port_open", port)? == 0.0);
     }
-    // It is not waited for twice: the ports are tried beside the roundtrip, and the figure is the roundtrip's.
+    // The probe does not wait twice: the ports are tested beside the roundtrip, and the reported
+    // time is the roundtrip's.
     ensure!(outcome.sample("injector_probe_seconds", None)? < 5.0, "{}", outcome.metrics);
     Ok(())
 }

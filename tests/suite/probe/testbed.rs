@@ -27,21 +27,21 @@ pub(crate) struct Testbed {
     pub(crate) strange_folder: TempDir,
 }
 
-/// What a run of the probe came to.
+/// The result of a run of the probe.
 pub(crate) struct Outcome {
     pub(crate) succeeded: bool,
-    /// All it printed.
+    /// Its output.
     pub(crate) output: String,
-    /// Its JSON, if it got so far.
+    /// Its JSON output, if there is any.
     pub(crate) report: Option<Value>,
-    /// What the textfile held, unless another was asked for.
+    /// The textfile, unless the flags name another.
     pub(crate) metrics: String,
 }
 
 impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let topology = Topology::new()?;
-        // So that the PROXY ports can be tried from the client, as a firewall that is missing would let it.
+        // So that the PROXY ports are reachable from the client, as without a firewall.
         topology.client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
         topology.client.ip(&["route", "add", "fd25::/64", "via", &EDGE_OUTSIDE.v6.to_string()])?;
         let host = MailHost::start_with(&topology.mail, CLEAR_IMAP)?;
@@ -56,7 +56,7 @@ impl Testbed {
         Ok(Self { injector, host, topology, folder, strange_folder: netns::scratch_dir("stranger")? })
     }
 
-    /// Runs the probe with JSON output and a textfile of its own; later flags have the last word.
+    /// Runs the probe with JSON output and its own textfile; later flags override earlier ones.
     pub(crate) fn probe(
         &self,
         family: Family,
@@ -86,7 +86,7 @@ impl Testbed {
         self.probe_bare(family, smtp, imap, user, password, &all)
     }
 
-    /// As [`Self::probe`], trusting nobody unless told to.
+    /// As [`Self::probe`], without a trusted CA unless the flags name one.
     pub(crate) fn probe_bare(
         &self,
         family: Family,
@@ -120,13 +120,13 @@ impl Testbed {
         })
     }
 
-    /// A user's messages, read past the injector.
+    /// A user's messages, read directly from the mail host.
     pub(crate) fn inbox(&self, user: &str) -> anyhow::Result<Vec<Vec<u8>>> {
         let server = self.stock(Family::V4, IMAPS);
         Ok(mail_client::read_inbox(&self.topology.edge, server, user, &[])?.messages)
     }
 
-    /// The mail host's own port, which knows no header.
+    /// The mail host's own port, without a header.
     pub(crate) fn stock(&self, family: Family, service: Service) -> Server<'_> {
         let address = SocketAddr::new(MAIL.of(family), service.stock);
         Server { address, authority_pem: &self.host.certificate.authority_pem }

@@ -1,10 +1,10 @@
-//! Whether kustomize and the chart say the same.
+//! Compares the objects of kustomize and of the chart.
 
 use serde_json::Value;
 
 use super::object::Object;
 
-/// Labels that every chart puts on its objects, and that select nothing.
+/// Labels that every chart sets on its objects, and that no selector uses.
 const OF_HELM: [&str; 4] = [
     "app.kubernetes.io/instance",
     "app.kubernetes.io/managed-by",
@@ -12,10 +12,10 @@ const OF_HELM: [&str; 4] = [
     "helm.sh/chart",
 ];
 
-/// Helm keeps its records in the namespace, so that has to be there before the chart.
+/// Helm stores its records in the namespace, so the namespace must exist before the chart.
 const OF_KUSTOMIZE: &str = "Namespace";
 
-/// Every difference, with where it is.
+/// Every difference, with its path.
 pub(super) fn between(kustomize: &[Object], chart: &[Object]) -> Vec<String> {
     let mut found = Vec::new();
     for object in kustomize.iter().filter(|object| object.kind() != OF_KUSTOMIZE) {
@@ -26,7 +26,7 @@ pub(super) fn between(kustomize: &[Object], chart: &[Object]) -> Vec<String> {
     }
     for object in chart {
         if !kustomize.iter().any(|other| other.id() == object.id()) {
-            found.push(format!("{}: in the chart alone", object.id()));
+            found.push(format!("{}: only in the chart", object.id()));
         }
     }
     found
@@ -50,14 +50,14 @@ fn compare(path: &str, ours: &Value, theirs: &Value, found: &mut Vec<String>) {
                 compare(&format!("{path} .{name}"), &Value::Null, value, found);
             }
         }
-        // Their order means something (arguments, relabelings), so it has to be the same.
+        // Order matters (arguments, relabelings), so it must be the same.
         (Value::Array(ours), Value::Array(theirs)) if ours.len() == theirs.len() => {
             for (at, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
                 compare(&format!("{path} [{at}]"), ours, theirs, found);
             }
         }
         _ if ours == theirs => {}
-        _ => found.push(format!("{path}: kustomize has {ours}, the chart {theirs}")),
+        _ => found.push(format!("{path}: kustomize has {ours}, the chart has {theirs}")),
     }
 }
 
@@ -77,27 +77,27 @@ mod tests {
     }
 
     #[test]
-    fn labels_of_helm_and_the_namespace_are_no_difference() {
+    fn labels_of_helm_and_the_namespace_are_ignored() {
         assert_eq!(differences(OBJECTS), [""; 0]);
         assert_eq!(differences(&OBJECTS.replace("name: a}}", "name: a, helm.sh/chart: a-1}}")), [""; 0]);
         let namespace = format!("{OBJECTS}---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: n}}\n");
         assert_eq!(between(&objects(&namespace), &objects(OBJECTS)), [""; 0]);
-        assert_eq!(differences(&namespace), ["Namespace n: in the chart alone"]);
+        assert_eq!(differences(&namespace), ["Namespace n: only in the chart"]);
     }
 
     #[test]
-    fn everything_else_is() {
+    fn everything_else_is_compared() {
         for (from, to, told) in [
-            ("25", "26", "Service a .spec .ports [0] .port: kustomize has 25, the chart 26"),
-            ("25", "'25'", "kustomize has 25, the chart \"25\""),
+            ("25", "26", "Service a .spec .ports [0] .port: kustomize has 25, the chart has 26"),
+            ("25", "'25'", "kustomize has 25, the chart has \"25\""),
             (", {port: 465}", "", "Service a .spec .ports: kustomize has"),
             ("spec: {", "spec: {type: ClusterIP, ", "Service a .spec .type: kustomize has null"),
-            ("/name: a", "/name: b", "kustomize has \"a\", the chart \"b\""),
+            ("/name: a", "/name: b", "kustomize has \"a\", the chart has \"b\""),
         ] {
             let found = differences(&OBJECTS.replace(from, to));
             assert!(found.len() == 1 && found[0].contains(told), "{told}: {found:?}");
         }
         let renamed = differences(&OBJECTS.replace("name: a,", "name: z,"));
-        assert_eq!(renamed, ["Service a: not in the chart", "Service z: in the chart alone"]);
+        assert_eq!(renamed, ["Service a: not in the chart", "Service z: only in the chart"]);
     }
 }

@@ -1,5 +1,5 @@
-//! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools.
-//! There is no cluster in it.
+//! `cargo xtask kubernetes`: validates `deploy/kubernetes` and `deploy/helm` with the real tools,
+//! but without a cluster.
 
 mod chart_parity;
 mod consistency;
@@ -35,27 +35,27 @@ const OVERLAYS: [&str; 4] = ["least-privilege", "privileged", "inline-external",
 /// The mail server's side of the example, which has no chart.
 const MAIL: &str = "mail";
 
-/// What the chart is installed as: the name that the objects have in kustomize, too.
+/// The release name of the chart, which is also the name of the objects in kustomize.
 const RELEASE: &str = "injector";
 
-/// A daemon to ask, instead of one that is built.
+/// The variable that may name a daemon, instead of a new build.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
 #[derive(clap::Args)]
 pub(crate) struct KubernetesArgs {
-    /// Keep what kustomize and helm render in this folder
+    /// Keep the output of kustomize and helm in this folder
     #[arg(long, value_name = "FOLDER")]
     keep: Option<PathBuf>,
 }
 
-/// What one overlay renders to.
+/// The objects that one overlay renders to.
 struct Rendering {
     name: &'static str,
     file: PathBuf,
     objects: Vec<Object>,
 }
 
-/// How one overlay fares; the words that go into the table.
+/// The results of one overlay, as texts for the table.
 #[derive(Default)]
 struct Verdicts {
     schema: Vec<Count>,
@@ -71,27 +71,27 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     eprintln!("{}\n", bench.versions()?);
     let renderings = bench.kustomize()?;
     let mail = renderings.iter().find(|it| it.name == MAIL).context("no mail server")?;
-    bench.a_mistake_is_seen(&renderings)?;
+    bench.check_validators(&renderings)?;
     let mut faults = Vec::new();
     let mut verdicts: Vec<Verdicts> = renderings.iter().map(|_| Verdicts::default()).collect();
     bench.schemas(&renderings, &mut verdicts, &mut faults)?;
     bench.scans(&renderings, &mut verdicts, &mut faults)?;
     for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
-        let mut told = bench.chart(rendering)?;
-        verdicts.chart = if told.is_empty() { "same".into() } else { format!("{} DIFFER", told.len()) };
-        told.extend(consistency::faults(&rendering.objects, &mail.objects)?);
+        let mut found = bench.chart(rendering)?;
+        verdicts.chart = if found.is_empty() { "same".into() } else { format!("{} DIFFER", found.len()) };
+        found.extend(consistency::faults(&rendering.objects, &mail.objects)?);
         match bench.check(&daemon, rendering)? {
             Ok(listeners) => verdicts.config = format!("{listeners} listeners"),
             Err(why) => {
                 verdicts.config = "REFUSED".into();
-                told.push(format!("injector check: {why}"));
+                found.push(format!("injector check: {why}"));
             }
         }
-        faults.extend(told.into_iter().map(|fault| format!("{}: {fault}", rendering.name)));
+        faults.extend(found.into_iter().map(|fault| format!("{}: {fault}", rendering.name)));
     }
     print!("{}", table(&renderings, &verdicts));
     if faults.is_empty() {
-        println!("\nno fault; nothing of this ran on a cluster");
+        println!("\nno faults; nothing ran on a cluster");
         return Ok(());
     }
     println!("\n{} faults", faults.len());
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     Err(AlreadyReported.into())
 }
 
-/// The daemon that is asked for its opinion of configurations; that takes no BPF.
+/// The daemon that checks the configurations; it needs no BPF.
 fn daemon() -> Result<PathBuf> {
     if let Some(given) = env::var_os(BINARY_VARIABLE) {
         return Ok(given.into());
@@ -116,7 +116,7 @@ struct Bench {
     kubernetes: PathBuf,
     chart: PathBuf,
     folder: PathBuf,
-    /// Removes the folder in the end, unless it is the operator's.
+    /// Removes the folder on drop, unless the operator named it.
     _temporary: Option<tempfile::TempDir>,
 }
 
@@ -134,7 +134,7 @@ impl Bench {
         Ok(Self { tools, kubernetes, chart, folder, _temporary: temporary })
     }
 
-    /// What is about to judge.
+    /// The versions of the validators.
     fn versions(&self) -> Result<String> {
         let kubectl = output(Command::new(&self.tools.kubectl).args(["version", "--client"]))?;
         let helm = output(self.helm().args(["version", "--short"]))?;
@@ -145,7 +145,7 @@ impl Bench {
         Ok(format!("kubectl: {kubectl}\nhelm: {}\n{}", helm.trim(), validators.trim()))
     }
 
-    /// Helm with nothing of the operator's own: no plugins, no cache.
+    /// Helm without the operator's own plugins and cache.
     fn helm(&self) -> Command {
         let mut command = Command::new(&self.tools.helm);
         for (variable, folder) in [("CACHE", "cache"), ("CONFIG", "config"), ("DATA", "data")] {
@@ -169,15 +169,15 @@ impl Bench {
         Ok(Rendering { name, file, objects })
     }
 
-    /// Validators that approve of everything look like validators that found no fault: they are
-    /// shown one first.
-    fn a_mistake_is_seen(&self, renderings: &[Rendering]) -> Result<()> {
+    /// Checks that the validators reject a deliberate mistake: one that accepts everything would
+    /// look like one that found no fault.
+    fn check_validators(&self, renderings: &[Rendering]) -> Result<()> {
         let mut wrong = Vec::new();
         let all = renderings.iter().flat_map(|rendering| &rendering.objects);
-        let judged = ["DaemonSet", "Service", "PodMonitor", "CronJob", "NetworkPolicy"];
-        for kind in judged {
+        let validated = ["DaemonSet", "Service", "PodMonitor", "CronJob", "NetworkPolicy"];
+        for kind in validated {
             let object = all.clone().find(|object| object.kind() == kind);
-            let mut object = object.with_context(|| format!("no {kind} anywhere"))?.0.clone();
+            let mut object = object.with_context(|| format!("no overlay has a {kind}"))?.0.clone();
             object["spec"]["noSuchField"] = Value::Bool(true);
             wrong.push(object.to_string());
         }
@@ -185,14 +185,11 @@ impl Bench {
         fs::write(&file, wrong.join("\n---\n"))?;
         let answers = schema::ask(&self.tools.python, &[file])?;
         for answer in &answers {
-            ensure!(
-                answer.fault().is_some(),
-                "the schemas did not see a field that does not exist: {answer:?}"
-            );
+            ensure!(answer.fault().is_some(), "the schemas accepted a field that does not exist: {answer:?}");
         }
-        ensure!(answers.len() == judged.len() * schema::VERSIONS.len(), "the schemas left objects out");
+        ensure!(answers.len() == validated.len() * schema::VERSIONS.len(), "the schemas skipped objects");
         let lint = self.helm().args(["lint", "--set", "noSuchValue=1"]).arg(&self.chart).output()?;
-        ensure!(!lint.status.success(), "helm lint did not see a value that does not exist");
+        ensure!(!lint.status.success(), "helm lint accepted a value that does not exist");
         Ok(())
     }
 
@@ -212,7 +209,7 @@ impl Bench {
                 let expected = rendering.objects.len();
                 ensure!(
                     valid + without + invalid == expected,
-                    "{}: not every object was judged",
+                    "{}: some objects were not validated",
                     rendering.name
                 );
             }
@@ -249,7 +246,8 @@ impl Bench {
         Ok(())
     }
 
-    /// Lints and renders the chart as this overlay, for each version, and compares.
+    /// Lints and renders the chart with this overlay's values, for each version, and compares the
+    /// objects.
     fn chart(&self, rendering: &Rendering) -> Result<Vec<String>> {
         let values = self.chart.join(format!("ci/{}-values.yaml", rendering.name));
         let mut found = Vec::new();
@@ -271,8 +269,8 @@ impl Bench {
         Ok(found)
     }
 
-    /// Has the daemon check every configuration in an overlay: how many listeners it would run, or
-    /// why it would not.
+    /// Has the daemon check every configuration in an overlay. Returns the number of listeners, or
+    /// the daemon's error.
     fn check(&self, daemon: &Path, rendering: &Rendering) -> Result<Result<usize, String>> {
         let mut listeners = 0;
         for (name, config) in configurations(&rendering.objects) {
@@ -292,7 +290,7 @@ impl Bench {
     }
 }
 
-/// The configurations in ConfigMaps, with the name of each map.
+/// The configurations in ConfigMaps, by name of the map.
 fn configurations(objects: &[Object]) -> BTreeMap<String, String> {
     let maps = objects.iter().filter(|object| object.kind() == "ConfigMap");
     maps.filter_map(|map| Some((map.name().to_owned(), map.0["data"].get(consistency::CONFIG)?)))
@@ -315,12 +313,12 @@ fn table(renderings: &[Rendering], verdicts: &[Verdicts]) -> String {
         text += &format!("  {:8}  {:14}  {}\n", verdicts.chart, verdicts.config, verdicts.scan);
     }
     if verdicts.iter().flat_map(|verdicts| &verdicts.schema).any(|count| count.without > 0) {
-        text += &format!("* the rest has no schema here: {}\n", schema::WITHOUT_SCHEMA.join(", "));
+        text += &format!("* no schema available for the others: {}\n", schema::WITHOUT_SCHEMA.join(", "));
     }
     text
 }
 
-/// What a command prints.
+/// The output of a command.
 fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
     if !output.status.success() {
@@ -328,7 +326,7 @@ fn output(command: &mut Command) -> Result<String> {
             [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
         let name = command.get_program();
         let name = Path::new(name).file_name().unwrap_or(OsStr::new("a tool")).to_string_lossy();
-        bail!("`{}` failed ({}); {name} says:\n{}", cargo::line(command), output.status, said.trim());
+        bail!("`{}` failed ({}); {name} printed:\n{}", cargo::line(command), output.status, said.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -347,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn no_overlay_and_no_values_are_left_out() {
+    fn every_overlay_and_every_values_file_is_checked() {
         let deploy = cargo::workspace().join("deploy");
         let mut overlays = OVERLAYS.map(str::to_owned);
         overlays.sort();
@@ -357,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn every_version_that_is_promised_is_judged() {
+    fn every_supported_version_is_validated() {
         let chart = fs::read_to_string(cargo::workspace().join("deploy/helm/injector/Chart.yaml")).unwrap();
         assert!(chart.contains(&format!("kubeVersion: \">={}.0-0\"", schema::VERSIONS[0])), "{chart}");
     }
@@ -371,9 +369,9 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_tool_is_heard() {
+    fn the_error_of_a_failing_tool_is_reported() {
         let error = output(Command::new("sh").args(["-c", "echo said; echo why >&2; exit 3"])).unwrap_err();
-        assert!(error.to_string().contains("sh says:\nsaid\nwhy"), "{error}");
+        assert!(error.to_string().contains("sh printed:\nsaid\nwhy"), "{error}");
         assert_eq!(output(Command::new("echo").arg("fine")).unwrap(), "fine\n");
     }
 

@@ -1,9 +1,9 @@
-//! What kustomize and helm render.
+//! The objects that kustomize and helm render.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-/// One object, as the API server would be given it.
+/// One object, as the API server would receive it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Object(pub(super) Value);
 
@@ -11,17 +11,17 @@ impl Object {
     /// All objects of a stream of YAML documents.
     ///
     /// # Errors
-    /// When it is no YAML, or a document is no object of Kubernetes.
+    /// When it is not YAML, or a document is not a Kubernetes object.
     pub(super) fn parse(text: &str) -> Result<Vec<Self>> {
-        // A name such as `n` is a name, although YAML 1.1 had it mean "no".
+        // YAML 1.1 reads a name such as `n` as "no"; it must stay a name.
         let options = serde_saphyr::options! { strict_booleans: true };
         let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
-            .context("what was rendered is no YAML")?;
+            .context("the rendered text is not YAML")?;
         let objects: Vec<_> =
             documents.into_iter().filter(|document| !document.is_null()).map(Self).collect();
         for object in &objects {
             let named = [&object.0["apiVersion"], &object.0["kind"], &object.0["metadata"]["name"]];
-            ensure!(named.iter().all(|value| value.is_string()), "no object of Kubernetes: {}", object.0);
+            ensure!(named.iter().all(|value| value.is_string()), "not a Kubernetes object: {}", object.0);
         }
         Ok(objects)
     }
@@ -46,12 +46,12 @@ impl Object {
     }
 }
 
-/// The string, or an empty one where there is none.
+/// The string, or an empty one if the value is not a string.
 pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// The elements of a list, or none where there is none.
+/// The elements of a list, or none if the value is not a list.
 pub(super) fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_come_out_of_a_stream() {
+    fn a_stream_is_split_into_objects() {
         let stream = "# a comment\n---\napiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n---\n---\n\
             apiVersion: v1\nkind: Service\nmetadata: {name: b, namespace: c}\nspec: {ports: [{port: 25}]}\n";
         let objects = Object::parse(stream).unwrap();
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn other_things_are_refused() {
+    fn anything_else_is_rejected() {
         for stream in ["kind: Service\n", "apiVersion: v1\nkind: Service\nmetadata: {}\n", "a: [", "- 1\n"] {
             assert!(Object::parse(stream).is_err(), "{stream}");
         }

@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-/// What the scanner says about one rendering.
+/// The scanner's report on one rendering.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Scan {
     pub(super) passed: usize,
@@ -17,7 +17,7 @@ pub(super) struct Scan {
 pub(super) struct Finding {
     #[serde(rename = "check_id")]
     pub(super) check: String,
-    /// As the scanner names it: `DaemonSet.injector.injector`.
+    /// The scanner's name of it: `DaemonSet.injector.injector`.
     pub(super) resource: String,
     #[serde(rename = "check_name")]
     pub(super) title: String,
@@ -29,10 +29,10 @@ impl std::fmt::Display for Finding {
     }
 }
 
-/// Scans a file of objects. Asks nobody on the network.
+/// Scans a file of objects, without using the network.
 ///
 /// # Errors
-/// When the scanner does not run, or has not understood the file.
+/// When the scanner does not run, or cannot parse the file.
 pub(super) fn scan(python: &Path, file: &Path) -> Result<Scan> {
     let output = Command::new(python)
         .args(["-m", "checkov.main", "--framework", "kubernetes", "--output", "json", "--quiet", "--compact"])
@@ -65,10 +65,10 @@ fn parse(said: &str) -> Result<Scan> {
     }
     let Report { summary, results } = serde_json::from_str(said).context("checkov's report")?;
     ensure!(summary.parsing_errors == 0, "checkov could not read {} files", summary.parsing_errors);
-    ensure!(summary.passed > 0, "no check of checkov passed: has it seen anything?");
-    // Annotations can have checks skipped; the one list of what is accepted is the file.
+    ensure!(summary.passed > 0, "no check of checkov passed: did it find any object?");
+    // Annotations can skip checks, but only accepted-findings.toml may accept findings.
     ensure!(summary.skipped == 0, "{} checks are skipped by annotations", summary.skipped);
-    ensure!(summary.failed == results.failed_checks.len(), "checkov counts otherwise than it lists");
+    ensure!(summary.failed == results.failed_checks.len(), "checkov's count differs from its list");
     Ok(Scan { passed: summary.passed, findings: results.failed_checks })
 }
 
@@ -85,9 +85,9 @@ pub(super) struct Accepted {
 #[serde(deny_unknown_fields)]
 struct Acceptance {
     check: String,
-    /// As the scanner names them.
+    /// The scanner's names of the objects.
     resources: Vec<String>,
-    /// Where it is accepted; everywhere, if not given.
+    /// The overlays in which it is accepted; all if empty.
     overlays: Option<Vec<String>>,
     reason: String,
 }
@@ -96,11 +96,11 @@ impl Accepted {
     /// Reads the file's text.
     ///
     /// # Errors
-    /// When it is not of the right shape, or a reason is missing.
+    /// When the file is not valid, or a reason is missing.
     pub(super) fn parse(text: &str) -> Result<Self> {
         let accepted: Self = toml::from_str(text)?;
         for one in &accepted.accepted {
-            ensure!(one.reason.split_whitespace().count() > 2, "{}: no reason is given", one.check);
+            ensure!(one.reason.split_whitespace().count() > 2, "{}: the reason is missing", one.check);
         }
         Ok(accepted)
     }
@@ -110,8 +110,8 @@ impl Accepted {
         self.accepted.iter().any(|one| one.covers(overlay, &finding.check, &finding.resource))
     }
 
-    /// What is accepted and was found nowhere: it must not stay, or it would excuse a mistake one
-    /// day.
+    /// Accepted findings that no longer occur. They must be removed, or they would hide a later
+    /// mistake.
     pub(super) fn idle(&self, found: &[(String, Finding)]) -> Vec<String> {
         let mut idle = Vec::new();
         for one in &self.accepted {
@@ -120,7 +120,7 @@ impl Accepted {
                     finding.resource == *resource && one.covers(overlay, &finding.check, resource)
                 };
                 if !found.iter().any(met) {
-                    idle.push(format!("{} {resource}: accepted, but not found any more", one.check));
+                    idle.push(format!("{} {resource}: accepted, but no longer found", one.check));
                 }
             }
         }
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_that_proves_nothing_is_refused() {
+    fn a_report_without_results_is_rejected() {
         for (from, to) in [
             (r#""passed": 80"#, r#""passed": 0"#),
             (r#""parsing_errors": 0"#, r#""parsing_errors": 1"#),
@@ -171,7 +171,7 @@ mod tests {
         ] {
             assert!(parse(&REPORT.replace(from, to)).is_err(), "{to}");
         }
-        // What it says when it found no object at all.
+        // Its report if it found no object.
         assert!(parse(r#"{"passed": 0, "failed": 0, "skipped": 0, "parsing_errors": 0}"#).is_err());
     }
 
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn an_acceptance_needs_a_reason_and_a_finding() {
+    fn an_accepted_finding_needs_a_reason_and_must_occur() {
         assert!(Accepted::parse(&ACCEPTED.replace("it has to be there", "yes")).is_err());
         assert!(Accepted::parse(&ACCEPTED.replace("reason", "because")).is_err());
         let accepted = Accepted::parse(ACCEPTED).unwrap();

@@ -1,4 +1,4 @@
-//! What the schemas of Kubernetes' versions think of the objects.
+//! Validates the objects against the schemas of several Kubernetes versions.
 
 use std::{
     io::Write as _,
@@ -10,11 +10,11 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use serde_json::json;
 
-/// The oldest that the chart takes, and what is in use. Each must be one that `kubernetes-validate`
-/// has.
+/// The oldest version that the chart supports, and current ones. `kubernetes-validate` must have
+/// each.
 pub(super) const VERSIONS: [&str; 5] = ["1.29", "1.33", "1.35", "1.36", "1.37"];
 
-/// No registry that `setup` uses has schemas of these: they are counted, and not called valid.
+/// Kinds without a schema in the registries that `setup` uses: they are counted, but not as valid.
 pub(super) const WITHOUT_SCHEMA: [&str; 2] =
     ["metallb.io/v1beta1 IPAddressPool", "metallb.io/v1beta1 L2Advertisement"];
 
@@ -38,10 +38,10 @@ enum Outcome {
     NoSchema,
 }
 
-/// Asks about all objects of all files, under all versions.
+/// Validates all objects of all files against all versions.
 ///
 /// # Errors
-/// When the validator does not run, or has nothing to say.
+/// When the validator does not run, or returns no result.
 pub(super) fn ask(python: &Path, files: &[PathBuf]) -> Result<Vec<Answer>> {
     let question = json!({ "versions": VERSIONS, "files": files });
     let mut child = Command::new(python)
@@ -51,24 +51,24 @@ pub(super) fn ask(python: &Path, files: &[PathBuf]) -> Result<Vec<Answer>> {
         .spawn()
         .context("cannot start the validator")?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(question.to_string().as_bytes()).context("asking the validator")?;
+        stdin.write_all(question.to_string().as_bytes()).context("writing to the validator")?;
     }
     let output = child.wait_with_output().context("waiting for the validator")?;
     if !output.status.success() {
-        bail!("the validator failed ({}), as it says above", output.status);
+        bail!("the validator failed ({}); the reason is printed above", output.status);
     }
     let answers: Vec<Answer> = serde_json::from_slice(&output.stdout).context("the validator's answers")?;
     match answers.is_empty() {
-        true => bail!("the validator was given no object"),
+        true => bail!("the validator received no object"),
         false => Ok(answers),
     }
 }
 
-/// How one file's objects fare under one version.
+/// The results of one file's objects against one version.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Count {
     pub(super) valid: usize,
-    /// Of a kind that is known to have no schema here.
+    /// Objects of a kind that has no schema here.
     pub(super) without: usize,
     pub(super) invalid: usize,
 }
@@ -97,7 +97,7 @@ impl std::fmt::Display for Count {
 }
 
 impl Answer {
-    /// What is wrong, if anything is.
+    /// The fault, if there is one.
     pub(super) fn fault(&self) -> Option<String> {
         let Self { version, api, kind, name, message, .. } = self;
         match self.outcome {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_schema_is_excused_for_kinds_that_are_named_alone() {
+    fn a_missing_schema_is_accepted_only_for_listed_kinds() {
         let pool = answers("no_schema", "metallb.io/v1beta1", "IPAddressPool");
         assert_eq!(Count::of(pool.iter()), Count { without: 1, ..Count::default() });
         assert_eq!(Count::of(pool.iter()).to_string(), "0/1*");
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_invalid_is_told_even_where_a_missing_schema_is_excused() {
+    fn invalid_objects_are_faults_even_where_a_missing_schema_is_accepted() {
         for (api, kind) in [("apps/v1", "DaemonSet"), ("metallb.io/v1beta1", "IPAddressPool")] {
             let wrong = answers("invalid", api, kind);
             assert!(wrong[0].fault().unwrap().contains("1.33: spec: unexpected"));
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_is_none_is_refused() {
+    fn an_unknown_outcome_is_rejected() {
         assert!(serde_json::from_str::<Vec<Answer>>(r#"[{"file": "a", "outcome": "perhaps"}]"#).is_err());
     }
 }

@@ -7,8 +7,7 @@ use super::{
     config::{Config, Listener},
 };
 
-/// Every backend is a port of the mail server that demands the header, and that is closed to
-/// everybody but the edge nodes.
+/// Every backend must be a PROXY port of the mail server, closed to all but the edge nodes.
 pub(super) fn check(config: &Config, objects: &[Object], mail: &[Object]) -> Vec<String> {
     let mut faults = Vec::new();
     let (open, closed) = policy(mail);
@@ -23,11 +22,11 @@ pub(super) fn check(config: &Config, objects: &[Object], mail: &[Object]) -> Vec
                 continue;
             };
             if open.contains(&target) {
-                faults.push(format!("listener {}: other pods reach port {target}, too", listener.name));
+                faults.push(format!("listener {}: other pods can reach port {target}", listener.name));
             }
             if !closed.contains(&target) {
                 faults.push(format!(
-                    "listener {}: no policy lets the edge nodes to port {target}",
+                    "listener {}: no policy allows the edge nodes to reach port {target}",
                     listener.name
                 ));
             }
@@ -47,8 +46,7 @@ fn served(mail: &[Object], address: &str) -> Option<u64> {
     port["targetPort"].as_u64()
 }
 
-/// The pod's port that kube-proxy translates the listener's to, if it is the one that the listener
-/// expects.
+/// The pod's port that kube-proxy translates the listener's port to, if it is the expected one.
 fn translated(objects: &[Object], listener: &Listener, expected: u64) -> Option<u64> {
     let port = u64::from(listener.bind.first()?.port());
     let services =
@@ -57,7 +55,7 @@ fn translated(objects: &[Object], listener: &Listener, expected: u64) -> Option<
     ports.find(|it| it["port"] == port && it["targetPort"] == expected).map(|_| expected)
 }
 
-/// Ports of the mail pod that pods may reach, and that addresses named one by one may.
+/// Ports of the mail pod that pods may reach, and ports that only listed addresses may reach.
 fn policy(mail: &[Object]) -> (BTreeSet<u64>, BTreeSet<u64>) {
     let (mut open, mut closed) = (BTreeSet::new(), BTreeSet::new());
     for policy in mail.iter().filter(|object| object.kind() == "NetworkPolicy") {

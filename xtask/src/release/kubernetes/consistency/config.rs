@@ -4,7 +4,6 @@ use std::{net::SocketAddr, time::Duration};
 
 use serde::Deserialize;
 
-/// As much of the configuration as other objects have to agree with.
 #[derive(Debug, Deserialize)]
 pub(super) struct Config {
     pub(super) admin: Admin,

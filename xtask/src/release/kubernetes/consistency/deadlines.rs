@@ -9,7 +9,7 @@ use super::{
     config::Config,
 };
 
-/// The kubelet kills after terminationGracePeriodSeconds, preStop included.
+/// The kubelet kills the pod after terminationGracePeriodSeconds, which include preStop.
 pub(super) fn check(pod: &Value, daemon: &Value, config: &Config) -> Option<String> {
     let grace = Duration::from_secs(pod["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap_or(30));
     let command = list(&daemon["lifecycle"]["preStop"]["exec"]["command"]);
@@ -19,6 +19,7 @@ pub(super) fn check(pod: &Value, daemon: &Value, config: &Config) -> Option<Stri
         return Some("preStop drains without a deadline".into());
     }
     let stop = config.stop.deadline;
-    (grace <= drain + stop)
-        .then(|| format!("killed after {grace:?}, but drains for {drain:?} and then stops for {stop:?}"))
+    (grace <= drain + stop).then(|| {
+        format!("killed after {grace:?}, but the drain takes {drain:?} and then the shutdown {stop:?}")
+    })
 }

@@ -1,5 +1,5 @@
-//! Whether the objects, and the configuration in them, agree with each other: what a schema cannot
-//! know and an API server would only show by pods that do not start or mail that does not come.
+//! Checks that the objects and the configuration in them agree with each other. A schema cannot
+//! check this; on a cluster the fault would show as pods that do not start, or as missing mail.
 
 mod backends;
 mod config;
@@ -21,10 +21,10 @@ use super::object::{Object, container, text};
 /// The file in the ConfigMap.
 pub(super) const CONFIG: &str = "injector.toml";
 
-/// Every disagreement among the objects of one overlay, and with the mail server's.
+/// Every inconsistency among the objects of one overlay, and between them and the mail server's.
 ///
 /// # Errors
-/// When the objects that are to agree are not there at all.
+/// When a required object is missing.
 pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>> {
     let daemons = find(objects, "DaemonSet").context("no DaemonSet")?;
     let pod = &daemons.0["spec"]["template"];

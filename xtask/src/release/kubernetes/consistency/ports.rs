@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::{super::object::list, config::Config};
 
-/// The ports that the scheduler keeps free are those that the daemon opens; with engine inline it
-/// opens none.
+/// The scheduler reserves the declared ports, so they must be those that the daemon opens. Engine
+/// inline opens none.
 pub(super) fn check(daemon: &Value, config: &Config) -> Option<String> {
     let declared: BTreeSet<u64> = list(&daemon["ports"])
         .iter()

@@ -1,11 +1,10 @@
-//! A pod names only what is among the objects.
+//! A pod refers only to existing objects.
 
 use serde_json::Value;
 
 use super::super::object::{Object, list, text};
 
-/// What a pod names has to be among the objects: volumes, ConfigMaps, the service account, the
-/// priority class.
+/// Checks a pod's volumes, ConfigMaps, service account and priority class.
 pub(super) fn check(object: &Object, objects: &[Object]) -> Vec<String> {
     let pod = match object.kind() {
         "DaemonSet" => &object.0["spec"]["template"],

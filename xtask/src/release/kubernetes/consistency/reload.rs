@@ -1,4 +1,4 @@
-//! The container that reloads watches the daemon's file and asks the daemon's socket.
+//! The container `reload` watches the daemon's configuration and uses the daemon's control socket.
 
 use serde_json::Value;
 
@@ -7,7 +7,7 @@ use super::{
     config::Config,
 };
 
-/// The second container asks the first by its socket to read the same file.
+/// The second container has the first reload the same file, through its control socket.
 pub(super) fn check(pod: &Value, config: &Config) -> Vec<String> {
     let (Some(daemon), Some(reload)) = (container(pod, "injector"), container(pod, "reload")) else {
         return vec!["no container `reload`".into()];
@@ -20,7 +20,7 @@ pub(super) fn check(pod: &Value, config: &Config) -> Vec<String> {
     let socket = variable(reload, "INJECTOR_SOCKET");
     if socket != config.admin.socket {
         faults.push(format!(
-            "the container `reload` asks {socket}, the injector listens on {}",
+            "the container `reload` uses {socket}, the injector listens on {}",
             config.admin.socket
         ));
     }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Two pods that name a host port cannot be on one node.
+/// Two pods with the same host port cannot run on one node.
 pub(super) fn check(daemons: &Value) -> Option<String> {
     let update = &daemons["spec"]["updateStrategy"]["rollingUpdate"];
     (daemons["spec"]["template"]["spec"]["hostNetwork"] == true && update["maxSurge"] != 0).then(|| {

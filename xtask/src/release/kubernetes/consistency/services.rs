@@ -4,8 +4,7 @@ use serde_json::Value;
 
 use super::super::object::{Object, list};
 
-/// A Service beside the DaemonSet leads to its pods, by ports they have, and keeps the client's
-/// address.
+/// Checks the Services in the DaemonSet's namespace: selector, ports, and traffic policy.
 pub(super) fn check(objects: &[Object], daemons: &Object) -> Vec<String> {
     let pod = &daemons.0["spec"]["template"];
     let mut faults = Vec::new();

@@ -71,32 +71,39 @@ spec:
     - {from: [{ipBlock: {cidr: 10.0.0.1/32}}], ports: [{port: 2525}]}
 "#;
 
-fn told(edge: &str, mail: &str) -> Vec<String> {
+fn faults_of(edge: &str, mail: &str) -> Vec<String> {
     faults(&Object::parse(edge).unwrap(), &Object::parse(mail).unwrap()).unwrap()
 }
 
 #[test]
-fn objects_that_agree_are_left_in_peace() {
-    assert_eq!(told(EDGE, MAIL), [""; 0]);
+fn consistent_objects_have_no_faults() {
+    assert_eq!(faults_of(EDGE, MAIL), [""; 0]);
     let weighted = r#"[{ address = "proxied.mail.svc.cluster.local:2525", weight = 2 }]"#;
-    assert_eq!(told(&EDGE.replace(r#"["proxied.mail.svc.cluster.local:2525"]"#, weighted), MAIL), [""; 0]);
+    assert_eq!(
+        faults_of(&EDGE.replace(r#"["proxied.mail.svc.cluster.local:2525"]"#, weighted), MAIL),
+        [""; 0]
+    );
 }
 
 #[test]
-fn every_disagreement_is_told() {
+fn every_inconsistency_is_reported() {
     for (from, to, expected) in [
         ("[::]:25", "[::]:26", "declares the ports {25}, the configuration opens {26}"),
-        (":9145\"}\n", ":9146\"}\n", "INJECTOR_METRICS_LISTEN says 9146"),
-        ("prometheus.io/port: \"9145\"", "prometheus.io/port: \"80\"", "prometheus.io/port \"80\""),
-        ("readinessProbe: {httpGet: {port: metrics}}", "", "readinessProbe does not ask"),
-        ("Seconds: 300", "Seconds: 270", "killed after 270s, but drains for 240s and then stops for 30s"),
+        (":9145\"}\n", ":9146\"}\n", "INJECTOR_METRICS_LISTEN has 9146"),
+        ("prometheus.io/port: \"9145\"", "prometheus.io/port: \"80\"", "prometheus.io/port is \"80\""),
+        ("readinessProbe: {httpGet: {port: metrics}}", "", "readinessProbe does not use"),
+        (
+            "Seconds: 300",
+            "Seconds: 270",
+            "killed after 270s, but the drain takes 240s and then the shutdown 30s",
+        ),
         (", --deadline, 240s", "", "without a deadline"),
         ("maxSurge: 0", "maxSurge: 1", "maxSurge must be 0"),
         ("serviceAccountName: account", "serviceAccountName: other", "no ServiceAccount \"other\""),
         ("configMap: {name: config}", "configMap: {name: other}", "no ConfigMap \"other\""),
         ("[{name: c, mountPath: /etc/injector}", "[{name: x, mountPath: /etc/injector}", "no volume \"x\""),
         ("--watch, /etc", "--watch, /tmp", "does not watch /etc/injector/injector.toml"),
-        ("value: /run/injector/admin.sock", "value: /run/injector/a.sock", "asks /run/injector/a.sock"),
+        ("value: /run/injector/admin.sock", "value: /run/injector/a.sock", "uses /run/injector/a.sock"),
         ("/etc/injector}, {name: r", "/etc/injector, subPath: f}, {name: r", "is in no volume"),
         ("selector: {app: edge}", "selector: {app: mail}", "selects no pod"),
         ("targetPort: smtp", "targetPort: imap", "no container has port 25 called \"imap\""),
@@ -104,26 +111,29 @@ fn every_disagreement_is_told() {
         ("proxied.mail.svc", "stock.mail.svc", "no Service leads to stock.mail"),
         ("local:2525", "local:25", "no Service leads to proxied.mail.svc.cluster.local:25"),
     ] {
-        let faults = told(&EDGE.replace(from, to), MAIL);
+        let faults = faults_of(&EDGE.replace(from, to), MAIL);
         assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
     }
 }
 
 #[test]
-fn a_proxy_port_that_pods_reach_is_told() {
+fn a_proxy_port_that_pods_reach_is_reported() {
     for (mail, expected) in [
-        (MAIL.replace("ipBlock: {cidr: 10.0.0.1/32}", "podSelector: {}"), "other pods reach port 2525"),
-        (MAIL.replace("from: [{ipBlock: {cidr: 10.0.0.1/32}}], ", ""), "other pods reach port 2525"),
-        (MAIL.replace("port: 993", "port: 2525"), "other pods reach port 2525"),
-        (MAIL.replace("{port: 2525}]}\n", "{port: 4465}]}\n"), "no policy lets the edge nodes to port 2525"),
+        (MAIL.replace("ipBlock: {cidr: 10.0.0.1/32}", "podSelector: {}"), "other pods can reach port 2525"),
+        (MAIL.replace("from: [{ipBlock: {cidr: 10.0.0.1/32}}], ", ""), "other pods can reach port 2525"),
+        (MAIL.replace("port: 993", "port: 2525"), "other pods can reach port 2525"),
+        (
+            MAIL.replace("{port: 2525}]}\n", "{port: 4465}]}\n"),
+            "no policy allows the edge nodes to reach port 2525",
+        ),
     ] {
-        let faults = told(EDGE, &mail);
+        let faults = faults_of(EDGE, &mail);
         assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
     }
 }
 
 #[test]
-fn inline_listens_nowhere_and_needs_the_service_that_translates() {
+fn inline_opens_no_port_and_needs_the_service_that_translates() {
     let edge = EDGE
         .replace(
             "backends = [\"proxied.mail.svc.cluster.local:2525\"]",
@@ -132,13 +142,13 @@ fn inline_listens_nowhere_and_needs_the_service_that_translates() {
         .replace("[{name: smtp, containerPort: 25}, ", "[")
         .replace("name: public, namespace: edge", "name: public, namespace: mail")
         .replace("targetPort: smtp", "targetPort: 2525");
-    assert_eq!(told(&edge, MAIL), [""; 0]);
-    let wrong = told(&edge.replace("targetPort: 2525", "targetPort: 25"), MAIL);
+    assert_eq!(faults_of(&edge, MAIL), [""; 0]);
+    let wrong = faults_of(&edge.replace("targetPort: 2525", "targetPort: 25"), MAIL);
     assert_eq!(wrong, ["listener smtp: no Service leads to 10.9.9.9:2525"]);
 }
 
 #[test]
-fn without_the_objects_there_is_nothing_to_judge() {
+fn a_missing_object_is_an_error() {
     let (edge, mail) = (Object::parse(EDGE).unwrap(), Object::parse(MAIL).unwrap());
     assert!(faults(&mail, &mail).is_err());
     let rest: Vec<_> = edge.into_iter().filter(|object| object.kind() != "ConfigMap").collect();

@@ -1,4 +1,4 @@
-//! Installing Debian packages without starting what they bring.
+//! Installs Debian packages without starting their services.
 
 use std::{
     fs,
@@ -22,20 +22,20 @@ pub(super) fn is_here() -> bool {
     program("apt-get").is_some() && program("dpkg").is_some()
 }
 
-/// Whether packages may be installed: by root alone.
+/// Whether packages may be installed, which only root may do.
 pub(super) fn may_install() -> bool {
     // SAFETY: geteuid(2) only reads this process' identity and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// What `apt-cache show` tells about the version that would be installed; empty when apt doesn't
+/// The output of `apt-cache show` for the version that would be installed; empty if apt does not
 /// know the package.
 pub(super) fn description(package: &str) -> String {
     let output = Command::new("apt-cache").args(["show", "--no-all-versions", package]).output();
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
-/// Whether apt could install all of these with the lists it has.
+/// Whether apt could install all of these with its current lists.
 pub(super) fn knows<'a>(packages: impl IntoIterator<Item = &'a str>) -> bool {
     packages.into_iter().all(|package| !description(package).is_empty())
 }
@@ -46,20 +46,20 @@ pub(super) fn update(cache: &Cache) -> Result<()> {
     job::run(Command::new("apt-get").args(["-q", "update"]), &job::fresh(cache.log("apt-update")?)?)
 }
 
-/// Whether apt has a Rust that compiles BPF, new enough.
+/// Whether apt has a Rust compiler for BPF that is new enough.
 pub(super) fn offers_compiler() -> bool {
     let [(compiler, _), (core, _)] = super::packages::DEBIAN_COMPILER;
     let release = toolchain::release_of_package(&description(compiler));
     release.is_some_and(|release| release >= toolchain::oldest()) && knows([core])
 }
 
-/// The LLVM major of the Rust that apt has, which is known by what its library depends on.
+/// The LLVM major of apt's Rust compiler, taken from its library's dependencies.
 pub(super) fn llvm_of_compiler() -> Option<u32> {
     let (major, minor) = toolchain::release_of_package(&description(super::packages::DEBIAN_COMPILER[0].0))?;
     toolchain::llvm_of_package(&description(&format!("libstd-rust-web-{major}.{minor}")))
 }
 
-/// Installs packages. Services among them are neither started now nor at the next boot.
+/// Installs packages. Their services are started neither now nor at the next boot.
 ///
 /// # Errors
 /// When apt fails, or would have to remove a package (another mail server, say): with the end of its log.
@@ -79,7 +79,7 @@ pub(super) fn install(packages: &[String], cache: &Cache) -> Result<()> {
         let done = job::run(
             Command::new("apt-get")
                 .args(["-q", "install", "-y", "--no-install-recommends", "--no-remove"])
-                // An operator's changed configuration stays; nobody is there to be asked.
+                // Keep a configuration that the operator changed; apt cannot ask here.
                 .args(["-o", "Dpkg::Options::=--force-confold"])
                 .args(packages)
                 .env("DEBIAN_FRONTEND", "noninteractive"),
@@ -87,7 +87,7 @@ pub(super) fn install(packages: &[String], cache: &Cache) -> Result<()> {
         );
         match done {
             Ok(()) => break,
-            // Old lists name versions that the archive has dropped.
+            // Old lists may name versions that the archive no longer has.
             Err(_) if !updated => update(cache)?,
             Err(error) => return Err(error.context("apt could not install what is missing")),
         }
@@ -102,8 +102,8 @@ fn answer_postfix(log: &Path) -> Result<()> {
     job::run(Command::new("sh").args(["-c", &script]), log)
 }
 
-/// Packages switch their services on for the next boot; the tests start their own servers, in their
-/// own namespaces.
+/// Disables the services, which packages enable for the next boot. The tests start their own
+/// servers.
 fn keep_off(packages: &[String], log: &Path) {
     const SERVICES: [(&str, &str); 7] = [
         ("postfix", "postfix"),
@@ -124,11 +124,11 @@ fn keep_off(packages: &[String], log: &Path) {
     }
 }
 
-/// First line after `#!` of a policy this program wrote, before the pid of the setup that did.
+/// The second line of a policy that this program wrote, followed by the process id of the setup.
 const MARK: &str = "# by the injector's setup, process ";
 
-/// While it lives, package scripts may not start services: invoke-rc.d asks `policy-rc.d`, and 101
-/// means no. A policy that is there already stays as it is.
+/// While it exists, package scripts cannot start services: invoke-rc.d runs `policy-rc.d`, and exit
+/// code 101 forbids the action. An existing policy is kept.
 struct NoServices {
     ours: Option<PathBuf>,
 }
@@ -153,7 +153,7 @@ impl NoServices {
         Ok(ours)
     }
 
-    /// The machine's own policy decides, and it has to say no.
+    /// Checks that the machine's own policy forbids starting services.
     fn trust(path: &Path) -> Result<Self> {
         let verdict = Command::new(path).args(["postfix", "start"]).stdout(Stdio::null()).status();
         let code = verdict.with_context(|| format!("cannot run {}", path.display()))?.code();
@@ -173,12 +173,15 @@ impl Drop for NoServices {
         if let Some(path) = &self.ours
             && let Err(error) = fs::remove_file(path)
         {
-            eprintln!("setup: remove {} by hand, it keeps services from starting: {error}", path.display());
+            eprintln!(
+                "setup: remove {} by hand, because it prevents services from starting: {error}",
+                path.display()
+            );
         }
     }
 }
 
-/// Whether the policy was written by a setup that no longer lives.
+/// Whether the policy was written by a setup that no longer runs.
 fn is_stale(path: &Path) -> bool {
     let Ok(text) = fs::read_to_string(path) else { return false };
     let pid = text.lines().find_map(|line| line.strip_prefix(MARK)).and_then(|pid| pid.parse::<u32>().ok());
@@ -198,19 +201,19 @@ mod tests {
     }
 
     #[test]
-    fn services_are_held_back_and_the_policy_goes_again() {
+    fn services_do_not_start_and_the_policy_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("policy-rc.d");
         let quiet = NoServices::begin(&path).unwrap();
         assert!(fs::read_to_string(&path).unwrap().ends_with("exit 101\n"));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o755);
-        assert!(!is_stale(&path), "its setup lives");
+        assert!(!is_stale(&path), "its setup is running");
         drop(quiet);
         assert!(!path.exists());
     }
 
     #[test]
-    fn a_machines_own_policy_stays() {
+    fn a_machines_own_policy_is_kept() {
         let (_folder, path) = policy(101);
         let before = fs::read_to_string(&path).unwrap();
         drop(NoServices::begin(&path).unwrap());
@@ -225,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_setup_left_is_replaced() {
+    fn the_policy_of_a_killed_setup_is_replaced() {
         let (_folder, path) = policy(0);
         // No process has this number: the kernel's limit is 2^22.
         fs::write(&path, format!("#!/bin/sh\n{MARK}4194305\nexit 101\n")).unwrap();

@@ -4,17 +4,17 @@ use std::{env, path::PathBuf, process::Command};
 
 use super::toolchain::{self, Core};
 
-/// A toolchain that compiles BPF, with what it takes from the environment.
+/// A toolchain that compiles BPF.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BpfToolchain {
-    /// What rustup calls it.
+    /// Its name in rustup.
     pub(crate) name: String,
     pub(super) core: Core,
     pub(super) linker_dir: PathBuf,
 }
 
 impl BpfToolchain {
-    /// A program out of it.
+    /// A program of the toolchain.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = toolchain::rustup_run(&self.name, program);
         let path = env::var_os("PATH").unwrap_or_default();
@@ -26,13 +26,13 @@ impl BpfToolchain {
         command
     }
 
-    /// Whether it has to compile `core` itself.
+    /// Whether it must compile `core` itself.
     pub(crate) fn builds_core(&self) -> bool {
         self.core == Core::Built
     }
 
-    /// A stable compiler lets this one crate use unstable features. The crate's name, for `1` would
-    /// make aya-build ask for `-Z build-std`, which needs a source that is not there.
+    /// The crate that a stable compiler allows to use unstable features. The value `1` would make
+    /// aya-build pass `-Z build-std`, which needs a source that this compiler lacks.
     fn bootstrap(&self) -> Option<&'static str> {
         (self.core == Core::Prebuilt).then_some("aya_ebpf")
     }
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_build_script_is_told_what_the_toolchain_needs() {
+    fn the_record_has_what_the_toolchain_needs() {
         let mut toolchain =
             BpfToolchain { name: "bpf".into(), core: Core::Prebuilt, linker_dir: "/t/bin".into() };
         assert!(

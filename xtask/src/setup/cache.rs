@@ -1,4 +1,4 @@
-//! Where the tools live that setup builds, outside `target/`, so that a second clone finds them.
+//! The folder of the tools that setup installs: outside `target/`, so that all clones share it.
 
 use std::{
     env,
@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// The tool cache: one folder per tool, version and LLVM major, the logs, and what the build script
-/// reads.
+/// The tool cache: one folder per tool, version and LLVM major, the logs, and the file that the
+/// build script reads.
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
     folder: PathBuf,
@@ -32,8 +32,8 @@ impl Cache {
         self.folder.join(name)
     }
 
-    /// A fresh folder beside the tools, to install into before the finished tool is renamed into
-    /// its place.
+    /// A new folder beside the tools, to install into. The finished tool is then renamed into its
+    /// place.
     pub(super) fn partial(&self) -> Result<tempfile::TempDir> {
         tempfile::Builder::new()
             .prefix(PARTIAL)
@@ -42,14 +42,14 @@ impl Cache {
             .with_context(|| format!("cannot create a folder in {}", self.folder.display()))
     }
 
-    /// Where the output of the command called `name` goes.
+    /// The log of the command called `name`.
     pub(super) fn log(&self, name: &str) -> Result<PathBuf> {
         let logs = self.folder.join("logs");
         fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
         Ok(logs.join(format!("{name}.log")))
     }
 
-    /// Creates the cache and keeps other setups out until the file is dropped.
+    /// Creates the cache and locks it until the file is dropped.
     pub(super) fn lock(&self) -> Result<File> {
         let path = self.folder.join("setup.lock");
         let file = fs::create_dir_all(&self.folder)
@@ -58,7 +58,7 @@ impl Cache {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                eprintln!("setup: another setup is at work; waiting for it …");
+                eprintln!("setup: waiting for another setup …");
                 file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
             }
             Err(TryLockError::Error(error)) => {
@@ -69,7 +69,7 @@ impl Cache {
         Ok(file)
     }
 
-    /// Removes what a setup that was killed left: with the lock held nobody else can be using it.
+    /// Removes leftovers of a killed setup, which no running setup can use while the lock is held.
     fn sweep(&self) {
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(PARTIAL)
@@ -80,8 +80,8 @@ impl Cache {
         }
     }
 
-    /// Writes what injector-user's build script reads; an unchanged file keeps its time, so nothing
-    /// is built again.
+    /// Writes the file that injector-user's build script reads. An unchanged file keeps its time,
+    /// so cargo does not build again.
     pub(super) fn record(&self, text: &str) -> Result<()> {
         let path = self.folder.join("bpf-toolchain.env");
         if fs::read_to_string(&path).is_ok_and(|old| old == text) {
@@ -111,8 +111,9 @@ pub(super) fn replace(finished: &Path, place: &Path) -> Result<()> {
 
 const PARTIAL: &str = ".partial-";
 
-/// The rule, which `injector-user/build.rs` follows too. A build script runs in another folder than
-/// xtask, so only absolute paths mean one place; the XDG specification has relative ones ignored.
+/// The cache's folder, by the same rule as in `injector-user/build.rs`. A build script runs in
+/// another folder than xtask, so the path must be absolute. The XDG specification ignores relative
+/// paths.
 fn folder(tools: Option<OsString>, xdg_cache: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
     if let Some(tools) = tools.filter(|path| !path.is_empty()).map(PathBuf::from) {
         if !tools.is_absolute() {
@@ -124,7 +125,7 @@ fn folder(tools: Option<OsString>, xdg_cache: Option<OsString>, home: Option<OsS
     absolute(xdg_cache)
         .or_else(|| absolute(home).map(|home| home.join(".cache")))
         .map(|cache| cache.join(Path::new("injector/tools")))
-        .context("nowhere to keep tools: none of INJECTOR_TOOLS, XDG_CACHE_HOME and HOME names a folder")
+        .context("no folder for tools: set INJECTOR_TOOLS, XDG_CACHE_HOME or HOME")
 }
 
 /// A cache of its own, for a test.
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_particular_variable_decides() {
+    fn the_most_specific_variable_decides() {
         for (tools, xdg, home, expected) in [
             ("/t", "/x", "/h", "/t"),
             ("unset", "/x", "/h", "/x/injector/tools"),
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_place_is_refused() {
+    fn missing_and_relative_folders_are_rejected() {
         assert!(chosen("here", "/x", "/h").unwrap_err().to_string().contains("INJECTOR_TOOLS=here"));
         assert!(chosen("unset", "unset", "unset").is_err());
     }
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_setup_left_is_swept_and_tools_stay() {
+    fn leftovers_of_a_killed_setup_are_removed_and_tools_kept() {
         let (_temporary, cache) = cache();
         drop(cache.lock().unwrap());
         let left = cache.partial().unwrap().keep();

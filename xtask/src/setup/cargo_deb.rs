@@ -1,4 +1,4 @@
-//! cargo-deb: makes a Debian package of the daemon, its units and its pages.
+//! cargo-deb, which makes the Debian package.
 
 use std::path::PathBuf;
 
@@ -9,8 +9,8 @@ use super::{cache::Cache, job, linker};
 /// The release that is built.
 pub(super) const VERSION: &str = "3.8.0";
 
-/// The program in the cache, if it is there and runs. Others are not looked for: what is in the
-/// package depends on the release.
+/// The program in the cache, if it runs. One in PATH does not count, because the package's contents
+/// depend on the release of cargo-deb.
 pub(super) fn find(cache: &Cache) -> Option<PathBuf> {
     let program = cache.tool(&folder()).join("bin/cargo-deb");
     job::version(&program).filter(|said| said.contains(VERSION)).map(|_| program)
@@ -20,7 +20,7 @@ fn folder() -> String {
     format!("cargo-deb-{VERSION}")
 }
 
-/// Builds it and puts it in its place when it is whole and runs.
+/// Builds it, and moves it to its place if it runs.
 ///
 /// # Errors
 /// When it doesn't build or run. Nothing is left behind.
@@ -32,7 +32,7 @@ pub(super) fn build(cache: &Cache) -> Result<()> {
     job::run(&mut command, &log).context("cargo-deb could not be built")?;
     let said = job::version(&partial.path().join("bin/cargo-deb")).unwrap_or_default();
     if !said.contains(VERSION) {
-        bail!("the cargo-deb just built doesn't run (it said {said:?}); see {}", log.display());
+        bail!("the cargo-deb just built doesn't run (it printed {said:?}); see {}", log.display());
     }
     linker::place(partial, &cache.tool(&folder()))
 }

@@ -1,4 +1,4 @@
-//! What an operator has to do where setup cannot install.
+//! Explains what an operator must do where setup cannot install.
 
 use std::fmt::Write as _;
 
@@ -12,8 +12,7 @@ pub(super) fn package_names(missing: &[Missing]) -> Vec<String> {
     missing.iter().filter_map(name).collect()
 }
 
-/// Why nothing can be installed here, with what the operator has to do; none if setup can go on by
-/// itself.
+/// Why setup cannot install here, and what the operator must do; `None` if setup can install.
 pub(super) fn refusal(missing: &[Missing]) -> Option<String> {
     let by_hand = missing.iter().find_map(|it| match it {
         Missing::LinkerByHand { llvm } => Some(*llvm),
@@ -29,26 +28,26 @@ pub(super) fn refusal(missing: &[Missing]) -> Option<String> {
     Some(packages_by_hand(&packages, apt::is_here()))
 }
 
-/// What an operator does who has to install packages himself.
+/// The commands for an operator who must install packages by hand.
 fn packages_by_hand(packages: &[String], debian: bool) -> String {
     let mut text = String::new();
     if debian {
-        text.push_str("what is missing has to be installed by root, so nothing was changed. Run\n\n");
+        text.push_str("root must install the missing packages; nothing was changed. Run\n\n");
         for command in packages::commands(packages, true) {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "    {command}");
         }
     } else {
-        text.push_str("this is no Debian-like system, so nothing was changed. Install what these Debian packages hold:\n\n");
+        text.push_str("this system does not use Debian packages; nothing was changed. Install the contents of these:\n\n");
         let _ = writeln!(text, "    {}", packages.join(" "));
     }
-    text.push_str("\nand then `cargo xtask setup` again; it does the rest without root");
+    text.push_str("\nand then run `cargo xtask setup` again; the rest needs no root");
     text
 }
 
 fn linker_by_hand(llvm: u32) -> String {
     format!(
-        "bpf-linker is missing, and so is an LLVM {llvm} to build it with. Either\n\n    \
+        "bpf-linker is missing, and so is LLVM {llvm} to build it with. Use one of\n\n    \
          cargo binstall bpf-linker\n\nor any other way to have a released bpf-linker in PATH, or\n\n    \
          LLVM_PREFIX=/where/llvm-{llvm}/is cargo xtask setup"
     )
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_may_not_install_gets_the_commands() {
+    fn without_root_the_commands_are_printed() {
         let text = packages_by_hand(&["postfix".into(), "swaks".into()], true);
         for command in packages::commands(&["postfix".into(), "swaks".into()], true) {
             assert!(text.contains(&format!("\n    {command}\n")), "{text}");
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn without_packages_there_is_nothing_to_refuse() {
+    fn without_packages_setup_can_install() {
         assert_eq!(refusal(&[Missing::Link { name: "bpf" }, Missing::Linker { llvm: 22 }]), None);
         assert!(refusal(&[Missing::LinkerByHand { llvm: 24 }]).unwrap().contains("LLVM 24"));
     }

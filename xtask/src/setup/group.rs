@@ -1,23 +1,23 @@
-//! The groups of tools that can be asked for one by one.
+//! Groups of tools, which can be installed separately.
 
-/// What something is needed for.
+/// What tools are needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Group {
-    /// Building the BPF programs
+    /// Compiler and linker of the BPF programs
     Bpf,
-    /// The demo, beside the build
+    /// Tools of the demo, other than those of the build
     Demo,
-    /// The mail servers and clients of the tests
+    /// Mail servers and clients of the tests
     Mail,
     /// Those that the benchmark compares with, beside the mail servers
     Bench,
-    /// What validates the manifests for Kubernetes
+    /// Validators of the manifests for Kubernetes
     Kubernetes,
-    /// Prometheus and what feeds it, for `cargo xtask observe`
+    /// Prometheus and its exporters, for `cargo xtask observe`
     Observe,
-    /// What makes the Debian package
+    /// Tools that make the Debian package
     Package,
-    /// What makes an image from Debian's packages, and runs it
+    /// Tools that make an image from Debian's packages, and run it
     Image,
     /// Spelling and dependency checks
     Lint,
@@ -28,7 +28,6 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    /// What is installed unless one asks for more: the benchmark is not everybody's, and its needs
-    /// are large.
+    /// The default groups.
     pub(crate) const USUAL: [Self; 3] = [Self::Bpf, Self::Demo, Self::Mail];
 }

@@ -1,9 +1,8 @@
-//! The versions of HAProxy that the benchmark compares with: what Debian 13 and Debian 12 have.
+//! The versions of HAProxy that the benchmark compares with, those of Debian 13 and Debian 12.
 //!
-//! The system's own serves where it is of that series. Another release's comes from the same
-//! archive that this system's packages come from, by an apt with lists and state of its own, and is
-//! unpacked into the tool cache with all libraries it stands on, the C library included: nothing of
-//! this system is changed or used.
+//! The system's own HAProxy is used if it has that version. Another one comes from this system's
+//! Debian archive: an apt with separate lists and state downloads it with all its libraries, the C
+//! library included, and it is unpacked into the tool cache. The system is not changed.
 
 use std::{
     fs,
@@ -22,7 +21,7 @@ pub(super) const RELEASES: [(&str, &str); 2] = [("3.0", "trixie"), ("2.6", "book
 /// The keys of all Debian releases, in package debian-archive-keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// The program of that series, if it is there and runs.
+/// The program of that series, if it runs.
 pub(super) fn find(cache: &Cache, series: &str) -> Option<Build> {
     let own = program("haproxy").map(|own| vec![own]);
     own.into_iter().chain(in_prefix(&folder(cache, series))).find_map(|command| build(series, command))
@@ -32,7 +31,7 @@ fn folder(cache: &Cache, series: &str) -> PathBuf {
     cache.tool(&format!("haproxy-{series}"))
 }
 
-/// Asks a program for its version; `None` if it is of another series.
+/// Runs a program to get its version; `None` if it is of another series.
 fn build(series: &str, command: Vec<PathBuf>) -> Option<Build> {
     let (program, arguments) = command.split_first()?;
     let output = Command::new(program).args(arguments).arg("-v").output().ok()?;
@@ -60,7 +59,7 @@ fn in_prefix(prefix: &Path) -> Option<Vec<PathBuf>> {
     Some(vec![loader, "--library-path".into(), path.into(), haproxy])
 }
 
-/// `lib/TRIPLET` and `usr/lib/TRIPLET`: older releases have the C library in the first.
+/// `lib/TRIPLET` and `usr/lib/TRIPLET`; older releases have the C library in the former.
 fn libraries(prefix: &Path) -> Vec<PathBuf> {
     let roots = ["lib", "usr/lib"].map(|root| prefix.join(root));
     let entries = roots.iter().filter_map(|root| fs::read_dir(root).ok()).flatten().flatten();
@@ -69,15 +68,15 @@ fn libraries(prefix: &Path) -> Vec<PathBuf> {
     triplets.filter(|path| path.is_dir()).collect()
 }
 
-/// Fetches and unpacks a series.
+/// Downloads and unpacks a series.
 ///
 /// # Errors
-/// When the archive cannot be reached, or what it has does not run. Nothing is left behind.
+/// When the archive cannot be reached, or its program does not run. The cache is then unchanged.
 pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     eprintln!("setup: HAProxy {series} of Debian {suite}, with its libraries …");
     ensure!(
         program("apt-get").is_some() && program("dpkg-deb").is_some() && Path::new(KEYRING).exists(),
-        "HAProxy {series} comes from Debian {suite}: it takes apt-get, dpkg-deb and {KEYRING}"
+        "HAProxy {series} comes from Debian {suite}: installing it needs apt-get, dpkg-deb and {KEYRING}"
     );
     let archive = archive()?;
     let log = job::fresh(cache.log(&format!("haproxy-{series}"))?)?;
@@ -86,13 +85,13 @@ pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     let apt_get = private_apt(&apt, &archive, suite)?;
     let run = |arguments: &[&str]| job::run(apt_get().args(arguments), &log);
     run(&["update"]).with_context(|| format!("cannot fetch the lists of Debian {suite}"))?;
-    // No package counts as installed, so all that HAProxy stands on is fetched, too.
+    // No package counts as installed, so all dependencies of HAProxy are downloaded too.
     run(&["install", "-y", "--no-install-recommends", "--download-only", "haproxy"])
         .with_context(|| format!("cannot fetch HAProxy of Debian {suite}"))?;
     let tree = partial.path().join("tree");
     unpack(&apt.join("cache/archives"), &tree, &log)?;
-    let command = in_prefix(&tree).context("the packages hold no HAProxy that could run")?;
-    ensure!(build(series, command).is_some(), "the HAProxy just fetched is none of series {series}");
+    let command = in_prefix(&tree).context("the packages contain no HAProxy that can run")?;
+    ensure!(build(series, command).is_some(), "the downloaded HAProxy is not of series {series}");
     let place = folder(cache, series);
     if place.exists() {
         fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
@@ -100,8 +99,8 @@ pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     fs::rename(&tree, &place).with_context(|| format!("cannot create {}", place.display()))
 }
 
-/// An apt-get that knows one source and keeps everything in a folder; how to reach the network is
-/// as this system says.
+/// An apt-get with one source, which keeps everything in a folder and uses this system's network
+/// settings.
 fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() -> Command + use<>> {
     for inner in ["state/lists/partial", "cache/archives/partial"] {
         fs::create_dir_all(folder.join(inner))
@@ -118,7 +117,7 @@ fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() ->
         "Dir::Etc::sourceparts=/dev/null".to_owned(),
         "Dir::Etc::preferencesparts=/dev/null".to_owned(),
         "Acquire::Languages=none".to_owned(),
-        // The cache may lie where apt's own user cannot go.
+        // apt's own user may not be able to read the cache.
         "APT::Sandbox::User=root".to_owned(),
     ];
     Ok(move || {
@@ -129,7 +128,7 @@ fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() ->
     })
 }
 
-/// Where this system's own packages of Debian come from.
+/// The address of this system's Debian archive.
 pub(super) fn archive() -> Result<String> {
     let format = "$(ORIGIN) $(COMPONENT) $(CODENAME) $(REPO_URI)";
     let output = Command::new("apt-get")
@@ -139,11 +138,11 @@ pub(super) fn archive() -> Result<String> {
     let lines = String::from_utf8_lossy(&output.stdout);
     match lines.lines().find_map(source) {
         Some(uri) => Ok(uri.to_owned()),
-        None => bail!("this system has no Debian archive among its package sources, to fetch from"),
+        None => bail!("this system's package sources contain no Debian archive"),
     }
 }
 
-/// The address in a line of [`archive`], if it is of a Debian release itself, not of its updates.
+/// The address in a line of [`archive`], if it belongs to a Debian release and not to its updates.
 fn source(line: &str) -> Option<&str> {
     let mut words = line.split(' ');
     let (origin, component, codename) = (words.next()?, words.next()?, words.next()?);
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_archive_is_the_releases_own() {
+    fn only_the_releases_own_archive_counts() {
         assert_eq!(source("Debian main bookworm mirror://archive/debian/"), Some("mirror://archive/debian/"));
         for other in
             ["Debian main bookworm-updates x", "Debian contrib bookworm x", "Ubuntu main noble x", "nonsense"]
@@ -183,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unpacked_tree_runs_by_its_own_loader() {
+    fn an_unpacked_tree_runs_with_its_own_loader() {
         let tree = tempfile::tempdir().unwrap();
         assert_eq!(in_prefix(tree.path()), None);
         for (folder, file) in [("usr/sbin", "haproxy"), ("usr/lib/x86_64-linux-gnu", "ld-linux-x86-64.so.2")]
@@ -197,7 +196,7 @@ mod tests {
 
     #[test]
     #[ignore = "fetches packages from the network, for each release"]
-    fn every_release_can_be_fetched_and_runs() {
+    fn every_release_can_be_downloaded_and_runs() {
         let (_temporary, cache) = super::super::cache::scratch();
         for (series, suite) in RELEASES {
             fetch(&cache, series, suite).unwrap();

@@ -1,5 +1,5 @@
-//! A long command: its output goes to a log, and an interruption reaches it, so that what has to be
-//! put back is.
+//! Runs a long command: its output goes to a log, and an interruption ends it, so that setup can
+//! clean up.
 
 use std::{
     fs::{self, File},
@@ -26,7 +26,7 @@ extern "C" fn note(_signal: libc::c_int) {
     INTERRUPTED.store(true, Ordering::Relaxed);
 }
 
-/// While it lives, interruptions end this program's job instead of this program.
+/// While it exists, interruptions end the job instead of this program.
 struct Signals {
     before: [(libc::c_int, libc::sighandler_t); 3],
 }
@@ -73,7 +73,7 @@ pub(super) fn run(command: &mut Command, log: &Path) -> Result<()> {
         .with_context(|| format!("cannot start `{name}`"))?;
     let status = wait(child).with_context(|| format!("waiting for `{name}`"))?;
     if INTERRUPTED.load(Ordering::Relaxed) {
-        bail!("interrupted; what was begun has been taken back");
+        bail!("interrupted; unfinished changes were undone");
     }
     if !status.success() {
         bail!("`{name}` failed ({status}); the end of {}:\n{}", log.display(), tail(log));
@@ -82,21 +82,21 @@ pub(super) fn run(command: &mut Command, log: &Path) -> Result<()> {
 }
 
 fn wait(mut child: Child) -> Result<ExitStatus> {
-    let mut told = false;
+    let mut terminated = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if INTERRUPTED.load(Ordering::Relaxed) && !told {
-            told = true;
+        if INTERRUPTED.load(Ordering::Relaxed) && !terminated {
+            terminated = true;
             terminate(&child);
         }
         thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// From the terminal the signal came to the whole group; a signal for this process alone is passed
-/// on.
+/// Passes a signal on that only this process received. A terminal sends it to the whole group
+/// anyway.
 fn terminate(child: &Child) {
     if let Ok(pid) = libc::pid_t::try_from(child.id()) {
         // SAFETY: kill(2) touches no memory; the child has not been waited for, so the number is
@@ -113,13 +113,13 @@ fn tail(log: &Path) -> String {
     lines.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Begins a log anew.
+/// Creates an empty log.
 pub(super) fn fresh(log: PathBuf) -> Result<PathBuf> {
     File::create(&log).with_context(|| format!("cannot write the log {}", log.display()))?;
     Ok(log)
 }
 
-/// Whether a program starts and says its version, as a cached tool should.
+/// The output of `--version`; `None` if the program does not run.
 pub(super) fn version(program: &Path) -> Option<String> {
     let output = Command::new(program).arg("--version").stdin(Stdio::null()).output().ok()?;
     let healthy = output.status.success() && output.status.signal().is_none();

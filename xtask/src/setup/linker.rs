@@ -1,4 +1,4 @@
-//! bpf-linker: makes one BPF object of the compiler's bitcode.
+//! bpf-linker, which makes one BPF object of the compiler's bitcode.
 
 use std::{
     env, fs,
@@ -17,11 +17,10 @@ pub(super) const VERSION: &str = "0.13.0";
 /// The LLVM majors this release can be linked with: its features `llvm-NN`.
 const LLVMS: std::ops::RangeInclusive<u32> = 21..=23;
 
-/// The folder of the linker's program for this LLVM, if it is there and runs.
+/// The folder of the linker's program for this LLVM, if it runs.
 ///
-/// One in the cache was built for that LLVM. One in PATH is the operator's, and counts for a
-/// toolchain of rustup's: the released ones carry a newer LLVM than any Rust does, and that reads
-/// older bitcode.
+/// One in the cache was built for that LLVM. One in PATH is used only for a toolchain of rustup:
+/// released linkers have a newer LLVM than any Rust, which can read older bitcode.
 pub(super) fn find(cache: &Cache, llvm: u32, accept_path: bool) -> Option<PathBuf> {
     let cached = folder(cache, llvm).join("bin");
     if job::version(&cached.join("bpf-linker")).is_some_and(|said| said.contains(VERSION)) {
@@ -36,25 +35,24 @@ fn folder(cache: &Cache, llvm: u32) -> PathBuf {
     cache.tool(&format!("bpf-linker-{VERSION}-llvm{llvm}"))
 }
 
-/// Where this LLVM's headers and libraries are: `LLVM_PREFIX` if the operator set it, or as Debian
-/// lays them.
+/// The folder of LLVM's headers and libraries that the operator set as `LLVM_PREFIX`.
 fn prefix() -> Option<PathBuf> {
     env::var_os("LLVM_PREFIX").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-/// Whether the operator points to an LLVM of his own, so that no package is needed.
+/// Whether the operator named an LLVM, so that no package is needed.
 pub(super) fn has_own_llvm() -> bool {
     prefix().is_some()
 }
 
-/// Builds the linker and puts it in its place when it is whole and runs.
+/// Builds the linker, and moves it to its place if it runs.
 ///
 /// # Errors
 /// When it doesn't build or run. Nothing is left behind.
 pub(super) fn build(cache: &Cache, llvm: u32) -> Result<()> {
     if !LLVMS.contains(&llvm) {
         bail!(
-            "bpf-linker {VERSION} links with LLVM {} to {}, and the BPF compiler has {llvm}: choose another compiler by {}",
+            "bpf-linker {VERSION} links with LLVM {} to {}, but the BPF compiler has {llvm}: choose another compiler with {}",
             LLVMS.start(),
             LLVMS.end(),
             super::toolchain::CHOICE
@@ -67,7 +65,7 @@ pub(super) fn build(cache: &Cache, llvm: u32) -> Result<()> {
     let program = partial.path().join("bin/bpf-linker");
     let said = job::version(&program).unwrap_or_default();
     if !said.contains(VERSION) {
-        bail!("the bpf-linker just built doesn't run (it said {said:?}); see {}", log.display());
+        bail!("the bpf-linker just built doesn't run (it printed {said:?}); see {}", log.display());
     }
     place(partial, &folder(cache, llvm))
 }
@@ -88,22 +86,22 @@ pub(super) fn cargo_install(root: &Path, what: &str) -> Command {
         .args(["install", "--locked", "--no-track", what, "--root"])
         .arg(root)
         .env("CARGO_TARGET_DIR", root.join("target"))
-        // Away from the workspace, whose settings are not meant for it.
+        // Outside the workspace, whose settings must not apply.
         .current_dir(root);
     command
 }
 
-/// Renames the finished folder into its place; what was there and no longer ran goes.
+/// Moves the finished folder to its place, over one that no longer runs.
 pub(super) fn place(partial: tempfile::TempDir, finished: &Path) -> Result<()> {
     let failed = |what: &str| format!("cannot {what} {}", finished.display());
     if let Err(error) = fs::remove_dir_all(partial.path().join("target")) {
-        eprintln!("setup: a build folder stays in {}: {error}", finished.display());
+        eprintln!("setup: cannot remove a build folder in {}: {error}", finished.display());
     }
     if finished.exists() {
         fs::remove_dir_all(finished).with_context(|| failed("remove the old"))?;
     }
     fs::rename(partial.path(), finished).with_context(|| failed("rename into place"))?;
-    // Renamed away: there is nothing left to remove.
+    // The folder was renamed, so there is nothing to remove.
     let _ = partial.keep();
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! What may be missing, and what it is needed for.
+//! Tools that are missing, and what they are needed for.
 
 use super::{cargo_deb, linker, wheel::Wheel};
 
-/// Something to be installed.
+/// A missing tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Missing {
     /// A Debian package.
@@ -13,13 +13,13 @@ pub(super) enum Missing {
     Link { name: &'static str },
     /// bpf-linker for this LLVM, which can be built here.
     Linker { llvm: u32 },
-    /// A version of HAProxy, to be had from another Debian release.
+    /// A version of HAProxy, from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
     /// cargo-deb, which can be built here.
     CargoDeb,
-    /// bpf-linker, and no LLVM to build it with.
+    /// bpf-linker, if there is no LLVM to build it with.
     LinkerByHand { llvm: u32 },
-    /// What validates the manifests for Kubernetes.
+    /// The validators of the manifests for Kubernetes.
     Kubernetes,
     /// A program that PyPI has.
     Wheel(&'static Wheel),

@@ -1,8 +1,8 @@
-//! `cargo xtask setup`: finds or installs what building, the demo and the tests need.
+//! `cargo xtask setup`: finds or installs the tools that the other verbs need.
 //!
-//! It looks at everything first and installs only what is missing, packages before anything else:
-//! so an operator who may not install is told the exact commands before something has been changed.
-//! Each look costs a fraction of a second, and every other verb begins with one.
+//! [`survey`] looks at everything first, and [`install`] installs only what is missing, packages
+//! before anything else. So without root, [`explain`] prints the exact commands before anything has
+//! changed. A survey takes a fraction of a second, and every other verb begins with one.
 
 mod apt;
 mod bpf;
@@ -38,10 +38,10 @@ use crate::AlreadyReported;
 
 #[derive(clap::Args)]
 pub(crate) struct SetupArgs {
-    /// Say what is missing and install nothing; fails if anything is
+    /// List missing tools and install nothing; fails if any is missing
     #[arg(long)]
     check: bool,
-    /// See to one group alone (repeatable) [default: bpf, demo, mail]
+    /// Only this group (repeatable) [default: bpf, demo, mail]
     #[arg(long, value_name = "GROUP")]
     only: Vec<Group>,
 }
@@ -59,15 +59,15 @@ pub(crate) fn run(args: &SetupArgs) -> Result<()> {
     Ok(())
 }
 
-/// Sees to it that what the groups need is there; silent when it is.
+/// Installs the missing tools of these groups; prints nothing if none is missing.
 ///
 /// # Errors
-/// When something is missing and can't be installed: with what to do.
+/// When a missing tool can't be installed; the message explains what to do.
 pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
     install::install(groups, &Cache::locate()?).map(drop)
 }
 
-/// The programs that the benchmark compares with, as far as they are there.
+/// The installed programs that the benchmark compares with.
 pub(crate) fn bench_programs() -> Result<Programs> {
     let cache = Cache::locate()?;
     let haproxies =
@@ -77,12 +77,12 @@ pub(crate) fn bench_programs() -> Result<Programs> {
     Ok(Programs { haproxies, nginx })
 }
 
-/// What validates the manifests; it must be set up.
+/// The validators of the manifests; they must be set up.
 pub(crate) fn kubernetes_tools() -> Result<KubernetesTools> {
     kubernetes::find(&Cache::locate()?).context("run `cargo xtask setup --only kubernetes` first")
 }
 
-/// Where this system's own packages of Debian come from.
+/// The address of this system's Debian archive.
 pub(crate) fn debian_archive() -> Result<String> {
     haproxy::archive()
 }

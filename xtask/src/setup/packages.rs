@@ -1,4 +1,4 @@
-//! What must be on the machine, where Debian has it, and why.
+//! The programs and files that the groups need, with their Debian packages.
 
 use std::{
     env, iter,
@@ -8,12 +8,12 @@ use std::{
 
 use super::group::Group;
 
-/// Something the build, the demo or the tests call upon.
+/// A program or file that the build, the demo or the tests use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Tool {
-    /// How to see whether it is there.
+    /// How to find it.
     probe: Probe,
-    /// The Debian package that brings it.
+    /// The Debian package that contains it.
     pub(super) package: String,
     /// What it is needed for, to finish the sentence "… is needed for".
     pub(super) why: &'static str,
@@ -23,7 +23,7 @@ pub(super) struct Tool {
 enum Probe {
     /// A program in PATH or an `sbin` folder, which an ordinary user's PATH lacks.
     Program(&'static str),
-    /// A file, at the first place where it is; distributions differ.
+    /// A file in one of several places, because distributions differ.
     File(Vec<PathBuf>),
 }
 
@@ -40,7 +40,7 @@ fn tool(probe: Probe, package: impl Into<String>, why: &'static str) -> Tool {
     Tool { probe, package: package.into(), why }
 }
 
-/// Where a program is.
+/// The path of a program.
 pub(super) fn program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
@@ -48,7 +48,7 @@ pub(super) fn program(name: &str) -> Option<PathBuf> {
     which::which_in(name, Some(folders), Path::new("/")).ok()
 }
 
-/// Whether python3 can make an environment of its own, which Debian leaves to another package.
+/// Whether python3 can make virtual environments; Debian has that in a separate package.
 pub(super) fn can_make_environments() -> bool {
     let output = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
     output.is_ok_and(|output| output.status.success())
@@ -64,15 +64,15 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     (
         "iptables-nft-restore",
         "iptables",
-        "rules of kube-proxy's shape, inside the tests' namespaces",
+        "rules like kube-proxy's, inside the tests' namespaces",
         &[Group::Mail],
     ),
-    ("nft", "nftables", "faults on the way: drops and rejects inside the tests' namespaces", &[Group::Mail]),
+    ("nft", "nftables", "dropping and rejecting packets inside the tests' namespaces", &[Group::Mail]),
     ("swaks", "swaks", "an SMTP client that sends PROXY headers of its own, to compare with", &[Group::Mail]),
     ("capsh", "libcap2-bin", "running the daemon with few capabilities", &[Group::Mail]),
     ("openssl", "openssl", "the servers' test certificates", &[Group::Mail]),
     ("valgrind", "valgrind", "counting the daemon's instructions", &[Group::Mail]),
-    ("ps", "procps", "a look at what a test left running", &[Group::Mail]),
+    ("ps", "procps", "listing the processes that a test left", &[Group::Mail]),
     (
         "promtool",
         "prometheus",
@@ -82,22 +82,22 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     (
         "prometheus-node-exporter",
         "prometheus-node-exporter",
-        "taking the probe's text file as on a real host",
+        "reading the probe's text file as on a real host",
         &[Group::Observe],
     ),
-    ("prometheus-pushgateway", "prometheus-pushgateway", "taking what the probe pushes", &[Group::Observe]),
+    ("prometheus-pushgateway", "prometheus-pushgateway", "receiving the probe's metrics", &[Group::Observe]),
     ("systemd-analyze", "systemd", "the unit's checks, and a systemd to start it in", &[Group::Mail]),
-    ("dpkg-deb", "dpkg", "a look into the Debian package", &[Group::Package]),
+    ("dpkg-deb", "dpkg", "reading the Debian package", &[Group::Package]),
     ("mmdebstrap", "mmdebstrap", "the image's files, from Debian's packages", &[Group::Image]),
     ("umoci", "umoci", "the image itself (OCI)", &[Group::Image]),
     ("runc", "runc", "running the image", &[Group::Image]),
 ];
 
-/// Where nginx has its stream module.
+/// The paths of nginx' stream module.
 pub(super) const NGINX_STREAM: &[&str] =
     &["/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so"];
 
-/// The seccomp profile that container engines of Debian use.
+/// The seccomp profile of Debian's container engines.
 pub(crate) const SECCOMP_PROFILE: &str = "/usr/share/containers/seccomp.json";
 
 /// files (any of them), Debian package, what it is needed for, groups
@@ -130,12 +130,12 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
     (
         &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"],
         "ca-certificates",
-        "TLS clients that want a set of authorities",
+        "TLS clients that need certificate authorities",
         &[Group::Mail],
     ),
 ];
 
-/// Everything the groups call upon, apart from what builds BPF.
+/// All tools of the groups, other than those that build BPF.
 pub(super) fn tools(groups: &[Group]) -> Vec<Tool> {
     let wanted = |of: &[Group]| of.iter().any(|group| groups.contains(group));
     let programs = PROGRAMS
@@ -154,11 +154,11 @@ pub(super) const DEBIAN_COMPILER: [(&str, &str); 2] = [
     ("libstd-rust-web-dev-bpf", "the prebuilt `core` for BPF: no nightly and no build-std"),
 ];
 
-/// What linking bpf-linker with Debian's LLVM takes.
+/// What linking bpf-linker with Debian's LLVM needs.
 pub(super) fn linker_needs(llvm: u32) -> Vec<Tool> {
     let file = |path: String| Probe::File(vec![path.into()]);
     vec![
-        tool(Probe::Program("c++"), "g++", "the C++ library that LLVM stands on"),
+        tool(Probe::Program("c++"), "g++", "the C++ library that LLVM needs"),
         tool(
             file(format!("/usr/include/llvm-{llvm}/llvm/IR/Module.h")),
             format!("llvm-{llvm}-dev"),
@@ -169,13 +169,12 @@ pub(super) fn linker_needs(llvm: u32) -> Vec<Tool> {
             format!("libpolly-{llvm}-dev"),
             "a part of that LLVM",
         ),
-        tool(file("/usr/include/zlib.h".into()), "zlib1g-dev", "LLVM stands on it"),
-        tool(file("/usr/include/zstd.h".into()), "libzstd-dev", "LLVM stands on it"),
+        tool(file("/usr/include/zlib.h".into()), "zlib1g-dev", "a library that LLVM needs"),
+        tool(file("/usr/include/zstd.h".into()), "libzstd-dev", "a library that LLVM needs"),
     ]
 }
 
-/// The commands that install these packages, as one would type them. With `update` the package
-/// lists are fetched first.
+/// The commands that install these packages. With `update` they download the package lists first.
 pub(super) fn commands(packages: &[String], update: bool) -> Vec<String> {
     let preseed = packages
         .iter()
@@ -193,8 +192,7 @@ pub(super) fn commands(packages: &[String], update: bool) -> Vec<String> {
         .collect()
 }
 
-/// Postfix' installer asks what kind of site this is. None: the tests write their own
-/// configuration.
+/// The answer to the question of Postfix' installer: the tests write their own configuration.
 pub(super) const POSTFIX_ANSWER: &str = "postfix postfix/main_mailer_type select No configuration";
 
 #[cfg(test)]
@@ -206,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_demo_needs_only_namespaces_and_a_build_nothing_of_it() {
+    fn the_demo_needs_only_iproute2_and_a_build_none_of_these() {
         assert_eq!(names(&tools(&[Group::Demo])), ["iproute2"]);
         assert_eq!(names(&tools(&[Group::Bpf])), [""; 0]);
     }
@@ -232,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn postfix_is_answered_before_it_asks() {
+    fn the_question_of_postfix_is_answered_before_installing() {
         let commands = commands(&["postfix".into(), "swaks".into()], true);
         assert_eq!(commands.len(), 3);
         assert_eq!(commands[0], "sudo apt-get update");

@@ -13,11 +13,11 @@ use super::{
     haproxy, kubernetes, linker,
     missing::Missing,
     packages,
-    toolchain::{self, Core, Link, NIGHTLY, Way},
+    toolchain::{self, CompilerSource, Core, Link, NIGHTLY},
     wheel::{self, Wheel},
 };
 
-/// What is there and what is not.
+/// The tools that are present and those that are missing.
 #[derive(Debug, Default)]
 pub(super) struct Survey {
     pub(super) present: Vec<String>,
@@ -25,8 +25,8 @@ pub(super) struct Survey {
     pub(super) toolchain: Option<BpfToolchain>,
 }
 
-/// Looks, and changes nothing but apt's lists, and these only when `may_update` and nothing else
-/// would do.
+/// Looks for the tools. It changes only apt's lists, and these only if `may_update` is set and the
+/// result depends on them.
 pub(super) fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Result<Survey> {
     let mut survey = Survey::default();
     if groups.contains(&Group::Bpf) {
@@ -92,7 +92,7 @@ impl Survey {
         self.missing.push(Missing::Kubernetes);
     }
 
-    /// What pip installs into: Debian's python3 alone cannot make an environment.
+    /// pip needs a virtual environment, which Debian's python3 alone cannot make.
     fn python_environments(&mut self) {
         let package = Missing::Package { name: "python3-venv".into(), why: "installing from PyPI".into() };
         if !self.missing.contains(&package) && !packages::can_make_environments() {
@@ -124,19 +124,19 @@ impl Survey {
     fn bpf(&mut self, cache: &Cache, may_update: bool) -> Result<()> {
         let machine = toolchain::look(|| compiler_offered(cache, may_update))?;
         match toolchain::choose(&machine, toolchain::oldest())? {
-            Way::System { llvm } => {
+            CompilerSource::System { llvm } => {
                 let linker = self.linker(cache, llvm, false);
                 match toolchain::system_link()? {
                     Link::Made(name) => self.toolchain(name.to_owned(), Core::Prebuilt, llvm, linker)?,
                     Link::Wanted(name) => self.missing.push(Missing::Link { name }),
                 }
             }
-            Way::Rustup { name, core, llvm } => {
+            CompilerSource::Rustup { name, core, llvm } => {
                 let linker = self.linker(cache, llvm, true);
                 self.toolchain(name, core, llvm, linker)?;
             }
-            Way::InstallSystem => self.debian_compiler(cache)?,
-            Way::InstallNightly { present } => {
+            CompilerSource::InstallSystem => self.debian_compiler(cache)?,
+            CompilerSource::InstallNightly { present } => {
                 let why = "compiling the BPF programs";
                 self.missing.push(Missing::Nightly { present, component: "rust-src", why });
             }
@@ -155,7 +155,7 @@ impl Survey {
         Ok(())
     }
 
-    /// Finds the linker, or notes what it takes to have it.
+    /// Finds the linker, or adds what is needed to install it.
     fn linker(&mut self, cache: &Cache, llvm: u32, of_rustup: bool) -> Option<PathBuf> {
         if let Some(folder) = linker::find(cache, llvm, of_rustup) {
             self.present.push(format!("bpf-linker: {}", folder.display()));
@@ -175,7 +175,7 @@ impl Survey {
         None
     }
 
-    /// All that Debian's compiler will take, as far as apt tells beforehand.
+    /// Everything that Debian's compiler needs, as far as apt knows before installing.
     fn debian_compiler(&mut self, cache: &Cache) -> Result<()> {
         let debian = packages::DEBIAN_COMPILER;
         self.missing
@@ -190,8 +190,7 @@ impl Survey {
     }
 }
 
-/// Whether Debian's compiler can be had; where that isn't known yet, the package lists are fetched
-/// once.
+/// Whether apt offers Debian's compiler; downloads the package lists once if that is unknown.
 pub(super) fn compiler_offered(cache: &Cache, may_update: bool) -> bool {
     if !apt::is_here() {
         return false;

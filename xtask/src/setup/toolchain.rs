@@ -1,4 +1,4 @@
-//! Which compiler makes the BPF programs.
+//! Chooses the compiler of the BPF programs.
 
 use std::{
     ffi::OsStr,
@@ -15,20 +15,20 @@ use super::packages;
 pub(crate) const BPF_TARGET: &str =
     if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
-/// Names the toolchain to use, whatever else is there.
+/// The variable that names the toolchain to use, whatever else is present.
 pub(super) const CHOICE: &str = "INJECTOR_BPF_TOOLCHAIN";
 
-/// What rustup calls its nightly.
+/// rustup's name of its nightly.
 pub(super) const NIGHTLY: &str = "nightly";
 
-/// What `rustc -vV` says about a compiler.
+/// The output of `rustc -vV`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Compiler {
     /// Major and minor.
     pub(super) release: (u32, u32),
-    /// Of the nightly channel, which has `-Z build-std`.
+    /// Whether it is of the nightly channel, which has `-Z build-std`.
     nightly: bool,
-    /// Major of the LLVM whose bitcode it writes.
+    /// The major of the LLVM whose bitcode it writes.
     pub(super) llvm: u32,
 }
 
@@ -47,27 +47,27 @@ impl Compiler {
     }
 }
 
-/// A compiler together with what it has of `core`.
+/// A compiler, and in which forms it has `core`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Candidate {
     pub(super) compiler: Compiler,
-    /// `core` for BPF, compiled, lies in its sysroot.
+    /// Whether its sysroot has a compiled `core` for BPF.
     prebuilt: bool,
-    /// The source of `core` lies in its sysroot.
+    /// Whether its sysroot has the source of `core`.
     source: bool,
 }
 
-/// How a toolchain comes by `core` for BPF.
+/// How a toolchain gets `core` for BPF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Core {
-    /// It has it.
+    /// It has a compiled one.
     Prebuilt,
-    /// It compiles it, which only a nightly does.
+    /// It compiles the source, which only a nightly can.
     Built,
 }
 
 impl Candidate {
-    /// Asks a compiler; none when it doesn't run.
+    /// Examines a compiler; `None` if it does not run.
     fn ask(rustc: impl Fn() -> Command) -> Option<Self> {
         let answer = |argument: &[&str]| {
             let output = rustc().args(argument).output().ok().filter(|output| output.status.success())?;
@@ -83,18 +83,18 @@ impl Candidate {
         let (major, minor) = self.compiler.release;
         if self.compiler.release < oldest {
             return Err(format!(
-                "is rustc {major}.{minor}, and {}.{} is the oldest that will do",
+                "is rustc {major}.{minor}, and {}.{} is the oldest supported release",
                 oldest.0, oldest.1
             ));
         }
         match self {
-            // aya-build compiles `core` with every nightly, so there the source is what counts.
+            // aya-build compiles `core` with every nightly, so a nightly needs the source.
             Self { compiler: Compiler { nightly: true, .. }, source: true, .. } => Ok(Core::Built),
             Self { compiler: Compiler { nightly: true, .. }, .. } => {
                 Err("lacks the component rust-src".into())
             }
             Self { prebuilt: true, .. } => Ok(Core::Prebuilt),
-            _ => Err(format!("is no nightly, and has no prebuilt `core` for {BPF_TARGET}")),
+            _ => Err(format!("is not a nightly, and has no prebuilt `core` for {BPF_TARGET}")),
         }
     }
 }
@@ -113,17 +113,16 @@ fn has_source(sysroot: &Path) -> bool {
     sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").exists()
 }
 
-/// The oldest compiler the workspace says it builds with.
+/// The oldest compiler that the workspace supports.
 pub(super) fn oldest() -> (u32, u32) {
     let mut numbers = env!("CARGO_PKG_RUST_VERSION").split('.').map(|number| number.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// A program out of a rustup toolchain.
+/// A program of a rustup toolchain.
 pub(super) fn rustup_run(toolchain: &str, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("rustup");
-    // What is missing is said by setup; rustup shall neither fetch a toolchain unasked nor print
-    // its own backtrace.
+    // Setup reports what is missing. rustup must not download a toolchain or print a backtrace.
     command.args(["run", toolchain]).arg(program).env("RUSTUP_LOG", "warn").env_remove("RUST_BACKTRACE");
     command
 }
@@ -132,7 +131,7 @@ pub(super) fn rustup_run(toolchain: &str, program: impl AsRef<OsStr>) -> Command
 pub(crate) fn nightly(program: impl AsRef<OsStr>) -> Command {
     let mut command = rustup_run(NIGHTLY, program);
     crate::cargo::forget_this_package(&mut command);
-    // What runs this program is not a nightly.
+    // The cargo that runs this program is not a nightly.
     for name in ["CARGO", "RUSTC", "RUSTDOC"] {
         command.env_remove(name);
     }
@@ -152,37 +151,38 @@ fn ask_rustup(toolchain: &str) -> Option<Candidate> {
     Candidate::ask(|| rustup_run(toolchain, "rustc"))
 }
 
-/// What this machine has, as far as the choice depends on it.
+/// The compilers of this machine.
 #[derive(Debug, Default)]
 pub(super) struct Machine {
     /// `INJECTOR_BPF_TOOLCHAIN`, and that toolchain if rustup has it.
     pub(super) chosen: Option<(String, Option<Candidate>)>,
     /// The distribution's own compiler, `/usr/bin/rustc`.
     pub(super) system: Option<Candidate>,
-    /// rustup's `nightly`; asked only when the system's own won't do.
+    /// rustup's `nightly`; examined only if the system's own is not usable.
     pub(super) nightly: Option<Candidate>,
-    /// apt has `rustc-web` and its `core` for BPF, new enough; asked only when it matters.
+    /// Whether apt has a usable `rustc-web` with `core` for BPF; examined only if it matters.
     pub(super) offered: bool,
 }
 
-/// The way BPF programs are compiled here.
+/// The compiler to use for BPF.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Way {
-    /// With a toolchain that rustup knows by this name.
+pub(super) enum CompilerSource {
+    /// A toolchain that rustup knows by this name.
     Rustup { name: String, core: Core, llvm: u32 },
-    /// With `/usr/bin/rustc`, which rustup has to be told about.
+    /// `/usr/bin/rustc`, for which rustup needs a name.
     System { llvm: u32 },
-    /// With Debian's compiler, once installed.
+    /// Debian's compiler, which must be installed first.
     InstallSystem,
-    /// With rustup's nightly, once it is there with its source.
+    /// rustup's nightly, which must be installed first, with its source.
     InstallNightly { present: bool },
 }
 
-/// Chooses: what the operator named, what is there, what Debian has, a nightly.
+/// Chooses the operator's toolchain, else one that is present, else Debian's compiler, else a
+/// nightly.
 ///
 /// # Errors
-/// When the toolchain that the operator named won't do.
-pub(super) fn choose(machine: &Machine, oldest: (u32, u32)) -> Result<Way> {
+/// When the operator's toolchain is not usable.
+pub(super) fn choose(machine: &Machine, oldest: (u32, u32)) -> Result<CompilerSource> {
     let usable = |candidate: &Option<Candidate>| {
         let candidate = candidate.as_ref()?;
         Some((candidate.core(oldest).ok()?, candidate.compiler.llvm))
@@ -192,23 +192,25 @@ pub(super) fn choose(machine: &Machine, oldest: (u32, u32)) -> Result<Way> {
             bail!("{CHOICE}={name}: rustup has no such toolchain; `rustup toolchain list` shows what it has");
         };
         return match candidate.core(oldest) {
-            Ok(core) => Ok(Way::Rustup { name: name.clone(), core, llvm: candidate.compiler.llvm }),
+            Ok(core) => {
+                Ok(CompilerSource::Rustup { name: name.clone(), core, llvm: candidate.compiler.llvm })
+            }
             Err(why) => bail!("{CHOICE}={name}: this toolchain cannot compile for BPF: it {why}"),
         };
     }
     if let Some((_, llvm)) = usable(&machine.system) {
-        return Ok(Way::System { llvm });
+        return Ok(CompilerSource::System { llvm });
     }
     if let Some((core, llvm)) = usable(&machine.nightly) {
-        return Ok(Way::Rustup { name: "nightly".into(), core, llvm });
+        return Ok(CompilerSource::Rustup { name: "nightly".into(), core, llvm });
     }
     if machine.offered {
-        return Ok(Way::InstallSystem);
+        return Ok(CompilerSource::InstallSystem);
     }
-    Ok(Way::InstallNightly { present: machine.nightly.is_some() })
+    Ok(CompilerSource::InstallNightly { present: machine.nightly.is_some() })
 }
 
-/// Looks at this machine. `offered` is asked last, for it is slow.
+/// Examines this machine. `offered` is slow, so it is called last.
 pub(super) fn look(offered: impl FnOnce() -> bool) -> Result<Machine> {
     if packages::program("rustup").is_none() {
         bail!(
@@ -222,24 +224,24 @@ pub(super) fn look(offered: impl FnOnce() -> bool) -> Result<Machine> {
         machine.chosen = Some((name, candidate));
         return Ok(machine);
     }
-    let will_do =
+    let is_usable =
         |candidate: &Option<Candidate>| candidate.as_ref().is_some_and(|it| it.core(oldest()).is_ok());
     machine.system = Candidate::ask(|| Command::new("/usr/bin/rustc"));
-    if !will_do(&machine.system) {
+    if !is_usable(&machine.system) {
         machine.nightly = ask_rustup("nightly");
-        machine.offered = !will_do(&machine.nightly) && offered();
+        machine.offered = !is_usable(&machine.nightly) && offered();
     }
     Ok(machine)
 }
 
-/// What rustup calls the system's compiler, and whether it does already.
+/// rustup's name of the system's compiler, and whether it exists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Link {
     Made(&'static str),
     Wanted(&'static str),
 }
 
-/// `bpf`, unless the operator has given that name to something else.
+/// The name `bpf`, unless the operator uses it for another toolchain.
 pub(super) fn system_link() -> Result<Link> {
     for name in ["bpf", "injector-bpf"] {
         let Ok(output) = rustup_run(name, "rustc").args(["--print", "sysroot"]).output() else { continue };
@@ -255,13 +257,13 @@ pub(super) fn system_link() -> Result<Link> {
     )
 }
 
-/// Whether `rustup run NAME cargo` works: a linked toolchain has no cargo of its own, and rustup
-/// lends it that of its nightly, beta or stable.
+/// Checks that `rustup run NAME cargo` works. A linked toolchain has no cargo, so rustup runs that
+/// of its nightly, beta or stable.
 pub(super) fn has_cargo(name: &str) -> Result<()> {
     let output = rustup_run(name, "cargo").arg("--version").output().context("cannot start rustup")?;
     if !output.status.success() {
         bail!(
-            "toolchain `{name}` finds no cargo (rustup lends one of nightly, beta or stable): \
+            "toolchain `{name}` has no cargo (rustup would run that of nightly, beta or stable): \
              `rustup toolchain install stable`"
         );
     }
@@ -299,12 +301,12 @@ mod tests {
         Some(Candidate { compiler, prebuilt, source })
     }
 
-    fn way(machine: &Machine) -> Way {
+    fn way(machine: &Machine) -> CompilerSource {
         choose(machine, OLDEST).unwrap()
     }
 
     #[test]
-    fn a_compilers_own_words_are_understood() {
+    fn the_version_of_a_compiler_is_parsed() {
         assert_eq!(Compiler::parse(STABLE), Some(Compiler { release: (1, 96), nightly: false, llvm: 22 }));
         let nightly =
             STABLE.replace("release: 1.96.0", "release: 1.97.0-nightly").replace("22.1.8", "23.0.0-rust");
@@ -320,7 +322,7 @@ mod tests {
             nightly: candidate("1.97.0-nightly", false, true),
             ..Machine::default()
         };
-        assert_eq!(way(&machine), Way::System { llvm: 22 });
+        assert_eq!(way(&machine), CompilerSource::System { llvm: 22 });
     }
 
     #[test]
@@ -330,24 +332,30 @@ mod tests {
             offered: true,
             ..Machine::default()
         };
-        assert_eq!(way(&with), Way::Rustup { name: "nightly".into(), core: Core::Built, llvm: 22 });
+        assert_eq!(
+            way(&with),
+            CompilerSource::Rustup { name: "nightly".into(), core: Core::Built, llvm: 22 }
+        );
         let without = candidate("1.97.0-nightly", false, false);
         let offered = Machine { nightly: without.clone(), offered: true, ..Machine::default() };
-        assert_eq!(way(&offered), Way::InstallSystem);
+        assert_eq!(way(&offered), CompilerSource::InstallSystem);
         let elsewhere = Machine { nightly: without, ..Machine::default() };
-        assert_eq!(way(&elsewhere), Way::InstallNightly { present: true });
-        assert_eq!(way(&Machine::default()), Way::InstallNightly { present: false });
+        assert_eq!(way(&elsewhere), CompilerSource::InstallNightly { present: true });
+        assert_eq!(way(&Machine::default()), CompilerSource::InstallNightly { present: false });
     }
 
     #[test]
     fn an_old_compiler_or_one_without_core_is_replaced() {
         for system in [candidate("1.85.0", true, false), candidate("1.96.0", false, false)] {
-            assert_eq!(way(&Machine { system, offered: true, ..Machine::default() }), Way::InstallSystem);
+            assert_eq!(
+                way(&Machine { system, offered: true, ..Machine::default() }),
+                CompilerSource::InstallSystem
+            );
         }
     }
 
     #[test]
-    fn the_operators_choice_is_kept_or_refused_with_a_reason() {
+    fn the_operators_choice_is_used_or_rejected_with_a_reason() {
         let chosen = |candidate: Option<Candidate>| Machine {
             chosen: Some(("mine".into(), candidate)),
             system: self::candidate("1.96.0", true, false),
@@ -355,13 +363,13 @@ mod tests {
         };
         assert_eq!(
             way(&chosen(candidate("1.99.0", true, false))),
-            Way::Rustup { name: "mine".into(), core: Core::Prebuilt, llvm: 22 }
+            CompilerSource::Rustup { name: "mine".into(), core: Core::Prebuilt, llvm: 22 }
         );
         for (candidate, reason) in [
             (None, "no such toolchain"),
             (candidate("1.97.0-nightly", false, false), "rust-src"),
-            (candidate("1.97.0", false, true), "no nightly"),
-            (candidate("1.85.0", true, true), "1.95 is the oldest"),
+            (candidate("1.97.0", false, true), "not a nightly"),
+            (candidate("1.85.0", true, true), "1.95 is the oldest supported"),
         ] {
             let error = choose(&chosen(candidate), OLDEST).unwrap_err().to_string();
             assert!(error.contains(reason) && error.contains("INJECTOR_BPF_TOOLCHAIN=mine"), "{error}");
@@ -391,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_workspace_says_what_is_oldest() {
+    fn the_workspace_states_the_oldest_compiler() {
         assert!(oldest() >= (1, 85), "edition 2024 needs 1.85: {:?}", oldest());
     }
 }

@@ -1,7 +1,8 @@
-//! Arbitrary segments against the real programs: what the properties of `injector-common/tests/inline` say of the decisions, over
-//! raw frames of many clients at once. Behind the edge is the kernel's own TCP.
+//! Arbitrary segments against the real programs: the properties that `injector-common/tests/inline`
+//! checks of the decisions, over raw frames of many clients at once. The backend uses the kernel's
+//! TCP.
 //!
-//! `INJECTOR_SEED` asks for another run than the usual one.
+//! `INJECTOR_SEED` selects another run than the default.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read as _};
@@ -20,12 +21,12 @@ use crate::frame::{Extra, Frame, forged_header};
 use crate::wire::{Fate, Side, Way};
 use crate::wire_testbed::{self, Setting, WireTestbed};
 
-/// Connections that are under way at the same time.
+/// Simultaneous connections.
 const BATCH: usize = 64;
-/// What each client sends in the end, as an honest one would.
+/// What each client sends at the end, as an honest one would.
 const HONEST: u32 = 64;
 
-/// So many connections; each is named after its own client or has read nothing.
+/// Runs a number of connections; each has the header of its own client or has read nothing.
 pub(crate) fn segments(testbed: &WireTestbed, family: Family, connections: usize) -> anyhow::Result<()> {
     let seed =
         std::env::var("INJECTOR_SEED").ok().map_or(Ok(2525), |seed| seed.parse()).context("INJECTOR_SEED")?;
@@ -34,7 +35,8 @@ pub(crate) fn segments(testbed: &WireTestbed, family: Family, connections: usize
 }
 
 fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
-    // The programs must do without the kernel's judgement of windows, which Kubernetes nodes have switched off.
+    // The programs must not depend on the kernel's window checks, which are disabled on Kubernetes
+    // nodes.
     let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     let listener = testbed.backend(family)?;
     listener.set_nonblocking(true)?;
@@ -80,7 +82,7 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
         }
         let mut frames: Vec<(u32, Vec<u8>)> = Vec::new();
         for client in &mut batch {
-            // In the order of each client's own, and mixed with those of others.
+            // In order per client, interleaved with those of other clients.
             let mut at = 0;
             for frame in client.anything(&template, rng) {
                 at += rng.u32(1..1000);
@@ -92,7 +94,7 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
         for (_, frame) in frames {
             testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
         }
-        // Sent once more, for the header may have been asked for meanwhile.
+        // Sent once more, because the backend may have requested the header meanwhile.
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(20));
             for client in batch.iter().filter(|client| client.honest) {
@@ -106,7 +108,7 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
     }
     let below = testbed.counted("invalid_segment").unwrap_or(0) - before;
     eprintln!("    {totals:?}, {below} segments dropped as invalid");
-    // Not a test of nothing.
+    // At least some connections must have worked.
     ensure!(
         totals.named > connections / 4 && totals.served > connections / 8,
         "too few get through: {totals:?}"
@@ -127,12 +129,12 @@ struct Totals {
     named: usize,
     /// Clients that did nothing to end their connections,
     honest: usize,
-    /// and those of them whose bytes the backend has.
+    /// and those of them whose bytes the backend has received.
     served: usize,
 }
 
 impl Totals {
-    /// Judges all that the backend has.
+    /// Checks everything that the backend has received.
     fn count(
         &mut self,
         batch: &[Client],
@@ -149,9 +151,10 @@ impl Totals {
             };
             self.accepted += 1;
             let read = read_all(&mut stream)?;
-            // Its ports are free again.
+            // The client's ports are free again.
             SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-            // NAT gives a client another port if its own is taken; then the header says which client to compare with.
+            // NAT gives a client another port if its own is in use; then the header identifies the
+            // client to compare with.
             let is_named =
                 |client: &&Client| client.after_header(&read, family).is_ok_and(|rest| rest.is_some());
             let of_port = batch.iter().find(|client| client.port == peer.port());
@@ -186,15 +189,16 @@ fn read_all(stream: &mut TcpStream) -> anyhow::Result<Vec<u8>> {
     }
 }
 
-/// How a connection is begun.
+/// How a connection is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Opening {
     Plain,
-    /// Twice, with another number before.
+    /// Twice, with another sequence number first.
     Again,
-    /// After a SYN of another address with the same number, which dies on its way (hop limit 1).
+    /// After a SYN from another address with the same sequence number, which expires on its way
+    /// (hop limit 1).
     Planted,
-    /// The same, and its own is in fragments: no program reads it at ingress.
+    /// The same, and the client's own SYN is fragmented: no program reads it at ingress.
     PlantedFragments,
     /// The same, to the backend's own address.
     PlantedPast,
@@ -210,11 +214,11 @@ struct Client {
     /// The sequence number of its first byte.
     first: u32,
     opening: Opening,
-    /// What it has to acknowledge; `None` if it was not answered.
+    /// The acknowledgement number for it; `None` if there was no SYN-ACK.
     accepted: Option<u32>,
-    /// It does nothing that ends its connection, and is to be served.
+    /// Whether it does nothing that ends its connection, and must be served.
     honest: bool,
-    /// How many of its segments were urgent: the receiver takes a byte of each out of the stream.
+    /// The number of its urgent segments: the receiver takes one byte of each out of the stream.
     urgent: usize,
     header: Vec<u8>,
 }
@@ -232,13 +236,14 @@ impl Client {
         let port = 10_000 + number;
         let victim = if rng.bool() { loopback(family) } else { stranger(family, 9000 + number) };
         let header = forged_header(SocketAddr::new(victim, 4444), wire_testbed::public(family));
-        // Numbers that meet, and those that wrap round, too.
+        // Colliding numbers, and numbers that wrap around, too.
         let first = if rng.u8(0..4) == 0 { rng.u32(0..200).wrapping_sub(100) } else { rng.u32(..) };
         let ip = stranger(family, 1000 + number);
         Self { family, ip, port, first, opening, accepted: None, honest: false, urgent: 0, header }
     }
 
-    /// Its byte at this place: a header's that says somebody else, before the first, and its own from there on.
+    /// Its byte at this position: of a header that names another address, before the first byte,
+    /// and its own from there on.
     fn byte(&self, at: i64) -> u8 {
         let len = self.header.len() as i64;
         match usize::try_from(at) {
@@ -251,7 +256,7 @@ impl Client {
         (at..at + i64::from(len)).map(|at| self.byte(at)).collect()
     }
 
-    /// Whether this is how its stream begins, less what was urgent.
+    /// Whether its stream begins like this, except for urgent bytes.
     fn is_stream(&self, bytes: &[u8]) -> bool {
         let (mut at, mut left) = (0, self.urgent);
         for byte in bytes {
@@ -308,11 +313,11 @@ impl Client {
         }
     }
 
-    /// A few segments, whatever they are.
+    /// A few arbitrary segments.
     fn anything(&mut self, template: &Frame, rng: &mut Rng) -> Vec<Vec<u8>> {
         let Some(accepted) = self.accepted else { return Vec::new() };
         self.honest = true;
-        // One in three keeps to what ends nothing.
+        // One in three sends only segments that end nothing.
         let calm = rng.u8(0..3) == 0;
         let header = self.header.len() as i64;
         let mut frames = Vec::new();
@@ -333,7 +338,7 @@ impl Client {
                 2..4 => u32::try_from(header).unwrap_or(0),
                 _ => rng.u32(1..70),
             };
-            // What comes after its first bytes is its own stream: it does not contradict itself.
+            // What follows its first bytes is consistent with its own stream.
             let len = if (0..200).contains(&at) { len.min(HONEST) } else { len };
             let flags = match rng.u8(0..if calm { 14 } else { 24 }) {
                 0..10 => ACK | PSH,
@@ -358,8 +363,8 @@ impl Client {
                 reason = "numbers modulo 2^32"
             )]
             let sequence = self.first.wrapping_add(at as u32);
-            // An end, a reset, or a SYN that begins anew: nothing is promised behind it. Nor is it if a byte of its own is marked as
-            // urgent, which the receiver takes out of the stream.
+            // An end, a reset, or a SYN that reopens: nothing is guaranteed after it. Nor is it if
+            // one of its own bytes is marked as urgent, which the receiver takes out of the stream.
             let urgent = flags & URG != 0 && (0..i64::from(u32::MAX)).contains(&at);
             self.urgent += usize::from(flags & URG != 0);
             self.honest &= flags & (RST | FIN | SYN) == 0 && !urgent && acknowledgement == accepted;
@@ -383,7 +388,7 @@ impl Client {
         frames
     }
 
-    /// What an honest client does: it answers the backend's SYN, and sends its first bytes.
+    /// What an honest client does: it completes the handshake, and sends its first bytes.
     fn honest_end(&self, template: &Frame) -> Vec<Vec<u8>> {
         let Some(acknowledgement) = self.accepted else { return Vec::new() };
         let answer = Frame { flags: ACK, acknowledgement, ..self.frame(template) };
@@ -412,7 +417,7 @@ fn loopback(family: Family) -> IpAddr {
     }
 }
 
-/// A host that no client has.
+/// A host that is not a client.
 fn stranger(family: Family, host: u16) -> IpAddr {
     let [high, low] = host.to_be_bytes();
     match family {

@@ -1,4 +1,4 @@
-//! How the programs hang on their devices while daemons come and go: filters of clsact, and tcx.
+//! How the programs are attached to devices while daemons start and stop: clsact filters, and tcx.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -20,14 +20,14 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 const CLSACT: &str = "attachment = \"clsact\"";
 const TCX: &str = "attachment = \"tcx\"";
 
-/// Where the programs hang, as `tc filter show` takes it.
+/// The attach points, as arguments of `tc filter show`.
 const PLACES: [(&str, &str, &str); 3] = [
     ("client_in", "outside", "ingress"),
     ("backend_in", "inside", "ingress"),
     ("backend_out", "inside", "egress"),
 ];
 
-/// What the kernel tells of filters, by `tc monitor`.
+/// The kernel's filter events, from `tc monitor`.
 struct Monitor {
     process: Child,
     output: tempfile::NamedTempFile,
@@ -39,7 +39,7 @@ impl Monitor {
         let mut command = netns.command("tc");
         command.arg("monitor").stdout(output.reopen()?).stdin(Stdio::null());
         let monitor = Self { process: command.spawn().context("tc monitor")?, output };
-        // It hears nothing until it has subscribed, whenever that is.
+        // It reports nothing until it has subscribed.
         let deadline = Instant::now() + LIMIT;
         while !monitor.read()?.contains("qdisc") {
             ensure!(Instant::now() < deadline, "tc monitor hears nothing");
@@ -54,7 +54,8 @@ impl Monitor {
         Ok(std::fs::read_to_string(self.output.path())?)
     }
 
-    /// Waits until filters were added or replaced so many times, and returns how many were deleted by then.
+    /// Waits until filters were added or replaced this many times, and returns how many had been
+    /// deleted by then.
     fn deleted_of(&self, changed: usize) -> anyhow::Result<usize> {
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -88,7 +89,7 @@ fn tc(netns: &Netns, arguments: &[&str]) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// How many filters of each program there are.
+/// The number of filters of each program.
 fn filters(testbed: &Testbed) -> anyhow::Result<Vec<usize>> {
     let of = |(program, device, direction): (&str, &str, &str)| {
         let shown = tc(&testbed.topology.edge, &["filter", "show", "dev", device, direction])?;
@@ -110,9 +111,9 @@ fn links(testbed: &Testbed) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-/// With clsact no program may be missing while one daemon follows another. Clients go on connecting,
-/// and each must come with its header. The moment is short, and clients may miss it; so the kernel
-/// must not report a filter as deleted either.
+/// With clsact no program may be missing while one daemon replaces another. Clients keep
+/// connecting, and each must arrive with its header. The moment is short, and the clients may miss
+/// it; so the kernel must not report a deleted filter either.
 fn killed_with_clsact(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const TIMES: usize = 20;
     let edge = &testbed.topology.edge;
@@ -132,7 +133,7 @@ fn killed_with_clsact(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
                 let (number, start) = (done.load(Ordering::Relaxed), Instant::now());
                 session(testbed, family).with_context(|| format!("session {number}"))?;
                 done.fetch_add(1, Ordering::Relaxed);
-                // Most of the time is the starting daemon's, which needs it where processors are slow.
+                // Most of the time is the daemon's startup, on slow processors.
                 std::thread::sleep(start.elapsed() * 4);
             }
             Ok(())
@@ -159,8 +160,8 @@ fn killed_with_clsact(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A daemon that attaches the other way removes the earlier one's programs, or packets would be
-/// changed twice.
+/// A daemon that attaches the other way removes the earlier daemon's programs; otherwise packets
+/// would be changed twice.
 fn from_one_to_the_other(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let has_tcx = testbed.topology.edge.run(injector_user::engine::inline::has_tcx)?;
     if !has_tcx {

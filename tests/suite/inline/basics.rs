@@ -1,4 +1,4 @@
-//! One connection, from the SYN to the line in the log.
+//! One connection, from the SYN to the log line.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};

@@ -1,5 +1,6 @@
-//! A backend that answers by SYN cookies keeps nothing of a SYN, and takes a segment of a connection that has ended for the beginning of
-//! another one if its numbers fit. By the header's length they fit at another place than the client's.
+//! A backend that uses SYN cookies stores nothing about a SYN, and takes a segment of a closed
+//! connection for the beginning of a new one if its numbers fit. The length of the header shifts
+//! them: they fit at another position than the client's.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -29,11 +30,11 @@ enum End {
     Fin,
 }
 
-/// What a client by hand has to know.
+/// The state of a hand-made client.
 struct Client {
     frame: Frame,
     first: u32,
-    /// The number of the backend's first byte.
+    /// The sequence number of the backend's first byte.
     answered: u32,
 }
 
@@ -65,7 +66,7 @@ fn with_cookies<'a>(
     family: Family,
 ) -> anyhow::Result<([Setting<'a>; 2], TcpListener)> {
     let cookies = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
-    // The kernel's own judgement of numbers is not what is tried.
+    // The kernel's checks of sequence numbers are not under test.
     let liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     Ok(([cookies, liberal], testbed.backend(family)?))
 }
@@ -80,7 +81,7 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
     patient(&server)?;
     let (named, _) = header(&mut server)?;
     ensure!(named == frame.source, "the header says {named}");
-    // As many bytes as make the client's numbers fit again, one header's length away.
+    // So many bytes that the client's numbers fit again, one header length away.
     let victim = if family == Family::V4 { "127.0.0.1:4444" } else { "[::1]:4444" };
     let forged = forged_header(victim.parse()?, wire_testbed::public(family));
     let len = u32::try_from(forged.len())?;
@@ -91,7 +92,8 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
         SockRef::from(&server).set_linger(Some(Duration::ZERO))?;
         drop(server);
     } else {
-        // The client finishes first: then the backend forgets the connection with the last acknowledgement.
+        // The client closes first: then the backend forgets the connection with the last
+        // acknowledgement.
         let fin = Frame { flags: ACK | FIN, acknowledgement, ..frame.clone() };
         testbed.wire.inject(Side::Client, Way::ToBackend, &fin.whole())?;
         ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
@@ -118,11 +120,12 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
     nothing_new(&listener)
 }
 
-/// The backend takes any of a few numbers for the first one, and would begin in the middle of the header.
+/// The backend accepts any of a few numbers as the first one, and would start in the middle of the
+/// header.
 fn nearly_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (_settings, listener) = with_cookies(testbed, family)?;
     let len: u32 = if family == Family::V4 { 28 } else { 52 };
-    // As they are, and as they would be behind the header.
+    // As they are, and shifted by the header.
     let offs = [1, 2, 3, 1_u32.wrapping_neg(), 2_u32.wrapping_neg()];
     let offs = offs.into_iter().chain(offs.map(|off| off.wrapping_sub(len)));
     for (port, off) in (9300..).zip(offs) {
@@ -142,7 +145,7 @@ fn nearly_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend has no connection that nobody has opened.
+/// Checks that the backend has no connection that no client opened.
 fn nothing_new(listener: &TcpListener) -> anyhow::Result<()> {
     listener.set_nonblocking(true)?;
     std::thread::sleep(Duration::from_millis(100));

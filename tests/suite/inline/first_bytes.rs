@@ -1,5 +1,5 @@
-//! Where the client speaks first, the header waits for its first bytes and goes in front of them: in the same packet, or in one
-//! ahead.
+//! If the client speaks first, the header waits for its first bytes and precedes them: in the same
+//! packet, or in one before.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -51,7 +51,7 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     }),
 ];
 
-/// On veth, which hands unfinished checksums and large segments on.
+/// On veth, which forwards unfinished checksums and large segments.
 pub(crate) const ON_DEVICES: &[(&str, Run)] = &[
     ("first bytes/few", |testbed, family| on_devices(testbed, family, 300)),
     ("first bytes/many at once", |testbed, family| on_devices(testbed, family, 1 << 20)),
@@ -59,7 +59,7 @@ pub(crate) const ON_DEVICES: &[(&str, Run)] = &[
 
 const BYTES: usize = 256 << 10;
 
-/// How often `backend_out` has added a header in each way, since the last time.
+/// How often `backend_out` has added a header in each way, since the last check.
 struct Ways<'a> {
     testbed: &'a WireTestbed,
     before: [u64; 4],
@@ -80,7 +80,7 @@ impl<'a> Ways<'a> {
         Ok(Self { testbed, before: Self::counted(testbed)? })
     }
 
-    /// Exactly these were added.
+    /// Checks that exactly these were added.
     fn are(&self, expected: [u64; 4]) -> anyhow::Result<()> {
         let now = Self::counted(self.testbed)?;
         let grown: Vec<_> = now.iter().zip(self.before).map(|(now, before)| now - before).collect();
@@ -89,7 +89,8 @@ impl<'a> Ways<'a> {
     }
 }
 
-/// The backend gets header and first bytes in one packet, and no other before; it has nothing to say of the header alone.
+/// The backend gets header and first bytes in one packet, and no packet before; it sends no
+/// acknowledgement for the header alone.
 fn one_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let packets = Arc::new(Mutex::new(Vec::new()));
@@ -115,7 +116,8 @@ fn one_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend sends its SYN again after a second: then the header comes, and it knows its client.
+/// The backend retransmits its SYN-ACK after a second: then the header is sent, and the backend
+/// knows its client.
 fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let listener = testbed.backend(family)?;
@@ -133,8 +135,8 @@ fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     through(&server, &client, BYTES, 0)
 }
 
-/// Bytes that fill a packet, as a ClientHello with keys against quantum computers does: no packet has room for the header as
-/// well. Nobody has to ask for it.
+/// Bytes that fill a packet, as a ClientHello with post-quantum keys does: no packet has space for
+/// the header as well. The backend does not have to request it.
 fn full_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let answered = testbed.counted("header_retransmitted")?;
@@ -162,7 +164,7 @@ fn full_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The urgent pointer counts from the start of its segment, which the header must not move.
+/// The urgent pointer is relative to the start of its segment, which the header must not shift.
 fn urgent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let listener = testbed.backend(family)?;
@@ -187,8 +189,8 @@ fn urgent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whoever lost it once, the client's own timer brings both: the bytes in a packet of their own, for the long one may have been
-/// too long.
+/// Wherever the packet is lost, the client's retransmission timer sends both: the bytes in a packet
+/// of their own, because the longer one may have been too long.
 fn lost(testbed: &WireTestbed, family: Family, times: u32) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let mut headers = 0;
@@ -197,7 +199,7 @@ fn lost(testbed: &WireTestbed, family: Family, times: u32) -> anyhow::Result<()>
             return Fate::Pass;
         }
         headers += u32::from(seen.is_header());
-        // What comes behind the header is lost with it.
+        // What follows the header is lost with it.
         if headers <= times { Fate::Drop } else { Fate::Pass }
     });
     let connection = testbed.connection(family, First::ClientAwaited)?;
@@ -208,7 +210,8 @@ fn lost(testbed: &WireTestbed, family: Family, times: u32) -> anyhow::Result<()>
     ways.are([1, 1, u64::from(times), 0])
 }
 
-/// The bytes are sent again, and arrive without the header that went ahead: the backend has to ask.
+/// The bytes are retransmitted, and arrive without the header that was sent ahead: the backend has
+/// to request it.
 fn ahead_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let answered = testbed.counted("header_retransmitted")?;
     let mut headers = 0;
@@ -222,7 +225,7 @@ fn ahead_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is behind the first bytes overtakes them.
+/// The bytes after the first ones overtake them.
 fn second_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let late = AtomicBool::new(false);
     let _faulty = testbed.wire.faults(move |seen| {
@@ -244,7 +247,7 @@ fn second_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     through(&server, &client, BYTES, 0)
 }
 
-/// First bytes and end in one segment: so they are for the backend.
+/// First bytes and FIN in one segment reach the backend in one segment.
 fn with_fin(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let client = testbed.client_awaited(family)?;
@@ -262,7 +265,7 @@ fn with_fin(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The client leaves without a word: the backend hears of it, behind the header.
+/// The client closes without sending: the backend sees it, after the header.
 fn fin_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let client = testbed.client_awaited(family)?;
@@ -276,7 +279,7 @@ fn fin_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The backend has no connection yet, and never gets one: what is half open is taken back.
+/// The backend has no connection yet, and never gets one: the half-open connection is reset.
 fn reset_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let ways = Ways::begin(testbed)?;
     let listener = testbed.backend(family)?;
@@ -299,8 +302,9 @@ fn reset_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     ways.are([1, 0, 0, 0])
 }
 
-/// Header and first bytes together are longer than a narrow link behind the edge takes, the bytes alone are not. The client is
-/// told to send less, which it does already: it must not be told so without end. IPv6 has no link so narrow.
+/// Header and first bytes together are too long for a narrow link behind the edge, the bytes alone
+/// are not. The client is notified to send less, which it already does: it must not be notified
+/// endlessly. IPv6 has no link so narrow.
 fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (mtu, headers) = if family == Family::V4 { (1000, 20 + 32) } else { (1280, 40 + 32) };
     let layer = testbed.layer;
@@ -322,7 +326,7 @@ fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     forget_path_mtu(testbed)
 }
 
-/// Whatever the client's first write is, it comes whole and behind the header.
+/// Whatever the client's first write is, it arrives complete and after the header.
 fn on_devices(testbed: &Testbed, family: Family, bytes: usize) -> anyhow::Result<()> {
     let backend = testbed.backend(family)?;
     let injector = testbed.injector("imaps", "")?;

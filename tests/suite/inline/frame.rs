@@ -1,4 +1,5 @@
-//! Frames made by hand, which may be what no stack sends: any flags, padding behind the packet, fragments, extension headers.
+//! Hand-made frames, including what no TCP stack sends: any flags, padding after the packet,
+//! fragments, extension headers.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -11,10 +12,10 @@ use injector_testbed::netns::Family;
 use crate::wire::{Fate, Side, Way};
 use crate::wire_testbed::{self, WireTestbed};
 
-/// A TCP segment, and what is around it.
+/// A TCP segment, with its surroundings.
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
-    /// What is before the IP header.
+    /// The bytes before the IP header.
     pub(crate) link: Vec<u8>,
     pub(crate) source: SocketAddr,
     pub(crate) destination: SocketAddr,
@@ -25,23 +26,23 @@ pub(crate) struct Frame {
     pub(crate) urgent: u16,
     pub(crate) options: Vec<u8>,
     pub(crate) payload: Vec<u8>,
-    /// Bytes behind the packet.
+    /// Bytes after the packet.
     pub(crate) padding: usize,
     pub(crate) extra: Extra,
 }
 
-/// What stands between the IP header and TCP.
+/// What is between the IP header and TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extra {
     None,
-    /// Options: of IPv4, or a header of IPv6's for the destination.
+    /// Options: of IPv4, or an IPv6 destination options header.
     Extension,
 }
 
 const TCP: u8 = 6;
 
 impl Frame {
-    /// One with the link-layer header of a client's.
+    /// A frame with the link-layer header of a client's frame.
     pub(crate) fn of_a_client(testbed: &WireTestbed, family: Family) -> anyhow::Result<Self> {
         let (sender, link) = std::sync::mpsc::channel();
         let _faulty = testbed.wire.faults(move |seen| {
@@ -84,7 +85,8 @@ impl Frame {
         }
     }
 
-    /// As fragments: of IPv4 two, the second perhaps with options; of IPv6 two, or one alone (an atomic fragment, RFC 6946).
+    /// As fragments: for IPv4 two, the second optionally with options; for IPv6 two, or one alone
+    /// (an atomic fragment, RFC 6946).
     pub(crate) fn fragments(&self, rng: &mut Rng) -> Vec<Vec<u8>> {
         let tcp = self.tcp();
         let id = rng.u32(..);
@@ -166,7 +168,7 @@ fn octets(ip: IpAddr) -> Vec<u8> {
     }
 }
 
-/// RFC 1071.
+/// The Internet checksum, RFC 1071.
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes
         .chunks(2)
@@ -178,7 +180,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap_or(0)
 }
 
-/// A header that says somebody else, of the length of the injector's own.
+/// A header that names another client, as long as the injector's own.
 pub(crate) fn forged_header(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
     let mut header = vec![0; 64];
     let len = v2::encode(&Command::Proxy(Addresses::new(source, destination)), &[], &mut header).unwrap_or(0);

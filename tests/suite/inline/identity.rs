@@ -1,5 +1,5 @@
-//! The address in the header is the client's, whatever others send; and what cannot be told from a forgery does not reach the
-//! backend.
+//! The address in the header is the client's, whatever other hosts send; and what cannot be
+//! distinguished from a forgery does not reach the backend.
 
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
@@ -30,7 +30,8 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("Fast Open is rejected and the client retries without", fast_open),
 ];
 
-/// Before and behind each SYN of a client, others from elsewhere with the same sequence number and ports.
+/// Before and after each SYN of a client, forged ones arrive with the same sequence number and
+/// ports.
 fn same_numbers(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const OTHERS: u16 = 8;
     let before = testbed.counted("syn_cached")?;
@@ -54,8 +55,9 @@ fn same_numbers(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Thousands of SYNs from everywhere, while clients connect. The backend falls back to SYN cookies. Not more of them than
-/// the kernel's connection tracking takes: when that is full nobody connects, with or without the injector.
+/// Thousands of SYNs from many addresses, while clients connect. The backend falls back to SYN
+/// cookies. Their number stays below the limit of the kernel's connection tracking: when that is
+/// full no client connects, with or without the injector.
 fn flood(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let sample = sample_syn(testbed, family)?;
@@ -95,7 +97,7 @@ fn flood_until(testbed: &WireTestbed, sample: &Sample, done: &AtomicBool) -> u32
     sent
 }
 
-/// A SYN with the addresses and ports of a connection that there is, and another number.
+/// A SYN with the addresses and ports of an existing connection, and another number.
 fn syn_in_established(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (sender, syn) = mpsc::channel();
     let faulty = testbed.wire.faults(move |seen| {
@@ -116,9 +118,11 @@ fn syn_in_established(testbed: &WireTestbed, family: Family) -> anyhow::Result<(
     connection.finish(100_000)
 }
 
-/// Whoever cannot read the backend's answers cannot finish a handshake, and takes no place among the flows.
+/// A host that cannot read the backend's packets cannot finish a handshake, and uses no entry in
+/// the map of flows.
 fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    // The programs must do without the kernel's own judgement of windows, which Kubernetes nodes have switched off.
+    // The programs must not depend on the kernel's window checks, which are disabled on Kubernetes
+    // nodes.
     let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     let _listener = testbed.backend(family)?;
     let sample = sample_syn(testbed, family)?;
@@ -137,7 +141,7 @@ fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()
             tcp.acknowledgment_number = guess;
         });
         testbed.wire.inject(Side::Client, Way::ToBackend, &syn)?;
-        // The backend's answer has time to come.
+        // Time for the backend's SYN-ACK to arrive.
         std::thread::sleep(Duration::from_millis(3));
         testbed.wire.inject(Side::Client, Way::ToBackend, &ack)
     };
@@ -153,7 +157,8 @@ fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()
     Ok(())
 }
 
-/// Whoever has not shown that an address is his is not logged with it: what bans by the log would ban whom he likes.
+/// An unverified address is not logged: otherwise a program that bans by the log could be made to
+/// ban any address.
 fn syn_and_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let sample = sample_syn(testbed, family)?;
@@ -170,7 +175,7 @@ fn syn_and_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
-    // Of a connection behind them there is a line, so theirs would be there as well.
+    // A later connection has a log line, so theirs would be there as well.
     let connection = testbed.connection_at(&listener, family, First::Server, LIMIT)?;
     let client = connection.client.local_addr()?;
     connection.finish(1000)?;
@@ -182,7 +187,7 @@ fn syn_and_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// To the backend's own address, by the edge: nobody has looked at it there.
+/// Directly to the backend's own address, through the edge: no program has checked it there.
 fn past_the_vip(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let before = testbed.counted("syn_unknown")?;
@@ -198,13 +203,13 @@ fn past_the_vip(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// In the middle of a connection that there is not.
+/// In the middle of a connection that does not exist.
 fn without_flow(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let _listener = testbed.backend(family)?;
     let sample = sample_syn(testbed, family)?;
     let before = testbed.counted("no_flow")?;
     let (sender, arrived) = mpsc::channel();
-    // To be born, it needs a SYN; that goes to no listener.
+    // Opening it takes a SYN; that one goes to no listener.
     let _faulty = testbed.wire.faults(move |seen| {
         if seen.at(Side::Backend, Way::ToBackend) && !seen.is_syn() {
             let _ = sender.send(seen.tcp.sequence_number());
@@ -228,13 +233,13 @@ fn without_flow(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     }
     std::thread::sleep(Duration::from_millis(30));
     let dropped = testbed.counted("no_flow")? - before;
-    // The connection-tracking may have dropped the resets before.
+    // Connection tracking may have dropped the resets before.
     ensure!(dropped >= 2, "{dropped} were counted");
     ensure!(arrived.try_recv().is_err(), "one has reached the backend");
     Ok(())
 }
 
-/// Health checks, and what else starts there: no header, no translation.
+/// Health checks, and other connections that start there: no header, no translation.
 fn own_of_the_edge(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let connect = || TcpStream::connect_timeout(&wire_testbed::backend(family), LIMIT);
@@ -247,10 +252,10 @@ fn own_of_the_edge(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> 
     wire_testbed::through(&server, &client, 100_000, 0)
 }
 
-/// A SYN with data never arrives; the one that the client sends a second later, without, does.
+/// A SYN with data never arrives; the SYN without data, a second later, does.
 fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const KEY: &str = "net/ipv4/tcp_fastopen";
-    // The client needs no cookie, and the backend would take data without one, from every socket.
+    // The client needs no cookie, and the backend would accept data without one, on every socket.
     let _both =
         [Setting::new(testbed.client_side(), KEY, "5")?, Setting::new(testbed.backend_side(), KEY, "1538")?];
     let before = testbed.counted("fast_open")?;
@@ -277,7 +282,7 @@ fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A packet to make others of.
+/// A packet as a template for others.
 pub(crate) struct Sample {
     link: Vec<u8>,
     ip: IpHeaders,
@@ -292,7 +297,7 @@ impl Sample {
         Some(Self { link: link.to_vec(), ip, tcp })
     }
 
-    /// A frame without payload, changed, with right checksums.
+    /// A frame without payload, modified, with correct checksums.
     fn with(&self, change: impl FnOnce(&mut IpHeaders, &mut TcpHeader)) -> Vec<u8> {
         self.try_with(change).unwrap_or_default()
     }
@@ -312,7 +317,7 @@ impl Sample {
     }
 }
 
-/// A SYN like that of a client, from an address that no client has.
+/// A SYN like a client's, from an address that is not a client's.
 fn sample_syn(testbed: &WireTestbed, family: Family) -> anyhow::Result<Sample> {
     let (sender, syn) = mpsc::channel();
     let _faulty = testbed.wire.faults(move |seen| {
@@ -331,7 +336,7 @@ fn from_elsewhere(seen: &Seen<'_>, host: u16) -> Vec<u8> {
     Sample::of(seen).map(|syn| syn.with(|ip, _| set_source(ip, host))).unwrap_or_default()
 }
 
-/// Another host; none that answers.
+/// Another host, which does not respond.
 fn set_source(ip: &mut IpHeaders, host: u16) {
     let [high, low] = host.to_be_bytes();
     match ip {

@@ -1,4 +1,4 @@
-//! What outlives the daemon, and what it sets up by itself: NAT, devices, detaching.
+//! What outlives the daemon, and what it sets up itself: NAT, devices, detaching.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -21,11 +21,11 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("survives/daemon replaced by another version", another_version),
 ];
 
-/// FINs that cross each other, each on a processor of its own: whichever program comes second must see what the first has seen, or
-/// nobody tells of the end until the next scan.
+/// FINs that cross, each on its own processor: the program that comes second must see what the
+/// first has stored, or the end is not reported until the next scan.
 fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const CONNECTIONS: u32 = 4000;
-    /// Long enough for the daemon to hear, and shorter than the time between two scans.
+    /// Long enough for the event to reach the daemon, and shorter than the time between two scans.
     const HEARD: Duration = Duration::from_secs(5);
     let backend = testbed.backend(family)?;
     let injector = testbed.injector("smtp", "")?;
@@ -62,7 +62,7 @@ fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     }
 }
 
-/// The injector finds the devices and makes its own NAT.
+/// The injector detects the devices and sets up its own NAT.
 fn config(testbed: &Testbed) -> String {
     let [v4, v6] = [Family::V4, Family::V6].map(public_address);
     let [b4, b6] = [Family::V4, Family::V6].map(backend_address);
@@ -74,7 +74,7 @@ fn config(testbed: &Testbed) -> String {
     )
 }
 
-/// What `injector inline detach` is run for, in the end of each trial.
+/// Runs `injector inline detach` at the end of each trial.
 struct Detached<'a> {
     testbed: &'a Testbed,
     config: tempfile::NamedTempFile,
@@ -151,12 +151,13 @@ fn detached(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The daemon dies and comes back while a transfer goes on, and new connections are opened meanwhile.
+/// The daemon is killed and restarted during a transfer, and new connections are opened meanwhile.
 fn killed_in_transfer(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     killed_and_upgraded(testbed, family, 256 << 20)
 }
 
-/// The same with so many bytes; the daemon that comes back is the next one where `INJECTOR_NEXT_BIN` names it.
+/// The same with a number of bytes; the restarted daemon is the one that `INJECTOR_NEXT_BIN` names,
+/// if set.
 pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize) -> anyhow::Result<()> {
     let backend = testbed.backend(family)?;
     let _detached = Detached::new(testbed)?;
@@ -167,7 +168,7 @@ pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| -> anyhow::Result<()> {
             for sent in 0..bulk / block.len() {
-                // The last quarter is for the daemon that comes back.
+                // The last quarter is for the restarted daemon.
                 while sent == bulk / block.len() / 4 * 3 && !back.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(1));
                 }
@@ -194,7 +195,7 @@ pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize
         let again = Injector::start_next(&testbed.topology.edge, &config(testbed)).context("started again");
         let second = joined(testbed, family, &backend).context("with the second daemon");
         let left = bulk - received.load(Ordering::Relaxed);
-        // Whatever has become of it, the sender is not to wait for ever.
+        // Whatever the result, the sender must not wait forever.
         back.store(true, Ordering::Relaxed);
         drop((alone?, second?));
         let again = again?;
@@ -225,7 +226,7 @@ fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     drop(joined(testbed, family, &backend)?);
     ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
     let log = injector.log();
-    // Filters of clsact are not among what is removed: they were replaced.
+    // clsact filters are not among what is removed: they were replaced.
     let removed = if testbed.topology.edge.run(injector_user::engine::inline::has_tcx)? {
         "backend_out@inside"
     } else {
@@ -238,7 +239,7 @@ fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// No client of many sees an error while the daemon dies and comes back.
+/// No client of many sees an error while the daemon is killed and restarted.
 fn killed_in_sessions(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const SESSIONS: usize = 1000;
     let backend = testbed.backend(family)?;
@@ -277,7 +278,8 @@ fn killed_in_sessions(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     })
 }
 
-/// A backend that lets nobody in without a header, until it is over. The listener does not block.
+/// A backend that accepts only connections with a header, until stopped. The listener does not
+/// block.
 pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<()> {
     while !over.load(Ordering::Relaxed) {
         let (mut server, _) = match backend.accept() {
@@ -294,13 +296,13 @@ pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<
         server.read_exact(&mut seen)?;
         ensure!(seen == *b"\r\n\r\n\0\r\nQUIT\n", "no header but {seen:02x?}");
         server.write_all(b"220 hello\r\n")?;
-        // Until the client's FIN: the rest of the header, and its word.
+        // Reads until the client's FIN: the rest of the header, and the client's message.
         std::io::copy(&mut server, &mut std::io::sink())?;
     }
     Ok(())
 }
 
-/// One client of such a backend, from its beginning to its end.
+/// One client of such a backend, from start to end.
 pub(crate) fn session(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let mut client = testbed.client(family)?;
     expect(&mut client, b"220 hello\r\n")?;

@@ -1,5 +1,5 @@
-//! The first packets of a connection lost, repeated, late or in another order. The header is in nobody's retransmission queue:
-//! the programs must send it again.
+//! The first packets of a connection lost, duplicated, delayed or reordered. The header is in no
+//! host's retransmission queue: the programs must send it again.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -63,7 +63,8 @@ fn from_backend_bare(seen: &Seen<'_>) -> bool {
     seen.at(Side::Backend, Way::ToClient) && seen.is_bare_ack()
 }
 
-/// Drops the first `times` packets that fit; the transfer is complete, and its first byte came within `limit` milliseconds.
+/// Drops the first `times` matching packets; the transfer must complete, and its first byte must
+/// arrive within `limit` milliseconds.
 pub(crate) fn lost(
     testbed: &WireTestbed,
     family: Family,
@@ -101,8 +102,8 @@ fn header_lost(
     lost(testbed, family, first, times, limit, |seen| seen.is_header())
 }
 
-/// Nobody but the backend's SYN-ACK timer asks here: after 1, 2, 4, 8 and 16 seconds, as it does when the last packet of any
-/// handshake is lost. Hence both families at once.
+/// Only the backend's SYN-ACK timer causes a retransmission here: after 1, 2, 4, 8 and 16 seconds,
+/// as when the last packet of any handshake is lost. Hence both families at once.
 pub(crate) fn header_lost_server_first(testbed: &WireTestbed, times: u32) -> anyhow::Result<()> {
     let mut dropped = HashMap::<SocketAddr, u32>::new();
     let _faulty = testbed.wire.faults(move |seen| {
@@ -162,7 +163,8 @@ fn a_tenth_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As long as it cannot get the header, a backend asks with every segment that comes; the answers stay few.
+/// While it does not get the header, a backend requests it with every segment that arrives; the
+/// responses stay few.
 fn asks_without_end(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const BLIND: Duration = Duration::from_millis(500);
     let before = testbed.counted("header_retransmitted")?;
@@ -178,8 +180,8 @@ fn asks_without_end(testbed: &WireTestbed, family: Family) -> anyhow::Result<()>
     Ok(())
 }
 
-/// The same question a thousand times, as fast as a machine can, and no header reaches it: no more answers than one for each
-/// half millisecond.
+/// The same request a thousand times, as fast as possible, and no header arrives: at most one
+/// response per half millisecond.
 fn asks_at_once(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let before = (testbed.counted("header_retransmitted")?, testbed.counted("too_soon")?);
     let mut left = 1;
@@ -207,7 +209,7 @@ fn asks_at_once(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Numbers without order, the same in every run (xorshift32).
+/// Pseudo-random numbers, the same in every run (xorshift32).
 pub(crate) struct Order(pub(crate) u32);
 
 impl Order {

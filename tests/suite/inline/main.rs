@@ -1,6 +1,8 @@
-//! The inline engine, packet by packet: real TCP at both ends, NAT by nftables, and faults that hit single packets.
+//! The inline engine, packet by packet: real TCP on both sides, NAT by nftables, and faults that
+//! hit single packets.
 //!
-//! What takes long runs only when asked for: `cargo test -p injector-suite --test inline -- --ignored`, as root.
+//! Slow trials run only on request: `cargo test -p injector-suite --test inline -- --ignored`, as
+//! root.
 
 mod arbitrary;
 mod attachment;
@@ -28,7 +30,7 @@ use wire_testbed::WireTestbed;
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // They share addresses.
+    // Trials share addresses.
     arguments.test_threads.get_or_insert(1);
     let shared = Arc::new(Mutex::new(Shared::default()));
     let mut trials = Vec::new();
@@ -68,7 +70,7 @@ fn main() {
         trials.push(trial(&shared, name, run).with_ignored_flag(slow));
     }
     trials.extend(arbitrary(&shared, "identity", Layer::Ethernet, 1600));
-    // Other programs, which differ in where the packet begins.
+    // Different programs, for packets that begin with the IP header.
     for (family, (name, run)) in areas.into_iter().flat_map(|(_, of_area)| each(of_area)) {
         if HEADERLESS.contains(&name) {
             let name = format!("headerless/{}/{name}", family.name());
@@ -95,9 +97,9 @@ fn main() {
     conclusion.exit();
 }
 
-/// What a trial does for an address family.
+/// A trial for an address family.
 type Run = fn(&Testbed, Family) -> anyhow::Result<()>;
-/// The same, between the links that it holds in its hands.
+/// The same, with links that the test controls.
 type WireRun = fn(&WireTestbed, Family) -> anyhow::Result<()>;
 
 /// Every trial for both families.
@@ -107,7 +109,7 @@ fn each(
     Family::ALL.into_iter().flat_map(move |family| trials.iter().map(move |trial| (family, *trial)))
 }
 
-/// What is tried on devices without a link-layer header as well: every way through the programs.
+/// Trials that also run on devices without a link-layer header: every path through the programs.
 const HEADERLESS: &[&str] = &[
     "header lost once, client first",
     "everything twice",
@@ -125,7 +127,7 @@ const HEADERLESS: &[&str] = &[
     "urgent data",
 ];
 
-/// Every packet's checksums must have been right, and a failure comes with the packets.
+/// Every packet's checksums must be correct, and a failure includes the last packets.
 fn on_wire(testbed: &WireTestbed, family: Family, run: WireRun) -> anyhow::Result<()> {
     checked(testbed, run(testbed, family))
 }
@@ -136,7 +138,7 @@ fn checked(testbed: &WireTestbed, outcome: anyhow::Result<()>) -> anyhow::Result
         .map_err(|error| error.context(format!("last packets:\n{}\n", testbed.wire.trace())))
 }
 
-/// Arbitrary segments of so many clients, for both families.
+/// Arbitrary segments of a number of clients, for both families.
 fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usize) -> [Trial; 2] {
     Family::ALL.map(|family| {
         let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
@@ -147,10 +149,10 @@ fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usi
     })
 }
 
-/// What trials have in common, made when the first asks for it.
+/// What trials share, created when first needed.
 #[derive(Default)]
 struct Shared {
-    // In the order in which they go.
+    // Dropped in this order.
     wire_testbed: Option<WireTestbed>,
     testbed: Option<Arc<Testbed>>,
 }
@@ -168,7 +170,7 @@ impl Shared {
     fn wire_testbed(&mut self, layer: Layer) -> anyhow::Result<&WireTestbed> {
         let testbed = self.testbed()?;
         if self.wire_testbed.as_ref().is_none_or(|testbed| testbed.layer != layer) {
-            // They share addresses.
+            // Both have the same addresses.
             self.wire_testbed = None;
             self.wire_testbed = Some(WireTestbed::new(&testbed, layer)?);
         }

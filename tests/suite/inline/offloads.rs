@@ -1,6 +1,7 @@
-//! Checksums, with the devices' offloads on and off, seen on the backend's device.
+//! Checksums, with the devices' offloads on and off, observed on the backend's device.
 //!
-//! The links of [`crate::wire`] have none either; here it is veth, which hands unfinished checksums and large segments on.
+//! The links of [`crate::wire`] have no offloads; here it is veth, which forwards unfinished
+//! checksums and large segments.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -21,10 +22,11 @@ use crate::wire_testbed::through;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[("all off, checksums compared", all_off)];
 
-/// Of which device, in which namespace.
+/// A namespace, and a device in it.
 type End<'a> = (&'a Netns, &'static str);
 
-/// A transfer each way; every segment that the backend's device receives or sends has the right checksums.
+/// A transfer in each direction; every segment that the backend's device receives or sends has
+/// correct checksums.
 fn all_off(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let topology = &testbed.topology;
     let _off = everywhere_off(testbed)?;
@@ -33,7 +35,7 @@ fn all_off(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let counts = std::thread::scope(|scope| {
         let capturing = scope.spawn(|| capture.until(&done));
         let outcome = transfer(testbed, family);
-        // What is on its way.
+        // Packets in flight.
         std::thread::sleep(Duration::from_millis(20));
         done.store(true, Ordering::Relaxed);
         let counts = capturing.join().map_err(|_| anyhow!("panicked"))??;
@@ -45,13 +47,13 @@ fn all_off(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More than the sequence numbers have room for, segment by segment and with checksums that are really computed.
+/// More bytes than sequence numbers can count, segment by segment and with computed checksums.
 pub(crate) fn five_gibibytes(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let _off = everywhere_off(testbed)?;
     tcp::five_gibibytes(testbed, family)
 }
 
-/// Off on every device, until this is dropped.
+/// Offloads are off on every device, until this is dropped.
 fn everywhere_off(testbed: &Testbed) -> anyhow::Result<Vec<Offloads<'_>>> {
     let topology = &testbed.topology;
     let ends: [End<'_>; 4] = [
@@ -99,7 +101,7 @@ impl Counts {
     }
 }
 
-/// All that passes a device (packet(7)).
+/// All packets of a device (packet(7)).
 struct Capture(File);
 
 impl Capture {
@@ -114,7 +116,7 @@ impl Capture {
             )
         };
         ensure!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
-        // SAFETY: just made, and nobody else's.
+        // SAFETY: just created, and owned by no other value.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         socket2::SockRef::from(&socket).set_recv_buffer_size(32 << 20)?;
         // SAFETY: plain integers, for which zeros are valid.
@@ -150,9 +152,10 @@ impl Capture {
     }
 }
 
-/// Every offload of a device, as `ethtool --offload` has them (include/uapi/linux/ethtool.h): how to ask, and to set.
+/// Every offload of a device, as `ethtool --offload` has them (include/uapi/linux/ethtool.h): the
+/// commands to get and to set it.
 const OFFLOADS: [(u32, u32); 6] = [
-    // Generic receive, generic send, TCP send, scatter and gather, checksums sent and received.
+    // Generic receive, generic send, TCP send, scatter-gather, checksums sent and received.
     (0x2b, 0x2c),
     (0x23, 0x24),
     (0x1e, 0x1f),
@@ -161,7 +164,7 @@ const OFFLOADS: [(u32, u32); 6] = [
     (0x14, 0x15),
 ];
 
-/// A device's offloads as they were, which return.
+/// A device's previous offloads, restored on drop.
 struct Offloads<'a> {
     end: End<'a>,
     before: Vec<u32>,
@@ -191,7 +194,7 @@ impl Drop for Offloads<'_> {
     fn drop(&mut self) {
         let (netns, device) = self.end;
         let switch = || {
-            // Checksums first: what segments needs them.
+            // Checksums first: segmentation needs them.
             OFFLOADS
                 .into_iter()
                 .zip(&self.before)

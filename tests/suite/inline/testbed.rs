@@ -1,5 +1,5 @@
-//! The three namespaces, address translation as somebody else would set it up, an injector with the inline engine, and plain
-//! sockets at both ends.
+//! The three namespaces, NAT rules of the test, an injector with the inline engine, and plain
+//! sockets on both sides.
 
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -17,12 +17,12 @@ pub(crate) use injector_testbed::sockets::{LIMIT, accept, accept_within, expect,
 
 /// Where clients connect.
 pub(crate) const PORT: u16 = 2500;
-/// The same, where a protocol is spoken in which they speak first.
+/// The same, for a protocol in which clients speak first.
 pub(crate) const TLS_PORT: u16 = 2501;
 /// Where the backend listens.
 pub(crate) const BACKEND_PORT: u16 = 12500;
 
-/// The namespaces, made once.
+/// The namespaces, shared by all trials.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -34,7 +34,7 @@ impl Testbed {
         Ok(Self { topology: Topology::new()?, bpffs: BpfFs::mount()? })
     }
 
-    /// An injector for both families, with NAT by this test's own rules.
+    /// An injector for both families, with this test's own NAT rules.
     pub(crate) fn injector(&self, protocol: &str, extra: &str) -> anyhow::Result<Inline> {
         let nat = self.nat()?;
         let injector = Injector::start(&self.topology.edge, &self.config(protocol, extra))?;
@@ -45,7 +45,7 @@ impl Testbed {
         Nat::new(&self.topology.edge, "test-nat", VIP_INLINE, MAIL, EDGE_INSIDE)
     }
 
-    /// What injectors of [`Self::config`] leave.
+    /// Detaches what injectors of [`Self::config`] leave.
     pub(crate) fn attached(&self) -> Attached {
         Attached { edge: self.topology.edge.entrance(), pin: self.bpffs.path().to_owned() }
     }
@@ -76,10 +76,10 @@ impl Testbed {
     }
 }
 
-/// An injector whose programs come off when it is dropped.
+/// An injector whose programs are detached on drop.
 #[derive(Debug)]
 pub(crate) struct Inline {
-    // In the order in which they go.
+    // Dropped in this order.
     pub(crate) injector: Injector,
     _attached: Attached,
     _nat: Nat,
@@ -93,7 +93,7 @@ impl std::ops::Deref for Inline {
     }
 }
 
-/// What an injector leaves in the kernel.
+/// What an injector leaves in the kernel; detached on drop.
 #[derive(Debug)]
 pub(crate) struct Attached {
     pub(crate) edge: Entrance,
@@ -132,7 +132,8 @@ pub(crate) struct Nat {
 }
 
 impl Nat {
-    /// From [`PORT`] and [`TLS_PORT`] of `vip` to [`BACKEND_PORT`] of `backend`, which sees `inside` as its client.
+    /// From [`PORT`] and [`TLS_PORT`] of `vip` to [`BACKEND_PORT`] of `backend`, which sees
+    /// `inside` as its client.
     pub(crate) fn new(
         edge: &Netns,
         table: &'static str,
@@ -166,7 +167,8 @@ impl Drop for Nat {
     }
 }
 
-/// Reads the header, which must be whole: the client that it names, and where that connected to.
+/// Reads the header, which must be complete; returns the client that it names, and the client's
+/// destination.
 pub(crate) fn header(stream: &mut TcpStream) -> anyhow::Result<(SocketAddr, SocketAddr)> {
     let mut seen = Vec::new();
     loop {
@@ -184,7 +186,7 @@ pub(crate) fn header(stream: &mut TcpStream) -> anyhow::Result<(SocketAddr, Sock
     }
 }
 
-/// Reads the header, which must name the client as it is at its own end.
+/// Reads the header, which must name the client's own addresses.
 pub(crate) fn own_header(stream: &mut TcpStream, client: &TcpStream) -> anyhow::Result<()> {
     let (source, destination) = header(stream)?;
     ensure!(source == client.local_addr()?, "the header says {source}");

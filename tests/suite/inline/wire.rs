@@ -1,7 +1,9 @@
-//! Two links whose every packet passes through the test, which may lose it, repeat it, hold it back or add others.
+//! Two links whose every packet passes through the test, which may drop, duplicate, delay or add
+//! packets.
 //!
-//! Each link is a pair of tap (or tun) devices. Their kernel ends have no offloads, so what the test sees are packets as they
-//! would be on a cable: single segments with final checksums. All of them are verified.
+//! Each link is a pair of tap (or tun) devices. The kernel devices have no offloads, so the test
+//! sees packets as on a cable: single segments with final checksums. The test verifies all
+//! checksums.
 
 use std::collections::{BinaryHeap, HashSet, VecDeque};
 use std::fmt;
@@ -28,16 +30,16 @@ pub(crate) enum Layer {
     Ip,
 }
 
-/// Which of the two links.
+/// One of the two links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
-    /// Between client and edge: numbers as the client has them.
+    /// Between client and edge: sequence numbers as the client has them.
     Client,
-    /// Between edge and backend: numbers as the backend has them.
+    /// Between edge and backend: sequence numbers as the backend has them.
     Backend,
 }
 
-/// Which way a packet goes.
+/// The direction of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     ToBackend,
@@ -51,9 +53,9 @@ pub(crate) enum Fate {
     Drop,
     Twice,
     Late(Duration),
-    /// It is lost, and whoever has sent it gets this frame.
+    /// It is dropped, and its sender gets this frame.
     Answer(Vec<u8>),
-    /// It goes between these, which are whole frames.
+    /// It is sent between these whole frames.
     Between(Vec<Vec<u8>>, Vec<Vec<u8>>),
 }
 
@@ -62,7 +64,7 @@ pub(crate) struct Seen<'a> {
     pub(crate) side: Side,
     pub(crate) way: Way,
     pub(crate) frame: &'a [u8],
-    /// Where the IP header stands in it.
+    /// The offset of the IP header.
     pub(crate) ip_at: usize,
     pub(crate) ip: &'a NetSlice<'a>,
     pub(crate) tcp: &'a TcpSlice<'a>,
@@ -78,7 +80,7 @@ impl Seen<'_> {
         self.side == side && self.way == way
     }
 
-    /// An acknowledgement and nothing else.
+    /// A pure acknowledgement.
     pub(crate) fn is_bare_ack(&self) -> bool {
         self.tcp.ack()
             && !self.tcp.syn()
@@ -99,7 +101,7 @@ impl Seen<'_> {
         self.tcp.syn() && self.tcp.ack()
     }
 
-    /// Who has sent it.
+    /// The sender.
     pub(crate) fn source(&self) -> SocketAddr {
         let ip: IpAddr = match self.ip {
             NetSlice::Ipv4(ip) => ip.header().source_addr().into(),
@@ -109,7 +111,7 @@ impl Seen<'_> {
         SocketAddr::new(ip, self.tcp.source_port())
     }
 
-    /// The port that tells connections apart.
+    /// The port that identifies the connection.
     fn client_port(&self) -> u16 {
         match self.way {
             Way::ToBackend => self.tcp.source_port(),
@@ -118,7 +120,8 @@ impl Seen<'_> {
     }
 }
 
-/// Whether the checksums of IP and TCP are what they should be. Zero has two forms (RFC 1624), and the kernel sends either.
+/// Whether the checksums of IP and TCP are correct. Zero has two forms (RFC 1624), and the kernel
+/// sends either.
 pub(crate) fn sums_are_right(ip: &NetSlice<'_>, tcp: &TcpSlice<'_>) -> bool {
     let same =
         |one: u16, other: u16| one == other || (matches!(one, 0 | 0xFFFF) && matches!(other, 0 | 0xFFFF));
@@ -138,10 +141,10 @@ pub(crate) fn sums_are_right(ip: &NetSlice<'_>, tcp: &TcpSlice<'_>) -> bool {
     }
 }
 
-/// Decides on every packet of the connections that begin while it is in place.
+/// Decides on every packet of the connections that start while it is active.
 type Faults = Box<dyn FnMut(&Seen<'_>) -> Fate + Send>;
 
-/// One packet, for the report of a trial that failed.
+/// One packet, for the report of a failed trial.
 #[derive(Clone)]
 struct Line {
     at: Instant,
@@ -155,15 +158,15 @@ struct Line {
     fate: String,
 }
 
-/// Packets remembered,
+/// Packets that are recorded,
 const TRACE: usize = 4096;
-/// and shown when a trial fails.
+/// and printed when a trial fails.
 const SHOWN: usize = 120;
 
 #[derive(Default)]
 struct State {
     faults: Option<Faults>,
-    /// Ports of clients that began since.
+    /// Ports of clients that have started since.
     born: HashSet<u16>,
     trace: VecDeque<Line>,
     wrong_sums: Vec<String>,
@@ -186,7 +189,7 @@ impl Shared {
     }
 }
 
-/// The two links; the devices go when it is dropped.
+/// The two links; the devices are removed on drop.
 pub(crate) struct Wire {
     shared: Arc<Shared>,
     carrier: Option<JoinHandle<()>>,
@@ -199,11 +202,12 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    /// Makes the devices: of the client, of the edge on its side, of the edge on the backend's side, of the backend.
+    /// Creates the devices: the client's, the edge's on the client side, the edge's on the backend
+    /// side, the backend's.
     pub(crate) fn new(ends: [(&Netns, &str); 4], layer: Layer) -> anyhow::Result<Self> {
         let [a, b, c, d] = ends.map(|(netns, name)| {
             let file = netns.run(|| device(name, layer))?.with_context(|| format!("device {name}"))?;
-            // Room for all that a trial sends at once: what is lost here is lost on purpose.
+            // A queue for everything that a trial sends at once: packets are lost only on purpose.
             netns.ip(&["link", "set", name, "txqueuelen", "10000", "up"])?;
             anyhow::Ok(file)
         });
@@ -217,18 +221,18 @@ impl Wire {
         Ok(Self { shared, carrier: Some(carrier) })
     }
 
-    /// From now on, and until the guard is dropped, this decides.
+    /// Activates the faults until the guard is dropped.
     pub(crate) fn faults(&self, faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static) -> Faulty<'_> {
         self.reset(Some(Box::new(faults)));
         Faulty(self)
     }
 
-    /// The faults are also for a client with this port, though NAT may give it another.
+    /// Applies the faults to a client with this port as well, although NAT may give it another.
     pub(crate) fn watch(&self, port: u16) {
         self.shared.state().born.insert(port);
     }
 
-    /// Puts a frame onto a link.
+    /// Sends a frame on a link.
     pub(crate) fn inject(&self, side: Side, way: Way, frame: &[u8]) -> io::Result<()> {
         (&self.shared.ends[end(side, way)]).write(frame).map(drop)
     }
@@ -241,18 +245,19 @@ impl Wire {
         Ok(std::mem::take(&mut state.segments))
     }
 
-    /// The sequence numbers of the segments that ICMP errors to the client have quoted since the faults began.
+    /// The sequence numbers of the segments that ICMP errors to the client have quoted since the
+    /// faults began.
     pub(crate) fn quoted(&self) -> Vec<u32> {
         self.shared.state().quoted.clone()
     }
 
-    /// The last packets, and what became of them.
+    /// The last packets, and their fates.
     pub(crate) fn trace(&self) -> String {
         let state = self.shared.state();
         lines(state.trace.iter().skip(state.trace.len().saturating_sub(SHOWN)))
     }
 
-    /// Those of one client, by its port.
+    /// The last packets of one client, by its port.
     pub(crate) fn trace_of(&self, port: u16) -> String {
         lines(self.shared.state().trace.iter().filter(|line| line.ports.0 == port || line.ports.1 == port))
     }
@@ -287,7 +292,7 @@ impl Drop for Wire {
     }
 }
 
-/// As long as it lives, faults happen.
+/// The faults are active while this exists.
 #[derive(Debug)]
 pub(crate) struct Faulty<'a>(&'a Wire);
 
@@ -298,7 +303,7 @@ impl Drop for Faulty<'_> {
     }
 }
 
-/// The end that packets of this link and way are written to.
+/// The device that packets of this link and direction are written to.
 const fn end(side: Side, way: Way) -> usize {
     match (side, way) {
         (Side::Client, Way::ToClient) => 0,
@@ -308,7 +313,7 @@ const fn end(side: Side, way: Way) -> usize {
     }
 }
 
-/// A packet that waits; the earliest is the greatest.
+/// A delayed packet; the earliest compares greatest.
 #[derive(PartialEq, Eq)]
 struct Waiting {
     due: Instant,
@@ -329,7 +334,7 @@ impl PartialOrd for Waiting {
     }
 }
 
-/// Carries packets until the wire is dropped.
+/// Forwards packets until the wire is dropped.
 fn carry(shared: &Shared) {
     const ROUTES: [(usize, Side, Way); 4] = [
         (0, Side::Client, Way::ToBackend),
@@ -350,7 +355,7 @@ fn carry(shared: &Shared) {
         let pause = waiting.peek().map_or(Duration::from_millis(20), |packet| packet.due - now);
         wait(fds, pause);
         for (from, side, way) in ROUTES {
-            // A few from each in turn: none may starve the others.
+            // A few from each in turn, so that none starves the others.
             for _ in 0..32 {
                 let Ok(len) = (&shared.ends[from]).read(&mut frame) else { break };
                 forward(shared, side, way, &frame[..len], &mut waiting);
@@ -413,7 +418,7 @@ fn judge(shared: &Shared, side: Side, way: Way, frame: &[u8]) -> Fate {
         _ => Fate::Pass,
     };
     let line = describe(&seen, &fate);
-    // Of what the edge sends: what the ends send is their own business.
+    // Only of what the edge sends; the hosts are not under test.
     let by_edge = matches!((side, way), (Side::Client, Way::ToClient) | (Side::Backend, Way::ToBackend));
     if by_edge && !sums_are_right(seen.ip, seen.tcp) && state.wrong_sums.len() < 8 {
         state
@@ -434,7 +439,7 @@ fn quoted(transport: &TransportSlice<'_>) -> Option<u32> {
         TransportSlice::Icmpv6(icmp) => icmp.payload(),
         _ => return None,
     };
-    // It may be cut off.
+    // The quote may be truncated.
     let packet = LaxSlicedPacket::from_ip(quote).ok()?;
     match packet.transport {
         Some(TransportSlice::Tcp(tcp)) => Some(tcp.sequence_number()),
@@ -463,7 +468,7 @@ fn describe(seen: &Seen<'_>, fate: &Fate) -> Line {
     }
 }
 
-/// A device whose queue is full loses packets, as a network does.
+/// A device whose queue is full drops packets, as a network does.
 fn write(shared: &Shared, to: usize, frame: &[u8]) {
     let _ = (&shared.ends[to]).write(frame);
 }
@@ -475,7 +480,7 @@ fn wait(fds: [RawFd; 4], pause: Duration) {
     unsafe { libc::ppoll(polled.as_mut_ptr(), 4, &raw const pause, std::ptr::null()) };
 }
 
-/// Makes a tap or tun device in this thread's namespace, which lives as long as the file is open.
+/// Creates a tap or tun device in this thread's namespace, which exists while the file is open.
 fn device(name: &str, layer: Layer) -> io::Result<File> {
     // SAFETY: plain integers and bytes, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

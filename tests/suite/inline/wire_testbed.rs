@@ -1,5 +1,5 @@
-//! An injector between two links that the test holds in its hands (see [`crate::wire`]): beside the testbed's own devices, with
-//! addresses of its own. It is made once for all trials of a kind.
+//! An injector between two links that the test controls (see [`crate::wire`]), beside the testbed's
+//! own devices and with its own addresses. It is created once for all trials of a kind.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
@@ -23,7 +23,7 @@ const OUTSIDE: Place =
     place(Ipv4Addr::new(198, 51, 101, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 1));
 const INSIDE: Place = place(Ipv4Addr::new(10, 26, 0, 1), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 1));
 const BACKEND: Place = place(Ipv4Addr::new(10, 26, 0, 2), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 2));
-/// An address of the edge that nothing else of this target uses.
+/// An address of the edge that nothing else in this target uses.
 const VIP: Place = VIP_RELAY;
 
 const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
@@ -32,7 +32,7 @@ const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
 
 #[derive(Debug)]
 pub(crate) struct WireTestbed {
-    // In the order in which they go.
+    // Dropped in this order.
     pub(crate) injector: Injector,
     _attached: Attached,
     _nat: Nat,
@@ -55,7 +55,7 @@ impl WireTestbed {
             netns.ip(&["address", "add", &format!("{}/24", place.v4), "dev", device])?;
             netns.ip(&["address", "add", &format!("{}/64", place.v6), "dev", device, "nodad"])?;
         }
-        // The public address, and for those who try: the backend's own.
+        // The public address, and for attempts to bypass it, the backend's own.
         for (to, via) in [
             (VIP.v4.to_string(), OUTSIDE.v4.to_string()),
             (VIP.v6.to_string(), OUTSIDE.v6.to_string()),
@@ -64,7 +64,7 @@ impl WireTestbed {
         ] {
             topology.client.ip(&["route", "replace", &to, "via", &via, "dev", "wire"])?;
         }
-        // Strangers are answered by a cable that leads nowhere.
+        // Packets to forged sources go to a link without a host.
         for (to, via) in
             [("203.0.0.0/16", CLIENT.v4.to_string()), ("2001:db8:ee::/64", CLIENT.v6.to_string())]
         {
@@ -113,12 +113,12 @@ impl WireTestbed {
         self.client_by(family, |_| Ok(()))
     }
 
-    /// The same to where the header waits for the client's first bytes.
+    /// The same to the listener where the header waits for the client's first bytes.
     pub(crate) fn client_awaited(&self, family: Family) -> anyhow::Result<TcpStream> {
         self.client_to(tls(family), |_| Ok(()))
     }
 
-    /// To the public address, by a socket that was prepared.
+    /// To the public address, from a prepared socket.
     pub(crate) fn client_by(
         &self,
         family: Family,
@@ -143,13 +143,13 @@ impl WireTestbed {
         Ok(client)
     }
 
-    /// A connection, the header read and compared; and how long until the first byte had come: the banner at the client, or
-    /// what the client says at the backend.
+    /// Opens a connection, reads and checks the header, and measures the time to the first byte:
+    /// the banner at the client, or the client's first bytes at the backend.
     pub(crate) fn connection(&self, family: Family, first: First) -> anyhow::Result<Connection> {
         self.connection_within(family, first, LIMIT)
     }
 
-    /// The same with more patience.
+    /// The same with another time limit.
     pub(crate) fn connection_within(
         &self,
         family: Family,
@@ -160,7 +160,7 @@ impl WireTestbed {
         self.connection_at(&listener, family, first, limit)
     }
 
-    /// The same by a client's socket that was prepared.
+    /// The same from a prepared client socket.
     pub(crate) fn connection_by(
         &self,
         family: Family,
@@ -171,7 +171,7 @@ impl WireTestbed {
         self.connect(&listener, family, first, LIMIT, prepare)
     }
 
-    /// The same with a backend that is there already.
+    /// The same with an existing backend.
     pub(crate) fn connection_at(
         &self,
         listener: &TcpListener,
@@ -220,16 +220,16 @@ impl WireTestbed {
         })
     }
 
-    /// How often a program has counted this.
+    /// The count of this event in the programs.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, and small")]
     pub(crate) fn counted(&self, event: &str) -> anyhow::Result<u64> {
         let metrics = self.injector.metrics()?;
         Ok(metrics.sum(BPF_EVENTS, &[("event", event)]) as u64)
     }
 
-    /// The line of one client's connection, which has ended.
+    /// The log line of one client's connection, which has ended.
     pub(crate) fn session(&self, client: SocketAddr, asked: SocketAddr) -> anyhow::Result<Session> {
-        // The same port of the client may have been that of another trial, which asked for another port.
+        // Another trial may have used the same client port, with another destination port.
         let is_its = |session: &Session| {
             session.client() == Some(client) && session.field("local").as_deref() == Some(&asked.to_string())
         };
@@ -245,12 +245,12 @@ impl WireTestbed {
     }
 }
 
-/// Who speaks first.
+/// Which side speaks first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum First {
     Server,
     Client,
-    /// The client, where the protocol says that it does: the header waits for it.
+    /// The client, according to the protocol: the header waits for its first bytes.
     ClientAwaited,
 }
 
@@ -258,7 +258,7 @@ impl First {
     pub(crate) const ALL: [Self; 3] = [Self::Server, Self::Client, Self::ClientAwaited];
 }
 
-/// Kernel settings of a namespace, which go back to what they were.
+/// A kernel setting of a namespace, restored on drop.
 #[derive(Debug)]
 pub(crate) struct Setting<'a> {
     netns: &'a Netns,
@@ -283,17 +283,17 @@ impl Drop for Setting<'_> {
     }
 }
 
-/// Both ends of a connection through the injector, after the header.
+/// Both sides of a connection through the injector, after the header.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) client: TcpStream,
     pub(crate) server: TcpStream,
-    /// Until the first byte.
+    /// Time to the first byte.
     pub(crate) took: Duration,
 }
 
 impl Connection {
-    /// Moves so many bytes each way at once, then ends it, and compares.
+    /// Transfers a number of bytes in each direction at once, closes, and compares.
     pub(crate) fn finish(&self, bytes: usize) -> anyhow::Result<()> {
         std::thread::scope(|scope| {
             let up = scope.spawn(|| through(&self.client, &self.server, bytes, 0));
@@ -303,7 +303,7 @@ impl Connection {
     }
 }
 
-/// Sends bytes of a known sequence and a FIN; at the other end exactly they must come out.
+/// Sends known bytes and a FIN; the other side must receive exactly these.
 pub(crate) fn through(
     mut from: &TcpStream,
     mut to: &TcpStream,
@@ -326,7 +326,7 @@ pub(crate) fn public(family: Family) -> SocketAddr {
     SocketAddr::new(VIP.of(family), PORT)
 }
 
-/// Where they connect to speak first.
+/// Where clients connect that speak first.
 pub(crate) fn tls(family: Family) -> SocketAddr {
     SocketAddr::new(VIP.of(family), TLS_PORT)
 }

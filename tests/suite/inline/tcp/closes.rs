@@ -14,7 +14,7 @@ use crate::testbed::{LIMIT, accept, expect, own_header};
 use crate::wire::{Fate, Side, Way};
 use crate::wire_testbed::{self, First, WireTestbed, through};
 
-/// One way ends, the other goes on.
+/// One direction closes, the other continues.
 pub(super) fn half_close(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
     let connection = testbed.connection(family, First::Server)?;
     let (first, last) = match way {
@@ -49,7 +49,7 @@ pub(super) fn simultaneous_close(testbed: &WireTestbed, family: Family) -> anyho
     Ok(())
 }
 
-/// The other end sees it at once.
+/// The other side sees the reset at once.
 pub(super) fn reset(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
     let connection = testbed.connection(family, First::Server)?;
     let address = connection.client.local_addr()?;
@@ -71,7 +71,7 @@ pub(super) fn reset(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::
     Ok(())
 }
 
-/// The header was lost, then the client resets: the backend has a connection, and learns that it is none.
+/// The header is lost, then the client resets: the backend's connection is reset.
 pub(super) fn early_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let mut dropped = 0;
     let _faulty = testbed.wire.faults(move |seen| {
@@ -80,13 +80,13 @@ pub(super) fn early_reset(testbed: &WireTestbed, family: Family) -> anyhow::Resu
     });
     let listener = testbed.backend(family)?;
     let mut client = testbed.client(family)?;
-    // The first data gives the backend its connection, without the header.
+    // The first data opens the connection at the backend, without the header.
     client.write_all(b"EHLO")?;
     let mut server = accept(&listener)?;
     SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
     drop(client);
     let start = Instant::now();
-    // Perhaps it gets the header first, but never data without it, and no clean end.
+    // It may get the header first, but never data without it, and no clean end.
     let mut seen = Vec::new();
     let outcome = server.read_to_end(&mut seen);
     ensure!(
@@ -98,8 +98,8 @@ pub(super) fn early_reset(testbed: &WireTestbed, family: Family) -> anyhow::Resu
     Ok(())
 }
 
-/// The client is refused at once, and that is counted. It is no line of the log: nobody has shown that the SYN came from where it
-/// says.
+/// The client is refused at once, and that is counted. It has no log line, because the source of
+/// the SYN is not verified.
 pub(super) fn refused(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let closed = || -> anyhow::Result<f64> {
         let labels = [("listener", "wire"), ("reason", "backend_refused")];
@@ -122,7 +122,7 @@ pub(super) fn refused(testbed: &WireTestbed, family: Family) -> anyhow::Result<(
     Ok(())
 }
 
-/// The same addresses and ports at once again, several times.
+/// The same addresses and ports are reused at once, several times.
 pub(super) fn same_ports(testbed: &WireTestbed, family: Family, by_reset: bool) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
     let mut port = 0;
@@ -141,7 +141,7 @@ pub(super) fn same_ports(testbed: &WireTestbed, family: Family, by_reset: bool) 
             let outcome = server.read(&mut [0; 8]);
             ensure!(outcome.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "no reset");
         } else {
-            // The backend's FIN comes first, and so it is there that TIME_WAIT is found by the next turn.
+            // The backend sends its FIN first, so that the next round meets its TIME_WAIT.
             server.shutdown(Shutdown::Write)?;
             ensure!(client.read(&mut [0; 8])? == 0, "bytes in place of an end");
             through(&client, &server, 10_000, turn)?;
@@ -150,7 +150,8 @@ pub(super) fn same_ports(testbed: &WireTestbed, family: Family, by_reset: bool) 
     Ok(())
 }
 
-/// Connects from this port, as soon as the client's kernel has seen the end of the connection before.
+/// Connects from this port, as soon as the client's kernel has seen the end of the previous
+/// connection.
 fn again_from(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<TcpStream> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {

@@ -1,4 +1,5 @@
-//! What TCP is made of goes through: its options, windows, ends and errors, losses in mid-stream and numbers that wrap around.
+//! TCP features pass unchanged: options, windows, closes and errors, losses in mid-stream, and
+//! sequence numbers that wrap around.
 
 mod closes;
 mod options;

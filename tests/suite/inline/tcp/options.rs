@@ -12,7 +12,7 @@ use crate::losses::Order;
 use crate::wire::{Fate, Seen, Side, Way};
 use crate::wire_testbed::{First, Setting, WireTestbed};
 
-/// With these settings at both ends: the header lost once, and packets in mid-stream.
+/// With these settings on both sides: the header is lost once, and packets in mid-stream.
 pub(super) fn with(
     testbed: &WireTestbed,
     family: Family,
@@ -38,13 +38,15 @@ pub(super) fn with(
     Ok(())
 }
 
-/// The backend remembers nothing of the SYN: the header's segment must carry the very numbers that prove it.
+/// The backend stores nothing about the SYN: the header's segment must carry the numbers that prove
+/// it.
 pub(super) fn syn_cookies(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let _always = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
     First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
-/// Every block that the client is told of is of what it has sent and not of what it was told has come.
+/// Every SACK block that the client receives covers bytes that it has sent and that are not yet
+/// acknowledged.
 pub(super) fn sack(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let seen_blocks = Arc::new(AtomicU32::new(0));
     let wrong = Arc::new(Mutex::new(Vec::new()));

@@ -14,8 +14,9 @@ use super::BYTES;
 use crate::wire::{Fate, Layer, Seen, Side, Way};
 use crate::wire_testbed::{First, WireTestbed, through};
 
-/// Behind the edge there is a narrower link, whose router says so: the client must be told in its own numbers, believe it, and
-/// send less at once. (Linux takes any number of what is under way; others need not.)
+/// A router in front of a narrower link behind the edge sends ICMP errors: the client must get them
+/// with its own sequence numbers, accept them, and send less at once. (Linux accepts any number in
+/// flight; other systems need not.)
 pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const MTU: u16 = 1300;
     let answers = Arc::new(AtomicU32::new(0));
@@ -43,7 +44,8 @@ pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<
     forget_path_mtu(testbed)
 }
 
-/// A narrower link behind the edge, whose router answers what is too big for it, and counts that.
+/// A narrower link behind the edge, whose router responds to packets that are too big, and counts
+/// them.
 pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &AtomicU32) -> Fate {
     let too_big = seen.frame.len() - seen.ip_at > usize::from(mtu);
     if !seen.at(Side::Backend, Way::ToBackend) || !too_big {
@@ -53,14 +55,14 @@ pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &Ato
     too_big_for(seen, layer, mtu).map_or(Fate::Drop, Fate::Answer)
 }
 
-/// The client remembers for ten minutes what it was told; other trials are to begin anew.
+/// The client stores the path MTU for ten minutes; other trials must start without it.
 pub(crate) fn forget_path_mtu(testbed: &WireTestbed) -> anyhow::Result<()> {
     let flush = ["route", "flush", "cache"];
     testbed.client_side().ip(&flush)?;
     testbed.client_side().ip(&[&["-6"], &flush[..]].concat())
 }
 
-/// What a router answers: RFC 792 and 1191, RFC 4443 section 3.2.
+/// The router's ICMP error: RFC 792 and 1191, RFC 4443 section 3.2.
 fn too_big_for(seen: &Seen<'_>, layer: Layer, mtu: u16) -> Option<Vec<u8>> {
     let packet = &seen.frame[seen.ip_at..];
     let quote = &packet[..packet.len().min(500)];

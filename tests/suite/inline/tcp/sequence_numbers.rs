@@ -14,8 +14,8 @@ use crate::testbed::{Testbed, accept, own_header};
 use crate::wire::{Fate, Side};
 use crate::wire_testbed::{First, WireTestbed};
 
-/// Initial numbers for which the header, or what the client says first, lies across 2^32; and across 2^31, where comparisons
-/// change sides.
+/// Initial sequence numbers with which the header, or the client's first bytes, cross 2^32; or
+/// 2^31, where comparisons change sign.
 pub(crate) const EDGES: [u32; 9] = [
     u32::MAX,
     u32::MAX - 1,
@@ -62,8 +62,9 @@ pub(crate) fn begins_at(
     connection.finish(100_000).with_context(name)
 }
 
-/// Has a socket connect with this initial sequence number: a queue that has a number already keeps it (tcp_v4_connect in
-/// net/ipv4/tcp_ipv4.c). Only a socket in repair can be given one (tcp(7) is silent; kernel commit ee9952831cfd).
+/// Makes a socket connect with this initial sequence number: a queue that already has a number
+/// keeps it (tcp_v4_connect in net/ipv4/tcp_ipv4.c). Only a socket in repair mode can be given one
+/// (not in tcp(7); kernel commit ee9952831cfd).
 fn begin_at(socket: &Socket, number: u32) -> io::Result<()> {
     const SEND_QUEUE: u32 = 2;
     const OFF_WITHOUT_PROBE: u32 = u32::MAX;
@@ -86,7 +87,8 @@ fn begin_at(socket: &Socket, number: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// More than 2^32 bytes each way in one connection, on the devices with all offloads; hashed at both ends.
+/// More than 2^32 bytes in each direction of one connection, on devices with all offloads; hashed
+/// on both sides.
 pub(crate) fn five_gibibytes(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const BYTES: u64 = (5 << 30) + 12_345;
     let backend: TcpListener = testbed.backend(family)?;
@@ -112,7 +114,7 @@ fn hashed(mut from: &TcpStream, mut to: &TcpStream, bytes: u64) -> anyhow::Resul
             let mut block: Vec<u8> = (0_u8..251).cycle().take(1 << 20).collect();
             let mut left = bytes;
             while left > 0 {
-                // No two blocks are the same.
+                // No two blocks are equal.
                 block[..8].copy_from_slice(&left.to_ne_bytes());
                 let part = &block[..usize::try_from(left).unwrap_or(usize::MAX).min(block.len())];
                 hash.update(part);

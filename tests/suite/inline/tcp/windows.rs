@@ -1,4 +1,4 @@
-//! Closed windows and keep-alive probes.
+//! Zero windows and keep-alive probes.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -13,7 +13,7 @@ use socket2::{SockRef, TcpKeepalive};
 use crate::wire::{Fate, Side, Way};
 use crate::wire_testbed::{First, WireTestbed};
 
-/// Neither end reads until both windows have been closed for a second; then everything is there.
+/// Neither side reads until both windows have been zero for a second; then no byte is missing.
 pub(super) fn zero_window(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const MUCH: usize = 12 << 20;
     let connection = testbed.connection(family, First::Server)?;
@@ -49,7 +49,7 @@ pub(super) fn zero_window(testbed: &WireTestbed, family: Family) -> anyhow::Resu
     })
 }
 
-/// Probes have a number before the next byte; they are answered, and the connection lives.
+/// Probes have a number before the next byte; they are acknowledged, and the connection stays open.
 pub(super) fn keepalive(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let probes = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&probes);
@@ -72,7 +72,7 @@ pub(super) fn keepalive(testbed: &WireTestbed, family: Family) -> anyhow::Result
     let connection = testbed.connection(family, First::Server)?;
     SockRef::from(&connection.client).set_tcp_keepalive(&often)?;
     SockRef::from(&connection.server).set_tcp_keepalive(&often)?;
-    // A probe without an answer would end it a second later.
+    // An unacknowledged probe would end it a second later.
     std::thread::sleep(Duration::from_millis(2600));
     connection.finish(10_000)?;
     ensure!(probes.load(Ordering::Relaxed) >= 1, "no probe was seen");

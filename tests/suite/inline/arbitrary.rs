@@ -18,8 +18,8 @@ use injector_testbed::netns::Family;
 use socket2::SockRef;
 
 use crate::frame::{Extra, Frame, forged_header};
-use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, Setting, WireTestbed};
+use crate::wire::{Direction, Fate, Side};
+use crate::wire_testbed::{self, SysctlGuard, WireTestbed};
 
 /// Simultaneous connections.
 const BATCH: usize = 64;
@@ -37,16 +37,16 @@ pub(crate) fn segments(testbed: &WireTestbed, family: Family, connections: usize
 fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
     // The programs must not depend on the kernel's window checks, which are disabled on Kubernetes
     // nodes.
-    let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let _liberal = SysctlGuard::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     let listener = testbed.backend(family)?;
     listener.set_nonblocking(true)?;
     let template = Frame::of_a_client(testbed, family)?;
     let answers = Arc::new(Mutex::new(HashMap::new()));
-    let heard = Arc::clone(&answers);
+    let answered_ports = Arc::clone(&answers);
     let _watching = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() {
-            let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
-            heard.insert(
+        if seen.at(Side::Client, Direction::ToClient) && seen.is_syn_ack() {
+            let mut answered_ports = answered_ports.lock().unwrap_or_else(PoisonError::into_inner);
+            answered_ports.insert(
                 seen.tcp.destination_port(),
                 (seen.tcp.sequence_number(), seen.tcp.acknowledgment_number()),
             );
@@ -63,12 +63,13 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
             let client = Client::new(family, number, rng);
             testbed.wire.watch(client.port);
             for frame in client.opening(&template, rng) {
-                testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+                testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
             }
             batch.push(client);
         }
-        let complete =
-            |heard: &HashMap<u16, _>| batch.iter().filter(|one| heard.contains_key(&one.port)).count();
+        let complete = |answered_ports: &HashMap<u16, _>| {
+            batch.iter().filter(|one| answered_ports.contains_key(&one.port)).count()
+        };
         for _ in 0..15 {
             std::thread::sleep(Duration::from_millis(5));
             if complete(&answers.lock().unwrap_or_else(PoisonError::into_inner)) == BATCH {
@@ -92,14 +93,14 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
         frames.sort_by_key(|(at, _)| *at);
         totals.frames += frames.len();
         for (_, frame) in frames {
-            testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
         }
         // Sent once more, because the backend may have requested the header meanwhile.
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(20));
             for client in batch.iter().filter(|client| client.honest) {
                 for frame in client.honest_end(&template) {
-                    testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+                    testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
                 }
             }
         }
@@ -160,7 +161,7 @@ impl Totals {
             let of_port = batch.iter().find(|client| client.port == peer.port());
             self.renamed += usize::from(of_port.is_none());
             let Some(client) = of_port.or_else(|| batch.iter().find(is_named)) else {
-                ensure!(read.is_empty(), "FORGED: {peer} is nobody's, and the backend read {read:02x?}");
+                ensure!(read.is_empty(), "FORGED: {peer} is not a client, and the backend read {read:02x?}");
                 continue;
             };
             let what = || {
@@ -405,7 +406,7 @@ impl Client {
         let Announced::Proxy(addresses) = parsed.command else { bail!("FORGED: a header without addresses") };
         let own = (SocketAddr::new(self.ip, self.port), wire_testbed::public(family));
         let named = (addresses.source(), addresses.destination());
-        ensure!(named == own, "FORGED: the header says {named:?}, and this is {own:?}");
+        ensure!(named == own, "FORGED: the header names {named:?}, and this is {own:?}");
         Ok(read.get(parsed.len..))
     }
 }

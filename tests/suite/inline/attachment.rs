@@ -42,7 +42,7 @@ impl Monitor {
         // It reports nothing until it has subscribed.
         let deadline = Instant::now() + LIMIT;
         while !monitor.read()?.contains("qdisc") {
-            ensure!(Instant::now() < deadline, "tc monitor hears nothing");
+            ensure!(Instant::now() < deadline, "tc monitor reports nothing");
             tc(netns, &["qdisc", "add", "dev", "lo", "clsact"])?;
             tc(netns, &["qdisc", "del", "dev", "lo", "clsact"])?;
             std::thread::sleep(Duration::from_millis(10));
@@ -185,10 +185,7 @@ fn from_one_to_the_other(testbed: &Testbed, family: Family) -> anyhow::Result<()
         ensure!(links(testbed)? == links_left, "{how}: {:?} are pinned", links(testbed)?);
         if let Some(before) = before.replace(how) {
             let log = injector.log();
-            ensure!(
-                log.contains("attached both ways"),
-                "from {before} to {how}, and the log does not say so: {log}"
-            );
+            ensure!(log.contains("attached both ways"), "from {before} to {how} is not in the log: {log}");
         }
     }
     Ok(())

@@ -15,8 +15,8 @@ use socket2::SockRef;
 use crate::WireRun;
 use crate::frame::{Frame, forged_header};
 use crate::testbed::{LIMIT, accept, expect, header, patient};
-use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, Setting, WireTestbed};
+use crate::wire::{Direction, Fate, Side};
+use crate::wire_testbed::{self, SysctlGuard, WireTestbed};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("SYN cookies: a reset connection is not reopened", |testbed, family| again(testbed, family, End::Reset)),
@@ -48,7 +48,10 @@ fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<Cl
         Frame { source: SocketAddr::new(ip, port), sequence: first, ..Frame::of_a_client(testbed, family)? };
     let (sender, answers) = mpsc::channel();
     let _watching = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Way::ToClient) && seen.is_syn_ack() && seen.tcp.destination_port() == port {
+        if seen.at(Side::Client, Direction::ToClient)
+            && seen.is_syn_ack()
+            && seen.tcp.destination_port() == port
+        {
             let _ = sender.send(seen.tcp.sequence_number().wrapping_add(1));
         }
         Fate::Pass
@@ -56,7 +59,7 @@ fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<Cl
     testbed.wire.watch(port);
     let sequence = first.wrapping_sub(1);
     let syn = Frame { flags: SYN, sequence, options: vec![2, 4, 5, 0xA0], ..frame.clone() };
-    testbed.wire.inject(Side::Client, Way::ToBackend, &syn.whole())?;
+    testbed.wire.inject(Side::Client, Direction::ToBackend, &syn.whole())?;
     let answered = answers.recv_timeout(LIMIT).context("the SYN was not answered")?;
     Ok(Client { frame, first, answered })
 }
@@ -64,10 +67,10 @@ fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<Cl
 fn with_cookies<'a>(
     testbed: &'a WireTestbed,
     family: Family,
-) -> anyhow::Result<([Setting<'a>; 2], TcpListener)> {
-    let cookies = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+) -> anyhow::Result<([SysctlGuard<'a>; 2], TcpListener)> {
+    let cookies = SysctlGuard::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
     // The kernel's checks of sequence numbers are not under test.
-    let liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let liberal = SysctlGuard::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     Ok(([cookies, liberal], testbed.backend(family)?))
 }
 
@@ -76,11 +79,11 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
     let port = if end == End::Reset { 9100 } else { 9200 };
     let Client { frame, first, answered } = client(testbed, family, port)?;
     let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
-    testbed.wire.inject(Side::Client, Way::ToBackend, &answer.whole())?;
+    testbed.wire.inject(Side::Client, Direction::ToBackend, &answer.whole())?;
     let mut server = accept(&listener)?;
     patient(&server)?;
     let (named, _) = header(&mut server)?;
-    ensure!(named == frame.source, "the header says {named}");
+    ensure!(named == frame.source, "the header names {named}");
     // So many bytes that the client's numbers fit again, one header length away.
     let victim = if family == Family::V4 { "127.0.0.1:4444" } else { "[::1]:4444" };
     let forged = forged_header(victim.parse()?, wire_testbed::public(family));
@@ -95,13 +98,13 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
         // The client closes first: then the backend forgets the connection with the last
         // acknowledgement.
         let fin = Frame { flags: ACK | FIN, acknowledgement, ..frame.clone() };
-        testbed.wire.inject(Side::Client, Way::ToBackend, &fin.whole())?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &fin.whole())?;
         ensure!(server.read(&mut [0; 8])? == 0, "bytes in place of an end");
         drop(server);
         std::thread::sleep(Duration::from_millis(10));
         acknowledgement = acknowledgement.wrapping_add(1);
         let last = Frame { flags: ACK, sequence: first.wrapping_add(1), acknowledgement, ..frame.clone() };
-        testbed.wire.inject(Side::Client, Way::ToBackend, &last.whole())?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &last.whole())?;
     }
     std::thread::sleep(Duration::from_millis(20));
     for at in 0..3 {
@@ -114,7 +117,7 @@ fn again(testbed: &WireTestbed, family: Family, end: End) -> anyhow::Result<()> 
                 payload: forged.clone(),
                 ..frame.clone()
             };
-            testbed.wire.inject(Side::Client, Way::ToBackend, &again.whole())?;
+            testbed.wire.inject(Side::Client, Direction::ToBackend, &again.whole())?;
         }
     }
     nothing_new(&listener)
@@ -133,12 +136,12 @@ fn nearly_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
         let answer = Frame { flags: ACK, acknowledgement: answered, ..frame.clone() };
         let early = Frame { sequence: first.wrapping_add(off), ..answer.clone() };
         let data = Frame { flags: ACK | PSH, payload: b"the first words".to_vec(), ..answer };
-        testbed.wire.inject(Side::Client, Way::ToBackend, &early.whole())?;
-        testbed.wire.inject(Side::Client, Way::ToBackend, &data.whole())?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &early.whole())?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &data.whole())?;
         let mut server = accept(&listener)?;
         patient(&server)?;
         let (named, _) = header(&mut server).with_context(|| format!("{} off", off.cast_signed()))?;
-        ensure!(named == frame.source, "the header says {named}");
+        ensure!(named == frame.source, "the header names {named}");
         expect(&mut server, b"the first words")?;
         SockRef::from(&server).set_linger(Some(Duration::ZERO))?;
     }

@@ -13,10 +13,10 @@ use injector_testbed::netns::Family;
 use socket2::SockRef;
 
 use crate::losses;
-use crate::tcp::{self, EDGES, forget_path_mtu, narrow_link};
+use crate::tcp::{self, WRAPPING_ISNS, forget_path_mtu, narrow_link};
 use crate::testbed::{Testbed, accept, expect, own_header};
-use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, First, Setting, WireTestbed, through};
+use crate::wire::{Direction, Fate, Side};
+use crate::wire_testbed::{self, FirstSpeaker, SysctlGuard, WireTestbed, through};
 use crate::{Run, WireRun};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
@@ -28,18 +28,18 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("lost twice, with the header", |testbed, family| lost(testbed, family, 2)),
     ("lost, with the header that was sent ahead", ahead_lost),
     ("lost, SYN cookies", |testbed, family| {
-        let _always = Setting::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
+        let _always = SysctlGuard::new(testbed.backend_side(), "net/ipv4/tcp_syncookies", "2")?;
         lost(testbed, family, 1)
     }),
     ("the second packet first", second_first),
     ("SYN-ACK lost behind the edge", |testbed, family| {
-        losses::lost(testbed, family, First::ClientAwaited, 1, 1500, |seen| {
+        losses::lost(testbed, family, FirstSpeaker::ClientByProtocol, 1, 1500, |seen| {
             seen.is_syn_ack() && seen.side == Side::Client
         })
     }),
     ("their acknowledgement lost", |testbed, family| {
-        losses::lost(testbed, family, First::ClientAwaited, 1, 1500, |seen| {
-            seen.at(Side::Backend, Way::ToClient) && !seen.is_syn_ack()
+        losses::lost(testbed, family, FirstSpeaker::ClientByProtocol, 1, 1500, |seen| {
+            seen.at(Side::Backend, Direction::ToClient) && !seen.is_syn_ack()
         })
     }),
     ("with the client's FIN", with_fin),
@@ -47,7 +47,9 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("a reset instead", reset_alone),
     ("too long for the path with the header", path_mtu),
     ("sequence numbers wrap around", |testbed, family| {
-        EDGES.into_iter().try_for_each(|number| tcp::begins_at(testbed, family, First::ClientAwaited, number))
+        WRAPPING_ISNS.into_iter().try_for_each(|number| {
+            tcp::transfer_from_isn(testbed, family, FirstSpeaker::ClientByProtocol, number)
+        })
     }),
 ];
 
@@ -60,12 +62,12 @@ pub(crate) const ON_DEVICES: &[(&str, Run)] = &[
 const BYTES: usize = 256 << 10;
 
 /// How often `backend_out` has added a header in each way, since the last check.
-struct Ways<'a> {
+struct HeaderCounts<'a> {
     testbed: &'a WireTestbed,
     before: [u64; 4],
 }
 
-impl<'a> Ways<'a> {
+impl<'a> HeaderCounts<'a> {
     const EVENTS: [&'static str; 4] = ["deferred", "prepended", "sent_ahead", "appended"];
 
     fn counted(testbed: &WireTestbed) -> anyhow::Result<[u64; 4]> {
@@ -81,7 +83,7 @@ impl<'a> Ways<'a> {
     }
 
     /// Checks that exactly these were added.
-    fn are(&self, expected: [u64; 4]) -> anyhow::Result<()> {
+    fn check(&self, expected: [u64; 4]) -> anyhow::Result<()> {
         let now = Self::counted(self.testbed)?;
         let grown: Vec<_> = now.iter().zip(self.before).map(|(now, before)| now - before).collect();
         ensure!(grown == expected, "{:?} have grown by {grown:?}, not {expected:?}", Self::EVENTS);
@@ -92,22 +94,22 @@ impl<'a> Ways<'a> {
 /// The backend gets header and first bytes in one packet, and no packet before; it sends no
 /// acknowledgement for the header alone.
 fn one_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let packets = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&packets);
     let _faulty = testbed.wire.faults(move |packet| {
         if packet.side == Side::Backend && !packet.is_syn() && !packet.is_syn_ack() {
-            let what = (packet.way, packet.tcp.payload().to_vec());
+            let what = (packet.direction, packet.tcp.payload().to_vec());
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         }
         Fate::Pass
     });
-    let connection = testbed.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, FirstSpeaker::ClientByProtocol)?;
     connection.finish(BYTES)?;
-    ways.are([1, 1, 0, 0])?;
+    counts.check([1, 1, 0, 0])?;
     let packets = packets.lock().unwrap_or_else(PoisonError::into_inner);
-    let (way, payload) = packets.first().context("no packets")?;
-    ensure!(*way == Way::ToBackend, "the backend spoke first");
+    let (direction, payload) = packets.first().context("no packets")?;
+    ensure!(*direction == Direction::ToBackend, "the backend spoke first");
     ensure!(payload.starts_with(b"\r\n\r\n\0\r\nQUIT\n"), "no header first, but {payload:02x?}");
     ensure!(
         payload.ends_with(b"the first words"),
@@ -119,10 +121,10 @@ fn one_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// The backend retransmits its SYN-ACK after a second: then the header is sent, and the backend
 /// knows its client.
 fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let listener = testbed.backend(family)?;
     let start = Instant::now();
-    let mut client = testbed.client_awaited(family)?;
+    let mut client = testbed.tls_client(family)?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
     let took = start.elapsed();
@@ -130,7 +132,7 @@ fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     ensure!((900..1900).contains(&took.as_millis()), "the header came after {took:?}");
     client.write_all(b"at last")?;
     expect(&mut server, b"at last")?;
-    ways.are([1, 0, 0, 1])?;
+    counts.check([1, 0, 0, 1])?;
     through(&client, &server, BYTES, 0)?;
     through(&server, &client, BYTES, 0)
 }
@@ -138,10 +140,10 @@ fn silent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// Bytes that fill a packet, as a ClientHello with post-quantum keys does: no packet has space for
 /// the header as well. The backend does not have to request it.
 fn full_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let answered = testbed.counted("header_retransmitted")?;
     let listener = testbed.backend(family)?;
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     let start = Instant::now();
     std::thread::scope(|scope| {
         let up = scope.spawn(|| {
@@ -159,31 +161,31 @@ fn full_packet(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
         ensure!(seen == sent, "{} bytes have come of {BYTES}, or not the same", seen.len());
         through(&server, &client, BYTES, 0)
     })?;
-    ways.are([1, 0, 1, 0])?;
+    counts.check([1, 0, 1, 0])?;
     ensure!(testbed.counted("header_retransmitted")? == answered, "the backend had to ask for the header");
     Ok(())
 }
 
 /// The urgent pointer is relative to the start of its segment, which the header must not shift.
 fn urgent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let listener = testbed.backend(family)?;
     SockRef::from(&listener).set_out_of_band_inline(true)?;
     let pointers = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&pointers);
     let _faulty = testbed.wire.faults(move |packet| {
-        if packet.at(Side::Backend, Way::ToBackend) && packet.is_data() {
+        if packet.at(Side::Backend, Direction::ToBackend) && packet.is_data() {
             let what = (packet.is_header(), packet.tcp.urg().then(|| packet.tcp.urgent_pointer()));
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         }
         Fate::Pass
     });
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     SockRef::from(&client).send_out_of_band(b"abc")?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
     expect(&mut server, b"abc")?;
-    ways.are([1, 0, 1, 0])?;
+    counts.check([1, 0, 1, 0])?;
     let pointers = pointers.lock().unwrap_or_else(PoisonError::into_inner);
     ensure!(*pointers == [(true, None), (false, Some(3))], "header or not, and urgent pointer: {pointers:?}");
     Ok(())
@@ -192,22 +194,22 @@ fn urgent(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// Wherever the packet is lost, the client's retransmission timer sends both: the bytes in a packet
 /// of their own, because the longer one may have been too long.
 fn lost(testbed: &WireTestbed, family: Family, times: u32) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let mut headers = 0;
     let _faulty = testbed.wire.faults(move |seen| {
-        if !seen.at(Side::Backend, Way::ToBackend) || !seen.is_data() {
+        if !seen.at(Side::Backend, Direction::ToBackend) || !seen.is_data() {
             return Fate::Pass;
         }
         headers += u32::from(seen.is_header());
         // What follows the header is lost with it.
         if headers <= times { Fate::Drop } else { Fate::Pass }
     });
-    let connection = testbed.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, FirstSpeaker::ClientByProtocol)?;
     connection.finish(BYTES)?;
     let took = connection.took;
     eprintln!("    first byte after {:.1} ms", took.as_secs_f64() * 1e3);
     ensure!(took < Duration::from_millis(1000 * u64::from(times)), "the first byte came after {took:?}");
-    ways.are([1, 1, u64::from(times), 0])
+    counts.check([1, 1, u64::from(times), 0])
 }
 
 /// The bytes are retransmitted, and arrive without the header that was sent ahead: the backend has
@@ -219,7 +221,7 @@ fn ahead_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
         headers += u32::from(seen.is_header());
         if seen.is_header() && headers <= 2 { Fate::Drop } else { Fate::Pass }
     });
-    let connection = testbed.connection(family, First::ClientAwaited)?;
+    let connection = testbed.connection(family, FirstSpeaker::ClientByProtocol)?;
     connection.finish(BYTES)?;
     ensure!(testbed.counted("header_retransmitted")? > answered, "the backend did not ask");
     Ok(())
@@ -229,14 +231,14 @@ fn ahead_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 fn second_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let late = AtomicBool::new(false);
     let _faulty = testbed.wire.faults(move |seen| {
-        let first = seen.at(Side::Client, Way::ToBackend) && seen.is_data();
+        let first = seen.at(Side::Client, Direction::ToBackend) && seen.is_data();
         if first && !late.swap(true, Ordering::Relaxed) {
             return Fate::Late(Duration::from_millis(30));
         }
         Fate::Pass
     });
     let listener = testbed.backend(family)?;
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     client.set_nodelay(true)?;
     (&client).write_all(b"first")?;
     (&client).write_all(b"second")?;
@@ -250,7 +252,7 @@ fn second_first(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// First bytes and FIN in one segment reach the backend in one segment.
 fn with_fin(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     SockRef::from(&client).set_tcp_cork(true)?;
     (&client).write_all(b"all")?;
     client.shutdown(Shutdown::Write)?;
@@ -268,7 +270,7 @@ fn with_fin(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// The client closes without sending: the backend sees it, after the header.
 fn fin_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let listener = testbed.backend(family)?;
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     client.shutdown(Shutdown::Write)?;
     let mut server = accept(&listener)?;
     own_header(&mut server, &client)?;
@@ -281,25 +283,25 @@ fn fin_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 
 /// The backend has no connection yet, and never gets one: the half-open connection is reset.
 fn reset_alone(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let ways = Ways::begin(testbed)?;
+    let counts = HeaderCounts::begin(testbed)?;
     let listener = testbed.backend(family)?;
     let resets = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&resets);
     let _faulty = testbed.wire.faults(move |seen| {
         count.fetch_add(
-            u32::from(seen.at(Side::Backend, Way::ToBackend) && seen.tcp.rst()),
+            u32::from(seen.at(Side::Backend, Direction::ToBackend) && seen.tcp.rst()),
             Ordering::Relaxed,
         );
         Fate::Pass
     });
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
     drop(client);
     std::thread::sleep(Duration::from_millis(1500));
-    ensure!(resets.load(Ordering::Relaxed) == 1, "the backend was not told");
+    ensure!(resets.load(Ordering::Relaxed) == 1, "the backend was not reset");
     listener.set_nonblocking(true)?;
     ensure!(listener.accept().is_err(), "the backend has a connection");
-    ways.are([1, 0, 0, 0])
+    counts.check([1, 0, 0, 0])
 }
 
 /// Header and first bytes together are too long for a narrow link behind the edge, the bytes alone
@@ -312,7 +314,7 @@ fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let count = Arc::clone(&answers);
     let _faulty = testbed.wire.faults(move |seen| narrow_link(seen, layer, mtu, &count));
     let listener = testbed.backend(family)?;
-    let client = testbed.client_awaited(family)?;
+    let client = testbed.tls_client(family)?;
     let hello: Vec<u8> = (0_u8..251).cycle().take(usize::from(mtu) - headers - 4).collect();
     let start = Instant::now();
     (&client).write_all(&hello)?;

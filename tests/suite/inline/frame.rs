@@ -9,7 +9,7 @@ use fastrand::Rng;
 use injector_common::proxy::{Addresses, Command, v2};
 use injector_testbed::netns::Family;
 
-use crate::wire::{Fate, Side, Way};
+use crate::wire::{Direction, Fate, Side};
 use crate::wire_testbed::{self, WireTestbed};
 
 /// A TCP segment, with its surroundings.
@@ -46,7 +46,7 @@ impl Frame {
     pub(crate) fn of_a_client(testbed: &WireTestbed, family: Family) -> anyhow::Result<Self> {
         let (sender, link) = std::sync::mpsc::channel();
         let _faulty = testbed.wire.faults(move |seen| {
-            if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
+            if seen.at(Side::Client, Direction::ToBackend) && seen.is_syn() {
                 let _ = sender.send(seen.frame.get(..seen.ip_at).map(<[u8]>::to_vec));
                 return Fate::Drop;
             }

@@ -15,8 +15,8 @@ use socket2::{Domain, Socket, Type};
 
 use crate::WireRun;
 use crate::testbed::{LIMIT, accept, expect, patient};
-use crate::wire::{Fate, Seen, Side, Way};
-use crate::wire_testbed::{self, First, Setting, WireTestbed};
+use crate::wire::{Direction, Fate, Seen, Side};
+use crate::wire_testbed::{self, FirstSpeaker, SysctlGuard, WireTestbed};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("forged SYNs with the client's sequence number and port", same_numbers),
@@ -36,14 +36,14 @@ fn same_numbers(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const OTHERS: u16 = 8;
     let before = testbed.counted("syn_cached")?;
     let _faulty = testbed.wire.faults(|seen| {
-        if !seen.at(Side::Client, Way::ToBackend) || !seen.is_syn() {
+        if !seen.at(Side::Client, Direction::ToBackend) || !seen.is_syn() {
             return Fate::Pass;
         }
         let forged = |hosts: std::ops::Range<u16>| hosts.map(|host| from_elsewhere(seen, host)).collect();
         Fate::Between(forged(100..100 + OTHERS), forged(120..120 + OTHERS))
     });
     let listener = testbed.backend(family)?;
-    for first in [First::Server, First::Client].into_iter().cycle().take(20) {
+    for first in [FirstSpeaker::Server, FirstSpeaker::Client].into_iter().cycle().take(20) {
         // It compares the header with the client's own address.
         testbed.connection_at(&listener, family, first, LIMIT)?.finish(1000)?;
     }
@@ -66,8 +66,8 @@ fn flood(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let flooding = scope.spawn(|| flood_until(testbed, &sample, &done));
         let outcome = (0..30).try_for_each(|_| {
-            testbed.connection_at(&listener, family, First::Server, LIMIT)?.finish(1000)?;
-            testbed.connection_at(&listener, family, First::Client, LIMIT)?.finish(1000)
+            testbed.connection_at(&listener, family, FirstSpeaker::Server, LIMIT)?.finish(1000)?;
+            testbed.connection_at(&listener, family, FirstSpeaker::Client, LIMIT)?.finish(1000)
         });
         done.store(true, Ordering::Relaxed);
         let sent = flooding.join().map_err(|_| anyhow!("panicked"))?;
@@ -90,7 +90,7 @@ fn flood_until(testbed: &WireTestbed, sample: &Sample, done: &AtomicBool) -> u32
                 tcp.source_port = u16::try_from(sent % 50_000).unwrap_or(0) + 1024;
                 tcp.sequence_number = sent.wrapping_mul(0x9E37_79B9);
             });
-            let _ = testbed.wire.inject(Side::Client, Way::ToBackend, &frame);
+            let _ = testbed.wire.inject(Side::Client, Direction::ToBackend, &frame);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -101,17 +101,17 @@ fn flood_until(testbed: &WireTestbed, sample: &Sample, done: &AtomicBool) -> u32
 fn syn_in_established(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (sender, syn) = mpsc::channel();
     let faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
+        if seen.at(Side::Client, Direction::ToBackend) && seen.is_syn() {
             let _ = sender.send(Sample::of(seen));
         }
         Fate::Pass
     });
-    let mut connection = testbed.connection(family, First::Server)?;
+    let mut connection = testbed.connection(family, FirstSpeaker::Server)?;
     drop(faulty);
     let syn = syn.recv_timeout(LIMIT)?.context("no SYN")?;
     for number in [1, 1 << 20, 1 << 31] {
         let frame = syn.with(|_, tcp| tcp.sequence_number = tcp.sequence_number.wrapping_add(number));
-        testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
         connection.client.write_all(b"still here")?;
         expect(&mut connection.server, b"still here")?;
     }
@@ -123,7 +123,7 @@ fn syn_in_established(testbed: &WireTestbed, family: Family) -> anyhow::Result<(
 fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     // The programs must not depend on the kernel's window checks, which are disabled on Kubernetes
     // nodes.
-    let _liberal = Setting::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    let _liberal = SysctlGuard::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
     let _listener = testbed.backend(family)?;
     let sample = sample_syn(testbed, family)?;
     let before = (testbed.counted("opened")?, testbed.counted("appended")?, testbed.counted("no_flow")?);
@@ -140,10 +140,10 @@ fn forged_handshakes(testbed: &WireTestbed, family: Family) -> anyhow::Result<()
             tcp.sequence_number = tcp.sequence_number.wrapping_add(1);
             tcp.acknowledgment_number = guess;
         });
-        testbed.wire.inject(Side::Client, Way::ToBackend, &syn)?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &syn)?;
         // Time for the backend's SYN-ACK to arrive.
         std::thread::sleep(Duration::from_millis(3));
-        testbed.wire.inject(Side::Client, Way::ToBackend, &ack)
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &ack)
     };
     for attempt in 0..60_u16 {
         handshake(4000 + attempt, u32::from(attempt).wrapping_mul(0x4000_0001))?;
@@ -171,12 +171,12 @@ fn syn_and_reset(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
                 (tcp.syn, tcp.rst) = (!reset, reset);
                 tcp.sequence_number = tcp.sequence_number.wrapping_add(reset.into());
             });
-            testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+            testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
             std::thread::sleep(Duration::from_millis(2));
         }
     }
     // A later connection has a log line, so theirs would be there as well.
-    let connection = testbed.connection_at(&listener, family, First::Server, LIMIT)?;
+    let connection = testbed.connection_at(&listener, family, FirstSpeaker::Server, LIMIT)?;
     let client = connection.client.local_addr()?;
     connection.finish(1000)?;
     testbed.session(client, wire_testbed::public(family))?;
@@ -211,7 +211,7 @@ fn without_flow(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let (sender, arrived) = mpsc::channel();
     // Opening it takes a SYN; that one goes to no listener.
     let _faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Backend, Way::ToBackend) && !seen.is_syn() {
+        if seen.at(Side::Backend, Direction::ToBackend) && !seen.is_syn() {
             let _ = sender.send(seen.tcp.sequence_number());
         }
         Fate::Pass
@@ -229,7 +229,7 @@ fn without_flow(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
             (tcp.ack, tcp.fin, tcp.rst) = flags;
             tcp.acknowledgment_number = 1;
         });
-        testbed.wire.inject(Side::Client, Way::ToBackend, &frame)?;
+        testbed.wire.inject(Side::Client, Direction::ToBackend, &frame)?;
     }
     std::thread::sleep(Duration::from_millis(30));
     let dropped = testbed.counted("no_flow")? - before;
@@ -256,8 +256,10 @@ fn own_of_the_edge(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> 
 fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const KEY: &str = "net/ipv4/tcp_fastopen";
     // The client needs no cookie, and the backend would accept data without one, on every socket.
-    let _both =
-        [Setting::new(testbed.client_side(), KEY, "5")?, Setting::new(testbed.backend_side(), KEY, "1538")?];
+    let _both = [
+        SysctlGuard::new(testbed.client_side(), KEY, "5")?,
+        SysctlGuard::new(testbed.backend_side(), KEY, "1538")?,
+    ];
     let before = testbed.counted("fast_open")?;
     let listener = testbed.backend(family)?;
     let start = Instant::now();
@@ -271,7 +273,7 @@ fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     patient(&client)?;
     let mut server = accept(&listener)?;
     let (named, _) = crate::testbed::header(&mut server)?;
-    ensure!(named == client.local_addr()?, "the header says {named}");
+    ensure!(named == client.local_addr()?, "the header names {named}");
     expect(&mut server, b"early data")?;
     let took = start.elapsed();
     wire_testbed::through(&client, &server, 10_000, 0)?;
@@ -321,7 +323,7 @@ impl Sample {
 fn sample_syn(testbed: &WireTestbed, family: Family) -> anyhow::Result<Sample> {
     let (sender, syn) = mpsc::channel();
     let _faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Way::ToBackend) && seen.is_syn() {
+        if seen.at(Side::Client, Direction::ToBackend) && seen.is_syn() {
             let _ = sender.send(Sample::of(seen));
             return Fate::Drop;
         }

@@ -57,7 +57,7 @@ fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
         if closed >= f64::from(CONNECTIONS) {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "of {CONNECTIONS} that ended, {closed} are said to have");
+        ensure!(Instant::now() < deadline, "{closed} of {CONNECTIONS} ended connections are counted");
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -91,9 +91,9 @@ impl<'a> Detached<'a> {
         let mut command = self.testbed.topology.edge.command(injector_testbed::daemon::binary()?);
         command.args(["inline", "detach", "--config"]).arg(self.config.path());
         let output = command.output()?;
-        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        ensure!(output.status.success(), "injector inline detach: {said}");
-        Ok(said)
+        let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(output.status.success(), "injector inline detach: {printed}");
+        Ok(printed)
     }
 }
 
@@ -137,9 +137,9 @@ fn detached(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
     drop(joined(testbed, family, &backend)?);
     drop(injector);
-    let said = detached.detach()?;
+    let printed = detached.detach()?;
     for what in ["client_in@outside", "backend_out@inside", "backend_in@inside", "FLOWS"] {
-        ensure!(said.contains(what), "{what} is not among what was removed: {said}");
+        ensure!(printed.contains(what), "{what} is not among what was removed: {printed}");
     }
     let rules = testbed.topology.edge.command("nft").args(["list", "ruleset"]).output()?;
     ensure!(rules.stdout.is_empty(), "{}", String::from_utf8_lossy(&rules.stdout));

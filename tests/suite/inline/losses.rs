@@ -11,42 +11,50 @@ use anyhow::{anyhow, ensure};
 use injector_testbed::netns::Family;
 
 use crate::WireRun;
-use crate::wire::{Fate, Seen, Side, Way};
-use crate::wire_testbed::{First, WireTestbed};
+use crate::wire::{Direction, Fate, Seen, Side};
+use crate::wire_testbed::{FirstSpeaker, WireTestbed};
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
-    ("header lost once, client first", |testbed, family| header_lost(testbed, family, First::Client, 1, 200)),
+    ("header lost once, client first", |testbed, family| {
+        header_lost(testbed, family, FirstSpeaker::Client, 1, 200)
+    }),
     ("header lost twice, client first", |testbed, family| {
-        header_lost(testbed, family, First::Client, 2, 700)
+        header_lost(testbed, family, FirstSpeaker::Client, 2, 700)
     }),
     ("header lost five times, client first", |testbed, family| {
-        header_lost(testbed, family, First::Client, 5, 4000)
+        header_lost(testbed, family, FirstSpeaker::Client, 5, 4000)
     }),
     ("header lost once, server first", |testbed, family| {
-        header_lost(testbed, family, First::Server, 1, 1500)
+        header_lost(testbed, family, FirstSpeaker::Server, 1, 1500)
     }),
-    ("SYN lost", |testbed, family| lost(testbed, family, First::Server, 1, 1500, |seen| seen.is_syn())),
+    ("SYN lost", |testbed, family| {
+        lost(testbed, family, FirstSpeaker::Server, 1, 1500, |seen| seen.is_syn())
+    }),
     ("SYN-ACK lost before the edge", |testbed, family| {
-        lost(testbed, family, First::Server, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Backend)
+        lost(testbed, family, FirstSpeaker::Server, 1, 1500, |seen| {
+            seen.is_syn_ack() && seen.side == Side::Backend
+        })
     }),
     ("SYN-ACK lost behind the edge", |testbed, family| {
-        lost(testbed, family, First::Client, 1, 1500, |seen| seen.is_syn_ack() && seen.side == Side::Client)
+        lost(testbed, family, FirstSpeaker::Client, 1, 1500, |seen| {
+            seen.is_syn_ack() && seen.side == Side::Client
+        })
     }),
     ("client's acknowledgement lost before the edge, client first", |testbed, family| {
-        lost(testbed, family, First::Client, 1, 200, |seen| {
-            seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
+        lost(testbed, family, FirstSpeaker::Client, 1, 200, |seen| {
+            seen.at(Side::Client, Direction::ToBackend) && seen.is_bare_ack()
         })
     }),
     ("client's acknowledgement lost before the edge, server first", |testbed, family| {
-        lost(testbed, family, First::Server, 1, 1500, |seen| {
-            seen.at(Side::Client, Way::ToBackend) && seen.is_bare_ack()
+        lost(testbed, family, FirstSpeaker::Server, 1, 1500, |seen| {
+            seen.at(Side::Client, Direction::ToBackend) && seen.is_bare_ack()
         })
     }),
     ("acknowledgement of the header lost, client first", |testbed, family| {
-        lost(testbed, family, First::Client, 2, 200, from_backend_bare)
+        lost(testbed, family, FirstSpeaker::Client, 2, 200, from_backend_bare)
     }),
     ("acknowledgement of the header lost, server first", |testbed, family| {
-        lost(testbed, family, First::Server, 1, 200, from_backend_bare)
+        lost(testbed, family, FirstSpeaker::Server, 1, 200, from_backend_bare)
     }),
     ("everything twice", everything_twice),
     ("header late, client first", header_late),
@@ -60,7 +68,7 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
 const BYTES: usize = 256 << 10;
 
 fn from_backend_bare(seen: &Seen<'_>) -> bool {
-    seen.at(Side::Backend, Way::ToClient) && seen.is_bare_ack()
+    seen.at(Side::Backend, Direction::ToClient) && seen.is_bare_ack()
 }
 
 /// Drops the first `times` matching packets; the transfer must complete, and its first byte must
@@ -68,7 +76,7 @@ fn from_backend_bare(seen: &Seen<'_>) -> bool {
 pub(crate) fn lost(
     testbed: &WireTestbed,
     family: Family,
-    first: First,
+    first: FirstSpeaker,
     times: u32,
     limit: u64,
     fits: impl Fn(&Seen<'_>) -> bool + Send + 'static,
@@ -95,7 +103,7 @@ pub(crate) fn lost(
 fn header_lost(
     testbed: &WireTestbed,
     family: Family,
-    first: First,
+    first: FirstSpeaker,
     times: u32,
     limit: u64,
 ) -> anyhow::Result<()> {
@@ -115,7 +123,7 @@ pub(crate) fn header_lost_server_first(testbed: &WireTestbed, times: u32) -> any
         if *before <= times { Fate::Drop } else { Fate::Pass }
     });
     let run = |family| {
-        let connection = testbed.connection_within(family, First::Server, Duration::from_secs(40))?;
+        let connection = testbed.connection_within(family, FirstSpeaker::Server, Duration::from_secs(40))?;
         connection.finish(BYTES)?;
         anyhow::Ok(connection.took)
     };
@@ -133,7 +141,7 @@ pub(crate) fn header_lost_server_first(testbed: &WireTestbed, times: u32) -> any
 
 fn everything_twice(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let _faulty = testbed.wire.faults(|_| Fate::Twice);
-    First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
+    FirstSpeaker::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
 /// The data overtakes the header.
@@ -141,23 +149,23 @@ fn header_late(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     let _faulty = testbed
         .wire
         .faults(|seen| if seen.is_header() { Fate::Late(Duration::from_millis(30)) } else { Fate::Pass });
-    testbed.connection(family, First::Client)?.finish(BYTES)
+    testbed.connection(family, FirstSpeaker::Client)?.finish(BYTES)
 }
 
 fn everything_reordered(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    let mut order = Order(7);
+    let mut random = Random(7);
     let _faulty =
-        testbed.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(order.below(3000)))));
-    First::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
+        testbed.wire.faults(move |_| Fate::Late(Duration::from_micros(u64::from(random.below(3000)))));
+    FirstSpeaker::ALL.into_iter().try_for_each(|first| testbed.connection(family, first)?.finish(BYTES))
 }
 
 fn a_tenth_lost(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    for first in [First::Client, First::ClientAwaited] {
+    for first in [FirstSpeaker::Client, FirstSpeaker::ClientByProtocol] {
         // The same packets every time; enough of the handshake is among them.
-        let mut order = Order(11);
-        let _faulty = testbed
-            .wire
-            .faults(move |seen| if !seen.is_syn() && order.below(10) == 0 { Fate::Drop } else { Fate::Pass });
+        let mut random = Random(11);
+        let _faulty = testbed.wire.faults(move |seen| {
+            if !seen.is_syn() && random.below(10) == 0 { Fate::Drop } else { Fate::Pass }
+        });
         testbed.connection(family, first)?.finish(64 << 10)?;
     }
     Ok(())
@@ -172,7 +180,7 @@ fn asks_without_end(testbed: &WireTestbed, family: Family) -> anyhow::Result<()>
     let _faulty = testbed.wire.faults(move |seen| {
         if seen.is_header() && start.elapsed() < BLIND { Fate::Drop } else { Fate::Pass }
     });
-    let connection = testbed.connection(family, First::Client)?;
+    let connection = testbed.connection(family, FirstSpeaker::Client)?;
     connection.finish(BYTES)?;
     let answered = testbed.counted("header_retransmitted")? - before;
     eprintln!("    first byte after {:.1} ms, {answered} answers", connection.took.as_secs_f64() * 1e3);
@@ -198,7 +206,7 @@ fn asks_at_once(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
         Fate::Pass
     });
     let start = Instant::now();
-    testbed.connection(family, First::Client)?.finish(BYTES)?;
+    testbed.connection(family, FirstSpeaker::Client)?.finish(BYTES)?;
     let passed = start.elapsed();
     let (answered, soon) =
         (testbed.counted("header_retransmitted")? - before.0, testbed.counted("too_soon")? - before.1);
@@ -210,9 +218,9 @@ fn asks_at_once(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 }
 
 /// Pseudo-random numbers, the same in every run (xorshift32).
-pub(crate) struct Order(pub(crate) u32);
+pub(crate) struct Random(pub(crate) u32);
 
-impl Order {
+impl Random {
     pub(crate) fn below(&mut self, limit: u32) -> u32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 17;

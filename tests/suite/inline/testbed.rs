@@ -35,10 +35,10 @@ impl Testbed {
     }
 
     /// An injector for both families, with this test's own NAT rules.
-    pub(crate) fn injector(&self, protocol: &str, extra: &str) -> anyhow::Result<Inline> {
+    pub(crate) fn injector(&self, protocol: &str, extra: &str) -> anyhow::Result<InlineInjector> {
         let nat = self.nat()?;
         let injector = Injector::start(&self.topology.edge, &self.config(protocol, extra))?;
-        Ok(Inline { injector, _attached: self.attached(), _nat: nat })
+        Ok(InlineInjector { injector, _attached: self.attached(), _nat: nat })
     }
 
     pub(crate) fn nat(&self) -> anyhow::Result<Nat> {
@@ -46,8 +46,8 @@ impl Testbed {
     }
 
     /// Detaches what injectors of [`Self::config`] leave.
-    pub(crate) fn attached(&self) -> Attached {
-        Attached { edge: self.topology.edge.entrance(), pin: self.bpffs.path().to_owned() }
+    pub(crate) fn attached(&self) -> DetachOnDrop {
+        DetachOnDrop { edge: self.topology.edge.entrance(), pin: self.bpffs.path().to_owned() }
     }
 
     pub(crate) fn config(&self, protocol: &str, extra: &str) -> String {
@@ -78,14 +78,14 @@ impl Testbed {
 
 /// An injector whose programs are detached on drop.
 #[derive(Debug)]
-pub(crate) struct Inline {
+pub(crate) struct InlineInjector {
     // Dropped in this order.
     pub(crate) injector: Injector,
-    _attached: Attached,
+    _attached: DetachOnDrop,
     _nat: Nat,
 }
 
-impl std::ops::Deref for Inline {
+impl std::ops::Deref for InlineInjector {
     type Target = Injector;
 
     fn deref(&self) -> &Injector {
@@ -95,13 +95,13 @@ impl std::ops::Deref for Inline {
 
 /// What an injector leaves in the kernel; detached on drop.
 #[derive(Debug)]
-pub(crate) struct Attached {
+pub(crate) struct DetachOnDrop {
     pub(crate) edge: Entrance,
     /// Its `inline.pin`.
     pub(crate) pin: PathBuf,
 }
 
-impl Drop for Attached {
+impl Drop for DetachOnDrop {
     fn drop(&mut self) {
         let removed = self.edge.run(|| injector_user::engine::inline::detach(&self.pin));
         if let Err(error) = removed.and_then(|removed| Ok(removed?)) {
@@ -189,7 +189,7 @@ pub(crate) fn header(stream: &mut TcpStream) -> anyhow::Result<(SocketAddr, Sock
 /// Reads the header, which must name the client's own addresses.
 pub(crate) fn own_header(stream: &mut TcpStream, client: &TcpStream) -> anyhow::Result<()> {
     let (source, destination) = header(stream)?;
-    ensure!(source == client.local_addr()?, "the header says {source}");
-    ensure!(destination == client.peer_addr()?, "the header says that {destination} was asked for");
+    ensure!(source == client.local_addr()?, "the header names {source}");
+    ensure!(destination == client.peer_addr()?, "the header has the destination {destination}");
     Ok(())
 }

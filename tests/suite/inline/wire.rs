@@ -41,7 +41,7 @@ pub(crate) enum Side {
 
 /// The direction of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum Direction {
     ToBackend,
     ToClient,
 }
@@ -62,7 +62,7 @@ pub(crate) enum Fate {
 /// A TCP segment on one of the links.
 pub(crate) struct Seen<'a> {
     pub(crate) side: Side,
-    pub(crate) way: Way,
+    pub(crate) direction: Direction,
     pub(crate) frame: &'a [u8],
     /// The offset of the IP header.
     pub(crate) ip_at: usize,
@@ -73,11 +73,12 @@ pub(crate) struct Seen<'a> {
 impl Seen<'_> {
     /// Whether it carries the PROXY header to the backend.
     pub(crate) fn is_header(&self) -> bool {
-        self.at(Side::Backend, Way::ToBackend) && self.tcp.payload().starts_with(b"\r\n\r\n\0\r\nQUIT\n")
+        self.at(Side::Backend, Direction::ToBackend)
+            && self.tcp.payload().starts_with(b"\r\n\r\n\0\r\nQUIT\n")
     }
 
-    pub(crate) fn at(&self, side: Side, way: Way) -> bool {
-        self.side == side && self.way == way
+    pub(crate) fn at(&self, side: Side, direction: Direction) -> bool {
+        self.side == side && self.direction == direction
     }
 
     /// A pure acknowledgement.
@@ -113,9 +114,9 @@ impl Seen<'_> {
 
     /// The port that identifies the connection.
     fn client_port(&self) -> u16 {
-        match self.way {
-            Way::ToBackend => self.tcp.source_port(),
-            Way::ToClient => self.tcp.destination_port(),
+        match self.direction {
+            Direction::ToBackend => self.tcp.source_port(),
+            Direction::ToClient => self.tcp.destination_port(),
         }
     }
 }
@@ -149,7 +150,7 @@ type Faults = Box<dyn FnMut(&Seen<'_>) -> Fate + Send>;
 struct Line {
     at: Instant,
     side: Side,
-    way: Way,
+    direction: Direction,
     ports: (u16, u16),
     flags: String,
     sequence: u32,
@@ -222,9 +223,9 @@ impl Wire {
     }
 
     /// Activates the faults until the guard is dropped.
-    pub(crate) fn faults(&self, faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static) -> Faulty<'_> {
+    pub(crate) fn faults(&self, faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static) -> FaultGuard<'_> {
         self.reset(Some(Box::new(faults)));
-        Faulty(self)
+        FaultGuard(self)
     }
 
     /// Applies the faults to a client with this port as well, although NAT may give it another.
@@ -233,8 +234,8 @@ impl Wire {
     }
 
     /// Sends a frame on a link.
-    pub(crate) fn inject(&self, side: Side, way: Way, frame: &[u8]) -> io::Result<()> {
-        (&self.shared.ends[end(side, way)]).write(frame).map(drop)
+    pub(crate) fn inject(&self, side: Side, direction: Direction, frame: &[u8]) -> io::Result<()> {
+        (&self.shared.ends[end(side, direction)]).write(frame).map(drop)
     }
 
     /// Fails if any checksum was wrong since the last call.
@@ -275,9 +276,9 @@ fn lines<'a>(lines: impl Iterator<Item = &'a Line>) -> String {
     let mut first = None;
     let line = |line: &Line| {
         let ms = line.at.duration_since(*first.get_or_insert(line.at)).as_secs_f64() * 1e3;
-        let Line { side, way, ports, flags, sequence, acknowledgement, payload, fate, .. } = line;
+        let Line { side, direction, ports, flags, sequence, acknowledgement, payload, fate, .. } = line;
         format!(
-            "{ms:9.2} {side:?} {way:?} {ports:?} {flags} seq {sequence} ack {acknowledgement} len {payload} {fate}"
+            "{ms:9.2} {side:?} {direction:?} {ports:?} {flags} seq {sequence} ack {acknowledgement} len {payload} {fate}"
         )
     };
     lines.map(line).collect::<Vec<_>>().join("\n")
@@ -294,9 +295,9 @@ impl Drop for Wire {
 
 /// The faults are active while this exists.
 #[derive(Debug)]
-pub(crate) struct Faulty<'a>(&'a Wire);
+pub(crate) struct FaultGuard<'a>(&'a Wire);
 
-impl Drop for Faulty<'_> {
+impl Drop for FaultGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.0.shared.state();
         state.faults = None;
@@ -304,12 +305,12 @@ impl Drop for Faulty<'_> {
 }
 
 /// The device that packets of this link and direction are written to.
-const fn end(side: Side, way: Way) -> usize {
-    match (side, way) {
-        (Side::Client, Way::ToClient) => 0,
-        (Side::Client, Way::ToBackend) => 1,
-        (Side::Backend, Way::ToClient) => 2,
-        (Side::Backend, Way::ToBackend) => 3,
+const fn end(side: Side, direction: Direction) -> usize {
+    match (side, direction) {
+        (Side::Client, Direction::ToClient) => 0,
+        (Side::Client, Direction::ToBackend) => 1,
+        (Side::Backend, Direction::ToClient) => 2,
+        (Side::Backend, Direction::ToBackend) => 3,
     }
 }
 
@@ -336,11 +337,11 @@ impl PartialOrd for Waiting {
 
 /// Forwards packets until the wire is dropped.
 fn carry(shared: &Shared) {
-    const ROUTES: [(usize, Side, Way); 4] = [
-        (0, Side::Client, Way::ToBackend),
-        (1, Side::Client, Way::ToClient),
-        (2, Side::Backend, Way::ToBackend),
-        (3, Side::Backend, Way::ToClient),
+    const ROUTES: [(usize, Side, Direction); 4] = [
+        (0, Side::Client, Direction::ToBackend),
+        (1, Side::Client, Direction::ToClient),
+        (2, Side::Backend, Direction::ToBackend),
+        (3, Side::Backend, Direction::ToClient),
     ];
     let fds = shared.ends.each_ref().map(|file| file.as_raw_fd());
     let mut waiting = BinaryHeap::new();
@@ -354,19 +355,25 @@ fn carry(shared: &Shared) {
         }
         let pause = waiting.peek().map_or(Duration::from_millis(20), |packet| packet.due - now);
         wait(fds, pause);
-        for (from, side, way) in ROUTES {
+        for (from, side, direction) in ROUTES {
             // A few from each in turn, so that none starves the others.
             for _ in 0..32 {
                 let Ok(len) = (&shared.ends[from]).read(&mut frame) else { break };
-                forward(shared, side, way, &frame[..len], &mut waiting);
+                forward(shared, side, direction, &frame[..len], &mut waiting);
             }
         }
     }
 }
 
-fn forward(shared: &Shared, side: Side, way: Way, frame: &[u8], waiting: &mut BinaryHeap<Waiting>) {
-    let to = end(side, way);
-    match judge(shared, side, way, frame) {
+fn forward(
+    shared: &Shared,
+    side: Side,
+    direction: Direction,
+    frame: &[u8],
+    waiting: &mut BinaryHeap<Waiting>,
+) {
+    let to = end(side, direction);
+    match judge(shared, side, direction, frame) {
         Fate::Pass => write(shared, to, frame),
         Fate::Drop => {}
         Fate::Twice => {
@@ -378,9 +385,9 @@ fn forward(shared: &Shared, side: Side, way: Way, frame: &[u8], waiting: &mut Bi
             waiting.push(Waiting { due: Instant::now() + delay, number, to, frame: frame.to_vec() });
         }
         Fate::Answer(answer) => {
-            let back = match way {
-                Way::ToBackend => Way::ToClient,
-                Way::ToClient => Way::ToBackend,
+            let back = match direction {
+                Direction::ToBackend => Direction::ToClient,
+                Direction::ToClient => Direction::ToBackend,
             };
             write(shared, end(side, back), &answer);
         }
@@ -392,24 +399,26 @@ fn forward(shared: &Shared, side: Side, way: Way, frame: &[u8], waiting: &mut Bi
     }
 }
 
-fn judge(shared: &Shared, side: Side, way: Way, frame: &[u8]) -> Fate {
+fn judge(shared: &Shared, side: Side, direction: Direction, frame: &[u8]) -> Fate {
     let parsed = match shared.layer {
         Layer::Ethernet => SlicedPacket::from_ethernet(frame),
         Layer::Ip => SlicedPacket::from_ip(frame),
     };
     let (ip, tcp) = match &parsed {
         Ok(SlicedPacket { net: Some(ip), transport: Some(TransportSlice::Tcp(tcp)), .. }) => (ip, tcp),
-        Ok(SlicedPacket { transport: Some(other), .. }) if (side, way) == (Side::Client, Way::ToClient) => {
+        Ok(SlicedPacket { transport: Some(other), .. })
+            if (side, direction) == (Side::Client, Direction::ToClient) =>
+        {
             shared.state().quoted.extend(quoted(other));
             return Fate::Pass;
         }
         _ => return Fate::Pass,
     };
     let ip_at = if shared.layer == Layer::Ethernet { 14 } else { 0 };
-    let seen = Seen { side, way, frame, ip_at, ip, tcp };
+    let seen = Seen { side, direction, frame, ip_at, ip, tcp };
     let mut state = shared.state();
     state.segments += 1;
-    if seen.is_syn() && way == Way::ToBackend {
+    if seen.is_syn() && direction == Direction::ToBackend {
         state.born.insert(tcp.source_port());
     }
     let concerned = state.born.contains(&seen.client_port());
@@ -419,11 +428,15 @@ fn judge(shared: &Shared, side: Side, way: Way, frame: &[u8]) -> Fate {
     };
     let line = describe(&seen, &fate);
     // Only of what the edge sends; the hosts are not under test.
-    let by_edge = matches!((side, way), (Side::Client, Way::ToClient) | (Side::Backend, Way::ToBackend));
+    let by_edge = matches!(
+        (side, direction),
+        (Side::Client, Direction::ToClient) | (Side::Backend, Direction::ToBackend)
+    );
     if by_edge && !sums_are_right(seen.ip, seen.tcp) && state.wrong_sums.len() < 8 {
-        state
-            .wrong_sums
-            .push(format!("{side:?} {way:?} {} seq {} len {}", line.flags, line.sequence, line.payload));
+        state.wrong_sums.push(format!(
+            "{side:?} {direction:?} {} seq {} len {}",
+            line.flags, line.sequence, line.payload
+        ));
     }
     if state.trace.len() == TRACE {
         state.trace.pop_front();
@@ -453,7 +466,7 @@ fn describe(seen: &Seen<'_>, fate: &Fate) -> Line {
     Line {
         at: Instant::now(),
         side: seen.side,
-        way: seen.way,
+        direction: seen.direction,
         ports: (tcp.source_port(), tcp.destination_port()),
         flags: flags.into_iter().filter_map(|(set, letter)| set.then_some(letter)).collect(),
         sequence: tcp.sequence_number(),

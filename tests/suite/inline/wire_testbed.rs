@@ -13,7 +13,7 @@ use injector_testbed::netns::{Family, Netns, Place, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
 use crate::testbed::{
-    Attached, BACKEND_PORT, LIMIT, Nat, PORT, TLS_PORT, Testbed, accept_within, expect, header, patient,
+    BACKEND_PORT, DetachOnDrop, LIMIT, Nat, PORT, TLS_PORT, Testbed, accept_within, expect, header, patient,
 };
 use crate::wire::{Layer, Wire};
 
@@ -34,7 +34,7 @@ const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
 pub(crate) struct WireTestbed {
     // Dropped in this order.
     pub(crate) injector: Injector,
-    _attached: Attached,
+    _attached: DetachOnDrop,
     _nat: Nat,
     pub(crate) wire: Wire,
     pub(crate) layer: Layer,
@@ -72,7 +72,7 @@ impl WireTestbed {
         }
         let pin = testbed.bpffs.path().join("wire");
         let nat = Nat::new(&topology.edge, "wire-nat", VIP, BACKEND, INSIDE)?;
-        let attached = Attached { edge: topology.edge.entrance(), pin: pin.clone() };
+        let attached = DetachOnDrop { edge: topology.edge.entrance(), pin: pin.clone() };
         let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
              client_devices = [\"wire-outside\"]\nbackend_devices = [\"wire-inside\"]\n\n",
@@ -114,7 +114,7 @@ impl WireTestbed {
     }
 
     /// The same to the listener where the header waits for the client's first bytes.
-    pub(crate) fn client_awaited(&self, family: Family) -> anyhow::Result<TcpStream> {
+    pub(crate) fn tls_client(&self, family: Family) -> anyhow::Result<TcpStream> {
         self.client_to(tls(family), |_| Ok(()))
     }
 
@@ -145,7 +145,7 @@ impl WireTestbed {
 
     /// Opens a connection, reads and checks the header, and measures the time to the first byte:
     /// the banner at the client, or the client's first bytes at the backend.
-    pub(crate) fn connection(&self, family: Family, first: First) -> anyhow::Result<Connection> {
+    pub(crate) fn connection(&self, family: Family, first: FirstSpeaker) -> anyhow::Result<Connection> {
         self.connection_within(family, first, LIMIT)
     }
 
@@ -153,7 +153,7 @@ impl WireTestbed {
     pub(crate) fn connection_within(
         &self,
         family: Family,
-        first: First,
+        first: FirstSpeaker,
         limit: Duration,
     ) -> anyhow::Result<Connection> {
         let listener = self.backend(family)?;
@@ -164,7 +164,7 @@ impl WireTestbed {
     pub(crate) fn connection_by(
         &self,
         family: Family,
-        first: First,
+        first: FirstSpeaker,
         prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
     ) -> anyhow::Result<Connection> {
         let listener = self.backend(family)?;
@@ -176,7 +176,7 @@ impl WireTestbed {
         &self,
         listener: &TcpListener,
         family: Family,
-        first: First,
+        first: FirstSpeaker,
         limit: Duration,
     ) -> anyhow::Result<Connection> {
         self.connect(listener, family, first, limit, |_| Ok(()))
@@ -186,7 +186,7 @@ impl WireTestbed {
         &self,
         listener: &TcpListener,
         family: Family,
-        first: First,
+        first: FirstSpeaker,
         limit: Duration,
         prepare: impl FnOnce(&Socket) -> std::io::Result<()> + Send,
     ) -> anyhow::Result<Connection> {
@@ -196,17 +196,17 @@ impl WireTestbed {
             let serving = scope.spawn(move || {
                 let mut server = accept_within(listener, limit)?;
                 let named = header(&mut server)?;
-                if first == First::Server {
+                if first == FirstSpeaker::Server {
                     server.write_all(WORDS)?;
                 } else {
                     expect(&mut server, WORDS)?;
                 }
                 anyhow::Ok((server, named, started.elapsed()))
             });
-            let address = if first == First::ClientAwaited { tls(family) } else { public(family) };
+            let address = if first == FirstSpeaker::ClientByProtocol { tls(family) } else { public(family) };
             let mut client = self.client_to(address, prepare)?;
             client.set_read_timeout(Some(limit))?;
-            if first == First::Server {
+            if first == FirstSpeaker::Server {
                 expect(&mut client, WORDS)?;
             } else {
                 client.write_all(WORDS)?;
@@ -214,8 +214,8 @@ impl WireTestbed {
             let banner = started.elapsed();
             let (server, named, read) = serving.join().map_err(|_| anyhow!("panicked"))??;
             let own = (client.local_addr()?, client.peer_addr()?);
-            ensure!(named == own, "the header says {named:?} of {own:?}");
-            let took = if first == First::Server { banner } else { read };
+            ensure!(named == own, "the header names {named:?}, not {own:?}");
+            let took = if first == FirstSpeaker::Server { banner } else { read };
             Ok(Connection { client, server, took })
         })
     }
@@ -247,26 +247,26 @@ impl WireTestbed {
 
 /// Which side speaks first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum First {
+pub(crate) enum FirstSpeaker {
     Server,
     Client,
     /// The client, according to the protocol: the header waits for its first bytes.
-    ClientAwaited,
+    ClientByProtocol,
 }
 
-impl First {
-    pub(crate) const ALL: [Self; 3] = [Self::Server, Self::Client, Self::ClientAwaited];
+impl FirstSpeaker {
+    pub(crate) const ALL: [Self; 3] = [Self::Server, Self::Client, Self::ClientByProtocol];
 }
 
 /// A kernel setting of a namespace, restored on drop.
 #[derive(Debug)]
-pub(crate) struct Setting<'a> {
+pub(crate) struct SysctlGuard<'a> {
     netns: &'a Netns,
     key: &'static str,
     before: String,
 }
 
-impl<'a> Setting<'a> {
+impl<'a> SysctlGuard<'a> {
     pub(crate) fn new(netns: &'a Netns, key: &'static str, value: &str) -> anyhow::Result<Self> {
         let path = format!("/proc/sys/{key}");
         let before = netns.run(|| std::fs::read_to_string(&path))?.context(key)?.trim().to_owned();
@@ -275,7 +275,7 @@ impl<'a> Setting<'a> {
     }
 }
 
-impl Drop for Setting<'_> {
+impl Drop for SysctlGuard<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.netns.sysctl(self.key, &self.before) {
             eprintln!("{error:#}");

@@ -11,21 +11,21 @@ use socket2::SockRef;
 
 use super::BYTES;
 use crate::testbed::{LIMIT, accept, expect, own_header};
-use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{self, First, WireTestbed, through};
+use crate::wire::{Direction, Fate, Side};
+use crate::wire_testbed::{self, FirstSpeaker, WireTestbed, through};
 
 /// One direction closes, the other continues.
-pub(super) fn half_close(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
-    let connection = testbed.connection(family, First::Server)?;
-    let (first, last) = match way {
-        Way::ToBackend => (&connection.client, &connection.server),
-        Way::ToClient => (&connection.server, &connection.client),
+pub(super) fn half_close(testbed: &WireTestbed, family: Family, direction: Direction) -> anyhow::Result<()> {
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
+    let (first, last) = match direction {
+        Direction::ToBackend => (&connection.client, &connection.server),
+        Direction::ToClient => (&connection.server, &connection.client),
     };
     through(first, last, 1000, 0)?;
     std::thread::sleep(Duration::from_millis(50));
     through(last, first, BYTES, 0)?;
     let session = testbed.session(connection.client.local_addr()?, wire_testbed::public(family))?;
-    let end = if way == Way::ToBackend { "client_closed" } else { "backend_closed" };
+    let end = if direction == Direction::ToBackend { "client_closed" } else { "backend_closed" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
@@ -39,7 +39,7 @@ pub(super) fn simultaneous_close(testbed: &WireTestbed, family: Family) -> anyho
             Fate::Pass
         }
     });
-    let mut connection = testbed.connection(family, First::Server)?;
+    let mut connection = testbed.connection(family, FirstSpeaker::Server)?;
     connection.client.shutdown(Shutdown::Write)?;
     connection.server.shutdown(Shutdown::Write)?;
     for stream in [&mut connection.client, &mut connection.server] {
@@ -50,12 +50,12 @@ pub(super) fn simultaneous_close(testbed: &WireTestbed, family: Family) -> anyho
 }
 
 /// The other side sees the reset at once.
-pub(super) fn reset(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::Result<()> {
-    let connection = testbed.connection(family, First::Server)?;
+pub(super) fn reset(testbed: &WireTestbed, family: Family, direction: Direction) -> anyhow::Result<()> {
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
     let address = connection.client.local_addr()?;
-    let (goes, mut stays) = match way {
-        Way::ToBackend => (connection.client, connection.server),
-        Way::ToClient => (connection.server, connection.client),
+    let (goes, mut stays) = match direction {
+        Direction::ToBackend => (connection.client, connection.server),
+        Direction::ToClient => (connection.server, connection.client),
     };
     stays.write_all(b"not read")?;
     std::thread::sleep(Duration::from_millis(10));
@@ -66,7 +66,7 @@ pub(super) fn reset(testbed: &WireTestbed, family: Family, way: Way) -> anyhow::
     ensure!(outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "{outcome:?}");
     ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
     let session = testbed.session(address, wire_testbed::public(family))?;
-    let end = if way == Way::ToBackend { "client_reset" } else { "backend_reset" };
+    let end = if direction == Direction::ToBackend { "client_reset" } else { "backend_reset" };
     ensure!(session.field("reason").as_deref() == Some(end), "{session:?}");
     Ok(())
 }
@@ -107,7 +107,7 @@ pub(super) fn refused(testbed: &WireTestbed, family: Family) -> anyhow::Result<(
     };
     let before = (closed()?, testbed.counted("refused")?);
     let start = Instant::now();
-    let Err(error) = testbed.client(family) else { bail!("connected to nobody") };
+    let Err(error) = testbed.client(family) else { bail!("connected without a backend") };
     ensure!(is(&error, ErrorKind::ConnectionRefused), "{error:#}");
     ensure!(start.elapsed() < Duration::from_millis(300), "after {:?}", start.elapsed());
     let deadline = Instant::now() + LIMIT;

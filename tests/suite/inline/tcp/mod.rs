@@ -11,11 +11,11 @@ use self::closes::{early_reset, half_close, refused, reset, same_ports, simultan
 use self::options::{sack, syn_cookies, with};
 use self::path_mtu::path_mtu;
 pub(crate) use self::path_mtu::{forget_path_mtu, narrow_link};
-pub(crate) use self::sequence_numbers::{EDGES, begins_at, five_gibibytes};
+pub(crate) use self::sequence_numbers::{WRAPPING_ISNS, five_gibibytes, transfer_from_isn};
 use self::sequence_numbers::{wrap, wrap_with_loss};
 use self::windows::{keepalive, zero_window};
 use crate::WireRun;
-use crate::wire::Way;
+use crate::wire::Direction;
 
 pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("without timestamps", |testbed, family| with(testbed, family, &[("net/ipv4/tcp_timestamps", "0")])),
@@ -35,11 +35,11 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("with SYN cookies", syn_cookies),
     ("losses in mid-stream, SACK blocks are valid", sack),
     ("zero windows", zero_window),
-    ("half-close, the client first", |testbed, family| half_close(testbed, family, Way::ToBackend)),
-    ("half-close, the backend first", |testbed, family| half_close(testbed, family, Way::ToClient)),
+    ("half-close, the client first", |testbed, family| half_close(testbed, family, Direction::ToBackend)),
+    ("half-close, the backend first", |testbed, family| half_close(testbed, family, Direction::ToClient)),
     ("both ends close at once", simultaneous_close),
-    ("reset by the client", |testbed, family| reset(testbed, family, Way::ToBackend)),
-    ("reset by the backend", |testbed, family| reset(testbed, family, Way::ToClient)),
+    ("reset by the client", |testbed, family| reset(testbed, family, Direction::ToBackend)),
+    ("reset by the backend", |testbed, family| reset(testbed, family, Direction::ToClient)),
     ("reset by the client before the header arrived", early_reset),
     ("refused by the backend", refused),
     ("ports reused after a reset", |testbed, family| same_ports(testbed, family, true)),

@@ -11,8 +11,8 @@ use etherparse::{Icmpv4Type, Icmpv6Type, NetSlice, PacketBuilder, icmpv4::DestUn
 use injector_testbed::netns::Family;
 
 use super::BYTES;
-use crate::wire::{Fate, Layer, Seen, Side, Way};
-use crate::wire_testbed::{First, WireTestbed, through};
+use crate::wire::{Direction, Fate, Layer, Seen, Side};
+use crate::wire_testbed::{FirstSpeaker, WireTestbed, through};
 
 /// A router in front of a narrower link behind the edge sends ICMP errors: the client must get them
 /// with its own sequence numbers, accept them, and send less at once. (Linux accepts any number in
@@ -24,12 +24,12 @@ pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<
     let sent = Arc::new(Mutex::new(HashSet::new()));
     let sending = Arc::clone(&sent);
     let _faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Way::ToBackend) && seen.is_data() {
+        if seen.at(Side::Client, Direction::ToBackend) && seen.is_data() {
             sending.lock().unwrap_or_else(PoisonError::into_inner).insert(seen.tcp.sequence_number());
         }
         narrow_link(seen, layer, MTU, &count)
     });
-    let connection = testbed.connection(family, First::Server)?;
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
     let start = Instant::now();
     through(&connection.client, &connection.server, BYTES, 0)?;
     let took = start.elapsed();
@@ -37,10 +37,10 @@ pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<
     eprintln!("    1 MiB in {took:.0?}, {answers} packets were too big");
     ensure!(answers > 0, "nothing was too big");
     ensure!(took < Duration::from_secs(2), "it took {took:?}");
-    let told = testbed.wire.quoted();
+    let quoted = testbed.wire.quoted();
     let sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
-    ensure!(!told.is_empty(), "the client was told nothing");
-    ensure!(told.iter().all(|number| sent.contains(number)), "of {told:?} the client has sent {sent:?}");
+    ensure!(!quoted.is_empty(), "the client got no ICMP error");
+    ensure!(quoted.iter().all(|number| sent.contains(number)), "of {quoted:?} the client has sent {sent:?}");
     forget_path_mtu(testbed)
 }
 
@@ -48,7 +48,7 @@ pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<
 /// them.
 pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &AtomicU32) -> Fate {
     let too_big = seen.frame.len() - seen.ip_at > usize::from(mtu);
-    if !seen.at(Side::Backend, Way::ToBackend) || !too_big {
+    if !seen.at(Side::Backend, Direction::ToBackend) || !too_big {
         return Fate::Pass;
     }
     answers.fetch_add(1, Ordering::Relaxed);

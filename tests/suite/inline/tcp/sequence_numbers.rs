@@ -9,14 +9,14 @@ use anyhow::{Context as _, anyhow, ensure};
 use injector_testbed::netns::Family;
 use socket2::Socket;
 
-use crate::losses::Order;
+use crate::losses::Random;
 use crate::testbed::{Testbed, accept, own_header};
 use crate::wire::{Fate, Side};
-use crate::wire_testbed::{First, WireTestbed};
+use crate::wire_testbed::{FirstSpeaker, WireTestbed};
 
 /// Initial sequence numbers with which the header, or the client's first bytes, cross 2^32; or
 /// 2^31, where comparisons change sign.
-pub(crate) const EDGES: [u32; 9] = [
+pub(crate) const WRAPPING_ISNS: [u32; 9] = [
     u32::MAX,
     u32::MAX - 1,
     u32::MAX - 14,
@@ -29,43 +29,45 @@ pub(crate) const EDGES: [u32; 9] = [
 ];
 
 pub(super) fn wrap(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    for (number, first) in EDGES.into_iter().zip([First::Server, First::Client].into_iter().cycle()) {
-        begins_at(testbed, family, first, number)?;
+    for (number, first) in
+        WRAPPING_ISNS.into_iter().zip([FirstSpeaker::Server, FirstSpeaker::Client].into_iter().cycle())
+    {
+        transfer_from_isn(testbed, family, first, number)?;
     }
     Ok(())
 }
 
 pub(super) fn wrap_with_loss(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    for number in EDGES {
-        let (mut order, mut headers) = (Order(9), 0);
+    for number in WRAPPING_ISNS {
+        let (mut random, mut headers) = (Random(9), 0);
         let _faulty = testbed.wire.faults(move |seen| {
             headers += u32::from(seen.is_header());
             let header = seen.is_header() && headers == 1;
             let data =
-                seen.is_data() && !seen.is_header() && seen.side == Side::Backend && order.below(60) == 0;
+                seen.is_data() && !seen.is_header() && seen.side == Side::Backend && random.below(60) == 0;
             if header || data { Fate::Drop } else { Fate::Pass }
         });
-        begins_at(testbed, family, First::Client, number)?;
+        transfer_from_isn(testbed, family, FirstSpeaker::Client, number)?;
     }
     Ok(())
 }
 
-pub(crate) fn begins_at(
+pub(crate) fn transfer_from_isn(
     testbed: &WireTestbed,
     family: Family,
-    first: First,
+    first: FirstSpeaker,
     number: u32,
 ) -> anyhow::Result<()> {
     let name = || format!("initial sequence number {number}");
     let connection =
-        testbed.connection_by(family, first, |socket| begin_at(socket, number)).with_context(name)?;
+        testbed.connection_by(family, first, |socket| set_isn(socket, number)).with_context(name)?;
     connection.finish(100_000).with_context(name)
 }
 
 /// Makes a socket connect with this initial sequence number: a queue that already has a number
 /// keeps it (tcp_v4_connect in net/ipv4/tcp_ipv4.c). Only a socket in repair mode can be given one
 /// (not in tcp(7); kernel commit ee9952831cfd).
-fn begin_at(socket: &Socket, number: u32) -> io::Result<()> {
+fn set_isn(socket: &Socket, number: u32) -> io::Result<()> {
     const SEND_QUEUE: u32 = 2;
     const OFF_WITHOUT_PROBE: u32 = u32::MAX;
     let steps = [

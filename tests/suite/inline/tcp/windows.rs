@@ -10,13 +10,13 @@ use anyhow::{Context as _, anyhow, ensure};
 use injector_testbed::netns::Family;
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::wire::{Fate, Side, Way};
-use crate::wire_testbed::{First, WireTestbed};
+use crate::wire::{Direction, Fate, Side};
+use crate::wire_testbed::{FirstSpeaker, WireTestbed};
 
 /// Neither side reads until both windows have been zero for a second; then no byte is missing.
 pub(super) fn zero_window(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     const MUCH: usize = 12 << 20;
-    let connection = testbed.connection(family, First::Server)?;
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
     let (client, server) = (&connection.client, &connection.server);
     for socket in [client, server] {
         SockRef::from(socket).set_recv_buffer_size(64 << 10)?;
@@ -55,7 +55,7 @@ pub(super) fn keepalive(testbed: &WireTestbed, family: Family) -> anyhow::Result
     let count = Arc::clone(&probes);
     let mut last = None;
     let _faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Backend, Way::ToBackend) && seen.is_bare_ack() {
+        if seen.at(Side::Backend, Direction::ToBackend) && seen.is_bare_ack() {
             let number = seen.tcp.sequence_number();
             if last.is_some_and(|last: u32| last.wrapping_sub(number) == 1) {
                 count.fetch_add(1, Ordering::Relaxed);
@@ -69,7 +69,7 @@ pub(super) fn keepalive(testbed: &WireTestbed, family: Family) -> anyhow::Result
         .with_time(Duration::from_secs(1))
         .with_interval(Duration::from_secs(1))
         .with_retries(1);
-    let connection = testbed.connection(family, First::Server)?;
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
     SockRef::from(&connection.client).set_tcp_keepalive(&often)?;
     SockRef::from(&connection.server).set_tcp_keepalive(&often)?;
     // An unacknowledged probe would end it a second later.

@@ -21,7 +21,7 @@ use crate::{
     net::socket::{Endpoint, Needs},
     telemetry::{
         log::target,
-        outcome::{Bytes, End},
+        outcome::{Bytes, CloseReason},
     },
 };
 
@@ -69,7 +69,7 @@ struct Gone {
 /// How the pump stopped.
 #[derive(Debug)]
 pub(super) struct Outcome {
-    pub(super) end: End,
+    pub(super) reason: CloseReason,
     pub(super) error: Option<io::Error>,
     pub(super) to_backend: Bytes,
     pub(super) to_client: Bytes,
@@ -112,7 +112,7 @@ impl Pump {
     }
 
     /// Until both directions are finished or something breaks.
-    pub(super) async fn carry(&mut self) -> (End, Option<io::Error>) {
+    pub(super) async fn carry(&mut self) -> (CloseReason, Option<io::Error>) {
         let first_look =
             ACCOUNT_EVERY.min(self.silence_allowed()).min(self.context.timeouts.user_timeout / 2);
         self.row.call_in(first_look);
@@ -121,7 +121,11 @@ impl Pump {
                 return ended;
             }
             if self.finished() {
-                let first = if self.backend_finished_first { End::BackendClosed } else { End::ClientClosed };
+                let first = if self.backend_finished_first {
+                    CloseReason::BackendClosed
+                } else {
+                    CloseReason::ClientClosed
+                };
                 return (first, None);
             }
             let stepped = poll_fn(|task| self.poll_step(task)).await;
@@ -129,19 +133,19 @@ impl Pump {
                 Step::ToBackend(Ok(Progress::Resumed))
                     if self.gone.client && !self.to_backend.complete(&self.client) =>
                 {
-                    return (End::ClientReset, None);
+                    return (CloseReason::ClientReset, None);
                 }
                 Step::ToClient(Ok(Progress::Resumed))
                     if self.gone.backend && !self.to_client.complete(&self.backend) =>
                 {
-                    return (End::BackendReset, None);
+                    return (CloseReason::BackendReset, None);
                 }
                 Step::ToBackend(Ok(progress)) => self.note(progress),
                 Step::ToClient(Ok(progress)) => {
                     self.note_first_byte(progress);
                     self.note(progress);
                     if self.no_banner() {
-                        return (End::NoBanner, None);
+                        return (CloseReason::NoBanner, None);
                     }
                     self.backend_finished_first |= self.to_client.ended() && !self.to_backend.ended();
                 }
@@ -150,7 +154,11 @@ impl Pump {
                     self.backend_finished_first |= !self.to_backend.ended();
                     self.to_backend.abandon();
                     if self.to_client.runs_in_kernel() && !self.to_client.complete(&self.backend) {
-                        return self.broken(Break::Target(error), End::ClientReset, End::BackendReset);
+                        return self.broken(
+                            Break::Target(error),
+                            CloseReason::ClientReset,
+                            CloseReason::BackendReset,
+                        );
                     }
                     self.gone.backend_error = Some(error);
                 }
@@ -158,7 +166,11 @@ impl Pump {
                     self.gone.client = true;
                     self.to_client.abandon();
                     if self.to_backend.runs_in_kernel() && !self.to_backend.complete(&self.client) {
-                        return self.broken(Break::Target(error), End::BackendReset, End::ClientReset);
+                        return self.broken(
+                            Break::Target(error),
+                            CloseReason::BackendReset,
+                            CloseReason::ClientReset,
+                        );
                     }
                     self.gone.client_error = Some(error);
                 }
@@ -167,21 +179,21 @@ impl Pump {
                 Step::ClientGone(None) => self.gone.client = true,
                 Step::ToBackend(Err(broken)) => {
                     let broken = known(broken, self.gone.client_error.take());
-                    return self.broken(broken, End::ClientReset, End::BackendReset);
+                    return self.broken(broken, CloseReason::ClientReset, CloseReason::BackendReset);
                 }
                 Step::ToClient(Err(broken)) => {
                     let broken = known(broken, self.gone.backend_error.take());
-                    return self.broken(broken, End::BackendReset, End::ClientReset);
+                    return self.broken(broken, CloseReason::BackendReset, CloseReason::ClientReset);
                 }
-                Step::Called if self.context.cut.is_cancelled() => return (End::Aborted, None),
+                Step::Called if self.context.cut.is_cancelled() => return (CloseReason::Aborted, None),
                 Step::Called => {
                     self.give_up_in_time();
                     self.account();
                     if let Err(broken) = self.look() {
-                        return self.broken(broken, End::Overload, End::Overload);
+                        return self.broken(broken, CloseReason::Overload, CloseReason::Overload);
                     }
-                    if let Some(end) = self.silent_too_long() {
-                        return (end, None);
+                    if let Some(reason) = self.silent_too_long() {
+                        return (reason, None);
                     }
                     let left = (self.last_activity() + self.silence_allowed()).duration_since(Instant::now());
                     self.row.call_in(ACCOUNT_EVERY.min(left));
@@ -229,7 +241,7 @@ impl Pump {
     }
 
     /// Takes leave of both sides.
-    pub(super) async fn finish(mut self, end: End, error: Option<io::Error>) -> Outcome {
+    pub(super) async fn finish(mut self, reason: CloseReason, error: Option<io::Error>) -> Outcome {
         self.account();
         let (to_backend, to_client) = self.accounted;
         let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
@@ -237,13 +249,13 @@ impl Pump {
         // The directions leave the kernel's maps before their sockets close.
         drop((up, down));
         let mut left = None;
-        match end {
-            End::NoBanner => {
+        match reason {
+            CloseReason::NoBanner => {
                 backend.reset();
                 left = Some(client);
             }
             // Whose words found nobody is told by a reset, after the last of what it was sent.
-            _ if end.clean() => {
+            _ if reason.clean() => {
                 for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
                     if cut {
                         endpoint.taken(LAST_WORDS).await;
@@ -258,11 +270,11 @@ impl Pump {
                 client.push_and_reset();
             }
         }
-        Outcome { end, error, to_backend, to_client, client: left }
+        Outcome { reason, error, to_backend, to_client, client: left }
     }
 
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
-    fn prepare(&mut self) -> Result<(), (End, Option<io::Error>)> {
+    fn prepare(&mut self) -> Result<(), (CloseReason, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
         let age = || header_sent.elapsed();
         let (up, down) = both_ways(context, client, backend);
@@ -273,7 +285,7 @@ impl Pump {
         for (direction, enrolment) in enrolments {
             match enrolment {
                 Enrolment::NotNow => {}
-                Enrolment::Lost(error) => return Err((End::Lost, Some(error))),
+                Enrolment::Lost(error) => return Err((CloseReason::Lost, Some(error))),
                 Enrolment::Done => context.metrics.enrolled(),
                 Enrolment::Refused(refused) => {
                     tracing::debug!(target: target::SESSION,
@@ -292,7 +304,7 @@ impl Pump {
         client
             .arm(of_client, watch)
             .and_then(|()| backend.arm(of_backend, watch))
-            .map_err(|error| (End::Internal, Some(error)))
+            .map_err(|error| (CloseReason::Internal, Some(error)))
     }
 
     /// Four system calls, which a short session does not need. What the backend was sent before counts as well: the kernel
@@ -365,19 +377,24 @@ impl Pump {
         self.to_backend.ended() && !self.to_backend.was_cut()
     }
 
-    fn broken(&self, broken: Break, source: End, target: End) -> (End, Option<io::Error>) {
-        let (end, error) = match broken {
+    fn broken(
+        &self,
+        broken: Break,
+        source: CloseReason,
+        target: CloseReason,
+    ) -> (CloseReason, Option<io::Error>) {
+        let (reason, error) = match broken {
             Break::Source(error) => (source, Some(error)),
             Break::Target(error) => (target, Some(error)),
-            Break::Lost(error) => (End::Lost, Some(error)),
-            Break::Forged => (End::Forged, None),
-            Break::Overload => (End::Overload, None),
+            Break::Lost(error) => (CloseReason::Lost, Some(error)),
+            Break::Forged => (CloseReason::Forged, None),
+            Break::Overload => (CloseReason::Overload, None),
         };
-        let refused = end == End::BackendReset
+        let refused = reason == CloseReason::BackendReset
             && self.to_client.silent()
             && !self.client_finished()
             && self.context.expects_banner;
-        (if refused { End::NoBanner } else { end }, error)
+        (if refused { CloseReason::NoBanner } else { reason }, error)
     }
 
     fn silence_allowed(&self) -> Duration {
@@ -386,12 +403,12 @@ impl Pump {
         if half_closed { timeouts.half_closed } else { timeouts.idle }
     }
 
-    fn silent_too_long(&self) -> Option<End> {
+    fn silent_too_long(&self) -> Option<CloseReason> {
         if self.last_activity().elapsed() < self.silence_allowed() {
             return None;
         }
         let half_closed = self.to_backend.ended() || self.to_client.ended();
-        Some(if half_closed { End::HalfClosed } else { End::Idle })
+        Some(if half_closed { CloseReason::HalfClosed } else { CloseReason::Idle })
     }
 
     /// When payload last passed, in whichever plane.

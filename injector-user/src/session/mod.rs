@@ -39,7 +39,7 @@ use crate::{
         backlog::Ledger,
         log::target,
         metrics::ListenerMetrics,
-        outcome::{Bytes, End, Report},
+        outcome::{AccessLogEntry, Bytes, CloseReason},
     },
 };
 
@@ -97,8 +97,8 @@ pub fn serve(
     async move {
         if let Some(mut begun) = begin.await {
             // relaying ⇄ spliced, half-closed
-            let (end, error) = begun.pump.carry().await;
-            Box::pin(finish(begun, end, error)).await;
+            let (reason, error) = begun.pump.carry().await;
+            Box::pin(finish(begun, reason, error)).await;
         }
         drop(admitted);
     }
@@ -129,8 +129,8 @@ async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Optio
     let mut known = Known { entry, id, backend: None };
     match reach(&context, client, &mut known).await {
         Ok(pump) => Some(Box::new(Begun { known, pump })),
-        Err((end, error)) => {
-            known.report(&context, end, (Bytes::default(), Bytes::default()), error);
+        Err((reason, error)) => {
+            known.report(&context, reason, (Bytes::default(), Bytes::default()), error);
             None
         }
     }
@@ -140,16 +140,16 @@ async fn reach(
     context: &Arc<Context>,
     client: Endpoint,
     known: &mut Known,
-) -> Result<Pump, (End, Option<String>)> {
+) -> Result<Pump, (CloseReason, Option<String>)> {
     // connecting
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
     let connecting = context.backends.connect(context.timeouts.connect, &observe);
     let connected = tokio::select! {
         connected = connecting => connected,
-        _ = client.closed() => return Err((End::ClientReset, None)),
+        _ = client.closed() => return Err((CloseReason::ClientReset, None)),
         () = context.cut.cancelled() => {
             refuse(client, context.protocol, Refusal::Stopping).await;
-            return Err((End::Aborted, None));
+            return Err((CloseReason::Aborted, None));
         }
     };
     let Reached { endpoint: backend, address, session } = match connected {
@@ -165,12 +165,12 @@ async fn reach(
     // injecting
     let first = match first_payload(context, &client, &backend).await {
         Ok(first) => first,
-        Err((end, error)) => {
-            if end != End::ClientClosed {
+        Err((reason, error)) => {
+            if reason != CloseReason::ClientClosed {
                 client.reset();
                 backend.reset();
             }
-            return Err((end, error.map(|error| error.to_string())));
+            return Err((reason, error.map(|error| error.to_string())));
         }
     };
     let injected = match inject(context, known, &backend, &first) {
@@ -179,7 +179,7 @@ async fn reach(
             context.metrics.header_failed();
             backend.reset();
             client.reset();
-            return Err((End::HeaderFailed, Some(error.to_string())));
+            return Err((CloseReason::HeaderFailed, Some(error.to_string())));
         }
     };
     context.metrics.header_sent();
@@ -193,27 +193,27 @@ async fn reach(
 }
 
 /// closed
-async fn finish(begun: Box<Begun>, end: End, error: Option<io::Error>) {
+async fn finish(begun: Box<Begun>, reason: CloseReason, error: Option<io::Error>) {
     let Begun { known, pump } = *begun;
     let context = pump.context();
-    let outcome = pump.finish(end, error).await;
+    let outcome = pump.finish(reason, error).await;
     if let Some(client) = outcome.client {
         refuse(client, context.protocol, Refusal::BackendUnavailable).await;
     }
-    let end = outcome.end.known_by(outcome.error.as_ref());
+    let reason = outcome.reason.refine(outcome.error.as_ref());
     let error = outcome.error.map(|error| error.to_string());
-    known.report(&context, end, (outcome.to_backend, outcome.to_client), error);
+    known.report(&context, reason, (outcome.to_backend, outcome.to_client), error);
 }
 
 impl Known {
     fn report(
         self,
         context: &Context,
-        end: End,
+        reason: CloseReason,
         (to_backend, to_client): (Bytes, Bytes),
         error: Option<String>,
     ) {
-        let report = Report {
+        let report = AccessLogEntry {
             client: self.entry.client(),
             local: self.entry.local(),
             listener: Arc::clone(&context.listener),
@@ -223,10 +223,10 @@ impl Known {
             to_client,
             duration: self.entry.age(),
             unique_id: self.id.map(|id| String::from_utf8_lossy(&*id).into_owned()),
-            end,
+            reason,
             error,
         };
-        context.metrics.closed(report.end);
+        context.metrics.closed(report.reason);
         report.log();
     }
 }
@@ -245,7 +245,7 @@ async fn first_payload(
     context: &Context,
     client: &Endpoint,
     backend: &Endpoint,
-) -> Result<First, (End, Option<io::Error>)> {
+) -> Result<First, (CloseReason, Option<io::Error>)> {
     let mut first = First { payload: BytesMut::new(), gated: true };
     if context.protocol.speaks_first() == Speaker::Server || context.timeouts.header_wait.is_zero() {
         return Ok(first);
@@ -256,20 +256,20 @@ async fn first_payload(
         let payload = &mut first.payload;
         let read = tokio::select! {
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
-            error = backend.closed() => return Err((End::NoBanner, error)),
-            () = context.cut.cancelled() => return Err((End::Aborted, None)),
+            error = backend.closed() => return Err((CloseReason::NoBanner, error)),
+            () = context.cut.cancelled() => return Err((CloseReason::Aborted, None)),
         };
         match read {
             Err(_elapsed) => return Ok(first),
             // Without a byte there is nothing to tell the backend, not even who it was.
-            Ok(Ok(0)) if first.payload.is_empty() => return Err((End::ClientClosed, None)),
+            Ok(Ok(0)) if first.payload.is_empty() => return Err((CloseReason::ClientClosed, None)),
             // The FIN stays visible: the pump reads it again.
             Ok(Ok(0)) => return Ok(first),
             Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err((End::ClientReset, Some(error))),
+            Ok(Err(error)) => return Err((CloseReason::ClientReset, Some(error))),
         }
         match forgery(&first.payload) {
-            Forgery::Yes => return Err((End::Forged, None)),
+            Forgery::Yes => return Err((CloseReason::Forged, None)),
             Forgery::Undecided => {}
             Forgery::No => {
                 first.gated = false;
@@ -319,18 +319,18 @@ pub async fn refuse(client: Endpoint, protocol: Protocol, why: Refusal) {
     let _ = timeout(PATIENCE, drained).await;
 }
 
-fn unreachable(error: &Unreachable) -> End {
+fn unreachable(error: &Unreachable) -> CloseReason {
     match error {
-        Unreachable::Unresolved => End::BackendUnresolved,
-        Unreachable::Refused { .. } => End::BackendRefused,
-        Unreachable::Timeout { .. } => End::ConnectTimeout,
+        Unreachable::Unresolved => CloseReason::BackendUnresolved,
+        Unreachable::Refused { .. } => CloseReason::BackendRefused,
+        Unreachable::Timeout { .. } => CloseReason::ConnectTimeout,
         // No descriptor for the socket to it: the backend is not to blame.
         Unreachable::Other { error, .. }
             if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
         {
-            End::Internal
+            CloseReason::Internal
         }
-        Unreachable::Other { .. } | Unreachable::AllDisabled => End::BackendUnreachable,
+        Unreachable::Other { .. } | Unreachable::AllDisabled => CloseReason::BackendUnreachable,
     }
 }
 

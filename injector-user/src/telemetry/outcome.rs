@@ -6,7 +6,7 @@ use crate::telemetry::log::target;
 
 /// How a connection ended: the field `reason` of its log line and the label of `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum End {
+pub enum CloseReason {
     /// The client finished first, then the backend: everything was delivered.
     ClientClosed,
     /// The backend finished first, then the client: everything was delivered.
@@ -47,7 +47,7 @@ pub enum End {
     Internal,
 }
 
-impl End {
+impl CloseReason {
     /// All of them.
     pub const ALL: [Self; 19] = [
         Self::ClientClosed,
@@ -100,7 +100,7 @@ impl End {
     /// A connection that broke because the kernel gave up on a silent peer, or the network said that nobody is there, was
     /// not reset by that peer: it vanished.
     #[must_use]
-    pub fn known_by(self, error: Option<&io::Error>) -> Self {
+    pub fn refine(self, error: Option<&io::Error>) -> Self {
         use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
         let silent = error
             .is_some_and(|error| matches!(error.kind(), TimedOut | HostUnreachable | NetworkUnreachable));
@@ -118,7 +118,7 @@ impl End {
     }
 }
 
-impl fmt::Display for End {
+impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
@@ -145,7 +145,7 @@ impl Bytes {
 
 /// What is known of a finished connection.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub struct AccessLogEntry {
     /// The client.
     pub client: SocketAddr,
     /// The address of ours that it connected to.
@@ -165,12 +165,12 @@ pub struct Report {
     /// What the backend was told to call the connection, where it wants that.
     pub unique_id: Option<String>,
     /// How it ended.
-    pub end: End,
+    pub reason: CloseReason,
     /// What the kernel said, where it said something.
     pub error: Option<String>,
 }
 
-impl Report {
+impl AccessLogEntry {
     /// Writes the line. It is the only one above DEBUG that names a client.
     pub fn log(&self) {
         tracing::info!(target: target::ACCESS,
@@ -187,7 +187,7 @@ impl Report {
             piped_to_client = self.to_client.piped,
             duration_ms = u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             unique_id = self.unique_id,
-            reason = self.end.name(),
+            reason = self.reason.name(),
             error = self.error,
             "connection closed"
         );
@@ -200,7 +200,8 @@ mod tests {
 
     #[test]
     fn names_are_distinct() {
-        let names: std::collections::BTreeSet<_> = End::ALL.into_iter().map(End::name).collect();
-        assert_eq!(names.len(), End::ALL.len());
+        let names: std::collections::BTreeSet<_> =
+            CloseReason::ALL.into_iter().map(CloseReason::name).collect();
+        assert_eq!(names.len(), CloseReason::ALL.len());
     }
 }

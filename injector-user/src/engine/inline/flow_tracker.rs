@@ -18,7 +18,7 @@ use crate::{
     os::sys,
     telemetry::{
         metrics::{Active, ListenerMetrics},
-        outcome::{Bytes, End, Report},
+        outcome::{AccessLogEntry, Bytes, CloseReason},
     },
 };
 
@@ -157,7 +157,7 @@ impl Books {
     fn note(&self, event: &Event) {
         match event.kind {
             Event::ACKNOWLEDGED => self.began(event.key, &event.flow),
-            Event::ENDED => self.ended(&event.key, &event.flow, self.end_of(&event.flow)),
+            Event::ENDED => self.ended(&event.key, &event.flow, self.close_reason(&event.flow)),
             Event::REFUSED => self.refused(&event.flow),
             _ => {}
         }
@@ -167,7 +167,7 @@ impl Books {
     /// says.
     fn refused(&self, flow: &Flow) {
         if let Some(listening) = self.listener(flow) {
-            listening.metrics.closed(End::BackendRefused);
+            listening.metrics.closed(CloseReason::BackendRefused);
         }
     }
 
@@ -190,17 +190,17 @@ impl Books {
         });
     }
 
-    fn ended(&self, key: &Key, flow: &Flow, end: End) {
+    fn ended(&self, key: &Key, flow: &Flow, reason: CloseReason) {
         let Some(listening) = self.listener(flow) else { return };
         if !lock(&self.lingering).add(*key, flow) {
             return;
         }
         self.account(key, flow);
         lock(&self.open).remove(key);
-        listening.metrics.closed(end);
+        listening.metrics.closed(reason);
         let Some((client, local)) = parties(&flow.addresses) else { return };
         let bytes = |spliced| Bytes { spliced, ..Bytes::default() };
-        let report = Report {
+        let report = AccessLogEntry {
             client,
             local,
             listener: listening.name.as_str().into(),
@@ -210,25 +210,25 @@ impl Books {
             to_client: bytes(flow.to_client.bytes),
             duration: Duration::from_nanos(flow.last_ns.saturating_sub(flow.created_ns)),
             unique_id: None,
-            end,
+            reason,
             error: None,
         };
         report.log();
     }
 
-    fn end_of(&self, flow: &Flow) -> End {
+    fn close_reason(&self, flow: &Flow) -> CloseReason {
         let expects_banner = self.listener(flow).is_some_and(|listening| listening.expects_banner);
         let silent = expects_banner && flow.to_client.bytes == 0;
         if flow.is(Flag::ClientRst) {
-            End::ClientReset
+            CloseReason::ClientReset
         } else if flow.is(Flag::BackendRst) {
-            if silent { End::NoBanner } else { End::BackendReset }
+            if silent { CloseReason::NoBanner } else { CloseReason::BackendReset }
         } else if flow.is(Flag::ClientFirst) {
-            End::ClientClosed
+            CloseReason::ClientClosed
         } else if silent {
-            End::NoBanner
+            CloseReason::NoBanner
         } else {
-            End::BackendClosed
+            CloseReason::BackendClosed
         }
     }
 
@@ -266,7 +266,7 @@ impl Books {
             if flow.closed() {
                 // Of an earlier daemon, or nobody told of its end.
                 if silent > GATHER && lock(&self.open).contains_key(&key) {
-                    self.ended(&key, &flow, self.end_of(&flow));
+                    self.ended(&key, &flow, self.close_reason(&flow));
                 }
                 if silent > linger {
                     past.push(ClosedFlow::new(key, &flow));
@@ -278,7 +278,7 @@ impl Books {
             }
             if silent > self.idle {
                 past.push(ClosedFlow::new(key, &flow));
-                self.ended(&key, &flow, End::Idle);
+                self.ended(&key, &flow, CloseReason::Idle);
                 continue;
             }
             if flow.is(Flag::Acknowledged) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 use super::{BytesLabels, ChangeLabels, ClosedLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
-use crate::telemetry::outcome::{Bytes, End};
+use crate::telemetry::outcome::{Bytes, CloseReason};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,14 +65,14 @@ impl RejectReason {
     }
 
     /// The refusal that an admitted connection's end amounts to, if it does.
-    const fn of(end: End) -> Option<Self> {
-        match end {
-            End::BackendRefused => Some(Self::BackendRefused),
-            End::ConnectTimeout => Some(Self::ConnectTimeout),
-            End::BackendUnreachable => Some(Self::BackendUnreachable),
-            End::BackendUnresolved => Some(Self::BackendUnresolved),
-            End::NoBanner => Some(Self::NoBanner),
-            End::Forged => Some(Self::ForgedHeader),
+    const fn of(reason: CloseReason) -> Option<Self> {
+        match reason {
+            CloseReason::BackendRefused => Some(Self::BackendRefused),
+            CloseReason::ConnectTimeout => Some(Self::ConnectTimeout),
+            CloseReason::BackendUnreachable => Some(Self::BackendUnreachable),
+            CloseReason::BackendUnresolved => Some(Self::BackendUnresolved),
+            CloseReason::NoBanner => Some(Self::NoBanner),
+            CloseReason::Forged => Some(Self::ForgedHeader),
             _ => None,
         }
     }
@@ -89,7 +89,7 @@ struct Handles {
     accepted: Counter,
     active: Gauge,
     rejected: [(RejectReason, Counter); RejectReason::ALL.len()],
-    closed: [(End, Counter); End::ALL.len()],
+    closed: [(CloseReason, Counter); CloseReason::ALL.len()],
     headers_sent: Counter,
     headers_failed: Counter,
     to_backend: Planes,
@@ -158,9 +158,9 @@ impl ListenerMetrics {
             let labels = ReasonLabels { listener: Arc::clone(&name), reason: reason.name() };
             (reason, families.rejected.get_or_create_owned(&labels))
         };
-        let closed = |end: End| {
-            let labels = ClosedLabels { listener: Arc::clone(&name), engine, reason: end.name() };
-            (end, families.closed.get_or_create_owned(&labels))
+        let closed = |reason: CloseReason| {
+            let labels = ClosedLabels { listener: Arc::clone(&name), engine, reason: reason.name() };
+            (reason, families.closed.get_or_create_owned(&labels))
         };
         let bytes = |direction, plane| {
             families.bytes.get_or_create_owned(&BytesLabels { listener: Arc::clone(&name), direction, plane })
@@ -177,7 +177,7 @@ impl ListenerMetrics {
             accepted: families.accepted.get_or_create_owned(&plain),
             active: families.active.get_or_create_owned(&served),
             rejected: RejectReason::ALL.map(rejected),
-            closed: End::ALL.map(closed),
+            closed: CloseReason::ALL.map(closed),
             headers_sent: families.headers_sent.get_or_create_owned(&served),
             headers_failed: families.headers_failed.get_or_create_owned(&served),
             to_backend: planes("client_to_backend"),
@@ -224,9 +224,9 @@ impl ListenerMetrics {
     }
 
     /// An admitted connection ended; if that was before its backend spoke, it counts as rejected as well.
-    pub fn closed(&self, end: End) {
-        count(&self.0.closed, end);
-        if let Some(reason) = RejectReason::of(end) {
+    pub fn closed(&self, reason: CloseReason) {
+        count(&self.0.closed, reason);
+        if let Some(reason) = RejectReason::of(reason) {
             self.rejected(reason);
         }
     }

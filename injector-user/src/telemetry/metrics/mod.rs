@@ -390,7 +390,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::telemetry::outcome::{Bytes, End};
+    use crate::telemetry::outcome::{Bytes, CloseReason};
 
     #[derive(Debug)]
     struct OneBackend;
@@ -524,7 +524,9 @@ mod tests {
     #[test]
     fn the_documentation_lists_the_values_of_labels() {
         let document = include_str!("../../../../docs/metrics.md");
-        for word in End::ALL.map(End::name).iter().chain(&RejectReason::ALL.map(RejectReason::name)) {
+        for word in
+            CloseReason::ALL.map(CloseReason::name).iter().chain(&RejectReason::ALL.map(RejectReason::name))
+        {
             assert!(document.contains(&format!("`{word}`")), "{word} is not in docs/metrics.md");
         }
     }
@@ -539,8 +541,8 @@ mod tests {
             );
             assert_eq!(sample(&metrics, &series), 0.0);
         }
-        for end in End::ALL {
-            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{end}\"");
+        for reason in CloseReason::ALL {
+            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{reason}\"");
             assert_eq!(sample(&metrics, &format!("injector_connections_closed_total{{{labels}}}")), 0.0);
         }
     }
@@ -615,9 +617,9 @@ mod tests {
     #[test]
     fn an_end_before_the_backend_spoke_is_a_refusal_as_well() {
         let (metrics, listener) = complete();
-        End::ALL.into_iter().for_each(|end| listener.closed(end));
-        for end in End::ALL {
-            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{end}\"");
+        CloseReason::ALL.into_iter().for_each(|reason| listener.closed(reason));
+        for reason in CloseReason::ALL {
+            let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{reason}\"");
             assert_eq!(sample(&metrics, &format!("injector_connections_closed_total{{{labels}}}")), 1.0);
         }
         let refusals =

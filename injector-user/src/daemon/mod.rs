@@ -22,7 +22,7 @@ use crate::{
     server as serving,
     server::{Outset, Serving, Sockets},
     telemetry::{
-        backlog::Ledger,
+        backlog::BacklogTotal,
         log::target,
         metrics::{Metrics, Readiness, http},
     },
@@ -156,9 +156,9 @@ async fn serve(
 
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
-    let ledger = Ledger::default();
+    let backlog_total = BacklogTotal::default();
     observe(&metrics, &outset.findings);
-    metrics.watch_backlog(ledger.clone());
+    metrics.watch_backlog(backlog_total.clone());
     let exporting = CancellationToken::new();
     let Operator { exporter, admin, file, source } = operator;
     if let Some(exporter) = exporter {
@@ -166,7 +166,7 @@ async fn serve(
         tokio::spawn(http::serve(exporter, metrics.clone(), readiness, exporting.clone()));
     }
 
-    let serving = Serving::begin(outset, &metrics, &ledger)?;
+    let serving = Serving::begin(outset, &metrics, &backlog_total)?;
     #[cfg(feature = "bpf")]
     if let Some(running) = inline {
         watch_inline(running, &serving, &metrics);

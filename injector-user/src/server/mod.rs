@@ -31,7 +31,7 @@ use crate::{
         registry::{Snapshot, Table},
     },
     telemetry::{
-        backlog::Ledger,
+        backlog::BacklogTotal,
         log::target,
         metrics::{ListenerMetrics, Metrics},
     },
@@ -95,7 +95,7 @@ struct Shared {
     sessions: TaskTracker,
     limits: Limits,
     pipes: Pipes,
-    ledger: Ledger,
+    backlog_total: BacklogTotal,
     metrics: Metrics,
     run_id: u64,
 }
@@ -186,7 +186,7 @@ impl Serving {
     ///
     /// # Errors
     /// When there can be no further thread or epoll instance.
-    pub fn begin(outset: Outset, metrics: &Metrics, ledger: &Ledger) -> anyhow::Result<Self> {
+    pub fn begin(outset: Outset, metrics: &Metrics, backlog_total: &BacklogTotal) -> anyhow::Result<Self> {
         let Outset { config, choices, sockets, inherited, engines, findings, nofile } = outset;
         let (doors, ended) = (TaskTracker::new(), CancellationToken::new());
         let worker = |number| Worker::start(number, &doors, ended.clone());
@@ -200,7 +200,7 @@ impl Serving {
             sessions: TaskTracker::new(),
             limits: Limits::new(config.limits.max_connections, carried(&config, nofile)),
             pipes: Pipes::new(pipe::MOST),
-            ledger: ledger.clone(),
+            backlog_total: backlog_total.clone(),
             metrics: metrics.clone(),
             run_id: RandomState::new().hash_one(std::process::id()),
         };
@@ -398,7 +398,7 @@ impl Serving {
     /// Bytes that wait in the kernel.
     #[must_use]
     pub fn backlog(&self) -> u64 {
-        self.shared.ledger.total()
+        self.shared.backlog_total.bytes()
     }
 
     /// Whether every listener is drained.
@@ -551,7 +551,7 @@ impl Serving {
                 pays: self.config.splice.pays,
                 pipes: self.shared.pipes.clone(),
                 marks: self.config.splice.marks,
-                ledger: self.shared.ledger.clone(),
+                backlog_total: self.shared.backlog_total.clone(),
                 watch: worker.watch().clone(),
                 cut: open.cut_next.clone(),
                 table: worker.table().clone(),

@@ -28,7 +28,7 @@ use crate::{
         splice_pipe::Pipe,
     },
     os::sys,
-    telemetry::{backlog::Share, outcome::Bytes},
+    telemetry::{backlog::BacklogShare, outcome::Bytes},
 };
 
 /// Longest pause between two looks whether a finished direction has been delivered.
@@ -81,7 +81,7 @@ pub(super) struct Lane {
     /// Until the next look at what nothing tells of.
     pause: Pause,
     /// What waits in the kernel for the target.
-    share: Share,
+    share: BacklogShare,
 }
 
 /// Between which sockets a direction runs, and what it shares with all others.
@@ -203,7 +203,7 @@ impl Lane {
             stays: false,
             cut: false,
             pause: Pause::default(),
-            share: context.ledger.share(),
+            share: context.backlog_total.share(),
         }
     }
 

@@ -36,7 +36,7 @@ use crate::{
     net::{hangup::Watch, socket::Endpoint, splice_pipe::Pipes},
     protocol::{Protocol, Refusal, Speaker},
     telemetry::{
-        backlog::Ledger,
+        backlog::BacklogTotal,
         log::target,
         metrics::ListenerMetrics,
         outcome::{AccessLogEntry, Bytes, CloseReason},
@@ -71,7 +71,7 @@ pub struct Context {
     /// How much may wait in the kernel.
     pub marks: Marks,
     /// How much does, over all listeners.
-    pub ledger: Ledger,
+    pub backlog_total: BacklogTotal,
     /// Hang-ups of spliced sockets.
     pub watch: Watch,
     /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`Table::call_all`]): they

@@ -5,40 +5,40 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// Bytes waiting in the kernel over all connections, as far as they were looked at.
+/// Bytes queued in the kernel over all connections, as of each direction's last check.
 #[derive(Clone, Debug, Default)]
-pub struct Ledger(Arc<AtomicU64>);
+pub struct BacklogTotal(Arc<AtomicU64>);
 
-impl Ledger {
-    /// The sum.
+impl BacklogTotal {
+    /// The sum of all shares.
     #[must_use]
-    pub fn total(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// A direction's part of it, which is nothing so far.
-    pub(crate) fn share(&self) -> Share {
-        Share { ledger: self.clone(), bytes: 0 }
+    /// A share for one direction, which starts at zero.
+    pub(crate) fn share(&self) -> BacklogShare {
+        BacklogShare { total: self.clone(), bytes: 0 }
     }
 }
 
-/// One direction's part of the sum, given back when dropped.
+/// One direction's part of the sum. Dropping it subtracts the part.
 #[derive(Debug)]
-pub(crate) struct Share {
-    ledger: Ledger,
+pub(crate) struct BacklogShare {
+    total: BacklogTotal,
     bytes: u64,
 }
 
-impl Share {
-    /// Replaces what was said before; returns the new sum.
+impl BacklogShare {
+    /// Replaces the previous value; returns the new sum.
     pub(crate) fn set(&mut self, bytes: u64) -> u64 {
         let change = bytes.wrapping_sub(self.bytes);
         self.bytes = bytes;
-        self.ledger.0.fetch_add(change, Ordering::Relaxed).wrapping_add(change)
+        self.total.0.fetch_add(change, Ordering::Relaxed).wrapping_add(change)
     }
 }
 
-impl Drop for Share {
+impl Drop for BacklogShare {
     fn drop(&mut self) {
         self.set(0);
     }
@@ -49,15 +49,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_add_up_and_are_given_back() {
-        let ledger = Ledger::default();
-        let (mut one, mut two) = (ledger.share(), ledger.share());
+    fn the_total_is_the_sum_of_the_live_shares() {
+        let total = BacklogTotal::default();
+        let (mut one, mut two) = (total.share(), total.share());
         assert_eq!(one.set(70), 70);
         assert_eq!(two.set(50), 120);
         assert_eq!(one.set(20), 70);
         drop(two);
-        assert_eq!(ledger.total(), 20);
+        assert_eq!(total.bytes(), 20);
         drop(one);
-        assert_eq!(ledger.total(), 0);
+        assert_eq!(total.bytes(), 0);
     }
 }

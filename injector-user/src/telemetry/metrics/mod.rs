@@ -28,7 +28,7 @@ pub use self::{
     listener::{Active, Counts, ListenerMetrics, RejectReason},
     programs::BpfCounters,
 };
-use crate::telemetry::backlog::Ledger;
+use crate::telemetry::backlog::BacklogTotal;
 
 /// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
 /// the banner.
@@ -304,8 +304,8 @@ impl Metrics {
     }
 
     /// Has the bytes that wait in the kernel read at every scrape.
-    pub fn watch_backlog(&self, ledger: Ledger) {
-        self.0.programs.watch_backlog(ledger);
+    pub fn watch_backlog(&self, backlog_total: BacklogTotal) {
+        self.0.programs.watch_backlog(backlog_total);
     }
 
     /// Has the counters of these programs read at every scrape, besides those given before.

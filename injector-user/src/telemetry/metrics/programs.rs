@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Unit,
 };
 
-use crate::telemetry::backlog::Ledger;
+use crate::telemetry::backlog::BacklogTotal;
 
 /// What loaded programs have counted.
 pub trait BpfCounters: Send + Sync + Debug {
@@ -24,7 +24,7 @@ pub trait BpfCounters: Send + Sync + Debug {
 #[derive(Debug, Default)]
 pub(super) struct Programs {
     counters: RwLock<Vec<Arc<dyn BpfCounters>>>,
-    backlog: RwLock<Ledger>,
+    backlog: RwLock<BacklogTotal>,
 }
 
 impl Programs {
@@ -32,14 +32,14 @@ impl Programs {
         self.counters.write().unwrap_or_else(PoisonError::into_inner).push(counters);
     }
 
-    pub(super) fn watch_backlog(&self, ledger: Ledger) {
-        *self.backlog.write().unwrap_or_else(PoisonError::into_inner) = ledger;
+    pub(super) fn watch_backlog(&self, backlog_total: BacklogTotal) {
+        *self.backlog.write().unwrap_or_else(PoisonError::into_inner) = backlog_total;
     }
 }
 
 impl Collector for Programs {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let backlog = self.backlog.read().unwrap_or_else(PoisonError::into_inner).total();
+        let backlog = self.backlog.read().unwrap_or_else(PoisonError::into_inner).bytes();
         let gauge = encoder.encode_descriptor(
             "backlog",
             "Bytes that wait in the kernel for targets that do not keep up, as last looked at",

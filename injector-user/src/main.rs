@@ -5,7 +5,7 @@ use std::{process::ExitCode, thread, time::Duration};
 use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
     cli::{self, AskArgs, Cli, Command, completions, man},
-    config::{self, Config, Marks},
+    config::{self, Config, Watermarks},
     control::{
         self, Request, client,
         wire::{Answer, ListenerStatus},
@@ -71,7 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Selftest(args) => {
             let mut findings = Findings::untried("");
             findings.try_inline();
-            findings.try_splice(16, &Marks::default());
+            findings.try_splice(16, &Watermarks::default());
             if args.json {
                 println!("{:#}", findings.json());
             } else {

@@ -28,7 +28,7 @@ pub use self::{
     health::{Check, CheckHeader, Ejection, Health},
     problem::{ConfigError, Problem},
     receiver::UNIQUE_ID_LEN,
-    splice::{HeaderBy, Marks, Pays, Splice},
+    splice::{EnrolmentPolicy, HeaderBy, Splice, Watermarks},
     summary::summary,
 };
 use self::{

@@ -1,4 +1,4 @@
-//! `[splice]`: the header's way, backlog limits, and when a direction is handed to the kernel.
+//! `[splice]`: how the header is sent, backlog limits, and when a direction is enrolled.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use super::section::{Section, Zero};
 /// `[splice]`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Splice {
-    /// How much may wait in the kernel; `low < high` and `total_high < total_limit`.
-    pub marks: Marks,
+    /// Limits of the backlog in the kernel.
+    pub watermarks: Watermarks,
     /// When a direction is handed to the kernel.
-    pub pays: Pays,
+    pub enrolment: EnrolmentPolicy,
     /// Who puts the header in front.
     pub header: HeaderBy,
 }
@@ -29,53 +29,56 @@ impl HeaderBy {
     const CHOICES: [(&'static str, Self); 2] = [("program", Self::Program), ("send", Self::Send)];
 }
 
-/// Limits in bytes. `low < high`, `total_high < total_limit`.
+/// Limits of the backlog in the kernel, in bytes: `low < high` and `total_high < total_limit`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Marks {
-    /// Above this, one direction is held.
+pub struct Watermarks {
+    /// A direction with more than this is paused.
     pub high: u64,
-    /// What one direction may have waiting in any case.
+    /// A direction with at most this much is never paused or reset.
     pub low: u64,
-    /// Above this over all connections, every direction above `low` is held.
+    /// While all connections together have more than this, directions above `low` are paused.
     pub total_high: u64,
-    /// Above this over all connections, directions above `low` are reset.
+    /// While all connections together have more than this, directions above `low` are reset.
     pub total_limit: u64,
 }
 
-impl Default for Marks {
+impl Default for Watermarks {
     fn default() -> Self {
-        // 200 stalled readers had 191 MiB waiting with 1 MiB, 17 to 47 MiB with 256 KiB (`limits/200 stalled readers`).
+        // With `high` = 1 MiB, 200 stalled readers had a backlog of 191 MiB; with 256 KiB they had
+        // 17 to 47 MiB (`limits/200 stalled readers`).
         Self { high: 256 << 10, low: 64 << 10, total_high: 256 << 20, total_limit: 512 << 20 }
     }
 }
 
-impl Marks {
-    /// How often a long stream is looked at: so that it is held before it is far above `high`.
+impl Watermarks {
+    /// `verdict` notifies the daemon after this many bytes of a direction, so that the direction is
+    /// paused before it is far above `high`.
     #[must_use]
     pub fn notify_step(&self) -> u64 {
         (self.high / 2).max(1)
     }
 
-    /// What one direction may have waiting where nobody looks in time: then the kernel stops by itself.
+    /// The backlog at which `verdict` stops redirecting even if the daemon has not checked it.
     #[must_use]
     pub fn credit(&self) -> u64 {
         self.high.saturating_mul(8)
     }
 }
 
-/// When the kernel's plane pays off. Enrolling costs as much as carrying some payloads in user space does: short sessions
-/// stay there, and so does bulk, which a pipe carries faster (measured in `docs/benchmarks.md`).
+/// When a direction is enrolled in the kernel. Enrolling costs as much as forwarding some payloads in
+/// user space. So short sessions stay in user space, and so does bulk data, which a pipe forwards
+/// faster (see `docs/benchmarks.md`). Any one condition is enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pays {
-    /// After so many payloads in user space that were not bulk,
+pub struct EnrolmentPolicy {
+    /// The number of payloads forwarded in user space, without bulk data.
     pub messages: u64,
-    /// or so many bytes,
+    /// The number of bytes forwarded in user space.
     pub bytes: Option<u64>,
-    /// or, with the next payload, when the connection has lasted so long.
+    /// The age of the connection, checked with its next payload.
     pub age: Option<Duration>,
 }
 
-impl Default for Pays {
+impl Default for EnrolmentPolicy {
     fn default() -> Self {
         Self { messages: 16, bytes: None, age: None }
     }
@@ -86,22 +89,22 @@ const MOST_BYTES: u64 = 1 << 40;
 
 pub(super) fn read(section: Section<'_>) -> Splice {
     let mut splice = Splice::default();
-    let Splice { marks, pays, header } = &mut splice;
+    let Splice { watermarks, enrolment, header } = &mut splice;
     *header = section.choice("header", &HeaderBy::CHOICES).unwrap_or_default();
     for (field, least, value) in [
-        ("high_water", 1, &mut marks.high),
-        ("low_water", 0, &mut marks.low),
-        ("total_high_water", 1, &mut marks.total_high),
-        ("total_limit", 1, &mut marks.total_limit),
-        ("enrol_after_messages", 1, &mut pays.messages),
+        ("high_water", 1, &mut watermarks.high),
+        ("low_water", 0, &mut watermarks.low),
+        ("total_high_water", 1, &mut watermarks.total_high),
+        ("total_limit", 1, &mut watermarks.total_limit),
+        ("enrol_after_messages", 1, &mut enrolment.messages),
     ] {
         *value = section.integer(field, least, MOST_BYTES).map_or(*value, |(_, given)| given);
     }
-    pays.bytes = section.integer("enrol_after_bytes", 1, MOST_BYTES).map(|(_, given)| given);
-    pays.age = section.duration("enrol_after", Zero::Allowed).map(|(_, given)| given);
+    enrolment.bytes = section.integer("enrol_after_bytes", 1, MOST_BYTES).map(|(_, given)| given);
+    enrolment.age = section.duration("enrol_after", Zero::Allowed).map(|(_, given)| given);
     for (lower, higher, names) in [
-        (marks.low, marks.high, ["low_water", "high_water"]),
-        (marks.total_high, marks.total_limit, ["total_high_water", "total_limit"]),
+        (watermarks.low, watermarks.high, ["low_water", "high_water"]),
+        (watermarks.total_high, watermarks.total_limit, ["total_high_water", "total_limit"]),
     ] {
         if lower >= higher {
             let [low, high] = names;

@@ -67,7 +67,8 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
         None => None,
     };
     if config.listeners.iter().any(|listener| choice::splices(listener.engine)) {
-        findings.try_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.marks);
+        findings
+            .try_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.watermarks);
         findings.splice.log("splice");
     }
     let engines = choice::engines(&config, &choices, &findings)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::{
-    config::{EngineChoice, Marks},
+    config::{EngineChoice, Watermarks},
     engine::{Engine, check::Tested, relay::Relay},
 };
 
@@ -50,14 +50,14 @@ impl Findings {
 
     /// Loads the programs of the splice engine with room for `connections`, holding back by these marks, and drives them.
     #[cfg(feature = "bpf")]
-    pub fn try_splice(&mut self, connections: u32, marks: &Marks) {
+    pub fn try_splice(&mut self, connections: u32, watermarks: &Watermarks) {
         use crate::engine::{
             check::Check,
             splice::{Splice, selftest},
         };
 
         let start = std::time::Instant::now();
-        let loaded = match Splice::load(connections, marks.notify_step(), marks.credit()) {
+        let loaded = match Splice::load(connections, watermarks.notify_step(), watermarks.credit()) {
             Ok(splice) => Arc::new(splice),
             Err(error) => {
                 let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
@@ -79,7 +79,7 @@ impl Findings {
 
     /// Without BPF in the binary there is nothing to try.
     #[cfg(not(feature = "bpf"))]
-    pub fn try_splice(&mut self, _connections: u32, _marks: &Marks) {}
+    pub fn try_splice(&mut self, _connections: u32, _watermarks: &Watermarks) {}
 
     /// Why the splice engine cannot run; `None` if it can.
     #[must_use]

@@ -1,6 +1,6 @@
 //! How much may wait in the kernel for targets that do not keep up, and what is done above that: pure decisions.
 
-use crate::config::Marks;
+use crate::config::Watermarks;
 
 /// What to do with a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,11 +14,11 @@ pub(super) enum Judgement {
 }
 
 /// What to do with a direction that has `own` bytes waiting, of `total` over all connections.
-pub(super) fn judge(marks: &Marks, own: u64, total: u64) -> Judgement {
-    if total > marks.total_limit && own > marks.low {
+pub(super) fn judge(watermarks: &Watermarks, own: u64, total: u64) -> Judgement {
+    if total > watermarks.total_limit && own > watermarks.low {
         return Judgement::Reset;
     }
-    if own > marks.high || (total > marks.total_high && own > marks.low) {
+    if own > watermarks.high || (total > watermarks.total_high && own > watermarks.low) {
         return Judgement::Hold;
     }
     Judgement::Go
@@ -28,24 +28,24 @@ pub(super) fn judge(marks: &Marks, own: u64, total: u64) -> Judgement {
 mod tests {
     use super::*;
 
-    const MARKS: Marks = Marks { high: 100, low: 10, total_high: 1000, total_limit: 2000 };
+    const WATERMARKS: Watermarks = Watermarks { high: 100, low: 10, total_high: 1000, total_limit: 2000 };
 
     #[test]
     fn one_direction_is_held_above_its_mark() {
         for (own, expected) in [(0, Judgement::Go), (100, Judgement::Go), (101, Judgement::Hold)] {
-            assert_eq!(judge(&MARKS, own, own), expected, "{own}");
+            assert_eq!(judge(&WATERMARKS, own, own), expected, "{own}");
         }
     }
 
     #[test]
     fn above_the_total_everybody_with_a_backlog_is_held() {
-        assert_eq!(judge(&MARKS, 10, 1001), Judgement::Go);
-        assert_eq!(judge(&MARKS, 11, 1001), Judgement::Hold);
+        assert_eq!(judge(&WATERMARKS, 10, 1001), Judgement::Go);
+        assert_eq!(judge(&WATERMARKS, 11, 1001), Judgement::Hold);
     }
 
     #[test]
     fn above_the_limit_everybody_with_a_backlog_is_reset() {
-        assert_eq!(judge(&MARKS, 10, 2001), Judgement::Go);
-        assert_eq!(judge(&MARKS, 11, 2001), Judgement::Reset);
+        assert_eq!(judge(&WATERMARKS, 10, 2001), Judgement::Go);
+        assert_eq!(judge(&WATERMARKS, 11, 2001), Judgement::Reset);
     }
 }

@@ -21,7 +21,7 @@ use super::{
     direction::{Direction, Plane, Want},
 };
 use crate::{
-    config::Pays,
+    config::EnrolmentPolicy,
     engine::{Offer, Refused, Spliced},
     net::{
         socket::{Endpoint, SOON},
@@ -292,7 +292,7 @@ impl Lane {
         if self.stays || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
-        if !pays_off(&context.pays, self.messages.into(), self.direction.read_bytes(), age) {
+        if !should_enrol(&context.enrolment, self.messages.into(), self.direction.read_bytes(), age) {
             return Enrolment::NotNow;
         }
         if self.carried.is_some() {
@@ -324,7 +324,7 @@ impl Lane {
     fn offer(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
         let Some(carried) = &mut self.carried else { return Ok(()) };
         let read = self.direction.read_bytes();
-        if read == carried.offered_at || sys::unacknowledged(target)? > context.marks.low {
+        if read == carried.offered_at || sys::unacknowledged(target)? > context.watermarks.low {
             return Ok(());
         }
         carried.offered_at = read;
@@ -470,7 +470,7 @@ impl Lane {
         let spliced = &carried.spliced;
         let backlog = spliced.backlog(target).map_err(Break::Lost)?;
         let total = self.share.set(backlog.bytes);
-        match judge(&context.marks, backlog.bytes, total) {
+        match judge(&context.watermarks, backlog.bytes, total) {
             Judgement::Reset => return Err(Break::Overload),
             Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
             Judgement::Go if !backlog.held => {
@@ -498,7 +498,7 @@ impl Lane {
             self.direction.moved_to_user_space();
             return Poll::Ready(Ok(Progress::TakenBack));
         }
-        if judge(&context.marks, backlog.bytes, total) == Judgement::Reset {
+        if judge(&context.watermarks, backlog.bytes, total) == Judgement::Reset {
             return Poll::Ready(Err(Break::Overload));
         }
         self.pause.grow(0, DRAIN_PAUSE, task);
@@ -564,11 +564,11 @@ impl Lane {
 
 /// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
 /// payload is examined.
-fn pays_off(pays: &Pays, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
+fn should_enrol(policy: &EnrolmentPolicy, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
     bytes > 0
-        && (messages >= pays.messages
-            || pays.bytes.is_some_and(|enough| bytes >= enough)
-            || pays.age.is_some_and(|enough| age() >= enough))
+        && (messages >= policy.messages
+            || policy.bytes.is_some_and(|enough| bytes >= enough)
+            || policy.age.is_some_and(|enough| age() >= enough))
 }
 
 /// What became of an enrolment.
@@ -625,7 +625,7 @@ mod tests {
     #[test]
     fn any_of_messages_bytes_and_age_pays_but_nothing_before_the_first_byte() {
         let second = Duration::from_secs(1);
-        let pays = Pays { messages: 3, bytes: Some(100), age: Some(second) };
+        let policy = EnrolmentPolicy { messages: 3, bytes: Some(100), age: Some(second) };
         for (messages, bytes, age, off) in [
             (2, 99, Duration::ZERO, false),
             (3, 99, Duration::ZERO, true),
@@ -633,8 +633,13 @@ mod tests {
             (0, 1, second, true),
             (0, 0, second, false),
         ] {
-            assert_eq!(pays_off(&pays, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
+            assert_eq!(should_enrol(&policy, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
         }
-        assert!(!pays_off(&Pays { bytes: None, age: None, ..pays }, 2, u64::MAX, || panic!("not asked for")));
+        assert!(!should_enrol(
+            &EnrolmentPolicy { bytes: None, age: None, ..policy },
+            2,
+            u64::MAX,
+            || panic!("not asked for")
+        ));
     }
 }

@@ -30,7 +30,7 @@ use self::{
 };
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
-    config::{HeaderBy, Marks, Pays, Receiver, Timeouts, UNIQUE_ID_LEN},
+    config::{EnrolmentPolicy, HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN, Watermarks},
     engine::{Engine, Injected, relay::Relay},
     header::Rendered,
     net::{hangup::Watch, socket::Endpoint, splice_pipe::Pipes},
@@ -65,11 +65,11 @@ pub struct Context {
     /// Who puts the header in front, where the engine has a program for it.
     pub header: HeaderBy,
     /// When the kernel's plane pays off.
-    pub pays: Pays,
+    pub enrolment: EnrolmentPolicy,
     /// Through which bulk moves in user space.
     pub pipes: Pipes,
     /// How much may wait in the kernel.
-    pub marks: Marks,
+    pub watermarks: Watermarks,
     /// How much does, over all listeners.
     pub backlog_total: BacklogTotal,
     /// Hang-ups of spliced sockets.

@@ -236,10 +236,10 @@ async fn keep_alive(control: Control) {
 fn watch_inline(running: crate::engine::inline::runner::Running, serving: &Serving, metrics: &Metrics) {
     metrics.set_inline_max_flows(serving.config().inline.flows);
     metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn crate::telemetry::metrics::BpfCounters>);
-    let books = crate::engine::inline::runner::books(serving.config(), metrics);
+    let flow_tracker = crate::engine::inline::runner::flow_tracker(serving.config(), metrics);
     let inline = Arc::clone(&running.inline);
     tokio::spawn(async move {
-        if let Err(error) = books.keep(&inline).await {
+        if let Err(error) = flow_tracker.run(&inline).await {
             tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
         }
     });

@@ -12,7 +12,7 @@ use injector_common::inline::{ClosedFlow, Event, Flag, Flow, Key};
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
-use super::{Inline, maps::socket_address, parties};
+use super::{Inline, endpoints, maps::socket_address};
 use crate::{
     engine::bpf::lock,
     os::sys,
@@ -26,16 +26,16 @@ use crate::{
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// How long events gather after some were read. The kernel wakes a reader only of a ring that it had emptied
 /// (bpf_ringbuf_commit, kernel/bpf/ringbuf.c): under load the daemon wakes so often, and not twice for each connection.
-const GATHER: Duration = Duration::from_millis(20);
+const COALESCE: Duration = Duration::from_millis(20);
 /// How often all flows are looked over: for their bytes, and for those that nobody told of.
 const SCAN_EVERY: Duration = Duration::from_secs(15);
 
 /// How long a flow stays after its end: a peer may send its last again, for twice the maximum segment lifetime. When room
 /// gets scarce, new connections are worth more than the last words of old ones.
-const fn linger(flows: usize, room: usize) -> Duration {
-    if flows < room / 2 {
+const fn time_wait(flows: usize, capacity: usize) -> Duration {
+    if flows < capacity / 2 {
         Duration::from_secs(120)
-    } else if flows < room / 4 * 3 {
+    } else if flows < capacity / 4 * 3 {
         Duration::from_secs(5)
     } else {
         Duration::from_secs(1)
@@ -44,7 +44,7 @@ const fn linger(flows: usize, room: usize) -> Duration {
 
 /// A listener, as the events need it.
 #[derive(Clone, Debug)]
-pub struct Listening {
+pub struct ListenerInfo {
     /// Its name.
     pub name: String,
     /// Whether a backend that ends without a byte has failed.
@@ -55,28 +55,28 @@ pub struct Listening {
 
 /// Keeps the books: which connections there are, and how much of them is in the metrics.
 #[derive(Debug)]
-pub struct Books {
-    listeners: Vec<Listening>,
+pub struct FlowTracker {
+    listeners: Vec<ListenerInfo>,
     idle: Duration,
     /// Flows that the map has room for.
-    room: usize,
-    open: Mutex<HashMap<Key, Entry>>,
-    lingering: Mutex<Lingering>,
+    capacity: usize,
+    open: Mutex<HashMap<Key, OpenFlow>>,
+    time_wait_queue: Mutex<TimeWaitQueue>,
 }
 
 /// Connections that have ended and are still in `FLOWS`.
 #[derive(Debug, Default)]
-struct Lingering {
+struct TimeWaitQueue {
     /// The first to end in front; with when that was.
     queue: VecDeque<(Instant, ClosedFlow)>,
     /// When the last connection of each key was created.
     last: HashMap<Key, u64>,
 }
 
-impl Lingering {
+impl TimeWaitQueue {
     /// Adds one; `false` if it was there: two processors that see the last FINs of a connection at the same moment may both
     /// tell of its end.
-    fn add(&mut self, key: Key, flow: &Flow) -> bool {
+    fn enter_time_wait(&mut self, key: Key, flow: &Flow) -> bool {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;
         }
@@ -85,7 +85,7 @@ impl Lingering {
     }
 
     /// Whether this connection was among them, and is no longer.
-    fn withdraw(&mut self, key: &Key, flow: &Flow) -> bool {
+    fn remove(&mut self, key: &Key, flow: &Flow) -> bool {
         let was = self.last.get(key) == Some(&flow.created_ns);
         if was {
             self.last.remove(key);
@@ -96,9 +96,10 @@ impl Lingering {
     }
 
     /// Takes out those that ended longer ago.
-    fn take(&mut self, linger: Duration) -> Vec<ClosedFlow> {
+    fn take_expired(&mut self, time_wait: Duration) -> Vec<ClosedFlow> {
         let (mut taken, now) = (Vec::new(), Instant::now());
-        while let Some((_, ended)) = self.queue.pop_front_if(|(since, _)| now.duration_since(*since) > linger)
+        while let Some((_, ended)) =
+            self.queue.pop_front_if(|(since, _)| now.duration_since(*since) > time_wait)
         {
             // Unless the same ports have been at work again since.
             if self.last.get(&ended.key) == Some(&ended.created_ns) {
@@ -111,25 +112,25 @@ impl Lingering {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct OpenFlow {
     _active: Active,
     to_backend: u64,
     to_client: u64,
 }
 
-impl Books {
+impl FlowTracker {
     /// For these listeners, in the order of their ids. Connections without a packet for `idle` are taken for dead; the map has
     /// `room` for so many.
     #[must_use]
-    pub fn new(listeners: Vec<Listening>, idle: Duration, room: usize) -> Self {
-        Self { listeners, idle, room, open: Mutex::default(), lingering: Mutex::default() }
+    pub fn new(listeners: Vec<ListenerInfo>, idle: Duration, capacity: usize) -> Self {
+        Self { listeners, idle, capacity, open: Mutex::default(), time_wait_queue: Mutex::default() }
     }
 
     /// Listens to the programs, and sweeps, until the runtime ends. Connections of an earlier daemon are taken over.
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
-    pub async fn keep(&self, inline: &Inline) -> io::Result<()> {
+    pub async fn run(&self, inline: &Inline) -> io::Result<()> {
         let ring = lock(&inline.maps.events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the event ring buffer already has a reader"))?;
         let mut ring = sys::poll(ring, Interest::READABLE)?;
@@ -141,12 +142,12 @@ impl Books {
                     let mut ready = ready?;
                     while let Some(record) = ready.get_inner_mut().next() {
                         if let Ok((event, _)) = Event::read_from_prefix(&record) {
-                            self.note(&event);
+                            self.handle_event(&event);
                         }
                     }
                     ready.clear_ready();
                     drop(ready);
-                    tokio::time::sleep(GATHER).await;
+                    tokio::time::sleep(COALESCE).await;
                 }
                 _ = sweep.tick() => self.sweep(inline),
                 _ = scan.tick() => self.scan(inline),
@@ -154,56 +155,56 @@ impl Books {
         }
     }
 
-    fn note(&self, event: &Event) {
+    fn handle_event(&self, event: &Event) {
         match event.kind {
-            Event::ACKNOWLEDGED => self.began(event.key, &event.flow),
-            Event::ENDED => self.ended(&event.key, &event.flow, self.close_reason(&event.flow)),
-            Event::REFUSED => self.refused(&event.flow),
+            Event::ACKNOWLEDGED => self.flow_established(event.key, &event.flow),
+            Event::ENDED => self.flow_closed(&event.key, &event.flow, self.close_reason(&event.flow)),
+            Event::REFUSED => self.flow_refused(&event.flow),
             _ => {}
         }
     }
 
     /// A backend refused a SYN: counted, and not logged as a connection, for nobody has shown that the SYN came from where it
     /// says.
-    fn refused(&self, flow: &Flow) {
-        if let Some(listening) = self.listener(flow) {
-            listening.metrics.closed(CloseReason::BackendRefused);
+    fn flow_refused(&self, flow: &Flow) {
+        if let Some(listener) = self.listener(flow) {
+            listener.metrics.closed(CloseReason::BackendRefused);
         }
     }
 
     /// A connection that was taken for reset goes on.
-    fn reopened(&self, key: Key, flow: &Flow) {
-        let Some(listening) = self.listener(flow) else { return };
+    fn flow_reopened(&self, key: Key, flow: &Flow) {
+        let Some(listener) = self.listener(flow) else { return };
         let (to_backend, to_client) = (flow.to_backend.bytes, flow.to_client.bytes);
-        let entry = Entry { _active: listening.metrics.active(), to_backend, to_client };
+        let entry = OpenFlow { _active: listener.metrics.active(), to_backend, to_client };
         lock(&self.open).insert(key, entry);
     }
 
-    fn began(&self, key: Key, flow: &Flow) {
-        let Some(listening) = self.listener(flow) else { return };
-        let metrics = &listening.metrics;
+    fn flow_established(&self, key: Key, flow: &Flow) {
+        let Some(listener) = self.listener(flow) else { return };
+        let metrics = &listener.metrics;
         let mut open = lock(&self.open);
         open.entry(key).or_insert_with(|| {
             metrics.accepted();
             metrics.header_sent();
-            Entry { _active: metrics.active(), to_backend: 0, to_client: 0 }
+            OpenFlow { _active: metrics.active(), to_backend: 0, to_client: 0 }
         });
     }
 
-    fn ended(&self, key: &Key, flow: &Flow, reason: CloseReason) {
-        let Some(listening) = self.listener(flow) else { return };
-        if !lock(&self.lingering).add(*key, flow) {
+    fn flow_closed(&self, key: &Key, flow: &Flow, reason: CloseReason) {
+        let Some(listener) = self.listener(flow) else { return };
+        if !lock(&self.time_wait_queue).enter_time_wait(*key, flow) {
             return;
         }
-        self.account(key, flow);
+        self.update_bytes(key, flow);
         lock(&self.open).remove(key);
-        listening.metrics.closed(reason);
-        let Some((client, local)) = parties(&flow.addresses) else { return };
+        listener.metrics.closed(reason);
+        let Some((client, local)) = endpoints(&flow.addresses) else { return };
         let bytes = |spliced| Bytes { spliced, ..Bytes::default() };
-        let report = AccessLogEntry {
+        let entry = AccessLogEntry {
             client,
             local,
-            listener: listening.name.as_str().into(),
+            listener: listener.name.as_str().into(),
             backend: Some(socket_address(&key.backend)),
             engine: "inline",
             to_backend: bytes(flow.to_backend.bytes),
@@ -213,11 +214,11 @@ impl Books {
             reason,
             error: None,
         };
-        report.log();
+        entry.log();
     }
 
     fn close_reason(&self, flow: &Flow) -> CloseReason {
-        let expects_banner = self.listener(flow).is_some_and(|listening| listening.expects_banner);
+        let expects_banner = self.listener(flow).is_some_and(|listener| listener.expects_banner);
         let silent = expects_banner && flow.to_client.bytes == 0;
         if flow.is(Flag::ClientRst) {
             CloseReason::ClientReset
@@ -233,15 +234,15 @@ impl Books {
     }
 
     /// Brings the byte counters up to date.
-    fn account(&self, key: &Key, flow: &Flow) {
-        let Some(listening) = self.listener(flow) else { return };
+    fn update_bytes(&self, key: &Key, flow: &Flow) {
+        let Some(listener) = self.listener(flow) else { return };
         let mut open = lock(&self.open);
         let Some(entry) = open.get_mut(key) else { return };
         let since = |now: u64, before: &mut u64| {
             let bytes = now.saturating_sub(std::mem::replace(before, now));
             Bytes { spliced: bytes, ..Bytes::default() }
         };
-        listening.metrics.bytes(
+        listener.metrics.bytes(
             since(flow.to_backend.bytes, &mut entry.to_backend),
             since(flow.to_client.bytes, &mut entry.to_client),
         );
@@ -249,47 +250,47 @@ impl Books {
 
     /// Takes out what has ended long enough ago.
     fn sweep(&self, inline: &Inline) {
-        let mut lingering = lock(&self.lingering);
-        let linger = linger(lingering.queue.len(), self.room);
-        let ended = lingering.take(linger);
-        drop(lingering);
-        inline.forget(&ended);
+        let mut time_wait_queue = lock(&self.time_wait_queue);
+        let time_wait = time_wait(time_wait_queue.queue.len(), self.capacity);
+        let ended = time_wait_queue.take_expired(time_wait);
+        drop(time_wait_queue);
+        inline.remove_flows(&ended);
     }
 
     fn scan(&self, inline: &Inline) {
         let now = sys::monotonic_ns();
         let flows = inline.maps.flows();
-        let linger = linger(flows.len(), self.room);
-        let mut past = Vec::new();
+        let time_wait = time_wait(flows.len(), self.capacity);
+        let mut expired = Vec::new();
         for (key, flow) in flows {
             let silent = Duration::from_nanos(now.saturating_sub(flow.last_ns));
             if flow.closed() {
                 // Of an earlier daemon, or nobody told of its end.
-                if silent > GATHER && lock(&self.open).contains_key(&key) {
-                    self.ended(&key, &flow, self.close_reason(&flow));
+                if silent > COALESCE && lock(&self.open).contains_key(&key) {
+                    self.flow_closed(&key, &flow, self.close_reason(&flow));
                 }
-                if silent > linger {
-                    past.push(ClosedFlow::new(key, &flow));
+                if silent > time_wait {
+                    expired.push(ClosedFlow::new(key, &flow));
                 }
                 continue;
             }
-            if lock(&self.lingering).withdraw(&key, &flow) {
-                self.reopened(key, &flow);
+            if lock(&self.time_wait_queue).remove(&key, &flow) {
+                self.flow_reopened(key, &flow);
             }
             if silent > self.idle {
-                past.push(ClosedFlow::new(key, &flow));
-                self.ended(&key, &flow, CloseReason::Idle);
+                expired.push(ClosedFlow::new(key, &flow));
+                self.flow_closed(&key, &flow, CloseReason::Idle);
                 continue;
             }
             if flow.is(Flag::Acknowledged) {
-                self.began(key, &flow);
-                self.account(&key, &flow);
+                self.flow_established(key, &flow);
+                self.update_bytes(&key, &flow);
             }
         }
-        inline.forget(&past);
+        inline.remove_flows(&expired);
     }
 
-    fn listener(&self, flow: &Flow) -> Option<&Listening> {
+    fn listener(&self, flow: &Flow) -> Option<&ListenerInfo> {
         self.listeners.get(usize::try_from(flow.listener).ok()?)
     }
 }
@@ -300,34 +301,34 @@ mod tests {
 
     #[test]
     fn a_connection_ends_once() {
-        let mut ended = Lingering::default();
+        let mut ended = TimeWaitQueue::default();
         let (key, flow) = (Key::default(), |created_ns| Flow { created_ns, ..Flow::default() });
-        assert!(ended.add(key, &flow(1)) && !ended.add(key, &flow(1)));
+        assert!(ended.enter_time_wait(key, &flow(1)) && !ended.enter_time_wait(key, &flow(1)));
         // The same ports again, before the first is forgotten.
-        assert!(ended.add(key, &flow(2)));
-        assert_eq!(ended.take(Duration::from_secs(60)), []);
-        assert!(!ended.add(key, &flow(2)), "it is still there");
+        assert!(ended.enter_time_wait(key, &flow(2)));
+        assert_eq!(ended.take_expired(Duration::from_secs(60)), []);
+        assert!(!ended.enter_time_wait(key, &flow(2)), "it is still there");
         let both = [1, 2].map(|created_ns| ClosedFlow { key, created_ns, last_ns: 0 });
-        assert_eq!(ended.take(Duration::ZERO), both);
-        assert_eq!(ended.take(Duration::ZERO), []);
+        assert_eq!(ended.take_expired(Duration::ZERO), both);
+        assert_eq!(ended.take_expired(Duration::ZERO), []);
         assert!(ended.last.is_empty());
     }
 
     #[test]
     fn a_connection_that_goes_on_may_end_again() {
-        let mut ended = Lingering::default();
+        let mut ended = TimeWaitQueue::default();
         let (key, flow) = (Key::default(), Flow { created_ns: 1, ..Flow::default() });
-        assert!(!ended.withdraw(&key, &flow));
-        assert!(ended.add(key, &flow));
-        assert!(!ended.withdraw(&key, &Flow { created_ns: 2, ..flow }));
-        assert!(ended.withdraw(&key, &flow) && !ended.withdraw(&key, &flow));
-        assert!(ended.add(key, &flow));
-        assert_eq!(ended.take(Duration::ZERO).len(), 1);
+        assert!(!ended.remove(&key, &flow));
+        assert!(ended.enter_time_wait(key, &flow));
+        assert!(!ended.remove(&key, &Flow { created_ns: 2, ..flow }));
+        assert!(ended.remove(&key, &flow) && !ended.remove(&key, &flow));
+        assert!(ended.enter_time_wait(key, &flow));
+        assert_eq!(ended.take_expired(Duration::ZERO).len(), 1);
     }
 
     #[test]
     fn ended_flows_make_room_before_it_runs_out() {
-        let seconds = |flows| linger(flows, 65_536).as_secs();
+        let seconds = |flows| time_wait(flows, 65_536).as_secs();
         assert_eq!([0, 32_767, 32_768, 49_151, 49_152, 65_536].map(seconds), [120, 120, 5, 5, 1, 1]);
     }
 }

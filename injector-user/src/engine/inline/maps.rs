@@ -73,7 +73,7 @@ impl Maps {
     }
 
     /// Takes out connections that have ended, as the program `sweep` does, by two calls for each.
-    pub(super) fn forget(&self, ended: &[ClosedFlow]) {
+    pub(super) fn remove_flows(&self, ended: &[ClosedFlow]) {
         let mut flows = lock(&self.flows);
         for ended in ended {
             if flows.get(&ended.key, 0).is_ok_and(|flow| ended.may_remove(&flow)) {

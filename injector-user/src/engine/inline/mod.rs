@@ -31,7 +31,7 @@ use zerocopy::IntoBytes as _;
 use self::maps::Maps;
 pub use self::{
     attach::{AttachError, DetachError, Role, detach, has_tcx},
-    flow_tracker::{Books, Listening},
+    flow_tracker::{FlowTracker, ListenerInfo},
 };
 use crate::{
     config::{Host, Inline as Settings, Listener, ProxyVersion, Receiver},
@@ -129,12 +129,12 @@ impl Inline {
     }
 
     /// Takes out connections that have ended.
-    fn forget(&self, ended: &[ClosedFlow]) {
+    fn remove_flows(&self, ended: &[ClosedFlow]) {
         let programs = lock(&self.programs);
         for some in ended.chunks(ClosedFlow::MOST) {
             if let Err(error) = sweep(&programs, some) {
                 tracing::debug!(target: target::ENGINE_INLINE, %error, "running the sweep program failed; its flows are removed from user space");
-                self.maps.forget(some);
+                self.maps.remove_flows(some);
             }
         }
     }
@@ -234,7 +234,7 @@ fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<Template, St
 }
 
 /// The client of a flow, and where it connected to.
-fn parties(addresses: &HeaderAddresses) -> Option<(SocketAddr, SocketAddr)> {
+fn endpoints(addresses: &HeaderAddresses) -> Option<(SocketAddr, SocketAddr)> {
     let (client, destination) = addresses.read()?;
     Some((maps::socket_address(&client), maps::socket_address(&destination)))
 }

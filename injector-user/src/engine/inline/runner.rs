@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    Books, Inline, Listening, Role, addresses,
+    FlowTracker, Inline, ListenerInfo, Role, addresses,
     nat::{self, TableName},
     routes::{Changes, Interface, LinkKind, RouteError, Routes},
     sysctl::{self, Finding, Paths, Severity},
@@ -392,16 +392,16 @@ impl Running {
     }
 }
 
-/// The books of the engine's connections.
+/// The flow tracker for the inline listeners.
 #[must_use]
-pub fn books(config: &Config, metrics: &Metrics) -> Books {
-    let listening = |listener: &&Listener| Listening {
+pub fn flow_tracker(config: &Config, metrics: &Metrics) -> FlowTracker {
+    let listener_info = |listener: &&Listener| ListenerInfo {
         name: listener.name.clone(),
         expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
         metrics: metrics.listener(&listener.name, "inline"),
     };
-    let room = usize::try_from(config.inline.flows).unwrap_or(usize::MAX);
-    Books::new(listeners(config).iter().map(listening).collect(), config.inline.idle, room)
+    let capacity = usize::try_from(config.inline.flows).unwrap_or(usize::MAX);
+    FlowTracker::new(listeners(config).iter().map(listener_info).collect(), config.inline.idle, capacity)
 }
 
 /// Removes all that the engine has left in the kernel, and says what there was.

@@ -148,7 +148,7 @@ fn give_up_rights(findings: &Findings, attaches: bool) {
 async fn serve(
     outset: Outset,
     operator: Operator,
-    #[cfg(feature = "bpf")] inline: Option<crate::engine::inline::runner::Running>,
+    #[cfg(feature = "bpf")] inline: Option<crate::engine::inline::runner::InlineEngine>,
 ) -> anyhow::Result<()> {
     // First, so that no signal ends the process unheard.
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -233,11 +233,16 @@ async fn keep_alive(control: Control) {
 
 /// Packets need nobody; the operator wants to know what becomes of them.
 #[cfg(feature = "bpf")]
-fn watch_inline(running: crate::engine::inline::runner::Running, serving: &Serving, metrics: &Metrics) {
+fn watch_inline(
+    inline_engine: crate::engine::inline::runner::InlineEngine,
+    serving: &Serving,
+    metrics: &Metrics,
+) {
     metrics.set_inline_max_flows(serving.config().inline.flows);
-    metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn crate::telemetry::metrics::BpfCounters>);
+    metrics
+        .watch_programs(Arc::clone(&inline_engine.inline) as Arc<dyn crate::telemetry::metrics::BpfCounters>);
     let flow_tracker = crate::engine::inline::runner::flow_tracker(serving.config(), metrics);
-    let inline = Arc::clone(&running.inline);
+    let inline = Arc::clone(&inline_engine.inline);
     tokio::spawn(async move {
         if let Err(error) = flow_tracker.run(&inline).await {
             tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
@@ -245,7 +250,7 @@ fn watch_inline(running: crate::engine::inline::runner::Running, serving: &Servi
     });
     let (served, health) = serving.inline();
     tokio::spawn(async move {
-        if let Err(error) = running.follow(served, health).await {
+        if let Err(error) = inline_engine.run(served, health).await {
             tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; programs are not attached to interfaces that appear from now on");
         }
     });

@@ -67,7 +67,7 @@ fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
     } else if let Some(fault) = findings.inline.fault() {
         vec![Some(fault); automatic.len()]
     } else {
-        unsuited(config, &automatic)
+        ineligible_reasons(config, &automatic)
     };
     let mut refused = refused.into_iter();
     let choice = |listener: &Listener| Choice {
@@ -78,13 +78,13 @@ fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
 }
 
 #[cfg(feature = "bpf")]
-fn unsuited(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    crate::engine::inline::runner::unsuited(config, listeners)
+fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+    crate::engine::inline::runner::ineligible_reasons(config, listeners)
 }
 
 /// Never asked: there is always a fault then.
 #[cfg(not(feature = "bpf"))]
-fn unsuited(_config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+fn ineligible_reasons(_config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
     vec![Some("not built in".to_owned()); listeners.len()]
 }
 

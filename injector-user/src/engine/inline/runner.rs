@@ -24,7 +24,7 @@ use crate::{
 
 /// The engine at work.
 #[derive(Debug)]
-pub struct Running {
+pub struct InlineEngine {
     /// The programs.
     pub inline: Arc<Inline>,
     settings: Settings,
@@ -34,7 +34,7 @@ pub struct Running {
 
 /// A listener, and which of its backends get its connections.
 #[derive(Clone, Debug)]
-pub struct Served {
+pub struct ServedListener {
     /// As configured.
     pub listener: Listener,
     /// Its backends.
@@ -53,29 +53,29 @@ pub fn listeners(config: &Config) -> Vec<&Listener> {
 ///
 /// # Errors
 /// When it cannot run here; each says what to do. What was attached before stays as it was.
-pub fn start(config: &Config) -> anyhow::Result<Option<Running>> {
+pub fn start(config: &Config) -> anyhow::Result<Option<InlineEngine>> {
     let listeners = listeners(config);
     if listeners.is_empty() {
-        stand_back(&config.inline);
+        remove_stale_nat(&config.inline);
         return Ok(None);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(begin(config, &listeners)).context("engine \"inline\"").map(Some)
+    runtime.block_on(start_engine(config, &listeners)).context("engine \"inline\"").map(Some)
 }
 
 /// Why the engine cannot serve each of these listeners; `None` where it can. All that [`start`] would refuse, without
 /// changing anything.
 #[must_use]
-pub fn unsuited(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    let ask = |listener: &&Listener| -> anyhow::Result<()> {
+pub fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+    let check = |listener: &&Listener| -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(suits(&config.inline, listener))
+        runtime.block_on(check_eligible(&config.inline, listener))
     };
-    listeners.iter().map(|listener| Some(format!("{:#}", ask(listener).err()?))).collect()
+    listeners.iter().map(|listener| Some(format!("{:#}", check(listener).err()?))).collect()
 }
 
-async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
-    let backends = possible(listener).map_err(anyhow::Error::msg)?;
+async fn check_eligible(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
+    let backends = checked_backends(listener).map_err(anyhow::Error::msg)?;
     let routes = Routes::open().context("opening rtnetlink to read routes")?;
     for backend in &backends {
         let device = routes.towards(backend.ip()).await?;
@@ -87,8 +87,8 @@ async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
         }
     }
     super::pins(settings)?;
-    let places = places(settings, &backends).await?;
-    forwarded(settings, &[listener], &places)?;
+    let points = attach_points(settings, &backends).await?;
+    forwarding_findings(settings, &[listener], &points)?;
     if settings.nat == Nat::Managed {
         // It needs nft and its rights, and what the rules cannot express is refused.
         ruleset(settings, &[fresh(listener)])?.is_applied()?;
@@ -97,7 +97,7 @@ async fn suits(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
 }
 
 /// Where a listener's backends are, if it asks for nothing that this engine cannot do.
-fn possible(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
+fn checked_backends(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     for ipv6 in [false, true] {
         super::template(&listener.receiver, ipv6, listener.waits_for_first_bytes())?;
     }
@@ -106,7 +106,7 @@ fn possible(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
 
 /// No listener is inline any more: the NAT of an earlier run must not take new connections away from the sockets. Connections
 /// that it has sent on go on.
-fn stand_back(settings: &Settings) {
+fn remove_stale_nat(settings: &Settings) {
     if !settings.given || settings.nat != Nat::Managed {
         return;
     }
@@ -129,12 +129,13 @@ fn stand_back(settings: &Settings) {
     }
 }
 
-async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Running> {
+async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Result<InlineEngine> {
     let settings = &config.inline;
     let mut backends = Vec::new();
     for listener in listeners {
-        let possible = possible(listener).map_err(|what| anyhow!("listener {:?}: {what}", listener.name))?;
-        backends.extend(possible);
+        let checked =
+            checked_backends(listener).map_err(|what| anyhow!("listener {:?}: {what}", listener.name))?;
+        backends.extend(checked);
     }
     // All that may fail without a trace comes first.
     let ruleset = match settings.nat {
@@ -147,14 +148,15 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
         }
         Nat::External => None,
     };
-    let places = places(settings, &backends).await?;
-    check_forwarding(settings, listeners, &places)?;
+    let points = attach_points(settings, &backends).await?;
+    check_forwarding(settings, listeners, &points)?;
 
     let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
     let inline = Arc::new(Inline::load(settings, count)?);
     inline.serve(listeners)?;
-    let mut running = Running { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
-    running.attach(places)?;
+    let mut running =
+        InlineEngine { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
+    running.attach(points)?;
     // After it: between them packets pass by both, and by none never.
     let removed = super::attach::remove_other_versions(&settings.pin)
         .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
@@ -181,14 +183,14 @@ async fn begin(config: &Config, listeners: &[&Listener]) -> anyhow::Result<Runni
 }
 
 /// As it is before anything is known of its backends.
-fn fresh(listener: &Listener) -> Served {
+fn fresh(listener: &Listener) -> ServedListener {
     let backends = Arc::new(Backends::new(listener, None, Arc::default()));
-    Served { listener: listener.clone(), backends, draining: false }
+    ServedListener { listener: listener.clone(), backends, draining: false }
 }
 
-fn ruleset(settings: &Settings, served: &[Served]) -> anyhow::Result<nat::Ruleset> {
+fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow::Result<nat::Ruleset> {
     let mut services = Vec::new();
-    for Served { listener, backends, draining } in served {
+    for ServedListener { listener, backends, draining } in served {
         // What cannot be served at all is an error, not a listener without backends.
         addresses(listener).map_err(anyhow::Error::msg)?;
         let mut service = nat::Service {
@@ -200,15 +202,15 @@ fn ruleset(settings: &Settings, served: &[Served]) -> anyhow::Result<nat::Rulese
         for ipv6 in [false, true] {
             let of_family = |ip: IpAddr| ip.to_canonical().is_ipv6() == ipv6;
             let listen = || listener.bind.iter().filter(|address| of_family(address.ip()));
-            let in_turn = backends.in_turn(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
-            let none_is_left = in_turn.is_empty()
+            let eligible = backends.in_turn(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            let none_is_left = eligible.is_empty()
                 && listener.backends.iter().any(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
             if *draining || none_is_left {
                 // Clients are refused by the host, which has no socket there.
                 continue;
             }
             service.listen.extend(listen());
-            service.backends.extend(in_turn.into_iter().flat_map(|backend| {
+            service.backends.extend(eligible.into_iter().flat_map(|backend| {
                 let weight = backend.configured().weight;
                 backend.addresses().into_iter().map(move |address| nat::Backend { address, weight })
             }));
@@ -225,8 +227,8 @@ fn ruleset(settings: &Settings, served: &[Served]) -> anyhow::Result<nat::Rulese
 ///
 /// # Errors
 /// Why not.
-pub fn acceptable(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
-    possible(listener).map_err(anyhow::Error::msg)?;
+pub fn check_reload(settings: &Settings, listener: &Listener) -> anyhow::Result<()> {
+    checked_backends(listener).map_err(anyhow::Error::msg)?;
     if settings.nat == Nat::Managed {
         ruleset(settings, &[fresh(listener)])?;
     }
@@ -235,7 +237,10 @@ pub fn acceptable(settings: &Settings, listener: &Listener) -> anyhow::Result<()
 
 /// Which programs belong where: those for backends on the devices that lead to them, those for clients everywhere, for a
 /// client may come by any of them.
-async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<BTreeSet<(Interface, Role)>> {
+async fn attach_points(
+    settings: &Settings,
+    backends: &[SocketAddr],
+) -> anyhow::Result<BTreeSet<(Interface, Role)>> {
     let routes = Routes::open().context("opening rtnetlink to read routes")?;
     let devices = routes.interfaces().await?;
     let named = |names: &[String]| -> anyhow::Result<Vec<Interface>> {
@@ -245,20 +250,20 @@ async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<
         };
         names.iter().map(find).collect()
     };
-    let mut places = BTreeSet::new();
+    let mut points = BTreeSet::new();
     let clients = if settings.client_devices.is_empty() {
         devices.iter().filter(|device| !matches!(device.kind, LinkKind::Other(_))).cloned().collect()
     } else {
         named(&settings.client_devices)?
     };
-    places.extend(clients.into_iter().map(|device| (device, Role::Client)));
+    points.extend(clients.into_iter().map(|device| (device, Role::Client)));
     if !settings.backend_devices.is_empty() {
-        places.extend(named(&settings.backend_devices)?.into_iter().map(|device| (device, Role::Backend)));
-        return Ok(places);
+        points.extend(named(&settings.backend_devices)?.into_iter().map(|device| (device, Role::Backend)));
+        return Ok(points);
     }
     for backend in backends {
         match routes.towards(backend.ip()).await {
-            Ok(device) => drop(places.insert((device, Role::Backend))),
+            Ok(device) => drop(points.insert((device, Role::Backend))),
             // It may come back, and nothing reaches it meanwhile.
             Err(error @ RouteError::Unreachable { .. }) => {
                 tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend; its packets pass a device without our programs until one appears");
@@ -266,17 +271,17 @@ async fn places(settings: &Settings, backends: &[SocketAddr]) -> anyhow::Result<
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(places)
+    Ok(points)
 }
 
 /// What there is to say about forwarding between these places; an error if nothing would get through and nobody may change it.
-fn forwarded(
+fn forwarding_findings(
     settings: &Settings,
     listeners: &[&Listener],
-    places: &BTreeSet<(Interface, Role)>,
+    points: &BTreeSet<(Interface, Role)>,
 ) -> anyhow::Result<Vec<Finding>> {
     let bound = || listeners.iter().flat_map(|listener| &listener.bind);
-    let mut interfaces: Vec<_> = places.iter().map(|(device, _)| device.name.clone()).collect();
+    let mut interfaces: Vec<_> = points.iter().map(|(device, _)| device.name.clone()).collect();
     interfaces.dedup();
     let paths =
         Paths { interfaces, ipv4: bound().any(SocketAddr::is_ipv4), ipv6: bound().any(SocketAddr::is_ipv6) };
@@ -293,9 +298,9 @@ fn forwarded(
 fn check_forwarding(
     settings: &Settings,
     listeners: &[&Listener],
-    places: &BTreeSet<(Interface, Role)>,
+    points: &BTreeSet<(Interface, Role)>,
 ) -> anyhow::Result<()> {
-    let findings = forwarded(settings, listeners, places)?;
+    let findings = forwarding_findings(settings, listeners, points)?;
     for finding in findings.iter().filter(|finding| finding.severity == Severity::MayBlock) {
         tracing::warn!(target: target::ENGINE_INLINE, "{finding}");
     }
@@ -307,14 +312,14 @@ fn check_forwarding(
     Ok(())
 }
 
-impl Running {
+impl InlineEngine {
     /// Attaches what is not attached yet, and forgets what is no longer there.
-    fn attach(&mut self, places: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
-        for (device, role) in places.difference(&self.attached) {
+    fn attach(&mut self, points: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
+        for (device, role) in points.difference(&self.attached) {
             self.inline.attach(device, *role, self.settings.attachment)?;
             tracing::info!(target: target::ENGINE_INLINE, device = device.name, ?role, "programs attached");
         }
-        self.attached = places;
+        self.attached = points;
         Ok(())
     }
 
@@ -322,9 +327,9 @@ impl Running {
     ///
     /// # Errors
     /// When the kernel does not tell of changes any more.
-    pub async fn follow(
+    pub async fn run(
         mut self,
-        mut served: watch::Receiver<Vec<Served>>,
+        mut served: watch::Receiver<Vec<ServedListener>>,
         health: Arc<Notify>,
     ) -> anyhow::Result<()> {
         let mut changes = Changes::watch().context("listening to rtnetlink")?;
@@ -332,9 +337,9 @@ impl Running {
         loop {
             // What changed since the start counts.
             if routes_changed {
-                match places(&self.settings, &self.backends).await {
-                    Ok(places) => {
-                        if let Err(error) = self.attach(places) {
+                match attach_points(&self.settings, &self.backends).await {
+                    Ok(points) => {
+                        if let Err(error) = self.attach(points) {
                             tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "attaching programs to new interfaces failed; connections through them are not served");
                         }
                     }
@@ -345,7 +350,7 @@ impl Running {
             }
             let now = served.borrow_and_update().clone();
             if self.settings.nat == Nat::Managed && !now.is_empty() {
-                self.send_on(now).await;
+                self.apply_dnat(now).await;
             }
             tokio::select! {
                 changed = changes.next() => {
@@ -364,7 +369,7 @@ impl Running {
     }
 
     /// Tells the programs of other backends.
-    fn reload(&mut self, served: &[Served]) -> anyhow::Result<()> {
+    fn reload(&mut self, served: &[ServedListener]) -> anyhow::Result<()> {
         let listeners: Vec<_> = served.iter().map(|served| &served.listener).collect();
         self.inline.serve(&listeners)?;
         let backends: Result<Vec<_>, _> = listeners.iter().map(|listener| addresses(listener)).collect();
@@ -373,7 +378,7 @@ impl Running {
     }
 
     /// Has NAT send new connections to the backends whose turn it is.
-    async fn send_on(&self, served: Vec<Served>) {
+    async fn apply_dnat(&self, served: Vec<ServedListener>) {
         let settings = self.settings.clone();
         let apply = move || -> anyhow::Result<nat::Change> { Ok(ruleset(&settings, &served)?.apply()?) };
         match tokio::task::spawn_blocking(apply).await {
@@ -429,7 +434,7 @@ mod tests {
         Config::parse(&text, "test.toml").unwrap()
     }
 
-    fn rules(config: &Config, served: &Served) -> String {
+    fn rules(config: &Config, served: &ServedListener) -> String {
         format!("{:?}", ruleset(&config.inline, std::slice::from_ref(served)).unwrap())
     }
 
@@ -451,7 +456,7 @@ mod tests {
     fn rules_follow_the_health_of_each_family() {
         let config = config("\"10.0.0.1:2525\", { address = \"10.0.0.2:2525\", backup = true }");
         let served = fresh(&config.listeners[0]);
-        let leads_to = |served: &Served, backend: &str| rules(&config, served).contains(backend);
+        let leads_to = |served: &ServedListener, backend: &str| rules(&config, served).contains(backend);
         assert!(leads_to(&served, "10.0.0.1") && !leads_to(&served, "10.0.0.2"));
         assert!(served.backends.force("10.0.0.1:2525", Forced::Down));
         assert!(!leads_to(&served, "10.0.0.1") && leads_to(&served, "10.0.0.2"));
@@ -459,7 +464,7 @@ mod tests {
         // Nobody is left for IPv4: the rules lead nowhere, and IPv6 goes on.
         assert!(served.backends.force("10.0.0.2:2525", Forced::Down));
         assert!(!leads_to(&served, "192.0.2.10") && leads_to(&served, "2001:db8::20"));
-        let drained = Served { draining: true, ..served };
+        let drained = ServedListener { draining: true, ..served };
         assert!(!leads_to(&drained, "2001:db8::"));
     }
 }

@@ -10,7 +10,7 @@ use aya::programs::{
 use thiserror::Error;
 
 use super::{
-    Inline,
+    InlinePrograms,
     filters::{self, Filter},
     routes::{Interface, LinkKind},
 };
@@ -57,7 +57,7 @@ fn handle(program: &str) -> TcHandle {
     TcHandle::new(u16::from_be_bytes(*b"IN"), minor)
 }
 
-impl Inline {
+impl InlinePrograms {
     /// Attaches the programs of this role to the device. A program that is attached already, also by
     /// an earlier daemon, is replaced in place: no packet passes without it. One that is attached the
     /// other way (tcx or clsact) is removed once the new one is attached.

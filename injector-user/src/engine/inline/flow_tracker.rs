@@ -12,7 +12,7 @@ use injector_common::inline::{ClosedFlow, Event, Flag, Flow, Key};
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
-use super::{Inline, endpoints, maps::socket_address};
+use super::{InlinePrograms, endpoints, maps::socket_address};
 use crate::{
     engine::bpf::lock,
     os::sys,
@@ -130,7 +130,7 @@ impl FlowTracker {
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
-    pub async fn run(&self, inline: &Inline) -> io::Result<()> {
+    pub async fn run(&self, inline: &InlinePrograms) -> io::Result<()> {
         let ring = lock(&inline.maps.events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the event ring buffer already has a reader"))?;
         let mut ring = sys::poll(ring, Interest::READABLE)?;
@@ -249,7 +249,7 @@ impl FlowTracker {
     }
 
     /// Takes out what has ended long enough ago.
-    fn sweep(&self, inline: &Inline) {
+    fn sweep(&self, inline: &InlinePrograms) {
         let mut time_wait_queue = lock(&self.time_wait_queue);
         let time_wait = time_wait(time_wait_queue.queue.len(), self.capacity);
         let ended = time_wait_queue.take_expired(time_wait);
@@ -257,7 +257,7 @@ impl FlowTracker {
         inline.remove_flows(&ended);
     }
 
-    fn scan(&self, inline: &Inline) {
+    fn scan(&self, inline: &InlinePrograms) {
         let now = sys::monotonic_ns();
         let flows = inline.maps.flows();
         let time_wait = time_wait(flows.len(), self.capacity);

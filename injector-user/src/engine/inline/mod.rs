@@ -54,7 +54,7 @@ const PROGRAMS: [&str; 7] =
 const SWEEP: &str = "sweep";
 
 /// The loaded programs with their maps. Dropping it changes nothing in the kernel.
-pub struct Inline {
+pub struct InlinePrograms {
     maps: Maps,
     pins: PathBuf,
     programs: Mutex<Ebpf>,
@@ -86,7 +86,7 @@ pub enum LoadError {
     },
 }
 
-impl Inline {
+impl InlinePrograms {
     /// Loads the programs, with the maps that are pinned if there are any.
     ///
     /// # Errors
@@ -239,13 +239,13 @@ fn endpoints(addresses: &HeaderAddresses) -> Option<(SocketAddr, SocketAddr)> {
     Some((maps::socket_address(&client), maps::socket_address(&destination)))
 }
 
-impl fmt::Debug for Inline {
+impl fmt::Debug for InlinePrograms {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inline").field("pins", &self.pins).finish_non_exhaustive()
+        f.debug_struct("InlinePrograms").field("pins", &self.pins).finish_non_exhaustive()
     }
 }
 
-impl BpfCounters for Inline {
+impl BpfCounters for InlinePrograms {
     fn read(&self) -> Vec<(&'static str, &'static str, u64)> {
         let counted = |counter: Counter| {
             let (program, event) = counter.labels();

@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    FlowTracker, Inline, ListenerInfo, Role, addresses,
+    FlowTracker, InlinePrograms, ListenerInfo, Role, addresses,
     nat::{self, TableName},
     routes::{Changes, Interface, LinkKind, RouteError, Routes},
     sysctl::{self, Finding, Paths, Severity},
@@ -26,7 +26,7 @@ use crate::{
 #[derive(Debug)]
 pub struct InlineEngine {
     /// The programs.
-    pub inline: Arc<Inline>,
+    pub inline: Arc<InlinePrograms>,
     settings: Settings,
     backends: Vec<SocketAddr>,
     attached: BTreeSet<(Interface, Role)>,
@@ -113,7 +113,7 @@ fn remove_stale_nat(settings: &Settings) {
     let table: Result<TableName, _> = settings.table.parse();
     let Ok(table) = table else { return };
     // Without nft there is no NAT of ours either.
-    if !nat::is_there(&table).unwrap_or(false) {
+    if !nat::exists(&table).unwrap_or(false) {
         return;
     }
     match nat::ruleset(&table, &[]).map_err(anyhow::Error::from).and_then(|empty| Ok(empty.apply()?)) {
@@ -152,7 +152,7 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
     check_forwarding(settings, listeners, &points)?;
 
     let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
-    let inline = Arc::new(Inline::load(settings, count)?);
+    let inline = Arc::new(InlinePrograms::load(settings, count)?);
     inline.serve(listeners)?;
     let mut running =
         InlineEngine { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };

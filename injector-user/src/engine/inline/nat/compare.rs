@@ -9,7 +9,7 @@ use super::{Ruleset, rules};
 
 /// What the kernel has under the table's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Held {
+pub(super) enum TableDiff {
     /// Exactly these chains and rules.
     Same,
     /// These chains, with other rules.
@@ -20,9 +20,9 @@ pub(super) enum Held {
 
 /// Compares by meaning: nft writes what it was given in its own words, and adds handles.
 ///
-/// Should a version of nft write something that is not recognized, the answer is [`Held::OtherRules`] where
-/// [`Held::Same`] is true; never the other way round.
-pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> Held {
+/// Should a version of nft write something that is not recognized, the answer is [`TableDiff::OtherRules`] where
+/// [`TableDiff::Same`] is true; never the other way round.
+pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> TableDiff {
     let listed = listing.get("nftables").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let listed: Vec<Value> = listed
         .iter()
@@ -32,7 +32,7 @@ pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> Held {
     let is_rule = |object: &Value| object.get("rule").is_some();
     let (listed_rules, listed_layout): (Vec<_>, Vec<_>) = listed.into_iter().partition(is_rule);
     if listed_layout != objects(ruleset.chains.iter().cloned().map(NfListObject::Chain)) {
-        return Held::OtherLayout;
+        return TableDiff::OtherLayout;
     }
     let rules_of = |rules: &[Value], chain: &str| -> Vec<Value> {
         let of_chain = |object: &&Value| object.pointer("/rule/chain").and_then(Value::as_str) == Some(chain);
@@ -42,7 +42,7 @@ pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> Held {
     let same = [rules::PREROUTING, rules::POSTROUTING]
         .iter()
         .all(|chain| rules_of(&wanted, chain) == rules_of(&listed_rules, chain));
-    if same { Held::Same } else { Held::OtherRules }
+    if same { TableDiff::Same } else { TableDiff::OtherRules }
 }
 
 /// As they look in a listing.

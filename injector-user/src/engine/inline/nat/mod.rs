@@ -27,7 +27,7 @@ use std::{
 
 use thiserror::Error;
 
-pub use nft::{DroppingChain, NftError, chains_that_drop_forwarded, is_there, remove};
+pub use nft::{DroppingChain, NftError, chains_that_drop_forwarded, exists, remove};
 
 /// A port that clients connect to, and who answers there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,16 +65,16 @@ impl Default for TableName {
 }
 
 impl FromStr for TableName {
-    type Err = Mistake;
+    type Err = NatError;
 
-    fn from_str(name: &str) -> Result<Self, Mistake> {
+    fn from_str(name: &str) -> Result<Self, NatError> {
         let charset = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
         let letter = name.starts_with(|first: char| first.is_ascii_alphabetic());
         // nft's JSON takes any name, even one that makes the ruleset's own listing impossible to load again.
         if letter && name.len() <= 63 && name.bytes().all(charset) {
             Ok(Self(name.to_owned()))
         } else {
-            Err(Mistake::TableName(name.to_owned()))
+            Err(NatError::TableName(name.to_owned()))
         }
     }
 }
@@ -95,7 +95,7 @@ impl fmt::Display for TableName {
 
 /// Why services cannot be turned into rules.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum Mistake {
+pub enum NatError {
     /// Not a [`TableName`].
     #[error("{0:?} is not a table name: 1 to 63 of a-z, A-Z, 0-9, _ and -, first a letter")]
     TableName(String),
@@ -181,8 +181,8 @@ pub enum Change {
 /// in the order given. No service at all sends nothing new on. IPv4-mapped addresses count as IPv4.
 ///
 /// # Errors
-/// The first [`Mistake`] found.
-pub fn ruleset(table: &TableName, services: &[Service]) -> Result<Ruleset, Mistake> {
+/// The first [`NatError`] found.
+pub fn ruleset(table: &TableName, services: &[Service]) -> Result<Ruleset, NatError> {
     let services: Vec<Service> = services.iter().map(canonical).collect();
     let mut taken = BTreeMap::new();
     for service in &services {
@@ -212,28 +212,28 @@ fn canonical(service: &Service) -> Service {
     }
 }
 
-fn check_backends(service: &Service) -> Result<(), Mistake> {
+fn check_backends(service: &Service) -> Result<(), NatError> {
     for Backend { address, .. } in &service.backends {
         let reason =
             if address.ip().is_unspecified() { Some("it names no host") } else { unroutable(address) };
         if let Some(reason) = reason {
-            return Err(Mistake::Backend { service: service.name.clone(), backend: *address, reason });
+            return Err(NatError::Backend { service: service.name.clone(), backend: *address, reason });
         }
     }
     Ok(())
 }
 
-fn check_listeners(service: &Service, taken: &mut BTreeMap<SocketAddr, String>) -> Result<(), Mistake> {
+fn check_listeners(service: &Service, taken: &mut BTreeMap<SocketAddr, String>) -> Result<(), NatError> {
     let name = || service.name.clone();
     if service.listen.is_empty() {
-        return Err(Mistake::NoListener { service: name() });
+        return Err(NatError::NoListener { service: name() });
     }
     for listen in &service.listen {
         if let Some(reason) = unroutable(listen) {
-            return Err(Mistake::Listener { service: name(), listen: *listen, reason });
+            return Err(NatError::Listener { service: name(), listen: *listen, reason });
         }
         if let Some(other) = taken.insert(*listen, name()) {
-            return Err(Mistake::ListenTwice { service: name(), listen: *listen, other });
+            return Err(NatError::ListenTwice { service: name(), listen: *listen, other });
         }
     }
     Ok(())

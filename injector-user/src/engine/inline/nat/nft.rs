@@ -14,7 +14,7 @@ use nftables::types::NfFamily;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::compare::{Held, compare};
+use super::compare::{TableDiff, compare};
 use super::{Change, Ruleset, TableName};
 
 /// The first of these that exists; services are often started without the sbin folders in PATH.
@@ -71,10 +71,10 @@ impl Ruleset {
     /// # Errors
     /// [`NftError`]; then the table is as it was.
     pub fn apply(&self) -> Result<Change, NftError> {
-        let (start, change) = match self.held()? {
-            Some(Held::Same) => return Ok(Change::Unchanged),
-            Some(Held::OtherRules) => (Start::Flush, Change::Replaced),
-            Some(Held::OtherLayout) => (Start::Delete, Change::Remade),
+        let (start, change) = match self.diff()? {
+            Some(TableDiff::Same) => return Ok(Change::Unchanged),
+            Some(TableDiff::OtherRules) => (Start::Flush, Change::Replaced),
+            Some(TableDiff::OtherLayout) => (Start::Delete, Change::Remade),
             None => (Start::Flush, Change::Created),
         };
         execute(&self.transaction(start))?;
@@ -89,7 +89,7 @@ impl Ruleset {
     /// # Errors
     /// [`NftError`]. That there is no table is not one.
     pub fn is_applied(&self) -> Result<bool, NftError> {
-        Ok(self.held()? == Some(Held::Same))
+        Ok(self.diff()? == Some(TableDiff::Same))
     }
 
     /// The transaction that [`Self::apply`] gives to `nft -j -f -` where there was no table or one of the same layout.
@@ -98,7 +98,7 @@ impl Ruleset {
         render(&self.transaction(Start::Flush))
     }
 
-    fn held(&self) -> Result<Option<Held>, NftError> {
+    fn diff(&self) -> Result<Option<TableDiff>, NftError> {
         let listing = list(&["table", "inet", self.table.as_str()])?;
         Ok(listing.map(|listing| compare(self, &listing)))
     }
@@ -145,7 +145,7 @@ pub fn remove(name: &TableName) -> Result<(), NftError> {
 ///
 /// # Errors
 /// [`NftError`].
-pub fn is_there(name: &TableName) -> Result<bool, NftError> {
+pub fn exists(name: &TableName) -> Result<bool, NftError> {
     Ok(list(&["table", "inet", name.as_str()])?.is_some())
 }
 

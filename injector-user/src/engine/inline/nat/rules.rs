@@ -16,7 +16,7 @@ use nftables::{
     types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
 };
 
-use super::{Mistake, Service, TableName};
+use super::{NatError, Service, TableName};
 
 pub(super) const PREROUTING: &str = "prerouting";
 pub(super) const POSTROUTING: &str = "postrouting";
@@ -40,14 +40,14 @@ pub(super) fn chains(table: &TableName) -> Vec<Chain<'static>> {
 }
 
 /// One rule per listening address, and one more where it masquerades; before them the one that keeps connections tracked.
-pub(super) fn rules(table: &TableName, services: &[Service]) -> Result<Vec<Rule<'static>>, Mistake> {
+pub(super) fn rules(table: &TableName, services: &[Service]) -> Result<Vec<Rule<'static>>, NatError> {
     let mut rules = vec![rule(table, PREROUTING, TRACKING, keep_tracking())];
     for any in [false, true] {
         let listeners =
             services.iter().flat_map(|service| service.listen.iter().map(move |at| (service, at)));
         for (service, listen) in listeners.filter(|(_, listen)| listen.ip().is_unspecified() == any) {
             let targets = Targets::of(service, listen)?;
-            rules.push(rule(table, PREROUTING, &service.name, send_on(listen, &targets)));
+            rules.push(rule(table, PREROUTING, &service.name, dnat_rule(listen, &targets)));
             if service.masquerade {
                 rules.push(rule(table, POSTROUTING, &service.name, masquerade(listen, &targets)));
             }
@@ -76,10 +76,10 @@ struct Targets {
 }
 
 impl Targets {
-    fn of(service: &Service, listen: &SocketAddr) -> Result<Self, Mistake> {
+    fn of(service: &Service, listen: &SocketAddr) -> Result<Self, NatError> {
         let family = Family::of(listen);
         let family_name = family.name();
-        let too_heavy = || Mistake::Weights { service: service.name.clone(), family: family_name };
+        let too_heavy = || NatError::Weights { service: service.name.clone(), family: family_name };
         let of_family =
             service.backends.iter().filter(|backend| backend.address.is_ipv4() == listen.is_ipv4());
         let backends: Vec<_> = of_family.filter(|backend| backend.weight > 0).collect();
@@ -92,7 +92,7 @@ impl Targets {
             modulus = next;
         }
         if shares.is_empty() {
-            return Err(Mistake::NoBackend {
+            return Err(NatError::NoBackend {
                 service: service.name.clone(),
                 listen: *listen,
                 family: family_name,
@@ -154,7 +154,7 @@ impl Family {
 }
 
 /// `iif != lo  DESTINATION  tcp dport PORT  dnat …`
-fn send_on(listen: &SocketAddr, targets: &Targets) -> Vec<Statement<'static>> {
+fn dnat_rule(listen: &SocketAddr, targets: &Targets) -> Vec<Statement<'static>> {
     // What the host sends to its own addresses has been through conntrack when it comes in by lo, and would not be
     // translated anyway; the rule says so.
     let mut statements = vec![differs(meta(MetaKey::Iif), text("lo"))];

@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use super::compare::{Held, compare};
+use super::compare::{TableDiff, compare};
 use super::*;
 
 fn service() -> Service {
@@ -181,7 +181,7 @@ fn table_names_are_plain_words() {
         assert_eq!(good.parse::<TableName>().unwrap().as_str(), good);
     }
     for bad in ["", "2x", "-x", "a b", "a;b", "a\nb", "é", &"x".repeat(64)] {
-        assert_eq!(bad.parse::<TableName>(), Err(Mistake::TableName(bad.to_owned())));
+        assert_eq!(bad.parse::<TableName>(), Err(NatError::TableName(bad.to_owned())));
     }
 }
 
@@ -232,13 +232,13 @@ fn a_listing_is_recognized_in_other_words() {
     let as_written = rule(json!(["daddr"]), json!(25));
     let set = json!({"set": {"family": "inet", "table": "injector", "name": "s", "type": "mark"}});
     let cases = [
-        (listing(std::slice::from_ref(&as_written), &[]), Held::Same),
-        (listing(&[rule(json!("daddr"), json!("25"))], &[]), Held::Same),
-        (listing(&[rule(json!("daddr"), json!(26))], &[]), Held::OtherRules),
-        (listing(&[], &[]), Held::OtherRules),
-        (listing(&[as_written.clone(), as_written.clone()], &[]), Held::OtherRules),
-        (listing(&[as_written], &[set]), Held::OtherLayout),
-        (json!({"nftables": []}), Held::OtherLayout),
+        (listing(std::slice::from_ref(&as_written), &[]), TableDiff::Same),
+        (listing(&[rule(json!("daddr"), json!("25"))], &[]), TableDiff::Same),
+        (listing(&[rule(json!("daddr"), json!(26))], &[]), TableDiff::OtherRules),
+        (listing(&[], &[]), TableDiff::OtherRules),
+        (listing(&[as_written.clone(), as_written.clone()], &[]), TableDiff::OtherRules),
+        (listing(&[as_written], &[set]), TableDiff::OtherLayout),
+        (json!({"nftables": []}), TableDiff::OtherLayout),
     ];
     for (listing, expected) in cases {
         assert_eq!(compare(&ruleset, &listing), expected, "{listing}");

@@ -90,10 +90,10 @@ fn watch(testbed: &Testbed) -> Result<()> {
             String::from_utf8_lossy(&pushed.stderr)
         );
         let failed = testbed.probe("broken", "wrong", &["--pushgateway", &gateway])?;
-        let said = String::from_utf8_lossy(&failed.stdout);
+        let printed = String::from_utf8_lossy(&failed.stdout);
         ensure!(
-            !failed.status.success() && said.contains("failed at imap_login"),
-            "the probe passed with a wrong password:\n{said}"
+            !failed.status.success() && printed.contains("failed at imap_login"),
+            "the probe passed with a wrong password:\n{printed}"
         );
         thread::sleep(Duration::from_secs(5));
     }

@@ -342,9 +342,9 @@ fn watchers(edge: &Netns, folder: &Path) -> Result<Vec<Process>> {
         command.args(flags);
         let output = folder.join(format!("{name}.out"));
         let mut process = Process::start(name, edge, command, &output)?;
-        process
-            .wait_listening(edge, &[address], START_LIMIT)
-            .with_context(|| format!("{name} said\n{}", fs::read_to_string(&output).unwrap_or_default()))?;
+        process.wait_listening(edge, &[address], START_LIMIT).with_context(|| {
+            format!("{name} printed\n{}", fs::read_to_string(&output).unwrap_or_default())
+        })?;
         started.push(process);
     }
     Ok(started)

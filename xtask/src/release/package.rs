@@ -89,9 +89,10 @@ fn make(out: &Path) -> Result<PathBuf> {
         eprintln!("{}", complaint.trim());
     }
     // It prints the package's path.
-    let said = String::from_utf8_lossy(&output.stdout);
-    let path = said.lines().rev().map(Path::new).find(|path| path.extension().is_some_and(|it| it == "deb"));
-    path.map(Path::to_path_buf).with_context(|| format!("cargo-deb printed no path of a package: {said}"))
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let path =
+        printed.lines().rev().map(Path::new).find(|path| path.extension().is_some_and(|it| it == "deb"));
+    path.map(Path::to_path_buf).with_context(|| format!("cargo-deb printed no path of a package: {printed}"))
 }
 
 fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
@@ -167,11 +168,11 @@ fn try_out(package: &Path) -> Result<()> {
     let program = place("usr/bin/injector");
     for arguments in [vec!["--version".into()], vec!["check".into(), "--config".into(), place(EXPECTED[0])]] {
         let output = Command::new(&program).args(&arguments).output()?;
-        let said = String::from_utf8_lossy(&output.stdout);
+        let printed = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
             bail!("the packaged program: {}", String::from_utf8_lossy(&output.stderr));
         }
-        println!("{}", said.trim_end());
+        println!("{}", printed.trim_end());
     }
     Ok(())
 }

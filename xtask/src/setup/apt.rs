@@ -62,7 +62,7 @@ pub(super) fn llvm_of_compiler() -> Option<u32> {
 /// Installs packages. Their services are started neither now nor at the next boot.
 ///
 /// # Errors
-/// When apt fails, or would have to remove a package (another mail server, say): with the end of its log.
+/// When apt fails, or would have to remove a package (another mail server, for example). The error has the end of its log.
 pub(super) fn install(packages: &[String], cache: &Cache) -> Result<()> {
     let names = packages.iter().map(String::as_str);
     let mut updated = !knows(names);

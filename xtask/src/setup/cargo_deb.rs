@@ -13,7 +13,7 @@ pub(super) const VERSION: &str = "3.8.0";
 /// depend on the release of cargo-deb.
 pub(super) fn find(cache: &Cache) -> Option<PathBuf> {
     let program = cache.tool(&folder()).join("bin/cargo-deb");
-    job::version(&program).filter(|said| said.contains(VERSION)).map(|_| program)
+    job::version(&program).filter(|printed| printed.contains(VERSION)).map(|_| program)
 }
 
 fn folder() -> String {
@@ -30,9 +30,9 @@ pub(super) fn build(cache: &Cache) -> Result<()> {
     let log = job::fresh(cache.log("cargo-deb")?)?;
     let mut command = linker::cargo_install(partial.path(), &format!("cargo-deb@{VERSION}"));
     job::run(&mut command, &log).context("cargo-deb could not be built")?;
-    let said = job::version(&partial.path().join("bin/cargo-deb")).unwrap_or_default();
-    if !said.contains(VERSION) {
-        bail!("the cargo-deb just built doesn't run (it printed {said:?}); see {}", log.display());
+    let printed = job::version(&partial.path().join("bin/cargo-deb")).unwrap_or_default();
+    if !printed.contains(VERSION) {
+        bail!("the cargo-deb just built doesn't run (it printed {printed:?}); see {}", log.display());
     }
     linker::place(partial, &cache.tool(&folder()))
 }

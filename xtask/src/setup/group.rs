@@ -9,7 +9,7 @@ pub(crate) enum Group {
     Demo,
     /// Mail servers and clients of the tests
     Mail,
-    /// Those that the benchmark compares with, beside the mail servers
+    /// Proxies that the benchmark compares with, other than those of the tests
     Bench,
     /// Validators of the manifests for Kubernetes
     Kubernetes,

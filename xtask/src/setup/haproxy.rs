@@ -41,8 +41,8 @@ fn build(series: &str, command: Vec<PathBuf>) -> Option<Build> {
 }
 
 /// `HAProxy version 3.0.11-1+deb13u3 2026/10/01 - …`
-fn version(said: &str) -> Option<String> {
-    said.lines().next()?.strip_prefix("HAProxy version ")?.split(' ').next().map(str::to_owned)
+fn version(printed: &str) -> Option<String> {
+    printed.lines().next()?.strip_prefix("HAProxy version ")?.split(' ').next().map(str::to_owned)
 }
 
 /// The program in an unpacked tree, run by that tree's dynamic loader with that tree's libraries.
@@ -166,8 +166,8 @@ mod tests {
 
     #[test]
     fn versions_are_read_and_belong_to_one_series() {
-        let said = "HAProxy version 3.0.11-1+deb13u3 2026/10/01 - a page\nStatus: long-term";
-        assert_eq!(version(said).as_deref(), Some("3.0.11-1+deb13u3"));
+        let printed = "HAProxy version 3.0.11-1+deb13u3 2026/10/01 - a page\nStatus: long-term";
+        assert_eq!(version(printed).as_deref(), Some("3.0.11-1+deb13u3"));
         assert_eq!(version("nginx version: nginx/1.22.1"), None);
     }
 

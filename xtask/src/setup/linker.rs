@@ -23,7 +23,7 @@ const LLVMS: std::ops::RangeInclusive<u32> = 21..=23;
 /// released linkers have a newer LLVM than any Rust, which can read older bitcode.
 pub(super) fn find(cache: &Cache, llvm: u32, accept_path: bool) -> Option<PathBuf> {
     let cached = folder(cache, llvm).join("bin");
-    if job::version(&cached.join("bpf-linker")).is_some_and(|said| said.contains(VERSION)) {
+    if job::version(&cached.join("bpf-linker")).is_some_and(|printed| printed.contains(VERSION)) {
         return Some(cached);
     }
     let own = packages::program("bpf-linker").filter(|_| accept_path)?;
@@ -63,9 +63,9 @@ pub(super) fn build(cache: &Cache, llvm: u32) -> Result<()> {
     let log = job::fresh(cache.log("bpf-linker")?)?;
     job::run(&mut install_command(partial.path(), llvm), &log).context("bpf-linker could not be built")?;
     let program = partial.path().join("bin/bpf-linker");
-    let said = job::version(&program).unwrap_or_default();
-    if !said.contains(VERSION) {
-        bail!("the bpf-linker just built doesn't run (it printed {said:?}); see {}", log.display());
+    let printed = job::version(&program).unwrap_or_default();
+    if !printed.contains(VERSION) {
+        bail!("the bpf-linker just built doesn't run (it printed {printed:?}); see {}", log.display());
     }
     place(partial, &folder(cache, llvm))
 }

@@ -180,9 +180,9 @@ fn obstacle() -> Option<String> {
     match Command::new("unshare").args(["--net", "--mount", "true"]).output() {
         Ok(output) if output.status.success() => None,
         Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            let printed = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             Some(format!(
-                "root may not create network namespaces here ({said}); a container needs --privileged"
+                "root may not create network namespaces here ({printed}); a container needs --privileged"
             ))
         }
         Err(error) => Some(format!("cannot start unshare, of util-linux: {error}")),

@@ -91,13 +91,13 @@ impl Time {
 /// Runs a program whose output matters only when it fails.
 fn quietly(command: &mut std::process::Command) -> Result<()> {
     let output = command.output().with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
-    let said = [output.stdout, output.stderr].concat();
+    let printed = [output.stdout, output.stderr].concat();
     ensure!(
         output.status.success(),
         "`{}` failed ({}):\n{}",
         cargo::line(command),
         output.status,
-        String::from_utf8_lossy(&said).trim()
+        String::from_utf8_lossy(&printed).trim()
     );
     Ok(())
 }

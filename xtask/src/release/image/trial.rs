@@ -176,14 +176,14 @@ impl Container {
         let state: Value = serde_json::from_slice(&output.stdout).context("runc state")?;
         let pid = state["pid"].as_u64().context("runc state has no pid")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let mut said = String::new();
+        let mut printed = String::new();
         for field in ["Uid", "CapBnd", "CapPrm", "CapEff", "NoNewPrivs", "Seccomp"] {
             let prefix = format!("{field}:");
             let value = status.lines().find_map(|line| line.strip_prefix(&prefix)).unwrap_or_default();
             // Writing to a String cannot fail.
-            let _ = write!(said, "{field} {}  ", value.split_whitespace().next().unwrap_or_default());
+            let _ = write!(printed, "{field} {}  ", value.split_whitespace().next().unwrap_or_default());
         }
-        Ok(said)
+        Ok(printed)
     }
 
     /// Stops it like Kubernetes does, and checks the exit status.

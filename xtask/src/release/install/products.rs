@@ -82,7 +82,7 @@ pub(crate) fn completions(binary: &Path, shell: &str) -> Result<Vec<u8>> {
 fn ask(binary: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
     let output = Command::new(binary).args(arguments).output();
     let output = output.with_context(|| format!("cannot run {}", binary.display()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{} {}: {}", binary.display(), arguments.join(" "), said.trim());
+    let printed = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{} {}: {}", binary.display(), arguments.join(" "), printed.trim());
     Ok(output.stdout)
 }

@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn everything_else_is_compared() {
-        for (from, to, told) in [
+        for (from, to, expected) in [
             ("25", "26", "Service a .spec .ports [0] .port: kustomize has 25, the chart has 26"),
             ("25", "'25'", "kustomize has 25, the chart has \"25\""),
             (", {port: 465}", "", "Service a .spec .ports: kustomize has"),
@@ -95,7 +95,7 @@ mod tests {
             ("/name: a", "/name: b", "kustomize has \"a\", the chart has \"b\""),
         ] {
             let found = differences(&OBJECTS.replace(from, to));
-            assert!(found.len() == 1 && found[0].contains(told), "{told}: {found:?}");
+            assert!(found.len() == 1 && found[0].contains(expected), "{expected}: {found:?}");
         }
         let renamed = differences(&OBJECTS.replace("name: a,", "name: z,"));
         assert_eq!(renamed, ["Service a: not in the chart", "Service z: only in the chart"]);

@@ -279,9 +279,9 @@ impl Bench {
             let output = Command::new(daemon).args(["check", "--config"]).arg(&file).output();
             let output = output.with_context(|| format!("cannot start {}", daemon.display()))?;
             if !output.status.success() {
-                let said =
+                let printed =
                     String::from_utf8_lossy(&output.stderr).replace(&self.folder.display().to_string(), "");
-                return Ok(Err(said.trim().to_owned()));
+                return Ok(Err(printed.trim().to_owned()));
             }
             listeners += config.matches("\n[[listener]]\n").count();
         }
@@ -322,11 +322,11 @@ fn table(renderings: &[Rendering], verdicts: &[Verdicts]) -> String {
 fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
     if !output.status.success() {
-        let said =
+        let printed =
             [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
         let name = command.get_program();
         let name = Path::new(name).file_name().unwrap_or(OsStr::new("a tool")).to_string_lossy();
-        bail!("`{}` failed ({}); {name} printed:\n{}", cargo::line(command), output.status, said.trim());
+        bail!("`{}` failed ({}); {name} printed:\n{}", cargo::line(command), output.status, printed.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

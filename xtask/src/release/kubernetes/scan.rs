@@ -46,7 +46,7 @@ pub(super) fn scan(python: &Path, file: &Path) -> Result<Scan> {
     parse(&String::from_utf8_lossy(&output.stdout))
 }
 
-fn parse(said: &str) -> Result<Scan> {
+fn parse(printed: &str) -> Result<Scan> {
     #[derive(Deserialize)]
     struct Report {
         summary: Summary,
@@ -63,7 +63,7 @@ fn parse(said: &str) -> Result<Scan> {
     struct Results {
         failed_checks: Vec<Finding>,
     }
-    let Report { summary, results } = serde_json::from_str(said).context("checkov's report")?;
+    let Report { summary, results } = serde_json::from_str(printed).context("checkov's report")?;
     ensure!(summary.parsing_errors == 0, "checkov could not read {} files", summary.parsing_errors);
     ensure!(summary.passed > 0, "no check of checkov passed: did it find any object?");
     // Annotations can skip checks, but only accepted-findings.toml may accept findings.

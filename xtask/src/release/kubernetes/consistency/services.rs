@@ -8,9 +8,9 @@ use super::super::object::{Object, list};
 pub(super) fn check(objects: &[Object], daemons: &Object) -> Vec<String> {
     let pod = &daemons.0["spec"]["template"];
     let mut faults = Vec::new();
-    let beside =
+    let in_namespace =
         |service: &&Object| service.kind() == "Service" && service.namespace() == daemons.namespace();
-    for service in objects.iter().filter(beside) {
+    for service in objects.iter().filter(in_namespace) {
         let spec = &service.0["spec"];
         if !selects(&spec["selector"], &pod["metadata"]["labels"]) {
             faults.push(format!("{} selects no pod of the DaemonSet", service.id()));

@@ -46,7 +46,7 @@ pub(super) fn of(run: &Run, engine: Engine) -> Vec<Assertion> {
             "the backend received the public address that the client had connected to",
             every(destination),
         ),
-        assertion("the TCP connection alone has another address than the client's", every(peer)),
+        assertion("the TCP peer is not the client: only the header has its address", every(peer)),
         assertion("messages are stored and fetched byte for byte as they were sent", messages(run)),
         assertion("exactly one header was sent for each accepted connection", headers(run)),
         assertion("the injector, its metrics and the backend counted the same bytes", counts(run)),
@@ -280,7 +280,7 @@ mod tests {
             ("own address and port", |p| p.scenarios[0].transactions[1].client.set_port(1)),
             ("own address and port", |p| p.scenarios[0].transactions[0].visit.header = Err(Refusal::Silent)),
             ("connected to", |p| p.scenarios[0].transactions[0].listener.set_port(1)),
-            ("TCP connection alone", |p| {
+            ("TCP peer is not the client", |p| {
                 p.scenarios[0].transactions[0].visit.peer = p.scenarios[0].transactions[0].client
             }),
             ("byte for byte", |p| p.scenarios[0].fetched[3] ^= 1),

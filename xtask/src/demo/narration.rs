@@ -97,7 +97,7 @@ fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
     row("the client is", &transaction.client.to_string());
     let edge =
         if transaction.visit.peer.ip() == testbed.edge_ip(family) { "the edge" } else { "not the edge" };
-    row("the TCP connection alone has", &format!("{}  ({edge})", transaction.visit.peer));
+    row("the TCP peer that the backend sees is", &format!("{}  ({edge})", transaction.visit.peer));
     let seen = match &transaction.visit.header {
         Ok(header) => {
             header.source.map_or_else(|| "no address (LOCAL)".to_owned(), |source| source.to_string())
@@ -105,7 +105,7 @@ fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
         Err(refusal) => refusal.to_string(),
     };
     let same = seen == transaction.client.to_string();
-    row("the header gave the backend", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
+    row("the client in the header is", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
 }
 
 fn message(what: &str, sent: &[u8], arrived: &[u8]) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     ProxyVersion, Receiver,
-    section::{At, Section, Zero},
+    parse::section::{At, Section, Zero},
 };
 use crate::protocol::Protocol;
 

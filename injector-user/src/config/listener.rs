@@ -3,9 +3,12 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use super::{
-    Backend, EngineChoice, Listener, Timeouts, address, health,
+    Backend, EngineChoice, Listener, Timeouts, health,
+    parse::{
+        address,
+        section::{At, Entry, Section, Zero},
+    },
     receiver::read as read_receiver,
-    section::{At, Entry, Section, Zero},
 };
 use crate::protocol::{Protocol, Speaker};
 

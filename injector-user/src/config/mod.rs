@@ -4,12 +4,10 @@
 //! be right. What comes out of [`Config::load`] needs no further checks. `docs/config.md` is the reference
 //! for people.
 
-mod address;
 mod health;
 mod listener;
-mod problem;
+mod parse;
 mod receiver;
-mod section;
 mod splice;
 mod summary;
 #[cfg(test)]
@@ -22,18 +20,19 @@ use std::{
     time::Duration,
 };
 
-pub(crate) use self::section::MOST_CONNECTIONS;
-pub use self::section::{DurationError, parse_duration};
+pub(crate) use self::parse::section::MOST_CONNECTIONS;
+pub use self::parse::section::{DurationError, parse_duration};
+use self::parse::{
+    address,
+    diagnostic::Problems,
+    section::{Section, Zero},
+};
 pub use self::{
     health::{Check, CheckHeader, Ejection, Health},
-    problem::{ConfigError, Problem},
+    parse::diagnostic::{ConfigError, Problem},
     receiver::UNIQUE_ID_LEN,
     splice::{EnrolmentPolicy, HeaderBy, Splice, Watermarks},
     summary::summary,
-};
-use self::{
-    problem::Problems,
-    section::{Section, Zero},
 };
 use crate::protocol::{Protocol, Speaker};
 

@@ -1,8 +1,11 @@
 //! `[listener.receiver]`: what the backend can read, checked against what would be sent.
 
 use super::{
-    CustomTlv, ProxyVersion, Receiver, address,
-    section::{At, Section},
+    CustomTlv, ProxyVersion, Receiver,
+    parse::{
+        address,
+        section::{At, Section},
+    },
 };
 
 /// Bytes of a unique id. The PROXY protocol allows 128 (section 2.2.5); this is 128 bits in hexadecimal, so

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::section::{Section, Zero};
+use super::parse::section::{Section, Zero};
 
 /// `[splice]`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::problem::{Problems, closest};
+use super::diagnostic::{Problems, closest};
 
 /// Longer is surely a mistake, and adding it to a clock could overflow.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -19,25 +19,25 @@ const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 pub(crate) const MOST_CONNECTIONS: usize = 1 << 30;
 
 /// A value together with the byte offset at which it stands.
-pub(super) type At<T> = (usize, T);
+pub(crate) type At<T> = (usize, T);
 
 /// Whether a duration may be zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Zero {
+pub(crate) enum Zero {
     Allowed,
     Refused,
 }
 
 /// What [`Section::entries`] finds.
 #[derive(Debug)]
-pub(super) enum Entry<'t> {
+pub(crate) enum Entry<'t> {
     Text(At<&'t str>),
     Table(Section<'t>),
 }
 
 /// A table of the file.
 #[derive(Debug)]
-pub(super) struct Section<'t> {
+pub(crate) struct Section<'t> {
     table: &'t DeTable<'t>,
     /// Offset of the table itself, for what is missing in it.
     at: usize,
@@ -50,7 +50,7 @@ pub(super) struct Section<'t> {
 }
 
 impl<'t> Section<'t> {
-    pub(super) fn root(table: &'t Spanned<DeTable<'t>>, problems: &'t Problems<'t>) -> Self {
+    pub(crate) fn root(table: &'t Spanned<DeTable<'t>>, problems: &'t Problems<'t>) -> Self {
         Self::new(table.get_ref(), 0, String::new(), None, problems)
     }
 
@@ -65,37 +65,37 @@ impl<'t> Section<'t> {
     }
 
     /// Notes what is wrong with this section at `at`.
-    pub(super) fn problem(&self, at: usize, message: impl Into<String>) {
+    pub(crate) fn problem(&self, at: usize, message: impl Into<String>) {
         self.problems.add(at, self.listener.as_deref(), message.into());
     }
 
     /// Notes what is wrong with a field: `limits.max_connections 0: must be …`.
-    pub(super) fn field_problem(&self, at: usize, field: &str, what: &str) {
+    pub(crate) fn field_problem(&self, at: usize, field: &str, what: &str) {
         self.problem(at, format!("{}{field}{what}", self.prefix));
     }
 
     /// The line of an offset.
-    pub(super) fn line(&self, at: usize) -> usize {
+    pub(crate) fn line(&self, at: usize) -> usize {
         self.problems.line(at)
     }
 
     /// Where the section begins.
-    pub(super) fn at(&self) -> usize {
+    pub(crate) fn at(&self) -> usize {
         self.at
     }
 
     /// Sets the listener under which problems from now on are reported.
-    pub(super) fn set_listener(&mut self, listener: String) {
+    pub(crate) fn set_listener(&mut self, listener: String) {
         self.listener = Some(listener);
     }
 
     /// The name of the listener, as reported.
-    pub(super) fn listener(&self) -> &str {
+    pub(crate) fn listener(&self) -> &str {
         self.listener.as_deref().unwrap_or_default()
     }
 
     /// Reports the fields that nobody asked for.
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self) {
         let known = self.known.borrow();
         for (key, _) in self.table {
             if !known.contains(&key.get_ref().as_ref()) {
@@ -114,7 +114,7 @@ impl<'t> Section<'t> {
     }
 
     /// Whether the field is there at all.
-    pub(super) fn has(&self, field: &str) -> bool {
+    pub(crate) fn has(&self, field: &str) -> bool {
         self.table.contains_key(field)
     }
 
@@ -137,7 +137,7 @@ impl<'t> Section<'t> {
     }
 
     /// A sub-table.
-    pub(super) fn section(&self, field: &'static str) -> Option<Section<'t>> {
+    pub(crate) fn section(&self, field: &'static str) -> Option<Section<'t>> {
         let (at, value) = self.get(field)?;
         let Some(table) = value.as_table() else {
             self.wrong_type(at, field, &format!("a table, written [{}{field}]", self.header()), value);
@@ -148,7 +148,7 @@ impl<'t> Section<'t> {
     }
 
     /// An array of tables.
-    pub(super) fn sections(&self, field: &'static str) -> Option<Vec<Section<'t>>> {
+    pub(crate) fn sections(&self, field: &'static str) -> Option<Vec<Section<'t>>> {
         let (at, value) = self.get(field)?;
         let expected = format!("a list of tables, each written [[{}{field}]]", self.header());
         let Some(items) = value.as_array() else {
@@ -177,7 +177,7 @@ impl<'t> Section<'t> {
     }
 
     /// A string; wrong types are reported.
-    pub(super) fn string(&self, field: &'static str) -> Option<At<&'t str>> {
+    pub(crate) fn string(&self, field: &'static str) -> Option<At<&'t str>> {
         let (at, value) = self.get(field)?;
         let text = value.as_str();
         if text.is_none() {
@@ -187,7 +187,7 @@ impl<'t> Section<'t> {
     }
 
     /// An absolute path; everything else is reported.
-    pub(super) fn path(&self, field: &'static str) -> Option<PathBuf> {
+    pub(crate) fn path(&self, field: &'static str) -> Option<PathBuf> {
         let (at, text) = self.string(field)?;
         let path = PathBuf::from(text);
         if !path.is_absolute() {
@@ -198,7 +198,7 @@ impl<'t> Section<'t> {
     }
 
     /// Reads a field with `read` and reports it if it is missing altogether.
-    pub(super) fn required<T>(
+    pub(crate) fn required<T>(
         &self,
         field: &'static str,
         read: impl FnOnce(&Self, &'static str) -> Option<T>,
@@ -210,7 +210,7 @@ impl<'t> Section<'t> {
     }
 
     /// A list of strings; at least one where the field is given. Wrong types are reported.
-    pub(super) fn strings(&self, field: &'static str) -> Option<Vec<At<&'t str>>> {
+    pub(crate) fn strings(&self, field: &'static str) -> Option<Vec<At<&'t str>>> {
         let (at, value) = self.get(field)?;
         let Some(items) = value.as_array() else {
             self.wrong_type(at, field, "a list of strings", value);
@@ -231,7 +231,7 @@ impl<'t> Section<'t> {
 
     /// A list of strings, any of which may be a table in its place; at least one where the field is given. Wrong types are
     /// reported.
-    pub(super) fn entries(&self, field: &'static str) -> Option<Vec<Entry<'t>>> {
+    pub(crate) fn entries(&self, field: &'static str) -> Option<Vec<Entry<'t>>> {
         const EXPECTED: &str = "a list of strings or of tables";
         let (at, value) = self.get(field)?;
         let Some(items) = value.as_array() else {
@@ -260,7 +260,7 @@ impl<'t> Section<'t> {
     }
 
     /// True or false; wrong types are reported.
-    pub(super) fn flag(&self, field: &'static str) -> Option<At<bool>> {
+    pub(crate) fn flag(&self, field: &'static str) -> Option<At<bool>> {
         let (at, value) = self.get(field)?;
         let flag = value.as_bool();
         if flag.is_none() {
@@ -270,7 +270,7 @@ impl<'t> Section<'t> {
     }
 
     /// An integer between `least` and `most`; everything else is reported.
-    pub(super) fn integer(&self, field: &'static str, least: u64, most: u64) -> Option<At<u64>> {
+    pub(crate) fn integer(&self, field: &'static str, least: u64, most: u64) -> Option<At<u64>> {
         let (at, value) = self.get(field)?;
         let Some(integer) = value.as_integer() else {
             self.wrong_type(at, field, "an integer", value);
@@ -287,13 +287,13 @@ impl<'t> Section<'t> {
     }
 
     /// A number of things, at least 1.
-    pub(super) fn count(&self, field: &'static str) -> Option<usize> {
+    pub(crate) fn count(&self, field: &'static str) -> Option<usize> {
         let (_, number) = self.integer(field, 1, MOST_CONNECTIONS as u64)?;
         usize::try_from(number).ok()
     }
 
     /// A string such as `"30s"`; everything else is reported.
-    pub(super) fn duration(&self, field: &'static str, zero: Zero) -> Option<At<Duration>> {
+    pub(crate) fn duration(&self, field: &'static str, zero: Zero) -> Option<At<Duration>> {
         const EXPECTED: &str = "a duration such as \"30s\", \"1m 30s\" or \"250ms\"";
         let (at, value) = self.get(field)?;
         let Some(text) = value.as_str() else {
@@ -318,13 +318,13 @@ impl<'t> Section<'t> {
     }
 
     /// One of the words in `choices`; everything else is reported with the likely one.
-    pub(super) fn choice<T: Copy>(&self, field: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
+    pub(crate) fn choice<T: Copy>(&self, field: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let text = self.string(field)?;
         self.choose(field, text, choices)
     }
 
     /// The same for a string that has been read already.
-    pub(super) fn choose<T: Copy>(
+    pub(crate) fn choose<T: Copy>(
         &self,
         field: &'static str,
         (at, text): At<&str>,

@@ -2,13 +2,11 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use super::{
-    Host,
-    section::{At, Section},
-};
+use super::section::{At, Section};
+use crate::config::Host;
 
 /// `metrics.listen`; what is wrong is reported.
-pub(super) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<SocketAddr>> {
+pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<SocketAddr>> {
     match socket_address(text, Some(9145)) {
         Ok(address) => Some((at, address)),
         Err(advice) => {
@@ -20,7 +18,7 @@ pub(super) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<
 
 /// An address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error says what to write; `usual_port` is
 /// the port it uses to say so.
-pub(super) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<SocketAddr, String> {
+pub(crate) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return Ok(address);
     }
@@ -49,7 +47,7 @@ pub(super) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<Sock
 }
 
 /// A backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error says what to write.
-pub(super) fn backend(text: &str) -> Result<(Host, u16), String> {
+pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return backend_address(address);
     }
@@ -93,7 +91,7 @@ fn refuse_port_0(port: u16) -> Result<(), String> {
 
 /// Checks a host name (RFC 1123, section 2.1; underscores as Docker and others use them) and brings it to
 /// lower case without the final dot. The error says what is wrong.
-pub(super) fn host_name(text: &str) -> Result<String, String> {
+pub(crate) fn host_name(text: &str) -> Result<String, String> {
     let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     let label_ok = |label: &str| {
         (1..=63).contains(&label.len())
@@ -114,7 +112,7 @@ pub(super) fn host_name(text: &str) -> Result<String, String> {
 
 /// Whether a socket bound to one address would take connections meant for the other. `[::]` takes IPv4 as
 /// well, and an IPv4-mapped address is that IPv4 address.
-pub(super) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+pub(crate) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     if one.port() != other.port() || one.port() == 0 {
         return false;
     }
@@ -127,7 +125,7 @@ fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
 }
 
 /// Whether a connection to `backend` surely comes back to a listener bound to `bind`.
-pub(super) fn loops_back(bind: SocketAddr, host: &Host, port: u16) -> bool {
+pub(crate) fn loops_back(bind: SocketAddr, host: &Host, port: u16) -> bool {
     if bind.port() != port {
         return false;
     }

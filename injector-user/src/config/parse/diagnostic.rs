@@ -59,19 +59,19 @@ fn join(problems: &[Problem]) -> String {
 
 /// Collects the problems of one file.
 #[derive(Debug)]
-pub(super) struct Problems<'t> {
+pub(crate) struct Problems<'t> {
     text: &'t str,
     file: &'t str,
     found: RefCell<Vec<(usize, Problem)>>,
 }
 
 impl<'t> Problems<'t> {
-    pub(super) fn new(text: &'t str, file: &'t str) -> Self {
+    pub(crate) fn new(text: &'t str, file: &'t str) -> Self {
         Self { text, file, found: RefCell::default() }
     }
 
     /// Notes a problem at a byte offset of the text.
-    pub(super) fn add(&self, at: usize, listener: Option<&str>, message: String) {
+    pub(crate) fn add(&self, at: usize, listener: Option<&str>, message: String) {
         let (line, column) = position(self.text, at);
         let listener = listener.map(str::to_owned);
         let problem = Problem { file: self.file.to_owned(), line, column, listener, message };
@@ -79,12 +79,12 @@ impl<'t> Problems<'t> {
     }
 
     /// The line of a byte offset, to point at a second place from within a message.
-    pub(super) fn line(&self, at: usize) -> usize {
+    pub(crate) fn line(&self, at: usize) -> usize {
         position(self.text, at).0
     }
 
     /// All problems in the order of the file, or `None` if there are none.
-    pub(super) fn into_error(self) -> Option<ConfigError> {
+    pub(crate) fn into_error(self) -> Option<ConfigError> {
         let mut found = self.found.into_inner();
         found.sort_by_key(|(at, _)| *at);
         (!found.is_empty())
@@ -99,7 +99,7 @@ fn position(text: &str, at: usize) -> (usize, usize) {
 }
 
 /// The entry of `known` that was probably meant by `word`.
-pub(super) fn closest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+pub(crate) fn closest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     // A third of the word may be wrong: enough for a typing error, too little to suggest something unrelated.
     let limit = (word.chars().count() / 3).max(1);
     known

@@ -1,0 +1,5 @@
+//! Reads TOML values and collects what is wrong with them.
+
+pub(super) mod address;
+pub(super) mod diagnostic;
+pub(super) mod section;

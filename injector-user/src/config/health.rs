@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    ProxyVersion, Receiver,
     parse::section::{At, Section, Zero},
+    receiver::{ProxyVersion, Receiver},
 };
 use crate::protocol::Protocol;
 

@@ -1,22 +1,89 @@
 //! `[[listener]]`: each on its own, then all of them together.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, time::Duration};
 
 use super::{
-    Backend, EngineChoice, Listener, Timeouts, health,
+    backend::{self, Backend},
+    health::{self, Health},
     parse::{
         address,
-        section::{At, Entry, Section, Zero},
+        section::{At, Section, Zero},
     },
-    receiver::read as read_receiver,
+    receiver::{self, Receiver},
+    timeouts::{self, Timeouts},
 };
 use crate::protocol::{Protocol, Speaker};
 
-/// Dovecot gives a header 3 seconds (postscreen 5) and then closes.
-const HEADER_WAIT_LIMIT: Duration = Duration::from_secs(3);
-/// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
-const KEEPALIVE_LIMIT: Duration = Duration::from_secs(32_767);
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Which engine moves the bytes of a listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineChoice {
+    /// The best engine whose self-test passes on this machine.
+    #[default]
+    Auto,
+    /// Packets, by kernel NAT; refuse to start where it does not work.
+    Inline,
+    /// Kernel sockmap; refuse to start where it does not work.
+    Splice,
+    /// User space.
+    Relay,
+}
+
+impl EngineChoice {
+    const CHOICES: [(&'static str, Self); 4] =
+        [("auto", Self::Auto), ("inline", Self::Inline), ("splice", Self::Splice), ("relay", Self::Relay)];
+
+    /// As in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Inline => "inline",
+            Self::Splice => "splice",
+            Self::Relay => "relay",
+        }
+    }
+}
+
+impl fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// `[[listener]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Unique; `[a-z0-9_-]`, at most 63 bytes. The value of the label `listener`.
+    pub name: String,
+    /// At least one; no two listeners overlap. Port 0 lets the kernel choose.
+    pub bind: Vec<SocketAddr>,
+    /// What is spoken on it.
+    pub protocol: Protocol,
+    /// How its bytes are moved.
+    pub engine: EngineChoice,
+    /// At least one, of distinct addresses; one that is no backup has a weight above 0.
+    pub backends: Vec<Backend>,
+    /// How it is found out whether a backend can be sent connections.
+    pub health: Health,
+    /// How often backend names are resolved again.
+    pub resolve_interval: Duration,
+    /// Connections at one time on this listener, besides [`super::Limits::max_connections`].
+    pub max_connections: Option<usize>,
+    /// All greater than zero, save `header_wait`.
+    pub timeouts: Timeouts,
+    /// What the backend can read.
+    pub receiver: Receiver,
+}
+
+impl Listener {
+    /// Whether engine inline has the header go together with the client's first bytes: where the client speaks first, and is
+    /// waited for. How long is for the backend to say, by when it sends its SYN again: a second.
+    #[must_use]
+    pub fn waits_for_first_bytes(&self) -> bool {
+        self.protocol.speaks_first() == Speaker::Client && !self.timeouts.header_wait.is_zero()
+    }
+}
 
 /// A bind address with its place in the file and the name of its listener.
 struct Bound {
@@ -61,13 +128,13 @@ fn read(
         .required("protocol", |section, field| section.choice(field, &Protocol::ALL.map(|p| (p.name(), p))));
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
-    let backends = backends(&section, &bind);
+    let backends = backend::read_all(&section, &bind);
     let resolve_interval = section.duration("resolve_interval", Zero::Refused);
     let max_connections = section.count("max_connections");
     // Without a valid protocol the rest is still checked, against the one that restricts least.
     let timeouts =
-        timeouts(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
-    let receiver = read_receiver(section.section("receiver"));
+        timeouts::read(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
+    let receiver = receiver::read(section.section("receiver"));
     let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     section.finish();
     Some(Listener {
@@ -132,92 +199,4 @@ fn refuse_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketA
         format!("overlaps {:?} of {} in line {line}", other.address.to_string(), other.owner)
     };
     section.field_problem(at, "bind", &format!(" {text:?}: {what}"));
-}
-
-fn backends(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backend> {
-    let entries = section.required("backends", |section, field| section.entries(field)).unwrap_or_default();
-    let mut backends: Vec<Backend> = Vec::new();
-    for entry in entries {
-        let (at, text, weight, backup) = match entry {
-            Entry::Text((at, text)) => (at, text, 1, false),
-            Entry::Table(table) => {
-                let address = table.required("address", |table, field| table.string(field));
-                let weight = table.integer("weight", 0, u64::from(Backend::MOST_WEIGHT));
-                let backup = table.flag("backup").is_some_and(|(_, backup)| backup);
-                table.finish();
-                let Some((at, text)) = address else { continue };
-                (at, text, weight.and_then(|(_, weight)| u32::try_from(weight).ok()).unwrap_or(1), backup)
-            }
-        };
-        let (host, port) = match address::backend(text) {
-            Ok(backend) => backend,
-            Err(advice) => {
-                section.field_problem(at, "backends", &format!(" {text:?}: {advice}"));
-                continue;
-            }
-        };
-        if backends.iter().any(|other| (&other.host, other.port) == (&host, port)) {
-            section.field_problem(at, "backends", &format!(" {text:?}: listed twice"));
-        }
-        if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &host, port)) {
-            let message =
-                format!(" {text:?}: points back at this listener (bind \"{bind}\"): connections would loop");
-            section.field_problem(at, "backends", &message);
-        }
-        backends.push(Backend { host, port, weight, backup });
-    }
-    if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
-        let message = ": at least one non-backup backend with weight > 0 is required";
-        section.field_problem(section.at(), "backends", message);
-    }
-    backends
-}
-
-fn timeouts(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bool) -> Timeouts {
-    let default = protocol.timeouts();
-    let mut timeouts = Timeouts {
-        connect: default.connect,
-        idle: default.idle,
-        header_wait: default.header_wait,
-        half_closed: default.half_closed,
-        user_timeout: default.user_timeout,
-        keepalive: default.keepalive,
-        drain: default.drain,
-    };
-    let Some(section) = section else { return timeouts };
-    let set = |field, value: &mut Duration| {
-        if let Some((_, duration)) = section.duration(field, Zero::Refused) {
-            *value = duration;
-        }
-    };
-    set("connect", &mut timeouts.connect);
-    set("idle", &mut timeouts.idle);
-    set("half_closed", &mut timeouts.half_closed);
-    set("user_timeout", &mut timeouts.user_timeout);
-    set("drain", &mut timeouts.drain);
-    if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
-        if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
-            let written = humantime::format_duration(keepalive);
-            let what = format!(
-                " \"{written}\": must be whole seconds, at most 9h 6m 7s (the limit of the kernel's TCP_KEEPIDLE)"
-            );
-            section.field_problem(at, "keepalive", &what);
-        }
-        timeouts.keepalive = keepalive;
-    }
-    if let Some((at, wait)) = section.duration("header_wait", Zero::Allowed) {
-        let written = humantime::format_duration(wait);
-        if protocol_known && protocol.speaks_first() == Speaker::Server {
-            let what =
-                format!(": has no effect with protocol {:?}: the server speaks first", protocol.name());
-            section.field_problem(at, "header_wait", &what);
-        } else if wait >= HEADER_WAIT_LIMIT {
-            let what =
-                format!(" \"{written}\": must be less than 3s: Dovecot waits at most 3s for the header");
-            section.field_problem(at, "header_wait", &what);
-        }
-        timeouts.header_wait = wait;
-    }
-    section.finish();
-    timeouts
 }

@@ -1,11 +1,10 @@
 //! `[listener.receiver]`: what the backend can read, checked against what would be sent.
 
-use super::{
-    CustomTlv, ProxyVersion, Receiver,
-    parse::{
-        address,
-        section::{At, Section},
-    },
+use std::fmt;
+
+use super::parse::{
+    address,
+    section::{At, Section},
 };
 
 /// Bytes of a unique id. The PROXY protocol allows 128 (section 2.2.5); this is 128 bits in hexadecimal, so
@@ -23,6 +22,54 @@ const SAFE_HEADER: usize = 232;
 const LARGEST_HEADER: usize = 536;
 
 const VERSIONS: [(&str, ProxyVersion); 2] = [("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)];
+
+/// `[listener.receiver]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Version of the header.
+    pub version: ProxyVersion,
+    /// The largest v2 header in bytes, 52 to 536. Every header of this listener fits, whatever the address
+    /// family.
+    pub max_header: usize,
+    /// Add a `PP2_TYPE_CRC32C`.
+    pub crc32c: bool,
+    /// Add a `PP2_TYPE_UNIQUE_ID` of [`UNIQUE_ID_LEN`] bytes.
+    pub unique_id: bool,
+    /// Add a `PP2_TYPE_AUTHORITY` with this host name.
+    pub authority: Option<String>,
+    /// Add a `PP2_TYPE_NOOP` whose value is this many zero bytes; at least 1.
+    pub noop: Option<u16>,
+    /// Further TLVs, of distinct kinds, none of them empty.
+    pub custom: Vec<CustomTlv>,
+}
+
+/// Version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ProxyVersion {
+    /// Text, without TLVs: for receivers that know no other.
+    V1,
+    /// Binary.
+    #[default]
+    V2,
+}
+
+/// A TLV whose meaning is agreed between this configuration and its backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CustomTlv {
+    /// `PP2_TYPE_MIN_CUSTOM` to `PP2_TYPE_MAX_CUSTOM`: 0xE0 to 0xEF (PROXY protocol, section 2.2.7).
+    pub kind: u8,
+    /// At least one byte.
+    pub value: Vec<u8>,
+}
+
+impl fmt::Display for ProxyVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
+}
 
 impl Default for Receiver {
     fn default() -> Self {

@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{Backend, CheckHeader, Config, EngineChoice, Health, Listener, ProxyVersion, Receiver};
+use super::{
+    Backend, CheckHeader, Config, EngineChoice, Health, Host, Limits, Listener, ProxyVersion, Receiver,
+};
 use crate::protocol::Speaker;
 
 /// Describes a configuration for people: one block per listener, every default written out.
@@ -20,7 +22,7 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     }
     let count = config.listeners.len();
     write!(out, "{count} listener{}, ", if count == 1 { "" } else { "s" })?;
-    let super::Limits { max_connections, workers } = config.limits;
+    let Limits { max_connections, workers } = config.limits;
     write!(out, "at most {max_connections} connections, {workers} worker threads, ")?;
     writeln!(
         out,
@@ -40,7 +42,7 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
 fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "{} ({}, engine {})", listener.name, listener.protocol, listener.engine)?;
     writeln!(out, "  listens on   {}", join(&listener.bind))?;
-    let resolves = listener.backends.iter().any(|backend| matches!(backend.host, super::Host::Name(_)));
+    let resolves = listener.backends.iter().any(|backend| matches!(backend.host, Host::Name(_)));
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
     let backends: Vec<_> = listener.backends.iter().map(backend).collect();

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::protocol::Protocol;
 
 /// A listener without mistakes; cases replace or add lines.
 const LISTENER: &str = r#"[[listener]]

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::section::{At, Section};
-use crate::config::Host;
+use crate::config::host::Host;
 
 /// `metrics.listen`; what is wrong is reported.
 pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<SocketAddr>> {

@@ -2,4 +2,5 @@
 
 pub(super) mod address;
 pub(super) mod diagnostic;
+pub(super) mod duration;
 pub(super) mod section;

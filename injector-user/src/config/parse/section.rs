@@ -10,10 +10,10 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::diagnostic::{Problems, closest};
-
-/// Longer is surely a mistake, and adding it to a clock could overflow.
-const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+use super::{
+    diagnostic::{Problems, closest},
+    duration::{DurationError, parse_duration},
+};
 
 /// No machine holds more connections than this.
 pub(crate) const MOST_CONNECTIONS: usize = 1 << 30;
@@ -341,28 +341,5 @@ impl<'t> Section<'t> {
         let advice = closest(text, words.iter().copied());
         let advice = advice.map(|meant| format!("did you mean {meant:?}? ")).unwrap_or_default();
         self.field_problem(at, field, &format!(" {text:?}: {advice}must be one of {}", words.join(", ")));
-    }
-}
-
-/// Why a text is not a duration that the injector accepts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DurationError {
-    /// Not a number with a unit.
-    #[error("must be a duration such as 30s, \"1m 30s\" or 250ms")]
-    NotADuration,
-    /// Longer than seven days.
-    #[error("must be at most 7days")]
-    TooLong,
-}
-
-/// Reads `30s`, `1m 30s`, `250ms`; up to seven days.
-///
-/// # Errors
-/// [`DurationError`].
-pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
-    match humantime::parse_duration(text) {
-        Ok(duration) if duration > LONGEST => Err(DurationError::TooLong),
-        Ok(duration) => Ok(duration),
-        Err(_) => Err(DurationError::NotADuration),
     }
 }

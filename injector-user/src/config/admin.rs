@@ -1,0 +1,18 @@
+//! `[admin]`
+
+use std::path::PathBuf;
+
+use super::parse::section::Section;
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Absolute path of the unix socket on which `injector status` and its like are answered.
+    pub socket: PathBuf,
+}
+
+pub(super) fn read(section: Section<'_>) -> Option<Admin> {
+    let socket = section.required("socket", |section, field| section.path(field));
+    section.finish();
+    Some(Admin { socket: socket? })
+}

@@ -1,0 +1,77 @@
+//! `backends` of a listener.
+
+use std::{fmt, net::SocketAddr};
+
+use super::{
+    host::Host,
+    parse::{
+        address,
+        section::{Entry, Section},
+    },
+};
+
+/// A mail server that expects the PROXY header on this port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Backend {
+    /// Address or name.
+    pub host: Host,
+    /// Never 0.
+    pub port: u16,
+    /// Its share of new connections, in proportion to the sum of its kind; 0 gets none.
+    pub weight: u32,
+    /// Gets connections only while no other backend can.
+    pub backup: bool,
+}
+
+impl Backend {
+    /// The heaviest share of a backend.
+    pub const MOST_WEIGHT: u32 = 1000;
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+        }
+    }
+}
+
+pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backend> {
+    let entries = section.required("backends", |section, field| section.entries(field)).unwrap_or_default();
+    let mut backends: Vec<Backend> = Vec::new();
+    for entry in entries {
+        let (at, text, weight, backup) = match entry {
+            Entry::Text((at, text)) => (at, text, 1, false),
+            Entry::Table(table) => {
+                let address = table.required("address", |table, field| table.string(field));
+                let weight = table.integer("weight", 0, u64::from(Backend::MOST_WEIGHT));
+                let backup = table.flag("backup").is_some_and(|(_, backup)| backup);
+                table.finish();
+                let Some((at, text)) = address else { continue };
+                (at, text, weight.and_then(|(_, weight)| u32::try_from(weight).ok()).unwrap_or(1), backup)
+            }
+        };
+        let (host, port) = match address::backend(text) {
+            Ok(backend) => backend,
+            Err(advice) => {
+                section.field_problem(at, "backends", &format!(" {text:?}: {advice}"));
+                continue;
+            }
+        };
+        if backends.iter().any(|other| (&other.host, other.port) == (&host, port)) {
+            section.field_problem(at, "backends", &format!(" {text:?}: listed twice"));
+        }
+        if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &host, port)) {
+            let message =
+                format!(" {text:?}: points back at this listener (bind \"{bind}\"): connections would loop");
+            section.field_problem(at, "backends", &message);
+        }
+        backends.push(Backend { host, port, weight, backup });
+    }
+    if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
+        let message = ": at least one non-backup backend with weight > 0 is required";
+        section.field_problem(section.at(), "backends", message);
+    }
+    backends
+}

@@ -1,0 +1,72 @@
+//! `[log]`
+
+use super::parse::section::Section;
+
+/// `[log]`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Shape of a line.
+    pub format: LogFormat,
+    /// The least severe level that is written.
+    pub level: LogLevel,
+}
+
+/// Shape of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The least severe level that is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogLevel {
+    /// What needs a person.
+    Error,
+    /// What may need a person.
+    Warn,
+    /// Start, stop, and one line per connection.
+    #[default]
+    Info,
+    /// Each step of a connection, with client addresses.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogFormat {
+    const CHOICES: [(&'static str, Self); 2] = [("human", Self::Human), ("json", Self::Json)];
+}
+
+impl LogLevel {
+    const CHOICES: [(&'static str, Self); 5] = [
+        ("error", Self::Error),
+        ("warn", Self::Warn),
+        ("info", Self::Info),
+        ("debug", Self::Debug),
+        ("trace", Self::Trace),
+    ];
+
+    /// The same level in the terms of `tracing`.
+    pub const fn tracing(self) -> tracing::Level {
+        match self {
+            Self::Error => tracing::Level::ERROR,
+            Self::Warn => tracing::Level::WARN,
+            Self::Info => tracing::Level::INFO,
+            Self::Debug => tracing::Level::DEBUG,
+            Self::Trace => tracing::Level::TRACE,
+        }
+    }
+}
+
+pub(super) fn read(section: Section<'_>) -> Log {
+    let log = Log {
+        format: section.choice("format", &LogFormat::CHOICES).unwrap_or_default(),
+        level: section.choice("level", &LogLevel::CHOICES).unwrap_or_default(),
+    };
+    section.finish();
+    log
+}

@@ -1,0 +1,22 @@
+//! `[metrics]`
+
+use std::net::SocketAddr;
+
+use super::parse::{
+    address,
+    section::{At, Section},
+};
+
+/// `[metrics]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Address of `/metrics`, `/healthz` and `/readyz`.
+    pub listen: SocketAddr,
+}
+
+pub(super) fn read(section: Section<'_>) -> Option<At<SocketAddr>> {
+    let listen = section.required("listen", |section, field| section.string(field));
+    let listen = listen.and_then(|(at, text)| address::listen(&section, at, text));
+    section.finish();
+    listen
+}

@@ -1,0 +1,29 @@
+//! Durations as text, in the configuration and on the command line.
+
+use std::time::Duration;
+
+/// Longer is surely a mistake, and adding it to a clock could overflow.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Why a text is not a duration that the injector accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DurationError {
+    /// Not a number with a unit.
+    #[error("must be a duration such as 30s, \"1m 30s\" or 250ms")]
+    NotADuration,
+    /// Longer than seven days.
+    #[error("must be at most 7days")]
+    TooLong,
+}
+
+/// Reads `30s`, `1m 30s`, `250ms`; up to seven days.
+///
+/// # Errors
+/// [`DurationError`].
+pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration > LONGEST => Err(DurationError::TooLong),
+        Ok(duration) => Ok(duration),
+        Err(_) => Err(DurationError::NotADuration),
+    }
+}

@@ -1,0 +1,81 @@
+//! `[listener.timeouts]`
+
+use std::time::Duration;
+
+use super::parse::section::{Section, Zero};
+use crate::protocol::{Protocol, Speaker};
+
+/// Dovecot gives a header 3 seconds (postscreen 5) and then closes.
+const HEADER_WAIT_LIMIT: Duration = Duration::from_secs(3);
+/// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
+const KEEPALIVE_LIMIT: Duration = Duration::from_secs(32_767);
+
+/// `[listener.timeouts]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For all attempts to reach a backend together.
+    pub connect: Duration,
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// How long the header waits for the client's first bytes before it goes alone; below 3 s. Zero: not at all, as
+    /// where the server speaks first.
+    pub header_wait: Duration,
+    /// Without a byte in the remaining direction, once one side has finished.
+    pub half_closed: Duration,
+    /// Without an answer to what a peer was sent, or to the question whether it lives; also how long a peer may
+    /// leave its window closed.
+    pub user_timeout: Duration,
+    /// Silence after which a peer is asked whether it lives; whole seconds, 1 to 32767.
+    pub keepalive: Duration,
+    /// How long sessions may go on once their listener is drained, or no longer configured.
+    pub drain: Duration,
+}
+
+pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_known: bool) -> Timeouts {
+    let default = protocol.timeouts();
+    let mut timeouts = Timeouts {
+        connect: default.connect,
+        idle: default.idle,
+        header_wait: default.header_wait,
+        half_closed: default.half_closed,
+        user_timeout: default.user_timeout,
+        keepalive: default.keepalive,
+        drain: default.drain,
+    };
+    let Some(section) = section else { return timeouts };
+    let set = |field, value: &mut Duration| {
+        if let Some((_, duration)) = section.duration(field, Zero::Refused) {
+            *value = duration;
+        }
+    };
+    set("connect", &mut timeouts.connect);
+    set("idle", &mut timeouts.idle);
+    set("half_closed", &mut timeouts.half_closed);
+    set("user_timeout", &mut timeouts.user_timeout);
+    set("drain", &mut timeouts.drain);
+    if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
+        if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
+            let written = humantime::format_duration(keepalive);
+            let what = format!(
+                " \"{written}\": must be whole seconds, at most 9h 6m 7s (the limit of the kernel's TCP_KEEPIDLE)"
+            );
+            section.field_problem(at, "keepalive", &what);
+        }
+        timeouts.keepalive = keepalive;
+    }
+    if let Some((at, wait)) = section.duration("header_wait", Zero::Allowed) {
+        let written = humantime::format_duration(wait);
+        if protocol_known && protocol.speaks_first() == Speaker::Server {
+            let what =
+                format!(": has no effect with protocol {:?}: the server speaks first", protocol.name());
+            section.field_problem(at, "header_wait", &what);
+        } else if wait >= HEADER_WAIT_LIMIT {
+            let what =
+                format!(" \"{written}\": must be less than 3s: Dovecot waits at most 3s for the header");
+            section.field_problem(at, "header_wait", &what);
+        }
+        timeouts.header_wait = wait;
+    }
+    section.finish();
+    timeouts
+}

@@ -1,5 +1,6 @@
-//! The maps of a running daemon, from outside, as the kernel allows to root: spoiling them, for real failures of the real
-//! mechanism without a hook in the daemon, and counting what is in them.
+//! The maps of a running daemon, accessed from outside, as the kernel allows root to: corrupting
+//! them, for real failures of the real mechanism without a hook in the daemon, and counting their
+//! entries.
 
 use std::fs;
 use std::io;
@@ -44,7 +45,7 @@ impl DaemonMap {
         Ok(Self(map.with_context(|| format!("opening BPF map {id}"))?))
     }
 
-    /// From now on user space cannot change it.
+    /// Freezes the map: user space cannot change it any more.
     ///
     /// # Errors
     /// As bpf(2).
@@ -53,7 +54,7 @@ impl DaemonMap {
         Ok(())
     }
 
-    /// Has every message dropped that is sent on a socket in this map from now on, in place of its program.
+    /// Replaces the program: every message sent on a socket in this map is dropped.
     ///
     /// # Errors
     /// As bpf(2).
@@ -62,7 +63,7 @@ impl DaemonMap {
         self.answer_messages(SK_DROP)
     }
 
-    /// Has every message sent as it is.
+    /// Replaces the program: every message is sent unchanged.
     ///
     /// # Errors
     /// As bpf(2).
@@ -88,7 +89,8 @@ impl DaemonMap {
     }
 
     fn info(&self) -> anyhow::Result<Info> {
-        /// Of `struct bpf_map_info`: its size up to and with the name, and where things are in it.
+        /// Size of `struct bpf_map_info` up to and including the name, and the offsets of its
+        /// fields.
         const INFO: u32 = 40;
         const KIND: usize = 0;
         const KEY_SIZE: usize = 8;
@@ -111,11 +113,11 @@ impl DaemonMap {
         })
     }
 
-    /// How many keys there are; exact while nobody changes the map.
+    /// The number of keys; exact only while the map does not change.
     fn count(&self, info: &Info) -> anyhow::Result<usize> {
         let (mut key, mut next) = (vec![0_u8; info.key_size], vec![0_u8; info.key_size]);
         let mut count = 0;
-        // A map that changes meanwhile may send the walk back to its start.
+        // A concurrent change of the map may restart the iteration.
         while count <= info.most {
             let from = if count == 0 { std::ptr::null() } else { key.as_ptr() };
             let mut step =
@@ -138,14 +140,14 @@ struct Info {
     name: String,
 }
 
-/// The numbers of all maps that a process has open.
+/// The ids of all maps that a process has open.
 ///
 /// # Errors
-/// When the process is gone.
+/// When the process has exited.
 pub fn map_ids(pid: u32) -> anyhow::Result<Vec<u32>> {
     let mut ids: Vec<u32> = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // A descriptor may be closed meanwhile.
+        // A descriptor may have been closed meanwhile.
         let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
         ids.extend(info.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse::<u32>().ok()));
     }
@@ -154,7 +156,7 @@ pub fn map_ids(pid: u32) -> anyhow::Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// Whether a map with this number still exists, held by whomever or whatever.
+/// Whether a map with this id still exists, whatever holds it.
 ///
 /// # Errors
 /// As bpf(2).
@@ -166,10 +168,10 @@ pub fn map_exists(id: u32) -> anyhow::Result<bool> {
     }
 }
 
-/// The hash maps of a process, sockets or not, with the number of their elements.
+/// The hash maps of a process, including socket maps, with their numbers of entries.
 ///
 /// # Errors
-/// When the process is gone, or as bpf(2).
+/// When the process has exited, or as bpf(2).
 pub fn map_entries(pid: u32) -> anyhow::Result<Vec<(String, usize)>> {
     let mut entries = Vec::new();
     for id in map_ids(pid)? {
@@ -212,15 +214,15 @@ impl Attributes {
 
 fn call(command: libc::c_long, attributes: &mut Attributes) -> io::Result<i32> {
     let pointer = attributes.0.as_mut_ptr();
-    // SAFETY: the attributes are a whole bpf_attr as far as this kernel reads (unknown bytes are zero), and what they
-    // point to outlives the call in every caller.
+    // SAFETY: the attributes are a complete bpf_attr as far as this kernel reads (unknown bytes are
+    // zero), and what they point to outlives the call in every caller.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, attributes.0.len()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
 }
 
 fn descriptor(command: libc::c_long, attributes: &mut Attributes) -> io::Result<OwnedFd> {
     let fd = call(command, attributes)?;
-    // SAFETY: these commands return a descriptor that is ours.
+    // SAFETY: these commands return a descriptor that this process owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -232,7 +234,7 @@ mod tests {
     fn a_map_of_this_process_is_walked() {
         const BPF_MAP_CREATE: libc::c_long = 0;
         const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-        // Keys and values of four bytes, at most eight of them.
+        // Keys and values of four bytes, at most eight entries.
         let create = Attributes::new().u32(0, BPF_MAP_TYPE_HASH).u32(4, 4).u32(8, 4).u32(12, 8);
         let Ok(fd) = descriptor(BPF_MAP_CREATE, &mut create.put(28, b"counted")) else {
             eprintln!("skipped: may not create BPF maps");

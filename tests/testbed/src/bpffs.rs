@@ -1,4 +1,4 @@
-//! A BPF file system of this process, for what the inline engine pins.
+//! A BPF file system of this process, for the inline engine's pins.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::netns;
 
-/// Mounted until it is dropped; namespaces of this process see it.
+/// A mounted BPF file system, unmounted on drop; the namespaces of this process see it.
 #[derive(Debug)]
 pub struct BpfFs(TempDir);
 
@@ -23,7 +23,7 @@ impl BpfFs {
         Ok(Self(dir))
     }
 
-    /// Where.
+    /// The mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.0.path()

@@ -1,4 +1,4 @@
-//! A certificate authority of the test run's own, and the mail servers' certificate.
+//! A certificate authority of the test run, and the mail servers' certificate.
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 
-/// The name clients expect in the certificate, and the mail servers' own.
+/// The name that clients expect in the certificate, and the mail servers' own.
 pub const MAIL_NAME: &str = "mail.example.test";
 
-/// Certificate and key on disk, and the authority to trust.
+/// Certificate and key as files, and the authority to trust.
 #[derive(Clone, Debug)]
 pub struct Certificate {
     /// PEM file with the servers' certificate.
@@ -22,7 +22,7 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Makes an authority and a certificate for [`MAIL_NAME`], written into `dir`.
+    /// Creates an authority and a certificate for [`MAIL_NAME`], in `dir`.
     ///
     /// # Errors
     /// When the files cannot be written.

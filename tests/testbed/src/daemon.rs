@@ -1,6 +1,8 @@
-//! The injector under test, run as users run it: a binary, a configuration file, a log, metrics over HTTP.
+//! The injector under test, run as users run it: a binary, a configuration file, a log, metrics
+//! over HTTP.
 //!
-//! Names that the daemon gives to its metrics and log fields are constants here and nowhere else in the testbed.
+//! The daemon's names of metrics and log fields are constants here, and nowhere else in the
+//! testbed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -22,30 +24,30 @@ use crate::process::{POLL, Process};
 
 /// Payload bytes, by [`DIRECTION`] and [`PLANE`].
 pub const BYTES: &str = "injector_bytes_total";
-/// Label: which way bytes went.
+/// Label: the direction of bytes.
 pub const DIRECTION: &str = "direction";
 /// From the client to the backend.
 pub const TO_BACKEND: &str = "client_to_backend";
 /// From the backend to the client.
 pub const TO_CLIENT: &str = "backend_to_client";
-/// Label: who carried them.
+/// Label: the data path.
 pub const PLANE: &str = "plane";
-/// The kernel.
+/// Data path: the kernel.
 pub const SPLICED: &str = "spliced";
-/// User space, by a buffer.
+/// Data path: user space, by a buffer.
 pub const RELAYED: &str = "relayed";
-/// User space, by a pipe.
+/// Data path: user space, by a pipe.
 pub const PIPED: &str = "piped";
-/// Headers put in front of a connection.
+/// Headers sent.
 pub const HEADERS_SENT: &str = "injector_headers_sent_total";
-/// Connections reset because that failed.
+/// Connections reset because their header could not be sent.
 pub const HEADERS_FAILED: &str = "injector_headers_failed_total";
-/// Ways through the programs, by `program` and `event`.
+/// Events of the programs, by `program` and `event`.
 pub const BPF_EVENTS: &str = "injector_bpf_events_total";
-/// The message of the one line per finished connection.
+/// The message of the log line of a finished connection.
 pub const CONNECTION_CLOSED: &str = "connection closed";
 
-/// Where the binary under test is; without it, the one beside this test's own binary.
+/// Path of the binary under test; by default the one beside this test's own binary.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 
 /// The daemon that a running one is upgraded to.
@@ -54,13 +56,15 @@ const NEXT_BINARY_VARIABLE: &str = "INJECTOR_NEXT_BIN";
 /// How long the daemon may take to become ready.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long it may take to end; its own deadline for draining sessions has to fit in.
+/// How long the daemon may take to exit; this covers its own drain deadline.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
-/// Has the splice engine hand directions to the kernel as soon as it may, where by default it waits until that pays off.
+/// Makes the splice engine enrol directions as soon as possible; by default it waits until that
+/// pays off.
 pub const EAGER: &str = "[splice]\nenrol_after_messages = 1\n";
 
-/// A configuration for one engine, eager where it is splice: these forwards, and metrics at an address of the namespace.
+/// A configuration for one engine, with these forwards, and metrics at an address of the namespace;
+/// splice enrols at once.
 #[must_use]
 pub fn configuration(forwards: &[Forward], engine: &str, metrics: SocketAddr) -> String {
     let eager = if engine == "splice" { EAGER } else { "" };
@@ -87,21 +91,23 @@ pub struct Injector {
     dir: TempDir,
 }
 
-/// In a configuration, stands for a directory that is the daemon's own and goes with it.
+/// In a configuration, a placeholder for the daemon's own scratch directory.
 pub const OWN_DIRECTORY: &str = "@DIRECTORY@";
-/// Has the daemon take commands ([`Injector::command`]).
+/// Enables commands ([`Injector::command`]).
 pub const ADMIN: &str = "[admin]\nsocket = \"@DIRECTORY@/admin.sock\"\n";
 
 impl Injector {
-    /// Starts `injector run` with a configuration (TOML, with `metrics.listen`) and waits until `/readyz` says so.
+    /// Starts `injector run` with a configuration (TOML, with `metrics.listen`) and waits until
+    /// `/readyz` reports ready.
     ///
     /// # Errors
-    /// When there is no binary, or the daemon ends or is not ready within ten seconds; the error carries its log.
+    /// When there is no binary, or the daemon exits or is not ready within ten seconds; the error
+    /// has its log.
     pub fn start(netns: &Netns, config: &str) -> anyhow::Result<Self> {
         Self::start_by(netns, &[], config)
     }
 
-    /// As [`Self::start`], by a command that takes one more argument, which it has a shell `exec`: `capsh … -- -c`.
+    /// As [`Self::start`], by a command that passes its last argument to a shell: `capsh … -- -c`.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -118,7 +124,8 @@ impl Injector {
         })
     }
 
-    /// As [`Self::start`], this binary, by a command that takes the daemon's as its last arguments (`valgrind …`), or by itself.
+    /// As [`Self::start`], with this binary, by a command that takes the daemon's command line as
+    /// its last arguments (`valgrind …`), or directly.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -137,7 +144,8 @@ impl Injector {
         })
     }
 
-    /// As [`Self::start`], the daemon that `INJECTOR_NEXT_BIN` names, to upgrade to; without it the same once more.
+    /// As [`Self::start`], with the daemon that `INJECTOR_NEXT_BIN` names, to upgrade to; without
+    /// it the same daemon.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -146,7 +154,7 @@ impl Injector {
         Self::start_under(netns, &[], &next, config)
     }
 
-    /// Starts the command that is made for the configuration's file.
+    /// Starts the command that `command` makes for the configuration file.
     fn start_command(
         netns: &Netns,
         config: &str,
@@ -170,12 +178,12 @@ impl Injector {
     /// One scrape of its metrics.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// When it does not respond.
     pub fn metrics(&self) -> anyhow::Result<Metrics> {
         self.netns.run(|| Metrics::scrape(self.metrics))?.context("cannot read the injector's metrics")
     }
 
-    /// The one line of every connection that has ended so far, in that order.
+    /// The log line of every connection that has ended so far, in that order.
     ///
     /// # Errors
     /// When the log has a line that is not JSON.
@@ -205,7 +213,7 @@ impl Injector {
         }
     }
 
-    /// All it has logged.
+    /// Its whole log.
     #[must_use]
     pub fn log(&self) -> String {
         self.log.since(Mark::default())
@@ -217,7 +225,7 @@ impl Injector {
         self.process.pid()
     }
 
-    /// Puts another configuration in the place of the one that it was started with, which it may read then.
+    /// Replaces the configuration file that it was started with, without a reload.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -225,7 +233,8 @@ impl Injector {
         write_config(self.dir.path(), config).map(drop)
     }
 
-    /// Runs `injector WORDS…` against it, which takes [`ADMIN`] in its configuration. Returns how that ended, and what it said.
+    /// Runs `injector WORDS…` against it, which needs [`ADMIN`] in its configuration. Returns the
+    /// exit status and the output.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -234,21 +243,21 @@ impl Injector {
         forget_settings(&mut command);
         command.args(words).env("INJECTOR_SOCKET", self.dir.path().join("admin.sock"));
         let output = command.output()?;
-        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        Ok((output.status, said))
+        let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        Ok((output.status, printed))
     }
 
-    /// The same, which must succeed.
+    /// The same, and requires success.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the command fails.
     pub fn command(&self, words: &[&str]) -> anyhow::Result<String> {
-        let (status, said) = self.try_command(words)?;
-        ensure!(status.success(), "injector {}: {status}: {said}", words.join(" "));
-        Ok(said)
+        let (status, printed) = self.try_command(words)?;
+        ensure!(status.success(), "injector {}: {status}: {printed}", words.join(" "));
+        Ok(printed)
     }
 
-    /// `injector reload --watch` over its configuration, at work.
+    /// Starts `injector reload --watch` on its configuration file.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -260,7 +269,7 @@ impl Injector {
         Ok(command.stdout(Stdio::piped()).spawn()?)
     }
 
-    /// What `injector status --json` says.
+    /// The output of `injector status --json`.
     ///
     /// # Errors
     /// As [`Self::command`].
@@ -269,10 +278,10 @@ impl Injector {
         answer.get("status").cloned().context("no status in the answer")
     }
 
-    /// What `/readyz` answers.
+    /// The response of `/readyz`.
     ///
     /// # Errors
-    /// When it does not.
+    /// When it does not respond.
     pub fn readiness(&self) -> anyhow::Result<(u16, String)> {
         self.netns.run(|| metrics::get(self.metrics, "/readyz"))?
     }
@@ -293,10 +302,10 @@ impl Injector {
         self.process.signal(libc::SIGTERM)
     }
 
-    /// Waits for the end after [`Self::ask_to_stop`], and returns how it ended and all it logged.
+    /// Waits for the exit after [`Self::ask_to_stop`]; returns the exit status and the whole log.
     ///
     /// # Errors
-    /// When it has not ended after a minute.
+    /// When it has not exited after a minute.
     pub fn wait_stopped(self) -> anyhow::Result<(ExitStatus, String)> {
         let Self { process, log, dir: _dir, .. } = self;
         let status = process.wait(STOP_LIMIT);
@@ -305,7 +314,7 @@ impl Injector {
         Ok((status, log))
     }
 
-    /// Sends SIGTERM, waits, and returns how it ended and all it logged.
+    /// Sends SIGTERM, waits, and returns the exit status and the whole log.
     ///
     /// # Errors
     /// As [`Self::wait_stopped`].
@@ -335,7 +344,7 @@ fn write_config(dir: &Path, config: &str) -> anyhow::Result<PathBuf> {
     Ok(file)
 }
 
-/// What the daemon says of one finished connection.
+/// The log line of one finished connection.
 #[derive(Clone, Debug)]
 pub struct Session(Value);
 
@@ -363,7 +372,7 @@ impl Session {
     }
 }
 
-/// Picks the lines of finished connections.
+/// Selects the log lines of finished connections.
 ///
 /// # Errors
 /// When a line is not JSON.
@@ -377,7 +386,7 @@ pub fn parse_sessions(log: &str) -> anyhow::Result<Vec<Session>> {
     Ok(lines.into_iter().filter(closed).map(Session).collect())
 }
 
-/// A field at the top or, as tracing's JSON format has it by default, under `fields`.
+/// A field at the top level or, in tracing's default JSON format, under `fields`.
 fn field<'a>(line: &'a Value, name: &str) -> Option<&'a Value> {
     line.get("fields").and_then(|fields| fields.get(name)).or_else(|| line.get(name))
 }
@@ -400,7 +409,8 @@ pub fn binary() -> anyhow::Result<PathBuf> {
     }
 }
 
-/// Takes the daemon's settings out of the environment: a test's outcome must not depend on the developer's shell.
+/// Removes the daemon's settings from the environment: a test's outcome must not depend on the
+/// developer's shell.
 fn forget_settings(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("INJECTOR_")) {

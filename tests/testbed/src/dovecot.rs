@@ -1,7 +1,8 @@
-//! Dovecot with its own directories: 10993 and 10995 demand a PROXY header, 993 and 995 know none.
+//! Dovecot with its own directories: 10993 and 10995 require a PROXY header, 993 and 995 do not
+//! expect one.
 //!
-//! Proof line: `imap-login: … rip=CLIENT rport=PORT lip=VIP …`. Any user may log in with [`PASSWORD`], so that every trial
-//! can have a mailbox of its own.
+//! The log has `imap-login: … rip=CLIENT rport=PORT lip=VIP …`. Any user may log in with
+//! [`PASSWORD`], so that every trial can have its own mailbox.
 
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;
@@ -22,12 +23,12 @@ use crate::service::{IMAPS, POP3S};
 /// The password of every user.
 pub const PASSWORD: &str = "correct-horse";
 
-/// Who owns the mailboxes (`nobody`; no user of its own is made on the machine).
+/// The owner of the mailboxes (`nobody`; the machine gets no user for them).
 const MAIL_UID: u32 = 65534;
 /// The mailboxes' group.
 const MAIL_GID: u32 = 65534;
 
-/// A running Dovecot; ended on drop.
+/// A running Dovecot; stopped on drop.
 #[derive(Debug)]
 pub struct Dovecot {
     // Before the directory: fields are dropped in this order.
@@ -45,7 +46,8 @@ impl Dovecot {
         Self::start_adding(netns, certificate, "")
     }
 
-    /// As [`Self::start`], with these lines after its configuration: settings in them have the last word.
+    /// As [`Self::start`], with these lines after its configuration; later settings override
+    /// earlier ones.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -57,7 +59,7 @@ impl Dovecot {
         Self::start_with(netns, |dir| dovecot_conf(dir, certificate) + more, &sockets)
     }
 
-    /// Starts one with this configuration, made for its directory, and waits until it listens there.
+    /// Starts Dovecot with this configuration, made for its directory, and waits until it listens.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -68,7 +70,7 @@ impl Dovecot {
     ) -> anyhow::Result<Self> {
         ensure_version()?;
         let dir = netns::scratch_dir("dovecot")?;
-        // Its processes, and Postfix at its sockets, run as users of their own.
+        // Its processes, and Postfix at its sockets, run as their own users.
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
         let mailboxes = mailboxes(dir.path());
         fs::create_dir(&mailboxes)?;
@@ -82,8 +84,8 @@ impl Dovecot {
         let output = dir.path().join("master.out");
         let mut master = Process::start("dovecot", netns, command, &output)?;
         master.wait_listening(netns, sockets, Duration::from_secs(10)).with_context(|| {
-            let said = fs::read_to_string(&output).unwrap_or_default();
-            format!("Dovecot said:\n{said}{}", log.since(Mark::default()))
+            let printed = fs::read_to_string(&output).unwrap_or_default();
+            format!("Dovecot printed:\n{printed}{}", log.since(Mark::default()))
         })?;
         Ok(Self { _master: master, log, dir })
     }
@@ -100,19 +102,19 @@ impl Dovecot {
         self.dir.path().join("dovecot.conf")
     }
 
-    /// The socket at which mail is delivered, by LMTP.
+    /// The LMTP socket, for delivery.
     #[must_use]
     pub fn lmtp_socket(&self) -> PathBuf {
         lmtp_socket(self.dir.path())
     }
 
-    /// The socket at which Postfix asks for passwords.
+    /// The authentication socket, for Postfix.
     #[must_use]
     pub fn auth_socket(&self) -> PathBuf {
         auth_socket(self.dir.path())
     }
 
-    /// Waits for the line of a user's IMAP login, and returns the client in it.
+    /// Waits for the log line of a user's IMAP login, and returns the client in it.
     ///
     /// # Errors
     /// When there is no such line within the limit.
@@ -132,7 +134,7 @@ fn parse_client(line: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(field(" rip=")?.parse().ok()?, field(" rport=")?.parse().ok()?))
 }
 
-/// The configuration below is for 2.3; 2.4 has another language.
+/// The configuration below is for 2.3; 2.4 has another syntax.
 fn ensure_version() -> anyhow::Result<()> {
     let output = Command::new("dovecot").arg("--version").output();
     let output =

@@ -1,4 +1,5 @@
-//! HAProxy with `send-proxy-v2` on the edge: the reference. Where it fails too, the testbed is at fault.
+//! HAProxy with `send-proxy-v2` on the edge: the reference. If it fails too, the testbed is at
+//! fault.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -12,7 +13,7 @@ use crate::forward::Forward;
 use crate::netns::{self, Netns};
 use crate::process::Process;
 
-/// A running HAProxy; ended on drop.
+/// A running HAProxy; stopped on drop.
 #[derive(Debug)]
 pub struct HaProxy {
     // Before the directory: fields are dropped in this order.
@@ -37,11 +38,11 @@ impl HaProxy {
         let sockets: Vec<_> = forwards.iter().map(|forward| forward.bind).collect();
         process
             .wait_listening(netns, &sockets, Duration::from_secs(10))
-            .with_context(|| format!("HAProxy said:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
+            .with_context(|| format!("HAProxy printed:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
         Ok(Self { _process: process, log, _dir: dir })
     }
 
-    /// What it has printed, one line per finished connection among it.
+    /// Its output, which includes one line per finished connection.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

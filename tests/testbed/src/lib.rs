@@ -1,8 +1,9 @@
 //! The testbed: network namespaces joined by veth, real mail servers, mail clients, and the programs under test.
 //!
-//! The targets of `tests/suite` put these together; `xtask demo` uses [`netns`] as well. In reading order: [`netns`]
-//! makes the three networks, [`mail_host`] starts [`postfix`] and [`dovecot`] in one, [`haproxy`] or the [`daemon`] under
-//! test stands in the next, and [`mail_client`] sends and fetches [`message`]s in the last.
+//! The targets of `tests/suite` combine these modules; `xtask demo` uses [`netns`] as well. In
+//! reading order: [`netns`] creates the three networks, [`mail_host`] starts [`postfix`] and
+//! [`dovecot`] in one, [`haproxy`] or the [`daemon`] under test runs in the next, and
+//! [`mail_client`] sends and fetches [`message`]s in the last.
 
 pub mod bpf;
 pub mod bpffs;

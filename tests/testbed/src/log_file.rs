@@ -1,4 +1,4 @@
-//! Reading what a server logs while it runs.
+//! Reading the log of a running server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::bail;
 
 use crate::process::POLL;
 
-/// A place in a log, in bytes from its start: what is looked for later lies behind it.
+/// A position in a log, in bytes from its start; searches begin after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark(usize);
 
@@ -26,13 +26,13 @@ impl LogFile {
         Self { path }
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its present end.
+    /// Its current end.
     #[must_use]
     pub fn mark(&self) -> Mark {
         Mark(self.read().len())
@@ -56,7 +56,7 @@ impl LogFile {
     /// Waits for the first line after the mark that contains every one of `parts`.
     ///
     /// # Errors
-    /// When there is none within the limit; the error carries what was logged instead.
+    /// When there is none within the limit; the error has the lines that were logged.
     pub fn wait_for(&self, mark: Mark, parts: &[&str], limit: Duration) -> anyhow::Result<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -72,7 +72,7 @@ impl LogFile {
     }
 
     fn read(&self) -> Vec<u8> {
-        // Not there yet is empty.
+        // A missing file is an empty log.
         fs::read(&self.path).unwrap_or_default()
     }
 }

@@ -23,10 +23,11 @@ use crate::message::{DOMAIN, Message};
 use crate::netns::Netns;
 use crate::service::Security;
 
-/// How long a client waits for any one thing: longer than the receivers' own limits, so that theirs show.
+/// Time limit of each step of a client; longer than the receivers' own limits, so that these are
+/// detected.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Where a client connects, and whose certificate it accepts.
+/// The server of a client, and the trusted authority.
 #[derive(Clone, Copy, Debug)]
 pub struct Server<'a> {
     /// The address.
@@ -35,8 +36,8 @@ pub struct Server<'a> {
     pub authority_pem: &'a str,
 }
 
-/// Sends a message to `user` and returns the queue id under which the server keeps it. Logs in as that user, too, where
-/// the connection is secured: those are submission ports.
+/// Sends a message to `user` and returns the server's queue id. On secured connections it logs in
+/// as that user, because those are submission ports.
 ///
 /// # Errors
 /// When any command fails.
@@ -71,7 +72,7 @@ fn send_here(
     }
     let sender = "sender@client.example.test".parse()?;
     let envelope = Envelope::new(Some(sender), vec![format!("{user}@{DOMAIN}").parse()?])?;
-    // lettre ends every message with CRLF and a dot, whether it ends with CRLF of its own or not.
+    // lettre ends every message with CRLF and a dot, whether it ends with CRLF or not.
     let text = message.bytes.strip_suffix(b"\r\n").context("a message has to end with CRLF")?;
     let response = connection.send(&envelope, text)?;
     connection.quit()?;
@@ -85,16 +86,16 @@ fn tls_parameters(authority_pem: &str) -> anyhow::Result<TlsParameters> {
     Ok(TlsParametersBuilder::new(MAIL_NAME.to_owned()).add_root_certificate(authority).build_rustls()?)
 }
 
-/// What an IMAP session saw.
+/// The result of an IMAP session.
 #[derive(Debug)]
 pub struct Mailbox {
-    /// All messages of the inbox, oldest first, as the server has them.
+    /// All messages of the inbox, oldest first, as the server stores them.
     pub messages: Vec<Vec<u8>>,
-    /// The client's own end of the connection: what the server must have logged.
+    /// The local address of the client: what the server must have logged.
     pub client: SocketAddr,
 }
 
-/// Logs in by IMAP over TLS, appends the messages given, and fetches the whole inbox.
+/// Logs in by IMAP over TLS, appends the given messages, and fetches the whole inbox.
 ///
 /// # Errors
 /// When any command fails, or all of it takes longer than twenty seconds.
@@ -135,7 +136,7 @@ async fn read_inbox_here(server: Server<'_>, user: &str, append: &[&Message]) ->
     Ok(Mailbox { messages, client })
 }
 
-/// TLS with the mail host's name checked against the authority.
+/// TLS that verifies the mail host's name and certificate.
 async fn secure(tcp: TcpStream, authority_pem: &str) -> anyhow::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(

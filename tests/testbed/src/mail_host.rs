@@ -9,19 +9,19 @@ use crate::log_file::Mark;
 use crate::netns::{self, Netns};
 use crate::postfix::{Neighbours, Postfix};
 
-/// Both servers; ended on drop.
+/// Both servers; stopped on drop.
 #[derive(Debug)]
 pub struct MailHost {
-    /// Takes mail.
+    /// Receives mail.
     pub postfix: Postfix,
-    /// Gives it back, and knows the passwords.
+    /// Stores mail, and authenticates users.
     pub dovecot: Dovecot,
-    /// What they prove their name with.
+    /// The certificate of both.
     pub certificate: Certificate,
     _dir: TempDir,
 }
 
-/// Places in both logs.
+/// Positions in both logs.
 #[derive(Clone, Copy, Debug)]
 pub struct Marks {
     /// In Postfix's.
@@ -55,13 +55,13 @@ impl MailHost {
         Ok(Self { postfix, dovecot, certificate, _dir: dir })
     }
 
-    /// The present ends of both logs.
+    /// The current ends of both logs.
     #[must_use]
     pub fn mark(&self) -> Marks {
         Marks { postfix: self.postfix.log().mark(), dovecot: self.dovecot.log().mark() }
     }
 
-    /// What both logged since then, for error messages.
+    /// What both have logged since then, for error messages.
     #[must_use]
     pub fn logged_since(&self, marks: Marks) -> String {
         let (postfix, dovecot) =

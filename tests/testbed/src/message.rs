@@ -1,17 +1,17 @@
-//! Messages made to be compared byte for byte after a round trip through SMTP, a mailbox and IMAP.
+//! Messages that are compared byte for byte after a round trip through SMTP, a mailbox and IMAP.
 
 use anyhow::{Context, ensure};
 
-/// The domain the mail host delivers for.
+/// The domain for which the mail host delivers.
 pub const DOMAIN: &str = "example.test";
 
-/// The first header of every message here: servers add theirs above it, and nothing below.
+/// The first header of every message: servers add theirs before it, and nothing after it.
 const FIRST_HEADER: &str = "X-Injector-Test";
 
 /// Longest line without its CRLF (RFC 5321, section 4.5.3.1.6).
 const LONGEST_LINE: usize = 998;
 
-/// A message as the client sends it: CRLF line ends, dots not yet stuffed.
+/// A message as the client sends it: CRLF line ends, without dot-stuffing.
 #[derive(Clone, Debug)]
 pub struct Message {
     id: String,
@@ -20,10 +20,11 @@ pub struct Message {
 }
 
 impl Message {
-    /// A message of half a megabyte to `user` in [`DOMAIN`], unlike any with another id.
+    /// A message of half a megabyte to `user` in [`DOMAIN`], different from any with another id.
     ///
-    /// The body has a line of every length from 0 to 998, lines that need dot-stuffing or look like the end of the message,
-    /// and every byte that 8BITMIME permits (RFC 6152), so that a byte lost, doubled or moved shows.
+    /// The body has a line of every length from 0 to 998, lines that need dot-stuffing or look like
+    /// the end of the message, and every byte that 8BITMIME permits (RFC 6152), so that a lost,
+    /// duplicated or moved byte is detected.
     #[must_use]
     pub fn new(id: &str, user: &str) -> Self {
         let mut bytes = format!(
@@ -54,16 +55,17 @@ impl Message {
         Self { id: id.to_owned(), bytes }
     }
 
-    /// Whether a fetched message is this one.
+    /// Whether a fetched message has this one's id.
     #[must_use]
     pub fn is_in(&self, fetched: &[u8]) -> bool {
         self.own_part(fetched).is_some()
     }
 
-    /// Compares a fetched message with this one, from this one's own first header on.
+    /// Compares a fetched message with this one, from this message's first header on.
     ///
     /// # Errors
-    /// When it is another message, or differs; the error names the first byte that does, counted from that header.
+    /// When it is another message, or differs; the error has the position of the first difference,
+    /// from that header on.
     pub fn ensure_unchanged(&self, fetched: &[u8]) -> anyhow::Result<()> {
         let own = self.own_part(fetched).with_context(|| {
             let start = String::from_utf8_lossy(fetched.get(..fetched.len().min(800)).unwrap_or_default());
@@ -81,16 +83,16 @@ impl Message {
         Ok(())
     }
 
-    /// What the servers have not added.
+    /// The part that the servers have not added.
     fn own_part<'a>(&self, fetched: &'a [u8]) -> Option<&'a [u8]> {
         let header = format!("{FIRST_HEADER}: {}\r\n", self.id);
         let start = fetched.windows(header.len()).position(|window| window == header.as_bytes())?;
-        // Only whole lines above it.
+        // Only whole lines precede it.
         if start == 0 || fetched.get(..start)?.ends_with(b"\r\n") { fetched.get(start..) } else { None }
     }
 }
 
-/// All bytes but NUL, CR and LF, over and over, starting elsewhere for every line.
+/// All bytes except NUL, CR and LF, repeated, starting elsewhere for every line.
 fn permitted_bytes(start: usize) -> impl Iterator<Item = u8> {
     (1..=u8::MAX).filter(|byte| !matches!(byte, b'\r' | b'\n')).cycle().skip(start * 31 % 253)
 }

@@ -1,4 +1,4 @@
-//! Reading what the injector exposes at `/metrics`, in the OpenMetrics text format 1.0.
+//! Reading the injector's `/metrics`, in the OpenMetrics text format 1.0.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
-/// How long the daemon may take to answer.
+/// How long the daemon may take to respond.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One sample: `name{label="value",…} number`.
@@ -30,25 +30,25 @@ impl Metrics {
     /// Scrapes `http://ADDRESS/metrics`, from the calling thread's namespace.
     ///
     /// # Errors
-    /// When there is no answer, or it is no exposition.
+    /// When there is no response, or it is not a valid exposition.
     pub fn scrape(address: SocketAddr) -> anyhow::Result<Self> {
         let (status, body) = get(address, "/metrics")?;
         ensure!(status == 200, "/metrics answered {status}: {body}");
         Self::parse(&body)
     }
 
-    /// Reads an exposition.
+    /// Parses an exposition.
     ///
     /// # Errors
     /// When a line is neither a comment nor a sample, or the end (`# EOF`) is missing.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
-        ensure!(text.trim_end().ends_with("# EOF"), "the exposition is cut off: no # EOF");
+        ensure!(text.trim_end().ends_with("# EOF"), "the exposition is truncated: no # EOF");
         let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
         let samples = lines.map(|line| parse_sample(line).with_context(|| format!("not a sample: {line}")));
         Ok(Self { samples: samples.collect::<anyhow::Result<_>>()? })
     }
 
-    /// The sum of all samples with that name and, among others, those labels; 0 if there is none.
+    /// The sum of all samples with that name and at least those labels; 0 if there are none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let has = |sample: &&Sample| {
@@ -73,11 +73,11 @@ impl Metrics {
     }
 }
 
-/// Asks for one page; returns the status code and the body.
+/// Requests one page; returns the status code and the body.
 pub fn get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    // HTTP/1.0: the answer ends with the connection and comes unchunked.
+    // HTTP/1.0: the response ends with the connection and is not chunked.
     stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -104,7 +104,8 @@ fn parse_sample(line: &str) -> Option<Sample> {
     Some(Sample { name: name.to_owned(), labels, value })
 }
 
-/// Reads up to the closing quote, resolving `\\`, `\"` and `\n`; returns what follows the quote, too.
+/// Reads up to the closing quote, resolving `\\`, `\"` and `\n`; also returns what follows the
+/// quote.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut characters = text.char_indices();

@@ -1,7 +1,9 @@
-//! Postfix with its own directories: 2525, 4465 and 5587 demand a PROXY header, 25, 465 and 587 know none.
+//! Postfix with its own directories: 2525, 4465 and 5587 require a PROXY header, 25, 465 and 587 do
+//! not expect one.
 //!
-//! Proof lines: `postfix/2525/postscreen[…]: CONNECT from [CLIENT]:PORT to [VIP]:25`, and from every smtpd
-//! `QUEUE-ID: client=unknown[CLIENT]:PORT`. Every service logs under the number of its port, so a line says who wrote it.
+//! The log has `postfix/2525/postscreen[…]: CONNECT from [CLIENT]:PORT to [VIP]:25`, and from every
+//! smtpd `QUEUE-ID: client=unknown[CLIENT]:PORT`. Every service logs under the number of its port,
+//! which identifies the writer of a line.
 
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;
@@ -21,7 +23,7 @@ use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
 use crate::service::{MATRIX, SMTP};
 
-/// A running Postfix; ended on drop.
+/// A running Postfix; stopped on drop.
 #[derive(Debug)]
 pub struct Postfix {
     // Before the directory: fields are dropped in this order.
@@ -30,7 +32,7 @@ pub struct Postfix {
     dir: TempDir,
 }
 
-/// Where Postfix hands over mail, and asks for passwords.
+/// Where Postfix delivers mail and authenticates users.
 #[derive(Clone, Copy, Debug)]
 pub struct Neighbours<'a> {
     /// Dovecot's LMTP socket.
@@ -55,7 +57,8 @@ impl Postfix {
         Self::start_with(netns, "postfix", |dir| main_cf(dir, neighbours), &master_cf(), &sockets)
     }
 
-    /// Starts one with this `main.cf`, made for its directory, and this `master.cf`, and waits until it listens there.
+    /// Starts Postfix with this `main.cf`, made for its directory, and this `master.cf`, and waits
+    /// until it listens.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -67,7 +70,7 @@ impl Postfix {
         sockets: &[SocketAddr],
     ) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir(role)?;
-        // Its processes run as the user postfix and have to reach the queue.
+        // Its processes run as the user postfix and must be able to reach the queue.
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
         let config = dir.path().join("etc");
         for path in [&config, &dir.path().join("queue"), &dir.path().join("data")] {
@@ -80,7 +83,7 @@ impl Postfix {
 
         let log = LogFile::new(dir.path().join("mail.log"));
         let mut command = netns.command(daemon_directory(&config)?.join("master"));
-        // In the foreground, leading its own process group, which is the one it ends with itself.
+        // In the foreground, as leader of its process group, which it stops itself.
         command.arg("-d").arg("-c").arg(&config).process_group(0);
         let mut master = Process::start("postfix", netns, command, &dir.path().join("master.out"))?;
         master
@@ -104,7 +107,7 @@ impl Postfix {
     /// Sets parameters of `main.cf`, each as `NAME=VALUE`, and reloads.
     ///
     /// # Errors
-    /// When Postfix refuses them.
+    /// When Postfix rejects them.
     pub fn set(&self, netns: &Netns, settings: &[&str]) -> anyhow::Result<()> {
         let mut change = Command::new("postconf");
         change.arg("-c").arg(self.config()).arg("-e").args(settings);
@@ -117,7 +120,8 @@ impl Postfix {
         Ok(())
     }
 
-    /// Waits for the line in which smtpd ties a queued message to its client, and returns that client.
+    /// Waits for the log line in which smtpd names a queued message's client, and returns that
+    /// client.
     ///
     /// # Errors
     /// When there is no such line within the limit.
@@ -134,10 +138,10 @@ impl Postfix {
         client.with_context(|| format!("no client address in: {line}"))
     }
 
-    /// Waits until the queued message lies in the mailbox.
+    /// Waits until the queued message is in the mailbox.
     ///
     /// # Errors
-    /// When it does not within the limit, or delivery fails.
+    /// When it is not within the limit, or delivery fails.
     pub fn wait_delivered(&self, mark: Mark, queue_id: &str, limit: Duration) -> anyhow::Result<()> {
         let line = self.log.wait_for(mark, &[&format!(" {queue_id}: to="), "status="], limit)?;
         ensure!(line.contains("status=sent"), "not delivered: {line}");
@@ -188,7 +192,7 @@ smtpd_sasl_path = {auth_socket}
 smtpd_tls_auth_only = yes
 smtpd_relay_restrictions = permit_sasl_authenticated, reject_unauth_destination
 
-# The greet test stays: whoever passes has been seen by postscreen, under the address in the header. Shorter than the
+# The greet test stays: postscreen has seen a client that passes, under the address in the header. Shorter than the
 # default of 2 to 6 s, for every new client of a run waits for it.
 postscreen_greet_wait = 1s
 postscreen_greet_action = enforce
@@ -201,7 +205,8 @@ postscreen_upstream_proxy_timeout = 5s
     )
 }
 
-/// Services that take mail from the network, then Postfix's own (the list of its `master.cf`, unchrooted).
+/// Services that accept mail from the network, then Postfix's own (the list of its `master.cf`,
+/// unchrooted).
 fn master_cf() -> String {
     let proxied = "-o smtpd_upstream_proxy_protocol=haproxy";
     let submission = "-o smtpd_sasl_auth_enable=yes \
@@ -242,7 +247,7 @@ postlog unix-dgram n - n - 1 postlogd
     )
 }
 
-/// `data_directory` has to belong to `mail_owner`, which Postfix does not see to itself.
+/// `data_directory` must belong to `mail_owner`; Postfix does not ensure that itself.
 fn give_data_to_postfix(data: &Path, config: &Path) -> anyhow::Result<()> {
     let owner = setting(config, "mail_owner")?;
     let status = Command::new("chown").arg(&owner).arg(data).status().context("cannot run chown")?;
@@ -250,7 +255,7 @@ fn give_data_to_postfix(data: &Path, config: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Has Postfix make the queue's directories and look at the configuration.
+/// Makes Postfix create the queue directories and check the configuration.
 fn make_queue(netns: &Netns, config: &Path) -> anyhow::Result<()> {
     let mut check = netns.command("postfix");
     let output = check.arg("-c").arg(config).arg("check").output().context("cannot run postfix")?;
@@ -259,7 +264,7 @@ fn make_queue(netns: &Netns, config: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where the programs of the daemons are.
+/// The directory of the daemons' programs.
 fn daemon_directory(config: &Path) -> anyhow::Result<PathBuf> {
     Ok(setting(config, "daemon_directory")?.into())
 }

@@ -1,4 +1,4 @@
-//! A program running in a namespace: its output kept in a file, ended with its owner.
+//! A program running in a namespace: its output goes to a file, and it ends with its owner.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 
 use crate::netns::Netns;
 
-/// How often conditions are looked at again.
+/// How often conditions are checked.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
 
 /// A running program; killed on drop.
@@ -45,12 +45,13 @@ impl Process {
         self.child.id()
     }
 
-    /// Waits until something listens on every one of `addresses` in the namespace.
+    /// Waits until a socket listens on every one of `addresses` in the namespace.
     ///
-    /// The kernel's socket table is asked, not the sockets: a connection would leave its trace in the logs.
+    /// This reads the kernel's socket table instead of connecting: a connection would leave a trace
+    /// in the logs.
     ///
     /// # Errors
-    /// When the program ends first or the time is over.
+    /// When the program exits first, or after the limit.
     pub fn wait_listening(
         &mut self,
         netns: &Netns,
@@ -75,7 +76,7 @@ impl Process {
     }
 
     /// # Errors
-    /// When the program has ended.
+    /// When the program has exited.
     pub fn ensure_running(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             Some(status) => bail!("{} ended: {status}", self.name),
@@ -83,7 +84,7 @@ impl Process {
         }
     }
 
-    /// Waits for the end.
+    /// Waits for the exit.
     ///
     /// # Errors
     /// When it still runs after the limit; it is killed then.
@@ -98,7 +99,7 @@ impl Process {
         }
     }
 
-    /// Sends a signal; a program that has ended and was waited for is left alone.
+    /// Sends a signal, unless the program has exited and was waited for.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -116,14 +117,14 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only for a child that is gone already.
+        // Both fail only if the child has already exited.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Whether one of the open sockets takes connections to `wanted`. A wildcard covers its own family only, for all servers
-/// here bind the families apart.
+/// Whether one of the listening sockets accepts connections to `wanted`. A wildcard covers its own
+/// family only, because all servers here bind the families separately.
 fn covers(open: &[SocketAddr], wanted: SocketAddr) -> bool {
     open.iter().any(|socket| {
         let any = socket.ip().is_unspecified() && socket.is_ipv4() == wanted.is_ipv4();

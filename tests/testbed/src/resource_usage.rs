@@ -1,4 +1,4 @@
-//! What a test costs the machine, and what must be as before when it is over.
+//! Resources that a test uses, and that must be released at its end.
 
 use std::fs;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::netns::Netns;
 
-/// How often memory is looked at.
+/// How often memory is read.
 const EVERY: Duration = Duration::from_millis(200);
 
 /// Memory of the machine and the daemon, in bytes.
@@ -17,8 +17,8 @@ const EVERY: Duration = Duration::from_millis(200);
 pub struct Memory {
     /// `MemAvailable` of /proc/meminfo.
     pub available: u64,
-    /// What the kernel has for itself: all that is neither free, nor a cache of files, nor a page of a process. What waits
-    /// on a socket's list without being charged to it is seen here alone.
+    /// Memory of the kernel itself: all that is neither free, nor page cache, nor a page of a
+    /// process. Data that is queued on a socket without being charged to it is visible only here.
     pub kernel: u64,
     /// `Slab` of /proc/meminfo.
     pub slab: u64,
@@ -29,7 +29,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// As it is now, with the daemon of this process id.
+    /// The current values, with the daemon of this process id.
     #[must_use]
     pub fn now(daemon: u32) -> Self {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -44,7 +44,7 @@ impl Memory {
     }
 }
 
-/// Watches memory until it is asked for the extremes.
+/// Reads memory until asked for the extremes.
 #[derive(Debug)]
 pub struct MemoryWatch {
     before: Memory,
@@ -53,7 +53,7 @@ pub struct MemoryWatch {
 }
 
 impl MemoryWatch {
-    /// From now on.
+    /// Starts now.
     #[must_use]
     pub fn start(daemon: u32) -> Self {
         let before = Memory::now(daemon);
@@ -75,33 +75,33 @@ impl MemoryWatch {
         Self { before, stop, watching }
     }
 
-    /// What was at the start, and the worst since.
+    /// The values at the start, and the worst since.
     #[must_use]
     pub fn end(self) -> (Memory, Memory) {
         drop(self.stop);
-        // It does not panic; without it there is nothing to report.
+        // The thread does not panic; without it there is nothing to report.
         (self.before, self.watching.join().unwrap_or_default())
     }
 }
 
-/// The number behind a name, in bytes; the kernel prints kibibytes.
+/// The number after a name, in bytes; the kernel prints kibibytes.
 fn kibibytes(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// `MemTotal` without the rest that has names; the slabs that only cache files are among that.
+/// `MemTotal` minus the parts that have names, and minus the slabs that only cache files.
 fn kernel(meminfo: &str) -> u64 {
     let others = ["MemFree:", "Buffers:", "Cached:", "SwapCached:", "AnonPages:", "SReclaimable:"]
         .map(|name| kibibytes(meminfo, name));
     kibibytes(meminfo, "MemTotal:").saturating_sub(others.iter().sum())
 }
 
-/// Bytes that the TCP sockets of a namespace are charged with: queues for reading and writing, and what is set aside for
-/// them (`r`, `w` and `f` of `skmem`, ss(8)).
+/// Bytes that are charged to the TCP sockets of a namespace: receive and send queues, and forward
+/// allocations (`r`, `w` and `f` of `skmem`, ss(8)).
 ///
 /// # Errors
-/// When there is no `ss`.
+/// When `ss` is missing.
 pub fn socket_buffers(netns: &Netns) -> anyhow::Result<u64> {
     let output = netns.command("ss").args(["-tamnH"]).output().context("cannot run ss (install iproute2)")?;
     Ok(charged(&String::from_utf8_lossy(&output.stdout)))
@@ -109,7 +109,7 @@ pub fn socket_buffers(netns: &Netns) -> anyhow::Result<u64> {
 
 fn charged(listing: &str) -> u64 {
     let memories = listing.split("skmem:(").skip(1).filter_map(|rest| rest.split_once(')'));
-    // What is set aside may be less than nothing, which ss prints as if it had no sign.
+    // A forward allocation may be negative, which ss prints as an unsigned number.
     let number = |text: &str| text.parse().map(u32::cast_signed).ok().map(i64::from);
     let of = |field: &str| ["r", "w", "f"].into_iter().find_map(|name| number(field.strip_prefix(name)?));
     let sum: i64 = memories.flat_map(|(memory, _)| memory.split(',').filter_map(of)).sum();
@@ -123,15 +123,15 @@ fn tcp_pages(text: &str) -> u64 {
     fields.next().and_then(|pages| pages.parse().ok()).unwrap_or(0)
 }
 
-/// Descriptors that a process has open, pipes apart: of these the daemon keeps some for the next bulk, at most
-/// `MOST_PIPES`.
+/// Descriptors that a process has open, without pipes: the daemon keeps some of these for the next
+/// bulk, at most `MAX_PIPES`.
 ///
 /// # Errors
 /// When there is no such process, or it has too many pipes.
 pub fn descriptors(pid: u32) -> anyhow::Result<usize> {
     let path = format!("/proc/{pid}/fd");
     let entries = fs::read_dir(&path).with_context(|| path.clone())?;
-    // Closed meanwhile: no link any more.
+    // Closed meanwhile: the link no longer exists.
     let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     let (pipes, others): (Vec<_>, Vec<_>) =
         links.partition(|link| link.as_os_str().as_encoded_bytes().starts_with(b"pipe:"));
@@ -140,7 +140,7 @@ pub fn descriptors(pid: u32) -> anyhow::Result<usize> {
     Ok(others.len())
 }
 
-/// Pipes that the daemon has at most (`pipe::MOST`, injector-user).
+/// The maximum number of pipes of the daemon (`MAX_PIPES` of injector-user).
 const MOST_PIPES: usize = 32;
 
 #[cfg(test)]

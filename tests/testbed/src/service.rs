@@ -1,4 +1,4 @@
-//! The ports of a mail host, stock and behind the injector.
+//! The ports of a mail host, standard ones and those behind the injector.
 
 /// How a client secures the connection to a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,9 +16,9 @@ pub enum Security {
 pub struct Service {
     /// Its name in the injector's configuration (`protocol = …`).
     pub protocol: &'static str,
-    /// The port clients use, and the mail network directly, without a PROXY header.
+    /// The standard port, which clients use, and the mail network directly, without a PROXY header.
     pub stock: u16,
-    /// The mail host's port that demands a PROXY header.
+    /// The mail host's port that requires a PROXY header.
     pub proxied: u16,
     /// What a client does after connecting.
     pub security: Security,
@@ -32,7 +32,7 @@ pub const SUBMISSIONS: Service =
 /// Submission with STARTTLS.
 pub const SUBMISSION: Service =
     Service { protocol: "submission", stock: 587, proxied: 5587, security: Security::StartTls };
-/// IMAP with STARTTLS; the mail host has it where Dovecot is given [`CLEAR_IMAP`].
+/// IMAP with STARTTLS; the mail host has it if Dovecot has [`CLEAR_IMAP`].
 pub const IMAP: Service =
     Service { protocol: "imap", stock: 143, proxied: 10143, security: Security::StartTls };
 /// IMAP with implicit TLS.
@@ -45,7 +45,7 @@ pub const POP3S: Service =
 /// The four ports of the matrix, in the order reports list them.
 pub const MATRIX: [Service; 4] = [SMTP, SUBMISSIONS, SUBMISSION, IMAPS];
 
-/// What Dovecot has to be told for [`IMAP`], with passwords in clear besides STARTTLS.
+/// Dovecot's settings for [`IMAP`], which allow passwords in clear text besides STARTTLS.
 pub const CLEAR_IMAP: &str = "
 ssl = yes
 disable_plaintext_auth = no

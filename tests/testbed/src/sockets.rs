@@ -1,4 +1,4 @@
-//! Plain sockets of a test, which never wait for ever.
+//! Plain sockets of a test, with time limits.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use injector_common::proxy::{ParseError, Parsed, parse};
 
-/// Nothing takes longer unless it hangs.
+/// Longer waits mean that something hangs.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
-/// Has reads and writes fail after [`LIMIT`], and sends at once.
+/// Sets the time limit of reads and writes to [`LIMIT`], and disables Nagle's algorithm.
 ///
 /// # Errors
 /// As setsockopt(2).
@@ -25,7 +25,7 @@ pub fn patient(stream: &TcpStream) -> io::Result<()> {
 /// Accepts one connection, within [`LIMIT`].
 ///
 /// # Errors
-/// As accept(2), and when none comes.
+/// As accept(2), and when no connection arrives.
 pub fn accept(listener: &TcpListener) -> anyhow::Result<TcpStream> {
     accept_within(listener, LIMIT)
 }
@@ -53,10 +53,11 @@ pub fn accept_within(listener: &TcpListener, limit: Duration) -> anyhow::Result<
     }
 }
 
-/// How many segments have come for this connection (`tcpi_segs_in`, struct tcp_info, include/uapi/linux/tcp.h).
+/// The number of segments received on this connection (`tcpi_segs_in`, struct tcp_info,
+/// include/uapi/linux/tcp.h).
 ///
 /// # Errors
-/// As getsockopt(2), and when the kernel does not say.
+/// As getsockopt(2), and when the kernel lacks the field.
 pub fn segments_received(stream: &TcpStream) -> anyhow::Result<u32> {
     const SEGS_IN: usize = 140;
     let mut raw = [0_u8; SEGS_IN + 4];
@@ -66,13 +67,13 @@ pub fn segments_received(stream: &TcpStream) -> anyhow::Result<u32> {
     let got = unsafe { libc::getsockopt(socket, libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) };
     ensure!(got == 0, "TCP_INFO: {}", io::Error::last_os_error());
     ensure!(usize::try_from(len)? == raw.len(), "TCP_INFO has {len} bytes");
-    Ok(u32::from_ne_bytes(*raw.last_chunk().context("no room")?))
+    Ok(u32::from_ne_bytes(*raw.last_chunk().context("the kernel lacks tcpi_segs_in")?))
 }
 
-/// Reads exactly what is expected.
+/// Reads exactly the expected bytes.
 ///
 /// # Errors
-/// As read(2), and when it is something else.
+/// As read(2), and when other bytes arrive.
 pub fn expect(stream: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     let mut seen = vec![0; bytes.len()];
     stream
@@ -87,7 +88,7 @@ pub fn expect(stream: &mut TcpStream, bytes: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says something and expects it at the other end.
+/// Sends bytes and expects them on the other side.
 ///
 /// # Errors
 /// As write(2), and as [`expect`].
@@ -96,10 +97,11 @@ pub fn pass(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) -> anyhow::R
     expect(to, bytes)
 }
 
-/// Accepts one connection and reads its header, which must come whole in the first read; returns what came behind it.
+/// Accepts one connection and reads its header, which must arrive complete in the first read;
+/// returns the bytes after it.
 ///
 /// # Errors
-/// As [`accept`], and when there is no whole header.
+/// As [`accept`], and when there is no complete header.
 pub fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, Header, Vec<u8>)> {
     let mut stream = accept(listener)?;
     let mut first = vec![0; 16384];
@@ -116,14 +118,14 @@ pub fn accept_with_header(listener: &TcpListener) -> anyhow::Result<(TcpStream, 
     Ok((stream, header, rest))
 }
 
-/// What a backend read first.
+/// The first bytes that a backend read.
 #[derive(Debug)]
 pub struct Header {
-    /// All of it.
+    /// All bytes of the header.
     pub bytes: Vec<u8>,
-    /// The client, as it says.
+    /// The client that the header names.
     pub source: SocketAddr,
-    /// Where the client connected to, as it says.
+    /// The client's destination that the header names.
     pub destination: SocketAddr,
 }
 
@@ -147,10 +149,10 @@ pub enum Ending {
     Reset(Vec<u8>),
 }
 
-/// Reads to the end, whichever it is.
+/// Reads until the connection ends.
 ///
 /// # Errors
-/// As read(2), but for a reset.
+/// As read(2), except for a reset.
 pub fn ending(stream: &mut TcpStream) -> anyhow::Result<Ending> {
     let mut seen = Vec::new();
     match stream.read_to_end(&mut seen) {

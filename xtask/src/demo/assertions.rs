@@ -190,7 +190,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::ExitStatus;
 
-    use injector_testbed::demo_backend::{Header, Refusal, Visit};
+    use injector_testbed::demo_backend::{Header, HeaderError, Visit};
     use injector_testbed::netns::Family;
     use serde_json::json;
 
@@ -236,7 +236,7 @@ mod tests {
             );
         }
         let without_header = Visit {
-            header: Err(Refusal::Malformed { seen: b"EHLO".to_vec(), reason: "no signature".to_owned() }),
+            header: Err(HeaderError::Malformed { seen: b"EHLO".to_vec(), reason: "no signature".to_owned() }),
             sent: 0,
             ..transaction(SMTP).visit
         };
@@ -278,7 +278,9 @@ mod tests {
             }),
             ("without a header", |p| p.without_header.sent = 9),
             ("own address and port", |p| p.scenarios[0].transactions[1].client.set_port(1)),
-            ("own address and port", |p| p.scenarios[0].transactions[0].visit.header = Err(Refusal::Silent)),
+            ("own address and port", |p| {
+                p.scenarios[0].transactions[0].visit.header = Err(HeaderError::Silent)
+            }),
             ("connected to", |p| p.scenarios[0].transactions[0].listener.set_port(1)),
             ("TCP peer is not the client", |p| {
                 p.scenarios[0].transactions[0].visit.peer = p.scenarios[0].transactions[0].client

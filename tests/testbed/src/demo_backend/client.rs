@@ -1,5 +1,5 @@
-//! The clients the backend is tried with, directly and through the injector: well-known crates, not code that was
-//! written to agree with the backend.
+//! The clients that test the backend, directly and through the injector: well-known crates, not
+//! code that was written to agree with the backend.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -12,22 +12,22 @@ use lettre::transport::smtp::extension::ClientId;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Longest time one whole conversation may take.
+/// Time limit of one whole conversation.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// From where to where a client connects, and what it says before the protocol starts.
+/// Source and destination of a client's connection, and what it sends before the protocol starts.
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// The local address to use; `None` leaves it to routing.
+    /// The local address to use; `None` for any.
     pub from: Option<IpAddr>,
     /// The server.
     pub to: SocketAddr,
-    /// Sent first, in one piece: empty through an injector, a PROXY header straight to the backend.
+    /// Sent first, in one write: empty through an injector, a PROXY header directly to the backend.
     pub preamble: Vec<u8>,
 }
 
 impl Route {
-    /// To a server, with nothing said before and no wish about the local address.
+    /// To a server, with no bytes before the protocol and any local address.
     #[must_use]
     pub fn to(to: SocketAddr) -> Self {
         Self { from: None, to, preamble: Vec::new() }
@@ -48,10 +48,11 @@ impl Route {
     }
 }
 
-/// Sends one message over SMTP, `from` and `to` being the envelope's; the address it was sent from is returned.
+/// Sends one message over SMTP, with the envelope addresses `from` and `to`; returns the local
+/// address of the connection.
 ///
-/// `content` must end with CRLF, and is what the server will have: lettre puts a CRLF of its own before the final
-/// dot, so the last one is left to it.
+/// `content` must end with CRLF, and is what the server will store: lettre adds a CRLF before the
+/// final dot, so the last CRLF is omitted.
 ///
 /// # Errors
 /// When the connection or any SMTP command fails, or the conversation takes more than 20 s.
@@ -70,14 +71,14 @@ pub async fn send(route: &Route, from: &str, to: &str, content: &[u8]) -> anyhow
     within_patience(conversation).await.with_context(|| format!("sending to {}", route.to))
 }
 
-/// What [`fetch`] brought back.
+/// The result of [`fetch`].
 #[derive(Debug)]
 pub struct Fetched {
-    /// The address it came from.
+    /// The local address of the connection.
     pub local: SocketAddr,
-    /// How many messages the INBOX has.
+    /// The number of messages in the INBOX.
     pub exists: u32,
-    /// The newest of them, whole.
+    /// The newest message, complete.
     pub newest: Vec<u8>,
 }
 

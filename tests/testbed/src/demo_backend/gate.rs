@@ -1,8 +1,9 @@
-//! The header, demanded the way Postfix does it.
+//! Checks the header the way Postfix does.
 //!
-//! Postfix waits until the socket is readable, peeks *once* at up to 536 bytes, and refuses the connection unless the
-//! whole header is among them (`postscreen_haproxy.c` and `smtpd_haproxy.c`, by `haproxy_srvr_receive` in
-//! `src/global/haproxy_srvr.c`). An injector that sends the header in two pieces is therefore caught here.
+//! Postfix waits until the socket is readable, peeks *once* at up to 536 bytes, and rejects the
+//! connection unless the complete header is among them (`postscreen_haproxy.c` and
+//! `smtpd_haproxy.c`, by `haproxy_srvr_receive` in `src/global/haproxy_srvr.c`). This detects an
+//! injector that sends the header in two pieces.
 
 use std::fmt;
 use std::io;
@@ -14,47 +15,47 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// How much is peeked at: the longest header the specification foresees for v2 (section 2.2).
+/// Number of bytes to peek: the longest v2 header that the specification expects (section 2.2).
 const WINDOW: usize = 536;
 
-/// A header the backend accepted.
+/// An accepted header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Its bytes, as they came.
+    /// Its bytes, as received.
     pub raw: Vec<u8>,
-    /// The client it names; `None` for LOCAL, when the TCP peer speaks for itself.
+    /// The client that it names; `None` for LOCAL, when the TCP peer is the client.
     pub source: Option<SocketAddr>,
     /// The address the client connected to; `None` for LOCAL.
     pub destination: Option<SocketAddr>,
 }
 
-/// Why a connection was closed before a word was spoken.
+/// Why a connection was closed before the protocol started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// Nothing came in time.
+pub enum HeaderError {
+    /// Nothing arrived in time.
     Silent,
     /// The client closed without sending anything.
     Closed,
     /// The first read held only the beginning of a header.
     Split {
-        /// What it held.
+        /// The received bytes.
         seen: Vec<u8>,
     },
-    /// The first read was not a header, or a wrong one.
+    /// The first read was not a valid header.
     Malformed {
-        /// What it held, 536 bytes at most.
+        /// The received bytes, at most 536.
         seen: Vec<u8>,
-        /// What the parser said.
+        /// The parser's error.
         reason: String,
     },
     /// The connection broke.
     Broken {
-        /// What the socket said.
+        /// The socket's error.
         reason: String,
     },
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for HeaderError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Silent => write!(f, "no header in time"),
@@ -66,32 +67,32 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Takes the header off the stream: exactly its bytes, so that what follows is the client's.
-pub(super) async fn demand(stream: &mut TcpStream, patience: Duration) -> Result<Header, Refusal> {
-    let broken = |error: io::Error| Refusal::Broken { reason: error.to_string() };
+/// Reads the header from the stream, and no byte more, so that the client's bytes follow.
+pub(super) async fn demand(stream: &mut TcpStream, patience: Duration) -> Result<Header, HeaderError> {
+    let broken = |error: io::Error| HeaderError::Broken { reason: error.to_string() };
     let mut window = [0; WINDOW];
     let count = match timeout(patience, stream.peek(&mut window)).await {
-        Err(_) => return Err(Refusal::Silent),
+        Err(_) => return Err(HeaderError::Silent),
         Ok(peeked) => peeked.map_err(broken)?,
     };
-    let mut header = judge(&window[..count])?;
+    let mut header = check(&window[..count])?;
     stream.read_exact(&mut header.raw).await.map_err(broken)?;
     Ok(header)
 }
 
-/// Decides on the first read.
-fn judge(seen: &[u8]) -> Result<Header, Refusal> {
+/// Checks the first read.
+fn check(seen: &[u8]) -> Result<Header, HeaderError> {
     if seen.is_empty() {
-        return Err(Refusal::Closed);
+        return Err(HeaderError::Closed);
     }
     let parsed = match proxy::parse(seen) {
         Ok(parsed) => parsed,
-        Err(ParseError::Incomplete { .. }) => return Err(Refusal::Split { seen: seen.to_vec() }),
-        Err(error) => return Err(Refusal::Malformed { seen: seen.to_vec(), reason: error.to_string() }),
+        Err(ParseError::Incomplete { .. }) => return Err(HeaderError::Split { seen: seen.to_vec() }),
+        Err(error) => return Err(HeaderError::Malformed { seen: seen.to_vec(), reason: error.to_string() }),
     };
     if parsed.command == Announced::Unknown {
-        // Postfix has no use for a proxy that cannot say for whom it speaks.
-        return Err(Refusal::Malformed {
+        // Postfix rejects a proxy that does not know its client.
+        return Err(HeaderError::Malformed {
             seen: seen.to_vec(),
             reason: "a proxied client without address".to_owned(),
         });
@@ -117,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_header_is_taken_and_what_follows_is_left() {
-        let header = judge(&[&HEADER[..], b"EHLO x\r\n"].concat()).unwrap();
+        let header = check(&[&HEADER[..], b"EHLO x\r\n"].concat()).unwrap();
         assert_eq!(header.raw, HEADER);
         assert_eq!(header.source, Some("198.51.100.7:40000".parse().unwrap()));
         assert_eq!(header.destination, Some("192.0.2.10:25".parse().unwrap()));
@@ -125,11 +126,11 @@ mod tests {
 
     #[test]
     fn a_header_cut_anywhere_is_refused_as_split() {
-        for cut in 1..HEADER.len() {
+        for length in 1..HEADER.len() {
             assert_eq!(
-                judge(&HEADER[..cut]),
-                Err(Refusal::Split { seen: HEADER[..cut].to_vec() }),
-                "{cut} bytes"
+                check(&HEADER[..length]),
+                Err(HeaderError::Split { seen: HEADER[..length].to_vec() }),
+                "{length} bytes"
             );
         }
     }
@@ -140,8 +141,8 @@ mod tests {
         other_version[12] = 0x31;
         let unspecified = b"\r\n\r\n\0\r\nQUIT\n\x21\x00\x00\x00".as_slice();
         for seen in [b"EHLO client.example\r\n".as_slice(), b"\r\nEHLO", unspecified, &other_version] {
-            assert!(matches!(judge(seen), Err(Refusal::Malformed { .. })), "{seen:02x?}");
+            assert!(matches!(check(seen), Err(HeaderError::Malformed { .. })), "{seen:02x?}");
         }
-        assert_eq!(judge(b""), Err(Refusal::Closed));
+        assert_eq!(check(b""), Err(HeaderError::Closed));
     }
 }

@@ -1,7 +1,8 @@
-//! IMAP4rev1 as far as reading one INBOX goes (RFC 3501): LOGIN, SELECT, EXAMINE, FETCH, UID FETCH, NOOP, LOGOUT.
+//! IMAP4rev1, only what reading one INBOX needs (RFC 3501): LOGIN, SELECT, EXAMINE, FETCH, UID
+//! FETCH, NOOP, LOGOUT.
 //!
-//! No literals from the client and no partial fetches: what the small client crates send fits without them, and what
-//! is not understood is answered with `BAD`.
+//! No literals from the client and no partial fetches: the commands of the small client crates do
+//! without them. Unknown commands get `BAD`.
 
 use std::io;
 
@@ -24,7 +25,7 @@ pub(super) async fn serve(wire: &mut Wire, shared: &Shared) -> io::Result<()> {
     Ok(())
 }
 
-/// RFC 3501 section 3, with SELECT and EXAMINE alike: nothing here can be written to.
+/// RFC 3501 section 3, with SELECT and EXAMINE alike: the mailbox is read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Greeted,
@@ -33,7 +34,7 @@ enum State {
     Over,
 }
 
-/// Everything sent in answer to one line, CRLF included.
+/// The complete response to one line, CRLF included.
 fn answer(state: &mut State, line: &str, shared: &Shared) -> Vec<u8> {
     let Some((tag, command)) = line.split_once(' ').filter(|(tag, _)| !tag.is_empty()) else {
         return b"* BAD a tag and a command\r\n".to_vec();
@@ -43,7 +44,7 @@ fn answer(state: &mut State, line: &str, shared: &Shared) -> Vec<u8> {
     untagged
 }
 
-/// Carries out a command: the untagged responses, and what follows the tag.
+/// Executes a command: the untagged responses, and what follows the tag.
 fn obey(state: &mut State, command: &str, shared: &Shared) -> (Vec<u8>, &'static str) {
     let (verb, rest) = command.split_once(' ').unwrap_or((command, ""));
     match (verb.to_ascii_uppercase().as_str(), *state) {
@@ -100,8 +101,8 @@ fn select(state: &mut State, rest: &str, mailbox: &[Message]) -> (Vec<u8>, &'sta
     (untagged.into_bytes(), "OK [READ-ONLY] selected")
 }
 
-/// Whether a client spoke of sequence numbers or of UIDs. Nothing is ever expunged, so they are the same numbers; but
-/// the answer to UID FETCH always carries the UID (RFC 3501 section 6.4.8).
+/// Whether a client used sequence numbers or UIDs. Nothing is ever expunged, so they are the same
+/// numbers; but the response to UID FETCH always has the UID (RFC 3501 section 6.4.8).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Numbering {
     Sequence,
@@ -136,7 +137,7 @@ enum Item {
     Flags,
     Uid,
     Size,
-    /// A part of the message, under the name that the answer carries.
+    /// A part of the message, under the name that the response has.
     Part(&'static str, Part),
 }
 
@@ -190,15 +191,16 @@ impl Part {
     }
 }
 
-/// The items in `FLAGS` or `(UID BODY[])`; `None` if one of them is not known or there is none.
+/// The items in `FLAGS` or `(UID BODY[])`; `None` if one is unknown or there are none.
 fn items_of(list: &str) -> Option<Vec<Item>> {
     let inner = list.strip_prefix('(').and_then(|list| list.strip_suffix(')')).unwrap_or(list);
     let items: Vec<Item> = inner.split_ascii_whitespace().map(Item::named).collect::<Option<_>>()?;
     (!items.is_empty()).then_some(items)
 }
 
-/// The numbers in a set such as `1,3:5,7:*` that a mailbox of `count` messages has, ascending; `None` if the set is
-/// malformed. `*` is the last message, and a range may be written from either end (RFC 3501 section 9, `seq-range`).
+/// The numbers in a set such as `1,3:5,7:*`, for a mailbox of `count` messages, ascending; `None`
+/// if the set is malformed. `*` is the last message, and a range may be written in either order
+/// (RFC 3501 section 9, `seq-range`).
 fn numbers(set: &str, count: usize) -> Option<Vec<usize>> {
     let bound = |text: &str| match text {
         "*" => Some(count.max(1)),

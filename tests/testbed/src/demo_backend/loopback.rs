@@ -1,4 +1,4 @@
-//! The backend on loopback, with real clients: what it takes, gives back, refuses and remembers.
+//! The backend on loopback, with real clients: what it accepts, returns, rejects and records.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,9 +7,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::client::{self, Route};
-use super::{Backend, Config, Protocol, Refusal, Visit};
+use super::{Backend, Config, HeaderError, Protocol, Visit};
 
-/// PROXY, 198.51.100.7:40000 to 192.0.2.10:25, written by hand after section 2.2 of the specification.
+/// PROXY, 198.51.100.7:40000 to 192.0.2.10:25, written by hand after section 2.2 of the
+/// specification.
 const HEADER: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xc6\x33\x64\x07\xc0\x00\x02\x0a\x9c\x40\x00\x19";
 
 /// The same over IPv6: [2001:db8:c::7]:40000 to [2001:db8:a::10]:25.
@@ -28,7 +29,8 @@ async fn visits(backend: &Backend, count: usize) -> Vec<Visit> {
     waited.await.expect("visits in time").unwrap().clone()
 }
 
-/// A message whose text has everything that SMTP and IMAP might bend: dots, empty lines, 8-bit text, lone dots.
+/// A message whose text has everything that SMTP and IMAP might alter: dots, empty lines, 8-bit
+/// text, lone dots.
 fn message() -> Vec<u8> {
     let mut content = b"From: a@client.example\r\nTo: b@mail.example\r\nSubject: dots\r\n\r\n".to_vec();
     for line in
@@ -99,8 +101,8 @@ async fn a_wrong_password_is_refused() {
     assert!(format!("{error:#}").contains("AUTHENTICATIONFAILED"), "{error:#}");
 }
 
-/// Opens with `first`, sends `later` after a pause if there is any, and returns what the server answered until it
-/// closed, and how it recorded the connection.
+/// Sends `first`, then `later` after a pause if there is any, and returns what the server sent
+/// until it closed, and its record of the connection.
 async fn knock(patience: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u8>, Visit) {
     let backend = start(patience).await;
     let mut stream = TcpStream::connect(backend.smtp()[0]).await.unwrap();
@@ -108,7 +110,7 @@ async fn knock(patience: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u
     stream.write_all(first).await.unwrap();
     if let Some(later) = later {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        // Refused by then, so the write may fail: what counts is the record.
+        // The server has rejected it by then, so the write may fail: only the record matters.
         let _closed = stream.write_all(later).await;
     }
     let mut answer = Vec::new();
@@ -121,7 +123,7 @@ async fn knock(patience: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u
 async fn a_header_in_two_pieces_is_refused_as_postfix_does() {
     let (answer, visit) = knock(Duration::from_secs(3), &HEADER[..16], Some(&HEADER[16..])).await;
     assert_eq!(answer, b"");
-    assert_eq!(visit.header, Err(Refusal::Split { seen: HEADER[..16].to_vec() }));
+    assert_eq!(visit.header, Err(HeaderError::Split { seen: HEADER[..16].to_vec() }));
     assert_eq!((visit.received, visit.sent), (0, 0));
 }
 
@@ -129,14 +131,14 @@ async fn a_header_in_two_pieces_is_refused_as_postfix_does() {
 async fn a_client_that_speaks_without_a_header_is_refused() {
     let (answer, visit) = knock(Duration::from_secs(3), b"EHLO client.example\r\n", None).await;
     assert_eq!(answer, b"", "not even a banner");
-    assert!(matches!(visit.header, Err(Refusal::Malformed { .. })), "{:?}", visit.header);
+    assert!(matches!(visit.header, Err(HeaderError::Malformed { .. })), "{:?}", visit.header);
 }
 
 #[tokio::test]
 async fn a_client_that_waits_for_the_banner_is_refused_in_time() {
     let (answer, visit) = knock(Duration::from_millis(200), b"", None).await;
     assert_eq!(answer, b"");
-    assert_eq!(visit.header, Err(Refusal::Silent));
+    assert_eq!(visit.header, Err(HeaderError::Silent));
 }
 
 #[tokio::test]

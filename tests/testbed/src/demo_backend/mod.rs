@@ -1,9 +1,9 @@
-//! A small mail backend that lives in memory and *demands* a PROXY protocol header: what the demo and the tests put
-//! behind the injector when a whole Postfix and Dovecot would hide the point.
+//! A small in-memory mail backend that *requires* a PROXY protocol header: the demo and the tests
+//! put it behind the injector where a whole Postfix and Dovecot would distract.
 //!
-//! It reads the header the way Postfix does, in one go or not at all, speaks enough SMTP to take mail and enough IMAP to give
-//! it back, and keeps a [`Visit`] for every connection: the header's bytes, whom it names, and who really sat at the
-//! other end of the TCP connection.
+//! It reads the header the way Postfix does, complete in one read, speaks enough SMTP to accept
+//! mail and enough IMAP to return it, and records a [`Visit`] for every connection: the header's
+//! bytes, the client that it names, and the actual TCP peer.
 //!
 //! ```no_run
 //! # async fn example() -> std::io::Result<()> {
@@ -37,10 +37,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-pub use gate::{Header, Refusal};
+pub use gate::{Header, HeaderError};
 use wire::Wire;
 
-/// What the backend speaks on a port.
+/// The protocol on a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// RFC 5321, the server speaks first.
@@ -49,16 +49,16 @@ pub enum Protocol {
     Imap,
 }
 
-/// Where the backend listens and whom it lets in.
+/// Where the backend listens, and its account.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Addresses for SMTP; port 0 takes a free one.
+    /// Addresses for SMTP; port 0 selects a free one.
     pub smtp: Vec<SocketAddr>,
-    /// Addresses for IMAP; port 0 takes a free one.
+    /// Addresses for IMAP; port 0 selects a free one.
     pub imap: Vec<SocketAddr>,
     /// The only account: user name and password for `LOGIN`.
     pub account: (String, String),
-    /// How long a connection may take to show its header.
+    /// Time limit for the header of a connection.
     pub patience: Duration,
 }
 
@@ -74,14 +74,15 @@ impl Default for Config {
     }
 }
 
-/// A message taken over SMTP.
+/// A message received over SMTP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
     /// The address in `MAIL FROM`, empty for a bounce.
     pub from: String,
     /// The addresses in `RCPT TO`, in order.
     pub to: Vec<String>,
-    /// Header and body as sent, dots unstuffed, every line ended by CRLF. Nothing is added, not even `Received:`.
+    /// Header and body as sent, without dot-stuffing, every line ended by CRLF. Nothing is added,
+    /// not even `Received:`.
     pub content: Vec<u8>,
 }
 
@@ -90,10 +91,10 @@ pub struct Message {
 pub struct Visit {
     /// The port's protocol.
     pub protocol: Protocol,
-    /// The other end of the TCP connection: all that the backend would know without a header.
+    /// The TCP peer: all that the backend would know without a header.
     pub peer: SocketAddr,
-    /// The header it opened with, or why it was turned away.
-    pub header: Result<Header, Refusal>,
+    /// The header, or why the connection was rejected.
+    pub header: Result<Header, HeaderError>,
     /// Bytes read after the header.
     pub received: u64,
     /// Bytes written.
@@ -110,7 +111,7 @@ pub struct Backend {
     _listeners: JoinSet<()>,
 }
 
-/// What all connections of one backend see.
+/// What all connections of one backend share.
 #[derive(Debug)]
 struct Shared {
     account: (String, String),
@@ -123,7 +124,7 @@ impl Backend {
     /// Binds every address and serves on the current runtime, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// The first address that cannot be bound, named in the error.
+    /// When an address cannot be bound; the error names it.
     pub async fn start(config: Config) -> io::Result<Self> {
         let (sender, visits) = watch::channel(Vec::new());
         let shared = Arc::new(Shared {
@@ -138,19 +139,19 @@ impl Backend {
         Ok(Self { smtp, imap, shared, visits, _listeners: listeners })
     }
 
-    /// The SMTP addresses bound, in the order asked for.
+    /// The bound SMTP addresses, in the requested order.
     #[must_use]
     pub fn smtp(&self) -> &[SocketAddr] {
         &self.smtp
     }
 
-    /// The IMAP addresses bound, in the order asked for.
+    /// The bound IMAP addresses, in the requested order.
     #[must_use]
     pub fn imap(&self) -> &[SocketAddr] {
         &self.imap
     }
 
-    /// The messages taken so far, oldest first; IMAP gives them sequence numbers and UIDs from 1.
+    /// The messages received so far, oldest first; their IMAP sequence numbers and UIDs start at 1.
     #[must_use]
     pub fn messages(&self) -> Vec<Message> {
         self.shared.mailbox().clone()
@@ -165,7 +166,8 @@ impl Backend {
 }
 
 impl Shared {
-    /// A thread that panicked while it held the lock cannot have left half a message: pushing is the only change.
+    /// A thread that panicked while it held the lock cannot have left a partial message: pushing is
+    /// the only change.
     fn mailbox(&self) -> MutexGuard<'_, Vec<Message>> {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -188,7 +190,7 @@ async fn listen(
     Ok(bound)
 }
 
-/// Accepts until it is aborted, and takes its connections down with it.
+/// Accepts until it is aborted, and ends its connections with it.
 async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
@@ -196,19 +198,21 @@ async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) 
             Ok((stream, peer)) => {
                 connections.spawn(receive(stream, peer, protocol, Arc::clone(&shared)));
             }
-            // Out of descriptors, or a client gone before it was accepted: neither is cured by trying at once.
+            // Out of descriptors, or the client closed before it was accepted: an immediate retry
+            // helps neither.
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
         while connections.try_join_next().is_some() {}
     }
 }
 
-/// The life of one connection: header, protocol, record.
+/// One connection: header, protocol, record.
 async fn receive(mut stream: TcpStream, peer: SocketAddr, protocol: Protocol, shared: Arc<Shared>) {
     let header = gate::demand(&mut stream, shared.patience).await;
     let mut wire = Wire::new(stream);
     if header.is_ok() {
-        // A connection that breaks is recorded like one that ends well: the byte counts tell them apart.
+        // A connection that breaks is recorded like one that completes: the byte counts distinguish
+        // them.
         let _broken = serve(&mut wire, protocol, &shared).await;
     }
     let visit = Visit { protocol, peer, header, received: wire.received(), sent: wire.sent() };

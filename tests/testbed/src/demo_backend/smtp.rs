@@ -1,11 +1,12 @@
-//! SMTP as far as taking a message goes (RFC 5321): EHLO, HELO, MAIL, RCPT, DATA, RSET, NOOP, VRFY, QUIT.
+//! SMTP, only what receiving a message needs (RFC 5321): EHLO, HELO, MAIL, RCPT, DATA, RSET, NOOP,
+//! VRFY, QUIT.
 
 use std::io;
 
 use super::wire::Wire;
 use super::{Message, Shared};
 
-/// Largest message taken, in bytes; told to clients by `SIZE` (RFC 1870).
+/// Largest accepted message, in bytes; announced by `SIZE` (RFC 1870).
 const LARGEST: usize = 64 * 1024 * 1024;
 
 /// Speaks SMTP until the client quits or the connection breaks.
@@ -13,7 +14,7 @@ pub(super) async fn serve(wire: &mut Wire, shared: &Shared) -> io::Result<()> {
     let mut dialogue = Dialogue::default();
     wire.send(b"220 demo.backend ESMTP at your service\r\n").await?;
     while let Some(line) = wire.text().await? {
-        let (reply, next) = dialogue.hear(&line);
+        let (reply, next) = dialogue.command(&line);
         wire.send(reply.as_bytes()).await?;
         match next {
             Next::Listen => {}
@@ -27,7 +28,7 @@ pub(super) async fn serve(wire: &mut Wire, shared: &Shared) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads the message text and puts it into the mailbox; the answer to the client is returned.
+/// Reads the message text and stores it in the mailbox; returns the reply to the client.
 async fn take(wire: &mut Wire, shared: &Shared, mut message: Message) -> io::Result<&'static str> {
     let mut line = Vec::new();
     let mut fits = true;
@@ -37,7 +38,7 @@ async fn take(wire: &mut Wire, shared: &Shared, mut message: Message) -> io::Res
         if !wire.line(&mut line).await? {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Only CRLF . CRLF ends a message: a lone LF taken for a line end is how mail is smuggled.
+        // Only CRLF . CRLF ends a message: treating a lone LF as a line end permits SMTP smuggling.
         if at_line_start && line == b".\r\n" {
             break;
         }
@@ -55,7 +56,7 @@ async fn take(wire: &mut Wire, shared: &Shared, mut message: Message) -> io::Res
     Ok("250 2.0.0 taken\r\n")
 }
 
-/// Takes away the dot that a client puts before a line that starts with one (RFC 5321 section 4.5.2).
+/// Removes the dot that a client puts before a line that starts with one (RFC 5321 section 4.5.2).
 fn unstuffed(line: &[u8]) -> &[u8] {
     line.strip_prefix(b".").unwrap_or(line)
 }
@@ -64,12 +65,12 @@ fn unstuffed(line: &[u8]) -> &[u8] {
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
     Listen,
-    /// The message text comes next; its envelope is complete.
+    /// The message text; its envelope is complete.
     Data(Message),
     Close,
 }
 
-/// The state of one SMTP session: who said hello, and the envelope so far.
+/// The state of one SMTP session: the greeting, and the envelope so far.
 #[derive(Debug, Default)]
 struct Dialogue {
     greeted: bool,
@@ -78,8 +79,8 @@ struct Dialogue {
 }
 
 impl Dialogue {
-    /// Decides on one command line.
-    fn hear(&mut self, line: &str) -> (String, Next) {
+    /// Handles one command line.
+    fn command(&mut self, line: &str) -> (String, Next) {
         let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
         let reply = match verb.to_ascii_uppercase().as_str() {
             "EHLO" => {
@@ -119,7 +120,7 @@ impl Dialogue {
 
     fn mail(&mut self, rest: &str) -> &'static str {
         match path(rest, "FROM:") {
-            _ if !self.greeted => "503 5.5.1 say EHLO first\r\n",
+            _ if !self.greeted => "503 5.5.1 send EHLO first\r\n",
             _ if self.from.is_some() => "503 5.5.1 a message is under way\r\n",
             None => "501 5.5.4 MAIL FROM:<address>\r\n",
             Some(address) => {
@@ -131,7 +132,7 @@ impl Dialogue {
 
     fn rcpt(&mut self, rest: &str) -> &'static str {
         match path(rest, "TO:") {
-            _ if self.from.is_none() => "503 5.5.1 say MAIL first\r\n",
+            _ if self.from.is_none() => "503 5.5.1 send MAIL first\r\n",
             None | Some("") => "501 5.5.4 RCPT TO:<address>\r\n",
             Some(address) => {
                 self.to.push(address.to_owned());
@@ -151,7 +152,7 @@ impl Dialogue {
     }
 }
 
-/// The address in `FROM:<a@b> SIZE=1` or `TO: <a@b>`; `None` when it is not written so.
+/// The address in `FROM:<a@b> SIZE=1` or `TO: <a@b>`; `None` if malformed.
 fn path<'a>(rest: &'a str, keyword: &str) -> Option<&'a str> {
     let after = rest.get(keyword.len()..).filter(|_| rest[..keyword.len()].eq_ignore_ascii_case(keyword))?;
     let (address, _parameters) = after.trim_start().strip_prefix('<')?.split_once('>')?;
@@ -162,10 +163,10 @@ fn path<'a>(rest: &'a str, keyword: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    /// The reply codes a dialogue gives to a list of lines.
+    /// The reply codes to a list of lines.
     fn codes(lines: &[&str]) -> Vec<String> {
         let mut dialogue = Dialogue::default();
-        lines.iter().map(|line| dialogue.hear(line).0[..3].to_owned()).collect()
+        lines.iter().map(|line| dialogue.command(line).0[..3].to_owned()).collect()
     }
 
     #[test]

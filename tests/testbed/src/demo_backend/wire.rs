@@ -1,4 +1,4 @@
-//! Lines in, lines out, and a count of both.
+//! Reading and writing lines, with byte counts.
 
 use std::io;
 use std::time::Duration;
@@ -9,9 +9,9 @@ use tokio::net::TcpStream;
 /// How long a client may be silent between two lines.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Longest line taken, in bytes with CRLF. RFC 5321 section 4.5.3.1.6 asks for 1,000 in mail text; more than that is
-/// generous, without end is an attack.
-const LONGEST_LINE: u64 = 64 * 1024;
+/// Longest accepted line, in bytes with CRLF. RFC 5321 section 4.5.3.1.6 requires 1,000 in mail
+/// text; an unlimited line is an attack.
+const MAX_LINE: u64 = 64 * 1024;
 
 /// A connection after its header.
 #[derive(Debug)]
@@ -37,12 +37,13 @@ impl Wire {
     /// Appends the next line, with its line end, to `into`; `false` at the end of the stream.
     ///
     /// # Errors
-    /// `TimedOut` after [`IDLE`], `InvalidData` for a line of more than [`LONGEST_LINE`], and the socket's own.
+    /// `TimedOut` after [`IDLE`], `InvalidData` for a line of more than [`MAX_LINE`], and the
+    /// socket's own errors.
     pub(super) async fn line(&mut self, into: &mut Vec<u8>) -> io::Result<bool> {
-        let mut limited = (&mut self.stream).take(LONGEST_LINE);
+        let mut limited = (&mut self.stream).take(MAX_LINE);
         let count = tokio::time::timeout(IDLE, limited.read_until(b'\n', into)).await??;
         self.received += count as u64;
-        if count as u64 == LONGEST_LINE && !into.ends_with(b"\n") {
+        if count as u64 == MAX_LINE && !into.ends_with(b"\n") {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "line too long"));
         }
         Ok(count > 0)

@@ -25,7 +25,7 @@ impl Family {
     }
 }
 
-/// One place in the topology, which has an address of either family.
+/// A host of the testbed, which has an address of either family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Its IPv4 address.
@@ -45,25 +45,25 @@ impl Place {
     }
 }
 
-/// The client, 198.51.100.7/24 and 2001:db8:c::7/64: what the mail servers must log.
+/// The client, 198.51.100.7/24 and 2001:db8:c::7/64: the mail servers must log it.
 pub const CLIENT: Place =
     Place { v4: Ipv4Addr::new(198, 51, 100, 7), v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 7) };
 /// The edge on the client's side.
 pub const EDGE_OUTSIDE: Place =
     Place { v4: Ipv4Addr::new(198, 51, 100, 1), v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1) };
-/// The edge on the mail servers' side: whom they see without the injector.
+/// The edge on the mail servers' side: the client that they see without the injector.
 pub const EDGE_INSIDE: Place =
     Place { v4: Ipv4Addr::new(10, 25, 0, 1), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 1) };
 /// The mail servers.
 pub const MAIL: Place =
     Place { v4: Ipv4Addr::new(10, 25, 0, 2), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 2) };
-/// Where the splice engine listens.
+/// The address of the splice engine.
 pub const VIP_SPLICE: Place = vip(10);
-/// Where the relay engine listens.
+/// The address of the relay engine.
 pub const VIP_RELAY: Place = vip(11);
-/// Where the inline engine listens.
+/// The address of the inline engine.
 pub const VIP_INLINE: Place = vip(12);
-/// Where HAProxy listens, to tell a fault of the testbed from one of the injector.
+/// The address of HAProxy, which distinguishes a fault of the testbed from one of the injector.
 pub const VIP_HAPROXY: Place = vip(13);
 /// Every public address on the edge.
 pub const VIPS: [Place; 4] = [VIP_SPLICE, VIP_RELAY, VIP_INLINE, VIP_HAPROXY];

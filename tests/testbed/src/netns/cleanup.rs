@@ -11,7 +11,8 @@ use anyhow::Context as _;
 
 use super::{NETNS_DIR, PREFIX, ip};
 
-/// A directory for one server's files, removed on drop or, should this process be killed, by the janitor.
+/// A directory for one server's files, removed on drop or, if this process is killed, by the
+/// janitor.
 ///
 /// # Errors
 /// When the temporary directory cannot be written.
@@ -23,7 +24,8 @@ pub fn scratch_dir(role: &str) -> anyhow::Result<tempfile::TempDir> {
         .with_context(|| format!("no scratch directory for {role}"))
 }
 
-/// Deletes a namespace's name after killing what still runs inside; no process left means the namespace is gone too.
+/// Deletes a namespace's name after killing the processes inside; without processes the namespace
+/// is removed too.
 pub(super) fn remove(name: &str) -> anyhow::Result<()> {
     let output = Command::new("ip").args(["netns", "pids", name]).output().context("cannot run ip")?;
     let pids = String::from_utf8_lossy(&output.stdout);
@@ -37,9 +39,11 @@ pub(super) fn remove(name: &str) -> anyhow::Result<()> {
     ip(&["netns", "del", name])
 }
 
-/// What [`start_janitor`]'s shell does when the pipe closes: what `Drop` would have done, for all that is left.
+/// What [`start_janitor`]'s shell does when the pipe closes: what `Drop` would have done, for
+/// everything that is left.
 ///
-/// `$1` is the prefix with the pid. The pipe is this shell's standard input; nothing is ever written to it.
+/// `$1` is the prefix with the pid. The pipe is this shell's standard input; nothing is ever
+/// written to it.
 const JANITOR: &str = r#"
 trap '' HUP INT TERM
 read -r nothing
@@ -55,7 +59,7 @@ done < /proc/mounts
 rm -rf "${TMPDIR:-/tmp}/$1"*
 "#;
 
-/// Removes what dead runs left, once, and starts the process that cleans up after this one.
+/// Removes what earlier runs left, once, and starts the process that cleans up after this one.
 pub(super) fn start_janitor() -> anyhow::Result<()> {
     static JANITOR_PIPE: Mutex<Option<ChildStdin>> = Mutex::new(None);
     let mut pipe = JANITOR_PIPE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,7 +70,7 @@ pub(super) fn start_janitor() -> anyhow::Result<()> {
     let own = format!("{PREFIX}{}-", std::process::id());
     let janitor = Command::new("sh")
         .args(["-c", JANITOR, "janitor", &own])
-        // A group of its own: Ctrl-C at the terminal is not for it.
+        // In its own process group: Ctrl-C at the terminal does not reach it.
         .process_group(0)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -77,7 +81,7 @@ pub(super) fn start_janitor() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Removes namespaces and scratch directories whose process no longer lives. Only ours: prefix and a dead pid.
+/// Removes namespaces and scratch directories with our prefix whose process no longer exists.
 fn remove_stale() {
     for path in ours_of_the_dead(Path::new(NETNS_DIR)) {
         if let Some(Err(error)) = path.file_name().and_then(OsStr::to_str).map(remove) {
@@ -91,13 +95,13 @@ fn remove_stale() {
     }
 }
 
-/// Entries of a directory named `inj-<pid>-…` whose pid is nobody's.
+/// Entries of a directory named `inj-<pid>-…` whose process no longer exists.
 fn ours_of_the_dead(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| owner(path).is_some_and(|pid| !is_alive(pid))).collect()
 }
 
-/// The pid in a name of ours.
+/// The pid in a name with our prefix.
 fn owner(path: &Path) -> Option<u32> {
     let name = path.file_name()?.to_str()?;
     name.strip_prefix(PREFIX)?.split_once('-')?.0.parse().ok()

@@ -1,11 +1,13 @@
-//! Named network namespaces, and the three of them every privileged test uses: client, edge and mail.
+//! Named network namespaces, and the three of them that every privileged test uses: client, edge
+//! and mail.
 //!
 //! # What is left behind, and when
-//! A namespace without processes lives only as long as its name, a bind mount in `/run/netns`. Three things remove it:
-//! [`Netns`]'s `Drop`; a janitor process that holds the reading end of a pipe and acts when the test process is gone,
-//! whatever ended it (Ctrl-C, SIGKILL, a crash); and the next run, which removes `inj-<pid>-*` of pids that no longer live
-//! should the janitor have been killed too. Processes started inside get SIGKILL when the thread that started them ends
-//! (see [`Netns::spawn`]), and those they forked are ended with the namespace.
+//! A namespace without processes exists only as long as its name, a bind mount in `/run/netns`.
+//! Three things remove it: [`Netns`]'s `Drop`; a janitor process that holds the reading end of a
+//! pipe and acts when the test process has exited for any reason (Ctrl-C, SIGKILL, a crash); and
+//! the next run, which removes `inj-<pid>-*` of pids that no longer exist, in case the janitor was
+//! killed too. Processes started inside get SIGKILL when the thread that started them ends (see
+//! [`Netns::spawn`]), and those they forked are killed with the namespace.
 
 mod address;
 mod cleanup;
@@ -34,13 +36,13 @@ pub(crate) use self::spawn::die_with_parent;
 use self::spawn::spawn_on_lasting_thread;
 pub use self::topology::Topology;
 
-/// What the names of namespaces and of scratch directories begin with.
+/// Prefix of the names of namespaces and of scratch directories.
 const PREFIX: &str = "inj-";
 
 /// Where iproute2 keeps the names of namespaces.
 const NETNS_DIR: &str = "/run/netns";
 
-/// How long `ip netns exec` may take to enter a namespace, on a machine with other work.
+/// How long `ip netns exec` may take to enter a namespace, on a busy machine.
 const ENTRY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why a test that needs namespaces cannot run here; `None` if it can.
@@ -50,14 +52,15 @@ pub fn unavailable() -> Option<&'static str> {
     if unsafe { libc::geteuid() } != 0 { Some("needs root, for network namespaces") } else { None }
 }
 
-/// A network namespace of this process, deleted on drop with everything started in it.
+/// A network namespace of this process, deleted on drop with all processes in it.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
 }
 
 impl Netns {
-    /// Makes the namespace `inj-<pid>-<role>`, with `lo` up and without IPv6 duplicate address detection.
+    /// Creates the namespace `inj-<pid>-<role>`, with `lo` up and without IPv6 duplicate address
+    /// detection.
     ///
     /// # Errors
     /// When not root, when iproute2 is missing, or when this process already has a namespace for that role.
@@ -69,36 +72,39 @@ impl Netns {
         let name = format!("{PREFIX}{}-{role}", std::process::id());
         ip(&["netns", "add", &name])?;
         let netns = Self { name };
-        // A tentative link-local address cannot ask for neighbours, so forwarding would stall for the first second.
+        // A tentative link-local address cannot send neighbour solicitations, so forwarding would
+        // stall for the first second.
         netns.sysctl("net/ipv6/conf/all/accept_dad", "0")?;
         netns.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         netns.ip(&["link", "set", "lo", "up"])?;
         Ok(netns)
     }
 
-    /// The name under which `ip netns` knows it.
+    /// Its name for `ip netns`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `f` inside, on a thread of its own, so that no other work of this process is moved along.
+    /// Runs `f` inside, on its own thread, so that the rest of this process stays outside.
     ///
     /// # Errors
-    /// When the namespace cannot be entered or `f` panics. What `f` returns is passed on as it is.
+    /// When the namespace cannot be entered or `f` panics. The result of `f` is returned unchanged.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         self.entrance().run(f)
     }
 
-    /// The way in, for those who do not keep the namespace alive.
+    /// A handle that does not keep the namespace alive.
     #[must_use]
     pub fn entrance(&self) -> Entrance {
         Entrance { name: self.name.clone() }
     }
 
-    /// `program`, to be started inside by `ip netns exec`, which replaces itself: the child's pid is the program's.
+    /// `program`, to be started inside by `ip netns exec`, which replaces itself: the child's pid
+    /// is the program's.
     ///
-    /// The child is killed when the *thread* that spawned it ends: for anything that lives longer, use [`Self::spawn`].
+    /// The child is killed when the *thread* that spawned it ends: for anything that lives longer,
+    /// use [`Self::spawn`].
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
@@ -106,11 +112,13 @@ impl Netns {
         command
     }
 
-    /// Starts a command made by [`Self::command`] that is to live until it is ended or this process dies.
+    /// Starts a command made by [`Self::command`] that runs until it is stopped or this process
+    /// exits.
     ///
-    /// PR_SET_PDEATHSIG means the death of the spawning thread, hence one thread that stays and does the spawning.
+    /// PR_SET_PDEATHSIG refers to the spawning thread, hence one lasting thread does the spawning.
     ///
-    /// When it returns, the child is inside: `Drop` ends whom it finds there, and would miss one on its way in.
+    /// When it returns, the child is inside: `Drop` kills the processes that it finds there, and
+    /// would miss one that is still entering.
     ///
     /// # Errors
     /// When the command cannot be started.
@@ -121,13 +129,13 @@ impl Netns {
         Ok(child)
     }
 
-    /// Waits until the child is inside, or has ended.
+    /// Waits until the child is inside, or has exited.
     fn await_entry(&self, child: &mut Child) -> anyhow::Result<()> {
         let inside = fs::metadata(Path::new(NETNS_DIR).join(&self.name))?;
         let current = format!("/proc/{}/ns/net", child.id());
         let deadline = Instant::now() + ENTRY_LIMIT;
         while child.try_wait()?.is_none() {
-            // A process that is just ending has no namespace any more; the next look finds it gone.
+            // A process that is exiting has no namespace; the next check finds that it has exited.
             if fs::metadata(&current).is_ok_and(|now| (now.dev(), now.ino()) == (inside.dev(), inside.ino()))
             {
                 return Ok(());
@@ -138,18 +146,18 @@ impl Netns {
         Ok(())
     }
 
-    /// `nft COMMANDS` inside, which are separated by semicolons.
+    /// Runs `nft COMMANDS` inside; semicolons separate the commands.
     ///
     /// # Errors
-    /// When `nft` is missing or refuses; the error carries the commands and what it printed.
+    /// When `nft` is missing or fails; the error has the commands and the output.
     pub fn nft(&self, commands: &str) -> anyhow::Result<()> {
         self.entrance().nft(commands)
     }
 
-    /// `ip -n NAME ARGS…`.
+    /// Runs `ip -n NAME ARGS…`.
     ///
     /// # Errors
-    /// When `ip` fails; the error carries the command and what it printed.
+    /// When `ip` fails; the error has the command and the output.
     pub fn ip(&self, args: &[&str]) -> anyhow::Result<()> {
         ip(&[&["-n", &self.name], args].concat())
     }
@@ -157,7 +165,7 @@ impl Netns {
     /// Sets `/proc/sys/KEY` of this namespace; `key` with slashes, under `net/`.
     ///
     /// # Errors
-    /// When there is no such setting, or it refuses the value.
+    /// When there is no such setting, or it rejects the value.
     pub fn sysctl(&self, key: &str, value: &str) -> anyhow::Result<()> {
         let path = Path::new("/proc/sys").join(key);
         self.run(|| fs::write(&path, value))?
@@ -165,7 +173,7 @@ impl Netns {
     }
 }
 
-/// The way into a namespace, which it does not keep alive.
+/// A handle of a namespace, which does not keep it alive.
 #[derive(Clone, Debug)]
 pub struct Entrance {
     name: String,
@@ -175,7 +183,7 @@ impl Entrance {
     /// As [`Netns::nft`].
     ///
     /// # Errors
-    /// As [`Netns::nft`], and when the namespace is gone.
+    /// As [`Netns::nft`], and when the namespace no longer exists.
     pub fn nft(&self, commands: &str) -> anyhow::Result<()> {
         let output = self.run(|| Command::new("nft").arg(commands).output())?.context("cannot run nft")?;
         let complaint = String::from_utf8_lossy(&output.stderr);
@@ -186,7 +194,7 @@ impl Entrance {
     /// As [`Netns::run`].
     ///
     /// # Errors
-    /// As [`Netns::run`], and when the namespace is gone.
+    /// As [`Netns::run`], and when the namespace no longer exists.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         let inside = || {
             self.enter()?;
@@ -199,7 +207,7 @@ impl Entrance {
         })
     }
 
-    /// Moves the calling thread, for good.
+    /// Moves the calling thread into the namespace, permanently.
     fn enter(&self) -> anyhow::Result<()> {
         let path = Path::new(NETNS_DIR).join(&self.name);
         let file = File::open(&path).with_context(|| format!("no namespace {}", path.display()))?;
@@ -218,7 +226,7 @@ impl Drop for Netns {
     }
 }
 
-/// Runs `ip ARGS…` and makes its complaint the error.
+/// Runs `ip ARGS…`; its error output becomes the error.
 fn ip(args: &[&str]) -> anyhow::Result<()> {
     let output = Command::new("ip").args(args).output().context("cannot run ip (install iproute2)")?;
     let complaint = String::from_utf8_lossy(&output.stderr);

@@ -6,17 +6,17 @@ use std::process::{Child, Command};
 use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 
-/// Has the kernel kill the child when the thread that spawns it ends.
+/// Makes the kernel kill the child when the thread that spawns it ends.
 pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = std::process::id();
     let arm = move || {
-        // SAFETY: prctl and getppid are async-signal-safe and touch no memory of ours.
+        // SAFETY: prctl and getppid are async-signal-safe and touch no memory.
         let (result, current) =
             unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        // A parent that died before the call above sends no signal any more.
+        // A parent that exited before the call above sends no signal any more.
         if u32::try_from(current).is_ok_and(|current| current == parent) {
             Ok(())
         } else {
@@ -27,7 +27,7 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(arm) };
 }
 
-/// A command for the lasting thread, and where its answer goes.
+/// A command for the lasting thread, and the channel for the result.
 type Order = (Command, mpsc::Sender<io::Result<Child>>);
 
 /// Spawns on a thread that lives as long as this process.
@@ -37,7 +37,7 @@ pub(super) fn spawn_on_lasting_thread(command: Command) -> anyhow::Result<Child>
         let (orders, inbox) = mpsc::channel::<Order>();
         thread::spawn(move || {
             for (mut command, answer) in inbox {
-                // Nobody waits for the answer only if the asking thread is gone; there is nobody to tell then.
+                // Sending fails only if the requesting thread has ended.
                 let _ = answer.send(command.spawn());
             }
         });

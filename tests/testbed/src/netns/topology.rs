@@ -8,16 +8,16 @@ use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, MAIL, Netns, Place, VIPS, ip};
 /// Interfaces are `eth0` in client and mail, `outside` and `inside` in the edge.
 #[derive(Debug)]
 pub struct Topology {
-    /// Where senders and readers run.
+    /// Senders and readers run here.
     pub client: Netns,
-    /// Where the injector runs; the public addresses are on its `lo`.
+    /// The injector runs here; the public addresses are on its `lo`.
     pub edge: Netns,
-    /// Where Postfix and Dovecot run.
+    /// Postfix and Dovecot run here.
     pub mail: Netns,
 }
 
 impl Topology {
-    /// Makes the three namespaces. A process can have one such topology at a time.
+    /// Creates the three namespaces. A process can have one such topology at a time.
     ///
     /// # Errors
     /// As [`Netns::new`], and when the kernel has no veth.
@@ -45,7 +45,7 @@ impl Topology {
     }
 }
 
-/// Joins two namespaces by a veth pair whose ends have these names, both up.
+/// Joins two namespaces by a veth pair with these names, both up.
 fn join(left: (&Netns, &str), right: (&Netns, &str)) -> anyhow::Result<()> {
     let (left_name, right_name) = (left.0.name(), right.0.name());
     let ends = ["link", "add", left.1, "netns", left_name, "type", "veth", "peer", "name", right.1];
@@ -54,7 +54,7 @@ fn join(left: (&Netns, &str), right: (&Netns, &str)) -> anyhow::Result<()> {
     right.0.ip(&["link", "set", right.1, "up"])
 }
 
-/// Gives an interface both addresses of a place; the IPv6 one is usable at once.
+/// Adds both addresses to an interface; the IPv6 address is usable at once.
 fn add_address(netns: &Netns, interface: &str, place: Place) -> anyhow::Result<()> {
     netns.ip(&["address", "add", &format!("{}/24", place.v4), "dev", interface])?;
     netns.ip(&["address", "add", &format!("{}/64", place.v6), "dev", interface, "nodad"])

@@ -20,7 +20,7 @@
 //! ```
 
 pub mod client;
-mod gate;
+mod header_check;
 mod imap;
 #[cfg(test)]
 mod loopback;
@@ -37,7 +37,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-pub use gate::{Header, HeaderError};
+pub use header_check::{Header, HeaderError};
 use wire::Wire;
 
 /// The protocol on a port.
@@ -208,7 +208,7 @@ async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) 
 
 /// One connection: header, protocol, record.
 async fn receive(mut stream: TcpStream, peer: SocketAddr, protocol: Protocol, shared: Arc<Shared>) {
-    let header = gate::demand(&mut stream, shared.patience).await;
+    let header = header_check::demand(&mut stream, shared.patience).await;
     let mut wire = Wire::new(stream);
     if header.is_ok() {
         // A connection that breaks is recorded like one that completes: the byte counts distinguish

@@ -15,7 +15,7 @@ use injector_testbed::mail_client::{self, Server};
 use injector_testbed::mail_host::MailHost;
 use injector_testbed::message::Message;
 use injector_testbed::metrics;
-use injector_testbed::netns::{CLIENT, Family, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+use injector_testbed::netns::{CLIENT, Family, HostAddresses, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 use injector_testbed::service::SMTP;
 
 use crate::booted_systemd::BootedSystemd;
@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Engine {
     pub(crate) name: &'static str,
-    vip: Place,
+    vip: HostAddresses,
 }
 
 pub(crate) const ENGINES: [Engine; 3] = [
@@ -167,7 +167,7 @@ fn send(testbed: &Testbed, engine: Engine, family: Family) -> anyhow::Result<()>
     let postfix = &testbed.host.postfix;
     let mark = postfix.log().mark();
     let server = Server {
-        address: SocketAddr::new(engine.vip.of(family), SMTP.stock),
+        address: SocketAddr::new(engine.vip.of(family), SMTP.standard),
         authority_pem: &testbed.host.certificate.authority_pem,
     };
     let queue_id = mail_client::send(&testbed.topology.client, server, SMTP.security, &user, &message)
@@ -292,7 +292,7 @@ pub(crate) fn activated(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.systemd.must(&["systemctl", "stop", UNIT])?;
     let folder = testbed.systemd.path("/etc/systemd/system/injector.socket.d");
     fs::create_dir_all(&folder)?;
-    let address = SocketAddr::new(relay.vip.of(Family::V4), SMTP.stock);
+    let address = SocketAddr::new(relay.vip.of(Family::V4), SMTP.standard);
     fs::write(folder.join("test.conf"), format!("[Socket]\nListenStream=\nListenStream={address}\n"))?;
     testbed.systemd.must(&["systemctl", "daemon-reload"])?;
     testbed.systemd.must(&["systemctl", "start", SOCKET])?;

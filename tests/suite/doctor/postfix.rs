@@ -37,29 +37,29 @@ pub(crate) const IPV4_POSTSCREEN: u16 = 2511;
 pub(crate) const IPV4_SMTPD: u16 = 2512;
 
 /// postscreen of the Postfix with Debian's `mynetworks` and restrictions.
-pub(crate) const STOCK_POSTSCREEN: u16 = 2521;
+pub(crate) const STANDARD_POSTSCREEN: u16 = 2521;
 /// Its smtpd.
-pub(crate) const STOCK_SMTPD: u16 = 2522;
+pub(crate) const STANDARD_SMTPD: u16 = 2522;
 /// Its smtpd in TLS.
-pub(crate) const STOCK_WRAPPED: u16 = 2523;
-/// Its smtpd that demands STARTTLS.
-pub(crate) const STOCK_ENCRYPTED: u16 = 2524;
-/// As [`STOCK_SMTPD`], until the trial changes it.
-pub(crate) const STOCK_REPAIRED: u16 = 2526;
-/// As [`STOCK_SMTPD`], with no firewall before it.
-pub(crate) const STOCK_OPEN: u16 = 2527;
+pub(crate) const STANDARD_WRAPPED: u16 = 2523;
+/// Its smtpd that requires STARTTLS.
+pub(crate) const STANDARD_ENCRYPTED: u16 = 2524;
+/// As [`STANDARD_SMTPD`], until the trial changes it.
+pub(crate) const STANDARD_REPAIRED: u16 = 2526;
+/// As [`STANDARD_SMTPD`], with no firewall before it.
+pub(crate) const STANDARD_OPEN: u16 = 2527;
 /// Its smtpd that relays for all clients.
 pub(crate) const OPEN_RELAY: u16 = 2528;
 /// Its smtpd that defers every recipient, as greylisting does.
 pub(crate) const GREYLISTED: u16 = 2529;
 
 const STOCK: [u16; 8] = [
-    STOCK_POSTSCREEN,
-    STOCK_SMTPD,
-    STOCK_WRAPPED,
-    STOCK_ENCRYPTED,
-    STOCK_REPAIRED,
-    STOCK_OPEN,
+    STANDARD_POSTSCREEN,
+    STANDARD_SMTPD,
+    STANDARD_WRAPPED,
+    STANDARD_ENCRYPTED,
+    STANDARD_REPAIRED,
+    STANDARD_OPEN,
     OPEN_RELAY,
     GREYLISTED,
 ];
@@ -104,31 +104,31 @@ pub(crate) fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<
 const NO_NETWORKS: &str = "mynetworks =\n";
 
 /// The lines that Debian's package writes into main.cf.
-const STOCK_NETWORKS: &str = "mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+const STANDARD_NETWORKS: &str = "mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
 smtpd_relay_restrictions = permit_mynetworks permit_sasl_authenticated defer_unauth_destination
 ";
 
 /// A Postfix with the `mynetworks` and restrictions of a fresh installation.
-pub(crate) fn start_stock(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
-    let more = format!("{STOCK_NETWORKS}{}", tls(certificate));
+pub(crate) fn start_standard(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
+    let more = format!("{STANDARD_NETWORKS}{}", tls(certificate));
     let smtpd = |port: u16, more: &str| {
         format!("{port} inet n - n - - smtpd -o syslog_name=postfix/{port} {SMTPD_PROXY} {more}\n")
     };
     let services = [
         format!(
-            "{STOCK_POSTSCREEN} inet n - n - 1 postscreen -o syslog_name=postfix/{STOCK_POSTSCREEN} {POSTSCREEN_PROXY}\n"
+            "{STANDARD_POSTSCREEN} inet n - n - 1 postscreen -o syslog_name=postfix/{STANDARD_POSTSCREEN} {POSTSCREEN_PROXY}\n"
         ),
-        smtpd(STOCK_SMTPD, ""),
-        smtpd(STOCK_WRAPPED, "-o smtpd_tls_wrappermode=yes"),
-        smtpd(STOCK_ENCRYPTED, "-o smtpd_tls_security_level=encrypt"),
-        smtpd(STOCK_REPAIRED, ""),
-        smtpd(STOCK_OPEN, ""),
+        smtpd(STANDARD_SMTPD, ""),
+        smtpd(STANDARD_WRAPPED, "-o smtpd_tls_wrappermode=yes"),
+        smtpd(STANDARD_ENCRYPTED, "-o smtpd_tls_security_level=encrypt"),
+        smtpd(STANDARD_REPAIRED, ""),
+        smtpd(STANDARD_OPEN, ""),
         smtpd(OPEN_RELAY, "-o mynetworks=0.0.0.0/0,[::]/0"),
         smtpd(GREYLISTED, "-o smtpd_relay_restrictions=defer"),
     ];
     let master_cf = format!("{}{OWN_SERVICES}", services.concat());
     let sockets = STOCK.map(|port| SocketAddr::new(MAIL.v4.into(), port));
-    Postfix::start_with(netns, "stock", |dir| main_cf(dir, "all", &more), &master_cf, &sockets)
+    Postfix::start_with(netns, "standard", |dir| main_cf(dir, "all", &more), &master_cf, &sockets)
 }
 
 fn tls(certificate: &Certificate) -> String {

@@ -17,7 +17,7 @@ pub(crate) const NOTHING: u16 = 2590;
 pub(crate) const DROPPED: u16 = 2591;
 
 /// Ports that trust a header, and that the firewall closes to all hosts but the edge.
-/// [`postfix::FORGEABLE`], [`postfix::REPAIRED`] and [`postfix::STOCK_OPEN`] stay open.
+/// [`postfix::FORGEABLE`], [`postfix::REPAIRED`] and [`postfix::STANDARD_OPEN`] stay open.
 const SHUT: &[u16] = &[
     postfix::POSTSCREEN,
     postfix::SMTPD,
@@ -25,11 +25,11 @@ const SHUT: &[u16] = &[
     postfix::CLEAR,
     postfix::IPV4_POSTSCREEN,
     postfix::IPV4_SMTPD,
-    postfix::STOCK_POSTSCREEN,
-    postfix::STOCK_SMTPD,
-    postfix::STOCK_WRAPPED,
-    postfix::STOCK_ENCRYPTED,
-    postfix::STOCK_REPAIRED,
+    postfix::STANDARD_POSTSCREEN,
+    postfix::STANDARD_SMTPD,
+    postfix::STANDARD_WRAPPED,
+    postfix::STANDARD_ENCRYPTED,
+    postfix::STANDARD_REPAIRED,
     postfix::OPEN_RELAY,
     postfix::GREYLISTED,
     dovecot::TRUSTING_IMAP,
@@ -46,7 +46,7 @@ const SHUT: &[u16] = &[
 pub(crate) struct Testbed {
     pub(crate) postfix: Postfix,
     ipv4_postfix: Postfix,
-    pub(crate) stock_postfix: Postfix,
+    pub(crate) standard_postfix: Postfix,
     _dovecot: Dovecot,
     _trusting_dovecot: Dovecot,
     pub(crate) distrustful_dovecot: Dovecot,
@@ -67,7 +67,7 @@ impl Testbed {
         Ok(Self {
             postfix: postfix::start(mail, &certificate)?,
             ipv4_postfix: postfix::start_ipv4(mail)?,
-            stock_postfix: postfix::start_stock(mail, &certificate)?,
+            standard_postfix: postfix::start_standard(mail, &certificate)?,
             _dovecot: dovecot::start(mail, &certificate)?,
             _trusting_dovecot: dovecot::start_trusting_localhost(mail, &certificate)?,
             distrustful_dovecot: dovecot::start_distrustful(mail, &certificate)?,
@@ -79,7 +79,7 @@ impl Testbed {
 
     /// Checks that no smtpd or postscreen died because of the doctor.
     pub(crate) fn nothing_died(&self) -> anyhow::Result<()> {
-        for postfix in [&self.postfix, &self.ipv4_postfix, &self.stock_postfix] {
+        for postfix in [&self.postfix, &self.ipv4_postfix, &self.standard_postfix] {
             let log = postfix.log().since(Mark::default());
             let died = log.lines().find(|line| {
                 ["fatal:", "panic:", "killed by signal", "bad command startup"]

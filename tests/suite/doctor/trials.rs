@@ -230,7 +230,7 @@ fn forgeable_by_strangers(testbed: &Testbed) -> anyhow::Result<()> {
 /// Postfix' log must not have what the doctor may never cause: a message would have a Message-ID
 /// and a queue id.
 fn nothing_sent(testbed: &Testbed) -> anyhow::Result<()> {
-    let log = testbed.stock_postfix.log().since(Mark::default());
+    let log = testbed.standard_postfix.log().since(Mark::default());
     let sent =
         log.lines().find(|line| ["message-id=", "data=", "status="].iter().any(|sign| line.contains(sign)));
     ensure!(sent.is_none(), "the doctor sent mail: {}", sent.unwrap_or_default());
@@ -239,25 +239,25 @@ fn nothing_sent(testbed: &Testbed) -> anyhow::Result<()> {
 
 fn relays_for_localhost(testbed: &Testbed) -> anyhow::Result<()> {
     const SETTING: &str = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
-    let port = postfix::STOCK_REPAIRED;
+    let port = postfix::STANDARD_REPAIRED;
     let seen = one(testbed, "submission", port)?;
     seen.expect(&[&format!("l/{} note relays_for_localhost", ipv4(port))])?;
     ensure!(seen.relay_answers() == ["accepted", "refused"], "{:?}", seen.relay_answers());
     seen.advises(SETTING)?;
     // Postfix took the client of both recipients from the header.
     let service = format!("postfix/{port}/smtpd[");
-    let log = testbed.stock_postfix.log();
+    let log = testbed.standard_postfix.log();
     log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
     let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
     log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
 
-    postfix::set(&testbed.topology.mail, &testbed.stock_postfix, port, SETTING)?;
+    postfix::set(&testbed.topology.mail, &testbed.standard_postfix, port, SETTING)?;
     patiently(|| one(testbed, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
     nothing_sent(testbed)
 }
 
 fn open_relay_for_strangers(testbed: &Testbed) -> anyhow::Result<()> {
-    let port = postfix::STOCK_OPEN;
+    let port = postfix::STANDARD_OPEN;
     let open = [listener("open", "submission", &[ipv4(port)])];
     let seen = run_json(&testbed.topology.client, &open, &["--untrusted"])?;
     seen.expect(&[&format!("open/{} open_relay", ipv4(port))])?;
@@ -273,10 +273,10 @@ fn open_relay_for_strangers(testbed: &Testbed) -> anyhow::Result<()> {
 
 fn relays_over_all_services(testbed: &Testbed) -> anyhow::Result<()> {
     let services = [
-        ("smtp", postfix::STOCK_POSTSCREEN),
-        ("submission", postfix::STOCK_SMTPD),
-        ("submissions", postfix::STOCK_WRAPPED),
-        ("starttls", postfix::STOCK_ENCRYPTED),
+        ("smtp", postfix::STANDARD_POSTSCREEN),
+        ("submission", postfix::STANDARD_SMTPD),
+        ("submissions", postfix::STANDARD_WRAPPED),
+        ("starttls", postfix::STANDARD_ENCRYPTED),
     ];
     let listeners = services.map(|(name, port)| {
         let protocol = if name == "starttls" { "submission" } else { name };

@@ -10,7 +10,7 @@ use injector_common::proxy::{ParseError, parse};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{
-    CLIENT, EDGE_INSIDE, Entrance, Family, MAIL, Netns, Place, Topology, VIP_INLINE,
+    CLIENT, EDGE_INSIDE, Family, HostAddresses, MAIL, Netns, NetnsHandle, Topology, VIP_INLINE,
 };
 
 pub(crate) use injector_testbed::sockets::{LIMIT, accept, accept_within, expect, pass, patient};
@@ -47,7 +47,7 @@ impl Testbed {
 
     /// Detaches what injectors of [`Self::config`] leave.
     pub(crate) fn attached(&self) -> DetachOnDrop {
-        DetachOnDrop { edge: self.topology.edge.entrance(), pin: self.bpffs.path().to_owned() }
+        DetachOnDrop { edge: self.topology.edge.handle(), pin: self.bpffs.path().to_owned() }
     }
 
     pub(crate) fn config(&self, protocol: &str, extra: &str) -> String {
@@ -96,7 +96,7 @@ impl std::ops::Deref for InlineInjector {
 /// What an injector leaves in the kernel; detached on drop.
 #[derive(Debug)]
 pub(crate) struct DetachOnDrop {
-    pub(crate) edge: Entrance,
+    pub(crate) edge: NetnsHandle,
     /// Its `inline.pin`.
     pub(crate) pin: PathBuf,
 }
@@ -127,7 +127,7 @@ pub(crate) fn client_ip(family: Family) -> IpAddr {
 /// Destination NAT and masquerade, in a table of this test.
 #[derive(Debug)]
 pub(crate) struct Nat {
-    edge: Entrance,
+    edge: NetnsHandle,
     table: &'static str,
 }
 
@@ -137,11 +137,11 @@ impl Nat {
     pub(crate) fn new(
         edge: &Netns,
         table: &'static str,
-        vip: Place,
-        backend: Place,
-        inside: Place,
+        vip: HostAddresses,
+        backend: HostAddresses,
+        inside: HostAddresses,
     ) -> anyhow::Result<Self> {
-        let nat = Self { edge: edge.entrance(), table };
+        let nat = Self { edge: edge.handle(), table };
         let (v4, v6) = (vip.v4, vip.v6);
         let (b4, b6) = (backend.v4, backend.v6);
         let (e4, e6) = (inside.v4, inside.v6);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use injector_testbed::daemon::{BPF_EVENTS, Injector, Session};
-use injector_testbed::netns::{Family, Netns, Place, VIP_RELAY};
+use injector_testbed::netns::{Family, HostAddresses, Netns, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
 use crate::testbed::{
@@ -17,17 +17,17 @@ use crate::testbed::{
 };
 use crate::wire::{Layer, Wire};
 
-const CLIENT: Place =
+const CLIENT: HostAddresses =
     place(Ipv4Addr::new(198, 51, 101, 7), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 7));
-const OUTSIDE: Place =
+const OUTSIDE: HostAddresses =
     place(Ipv4Addr::new(198, 51, 101, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 1));
-const INSIDE: Place = place(Ipv4Addr::new(10, 26, 0, 1), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 1));
-const BACKEND: Place = place(Ipv4Addr::new(10, 26, 0, 2), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 2));
+const INSIDE: HostAddresses = place(Ipv4Addr::new(10, 26, 0, 1), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 1));
+const BACKEND: HostAddresses = place(Ipv4Addr::new(10, 26, 0, 2), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 2));
 /// An address of the edge that nothing else in this target uses.
-const VIP: Place = VIP_RELAY;
+const VIP: HostAddresses = VIP_RELAY;
 
-const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> Place {
-    Place { v4, v6 }
+const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> HostAddresses {
+    HostAddresses { v4, v6 }
 }
 
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl WireTestbed {
         }
         let pin = testbed.bpffs.path().join("wire");
         let nat = Nat::new(&topology.edge, "wire-nat", VIP, BACKEND, INSIDE)?;
-        let attached = DetachOnDrop { edge: topology.edge.entrance(), pin: pin.clone() };
+        let attached = DetachOnDrop { edge: topology.edge.handle(), pin: pin.clone() };
         let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
              client_devices = [\"wire-outside\"]\nbackend_devices = [\"wire-inside\"]\n\n",

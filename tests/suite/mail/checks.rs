@@ -43,7 +43,7 @@ pub(crate) fn understood(testbed: &Testbed) -> anyhow::Result<()> {
         let _ = write!(
             config,
             "{}",
-            listener(2 * number + 1, service, "stock", &format!("port = {}\n{patient}", service.stock))
+            listener(2 * number + 1, service, "standard", &format!("port = {}\n{patient}", service.standard))
         );
     }
     config += &listener(90, SUBMISSION, "hasty", "header = \"local\"\ntimeout = \"1ms\"");

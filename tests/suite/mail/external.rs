@@ -29,7 +29,7 @@ pub(crate) const HARMLESS_ENDS: [&str; 4] =
 /// A message is sent to one of the SMTP ports, is stored unchanged, and is read by IMAP.
 pub(crate) fn smtp(testbed: &Testbed, front: usize, service: Service, family: Family) -> anyhow::Result<()> {
     let (front, running) = testbed.front(front)?;
-    let user = format!("{}-{}-{}", front.name, family.name(), service.stock);
+    let user = format!("{}-{}-{}", front.name, family.name(), service.standard);
     let message = Message::new(&user, &user);
     let watch = Watch::start(running)?;
 
@@ -41,7 +41,7 @@ pub(crate) fn smtp(testbed: &Testbed, front: usize, service: Service, family: Fa
 /// A message is appended and read in one IMAP session.
 pub(crate) fn imap(testbed: &Testbed, front: usize, family: Family) -> anyhow::Result<()> {
     let (front, running) = testbed.front(front)?;
-    let user = format!("{}-{}-{}", front.name, family.name(), IMAPS.stock);
+    let user = format!("{}-{}-{}", front.name, family.name(), IMAPS.standard);
     let message = Message::new(&user, &user);
     let watch = Watch::start(running)?;
 
@@ -60,7 +60,7 @@ pub(crate) fn send(
 ) -> anyhow::Result<SocketAddr> {
     let postfix = &testbed.host.postfix;
     let mark = postfix.log().mark();
-    let server = testbed.server(front.vip, family, service.stock);
+    let server = testbed.server(front.vip, family, service.standard);
     let queue_id = mail_client::send(&testbed.topology.client, server, service.security, user, message)?;
 
     let sender = postfix.client_of(mark, &queue_id, service.proxied, LIMIT)?;
@@ -96,7 +96,7 @@ fn read(
 ) -> anyhow::Result<SocketAddr> {
     let dovecot = &testbed.host.dovecot;
     let mark = dovecot.log().mark();
-    let server = testbed.server(front.vip, family, IMAPS.stock);
+    let server = testbed.server(front.vip, family, IMAPS.standard);
     let mailbox = mail_client::read_inbox(&testbed.topology.client, server, user, append)?;
 
     let seen = dovecot.client_of(mark, user, LIMIT)?;

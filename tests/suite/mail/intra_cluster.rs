@@ -15,7 +15,7 @@ use crate::testbed::Testbed;
 /// One standard port, both directions: messages arrive unchanged, and the server logs the real
 /// peer.
 pub(crate) fn direct(testbed: &Testbed, service: Service, family: Family) -> anyhow::Result<()> {
-    let user = format!("stock-{}-{}", family.name(), service.stock);
+    let user = format!("standard-{}-{}", family.name(), service.standard);
     webmail(testbed, service, family, &user)
 }
 
@@ -24,7 +24,7 @@ pub(crate) fn at_once(testbed: &Testbed, front: usize, family: Family) -> anyhow
     let (front, running) = testbed.front(front)?;
     let watch = Watch::start(running)?;
     let user = |path: &str, service: Service| {
-        format!("once-{}-{}-{path}-{}", front.name, family.name(), service.stock)
+        format!("once-{}-{}-{path}-{}", front.name, family.name(), service.standard)
     };
     let external = |service| {
         let user = user("external", service);
@@ -53,9 +53,9 @@ fn webmail(testbed: &Testbed, service: Service, family: Family, user: &str) -> a
     let append: &[_] = if service == IMAPS {
         &[&message]
     } else {
-        let server = testbed.server(MAIL, family, service.stock);
+        let server = testbed.server(MAIL, family, service.standard);
         let queue_id = mail_client::send(neighbour, server, service.security, user, &message)?;
-        let sender = host.postfix.client_of(marks.postfix, &queue_id, service.stock, LIMIT)?;
+        let sender = host.postfix.client_of(marks.postfix, &queue_id, service.standard, LIMIT)?;
         ensure!(
             sender.ip() == EDGE_INSIDE.of(family),
             "Postfix saw {sender}, not {}",
@@ -64,7 +64,7 @@ fn webmail(testbed: &Testbed, service: Service, family: Family, user: &str) -> a
         host.postfix.wait_delivered(marks.postfix, &queue_id, LIMIT)?;
         &[]
     };
-    let server = testbed.server(MAIL, family, IMAPS.stock);
+    let server = testbed.server(MAIL, family, IMAPS.standard);
     let mailbox = mail_client::read_inbox(neighbour, server, user, append)?;
     let seen = host.dovecot.client_of(marks.dovecot, user, LIMIT)?;
     ensure!(seen == mailbox.client, "Dovecot saw {seen}, the reader was {}", mailbox.client);

@@ -68,7 +68,7 @@ fn shared_trials(shared: &Arc<Shared>) -> Vec<Trial> {
             }));
         }
         for service in MATRIX {
-            let name = format!("standard/{name}/{}", service.stock);
+            let name = format!("standard/{name}/{}", service.standard);
             trials.push(trial(shared, name, move |testbed| intra_cluster::direct(testbed, service, family)));
         }
     }
@@ -82,7 +82,8 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
     for (index, front) in fronts.iter().enumerate() {
         for family in Family::ALL {
             for service in MATRIX {
-                let name = format!("{}/{}/{}→{}", front.name, family.name(), service.stock, service.proxied);
+                let name =
+                    format!("{}/{}/{}→{}", front.name, family.name(), service.standard, service.proxied);
                 trials.push(trial(shared, name, move |testbed| match service {
                     IMAPS => external::imap(testbed, index, family),
                     _ => external::smtp(testbed, index, service, family),

@@ -6,20 +6,20 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use injector_testbed::message::DOMAIN;
-use injector_testbed::netns::{Family, MAIL, Place};
+use injector_testbed::netns::{Family, HostAddresses, MAIL};
 use injector_testbed::service::{SMTP, Service};
 
 use crate::external::LIMIT;
 use crate::testbed::Testbed;
 
 /// A client that exists only in the header.
-const FAR_CLIENT: Place = Place {
+const FAR_CLIENT: HostAddresses = HostAddresses {
     v4: std::net::Ipv4Addr::new(203, 0, 113, 9),
     v6: std::net::Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 9),
 };
 
 /// The address that this client connected to.
-const FAR_SERVER: Place = Place {
+const FAR_SERVER: HostAddresses = HostAddresses {
     v4: std::net::Ipv4Addr::new(192, 0, 2, 99),
     v6: std::net::Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 0x99),
 };

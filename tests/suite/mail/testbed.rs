@@ -11,7 +11,7 @@ use injector_testbed::forward::Forward;
 use injector_testbed::haproxy::HaProxy;
 use injector_testbed::mail_client::Server;
 use injector_testbed::mail_host::{MailHost, Marks};
-use injector_testbed::netns::{Family, Place, Topology};
+use injector_testbed::netns::{Family, HostAddresses, Topology};
 use injector_testbed::service::{MATRIX, Service};
 
 use crate::kube_proxy;
@@ -22,7 +22,7 @@ pub(crate) struct Front {
     pub(crate) name: &'static str,
     /// The engine's name in the injector's configuration.
     pub(crate) engine: &'static str,
-    pub(crate) vip: Place,
+    pub(crate) vip: HostAddresses,
     pub(crate) kind: Kind,
 }
 
@@ -147,7 +147,7 @@ impl Testbed {
     }
 
     /// A server at a port, for a client that trusts the mail host's certificate.
-    pub(crate) fn server(&self, place: Place, family: Family, port: u16) -> Server<'_> {
+    pub(crate) fn server(&self, place: HostAddresses, family: Family, port: u16) -> Server<'_> {
         let authority_pem = &self.host.certificate.authority_pem;
         Server { address: SocketAddr::new(place.of(family), port), authority_pem }
     }

@@ -46,10 +46,10 @@ pub(crate) fn any_address(testbed: &Testbed) -> anyhow::Result<()> {
             let greeting = testbed.ask(SocketAddr::new(to, PORT))?;
             ensure!(greeting.server.ip() == place.of(family), "{to}: {greeting:?}");
         }
-        let stock = SocketAddr::new(MAIL.of(family), PORT);
-        testbed.serve(&testbed.topology.mail, stock)?;
-        let passing = testbed.ask(stock)?;
-        ensure!(passing.server == stock, "{passing:?}");
+        let standard = SocketAddr::new(MAIL.of(family), PORT);
+        testbed.serve(&testbed.topology.mail, standard)?;
+        let passing = testbed.ask(standard)?;
+        ensure!(passing.server == standard, "{passing:?}");
     }
     Ok(())
 }
@@ -171,7 +171,7 @@ pub(crate) fn no_gap(testbed: &Testbed) -> anyhow::Result<()> {
     const CHANGES: usize = 100;
     testbed.apply(&[service()])?;
     let over = Arc::new(AtomicBool::new(false));
-    let client = testbed.topology.client.entrance();
+    let client = testbed.topology.client.handle();
     let connecting: Vec<_> = (0..CLIENTS)
         .map(|number| {
             let (over, client) = (Arc::clone(&over), client.clone());

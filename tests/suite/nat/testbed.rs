@@ -6,7 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use injector_testbed::netns::{EDGE_INSIDE, EDGE_OUTSIDE, Family, MAIL, Netns, Place, Topology, VIP_INLINE};
+use injector_testbed::netns::{
+    EDGE_INSIDE, EDGE_OUTSIDE, Family, HostAddresses, MAIL, Netns, Topology, VIP_INLINE,
+};
 use injector_user::engine::inline::nat::{Backend, Ruleset, Service, TableName, ruleset};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -14,8 +16,8 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 /// The second mail host, on the same interface as [`MAIL`].
-pub(crate) const OTHER_MAIL: Place =
-    Place { v4: Ipv4Addr::new(10, 25, 0, 3), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 3) };
+pub(crate) const OTHER_MAIL: HostAddresses =
+    HostAddresses { v4: Ipv4Addr::new(10, 25, 0, 3), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 3) };
 
 /// The port of every service, and of the backends.
 pub(crate) const PORT: u16 = 25;
@@ -181,7 +183,7 @@ pub(crate) fn vip(family: Family) -> SocketAddr {
     SocketAddr::new(VIP_INLINE.of(family), PORT)
 }
 
-pub(crate) fn backend(place: Place, family: Family, weight: u32) -> Backend {
+pub(crate) fn backend(place: HostAddresses, family: Family, weight: u32) -> Backend {
     Backend { address: SocketAddr::new(place.of(family), BACKEND_PORT), weight }
 }
 

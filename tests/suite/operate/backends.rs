@@ -23,7 +23,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 
 pub(crate) const INLINE_TRIALS: &[(&str, Run)] = &[("backends/NAT follows health and the operator", inline)];
 
-const STOCK: u16 = 12525;
+const STANDARD_PORT: u16 = 12525;
 
 fn two(config: &mut Config, other: &str) {
     config.backends = format!("\"{}\", {{ address = \"{}\", {other} }}", backend_name(0), backend_name(1));
@@ -81,27 +81,27 @@ const QUICK: &str = "interval = \"100ms\"\ntimeout = \"1s\"\nrise = 2\nfall = 2\
 /// The backend goes down and up again while an established session continues.
 fn mail_check(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
-    let stock = testbed.stock(STOCK)?;
+    let standard = testbed.standard(STANDARD_PORT)?;
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
-    config.listener = format!("[listener.health]\ncheck = \"mail\"\nport = {STOCK}\n{QUICK}");
+    config.listener = format!("[listener.health]\ncheck = \"mail\"\nport = {STANDARD_PORT}\n{QUICK}");
     let injector = testbed.start(&config.text())?;
     ensure!(answers(testbed, 4)? == [4, 0, 0]);
-    wait_until("checks", || Ok(stock.seen()), |seen| *seen >= 4)?;
+    wait_until("checks", || Ok(standard.seen()), |seen| *seen >= 4)?;
     ensure!(
-        stock.broken.load(std::sync::atomic::Ordering::Relaxed) == 0,
+        standard.broken.load(std::sync::atomic::Ordering::Relaxed) == 0,
         "a check hung up without a goodbye"
     );
     let mut session = testbed.client()?;
     ensure!(session.greeted()? == 0);
-    drop(stock);
+    drop(standard);
     // Both are checked on the same port of the host, so both are down, and all are tried: the first
     // one again.
     stands(&injector, 0, "down")?;
     stands(&injector, 1, "down")?;
     session.talk()?;
     ensure!(injector.metrics()?.sum("injector_backend_up", &[]) < 0.5);
-    let _stock = testbed.stock(STOCK)?;
+    let _stock = testbed.standard(STANDARD_PORT)?;
     stands(&injector, 0, "up")?;
     session.quit()?;
     let metrics = injector.metrics()?;
@@ -197,7 +197,7 @@ fn last_resort(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut config = Config::new(engine);
     two(&mut config, "weight = 1");
     // No server listens there.
-    config.listener = format!("[listener.health]\ncheck = \"tcp\"\nport = {STOCK}\n{QUICK}");
+    config.listener = format!("[listener.health]\ncheck = \"tcp\"\nport = {STANDARD_PORT}\n{QUICK}");
     let injector = testbed.start(&config.text())?;
     for number in [0, 1] {
         stands(&injector, number, "down")?;

@@ -43,7 +43,7 @@ impl Testbed {
     }
 
     /// A server without PROXY.
-    pub(crate) fn stock(&self, port: u16) -> anyhow::Result<Server> {
+    pub(crate) fn standard(&self, port: u16) -> anyhow::Result<Server> {
         Server::start(&self.topology.mail, port, 9, false)
     }
 

@@ -41,8 +41,8 @@ fn main() {
             let name = format!(
                 "roundtrip/{}/{} {smtp_tls} and {} {imap_tls}",
                 family.name(),
-                smtp.stock,
-                imap.stock
+                smtp.standard,
+                imap.standard
             );
             trials.push(trial(&shared, name, move |testbed| {
                 roundtrip(testbed, family, (smtp, smtp_tls), (imap, imap_tls))
@@ -96,7 +96,7 @@ fn roundtrip(
     (smtp, smtp_tls): (Service, &str),
     (imap, imap_tls): (Service, &str),
 ) -> anyhow::Result<()> {
-    let user = format!("probe-{}-{}-{smtp_tls}", family.name(), smtp.stock);
+    let user = format!("probe-{}-{}-{smtp_tls}", family.name(), smtp.standard);
     let before = testbed.injector.sessions()?.len();
     let outcome = testbed.probe(
         family,
@@ -170,7 +170,7 @@ fn never_arrives(testbed: &Testbed) -> anyhow::Result<()> {
 }
 
 fn nobody_listens(testbed: &Testbed) -> anyhow::Result<()> {
-    let nobody = Service { stock: 2626, ..SMTP };
+    let nobody = Service { standard: 2626, ..SMTP };
     let outcome = testbed.probe(Family::V6, nobody, IMAPS, "nobody", &[])?;
     outcome.ensure_failed_at("smtp_connect")?;
     ensure!(outcome.output.contains("refused"), "{}", outcome.output);
@@ -225,7 +225,7 @@ fn leftovers(testbed: &Testbed) -> anyhow::Result<()> {
         message
     };
     let (left, at_work, others) = (of("mail", now - 3600), of("mail", now), of("mail-v6", now - 3600));
-    let server = testbed.stock(Family::V4, IMAPS);
+    let server = testbed.standard(Family::V4, IMAPS);
     let append = [&left, &at_work, &others, &mail];
     mail_client::read_inbox(&testbed.topology.edge, server, user, &append)?;
 
@@ -333,14 +333,14 @@ fn open_proxy_ports(testbed: &Testbed) -> anyhow::Result<()> {
 }
 
 fn no_proxy_port(testbed: &Testbed) -> anyhow::Result<()> {
-    let flags = proxy_ports(&[(Family::V4, SMTP.stock)]);
+    let flags = proxy_ports(&[(Family::V4, SMTP.standard)]);
     let mut flags: Vec<_> = flags.iter().map(String::as_str).collect();
-    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "standard", &flags)?;
     outcome.ensure_failed_at("proxy_port")?;
     ensure!(outcome.output.contains("it is no PROXY port"), "{}", outcome.output);
     // A failed roundtrip is reported first, and hides nothing.
     flags.extend(["--mailbox", "nowhere"]);
-    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "stock", &flags)?;
+    let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "standard", &flags)?;
     outcome.ensure_failed_at("imap_login")?;
     ensure!(outcome.sample("injector_probe_step_failed", Some("proxy_port"))? == 1.0);
     Ok(())

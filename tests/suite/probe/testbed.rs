@@ -98,7 +98,7 @@ impl Testbed {
     ) -> anyhow::Result<Outcome> {
         let (secret, textfile) = (self.folder.path().join("password"), self.folder.path().join("own.prom"));
         fs::write(&secret, format!("{password}\n"))?;
-        let server = |service: Service| SocketAddr::new(VIP_SPLICE.of(family), service.stock).to_string();
+        let server = |service: Service| SocketAddr::new(VIP_SPLICE.of(family), service.standard).to_string();
         let mut command = self.topology.client.command(daemon::binary()?);
         command.args(["probe", "--smtp", &server(smtp), "--imap", &server(imap), "--user", user, "--json"]);
         command.arg("--password-file").arg(&secret);
@@ -122,13 +122,13 @@ impl Testbed {
 
     /// A user's messages, read directly from the mail host.
     pub(crate) fn inbox(&self, user: &str) -> anyhow::Result<Vec<Vec<u8>>> {
-        let server = self.stock(Family::V4, IMAPS);
+        let server = self.standard(Family::V4, IMAPS);
         Ok(mail_client::read_inbox(&self.topology.edge, server, user, &[])?.messages)
     }
 
     /// The mail host's own port, without a header.
-    pub(crate) fn stock(&self, family: Family, service: Service) -> Server<'_> {
-        let address = SocketAddr::new(MAIL.of(family), service.stock);
+    pub(crate) fn standard(&self, family: Family, service: Service) -> Server<'_> {
+        let address = SocketAddr::new(MAIL.of(family), service.standard);
         Server { address, authority_pem: &self.host.certificate.authority_pem }
     }
 }

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use crate::forward::Forward;
 use crate::log_file::{LogFile, Mark};
 use crate::metrics::{self, Metrics};
-use crate::netns::{self, Entrance, Netns};
+use crate::netns::{self, Netns, NetnsHandle};
 use crate::process::{POLL, Process};
 
 /// Payload bytes, by [`DIRECTION`] and [`PLANE`].
@@ -85,7 +85,7 @@ pub fn configuration(forwards: &[Forward], engine: &str, metrics: SocketAddr) ->
 pub struct Injector {
     // Before the directory: fields are dropped in this order.
     process: Process,
-    netns: Entrance,
+    netns: NetnsHandle,
     metrics: SocketAddr,
     log: LogFile,
     dir: TempDir,
@@ -168,7 +168,7 @@ impl Injector {
         forget_settings(&mut command);
         command.env("INJECTOR_LOG_FORMAT", "json");
         let process = Process::start("injector", netns, command, log.path())?;
-        let mut injector = Self { process, netns: netns.entrance(), metrics, log, dir };
+        let mut injector = Self { process, netns: netns.handle(), metrics, log, dir };
         match injector.wait_ready() {
             Ok(()) => Ok(injector),
             Err(error) => Err(error.context(format!("the injector logged:\n{}", injector.log()))),

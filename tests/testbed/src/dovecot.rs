@@ -52,7 +52,7 @@ impl Dovecot {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_adding(netns: &Netns, certificate: &Certificate, more: &str) -> anyhow::Result<Self> {
-        let ports = [IMAPS, POP3S].map(|service| [service.stock, service.proxied]).concat();
+        let ports = [IMAPS, POP3S].map(|service| [service.standard, service.proxied]).concat();
         let sockets =
             Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
         let sockets: Vec<_> = sockets.into_iter().flatten().collect();
@@ -217,9 +217,9 @@ service pop3-login {{
         mailboxes = mailboxes(dir).display(),
         auth = auth_socket(dir).display(),
         lmtp = lmtp_socket(dir).display(),
-        imaps = IMAPS.stock,
+        imaps = IMAPS.standard,
         imaps_proxied = IMAPS.proxied,
-        pop3s = POP3S.stock,
+        pop3s = POP3S.standard,
         pop3s_proxied = POP3S.proxied,
     )
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::netns::{Family, MAIL, Place};
+use crate::netns::{Family, HostAddresses, MAIL};
 use crate::service::Service;
 
 /// One listener on the edge and the backend behind it.
@@ -22,11 +22,11 @@ impl Forward {
     /// From a public address, on a service's standard port, to the mail host's port with a header,
     /// all in one family.
     #[must_use]
-    pub fn to_mail(vip: Place, service: Service, family: Family) -> Self {
+    pub fn to_mail(vip: HostAddresses, service: Service, family: Family) -> Self {
         Self {
             name: format!("{}-{}", service.protocol, family.name()),
             protocol: service.protocol,
-            bind: SocketAddr::new(vip.of(family), service.stock),
+            bind: SocketAddr::new(vip.of(family), service.standard),
             backend: SocketAddr::new(MAIL.of(family), service.proxied),
         }
     }

@@ -50,7 +50,7 @@ impl Postfix {
     /// When Postfix is not installed, refuses its configuration or does not listen within ten seconds.
     pub fn start(netns: &Netns, neighbours: Neighbours<'_>) -> anyhow::Result<Self> {
         let smtp_ports = MATRIX.iter().filter(|service| service.protocol != "imaps");
-        let ports: Vec<_> = smtp_ports.flat_map(|service| [service.stock, service.proxied]).collect();
+        let ports: Vec<_> = smtp_ports.flat_map(|service| [service.standard, service.proxied]).collect();
         let sockets =
             Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
         let sockets: Vec<_> = sockets.into_iter().flatten().collect();

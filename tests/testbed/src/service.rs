@@ -17,7 +17,7 @@ pub struct Service {
     /// Its name in the injector's configuration (`protocol = …`).
     pub protocol: &'static str,
     /// The standard port, which clients use, and the mail network directly, without a PROXY header.
-    pub stock: u16,
+    pub standard: u16,
     /// The mail host's port that requires a PROXY header.
     pub proxied: u16,
     /// What a client does after connecting.
@@ -25,22 +25,23 @@ pub struct Service {
 }
 
 /// SMTP between servers, with postscreen in front.
-pub const SMTP: Service = Service { protocol: "smtp", stock: 25, proxied: 2525, security: Security::Plain };
+pub const SMTP: Service =
+    Service { protocol: "smtp", standard: 25, proxied: 2525, security: Security::Plain };
 /// Submission with implicit TLS.
 pub const SUBMISSIONS: Service =
-    Service { protocol: "submissions", stock: 465, proxied: 4465, security: Security::ImplicitTls };
+    Service { protocol: "submissions", standard: 465, proxied: 4465, security: Security::ImplicitTls };
 /// Submission with STARTTLS.
 pub const SUBMISSION: Service =
-    Service { protocol: "submission", stock: 587, proxied: 5587, security: Security::StartTls };
+    Service { protocol: "submission", standard: 587, proxied: 5587, security: Security::StartTls };
 /// IMAP with STARTTLS; the mail host has it if Dovecot has [`CLEAR_IMAP`].
 pub const IMAP: Service =
-    Service { protocol: "imap", stock: 143, proxied: 10143, security: Security::StartTls };
+    Service { protocol: "imap", standard: 143, proxied: 10143, security: Security::StartTls };
 /// IMAP with implicit TLS.
 pub const IMAPS: Service =
-    Service { protocol: "imaps", stock: 993, proxied: 10993, security: Security::ImplicitTls };
+    Service { protocol: "imaps", standard: 993, proxied: 10993, security: Security::ImplicitTls };
 /// POP3 with implicit TLS.
 pub const POP3S: Service =
-    Service { protocol: "pop3s", stock: 995, proxied: 10995, security: Security::ImplicitTls };
+    Service { protocol: "pop3s", standard: 995, proxied: 10995, security: Security::ImplicitTls };
 
 /// The four ports of the matrix, in the order reports list them.
 pub const MATRIX: [Service; 4] = [SMTP, SUBMISSIONS, SUBMISSION, IMAPS];

@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use injector_testbed::netns::Entrance;
+use injector_testbed::netns::NetnsHandle;
 use serde_json::Value;
 
 /// A Prometheus in a namespace.
 #[derive(Clone, Debug)]
 pub(super) struct Api {
-    netns: Entrance,
+    netns: NetnsHandle,
     address: SocketAddr,
 }
 
@@ -22,7 +22,7 @@ pub(super) struct Series {
 }
 
 impl Api {
-    pub(super) fn new(netns: Entrance, address: SocketAddr) -> Self {
+    pub(super) fn new(netns: NetnsHandle, address: SocketAddr) -> Self {
         Self { netns, address }
     }
 

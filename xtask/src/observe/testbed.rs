@@ -23,7 +23,7 @@ use injector_testbed::{
     mail_client::{self, Server},
     mail_host::MailHost,
     message::{DOMAIN, Message},
-    netns::{self, Family, MAIL, Netns, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
+    netns::{self, Family, HostAddresses, MAIL, Netns, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
     process::Process,
     service::{IMAPS, SMTP, SUBMISSION, Service},
 };
@@ -79,7 +79,7 @@ impl Testbed {
 
     /// The API of the Prometheus that scrapes the injector.
     pub(super) fn api(&self) -> Api {
-        Api::new(self.topology.edge.entrance(), PROMETHEUS)
+        Api::new(self.topology.edge.handle(), PROMETHEUS)
     }
 
     /// Runs clients of every kind while `meanwhile` runs.
@@ -155,19 +155,19 @@ impl Testbed {
     }
 
     /// Sends and fetches messages, one after another.
-    fn mail(&self, vip: Place, service: Service, run: Running<'_>) -> Result<()> {
+    fn mail(&self, vip: HostAddresses, service: Service, run: Running<'_>) -> Result<()> {
         while run.on() {
             let user = format!("observe-{}", self.next.fetch_add(1, Ordering::Relaxed));
             let message = Message::new(&user, &user);
             let client = &self.topology.client;
-            mail_client::send(client, self.server(vip, service.stock), service.security, &user, &message)?;
-            mail_client::read_inbox(client, self.server(VIP_SPLICE, IMAPS.stock), &user, &[])?;
+            mail_client::send(client, self.server(vip, service.standard), service.security, &user, &message)?;
+            mail_client::read_inbox(client, self.server(VIP_SPLICE, IMAPS.standard), &user, &[])?;
             run.pause(Duration::from_millis(500));
         }
         Ok(())
     }
 
-    fn server(&self, vip: Place, port: u16) -> Server<'_> {
+    fn server(&self, vip: HostAddresses, port: u16) -> Server<'_> {
         let authority_pem = &self.host.certificate.authority_pem;
         Server { address: SocketAddr::new(vip.of(Family::V4), port), authority_pem }
     }
@@ -186,7 +186,7 @@ impl Testbed {
         const SIGNATURE: &[u8] =
             b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\0\x09\0\x0a";
         while run.on() {
-            let smtp = SocketAddr::new(VIP_SPLICE.v4.into(), SMTP.stock);
+            let smtp = SocketAddr::new(VIP_SPLICE.v4.into(), SMTP.standard);
             let _ = self.topology.client.run(|| talk(smtp, SIGNATURE));
             run.pause(Duration::from_secs(2));
         }
@@ -280,10 +280,10 @@ fn configuration(pin: &Path) -> String {
     let mail = |service: Service| SocketAddr::new(MAIL.v4.into(), service.proxied);
     let other = |port: u16| SocketAddr::new(MAIL.v4.into(), port);
     let listeners = [
-        ("smtp", "smtp", "splice", VIP_SPLICE, SMTP.stock, mail(SMTP)),
-        ("imaps", "imaps", "splice", VIP_SPLICE, IMAPS.stock, mail(IMAPS)),
-        ("submission", "submission", "relay", VIP_RELAY, SUBMISSION.stock, mail(SUBMISSION)),
-        ("smtp-inline", "smtp", "inline", VIP_INLINE, SMTP.stock, mail(SMTP)),
+        ("smtp", "smtp", "splice", VIP_SPLICE, SMTP.standard, mail(SMTP)),
+        ("imaps", "imaps", "splice", VIP_SPLICE, IMAPS.standard, mail(IMAPS)),
+        ("submission", "submission", "relay", VIP_RELAY, SUBMISSION.standard, mail(SUBMISSION)),
+        ("smtp-inline", "smtp", "inline", VIP_INLINE, SMTP.standard, mail(SMTP)),
         // No server listens there.
         ("dead", "smtp", "splice", VIP_SPLICE, DEAD, other(DEAD)),
         ("mute", "smtp", "splice", VIP_SPLICE, MUTE, other(MUTE)),

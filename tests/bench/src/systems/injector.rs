@@ -15,7 +15,7 @@ use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
     BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
 };
-use injector_testbed::netns::{Entrance, Place, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+use injector_testbed::netns::{HostAddresses, NetnsHandle, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 
 /// How long the daemon may take to detach its programs and exit.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ struct Engine {
     /// Value of `engine =`.
     engine: &'static str,
     /// The address on which it listens.
-    vip: Place,
+    vip: HostAddresses,
     /// Additional tables of the configuration.
     tables: String,
     about: String,
@@ -39,7 +39,7 @@ struct Engine {
 
 impl Engine {
     /// With the daemon's defaults.
-    fn new(engine: &'static str, vip: Place, about: &str) -> Self {
+    fn new(engine: &'static str, vip: HostAddresses, about: &str) -> Self {
         Self { name: engine.to_owned(), engine, vip, tables: String::new(), about: about.to_owned() }
     }
 }
@@ -124,7 +124,7 @@ fn system(engine: Engine) -> System {
             let injector = Injector::start(edge, &config)?;
             Ok(Box::new(Daemon {
                 injector: Some(injector),
-                leftovers: Some(InlineLeftovers { edge: edge.entrance(), _bpffs: bpffs }),
+                leftovers: Some(InlineLeftovers { edge: edge.handle(), _bpffs: bpffs }),
             }))
         }),
     }
@@ -166,7 +166,7 @@ struct Daemon {
 /// edge.
 #[derive(Debug)]
 struct InlineLeftovers {
-    edge: Entrance,
+    edge: NetnsHandle,
     /// Programs and maps are pinned here, and are removed with it.
     _bpffs: BpfFs,
 }

@@ -21,7 +21,7 @@ use injector_load::service::{PortKind, Service};
 
 pub use self::haproxy::Build;
 use super::testbed::Testbed;
-use injector_testbed::netns::Place;
+use injector_testbed::netns::HostAddresses;
 
 /// What a system counted itself during a measurement: names and values, as in the report.
 pub type Counters = BTreeMap<String, f64>;
@@ -68,7 +68,7 @@ pub struct System {
 #[derive(Clone, Copy, Debug)]
 enum Address {
     /// At an address of the edge, on a service's own port.
-    Edge(Place),
+    Edge(HostAddresses),
     /// The mail host itself, on the port without a header.
     Mail,
 }

@@ -208,7 +208,7 @@ async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) 
 
 /// One connection: header, protocol, record.
 async fn receive(mut stream: TcpStream, peer: SocketAddr, protocol: Protocol, shared: Arc<Shared>) {
-    let header = header_check::demand(&mut stream, shared.patience).await;
+    let header = header_check::receive(&mut stream, shared.patience).await;
     let mut wire = Wire::new(stream);
     if header.is_ok() {
         // A connection that breaks is recorded like one that completes: the byte counts distinguish

@@ -27,14 +27,14 @@ impl Family {
 
 /// A host of the testbed, which has an address of either family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct HostAddresses {
     /// Its IPv4 address.
     pub v4: Ipv4Addr,
     /// Its IPv6 address.
     pub v6: Ipv6Addr,
 }
 
-impl Place {
+impl HostAddresses {
     /// The address of that family.
     #[must_use]
     pub const fn of(self, family: Family) -> IpAddr {
@@ -46,32 +46,36 @@ impl Place {
 }
 
 /// The client, 198.51.100.7/24 and 2001:db8:c::7/64: the mail servers must log it.
-pub const CLIENT: Place =
-    Place { v4: Ipv4Addr::new(198, 51, 100, 7), v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 7) };
+pub const CLIENT: HostAddresses = HostAddresses {
+    v4: Ipv4Addr::new(198, 51, 100, 7),
+    v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 7),
+};
 /// The edge on the client's side.
-pub const EDGE_OUTSIDE: Place =
-    Place { v4: Ipv4Addr::new(198, 51, 100, 1), v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1) };
+pub const EDGE_OUTSIDE: HostAddresses = HostAddresses {
+    v4: Ipv4Addr::new(198, 51, 100, 1),
+    v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1),
+};
 /// The edge on the mail servers' side: the client that they see without the injector.
-pub const EDGE_INSIDE: Place =
-    Place { v4: Ipv4Addr::new(10, 25, 0, 1), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 1) };
+pub const EDGE_INSIDE: HostAddresses =
+    HostAddresses { v4: Ipv4Addr::new(10, 25, 0, 1), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 1) };
 /// The mail servers.
-pub const MAIL: Place =
-    Place { v4: Ipv4Addr::new(10, 25, 0, 2), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 2) };
+pub const MAIL: HostAddresses =
+    HostAddresses { v4: Ipv4Addr::new(10, 25, 0, 2), v6: Ipv6Addr::new(0xfd25, 0, 0, 0, 0, 0, 0, 2) };
 /// The address of the splice engine.
-pub const VIP_SPLICE: Place = vip(10);
+pub const VIP_SPLICE: HostAddresses = vip(10);
 /// The address of the relay engine.
-pub const VIP_RELAY: Place = vip(11);
+pub const VIP_RELAY: HostAddresses = vip(11);
 /// The address of the inline engine.
-pub const VIP_INLINE: Place = vip(12);
+pub const VIP_INLINE: HostAddresses = vip(12);
 /// The address of HAProxy, which distinguishes a fault of the testbed from one of the injector.
-pub const VIP_HAPROXY: Place = vip(13);
+pub const VIP_HAPROXY: HostAddresses = vip(13);
 /// Every public address on the edge.
-pub const VIPS: [Place; 4] = [VIP_SPLICE, VIP_RELAY, VIP_INLINE, VIP_HAPROXY];
+pub const VIPS: [HostAddresses; 4] = [VIP_SPLICE, VIP_RELAY, VIP_INLINE, VIP_HAPROXY];
 
 /// 192.0.2.N, and 2001:db8:a::N with the same digits (so 0x10 beside 10).
-const fn vip(last: u8) -> Place {
+const fn vip(last: u8) -> HostAddresses {
     let digits = (last / 10) * 16 + last % 10;
-    Place {
+    HostAddresses {
         v4: Ipv4Addr::new(192, 0, 2, last),
         v6: Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, digits as u16),
     }

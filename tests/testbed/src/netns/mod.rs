@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail, ensure};
 
 pub use self::address::{
-    CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, Family, MAIL, Place, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, VIP_SPLICE,
-    VIPS,
+    CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, Family, HostAddresses, MAIL, VIP_HAPROXY, VIP_INLINE, VIP_RELAY,
+    VIP_SPLICE, VIPS,
 };
 pub use self::cleanup::scratch_dir;
 use self::cleanup::{remove, start_janitor};
@@ -91,13 +91,13 @@ impl Netns {
     /// # Errors
     /// When the namespace cannot be entered or `f` panics. The result of `f` is returned unchanged.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
-        self.entrance().run(f)
+        self.handle().run(f)
     }
 
     /// A handle that does not keep the namespace alive.
     #[must_use]
-    pub fn entrance(&self) -> Entrance {
-        Entrance { name: self.name.clone() }
+    pub fn handle(&self) -> NetnsHandle {
+        NetnsHandle { name: self.name.clone() }
     }
 
     /// `program`, to be started inside by `ip netns exec`, which replaces itself: the child's pid
@@ -151,7 +151,7 @@ impl Netns {
     /// # Errors
     /// When `nft` is missing or fails; the error has the commands and the output.
     pub fn nft(&self, commands: &str) -> anyhow::Result<()> {
-        self.entrance().nft(commands)
+        self.handle().nft(commands)
     }
 
     /// Runs `ip -n NAME ARGS…`.
@@ -175,11 +175,11 @@ impl Netns {
 
 /// A handle of a namespace, which does not keep it alive.
 #[derive(Clone, Debug)]
-pub struct Entrance {
+pub struct NetnsHandle {
     name: String,
 }
 
-impl Entrance {
+impl NetnsHandle {
     /// As [`Netns::nft`].
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! The three namespaces that every privileged test uses: client, edge and mail.
 
-use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, MAIL, Netns, Place, VIPS, ip};
+use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, HostAddresses, MAIL, Netns, VIPS, ip};
 
 /// client — edge — mail, joined by veth, with the addresses above.
 ///
@@ -55,7 +55,7 @@ fn join(left: (&Netns, &str), right: (&Netns, &str)) -> anyhow::Result<()> {
 }
 
 /// Adds both addresses to an interface; the IPv6 address is usable at once.
-fn add_address(netns: &Netns, interface: &str, place: Place) -> anyhow::Result<()> {
+fn add_address(netns: &Netns, interface: &str, place: HostAddresses) -> anyhow::Result<()> {
     netns.ip(&["address", "add", &format!("{}/24", place.v4), "dev", interface])?;
     netns.ip(&["address", "add", &format!("{}/64", place.v6), "dev", interface, "nodad"])
 }

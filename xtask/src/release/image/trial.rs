@@ -20,7 +20,7 @@ use injector_testbed::{
     mail_host::MailHost,
     message::Message,
     metrics,
-    netns::{CLIENT, Family, Place, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
+    netns::{CLIENT, Family, HostAddresses, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
     service::SMTP,
 };
 use serde_json::Value;
@@ -40,7 +40,7 @@ const METRICS: &str = "127.0.0.1:9145";
 
 struct Case {
     engine: &'static str,
-    vip: Place,
+    vip: HostAddresses,
     rights: Rights,
 }
 
@@ -115,7 +115,7 @@ fn mail(case: &Case, family: Family, topology: &Topology, host: &MailHost) -> Re
     let postfix = &host.postfix;
     let mark = postfix.log().mark();
     let server = Server {
-        address: SocketAddr::new(case.vip.of(family), SMTP.stock),
+        address: SocketAddr::new(case.vip.of(family), SMTP.standard),
         authority_pem: &host.certificate.authority_pem,
     };
     let queue_id = mail_client::send(&topology.client, server, SMTP.security, &user, &message)

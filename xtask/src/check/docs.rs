@@ -1,4 +1,4 @@
-//! Holds the Markdown pages to the repository: every link leads to a file and a heading.
+//! Holds the Markdown pages to the repository: the links, headings and paths in them exist.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -85,4 +85,33 @@ fn every_link_leads_to_a_file_and_a_heading() {
         }
     }
     assert!(broken.is_empty(), "{broken:#?}");
+}
+
+#[test]
+fn every_path_that_a_page_names_exists() {
+    let mut missing = Vec::new();
+    let mut checked = 0;
+    for (page, text) in pages() {
+        for (number, line) in prose(&text) {
+            // Every second piece is a code span.
+            for span in line.split('`').skip(1).step_by(2).filter(|span| names_a_path(span)) {
+                checked += 1;
+                let mut roots =
+                    [Path::new(""), Path::new("injector-user/src"), page.parent().unwrap()].into_iter();
+                if !roots.any(|root| workspace().join(root).join(span).exists()) {
+                    missing.push(format!("{}:{number}: {span}", page.display()));
+                }
+            }
+        }
+    }
+    assert!(checked > 100, "only {checked} paths found");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// Whether a code span is the name of a source file, or a path below one of the repository's folders.
+fn names_a_path(span: &str) -> bool {
+    let plain = span.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c));
+    let folder = span.split_once('/').map(|(folder, _)| folder);
+    let ours = |folder: &str| !folder.is_empty() && folder != "target" && workspace().join(folder).is_dir();
+    plain && (span.ends_with(".rs") && !span.starts_with('.') || folder.is_some_and(ours))
 }

@@ -22,7 +22,7 @@ use injector_bench::{
 };
 use injector_testbed::netns;
 
-use crate::{AlreadyReported, build, cargo, setup};
+use crate::{build, cargo, reported::AlreadyReported, setup};
 
 /// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";

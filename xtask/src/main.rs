@@ -7,6 +7,7 @@ mod check;
 mod demo;
 mod observe;
 mod release;
+mod reported;
 #[cfg(test)]
 mod script;
 mod setup;
@@ -20,6 +21,7 @@ use clap::{Parser, Subcommand};
 use self::{
     check::{ci, deny, fuzz, miri, typos},
     release::{image, install, kubernetes, package},
+    reported::AlreadyReported,
 };
 
 /// Build, test, measure and package the injector
@@ -78,18 +80,6 @@ enum Verb {
     /// tests
     Ci,
 }
-
-/// The verb has failed and has printed the reason.
-#[derive(Debug)]
-pub(crate) struct AlreadyReported;
-
-impl std::fmt::Display for AlreadyReported {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("failed; the reason is printed above")
-    }
-}
-
-impl std::error::Error for AlreadyReported {}
 
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use injector_soak::{self as soak, Engine, Options};
 use injector_testbed::netns;
 
-use crate::{AlreadyReported, build, setup};
+use crate::{build, reported::AlreadyReported, setup};
 
 /// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";

@@ -30,7 +30,7 @@ use self::engine::Engine;
 use self::injector::Injector;
 use self::scenario::Run;
 use self::testbed::Testbed;
-use crate::{AlreadyReported, build, cargo, setup};
+use crate::{build, cargo, reported::AlreadyReported, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct DemoArgs {

@@ -10,12 +10,12 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{
     answer::{PanelResult, QueryResult},
-    dashboard, draw, folder,
+    dashboard, draw,
     panels::{Kind, Page, Panel, Query},
     prometheus::{Api, Series},
     testbed::Testbed,
 };
-use crate::{AlreadyReported, build};
+use crate::{build, cargo, reported::AlreadyReported};
 
 /// The variable in which the testbed finds the daemon's path.
 const BINARY_VARIABLE: &str = "INJECTOR_BIN";
@@ -56,7 +56,7 @@ pub(super) fn run() -> Result<()> {
 
     println!("\n{}", table(&answers));
     println!("{rules}");
-    let file = folder("docs/observability").join("dashboard.svg");
+    let file = cargo::workspace().join("docs/observability/dashboard.svg");
     fs::write(&file, draw::draw(&page, &answers)?)
         .with_context(|| format!("cannot write {}", file.display()))?;
     let faults: Vec<_> = answers.iter().filter_map(PanelResult::fault).collect();

@@ -9,7 +9,7 @@ mod panels;
 mod prometheus;
 mod testbed;
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
         setup::ensure(&[Group::Observe])?;
     }
     dashboard(args.write)?;
-    let rules = folder("deploy/prometheus");
+    let rules = cargo::workspace().join("deploy/prometheus");
     for arguments in [
         ["check", "rules", "injector.rules.yml"],
         ["check", "config", "scrape.yml"],
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &ObserveArgs) -> Result<()> {
 
 /// Compares the dashboard's file with the panels, or writes it.
 fn dashboard(write: bool) -> Result<()> {
-    let file = folder("deploy/grafana").join("injector.json");
+    let file = cargo::workspace().join("deploy/grafana/injector.json");
     let page = Page::read()?;
     let made = dashboard::json(&page);
     if write {
@@ -63,8 +63,4 @@ fn dashboard(write: bool) -> Result<()> {
     ensure!(have == made, "{} differs from the panels: run `cargo xtask observe --write`", file.display());
     println!("the dashboard agrees with its {} panels", page.panels().count());
     Ok(())
-}
-
-fn folder(name: &str) -> PathBuf {
-    cargo::workspace().join(name)
 }

@@ -29,7 +29,8 @@ use injector_testbed::{
 };
 use tempfile::TempDir;
 
-use super::{folder, prometheus::Api};
+use super::prometheus::Api;
+use crate::cargo;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const METRICS: SocketAddr = SocketAddr::new(LOOPBACK, 9145);
@@ -310,7 +311,7 @@ fn watchers(edge: &Netns, folder: &Path) -> Result<Vec<Process>> {
     let config = folder.join("prometheus.yml");
     fs::write(&config, scrape_configuration()?)?;
     fs::copy(
-        super::folder("deploy/prometheus").join("injector.rules.yml"),
+        cargo::workspace().join("deploy/prometheus/injector.rules.yml"),
         folder.join("injector.rules.yml"),
     )?;
     let flag = |name: &str, value: &dyn std::fmt::Display| format!("--{name}={value}");
@@ -353,7 +354,7 @@ fn watchers(edge: &Netns, folder: &Path) -> Result<Vec<Process>> {
 /// The example in `deploy`, with this run's addresses, and intervals that show something within a
 /// minute.
 fn scrape_configuration() -> Result<String> {
-    let file = folder("deploy/prometheus").join("scrape.yml");
+    let file = cargo::workspace().join("deploy/prometheus/scrape.yml");
     let mut text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
     for (from, to) in [
         ("edge1.example.org:9145", METRICS.to_string()),

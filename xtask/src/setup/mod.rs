@@ -34,7 +34,7 @@ pub(crate) use self::{
     packages::SECCOMP_PROFILE,
     toolchain::{BPF_TARGET, nightly},
 };
-use crate::AlreadyReported;
+use crate::reported::AlreadyReported;
 
 #[derive(clap::Args)]
 pub(crate) struct SetupArgs {

@@ -26,8 +26,9 @@ use self::{
     report::{Output, Report},
 };
 use crate::{
-    AlreadyReported, build,
+    build,
     cargo::{self, Executable},
+    reported::AlreadyReported,
     setup::{self, Group},
 };
 

@@ -10,8 +10,15 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{TAG, Time, below, quietly, rootfs::USER};
+use super::{
+    command::{below, quietly},
+    rootfs::USER,
+    source_time::Time,
+};
 use crate::cargo;
+
+/// The image's name in its layout.
+pub(super) const TAG: &str = "latest";
 
 /// The configuration's path in the image.
 pub(super) const CONFIG: &str = "/etc/injector/injector.toml";

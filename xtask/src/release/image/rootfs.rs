@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Time, below, quietly};
+use super::{
+    command::{below, quietly},
+    source_time::Time,
+};
 use crate::setup;
 
 /// `nft` for the NAT of engine "inline", the C library, and the library that Rust unwinds with.

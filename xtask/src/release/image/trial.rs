@@ -26,9 +26,9 @@ use injector_testbed::{
 use serde_json::Value;
 
 use super::{
-    TAG,
     bundle::{self, Parts, Rights},
-    quietly,
+    command::quietly,
+    layout::TAG,
 };
 use crate::setup;
 

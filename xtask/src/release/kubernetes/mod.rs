@@ -25,7 +25,8 @@ use self::{
     schema::Count,
 };
 use crate::{
-    AlreadyReported, cargo,
+    cargo,
+    reported::AlreadyReported,
     setup::{self, KubernetesTools},
 };
 

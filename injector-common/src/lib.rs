@@ -8,4 +8,7 @@ pub mod inline;
 #[cfg(feature = "user")]
 mod pod;
 pub mod proxy;
+mod seq_number;
 pub mod splice;
+
+pub use seq_number::SeqNumber;

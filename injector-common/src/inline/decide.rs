@@ -44,7 +44,7 @@ pub enum ClientOwner {
 /// Decides which.
 #[must_use]
 #[inline(always)]
-pub const fn client_owner(established: bool, pending: Option<&Flow>, segment: &Segment) -> ClientOwner {
+pub fn client_owner(established: bool, pending: Option<&Flow>, segment: &Segment) -> ClientOwner {
     if established {
         return ClientOwner::Established;
     }
@@ -72,13 +72,13 @@ pub enum OnSynAck {
 /// Decides on a SYN from the backend.
 #[must_use]
 #[inline(always)]
-pub const fn on_syn_ack(established: Option<&Flow>, pending: Option<&Flow>, segment: &Segment) -> OnSynAck {
+pub fn on_syn_ack(established: Option<&Flow>, pending: Option<&Flow>, segment: &Segment) -> OnSynAck {
     if let Some(flow) = pending
         && segment.is(ACK)
         && flow.beyond(segment.acknowledgement) == 0
     {
         // One SYN, two answers: SYN cookies of different minutes. Both would be good for a connection, and one is known.
-        let same = !flow.is(Flag::Accepted) || segment.sequence.wrapping_add(1) == flow.backend_first;
+        let same = !flow.is(Flag::Accepted) || segment.sequence + 1 == flow.backend_first;
         return if same { OnSynAck::Accept } else { OnSynAck::Drop };
     }
     match established {
@@ -127,7 +127,7 @@ pub enum ToBackend {
 /// the path after all, of which the client would be told without end.
 #[must_use]
 #[inline(always)]
-pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
+pub fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
     match (in_place(flow, segment), flow.may_begin_another(segment)) {
         (ToBackend::Shift, true) => ToBackend::ShiftOlder,
         (ToBackend::Follow, true) => ToBackend::Drop,
@@ -137,7 +137,7 @@ pub const fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
 
 /// The same for a backend that surely knows the connection.
 #[inline(always)]
-const fn in_place(flow: &Flow, segment: &Segment) -> ToBackend {
+fn in_place(flow: &Flow, segment: &Segment) -> ToBackend {
     if segment.is(SYN) {
         return ToBackend::Drop;
     }
@@ -210,7 +210,7 @@ pub enum ToClient {
 /// Decides on a segment from the backend that is no SYN.
 #[must_use]
 #[inline(always)]
-pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
+pub fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
     if !segment.is(ACK) {
         return ToClient::Pass;
     }
@@ -238,7 +238,7 @@ pub const fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
 /// acknowledged.
 #[must_use]
 #[inline(always)]
-pub const fn acknowledges(flow: &Flow, segment: &Segment) -> bool {
+pub fn acknowledges(flow: &Flow, segment: &Segment) -> bool {
     let beyond = flow.beyond(segment.acknowledgement);
     !flow.is(Flag::Acknowledged)
         && flow.is(Flag::Sent)

@@ -3,6 +3,7 @@
 use super::{
     ACK, FIN, HeaderAddresses, PendingSyn, RST, Segment, SeqState, Template, URG, sequence::LARGEST_WINDOW,
 };
+use crate::SeqNumber;
 
 /// Packets and payload bytes of one direction.
 #[repr(C)]
@@ -21,7 +22,7 @@ pub struct DirectionStats {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
     /// The sequence number of the client's first byte.
-    pub first: u32,
+    pub first: SeqNumber,
     /// What is added to the client's numbers towards the backend, besides the header's length: random, and never shown to the client. Without
     /// it a client could make a segment of one connection fit another one that the backend has, or would begin by a SYN cookie,
     /// such that its own bytes come first there.
@@ -58,7 +59,7 @@ pub struct Flow {
     /// and how far the backend.
     pub backend: SeqState,
     /// The sequence number of the backend's first byte.
-    pub backend_first: u32,
+    pub backend_first: SeqNumber,
     /// How often the header was sent with a packet of the client's own.
     pub appended: u32,
     /// How often it was retransmitted because the backend asked for it.
@@ -118,8 +119,8 @@ impl Flow {
 
     /// Makes a zeroed flow that of the client whose SYN leaves now; its addresses are still to be copied.
     #[inline(always)]
-    pub const fn open(&mut self, slot: &PendingSyn, template: &Template, offset: u32, now_ns: u64) {
-        self.first = slot.sequence.wrapping_add(1);
+    pub fn open(&mut self, slot: &PendingSyn, template: &Template, offset: u32, now_ns: u64) {
+        self.first = slot.sequence + 1;
         self.offset = offset;
         self.client = SeqState::new(self.first);
         self.header_len = template.len;
@@ -131,8 +132,8 @@ impl Flow {
     /// How far the backend's acknowledgement is beyond the header's first byte; 2^31 and more if it is before it.
     #[must_use]
     #[inline(always)]
-    pub const fn beyond(&self, acknowledgement: u32) -> u32 {
-        acknowledgement.wrapping_sub(self.first).wrapping_sub(self.offset)
+    pub fn beyond(&self, acknowledgement: SeqNumber) -> u32 {
+        acknowledgement - (self.first + self.offset)
     }
 
     /// What the client's numbers and the backend's differ by once the header has gone.
@@ -144,8 +145,8 @@ impl Flow {
 
     /// The backend has answered the SYN: with another number than before, if it answers by SYN cookies.
     #[inline(always)]
-    pub const fn accept(&mut self, syn_ack: &Segment) {
-        self.backend_first = syn_ack.sequence.wrapping_add(1);
+    pub fn accept(&mut self, syn_ack: &Segment) {
+        self.backend_first = syn_ack.sequence + 1;
         self.backend = SeqState::new(self.backend_first);
         self.set(Flag::Accepted);
     }
@@ -174,7 +175,7 @@ impl Flow {
     #[must_use]
     #[inline(always)]
     pub fn is_of(&self, slot: &PendingSyn) -> bool {
-        self.first == slot.sequence.wrapping_add(1)
+        self.first == slot.sequence + 1
             && self.listener == slot.listener
             && self.addresses.same(&slot.addresses)
             && !self.closed()
@@ -184,14 +185,14 @@ impl Flow {
     /// else before the header. Anything less would give forged handshakes a place in `FLOWS`.
     #[must_use]
     #[inline(always)]
-    pub const fn is_accepted_by(&self, segment: &Segment) -> bool {
+    pub fn is_accepted_by(&self, segment: &Segment) -> bool {
         self.is(Flag::Accepted) && segment.is(ACK) && segment.acknowledgement == self.backend_first
     }
 
     /// Whether this segment of the backend's refuses the SYN, in a way that the client believes (RFC 9293, section 3.10.7.3).
     #[must_use]
     #[inline(always)]
-    pub const fn is_refused_by(&self, segment: &Segment) -> bool {
+    pub fn is_refused_by(&self, segment: &Segment) -> bool {
         !self.is(Flag::Accepted)
             && segment.is(RST)
             && segment.is(ACK)
@@ -202,10 +203,10 @@ impl Flow {
     /// be another connection's, which the backend began behind the back of this one.
     #[must_use]
     #[inline(always)]
-    pub const fn repeats_syn_ack(&self, segment: &Segment) -> bool {
+    pub fn repeats_syn_ack(&self, segment: &Segment) -> bool {
         !self.is(Flag::Acknowledged)
             && self.beyond(segment.acknowledgement) == 0
-            && segment.sequence.wrapping_add(1) == self.backend_first
+            && segment.sequence + 1 == self.backend_first
     }
 
     /// Notes what a segment of the client's that goes on means for the connection's end.
@@ -248,7 +249,7 @@ impl Flow {
             && let Some(acknowledgement) = self.without_header(segment.acknowledgement)
         {
             self.client.note_acked(acknowledgement);
-            if self.client.acked.wrapping_sub(self.first) >= LARGEST_WINDOW {
+            if self.client.acked - self.first >= LARGEST_WINDOW {
                 self.set(Flag::Far);
             }
         }
@@ -263,15 +264,15 @@ impl Flow {
     /// An empty FIN may pass: what begins with it has no bytes.
     #[must_use]
     #[inline(always)]
-    pub const fn may_begin_another(&self, segment: &Segment) -> bool {
+    pub fn may_begin_another(&self, segment: &Segment) -> bool {
         if !self.is(Flag::BackendFin) && !self.is(Flag::Doubted) {
             return false;
         }
         if segment.is(RST) || (segment.is(FIN) && !segment.is(URG) && segment.payload == 0) {
             return false;
         }
-        let received = segment.acknowledgement.wrapping_sub(self.backend_first);
-        let sent = segment.sequence.wrapping_sub(self.first).wrapping_add(self.header_len);
+        let received = segment.acknowledgement - self.backend_first;
+        let sent = segment.sequence + self.header_len - self.first;
         received.wrapping_sub(sent).wrapping_add(Self::COOKIE_SLACK) <= 2 * Self::COOKIE_SLACK
     }
 
@@ -280,9 +281,9 @@ impl Flow {
     /// be the one that fits.
     #[must_use]
     #[inline(always)]
-    pub const fn is_in_step(&self, segment: &Segment) -> bool {
-        let acknowledged = segment.acknowledgement.wrapping_sub(self.backend_first);
-        segment.is(ACK) && acknowledged <= self.backend.end.wrapping_sub(self.backend_first)
+    pub fn is_in_step(&self, segment: &Segment) -> bool {
+        let acknowledged = segment.acknowledgement - self.backend_first;
+        segment.is(ACK) && acknowledged <= self.backend.end - self.backend_first
     }
 
     /// Whether a segment of the client's with this number begins where it has no bytes: before its first one. The header stands
@@ -290,21 +291,20 @@ impl Flow {
     /// connection since (SYN cookies).
     #[must_use]
     #[inline(always)]
-    pub const fn is_before_first(&self, sequence: u32) -> bool {
-        let back = self.client.acked.wrapping_sub(sequence);
-        let least =
-            if self.is(Flag::Far) { LARGEST_WINDOW } else { self.client.acked.wrapping_sub(self.first) };
+    pub fn is_before_first(&self, sequence: SeqNumber) -> bool {
+        let back = self.client.acked - sequence;
+        let least = if self.is(Flag::Far) { LARGEST_WINDOW } else { self.client.acked - self.first };
         back > least && back < 1 << 31
     }
 
     /// A number that the backend acknowledges, as the client counts; `None` if it is older than the connection.
     #[inline(always)]
-    const fn without_header(&self, acknowledgement: u32) -> Option<u32> {
+    fn without_header(&self, acknowledgement: SeqNumber) -> Option<SeqNumber> {
         let beyond = self.beyond(acknowledgement);
         if self.is(Flag::Acknowledged)
             || (self.is(Flag::Sent) && beyond >= self.header_len && beyond < 1 << 31)
         {
-            Some(acknowledgement.wrapping_sub(self.shift()))
+            Some(acknowledgement - self.shift())
         } else if beyond < self.header_len {
             Some(self.first)
         } else {
@@ -313,7 +313,7 @@ impl Flow {
     }
 
     #[inline(always)]
-    const fn note_ends(&mut self) {
+    fn note_ends(&mut self) {
         if self.client.is_finished() && !self.is(Flag::ClientFin) {
             if !self.is(Flag::BackendFin) {
                 self.set(Flag::ClientFirst);

@@ -1,6 +1,7 @@
 //! What ties a client's SYN at ingress to the same SYN at egress.
 
 use super::HeaderAddresses;
+use crate::SeqNumber;
 
 /// A client's SYN on its way through this host (map `SYN_CACHE`): what NAT is about to hide.
 ///
@@ -15,7 +16,7 @@ pub struct PendingSyn {
     /// `CLOCK_MONOTONIC` in nanoseconds; 0 if the slot is empty.
     pub at_ns: u64,
     /// The SYN's sequence number.
-    pub sequence: u32,
+    pub sequence: SeqNumber,
     /// Which listener it is for; [`PendingSyn::DISPUTED`] if two clients claim the slot and the number.
     pub listener: u32,
     /// The client, and where it connected to.
@@ -47,7 +48,7 @@ impl PendingSyn {
 
     /// Takes the slot for a SYN with this sequence number that leaves now, once.
     #[inline(always)]
-    pub const fn take(&mut self, sequence: u32, now_ns: u64) -> bool {
+    pub fn take(&mut self, sequence: SeqNumber, now_ns: u64) -> bool {
         let fits = self.fits(sequence, now_ns);
         if fits {
             self.at_ns = 0;
@@ -58,18 +59,18 @@ impl PendingSyn {
     /// Whether this is the slot of a SYN with this sequence number that leaves now.
     #[must_use]
     #[inline(always)]
-    pub const fn fits(&self, sequence: u32, now_ns: u64) -> bool {
+    pub fn fits(&self, sequence: SeqNumber, now_ns: u64) -> bool {
         self.listener != Self::DISPUTED && self.waits_for(sequence, now_ns)
     }
 
     #[inline(always)]
-    const fn waits_for(&self, sequence: u32, now_ns: u64) -> bool {
+    fn waits_for(&self, sequence: SeqNumber, now_ns: u64) -> bool {
         self.at_ns != 0 && self.sequence == sequence && now_ns.wrapping_sub(self.at_ns) <= Self::FRESH_NS
     }
 
     /// Remembers a SYN. While another with the same number has not left, neither is known any more.
     #[inline(always)]
-    pub fn store(&mut self, sequence: u32, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
+    pub fn store(&mut self, sequence: SeqNumber, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
         let disputed = self.waits_for(sequence, now_ns)
             && (self.listener == Self::DISPUTED || !self.addresses.same(addresses));
         self.at_ns = now_ns;

@@ -1,14 +1,16 @@
 //! What the decisions need of a TCP segment.
 
+use crate::SeqNumber;
+
 /// What the decisions need of a TCP segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
     /// The flags: [`FIN`] and those that follow it.
     pub flags: u8,
     /// Sequence number.
-    pub sequence: u32,
+    pub sequence: SeqNumber,
     /// Acknowledgement number; means something with [`ACK`] alone.
-    pub acknowledgement: u32,
+    pub acknowledgement: SeqNumber,
     /// Payload bytes.
     pub payload: u32,
     /// The window, unscaled.

@@ -1,6 +1,7 @@
 //! How far each side's sequence numbers have come, as far as can be believed: what a reset or a FIN is worth depends on it.
 
 use super::{FIN, Segment};
+use crate::SeqNumber;
 
 /// One side's sequence numbers, in the client's numbering: modulo 2^32, and without the header. `end` and `acked` are `td_end` and
 /// `td_maxack` of `struct ip_ct_tcp_state` (include/linux/netfilter/nf_conntrack_tcp.h).
@@ -9,11 +10,11 @@ use super::{FIN, Segment};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SeqState {
     /// Behind the last byte (or FIN): of the client, the last one that followed all before it without a gap.
-    pub end: u32,
+    pub end: SeqNumber,
     /// What the other side has acknowledged.
-    pub acked: u32,
+    pub acked: SeqNumber,
     /// Behind the last FIN, if [`SeqState::fin_sent`].
-    pub fin: u32,
+    pub fin: SeqNumber,
     /// 1 if a FIN was sent.
     pub fin_sent: u32,
 }
@@ -22,27 +23,27 @@ impl SeqState {
     /// After a SYN whose next number is `first`.
     #[must_use]
     #[inline(always)]
-    pub const fn new(first: u32) -> Self {
-        Self { end: first, acked: first, fin: 0, fin_sent: 0 }
+    pub const fn new(first: SeqNumber) -> Self {
+        Self { end: first, acked: first, fin: SeqNumber(0), fin_sent: 0 }
     }
 
     /// Whether a segment with this sequence number joins what is known of this side, or repeats a part of it that the other side
     /// has not acknowledged.
     #[must_use]
     #[inline(always)]
-    pub const fn joins(&self, sequence: u32) -> bool {
-        sequence.wrapping_sub(self.acked) <= self.end.wrapping_sub(self.acked)
+    pub fn joins(&self, sequence: SeqNumber) -> bool {
+        sequence - self.acked <= self.end - self.acked
     }
 
     /// Notes a segment of this side's; `joins` if it [joins](Self::joins) what was before, or is of a side that is believed without.
     #[inline(always)]
-    pub const fn note_sent(&mut self, segment: &Segment, joins: bool) {
+    pub fn note_sent(&mut self, segment: &Segment, joins: bool) {
         let end = end_of(segment);
         if segment.is(FIN) {
             self.fin = end;
             self.fin_sent = 1;
         }
-        if joins && is_behind(end, self.end) {
+        if joins && end > self.end {
             self.end = end;
         }
     }
@@ -51,16 +52,16 @@ impl SeqState {
     /// section 3.10.7.4).
     #[must_use]
     #[inline(always)]
-    pub const fn may_be_acked(&self, acknowledgement: u32) -> bool {
-        !is_behind(acknowledgement, self.end)
+    pub fn may_be_acked(&self, acknowledgement: SeqNumber) -> bool {
+        acknowledgement <= self.end
     }
 
     /// Notes that the other side has acknowledged up to here. It has then seen what was not seen here.
     #[inline(always)]
-    pub const fn note_acked(&mut self, acknowledgement: u32) {
-        if is_behind(acknowledgement, self.acked) {
+    pub fn note_acked(&mut self, acknowledgement: SeqNumber) {
+        if acknowledgement > self.acked {
             self.acked = acknowledgement;
-            if is_behind(acknowledgement, self.end) {
+            if acknowledgement > self.end {
                 self.end = acknowledgement;
             }
         }
@@ -69,7 +70,7 @@ impl SeqState {
     /// Whether this side has sent its FIN and all that is before it.
     #[must_use]
     #[inline(always)]
-    pub const fn is_finished(&self) -> bool {
+    pub fn is_finished(&self) -> bool {
         self.fin_sent != 0 && self.end == self.fin
     }
 
@@ -78,7 +79,7 @@ impl SeqState {
     /// under way. nf_conntrack believes the same two (nf_conntrack_tcp_packet, net/netfilter/nf_conntrack_proto_tcp.c).
     #[must_use]
     #[inline(always)]
-    pub const fn is_reset_by(&self, sequence: u32) -> bool {
+    pub fn is_reset_by(&self, sequence: SeqNumber) -> bool {
         sequence == self.end || sequence == self.acked
     }
 }
@@ -88,12 +89,6 @@ pub(super) const LARGEST_WINDOW: u32 = 1 << 30;
 
 /// Behind the last byte of a segment, or its FIN.
 #[inline(always)]
-const fn end_of(segment: &Segment) -> u32 {
-    segment.sequence.wrapping_add(segment.payload).wrapping_add(segment.is(FIN) as u32)
-}
-
-/// Whether one number is later than another.
-#[inline(always)]
-const fn is_behind(one: u32, other: u32) -> bool {
-    one != other && one.wrapping_sub(other) < 1 << 31
+fn end_of(segment: &Segment) -> SeqNumber {
+    segment.sequence + segment.payload + u32::from(segment.is(FIN))
 }

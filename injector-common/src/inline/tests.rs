@@ -1,24 +1,25 @@
 //! Examples.
 
 use super::*;
+use crate::SeqNumber;
 
-const FIRST: u32 = 1000;
+const FIRST: SeqNumber = SeqNumber(1000);
 const LEN: u32 = 28;
 
 fn flow(flags: &[Flag]) -> Flow {
     let client = SeqState::new(FIRST);
-    let (backend, backend_first) = (SeqState::new(7), 7);
+    let (backend, backend_first) = (SeqState::new(SeqNumber(7)), SeqNumber(7));
     let mut flow = Flow { first: FIRST, header_len: LEN, client, backend, backend_first, ..Flow::default() };
     flags.iter().for_each(|flag| flow.set(*flag));
     flow
 }
 
-fn from_client(flags: u8, sequence: u32, payload: u32) -> Segment {
-    Segment { flags, sequence, payload, acknowledgement: 7, window: 500 }
+fn from_client(flags: u8, sequence: SeqNumber, payload: u32) -> Segment {
+    Segment { flags, sequence, payload, acknowledgement: SeqNumber(7), window: 500 }
 }
 
-fn from_backend(flags: u8, acknowledgement: u32, payload: u32) -> Segment {
-    Segment { flags, sequence: 7, acknowledgement, payload, window: 500 }
+fn from_backend(flags: u8, acknowledgement: SeqNumber, payload: u32) -> Segment {
+    Segment { flags, sequence: SeqNumber(7), acknowledgement, payload, window: 500 }
 }
 
 #[test]
@@ -59,8 +60,16 @@ fn segments_of_the_client() {
         (&[][..], from_client(ACK | URG, FIRST, 0), ToBackend::Drop),
         // Without the backend's number, or with another.
         (&[][..], from_client(PSH, FIRST, 5), ToBackend::Drop),
-        (&[][..], Segment { acknowledgement: 7 + LEN, ..from_client(ACK | PSH, FIRST, 5) }, ToBackend::Drop),
-        (&[Flag::Sent], Segment { acknowledgement: 6, ..from_client(ACK, FIRST + 5, 5) }, ToBackend::Drop),
+        (
+            &[][..],
+            Segment { acknowledgement: SeqNumber(7) + LEN, ..from_client(ACK | PSH, FIRST, 5) },
+            ToBackend::Drop,
+        ),
+        (
+            &[Flag::Sent],
+            Segment { acknowledgement: SeqNumber(6), ..from_client(ACK, FIRST + 5, 5) },
+            ToBackend::Drop,
+        ),
         // Resets must have exactly the number that the backend expects (RFC 5961).
         (&[][..], from_client(RST, FIRST, 0), ToBackend::Pass),
         (&[Flag::Sent], from_client(RST, FIRST, 0), ToBackend::Shift),
@@ -69,13 +78,13 @@ fn segments_of_the_client() {
         (&[Flag::Acknowledged], from_client(RST | ACK, FIRST + 1, 0), ToBackend::Shift),
         (
             &[Flag::Acknowledged],
-            Segment { acknowledgement: 8, ..from_client(ACK, FIRST, 5) },
+            Segment { acknowledgement: SeqNumber(8), ..from_client(ACK, FIRST, 5) },
             ToBackend::Drop,
         ),
         // Acknowledged once is acknowledged for good, however far the numbers have come.
         (&[Flag::Acknowledged], from_client(ACK, FIRST, 0), ToBackend::Shift),
-        (&[Flag::Acknowledged, Flag::Far], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Shift),
-        (&[Flag::Acknowledged], from_client(ACK, FIRST.wrapping_sub(9), 100), ToBackend::Drop),
+        (&[Flag::Acknowledged, Flag::Far], from_client(ACK, FIRST - 9, 100), ToBackend::Shift),
+        (&[Flag::Acknowledged], from_client(ACK, FIRST - 9, 100), ToBackend::Drop),
     ] {
         assert_eq!(to_backend(&flow(state), &segment), expected, "{state:?} {segment:?}");
     }
@@ -115,7 +124,7 @@ fn segments_of_the_backend() {
     for (state, segment, expected) in [
         // Refused.
         (&[][..], from_backend(RST | ACK, FIRST, 0), ToClient::ClampAck),
-        (sent, from_backend(RST, 0, 0), ToClient::Pass),
+        (sent, from_backend(RST, SeqNumber(0), 0), ToClient::Pass),
         // The header is missing, in whole or in part.
         (sent, from_backend(ACK, FIRST, 0), ToClient::Retransmit),
         (sent, from_backend(ACK, FIRST + LEN - 1, 0), ToClient::Retransmit),
@@ -134,7 +143,7 @@ fn segments_of_the_backend() {
         (&[][..], from_backend(ACK, FIRST + LEN, 0), ToClient::Drop),
         (&[][..], from_backend(ACK, FIRST + LEN + 5, 9), ToClient::Drop),
         // And stays so, 2 GiB later too.
-        (&[Flag::Acknowledged], from_backend(ACK, FIRST.wrapping_add(3 << 30), 0), ToClient::Shift),
+        (&[Flag::Acknowledged], from_backend(ACK, FIRST + (3 << 30), 0), ToClient::Shift),
         (&[Flag::Acknowledged], from_backend(ACK, FIRST, 0), ToClient::Shift),
     ] {
         assert_eq!(to_client(&flow(state), &segment), expected, "{state:?} {segment:?}");
@@ -148,7 +157,7 @@ fn a_syn_is_answered_by_its_own_syn_ack() {
     let pending = Flow { offset: 3000, ..flow(&[]) };
     let answered = Flow { offset: 3000, ..flow(&[Flag::Accepted]) };
     let syn_ack = |sequence: u32, offset: u32| Segment {
-        sequence: sequence.wrapping_sub(1),
+        sequence: SeqNumber(sequence) - 1,
         ..from_backend(SYN | ACK, FIRST + offset, 0)
     };
     for (entries, segment, expected) in [
@@ -180,12 +189,16 @@ fn a_segment_is_that_of_who_is_established() {
     assert_eq!(owner(true, Some(&pending), answer), ClientOwner::Established);
     assert_eq!(owner(false, Some(&pending), answer), ClientOwner::Accepts);
     assert_eq!(owner(false, Some(&unanswered), answer), ClientOwner::None, "the backend has not answered");
-    let other = Segment { acknowledgement: 8, ..answer };
+    let other = Segment { acknowledgement: SeqNumber(8), ..answer };
     assert_eq!(owner(false, Some(&pending), other), ClientOwner::None);
     assert_eq!(owner(false, None, answer), ClientOwner::None);
-    assert_eq!(owner(false, Some(&pending), from_client(RST, 99, 0)), ClientOwner::Pending);
-    assert_eq!(owner(false, Some(&pending), from_client(RST, 99, 5)), ClientOwner::None, "with data");
-    assert_eq!(owner(false, None, from_client(RST, 99, 0)), ClientOwner::None);
+    assert_eq!(owner(false, Some(&pending), from_client(RST, SeqNumber(99), 0)), ClientOwner::Pending);
+    assert_eq!(
+        owner(false, Some(&pending), from_client(RST, SeqNumber(99), 5)),
+        ClientOwner::None,
+        "with data"
+    );
+    assert_eq!(owner(false, None, from_client(RST, SeqNumber(99), 0)), ClientOwner::None);
 }
 
 #[test]
@@ -221,13 +234,13 @@ fn the_header_is_acknowledged_once() {
 
 #[test]
 fn the_decisions_hold_across_the_wrap() {
-    let first = u32::MAX - 5;
+    let first = SeqNumber(u32::MAX - 5);
     let flow = Flow { first, client: SeqState::new(first), ..flow(&[Flag::Sent]) };
-    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 5, 0)), ToClient::Retransmit);
-    assert_eq!(to_client(&flow, &from_backend(ACK, 21, 0)), ToClient::Retransmit);
-    assert_eq!(to_client(&flow, &from_backend(ACK, 22, 0)), ToClient::DropAck);
-    assert_eq!(to_client(&flow, &from_backend(ACK, 23, 0)), ToClient::Shift);
-    assert_eq!(to_client(&flow, &from_backend(ACK, u32::MAX - 6, 0)), ToClient::Pass);
+    assert_eq!(to_client(&flow, &from_backend(ACK, SeqNumber(u32::MAX - 5), 0)), ToClient::Retransmit);
+    assert_eq!(to_client(&flow, &from_backend(ACK, SeqNumber(21), 0)), ToClient::Retransmit);
+    assert_eq!(to_client(&flow, &from_backend(ACK, SeqNumber(22), 0)), ToClient::DropAck);
+    assert_eq!(to_client(&flow, &from_backend(ACK, SeqNumber(23), 0)), ToClient::Shift);
+    assert_eq!(to_client(&flow, &from_backend(ACK, SeqNumber(u32::MAX - 6), 0)), ToClient::Pass);
 }
 
 #[test]
@@ -244,10 +257,14 @@ fn an_address_is_set_in_place() {
 
 #[test]
 fn a_slot_is_that_of_one_syn_and_for_a_while() {
-    let slot = PendingSyn { at_ns: 100, sequence: 7, ..PendingSyn::default() };
-    assert!(slot.fits(7, 100) && slot.fits(7, 100 + PendingSyn::FRESH_NS));
-    assert!(!slot.fits(8, 100) && !slot.fits(7, 101 + PendingSyn::FRESH_NS) && !slot.fits(7, 99));
-    assert!(!PendingSyn::default().fits(0, 0));
+    let slot = PendingSyn { at_ns: 100, sequence: SeqNumber(7), ..PendingSyn::default() };
+    assert!(slot.fits(SeqNumber(7), 100) && slot.fits(SeqNumber(7), 100 + PendingSyn::FRESH_NS));
+    assert!(
+        !slot.fits(SeqNumber(8), 100)
+            && !slot.fits(SeqNumber(7), 101 + PendingSyn::FRESH_NS)
+            && !slot.fits(SeqNumber(7), 99)
+    );
+    assert!(!PendingSyn::default().fits(SeqNumber(0), 0));
 }
 
 #[test]
@@ -267,9 +284,12 @@ fn a_token_is_never_that_of_a_packet_without_one() {
 fn a_connection_that_may_be_forgotten_begins_no_other() {
     let alive = flow(&[Flag::Sent, Flag::Acknowledged]);
     let mut finished = alive;
-    finished.note_from_backend(&Segment { sequence: 7, ..from_backend(ACK | FIN, FIRST + LEN, 60) }, || 1);
+    finished.note_from_backend(
+        &Segment { sequence: SeqNumber(7), ..from_backend(ACK | FIN, FIRST + LEN, 60) },
+        || 1,
+    );
     let mut reset = alive;
-    reset.note_from_backend(&Segment { sequence: 99, ..from_backend(RST, 0, 0) }, || 1);
+    reset.note_from_backend(&Segment { sequence: SeqNumber(99), ..from_backend(RST, SeqNumber(0), 0) }, || 1);
     let mut by_client = alive;
     by_client.note_from_client(&from_client(RST, FIRST + 9, 0), || 1);
     assert!(!reset.closed() && !by_client.closed(), "with other numbers than the expected ones");
@@ -277,7 +297,7 @@ fn a_connection_that_may_be_forgotten_begins_no_other() {
     let at = |flags, k: u32, m: u32, payload| Segment {
         flags,
         sequence: FIRST + k,
-        acknowledgement: 7 + m,
+        acknowledgement: SeqNumber(7) + m,
         payload,
         window: 500,
     };
@@ -293,7 +313,7 @@ fn a_connection_that_may_be_forgotten_begins_no_other() {
             );
             assert!(!alive.may_begin_another(&at(ACK, k, m, 40)), "{k} {m}");
             let mut heard = flow;
-            heard.backend.end = 7 + m;
+            heard.backend.end = SeqNumber(7) + m;
             assert_eq!(to_backend(&heard, &at(ACK, k, m, 40)), ToBackend::ShiftOlder, "{k} {m}");
             assert!(!heard.may_begin_another(&at(ACK, k, m - Flow::LESS, 40)), "{k} {m}: what it becomes");
         }
@@ -309,8 +329,8 @@ fn no_other_begins_behind_a_header_of_its_own() {
     let mut finished = flow(&[]);
     finished.note_from_backend(&from_backend(ACK | FIN, FIRST, 60), || 1);
     let first = |acknowledgement| Segment { acknowledgement, ..from_client(ACK | FIN, FIRST, 5) };
-    assert_eq!(to_backend(&finished, &first(7)), ToBackend::Follow);
-    assert_eq!(to_backend(&finished, &first(7 + LEN)), ToBackend::Drop);
+    assert_eq!(to_backend(&finished, &first(SeqNumber(7))), ToBackend::Follow);
+    assert_eq!(to_backend(&finished, &first(SeqNumber(7) + LEN)), ToBackend::Drop);
 }
 
 /// What an honest client sends passes, in every state that it can be in.
@@ -329,7 +349,7 @@ fn a_client_closes_as_it_does() {
     pass(from_client(ACK, FIRST + 10, 0));
     flow.note_from_backend(&from_backend(ACK | FIN, FIRST + LEN + 11, 0), || 2);
     assert!(flow.closed());
-    let last = Segment { acknowledgement: 8, ..from_client(ACK, FIRST + 11, 0) };
+    let last = Segment { acknowledgement: SeqNumber(8), ..from_client(ACK, FIRST + 11, 0) };
     assert_eq!(to_backend(&flow, &last), ToBackend::Shift);
 }
 
@@ -337,7 +357,7 @@ fn a_client_closes_as_it_does() {
 fn what_is_before_the_first_byte_is_known_for_good() {
     let at = |acked: u32, far: bool| {
         let mut flow = flow(&[Flag::Sent, Flag::Acknowledged]);
-        flow.client.acked = FIRST.wrapping_add(acked);
+        flow.client.acked = FIRST + acked;
         if far {
             flow.set(Flag::Far);
         }
@@ -347,15 +367,15 @@ fn what_is_before_the_first_byte_is_known_for_good() {
     for acked in [0, 1, 5000, (1 << 30) - 1] {
         let flow = at(acked, false);
         assert!(flow.is_before_first(FIRST - 1) && flow.is_before_first(FIRST - LEN), "{acked}");
-        assert!(!flow.is_before_first(FIRST) && !flow.is_before_first(FIRST.wrapping_add(acked)), "{acked}");
-        assert!(!flow.is_before_first(FIRST.wrapping_add((1 << 31) - 1)), "{acked}");
+        assert!(!flow.is_before_first(FIRST) && !flow.is_before_first(FIRST + acked), "{acked}");
+        assert!(!flow.is_before_first(FIRST + ((1 << 31) - 1)), "{acked}");
     }
     // Then by the largest window, across the wrap of all numbers as well.
     for acked in [1 << 30, 1 << 31, 3 << 30, u32::MAX - 5, 0, 1000] {
         let flow = at(acked, true);
-        let end = FIRST.wrapping_add(acked);
-        assert!(!flow.is_before_first(end) && !flow.is_before_first(end.wrapping_sub(1 << 30)), "{acked}");
-        assert!(flow.is_before_first(end.wrapping_sub((1 << 30) + 1)), "{acked}");
+        let end = FIRST + acked;
+        assert!(!flow.is_before_first(end) && !flow.is_before_first(end - (1 << 30)), "{acked}");
+        assert!(flow.is_before_first(end - ((1 << 30) + 1)), "{acked}");
     }
 }
 
@@ -367,7 +387,7 @@ fn how_far_the_backend_has_come_is_noted() {
         [(first + 100, false), (first + (1 << 30) - 1, false), (first + (1 << 30), true)]
     {
         flow.note_from_backend(&from_backend(ACK, acknowledgement, 0), || 1);
-        assert_eq!(flow.is(Flag::Far), far, "{acknowledgement}");
+        assert_eq!(flow.is(Flag::Far), far, "{acknowledgement:?}");
     }
 }
 
@@ -380,27 +400,27 @@ fn of_client(last: u8) -> HeaderAddresses {
 #[test]
 fn two_clients_with_one_number_are_both_unknown() {
     let mut slot = PendingSyn::default();
-    slot.store(7, 1, &of_client(1), 100);
-    assert!(slot.fits(7, 100) && slot.listener == 1 && slot.addresses == of_client(1));
+    slot.store(SeqNumber(7), 1, &of_client(1), 100);
+    assert!(slot.fits(SeqNumber(7), 100) && slot.listener == 1 && slot.addresses == of_client(1));
     // Its own again.
-    slot.store(7, 1, &of_client(1), 110);
-    assert!(slot.fits(7, 110));
+    slot.store(SeqNumber(7), 1, &of_client(1), 110);
+    assert!(slot.fits(SeqNumber(7), 110));
     // Another's, and once more: whoever comes in between, nobody is known.
-    slot.store(7, 1, &of_client(2), 120);
-    assert!(!slot.fits(7, 120));
-    slot.store(7, 1, &of_client(2), 130);
-    slot.store(7, 1, &of_client(1), 130);
-    assert!(!slot.fits(7, 130));
+    slot.store(SeqNumber(7), 1, &of_client(2), 120);
+    assert!(!slot.fits(SeqNumber(7), 120));
+    slot.store(SeqNumber(7), 1, &of_client(2), 130);
+    slot.store(SeqNumber(7), 1, &of_client(1), 130);
+    assert!(!slot.fits(SeqNumber(7), 130));
     // Later, or with another number, it begins anew; so it does when the SYN has left.
     let disputed = slot;
-    slot.store(7, 1, &of_client(1), 131 + PendingSyn::FRESH_NS);
-    assert!(slot.fits(7, 131 + PendingSyn::FRESH_NS));
+    slot.store(SeqNumber(7), 1, &of_client(1), 131 + PendingSyn::FRESH_NS);
+    assert!(slot.fits(SeqNumber(7), 131 + PendingSyn::FRESH_NS));
     slot = disputed;
-    slot.store(8, 1, &of_client(2), 140);
-    assert!(slot.fits(8, 140) && slot.addresses == of_client(2));
+    slot.store(SeqNumber(8), 1, &of_client(2), 140);
+    assert!(slot.fits(SeqNumber(8), 140) && slot.addresses == of_client(2));
     slot.at_ns = 0;
-    slot.store(8, 1, &of_client(3), 150);
-    assert!(slot.fits(8, 150) && slot.addresses == of_client(3));
+    slot.store(SeqNumber(8), 1, &of_client(3), 150);
+    assert!(slot.fits(SeqNumber(8), 150) && slot.addresses == of_client(3));
 }
 
 #[test]
@@ -433,13 +453,16 @@ fn a_syn_is_a_connections_own_by_number_and_client() {
 
 #[test]
 fn a_handshake_ends_with_the_backends_number_and_no_other() {
-    let accepted = Flow { backend_first: 50, ..flow(&[Flag::Accepted]) };
+    let accepted = Flow { backend_first: SeqNumber(50), ..flow(&[Flag::Accepted]) };
     let segment = |flags, acknowledgement| Segment { flags, acknowledgement, ..Segment::default() };
-    assert!(accepted.is_accepted_by(&segment(ACK, 50)));
-    assert!(accepted.is_accepted_by(&segment(ACK | FIN, 50)));
-    assert!(!accepted.is_accepted_by(&segment(ACK, 51)) && !accepted.is_accepted_by(&segment(ACK, 49)));
-    assert!(!accepted.is_accepted_by(&segment(FIN, 50)));
-    assert!(!Flow { backend_first: 50, ..flow(&[]) }.is_accepted_by(&segment(ACK, 50)));
+    assert!(accepted.is_accepted_by(&segment(ACK, SeqNumber(50))));
+    assert!(accepted.is_accepted_by(&segment(ACK | FIN, SeqNumber(50))));
+    assert!(
+        !accepted.is_accepted_by(&segment(ACK, SeqNumber(51)))
+            && !accepted.is_accepted_by(&segment(ACK, SeqNumber(49)))
+    );
+    assert!(!accepted.is_accepted_by(&segment(FIN, SeqNumber(50))));
+    assert!(!Flow { backend_first: SeqNumber(50), ..flow(&[]) }.is_accepted_by(&segment(ACK, SeqNumber(50))));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! One spliced direction: what it has carried, and how far it may go.
 
 use super::FIRST_NOTIFY;
+use crate::SeqNumber;
 
 /// The value for one spliced direction (map `FLOWS`, by the source's socket cookie).
 #[repr(C)]
@@ -22,7 +23,7 @@ pub struct Flow {
     /// Bytes left to user space since the flow was made.
     pub passed: u64,
     /// The sequence number of the next new byte.
-    pub next: u32,
+    pub next: SeqNumber,
     /// Makes the size a multiple of the alignment.
     pub reserved: u32,
 }
@@ -30,7 +31,7 @@ pub struct Flow {
 impl Flow {
     /// A flow that has carried nothing, of a stream whose next byte has the sequence number `next`.
     #[must_use]
-    pub const fn new(next: u32) -> Self {
+    pub const fn new(next: SeqNumber) -> Self {
         let (redirected, lost, last_ns, passing, passed) = (0, 0, 0, 0, 0);
         Self { redirected, lost, last_ns, notify_at: FIRST_NOTIFY, passing, passed, next, reserved: 0 }
     }
@@ -44,8 +45,8 @@ impl Flow {
 /// (net/ipv4/tcp.c) hands it over whole.
 #[must_use]
 #[inline(always)]
-pub const fn repeated(next: u32, sequence: u32, len: u32) -> Option<u32> {
-    let before = next.wrapping_sub(sequence);
+pub fn repeated(next: SeqNumber, sequence: SeqNumber, len: u32) -> Option<u32> {
+    let before = next - sequence;
     if before < len { Some(before) } else { None }
 }
 
@@ -105,7 +106,7 @@ mod tests {
     #[test]
     fn notifications_come_at_doubling_sizes_and_then_every_step() {
         const STEP: u64 = 512 * 1024;
-        let mut at = Flow::new(0).notify_at;
+        let mut at = Flow::new(SeqNumber(0)).notify_at;
         let mut notified = [0; 7];
         for slot in &mut notified {
             *slot = at / 1024;
@@ -132,13 +133,18 @@ mod tests {
             (0, TOP, 2, Some(1)),
             (TOP, 0, 10, None),
         ] {
-            assert_eq!(repeated(next, sequence, len), repeats, "{next} {sequence} {len}");
+            assert_eq!(
+                repeated(SeqNumber(next), SeqNumber(sequence), len),
+                repeats,
+                "{next} {sequence} {len}"
+            );
         }
     }
 
     #[test]
     fn the_verdict_on_a_segment() {
-        let flow = |redirected, passing, passed| Flow { redirected, passing, passed, ..Flow::new(0) };
+        let flow =
+            |redirected, passing, passed| Flow { redirected, passing, passed, ..Flow::new(SeqNumber(0)) };
         let offer = |limit, resume_at| Credit { limit, resume_at };
         for (credit, flow, verdict) in [
             (Credit::up_to(100), flow(99, 0, 0), Verdict::Redirect),

@@ -1,9 +1,12 @@
 //! A model of the backend's TCP (RFC 9293), for one pair of addresses and ports: what it takes, what it answers, and what is read
-//! from it.
+//! from it. It computes with plain numbers, so that it does not share the arithmetic under test.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use injector_common::inline::{ACK, FIN, RST, SYN, Segment};
+use injector_common::{
+    SeqNumber,
+    inline::{ACK, FIN, RST, SYN, Segment},
+};
 
 use super::edge::{Byte, Sent};
 
@@ -122,7 +125,7 @@ impl Backend {
     pub(crate) fn take(&mut self, sent: &Sent, client: u8) -> Option<Segment> {
         let segment = &sent.segment;
         if segment.is(SYN) && !segment.is(ACK) {
-            self.syns.entry(segment.sequence).or_default().insert(client);
+            self.syns.entry(segment.sequence.0).or_default().insert(client);
         }
         match self.state {
             State::Listen => self.listen(sent),
@@ -137,15 +140,16 @@ impl Backend {
             return None;
         }
         if segment.is(ACK) {
-            let (syn, start) = (segment.sequence.wrapping_sub(1), segment.acknowledgement.wrapping_sub(1));
+            let (syn, start) =
+                (segment.sequence.0.wrapping_sub(1), segment.acknowledgement.0.wrapping_sub(1));
             if self.cookies && !segment.is(SYN) && self.is_cookie(start, syn) {
-                return self.establish(sent, segment.sequence, start);
+                return self.establish(sent, segment.sequence.0, start);
             }
             return Some(refusal(segment));
         }
         if segment.is(SYN) && !segment.is(FIN) {
-            let start = Self::start(segment.sequence, self.epoch);
-            let first = segment.sequence.wrapping_add(1);
+            let start = Self::start(segment.sequence.0, self.epoch);
+            let first = segment.sequence.0.wrapping_add(1);
             if !self.cookies {
                 self.state = State::SynReceived { first, start };
             }
@@ -157,9 +161,9 @@ impl Backend {
     fn syn_received(&mut self, sent: &Sent, first: u32, start: u32) -> Option<Segment> {
         let segment = &sent.segment;
         if segment.is(SYN) {
-            return (segment.sequence.wrapping_add(1) == first).then(|| syn_ack(start, first));
+            return (segment.sequence.0.wrapping_add(1) == first).then(|| syn_ack(start, first));
         }
-        if segment.sequence.wrapping_sub(first) > WINDOW {
+        if segment.sequence.0.wrapping_sub(first) > WINDOW {
             return Some(plain_ack(start.wrapping_add(1), first));
         }
         if segment.is(RST) {
@@ -169,7 +173,7 @@ impl Backend {
         if !segment.is(ACK) {
             return None;
         }
-        if segment.acknowledgement != start.wrapping_add(1) {
+        if segment.acknowledgement.0 != start.wrapping_add(1) {
             return Some(refusal(segment));
         }
         self.establish(sent, first, start)
@@ -199,7 +203,7 @@ impl Backend {
         let connection = self.connections.last_mut()?;
         let challenge = plain_ack(connection.send_next, connection.next);
         if segment.is(RST) {
-            let beyond = segment.sequence.wrapping_sub(connection.next);
+            let beyond = segment.sequence.0.wrapping_sub(connection.next);
             if beyond == 0 {
                 self.close();
                 return None;
@@ -210,13 +214,13 @@ impl Backend {
             return Some(challenge);
         }
         if !segment.is(ACK)
-            || segment.acknowledgement.wrapping_sub(connection.send_next).wrapping_sub(1) < 1 << 31
+            || segment.acknowledgement.0.wrapping_sub(connection.send_next).wrapping_sub(1) < 1 << 31
         {
             return None;
         }
         // What lies before the window altogether is not looked at (RFC 9293, section 3.10.7.4).
         let fin = u32::from(segment.is(FIN));
-        let end = segment.sequence.wrapping_add(segment.payload).wrapping_add(fin);
+        let end = segment.sequence.0.wrapping_add(segment.payload).wrapping_add(fin);
         if end.wrapping_sub(connection.next) >= 1 << 31 {
             return Some(challenge);
         }
@@ -224,7 +228,7 @@ impl Backend {
         connection.silent_ms = 0;
         // The last acknowledgement of a connection that both sides have finished.
         let answer = plain_ack(connection.send_next, connection.next);
-        if connection.said_fin && connection.finished && segment.acknowledgement == connection.send_next {
+        if connection.said_fin && connection.finished && segment.acknowledgement.0 == connection.send_next {
             self.close();
             return (segment.payload != 0 || segment.is(FIN)).then_some(answer);
         }
@@ -267,7 +271,7 @@ impl Backend {
 impl Connection {
     /// Bytes in their place; what came first stays.
     fn store(&mut self, sent: &Sent) {
-        let start = sent.segment.sequence;
+        let start = sent.segment.sequence.0;
         let beyond = |sequence: u32| sequence.wrapping_sub(self.next);
         let end = start.wrapping_add(sent.segment.payload);
         if beyond(start) > WINDOW && beyond(end) > WINDOW {
@@ -297,6 +301,7 @@ impl Connection {
 }
 
 const fn plain_ack(sequence: u32, acknowledgement: u32) -> Segment {
+    let (sequence, acknowledgement) = (SeqNumber(sequence), SeqNumber(acknowledgement));
     Segment { flags: ACK, sequence, acknowledgement, payload: 0, window: 500 }
 }
 
@@ -311,6 +316,7 @@ fn refusal(segment: &Segment) -> Segment {
     }
     let end = segment
         .sequence
+        .0
         .wrapping_add(segment.payload + u32::from(segment.is(SYN)) + u32::from(segment.is(FIN)));
-    Segment { flags: RST | ACK, acknowledgement: end, ..Segment::default() }
+    Segment { flags: RST | ACK, acknowledgement: SeqNumber(end), ..Segment::default() }
 }

@@ -1,9 +1,12 @@
 //! The edge: the real decisions over two entries, as the programs `backend_out` and `backend_in` have them in `PENDING` and
 //! `FLOWS`. There is one pair of addresses and ports, so that every connection meets what others have left.
 
-use injector_common::inline::{
-    ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, PendingSyn, SYN, Segment,
-    Template, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack, to_backend, to_client,
+use injector_common::{
+    SeqNumber,
+    inline::{
+        ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, PendingSyn, SYN, Segment,
+        Template, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack, to_backend, to_client,
+    },
 };
 
 /// The header's length.
@@ -15,7 +18,7 @@ pub(crate) enum Byte {
     /// The header of this client, at this offset.
     Header(u8, u32),
     /// The client side's, with this sequence number as it sent it.
-    Client(u32),
+    Client(SeqNumber),
 }
 
 /// A segment on its way to the backend, with the numbers that the backend sees.
@@ -80,30 +83,30 @@ impl Edge {
                 self.pending = Some(flow);
             }
         }
-        let sequence = segment.sequence.wrapping_add(self.pending?.offset);
-        let bytes = (0..segment.payload).map(|at| Byte::Client(segment.sequence.wrapping_add(at))).collect();
+        let sequence = segment.sequence + self.pending?.offset;
+        let bytes = (0..segment.payload).map(|at| Byte::Client(segment.sequence + at)).collect();
         Some(Sent { segment: Segment { sequence, ..*segment }, bytes })
     }
 
     /// Any other segment of the client side's.
     pub(crate) fn client_sends(&mut self, segment: &Segment) -> Vec<Sent> {
-        let with = |sequence: u32| Sent {
+        let with = |sequence: SeqNumber| Sent {
             segment: Segment { sequence, ..*segment },
-            bytes: (0..segment.payload).map(|at| Byte::Client(segment.sequence.wrapping_add(at))).collect(),
+            bytes: (0..segment.payload).map(|at| Byte::Client(segment.sequence + at)).collect(),
         };
         match client_owner(self.established.is_some(), self.pending.as_ref(), segment) {
             ClientOwner::None => return Vec::new(),
             ClientOwner::Pending => {
                 let offset = self.pending.map_or(0, |flow| flow.offset);
-                return vec![with(segment.sequence.wrapping_add(offset))];
+                return vec![with(segment.sequence + offset)];
             }
             ClientOwner::Accepts => self.established = self.pending.take(),
             ClientOwner::Established => {}
         }
         let failing = std::mem::take(&mut self.failing);
         let Some(flow) = &mut self.established else { return Vec::new() };
-        let shifted = segment.sequence.wrapping_add(flow.shift());
-        let plain = segment.sequence.wrapping_add(flow.offset);
+        let shifted = segment.sequence + flow.shift();
+        let plain = segment.sequence + flow.offset;
         let header = header(flow);
         let alone = |flags| Sent {
             segment: Segment { flags, sequence: plain, payload: H, ..*segment },
@@ -121,7 +124,7 @@ impl Edge {
             ToBackend::Shift => vec![with(shifted)],
             ToBackend::ShiftOlder => {
                 let mut older = with(shifted);
-                older.segment.acknowledgement = older.segment.acknowledgement.wrapping_sub(Flow::LESS);
+                older.segment.acknowledgement = older.segment.acknowledgement - Flow::LESS;
                 vec![older]
             }
             ToBackend::Append | ToBackend::Prepend if failing => return Vec::new(),
@@ -153,10 +156,7 @@ impl Edge {
     /// A segment of the backend's, or one that says it is.
     pub(crate) fn backend_sends(&mut self, segment: &Segment) -> Received {
         let earlier = |less: u32| Received {
-            to_client: Some(Segment {
-                acknowledgement: segment.acknowledgement.wrapping_sub(less),
-                ..*segment
-            }),
+            to_client: Some(Segment { acknowledgement: segment.acknowledgement - less, ..*segment }),
             to_backend: None,
         };
         let before_header = |flow: Option<Flow>| earlier(flow.map_or(0, |flow| flow.offset));
@@ -198,12 +198,12 @@ impl Edge {
             ToClient::DropAck => Received::default(),
             ToClient::Shift | ToClient::ClampAck | ToClient::Retransmit if failing => Received::default(),
             ToClient::Shift => earlier(flow.shift()),
-            ToClient::ClampAck => earlier(segment.acknowledgement.wrapping_sub(flow.first)),
+            ToClient::ClampAck => earlier(segment.acknowledgement - flow.first),
             ToClient::Retransmit => {
                 flow.set(Flag::Sent);
                 let numbers = Segment {
                     flags: injector_common::inline::ACK | injector_common::inline::PSH,
-                    sequence: flow.first.wrapping_add(flow.offset),
+                    sequence: flow.first + flow.offset,
                     acknowledgement: flow.backend.acked,
                     payload: flow.header_len,
                     window: 500,

@@ -1,6 +1,9 @@
 //! The properties themselves.
 
-use injector_common::inline::{ACK, FIN, Flag, Flow, PendingSyn, SYN, Segment, SeqState, payload_len};
+use injector_common::{
+    SeqNumber,
+    inline::{ACK, FIN, Flag, Flow, PendingSyn, SYN, Segment, SeqState, payload_len},
+};
 use proptest::prelude::*;
 
 use crate::edge::of;
@@ -50,13 +53,14 @@ proptest! {
     fn who_does_not_know_the_numbers_ends_nothing(
         first: u32, sent in 0..5000_u32, acked in 0..5000_u32, segments in prop::collection::vec(stray(), 1..20)
     ) {
-        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(7), ..Flow::default() };
+        let first = SeqNumber(first);
+        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(SeqNumber(7)), ..Flow::default() };
         flow.client.note_sent(&Segment { flags: ACK, sequence: first, payload: sent, ..Segment::default() }, true);
-        flow.client.note_acked(first.wrapping_add(acked.min(sent)));
+        flow.client.note_acked(first + acked.min(sent));
         let before = (flow.client.end, flow.client.acked, flow.backend.end);
         for (from, segment) in segments {
             // Beyond what is known, by whatever number.
-            let sequence = flow.client.end.wrapping_add(1).wrapping_add(from % (u32::MAX - sent - 1));
+            let sequence = flow.client.end + 1 + from % (u32::MAX - sent - 1);
             flow.note_from_client(&Segment { sequence, ..segment }, || 1);
             prop_assert!(!flow.closed() && !flow.is(Flag::ClientFin), "{flow:?}");
             prop_assert_eq!((flow.client.end, flow.client.acked, flow.backend.end), before);
@@ -66,9 +70,9 @@ proptest! {
     /// P5: what the backend sends after an end revives the entry, once what was under way has passed.
     #[test]
     fn traffic_after_a_reset_revives(segment in stray(), by_client: bool, after_ms in 0..5000_u64) {
-        let mut flow = Flow { client: SeqState::new(5), backend: SeqState::new(7), ..Flow::default() };
+        let mut flow = Flow { client: SeqState::new(SeqNumber(5)), backend: SeqState::new(SeqNumber(7)), ..Flow::default() };
         let reset = |sequence| Segment { flags: injector_common::inline::RST, sequence, ..Segment::default() };
-        if by_client { flow.note_from_client(&reset(5), || 1) } else { flow.note_from_backend(&reset(7), || 1) }
+        if by_client { flow.note_from_client(&reset(SeqNumber(5)), || 1) } else { flow.note_from_backend(&reset(SeqNumber(7)), || 1) }
         prop_assert!(flow.closed());
         let segment = Segment { flags: segment.1.flags & !injector_common::inline::RST, ..segment.1 };
         flow.note_from_backend(&segment, || 1 + after_ms * 1_000_000);
@@ -79,21 +83,22 @@ proptest! {
     /// acknowledged.
     #[test]
     fn two_fins_end_a_connection(first: u32, pieces in prop::collection::vec(1..2000_u32, 0..12), order: u64) {
-        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(7), ..Flow::default() };
+        let first = SeqNumber(first);
+        let mut flow = Flow { first, client: SeqState::new(first), backend: SeqState::new(SeqNumber(7)), ..Flow::default() };
         flow.set(Flag::Sent);
         flow.set(Flag::Acknowledged);
         let mut next = first;
         let mut segments: Vec<_> = pieces.iter().map(|payload| {
-            let segment = Segment { flags: ACK, sequence: next, payload: *payload, acknowledgement: 7, window: 1 };
-            next = next.wrapping_add(*payload);
+            let segment = Segment { flags: ACK, sequence: next, payload: *payload, acknowledgement: SeqNumber(7), window: 1 };
+            next = next + *payload;
             segment
         }).collect();
-        segments.push(Segment { flags: ACK | FIN, sequence: next, payload: 0, acknowledgement: 7, window: 1 });
-        let fin = next.wrapping_add(1);
+        segments.push(Segment { flags: ACK | FIN, sequence: next, payload: 0, acknowledgement: SeqNumber(7), window: 1 });
+        let fin = next + 1;
         shuffle(&mut segments, order);
         segments.iter().for_each(|segment| flow.note_from_client(segment, || 1));
         // The backend acknowledges all of it with its own FIN.
-        let last = Segment { flags: ACK | FIN, sequence: 7, acknowledgement: fin, payload: 0, window: 1 };
+        let last = Segment { flags: ACK | FIN, sequence: SeqNumber(7), acknowledgement: fin, payload: 0, window: 1 };
         flow.note_from_backend(&last, || 1);
         prop_assert!(flow.closed(), "{flow:?}");
     }
@@ -119,13 +124,13 @@ proptest! {
                 Passage::In { client, processor, sequence } => {
                     seen[processor as usize] += 1;
                     let token = PendingSyn::token(processor, seen[processor as usize]);
-                    slots[usize::from(token)].store(sequence, client.into(), &of(client), now_ns);
+                    slots[usize::from(token)].store(SeqNumber(sequence), client.into(), &of(client), now_ns);
                     under_way.push((token, sequence, Some(client)));
                 }
                 Passage::Unseen { sequence } => under_way.push((0, sequence, None)),
                 Passage::Out { which } if !under_way.is_empty() => {
                     let (token, sequence, client) = under_way.swap_remove(which % under_way.len());
-                    let taken = slots[usize::from(token)].take(sequence, now_ns);
+                    let taken = slots[usize::from(token)].take(SeqNumber(sequence), now_ns);
                     let named = taken.then(|| slots[usize::from(token)].addresses);
                     prop_assert!(named.is_none() || named == client.map(of), "{named:?} of {client:?}");
                     // Its token is spent.
@@ -141,7 +146,16 @@ proptest! {
 fn stray() -> impl Strategy<Value = (u32, Segment)> {
     (any::<u32>(), any::<u8>(), any::<u32>(), 0..3000_u32).prop_map(
         |(from, flags, acknowledgement, payload)| {
-            (from, Segment { flags: flags & !SYN, sequence: from, acknowledgement, payload, window: 1 })
+            (
+                from,
+                Segment {
+                    flags: flags & !SYN,
+                    sequence: SeqNumber(from),
+                    acknowledgement: SeqNumber(acknowledgement),
+                    payload,
+                    window: 1,
+                },
+            )
         },
     )
 }
@@ -179,7 +193,7 @@ fn a_plain_connection_is_served() {
         let mut world = World::new(waits, cookies, 7);
         world.newcomer_is_served(1000).unwrap();
         let connection = world.backend.open_connection().unwrap();
-        let sequence = 1001 + u32::try_from(connection.read.len()).unwrap() - 28;
+        let sequence = SeqNumber(1001 + u32::try_from(connection.read.len()).unwrap() - 28);
         let flags = injector_common::inline::RST;
         world.client(&Segment { flags, sequence, ..Segment::default() }).unwrap();
         assert!(world.backend.open_connection().is_none() && world.edge.reported.len() == 1);

@@ -2,7 +2,10 @@
 
 use std::collections::VecDeque;
 
-use injector_common::inline::{ACK, FIN, Flag, PSH, RST, SYN, Segment, URG};
+use injector_common::{
+    SeqNumber,
+    inline::{ACK, FIN, Flag, PSH, RST, SYN, Segment, URG},
+};
 use proptest::test_runner::TestCaseError;
 
 use super::backend::{Backend, Connection};
@@ -16,7 +19,7 @@ pub(crate) struct World {
     pub(crate) edge: Edge,
     pub(crate) backend: Backend,
     /// What would be acknowledged next of each segment that has reached the client side; the latest first.
-    heard: VecDeque<u32>,
+    heard: VecDeque<SeqNumber>,
     lose_to_backend: bool,
     lose_to_edge: bool,
     /// Nothing was lost, nobody has spoken in the backend's name, and no SYN cookie can bring an ended connection back.
@@ -42,10 +45,10 @@ impl World {
         match *step {
             Step::Syn { client, number, flags, payload } => self.syn(client, number, flags, payload)?,
             Step::Client { anchor, at, acknowledges, flags, payload } => {
-                let sequence = self.anchor(anchor).wrapping_add(at);
+                let sequence = self.anchor(anchor) + at;
                 let acknowledgement = match acknowledges {
-                    Acknowledges::Heard(ago, more) => self.heard(ago).wrapping_add(more),
-                    Acknowledges::Any(number) => number,
+                    Acknowledges::Heard(ago, more) => self.heard(ago) + more,
+                    Acknowledges::Any(number) => SeqNumber(number),
                 };
                 self.client(&Segment { flags, sequence, acknowledgement, payload, window: 500 })?;
             }
@@ -83,18 +86,20 @@ impl World {
     }
 
     /// The client's first byte, of one connection or another.
-    fn anchor(&self, which: usize) -> u32 {
+    fn anchor(&self, which: usize) -> SeqNumber {
         let entries = [self.edge.pending, self.edge.established].into_iter().flatten();
-        let known: Vec<u32> = entries.map(|flow| flow.first).collect();
-        let all: Vec<u32> = known.into_iter().chain(NUMBERS.map(|number| number.wrapping_add(1))).collect();
+        let known: Vec<SeqNumber> = entries.map(|flow| flow.first).collect();
+        let all: Vec<SeqNumber> =
+            known.into_iter().chain(NUMBERS.map(|number| SeqNumber(number) + 1)).collect();
         all[which % all.len()]
     }
 
-    fn heard(&self, ago: usize) -> u32 {
-        self.heard.get(ago).or(self.heard.front()).copied().unwrap_or(0)
+    fn heard(&self, ago: usize) -> SeqNumber {
+        self.heard.get(ago).or(self.heard.front()).copied().unwrap_or_default()
     }
 
     pub(crate) fn syn(&mut self, client: u8, sequence: u32, flags: u8, payload: u32) -> Checked {
+        let sequence = SeqNumber(sequence);
         let segment = Segment { flags, sequence, acknowledgement: self.heard(0), payload, window: 500 };
         if let Some(sent) = self.edge.syn(client, &segment) {
             // P1: what has SYN among its flags has nothing else.
@@ -153,7 +158,7 @@ impl World {
     fn deliver(&mut self, received: Received) -> Checked {
         if let Some(segment) = received.to_client {
             let fin_or_syn = u32::from(segment.is(SYN)) + u32::from(segment.is(FIN));
-            self.heard.push_front(segment.sequence.wrapping_add(segment.payload + fin_or_syn));
+            self.heard.push_front(segment.sequence + (segment.payload + fin_or_syn));
             self.heard.truncate(8);
         }
         self.send_to_backend(received.to_backend.into_iter().collect(), 0)
@@ -173,8 +178,8 @@ impl World {
         self.undisturbed = false;
         let segment = Segment {
             flags,
-            sequence: flow.backend.end.wrapping_add(at),
-            acknowledgement: flow.first.wrapping_add(flow.offset).wrapping_add(acknowledges),
+            sequence: flow.backend.end + at,
+            acknowledgement: flow.first + flow.offset + acknowledges,
             payload,
             window: 500,
         };
@@ -197,7 +202,7 @@ impl World {
         if !self.undisturbed || !flow.is(Flag::ClientRst) {
             return Ok(());
         }
-        let own = |connection: &&Connection| connection.first == flow.first.wrapping_add(flow.offset);
+        let own = |connection: &&Connection| connection.first == (flow.first + flow.offset).0;
         prop_assert_that(!self.backend.open_connection().is_some_and(|connection| own(&connection)), || {
             format!("P5: reset for the edge, and open for the backend: {flow:?}")
         })
@@ -210,7 +215,7 @@ impl World {
         (self.lose_to_backend, self.lose_to_edge, self.edge.failing) = (false, false, false);
         self.edge.now_ns += 1_000_000;
         self.syn(CLIENT, number, SYN, 0)?;
-        let first = number.wrapping_add(1);
+        let first = SeqNumber(number) + 1;
         let before = self.backend.connections.len();
         let segment = |sequence, payload, flags, world: &Self| Segment {
             flags,
@@ -247,8 +252,8 @@ fn check_read(connection: &Connection) -> Checked {
         let right = match *byte {
             Byte::Header(client, offset) => at < H && offset == at && connection.clients.contains(&client),
             Byte::Client(sequence) => {
-                let start = *start.get_or_insert(sequence.wrapping_sub(at));
-                at >= H && sequence.wrapping_sub(at) == start
+                let start = *start.get_or_insert(sequence - at);
+                at >= H && sequence - at == start
             }
         };
         prop_assert_that(right, || format!("P1: {byte:?} at {at} of {connection:?}"))?;

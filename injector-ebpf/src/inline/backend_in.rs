@@ -4,9 +4,12 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::{helpers::generated::bpf_redirect, macros::classifier, programs::TcContext};
-use injector_common::inline::{
-    ACK, Counter, Event, Flag, Flow, Key, OnSynAck, RST, SYN, Segment, ToClient, acknowledges, on_syn_ack,
-    to_client,
+use injector_common::{
+    SeqNumber,
+    inline::{
+        ACK, Counter, Event, Flag, Flow, Key, OnSynAck, RST, SYN, Segment, ToClient, acknowledges,
+        on_syn_ack, to_client,
+    },
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
@@ -157,7 +160,7 @@ fn pass(skb: &TcContext, packet: &mut Packet, flow: NonNull<Flow>) -> i32 {
         ToClient::DropAck if !packet.may_have_sack(skb) => return DROP,
         ToClient::Shift | ToClient::DropAck => packet.acknowledge_earlier(skb, flow.shift()),
         ToClient::ClampAck => packet
-            .set_u32(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
+            .set_number(skb, ACKNOWLEDGEMENT, segment.acknowledgement, flow.first)
             .and_then(|()| packet.sack_earlier(skb, flow.shift())),
         _ if segment.is(ACK) => packet.acknowledge_earlier(skb, flow.offset),
         _ => Ok(()),
@@ -238,16 +241,16 @@ fn quoted(skb: &TcContext, packet: &mut Packet) -> Result<(), Failed> {
     let Some(flow) = maps::established(key).or_else(|| maps::pending(key)) else { return Ok(()) };
     // SAFETY: a map value, valid while the program runs.
     let flow = unsafe { flow.as_ref() };
-    let old = u32::from_be(sequence);
+    let old = SeqNumber(u32::from_be(sequence));
     let beyond = flow.beyond(old);
     let new = if flow.is(Flag::Acknowledged) || (flow.header_len..1 << 31).contains(&beyond) {
-        old.wrapping_sub(flow.shift())
+        old - flow.shift()
     } else if beyond < flow.header_len {
         // The header's own packet was the client's acknowledgement, with the number of its first byte.
         flow.first
     } else {
-        old.wrapping_sub(flow.offset)
+        old - flow.offset
     };
-    skb.l4_csum_replace(icmp + CHECKSUM, sequence.into(), new.to_be().into(), 4).map_err(|_| Failed)?;
-    skb.store(tcp + SEQUENCE, &new.to_be(), 0).map_err(|_| Failed)
+    skb.l4_csum_replace(icmp + CHECKSUM, sequence.into(), new.0.to_be().into(), 4).map_err(|_| Failed)?;
+    skb.store(tcp + SEQUENCE, &new.0.to_be(), 0).map_err(|_| Failed)
 }

@@ -93,7 +93,7 @@ fn open(skb: &TcContext, packet: &Packet) -> i32 {
     let offset = match (on_syn(pending, slot, &packet.segment), pending) {
         (OnSyn::Pass, Some(flow)) => Ok(flow.offset),
         (OnSyn::Open, _) => match maps::template(slot.listener, packet.ipv6) {
-            Some(template) => maps::open(key, slot, packet.segment.sequence.wrapping_add(1), template)
+            Some(template) => maps::open(key, slot, packet.segment.sequence + 1, template)
                 .ok_or(Counter::Full)
                 .inspect(|_| maps::count(Counter::Opened)),
             None => Err(Counter::SynUnknown),
@@ -154,12 +154,7 @@ fn pass(skb: &TcContext, packet: &Packet, flow: NonNull<Flow>) -> i32 {
         ToBackend::Drop => Err(Counter::InvalidSegment),
         ToBackend::Shift => later(skb, packet, flow.shift()),
         ToBackend::ShiftOlder => packet
-            .set_u32(
-                skb,
-                ACKNOWLEDGEMENT,
-                segment.acknowledgement,
-                segment.acknowledgement.wrapping_sub(Flow::LESS),
-            )
+            .set_number(skb, ACKNOWLEDGEMENT, segment.acknowledgement, segment.acknowledgement - Flow::LESS)
             .map_err(|_| Counter::RewriteFailed)
             .and_then(|()| later(skb, packet, flow.shift())),
         ToBackend::Append => header::append(skb, packet, flow)
@@ -198,7 +193,7 @@ fn sent(flow: &mut Flow, how: Counter) {
 #[inline(always)]
 fn later(skb: &TcContext, packet: &Packet, more: u32) -> Result<(), Counter> {
     let sequence = packet.segment.sequence;
-    packet.set_u32(skb, SEQUENCE, sequence, sequence.wrapping_add(more)).map_err(|_| Counter::RewriteFailed)
+    packet.set_number(skb, SEQUENCE, sequence, sequence + more).map_err(|_| Counter::RewriteFailed)
 }
 
 /// Sends a copy of the packet ahead, which comes through this program by itself and becomes the header ([`go_ahead`]). It leaves

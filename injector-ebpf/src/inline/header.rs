@@ -105,8 +105,8 @@ pub(super) fn retransmit(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> R
     }
     [tcp[0], tcp[1]] = [destination[0], destination[1]];
     [tcp[2], tcp[3]] = [source[0], source[1]];
-    set_word(tcp, 4, flow.first.wrapping_add(flow.offset).to_be_bytes());
-    set_word(tcp, 8, flow.backend.acked.to_be_bytes());
+    set_word(tcp, 4, (flow.first + flow.offset).0.to_be_bytes());
+    set_word(tcp, 8, flow.backend.acked.0.to_be_bytes());
     tcp[12] = ((tcp_len / 4) as u8) << 4;
     tcp[13] = ACK | PSH;
     [tcp[14], tcp[15]] = (flow.window as u16).to_be_bytes();

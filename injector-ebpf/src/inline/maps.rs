@@ -7,9 +7,12 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns},
     macros::btf_map,
 };
-use injector_common::inline::{
-    Address, ClosedFlow, Counter, Event, Flag, Flow, HeaderAddresses, IPV6_MIN_MTU, Key, Listener,
-    PendingSyn, Template,
+use injector_common::{
+    SeqNumber,
+    inline::{
+        Address, ClosedFlow, Counter, Event, Flag, Flow, HeaderAddresses, IPV6_MIN_MTU, Key, Listener,
+        PendingSyn, Template,
+    },
 };
 
 use super::{mem, packet::Packet};
@@ -142,7 +145,7 @@ pub(super) fn template(listener: u32, ipv6: bool) -> Option<&'static Template> {
 
 /// Remembers a SYN; returns the token that its packet must carry.
 #[inline(always)]
-pub(super) fn cache_syn(sequence: u32, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
+pub(super) fn cache_syn(sequence: SeqNumber, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
     let seen = SEEN.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot; softirqs of one processor do not interrupt each other.
     let number = unsafe {
@@ -159,7 +162,7 @@ pub(super) fn cache_syn(sequence: u32, listener: u32, addresses: &HeaderAddresse
 
 /// Takes the slot of the SYN that leaves now, with this token.
 #[inline(always)]
-pub(super) fn take_syn(token: u16, sequence: u32) -> Option<&'static PendingSyn> {
+pub(super) fn take_syn(token: u16, sequence: SeqNumber) -> Option<&'static PendingSyn> {
     // SAFETY: a map value; see `cache_syn`.
     let slot = unsafe { &mut *SYN_CACHE.get_ptr_mut(token.into())? };
     slot.take(sequence, now()).then_some(slot)
@@ -179,7 +182,7 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
 
 /// Begins the connection of the client in this slot, whose header will be of this template; returns its [`Flow::offset`].
 #[inline(always)]
-pub(super) fn open(key: &Key, slot: &PendingSyn, first: u32, template: &Template) -> Option<u32> {
+pub(super) fn open(key: &Key, slot: &PendingSyn, first: SeqNumber, template: &Template) -> Option<u32> {
     let flow = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
     let flow = unsafe {
@@ -193,7 +196,7 @@ pub(super) fn open(key: &Key, slot: &PendingSyn, first: u32, template: &Template
     // SAFETY: fields of a map value.
     let (at_ns, sequence) =
         unsafe { ((&raw const slot.at_ns).read_volatile(), (&raw const slot.sequence).read_volatile()) };
-    if at_ns != 0 || sequence.wrapping_add(1) != first {
+    if at_ns != 0 || sequence + 1 != first {
         return None;
     }
     flow.open(slot, template, offset, now());

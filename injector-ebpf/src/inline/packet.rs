@@ -8,7 +8,10 @@ use aya_ebpf::{
     helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
-use injector_common::inline::{ACK, Address, HeaderAddresses, Key, SYN, Segment, payload_len};
+use injector_common::{
+    SeqNumber,
+    inline::{ACK, Address, HeaderAddresses, Key, SYN, Segment, payload_len},
+};
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -246,8 +249,8 @@ fn parse_tcp(skb: &TcContext, packet: &mut Packet, origin: Origin, total: u32, n
     };
     packet.segment = Segment {
         flags: (length_flags_window >> 16) as u8,
-        sequence: packet.word(TCP_AT + 1),
-        acknowledgement: packet.word(TCP_AT + 2),
+        sequence: SeqNumber(packet.word(TCP_AT + 1)),
+        acknowledgement: SeqNumber(packet.word(TCP_AT + 2)),
         payload,
         window: length_flags_window as u16,
     };
@@ -384,10 +387,16 @@ impl Packet {
         Address::new(self.key.backend.ip, 0)
     }
 
-    /// Replaces a 32-bit number of the TCP header.
+    /// Replaces a sequence or acknowledgement number of the TCP header.
     #[inline(always)]
-    pub(super) fn set_u32(&self, skb: &TcContext, field: usize, old: u32, new: u32) -> Result<(), Failed> {
-        self.replace_u32(skb, self.tcp + field, old, new)
+    pub(super) fn set_number(
+        &self,
+        skb: &TcContext,
+        field: usize,
+        old: SeqNumber,
+        new: SeqNumber,
+    ) -> Result<(), Failed> {
+        self.replace_u32(skb, self.tcp + field, old.0, new.0)
     }
 
     /// The same anywhere under the TCP checksum, at an even offset from the header.
@@ -426,7 +435,7 @@ impl Packet {
     #[inline(always)]
     pub(super) fn acknowledge_earlier(&self, skb: &TcContext, less: u32) -> Result<(), Failed> {
         let acknowledgement = self.segment.acknowledgement;
-        self.set_u32(skb, ACKNOWLEDGEMENT, acknowledgement, acknowledgement.wrapping_sub(less))?;
+        self.set_number(skb, ACKNOWLEDGEMENT, acknowledgement, acknowledgement - less)?;
         self.sack_earlier(skb, less)
     }
 

@@ -13,7 +13,10 @@ use aya_ebpf::{
     macros::btf_map,
     programs::{SkBuffContext, SkMsgContext},
 };
-use injector_common::splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Verdict, next_notify};
+use injector_common::{
+    SeqNumber,
+    splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Verdict, next_notify},
+};
 
 /// Placeholder: the daemon sets the real size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -186,11 +189,11 @@ pub(super) fn broken(flow: NonNull<Flow>) -> bool {
 /// How many bytes at the start of a segment were received before; `None` if it does not continue the stream. The next is
 /// expected behind it.
 #[inline(always)]
-pub(super) fn repeated(flow: NonNull<Flow>, sequence: u32, len: u32) -> Option<u32> {
+pub(super) fn repeated(flow: NonNull<Flow>, sequence: SeqNumber, len: u32) -> Option<u32> {
     // SAFETY: as in `add_redirected`.
     let flow = unsafe { &mut *flow.as_ptr() };
     let repeated = injector_common::splice::repeated(flow.next, sequence, len)?;
-    flow.next = sequence.wrapping_add(len);
+    flow.next = sequence + len;
     Some(repeated)
 }
 

@@ -6,7 +6,10 @@ use aya_ebpf::{
     EbpfContext as _, bindings::sk_action, helpers::generated::bpf_get_socket_cookie, macros::stream_verdict,
     programs::SkBuffContext,
 };
-use injector_common::splice::{Counter, Flow, Verdict};
+use injector_common::{
+    SeqNumber,
+    splice::{Counter, Flow, Verdict},
+};
 use seq_macro::seq;
 
 use super::maps;
@@ -79,7 +82,7 @@ fn cut_repeated(payload: &SkBuffContext, flow: NonNull<Flow>, len: u32) -> Optio
 
     // The control block is TCP's own (struct tcp_skb_cb, include/net/tcp.h), which starts with the sequence number.
     // SAFETY: the program's own context.
-    let sequence = unsafe { (*payload.skb.skb).cb[0] };
+    let sequence = SeqNumber(unsafe { (*payload.skb.skb).cb[0] });
     let repeated = maps::repeated(flow, sequence, len)?;
     if repeated == 0 {
         return Some(len);

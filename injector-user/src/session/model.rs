@@ -6,7 +6,10 @@
 
 use std::collections::VecDeque;
 
-use injector_common::splice::{Credit, Flow, Verdict};
+use injector_common::{
+    SeqNumber,
+    splice::{Credit, Flow, Verdict},
+};
 use proptest::prelude::*;
 
 use super::direction::{Direction, Plane, Want};
@@ -87,7 +90,7 @@ impl Model {
     fn new() -> Self {
         Self {
             direction: Direction::new(0, 0, false),
-            flow: Flow::new(0),
+            flow: Flow::new(SeqNumber(0)),
             credit: Credit::up_to(0),
             enrolled: false,
             read_before: 0,

@@ -9,7 +9,10 @@ use aya::{
     Ebpf,
     maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockHash},
 };
-use injector_common::splice::{Counter, Credit, Flow, Header, PeerIsn};
+use injector_common::{
+    SeqNumber,
+    splice::{Counter, Credit, Flow, Header, PeerIsn},
+};
 
 use crate::{
     engine::bpf::{LoadError, MapPool, take_data, take_map as take},
@@ -72,7 +75,7 @@ impl Maps {
         PeerIsn(word).sequence(cookie)
     }
 
-    pub(super) fn add_flow(&self, source: u64, next: u32) -> Result<(), MapError> {
+    pub(super) fn add_flow(&self, source: u64, next: SeqNumber) -> Result<(), MapError> {
         self.flows.get().insert(source, Flow::new(next), NOEXIST)
     }
 
@@ -134,7 +137,7 @@ impl Maps {
 
     /// Uses a map as a session would, under a key that no socket has: cookies start at 1.
     pub(super) fn probe(&self) -> Result<(), MapError> {
-        self.add_flow(0, 0)?;
+        self.add_flow(0, SeqNumber(0))?;
         self.remove_flow(0)
     }
 }

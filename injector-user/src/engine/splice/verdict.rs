@@ -9,7 +9,10 @@ use std::{
 };
 
 use aya::maps::MapError;
-use injector_common::splice::{Credit, Flow};
+use injector_common::{
+    SeqNumber,
+    splice::{Credit, Flow},
+};
 use thiserror::Error;
 
 use super::Splice;
@@ -265,9 +268,9 @@ fn lost(flow: &Flow) -> io::Error {
 
 /// The sequence number of the byte behind the first `read` of the stream.
 #[expect(clippy::cast_possible_truncation, reason = "sequence numbers are counted modulo 2^32")]
-fn next_sequence(source: &Endpoint, read: u64) -> Option<u32> {
+fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
     // The SYN counts one.
-    Some(source.first_sequence()?.wrapping_add(1).wrapping_add(read as u32))
+    Some(SeqNumber(source.first_sequence()?) + 1 + read as u32)
 }
 
 /// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no

@@ -10,8 +10,8 @@ use aya::programs::{
 use thiserror::Error;
 
 use super::{
-    InlinePrograms,
     filters::{self, Filter},
+    programs::{self, InlinePrograms},
     routes::{Interface, LinkKind},
 };
 use crate::{config::Attachment, engine::bpf::lock, telemetry::log::target};
@@ -254,7 +254,7 @@ pub fn detach(pin: &Path) -> Result<Vec<String>, DetachError> {
 /// What could not be removed; everything else is.
 pub(super) fn remove_other_versions(pin: &Path) -> Result<Vec<String>, DetachError> {
     let mut removal = Removal::default();
-    remove_versions(&mut removal, pin, |version| version != super::VERSION);
+    remove_versions(&mut removal, pin, |version| version != programs::VERSION);
     removal.finish()
 }
 

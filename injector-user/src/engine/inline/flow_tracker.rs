@@ -12,7 +12,10 @@ use injector_common::inline::{ClosedFlow, Event, Flag, Flow, Key};
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
-use super::{InlinePrograms, endpoints, maps::socket_address};
+use super::{
+    maps::socket_address,
+    programs::{InlinePrograms, endpoints},
+};
 use crate::{
     engine::bpf::lock,
     os::sys,

@@ -10,8 +10,10 @@ use anyhow::{Context as _, anyhow, bail};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    FlowTracker, InlinePrograms, ListenerInfo, Role, addresses,
+    attach::{self, Role},
+    flow_tracker::{FlowTracker, ListenerInfo},
     nat::{self, TableName},
+    programs::{self, InlinePrograms, addresses},
     routes::{Changes, Interface, LinkKind, RouteError, Routes},
     sysctl::{self, Finding, Paths, Severity},
 };
@@ -86,7 +88,7 @@ async fn check_eligible(settings: &Settings, listener: &Listener) -> anyhow::Res
             );
         }
     }
-    super::pins(settings)?;
+    programs::pins(settings)?;
     let points = attach_points(settings, &backends).await?;
     forwarding_findings(settings, &[listener], &points)?;
     if settings.nat == Nat::Managed {
@@ -99,7 +101,7 @@ async fn check_eligible(settings: &Settings, listener: &Listener) -> anyhow::Res
 /// Where a listener's backends are, if it asks for nothing that this engine cannot do.
 fn checked_backends(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     for ipv6 in [false, true] {
-        super::template(&listener.receiver, ipv6, listener.waits_for_first_bytes())?;
+        programs::template(&listener.receiver, ipv6, listener.waits_for_first_bytes())?;
     }
     addresses(listener)
 }
@@ -158,7 +160,7 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
         InlineEngine { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
     running.attach(points)?;
     // After it: between them packets pass by both, and by none never.
-    let removed = super::attach::remove_other_versions(&settings.pin)
+    let removed = attach::remove_other_versions(&settings.pin)
         .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
     if !removed.is_empty() {
         let what = removed.join(", ");
@@ -418,7 +420,7 @@ pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
     if settings.nat == Nat::Managed {
         nat::remove(&table)?;
     }
-    super::detach(&settings.pin).with_context(|| format!("{}", settings.pin.display()))
+    attach::detach(&settings.pin).with_context(|| format!("{}", settings.pin.display()))
 }
 
 #[cfg(test)]

@@ -25,9 +25,8 @@ use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
 use self::segment::{Link, Segment};
 use super::{
-    LoadError, load_programs,
     maps::{Maps, Services},
-    sweep, template,
+    programs::{LoadError, load_programs, sweep, template},
 };
 use crate::{
     config::Receiver,

@@ -79,7 +79,7 @@ fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
 
 #[cfg(feature = "bpf")]
 fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    crate::engine::inline::runner::ineligible_reasons(config, listeners)
+    crate::engine::inline::eligibility::ineligible_reasons(config, listeners)
 }
 
 /// Never asked: there is always a fault then.

@@ -79,7 +79,7 @@ pub struct Serving {
     changed: Arc<Notify>,
     /// What engine inline is to serve.
     #[cfg(feature = "bpf")]
-    inline: tokio::sync::watch::Sender<Vec<crate::engine::inline::runner::ServedListener>>,
+    inline: tokio::sync::watch::Sender<Vec<crate::engine::inline::nat_sync::ServedListener>>,
 }
 
 /// What all listeners share.
@@ -413,7 +413,8 @@ impl Serving {
     #[must_use]
     pub fn inline(
         &self,
-    ) -> (tokio::sync::watch::Receiver<Vec<crate::engine::inline::runner::ServedListener>>, Arc<Notify>) {
+    ) -> (tokio::sync::watch::Receiver<Vec<crate::engine::inline::nat_sync::ServedListener>>, Arc<Notify>)
+    {
         (self.inline.subscribe(), Arc::clone(&self.changed))
     }
 
@@ -664,7 +665,7 @@ impl Serving {
 
     #[cfg(feature = "bpf")]
     fn refuse_unserved(&self, listener: &Listener) -> anyhow::Result<()> {
-        crate::engine::inline::runner::check_reload(&self.config.inline, listener)
+        crate::engine::inline::eligibility::check_reload(&self.config.inline, listener)
     }
 
     #[cfg(not(feature = "bpf"))]
@@ -705,7 +706,7 @@ impl Serving {
 
     #[cfg(feature = "bpf")]
     fn tell_inline(&self) {
-        let served = |open: &Open| crate::engine::inline::runner::ServedListener {
+        let served = |open: &Open| crate::engine::inline::nat_sync::ServedListener {
             listener: open.config.clone(),
             backends: Arc::clone(&open.backends),
             draining: open.drained.is_some(),

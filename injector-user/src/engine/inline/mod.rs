@@ -7,10 +7,13 @@
 //! [`detach`] removes them.
 
 mod attach;
+mod attach_points;
+pub mod eligibility;
 mod filters;
 mod flow_tracker;
 mod maps;
 pub mod nat;
+pub mod nat_sync;
 mod programs;
 pub mod routes;
 pub mod runner;

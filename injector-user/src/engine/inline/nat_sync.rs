@@ -1,0 +1,158 @@
+//! Keeps the NAT rules in step with the listeners, their drain state and their backends' health.
+
+use std::{net::IpAddr, sync::Arc};
+
+use super::{
+    nat::{self, TableName},
+    programs::addresses,
+};
+use crate::{
+    backend::Backends,
+    config::{Host, Inline as Settings, Listener, Nat},
+    telemetry::log::target,
+};
+
+/// A listener, and which of its backends get its connections.
+#[derive(Clone, Debug)]
+pub struct ServedListener {
+    /// As configured.
+    pub listener: Listener,
+    /// Its backends.
+    pub backends: Arc<Backends>,
+    /// Nobody new is sent on.
+    pub draining: bool,
+}
+
+/// As it is before anything is known of its backends.
+pub(super) fn fresh(listener: &Listener) -> ServedListener {
+    let backends = Arc::new(Backends::new(listener, None, Arc::default()));
+    ServedListener { listener: listener.clone(), backends, draining: false }
+}
+
+pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow::Result<nat::Ruleset> {
+    let mut services = Vec::new();
+    for ServedListener { listener, backends, draining } in served {
+        // What cannot be served at all is an error, not a listener without backends.
+        addresses(listener).map_err(anyhow::Error::msg)?;
+        let mut service = nat::Service {
+            name: listener.name.clone(),
+            listen: Vec::new(),
+            backends: Vec::new(),
+            masquerade: settings.masquerade,
+        };
+        for ipv6 in [false, true] {
+            let of_family = |ip: IpAddr| ip.to_canonical().is_ipv6() == ipv6;
+            let listen = || listener.bind.iter().filter(|address| of_family(address.ip()));
+            let eligible = backends.in_turn(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            let none_is_left = eligible.is_empty()
+                && listener.backends.iter().any(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            if *draining || none_is_left {
+                // Clients are refused by the host, which has no socket there.
+                continue;
+            }
+            service.listen.extend(listen());
+            service.backends.extend(eligible.into_iter().flat_map(|backend| {
+                let weight = backend.configured().weight;
+                backend.addresses().into_iter().map(move |address| nat::Backend { address, weight })
+            }));
+        }
+        if !service.listen.is_empty() {
+            services.push(service);
+        }
+    }
+    let table: TableName = settings.table.parse()?;
+    Ok(nat::ruleset(&table, &services)?)
+}
+
+/// No listener is inline any more: the NAT of an earlier run must not take new connections away from the sockets. Connections
+/// that it has sent on go on.
+pub(super) fn remove_stale_nat(settings: &Settings) {
+    if !settings.given || settings.nat != Nat::Managed {
+        return;
+    }
+    let table: Result<TableName, _> = settings.table.parse();
+    let Ok(table) = table else { return };
+    // Without nft there is no NAT of ours either.
+    if !nat::exists(&table).unwrap_or(false) {
+        return;
+    }
+    match nat::ruleset(&table, &[]).map_err(anyhow::Error::from).and_then(|empty| Ok(empty.apply()?)) {
+        Ok(change) => {
+            tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "no inline listener: NAT table emptied")
+        }
+        Err(error) => tracing::error!(target: target::ENGINE_INLINE,
+            table = settings.table,
+            error = format!("{error:#}"),
+            "emptying the NAT table failed; it still forwards new connections: remove it (nft delete table inet {})",
+            settings.table
+        ),
+    }
+}
+
+/// Has NAT send new connections to the backends whose turn it is.
+pub(super) async fn apply_dnat(settings: &Settings, served: Vec<ServedListener>) {
+    let table = &settings.table;
+    let settings = settings.clone();
+    let apply = move || -> anyhow::Result<nat::Change> { Ok(ruleset(&settings, &served)?.apply()?) };
+    match tokio::task::spawn_blocking(apply).await {
+        Ok(Ok(nat::Change::Unchanged)) => {}
+        Ok(Ok(change)) => {
+            tracing::info!(target: target::ENGINE_INLINE, table, ?change, "NAT rules updated")
+        }
+        Ok(Err(error)) => tracing::error!(target: target::ENGINE_INLINE,
+            error = format!("{error:#}"),
+            "updating NAT rules failed; new connections may reach backends that are down"
+        ),
+        Err(error) => {
+            tracing::error!(target: target::ENGINE_INLINE, %error, "applying NAT rules failed; the previous rules stay in effect")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{backend::Forced, config::Config};
+
+    fn config(backends: &str) -> Config {
+        let text = format!(
+            "[[listener]]\nname = \"a\"\nbind = [\"192.0.2.10:25\", \"[2001:db8::10]:25\"]\nprotocol = \"smtp\"\n\
+             engine = \"inline\"\nbackends = [{backends}, \"[2001:db8::20]:2525\"]\n"
+        );
+        Config::parse(&text, "test.toml").unwrap()
+    }
+
+    fn rules(config: &Config, served: &ServedListener) -> String {
+        format!("{:?}", ruleset(&config.inline, std::slice::from_ref(served)).unwrap())
+    }
+
+    #[test]
+    fn weights_of_the_configuration_are_those_of_the_rules() {
+        let of = |weights: [u32; 2]| {
+            let [one, other] = weights.map(|weight| format!("weight = {weight}"));
+            let backends = format!(
+                "{{ address = \"10.0.0.1:2525\", {one} }}, {{ address = \"10.0.0.2:2525\", {other} }}"
+            );
+            let config = config(&backends);
+            rules(&config, &fresh(&config.listeners[0]))
+        };
+        assert_eq!(of([1, 1]), of([7, 7]));
+        assert_ne!(of([1, 1]), of([3, 1]));
+    }
+
+    #[test]
+    fn rules_follow_the_health_of_each_family() {
+        let config = config("\"10.0.0.1:2525\", { address = \"10.0.0.2:2525\", backup = true }");
+        let served = fresh(&config.listeners[0]);
+        let leads_to = |served: &ServedListener, backend: &str| rules(&config, served).contains(backend);
+        assert!(leads_to(&served, "10.0.0.1") && !leads_to(&served, "10.0.0.2"));
+        assert!(served.backends.force("10.0.0.1:2525", Forced::Down));
+        assert!(!leads_to(&served, "10.0.0.1") && leads_to(&served, "10.0.0.2"));
+        assert!(leads_to(&served, "2001:db8::20"));
+        // Nobody is left for IPv4: the rules lead nowhere, and IPv6 goes on.
+        assert!(served.backends.force("10.0.0.2:2525", Forced::Down));
+        assert!(!leads_to(&served, "192.0.2.10") && leads_to(&served, "2001:db8::20"));
+        let drained = ServedListener { draining: true, ..served };
+        assert!(!leads_to(&drained, "2001:db8::"));
+    }
+}

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use nftables::schema::{NfListObject, NfObject, Nftables};
 use serde_json::Value;
 
-use super::{Ruleset, rules};
+use super::{rules, ruleset::Ruleset};
 
 /// What the kernel has under the table's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

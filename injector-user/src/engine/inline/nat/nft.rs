@@ -14,8 +14,11 @@ use nftables::types::NfFamily;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::compare::{TableDiff, compare};
-use super::{Change, Ruleset, TableName};
+use super::{
+    compare::{TableDiff, compare},
+    ruleset::{Change, Ruleset},
+    service::TableName,
+};
 
 /// The first of these that exists; services are often started without the sbin folders in PATH.
 const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];

@@ -16,7 +16,7 @@ use nftables::{
     types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
 };
 
-use super::{NatError, Service, TableName};
+use super::service::{NatError, Service, TableName};
 
 pub(super) const PREROUTING: &str = "prerouting";
 pub(super) const POSTROUTING: &str = "postrouting";

@@ -1,7 +1,17 @@
 //! What the programs cost: nanoseconds a segment, by `BPF_PROG_TEST_RUN`. As root:
 //! `cargo test -p injector-user --lib inline::selftest::cost -- --ignored --nocapture`.
 
-use super::*;
+use std::time::Duration;
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use injector_common::inline::{ACK, PSH, SYN};
+use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
+
+use super::{
+    connection::{Bench, ELSEWHERE, FIRST, LOOPBACK, Way},
+    segment::{Link, Segment},
+};
+use crate::engine::bpf::reports;
 
 /// Runs of each; the median counts.
 const RUNS: usize = 20_000;

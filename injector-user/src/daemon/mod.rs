@@ -18,7 +18,7 @@ use crate::{
     control::{self, Control, Request},
     engine::{registry::Findings, select as choice},
     listener,
-    os::{capabilities as rights, sys, systemd},
+    os::{capabilities as rights, rlimit, systemd},
     server as serving,
     server::{Outset, Serving, Sockets},
     telemetry::{
@@ -33,7 +33,7 @@ use crate::{
 /// # Errors
 /// When it cannot start; each says what to do.
 pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow::Result<()> {
-    let nofile = sys::raise_nofile();
+    let nofile = rlimit::raise_nofile();
     let carried = serving::carried(&config, nofile);
     if carried == 0 {
         bail!(
@@ -286,7 +286,7 @@ fn observe(metrics: &Metrics, findings: &Findings) {
 /// Passes on what the programs log, until the daemon ends.
 #[cfg(feature = "bpf")]
 async fn follow(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
-    let Ok(mut logger) = sys::poll(logger, tokio::io::Interest::READABLE) else {
+    let Ok(mut logger) = crate::os::poll::register(logger, tokio::io::Interest::READABLE) else {
         return;
     };
     while let Ok(mut ready) = logger.readable_mut().await {

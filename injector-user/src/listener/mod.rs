@@ -25,7 +25,7 @@ use crate::{
     config::Timeouts,
     listener::connection_limit::{Place, Room},
     net::{socket as endpoint, socket::Endpoint, splice_pipe as pipe},
-    os::sys,
+    os::poll,
     protocol::Refusal,
     session::{self, Context},
     telemetry::{log::target, metrics::RejectReason},
@@ -281,7 +281,7 @@ impl Door {
     /// Accepts on `socket` until the stop, and turns away politely who is still waiting then.
     pub async fn keep_open(self, socket: Socket) {
         let address = socket.local_addr().ok().and_then(|address| address.as_socket());
-        let socket = match sys::poll(socket, Interest::READABLE) {
+        let socket = match poll::register(socket, Interest::READABLE) {
             Ok(socket) => socket,
             Err(error) => {
                 tracing::error!(target: target::LISTENER,
@@ -389,7 +389,7 @@ async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
         let mut ready = socket.readable().await?;
         match ready.try_io(|socket| accept_now(socket.get_ref())) {
             // The kernel looks for a descriptor before it looks for a client (__sys_accept4_file, net/socket.c).
-            Ok(Err(error)) if no_room(&error) && !sys::readable_now(socket)? => ready.clear_ready(),
+            Ok(Err(error)) if no_room(&error) && !poll::readable_now(socket)? => ready.clear_ready(),
             Ok(result) => return result,
             Err(_would_block) => {}
         }

@@ -19,7 +19,7 @@ use atomic_waker::AtomicWaker;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
-    os::sys::{self, Epoll},
+    os::{epoll::Epoll, poll},
     telemetry::log::target,
 };
 
@@ -65,7 +65,7 @@ impl Watch {
     /// # Errors
     /// When the runtime cannot poll the instance.
     pub fn follow(&self) -> io::Result<()> {
-        let polled = sys::poll(EpollOf(Arc::clone(&self.0)), Interest::READABLE)?;
+        let polled = poll::register(EpollOf(Arc::clone(&self.0)), Interest::READABLE)?;
         tokio::spawn(dispatch(polled));
         Ok(())
     }

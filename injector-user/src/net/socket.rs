@@ -24,7 +24,7 @@ use crate::{
         hangup::{Watch, Watched},
         splice_pipe::{Pipe, Pipes},
     },
-    os::sys,
+    os::{poll, sockopt},
 };
 
 /// Bytes of the buffer that user space reads into.
@@ -165,7 +165,7 @@ impl Endpoint {
     /// it ([`accepts`]).
     #[must_use]
     pub fn first_sequence(&self) -> Option<u32> {
-        self.sequence.or_else(|| sys::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
+        self.sequence.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
     }
 
     /// The address at our side; for a client's socket what the client connected to.
@@ -459,7 +459,7 @@ impl Endpoint {
     pub async fn taken(&self, within: Duration) {
         let acknowledged = async {
             let mut pause = Duration::from_millis(1);
-            while sys::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
+            while sockopt::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(50));
             }
@@ -536,7 +536,7 @@ pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duratio
 pub fn accepts(socket: &Socket) -> io::Result<()> {
     prepare(socket)?;
     receive_buffer(socket)?;
-    sys::save_syn(socket)
+    sockopt::save_syn(socket)
 }
 
 /// Fixes the receive buffer; before connect(2) or listen(2), so that the window scale fits it.
@@ -575,7 +575,7 @@ fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
         Needs { read: false, write: true } => Interest::WRITABLE,
         Needs { read: false, write: false } => return Ok(None),
     };
-    sys::poll(Arc::clone(socket), interest | Interest::ERROR).map(Some)
+    poll::register(Arc::clone(socket), interest | Interest::ERROR).map(Some)
 }
 
 #[cfg(test)]

@@ -1,5 +1,11 @@
-//! The operating system: system calls, capabilities, systemd.
+//! The operating system: system calls, capabilities, systemd. The daemon's `unsafe` code is here.
 
 pub mod capabilities;
-pub mod sys;
+pub mod clock;
+pub mod epoll;
+#[cfg(feature = "bpf")]
+pub mod mmap;
+pub mod poll;
+pub mod rlimit;
+pub mod sockopt;
 pub mod systemd;

@@ -414,7 +414,7 @@ impl Pump {
     /// When payload last passed, in whichever plane.
     fn last_activity(&self) -> Instant {
         let carried = self.to_backend.last_carried_ns().max(self.to_client.last_carried_ns());
-        let since = crate::os::sys::monotonic_ns().saturating_sub(carried);
+        let since = crate::os::clock::monotonic_ns().saturating_sub(carried);
         let carried = Instant::now().checked_sub(Duration::from_nanos(since));
         carried.map_or(self.last, |carried| carried.max(self.last))
     }

@@ -27,7 +27,7 @@ use crate::{
         socket::{Endpoint, SOON},
         splice_pipe::Pipe,
     },
-    os::sys,
+    os::sockopt,
     telemetry::{backlog::BacklogShare, outcome::Bytes},
 };
 
@@ -245,7 +245,7 @@ impl Lane {
     pub(super) fn complete(&self, source: &Endpoint) -> bool {
         // The kernel may be working on the last segment, having announced its FIN already: asking waits for that, and
         // only then is the flow's count final.
-        let Ok(info) = sys::tcp_info(source) else { return false };
+        let Ok(info) = sockopt::tcp_info(source) else { return false };
         info.bytes_received == self.direction.read_bytes() + self.flow().redirected + 1
     }
 
@@ -324,7 +324,7 @@ impl Lane {
     fn offer(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
         let Some(carried) = &mut self.carried else { return Ok(()) };
         let read = self.direction.read_bytes();
-        if read == carried.offered_at || sys::unacknowledged(target)? > context.watermarks.low {
+        if read == carried.offered_at || sockopt::unacknowledged(target)? > context.watermarks.low {
             return Ok(());
         }
         carried.offered_at = read;
@@ -435,7 +435,7 @@ impl Lane {
     /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
     fn more_is_coming(&mut self, source: &Endpoint) -> bool {
         let Some(carried) = &mut self.carried else { return false };
-        let Ok(info) = sys::tcp_info(source) else { return false };
+        let Ok(info) = sockopt::tcp_info(source) else { return false };
         let redirected = carried.spliced.flow().map_or(0, |flow| flow.redirected);
         carried.early_ends += 1;
         info.bytes_received > self.direction.read_bytes() + redirected + 1 && carried.early_ends < EARLY_ENDS

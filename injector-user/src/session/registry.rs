@@ -15,7 +15,7 @@ use std::{
 use atomic_waker::AtomicWaker;
 use tokio::time::MissedTickBehavior;
 
-use crate::os::sys::monotonic_ns;
+use crate::os::clock::monotonic_ns;
 
 /// How late a call may come. What connections are called for is told in seconds; a timer for each would take more memory than
 /// anything else of an idle connection, and more time than is left in a short one.

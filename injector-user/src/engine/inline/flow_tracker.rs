@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     engine::bpf::lock,
-    os::sys,
+    os::{clock, poll},
     telemetry::{
         metrics::{Active, ListenerMetrics},
         outcome::{AccessLogEntry, Bytes, CloseReason},
@@ -136,7 +136,7 @@ impl FlowTracker {
     pub async fn run(&self, inline: &InlinePrograms) -> io::Result<()> {
         let ring = lock(&inline.maps.events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the event ring buffer already has a reader"))?;
-        let mut ring = sys::poll(ring, Interest::READABLE)?;
+        let mut ring = poll::register(ring, Interest::READABLE)?;
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         let mut scan = tokio::time::interval(SCAN_EVERY);
         loop {
@@ -261,7 +261,7 @@ impl FlowTracker {
     }
 
     fn scan(&self, inline: &InlinePrograms) {
-        let now = sys::monotonic_ns();
+        let now = clock::monotonic_ns();
         let flows = inline.maps.flows();
         let time_wait = time_wait(flows.len(), self.capacity);
         let mut expired = Vec::new();

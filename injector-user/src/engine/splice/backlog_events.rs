@@ -11,7 +11,7 @@ use injector_common::splice::BacklogEvent;
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
-use crate::{engine::Bell, os::sys};
+use crate::{engine::Bell, os::poll};
 
 /// The bells of all spliced directions, by their source's cookie.
 #[derive(Debug, Default)]
@@ -40,7 +40,7 @@ impl BacklogEvents {
 
     /// Reads the programs' events as long as the daemon runs.
     pub(super) async fn follow(&self, ring: RingBuf<MapData>) -> io::Result<()> {
-        let mut ring = sys::poll(ring, Interest::READABLE)?;
+        let mut ring = poll::register(ring, Interest::READABLE)?;
         loop {
             let mut ready = ring.readable_mut().await?;
             while let Some(record) = ready.get_inner_mut().next() {

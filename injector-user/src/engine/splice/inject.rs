@@ -7,7 +7,7 @@ use injector_common::splice::Header;
 use thiserror::Error;
 
 use super::Splice;
-use crate::{net::socket::Endpoint, os::sys};
+use crate::{net::socket::Endpoint, os::sockopt};
 
 /// The byte that carries a header alone; the program takes it out again.
 const DOORBELL: &[u8] = &[0];
@@ -73,7 +73,7 @@ impl Splice {
     /// Whether the header is in front of what was sent, both together so many bytes. Nothing else makes the queue longer than
     /// what was written. Where some of it has left and is acknowledged, the program's own mark tells, which is dearer to read.
     fn is_placed(&self, backend: &Endpoint, whole: u64) -> bool {
-        sys::unacknowledged(backend).is_ok_and(|queued| queued == whole)
+        sockopt::unacknowledged(backend).is_ok_and(|queued| queued == whole)
             || self.maps.header(backend).is_ok_and(|header| header.state == Header::SENT)
     }
 }

@@ -16,7 +16,7 @@ use injector_common::{
 
 use crate::{
     engine::bpf::{LoadError, MapPool, take_data, take_map as take},
-    os::sys::MmapArray,
+    os::mmap::MmapArray,
 };
 
 type Sockets = MapPool<SockHash<MapData, u64>>;

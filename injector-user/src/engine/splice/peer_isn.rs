@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, sync::Arc};
 use socket2::Socket;
 
 use super::Splice;
-use crate::{net::socket::SynObserver, os::sys};
+use crate::{net::socket::SynObserver, os::sockopt};
 
 /// The program on a socket. Dropping it detaches the program.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl PeerIsnFilter {
     /// As setsockopt(2).
     pub(crate) fn new(splice: &Arc<Splice>, socket: &Arc<Socket>) -> io::Result<Self> {
         let cookie = socket.cookie()?;
-        sys::attach_filter(socket, splice.peer_isn.as_fd())?;
+        sockopt::attach_filter(socket, splice.peer_isn.as_fd())?;
         Ok(Self { splice: Arc::clone(splice), socket: Arc::clone(socket), cookie })
     }
 }

@@ -19,7 +19,7 @@ use super::Splice;
 use crate::{
     engine::{Backlog, Bell, Offer},
     net::socket::Endpoint,
-    os::sys::{self, TcpInfo},
+    os::sockopt::{self, TcpInfo},
 };
 
 /// Why a direction stays in user space.
@@ -115,7 +115,7 @@ impl Spliced {
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
         // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
         // an open socket; if it did, the proof kicks again.
-        let _ = sys::kick(source);
+        let _ = sockopt::kick(source);
         Ok(spliced)
     }
 
@@ -213,9 +213,9 @@ impl Spliced {
     /// Bytes of this flow in the target's send queue, and beyond.
     fn taken(&self, target: &Endpoint) -> io::Result<u64> {
         // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
-        let acknowledged = sys::tcp_info(target)?.bytes_acked;
+        let acknowledged = sockopt::tcp_info(target)?.bytes_acked;
         let before = self.base + self.written.load(Ordering::Relaxed);
-        Ok((acknowledged + sys::unacknowledged(target)?).saturating_sub(before))
+        Ok((acknowledged + sockopt::unacknowledged(target)?).saturating_sub(before))
     }
 
     /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
@@ -224,17 +224,17 @@ impl Spliced {
     /// # Errors
     /// When bytes were lost: reset, never FIN.
     pub fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
-        let received = sys::tcp_info(source)?.bytes_received;
+        let received = sockopt::tcp_info(source)?.bytes_received;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
             return Err(lost(&flow));
         }
         // The FIN counts one.
         if read + flow.redirected + 1 != received {
-            sys::kick(source)?;
+            sockopt::kick(source)?;
             return Ok(false);
         }
-        let state = sys::tcp_info(target)?.state;
+        let state = sockopt::tcp_info(target)?.state;
         if !matches!(state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
             // Broken; its own event says how.
             return Ok(false);
@@ -259,7 +259,7 @@ impl Drop for Spliced {
 /// Afterwards the program goes by the credit that was set before, and the flow's counts stand still unless it redirects: a
 /// segment may be in its hands just now, on another processor, under the lock of the socket, which this call takes.
 fn settle(source: &Endpoint) -> io::Result<()> {
-    sys::tcp_info(source).map(drop)
+    sockopt::tcp_info(source).map(drop)
 }
 
 fn lost(flow: &Flow) -> io::Error {
@@ -278,9 +278,9 @@ fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
 fn queued_steadily(socket: &Endpoint) -> Result<u64, EnrolError> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {
-        let before = sys::tcp_info(socket)?.bytes_acked;
-        let waiting = sys::unacknowledged(socket)?;
-        if sys::tcp_info(socket)?.bytes_acked == before {
+        let before = sockopt::tcp_info(socket)?.bytes_acked;
+        let waiting = sockopt::unacknowledged(socket)?;
+        if sockopt::tcp_info(socket)?.bytes_acked == before {
             return Ok(before + waiting);
         }
     }

@@ -29,7 +29,7 @@ use self::{
 };
 use crate::{
     config::{self, Check, Host, Listener},
-    net::socket::{Endpoint, ObserveSyn},
+    net::{socket::Endpoint, syn::ObserveSyn},
     telemetry::{
         log::target,
         metrics::{BackendSample, BackendSource},
@@ -470,7 +470,7 @@ fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::Config, net::socket::unobserved};
+    use crate::{config::Config, net::syn::unobserved};
 
     fn backends(list: &str) -> Backends {
         let text = format!(

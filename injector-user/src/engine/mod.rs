@@ -26,7 +26,7 @@ use atomic_waker::AtomicWaker;
 use injector_common::splice::Flow;
 use socket2::Socket;
 
-use crate::net::socket::{Endpoint, SynObserver};
+use crate::net::{socket::Endpoint, syn::SynObserver};
 
 /// An engine that terminates TCP.
 pub trait Engine: Debug + Send + Sync {

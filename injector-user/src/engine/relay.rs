@@ -10,7 +10,7 @@ use socket2::Socket;
 
 use crate::{
     engine::{Engine, Injected, Refused, Spliced},
-    net::socket::{Endpoint, SynObserver},
+    net::{socket::Endpoint, syn::SynObserver},
 };
 
 /// The engine without BPF.

@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::Timeouts,
     listener::connection_limit::{Place, Room},
-    net::{socket as endpoint, socket::Endpoint, splice_pipe as pipe},
+    net::{options, socket::Endpoint, splice_pipe as pipe},
     os::poll,
     protocol::Refusal,
     session::{self, Context},
@@ -95,9 +95,9 @@ pub fn bind_for_workers(
         let sockets: io::Result<Vec<_>> = (0..workers).map(|_| bound(address, true)).collect();
         let sockets = sockets?;
         for socket in &sockets {
-            endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+            options::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
             socket.listen(BACKLOG)?;
-            endpoint::spare_acknowledgements(socket)?;
+            options::spare_acknowledgements(socket)?;
         }
         Ok(sockets)
     };
@@ -110,7 +110,7 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     // A restart must not wait for the connections of the last run to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
-    endpoint::accepts(&socket)?;
+    options::accepts(&socket)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
@@ -128,9 +128,9 @@ pub fn take_over(
 ) -> Result<Vec<Socket>, BindError> {
     let ready = || {
         socket.set_nonblocking(true)?;
-        endpoint::accepts(socket)?;
-        endpoint::spare_acknowledgements(socket)?;
-        endpoint::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+        options::accepts(socket)?;
+        options::spare_acknowledgements(socket)?;
+        options::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
         (0..workers).map(|_| socket.try_clone()).collect::<io::Result<_>>()
     };
     ready().map_err(|error| BindError { address, error })

@@ -16,23 +16,21 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{Interest, Ready, unix::AsyncFd};
 
 use crate::{
     net::{
         hangup::{Watch, Watched},
+        options,
         splice_pipe::{Pipe, Pipes},
+        syn::{ObserveSyn, syn_sequence},
     },
     os::{poll, sockopt},
 };
 
 /// Bytes of the buffer that user space reads into.
 const SCRATCH_SIZE: usize = 64 * 1024;
-
-/// The receive buffer of every socket: fixed, since autotuning would see a reader of infinite speed where the kernel
-/// takes the payload away at once. The kernel doubles it, and caps it at net.core.rmem_max.
-const RECEIVE_BUFFER: usize = 256 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_SIZE].into_boxed_slice());
@@ -53,21 +51,6 @@ pub const SOON: Duration = Duration::from_millis(1);
 const EVERYTHING: Needs = Needs { read: true, write: true };
 
 type Io = AsyncFd<Arc<Socket>>;
-
-/// Reads the peer's SYN while a socket connects, until it is dropped.
-pub trait SynObserver: Debug + Send + Sync {
-    /// The sequence number of the peer's SYN, once it has arrived.
-    fn sequence(&self) -> Option<u32>;
-}
-
-/// Starts a [`SynObserver`] on a socket that has not begun to connect; `None` where nothing needs one, or none can run.
-pub type ObserveSyn<'a> = dyn Fn(&Arc<Socket>) -> Option<Box<dyn SynObserver>> + Send + Sync + 'a;
-
-/// [`ObserveSyn`] for sockets whose data the kernel never forwards.
-#[must_use]
-pub fn unobserved(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
-    None
-}
 
 /// One end of a connection.
 ///
@@ -94,7 +77,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`accepts`].
+    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`options::accepts`].
     ///
     /// # Errors
     /// When the runtime cannot poll it.
@@ -112,9 +95,9 @@ impl Endpoint {
     pub async fn connect(address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Self> {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
-        prepare(&socket)?;
-        receive_buffer(&socket)?;
-        spare_acknowledgements(&socket)?;
+        options::prepare(&socket)?;
+        options::receive_buffer(&socket)?;
+        options::spare_acknowledgements(&socket)?;
         let socket = Arc::new(socket);
         let observer = observe(&socket);
         match socket.connect(&address.into()) {
@@ -162,7 +145,7 @@ impl Endpoint {
     }
 
     /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
-    /// it ([`accepts`]).
+    /// it ([`options::accepts`]).
     #[must_use]
     pub fn first_sequence(&self) -> Option<u32> {
         self.sequence.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
@@ -467,12 +450,12 @@ impl Endpoint {
         let _ = tokio::time::timeout(within, acknowledged).await;
     }
 
-    /// As [`give_up_after`].
+    /// As [`options::give_up_after`].
     ///
     /// # Errors
     /// As setsockopt(2).
     pub fn give_up_after(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
-        give_up_after(&self.socket, user_timeout, keepalive)
+        options::give_up_after(&self.socket, user_timeout, keepalive)
     }
 
     /// Closes with a RST, so that the peer never takes what it got for the whole. What was written and not sent yet is thrown away.
@@ -501,73 +484,6 @@ impl AsRawFd for Endpoint {
     }
 }
 
-/// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.
-fn syn_sequence(syn: &[u8]) -> Option<u32> {
-    const IPV6_HEADER: usize = 40;
-    const NEXT_HEADER: usize = 6;
-    let tcp = match syn.first()? >> 4 {
-        4 => usize::from(syn.first()? & 0xF) * 4,
-        6 if i32::from(*syn.get(NEXT_HEADER)?) == libc::IPPROTO_TCP => IPV6_HEADER,
-        _ => return None,
-    };
-    syn.get(tcp + 4..tcp + 8)?.first_chunk().copied().map(u32::from_be_bytes)
-}
-
-/// From now on a peer that does not answer is given up: one that has been sent something after `user_timeout`, as is one
-/// whose window stays closed for so long; an idle one is asked whether it lives after `keepalive` (whole seconds), and from
-/// then on, and given up after `user_timeout` as well. By the kernel alone, whoever carries the payload. Accepted sockets
-/// have it from the listening one.
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
-    let interval = (keepalive / 4).max(Duration::from_secs(1));
-    // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
-    let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
-    socket.set_tcp_keepalive(&probes)?;
-    socket.set_tcp_user_timeout(Some(user_timeout))
-}
-
-/// Readies a socket that is to accept: fixes the receive buffer, saves the SYN of each connection until it is read, and
-/// sets what accepted sockets then have as well (sk_clone, net/core/sock.c).
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn accepts(socket: &Socket) -> io::Result<()> {
-    prepare(socket)?;
-    receive_buffer(socket)?;
-    sockopt::save_syn(socket)
-}
-
-/// Fixes the receive buffer; before connect(2) or listen(2), so that the window scale fits it.
-///
-/// # Errors
-/// As setsockopt(2).
-fn receive_buffer(socket: &Socket) -> io::Result<()> {
-    socket.set_recv_buffer_size(RECEIVE_BUFFER)
-}
-
-/// Without Nagle, and with urgent data in its place.
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn prepare(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
-    // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
-    socket.set_out_of_band_inline(true)
-}
-
-/// Has acknowledgements go along with payload where some follows soon (delayed, RFC 9293, section 3.8.6.3), from the first
-/// segment on; the kernel alone sends them at once until it has seen a conversation. A connecting socket leaves that of the
-/// SYN-ACK to the header (tcp_rcv_synsent_state_process, net/ipv4/tcp_input.c). To be called before connect(2), but after
-/// listen(2), which forgets it (inet_csk_listen_start, net/ipv4/inet_connection_sock.c); accepted sockets have it as well.
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn spare_acknowledgements(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_quickack(false)
-}
-
 fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
     let interest = match needs {
         Needs { read: true, write: true } => Interest::READABLE | Interest::WRITABLE,
@@ -586,6 +502,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::net::syn::unobserved;
 
     async fn pair() -> (Endpoint, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -624,19 +541,5 @@ mod tests {
         assert_eq!(ours.read(<[u8]>::len).await.unwrap(), last.len());
         assert!(ours.read_its_last());
         assert_eq!(ours.read(<[u8]>::len).await.unwrap(), 0);
-    }
-
-    #[test]
-    fn the_sequence_number_of_a_saved_syn() {
-        let tcp = [0, 25, 0xC0, 0, 0xDE, 0xAD, 0xBE, 0xEF, 0, 0, 0, 0, 0x50, 2];
-        let ipv4 = |first| [&[first][..], &[0; 19], &tcp].concat();
-        let ipv6 = |next| [&[0x60, 0, 0, 0, 0, 20, next, 64][..], &[0; 32], &tcp].concat();
-        assert_eq!(syn_sequence(&ipv4(0x45)), Some(0xDEAD_BEEF));
-        assert_eq!(syn_sequence(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
-        assert_eq!(syn_sequence(&ipv6(6)), Some(0xDEAD_BEEF));
-        // An extension header, nothing, too little.
-        assert_eq!(syn_sequence(&ipv6(0)), None);
-        assert_eq!(syn_sequence(&[]), None);
-        assert_eq!(syn_sequence(ipv4(0x45).get(..26).unwrap()), None);
     }
 }

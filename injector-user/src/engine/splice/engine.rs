@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     engine::{Backlog, Bell, Engine, Injected, Offer, Refused, Spliced, relay},
-    net::socket::{Endpoint, SynObserver},
+    net::{socket::Endpoint, syn::SynObserver},
 };
 
 impl Engine for Arc<Splice> {

@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, sync::Arc};
 use socket2::Socket;
 
 use super::Splice;
-use crate::{net::socket::SynObserver, os::sockopt};
+use crate::{net::syn::SynObserver, os::sockopt};
 
 /// The program on a socket. Dropping it detaches the program.
 #[derive(Debug)]

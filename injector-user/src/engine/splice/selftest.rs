@@ -15,7 +15,7 @@ use crate::{
     engine::check::Check,
     net::{
         hangup::Watch,
-        socket as endpoint,
+        options,
         socket::{Endpoint, Needs},
     },
 };
@@ -239,7 +239,7 @@ async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
     ours.set_tcp_mss(SEGMENT)?;
     // Over loopback to a listener with room this does not wait.
     ours.connect(&listener.local_addr()?)?;
-    endpoint::prepare(&ours)?;
+    options::prepare(&ours)?;
     ours.set_nonblocking(true)?;
     let ours = Endpoint::accepted(ours)?;
     Ok((ours, TcpListener::from_std(listener.into())?.accept().await?.0))

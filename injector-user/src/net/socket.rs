@@ -1,11 +1,12 @@
 //! One end of a connection: a non-blocking TCP socket that can be read and written by user space, or only watched
 //! while the kernel carries its payload.
 
+mod read;
+mod write;
+
 use std::{
-    cell::RefCell,
-    fmt::Debug,
     future::poll_fn,
-    io::{self, IoSlice, Read as _},
+    io,
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
@@ -23,18 +24,10 @@ use crate::{
     net::{
         hangup::{Watch, Watched},
         options,
-        splice_pipe::{Pipe, Pipes},
         syn::{ObserveSyn, syn_sequence},
     },
     os::{poll, sockopt},
 };
-
-/// Bytes of the buffer that user space reads into.
-const SCRATCH_SIZE: usize = 64 * 1024;
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_SIZE].into_boxed_slice());
-}
 
 /// What the session needs to be told about a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,163 +172,6 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Waits for payload and hands it to `take`, as [`Endpoint::poll_read`]. Cancel safe.
-    ///
-    /// # Errors
-    /// As recv(2).
-    pub async fn read<T>(&self, mut take: impl FnMut(&[u8]) -> T) -> io::Result<T> {
-        loop {
-            if let Some(taken) = poll_fn(|task| self.poll_read(task, &mut take)).await? {
-                return Ok(taken);
-            }
-            tokio::time::sleep(SOON).await;
-        }
-    }
-
-    /// Hands payload to `take`, out of a buffer that all connections of the thread share; empty is the peer's FIN. `None`: there
-    /// will be more, but nothing tells when; look again [`SOON`].
-    ///
-    /// # Errors
-    /// As recv(2).
-    pub fn poll_read<T>(
-        &self,
-        task: &mut Context<'_>,
-        mut take: impl FnMut(&[u8]) -> T,
-    ) -> Poll<io::Result<Option<T>>> {
-        let Some(io) = &self.io else { return Poll::Pending };
-        loop {
-            let mut ready = ready!(io.poll_read_ready(task))?;
-            let state = ready.ready();
-            let closed = state.is_read_closed();
-            let broken = state.is_write_closed() || state.is_error();
-            let taken = SCRATCH.with_borrow_mut(|scratch| {
-                let count = match ready.try_io(|io| (&**io.get_ref()).read(scratch)) {
-                    Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
-                    Ok(result) => result?,
-                    Err(_would_block) => return Ok(None),
-                };
-                // A short read has emptied the queue: the next one would only say EAGAIN.
-                let emptied = count < scratch.len();
-                self.emptied.store(emptied, Ordering::Relaxed);
-                self.last.store(emptied && closed && !broken, Ordering::Relaxed);
-                if count > 0 && emptied {
-                    ready.clear_ready_matching(Ready::READABLE);
-                }
-                Ok::<_, io::Error>(Some(take(scratch.get(..count).unwrap_or_default())))
-            })?;
-            // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still with a
-            // worker, and says EAGAIN until then.
-            if taken.is_some() || closed {
-                return Poll::Ready(Ok(taken));
-            }
-        }
-    }
-
-    /// Moves payload into one of the pipes. `None` if there is none to be had, or nothing went into it but the peer's FIN:
-    /// [`Endpoint::poll_read`] then.
-    ///
-    /// # Errors
-    /// As splice(2).
-    pub fn poll_fill(
-        &self,
-        task: &mut Context<'_>,
-        pipes: &Pipes,
-    ) -> Poll<io::Result<Option<(Pipe, usize)>>> {
-        let Some(io) = &self.io else { return Poll::Pending };
-        loop {
-            let mut ready = ready!(io.poll_read_ready(task))?;
-            let Some(mut pipe) = pipes.borrow() else {
-                ready.retain_ready();
-                return Poll::Ready(Ok(None));
-            };
-            if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
-                let count = filled?;
-                // There may be more, in the middle of a segment even.
-                self.emptied.store(false, Ordering::Relaxed);
-                return Poll::Ready(Ok((count > 0).then_some((pipe, count))));
-            }
-        }
-    }
-
-    /// Moves out of the pipe what fits, once something does.
-    ///
-    /// # Errors
-    /// As splice(2).
-    pub fn poll_drain(&self, task: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        self.poll_room(task, || self.try_drain(pipe))
-    }
-
-    /// Moves out of the pipe what fits now, without waiting; 0 when nothing fits.
-    ///
-    /// # Errors
-    /// As splice(2).
-    pub fn try_drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
-        match pipe.drain(&*self.socket) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            drained => self.telling(drained),
-        }
-    }
-
-    /// Whether there is something to read, or an end.
-    ///
-    /// # Errors
-    /// When the runtime no longer polls.
-    pub fn poll_readable(&self, task: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(io) = &self.io else { return Poll::Pending };
-        ready!(io.poll_read_ready(task))?.retain_ready();
-        Poll::Ready(Ok(()))
-    }
-
-    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
-    /// the program would have to cut off more than it can: the kernel joins segments that wait in a queue into one.
-    #[must_use]
-    pub fn emptied(&self) -> bool {
-        self.emptied.load(Ordering::Relaxed)
-    }
-
-    /// Whether behind what was read last comes the peer's FIN, as far as is known. Another may not be known of yet.
-    #[must_use]
-    pub fn read_its_last(&self) -> bool {
-        self.last.load(Ordering::Relaxed)
-    }
-
-    /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
-    /// of it may be that error's.
-    #[must_use]
-    pub fn ends_by_fin(&self) -> bool {
-        !self.told.load(Ordering::Relaxed)
-    }
-
-    /// Remembers that an error was told.
-    fn telling<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        result.inspect_err(|_| self.told.store(true, Ordering::Relaxed))
-    }
-
-    /// Writes what fits now, without waiting; 0 when nothing fits.
-    ///
-    /// # Errors
-    /// As send(2).
-    pub fn try_write(&self, payload: &[u8]) -> io::Result<usize> {
-        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL))
-    }
-
-    /// Writes what fits of several pieces by one call, so that they leave in one segment where they can.
-    ///
-    /// # Errors
-    /// As sendmsg(2).
-    pub fn try_write_all(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
-    }
-
-    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::push_and_reset`] unless it
-    /// fills a segment.
-    ///
-    /// # Errors
-    /// As send(2).
-    pub fn try_write_more(&self, payload: &[u8]) -> io::Result<usize> {
-        self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL | libc::MSG_MORE))
-    }
-
     /// Acknowledges what has come by now, and what comes next at once, until the kernel sees a conversation.
     ///
     /// # Errors
@@ -354,44 +190,9 @@ impl Endpoint {
         self.socket.set_tcp_nodelay(true)
     }
 
-    fn try_now(&self, write: impl Fn(&Socket) -> io::Result<usize>) -> io::Result<usize> {
-        loop {
-            match write(&self.socket) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return self.telling(result),
-            }
-        }
-    }
-
-    /// Writes what fits, once something does.
-    ///
-    /// # Errors
-    /// As send(2).
-    pub fn poll_write(&self, task: &mut Context<'_>, payload: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_room(task, || self.try_write(payload))
-    }
-
-    /// Waits for room until `write`, which says 0 for no room, finds some. It is asked before the runtime is: what that knows
-    /// of room is thrown away by [`Endpoint::poll_closed`].
-    fn poll_room(
-        &self,
-        task: &mut Context<'_>,
-        mut write: impl FnMut() -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        let Some(io) = &self.io else { return Poll::Pending };
-        loop {
-            let written = write()?;
-            if written > 0 {
-                return Poll::Ready(Ok(written));
-            }
-            let mut ready = ready!(io.poll_write_ready(task))?;
-            let written = write()?;
-            if written > 0 {
-                return Poll::Ready(Ok(written));
-            }
-            ready.clear_ready_matching(Ready::WRITABLE);
-        }
+    /// Remembers that an error was told.
+    fn telling<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|_| self.told.store(true, Ordering::Relaxed))
     }
 
     /// Resolves when the peer has finished sending, as [`Endpoint::poll_finished`]. Cancel safe.

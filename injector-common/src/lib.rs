@@ -1,7 +1,8 @@
-//! What the kernel half and the user half of the injector agree on.
+//! What the injector's kernel half and user half share: the PROXY protocol, the layout of maps, and the
+//! decisions about segments.
 //!
-//! Everything here is `no_std` and allocates nothing, so that the same code runs inside a BPF program, in the
-//! daemon and in the tests.
+//! The crate is `no_std` and allocates nothing, so the same code runs in BPF programs, in the daemon and
+//! in tests.
 #![no_std]
 
 pub mod inline;

@@ -1,2 +1,2 @@
-//! Nothing to export: the crate is its programs.
+//! The library is empty. The crate's programs are its binaries.
 #![no_std]

@@ -1,14 +1,15 @@
-//! What every object of programs needs.
+//! Panic handler and licence, which every BPF object needs.
 
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier proves that nothing gets here: an unreachable panic is compiled away or the load fails.
+    // Never reached: the compiler removes panics that it proves unreachable, and the verifier rejects a
+    // program with any other.
     loop {}
 }
 
-/// `apply_bytes` and `push_data` are ordinary helpers; the program types they belong to ask for no licence, but a
-/// few tracing helpers do, and the kernel reads this to decide.
+/// The kernel reads this to decide which helpers a program may call. The helpers used here do not need
+/// a GPL-compatible licence; a few tracing helpers do.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

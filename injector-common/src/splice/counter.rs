@@ -1,47 +1,48 @@
 //! The counters of the programs.
 
-/// Every way through a program ends in one of these; each is an index of the per-CPU array `COUNTERS`.
+/// The outcomes of the programs. Each run counts at least one. The value is an index of the per-CPU
+/// array `COUNTERS`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// `inject`: header put in front of the client's first payload.
+    /// `inject`: header pushed in front of the client's first payload.
     HeaderBeforePayload,
-    /// `inject`: header sent alone, the doorbell taken out.
+    /// `inject`: header sent alone, the doorbell removed.
     HeaderAlone,
-    /// `inject`: a later message of a socket whose header is already sent; passed as it is.
+    /// `inject`: a later message of a socket whose header was sent before; passed unchanged.
     AfterHeader,
     /// `inject`: the socket has no header in its storage; dropped.
     NoHeader,
-    /// `inject`: the stored header has an impossible length; dropped.
+    /// `inject`: the stored header has an invalid length; dropped.
     BadHeader,
-    /// `inject`: the kernel could not make room in front; dropped.
+    /// `inject`: the kernel could not push bytes in front of the message; dropped.
     PushFailed,
-    /// `inject`: the room the kernel made is not what was asked for; dropped.
+    /// `inject`: the kernel pushed fewer bytes than requested; dropped.
     ShortPush,
-    /// `inject`: the doorbell could not be taken out; dropped.
+    /// `inject`: the doorbell could not be removed; dropped.
     PopFailed,
-    /// `verdict`: payload handed to the other socket.
+    /// `verdict`: payload redirected to the other socket.
     Redirected,
     /// `verdict`: a segment without payload (a bare FIN) discarded; the daemon forwards the FIN.
     Empty,
     /// `verdict`: payload of a socket that has no flow; dropped.
     NoFlow,
-    /// `verdict`: payload whose target has left the map; dropped and counted in the flow as lost.
+    /// `verdict`: payload whose target is no longer in the map; dropped and counted in the flow as lost.
     NoTarget,
-    /// `verdict`: a segment that repeated bytes received before; they were cut off.
+    /// `verdict`: a segment that repeated received bytes; those were removed.
     Trimmed,
-    /// `verdict`: a segment that did not continue the stream, or of which the repeated bytes could not be cut off; dropped
-    /// and counted in the flow as lost.
+    /// `verdict`: a segment that did not continue the stream, or whose repeated bytes could not be removed;
+    /// dropped and counted in the flow as lost.
     OutOfOrder,
-    /// `verdict`: payload of a stream that has lost some; dropped.
+    /// `verdict`: payload of a stream that has lost bytes; dropped.
     AfterLoss,
-    /// `verdict`: payload left to user space, because the target does not keep up.
+    /// `verdict`: payload passed to user space, because the target does not keep up.
     Passed,
-    /// `verdict`: payload handed to the other socket again, user space having written all that was left to it.
+    /// `verdict`: redirecting resumed, because user space has written all payload passed to it.
     Resumed,
     /// `verdict`: the daemon was notified to check a backlog.
     Notified,
-    /// `verdict`: the ring buffer was full; the next payload tries again.
+    /// `verdict`: the ring buffer was full; the next segment tries again.
     NotifyFailed,
 }
 

@@ -1,4 +1,4 @@
-//! One spliced direction: what it has carried, and how far it may go.
+//! The state of one spliced direction, and the credit that limits it.
 
 use super::FIRST_NOTIFY;
 use crate::SeqNumber;
@@ -10,26 +10,26 @@ use crate::SeqNumber;
 pub struct Flow {
     /// Bytes handed to the target since the flow was made.
     pub redirected: u64,
-    /// Bytes that had no target to go to, or that did not fit into the stream. Above zero the stream is broken: nothing
-    /// more is passed on, and it ends in a reset, never in a FIN.
+    /// Bytes dropped because they had no target, or were out of order. Above zero the stream is broken:
+    /// the program forwards nothing more, and the daemon resets the connection.
     pub lost: u64,
     /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
     pub last_ns: u64,
     /// When `redirected` has come this far, the program sends a [`BacklogEvent`].
     pub notify_at: u64,
-    /// 1 while payload is left to user space instead. It stays so until user space has written all of it
-    /// ([`Credit::resume_at`]), or payload would overtake payload.
+    /// 1 while payload goes to user space instead. It stays 1 until user space has written all of it
+    /// ([`Credit::resume_at`]): otherwise later payload would overtake earlier payload.
     pub passing: u64,
-    /// Bytes left to user space since the flow was made.
+    /// Bytes passed to user space since the flow was made.
     pub passed: u64,
     /// The sequence number of the next new byte.
     pub next: SeqNumber,
-    /// Makes the size a multiple of the alignment.
+    /// Pads the size to a multiple of the alignment.
     pub reserved: u32,
 }
 
 impl Flow {
-    /// A flow that has carried nothing, of a stream whose next byte has the sequence number `next`.
+    /// A new flow. The stream's next byte has the sequence number `next`.
     #[must_use]
     pub const fn new(next: SeqNumber) -> Self {
         let (redirected, lost, last_ns, passing, passed) = (0, 0, 0, 0, 0);
@@ -37,12 +37,13 @@ impl Flow {
     }
 }
 
-/// How many bytes at the start of a segment of `len` bytes, which begins at `sequence`, had been received before, where
-/// `next` is the next new byte; `None` if it has no new byte or does not join.
+/// How many bytes at the start of a segment were received before. The segment has `len` bytes and
+/// begins at `sequence`; `next` is the next new byte. `None` if the segment has no new byte or leaves a
+/// gap.
 ///
-/// A peer that did not hear that its bytes arrived sends them once more, together with new ones. TCP queues such a segment
-/// as it is (tcp_data_queue, net/ipv4/tcp_input.c: "partial packet") and skips when it reads; but tcp_read_skb
-/// (net/ipv4/tcp.c) hands it over whole.
+/// A peer that did not receive an acknowledgement retransmits bytes, possibly together with new ones.
+/// TCP queues such a segment unchanged (tcp_data_queue, net/ipv4/tcp_input.c: "partial packet") and
+/// skips the old bytes on reading, but tcp_read_skb (net/ipv4/tcp.c) passes it on whole.
 #[must_use]
 #[inline(always)]
 pub fn repeated(next: SeqNumber, sequence: SeqNumber, len: u32) -> Option<u32> {
@@ -50,24 +51,25 @@ pub fn repeated(next: SeqNumber, sequence: SeqNumber, len: u32) -> Option<u32> {
     if before < len { Some(before) } else { None }
 }
 
-/// How far the program may go in one spliced direction (map `CREDIT`, by the source's socket cookie). Written by the
-/// daemon alone: the flow is the program's.
+/// How much the program may redirect in one spliced direction (map `CREDIT`, by the source's socket
+/// cookie). Only the daemon writes it; only the program writes the [`Flow`].
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credit {
-    /// How many bytes may be redirected in all, raised as the target takes them.
+    /// The total of bytes that may be redirected. The daemon raises it as the target acknowledges bytes.
     pub limit: u64,
-    /// When [`Flow::passed`] is just this, user space has written all that was left to it, and the program redirects
-    /// again; [`Credit::NEVER`] otherwise. Any more payload that is passed makes the offer void.
+    /// When [`Flow::passed`] equals this, user space has written all payload that was passed to it, and
+    /// the program redirects again. More payload passed meanwhile cancels that. [`Credit::NEVER`]
+    /// disables it.
     pub resume_at: u64,
 }
 
 impl Credit {
-    /// No way back.
+    /// The program does not redirect again by itself.
     pub const NEVER: u64 = u64::MAX;
 
-    /// Redirect up to `limit`, and then leave everything to user space.
+    /// Redirect up to `limit` bytes, and pass everything after them to user space.
     #[must_use]
     pub const fn up_to(limit: u64) -> Self {
         Self { limit, resume_at: Self::NEVER }

@@ -1,10 +1,10 @@
 //! A backend socket's PROXY header.
 
-/// The largest header a socket can carry: the design limit of the PROXY protocol specification (section 2.2).
+/// The largest header of a socket: the design limit of the PROXY protocol specification (section 2.2).
 pub const HEADER_CAPACITY: usize = crate::proxy::MAX_LEN;
 
-/// The value in a backend socket's storage (map `HEADERS`): the bytes that `inject` puts in front of the first
-/// payload.
+/// The value in a backend socket's storage (map `HEADERS`): the bytes that `inject` pushes in front of
+/// the first payload.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug)]
@@ -13,9 +13,10 @@ pub struct Header {
     pub len: u32,
     /// One of [`Header::ARMED`], [`Header::SENT`].
     pub state: u32,
-    /// How many bytes of the message that carries the header are a doorbell, and taken out again: 0 or 1.
+    /// How many bytes of the message that carries the header are a doorbell, which `inject` removes: 0 or
+    /// 1.
     pub doorbell: u32,
-    /// Keeps `bytes` on a word's boundary, for the copy in words.
+    /// Aligns `bytes` to a word, for the copy by words.
     pub reserved: u32,
     /// The rendered header.
     pub bytes: [u8; HEADER_CAPACITY],
@@ -24,13 +25,13 @@ pub struct Header {
 impl Header {
     /// Waiting for the first message.
     pub const ARMED: u32 = 1;
-    /// `inject` has put the header into a message that the kernel was told to send.
+    /// `inject` has pushed the header into a message that the kernel is sending.
     pub const SENT: u32 = 2;
-    /// No PROXY header is shorter: the fixed part of version 2 has 16 bytes, the shortest line of version 1 that
-    /// is ever sent (TCP4) 32.
+    /// The length of the shortest header: the fixed part of version 2. The shortest version 1 line that
+    /// is sent (TCP4) has 32 bytes.
     pub const SHORTEST: usize = 16;
 
-    /// The header `rendered`, ready to go; `None` if its length is outside what a header can have.
+    /// Makes a header ready to be sent from its `rendered` bytes. `None` if they are too few or too many.
     #[must_use]
     pub fn armed(rendered: &[u8], doorbell: bool) -> Option<Self> {
         let len = u32::try_from(rendered.len()).ok()?;

@@ -1,7 +1,7 @@
-//! What the splice engine's programs and the daemon agree on: the values in the maps, and the counters.
+//! What the splice engine's programs and the daemon share: map values and counters.
 //!
-//! The maps themselves are listed in `docs/architecture.md`. Everything is in the host's byte order and laid out
-//! as C would; `zeroed` values are valid everywhere.
+//! `docs/architecture.md` lists the maps. Values are in the host's byte order and have C's layout. A
+//! zeroed value is valid.
 
 mod backlog_event;
 mod counter;

@@ -1,7 +1,7 @@
-//! `inject`: the PROXY header in front of the first bytes that the backend will read.
+//! `inject`: pushes the PROXY header in front of the first bytes that the backend reads.
 //!
-//! Fail closed: every way out that did not place the whole header is `SK_DROP`, which the daemon's `send` sees as
-//! `EACCES`. The backend must never read a byte without its header.
+//! Fail closed: unless the whole header was pushed, the result is `SK_DROP`, and the daemon's `send`
+//! fails with `EACCES`. The backend never reads a byte without the header.
 
 use core::ptr::{self, NonNull};
 
@@ -55,8 +55,8 @@ fn log<const COUNTER: u32>(size: u32) {
 #[inline(always)]
 fn push_header(message: &SkMsgContext) -> Result<Counter, Counter> {
     let header = maps::header(message).ok_or(Counter::NoHeader)?;
-    // SAFETY: the storage of a socket that is sending; this program is its only writer while the state is ARMED,
-    // and sends of one socket are serialised by the socket lock.
+    // SAFETY: the storage of a socket that is sending. This program is its only writer while the state
+    // is ARMED, and the socket lock serialises the sends of one socket.
     let (state, len, doorbell) = unsafe {
         let header = header.as_ref();
         (header.state, header.len, header.doorbell)
@@ -76,23 +76,26 @@ fn push_header(message: &SkMsgContext) -> Result<Counter, Counter> {
 
     // SAFETY: as above.
     unsafe { (*header.as_ptr()).state = Header::SENT };
-    // The rest of this message, and the next 4 GiB, need no program: the socket leaves the map before that.
+    // The rest of this message and the next 4 GiB do not run the program. The socket leaves the map
+    // before that.
     // SAFETY: the program's own context.
     unsafe { bpf_msg_apply_bytes(message.msg, u32::MAX) };
     Ok(if doorbell == 0 { Counter::HeaderBeforePayload } else { Counter::HeaderAlone })
 }
 
-/// Fills the room in front of the message.
+/// Copies the header into the room in front of the message.
 ///
-/// Every offset is a constant, and the loop written out: without CAP_PERFMON the verifier allows no variable offset into
-/// a message ("pointer arithmetic with it prohibited for !root", sanitize_ptr_alu, kernel/bpf/verifier.c). In words, for
-/// byte by byte it walks ten times as many instructions. The page behind the room is not zeroed (`bpf_msg_push_data`,
-/// net/core/filter.c), so every byte is written.
+/// The loop is unrolled and every offset a constant: without CAP_PERFMON the verifier rejects a variable
+/// offset into a message ("pointer arithmetic with it prohibited for !root", sanitize_ptr_alu,
+/// kernel/bpf/verifier.c). It copies words: byte by byte the verifier would process ten times as many
+/// instructions. The kernel does not zero the room (`bpf_msg_push_data`, net/core/filter.c), so the
+/// program writes every byte.
 #[inline(always)]
 fn copy(message: &SkMsgContext, header: NonNull<Header>) -> Result<(), Counter> {
-    // Read anew: the push has moved both.
+    // Read again: the push has moved both.
     let (room, end) = (message.data(), message.data_end());
-    // `len` is read once more, and volatile: knowing its range, the compiler drops the bounds that the verifier needs.
+    // `len` is read again, as volatile. If the compiler knew its range, it would remove the bounds
+    // checks that the verifier needs.
     // SAFETY: both lie within the map value.
     let (bytes, len) = unsafe {
         let header = header.as_ptr();
@@ -109,14 +112,14 @@ fn copy(message: &SkMsgContext, header: NonNull<Header>) -> Result<(), Counter> 
         if room + at + size_of::<u64>() > end {
             return Err(Counter::ShortPush);
         }
-        // SAFETY: both ends are within bounds by the checks above, and aligned: `bytes` is by its type, and the kernel
-        // makes room at the start of a page.
+        // SAFETY: both ends are within bounds by the checks above, and aligned: `bytes` by its type, and
+        // the room because the kernel makes it at the start of a page.
         unsafe { ptr::write((room + at) as *mut u64, ptr::read(bytes.add(at).cast())) };
     });
     Ok(())
 }
 
-/// The bytes from `at` on, which are less than a word.
+/// Copies the bytes from `at` on, which are fewer than a word.
 #[inline(always)]
 fn copy_last(bytes: *const u8, room: usize, end: usize, at: usize, len: usize) -> Result<(), Counter> {
     seq!(BYTE in 0..7 {

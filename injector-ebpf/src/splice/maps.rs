@@ -1,4 +1,4 @@
-//! The maps of the splice engine, behind functions. Sizes are set by the daemon when it loads them.
+//! The maps of the splice engine, behind functions. The daemon sets their sizes when it loads them.
 
 use core::{
     ptr::{self, NonNull},
@@ -18,26 +18,26 @@ use injector_common::{
     splice::{BacklogEvent, Counter, Credit, Flow, Header, PeerIsn, Verdict, next_notify},
 };
 
-/// Placeholder: the daemon sets the real size from its connection limit.
+/// A placeholder: the daemon sets the size from its connection limit.
 const SIZED_BY_THE_DAEMON: usize = 1;
 
-/// Backend sockets whose header has yet to go; the only map that runs `inject`.
+/// Backend sockets whose header is not sent yet. The only map that runs `inject`.
 #[btf_map]
 static INJECT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 
-/// The header of a backend socket; lives and dies with the socket.
+/// The header of a backend socket. The kernel frees it with the socket.
 #[btf_map]
 static HEADERS: SkStorage<Header> = SkStorage::new();
 
-/// Source's cookie → the socket its payload goes to. No program runs on it.
+/// Source's cookie → the socket that receives its payload. No program runs on this map.
 #[btf_map]
 static TARGETS: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 
-/// Sockets that are a source; the only map that runs `verdict`.
+/// Source sockets. The only map that runs `verdict`.
 #[btf_map]
 static VERDICT: SockHash<u64, SIZED_BY_THE_DAEMON> = SockHash::new();
 
-/// Source's cookie → what was carried.
+/// Source's cookie → the state of the direction.
 #[btf_map]
 static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 
@@ -46,7 +46,7 @@ static FLOWS: HashMap<u64, Flow, SIZED_BY_THE_DAEMON> = HashMap::new();
 #[btf_map]
 static PEER_ISNS: Array<u64, { PeerIsn::COUNT as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Source's cookie → how far the program may go.
+/// Source's cookie → how much the program may redirect.
 #[btf_map]
 static CREDIT: HashMap<u64, Credit, SIZED_BY_THE_DAEMON> = HashMap::new();
 
@@ -63,12 +63,12 @@ static NOTIFY_STEP: Global<u64> = Global::new(512 * 1024);
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
 
-/// Counts that a program went this way.
+/// Increments a counter.
 #[inline(always)]
 pub(super) fn count(counter: Counter) {
     if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: a per-CPU slot; BPF programs are not preempted by another program of the same CPU that writes it
-        // in a way that would matter for a statistic.
+        // SAFETY: a per-CPU slot. A program that interrupts this one on the same CPU may lose a count,
+        // which a statistic tolerates.
         unsafe { *slot += 1 };
     }
 }
@@ -82,11 +82,11 @@ pub(super) fn record_peer_isn(cookie: u64, sequence: u32) {
     }
 }
 
-/// The header that waits at the socket which `message` is sent on.
+/// The header in the storage of the socket that sends `message`.
 #[inline(always)]
 pub(super) fn header(message: &SkMsgContext) -> Option<NonNull<Header>> {
-    // SAFETY: `msg` is the program's context, which the kernel keeps valid; `sk` is its own full socket, and the
-    // helper checks it for null. aya-ebpf reaches storage only by a SockAddrContext, hence the raw helper.
+    // SAFETY: `msg` is the program's context, which the kernel keeps valid, and `sk` is its own full
+    // socket. aya-ebpf offers storage only for a SockAddrContext, so this calls the raw helper.
     let value = unsafe {
         let socket = (*message.msg).__bindgen_anon_3.sk;
         if socket.is_null() {
@@ -97,7 +97,7 @@ pub(super) fn header(message: &SkMsgContext) -> Option<NonNull<Header>> {
     NonNull::new(value.cast())
 }
 
-/// What was carried from the socket with this cookie.
+/// The state of the direction from the socket with this cookie.
 #[inline(always)]
 pub(super) fn flow(source: u64) -> Option<NonNull<Flow>> {
     FLOWS.get_ptr_mut(&source).and_then(NonNull::new)
@@ -110,7 +110,8 @@ pub(super) fn verdict(flow: NonNull<Flow>, source: u64) -> Verdict {
     unsafe { CREDIT.get_ptr(&source).map_or(Verdict::Pass, |credit| (*credit).verdict(flow.as_ref())) }
 }
 
-/// Counts `len` bytes as left to user space, and so all that follow; the daemon is to hear of the first.
+/// Counts `len` bytes as passed to user space, as all that follow will be. The daemon is notified of
+/// the first.
 #[inline(always)]
 pub(super) fn add_passed(flow: NonNull<Flow>, len: u64) {
     // SAFETY: as in `add_redirected`.
@@ -123,13 +124,13 @@ pub(super) fn add_passed(flow: NonNull<Flow>, len: u64) {
     }
 }
 
-/// The target gets payload again; the daemon is to hear of it.
+/// Resumes redirecting to the target. The daemon is notified of it.
 #[inline(always)]
 pub(super) fn resume(flow: NonNull<Flow>) {
     // SAFETY: as in `add_redirected`.
     let flow = unsafe { &mut *flow.as_ptr() };
-    // Apart, or LLVM makes them a call of memset, which loops with a variable offset: the verifier refuses that to a loader
-    // without CAP_PERFMON.
+    // The fence keeps LLVM from merging the stores into a call of memset. Its loop has a variable
+    // offset, which the verifier rejects for a loader without CAP_PERFMON.
     flow.passing = 0;
     compiler_fence(Ordering::SeqCst);
     flow.notify_at = 0;
@@ -138,11 +139,11 @@ pub(super) fn resume(flow: NonNull<Flow>) {
 /// `CLOCK_MONOTONIC`, in nanoseconds.
 #[inline(always)]
 fn now() -> u64 {
-    // SAFETY: takes nothing.
+    // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Counts `len` bytes as handed to the target.
+/// Counts `len` bytes as redirected to the target.
 #[inline(always)]
 pub(super) fn add_redirected(flow: NonNull<Flow>, len: u64) {
     // SAFETY: a map value stays valid while the program runs. `verdict` runs under the lock of the source socket
@@ -170,7 +171,7 @@ pub(super) fn notify(flow: NonNull<Flow>, source: u64) {
     count(Counter::Notified);
 }
 
-/// Counts `len` bytes as lost: the daemon is to hear of it, and resets both sides.
+/// Counts `len` bytes as lost. The daemon is notified and resets both sides.
 #[inline(always)]
 pub(super) fn add_lost(flow: NonNull<Flow>, len: u64) {
     // SAFETY: as in `add_redirected`.
@@ -179,15 +180,15 @@ pub(super) fn add_lost(flow: NonNull<Flow>, len: u64) {
     flow.notify_at = 0;
 }
 
-/// Whether the stream has lost something.
+/// Whether the stream has lost bytes.
 #[inline(always)]
 pub(super) fn broken(flow: NonNull<Flow>) -> bool {
     // SAFETY: as in `add_redirected`.
     unsafe { (*flow.as_ptr()).lost > 0 }
 }
 
-/// How many bytes at the start of a segment were received before; `None` if it does not continue the stream. The next is
-/// expected behind it.
+/// How many bytes at the start of a segment were received before; `None` if it does not continue the
+/// stream. The next segment is expected after it.
 #[inline(always)]
 pub(super) fn repeated(flow: NonNull<Flow>, sequence: SeqNumber, len: u32) -> Option<u32> {
     // SAFETY: as in `add_redirected`.
@@ -197,7 +198,7 @@ pub(super) fn repeated(flow: NonNull<Flow>, sequence: SeqNumber, len: u32) -> Op
     Some(repeated)
 }
 
-/// Hands the payload to the target of the source with this cookie; `false` if there is none.
+/// Redirects the payload to the target of the source with this cookie; `false` if there is no target.
 #[inline(always)]
 pub(super) fn redirect(payload: &SkBuffContext, source: u64) -> bool {
     TARGETS.redirect_skb(payload, source, 0) as u32 == sk_action::SK_PASS

@@ -1,4 +1,4 @@
-//! `verdict`: hands what a spliced socket receives to the other socket of its connection.
+//! `verdict`: redirects what a spliced socket receives to the other socket of its connection.
 
 use core::ptr::NonNull;
 
@@ -30,8 +30,8 @@ fn verdict(payload: SkBuffContext) -> u32 {
 
 #[inline(always)]
 fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
-    // The kernel runs the program for a bare FIN too. Redirecting nothing makes the target's backlog worker fail
-    // and declare the target dead (sk_psock_backlog, net/core/skmsg.c).
+    // The kernel runs the program for a bare FIN too. Redirecting an empty segment makes the target's
+    // backlog worker fail and shut the target down (sk_psock_backlog, net/core/skmsg.c).
     let len = payload.len();
     if len == 0 {
         return Err(Counter::Empty);
@@ -53,14 +53,15 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
             maps::resume(flow);
             maps::count(Counter::Resumed);
         }
-        // Left to the socket itself: it is charged to its receive buffer there, so that TCP closes the window.
+        // The payload stays with its own socket. TCP charges it to the receive buffer and closes the
+        // window.
         Verdict::Pass => {
             maps::add_passed(flow, len.into());
             maps::notify(flow, source);
             return Ok(Counter::Passed);
         }
     }
-    // Counted before it leaves: whoever reads the count never sees less than what is under way.
+    // Counted before it leaves, so the daemon never reads less than what is on its way.
     maps::add_redirected(flow, len.into());
     maps::notify(flow, source);
     if maps::redirect(payload, source) {
@@ -71,24 +72,28 @@ fn carry(payload: &SkBuffContext) -> Result<Counter, Counter> {
     Err(Counter::NoTarget)
 }
 
-/// Cuts off what the segment repeats, and returns the length of the rest; `None` if it does not continue the stream.
+/// Removes the bytes that the segment repeats, and returns the length of the rest; `None` if it does not
+/// continue the stream.
 ///
-/// In general a program must not change a length here: the kernel takes what is left for what it has read (tcp_eat_skb,
-/// net/ipv4/tcp_bpf.c). For repeated bytes just that is right, and leaving them is not.
+/// In general a program must not change a segment's length: the kernel takes the remaining length as the
+/// length it has read (tcp_eat_skb, net/ipv4/tcp_bpf.c). For repeated bytes that is correct.
 #[inline(always)]
 fn cut_repeated(payload: &SkBuffContext, flow: NonNull<Flow>, len: u32) -> Option<u32> {
-    /// What sk_skb_adjust_room (net/core/filter.c) takes at a time; 64 times that is more than the largest segment there can be.
+    /// The most that sk_skb_adjust_room (net/core/filter.c) removes in one call. 64 calls are enough for
+    /// the largest possible segment.
     const AT_A_TIME: u32 = 0xfff;
 
-    // The control block is TCP's own (struct tcp_skb_cb, include/net/tcp.h), which starts with the sequence number.
+    // The control block is TCP's own (struct tcp_skb_cb, include/net/tcp.h). It starts with the sequence
+    // number.
     // SAFETY: the program's own context.
     let sequence = SeqNumber(unsafe { (*payload.skb.skb).cb[0] });
     let repeated = maps::repeated(flow, sequence, len)?;
     if repeated == 0 {
         return Some(len);
     }
-    // Written out, with one way from a piece to the next: for a loader without CAP_PERFMON the verifier follows branches not
-    // taken as well, and gives up on a loop ("The sequence of 8193 jumps is too complex").
+    // Unrolled, with one path from a piece to the next. For a loader without CAP_PERFMON the verifier
+    // also follows branches that are never taken, and rejects a loop ("The sequence of 8193 jumps is too
+    // complex").
     let mut left = repeated;
     seq!(_ in 0..64 {
         if left <= AT_A_TIME {

@@ -1,12 +1,12 @@
-//! Both ends of the client's connection.
+//! The source and destination of the client's connection.
 
 use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
-/// Both ends of the client's connection, in the one family that a header has room for.
+/// The source and destination of the client's connection, in the one family that a header can have.
 ///
-/// The destination is the address the client connected to, not the backend's. Made by [`Addresses::new`], so that
-/// an IPv4 client of a dual-stack listener is announced as IPv4: Dovecot and others compare `::ffff:a.b.c.d` with
-/// their lists as it stands.
+/// The destination is the address that the client connected to, not the backend's. [`Addresses::new`]
+/// makes an IPv4 client of a dual-stack listener IPv4: Dovecot and others compare `::ffff:a.b.c.d`
+/// literally with their lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Addresses {
     /// Both ends are IPv4.
@@ -16,8 +16,8 @@ pub enum Addresses {
         /// Where the client connected to.
         destination: SocketAddrV4,
     },
-    /// At least one end is IPv6; an IPv4 one stands here as `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2). Scope and
-    /// flow label are not carried by the protocol, and are zero.
+    /// At least one end is IPv6; an IPv4 end is mapped, as `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
+    /// The protocol does not carry scope and flow label; they are zero.
     V6 {
         /// The client.
         source: SocketAddrV6,
@@ -51,7 +51,7 @@ impl Addresses {
         }
     }
 
-    /// The variants are public: what is sent is normalised again, however the value was made.
+    /// Normalises a value whose variant the caller chose.
     pub(super) fn normalised(&self) -> Self {
         Self::new(self.source(), self.destination())
     }

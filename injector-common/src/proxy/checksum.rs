@@ -7,9 +7,9 @@ static CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 /// Bytes of a checksum's value.
 pub(super) const LEN: usize = 4;
 
-/// The checksum of a whole `header` whose four bytes from `value_at` on count as zero, whatever they hold.
+/// The checksum of a whole `header`. Its four bytes from `value_at` on count as zero.
 ///
-/// `None` when the four bytes do not lie within the header.
+/// `None` when these bytes are not within the header.
 pub(super) fn of(header: &[u8], value_at: usize) -> Option<u32> {
     let before = header.get(..value_at)?;
     let after = header.get(value_at.checked_add(LEN)?..)?;

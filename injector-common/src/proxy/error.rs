@@ -1,4 +1,4 @@
-//! Why a header cannot be sent, or is none.
+//! Errors of encoding and parsing headers.
 
 use core::fmt;
 
@@ -29,7 +29,7 @@ pub enum EncodeError {
         /// Type byte.
         kind: u8,
     },
-    /// The type of a custom record is outside the range left to applications.
+    /// The type of a custom record is outside the range for applications.
     NotCustom {
         /// Type byte.
         kind: u8,
@@ -51,7 +51,7 @@ impl fmt::Display for EncodeError {
             }
             Self::Duplicate { kind } => write!(f, "two TLVs of type {kind:#04x}"),
             Self::NotCustom { kind } => {
-                write!(f, "{kind:#04x} is no type for a custom TLV: use 0xe0 to 0xef")
+                write!(f, "{kind:#04x} is not a custom TLV type: use 0xe0 to 0xef")
             }
         }
     }
@@ -59,12 +59,13 @@ impl fmt::Display for EncodeError {
 
 impl core::error::Error for EncodeError {}
 
-/// Why bytes are no PROXY header. Offsets count from the first byte of the input.
+/// Why bytes are not a PROXY header. Offsets count from the first byte of the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParseError {
-    /// So far so good, but the header is longer than the input.
+    /// The input is valid so far, but the header is longer.
     Incomplete {
-        /// At least this many bytes in total: more than the input has, never more than the header will.
+        /// At least this many bytes in total: more than the input has, and not more than the header will
+        /// have.
         needed: usize,
     },
     /// The input starts with neither signature.
@@ -89,9 +90,9 @@ pub enum ParseError {
         /// Byte 13.
         found: u8,
     },
-    /// The length field leaves no room for the addresses of the family.
+    /// The length field is too small for the addresses of the family.
     AddressBlock {
-        /// Bytes announced.
+        /// Bytes by the length field.
         length: usize,
         /// Bytes the family's addresses take.
         needed: usize,
@@ -126,7 +127,7 @@ pub enum ParseError {
         /// Where the second one starts.
         offset: usize,
     },
-    /// The header is not the one that was checksummed.
+    /// The checksum does not match the header.
     Checksum {
         /// The CRC32C in the header.
         sent: u32,
@@ -173,8 +174,10 @@ impl fmt::Display for ParseError {
             Self::Incomplete { needed } => {
                 write!(f, "PROXY header incomplete: at least {needed} bytes needed")
             }
-            Self::NotProxy => write!(f, "no PROXY header: the first bytes are neither signature"),
-            Self::Version { found } => write!(f, "PROXY header of version {found}, expected 2"),
+            Self::NotProxy => {
+                write!(f, "not a PROXY header: the first bytes are not a signature of version 1 or 2")
+            }
+            Self::Version { found } => write!(f, "PROXY header has version {found}, expected 2"),
             Self::Command { found } => write!(f, "unknown command {found:#x} in the PROXY header"),
             Self::Family { found } => {
                 write!(f, "unknown address family and transport {found:#04x} in the PROXY header")
@@ -183,12 +186,12 @@ impl fmt::Display for ParseError {
                 write!(f, "the PROXY header announces a connection that is not TCP ({found:#04x})")
             }
             Self::AddressBlock { length, needed } => {
-                write!(f, "the PROXY header announces {length} bytes, its addresses take {needed}")
+                write!(f, "the PROXY header has a length of {length} bytes, but its addresses need {needed}")
             }
             Self::TlvTruncated { offset, available } => {
                 write!(
                     f,
-                    "the TLV at byte {offset} runs over the end of the PROXY header, {available} bytes on"
+                    "the TLV at byte {offset} is longer than the {available} bytes left in the PROXY header"
                 )
             }
             Self::TlvEmpty { kind, offset } => {
@@ -201,25 +204,27 @@ impl fmt::Display for ParseError {
                 write!(f, "a second TLV of type {kind:#04x} at byte {offset}")
             }
             Self::Checksum { sent, computed } => {
-                write!(f, "the PROXY header carries checksum {sent:#010x}, computed {computed:#010x}")
+                write!(f, "the PROXY header has checksum {sent:#010x}, expected {computed:#010x}")
             }
             Self::LineTooLong => write!(f, "no CRLF within the first 107 bytes of the PROXY line"),
             Self::LineEnding { offset } => {
                 write!(f, "a lone CR or LF at byte {offset} of the PROXY line, expected CRLF")
             }
             Self::Protocol { offset } => {
-                write!(f, "no TCP4, TCP6 or UNKNOWN at byte {offset} of the PROXY line")
+                write!(f, "expected TCP4, TCP6 or UNKNOWN at byte {offset} of the PROXY line")
             }
             Self::MissingField { offset } => {
-                write!(f, "the PROXY line ends at byte {offset}, where a field should be")
+                write!(f, "the PROXY line ends at byte {offset}, expected a field")
             }
             Self::ExtraField { offset } => {
-                write!(f, "the PROXY line goes on at byte {offset}, after the destination port")
+                write!(f, "the PROXY line continues at byte {offset}, after the destination port")
             }
             Self::Address { offset } => {
-                write!(f, "no address of the announced family at byte {offset} of the PROXY line")
+                write!(f, "byte {offset} of the PROXY line does not start an address of its family")
             }
-            Self::Port { offset } => write!(f, "no port number at byte {offset} of the PROXY line"),
+            Self::Port { offset } => {
+                write!(f, "byte {offset} of the PROXY line does not start a port number")
+            }
         }
     }
 }

@@ -1,25 +1,26 @@
-//! Clients that bring a header of their own.
+//! Detects clients that send a PROXY header.
 
 use super::{SIGNATURE, v1};
 
-/// What the first bytes of a public client say about forging a header.
+/// Whether a public client's first bytes are a forged header.
 ///
-/// Whoever reaches a backend behind the injector's header would get nothing by it, for only the first header
-/// counts. But no honest mail client opens like this, and a backend that stops reading headers would believe it.
+/// Behind the injector's header a forged one has no effect, because only the first header counts. But an
+/// honest mail client never starts like this, and a backend that accepts bare connections would believe
+/// the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forgery {
-    /// The bytes are no header's.
+    /// The bytes do not start a header.
     No,
-    /// So far a prefix of a signature: read more before deciding.
+    /// The bytes are a prefix of a signature: read more before deciding.
     Undecided,
-    /// The client opens with a PROXY signature: refuse it.
+    /// The client starts with a PROXY signature: reject it.
     Yes,
 }
 
-/// Judges the first bytes of a client, however many have come.
+/// Judges the first bytes of a client, of any number.
 ///
-/// A version 1 header is known by `PROXY` and the space behind it, in capitals as the specification has it; version
-/// 2 by its twelve bytes. At most twelve bytes are needed to decide.
+/// A version 1 header starts with `PROXY` and a space, in capitals; a version 2 header with its twelve
+/// bytes. Twelve bytes are always enough to decide.
 pub fn forgery(first: &[u8]) -> Forgery {
     let signatures: [&[u8]; 2] = [&SIGNATURE, v1::SIGNATURE];
     if signatures.iter().any(|signature| first.starts_with(signature)) {

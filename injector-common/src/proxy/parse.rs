@@ -1,13 +1,13 @@
-//! A strict reader of both versions.
+//! A strict parser of both versions.
 
 use super::{ParseError, SIGNATURE, parsed::Parsed, v1, v2};
 
-/// Reads the header at the start of `input`; version 1 or 2 by their first bytes.
+/// Parses the header at the start of `input`. The first bytes decide between version 1 and 2.
 ///
-/// Strict: what the specification does not allow is refused, and so are TLVs that a sender should not make (empty
-/// or twice the same, NOOP apart). The length of a version 2 header is not limited here; a caller that bounds its
-/// buffer compares its size with [`ParseError::Incomplete`]. Addresses come out normalised, as [`Addresses::new`]
-/// makes them.
+/// It rejects everything that the specification does not allow, and TLVs that a sender should not send
+/// (empty ones, and duplicates other than NOOP). It does not limit the length of a version 2 header: a
+/// caller with a bounded buffer compares its size with [`ParseError::Incomplete`]. Addresses are
+/// normalised, as by [`Addresses::new`](super::Addresses::new).
 ///
 /// # Errors
 ///

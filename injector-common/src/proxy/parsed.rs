@@ -2,16 +2,16 @@
 
 use super::{Addresses, Tlvs, kind};
 
-/// A whole header, at the start of the input that was parsed.
+/// A whole header at the start of the parsed input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parsed<'a> {
-    /// How it was written.
+    /// Its version.
     pub version: Version,
-    /// What it says.
+    /// What it says about the connection.
     pub command: Announced,
-    /// The records behind the addresses; none in version 1.
+    /// The records after the addresses; none in version 1.
     pub tlvs: Tlvs<'a>,
-    /// Bytes of the whole header: the payload follows.
+    /// Bytes of the whole header. The payload follows.
     pub len: usize,
 }
 
@@ -21,13 +21,13 @@ impl<'a> Parsed<'a> {
         self.tlvs.clone().flatten().find(|tlv| tlv.kind == kind).map(|tlv| tlv.value)
     }
 
-    /// The header carried a CRC32C, which was right.
+    /// Whether the header has a CRC32C. [`parse`](super::parse()) has verified it.
     pub fn is_checksummed(&self) -> bool {
         self.tlv(kind::CRC32C).is_some()
     }
 }
 
-/// How a header was written.
+/// The version of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
     /// One line of text.
@@ -43,13 +43,13 @@ pub enum Announced {
     Local,
     /// The ends of the client's TCP connection.
     Proxy(Addresses),
-    /// `UNKNOWN` in version 1, PROXY with AF_UNSPEC in version 2: there is a client, but the sender cannot say who.
-    /// A receiver is free to refuse it (sections 2.1 and 2.2); Postfix and Exim do.
+    /// `UNKNOWN` in version 1, PROXY with AF_UNSPEC in version 2: the sender does not know the client's
+    /// address. A receiver may reject it (sections 2.1 and 2.2); Postfix and Exim do.
     Unknown,
 }
 
 impl Announced {
-    /// The ends of the client's connection, where the header tells them.
+    /// The addresses of the client's connection, if the header has them.
     pub fn addresses(&self) -> Option<Addresses> {
         match *self {
             Self::Proxy(addresses) => Some(addresses),

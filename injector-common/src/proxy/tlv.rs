@@ -1,4 +1,5 @@
-//! Type-length-value records behind the addresses of a version 2 header (section 2.2, from "Type-Length-Value" on).
+//! Type-length-value records after the addresses of a version 2 header (section 2.2, from
+//! "Type-Length-Value" on).
 
 use super::{EncodeError, ParseError, checksum};
 
@@ -16,25 +17,25 @@ pub mod kind {
     pub const NOOP: u8 = 0x04;
     /// Opaque name of the connection, at most 128 bytes.
     pub const UNIQUE_ID: u8 = 0x05;
-    /// What the proxy knows of the client's TLS. Never sent: TLS does not end in the injector, and receivers read
-    /// it as "secured".
+    /// The client's TLS parameters. Never sent: the injector does not terminate TLS, and receivers take
+    /// the record as proof of TLS.
     pub const SSL: u8 = 0x20;
     /// Name of the network namespace, US-ASCII.
     pub const NETNS: u8 = 0x30;
-    /// Left to applications (section 2.2.8).
+    /// For applications (section 2.2.8).
     pub const CUSTOM: RangeInclusive<u8> = 0xE0..=0xEF;
 }
 
-/// Most bytes a UNIQUE_ID may have (section 2.2.5).
+/// The most bytes that a UNIQUE_ID may have (section 2.2.5).
 pub const UNIQUE_ID_MAX: usize = 128;
 
-/// Bytes of type and length, in front of every value.
+/// Bytes of type and length, which precede every value.
 const HEAD_LEN: usize = 3;
 
 /// A record to send.
 ///
-/// Values are bytes as they go on the wire. Whether an authority is a host name is for the configuration to judge:
-/// Dovecot disconnects on a bad one.
+/// Values are bytes as on the wire. The configuration checks that an authority is a host name: Dovecot
+/// disconnects on an invalid one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tlv<'a> {
     /// Protocol chosen by ALPN.
@@ -47,7 +48,7 @@ pub enum Tlv<'a> {
     UniqueId(&'a [u8]),
     /// Padding: this many zero bytes, 0 allowed, after the three of type and length.
     Noop(u16),
-    /// A record of the application's own.
+    /// An application's own record.
     Custom {
         /// Type byte, within [`kind::CUSTOM`].
         kind: u8,
@@ -69,7 +70,7 @@ impl<'a> Tlv<'a> {
         }
     }
 
-    /// What stands behind type and length.
+    /// What follows type and length.
     pub(super) fn value(&self) -> Value<'a> {
         match *self {
             Self::Alpn(value)
@@ -99,7 +100,7 @@ impl Value<'_> {
     }
 }
 
-/// Bytes that `tlvs` take on the wire, once they are found fit to be sent.
+/// Bytes of `tlvs` on the wire, after checking that they may be sent.
 pub(super) fn encoded_len(tlvs: &[Tlv<'_>]) -> Result<usize, EncodeError> {
     let mut seen = Seen::default();
     let mut total: usize = 0;
@@ -119,28 +120,27 @@ pub(super) fn encoded_len(tlvs: &[Tlv<'_>]) -> Result<usize, EncodeError> {
     Ok(total)
 }
 
-/// A record as it came, its value not interpreted.
+/// A received record with its raw value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTlv<'a> {
     /// Type byte.
     pub kind: u8,
-    /// Where the type byte stands, in bytes from the start of the header.
+    /// The position of the type byte, from the start of the header.
     pub offset: usize,
     /// The value, without type and length.
     pub value: &'a [u8],
 }
 
 impl RawTlv<'_> {
-    /// Where the value starts, in bytes from the start of the header.
+    /// The position of the value, from the start of the header.
     pub(super) fn value_offset(&self) -> usize {
         self.offset.saturating_add(HEAD_LEN)
     }
 }
 
-/// The records of a header, in the order they came; ends at the first malformed one.
+/// The records of a header in their order. The iterator ends at the first malformed one.
 ///
-/// [`parse`](super::parse()) has walked them before it hands them out, so behind a [`Parsed`](super::Parsed) every
-/// item is `Ok`.
+/// [`parse`](super::parse()) checks all records, so in a [`Parsed`](super::Parsed) every item is `Ok`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tlvs<'a> {
     rest: &'a [u8],
@@ -149,7 +149,7 @@ pub struct Tlvs<'a> {
 }
 
 impl<'a> Tlvs<'a> {
-    /// Reads `block`, whose first byte stands `offset` bytes into the header.
+    /// Reads `block`, which starts at byte `offset` of the header.
     pub(super) fn new(block: &'a [u8], offset: usize) -> Self {
         Self { rest: block, offset, seen: Seen::default() }
     }
@@ -194,14 +194,14 @@ impl<'a> Iterator for Tlvs<'a> {
     }
 }
 
-/// What makes a record unfit, whether to be sent or to be accepted.
+/// Why a record may be neither sent nor accepted.
 enum Violation {
     Empty,
     Length,
     Duplicate,
 }
 
-/// The rules both directions share. Padding is exempt: receivers ignore it, however often it comes.
+/// The rules for sending and receiving. Padding is exempt: receivers ignore it.
 fn violation(kind: u8, len: usize, seen: &mut Seen) -> Option<Violation> {
     match kind {
         kind::NOOP => return None,
@@ -213,7 +213,7 @@ fn violation(kind: u8, len: usize, seen: &mut Seen) -> Option<Violation> {
     (!seen.insert(kind)).then_some(Violation::Duplicate)
 }
 
-/// The set of types met so far, one bit each.
+/// The set of types seen so far, one bit each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seen([u128; 2]);
 

@@ -1,4 +1,4 @@
-//! The header as one line of text (section 2.1), for receivers that know no other.
+//! The header as one line of text (section 2.1), for receivers that only support version 1.
 
 use core::fmt::Write;
 use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,16 +8,17 @@ use super::parsed::{Announced, Parsed, Version};
 use super::writer::Writer;
 use super::{Addresses, EncodeError, ParseError, Tlvs};
 
-/// Bytes that no version 1 header exceeds, CRLF included.
+/// The longest version 1 header, CRLF included.
 pub const MAX_LEN: usize = 107;
 
-/// What every version 1 header starts with.
+/// The start of every version 1 header.
 pub(super) const SIGNATURE: &[u8] = b"PROXY ";
 
 /// Bytes of the shortest header, `PROXY UNKNOWN` and CRLF.
 pub(super) const MIN_LEN: usize = 15;
 
-/// Writes a header to the start of `out` and returns its length in bytes, at most 104. Nothing is written on an error.
+/// Writes a header to the start of `out` and returns its length in bytes, at most 104. An error leaves
+/// `out` unchanged.
 ///
 /// # Errors
 ///
@@ -29,7 +30,7 @@ pub fn encode(addresses: &Addresses, out: &mut [u8]) -> Result<usize, EncodeErro
     let needed = writer.len();
 
     let too_long = EncodeError::TooLong { needed, limit: out.len() };
-    // MAX_LEN holds the longest of lines, so this never fails; if it did, no header would be sent.
+    // MAX_LEN bytes hold any line, so this never fails. If it did, no header would be sent.
     written.map_err(|fmt::Error| too_long)?;
     let line = line.get(..needed).ok_or(too_long)?;
     out.get_mut(..needed).ok_or(too_long)?.copy_from_slice(line);
@@ -49,8 +50,8 @@ fn write(addresses: &Addresses, line: &mut Writer<'_>) -> fmt::Result {
     }
 }
 
-/// An IPv6 address in groups of hexadecimal digits only. `Ipv6Addr` shows a mapped address with a dotted tail, which
-/// the specification's notation has not.
+/// Formats an IPv6 address in hexadecimal groups only. `Ipv6Addr` formats a mapped address with a dotted
+/// tail, which the specification does not allow.
 struct Hexadecimal(Ipv6Addr);
 
 impl fmt::Display for Hexadecimal {
@@ -75,7 +76,7 @@ pub(super) fn parse(input: &[u8]) -> Result<Parsed<'_>, ParseError> {
     let command = match protocol {
         b"TCP4" => Announced::Proxy(read_addresses::<Ipv4Addr>(&mut fields)?),
         b"TCP6" => Announced::Proxy(read_addresses::<Ipv6Addr>(&mut fields)?),
-        // Whatever stands behind it is to be ignored up to CRLF.
+        // The rest up to CRLF is ignored.
         b"UNKNOWN" => Announced::Unknown,
         _ => return Err(ParseError::Protocol { offset }),
     };
@@ -85,7 +86,7 @@ pub(super) fn parse(input: &[u8]) -> Result<Parsed<'_>, ParseError> {
 
 /// The line without its CRLF.
 fn find_line(input: &[u8]) -> Result<&[u8], ParseError> {
-    // The last place where the CR of a valid line can stand is MAX_LEN - 2.
+    // The CR of a valid line is at MAX_LEN - 2 at the latest.
     let window = input.get(..MAX_LEN - 1).unwrap_or(input);
     let Some(end) = window.iter().position(|byte| matches!(byte, b'\r' | b'\n')) else {
         if window.len() == MAX_LEN - 1 {
@@ -119,7 +120,7 @@ fn read_address<A: Notation>(fields: &mut Fields<'_>) -> Result<A, ParseError> {
 
 fn read_port(fields: &mut Fields<'_>) -> Result<u16, ParseError> {
     let (offset, field) = fields.next()?;
-    // `u16::from_str` alone would let "+25" and "025" pass.
+    // `u16::from_str` alone would accept "+25" and "025".
     let canonical = match field {
         [b'0'] => true,
         [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
@@ -136,7 +137,7 @@ trait Notation: Sized {
 }
 
 impl Notation for Ipv4Addr {
-    /// Four decimal numbers; the standard library refuses leading zeros, as the specification does.
+    /// Four decimal numbers. The standard library rejects leading zeros, as the specification does.
     fn read(field: &str) -> Option<Self> {
         field.parse().ok()
     }
@@ -147,7 +148,8 @@ impl Notation for Ipv4Addr {
 }
 
 impl Notation for Ipv6Addr {
-    /// Hexadecimal groups; the dotted tail of RFC 4291, section 2.2, form 3, is not the specification's.
+    /// Hexadecimal groups. The specification does not allow the dotted tail of RFC 4291, section 2.2,
+    /// form 3.
     fn read(field: &str) -> Option<Self> {
         if field.contains('.') {
             return None;
@@ -160,15 +162,15 @@ impl Notation for Ipv6Addr {
     }
 }
 
-/// Fields divided by exactly one space: two in a row make an empty field, which no reader takes.
+/// Fields separated by exactly one space. Two in a row make an empty field, which is never valid.
 struct Fields<'a> {
     line: &'a [u8],
-    /// Where the next field starts. One past the line's end once the last field was taken.
+    /// The start of the next field; one past the line's end after the last field.
     offset: usize,
 }
 
 impl<'a> Fields<'a> {
-    /// The next field and where it starts.
+    /// The next field and its start.
     fn next(&mut self) -> Result<(usize, &'a [u8]), ParseError> {
         let offset = self.offset;
         let Some(rest) = self.line.get(offset..) else {

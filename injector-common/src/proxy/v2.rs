@@ -29,10 +29,11 @@ const UNIX_DGRAM: u8 = 0x32;
 const V4_LEN: usize = 2 * 4 + 2 * 2;
 const V6_LEN: usize = 2 * 16 + 2 * 2;
 
-/// Writes a header to the start of `out` and returns its length in bytes: 28 for IPv4 and 52 for IPv6 without TLVs.
+/// Writes a header to the start of `out` and returns its length in bytes: 28 for IPv4 and 52 for IPv6
+/// without TLVs.
 ///
-/// TLVs are written in the order given. The caller limits the size by the length of `out`:
-/// [`SAFE_LEN`](super::SAFE_LEN) unless the operator raised it, [`MAX_LEN`] at most. Nothing is written on an error.
+/// TLVs keep their order. The caller limits the size by the length of `out`:
+/// [`SAFE_LEN`](super::SAFE_LEN) by default, at most [`MAX_LEN`]. An error leaves `out` unchanged.
 ///
 /// # Errors
 ///
@@ -45,7 +46,7 @@ pub fn encode(command: &Command, tlvs: &[Tlv<'_>], out: &mut [u8]) -> Result<usi
     }
     let header = out.get_mut(..needed).ok_or(too_long)?;
 
-    // The header's length is known to fit, so neither of these ever fails; if it did, no header would be sent.
+    // The header is known to fit, so neither of these fails. If one did, no header would be sent.
     let checksum_at = write(command, tlvs, header).ok_or(too_long)?;
     if let Some(value_at) = checksum_at {
         let checksum = checksum::of(header, value_at).ok_or(too_long)?;
@@ -68,7 +69,7 @@ pub fn encoded_len(command: &Command, tlvs: &[Tlv<'_>]) -> Result<usize, EncodeE
     Ok(needed)
 }
 
-/// Bytes of the header, whether or not it may be that long, once its TLVs are found fit to be sent.
+/// Bytes of the header, even if that is too long, after checking its TLVs.
 fn measure(command: &Command, tlvs: &[Tlv<'_>]) -> Result<usize, EncodeError> {
     let addresses = match command {
         Command::Local => 0,
@@ -80,8 +81,8 @@ fn measure(command: &Command, tlvs: &[Tlv<'_>]) -> Result<usize, EncodeError> {
     Ok(tlv::encoded_len(tlvs)?.saturating_add(FIXED_LEN + addresses))
 }
 
-/// Fills `header`, which is exactly as long as needed. Returns where the checksum goes, if there is to be one: its
-/// four bytes are zero as yet. `None` when something does not fit.
+/// Fills `header`, which has exactly the needed length. Returns the position of the checksum, if there
+/// is one; its four bytes are still zero. `None` when something does not fit.
 fn write(command: &Command, tlvs: &[Tlv<'_>], header: &mut [u8]) -> Option<Option<usize>> {
     let length = u16::try_from(header.len().checked_sub(FIXED_LEN)?).ok()?;
     let mut checksum_at = None;
@@ -131,7 +132,7 @@ fn write_addresses(addresses: &Addresses, length: u16, out: &mut Writer<'_>) -> 
     out.put(&addresses.destination().port().to_be_bytes())
 }
 
-/// Reads an input known to start with the signature.
+/// Parses an input that starts with the signature.
 pub(super) fn parse(input: &[u8]) -> Result<Parsed<'_>, ParseError> {
     let Some((fixed, _)) = input.split_first_chunk::<FIXED_LEN>() else {
         return Err(ParseError::Incomplete { needed: FIXED_LEN });
@@ -143,7 +144,7 @@ pub(super) fn parse(input: &[u8]) -> Result<Parsed<'_>, ParseError> {
     let length = usize::from(u16::from_be_bytes([high, low]));
     let len = FIXED_LEN + length;
 
-    // What the fixed bytes give away is refused before the rest has come.
+    // Errors in the fixed bytes are reported before the rest has arrived.
     let layout = match (version_command, family) {
         (LOCAL, _) => Layout::Ignored(Announced::Local),
         (PROXY, UNSPEC) => Layout::Ignored(Announced::Unknown),
@@ -174,11 +175,11 @@ pub(super) fn parse(input: &[u8]) -> Result<Parsed<'_>, ParseError> {
     Ok(Parsed { version: Version::Two, command, tlvs, len })
 }
 
-/// What follows the fixed bytes.
+/// The layout of what follows the fixed bytes.
 enum Layout {
     V4,
     V6,
-    /// A block of the length given, of no meaning.
+    /// A block without meaning.
     Ignored(Announced),
 }
 
@@ -192,7 +193,7 @@ impl Layout {
     }
 }
 
-/// Both ends from a block of exactly the length of one family's addresses.
+/// Reads both addresses from a block that has exactly the length of one family's addresses.
 fn read_addresses(block: &[u8]) -> Option<Addresses> {
     let (ips, &[a, b, c, d]) = block.split_last_chunk()?;
     let (source_port, destination_port) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
@@ -211,7 +212,8 @@ fn read_ip(octets: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(octets).ok().map(IpAddr::from)
 }
 
-/// The TLVs in `block`, `offset` bytes into `header`: each well formed, and the checksum right where there is one.
+/// The TLVs in `block`, which starts at byte `offset` of `header`. Each is valid, and so is the checksum,
+/// if there is one.
 fn read_tlvs<'a>(header: &'a [u8], block: &'a [u8], offset: usize) -> Result<Tlvs<'a>, ParseError> {
     let tlvs = Tlvs::new(block, offset);
     let mut checksum_tlv = None;
@@ -235,10 +237,10 @@ fn read_tlvs<'a>(header: &'a [u8], block: &'a [u8], offset: usize) -> Result<Tlv
 
 /// The TLVs of a header without addresses.
 ///
-/// Its family is to be ignored and its block discarded (section 2.2), so whatever stands there cannot make it
-/// invalid, and where TLVs would start nobody says. Senders in the field (the captured header of the tests is one)
-/// start them at byte 16 even under an IPv4 family. So: a block that reads as TLVs from there is taken for them, and
-/// held to its checksum; any other is skipped.
+/// A receiver ignores its family and discards its block (section 2.2), so the block cannot make the
+/// header invalid. The specification does not say where TLVs would start. Real senders (see the captured
+/// header in the tests) start them at byte 16 even with an IPv4 family. So a block that parses as TLVs
+/// from there is read as TLVs, and its checksum is verified; any other block is skipped.
 fn read_ignored<'a>(header: &'a [u8], block: &'a [u8]) -> Result<Tlvs<'a>, ParseError> {
     match read_tlvs(header, block, FIXED_LEN) {
         Err(ParseError::Checksum { sent, computed }) => Err(ParseError::Checksum { sent, computed }),

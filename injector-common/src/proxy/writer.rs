@@ -1,8 +1,8 @@
-//! Writes into a borrowed buffer without ever passing its end.
+//! Writes into a borrowed buffer with bounds checks.
 
 use core::fmt;
 
-/// A buffer being filled from its start.
+/// A buffer that is filled from its start.
 pub(super) struct Writer<'a> {
     out: &'a mut [u8],
     len: usize,

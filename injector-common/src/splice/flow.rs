@@ -15,7 +15,7 @@ pub struct Flow {
     pub lost: u64,
     /// `CLOCK_MONOTONIC` of the last payload, in nanoseconds; 0 before the first.
     pub last_ns: u64,
-    /// When `redirected` has come this far, the program sends a [`BacklogEvent`].
+    /// When `redirected` has come this far, the program sends a [`BacklogEvent`](super::BacklogEvent).
     pub notify_at: u64,
     /// 1 while payload goes to user space instead. It stays 1 until user space has written all of it
     /// ([`Credit::resume_at`]): otherwise later payload would overtake earlier payload.

@@ -12,8 +12,8 @@ use injector_common::splice::{Counter, HEADER_CAPACITY, Header};
 use injector_testbed::netns;
 use injector_user::engine::splice::inject::InjectError;
 use injector_user::engine::splice::{Splice, verdict::Spliced};
-use injector_user::net::hangup::Watch;
-use injector_user::net::socket::{Endpoint, Needs};
+use injector_user::net::hangup::HangupMonitor;
+use injector_user::net::socket::{Endpoint, Interest};
 use injector_user::telemetry::metrics::BpfCounters;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -80,7 +80,7 @@ async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     })
     .await?;
     // The peer must have its connection before the header arrives.
-    ours.acknowledge()?;
+    ours.ack_now()?;
     Ok((ours, listener.accept().await?.0))
 }
 
@@ -190,11 +190,11 @@ async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
 /// The FIN has to wait until the target's queue has accepted everything; then no byte is missing.
 async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     const BULK: usize = 8 << 20;
-    let watch = Watch::start()?;
+    let monitor = HangupMonitor::start()?;
     let (mut source, mut source_peer) = pair(&splice).await?;
     let (target, mut target_peer) = pair(&splice).await?;
     let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
-    source.arm(Needs { read: false, write: false }, &watch)?;
+    source.set_interest(Interest { read: false, write: false }, &monitor)?;
     let bulk = pattern(3, BULK);
     source_peer.write_all(&bulk).await?;
     source_peer.shutdown().await?;

@@ -63,7 +63,7 @@ pub(super) enum Failed {
     Tls(#[from] &'static rustls::Error),
 }
 
-static TLS: LazyLock<Result<TlsConnector, rustls::Error>> = LazyLock::new(tls::without_verification);
+static TLS: LazyLock<Result<TlsConnector, rustls::Error>> = LazyLock::new(tls::unverified_connector);
 
 /// Asks the server at `address`, whose port is the backend's own.
 ///

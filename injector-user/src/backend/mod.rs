@@ -470,7 +470,7 @@ fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::Config, net::syn::unobserved};
+    use crate::{config::Config, net::syn::no_observer};
 
     fn backends(list: &str) -> Backends {
         let text = format!(
@@ -493,14 +493,14 @@ mod tests {
     async fn the_next_address_is_tried_when_one_refuses() {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
-        let backend = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn all_refusing_is_a_refusal() {
         let backends = backends(&format!("\"{}\"", refusing().await));
-        let error = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap_err();
+        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
@@ -509,14 +509,14 @@ mod tests {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"localhost:{}\"", good.port()));
         assert_eq!(backends.all()[0].addresses(), []);
-        let backend = backends.connect(Duration::from_secs(5), &unobserved).await.unwrap();
+        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn a_name_without_address_says_so() {
         let error = backends("\"nowhere.invalid:25\"")
-            .connect(Duration::from_secs(5), &unobserved)
+            .connect(Duration::from_secs(5), &no_observer)
             .await
             .unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");

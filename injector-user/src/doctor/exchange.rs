@@ -42,7 +42,7 @@ pub(super) async fn ask<S: Stream>(
     let mut heard = said.split_off(unread);
     action = follow(stream, &mut heard, &mut script, action, protocol, until).await;
     if action == Action::StartTls
-        && let Ok(connector) = tls::without_verification()
+        && let Ok(connector) = tls::unverified_connector()
     {
         match timeout_at(until, connector.connect(ServerName::from(server), &mut *stream)).await {
             Ok(Ok(mut stream)) => {

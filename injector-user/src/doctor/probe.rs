@@ -191,7 +191,7 @@ fn header(
 
 async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
     let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None, dialogue: None };
-    let connector = match tls::without_verification() {
+    let connector = match tls::unverified_connector() {
         Ok(connector) => connector,
         Err(error) => return clear(Outcome::Unreachable(error.to_string())),
     };

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Descriptors that the daemon needs for itself: maps, programs, devices, metrics, logs, pipes.
-const DESCRIPTORS_OF_OUR_OWN: u64 = 128 + 2 * pipe::MOST as u64;
+const DESCRIPTORS_OF_OUR_OWN: u64 = 128 + 2 * pipe::MAX_PIPES as u64;
 /// A listening socket has a [`Spare`].
 const DESCRIPTORS_PER_DOOR: u64 = 2;
 /// Epoll instances, what wakes them, and a watch.
@@ -95,9 +95,9 @@ pub fn bind_for_workers(
         let sockets: io::Result<Vec<_>> = (0..workers).map(|_| bound(address, true)).collect();
         let sockets = sockets?;
         for socket in &sockets {
-            options::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+            options::set_peer_timeouts(socket, timeouts.user_timeout, timeouts.keepalive)?;
             socket.listen(BACKLOG)?;
-            options::spare_acknowledgements(socket)?;
+            options::disable_quickack(socket)?;
         }
         Ok(sockets)
     };
@@ -110,7 +110,7 @@ fn bound(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     // A restart must not wait for the connections of the last run to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
-    options::accepts(&socket)?;
+    options::configure_listen(&socket)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
@@ -128,9 +128,9 @@ pub fn take_over(
 ) -> Result<Vec<Socket>, BindError> {
     let ready = || {
         socket.set_nonblocking(true)?;
-        options::accepts(socket)?;
-        options::spare_acknowledgements(socket)?;
-        options::give_up_after(socket, timeouts.user_timeout, timeouts.keepalive)?;
+        options::configure_listen(socket)?;
+        options::disable_quickack(socket)?;
+        options::set_peer_timeouts(socket, timeouts.user_timeout, timeouts.keepalive)?;
         (0..workers).map(|_| socket.try_clone()).collect::<io::Result<_>>()
     };
     ready().map_err(|error| BindError { address, error })

@@ -25,12 +25,12 @@ use crate::{
 
 /// Watches sockets for hang-up; cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Watch(Arc<Shared>);
+pub struct HangupMonitor(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     epoll: Epoll,
-    watched: Mutex<HashMap<u64, Arc<Signal>>>,
+    signals: Mutex<HashMap<u64, Arc<Signal>>>,
 }
 
 #[derive(Debug, Default)]
@@ -41,15 +41,15 @@ struct Signal {
     changed: AtomicWaker,
 }
 
-impl Watch {
+impl HangupMonitor {
     /// Starts watching, as a task of the present runtime.
     ///
     /// # Errors
-    /// As [`Watch::new`] and [`Watch::follow`].
+    /// As [`HangupMonitor::new`] and [`HangupMonitor::spawn`].
     pub fn start() -> io::Result<Self> {
-        let watch = Self::new()?;
-        watch.follow()?;
-        Ok(watch)
+        let monitor = Self::new()?;
+        monitor.spawn()?;
+        Ok(monitor)
     }
 
     /// One that nobody follows yet.
@@ -57,14 +57,14 @@ impl Watch {
     /// # Errors
     /// As epoll_create1(2).
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, watched: Mutex::default() })))
+        Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, signals: Mutex::default() })))
     }
 
     /// Has a task of the present runtime tell what happens.
     ///
     /// # Errors
     /// When the runtime cannot poll the instance.
-    pub fn follow(&self) -> io::Result<()> {
+    pub fn spawn(&self) -> io::Result<()> {
         let polled = poll::register(EpollOf(Arc::clone(&self.0)), Interest::READABLE)?;
         tokio::spawn(dispatch(polled));
         Ok(())
@@ -74,25 +74,25 @@ impl Watch {
     ///
     /// # Errors
     /// As epoll_ctl(2); a socket can be watched once at a time.
-    pub fn add<S: AsFd>(&self, socket: S, cookie: u64) -> io::Result<Watched<S>> {
+    pub fn add<S: AsFd>(&self, socket: S, cookie: u64) -> io::Result<HangupRegistration<S>> {
         let signal = Arc::new(Signal::default());
         self.0.lock().insert(cookie, Arc::clone(&signal));
-        let watched = Watched { watch: self.clone(), socket, cookie, signal };
-        self.0.epoll.add(&watched.socket, cookie)?;
-        Ok(watched)
+        let registration = HangupRegistration { monitor: self.clone(), socket, cookie, signal };
+        self.0.epoll.add(&registration.socket, cookie)?;
+        Ok(registration)
     }
 }
 
 /// A watched socket.
 #[derive(Debug)]
-pub struct Watched<S: AsFd> {
-    watch: Watch,
+pub struct HangupRegistration<S: AsFd> {
+    monitor: HangupMonitor,
     socket: S,
     cookie: u64,
     signal: Arc<Signal>,
 }
 
-impl<S: AsFd> Watched<S> {
+impl<S: AsFd> HangupRegistration<S> {
     /// Whether the peer has finished sending, or the socket is broken.
     pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
         self.poll(task, &self.signal.finished)
@@ -110,17 +110,17 @@ impl<S: AsFd> Watched<S> {
     }
 }
 
-impl<S: AsFd> Drop for Watched<S> {
+impl<S: AsFd> Drop for HangupRegistration<S> {
     fn drop(&mut self) {
         // A closed socket leaves epoll by itself.
-        let _ = self.watch.0.epoll.remove(&self.socket);
-        self.watch.0.lock().remove(&self.cookie);
+        let _ = self.monitor.0.epoll.remove(&self.socket);
+        self.monitor.0.lock().remove(&self.cookie);
     }
 }
 
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Signal>>> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -17,7 +17,7 @@ const RECEIVE_BUFFER: usize = 256 * 1024;
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+pub fn set_peer_timeouts(socket: &Socket, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
     let interval = (keepalive / 4).max(Duration::from_secs(1));
     // With a user timeout the kernel does not count probes (tcp_keepalive_timer, net/ipv4/tcp_timer.c).
     let probes = TcpKeepalive::new().with_time(keepalive).with_interval(interval);
@@ -30,9 +30,9 @@ pub fn give_up_after(socket: &Socket, user_timeout: Duration, keepalive: Duratio
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn accepts(socket: &Socket) -> io::Result<()> {
-    prepare(socket)?;
-    receive_buffer(socket)?;
+pub fn configure_listen(socket: &Socket) -> io::Result<()> {
+    configure(socket)?;
+    set_receive_buffer(socket)?;
     sockopt::save_syn(socket)
 }
 
@@ -40,7 +40,7 @@ pub fn accepts(socket: &Socket) -> io::Result<()> {
 ///
 /// # Errors
 /// As setsockopt(2).
-pub(super) fn receive_buffer(socket: &Socket) -> io::Result<()> {
+pub(super) fn set_receive_buffer(socket: &Socket) -> io::Result<()> {
     socket.set_recv_buffer_size(RECEIVE_BUFFER)
 }
 
@@ -48,7 +48,7 @@ pub(super) fn receive_buffer(socket: &Socket) -> io::Result<()> {
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn prepare(socket: &Socket) -> io::Result<()> {
+pub fn configure(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // Without it an urgent byte leaves the stream, and the counts of the EOF proof never meet.
     socket.set_out_of_band_inline(true)
@@ -61,6 +61,6 @@ pub fn prepare(socket: &Socket) -> io::Result<()> {
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn spare_acknowledgements(socket: &Socket) -> io::Result<()> {
+pub fn disable_quickack(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_quickack(false)
 }

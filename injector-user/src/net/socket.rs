@@ -18,20 +18,20 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{Interest, Ready, unix::AsyncFd};
+use tokio::io::{Interest as Readiness, Ready, unix::AsyncFd};
 
 use crate::{
     net::{
-        hangup::{Watch, Watched},
+        hangup::{HangupMonitor, HangupRegistration},
         options,
-        syn::{ObserveSyn, syn_sequence},
+        syn::{ObserveSyn, parse_isn},
     },
     os::{poll, sockopt},
 };
 
 /// What the session needs to be told about a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Needs {
+pub struct Interest {
     /// Payload arrives that user space reads.
     pub read: bool,
     /// User space may have to wait for room to write.
@@ -39,9 +39,11 @@ pub struct Needs {
 }
 
 /// After so long a socket is looked at again where nothing tells when there is more.
-pub const SOON: Duration = Duration::from_millis(1);
+pub const RETRY_DELAY: Duration = Duration::from_millis(1);
 
-const EVERYTHING: Needs = Needs { read: true, write: true };
+impl Interest {
+    const ALL: Self = Self { read: true, write: true };
+}
 
 type Io = AsyncFd<Arc<Socket>>;
 
@@ -55,71 +57,71 @@ pub struct Endpoint {
     socket: Arc<Socket>,
     /// Asked for when it is needed; 0 is nobody's.
     cookie: AtomicU64,
-    // Exactly these two follow `needs`; see `arm`.
+    // Exactly these two follow `needs`; see `set_interest`.
     io: Option<Io>,
-    watched: Option<Box<Watched<Arc<Socket>>>>,
-    needs: Needs,
+    hangup: Option<Box<HangupRegistration<Arc<Socket>>>>,
+    interest: Interest,
     /// Of the peer's SYN; of an accepted socket it is read when it is asked for.
-    sequence: Option<u32>,
+    peer_isn: Option<u32>,
     /// The last read took all there was.
-    emptied: AtomicBool,
+    recv_drained: AtomicBool,
     /// And behind that comes the peer's FIN.
-    last: AtomicBool,
+    fin_follows: AtomicBool,
     /// The kernel has told of an error other than by a read. It tells once: who reads then sees an end of file.
-    told: AtomicBool,
+    error_reported: AtomicBool,
 }
 
 impl Endpoint {
-    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`options::accepts`].
+    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`options::configure_listen`].
     ///
     /// # Errors
     /// When the runtime cannot poll it.
     pub fn accepted(socket: Socket) -> io::Result<Self> {
         let socket = Arc::new(socket);
-        let io = register(&socket, EVERYTHING)?;
+        let io = register(&socket, Interest::ALL)?;
         Ok(Self::connected(socket, io, None))
     }
 
     /// Connects to `address`, while an observer reads the peer's SYN. Dropping the future gives up. The peer
-    /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::acknowledge`].
+    /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::ack_now`].
     ///
     /// # Errors
     /// As connect(2).
     pub async fn connect(address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Self> {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
-        options::prepare(&socket)?;
-        options::receive_buffer(&socket)?;
-        options::spare_acknowledgements(&socket)?;
+        options::configure(&socket)?;
+        options::set_receive_buffer(&socket)?;
+        options::disable_quickack(&socket)?;
         let socket = Arc::new(socket);
         let observer = observe(&socket);
         match socket.connect(&address.into()) {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
         }
-        let io = register(&socket, EVERYTHING)?;
+        let io = register(&socket, Interest::ALL)?;
         if let Some(io) = &io {
             poll_fn(|task| io.poll_write_ready(task).map_ok(drop)).await?;
         }
         match socket.take_error()? {
             Some(error) => Err(error),
             None => {
-                let sequence = observer.and_then(|observer| observer.sequence());
-                Ok(Self::connected(socket, io, sequence))
+                let peer_isn = observer.and_then(|observer| observer.peer_isn());
+                Ok(Self::connected(socket, io, peer_isn))
             }
         }
     }
 
-    fn connected(socket: Arc<Socket>, io: Option<Io>, sequence: Option<u32>) -> Self {
+    fn connected(socket: Arc<Socket>, io: Option<Io>, peer_isn: Option<u32>) -> Self {
         Self {
             cookie: AtomicU64::new(0),
             io,
-            watched: None,
-            needs: EVERYTHING,
-            sequence,
-            emptied: AtomicBool::new(false),
-            last: AtomicBool::new(false),
-            told: AtomicBool::new(false),
+            hangup: None,
+            interest: Interest::ALL,
+            peer_isn,
+            recv_drained: AtomicBool::new(false),
+            fin_follows: AtomicBool::new(false),
+            error_reported: AtomicBool::new(false),
             socket,
         }
     }
@@ -138,10 +140,10 @@ impl Endpoint {
     }
 
     /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
-    /// it ([`options::accepts`]).
+    /// it ([`options::configure_listen`]).
     #[must_use]
-    pub fn first_sequence(&self) -> Option<u32> {
-        self.sequence.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| syn_sequence(&syn)))
+    pub fn peer_isn(&self) -> Option<u32> {
+        self.peer_isn.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| parse_isn(&syn)))
     }
 
     /// The address at our side; for a client's socket what the client connected to.
@@ -157,18 +159,18 @@ impl Endpoint {
     ///
     /// # Errors
     /// When it cannot be registered.
-    pub fn arm(&mut self, needs: Needs, watch: &Watch) -> io::Result<()> {
-        if needs == self.needs {
+    pub fn set_interest(&mut self, interest: Interest, monitor: &HangupMonitor) -> io::Result<()> {
+        if interest == self.interest {
             return Ok(());
         }
         self.io = None;
-        self.io = register(&self.socket, needs)?;
-        if needs.read {
-            self.watched = None;
-        } else if self.watched.is_none() {
-            self.watched = Some(Box::new(watch.add(Arc::clone(&self.socket), self.cookie())?));
+        self.io = register(&self.socket, interest)?;
+        if interest.read {
+            self.hangup = None;
+        } else if self.hangup.is_none() {
+            self.hangup = Some(Box::new(monitor.add(Arc::clone(&self.socket), self.cookie())?));
         }
-        self.needs = needs;
+        self.interest = interest;
         Ok(())
     }
 
@@ -176,7 +178,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// As setsockopt(2).
-    pub fn acknowledge(&self) -> io::Result<()> {
+    pub fn ack_now(&self) -> io::Result<()> {
         // To set it again acknowledges (__tcp_sock_set_quickack, net/ipv4/tcp.c).
         self.socket.set_tcp_quickack(true)
     }
@@ -191,8 +193,8 @@ impl Endpoint {
     }
 
     /// Remembers that an error was told.
-    fn telling<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        result.inspect_err(|_| self.told.store(true, Ordering::Relaxed))
+    fn record_error<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|_| self.error_reported.store(true, Ordering::Relaxed))
     }
 
     /// Resolves when the peer has finished sending, as [`Endpoint::poll_finished`]. Cancel safe.
@@ -202,7 +204,7 @@ impl Endpoint {
 
     /// Whether the peer has finished sending, for a socket that user space does not read.
     pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
-        self.watched.as_ref().map_or(Poll::Pending, |watched| watched.poll_finished(task))
+        self.hangup.as_ref().map_or(Poll::Pending, |hangup| hangup.poll_finished(task))
     }
 
     /// Resolves when the connection breaks, as [`Endpoint::poll_closed`]. Cancel safe.
@@ -213,8 +215,8 @@ impl Endpoint {
     /// Whether the connection is broken, with its error, or both sides have finished, with none. It throws away what the
     /// runtime knows of room: ask it before writing.
     pub fn poll_closed(&self, task: &mut Context<'_>) -> Poll<Option<io::Error>> {
-        if let Some(watched) = &self.watched {
-            ready!(watched.poll_broken(task));
+        if let Some(hangup) = &self.hangup {
+            ready!(hangup.poll_broken(task));
         } else if let Some(io) = &self.io {
             // An error of the readiness itself means the runtime is going: as broken as can be.
             while let Ok(mut ready) = ready!(io.poll_write_ready(task)) {
@@ -227,7 +229,7 @@ impl Endpoint {
             return Poll::Pending;
         }
         let error = self.socket.take_error().unwrap_or_else(Some);
-        self.told.fetch_or(error.is_some(), Ordering::Relaxed);
+        self.error_reported.fetch_or(error.is_some(), Ordering::Relaxed);
         Poll::Ready(error)
     }
 
@@ -240,7 +242,7 @@ impl Endpoint {
     }
 
     /// Waits until the peer has acknowledged all that it was sent, or is gone, or this time is over.
-    pub async fn taken(&self, within: Duration) {
+    pub async fn wait_acked(&self, timeout: Duration) {
         let acknowledged = async {
             let mut pause = Duration::from_millis(1);
             while sockopt::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
@@ -248,15 +250,15 @@ impl Endpoint {
                 pause = (pause * 2).min(Duration::from_millis(50));
             }
         };
-        let _ = tokio::time::timeout(within, acknowledged).await;
+        let _ = tokio::time::timeout(timeout, acknowledged).await;
     }
 
-    /// As [`options::give_up_after`].
+    /// As [`options::set_peer_timeouts`].
     ///
     /// # Errors
     /// As setsockopt(2).
-    pub fn give_up_after(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
-        options::give_up_after(&self.socket, user_timeout, keepalive)
+    pub fn set_peer_timeouts(&self, user_timeout: Duration, keepalive: Duration) -> io::Result<()> {
+        options::set_peer_timeouts(&self.socket, user_timeout, keepalive)
     }
 
     /// Closes with a RST, so that the peer never takes what it got for the whole. What was written and not sent yet is thrown away.
@@ -285,14 +287,14 @@ impl AsRawFd for Endpoint {
     }
 }
 
-fn register(socket: &Arc<Socket>, needs: Needs) -> io::Result<Option<Io>> {
-    let interest = match needs {
-        Needs { read: true, write: true } => Interest::READABLE | Interest::WRITABLE,
-        Needs { read: true, write: false } => Interest::READABLE,
-        Needs { read: false, write: true } => Interest::WRITABLE,
-        Needs { read: false, write: false } => return Ok(None),
+fn register(socket: &Arc<Socket>, interest: Interest) -> io::Result<Option<Io>> {
+    let interest = match interest {
+        Interest { read: true, write: true } => Readiness::READABLE | Readiness::WRITABLE,
+        Interest { read: true, write: false } => Readiness::READABLE,
+        Interest { read: false, write: true } => Readiness::WRITABLE,
+        Interest { read: false, write: false } => return Ok(None),
     };
-    poll::register(Arc::clone(socket), interest | Interest::ERROR).map(Some)
+    poll::register(Arc::clone(socket), interest | Readiness::ERROR).map(Some)
 }
 
 #[cfg(test)]
@@ -303,12 +305,12 @@ mod tests {
     };
 
     use super::*;
-    use crate::net::syn::unobserved;
+    use crate::net::syn::no_observer;
 
     async fn pair() -> (Endpoint, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let ours = Endpoint::connect(listener.local_addr().unwrap(), &unobserved).await.unwrap();
-        ours.acknowledge().unwrap();
+        let ours = Endpoint::connect(listener.local_addr().unwrap(), &no_observer).await.unwrap();
+        ours.ack_now().unwrap();
         (ours, listener.accept().await.unwrap().0)
     }
 
@@ -335,12 +337,12 @@ mod tests {
         peer.set_nonblocking(false).unwrap();
         Socket::from(peer.try_clone().unwrap()).send(first).unwrap();
         assert_eq!(ours.read(<[u8]>::len).await.unwrap(), first.len());
-        assert!(!ours.read_its_last());
+        assert!(!ours.fin_follows());
         let peer = Socket::from(peer);
         peer.send_with_flags(last, libc::MSG_MORE).unwrap();
         peer.shutdown(Shutdown::Write).unwrap();
         assert_eq!(ours.read(<[u8]>::len).await.unwrap(), last.len());
-        assert!(ours.read_its_last());
+        assert!(ours.fin_follows());
         assert_eq!(ours.read(<[u8]>::len).await.unwrap(), 0);
     }
 }

@@ -10,11 +10,11 @@ use std::{
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
 /// Bytes that a pipe has room for: what a process without rights may ask for (`/proc/sys/fs/pipe-max-size`).
-const ROOM: usize = 1024 * 1024;
+const PIPE_CAPACITY: usize = 1024 * 1024;
 
 /// Pipes that a daemon has at most. A user without rights gets large ones up to 64 MiB together
 /// (`/proc/sys/fs/pipe-user-pages-soft`), and may have other programs.
-pub const MOST: usize = 32;
+pub const MAX_PIPES: usize = 32;
 
 /// The pipes of a daemon. Clones share them.
 #[derive(Clone, Debug)]
@@ -23,13 +23,13 @@ pub struct Pipes(Arc<Mutex<Pool>>);
 #[derive(Debug)]
 struct Pool {
     /// Those that hold nothing.
-    idle: Vec<Ends>,
+    idle: Vec<PipeFds>,
     /// How many more may be made.
     left: usize,
 }
 
 #[derive(Debug)]
-struct Ends {
+struct PipeFds {
     read: OwnedFd,
     write: OwnedFd,
 }
@@ -37,25 +37,25 @@ struct Ends {
 impl Pipes {
     /// At most so many, made when they are needed.
     #[must_use]
-    pub fn new(most: usize) -> Self {
-        Self(Arc::new(Mutex::new(Pool { idle: Vec::new(), left: most })))
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(Mutex::new(Pool { idle: Vec::new(), left: limit })))
     }
 
     /// An empty pipe; `None` if there is none to be had, and the payload has to be copied.
     #[must_use]
     pub fn borrow(&self) -> Option<Pipe> {
         let mut pool = self.pool();
-        let ends = match pool.idle.pop() {
-            Some(ends) => ends,
+        let fds = match pool.idle.pop() {
+            Some(fds) => fds,
             None if pool.left == 0 => return None,
             None => {
-                let made = make();
+                let created = create();
                 // What was refused once is not asked for again: copying is slower, but asking in vain is slower still.
-                pool.left = if made.is_ok() { pool.left - 1 } else { 0 };
-                made.ok()?
+                pool.left = if created.is_ok() { pool.left - 1 } else { 0 };
+                created.ok()?
             }
         };
-        Some(Pipe { ends: Some(ends), held: 0, pipes: self.clone() })
+        Some(Pipe { fds: Some(fds), held: 0, pipes: self.clone() })
     }
 
     fn pool(&self) -> std::sync::MutexGuard<'_, Pool> {
@@ -63,18 +63,18 @@ impl Pipes {
     }
 }
 
-fn make() -> io::Result<Ends> {
+fn create() -> io::Result<PipeFds> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
     // A small pipe moves less than reading and writing does.
-    fcntl_setpipe_size(&write, ROOM)?;
-    Ok(Ends { read, write })
+    fcntl_setpipe_size(&write, PIPE_CAPACITY)?;
+    Ok(PipeFds { read, write })
 }
 
 /// A pipe on its way from one socket to another. Dropping it gives it back, or closes it with what it holds.
 #[derive(Debug)]
 pub struct Pipe {
     /// `None` only while it is dropped.
-    ends: Option<Ends>,
+    fds: Option<PipeFds>,
     held: usize,
     pipes: Pipes,
 }
@@ -91,7 +91,7 @@ impl Pipe {
     /// # Errors
     /// As splice(2); `WouldBlock` if there is nothing.
     pub fn fill(&mut self, source: impl AsFd) -> io::Result<usize> {
-        let moved = transfer(source.as_fd(), self.ends()?.write.as_fd(), ROOM)?;
+        let moved = transfer(source.as_fd(), self.fds()?.write.as_fd(), PIPE_CAPACITY)?;
         self.held += moved;
         Ok(moved)
     }
@@ -101,31 +101,31 @@ impl Pipe {
     /// # Errors
     /// As splice(2); `WouldBlock` if nothing fits.
     pub fn drain(&mut self, target: impl AsFd) -> io::Result<usize> {
-        let moved = transfer(self.ends()?.read.as_fd(), target.as_fd(), self.held)?;
+        let moved = transfer(self.fds()?.read.as_fd(), target.as_fd(), self.held)?;
         self.held = self.held.saturating_sub(moved);
         Ok(moved)
     }
 
-    fn ends(&self) -> io::Result<&Ends> {
-        self.ends.as_ref().ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    fn fds(&self) -> io::Result<&PipeFds> {
+        self.fds.as_ref().ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
 }
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        let Some(ends) = self.ends.take() else { return };
+        let Some(fds) = self.fds.take() else { return };
         let mut pool = self.pipes.pool();
         if self.held == 0 {
-            pool.idle.push(ends);
+            pool.idle.push(fds);
         } else {
             pool.left += 1;
         }
     }
 }
 
-fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
+fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, limit: usize) -> io::Result<usize> {
     loop {
-        match splice(from, None, to, None, most, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+        match splice(from, None, to, None, limit, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
             Err(rustix::io::Errno::INTR) => {}
             result => return Ok(result?),
         }

@@ -7,7 +7,7 @@ use socket2::Socket;
 /// Reads the peer's SYN while a socket connects, until it is dropped.
 pub trait SynObserver: Debug + Send + Sync {
     /// The sequence number of the peer's SYN, once it has arrived.
-    fn sequence(&self) -> Option<u32>;
+    fn peer_isn(&self) -> Option<u32>;
 }
 
 /// Starts a [`SynObserver`] on a socket that has not begun to connect; `None` where nothing needs one, or none can run.
@@ -15,12 +15,12 @@ pub type ObserveSyn<'a> = dyn Fn(&Arc<Socket>) -> Option<Box<dyn SynObserver>> +
 
 /// [`ObserveSyn`] for sockets whose data the kernel never forwards.
 #[must_use]
-pub fn unobserved(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
+pub fn no_observer(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
     None
 }
 
 /// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.
-pub(super) fn syn_sequence(syn: &[u8]) -> Option<u32> {
+pub(super) fn parse_isn(syn: &[u8]) -> Option<u32> {
     const IPV6_HEADER: usize = 40;
     const NEXT_HEADER: usize = 6;
     let tcp = match syn.first()? >> 4 {
@@ -40,12 +40,12 @@ mod tests {
         let tcp = [0, 25, 0xC0, 0, 0xDE, 0xAD, 0xBE, 0xEF, 0, 0, 0, 0, 0x50, 2];
         let ipv4 = |first| [&[first][..], &[0; 19], &tcp].concat();
         let ipv6 = |next| [&[0x60, 0, 0, 0, 0, 20, next, 64][..], &[0; 32], &tcp].concat();
-        assert_eq!(syn_sequence(&ipv4(0x45)), Some(0xDEAD_BEEF));
-        assert_eq!(syn_sequence(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
-        assert_eq!(syn_sequence(&ipv6(6)), Some(0xDEAD_BEEF));
+        assert_eq!(parse_isn(&ipv4(0x45)), Some(0xDEAD_BEEF));
+        assert_eq!(parse_isn(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
+        assert_eq!(parse_isn(&ipv6(6)), Some(0xDEAD_BEEF));
         // An extension header, nothing, too little.
-        assert_eq!(syn_sequence(&ipv6(0)), None);
-        assert_eq!(syn_sequence(&[]), None);
-        assert_eq!(syn_sequence(ipv4(0x45).get(..26).unwrap()), None);
+        assert_eq!(parse_isn(&ipv6(0)), None);
+        assert_eq!(parse_isn(&[]), None);
+        assert_eq!(parse_isn(ipv4(0x45).get(..26).unwrap()), None);
     }
 }

@@ -16,17 +16,17 @@ use tokio_rustls::TlsConnector;
 ///
 /// # Errors
 /// None with the versions and algorithms built in.
-pub fn without_verification() -> Result<TlsConnector, Error> {
-    Ok(TlsConnector::from(Arc::new(believing_anybody()?)))
+pub fn unverified_connector() -> Result<TlsConnector, Error> {
+    Ok(TlsConnector::from(Arc::new(unverified_config()?)))
 }
 
 /// The same as settings.
 ///
 /// # Errors
 /// None with the versions and algorithms built in.
-pub fn believing_anybody() -> Result<ClientConfig, Error> {
+pub fn unverified_config() -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
-    let verifier = Arc::new(Anybody { algorithms: provider.signature_verification_algorithms });
+    let verifier = Arc::new(AcceptAnyCertificate { algorithms: provider.signature_verification_algorithms });
     let builder = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
         .with_safe_default_protocol_versions()?;
     Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
@@ -34,11 +34,11 @@ pub fn believing_anybody() -> Result<ClientConfig, Error> {
 
 /// Accepts every certificate; that the server holds its key is still seen to.
 #[derive(Debug)]
-struct Anybody {
+struct AcceptAnyCertificate {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _end_entity: &CertificateDer<'_>,

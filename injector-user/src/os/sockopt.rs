@@ -77,7 +77,7 @@ const INT: libc::socklen_t = 4;
 ///
 /// # Errors
 /// As setsockopt(2).
-pub fn kick(socket: &impl AsRawFd) -> io::Result<()> {
+pub fn rerun_data_ready(socket: &impl AsRawFd) -> io::Result<()> {
     set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)
 }
 

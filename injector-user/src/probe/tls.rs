@@ -41,14 +41,14 @@ pub(super) enum Trust {
     /// These authorities.
     Authorities(Vec<CertificateDer<'static>>),
     /// Everybody.
-    Anybody,
+    AcceptAnyCertificate,
 }
 
 impl Trust {
     /// As the command line says.
     pub(super) fn new(authorities: Option<&Path>, insecure: bool) -> Result<Self> {
         if insecure {
-            return Ok(Self::Anybody);
+            return Ok(Self::AcceptAnyCertificate);
         }
         let Some(file) = authorities else { return Ok(Self::Mozilla) };
         let read = || -> Result<Vec<_>> {
@@ -83,7 +83,7 @@ impl Trust {
                     builder = builder.add_root_certificate(Certificate::from_der(certificate.to_vec())?);
                 }
             }
-            Self::Anybody => {
+            Self::AcceptAnyCertificate => {
                 builder =
                     builder.dangerous_accept_invalid_certs(true).dangerous_accept_invalid_hostnames(true);
             }
@@ -103,7 +103,7 @@ impl Trust {
                 }
                 roots
             }
-            Self::Anybody => return Ok(tls::believing_anybody()?),
+            Self::AcceptAnyCertificate => return Ok(tls::unverified_config()?),
         };
         Ok(builder.with_root_certificates(roots).with_no_client_auth())
     }

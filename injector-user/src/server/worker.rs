@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{listener::Door, net::hangup::Watch, session::registry::Table, telemetry::log::target};
+use crate::{listener::Door, net::hangup::HangupMonitor, session::registry::Table, telemetry::log::target};
 
 /// A thread at work.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct Worker {
     thread: thread::JoinHandle<()>,
     open: mpsc::UnboundedSender<Pending>,
     doors: TaskTracker,
-    watch: Watch,
+    hangups: HangupMonitor,
     table: Table,
 }
 
@@ -32,13 +32,13 @@ impl Worker {
     /// # Errors
     /// When there can be no further thread or epoll instance.
     pub fn start(number: usize, doors: &TaskTracker, ended: CancellationToken) -> io::Result<Self> {
-        let watch = Watch::new()?;
+        let hangups = HangupMonitor::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (open, mut opened) = mpsc::unbounded_channel::<Pending>();
         let table = Table::default();
-        let (watching, timing) = (watch.clone(), table.clone());
+        let (watching, timing) = (hangups.clone(), table.clone());
         let work = async move {
-            if let Err(error) = watching.follow() {
+            if let Err(error) = watching.spawn() {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
             }
             let open = async {
@@ -53,13 +53,13 @@ impl Worker {
         };
         let thread =
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { thread, open, doors: doors.clone(), watch, table })
+        Ok(Self { thread, open, doors: doors.clone(), hangups, table })
     }
 
     /// For the endpoints that live on this thread.
     #[must_use]
-    pub fn watch(&self) -> &Watch {
-        &self.watch
+    pub fn hangups(&self) -> &HangupMonitor {
+        &self.hangups
     }
 
     /// For the connections that live on this thread.

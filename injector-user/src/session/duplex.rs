@@ -18,7 +18,7 @@ use super::{
     registry::Handle,
 };
 use crate::{
-    net::socket::{Endpoint, Needs},
+    net::socket::{Endpoint, Interest},
     telemetry::{
         log::target,
         outcome::{Bytes, CloseReason},
@@ -258,7 +258,7 @@ impl Pump {
             _ if reason.clean() => {
                 for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
                     if cut {
-                        endpoint.taken(LAST_WORDS).await;
+                        endpoint.wait_acked(LAST_WORDS).await;
                         endpoint.reset();
                     }
                 }
@@ -298,12 +298,12 @@ impl Pump {
                 }
             }
         }
-        let watch = &context.watch;
-        let of_client = Needs { read: to_backend.may_read_source(), write: to_client.may_write_target() };
-        let of_backend = Needs { read: to_client.may_read_source(), write: to_backend.may_write_target() };
+        let monitor = &context.hangups;
+        let of_client = Interest { read: to_backend.may_read_source(), write: to_client.may_write_target() };
+        let of_backend = Interest { read: to_client.may_read_source(), write: to_backend.may_write_target() };
         client
-            .arm(of_client, watch)
-            .and_then(|()| backend.arm(of_backend, watch))
+            .set_interest(of_client, monitor)
+            .and_then(|()| backend.set_interest(of_backend, monitor))
             .map_err(|error| (CloseReason::Internal, Some(error)))
     }
 
@@ -315,7 +315,7 @@ impl Pump {
         }
         self.lasts = true;
         let timeouts = &self.context.timeouts;
-        if let Err(error) = self.backend.give_up_after(timeouts.user_timeout, timeouts.keepalive) {
+        if let Err(error) = self.backend.set_peer_timeouts(timeouts.user_timeout, timeouts.keepalive) {
             let listener = &*self.context.listener;
             tracing::warn!(target: target::SESSION, listener, %error, "cannot set TCP user timeout on the backend socket; only the idle timeout detects a dead backend");
         }

@@ -24,7 +24,7 @@ use crate::{
     config::EnrolmentPolicy,
     engine::{Offer, Refused, Spliced},
     net::{
-        socket::{Endpoint, SOON},
+        socket::{Endpoint, RETRY_DELAY},
         splice_pipe::Pipe,
     },
     os::sockopt,
@@ -154,7 +154,7 @@ impl Pause {
             // Polled once it is pending, and wakes this task when the others have had their turn.
             let _ = pin!(yield_now()).poll(task);
         } else {
-            let length = SOON * (1 << (self.looks - at_once).min(10));
+            let length = RETRY_DELAY * (1 << (self.looks - at_once).min(10));
             self.begin(length.min(most), task);
         }
         self.looks += 1;
@@ -237,7 +237,7 @@ impl Lane {
     /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
     fn is_fin(&self, source: &Endpoint) -> bool {
         // Asking the kernel for its counts is dear where sessions are short.
-        (self.carried.is_none() && source.ends_by_fin()) || self.complete(source)
+        (self.carried.is_none() && source.eof_is_fin()) || self.complete(source)
     }
 
     /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
@@ -298,7 +298,7 @@ impl Lane {
         if self.carried.is_some() {
             return self.offer(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
         }
-        if !source.emptied() {
+        if !source.recv_drained() {
             return Enrolment::NotNow;
         }
         let read = self.direction.read_bytes();
@@ -391,7 +391,7 @@ impl Lane {
                 carried.early_ends = 0;
             }
             // Its FIN then leaves in one segment with it.
-            let last = carried.is_none() && source.read_its_last();
+            let last = carried.is_none() && source.fin_follows();
             Some(take(direction, waiting, payload, last, target))
         });
         match ready!(taken).map_err(Break::Source)? {
@@ -404,7 +404,7 @@ impl Lane {
                 Poll::Ready(Err(Break::Source(io::ErrorKind::ConnectionReset.into())))
             }
             Some(None) | None => {
-                self.pause.begin(SOON, task);
+                self.pause.begin(RETRY_DELAY, task);
                 Poll::Pending
             }
         }

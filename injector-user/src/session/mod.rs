@@ -33,7 +33,7 @@ use crate::{
     config::{EnrolmentPolicy, HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN, Watermarks},
     engine::{Engine, Injected, relay::Relay},
     header::Rendered,
-    net::{hangup::Watch, socket::Endpoint, splice_pipe::Pipes},
+    net::{hangup::HangupMonitor, socket::Endpoint, splice_pipe::Pipes},
     protocol::{Protocol, Refusal, Speaker},
     telemetry::{
         backlog::BacklogTotal,
@@ -73,7 +73,7 @@ pub struct Context {
     /// How much does, over all listeners.
     pub backlog_total: BacklogTotal,
     /// Hang-ups of spliced sockets.
-    pub watch: Watch,
+    pub hangups: HangupMonitor,
     /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`Table::call_all`]): they
     /// look then.
     pub cut: CancellationToken,

@@ -136,12 +136,12 @@ pub fn descriptors(pid: u32) -> anyhow::Result<usize> {
     let (pipes, others): (Vec<_>, Vec<_>) =
         links.partition(|link| link.as_os_str().as_encoded_bytes().starts_with(b"pipe:"));
     // Both ends of each, and the standard streams.
-    ensure!(pipes.len() <= 2 * MOST_PIPES + 3, "{} ends of pipes", pipes.len());
+    ensure!(pipes.len() <= 2 * MAX_PIPES + 3, "{} ends of pipes", pipes.len());
     Ok(others.len())
 }
 
 /// The maximum number of pipes of the daemon (`MAX_PIPES` of injector-user).
-const MOST_PIPES: usize = 32;
+const MAX_PIPES: usize = 32;
 
 #[cfg(test)]
 mod tests {

@@ -28,7 +28,7 @@ impl PeerIsnFilter {
 }
 
 impl SynObserver for PeerIsnFilter {
-    fn sequence(&self) -> Option<u32> {
+    fn peer_isn(&self) -> Option<u32> {
         self.splice.maps.peer_isn(self.cookie)
     }
 }

@@ -14,9 +14,9 @@ use super::{Splice, verdict::Spliced};
 use crate::{
     engine::check::Check,
     net::{
-        hangup::Watch,
+        hangup::HangupMonitor,
         options,
-        socket::{Endpoint, Needs},
+        socket::{Endpoint, Interest},
     },
 };
 
@@ -105,7 +105,7 @@ async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
 async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
     const EARLY: usize = 3000;
     const LATE: usize = 200_000;
-    let watch = Watch::start()?;
+    let monitor = HangupMonitor::start()?;
     let (mut client, mut client_peer) = pair(splice).await?;
     let (mut backend, mut backend_peer) = pair(splice).await?;
     let payload = pattern(EARLY + LATE);
@@ -116,7 +116,7 @@ async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
     let to_backend = Spliced::enrol(splice, &client, &backend, 0).map_err(io::Error::other)?;
     let to_client = Spliced::enrol(splice, &backend, &client, 0).map_err(io::Error::other)?;
     for endpoint in [&mut client, &mut backend] {
-        endpoint.arm(Needs { read: false, write: false }, &watch)?;
+        endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
     }
     tokio::try_join!(
         speak(&mut client_peer, late, &payload),
@@ -134,14 +134,14 @@ async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     // Sixteen times what the buffers hold.
     const SIZE: usize = 2 << 20;
     const STALL: Duration = Duration::from_millis(50);
-    let watch = Watch::start()?;
+    let monitor = HangupMonitor::start()?;
     let (mut source, mut sender) = pair(splice).await?;
     let (mut target, mut reader) = pair_with_small_buffers().await?;
     let spliced = Spliced::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
     // All of it may wait, whatever the marks: nobody looks at them here.
     spliced.grant(SIZE as u64)?;
     for endpoint in [&mut source, &mut target] {
-        endpoint.arm(Needs { read: false, write: false }, &watch)?;
+        endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
     }
     let payload = unrepeated(SIZE);
     let send = async {
@@ -218,7 +218,7 @@ async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     })
     .await?;
     // No header follows, with which the peer's connection would begin.
-    ours.acknowledge()?;
+    ours.ack_now()?;
     Ok((ours, listener.accept().await?.0))
 }
 
@@ -239,7 +239,7 @@ async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
     ours.set_tcp_mss(SEGMENT)?;
     // Over loopback to a listener with room this does not wait.
     ours.connect(&listener.local_addr()?)?;
-    options::prepare(&ours)?;
+    options::configure(&ours)?;
     ours.set_nonblocking(true)?;
     let ours = Endpoint::accepted(ours)?;
     Ok((ours, TcpListener::from_std(listener.into())?.accept().await?.0))

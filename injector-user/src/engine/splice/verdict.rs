@@ -115,7 +115,7 @@ impl Spliced {
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
         // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
         // an open socket; if it did, the proof kicks again.
-        let _ = sockopt::kick(source);
+        let _ = sockopt::rerun_data_ready(source);
         Ok(spliced)
     }
 
@@ -231,7 +231,7 @@ impl Spliced {
         }
         // The FIN counts one.
         if read + flow.redirected + 1 != received {
-            sockopt::kick(source)?;
+            sockopt::rerun_data_ready(source)?;
             return Ok(false);
         }
         let state = sockopt::tcp_info(target)?.state;
@@ -270,7 +270,7 @@ fn lost(flow: &Flow) -> io::Error {
 #[expect(clippy::cast_possible_truncation, reason = "sequence numbers are counted modulo 2^32")]
 fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
     // The SYN counts one.
-    Some(SeqNumber(source.first_sequence()?) + 1 + read as u32)
+    Some(SeqNumber(source.peer_isn()?) + 1 + read as u32)
 }
 
 /// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no

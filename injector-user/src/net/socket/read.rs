@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::Ready;
 
-use super::{Endpoint, SOON};
+use super::{Endpoint, RETRY_DELAY};
 use crate::net::splice_pipe::{Pipe, Pipes};
 
 /// Bytes of the buffer that user space reads into.
@@ -30,12 +30,12 @@ impl Endpoint {
             if let Some(taken) = poll_fn(|task| self.poll_read(task, &mut take)).await? {
                 return Ok(taken);
             }
-            tokio::time::sleep(SOON).await;
+            tokio::time::sleep(RETRY_DELAY).await;
         }
     }
 
     /// Hands payload to `take`, out of a buffer that all connections of the thread share; empty is the peer's FIN. `None`: there
-    /// will be more, but nothing tells when; look again [`SOON`].
+    /// will be more, but nothing tells when; look again [`RETRY_DELAY`].
     ///
     /// # Errors
     /// As recv(2).
@@ -58,8 +58,8 @@ impl Endpoint {
                 };
                 // A short read has emptied the queue: the next one would only say EAGAIN.
                 let emptied = count < scratch.len();
-                self.emptied.store(emptied, Ordering::Relaxed);
-                self.last.store(emptied && closed && !broken, Ordering::Relaxed);
+                self.recv_drained.store(emptied, Ordering::Relaxed);
+                self.fin_follows.store(emptied && closed && !broken, Ordering::Relaxed);
                 if count > 0 && emptied {
                     ready.clear_ready_matching(Ready::READABLE);
                 }
@@ -93,7 +93,7 @@ impl Endpoint {
             if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
                 let count = filled?;
                 // There may be more, in the middle of a segment even.
-                self.emptied.store(false, Ordering::Relaxed);
+                self.recv_drained.store(false, Ordering::Relaxed);
                 return Poll::Ready(Ok((count > 0).then_some((pipe, count))));
             }
         }
@@ -112,20 +112,20 @@ impl Endpoint {
     /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
     /// the program would have to cut off more than it can: the kernel joins segments that wait in a queue into one.
     #[must_use]
-    pub fn emptied(&self) -> bool {
-        self.emptied.load(Ordering::Relaxed)
+    pub fn recv_drained(&self) -> bool {
+        self.recv_drained.load(Ordering::Relaxed)
     }
 
     /// Whether behind what was read last comes the peer's FIN, as far as is known. Another may not be known of yet.
     #[must_use]
-    pub fn read_its_last(&self) -> bool {
-        self.last.load(Ordering::Relaxed)
+    pub fn fin_follows(&self) -> bool {
+        self.fin_follows.load(Ordering::Relaxed)
     }
 
     /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
     /// of it may be that error's.
     #[must_use]
-    pub fn ends_by_fin(&self) -> bool {
-        !self.told.load(Ordering::Relaxed)
+    pub fn eof_is_fin(&self) -> bool {
+        !self.error_reported.load(Ordering::Relaxed)
     }
 }

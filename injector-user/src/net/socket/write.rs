@@ -27,7 +27,7 @@ impl Endpoint {
     pub fn try_drain(&self, pipe: &mut Pipe) -> io::Result<usize> {
         match pipe.drain(&*self.socket) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            drained => self.telling(drained),
+            drained => self.record_error(drained),
         }
     }
 
@@ -61,7 +61,7 @@ impl Endpoint {
             match write(&self.socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return self.telling(result),
+                result => return self.record_error(result),
             }
         }
     }

@@ -56,7 +56,7 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
     // With all rights: sockets, programs. Listeners that become inline have no sockets.
     let mut findings = Findings::untried("no listener asks for it");
     let choices = choice::inline(&mut config, &mut findings)?;
-    let inherited = systemd::sockets().context("taking over systemd's sockets")?;
+    let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = bind_all(&config, &inherited)?;
     let exporter = match config.metrics {
         Some(metrics) => Some(listener::bind(metrics.listen).context("metrics.listen")?),
@@ -137,7 +137,7 @@ fn give_up_rights(findings: &Findings, attaches: bool) {
     }
     #[cfg(not(feature = "bpf"))]
     let _ = (findings, attaches);
-    match rights::drop_all_but(&keep) {
+    match rights::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
             tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them")
@@ -214,12 +214,12 @@ async fn serve(
 
 /// Tells systemd that the daemon does its work, as long as every thread does.
 async fn keep_alive(control: Control) {
-    let Some(every) = systemd::watchdog() else { return };
+    let Some(every) = systemd::watchdog_interval() else { return };
     let every = every / 2;
     loop {
         let next = Instant::now() + every;
         match tokio::time::timeout(every, control.pulse()).await {
-            Ok(true) => systemd::alive(),
+            Ok(true) => systemd::notify_watchdog(),
             Ok(false) => {
                 tracing::error!(target: target::DAEMON, "a worker thread exited; withholding the systemd watchdog ping, so systemd restarts the service")
             }

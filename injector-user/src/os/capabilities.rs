@@ -8,7 +8,7 @@ use caps::{CapSet, Capability, CapsHashSet};
 ///
 /// # Errors
 /// As capset(2).
-pub fn drop_all_but(keep: &[Capability]) -> Result<Vec<Capability>, caps::errors::CapsError> {
+pub fn drop_all_except(keep: &[Capability]) -> Result<Vec<Capability>, caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = permitted.into_iter().filter(|capability| keep.contains(capability)).collect();
     caps::clear(None, CapSet::Ambient)?;
@@ -26,7 +26,7 @@ mod tests {
     fn nothing_is_left_but_what_is_kept() {
         // On a thread of its own: the other tests keep theirs.
         let left = std::thread::spawn(|| {
-            drop_all_but(&[]).unwrap();
+            drop_all_except(&[]).unwrap();
             caps::read(None, CapSet::Permitted).unwrap()
         });
         assert!(left.join().unwrap().is_empty());

@@ -15,7 +15,7 @@ use socket2::Socket;
 ///
 /// # Errors
 /// When one is not a TCP socket that listens.
-pub fn sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
+pub fn listen_sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
     let handed = sd_notify::listen_fds()?;
     let take = |fd| {
         // SAFETY: systemd hands these numbers over to this process, which takes each of them here and nowhere else.
@@ -34,36 +34,36 @@ pub fn sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
 
 /// Every listener is open.
 pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
 /// The configuration is being read again; [`ready`] says when that is over.
 pub fn reloading() {
     let now = NotifyState::monotonic_usec_now();
     match now {
-        Ok(now) => tell(&[NotifyState::Reloading, now]),
-        Err(_) => tell(&[NotifyState::Reloading]),
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(_) => notify(&[NotifyState::Reloading]),
     }
 }
 
 /// Nobody is let in any more, and sessions may go on for `deadline`.
 pub fn stopping(deadline: Duration) {
     let micros = u32::try_from(deadline.as_micros()).unwrap_or(u32::MAX);
-    tell(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(micros), NotifyState::Status("stopping")]);
+    notify(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(micros), NotifyState::Status("stopping")]);
 }
 
 /// How often systemd wants to hear that the daemon is alive; `None` if it does not.
 #[must_use]
-pub fn watchdog() -> Option<Duration> {
+pub fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled()
 }
 
 /// The daemon is alive.
-pub fn alive() {
-    tell(&[NotifyState::Watchdog]);
+pub fn notify_watchdog() {
+    notify(&[NotifyState::Watchdog]);
 }
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!(target: target::DAEMON, %error, "notifying systemd failed");
     }

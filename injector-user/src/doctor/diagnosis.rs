@@ -1,26 +1,23 @@
 //! From what was seen to what is wrong, and what to change. No I/O.
 
-mod claims;
+mod describe;
+mod evidence;
+mod localhost;
 #[cfg(test)]
 mod tests;
 mod verdict;
 
 use std::net::IpAddr;
 
+pub(super) use self::describe::describe;
+use self::evidence::Seen;
 pub use self::verdict::{Finding, Verdict};
 use super::{
     advice::{self, Change},
-    observation::{Family, Observation, Outcome, Probe, Step, Subject},
+    observation::{Family, Observation, Outcome, Probe, Subject},
     server::{self, Server},
 };
 use crate::{config::ProxyVersion, protocol::Protocol};
-
-/// All that was seen of one address, by what was asked.
-struct Seen<'a> {
-    subject: &'a Subject,
-    all: &'a [Observation],
-    server: Server,
-}
 
 /// Judges one address. `edge` are all addresses from which the injector comes to this port, for the firewall.
 #[must_use]
@@ -41,29 +38,6 @@ pub fn findings(subject: &Subject, all: &[Observation], edge: &[IpAddr]) -> Vec<
 }
 
 impl Seen<'_> {
-    fn of(&self, probe: Probe) -> Option<&Observation> {
-        self.all.iter().find(|one| one.step == Step { probe, from: None })
-    }
-
-    fn header(&self, version: ProxyVersion, family: Family, tlvs: bool) -> Option<&Observation> {
-        self.of(Probe::Header { version, family, tlvs })
-    }
-
-    /// The header that the injector sends.
-    fn configured(&self, family: Family) -> Option<&Observation> {
-        self.header(self.subject.receiver.version, family, true)
-    }
-
-    fn accepts(&self, family: Family) -> bool {
-        self.configured(family).is_some_and(Observation::answered)
-    }
-
-    /// The port speaks without a header.
-    fn speaks_bare(&self) -> bool {
-        let bare = if self.subject.is_tls() { Probe::Tls } else { Probe::Silence };
-        self.of(bare).is_some_and(Observation::answered)
-    }
-
     /// Why there is no connection.
     fn connection(&self) -> Option<Finding> {
         let failed = self.all.iter().find(|one| one.unconnected() && one.step.from.is_none())?;
@@ -363,37 +337,5 @@ impl Seen<'_> {
                  TLS 1.2 and 1.3 may fail (certificates are not examined)"
             ),
         ))
-    }
-}
-
-/// An observation in a few words.
-pub(super) fn describe(one: &Observation) -> String {
-    let outcome = describe_outcome(one);
-    match &one.dialogue {
-        Some(dialogue) => format!("{outcome}; {}", claims::describe_dialogue(dialogue)),
-        None => outcome,
-    }
-}
-
-fn describe_outcome(one: &Observation) -> String {
-    let after = format!("after {:.1} s", one.after.as_secs_f32());
-    let tls = one.tls.as_deref().map(|version| format!("{version}, ")).unwrap_or_default();
-    match &one.outcome {
-        Outcome::Refused => "connection refused".to_owned(),
-        Outcome::NoAnswer => format!("no answer {after}"),
-        Outcome::Unreachable(why) => why.clone(),
-        Outcome::Greeted(greeting) => {
-            let line: String = greeting.line.chars().take(60).collect();
-            let more = if line.len() < greeting.line.len() { "…" } else { "" };
-            let teaser = if greeting.teaser { ", the rest" } else { "" };
-            format!("{tls}\"{line}{more}\"{teaser} {after}")
-        }
-        Outcome::Misunderstood { complaint, .. } => format!("{tls}taken for commands: {complaint:?}"),
-        Outcome::TurnedAway(said) => format!("{tls}{said:?} {after}"),
-        Outcome::Strange(said) => format!("{said:?} {after}"),
-        Outcome::Alert(name) => format!("TLS alert {name} {after}"),
-        Outcome::Closed { reset: true } => format!("{tls}reset {after}"),
-        Outcome::Closed { reset: false } => format!("{tls}closed {after}"),
-        Outcome::Silent => format!("{tls}nothing {after}"),
     }
 }

@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 
 use super::{
-    conversation::{Dialect, readable},
+    dialect::{Dialect, readable},
     observation::{Dialogue, Relay},
 };
 use crate::protocol::{Protocol, Speaker};

@@ -5,16 +5,16 @@
 
 pub mod advice;
 mod args;
-mod claims;
-mod conversation;
 pub mod diagnosis;
+mod dialect;
 mod dialogue;
 mod exchange;
 #[cfg(test)]
 mod fixtures;
+mod header_addresses;
 pub mod observation;
+mod observe;
 pub mod plan;
-mod probe;
 pub mod report;
 pub mod server;
 
@@ -31,13 +31,13 @@ use tokio::task::JoinSet;
 
 pub use self::{
     args::{DoctorArgs, EXAMPLES},
-    probe::claim_localhost,
+    observe::claim_localhost,
 };
 use self::{
-    claims::Claims,
     diagnosis::{Finding, Verdict},
+    header_addresses::Claims,
     observation::{Family, Observation, Subject},
-    probe::Patience,
+    observe::Patience,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
 use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat};
@@ -130,7 +130,8 @@ async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
         tasks.spawn(async move {
             for (_, case) in &mut cases {
                 while let Some(step) = plan::next(&case.subject, &case.seen) {
-                    let observation = probe::observe(&case.subject, step, &case.claims, case.patience).await;
+                    let observation =
+                        observe::observe(&case.subject, step, &case.claims, case.patience).await;
                     case.seen.push(observation);
                 }
             }

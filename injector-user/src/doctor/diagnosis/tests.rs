@@ -3,7 +3,7 @@
 use super::{
     super::{
         fixtures::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, subject},
-        observation::{Client, Dialogue, Greeting, Relay},
+        observation::{Client, Dialogue, Greeting, Relay, Step},
     },
     *,
 };

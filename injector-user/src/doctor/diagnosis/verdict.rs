@@ -1,6 +1,6 @@
 //! The names of what can be found.
 
-use super::Change;
+use crate::doctor::advice::Change;
 
 /// What is wrong, or worth knowing. The names are those of JSON and `docs/doctor.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

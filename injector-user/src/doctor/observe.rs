@@ -21,10 +21,10 @@ use tokio::{
 };
 
 use super::{
-    claims::Claims,
-    conversation::{Dialect, Heard, Meaning, readable},
+    dialect::{Dialect, Heard, Meaning, readable},
     dialogue::{Action, Script},
     exchange::{PARTING, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
+    header_addresses::Claims,
     observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Subject},
 };
 use crate::{

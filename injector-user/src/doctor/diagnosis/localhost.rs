@@ -1,12 +1,15 @@
 //! What a header that says 127.0.0.1 is good for.
 
+use std::net::IpAddr;
+
 use super::{
-    super::{
-        advice::{self, Change},
-        dialogue::FOREIGN_RECIPIENT,
-        observation::{Client, Dialogue, Relay},
-    },
-    Family, Finding, IpAddr, Observation, Probe, Seen, Verdict,
+    evidence::Seen,
+    verdict::{Finding, Verdict},
+};
+use crate::doctor::{
+    advice::{self, Change},
+    dialogue::FOREIGN_RECIPIENT,
+    observation::{Client, Dialogue, Family, Observation, Probe, Relay},
 };
 
 impl Seen<'_> {
@@ -148,16 +151,5 @@ impl Seen<'_> {
             _ => None,
         });
         client.ip(family.unwrap_or(Family::V4))
-    }
-}
-
-/// A dialogue in a few words, for the line of its observation.
-pub(super) fn describe_dialogue(dialogue: &Dialogue) -> String {
-    match dialogue {
-        Dialogue::Relay(Relay::Accepted(said)) => format!("relays: {said:?}"),
-        Dialogue::Relay(Relay::Refused(said)) => format!("does not relay: {said:?}"),
-        Dialogue::Relay(Relay::Unknown(why)) => format!("relaying unknown: {why}"),
-        Dialogue::ClearTextLogin(true) => "accepts passwords in clear text".to_owned(),
-        Dialogue::ClearTextLogin(false) => "accepts no passwords in clear text".to_owned(),
     }
 }

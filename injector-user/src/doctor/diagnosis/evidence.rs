@@ -1,0 +1,41 @@
+//! What was observed of one address, by what was sent.
+
+use crate::{
+    config::ProxyVersion,
+    doctor::{
+        observation::{Family, Observation, Probe, Step, Subject},
+        server::Server,
+    },
+};
+
+/// All that was seen of one address, by what was asked.
+pub(super) struct Seen<'a> {
+    pub(super) subject: &'a Subject,
+    pub(super) all: &'a [Observation],
+    pub(super) server: Server,
+}
+
+impl Seen<'_> {
+    pub(super) fn of(&self, probe: Probe) -> Option<&Observation> {
+        self.all.iter().find(|one| one.step == Step { probe, from: None })
+    }
+
+    pub(super) fn header(&self, version: ProxyVersion, family: Family, tlvs: bool) -> Option<&Observation> {
+        self.of(Probe::Header { version, family, tlvs })
+    }
+
+    /// The header that the injector sends.
+    pub(super) fn configured(&self, family: Family) -> Option<&Observation> {
+        self.header(self.subject.receiver.version, family, true)
+    }
+
+    pub(super) fn accepts(&self, family: Family) -> bool {
+        self.configured(family).is_some_and(Observation::answered)
+    }
+
+    /// The port speaks without a header.
+    pub(super) fn speaks_bare(&self) -> bool {
+        let bare = if self.subject.is_tls() { Probe::Tls } else { Probe::Silence };
+        self.of(bare).is_some_and(Observation::answered)
+    }
+}

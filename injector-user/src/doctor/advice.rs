@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{
-    observation::{Family, Subject},
+    observation::{Family, Target},
     server::Server,
 };
 use crate::protocol::Protocol;
@@ -23,8 +23,8 @@ impl Change {
     }
 
     /// A field of the listener, in the injector's own configuration.
-    pub(super) fn own(subject: &Subject, table: &str, line: &str) -> Self {
-        Self::new(format!("the injector's configuration, listener {:?}, {table}", subject.listener), &[line])
+    pub(super) fn own(target: &Target, table: &str, line: &str) -> Self {
+        Self::new(format!("the injector's configuration, listener {:?}, {table}", target.listener), &[line])
     }
 }
 
@@ -32,8 +32,8 @@ const POSTSCREEN_SETTING: &str = "  -o postscreen_upstream_proxy_protocol=haprox
 const SMTPD_SETTING: &str = "  -o smtpd_upstream_proxy_protocol=haproxy";
 
 /// Has the server expect a header on this port.
-pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
-    let port = subject.address.port();
+pub(super) fn speak_proxy(target: &Target, server: Server) -> Vec<Change> {
+    let port = target.address.port();
     let postscreen = || {
         Change::new(
             format!(
@@ -46,7 +46,7 @@ pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
         let wrapper = "  -o smtpd_tls_wrappermode=yes";
         let service = format!("{port} inet n - n - - smtpd");
         let mut lines = vec![service.as_str(), SMTPD_SETTING];
-        if subject.is_tls() {
+        if target.is_tls() {
             lines.push(wrapper);
         }
         Change::new(
@@ -60,54 +60,54 @@ pub(super) fn speak_proxy(subject: &Subject, server: Server) -> Vec<Change> {
         Server::Postscreen => vec![postscreen()],
         Server::Smtpd => vec![smtpd()],
         Server::Postfix => vec![postscreen(), smtpd()],
-        Server::Dovecot => vec![dovecot_listener(subject), trust(subject)],
-        Server::Unknown => match subject.protocol {
+        Server::Dovecot => vec![dovecot_listener(target), trust(target)],
+        Server::Unknown => match target.protocol {
             Protocol::Smtp => vec![postscreen(), smtpd()],
             Protocol::Submission | Protocol::Submissions => vec![smtpd()],
             Protocol::Plain => Vec::new(),
-            _ => vec![dovecot_listener(subject), trust(subject)],
+            _ => vec![dovecot_listener(target), trust(target)],
         },
         Server::Exim => {
-            vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(subject))])]
+            vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(target))])]
         }
         Server::OpenSmtpd => {
             vec![Change::new("OpenSMTPD, smtpd.conf", &[&format!("listen on … port {port} proxy-v2")])]
         }
         Server::Stalwart => {
-            vec![Change::new("Stalwart, proxyTrustedNetworks of the listener", &[&source(subject)])]
+            vec![Change::new("Stalwart, proxyTrustedNetworks of the listener", &[&source(target)])]
         }
         Server::Cyrus => {
             vec![Change::new("Cyrus, cyrus.conf, SERVICES", &[&format!("cmd=\"… -H\" listen=\"{port}\"")])]
         }
         Server::Haraka => vec![
-            Change::new("Haraka, config/haproxy_hosts", &[&source(subject)]),
-            Change::own(subject, "[listener.receiver]", "version = \"v1\""),
+            Change::new("Haraka, config/haproxy_hosts", &[&source(target)]),
+            Change::own(target, "[listener.receiver]", "version = \"v1\""),
         ],
     }
 }
 
 /// A service on the port where nothing listens.
-pub(super) fn listen(subject: &Subject) -> Vec<Change> {
-    let server = match subject.protocol {
+pub(super) fn listen(target: &Target) -> Vec<Change> {
+    let server = match target.protocol {
         Protocol::Smtp => Server::Postscreen,
         Protocol::Submission | Protocol::Submissions => Server::Smtpd,
         Protocol::Plain => return Vec::new(),
         _ => Server::Dovecot,
     };
-    speak_proxy(subject, server)
+    speak_proxy(target, server)
 }
 
-fn dovecot_listener(subject: &Subject) -> Change {
-    let service = match subject.protocol {
+fn dovecot_listener(target: &Target) -> Change {
+    let service = match target.protocol {
         Protocol::Imap | Protocol::Imaps => "imap-login",
         Protocol::Pop3 | Protocol::Pop3s => "pop3-login",
         Protocol::Sieve => "managesieve-login",
         Protocol::Smtp | Protocol::Submission | Protocol::Submissions | Protocol::Plain => "submission-login",
     };
-    let (opening, port) = (format!("service {service} {{"), format!("    port = {}", subject.address.port()));
-    let listener = format!("  inet_listener {}_proxied {{", subject.protocol);
+    let (opening, port) = (format!("service {service} {{"), format!("    port = {}", target.address.port()));
+    let listener = format!("  inet_listener {}_proxied {{", target.protocol);
     let mut lines = vec![opening.as_str(), &listener, &port];
-    if subject.is_tls() {
+    if target.is_tls() {
         lines.push("    ssl = yes");
     }
     lines.extend(["    haproxy = yes", "  }", "}"]);
@@ -115,18 +115,18 @@ fn dovecot_listener(subject: &Subject) -> Change {
 }
 
 /// Has Dovecot believe this host.
-pub(super) fn trust(subject: &Subject) -> Change {
+pub(super) fn trust(target: &Target) -> Change {
     Change::new(
         "Dovecot, dovecot.conf, beside what the line has already",
-        &[&format!("haproxy_trusted_networks = {}", source(subject))],
+        &[&format!("haproxy_trusted_networks = {}", source(target))],
     )
 }
 
 /// Has the server relay for nobody who has not logged in, whatever address the header says.
-pub(super) fn relay_for_nobody(subject: &Subject, server: Server) -> Vec<Change> {
+pub(super) fn relay_for_nobody(target: &Target, server: Server) -> Vec<Change> {
     const SETTING: &str = "  -o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
     const INSTEAD: &str = "or, to relay for some networks still, -o mynetworks= with those alone, without 127.0.0.0/8 and [::1]/128";
-    let port = subject.address.port();
+    let port = target.address.port();
     let smtpd = || {
         Change::new(
             format!("Postfix, master.cf: below the smtpd on {port}, then reload ({INSTEAD})"),
@@ -174,22 +174,22 @@ pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
 }
 
 /// Has the port speak TLS at once.
-pub(super) fn implicit_tls(subject: &Subject, server: Server) -> Vec<Change> {
-    let clear = match subject.protocol {
+pub(super) fn implicit_tls(target: &Target, server: Server) -> Vec<Change> {
+    let clear = match target.protocol {
         Protocol::Submissions => Protocol::Submission,
         Protocol::Imaps => Protocol::Imap,
         Protocol::Pop3s => Protocol::Pop3,
         other => other,
     };
     let mut changes = match server {
-        Server::Dovecot => vec![dovecot_listener(subject)],
+        Server::Dovecot => vec![dovecot_listener(target)],
         Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
-            format!("Postfix, master.cf, below the service {}", subject.address.port()),
+            format!("Postfix, master.cf, below the service {}", target.address.port()),
             &["  -o smtpd_tls_wrappermode=yes"],
         )],
         _ => Vec::new(),
     };
-    changes.push(Change::own(subject, "if clear text is what is meant", &format!("protocol = \"{clear}\"")));
+    changes.push(Change::own(target, "if clear text is what is meant", &format!("protocol = \"{clear}\"")));
     changes
 }
 
@@ -229,17 +229,17 @@ pub(super) fn close_to_others(port: u16, edge: &[IpAddr], known: bool) -> Change
 }
 
 /// Has a firewall let the injector pass.
-pub(super) fn let_pass(subject: &Subject) -> Change {
-    let key = if subject.address.is_ipv4() { "ip" } else { "ip6" };
-    let (source, port) = (source(subject), subject.address.port());
+pub(super) fn let_pass(target: &Target) -> Change {
+    let key = if target.address.is_ipv4() { "ip" } else { "ip6" };
+    let (source, port) = (source(target), target.address.port());
     Change::new(
         "the firewall that drops it, in the chain for what comes in",
         &[&format!("{key} saddr {source} tcp dport {port} accept")],
     )
 }
 
-fn source(subject: &Subject) -> String {
-    subject.source.map_or_else(|| "ADDRESS-OF-THE-INJECTOR".to_owned(), |source| source.to_string())
+fn source(target: &Target) -> String {
+    target.source.map_or_else(|| "ADDRESS-OF-THE-INJECTOR".to_owned(), |source| source.to_string())
 }
 
 #[cfg(test)]

@@ -14,17 +14,17 @@ use self::evidence::Seen;
 pub use self::verdict::{Finding, Verdict};
 use super::{
     advice::{self, Change},
-    observation::{Family, Observation, Outcome, Probe, Subject},
+    observation::{Family, Observation, Outcome, Probe, Target},
     server::{self, Server},
 };
 use crate::{config::ProxyVersion, protocol::Protocol};
 
 /// Judges one address. `edge` are all addresses from which the injector comes to this port, for the firewall.
 #[must_use]
-pub fn findings(subject: &Subject, all: &[Observation], edge: &[IpAddr]) -> Vec<Finding> {
-    let seen = Seen { subject, all, server: server::tell(subject, all) };
-    if subject.stranger {
-        return seen.as_stranger();
+pub fn findings(target: &Target, all: &[Observation], edge: &[IpAddr]) -> Vec<Finding> {
+    let seen = Seen { target, all, server: server::identify(target, all) };
+    if target.untrusted {
+        return seen.from_untrusted_host();
     }
     if let Some(finding) = seen.connection() {
         return vec![finding];
@@ -41,19 +41,19 @@ impl Seen<'_> {
     /// Why there is no connection.
     fn connection(&self) -> Option<Finding> {
         let failed = self.all.iter().find(|one| one.unconnected() && one.step.from.is_none())?;
-        let address = self.subject.address;
+        let address = self.target.address;
         Some(match &failed.outcome {
             Outcome::Refused => Finding::fault(
                 Verdict::NotListening,
                 format!("nothing listens on {address}: the connection is refused"),
-                advice::listen(self.subject),
+                advice::listen(self.target),
             ),
             Outcome::NoAnswer => Finding::fault(
                 Verdict::NoAnswer,
                 format!(
                     "{address} does not answer: a firewall drops the packets, or there is no way back to this host"
                 ),
-                vec![advice::let_pass(self.subject)],
+                vec![advice::let_pass(self.target)],
             ),
             Outcome::Unreachable(why) => Finding::fault(
                 Verdict::Unreachable,
@@ -69,11 +69,11 @@ impl Seen<'_> {
         if Family::ALL.iter().any(|family| self.accepts(*family)) {
             return None;
         }
-        let (subject, server) = (self.subject, self.server);
-        let Subject { address, .. } = subject;
+        let (target, server) = (self.target, self.server);
+        let Target { address, .. } = target;
         let first = self.configured(Family::V4)?;
-        let version = subject.receiver.version;
-        if self.header(subject.other_version(), Family::V4, true).is_some_and(Observation::answered) {
+        let version = target.receiver.version;
+        if self.header(target.other_version(), Family::V4, true).is_some_and(Observation::answered) {
             return Some(self.wants_other_version());
         }
         if self.header(version, Family::V4, false).is_some_and(Observation::answered) {
@@ -81,7 +81,7 @@ impl Seen<'_> {
                 Verdict::RefusesTlvs,
                 format!("{address} takes a header without TLVs, and not the one of this listener"),
                 vec![Change::own(
-                    subject,
+                    target,
                     "[listener.receiver]",
                     "# without crc32c, unique_id, authority, noop and custom",
                 )],
@@ -91,10 +91,10 @@ impl Seen<'_> {
             return Some(Finding::fault(
                 Verdict::NoProxy,
                 self.speaks_no_proxy(),
-                advice::speak_proxy(subject, server),
+                advice::speak_proxy(target, server),
             ));
         }
-        let silence = self.of(Probe::Silence);
+        let silence = self.of(Probe::NoHeader);
         if silence.is_some_and(Observation::closed_at_once) && first.closed_at_once() {
             return Some(self.untrusted());
         }
@@ -103,21 +103,21 @@ impl Seen<'_> {
 
     /// What the answer to the injector's header says by itself.
     fn by_answer(&self, first: &Observation) -> Finding {
-        let (subject, address) = (self.subject, self.subject.address);
+        let (target, address) = (self.target, self.target.address);
         match &first.outcome {
-            Outcome::Strange(said) if subject.is_tls() => Finding::fault(
+            Outcome::Strange(said) if target.is_tls() => Finding::fault(
                 Verdict::ClearText,
                 format!(
                     "{address} takes the header, but then speaks clear text where TLS is expected: {said:?}"
                 ),
-                advice::implicit_tls(subject, self.server),
+                advice::implicit_tls(target, self.server),
             ),
             Outcome::Strange(said) => Finding::fault(
                 Verdict::OtherProtocol,
-                format!("{address} does not speak {}: {said:?}", subject.protocol),
+                format!("{address} does not speak {}: {said:?}", target.protocol),
                 Vec::new(),
             ),
-            Outcome::Silent if subject.protocol == Protocol::Plain => Finding::note(
+            Outcome::Silent if target.protocol == Protocol::Plain => Finding::note(
                 Verdict::Unproven,
                 format!(
                     "{address} keeps the connection after a header and says nothing: in protocol \"plain\" nothing more \
@@ -154,21 +154,21 @@ impl Seen<'_> {
     }
 
     fn wants_other_version(&self) -> Finding {
-        let address = self.subject.address;
-        let other = self.subject.other_version();
+        let address = self.target.address;
+        let other = self.target.other_version();
         let verdict = match other {
             ProxyVersion::V1 => Verdict::WantsV1,
             ProxyVersion::V2 => Verdict::WantsV2,
         };
         Finding::fault(
             verdict,
-            format!("{address} understands a {other} header and not {}", self.subject.receiver.version),
-            vec![Change::own(self.subject, "[listener.receiver]", &format!("version = \"{other}\""))],
+            format!("{address} understands a {other} header and not {}", self.target.receiver.version),
+            vec![Change::own(self.target, "[listener.receiver]", &format!("version = \"{other}\""))],
         )
     }
 
     fn speaks_no_proxy(&self) -> String {
-        let address = self.subject.address;
+        let address = self.target.address;
         let what = match self.configured(Family::V4).map(|one| &one.outcome) {
             Some(Outcome::Misunderstood { complaint, .. }) => {
                 format!("takes one for commands ({complaint:?})")
@@ -188,7 +188,7 @@ impl Seen<'_> {
             Server::Smtpd => says.push_str("; it is smtpd, where postscreen_upstream_proxy_protocol does nothing"),
             _ => {}
         }
-        if self.subject.protocol.usual_port() == Some(address.port()) {
+        if self.target.protocol.usual_port() == Some(address.port()) {
             says.push_str(
                 "; neighbours such as webmail use this port without a header: better give the injector one of its own",
             );
@@ -197,8 +197,8 @@ impl Seen<'_> {
     }
 
     fn untrusted(&self) -> Finding {
-        let Subject { address, .. } = self.subject;
-        let from = self.subject.source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
+        let Target { address, .. } = self.target;
+        let from = self.target.source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
         if self.server == Server::Dovecot {
             return Finding::fault(
                 Verdict::Untrusted,
@@ -206,7 +206,7 @@ impl Seen<'_> {
                     "{address} closes at once on all that comes from {from}, as Dovecot does with an address that its \
                      haproxy_trusted_networks lacks: it logs \"haproxy: Client not trusted (rip=…)\" with the one it sees"
                 ),
-                vec![advice::trust(self.subject)],
+                vec![advice::trust(self.target)],
             );
         }
         Finding::fault(
@@ -215,22 +215,22 @@ impl Seen<'_> {
                 "{address} closes at once on all that comes from {from}: an access list of the server does not have the \
                  address, or a proxy there has nobody behind it"
             ),
-            match self.subject.protocol {
-                Protocol::Submission | Protocol::Submissions => vec![advice::trust(self.subject)],
+            match self.target.protocol {
+                Protocol::Submission | Protocol::Submissions => vec![advice::trust(self.target)],
                 _ => Vec::new(),
             },
         )
     }
 
     fn mute(&self) -> Vec<Change> {
-        let implicit = match self.subject.protocol {
+        let implicit = match self.target.protocol {
             Protocol::Submission => Protocol::Submissions,
             Protocol::Imap => Protocol::Imaps,
             Protocol::Pop3 => Protocol::Pop3s,
             _ => return Vec::new(),
         };
         vec![Change::own(
-            self.subject,
+            self.target,
             "if the port speaks TLS at once",
             &format!("protocol = \"{implicit}\""),
         )]
@@ -239,10 +239,10 @@ impl Seen<'_> {
     /// What may still be wrong where the header of at least one family is accepted.
     fn behind_an_accepted_header(&self, edge: &[IpAddr]) -> Vec<Finding> {
         let mut findings = Vec::new();
-        let Subject { address, .. } = self.subject;
+        let Target { address, .. } = self.target;
         for (family, verdict, needed) in [
-            (Family::V6, Verdict::Ipv6Off, self.subject.ipv6_clients),
-            (Family::V4, Verdict::Ipv4Off, self.subject.ipv4_clients),
+            (Family::V6, Verdict::Ipv6Off, self.target.ipv6_clients),
+            (Family::V4, Verdict::Ipv4Off, self.target.ipv4_clients),
         ] {
             if self.accepts(family) {
                 continue;
@@ -252,7 +252,7 @@ impl Seen<'_> {
             findings.push(Finding {
                 verdict,
                 fault: needed,
-                says: format!("{address} refuses headers with {family} addresses{clients} ({said})"),
+                message: format!("{address} refuses headers with {family} addresses{clients} ({said})"),
                 changes: advice::both_families(family, self.server),
             });
         }
@@ -272,7 +272,7 @@ impl Seen<'_> {
     }
 
     fn forgery(&self, edge: &[IpAddr]) -> Option<Finding> {
-        let Subject { address, .. } = self.subject;
+        let Target { address, .. } = self.target;
         if address.ip().to_canonical().is_loopback() {
             return Some(Finding::note(
                 Verdict::Loopback,
@@ -286,7 +286,7 @@ impl Seen<'_> {
             let from = believed.step.from.map(|ip| ip.to_string()).unwrap_or_default();
             let mut changes = vec![advice::close_to_others(address.port(), edge, true)];
             if self.server == Server::Dovecot {
-                changes.insert(0, advice::trust(self.subject));
+                changes.insert(0, advice::trust(self.target));
             }
             return Some(Finding::fault(
                 Verdict::Forgeable,
@@ -306,11 +306,11 @@ impl Seen<'_> {
         })
     }
 
-    fn as_stranger(&self) -> Vec<Finding> {
-        let Subject { address, source, .. } = self.subject;
+    fn from_untrusted_host(&self) -> Vec<Finding> {
+        let Target { address, source, .. } = self.target;
         let Some(believed) = self.all.iter().find(|one| one.answered()) else { return Vec::new() };
         let from = source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
-        if let Some(open) = self.open_to_stranger(&from) {
+        if let Some(open) = self.open_relay_for_untrusted(&from) {
             return vec![open];
         }
         vec![Finding::fault(

@@ -246,7 +246,7 @@ impl Reply {
         self.last().get(..3).and_then(|code| code.parse().ok()).unwrap_or_default()
     }
 
-    /// Subject of the enhanced status, such as 7 of `5.7.1` (RFC 3463, section 3).
+    /// Target of the enhanced status, such as 7 of `5.7.1` (RFC 3463, section 3).
     fn status_subject(&self) -> Option<u8> {
         let mut parts = self.last().get(4..)?.split(' ').next()?.split('.');
         let class = parts.next()?;

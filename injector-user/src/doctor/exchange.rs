@@ -15,9 +15,9 @@ use super::{
 use crate::{net::tls, protocol::Protocol};
 
 /// What may come after a goodbye, or after a refusal, is waited for so long.
-pub(super) const PARTING: Duration = Duration::from_secs(3);
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// More than any greeting.
-const MOST_BYTES: usize = 16 * 1024;
+const MAX_REPLY_BYTES: usize = 16 * 1024;
 
 /// The terms of a dialogue.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +25,7 @@ pub(super) struct Terms {
     pub(super) protocol: Protocol,
     pub(super) server: IpAddr,
     /// For all of its replies together.
-    pub(super) patience: Duration,
+    pub(super) timeout: Duration,
 }
 
 /// Goes through a dialogue. What it heard is added to `said` only if the server did not understand the first command: then the
@@ -36,8 +36,8 @@ pub(super) async fn ask<S: Stream>(
     (mut script, mut action): (Script, Action),
     terms: Terms,
 ) -> Option<Dialogue> {
-    let Terms { protocol, server, patience } = terms;
-    let until = Instant::now() + patience;
+    let Terms { protocol, server, timeout: limit } = terms;
+    let until = Instant::now() + limit;
     let unread = said.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     let mut heard = said.split_off(unread);
     action = follow(stream, &mut heard, &mut script, action, protocol, until).await;
@@ -79,7 +79,7 @@ async fn follow<S: Stream>(
                 break script.next(&reply);
             }
             match timeout_at(until, read(stream, heard)).await {
-                Ok(Read::More) if heard.len() < MOST_BYTES => {}
+                Ok(Read::More) if heard.len() < MAX_REPLY_BYTES => {}
                 Ok(Read::More) => {
                     script.broken("it says too much");
                     break Action::Quit;
@@ -105,7 +105,7 @@ pub(super) async fn say_goodbye<S: Stream>(stream: &mut S, said: &mut Vec<u8>, p
     if let Some(goodbye) = protocol.goodbye() {
         let _ = stream.write_all(goodbye).await;
         let _ = stream.flush().await;
-        let _ = timeout(PARTING, read_to_end(stream, said)).await;
+        let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, said)).await;
     }
 }
 
@@ -130,7 +130,7 @@ pub(super) async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8
 }
 
 pub(super) async fn read_to_end<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8>) {
-    while said.len() < MOST_BYTES && matches!(read(stream, said).await, Read::More) {}
+    while said.len() < MAX_REPLY_BYTES && matches!(read(stream, said).await, Read::More) {}
 }
 
 #[cfg(test)]
@@ -148,7 +148,7 @@ mod tests {
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let begun = Script::begin(Protocol::Smtp, localhost, greeting.as_bytes()).unwrap();
         let terms =
-            Terms { protocol: Protocol::Smtp, server: localhost, patience: Duration::from_millis(300) };
+            Terms { protocol: Protocol::Smtp, server: localhost, timeout: Duration::from_millis(300) };
         let mut said = greeting.as_bytes().to_vec();
         let dialogue = ask(&mut stream, &mut said, begun, terms).await;
         drop(stream);

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::observation::{Dialogue, Greeting, Observation, Outcome, Probe, Relay, Step, Subject};
+use super::observation::{Dialogue, Greeting, Observation, Outcome, Probe, Relay, Step, Target};
 use crate::{config::Receiver, protocol::Protocol};
 
 /// A backend at 10.25.0.2:2525 of a listener with clients of both families.
-pub(super) fn subject(protocol: Protocol) -> Subject {
-    Subject {
+pub(super) fn target(protocol: Protocol) -> Target {
+    Target {
         listener: "test".to_owned(),
         protocol,
         receiver: Receiver::default(),
@@ -17,7 +17,7 @@ pub(super) fn subject(protocol: Protocol) -> Subject {
         address: "10.25.0.2:2525".parse().unwrap(),
         source: Some("10.25.0.1".parse().unwrap()),
         others: Vec::new(),
-        stranger: false,
+        untrusted: false,
     }
 }
 

@@ -7,12 +7,12 @@ use super::observation::{Client, Family};
 
 /// What a header says of its client and of where that connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Claims {
+pub(super) struct HeaderAddresses {
     ipv4: (IpAddr, SocketAddr),
     ipv6: (IpAddr, SocketAddr),
 }
 
-impl Claims {
+impl HeaderAddresses {
     /// The client is the host itself, by the address that the kernel chose (`source`) or another of its own (`local`); the
     /// destination is where the listener is bound, or the client's own address where that is everywhere.
     pub(super) fn new(source: Option<IpAddr>, local: &[IpAddr], bind: &[SocketAddr]) -> Self {
@@ -57,17 +57,17 @@ mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let local = [ip("127.0.0.1"), ip("10.0.0.5"), ip("::1"), ip("fd25::5")];
         let bind = ["192.0.2.10:25".parse().unwrap(), "[::]:25".parse().unwrap()];
-        let claims = Claims::new(Some(ip("10.0.0.1")), &local, &bind);
-        let show = |claims: &Claims, family| {
-            let (source, destination) = claims.of(family, 7);
+        let addresses = HeaderAddresses::new(Some(ip("10.0.0.1")), &local, &bind);
+        let show = |addresses: &HeaderAddresses, family| {
+            let (source, destination) = addresses.of(family, 7);
             format!("{source} {destination}")
         };
-        assert_eq!(show(&claims, Family::V4), "10.0.0.1:7 192.0.2.10:25");
-        assert_eq!(show(&claims, Family::V6), "[fd25::5]:7 [fd25::5]:25");
-        let (source, destination) = claims.with_client(Client::Localhost, Family::V4, 7);
+        assert_eq!(show(&addresses, Family::V4), "10.0.0.1:7 192.0.2.10:25");
+        assert_eq!(show(&addresses, Family::V6), "[fd25::5]:7 [fd25::5]:25");
+        let (source, destination) = addresses.with_client(Client::Localhost, Family::V4, 7);
         assert_eq!(format!("{source} {destination}"), "127.0.0.1:7 192.0.2.10:25");
-        let claims = Claims::new(None, &[], &bind);
-        assert_eq!(show(&claims, Family::V4), "192.0.2.1:7 192.0.2.10:25");
-        assert_eq!(show(&claims, Family::V6), "[2001:db8::1]:7 [2001:db8::1]:25");
+        let addresses = HeaderAddresses::new(None, &[], &bind);
+        assert_eq!(show(&addresses, Family::V4), "192.0.2.1:7 192.0.2.10:25");
+        assert_eq!(show(&addresses, Family::V6), "[2001:db8::1]:7 [2001:db8::1]:25");
     }
 }

@@ -35,22 +35,22 @@ pub use self::{
 };
 use self::{
     diagnosis::{Finding, Verdict},
-    header_addresses::Claims,
-    observation::{Family, Observation, Subject},
-    observe::Patience,
+    header_addresses::HeaderAddresses,
+    observation::{Family, Observation, Target},
+    observe::Timeouts,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
 use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat};
 
 /// Everything is fine.
-const FINE: u8 = 0;
+const EXIT_OK: u8 = 0;
 /// At least one fault was found.
-const FAULTS: u8 = 1;
+const EXIT_FAULTS: u8 = 1;
 /// Nothing could be examined: no configuration, no such listener.
-const NOT_EXAMINED: u8 = 2;
+const EXIT_NOT_EXAMINED: u8 = 2;
 
 /// From how many other addresses of this host it is tried whether they are believed.
-const MOST_OTHERS: usize = 3;
+const MAX_OTHER_SOURCES: usize = 3;
 
 /// Examines, prints, and says by the exit code how it went: 0 all is fine, 1 faults, 2 nothing could be examined.
 #[must_use]
@@ -60,11 +60,11 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
             let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
             // Who has closed the pipe, as `head` does, wants no more; the exit code remains.
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::from(if report.faults() == 0 { FINE } else { FAULTS })
+            ExitCode::from(if report.faults() == 0 { EXIT_OK } else { EXIT_FAULTS })
         }
         Err(error) => {
             eprintln!("injector: {error:#}");
-            ExitCode::from(NOT_EXAMINED)
+            ExitCode::from(EXIT_NOT_EXAMINED)
         }
     }
 }
@@ -92,11 +92,11 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
     for (index, listener) in config.listeners.iter().enumerate() {
         for backend in &listener.backends {
             for address in addresses.get(&backend.to_string()).into_iter().flatten().flatten() {
-                let subject = subject(listener, backend, *address, &local, args.untrusted);
-                let claims = Claims::new(subject.source, &local, &listener.bind);
+                let target = target(listener, backend, *address, &local, args.untrusted);
+                let header_addresses = HeaderAddresses::new(target.source, &local, &listener.bind);
                 let connect = listener.timeouts.connect.min(args.timeout);
-                let patience = Patience { connect, answer: args.timeout };
-                cases.push(Case { listener: index, subject, claims, patience, seen: Vec::new() });
+                let timeouts = Timeouts { connect, answer: args.timeout };
+                cases.push(Case { listener: index, target, header_addresses, timeouts, seen: Vec::new() });
             }
         }
     }
@@ -113,9 +113,9 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
 /// One address of one listener, with what it takes to examine it.
 struct Case {
     listener: usize,
-    subject: Subject,
-    claims: Claims,
-    patience: Patience,
+    target: Target,
+    header_addresses: HeaderAddresses,
+    timeouts: Timeouts,
     seen: Vec<Observation>,
 }
 
@@ -123,15 +123,15 @@ struct Case {
 async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
     let mut servers: BTreeMap<SocketAddr, Vec<(usize, Case)>> = BTreeMap::new();
     for (index, case) in cases.into_iter().enumerate() {
-        servers.entry(case.subject.address).or_default().push((index, case));
+        servers.entry(case.target.address).or_default().push((index, case));
     }
     let mut tasks = JoinSet::new();
     for mut cases in servers.into_values() {
         tasks.spawn(async move {
             for (_, case) in &mut cases {
-                while let Some(step) = plan::next(&case.subject, &case.seen) {
+                while let Some(step) = plan::next(&case.target, &case.seen) {
                     let observation =
-                        observe::observe(&case.subject, step, &case.claims, case.patience).await;
+                        observe::observe(&case.target, step, &case.header_addresses, case.timeouts).await;
                     case.seen.push(observation);
                 }
             }
@@ -180,20 +180,20 @@ async fn resolve(backend: &Backend, within: Duration) -> Resolved {
     }
 }
 
-fn subject(
+fn target(
     listener: &Listener,
     backend: &Backend,
     address: SocketAddr,
     local: &[IpAddr],
-    stranger: bool,
-) -> Subject {
+    untrusted: bool,
+) -> Target {
     let source = source_towards(address);
     // What is bound to [::] is reached over IPv4 as well.
     let everywhere = |ip: IpAddr| ip.is_unspecified() && ip.is_ipv6();
     let comes = |family: Family| {
         move |bound: &SocketAddr| Family::of(bound.ip().to_canonical()) == family || everywhere(bound.ip())
     };
-    Subject {
+    Target {
         listener: listener.name.clone(),
         protocol: listener.protocol,
         receiver: listener.receiver.clone(),
@@ -203,7 +203,7 @@ fn subject(
         address,
         source,
         others: others(address, source, local),
-        stranger,
+        untrusted,
     }
 }
 
@@ -220,7 +220,7 @@ fn others(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<
         let leads_there = here || !other.is_loopback();
         Family::of(**other) == Family::of(ip) && Some(**other) != source && leads_there && !link_local
     };
-    local.iter().filter(fits).take(MOST_OTHERS).copied().collect()
+    local.iter().filter(fits).take(MAX_OTHER_SOURCES).copied().collect()
 }
 
 /// Whom `address` sees, as the kernel would choose it; asks for the route and sends nothing.
@@ -240,7 +240,7 @@ fn assemble(
     config: &Config,
     addresses: &BTreeMap<String, Resolved>,
     cases: &[Case],
-    stranger: bool,
+    untrusted: bool,
 ) -> Report {
     let listeners = config.listeners.iter().enumerate().map(|(index, listener)| {
         let backends = listener.backends.iter().map(|backend| {
@@ -249,11 +249,11 @@ fn assemble(
                 Some(Err(why)) => vec![no_address(&name, why)],
                 _ => Vec::new(),
             };
-            let own = cases.iter().filter(|case| case.listener == index && case.subject.backend == name);
+            let own = cases.iter().filter(|case| case.listener == index && case.target.backend == name);
             let addresses = own.map(|case| {
-                let Case { subject, seen, .. } = case;
-                let findings = diagnosis::findings(subject, seen, &edge(cases, subject.address.port()));
-                AddressReport::new(subject, seen.clone(), findings)
+                let Case { target, seen, .. } = case;
+                let findings = diagnosis::findings(target, seen, &edge(cases, target.address.port()));
+                AddressReport::new(target, seen.clone(), findings)
             });
             BackendReport { name: name.clone(), findings, addresses: addresses.collect() }
         });
@@ -265,13 +265,13 @@ fn assemble(
             backends: backends.collect(),
         }
     });
-    Report { listeners: listeners.collect(), stranger }
+    Report { listeners: listeners.collect(), untrusted }
 }
 
 /// All addresses from which this host comes to such a port.
 fn edge(cases: &[Case], port: u16) -> Vec<IpAddr> {
-    let same = cases.iter().filter(|case| case.subject.address.port() == port);
-    same.filter_map(|case| case.subject.source).collect()
+    let same = cases.iter().filter(|case| case.target.address.port() == port);
+    same.filter_map(|case| case.target.source).collect()
 }
 
 fn no_address(name: &str, why: &str) -> Finding {

@@ -46,7 +46,7 @@ impl fmt::Display for Family {
 
 /// One address of one backend of one listener: what is examined.
 #[derive(Clone, Debug)]
-pub struct Subject {
+pub struct Target {
     /// The listener's name.
     pub listener: String,
     /// What is spoken on it.
@@ -66,10 +66,10 @@ pub struct Subject {
     /// Other addresses of this host, from which nobody should be believed.
     pub others: Vec<IpAddr>,
     /// This host is not the injector's: nobody here should be believed.
-    pub stranger: bool,
+    pub untrusted: bool,
 }
 
-impl Subject {
+impl Target {
     /// Whether the client speaks first, and in TLS.
     #[must_use]
     pub fn is_tls(&self) -> bool {
@@ -97,7 +97,7 @@ impl Subject {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// Nothing.
-    Silence,
+    NoHeader,
     /// A TLS ClientHello, without a header.
     Tls,
     /// A header, and in the protocols of implicit TLS a ClientHello after it.
@@ -280,7 +280,7 @@ fn garbled(alert: &str) -> bool {
 impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Silence => f.pad("without a header"),
+            Self::NoHeader => f.pad("without a header"),
             Self::Tls => f.pad("TLS without a header"),
             Self::Header { version, family, .. } => f.pad(&format!("header {version}, {family}")),
             Self::Claim { version, family, client } => {
@@ -295,7 +295,7 @@ impl Probe {
     #[must_use]
     pub fn code(&self) -> String {
         match self {
-            Self::Silence => "silence".to_owned(),
+            Self::NoHeader => "silence".to_owned(),
             Self::Tls => "tls".to_owned(),
             Self::Header { version, family, tlvs } => {
                 let tlvs = if *tlvs { "" } else { "_without_tlvs" };

@@ -23,9 +23,9 @@ use tokio::{
 use super::{
     dialect::{Dialect, Heard, Meaning, readable},
     dialogue::{Action, Script},
-    exchange::{PARTING, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
-    header_addresses::Claims,
-    observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Subject},
+    exchange::{CLOSE_TIMEOUT, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
+    header_addresses::HeaderAddresses,
+    observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Target},
 };
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
@@ -43,7 +43,7 @@ const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
 
 /// How long to wait.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(super) struct Timeouts {
     /// For a connection.
     pub(super) connect: Duration,
     /// For the server's word.
@@ -52,14 +52,14 @@ pub(super) struct Patience {
 
 /// Carries out one step.
 pub(super) async fn observe(
-    subject: &Subject,
+    target: &Target,
     step: Step,
-    claims: &Claims,
-    patience: Patience,
+    addresses: &HeaderAddresses,
+    timeouts: Timeouts,
 ) -> Observation {
     let begun = Instant::now();
-    let limit = if step.from.is_some() { patience.connect.min(FILTERED) } else { patience.connect };
-    let stream = match timeout(limit, connect(subject.address, step.from)).await {
+    let limit = if step.from.is_some() { timeouts.connect.min(FILTERED) } else { timeouts.connect };
+    let stream = match timeout(limit, connect(target.address, step.from)).await {
         Ok(Ok(stream)) => stream,
         failed => {
             let outcome = match failed {
@@ -73,14 +73,14 @@ pub(super) async fn observe(
     };
     let connected = Instant::now();
     let talk = Talk {
-        protocol: subject.protocol,
-        server: subject.address.ip(),
+        protocol: target.protocol,
+        server: target.address.ip(),
         client: claimed(step.probe),
         connected,
-        until: connected + patience.answer,
-        answer: patience.answer,
+        until: connected + timeouts.answer,
+        answer: timeouts.answer,
     };
-    match speak(subject, step.probe, claims, stream, talk).await {
+    match speak(target, step.probe, addresses, stream, talk).await {
         Ok(Heeded { outcome, after, tls, dialogue }) => Observation { step, outcome, after, tls, dialogue },
         Err(error) => {
             let outcome = Outcome::Unreachable(error);
@@ -96,7 +96,7 @@ pub async fn claim_localhost(
     connect: Duration,
     answer: Duration,
 ) -> Observation {
-    let subject = Subject {
+    let target = Target {
         listener: String::new(),
         protocol,
         receiver: Receiver::default(),
@@ -106,18 +106,18 @@ pub async fn claim_localhost(
         address,
         source: None,
         others: Vec::new(),
-        stranger: true,
+        untrusted: true,
     };
-    let (version, family) = (subject.receiver.version, Family::of(address.ip()));
+    let (version, family) = (target.receiver.version, Family::of(address.ip()));
     let step = Step { probe: Probe::Claim { version, family, client: Client::Localhost }, from: None };
-    observe(&subject, step, &Claims::new(None, &[], &[address]), Patience { connect, answer }).await
+    observe(&target, step, &HeaderAddresses::new(None, &[], &[address]), Timeouts { connect, answer }).await
 }
 
 /// The client whose rights are asked for.
 const fn claimed(probe: Probe) -> Option<IpAddr> {
     match probe {
         Probe::Claim { family, client, .. } => Some(client.ip(family)),
-        Probe::Silence | Probe::Tls | Probe::Header { .. } => None,
+        Probe::NoHeader | Probe::Tls | Probe::Header { .. } => None,
     }
 }
 
@@ -153,19 +153,21 @@ struct Heeded {
 }
 
 async fn speak(
-    subject: &Subject,
+    target: &Target,
     probe: Probe,
-    claims: &Claims,
+    addresses: &HeaderAddresses,
     mut stream: TcpStream,
     talk: Talk,
 ) -> Result<Heeded, String> {
     let port = stream.local_addr().map_or(0, |local| local.port());
-    if let Some(header) = header(subject, probe, claims, port).map_err(|error| format!("header: {error}"))? {
+    if let Some(header) =
+        header(target, probe, addresses, port).map_err(|error| format!("header: {error}"))?
+    {
         // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
         let _ = stream.write_all(header.as_bytes()).await;
     }
-    if subject.is_tls() && probe != Probe::Silence {
-        return Ok(speak_tls(subject, stream, talk).await);
+    if target.is_tls() && probe != Probe::NoHeader {
+        return Ok(speak_tls(target, stream, talk).await);
     }
     let (outcome, after, dialogue) = converse(&mut stream, talk).await;
     Ok(Heeded { outcome, after, tls: None, dialogue })
@@ -173,30 +175,32 @@ async fn speak(
 
 /// The header that a probe sends, if it sends one.
 fn header(
-    subject: &Subject,
+    target: &Target,
     probe: Probe,
-    claims: &Claims,
+    addresses: &HeaderAddresses,
     port: u16,
 ) -> Result<Option<Rendered>, EncodeError> {
     let (version, tlvs, (source, destination)) = match probe {
-        Probe::Silence | Probe::Tls => return Ok(None),
-        Probe::Header { version, family, tlvs } => (version, tlvs, claims.of(family, port)),
-        Probe::Claim { version, family, client } => (version, true, claims.with_client(client, family, port)),
+        Probe::NoHeader | Probe::Tls => return Ok(None),
+        Probe::Header { version, family, tlvs } => (version, tlvs, addresses.of(family, port)),
+        Probe::Claim { version, family, client } => {
+            (version, true, addresses.with_client(client, family, port))
+        }
     };
     let plain = Receiver { version, ..Receiver::default() };
-    let own = Receiver { version, ..subject.receiver.clone() };
-    let receiver = if tlvs && version == subject.receiver.version { own } else { plain };
+    let own = Receiver { version, ..target.receiver.clone() };
+    let receiver = if tlvs && version == target.receiver.version { own } else { plain };
     Rendered::new(&receiver, source, destination, UNIQUE_ID).map(Some)
 }
 
-async fn speak_tls(subject: &Subject, stream: TcpStream, talk: Talk) -> Heeded {
+async fn speak_tls(target: &Target, stream: TcpStream, talk: Talk) -> Heeded {
     let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None, dialogue: None };
     let connector = match tls::unverified_connector() {
         Ok(connector) => connector,
         Err(error) => return clear(Outcome::Unreachable(error.to_string())),
     };
     let recorded = Recorded { stream, first: Vec::new() };
-    let handshake = connector.connect(server_name(subject), recorded).into_fallible();
+    let handshake = connector.connect(server_name(target), recorded).into_fallible();
     match timeout_at(talk.until, handshake).await {
         Err(_) => clear(Outcome::Silent),
         Ok(Ok(mut stream)) => {
@@ -258,14 +262,14 @@ async fn converse<S: Stream>(stream: &mut S, talk: Talk) -> (Outcome, Duration, 
     match heard {
         Heard::Floor => match script(&said, talk) {
             Some(begun) => {
-                let terms = Terms { protocol, server: talk.server, patience: talk.answer };
+                let terms = Terms { protocol, server: talk.server, timeout: talk.answer };
                 dialogue = ask(stream, &mut said, begun, terms).await;
             }
             None => say_goodbye(stream, &mut said, protocol).await,
         },
         // It closes by itself; and who closes first after a header harms an smtpd.
         Heard::TurnedAway | Heard::Strange => {
-            let _ = timeout(PARTING, read_to_end(stream, &mut said)).await;
+            let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut said)).await;
         }
         Heard::Nothing => {}
     }
@@ -292,12 +296,12 @@ fn script(said: &[u8], talk: Talk) -> Option<(Script, Action)> {
 
 /// Waits for the server to close.
 async fn part(stream: &mut TcpStream) {
-    let _ = timeout(PARTING, read_to_end(stream, &mut Vec::new())).await;
+    let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut Vec::new())).await;
 }
 
-fn server_name(subject: &Subject) -> ServerName<'static> {
-    let host = subject.backend.rsplit_once(':').map_or(subject.backend.as_str(), |(host, _)| host);
-    ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(subject.address.ip()))
+fn server_name(target: &Target) -> ServerName<'static> {
+    let host = target.backend.rsplit_once(':').map_or(target.backend.as_str(), |(host, _)| host);
+    ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(target.address.ip()))
 }
 
 /// A stream that remembers what came first: what is no TLS is shown as it came.
@@ -338,7 +342,7 @@ impl AsyncWrite for Recorded {
 mod tests {
     use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
-    use super::{super::fixtures::subject, *};
+    use super::{super::fixtures::target, *};
     use crate::config::ProxyVersion;
 
     /// Observes a server that says this, each part after a pause, and hears what it was told.
@@ -348,7 +352,7 @@ mod tests {
         parts: &'static [&'static str],
     ) -> (Observation, Vec<u8>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(protocol) };
+        let target = Target { address: listener.local_addr().unwrap(), ..target(protocol) };
         let server = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut told = Vec::new();
@@ -361,9 +365,9 @@ mod tests {
             told
         });
         let second = Duration::from_secs(5);
-        let claims = Claims::new(subject.source, &[], &["192.0.2.10:25".parse().unwrap()]);
-        let patience = Patience { connect: second, answer: second };
-        let observation = observe(&subject, Step { probe, from: None }, &claims, patience).await;
+        let addresses = HeaderAddresses::new(target.source, &[], &["192.0.2.10:25".parse().unwrap()]);
+        let timeouts = Timeouts { connect: second, answer: second };
+        let observation = observe(&target, Step { probe, from: None }, &addresses, timeouts).await;
         (observation, server.await.unwrap())
     }
 
@@ -379,7 +383,7 @@ mod tests {
 
     #[tokio::test]
     async fn silence_sends_nothing_before_the_greeting() {
-        let (seen, told) = observed(Protocol::Smtp, Probe::Silence, &["220-a\r\n220 b\r\n"]).await;
+        let (seen, told) = observed(Protocol::Smtp, Probe::NoHeader, &["220-a\r\n220 b\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
         assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
         assert_eq!(told, b"QUIT\r\n");
@@ -388,7 +392,7 @@ mod tests {
     #[tokio::test]
     async fn clear_text_where_tls_should_be_is_shown_as_it_came() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let subject = Subject { address: listener.local_addr().unwrap(), ..subject(Protocol::Submissions) };
+        let target = Target { address: listener.local_addr().unwrap(), ..target(Protocol::Submissions) };
         tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             stream.write_all(b"220 mail ESMTP\r\n").await.unwrap();
@@ -396,9 +400,9 @@ mod tests {
             let _ = stream.read(&mut hello).await;
         });
         let second = Duration::from_secs(5);
-        let claims = Claims::new(None, &[], &[]);
+        let addresses = HeaderAddresses::new(None, &[], &[]);
         let step = Step { probe: Probe::Tls, from: None };
-        let seen = observe(&subject, step, &claims, Patience { connect: second, answer: second }).await;
+        let seen = observe(&target, step, &addresses, Timeouts { connect: second, answer: second }).await;
         assert_eq!((seen.outcome, seen.tls), (Outcome::Strange("220 mail ESMTP".to_owned()), None));
     }
 }

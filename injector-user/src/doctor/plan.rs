@@ -1,30 +1,30 @@
 //! Which probe comes next, given what was seen: as few connections as tell the faults apart.
 
-use super::observation::{Client, Dialogue, Family, Observation, Outcome, Probe, Step, Subject};
+use super::observation::{Client, Dialogue, Family, Observation, Outcome, Probe, Step, Target};
 use crate::{config::ProxyVersion, protocol::Protocol};
 
 /// The next step; `None` when enough is known.
 #[must_use]
-pub fn next(subject: &Subject, seen: &[Observation]) -> Option<Step> {
+pub fn next(target: &Target, seen: &[Observation]) -> Option<Step> {
     // Who cannot connect learns nothing more by trying again; other sources of this host may be filtered as they should.
     if seen.iter().any(|observation| observation.unconnected() && observation.step.from.is_none()) {
         return None;
     }
-    wanted(subject, seen).into_iter().find(|step| !seen.iter().any(|observation| observation.step == *step))
+    wanted(target, seen).into_iter().find(|step| !seen.iter().any(|observation| observation.step == *step))
 }
 
 /// All steps that what was seen calls for, in order. What was seen only ever adds to it, at the end.
-fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
-    let version = subject.receiver.version;
-    if subject.stranger {
-        let family = Family::of(subject.address.ip());
+fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
+    let version = target.receiver.version;
+    if target.untrusted {
+        let family = Family::of(target.address.ip());
         let mut steps = vec![here(header(version, family))];
         if answered(seen, here(header(version, family))) {
-            steps.extend(claims(subject, seen, family));
+            steps.extend(claims(target, seen, family));
         }
         return steps;
     }
-    let bare = if subject.is_tls() { Probe::Tls } else { Probe::Silence };
+    let bare = if target.is_tls() { Probe::Tls } else { Probe::NoHeader };
     let headers = Family::ALL.map(|family| header(version, family));
     let mut steps = vec![here(bare), here(headers[0])];
     // Where a header is followed by silence, the family of its addresses is not the matter.
@@ -38,7 +38,7 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
     match Family::ALL.into_iter().find(accepts) {
         Some(family) => {
             let probe = header(version, family);
-            for other in &subject.others {
+            for other in &target.others {
                 let step = Step { probe, from: Some(*other) };
                 steps.push(step);
                 if answered(seen, step) {
@@ -46,16 +46,16 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
                     break;
                 }
             }
-            steps.extend(claims(subject, seen, family));
+            steps.extend(claims(target, seen, family));
         }
         None => {
-            steps.push(here(header(subject.other_version(), Family::V4)));
-            if version == ProxyVersion::V2 && subject.has_tlvs() {
+            steps.push(here(header(target.other_version(), Family::V4)));
+            if version == ProxyVersion::V2 && target.has_tlvs() {
                 steps.push(here(Probe::Header { version, family: Family::V4, tlvs: false }));
             }
             // A server that closes on a ClientHello may have wanted a header, or not this host at all.
-            if subject.is_tls() && !answered(seen, here(bare)) {
-                steps.push(here(Probe::Silence));
+            if target.is_tls() && !answered(seen, here(bare)) {
+                steps.push(here(Probe::NoHeader));
             }
         }
     }
@@ -64,11 +64,11 @@ fn wanted(subject: &Subject, seen: &[Observation]) -> Vec<Step> {
 
 /// A header that says localhost, and where that client is allowed something, one that nobody trusts: to tell "for localhost"
 /// from "for all".
-fn claims(subject: &Subject, seen: &[Observation], family: Family) -> Vec<Step> {
-    if subject.protocol == Protocol::Plain {
+fn claims(target: &Target, seen: &[Observation], family: Family) -> Vec<Step> {
+    if target.protocol == Protocol::Plain {
         return Vec::new();
     }
-    let claim = |client| here(Probe::Claim { version: subject.receiver.version, family, client });
+    let claim = |client| here(Probe::Claim { version: target.receiver.version, family, client });
     let localhost = claim(Client::Localhost);
     let allowed =
         |one: &Observation| one.step == localhost && one.dialogue.as_ref().is_some_and(Dialogue::is_allowed);
@@ -101,7 +101,7 @@ mod tests {
     };
     use crate::{
         config::Receiver,
-        doctor::fixtures::{closed, subject},
+        doctor::fixtures::{closed, target},
         protocol::Protocol,
     };
 
@@ -111,18 +111,18 @@ mod tests {
     ];
 
     /// The probes that are made when `outcome` says what comes of each.
-    fn walk(subject: &Subject, outcome: impl Fn(Step) -> Outcome) -> Vec<String> {
-        walk_with(subject, outcome, |_| None)
+    fn walk(target: &Target, outcome: impl Fn(Step) -> Outcome) -> Vec<String> {
+        walk_with(target, outcome, |_| None)
     }
 
     fn walk_with(
-        subject: &Subject,
+        target: &Target,
         outcome: impl Fn(Step) -> Outcome,
         dialogue: impl Fn(Step) -> Option<Dialogue>,
     ) -> Vec<String> {
         let mut seen = Vec::new();
         let mut names = Vec::new();
-        while let Some(step) = next(subject, &seen) {
+        while let Some(step) = next(target, &seen) {
             names.push(match step.from {
                 Some(from) => format!("{} from {from}", step.probe.code()),
                 None => step.probe.code(),
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_sound_backend_costs_four_connections_and_one_for_each_other_source() {
-        let mut smtp = subject(Protocol::Smtp);
+        let mut smtp = target(Protocol::Smtp);
         let three = ["silence", "header_v2_ipv4", "header_v2_ipv6"];
         let localhost = ["header_v2_ipv4_localhost"];
         assert_eq!(walk(&smtp, greets_with_header), [&three[..], &localhost].concat());
@@ -161,7 +161,7 @@ mod tests {
         let others = ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4 from 192.0.2.2"];
         assert_eq!(walk(&smtp, filtered), [&three[..], &others, &localhost].concat());
         // Nothing can be asked there.
-        let plain = Subject { protocol: Protocol::Plain, ..subject(Protocol::Plain) };
+        let plain = Target { protocol: Protocol::Plain, ..target(Protocol::Plain) };
         assert_eq!(walk(&plain, greets_with_header), three);
     }
 
@@ -169,12 +169,12 @@ mod tests {
     fn what_localhost_is_allowed_is_tried_for_another_client() {
         let relays = |_| Some(Dialogue::Relay(Relay::Accepted(String::new())));
         let both = ["header_v2_ipv4_localhost", "header_v2_ipv4_documentation"];
-        let smtp = subject(Protocol::Smtp);
+        let smtp = target(Protocol::Smtp);
         assert_eq!(walk_with(&smtp, greets_with_header, relays)[3..], both);
         let refuses = |_| Some(Dialogue::Relay(Relay::Refused(String::new())));
         assert_eq!(walk_with(&smtp, greets_with_header, refuses)[3..], both[..1]);
-        let stranger = Subject { stranger: true, ..subject(Protocol::Smtp) };
-        assert_eq!(walk_with(&stranger, greets_with_header, relays)[1..], both);
+        let untrusted = Target { untrusted: true, ..target(Protocol::Smtp) };
+        assert_eq!(walk_with(&untrusted, greets_with_header, relays)[1..], both);
         // Where headers with IPv4 addresses are refused.
         let ipv6_only = |step: Step| match step.probe {
             Probe::Header { family: Family::V4, .. } => closed(),
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn one_stranger_who_is_answered_is_enough() {
-        let mut smtp = subject(Protocol::Smtp);
+        let mut smtp = target(Protocol::Smtp);
         smtp.others = OTHERS.to_vec();
         let names = walk(&smtp, greets_with_header);
         assert_eq!(names[3..], ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4_localhost"]);
@@ -193,13 +193,13 @@ mod tests {
 
     #[test]
     fn a_backend_that_cannot_be_reached_is_left_alone() {
-        assert_eq!(walk(&subject(Protocol::Smtp), |_| Outcome::Refused), ["silence"]);
-        assert_eq!(walk(&subject(Protocol::Imaps), |_| Outcome::NoAnswer), ["tls"]);
+        assert_eq!(walk(&target(Protocol::Smtp), |_| Outcome::Refused), ["silence"]);
+        assert_eq!(walk(&target(Protocol::Imaps), |_| Outcome::NoAnswer), ["tls"]);
     }
 
     #[test]
     fn what_refuses_the_header_is_asked_for_the_other_version() {
-        let mut imaps = subject(Protocol::Imaps);
+        let mut imaps = target(Protocol::Imaps);
         let expected = ["tls", "header_v2_ipv4", "header_v2_ipv6", "header_v1_ipv4", "silence"];
         assert_eq!(walk(&imaps, |_| closed()), expected);
         imaps.receiver = Receiver { crc32c: true, ..Receiver::default() };
@@ -212,14 +212,14 @@ mod tests {
 
     #[test]
     fn silence_is_waited_for_once_for_each_version() {
-        let names = walk(&subject(Protocol::Imap), |_| Outcome::Silent);
+        let names = walk(&target(Protocol::Imap), |_| Outcome::Silent);
         assert_eq!(names, ["silence", "header_v2_ipv4", "header_v1_ipv4"]);
     }
 
     #[test]
     fn a_stranger_tries_one_header_and_one_more_where_it_is_believed() {
-        let mut smtp = subject(Protocol::Smtp);
-        smtp.stranger = true;
+        let mut smtp = target(Protocol::Smtp);
+        smtp.untrusted = true;
         smtp.others = OTHERS.to_vec();
         assert_eq!(walk(&smtp, greets_with_header), ["header_v2_ipv4", "header_v2_ipv4_localhost"]);
         assert_eq!(walk(&smtp, |_| Outcome::NoAnswer), ["header_v2_ipv4"]);

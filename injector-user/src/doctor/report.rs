@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     diagnosis::{Finding, describe},
-    observation::{Dialogue, Observation, Outcome, Relay, Subject},
+    observation::{Dialogue, Observation, Outcome, Relay, Target},
     server::{self, Server},
 };
 use crate::{config::ProxyVersion, protocol::Protocol};
@@ -17,7 +17,7 @@ pub struct Report {
     /// In the order of the configuration.
     pub listeners: Vec<ListenerReport>,
     /// Examined from a host that is not the injector's.
-    pub stranger: bool,
+    pub untrusted: bool,
 }
 
 /// One listener.
@@ -62,11 +62,11 @@ pub struct AddressReport {
 }
 
 impl AddressReport {
-    pub(super) fn new(subject: &Subject, observations: Vec<Observation>, findings: Vec<Finding>) -> Self {
+    pub(super) fn new(target: &Target, observations: Vec<Observation>, findings: Vec<Finding>) -> Self {
         Self {
-            address: subject.address,
-            source: subject.source,
-            server: server::tell(subject, &observations),
+            address: target.address,
+            source: target.source,
+            server: server::identify(target, &observations),
             observations,
             findings,
         }
@@ -99,7 +99,7 @@ impl Report {
             let _ = writeln!(out, "{} ({}, header {})", listener.name, listener.protocol, listener.version);
             write_findings(&mut out, "  ", &listener.findings);
             for backend in &listener.backends {
-                write_backend(&mut out, backend, self.stranger);
+                write_backend(&mut out, backend, self.untrusted);
             }
             let _ = writeln!(out);
         }
@@ -121,7 +121,7 @@ impl Report {
     #[must_use]
     pub fn json(&self) -> Value {
         let listeners: Vec<_> = self.listeners.iter().map(listener_json).collect();
-        json!({ "ok": self.faults() == 0, "untrusted": self.stranger, "listeners": listeners })
+        json!({ "ok": self.faults() == 0, "untrusted": self.untrusted, "listeners": listeners })
     }
 }
 
@@ -129,7 +129,7 @@ fn count(number: usize, one: &str, many: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { many })
 }
 
-fn write_backend(out: &mut String, backend: &BackendReport, stranger: bool) {
+fn write_backend(out: &mut String, backend: &BackendReport, untrusted: bool) {
     if !backend.findings.is_empty() {
         let _ = writeln!(out, "  {}", backend.name);
         write_findings(out, "    ", &backend.findings);
@@ -145,7 +145,7 @@ fn write_backend(out: &mut String, backend: &BackendReport, stranger: bool) {
         }
         write_findings(out, "    ", &address.findings);
         if !address.findings.iter().any(|finding| finding.fault) {
-            let says = if stranger { "shut to this host" } else { "ok" };
+            let says = if untrusted { "shut to this host" } else { "ok" };
             let _ = writeln!(out, "    {says}");
         }
     }
@@ -154,7 +154,7 @@ fn write_backend(out: &mut String, backend: &BackendReport, stranger: bool) {
 fn write_findings(out: &mut String, indent: &str, findings: &[Finding]) {
     for finding in findings {
         let kind = if finding.fault { "FAULT" } else { "note" };
-        let _ = writeln!(out, "{indent}{kind} {}: {}", finding.verdict.code(), finding.says);
+        let _ = writeln!(out, "{indent}{kind} {}: {}", finding.verdict.code(), finding.message);
         for change in &finding.changes {
             let _ = writeln!(out, "{indent}  change {}:", change.place);
             for line in &change.lines {
@@ -224,7 +224,7 @@ fn findings_json(findings: &[Finding]) -> Vec<Value> {
             json!({
                 "verdict": finding.verdict.code(),
                 "fault": finding.fault,
-                "message": finding.says,
+                "message": finding.message,
                 "changes": finding.changes.iter().map(change).collect::<Vec<_>>(),
             })
         })

@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::observation::{Greeting, Observation, Outcome, Probe, Subject};
+use super::observation::{Greeting, Observation, Outcome, Probe, Target};
 use crate::protocol::Protocol;
 
 /// A mail server, as far as it can be told.
@@ -58,11 +58,11 @@ const DOVECOT_WAITS: std::ops::Range<Duration> = Duration::from_millis(2500)..Du
 
 /// Tells the server by all that was seen of it.
 #[must_use]
-pub fn tell(subject: &Subject, seen: &[Observation]) -> Server {
-    by_words(subject, seen).or_else(|| by_silence(subject, seen)).unwrap_or(Server::Unknown)
+pub fn identify(target: &Target, seen: &[Observation]) -> Server {
+    by_words(target, seen).or_else(|| by_silence(target, seen)).unwrap_or(Server::Unknown)
 }
 
-fn by_words(subject: &Subject, seen: &[Observation]) -> Option<Server> {
+fn by_words(target: &Target, seen: &[Observation]) -> Option<Server> {
     let said = |words: &str| seen.iter().filter_map(Observation::said).any(|line| line.contains(words));
     let complained = |words: &str| {
         seen.iter().any(|one| matches!(&one.outcome, Outcome::Misunderstood { complaint, .. } if complaint.contains(words)))
@@ -94,17 +94,17 @@ fn by_words(subject: &Subject, seen: &[Observation]) -> Option<Server> {
     }
     if said("Postfix") || complained("5.5.2 Error: bad syntax") {
         // Nobody puts postscreen in front of submission: it speaks no AUTH.
-        return Some(if subject.protocol == Protocol::Smtp { Server::Postfix } else { Server::Smtpd });
+        return Some(if target.protocol == Protocol::Smtp { Server::Postfix } else { Server::Smtpd });
     }
     None
 }
 
-fn by_silence(subject: &Subject, seen: &[Observation]) -> Option<Server> {
+fn by_silence(target: &Target, seen: &[Observation]) -> Option<Server> {
     let kept_in = matches!(
-        subject.protocol,
+        target.protocol,
         Protocol::Imap | Protocol::Imaps | Protocol::Pop3 | Protocol::Pop3s | Protocol::Sieve
     );
-    let silence = seen.iter().find(|one| one.step.probe == Probe::Silence)?;
+    let silence = seen.iter().find(|one| one.step.probe == Probe::NoHeader)?;
     let closed = matches!(silence.outcome, Outcome::Closed { .. });
     (closed && kept_in && (DOVECOT_WAITS.contains(&silence.after) || silence.closed_at_once()))
         .then_some(Server::Dovecot)

@@ -3,14 +3,14 @@
 use crate::{
     config::ProxyVersion,
     doctor::{
-        observation::{Family, Observation, Probe, Step, Subject},
+        observation::{Family, Observation, Probe, Step, Target},
         server::Server,
     },
 };
 
 /// All that was seen of one address, by what was asked.
 pub(super) struct Seen<'a> {
-    pub(super) subject: &'a Subject,
+    pub(super) target: &'a Target,
     pub(super) all: &'a [Observation],
     pub(super) server: Server,
 }
@@ -26,7 +26,7 @@ impl Seen<'_> {
 
     /// The header that the injector sends.
     pub(super) fn configured(&self, family: Family) -> Option<&Observation> {
-        self.header(self.subject.receiver.version, family, true)
+        self.header(self.target.receiver.version, family, true)
     }
 
     pub(super) fn accepts(&self, family: Family) -> bool {
@@ -35,7 +35,7 @@ impl Seen<'_> {
 
     /// The port speaks without a header.
     pub(super) fn speaks_bare(&self) -> bool {
-        let bare = if self.subject.is_tls() { Probe::Tls } else { Probe::Silence };
+        let bare = if self.target.is_tls() { Probe::Tls } else { Probe::NoHeader };
         self.of(bare).is_some_and(Observation::answered)
     }
 }

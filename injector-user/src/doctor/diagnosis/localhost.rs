@@ -24,13 +24,13 @@ impl Seen<'_> {
     }
 
     /// The fault of a port that believes this host, which is not the injector's, and relays.
-    pub(super) fn open_to_stranger(&self, from: &str) -> Option<Finding> {
+    pub(super) fn open_relay_for_untrusted(&self, from: &str) -> Option<Finding> {
         let Dialogue::Relay(Relay::Accepted(said)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
             return None;
         };
-        let (address, localhost) = (self.subject.address, self.ip(Client::Localhost));
+        let (address, localhost) = (self.target.address, self.ip(Client::Localhost));
         let mut changes = vec![advice::close_to_others(address.port(), &[], false)];
-        changes.extend(advice::relay_for_nobody(self.subject, self.server));
+        changes.extend(advice::relay_for_nobody(self.target, self.server));
         Some(Finding::fault(
             Verdict::OpenRelay,
             format!(
@@ -52,7 +52,7 @@ impl Seen<'_> {
     }
 
     fn relays(&self, said: &str, edge: &[IpAddr]) -> Finding {
-        let address = self.subject.address;
+        let address = self.target.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let documentation = self.claim(Client::Documentation).and_then(|one| one.dialogue.as_ref());
         if let Some(Dialogue::Relay(Relay::Accepted(said))) = documentation {
@@ -62,7 +62,7 @@ impl Seen<'_> {
                     "{address} is an open relay: it accepts mail for {FOREIGN_RECIPIENT} from {other}, an address of \
                      nobody ({said:?}). Any client of the injector can send spam through this server"
                 ),
-                advice::relay_for_nobody(self.subject, self.server),
+                advice::relay_for_nobody(self.target, self.server),
             );
         }
         let others = match documentation {
@@ -70,7 +70,7 @@ impl Seen<'_> {
             Some(Dialogue::Relay(Relay::Unknown(why))) => format!("for {other} it is unknown ({why})"),
             _ => format!("for {other} it is unknown"),
         };
-        let mut changes = advice::relay_for_nobody(self.subject, self.server);
+        let mut changes = advice::relay_for_nobody(self.target, self.server);
         if let Some(from) = self.believed_elsewhere() {
             return Finding::fault(
                 Verdict::OpenRelay,
@@ -86,7 +86,7 @@ impl Seen<'_> {
         Finding {
             verdict: Verdict::RelaysForLocalhost,
             fault: false,
-            says: format!(
+            message: format!(
                 "{address} accepts mail for {FOREIGN_RECIPIENT} when the header says {localhost} ({said:?}); {others}. The \
                  injector sends no such header for clients on the network, but any other host that can reach the port \
                  can, and could send spam through this server"
@@ -96,14 +96,14 @@ impl Seen<'_> {
     }
 
     fn relay_unknown(&self, why: &str) -> Finding {
-        let Seen { subject, .. } = self;
+        let Seen { target, .. } = self;
         let localhost = self.ip(Client::Localhost);
         Finding::note(
             Verdict::RelayUnknown,
             format!(
                 "whether {} relays when the header says {localhost} is unknown: {why}. Run the doctor again later, or see \
                  the server's log",
-                subject.address
+                target.address
             ),
         )
     }
@@ -114,14 +114,14 @@ impl Seen<'_> {
         if !localhost || other != Some(&Dialogue::ClearTextLogin(false)) {
             return None;
         }
-        let address = self.subject.address;
+        let address = self.target.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let mut changes: Vec<_> = advice::distrust_localhost(self.server).into_iter().collect();
         changes.extend(self.firewall(edge));
         Some(Finding {
             verdict: Verdict::TrustsLocalhost,
             fault: false,
-            says: format!(
+            message: format!(
                 "{address} accepts passwords in clear text when the header says {localhost}, and not for {other}: any host \
                  that can reach the port can be a trusted client"
             ),
@@ -132,7 +132,7 @@ impl Seen<'_> {
     /// The rule that closes the port, unless it was seen to be closed to other addresses.
     fn firewall(&self, edge: &[IpAddr]) -> Option<Change> {
         let tried = self.all.iter().any(|one| one.step.from.is_some());
-        (!tried).then(|| advice::close_to_others(self.subject.address.port(), edge, true))
+        (!tried).then(|| advice::close_to_others(self.target.address.port(), edge, true))
     }
 
     /// Another address than the injector's from which a header was believed.

@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        fixtures::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, subject},
+        fixtures::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, target},
         observation::{Client, Dialogue, Greeting, Relay, Step},
     },
     *,
@@ -21,8 +21,8 @@ const SYNTAX: &str = "500 5.5.2 Error: bad syntax";
 const DOVECOT: &str = "* OK [CAPABILITY IMAP4rev1] Dovecot (Debian) ready.";
 
 /// What is found, as `code` or `note code`, and all lines to change.
-fn judged(subject: &Subject, all: &[Observation]) -> (Vec<String>, String) {
-    let found = findings(subject, all, &["10.25.0.1".parse().unwrap()]);
+fn judged(target: &Target, all: &[Observation]) -> (Vec<String>, String) {
+    let found = findings(target, all, &["10.25.0.1".parse().unwrap()]);
     let codes = found.iter().map(|one| {
         let note = if one.fault { "" } else { "note " };
         format!("{note}{}", one.verdict.code())
@@ -31,7 +31,7 @@ fn judged(subject: &Subject, all: &[Observation]) -> (Vec<String>, String) {
     (codes.collect(), lines.map(String::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-/// A subject whose forgery was tried in vain, so that nothing but the case itself is found.
+/// A target whose forgery was tried in vain, so that nothing but the case itself is found.
 fn filtered() -> Observation {
     let from = Some("192.0.2.1".parse().unwrap());
     Observation { step: Step { probe: V2_4, from }, ..seen(V2_4, Outcome::NoAnswer, 20) }
@@ -60,7 +60,7 @@ fn cases() -> Vec<Case> {
             "smtpd as it should be",
             Submission,
             vec![
-                seen(Probe::Silence, away(SMTPD), 50),
+                seen(Probe::NoHeader, away(SMTPD), 50),
                 seen(V2_4, greeted(BANNER), 1),
                 seen(V2_6, greeted(BANNER), 1),
                 filtered(),
@@ -69,12 +69,12 @@ fn cases() -> Vec<Case> {
         Case {
             codes: &["not_listening"],
             advice: &["2525 inet n - n - 1 postscreen\n  -o postscreen_upstream_proxy_protocol=haproxy"],
-            ..case("refused", Smtp, vec![seen(Probe::Silence, Outcome::Refused, 0)])
+            ..case("refused", Smtp, vec![seen(Probe::NoHeader, Outcome::Refused, 0)])
         },
         Case {
             codes: &["no_answer"],
             advice: &["ip saddr 10.25.0.1 tcp dport 2525 accept"],
-            ..case("dropped", Smtp, vec![seen(Probe::Silence, Outcome::NoAnswer, 50)])
+            ..case("dropped", Smtp, vec![seen(Probe::NoHeader, Outcome::NoAnswer, 50)])
         },
         Case {
             codes: &["no_proxy"],
@@ -86,7 +86,7 @@ fn cases() -> Vec<Case> {
                 "smtpd, or postscreen that knows the client",
                 Smtp,
                 vec![
-                    seen(Probe::Silence, greeted(BANNER), 1),
+                    seen(Probe::NoHeader, greeted(BANNER), 1),
                     seen(V2_4, misunderstood(BANNER, SYNTAX), 1),
                     seen(V2_6, misunderstood(BANNER, SYNTAX), 1),
                     seen(V1_4, misunderstood(BANNER, SYNTAX), 1),
@@ -101,7 +101,7 @@ fn cases() -> Vec<Case> {
                 Smtp,
                 vec![
                     seen(
-                        Probe::Silence,
+                        Probe::NoHeader,
                         Outcome::Greeted(Greeting { line: TEASER.to_owned(), teaser: true }),
                         60,
                     ),
@@ -132,7 +132,7 @@ fn cases() -> Vec<Case> {
                 "v1 only",
                 Smtp,
                 vec![
-                    seen(Probe::Silence, Outcome::Silent, 100),
+                    seen(Probe::NoHeader, Outcome::Silent, 100),
                     seen(V2_4, closed(), 0),
                     seen(V2_6, closed(), 0),
                     seen(V1_4, greeted("220 haraka"), 1),
@@ -146,7 +146,7 @@ fn cases() -> Vec<Case> {
                 "TLVs",
                 Smtp,
                 vec![
-                    seen(Probe::Silence, away(SMTPD), 50),
+                    seen(Probe::NoHeader, away(SMTPD), 50),
                     seen(V2_4, closed(), 0),
                     seen(V2_6, closed(), 0),
                     seen(V1_4, closed(), 0),
@@ -165,7 +165,7 @@ fn cases() -> Vec<Case> {
                     seen(V2_4, Outcome::Closed { reset: true }, 0),
                     seen(V2_6, Outcome::Closed { reset: true }, 0),
                     seen(V1_4, Outcome::Closed { reset: true }, 0),
-                    seen(Probe::Silence, closed(), 0),
+                    seen(Probe::NoHeader, closed(), 0),
                 ],
             )
         },
@@ -179,7 +179,7 @@ fn cases() -> Vec<Case> {
                     seen(V2_4, Outcome::Closed { reset: true }, 0),
                     seen(V2_6, Outcome::Closed { reset: true }, 0),
                     seen(V1_4, Outcome::Closed { reset: true }, 0),
-                    seen(Probe::Silence, closed(), 30),
+                    seen(Probe::NoHeader, closed(), 30),
                 ],
             )
         },
@@ -190,7 +190,7 @@ fn cases() -> Vec<Case> {
                 "inet_protocols = ipv4",
                 Smtp,
                 vec![
-                    seen(Probe::Silence, away(POSTSCREEN), 50),
+                    seen(Probe::NoHeader, away(POSTSCREEN), 50),
                     seen(V2_4, greeted(BANNER), 1),
                     seen(V2_6, away(POSTSCREEN), 0),
                     filtered(),
@@ -204,7 +204,7 @@ fn cases() -> Vec<Case> {
                 "with and without",
                 Imap,
                 vec![
-                    seen(Probe::Silence, greeted(DOVECOT), 1),
+                    seen(Probe::NoHeader, greeted(DOVECOT), 1),
                     seen(V2_4, greeted(DOVECOT), 1),
                     seen(V2_6, greeted(DOVECOT), 1),
                     filtered(),
@@ -222,7 +222,7 @@ fn cases() -> Vec<Case> {
                     seen(V2_4, Outcome::Strange(BANNER.to_owned()), 1),
                     seen(V2_6, Outcome::Strange(BANNER.to_owned()), 1),
                     seen(V1_4, Outcome::Strange(BANNER.to_owned()), 1),
-                    seen(Probe::Silence, away(SMTPD), 50),
+                    seen(Probe::NoHeader, away(SMTPD), 50),
                 ],
             )
         },
@@ -233,7 +233,7 @@ fn cases() -> Vec<Case> {
                 "TLS for clear text",
                 Imap,
                 vec![
-                    seen(Probe::Silence, closed(), 30),
+                    seen(Probe::NoHeader, closed(), 30),
                     seen(V2_4, Outcome::Silent, 100),
                     seen(V1_4, Outcome::Silent, 100),
                 ],
@@ -245,7 +245,7 @@ fn cases() -> Vec<Case> {
                 "plain",
                 Plain,
                 vec![
-                    seen(Probe::Silence, Outcome::Silent, 100),
+                    seen(Probe::NoHeader, Outcome::Silent, 100),
                     seen(V2_4, Outcome::Silent, 100),
                     seen(V1_4, Outcome::Silent, 100),
                 ],
@@ -257,7 +257,7 @@ fn cases() -> Vec<Case> {
                 "too busy",
                 Submission,
                 vec![
-                    seen(Probe::Silence, away("421 4.7.0 Error: too many connections"), 0),
+                    seen(Probe::NoHeader, away("421 4.7.0 Error: too many connections"), 0),
                     seen(V2_4, away("421 4.7.0 Error: too many connections"), 0),
                     seen(V2_6, away("421 4.7.0 Error: too many connections"), 0),
                     seen(V1_4, away("421 4.7.0 Error: too many connections"), 0),
@@ -270,7 +270,7 @@ fn cases() -> Vec<Case> {
                 "Postfix that refuses both families",
                 Submission,
                 vec![
-                    seen(Probe::Silence, away(SMTPD), 50),
+                    seen(Probe::NoHeader, away(SMTPD), 50),
                     seen(V2_4, away(SMTPD), 0),
                     seen(V2_6, away(SMTPD), 0),
                     seen(V1_4, away(SMTPD), 0),
@@ -283,7 +283,7 @@ fn cases() -> Vec<Case> {
                 "IMAP where SMTP should be",
                 Smtp,
                 vec![
-                    seen(Probe::Silence, closed(), 30),
+                    seen(Probe::NoHeader, closed(), 30),
                     seen(V2_4, Outcome::Strange(DOVECOT.to_owned()), 0),
                     seen(V2_6, Outcome::Strange(DOVECOT.to_owned()), 0),
                     seen(V1_4, Outcome::Strange(DOVECOT.to_owned()), 0),
@@ -322,7 +322,7 @@ fn cases() -> Vec<Case> {
 #[test]
 fn each_fault_is_named_with_its_line() {
     for Case { name, protocol, seen, codes, advice } in cases() {
-        let (found, lines) = judged(&subject(protocol), &seen);
+        let (found, lines) = judged(&target(protocol), &seen);
         assert_eq!(found, codes, "{name}");
         for part in advice {
             assert!(lines.contains(part), "{name}: no {part:?} in\n{lines}");
@@ -333,12 +333,12 @@ fn each_fault_is_named_with_its_line() {
 #[test]
 fn a_family_that_no_client_has_is_worth_a_note() {
     let all = [
-        seen(Probe::Silence, away(SMTPD), 50),
+        seen(Probe::NoHeader, away(SMTPD), 50),
         seen(V2_4, greeted(BANNER), 1),
         seen(V2_6, away(SMTPD), 0),
         filtered(),
     ];
-    let ipv4 = Subject { ipv6_clients: false, ..subject(Protocol::Submission) };
+    let ipv4 = Target { ipv6_clients: false, ..target(Protocol::Submission) };
     assert_eq!(judged(&ipv4, &all).0, ["note ipv6_off"]);
 }
 
@@ -346,15 +346,15 @@ fn a_family_that_no_client_has_is_worth_a_note() {
 fn who_is_believed_from_elsewhere_is_forgeable() {
     let believed = Observation { outcome: greeted(BANNER), ..filtered() };
     let all = [
-        seen(Probe::Silence, away(SMTPD), 50),
+        seen(Probe::NoHeader, away(SMTPD), 50),
         seen(V2_4, greeted(BANNER), 1),
         seen(V2_6, greeted(BANNER), 1),
         believed,
     ];
-    let (codes, lines) = judged(&subject(Protocol::Submission), &all);
+    let (codes, lines) = judged(&target(Protocol::Submission), &all);
     assert_eq!(codes, ["forgeable"]);
     assert!(lines.contains("ip saddr != 10.25.0.1 tcp dport 2525 counter drop"), "{lines}");
-    let (codes, _) = judged(&subject(Protocol::Submission), &all[..3]);
+    let (codes, _) = judged(&target(Protocol::Submission), &all[..3]);
     assert_eq!(codes, ["note forgery_untried"]);
 }
 
@@ -369,7 +369,7 @@ const fn claim(client: Client) -> Probe {
 /// A sound submission port, and what came of the claims.
 fn with_claims(claims: Vec<Observation>) -> Vec<Observation> {
     let mut all = vec![
-        seen(Probe::Silence, away(SMTPD), 50),
+        seen(Probe::NoHeader, away(SMTPD), 50),
         seen(V2_4, greeted(BANNER), 1),
         seen(V2_6, greeted(BANNER), 1),
         filtered(),
@@ -380,7 +380,7 @@ fn with_claims(claims: Vec<Observation>) -> Vec<Observation> {
 
 #[test]
 fn relaying_for_localhost_is_worth_a_note_and_for_all_a_fault() {
-    let submission = subject(Protocol::Submission);
+    let submission = target(Protocol::Submission);
     let unknown = |why: &str| Dialogue::Relay(Relay::Unknown(why.to_owned()));
     let note = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
     let (codes, lines) = judged(&submission, &note);
@@ -409,12 +409,12 @@ fn relaying_for_localhost_is_a_fault_where_others_are_believed() {
     let mut all =
         with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
     all[3].outcome = greeted(BANNER);
-    assert_eq!(judged(&subject(Protocol::Submission), &all).0, ["forgeable", "open_relay"]);
+    assert_eq!(judged(&target(Protocol::Submission), &all).0, ["forgeable", "open_relay"]);
 }
 
 #[test]
 fn postscreen_leaves_relaying_to_the_smtpd_behind_it() {
-    let smtp = subject(Protocol::Smtp);
+    let smtp = target(Protocol::Smtp);
     for (silence, count) in [(away(POSTSCREEN), 1), (away("421 4.3.0 busy"), 2)] {
         let mut all =
             with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
@@ -428,7 +428,7 @@ fn postscreen_leaves_relaying_to_the_smtpd_behind_it() {
 
 #[test]
 fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
-    let imap = subject(Protocol::Imap);
+    let imap = target(Protocol::Imap);
     let login = |probe, login| Observation {
         outcome: greeted(DOVECOT),
         ..dialogue(probe, Dialogue::ClearTextLogin(login))
@@ -447,9 +447,9 @@ fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
 
 #[test]
 fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
-    let stranger = Subject { stranger: true, ..subject(Protocol::Submission) };
+    let untrusted = Target { untrusted: true, ..target(Protocol::Submission) };
     let claimed = |what| {
-        findings(&stranger, &[seen(V2_4, greeted(BANNER), 0), dialogue(LOCALHOST, what)], &[])
+        findings(&untrusted, &[seen(V2_4, greeted(BANNER), 0), dialogue(LOCALHOST, what)], &[])
             .into_iter()
             .next()
             .unwrap()
@@ -462,18 +462,18 @@ fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
     assert_eq!(claimed(refuses_to_relay()).verdict, Verdict::Forgeable);
     let unknown = claimed(Dialogue::Relay(Relay::Unknown("\"451 later\"".to_owned())));
     assert_eq!(unknown.verdict, Verdict::Forgeable);
-    assert!(unknown.says.ends_with("is unknown: \"451 later\""), "{}", unknown.says);
+    assert!(unknown.message.ends_with("is unknown: \"451 later\""), "{}", unknown.message);
 }
 
 #[test]
 fn a_stranger_may_not_be_believed() {
-    let stranger = Subject { stranger: true, ..subject(Protocol::Submission) };
+    let untrusted = Target { untrusted: true, ..target(Protocol::Submission) };
     for outcome in
         [Outcome::Refused, Outcome::NoAnswer, closed(), misunderstood(BANNER, SYNTAX), Outcome::Silent]
     {
-        assert_eq!(judged(&stranger, &[seen(V2_4, outcome, 0)]).0, [""; 0]);
+        assert_eq!(judged(&untrusted, &[seen(V2_4, outcome, 0)]).0, [""; 0]);
     }
-    let (codes, lines) = judged(&stranger, &[seen(V2_4, greeted(BANNER), 0)]);
+    let (codes, lines) = judged(&untrusted, &[seen(V2_4, greeted(BANNER), 0)]);
     assert_eq!(codes, ["forgeable"]);
     assert!(lines.contains("ip saddr != INJECTOR_IPV4 "), "{lines}");
 }
@@ -481,10 +481,10 @@ fn a_stranger_may_not_be_believed() {
 #[test]
 fn wants_v2_is_the_reverse_of_wants_v1() {
     let v1_6 = Probe::Header { version: ProxyVersion::V1, family: Family::V6, tlvs: true };
-    let mut smtp = subject(Protocol::Smtp);
+    let mut smtp = target(Protocol::Smtp);
     smtp.receiver.version = ProxyVersion::V1;
     let all = [
-        seen(Probe::Silence, Outcome::Silent, 100),
+        seen(Probe::NoHeader, Outcome::Silent, 100),
         seen(V1_4, closed(), 0),
         seen(v1_6, closed(), 0),
         seen(V2_4, greeted("220 OpenSMTPD"), 0),

@@ -105,17 +105,21 @@ pub struct Finding {
     /// It has to be mended; otherwise it is only worth knowing.
     pub fault: bool,
     /// The same for people.
-    pub says: String,
+    pub message: String,
     /// The lines to change; where there is more than one, each says when it applies.
     pub changes: Vec<Change>,
 }
 
 impl Finding {
-    pub(in crate::doctor) fn fault(verdict: Verdict, says: impl Into<String>, changes: Vec<Change>) -> Self {
-        Self { verdict, fault: true, says: says.into(), changes }
+    pub(in crate::doctor) fn fault(
+        verdict: Verdict,
+        message: impl Into<String>,
+        changes: Vec<Change>,
+    ) -> Self {
+        Self { verdict, fault: true, message: message.into(), changes }
     }
 
-    pub(in crate::doctor) fn note(verdict: Verdict, says: impl Into<String>) -> Self {
-        Self { verdict, fault: false, says: says.into(), changes: Vec::new() }
+    pub(in crate::doctor) fn note(verdict: Verdict, message: impl Into<String>) -> Self {
+        Self { verdict, fault: false, message: message.into(), changes: Vec::new() }
     }
 }

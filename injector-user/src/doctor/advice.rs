@@ -32,7 +32,7 @@ const POSTSCREEN_SETTING: &str = "  -o postscreen_upstream_proxy_protocol=haprox
 const SMTPD_SETTING: &str = "  -o smtpd_upstream_proxy_protocol=haproxy";
 
 /// Has the server expect a header on this port.
-pub(super) fn speak_proxy(target: &Target, server: Server) -> Vec<Change> {
+pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
     let port = target.address.port();
     let postscreen = || {
         Change::new(
@@ -60,12 +60,12 @@ pub(super) fn speak_proxy(target: &Target, server: Server) -> Vec<Change> {
         Server::Postscreen => vec![postscreen()],
         Server::Smtpd => vec![smtpd()],
         Server::Postfix => vec![postscreen(), smtpd()],
-        Server::Dovecot => vec![dovecot_listener(target), trust(target)],
+        Server::Dovecot => vec![dovecot_listener(target), trust_injector(target)],
         Server::Unknown => match target.protocol {
             Protocol::Smtp => vec![postscreen(), smtpd()],
             Protocol::Submission | Protocol::Submissions => vec![smtpd()],
             Protocol::Plain => Vec::new(),
-            _ => vec![dovecot_listener(target), trust(target)],
+            _ => vec![dovecot_listener(target), trust_injector(target)],
         },
         Server::Exim => {
             vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(target))])]
@@ -87,14 +87,14 @@ pub(super) fn speak_proxy(target: &Target, server: Server) -> Vec<Change> {
 }
 
 /// A service on the port where nothing listens.
-pub(super) fn listen(target: &Target) -> Vec<Change> {
+pub(super) fn add_service(target: &Target) -> Vec<Change> {
     let server = match target.protocol {
         Protocol::Smtp => Server::Postscreen,
         Protocol::Submission | Protocol::Submissions => Server::Smtpd,
         Protocol::Plain => return Vec::new(),
         _ => Server::Dovecot,
     };
-    speak_proxy(target, server)
+    expect_header(target, server)
 }
 
 fn dovecot_listener(target: &Target) -> Change {
@@ -115,7 +115,7 @@ fn dovecot_listener(target: &Target) -> Change {
 }
 
 /// Has Dovecot believe this host.
-pub(super) fn trust(target: &Target) -> Change {
+pub(super) fn trust_injector(target: &Target) -> Change {
     Change::new(
         "Dovecot, dovecot.conf, beside what the line has already",
         &[&format!("haproxy_trusted_networks = {}", source(target))],
@@ -123,7 +123,7 @@ pub(super) fn trust(target: &Target) -> Change {
 }
 
 /// Has the server relay for nobody who has not logged in, whatever address the header says.
-pub(super) fn relay_for_nobody(target: &Target, server: Server) -> Vec<Change> {
+pub(super) fn restrict_relaying(target: &Target, server: Server) -> Vec<Change> {
     const SETTING: &str = "  -o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
     const INSTEAD: &str = "or, to relay for some networks still, -o mynetworks= with those alone, without 127.0.0.0/8 and [::1]/128";
     let port = target.address.port();
@@ -161,7 +161,7 @@ pub(super) fn distrust_localhost(server: Server) -> Option<Change> {
 }
 
 /// Has Postfix know the family again.
-pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
+pub(super) fn enable_family(family: Family, server: Server) -> Vec<Change> {
     match server {
         Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
             format!(
@@ -174,7 +174,7 @@ pub(super) fn both_families(family: Family, server: Server) -> Vec<Change> {
 }
 
 /// Has the port speak TLS at once.
-pub(super) fn implicit_tls(target: &Target, server: Server) -> Vec<Change> {
+pub(super) fn enable_tls(target: &Target, server: Server) -> Vec<Change> {
     let clear = match target.protocol {
         Protocol::Submissions => Protocol::Submission,
         Protocol::Imaps => Protocol::Imap,
@@ -194,7 +194,7 @@ pub(super) fn implicit_tls(target: &Target, server: Server) -> Vec<Change> {
 }
 
 /// Shuts the port to all but the injector: commands of nft for the mail host. `edge` are the injector's addresses.
-pub(super) fn close_to_others(port: u16, edge: &[IpAddr], known: bool) -> Change {
+pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
     let place = if known {
         "the mail host's firewall (nft; in /etc/nftables.conf to keep it)"
     } else {
@@ -229,7 +229,7 @@ pub(super) fn close_to_others(port: u16, edge: &[IpAddr], known: bool) -> Change
 }
 
 /// Has a firewall let the injector pass.
-pub(super) fn let_pass(target: &Target) -> Change {
+pub(super) fn allow_injector(target: &Target) -> Change {
     let key = if target.address.is_ipv4() { "ip" } else { "ip6" };
     let (source, port) = (source(target), target.address.port());
     Change::new(
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn the_rule_shuts_a_family_that_the_injector_does_not_use() {
         let edge: [IpAddr; 1] = ["10.25.0.1".parse().unwrap()];
-        let change = close_to_others(2525, &edge, true);
+        let change = restrict_port(2525, &edge, true);
         assert_eq!(
             change.lines[2..],
             [
@@ -259,7 +259,7 @@ mod tests {
         );
         let edge: [IpAddr; 3] =
             ["10.25.0.1".parse().unwrap(), "fd25::1".parse().unwrap(), "10.25.0.3".parse().unwrap()];
-        let change = close_to_others(2525, &edge, true);
+        let change = restrict_port(2525, &edge, true);
         assert!(change.lines[2].contains("ip saddr != { 10.25.0.1, 10.25.0.3 } tcp"), "{change:?}");
         assert!(change.lines[3].contains("ip6 saddr != fd25::1 tcp"), "{change:?}");
     }

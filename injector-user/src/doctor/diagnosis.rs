@@ -10,7 +10,7 @@ mod verdict;
 use std::net::IpAddr;
 
 pub(super) use self::describe::describe;
-use self::evidence::Seen;
+use self::evidence::Evidence;
 pub use self::verdict::{Finding, Verdict};
 use super::{
     advice::{self, Change},
@@ -22,38 +22,38 @@ use crate::{config::ProxyVersion, protocol::Protocol};
 /// Judges one address. `edge` are all addresses from which the injector comes to this port, for the firewall.
 #[must_use]
 pub fn findings(target: &Target, all: &[Observation], edge: &[IpAddr]) -> Vec<Finding> {
-    let seen = Seen { target, all, server: server::identify(target, all) };
+    let seen = Evidence { target, all, server: server::identify(target, all) };
     if target.untrusted {
-        return seen.from_untrusted_host();
+        return seen.findings_for_untrusted_host();
     }
-    if let Some(finding) = seen.connection() {
+    if let Some(finding) = seen.connection_fault() {
         return vec![finding];
     }
     let mut findings = match seen.header_fault() {
         Some(finding) => vec![finding],
-        None => seen.behind_an_accepted_header(edge),
+        None => seen.findings_after_accepted_header(edge),
     };
-    findings.extend(seen.tls_trouble());
+    findings.extend(seen.tls_finding());
     findings
 }
 
-impl Seen<'_> {
+impl Evidence<'_> {
     /// Why there is no connection.
-    fn connection(&self) -> Option<Finding> {
-        let failed = self.all.iter().find(|one| one.unconnected() && one.step.from.is_none())?;
+    fn connection_fault(&self) -> Option<Finding> {
+        let failed = self.all.iter().find(|one| one.failed_to_connect() && one.step.from.is_none())?;
         let address = self.target.address;
         Some(match &failed.outcome {
             Outcome::Refused => Finding::fault(
                 Verdict::NotListening,
                 format!("nothing listens on {address}: the connection is refused"),
-                advice::listen(self.target),
+                advice::add_service(self.target),
             ),
             Outcome::NoAnswer => Finding::fault(
                 Verdict::NoAnswer,
                 format!(
                     "{address} does not answer: a firewall drops the packets, or there is no way back to this host"
                 ),
-                vec![advice::let_pass(self.target)],
+                vec![advice::allow_injector(self.target)],
             ),
             Outcome::Unreachable(why) => Finding::fault(
                 Verdict::Unreachable,
@@ -74,7 +74,7 @@ impl Seen<'_> {
         let first = self.configured(Family::V4)?;
         let version = target.receiver.version;
         if self.header(target.other_version(), Family::V4, true).is_some_and(Observation::answered) {
-            return Some(self.wants_other_version());
+            return Some(self.other_version_fault());
         }
         if self.header(version, Family::V4, false).is_some_and(Observation::answered) {
             return Some(Finding::fault(
@@ -87,22 +87,22 @@ impl Seen<'_> {
                 )],
             ));
         }
-        if self.speaks_bare() {
+        if self.answers_without_header() {
             return Some(Finding::fault(
                 Verdict::NoProxy,
-                self.speaks_no_proxy(),
-                advice::speak_proxy(target, server),
+                self.no_proxy_message(),
+                advice::expect_header(target, server),
             ));
         }
         let silence = self.of(Probe::NoHeader);
-        if silence.is_some_and(Observation::closed_at_once) && first.closed_at_once() {
-            return Some(self.untrusted());
+        if silence.is_some_and(Observation::closed_immediately) && first.closed_immediately() {
+            return Some(self.untrusted_fault());
         }
-        Some(self.by_answer(first))
+        Some(self.fault_by_outcome(first))
     }
 
     /// What the answer to the injector's header says by itself.
-    fn by_answer(&self, first: &Observation) -> Finding {
+    fn fault_by_outcome(&self, first: &Observation) -> Finding {
         let (target, address) = (self.target, self.target.address);
         match &first.outcome {
             Outcome::Strange(said) if target.is_tls() => Finding::fault(
@@ -110,7 +110,7 @@ impl Seen<'_> {
                 format!(
                     "{address} takes the header, but then speaks clear text where TLS is expected: {said:?}"
                 ),
-                advice::implicit_tls(target, self.server),
+                advice::enable_tls(target, self.server),
             ),
             Outcome::Strange(said) => Finding::fault(
                 Verdict::OtherProtocol,
@@ -130,7 +130,7 @@ impl Seen<'_> {
                     "{address} takes a header and says nothing: it waits for a client that speaks first, as in TLS, or for \
                      something behind it"
                 ),
-                self.mute(),
+                self.changes_if_mute(),
             ),
             Outcome::TurnedAway(said) if !self.is_about_header(said) => Finding::fault(
                 Verdict::TurnedAway,
@@ -153,7 +153,7 @@ impl Seen<'_> {
         said.contains(server::SMTPD_NO_HEADER) || said.contains(server::POSTSCREEN_NO_HEADER)
     }
 
-    fn wants_other_version(&self) -> Finding {
+    fn other_version_fault(&self) -> Finding {
         let address = self.target.address;
         let other = self.target.other_version();
         let verdict = match other {
@@ -167,7 +167,7 @@ impl Seen<'_> {
         )
     }
 
-    fn speaks_no_proxy(&self) -> String {
+    fn no_proxy_message(&self) -> String {
         let address = self.target.address;
         let what = match self.configured(Family::V4).map(|one| &one.outcome) {
             Some(Outcome::Misunderstood { complaint, .. }) => {
@@ -196,7 +196,7 @@ impl Seen<'_> {
         says
     }
 
-    fn untrusted(&self) -> Finding {
+    fn untrusted_fault(&self) -> Finding {
         let Target { address, .. } = self.target;
         let from = self.target.source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
         if self.server == Server::Dovecot {
@@ -206,7 +206,7 @@ impl Seen<'_> {
                     "{address} closes at once on all that comes from {from}, as Dovecot does with an address that its \
                      haproxy_trusted_networks lacks: it logs \"haproxy: Client not trusted (rip=…)\" with the one it sees"
                 ),
-                vec![advice::trust(self.target)],
+                vec![advice::trust_injector(self.target)],
             );
         }
         Finding::fault(
@@ -216,13 +216,13 @@ impl Seen<'_> {
                  address, or a proxy there has nobody behind it"
             ),
             match self.target.protocol {
-                Protocol::Submission | Protocol::Submissions => vec![advice::trust(self.target)],
+                Protocol::Submission | Protocol::Submissions => vec![advice::trust_injector(self.target)],
                 _ => Vec::new(),
             },
         )
     }
 
-    fn mute(&self) -> Vec<Change> {
+    fn changes_if_mute(&self) -> Vec<Change> {
         let implicit = match self.target.protocol {
             Protocol::Submission => Protocol::Submissions,
             Protocol::Imap => Protocol::Imaps,
@@ -237,7 +237,7 @@ impl Seen<'_> {
     }
 
     /// What may still be wrong where the header of at least one family is accepted.
-    fn behind_an_accepted_header(&self, edge: &[IpAddr]) -> Vec<Finding> {
+    fn findings_after_accepted_header(&self, edge: &[IpAddr]) -> Vec<Finding> {
         let mut findings = Vec::new();
         let Target { address, .. } = self.target;
         for (family, verdict, needed) in [
@@ -253,25 +253,25 @@ impl Seen<'_> {
                 verdict,
                 fault: needed,
                 message: format!("{address} refuses headers with {family} addresses{clients} ({said})"),
-                changes: advice::both_families(family, self.server),
+                changes: advice::enable_family(family, self.server),
             });
         }
-        if self.speaks_bare() {
+        if self.answers_without_header() {
             findings.push(Finding::fault(
                 Verdict::HeaderOptional,
                 format!(
                     "{address} answers with a header and without: a connection that lost its header is taken for one of \
                      the injector's host, and whoever reaches the port may claim an address"
                 ),
-                vec![advice::close_to_others(address.port(), edge, true)],
+                vec![advice::restrict_port(address.port(), edge, true)],
             ));
         }
-        findings.extend(self.forgery(edge));
-        findings.extend(self.localhost(edge));
+        findings.extend(self.forgery_finding(edge));
+        findings.extend(self.localhost_finding(edge));
         findings
     }
 
-    fn forgery(&self, edge: &[IpAddr]) -> Option<Finding> {
+    fn forgery_finding(&self, edge: &[IpAddr]) -> Option<Finding> {
         let Target { address, .. } = self.target;
         if address.ip().to_canonical().is_loopback() {
             return Some(Finding::note(
@@ -284,9 +284,9 @@ impl Seen<'_> {
         let tried: Vec<_> = self.all.iter().filter(|one| one.step.from.is_some()).collect();
         if let Some(believed) = tried.iter().find(|one| one.answered()) {
             let from = believed.step.from.map(|ip| ip.to_string()).unwrap_or_default();
-            let mut changes = vec![advice::close_to_others(address.port(), edge, true)];
+            let mut changes = vec![advice::restrict_port(address.port(), edge, true)];
             if self.server == Server::Dovecot {
-                changes.insert(0, advice::trust(self.target));
+                changes.insert(0, advice::trust_injector(self.target));
             }
             return Some(Finding::fault(
                 Verdict::Forgeable,
@@ -306,11 +306,11 @@ impl Seen<'_> {
         })
     }
 
-    fn from_untrusted_host(&self) -> Vec<Finding> {
+    fn findings_for_untrusted_host(&self) -> Vec<Finding> {
         let Target { address, source, .. } = self.target;
         let Some(believed) = self.all.iter().find(|one| one.answered()) else { return Vec::new() };
         let from = source.map_or_else(|| "this host".to_owned(), |source| source.to_string());
-        if let Some(open) = self.open_relay_for_untrusted(&from) {
+        if let Some(open) = self.open_relay_fault(&from) {
             return vec![open];
         }
         vec![Finding::fault(
@@ -321,11 +321,11 @@ impl Seen<'_> {
                 describe(believed),
                 self.relay_remark().unwrap_or_default()
             ),
-            vec![advice::close_to_others(address.port(), &[], false)],
+            vec![advice::restrict_port(address.port(), &[], false)],
         )]
     }
 
-    fn tls_trouble(&self) -> Option<Finding> {
+    fn tls_finding(&self) -> Option<Finding> {
         let alert = self.all.iter().find_map(|one| match &one.outcome {
             Outcome::Alert(name) if one.answered() => Some(name),
             _ => None,

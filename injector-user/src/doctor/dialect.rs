@@ -20,11 +20,11 @@ pub(super) enum Dialect {
 
 /// What a server has said so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Heard {
+pub(super) enum GreetingState {
     /// Less than a greeting.
-    Nothing,
+    Incomplete,
     /// A greeting, or a complaint before its end: a client may speak now.
-    Floor,
+    Complete,
     /// That it will not serve; it closes now.
     TurnedAway,
     /// Something that is no greeting of this protocol.
@@ -33,9 +33,9 @@ pub(super) enum Heard {
 
 /// What a whole conversation amounts to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Meaning {
+pub(super) enum Response {
     /// Nothing was said.
-    Nothing,
+    Empty,
     /// It greeted and had no complaints.
     Greeted(String),
     /// It greeted and complained about what it was sent.
@@ -71,44 +71,44 @@ impl Dialect {
     }
 
     /// Listens for the moment at which a client may speak.
-    pub(super) fn hear(self, said: &[u8]) -> Heard {
+    pub(super) fn greeting_state(self, said: &[u8]) -> GreetingState {
         for (index, line) in complete_lines(said).enumerate() {
             match self.line(line) {
-                Line::Greeting => return Heard::Floor,
-                Line::Complaint if index > 0 => return Heard::Floor,
-                Line::NoService | Line::Complaint => return Heard::TurnedAway,
-                Line::Strange => return Heard::Strange,
+                Line::Greeting => return GreetingState::Complete,
+                Line::Complaint if index > 0 => return GreetingState::Complete,
+                Line::NoService | Line::Complaint => return GreetingState::TurnedAway,
+                Line::Strange => return GreetingState::Strange,
                 Line::Continued => {}
             }
         }
         // A protocol without lines, such as TLS, need never end one.
         if said.first().is_some_and(|byte| !byte.is_ascii_graphic()) || said.len() > 4096 {
-            return Heard::Strange;
+            return GreetingState::Strange;
         }
-        Heard::Nothing
+        GreetingState::Incomplete
     }
 
     /// Judges all that a server said, after a header or nothing, and after a goodbye if it gave the client the floor.
-    pub(super) fn judge(self, said: &[u8]) -> Meaning {
+    pub(super) fn classify(self, said: &[u8]) -> Response {
         if said.is_empty() {
-            return Meaning::Nothing;
+            return Response::Empty;
         }
         let lines: Vec<&[u8]> = said.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
         let first = readable(lines.first().copied().unwrap_or_default());
         match lines.first().map(|line| self.line(line)) {
             Some(Line::Greeting | Line::Continued) => {}
-            Some(Line::NoService | Line::Complaint) => return Meaning::TurnedAway(first),
-            _ => return Meaning::Strange(first),
+            Some(Line::NoService | Line::Complaint) => return Response::TurnedAway(first),
+            _ => return Response::Strange(first),
         }
         for line in lines.iter().skip(1) {
             match self.line(line) {
-                Line::Complaint => return Meaning::Misunderstood(first, readable(line)),
+                Line::Complaint => return Response::Misunderstood(first, readable(line)),
                 // IMAP and Sieve say BYE to a goodbye as well.
-                Line::NoService if self == Self::Smtp => return Meaning::TurnedAway(readable(line)),
+                Line::NoService if self == Self::Smtp => return Response::TurnedAway(readable(line)),
                 _ => {}
             }
         }
-        Meaning::Greeted(first)
+        Response::Greeted(first)
     }
 
     fn line(self, line: &[u8]) -> Line {
@@ -187,34 +187,34 @@ mod tests {
     #[test]
     fn the_floor_is_given_by_the_last_line_of_a_greeting_or_by_a_complaint() {
         use Dialect::{Imap, Pop3, Sieve, Smtp, Unknown};
-        use Heard::{Floor, Nothing, Strange, TurnedAway};
+        use GreetingState::{Complete, Incomplete, Strange, TurnedAway};
         for (dialect, said, expected) in [
-            (Smtp, "", Nothing),
-            (Smtp, "220 mail.exa", Nothing),
-            (Smtp, "220-mail.example.test ESMTP Postfix\r\n", Nothing),
-            (Smtp, "220-mail.example.test ESMTP Postfix\r\n220 mail.example.test\r\n", Floor),
+            (Smtp, "", Incomplete),
+            (Smtp, "220 mail.exa", Incomplete),
+            (Smtp, "220-mail.example.test ESMTP Postfix\r\n", Incomplete),
+            (Smtp, "220-mail.example.test ESMTP Postfix\r\n220 mail.example.test\r\n", Complete),
             (
                 Smtp,
                 "220-mail.example.test ESMTP Postfix\r\n502 5.5.2 Error: command not recognized\r\n",
-                Floor,
+                Complete,
             ),
-            (Smtp, POSTFIX, Floor),
+            (Smtp, POSTFIX, Complete),
             (Smtp, "421 4.3.2 No system resources\r\n", TurnedAway),
             (Smtp, "500 Invalid command\r\n", TurnedAway),
             (Smtp, "* OK ready\r\n", Strange),
             (Smtp, "\u{15}\u{3}\u{1}", Strange),
-            (Imap, IMAP, Floor),
-            (Imap, "* PREAUTH welcome\r\n", Floor),
+            (Imap, IMAP, Complete),
+            (Imap, "* PREAUTH welcome\r\n", Complete),
             (Imap, "* BYE Too many connections\r\n", TurnedAway),
             (Imap, "220 mail\r\n", Strange),
-            (Pop3, "+OK ready\r\n", Floor),
+            (Pop3, "+OK ready\r\n", Complete),
             (Pop3, "-ERR [SYS/TEMP] later\r\n", TurnedAway),
-            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\n", Nothing),
-            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\nOK \"ready.\"\r\n", Floor),
+            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\n", Incomplete),
+            (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\nOK \"ready.\"\r\n", Complete),
             (Sieve, "BYE \"no\"\r\n", TurnedAway),
-            (Unknown, "anything\n", Floor),
+            (Unknown, "anything\n", Complete),
         ] {
-            assert_eq!(dialect.hear(said.as_bytes()), expected, "{dialect:?} {said:?}");
+            assert_eq!(dialect.greeting_state(said.as_bytes()), expected, "{dialect:?} {said:?}");
         }
     }
 
@@ -222,10 +222,10 @@ mod tests {
     #[test]
     fn conversations_are_judged_by_their_complaints() {
         use Dialect::{Imap, Pop3, Smtp};
-        type Is = fn(&Meaning) -> bool;
-        let greeted: Is = |meaning| matches!(meaning, Meaning::Greeted(_));
-        let misunderstood: Is = |meaning| matches!(meaning, Meaning::Misunderstood(..));
-        let turned_away: Is = |meaning| matches!(meaning, Meaning::TurnedAway(_));
+        type Is = fn(&Response) -> bool;
+        let greeted: Is = |response| matches!(response, Response::Greeted(_));
+        let misunderstood: Is = |response| matches!(response, Response::Misunderstood(..));
+        let turned_away: Is = |response| matches!(response, Response::TurnedAway(_));
         for (dialect, rest, expected) in [
             (Smtp, "221 2.0.0 Bye\r\n", greeted),
             (Smtp, "500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n", misunderstood),
@@ -252,12 +252,12 @@ mod tests {
                 Imap => IMAP,
                 _ => "+OK Dovecot (Debian) ready.\r\n",
             };
-            let meaning = dialect.judge(format!("{greeting}{rest}").as_bytes());
-            assert!(expected(&meaning), "{rest:?}: {meaning:?}");
+            let response = dialect.classify(format!("{greeting}{rest}").as_bytes());
+            assert!(expected(&response), "{rest:?}: {response:?}");
         }
-        assert_eq!(Smtp.judge(b""), Meaning::Nothing);
-        assert!(turned_away(&Smtp.judge(b"421 4.3.0 mail.example.test Server local error\r\n")));
-        assert!(matches!(Smtp.judge(b"* OK ready\r\n"), Meaning::Strange(_)));
+        assert_eq!(Smtp.classify(b""), Response::Empty);
+        assert!(turned_away(&Smtp.classify(b"421 4.3.0 mail.example.test Server local error\r\n")));
+        assert!(matches!(Smtp.classify(b"* OK ready\r\n"), Response::Strange(_)));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(super) const FOREIGN_RECIPIENT: &str = "relay-test@example.com";
 pub(super) enum Action {
     /// Send this line and read the reply.
     Send(String),
-    /// Begin TLS, then call [`Script::secured`].
+    /// Begin TLS, then call [`Script::tls_started`].
     StartTls,
     /// Say goodbye and wait for the server to close.
     Quit,
@@ -66,7 +66,7 @@ pub(super) struct Script {
 
 impl Script {
     /// The dialogue after this greeting, and its first action. `None` where the protocol has nothing to ask.
-    pub(super) fn begin(protocol: Protocol, client: IpAddr, greeting: &[u8]) -> Option<(Self, Action)> {
+    pub(super) fn start(protocol: Protocol, client: IpAddr, greeting: &[u8]) -> Option<(Self, Action)> {
         let dialect = Dialect::of(protocol);
         let secured = protocol.speaks_first() == Speaker::Client;
         let script = |awaited| Self {
@@ -104,7 +104,7 @@ impl Script {
     }
 
     /// TLS has begun: the dialogue starts again, as RFC 3207 section 4.2 demands.
-    pub(super) fn secured(&mut self) -> Action {
+    pub(super) fn tls_started(&mut self) -> Action {
         self.secured = true;
         self.ehlo()
     }
@@ -120,7 +120,7 @@ impl Script {
     }
 
     /// The dialogue ended before its time, for this reason.
-    pub(super) fn broken(&mut self, why: &str) {
+    pub(super) fn abort(&mut self, why: &str) {
         if self.dialect == Dialect::Smtp && self.result.is_none() {
             self.unknown(format!("{why} after {}", self.awaited.name()));
         }
@@ -176,7 +176,7 @@ impl Script {
             Command::Mail if demands_tls => self.send(Command::StartTls, "STARTTLS\r\n"),
             Command::Rcpt => {
                 let said = reply.last().to_owned();
-                let answer = if accepted { Relay::Accepted(said) } else { refusal(reply) };
+                let answer = if accepted { Relay::Accepted(said) } else { relay_from_refusal(reply) };
                 self.result = Some(Dialogue::Relay(answer));
                 if reply.code() == 421 { Action::Quit } else { self.send(Command::Rset, "RSET\r\n") }
             }
@@ -257,11 +257,11 @@ impl Reply {
 /// What a negative reply to RCPT says about relaying. Postfix defers what it does not relay by default: `454 4.7.1 <…>: Relay
 /// access denied`. Any other temporary failure, such as greylisting, says nothing; nor does a complaint about syntax, or about
 /// the recipient's domain, which is checked after the right to relay.
-fn refusal(reply: &Reply) -> Relay {
+fn relay_from_refusal(reply: &Reply) -> Relay {
     let said = reply.last().to_owned();
     let address_or_protocol = matches!(reply.status_subject(), Some(1 | 4 | 5));
     let permanent = (510..600).contains(&reply.code()) && !address_or_protocol;
-    if permanent || names_relaying(&said) {
+    if permanent || mentions_relaying(&said) {
         Relay::Refused(said)
     } else {
         Relay::Unknown(format!("{said:?}"))
@@ -271,10 +271,10 @@ fn refusal(reply: &Reply) -> Relay {
 /// Permanent, and a matter of who the client is.
 fn is_about_access(reply: &Reply) -> bool {
     let permanent = (510..600).contains(&reply.code());
-    permanent && (reply.code() == 530 || reply.status_subject() == Some(7)) || names_relaying(reply.last())
+    permanent && (reply.code() == 530 || reply.status_subject() == Some(7)) || mentions_relaying(reply.last())
 }
 
-fn names_relaying(said: &str) -> bool {
+fn mentions_relaying(said: &str) -> bool {
     let said = said.to_ascii_lowercase();
     said.contains("relay") && ["denied", "not ", "unable"].iter().any(|word| said.contains(word))
 }
@@ -292,14 +292,14 @@ mod tests {
 
     /// Gives the replies in turn, and returns what was sent and found out.
     fn play(protocol: Protocol, greeting: &str, replies: &[&str]) -> (Vec<String>, Option<Dialogue>) {
-        let (mut script, mut action) = Script::begin(protocol, LOCALHOST, greeting.as_bytes()).unwrap();
+        let (mut script, mut action) = Script::start(protocol, LOCALHOST, greeting.as_bytes()).unwrap();
         let (mut sent, mut replies) = (Vec::new(), replies.iter());
         loop {
             action = match action {
                 Action::Send(line) => {
                     sent.push(line.trim_end().to_owned());
                     let Some(text) = replies.next() else {
-                        script.broken("it closes the connection");
+                        script.abort("it closes the connection");
                         break;
                     };
                     let (reply, len) = script.parse(text.as_bytes()).expect(text);
@@ -308,7 +308,7 @@ mod tests {
                 }
                 Action::StartTls => {
                     sent.push("TLS".to_owned());
-                    script.secured()
+                    script.tls_started()
                 }
                 Action::Quit => break,
             };
@@ -404,7 +404,7 @@ mod tests {
 
     #[test]
     fn a_reply_is_complete_with_its_last_line() {
-        let (script, _) = Script::begin(Protocol::Smtp, LOCALHOST, b"").unwrap();
+        let (script, _) = Script::start(Protocol::Smtp, LOCALHOST, b"").unwrap();
         for part in ["", "250", "250-mail\r\n", "250-mail\r\n250 CHUNK"] {
             assert_eq!(script.parse(part.as_bytes()), None, "{part:?}");
         }
@@ -428,7 +428,7 @@ mod tests {
         assert_eq!(login(Protocol::Sieve, "\"SASL\" \"\"\r\nOK\r\n", &[]), no);
         assert_eq!(login(Protocol::Sieve, "\"SASL\" \"PLAIN LOGIN\"\r\nOK\r\n", &[]), yes);
         for protocol in [Protocol::Imaps, Protocol::Pop3s, Protocol::Plain] {
-            assert!(Script::begin(protocol, LOCALHOST, b"").is_none(), "{protocol}");
+            assert!(Script::start(protocol, LOCALHOST, b"").is_none(), "{protocol}");
         }
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Terms {
 
 /// Goes through a dialogue. What it heard is added to `said` only if the server did not understand the first command: then the
 /// header was taken for commands, and that is what it has to be judged by.
-pub(super) async fn ask<S: Stream>(
+pub(super) async fn run_script<S: Stream>(
     stream: &mut S,
     said: &mut Vec<u8>,
     (mut script, mut action): (Script, Action),
@@ -40,17 +40,17 @@ pub(super) async fn ask<S: Stream>(
     let until = Instant::now() + limit;
     let unread = said.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     let mut heard = said.split_off(unread);
-    action = follow(stream, &mut heard, &mut script, action, protocol, until).await;
+    action = run_actions(stream, &mut heard, &mut script, action, protocol, until).await;
     if action == Action::StartTls
         && let Ok(connector) = tls::unverified_connector()
     {
         match timeout_at(until, connector.connect(ServerName::from(server), &mut *stream)).await {
             Ok(Ok(mut stream)) => {
-                let (heard, first) = (&mut Vec::new(), script.secured());
-                follow(&mut stream, heard, &mut script, first, protocol, until).await;
+                let (heard, first) = (&mut Vec::new(), script.tls_started());
+                run_actions(&mut stream, heard, &mut script, first, protocol, until).await;
             }
-            Ok(Err(error)) => script.broken(&format!("no TLS ({error})")),
-            Err(_) => script.broken("no TLS in time"),
+            Ok(Err(error)) => script.abort(&format!("no TLS ({error})")),
+            Err(_) => script.abort("no TLS in time"),
         }
     }
     if !script.is_understood() {
@@ -60,7 +60,7 @@ pub(super) async fn ask<S: Stream>(
 }
 
 /// Carries out actions until there is TLS to begin, or nothing more to do.
-async fn follow<S: Stream>(
+async fn run_actions<S: Stream>(
     stream: &mut S,
     heard: &mut Vec<u8>,
     script: &mut Script,
@@ -81,27 +81,27 @@ async fn follow<S: Stream>(
             match timeout_at(until, read(stream, heard)).await {
                 Ok(Read::More) if heard.len() < MAX_REPLY_BYTES => {}
                 Ok(Read::More) => {
-                    script.broken("it says too much");
+                    script.abort("it says too much");
                     break Action::Quit;
                 }
                 Ok(Read::End { .. }) => {
-                    script.broken("it closes the connection");
+                    script.abort("it closes the connection");
                     return Action::Quit;
                 }
                 Err(_) => {
-                    script.broken("no answer");
+                    script.abort("no answer");
                     break Action::Quit;
                 }
             }
         };
     }
     if action == Action::Quit {
-        say_goodbye(stream, heard, protocol).await;
+        quit(stream, heard, protocol).await;
     }
     action
 }
 
-pub(super) async fn say_goodbye<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
+pub(super) async fn quit<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
     if let Some(goodbye) = protocol.goodbye() {
         let _ = stream.write_all(goodbye).await;
         let _ = stream.flush().await;
@@ -146,11 +146,11 @@ mod tests {
         let (mut stream, server) = duplex(4096);
         let server = tokio::spawn(serve(server, replies));
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let begun = Script::begin(Protocol::Smtp, localhost, greeting.as_bytes()).unwrap();
+        let begun = Script::start(Protocol::Smtp, localhost, greeting.as_bytes()).unwrap();
         let terms =
             Terms { protocol: Protocol::Smtp, server: localhost, timeout: Duration::from_millis(300) };
         let mut said = greeting.as_bytes().to_vec();
-        let dialogue = ask(&mut stream, &mut said, begun, terms).await;
+        let dialogue = run_script(&mut stream, &mut said, begun, terms).await;
         drop(stream);
         (dialogue, said, server.await.unwrap())
     }

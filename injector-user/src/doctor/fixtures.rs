@@ -16,7 +16,7 @@ pub(super) fn target(protocol: Protocol) -> Target {
         backend: "10.25.0.2:2525".to_owned(),
         address: "10.25.0.2:2525".parse().unwrap(),
         source: Some("10.25.0.1".parse().unwrap()),
-        others: Vec::new(),
+        other_sources: Vec::new(),
         untrusted: false,
     }
 }

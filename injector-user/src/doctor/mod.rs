@@ -187,7 +187,7 @@ fn target(
     local: &[IpAddr],
     untrusted: bool,
 ) -> Target {
-    let source = source_towards(address);
+    let source = source_for(address);
     // What is bound to [::] is reached over IPv4 as well.
     let everywhere = |ip: IpAddr| ip.is_unspecified() && ip.is_ipv6();
     let comes = |family: Family| {
@@ -202,13 +202,13 @@ fn target(
         backend: backend.to_string(),
         address,
         source,
-        others: others(address, source, local),
+        other_sources: other_sources(address, source, local),
         untrusted,
     }
 }
 
 /// Other addresses of this host of the same family, from which the backend may be reached.
-fn others(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<IpAddr> {
+fn other_sources(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<IpAddr> {
     let ip = address.ip();
     if ip.is_loopback() {
         return Vec::new();
@@ -224,7 +224,7 @@ fn others(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<
 }
 
 /// Whom `address` sees, as the kernel would choose it; asks for the route and sends nothing.
-fn source_towards(address: SocketAddr) -> Option<IpAddr> {
+fn source_for(address: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr =
         if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).ok()?;
@@ -246,13 +246,14 @@ fn assemble(
         let backends = listener.backends.iter().map(|backend| {
             let name = backend.to_string();
             let findings = match addresses.get(&name) {
-                Some(Err(why)) => vec![no_address(&name, why)],
+                Some(Err(why)) => vec![no_address_finding(&name, why)],
                 _ => Vec::new(),
             };
             let own = cases.iter().filter(|case| case.listener == index && case.target.backend == name);
             let addresses = own.map(|case| {
                 let Case { target, seen, .. } = case;
-                let findings = diagnosis::findings(target, seen, &edge(cases, target.address.port()));
+                let findings =
+                    diagnosis::findings(target, seen, &injector_addresses(cases, target.address.port()));
                 AddressReport::new(target, seen.clone(), findings)
             });
             BackendReport { name: name.clone(), findings, addresses: addresses.collect() }
@@ -261,7 +262,7 @@ fn assemble(
             name: listener.name.clone(),
             protocol: listener.protocol,
             version: listener.receiver.version,
-            findings: client_addressed(listener, &config.inline).into_iter().collect(),
+            findings: client_addressed_finding(listener, &config.inline).into_iter().collect(),
             backends: backends.collect(),
         }
     });
@@ -269,17 +270,17 @@ fn assemble(
 }
 
 /// All addresses from which this host comes to such a port.
-fn edge(cases: &[Case], port: u16) -> Vec<IpAddr> {
+fn injector_addresses(cases: &[Case], port: u16) -> Vec<IpAddr> {
     let same = cases.iter().filter(|case| case.target.address.port() == port);
     same.filter_map(|case| case.target.source).collect()
 }
 
-fn no_address(name: &str, why: &str) -> Finding {
+fn no_address_finding(name: &str, why: &str) -> Finding {
     Finding::fault(Verdict::NoAddress, format!("{name} has no address: {why}"), Vec::new())
 }
 
 /// Packets forwarded as they are do not come from the address that the probes come from.
-fn client_addressed(listener: &Listener, inline: &Inline) -> Option<Finding> {
+fn client_addressed_finding(listener: &Listener, inline: &Inline) -> Option<Finding> {
     let translated = inline.nat == Nat::Managed && inline.masquerade;
     (listener.engine == EngineChoice::Inline && !translated).then(|| {
         Finding::note(
@@ -299,7 +300,8 @@ mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let local = ["127.0.0.1", "10.0.0.1", "10.0.0.9", "::1", "fe80::1", "fd25::1"]
             .map(|text| text.parse().unwrap());
-        let tried = |address: &str, source: &str| others(address.parse().unwrap(), Some(ip(source)), &local);
+        let tried =
+            |address: &str, source: &str| other_sources(address.parse().unwrap(), Some(ip(source)), &local);
         assert_eq!(tried("10.0.0.2:25", "10.0.0.1"), [ip("10.0.0.9")]);
         assert_eq!(tried("10.0.0.1:25", "10.0.0.1"), [ip("127.0.0.1"), ip("10.0.0.9")]);
         assert_eq!(tried("127.0.0.1:25", "127.0.0.1"), Vec::<IpAddr>::new());
@@ -308,6 +310,6 @@ mod tests {
 
     #[test]
     fn the_source_is_known_without_a_packet() {
-        assert_eq!(source_towards("127.0.0.1:1".parse().unwrap()), Some("127.0.0.1".parse().unwrap()));
+        assert_eq!(source_for("127.0.0.1:1".parse().unwrap()), Some("127.0.0.1".parse().unwrap()));
     }
 }

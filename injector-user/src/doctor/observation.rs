@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Sooner than this is at once: nobody was waited for. Dovecot gives a header 3 s, Postfix 5 s.
-pub const AT_ONCE: Duration = Duration::from_millis(1500);
+pub const IMMEDIATE: Duration = Duration::from_millis(1500);
 
 /// Family of the addresses in a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ pub struct Target {
     /// Whom the backend sees, as the kernel chose it; `None` without a route.
     pub source: Option<IpAddr>,
     /// Other addresses of this host, from which nobody should be believed.
-    pub others: Vec<IpAddr>,
+    pub other_sources: Vec<IpAddr>,
     /// This host is not the injector's: nobody here should be believed.
     pub untrusted: bool,
 }
@@ -242,7 +242,7 @@ impl Observation {
     pub fn answered(&self) -> bool {
         match &self.outcome {
             Outcome::Greeted(_) => true,
-            Outcome::Alert(name) => !garbled(name),
+            Outcome::Alert(name) => !is_record_error(name),
             Outcome::Misunderstood { .. } => false,
             _ => self.tls.is_some(),
         }
@@ -250,14 +250,14 @@ impl Observation {
 
     /// There was no connection.
     #[must_use]
-    pub const fn unconnected(&self) -> bool {
+    pub const fn failed_to_connect(&self) -> bool {
         matches!(self.outcome, Outcome::Refused | Outcome::NoAnswer | Outcome::Unreachable(_))
     }
 
     /// The server closed without a byte and without having waited for one.
     #[must_use]
-    pub fn closed_at_once(&self) -> bool {
-        matches!(self.outcome, Outcome::Closed { .. }) && self.tls.is_none() && self.after < AT_ONCE
+    pub fn closed_immediately(&self) -> bool {
+        matches!(self.outcome, Outcome::Closed { .. }) && self.tls.is_none() && self.after < IMMEDIATE
     }
 
     /// What the server said in clear text or in TLS.
@@ -273,7 +273,7 @@ impl Observation {
 
 /// Alerts with which a TLS server says that what came is no TLS, as where it took a header for a record (RFC 8446, section
 /// 6.2). All others mean that it has read the ClientHello.
-fn garbled(alert: &str) -> bool {
+fn is_record_error(alert: &str) -> bool {
     ["UnexpectedMessage", "BadRecordMac", "RecordOverflow", "DecodeError"].contains(&alert)
 }
 

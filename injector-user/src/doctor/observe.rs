@@ -21,9 +21,9 @@ use tokio::{
 };
 
 use super::{
-    dialect::{Dialect, Heard, Meaning, readable},
+    dialect::{Dialect, GreetingState, Response, readable},
     dialogue::{Action, Script},
-    exchange::{CLOSE_TIMEOUT, Read, Stream, Terms, ask, read, read_to_end, say_goodbye},
+    exchange::{CLOSE_TIMEOUT, Read, Stream, Terms, quit, read, read_to_end, run_script},
     header_addresses::HeaderAddresses,
     observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Target},
 };
@@ -35,9 +35,9 @@ use crate::{
 };
 
 /// `220-` so long before `220 ` is a teaser and no banner of several lines.
-const TEASER: Duration = Duration::from_millis(500);
+const TEASER_DELAY: Duration = Duration::from_millis(500);
 /// How long a source that should be filtered has to get its SYN answered: long enough for one repetition.
-const FILTERED: Duration = Duration::from_secs(2);
+const FILTERED_TIMEOUT: Duration = Duration::from_secs(2);
 /// In the header where the listener wants one: says who it was.
 const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
 
@@ -58,7 +58,7 @@ pub(super) async fn observe(
     timeouts: Timeouts,
 ) -> Observation {
     let begun = Instant::now();
-    let limit = if step.from.is_some() { timeouts.connect.min(FILTERED) } else { timeouts.connect };
+    let limit = if step.from.is_some() { timeouts.connect.min(FILTERED_TIMEOUT) } else { timeouts.connect };
     let stream = match timeout(limit, connect(target.address, step.from)).await {
         Ok(Ok(stream)) => stream,
         failed => {
@@ -72,16 +72,18 @@ pub(super) async fn observe(
         }
     };
     let connected = Instant::now();
-    let talk = Talk {
+    let session = Session {
         protocol: target.protocol,
         server: target.address.ip(),
-        client: claimed(step.probe),
+        client: claimed_client(step.probe),
         connected,
         until: connected + timeouts.answer,
         answer: timeouts.answer,
     };
-    match speak(target, step.probe, addresses, stream, talk).await {
-        Ok(Heeded { outcome, after, tls, dialogue }) => Observation { step, outcome, after, tls, dialogue },
+    match run_probe(target, step.probe, addresses, stream, session).await {
+        Ok(ProbeResult { outcome, after, tls, dialogue }) => {
+            Observation { step, outcome, after, tls, dialogue }
+        }
         Err(error) => {
             let outcome = Outcome::Unreachable(error);
             Observation { step, outcome, after: connected.elapsed(), tls: None, dialogue: None }
@@ -105,7 +107,7 @@ pub async fn claim_localhost(
         backend: address.to_string(),
         address,
         source: None,
-        others: Vec::new(),
+        other_sources: Vec::new(),
         untrusted: true,
     };
     let (version, family) = (target.receiver.version, Family::of(address.ip()));
@@ -114,7 +116,7 @@ pub async fn claim_localhost(
 }
 
 /// The client whose rights are asked for.
-const fn claimed(probe: Probe) -> Option<IpAddr> {
+const fn claimed_client(probe: Probe) -> Option<IpAddr> {
     match probe {
         Probe::Claim { family, client, .. } => Some(client.ip(family)),
         Probe::NoHeader | Probe::Tls | Probe::Header { .. } => None,
@@ -133,7 +135,7 @@ async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStr
 
 /// The terms of one conversation.
 #[derive(Clone, Copy)]
-struct Talk {
+struct Session {
     protocol: Protocol,
     server: IpAddr,
     /// Ask what this client may do.
@@ -145,20 +147,20 @@ struct Talk {
     answer: Duration,
 }
 
-struct Heeded {
+struct ProbeResult {
     outcome: Outcome,
     after: Duration,
     tls: Option<String>,
     dialogue: Option<Dialogue>,
 }
 
-async fn speak(
+async fn run_probe(
     target: &Target,
     probe: Probe,
     addresses: &HeaderAddresses,
     mut stream: TcpStream,
-    talk: Talk,
-) -> Result<Heeded, String> {
+    session: Session,
+) -> Result<ProbeResult, String> {
     let port = stream.local_addr().map_or(0, |local| local.port());
     if let Some(header) =
         header(target, probe, addresses, port).map_err(|error| format!("header: {error}"))?
@@ -167,10 +169,10 @@ async fn speak(
         let _ = stream.write_all(header.as_bytes()).await;
     }
     if target.is_tls() && probe != Probe::NoHeader {
-        return Ok(speak_tls(target, stream, talk).await);
+        return Ok(run_in_tls(target, stream, session).await);
     }
-    let (outcome, after, dialogue) = converse(&mut stream, talk).await;
-    Ok(Heeded { outcome, after, tls: None, dialogue })
+    let (outcome, after, dialogue) = run_session(&mut stream, session).await;
+    Ok(ProbeResult { outcome, after, tls: None, dialogue })
 }
 
 /// The header that a probe sends, if it sends one.
@@ -193,36 +195,42 @@ fn header(
     Rendered::new(&receiver, source, destination, UNIQUE_ID).map(Some)
 }
 
-async fn speak_tls(target: &Target, stream: TcpStream, talk: Talk) -> Heeded {
-    let clear = |outcome| Heeded { outcome, after: talk.connected.elapsed(), tls: None, dialogue: None };
+async fn run_in_tls(target: &Target, stream: TcpStream, session: Session) -> ProbeResult {
+    let clear =
+        |outcome| ProbeResult { outcome, after: session.connected.elapsed(), tls: None, dialogue: None };
     let connector = match tls::unverified_connector() {
         Ok(connector) => connector,
         Err(error) => return clear(Outcome::Unreachable(error.to_string())),
     };
-    let recorded = Recorded { stream, first: Vec::new() };
+    let recorded = RecordingStream { stream, first: Vec::new() };
     let handshake = connector.connect(server_name(target), recorded).into_fallible();
-    match timeout_at(talk.until, handshake).await {
+    match timeout_at(session.until, handshake).await {
         Err(_) => clear(Outcome::Silent),
         Ok(Ok(mut stream)) => {
             let version = stream.get_ref().1.protocol_version();
-            let (outcome, after, dialogue) = converse(&mut stream, talk).await;
+            let (outcome, after, dialogue) = run_session(&mut stream, session).await;
             let name = version.and_then(|version| version.as_str()).unwrap_or("TLS");
-            Heeded { outcome, after, tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")), dialogue }
+            ProbeResult {
+                outcome,
+                after,
+                tls: Some(name.replace('_', ".").replace("TLSv", "TLS ")),
+                dialogue,
+            }
         }
         Ok(Err((error, mut recorded))) => {
             if let Some(rustls::Error::AlertReceived(alert)) = tls_error(&error) {
                 return clear(Outcome::Alert(format!("{alert:?}")));
             }
             if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
-                let outcome = match Dialect::of(talk.protocol).judge(&recorded.first) {
-                    Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
+                let outcome = match Dialect::of(session.protocol).classify(&recorded.first) {
+                    Response::TurnedAway(line) => Outcome::TurnedAway(line),
                     _ => Outcome::Strange(readable(
                         recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
                     )),
                 };
-                let after = talk.connected.elapsed();
-                part(&mut recorded.stream).await;
-                return Heeded { outcome, after, tls: None, dialogue: None };
+                let after = session.connected.elapsed();
+                wait_for_close(&mut recorded.stream).await;
+                return ProbeResult { outcome, after, tls: None, dialogue: None };
             }
             clear(match (tls_error(&error), error.kind()) {
                 (Some(other), _) => Outcome::Strange(other.to_string()),
@@ -238,64 +246,64 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
 }
 
 /// Listens, asks what there is to ask, takes its leave as the protocol has it, and hears the rest.
-async fn converse<S: Stream>(stream: &mut S, talk: Talk) -> (Outcome, Duration, Option<Dialogue>) {
-    let Talk { protocol, connected, until, .. } = talk;
+async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, Duration, Option<Dialogue>) {
+    let Session { protocol, connected, until, .. } = session;
     let dialect = Dialect::of(protocol);
     let mut said = Vec::new();
-    let mut first_word = None;
-    let (ended, heard) = loop {
+    let mut first_byte = None;
+    let (ended, state) = loop {
         match timeout_at(until, read(stream, &mut said)).await {
-            Err(_) => break (None, Heard::Nothing),
-            Ok(Read::End { reset }) => break (Some(reset), Heard::Nothing),
+            Err(_) => break (None, GreetingState::Incomplete),
+            Ok(Read::End { reset }) => break (Some(reset), GreetingState::Incomplete),
             Ok(Read::More) => {
-                first_word.get_or_insert_with(Instant::now);
-                match dialect.hear(&said) {
-                    Heard::Nothing => {}
-                    heard => break (None, heard),
+                first_byte.get_or_insert_with(Instant::now);
+                match dialect.greeting_state(&said) {
+                    GreetingState::Incomplete => {}
+                    state => break (None, state),
                 }
             }
         }
     };
     let after = connected.elapsed();
-    let teaser = said.starts_with(b"220-") && first_word.is_some_and(|at| at.elapsed() > TEASER);
+    let teaser = said.starts_with(b"220-") && first_byte.is_some_and(|at| at.elapsed() > TEASER_DELAY);
     let mut dialogue = None;
-    match heard {
-        Heard::Floor => match script(&said, talk) {
+    match state {
+        GreetingState::Complete => match script(&said, session) {
             Some(begun) => {
-                let terms = Terms { protocol, server: talk.server, timeout: talk.answer };
-                dialogue = ask(stream, &mut said, begun, terms).await;
+                let terms = Terms { protocol, server: session.server, timeout: session.answer };
+                dialogue = run_script(stream, &mut said, begun, terms).await;
             }
-            None => say_goodbye(stream, &mut said, protocol).await,
+            None => quit(stream, &mut said, protocol).await,
         },
         // It closes by itself; and who closes first after a header harms an smtpd.
-        Heard::TurnedAway | Heard::Strange => {
+        GreetingState::TurnedAway | GreetingState::Strange => {
             let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut said)).await;
         }
-        Heard::Nothing => {}
+        GreetingState::Incomplete => {}
     }
-    let outcome = match dialect.judge(&said) {
-        Meaning::Nothing => match ended {
+    let outcome = match dialect.classify(&said) {
+        Response::Empty => match ended {
             Some(reset) => Outcome::Closed { reset },
             None => Outcome::Silent,
         },
-        Meaning::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
-        Meaning::Misunderstood(line, complaint) => {
+        Response::Greeted(line) => Outcome::Greeted(Greeting { line, teaser }),
+        Response::Misunderstood(line, complaint) => {
             Outcome::Misunderstood { greeting: Greeting { line, teaser }, complaint }
         }
-        Meaning::TurnedAway(line) => Outcome::TurnedAway(line),
-        Meaning::Strange(line) => Outcome::Strange(line),
+        Response::TurnedAway(line) => Outcome::TurnedAway(line),
+        Response::Strange(line) => Outcome::Strange(line),
     };
     (outcome, after, dialogue)
 }
 
 /// What to ask after this greeting, if anything; not of a server that complains about the header.
-fn script(said: &[u8], talk: Talk) -> Option<(Script, Action)> {
-    let greeted = matches!(Dialect::of(talk.protocol).judge(said), Meaning::Greeted(_));
-    talk.client.filter(|_| greeted).and_then(|client| Script::begin(talk.protocol, client, said))
+fn script(said: &[u8], session: Session) -> Option<(Script, Action)> {
+    let greeted = matches!(Dialect::of(session.protocol).classify(said), Response::Greeted(_));
+    session.client.filter(|_| greeted).and_then(|client| Script::start(session.protocol, client, said))
 }
 
 /// Waits for the server to close.
-async fn part(stream: &mut TcpStream) {
+async fn wait_for_close(stream: &mut TcpStream) {
     let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut Vec::new())).await;
 }
 
@@ -306,12 +314,12 @@ fn server_name(target: &Target) -> ServerName<'static> {
 
 /// A stream that remembers what came first: what is no TLS is shown as it came.
 #[derive(Debug)]
-struct Recorded {
+struct RecordingStream {
     stream: TcpStream,
     first: Vec<u8>,
 }
 
-impl AsyncRead for Recorded {
+impl AsyncRead for RecordingStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         const KEPT: usize = 512;
         let this = self.get_mut();
@@ -324,7 +332,7 @@ impl AsyncRead for Recorded {
     }
 }
 
-impl AsyncWrite for Recorded {
+impl AsyncWrite for RecordingStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
     }

@@ -7,7 +7,7 @@ use crate::{config::ProxyVersion, protocol::Protocol};
 #[must_use]
 pub fn next(target: &Target, seen: &[Observation]) -> Option<Step> {
     // Who cannot connect learns nothing more by trying again; other sources of this host may be filtered as they should.
-    if seen.iter().any(|observation| observation.unconnected() && observation.step.from.is_none()) {
+    if seen.iter().any(|observation| observation.failed_to_connect() && observation.step.from.is_none()) {
         return None;
     }
     wanted(target, seen).into_iter().find(|step| !seen.iter().any(|observation| observation.step == *step))
@@ -38,7 +38,7 @@ fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
     match Family::ALL.into_iter().find(accepts) {
         Some(family) => {
             let probe = header(version, family);
-            for other in &target.others {
+            for other in &target.other_sources {
                 let step = Step { probe, from: Some(*other) };
                 steps.push(step);
                 if answered(seen, step) {
@@ -153,7 +153,7 @@ mod tests {
         let three = ["silence", "header_v2_ipv4", "header_v2_ipv6"];
         let localhost = ["header_v2_ipv4_localhost"];
         assert_eq!(walk(&smtp, greets_with_header), [&three[..], &localhost].concat());
-        smtp.others = OTHERS.to_vec();
+        smtp.other_sources = OTHERS.to_vec();
         let filtered = |step: Step| match step.from {
             Some(_) => Outcome::NoAnswer,
             None => greets_with_header(step),
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn one_stranger_who_is_answered_is_enough() {
         let mut smtp = target(Protocol::Smtp);
-        smtp.others = OTHERS.to_vec();
+        smtp.other_sources = OTHERS.to_vec();
         let names = walk(&smtp, greets_with_header);
         assert_eq!(names[3..], ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4_localhost"]);
     }
@@ -220,7 +220,7 @@ mod tests {
     fn a_stranger_tries_one_header_and_one_more_where_it_is_believed() {
         let mut smtp = target(Protocol::Smtp);
         smtp.untrusted = true;
-        smtp.others = OTHERS.to_vec();
+        smtp.other_sources = OTHERS.to_vec();
         assert_eq!(walk(&smtp, greets_with_header), ["header_v2_ipv4", "header_v2_ipv4_localhost"]);
         assert_eq!(walk(&smtp, |_| Outcome::NoAnswer), ["header_v2_ipv4"]);
         smtp.address = "[fd25::2]:2525".parse().unwrap();

@@ -54,15 +54,16 @@ pub const SMTPD_NO_HEADER: &str = "Server local error";
 pub const POSTSCREEN_NO_HEADER: &str = "421 4.3.2 No system resources";
 
 /// How long Dovecot waits for a header (`src/lib-master/master-service-haproxy.c`), with some room on either side.
-const DOVECOT_WAITS: std::ops::Range<Duration> = Duration::from_millis(2500)..Duration::from_millis(4500);
+const DOVECOT_HEADER_TIMEOUT: std::ops::Range<Duration> =
+    Duration::from_millis(2500)..Duration::from_millis(4500);
 
 /// Tells the server by all that was seen of it.
 #[must_use]
 pub fn identify(target: &Target, seen: &[Observation]) -> Server {
-    by_words(target, seen).or_else(|| by_silence(target, seen)).unwrap_or(Server::Unknown)
+    by_text(target, seen).or_else(|| by_timing(target, seen)).unwrap_or(Server::Unknown)
 }
 
-fn by_words(target: &Target, seen: &[Observation]) -> Option<Server> {
+fn by_text(target: &Target, seen: &[Observation]) -> Option<Server> {
     let said = |words: &str| seen.iter().filter_map(Observation::said).any(|line| line.contains(words));
     let complained = |words: &str| {
         seen.iter().any(|one| matches!(&one.outcome, Outcome::Misunderstood { complaint, .. } if complaint.contains(words)))
@@ -99,13 +100,13 @@ fn by_words(target: &Target, seen: &[Observation]) -> Option<Server> {
     None
 }
 
-fn by_silence(target: &Target, seen: &[Observation]) -> Option<Server> {
+fn by_timing(target: &Target, seen: &[Observation]) -> Option<Server> {
     let kept_in = matches!(
         target.protocol,
         Protocol::Imap | Protocol::Imaps | Protocol::Pop3 | Protocol::Pop3s | Protocol::Sieve
     );
     let silence = seen.iter().find(|one| one.step.probe == Probe::NoHeader)?;
     let closed = matches!(silence.outcome, Outcome::Closed { .. });
-    (closed && kept_in && (DOVECOT_WAITS.contains(&silence.after) || silence.closed_at_once()))
+    (closed && kept_in && (DOVECOT_HEADER_TIMEOUT.contains(&silence.after) || silence.closed_immediately()))
         .then_some(Server::Dovecot)
 }

@@ -9,13 +9,13 @@ use crate::{
 };
 
 /// All that was seen of one address, by what was asked.
-pub(super) struct Seen<'a> {
+pub(super) struct Evidence<'a> {
     pub(super) target: &'a Target,
     pub(super) all: &'a [Observation],
     pub(super) server: Server,
 }
 
-impl Seen<'_> {
+impl Evidence<'_> {
     pub(super) fn of(&self, probe: Probe) -> Option<&Observation> {
         self.all.iter().find(|one| one.step == Step { probe, from: None })
     }
@@ -34,7 +34,7 @@ impl Seen<'_> {
     }
 
     /// The port speaks without a header.
-    pub(super) fn speaks_bare(&self) -> bool {
+    pub(super) fn answers_without_header(&self) -> bool {
         let bare = if self.target.is_tls() { Probe::Tls } else { Probe::NoHeader };
         self.of(bare).is_some_and(Observation::answered)
     }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{
-    evidence::Seen,
+    evidence::Evidence,
     verdict::{Finding, Verdict},
 };
 use crate::doctor::{
@@ -12,11 +12,11 @@ use crate::doctor::{
     observation::{Client, Dialogue, Family, Observation, Probe, Relay},
 };
 
-impl Seen<'_> {
+impl Evidence<'_> {
     /// What the server allows a client that the header says is on the server's own host.
-    pub(super) fn localhost(&self, edge: &[IpAddr]) -> Option<Finding> {
+    pub(super) fn localhost_finding(&self, edge: &[IpAddr]) -> Option<Finding> {
         match self.claim(Client::Localhost)?.dialogue.as_ref()? {
-            Dialogue::Relay(Relay::Accepted(said)) => Some(self.relays(said, edge)),
+            Dialogue::Relay(Relay::Accepted(said)) => Some(self.relay_finding(said, edge)),
             Dialogue::Relay(Relay::Refused(_)) => None,
             Dialogue::Relay(Relay::Unknown(why)) => Some(self.relay_unknown(why)),
             Dialogue::ClearTextLogin(login) => self.clear_text_login(*login, edge),
@@ -24,13 +24,13 @@ impl Seen<'_> {
     }
 
     /// The fault of a port that believes this host, which is not the injector's, and relays.
-    pub(super) fn open_relay_for_untrusted(&self, from: &str) -> Option<Finding> {
+    pub(super) fn open_relay_fault(&self, from: &str) -> Option<Finding> {
         let Dialogue::Relay(Relay::Accepted(said)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
             return None;
         };
         let (address, localhost) = (self.target.address, self.ip(Client::Localhost));
-        let mut changes = vec![advice::close_to_others(address.port(), &[], false)];
-        changes.extend(advice::relay_for_nobody(self.target, self.server));
+        let mut changes = vec![advice::restrict_port(address.port(), &[], false)];
+        changes.extend(advice::restrict_relaying(self.target, self.server));
         Some(Finding::fault(
             Verdict::OpenRelay,
             format!(
@@ -51,7 +51,7 @@ impl Seen<'_> {
         Some(format!("; whether it relays for {localhost} is unknown: {why}"))
     }
 
-    fn relays(&self, said: &str, edge: &[IpAddr]) -> Finding {
+    fn relay_finding(&self, said: &str, edge: &[IpAddr]) -> Finding {
         let address = self.target.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let documentation = self.claim(Client::Documentation).and_then(|one| one.dialogue.as_ref());
@@ -62,7 +62,7 @@ impl Seen<'_> {
                     "{address} is an open relay: it accepts mail for {FOREIGN_RECIPIENT} from {other}, an address of \
                      nobody ({said:?}). Any client of the injector can send spam through this server"
                 ),
-                advice::relay_for_nobody(self.target, self.server),
+                advice::restrict_relaying(self.target, self.server),
             );
         }
         let others = match documentation {
@@ -70,8 +70,8 @@ impl Seen<'_> {
             Some(Dialogue::Relay(Relay::Unknown(why))) => format!("for {other} it is unknown ({why})"),
             _ => format!("for {other} it is unknown"),
         };
-        let mut changes = advice::relay_for_nobody(self.target, self.server);
-        if let Some(from) = self.believed_elsewhere() {
+        let mut changes = advice::restrict_relaying(self.target, self.server);
+        if let Some(from) = self.accepted_from_other() {
             return Finding::fault(
                 Verdict::OpenRelay,
                 format!(
@@ -96,7 +96,7 @@ impl Seen<'_> {
     }
 
     fn relay_unknown(&self, why: &str) -> Finding {
-        let Seen { target, .. } = self;
+        let Evidence { target, .. } = self;
         let localhost = self.ip(Client::Localhost);
         Finding::note(
             Verdict::RelayUnknown,
@@ -132,11 +132,11 @@ impl Seen<'_> {
     /// The rule that closes the port, unless it was seen to be closed to other addresses.
     fn firewall(&self, edge: &[IpAddr]) -> Option<Change> {
         let tried = self.all.iter().any(|one| one.step.from.is_some());
-        (!tried).then(|| advice::close_to_others(self.target.address.port(), edge, true))
+        (!tried).then(|| advice::restrict_port(self.target.address.port(), edge, true))
     }
 
     /// Another address than the injector's from which a header was believed.
-    fn believed_elsewhere(&self) -> Option<IpAddr> {
+    fn accepted_from_other(&self) -> Option<IpAddr> {
         self.all.iter().filter(|one| one.answered()).find_map(|one| one.step.from)
     }
 

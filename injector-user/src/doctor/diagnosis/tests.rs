@@ -448,19 +448,19 @@ fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
 #[test]
 fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
     let untrusted = Target { untrusted: true, ..target(Protocol::Submission) };
-    let claimed = |what| {
+    let finding_for = |what| {
         findings(&untrusted, &[seen(V2_4, greeted(BANNER), 0), dialogue(LOCALHOST, what)], &[])
             .into_iter()
             .next()
             .unwrap()
     };
-    let open = claimed(relays());
+    let open = finding_for(relays());
     assert_eq!((open.verdict, open.fault), (Verdict::OpenRelay, true));
     let lines: Vec<_> =
         open.changes.iter().flat_map(|change| &change.lines).map(|line| line.trim()).collect();
     assert!(lines.contains(&RESTRICTIONS) && lines[2].contains("ip saddr != INJECTOR_IPV4 "), "{lines:?}");
-    assert_eq!(claimed(refuses_to_relay()).verdict, Verdict::Forgeable);
-    let unknown = claimed(Dialogue::Relay(Relay::Unknown("\"451 later\"".to_owned())));
+    assert_eq!(finding_for(refuses_to_relay()).verdict, Verdict::Forgeable);
+    let unknown = finding_for(Dialogue::Relay(Relay::Unknown("\"451 later\"".to_owned())));
     assert_eq!(unknown.verdict, Verdict::Forgeable);
     assert!(unknown.message.ends_with("is unknown: \"451 later\""), "{}", unknown.message);
 }

@@ -1,16 +1,17 @@
 //! The counters of the programs.
 
-/// Every way through a program ends in one of these, or is plain forwarding; each is an index of the per-CPU array `COUNTERS`.
+/// The outcomes of the programs, except plain forwarding. The value is an index of the per-CPU array
+/// `COUNTERS`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// `client_in`: a SYN for a listener, remembered for `backend_out`.
+    /// `client_in`: a SYN for a listener, stored in `SYN_CACHE` for `backend_out`.
     SynCached,
     /// `client_in`: a SYN with data (Fast Open); dropped, the client sends it again without.
     FastOpen,
-    /// `backend_out`: a SYN whose client is known: a new flow.
+    /// `backend_out`: a SYN that is in `SYN_CACHE`: a new flow.
     Opened,
-    /// `backend_out`: a forwarded SYN to a backend's PROXY port whose client is not known; dropped.
+    /// `backend_out`: a forwarded SYN to a backend's PROXY port that is not in `SYN_CACHE`; dropped.
     SynUnknown,
     /// `backend_out`: a forwarded segment to a backend's PROXY port that belongs to no flow; dropped.
     NoFlow,
@@ -23,21 +24,21 @@ pub enum Counter {
     InvalidSegment,
     /// `backend_out`: the header sent as payload of the client's acknowledgement.
     Appended,
-    /// `backend_out`: the end of a handshake kept back until the client speaks.
+    /// `backend_out`: the end of a handshake deferred until the client sends data.
     Deferred,
     /// `backend_out`: the header sent in front of the client's first bytes.
     Prepended,
     /// `backend_out`: the header sent ahead of the client's first bytes, in a packet of its own.
     SentAhead,
-    /// `backend_out`: the header could not be added; dropped, both sides will ask again.
+    /// `backend_out`: the header could not be added; dropped, both sides will retransmit.
     AppendFailed,
     /// `backend_out`: the map `FLOWS` is full; dropped.
     Full,
-    /// `backend_in`: the header sent as an answer to the backend.
+    /// `backend_in`: the header retransmitted, because the backend asked for it.
     HeaderRetransmitted,
     /// `backend_in`: the backend asked for the header again too soon; dropped.
     TooSoon,
-    /// `backend_in`: the header could not be sent as an answer; dropped, the backend will ask again.
+    /// `backend_in`: the header could not be retransmitted; dropped, the backend will ask again.
     RetransmitFailed,
     /// `backend_in`: the backend has acknowledged the header.
     Acknowledged,

@@ -1,8 +1,8 @@
-//! What the daemon hears of connections, and what it lists for the program `sweep`.
+//! Events that the daemon receives, and the list that it gives to the program `sweep`.
 
 use super::{Flow, Key};
 
-/// What happened to a connection: the daemon hears of it by the ring buffer `EVENTS`.
+/// What happened to a connection. The daemon reads these records from the ring buffer `EVENTS`.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ impl Event {
     pub const ACKNOWLEDGED: u32 = 1;
     /// Both sides have finished, or one has reset.
     pub const ENDED: u32 = 2;
-    /// The backend has refused the SYN. Nobody knows whether its sender has the address that it came from.
+    /// The backend has refused the SYN. Its source address is not verified.
     pub const REFUSED: u32 = 3;
 }
 

@@ -68,7 +68,7 @@ impl PendingSyn {
         self.at_ns != 0 && self.sequence == sequence && now_ns.wrapping_sub(self.at_ns) <= Self::FRESH_NS
     }
 
-    /// Remembers a SYN. While another with the same number has not left, neither is known any more.
+    /// Stores a SYN. While another one with the same number has not left, both are disputed.
     #[inline(always)]
     pub fn store(&mut self, sequence: SeqNumber, listener: u32, addresses: &HeaderAddresses, now_ns: u64) {
         let disputed = self.waits_for(sequence, now_ns)

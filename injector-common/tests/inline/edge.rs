@@ -216,7 +216,7 @@ impl Edge {
         received
     }
 
-    /// As `maps::tell_of_end`.
+    /// As `maps::emit_end`.
     fn report(&mut self) {
         if let Some(flow) = &mut self.established
             && flow.closed()

@@ -36,7 +36,7 @@ static TEMPLATES: Array<Template, SIZED_BY_THE_DAEMON> = Array::new();
 #[btf_map]
 static SYN_CACHE: Array<PendingSyn, { PendingSyn::COUNT as usize }> = Array::new();
 
-/// How many SYNs this processor has remembered.
+/// How many SYNs this processor has stored.
 #[btf_map]
 static SEEN: PerCpuArray<u32, 1> = PerCpuArray::new();
 
@@ -61,7 +61,7 @@ static PACKET: PerCpuArray<Packet, 2> = PerCpuArray::new();
 #[btf_map]
 static PAYLOAD: PerCpuArray<[u8; IPV6_MIN_MTU], 1> = PerCpuArray::new();
 
-/// Tells the daemon what happened to a connection.
+/// Notifies the daemon of what happened to a connection.
 #[btf_map]
 static EVENTS: RingBuf<Event, { 1024 * 1024 }> = RingBuf::new();
 
@@ -143,7 +143,7 @@ pub(super) fn template(listener: u32, ipv6: bool) -> Option<&'static Template> {
     (template.len != 0).then_some(template)
 }
 
-/// Remembers a SYN; returns the token that its packet must carry.
+/// Stores a SYN and returns the token that its packet must carry.
 #[inline(always)]
 pub(super) fn cache_syn(sequence: SeqNumber, listener: u32, addresses: &HeaderAddresses) -> Option<u16> {
     let seen = SEEN.get_ptr_mut(0)?;

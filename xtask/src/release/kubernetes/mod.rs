@@ -67,21 +67,21 @@ struct Verdicts {
 
 pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     setup::ensure(&[setup::Group::Kubernetes])?;
-    let bench = Bench::new(setup::kubernetes_tools()?, args.keep.as_deref())?;
+    let validator = Validator::new(setup::kubernetes_tools()?, args.keep.as_deref())?;
     let daemon = daemon()?;
-    eprintln!("{}\n", bench.versions()?);
-    let renderings = bench.kustomize()?;
+    eprintln!("{}\n", validator.versions()?);
+    let renderings = validator.kustomize()?;
     let mail = renderings.iter().find(|it| it.name == MAIL).context("no mail server")?;
-    bench.check_validators(&renderings)?;
+    validator.check_validators(&renderings)?;
     let mut faults = Vec::new();
     let mut verdicts: Vec<Verdicts> = renderings.iter().map(|_| Verdicts::default()).collect();
-    bench.schemas(&renderings, &mut verdicts, &mut faults)?;
-    bench.scans(&renderings, &mut verdicts, &mut faults)?;
+    validator.schemas(&renderings, &mut verdicts, &mut faults)?;
+    validator.scans(&renderings, &mut verdicts, &mut faults)?;
     for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
-        let mut found = bench.chart(rendering)?;
+        let mut found = validator.chart(rendering)?;
         verdicts.chart = if found.is_empty() { "same".into() } else { format!("{} DIFFER", found.len()) };
         found.extend(consistency::faults(&rendering.objects, &mail.objects)?);
-        match bench.check(&daemon, rendering)? {
+        match validator.check(&daemon, rendering)? {
             Ok(listeners) => verdicts.config = format!("{listeners} listeners"),
             Err(why) => {
                 verdicts.config = "REFUSED".into();
@@ -112,7 +112,7 @@ fn daemon() -> Result<PathBuf> {
 }
 
 /// The tools, the sources, and a folder to work in.
-struct Bench {
+struct Validator {
     tools: KubernetesTools,
     kubernetes: PathBuf,
     chart: PathBuf,
@@ -121,7 +121,7 @@ struct Bench {
     _temporary: Option<tempfile::TempDir>,
 }
 
-impl Bench {
+impl Validator {
     fn new(tools: KubernetesTools, keep: Option<&Path>) -> Result<Self> {
         let temporary = if keep.is_none() { Some(tempfile::tempdir()?) } else { None };
         let folder = match (&temporary, keep) {

@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use injector_common::splice::{Counter, HEADER_CAPACITY, Header};
 use injector_testbed::netns;
 use injector_user::engine::splice::inject::InjectError;
-use injector_user::engine::splice::{Splice, verdict::Spliced};
+use injector_user::engine::splice::{Splice, verdict::EnrolledFlow};
 use injector_user::net::hangup::HangupMonitor;
 use injector_user::net::socket::{Endpoint, Interest};
 use injector_user::telemetry::metrics::BpfCounters;
@@ -160,7 +160,7 @@ async fn impossible_lengths(splice: Arc<Splice>) -> anyhow::Result<()> {
 async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, target_peer) = pair(&splice).await?;
-    let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
+    let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
     drop((target, target_peer));
     source_peer.write_all(b"nobody reads this").await?;
     let lost = async {
@@ -180,7 +180,7 @@ async fn only_established(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (target, _target_peer) = pair(&splice).await?;
     source_peer.shutdown().await?;
     tokio::time::sleep(Duration::from_millis(5)).await;
-    match Spliced::enrol(&splice, &source, &target, 0) {
+    match EnrolledFlow::enrol(&splice, &source, &target, 0) {
         Err(error) => ensure!(error.reason() == "not_established", "{error}"),
         Ok(_) => anyhow::bail!("a socket that has received a FIN was enrolled"),
     }
@@ -193,7 +193,7 @@ async fn stalled_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     let monitor = HangupMonitor::start()?;
     let (mut source, mut source_peer) = pair(&splice).await?;
     let (target, mut target_peer) = pair(&splice).await?;
-    let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
+    let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
     source.set_interest(Interest { read: false, write: false }, &monitor)?;
     let bulk = pattern(3, BULK);
     source_peer.write_all(&bulk).await?;
@@ -231,7 +231,7 @@ async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
         target.try_write(b"written by user space, ")?;
         let arrived = pattern(4, unread);
         source_peer.write_all(&arrived).await?;
-        let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
+        let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
         source_peer.write_all(b", and later").await?;
         expect(&mut target_peer, &[b"written by user space, ", &arrived[..], b", and later"].concat())
             .await?;
@@ -243,7 +243,7 @@ async fn mid_stream(splice: Arc<Splice>) -> anyhow::Result<()> {
 async fn moved_to_user_space(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, mut target_peer) = pair(&splice).await?;
-    let spliced = Spliced::enrol(&splice, &source, &target, 0)?;
+    let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
     source_peer.write_all(b"kernel").await?;
     expect(&mut target_peer, b"kernel").await?;
     drop(spliced);

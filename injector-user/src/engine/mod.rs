@@ -51,7 +51,7 @@ pub trait Engine: Debug + Send + Sync {
         source: &Endpoint,
         target: &Endpoint,
         read: u64,
-    ) -> Option<Result<Box<dyn Spliced>, Refused>>;
+    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>>;
 }
 
 /// How a header went out.
@@ -64,8 +64,8 @@ pub struct Injected {
 }
 
 /// One direction in the hands of the kernel. Dropping it takes the direction back; what is then still under way is
-/// lost, so drop it only after [`Spliced::delivered`], or to reset.
-pub trait Spliced: Debug + Send + Sync {
+/// lost, so drop it only after [`SplicedDirection::delivered`], or to reset.
+pub trait SplicedDirection: Debug + Send + Sync {
     /// What was carried so far.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ pub trait Spliced: Debug + Send + Sync {
     /// When nobody knows any more; the connection must be reset.
     fn backlog(&self, target: &Endpoint) -> io::Result<Backlog>;
 
-    /// Lets the kernel go on after a look: the target has taken so much. Never after [`Spliced::hold`].
+    /// Lets the kernel go on after a look: the target has taken so much. Never after [`SplicedDirection::hold`].
     ///
     /// # Errors
     /// When the kernel refuses; the connection must be reset.
@@ -93,15 +93,15 @@ pub trait Spliced: Debug + Send + Sync {
     /// When the kernel refuses; the connection must be reset.
     fn hold(&self, source: &Endpoint) -> io::Result<()>;
 
-    /// After [`Spliced::hold`]: lets the kernel carry again once it sees that user space has written all that was left to it,
-    /// which is `written` bytes. `false` where there is more to read first. Until [`Spliced::withdraw`] user space neither reads
+    /// After [`SplicedDirection::hold`]: lets the kernel carry again once it sees that user space has written all that was left to it,
+    /// which is `written` bytes. `false` where there is more to read first. Until [`SplicedDirection::withdraw`] user space neither reads
     /// nor writes.
     ///
     /// # Errors
     /// When the kernel refuses; the connection must be reset.
     fn offer(&self, written: u64) -> io::Result<bool>;
 
-    /// Takes [`Spliced::offer`] back, unless the kernel carries again by now.
+    /// Takes [`SplicedDirection::offer`] back, unless the kernel carries again by now.
     ///
     /// # Errors
     /// When nobody knows any more; the connection must be reset.
@@ -122,11 +122,11 @@ pub struct Backlog {
     pub bytes: u64,
     /// Bytes that it has.
     pub taken: u64,
-    /// The kernel has stopped carrying by itself, as after [`Spliced::hold`]: nobody looked in time.
+    /// The kernel has stopped carrying by itself, as after [`SplicedDirection::hold`]: nobody looked in time.
     pub held: bool,
 }
 
-/// What became of [`Spliced::offer`].
+/// What became of [`SplicedDirection::offer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offer {
     /// The kernel carries.

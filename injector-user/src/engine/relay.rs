@@ -9,7 +9,7 @@ use std::{
 use socket2::Socket;
 
 use crate::{
-    engine::{Engine, Injected, Refused, Spliced},
+    engine::{Engine, Injected, Refused, SplicedDirection},
     net::{socket::Endpoint, syn::SynObserver},
 };
 
@@ -31,7 +31,12 @@ impl Engine for Relay {
         None
     }
 
-    fn enrol(&self, _: &Endpoint, _: &Endpoint, _: u64) -> Option<Result<Box<dyn Spliced>, Refused>> {
+    fn enrol(
+        &self,
+        _: &Endpoint,
+        _: &Endpoint,
+        _: u64,
+    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>> {
         None
     }
 }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::EnrolmentPolicy,
-    engine::{Offer, Refused, Spliced},
+    engine::{Offer, Refused, SplicedDirection},
     net::{
         socket::{Endpoint, RETRY_DELAY},
         splice_pipe::Pipe,
@@ -120,7 +120,7 @@ impl Waiting {
 /// A direction in the kernel's hands.
 #[derive(Debug)]
 struct Carried {
-    spliced: Box<dyn Spliced>,
+    spliced: Box<dyn SplicedDirection>,
     /// What user space had read when the kernel first took over.
     read_before: u64,
     /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
@@ -441,7 +441,7 @@ impl Lane {
         info.bytes_received > self.direction.read_bytes() + redirected + 1 && carried.early_ends < EARLY_ENDS
     }
 
-    fn spliced(&self) -> Result<&dyn Spliced, Break> {
+    fn spliced(&self) -> Result<&dyn SplicedDirection, Break> {
         let missing = || Break::Lost(io::ErrorKind::NotFound.into());
         self.carried.as_ref().map(|carried| &*carried.spliced).ok_or_else(missing)
     }

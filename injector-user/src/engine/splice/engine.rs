@@ -13,7 +13,7 @@ use super::{
     verdict::{self, reason_of},
 };
 use crate::{
-    engine::{Backlog, Bell, Engine, Injected, Offer, Refused, Spliced, relay},
+    engine::{Backlog, Bell, Engine, Injected, Offer, Refused, SplicedDirection, relay},
     net::{socket::Endpoint, syn::SynObserver},
 };
 
@@ -49,8 +49,8 @@ impl Engine for Arc<Splice> {
         source: &Endpoint,
         target: &Endpoint,
         read: u64,
-    ) -> Option<Result<Box<dyn Spliced>, Refused>> {
-        Some(match verdict::Spliced::enrol(self, source, target, read) {
+    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>> {
+        Some(match verdict::EnrolledFlow::enrol(self, source, target, read) {
             Ok(spliced) => Ok(Box::new(spliced)),
             Err(error) => Err(refused(error)),
         })
@@ -62,7 +62,7 @@ fn refused(error: verdict::EnrolError) -> Refused {
     Refused { reason: error.reason(), detail: error.to_string() }
 }
 
-impl Spliced for verdict::Spliced {
+impl SplicedDirection for verdict::EnrolledFlow {
     fn flow(&self) -> io::Result<Flow> {
         self.flow().map_err(io::Error::other)
     }

@@ -10,7 +10,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Splice, verdict::Spliced};
+use super::{Splice, verdict::EnrolledFlow};
 use crate::{
     engine::check::Check,
     net::{
@@ -113,8 +113,8 @@ async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
 
     client_peer.write_all(early).await?;
     backend_peer.write_all(early).await?;
-    let to_backend = Spliced::enrol(splice, &client, &backend, 0).map_err(io::Error::other)?;
-    let to_client = Spliced::enrol(splice, &backend, &client, 0).map_err(io::Error::other)?;
+    let to_backend = EnrolledFlow::enrol(splice, &client, &backend, 0).map_err(io::Error::other)?;
+    let to_client = EnrolledFlow::enrol(splice, &backend, &client, 0).map_err(io::Error::other)?;
     for endpoint in [&mut client, &mut backend] {
         endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
     }
@@ -137,7 +137,7 @@ async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     let monitor = HangupMonitor::start()?;
     let (mut source, mut sender) = pair(splice).await?;
     let (mut target, mut reader) = pair_with_small_buffers().await?;
-    let spliced = Spliced::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
+    let spliced = EnrolledFlow::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
     // All of it may wait, whatever the marks: nobody looks at them here.
     spliced.grant(SIZE as u64)?;
     for endpoint in [&mut source, &mut target] {
@@ -196,7 +196,7 @@ async fn speak(peer: &mut TcpStream, rest: &[u8], whole: &[u8]) -> io::Result<()
     Err(io::Error::other(format!("{got} of {sent} bytes arrived; they differ from byte {first} on")))
 }
 
-async fn finish(spliced: &Spliced, source: &Endpoint, target: &Endpoint) -> io::Result<()> {
+async fn finish(spliced: &EnrolledFlow, source: &Endpoint, target: &Endpoint) -> io::Result<()> {
     source.finished().await;
     while !spliced.delivered(source, target, 0)? {
         tokio::time::sleep(Duration::from_millis(1)).await;

@@ -72,9 +72,9 @@ pub fn reason_of(error: &io::Error) -> &'static str {
 }
 
 /// One direction of a connection in the hands of the kernel. Dropping it takes the direction back; what is then still
-/// on its way to the target is lost, so drop it only after [`Spliced::delivered`], or to reset.
+/// on its way to the target is lost, so drop it only after [`EnrolledFlow::delivered`], or to reset.
 #[derive(Debug)]
-pub struct Spliced {
+pub struct EnrolledFlow {
     splice: Arc<Splice>,
     source: u64,
     /// What the target had queued in its life before the first redirected byte.
@@ -84,7 +84,7 @@ pub struct Spliced {
     bell: Arc<Bell>,
 }
 
-impl Spliced {
+impl EnrolledFlow {
     /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source`, `read` bytes, must
     /// have been written to `target`.
     ///
@@ -148,7 +148,7 @@ impl Spliced {
         Ok(Backlog { bytes: flow.redirected.saturating_sub(taken), taken, held: flow.passing != 0 })
     }
 
-    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`Spliced::hold`].
+    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`EnrolledFlow::hold`].
     ///
     /// # Errors
     /// When the map refuses.
@@ -171,7 +171,7 @@ impl Spliced {
     }
 
     /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
-    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`Spliced::withdraw`] user space
+    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`EnrolledFlow::withdraw`] user space
     /// must neither read nor write.
     ///
     /// The program decides, under the lock of the source: when [`Flow::passed`] is `written` at that moment, nothing of this
@@ -189,7 +189,7 @@ impl Spliced {
         Ok(true)
     }
 
-    /// Takes [`Spliced::offer`] back, and tells what the program has made of it.
+    /// Takes [`EnrolledFlow::offer`] back, and tells what the program has made of it.
     ///
     /// # Errors
     /// When the flow, the map or a socket does not answer.
@@ -243,7 +243,7 @@ impl Spliced {
     }
 }
 
-impl Drop for Spliced {
+impl Drop for EnrolledFlow {
     fn drop(&mut self) {
         let maps = &self.splice.maps;
         // First no more payload comes, then the target may go. Errors mean that an entry is not there: the kernel

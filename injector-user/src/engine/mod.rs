@@ -1,4 +1,5 @@
-//! What the session asks of an engine. Engines differ only in how bytes move; the life of a connection is the same.
+//! The engines: how the bytes of a connection are forwarded. The trait [`Engine`] is the part of an
+//! engine that a session uses; the life of a connection is the same in every engine.
 
 #[cfg(feature = "bpf")]
 pub mod bpf;
@@ -33,136 +34,140 @@ pub trait Engine: Debug + Send + Sync {
     /// Its name in the configuration, in logs and in labels.
     fn name(&self) -> &'static str;
 
-    /// Sends `header`, whole and in one piece, and behind it what fits of `payload` (which may be empty) on a socket
-    /// that has sent nothing yet.
+    /// Sends the whole `header` in one piece, and behind it as much of `payload` (which may be empty)
+    /// as fits, on a socket that has sent nothing yet.
     ///
     /// # Errors
-    /// The connection must be reset: the backend has read nothing, or nobody knows what.
-    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected>;
+    /// The caller must reset the connection: how much the backend has read is not known.
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<SentHeader>;
 
-    /// Observes the peer's SYN on a socket that has not begun to connect. `None` if this engine does not
-    /// need it, or cannot.
+    /// Observes the peer's SYN on a socket that has not begun to connect. `None` if this engine does
+    /// not need it, or cannot.
     fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>>;
 
-    /// Has the kernel carry what `source` receives to `target`; `None` if this engine never does. All that user space
-    /// read of `source`, `read` bytes, must have been written.
+    /// Makes the kernel forward what `source` receives to `target`; `None` if this engine never does.
+    /// User space must have written all `read` bytes that it read from `source`.
     fn enrol(
         &self,
         source: &Endpoint,
         target: &Endpoint,
         read: u64,
-    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>>;
+    ) -> Option<Result<Box<dyn SplicedDirection>, EnrolmentRefusal>>;
 }
 
-/// How a header went out.
+/// How a header was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Injected {
-    /// Bytes of the payload that went along.
+pub struct SentHeader {
+    /// Bytes of the payload that were sent with it.
     pub payload: usize,
-    /// Why user space sent it although the engine has a program for it.
-    pub refused: Option<&'static str>,
+    /// Why user space sent the header although the engine has a program for that.
+    pub fallback_reason: Option<&'static str>,
 }
 
-/// One direction in the hands of the kernel. Dropping it takes the direction back; what is then still under way is
-/// lost, so drop it only after [`SplicedDirection::delivered`], or to reset.
+/// One direction that the kernel forwards. Dropping it removes the direction from the kernel, and the
+/// kernel discards what is still queued. Drop it only after [`SplicedDirection::delivered`], or to
+/// reset the connection.
 pub trait SplicedDirection: Debug + Send + Sync {
-    /// What was carried so far.
+    /// The counts of the direction.
     ///
     /// # Errors
-    /// When nobody knows any more; the connection must be reset.
+    /// When the counts are lost; the caller must reset the connection.
     fn flow(&self) -> io::Result<Flow>;
 
-    /// Rings when the backlog should be looked at.
-    fn bell(&self) -> &Bell;
+    /// Notified when the backlog should be checked.
+    fn backlog_notify(&self) -> &BacklogNotify;
 
-    /// What is on its way.
+    /// What is queued in the kernel.
     ///
     /// # Errors
-    /// When nobody knows any more; the connection must be reset.
+    /// When the counts are lost; the caller must reset the connection.
     fn backlog(&self, target: &Endpoint) -> io::Result<Backlog>;
 
-    /// Lets the kernel go on after a look: the target has taken so much. Never after [`SplicedDirection::hold`].
+    /// Extends the kernel's credit after a check in which [`Backlog::queued`] was `queued`. Never after
+    /// [`SplicedDirection::pause`].
     ///
     /// # Errors
-    /// When the kernel refuses; the connection must be reset.
-    fn grant(&self, taken: u64) -> io::Result<()>;
+    /// When the kernel refuses; the caller must reset the connection.
+    fn grant(&self, queued: u64) -> io::Result<()>;
 
-    /// Leaves what `source` receives from here on to user space, so that TCP closes the window.
+    /// Leaves what `source` receives from now on to user space, so that TCP closes the window.
     ///
     /// # Errors
-    /// When the kernel refuses; the connection must be reset.
-    fn hold(&self, source: &Endpoint) -> io::Result<()>;
+    /// When the kernel refuses; the caller must reset the connection.
+    fn pause(&self, source: &Endpoint) -> io::Result<()>;
 
-    /// After [`SplicedDirection::hold`]: lets the kernel carry again once it sees that user space has written all that was left to it,
-    /// which is `written` bytes. `false` where there is more to read first. Until [`SplicedDirection::withdraw`] user space neither reads
-    /// nor writes.
+    /// After [`SplicedDirection::pause`]: lets the kernel forward again, once it finds that user space
+    /// has written everything that was left to it, which is `written` bytes. `false` if there is more
+    /// to read first. Until [`SplicedDirection::cancel_resume`] user space must not read or write.
     ///
     /// # Errors
-    /// When the kernel refuses; the connection must be reset.
-    fn offer(&self, written: u64) -> io::Result<bool>;
+    /// When the kernel refuses; the caller must reset the connection.
+    fn propose_resume(&self, written: u64) -> io::Result<bool>;
 
-    /// Takes [`SplicedDirection::offer`] back, unless the kernel carries again by now.
+    /// Ends [`SplicedDirection::propose_resume`], and returns what the kernel has done until then.
     ///
     /// # Errors
-    /// When nobody knows any more; the connection must be reset.
-    fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer>;
+    /// When the counts are lost; the caller must reset the connection.
+    fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome>;
 
-    /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
-    /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user space)
+    /// is in the target's own send queue, from where TCP delivers it. Only then may the FIN follow.
     ///
     /// # Errors
-    /// When bytes were lost: reset, never FIN. A broken target is no error here; it is never delivered.
+    /// When bytes were lost: the caller must reset the connection and never send a FIN. A broken target
+    /// is not an error here; nothing is ever delivered to it.
     fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool>;
 }
 
-/// What is on its way to a target.
+/// How much of a direction is queued in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backlog {
-    /// Bytes that the target has not taken into its send queue.
+    /// Bytes that are not yet in the target's send queue.
     pub bytes: u64,
-    /// Bytes that it has.
-    pub taken: u64,
-    /// The kernel has stopped carrying by itself, as after [`SplicedDirection::hold`]: nobody looked in time.
-    pub held: bool,
+    /// Bytes that were put into the target's send queue so far.
+    pub queued: u64,
+    /// The kernel has used up its credit and stopped forwarding, as after
+    /// [`SplicedDirection::pause`], because the daemon did not check in time.
+    pub paused: bool,
 }
 
-/// What became of [`SplicedDirection::offer`].
+/// The outcome of [`SplicedDirection::propose_resume`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Offer {
-    /// The kernel carries.
-    Taken,
-    /// The kernel has carried, and stopped again: part of it is still on its way to the target.
-    Held,
-    /// It has not: user space goes on.
-    Void,
+pub enum ResumeOutcome {
+    /// The kernel forwards.
+    Resumed,
+    /// The kernel has forwarded and stopped again: a part of that is still queued.
+    Paused,
+    /// The kernel has not resumed: user space goes on.
+    Cancelled,
 }
 
-/// Rung by the kernel, heard by a session.
+/// Notifies a session that the backlog of a direction should be checked.
 #[derive(Debug, Default)]
-pub struct Bell {
-    rung: AtomicBool,
-    changed: AtomicWaker,
+pub struct BacklogNotify {
+    notified: AtomicBool,
+    waker: AtomicWaker,
 }
 
-impl Bell {
-    /// Rings.
-    pub fn ring(&self) {
-        self.rung.store(true, Ordering::Release);
-        self.changed.wake();
+impl BacklogNotify {
+    /// Notifies the session.
+    pub fn notify(&self) {
+        self.notified.store(true, Ordering::Release);
+        self.waker.wake();
     }
 
-    /// Whether it has rung since it was last heard.
-    pub fn poll_heard(&self, task: &mut Context<'_>) -> Poll<()> {
-        self.changed.register(task.waker());
-        if self.rung.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
+    /// Ready once for any number of notifications since it was last ready.
+    pub fn poll_notified(&self, task: &mut Context<'_>) -> Poll<()> {
+        self.waker.register(task.waker());
+        if self.notified.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 
-/// Why a direction stays in user space: the label of `injector_enrolment_failures_total`, and the whole story.
+/// Why a direction stays in user space.
 #[derive(Debug)]
-pub struct Refused {
-    /// One of a closed set.
+pub struct EnrolmentRefusal {
+    /// The label of `injector_enrolment_failures_total`, one of a closed set.
     pub reason: &'static str,
-    /// For the log.
+    /// The details for the log.
     pub detail: String,
 }

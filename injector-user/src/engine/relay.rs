@@ -9,7 +9,7 @@ use std::{
 use socket2::Socket;
 
 use crate::{
-    engine::{Engine, Injected, Refused, SplicedDirection},
+    engine::{Engine, EnrolmentRefusal, SentHeader, SplicedDirection},
     net::{socket::Endpoint, syn::SynObserver},
 };
 
@@ -22,9 +22,9 @@ impl Engine for Relay {
         "relay"
     }
 
-    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<SentHeader> {
         let payload = inject(backend, header, payload)?;
-        Ok(Injected { payload, refused: None })
+        Ok(SentHeader { payload, fallback_reason: None })
     }
 
     fn observe_syn(&self, _: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
@@ -36,7 +36,7 @@ impl Engine for Relay {
         _: &Endpoint,
         _: &Endpoint,
         _: u64,
-    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>> {
+    ) -> Option<Result<Box<dyn SplicedDirection>, EnrolmentRefusal>> {
         None
     }
 }

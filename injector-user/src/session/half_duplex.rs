@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::EnrolmentPolicy,
-    engine::{Offer, Refused, SplicedDirection},
+    engine::{EnrolmentRefusal, ResumeOutcome, SplicedDirection},
     net::{
         socket::{Endpoint, RETRY_DELAY},
         splice_pipe::Pipe,
@@ -328,7 +328,7 @@ impl Lane {
             return Ok(());
         }
         carried.offered_at = read;
-        if carried.spliced.offer(read - carried.read_before)? {
+        if carried.spliced.propose_resume(read - carried.read_before)? {
             self.direction.offered();
         }
         Ok(())
@@ -452,7 +452,7 @@ impl Lane {
         task: &mut task::Context<'_>,
         between: Between<'_>,
     ) -> Poll<Result<Progress, Break>> {
-        if self.spliced()?.bell().poll_heard(task).is_ready() {
+        if self.spliced()?.backlog_notify().poll_notified(task).is_ready() {
             return Poll::Ready(self.look(between));
         }
         ready!(between.source.poll_finished(task));
@@ -472,9 +472,9 @@ impl Lane {
         let total = self.share.set(backlog.bytes);
         match judge(&context.watermarks, backlog.bytes, total) {
             Judgement::Reset => return Err(Break::Overload),
-            Judgement::Hold if !backlog.held => spliced.hold(source).map_err(Break::Lost)?,
-            Judgement::Go if !backlog.held => {
-                spliced.grant(backlog.taken).map_err(Break::Lost)?;
+            Judgement::Hold if !backlog.paused => spliced.pause(source).map_err(Break::Lost)?,
+            Judgement::Go if !backlog.paused => {
+                spliced.grant(backlog.queued).map_err(Break::Lost)?;
                 return Ok(Progress::Other);
             }
             Judgement::Go | Judgement::Hold => {}
@@ -515,22 +515,22 @@ impl Lane {
         let spliced = self.spliced()?;
         let mut taken = false;
         // It may have been rung before the offer, when the direction was held.
-        while !taken && spliced.bell().poll_heard(task).is_ready() {
+        while !taken && spliced.backlog_notify().poll_notified(task).is_ready() {
             taken = spliced.flow().map_err(Break::Lost)?.passing == 0;
         }
         if !taken {
             ready!(source.poll_readable(task)).map_err(Break::Source)?;
         }
-        Poll::Ready(Ok(match spliced.withdraw(source, target).map_err(Break::Lost)? {
-            Offer::Taken => {
+        Poll::Ready(Ok(match spliced.cancel_resume(source, target).map_err(Break::Lost)? {
+            ResumeOutcome::Resumed => {
                 self.direction.resumed();
                 Progress::Resumed
             }
-            Offer::Held => {
+            ResumeOutcome::Paused => {
                 self.direction.held_back();
                 Progress::Held
             }
-            Offer::Void => {
+            ResumeOutcome::Cancelled => {
                 self.direction.withdrawn();
                 Progress::Other
             }
@@ -551,7 +551,7 @@ impl Lane {
             self.direction.proven();
             return Poll::Ready(Ok(Progress::Other));
         }
-        if spliced.backlog(target).map_err(Break::Lost)?.held {
+        if spliced.backlog(target).map_err(Break::Lost)?.paused {
             self.pause.end();
             self.direction.held_back();
             return Poll::Ready(Ok(Progress::Held));
@@ -579,7 +579,7 @@ pub(super) enum Enrolment {
     /// The kernel carries the direction.
     Done,
     /// User space keeps it.
-    Refused(Refused),
+    Refused(EnrolmentRefusal),
     /// The kernel does not say what it has carried: the connection cannot go on.
     Lost(io::Error),
 }

@@ -31,7 +31,7 @@ use self::{
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
     config::{EnrolmentPolicy, HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN, Watermarks},
-    engine::{Engine, Injected, relay::Relay},
+    engine::{Engine, SentHeader, relay::Relay},
     header::Rendered,
     net::{hangup::HangupMonitor, socket::Endpoint, splice_pipe::Pipes},
     protocol::{Protocol, Refusal, Speaker},
@@ -183,7 +183,7 @@ async fn reach(
         }
     };
     context.metrics.header_sent();
-    if let Some(reason) = injected.refused {
+    if let Some(reason) = injected.fallback_reason {
         context.metrics.enrolment_failed(reason);
     }
     let read = first.payload.len() as u64;
@@ -280,7 +280,7 @@ async fn first_payload(
 }
 
 /// Renders the header and has the engine send it, with what the client has said where that may be passed on.
-fn inject(context: &Context, known: &Known, backend: &Endpoint, first: &First) -> io::Result<Injected> {
+fn inject(context: &Context, known: &Known, backend: &Endpoint, first: &First) -> io::Result<SentHeader> {
     let id = known.id.as_deref().copied().unwrap_or_default();
     let header = Rendered::new(&context.receiver, known.entry.client(), known.entry.local(), &id)
         .map_err(io::Error::other)?;

@@ -30,7 +30,7 @@ enum Step {
     /// Enough has passed in user space: the kernel is to take over, or is offered to.
     Enrol,
     /// The target lags: hold.
-    Hold,
+    Pause,
     /// What stalls a daemon for a while ends: it looks, and grants more.
     Grant,
 }
@@ -43,7 +43,7 @@ fn step() -> impl Strategy<Value = Step> {
         200 => (1..=40_u8).prop_map(Step::Worker),
         600 => (1..=40_u8).prop_map(Step::Daemon),
         150 => Just(Step::Enrol),
-        40 => Just(Step::Hold),
+        40 => Just(Step::Pause),
         60 => Just(Step::Grant),
     ]
 }
@@ -52,11 +52,11 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Clone, Copy, Debug)]
 enum Doing {
     /// An offer: the flow was read, the credit is not set.
-    Offer { seen: Flow, written: u64 },
+    ProposeResume { seen: Flow, written: u64 },
     /// A withdrawal: the credit is set, the flow not read again.
-    Withdraw,
+    CancelResume,
     /// A hold: the credit is set, the state not changed.
-    Hold,
+    Pause,
     /// A grant: the flow was read.
     Grant { seen: u64 },
 }
@@ -131,9 +131,9 @@ impl Model {
             Step::Daemon(count) => self.daemon(count)?,
             Step::Enrol if self.doing.is_none() && self.direction.can_splice() => self.enrol(),
             // Setting the credit is the hold's first call.
-            Step::Hold if self.doing.is_none() && self.direction.want() == Want::Hangup => {
+            Step::Pause if self.doing.is_none() && self.direction.want() == Want::Hangup => {
                 self.credit = Credit::up_to(0);
-                self.doing = Some(Doing::Hold);
+                self.doing = Some(Doing::Pause);
             }
             Step::Grant if self.doing.is_none() && self.direction.want() == Want::Hangup => {
                 self.doing = (self.flow.passing == 0).then_some(Doing::Grant { seen: self.taken() });
@@ -169,7 +169,7 @@ impl Model {
         if self.enrolled {
             let written = read - self.read_before;
             if self.flow.passed == written {
-                self.doing = Some(Doing::Offer { seen: self.flow, written });
+                self.doing = Some(Doing::ProposeResume { seen: self.flow, written });
             }
             return;
         }
@@ -222,7 +222,7 @@ impl Model {
             Want::Drain if self.parked.is_empty() => self.direction.moved_to_user_space(),
             Want::Handover if self.flow.passing == 0 || !self.received.is_empty() || self.fin => {
                 self.credit = Credit::up_to(self.flow.redirected + CREDIT);
-                self.doing = Some(Doing::Withdraw);
+                self.doing = Some(Doing::CancelResume);
             }
             // `Spliced::delivered`.
             Want::Proof if self.flow.passing != 0 => self.direction.held_back(),
@@ -243,16 +243,16 @@ impl Model {
 
     fn go_on(&mut self, doing: Doing) {
         match doing {
-            Doing::Offer { seen, written } => {
+            Doing::ProposeResume { seen, written } => {
                 self.credit = Credit { limit: seen.redirected + CREDIT, resume_at: written };
                 self.direction.offered();
             }
-            Doing::Withdraw => match (self.flow.passing, self.parked.len()) {
+            Doing::CancelResume => match (self.flow.passing, self.parked.len()) {
                 (0, _) => self.direction.resumed(),
                 (_, 0) => self.direction.withdrawn(),
                 (_, _) => self.direction.held_back(),
             },
-            Doing::Hold => self.direction.held_back(),
+            Doing::Pause => self.direction.held_back(),
             Doing::Grant { seen } => self.credit = Credit::up_to(seen + CREDIT),
         }
     }

@@ -11,17 +11,17 @@ use injector_common::splice::BacklogEvent;
 use tokio::io::Interest;
 use zerocopy::FromBytes as _;
 
-use crate::{engine::Bell, os::poll};
+use crate::{engine::BacklogNotify, os::poll};
 
 /// The bells of all spliced directions, by their source's cookie.
 #[derive(Debug, Default)]
-pub(super) struct BacklogEvents(Mutex<HashMap<u64, Arc<Bell>>>);
+pub(super) struct BacklogEvents(Mutex<HashMap<u64, Arc<BacklogNotify>>>);
 
 impl BacklogEvents {
-    pub(super) fn add(&self, source: u64) -> Arc<Bell> {
-        let bell = Arc::new(Bell::default());
-        self.lock().insert(source, Arc::clone(&bell));
-        bell
+    pub(super) fn add(&self, source: u64) -> Arc<BacklogNotify> {
+        let notify = Arc::new(BacklogNotify::default());
+        self.lock().insert(source, Arc::clone(&notify));
+        notify
     }
 
     pub(super) fn remove(&self, source: u64) {
@@ -29,12 +29,12 @@ impl BacklogEvents {
     }
 
     fn notify(&self, source: u64) {
-        if let Some(bell) = self.lock().get(&source) {
-            bell.ring();
+        if let Some(notify) = self.lock().get(&source) {
+            notify.notify();
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Bell>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<BacklogNotify>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -13,7 +13,9 @@ use super::{
     verdict::{self, reason_of},
 };
 use crate::{
-    engine::{Backlog, Bell, Engine, Injected, Offer, Refused, SplicedDirection, relay},
+    engine::{
+        Backlog, BacklogNotify, Engine, EnrolmentRefusal, ResumeOutcome, SentHeader, SplicedDirection, relay,
+    },
     net::{socket::Endpoint, syn::SynObserver},
 };
 
@@ -22,9 +24,9 @@ impl Engine for Arc<Splice> {
         "splice"
     }
 
-    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<Injected> {
+    fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<SentHeader> {
         match Splice::inject(self, backend, header, payload) {
-            Ok(payload) => Ok(Injected { payload, refused: None }),
+            Ok(payload) => Ok(SentHeader { payload, fallback_reason: None }),
             // Nothing has gone out: user space still can send it in one piece.
             Err(InjectError::Refused(error)) => {
                 let reason = match &error {
@@ -32,7 +34,7 @@ impl Engine for Arc<Splice> {
                     _ => "other",
                 };
                 let payload = relay::inject(backend, header, payload)?;
-                Ok(Injected { payload, refused: Some(reason) })
+                Ok(SentHeader { payload, fallback_reason: Some(reason) })
             }
             Err(InjectError::Dropped(error)) => Err(error),
             Err(error @ InjectError::NotPlaced) => Err(io::Error::other(error)),
@@ -49,17 +51,17 @@ impl Engine for Arc<Splice> {
         source: &Endpoint,
         target: &Endpoint,
         read: u64,
-    ) -> Option<Result<Box<dyn SplicedDirection>, Refused>> {
+    ) -> Option<Result<Box<dyn SplicedDirection>, EnrolmentRefusal>> {
         Some(match verdict::EnrolledFlow::enrol(self, source, target, read) {
             Ok(spliced) => Ok(Box::new(spliced)),
-            Err(error) => Err(refused(error)),
+            Err(error) => Err(refusal(error)),
         })
     }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn refused(error: verdict::EnrolError) -> Refused {
-    Refused { reason: error.reason(), detail: error.to_string() }
+fn refusal(error: verdict::EnrolError) -> EnrolmentRefusal {
+    EnrolmentRefusal { reason: error.reason(), detail: error.to_string() }
 }
 
 impl SplicedDirection for verdict::EnrolledFlow {
@@ -67,28 +69,28 @@ impl SplicedDirection for verdict::EnrolledFlow {
         self.flow().map_err(io::Error::other)
     }
 
-    fn bell(&self) -> &Bell {
-        self.bell()
+    fn backlog_notify(&self) -> &BacklogNotify {
+        self.backlog_notify()
     }
 
     fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
         self.backlog(target)
     }
 
-    fn grant(&self, taken: u64) -> io::Result<()> {
-        self.grant(taken)
+    fn grant(&self, queued: u64) -> io::Result<()> {
+        self.grant(queued)
     }
 
-    fn hold(&self, source: &Endpoint) -> io::Result<()> {
-        self.hold(source)
+    fn pause(&self, source: &Endpoint) -> io::Result<()> {
+        self.pause(source)
     }
 
-    fn offer(&self, written: u64) -> io::Result<bool> {
-        self.offer(written)
+    fn propose_resume(&self, written: u64) -> io::Result<bool> {
+        self.propose_resume(written)
     }
 
-    fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
-        self.withdraw(source, target)
+    fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome> {
+        self.cancel_resume(source, target)
     }
 
     fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use super::Splice;
 use crate::{
-    engine::{Backlog, Bell, Offer},
+    engine::{Backlog, BacklogNotify, ResumeOutcome},
     net::socket::Endpoint,
     os::sockopt::{self, TcpInfo},
 };
@@ -81,7 +81,7 @@ pub struct EnrolledFlow {
     base: u64,
     /// Of what was left to user space, how much it had written to the target when it last offered to go on.
     written: AtomicU64,
-    bell: Arc<Bell>,
+    notify: Arc<BacklogNotify>,
 }
 
 impl EnrolledFlow {
@@ -102,13 +102,13 @@ impl EnrolledFlow {
         let maps = &splice.maps;
         maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
         // From here on dropping undoes what was done; removing what is not there does no harm.
-        let bell = splice.backlog_events.add(source.cookie());
+        let notify = splice.backlog_events.add(source.cookie());
         let spliced = Self {
             splice: Arc::clone(splice),
             source: source.cookie(),
             base,
             written: AtomicU64::new(0),
-            bell,
+            notify,
         };
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
@@ -129,8 +129,8 @@ impl EnrolledFlow {
 
     /// Rings when the backlog should be looked at.
     #[must_use]
-    pub fn bell(&self) -> &Bell {
-        &self.bell
+    pub fn backlog_notify(&self) -> &BacklogNotify {
+        &self.notify
     }
 
     /// Bytes redirected that the target has not taken into its send queue: they wait on a list that knows no limit and
@@ -140,20 +140,20 @@ impl EnrolledFlow {
     /// When the target or the flow does not answer.
     pub fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
         // The target first: bytes redirected in between are then counted as waiting, never as taken.
-        let taken = self.taken(target)?;
+        let queued = self.queued(target)?;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
             return Err(lost(&flow));
         }
-        Ok(Backlog { bytes: flow.redirected.saturating_sub(taken), taken, held: flow.passing != 0 })
+        Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
 
-    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`EnrolledFlow::hold`].
+    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`EnrolledFlow::pause`].
     ///
     /// # Errors
     /// When the map refuses.
-    pub fn grant(&self, taken: u64) -> io::Result<()> {
-        self.set_credit(Credit::up_to(taken + self.splice.credit))
+    pub fn grant(&self, queued: u64) -> io::Result<()> {
+        self.set_credit(Credit::up_to(queued + self.splice.credit))
     }
 
     /// Has the program leave to `source` what it receives from here on: it waits there for user space to read, charged
@@ -165,13 +165,13 @@ impl EnrolledFlow {
     ///
     /// # Errors
     /// When the map refuses.
-    pub fn hold(&self, source: &Endpoint) -> io::Result<()> {
+    pub fn pause(&self, source: &Endpoint) -> io::Result<()> {
         self.set_credit(Credit::up_to(0))?;
         settle(source)
     }
 
     /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
-    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`EnrolledFlow::withdraw`] user space
+    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`EnrolledFlow::cancel_resume`] user space
     /// must neither read nor write.
     ///
     /// The program decides, under the lock of the source: when [`Flow::passed`] is `written` at that moment, nothing of this
@@ -179,7 +179,7 @@ impl EnrolledFlow {
     ///
     /// # Errors
     /// When the flow or the map does not answer.
-    pub fn offer(&self, written: u64) -> io::Result<bool> {
+    pub fn propose_resume(&self, written: u64) -> io::Result<bool> {
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.passed != written {
             return Ok(false);
@@ -189,20 +189,20 @@ impl EnrolledFlow {
         Ok(true)
     }
 
-    /// Takes [`EnrolledFlow::offer`] back, and tells what the program has made of it.
+    /// Takes [`EnrolledFlow::propose_resume`] back, and tells what the program has made of it.
     ///
     /// # Errors
     /// When the flow, the map or a socket does not answer.
-    pub fn withdraw(&self, source: &Endpoint, target: &Endpoint) -> io::Result<Offer> {
+    pub fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome> {
         let limit = self.flow().map_err(io::Error::other)?.redirected + self.splice.credit;
         self.set_credit(Credit::up_to(limit))?;
         settle(source)?;
         let backlog = self.backlog(target)?;
-        Ok(match (backlog.held, backlog.bytes) {
-            (false, _) => Offer::Taken,
-            (true, 0) => Offer::Void,
+        Ok(match (backlog.paused, backlog.bytes) {
+            (false, _) => ResumeOutcome::Resumed,
+            (true, 0) => ResumeOutcome::Cancelled,
             // It was taken, and the program has stopped again by itself.
-            (true, _) => Offer::Held,
+            (true, _) => ResumeOutcome::Paused,
         })
     }
 
@@ -211,7 +211,7 @@ impl EnrolledFlow {
     }
 
     /// Bytes of this flow in the target's send queue, and beyond.
-    fn taken(&self, target: &Endpoint) -> io::Result<u64> {
+    fn queued(&self, target: &Endpoint) -> io::Result<u64> {
         // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
         let acknowledged = sockopt::tcp_info(target)?.bytes_acked;
         let before = self.base + self.written.load(Ordering::Relaxed);
@@ -239,7 +239,7 @@ impl EnrolledFlow {
             // Broken; its own event says how.
             return Ok(false);
         }
-        Ok(self.taken(target)? == flow.redirected)
+        Ok(self.queued(target)? == flow.redirected)
     }
 }
 

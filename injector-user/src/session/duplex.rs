@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::{
     Context,
-    direction::Want,
+    direction::NextAction,
     half_duplex::{Between, Break, Enrolment, Lane, Progress},
     registry::Handle,
 };
@@ -86,11 +86,11 @@ impl Pump {
         backend: Endpoint,
         read: u64,
         held: BytesMut,
-        gated: bool,
+        awaiting_check: bool,
     ) -> Self {
         let now = Instant::now();
         Self {
-            to_backend: Lane::new(read, held, gated, &context),
+            to_backend: Lane::new(read, held, awaiting_check, &context),
             to_client: Lane::new(0, BytesMut::new(), false, &context),
             context,
             row,
@@ -322,7 +322,8 @@ impl Pump {
     }
 
     fn finished(&self) -> bool {
-        self.to_backend.want() == Want::Nothing && self.to_client.want() == Want::Nothing
+        self.to_backend.next_action() == NextAction::Finished
+            && self.to_client.next_action() == NextAction::Finished
     }
 
     /// A socket that hangs up without an error has finished both ways; but one to which no FIN was sent yet cannot have. It was
@@ -331,8 +332,12 @@ impl Pump {
     fn explained(&self, stepped: Step) -> Step {
         let reset = || Some(io::ErrorKind::ConnectionReset.into());
         match stepped {
-            Step::ClientGone(None) if self.to_client.want() != Want::Nothing => Step::ClientGone(reset()),
-            Step::BackendGone(None) if self.to_backend.want() != Want::Nothing => Step::BackendGone(reset()),
+            Step::ClientGone(None) if self.to_client.next_action() != NextAction::Finished => {
+                Step::ClientGone(reset())
+            }
+            Step::BackendGone(None) if self.to_backend.next_action() != NextAction::Finished => {
+                Step::BackendGone(reset())
+            }
             stepped => stepped,
         }
     }

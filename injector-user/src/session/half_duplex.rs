@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     Context,
     backlog::{Judgement, judge},
-    direction::{Direction, Plane, Want},
+    direction::{DataPath, Direction, NextAction},
 };
 use crate::{
     config::EnrolmentPolicy,
@@ -192,9 +192,9 @@ pub(super) enum Progress {
 impl Lane {
     /// A direction of which `held` was read before and not yet written. While `gated`, the first bytes are examined
     /// for a forged header.
-    pub(super) fn new(read: u64, held: BytesMut, gated: bool, context: &Context) -> Self {
+    pub(super) fn new(read: u64, held: BytesMut, awaiting_check: bool, context: &Context) -> Self {
         Self {
-            direction: Direction::new(read, held.len(), gated),
+            direction: Direction::new(read, held.len(), awaiting_check),
             waiting: (!held.is_empty()).then(|| Box::new(Waiting { bytes: held, pipe: None })),
             piped: 0,
             large: 0,
@@ -207,12 +207,12 @@ impl Lane {
         }
     }
 
-    pub(super) fn want(&self) -> Want {
-        self.direction.want()
+    pub(super) fn next_action(&self) -> NextAction {
+        self.direction.next_action()
     }
 
     pub(super) fn ended(&self) -> bool {
-        self.direction.ended()
+        self.direction.source_ended()
     }
 
     /// Whether it was given up before its end.
@@ -227,7 +227,7 @@ impl Lane {
 
     /// The target takes nothing any more.
     pub(super) fn abandon(&mut self) {
-        self.cut |= self.want() != Want::Nothing;
+        self.cut |= self.next_action() != NextAction::Finished;
         self.direction.abandon();
         self.waiting = None;
         self.pause.end();
@@ -252,22 +252,22 @@ impl Lane {
     /// Whether the kernel takes what the source sends away at once: then nothing waits to be read that could say how it
     /// ended.
     pub(super) fn runs_in_kernel(&self) -> bool {
-        self.direction.plane() == Plane::Spliced
+        self.direction.path() == DataPath::Spliced
     }
 
     pub(super) fn reads_source(&self) -> bool {
-        self.may_read_source() && !self.direction.ended()
+        self.may_read_source() && !self.direction.source_ended()
     }
 
     /// Whether user space is to be told of what the source sends. When that has finished there is nothing more to be told, but
     /// nothing to be gained either by asking for less.
     pub(super) fn may_read_source(&self) -> bool {
-        matches!(self.direction.plane(), Plane::Relayed | Plane::Offered)
+        matches!(self.direction.path(), DataPath::Relayed | DataPath::Resuming)
     }
 
     /// Whether user space is to be told of room at the target.
     pub(super) fn may_write_target(&self) -> bool {
-        self.direction.plane() == Plane::Relayed
+        self.direction.path() == DataPath::Relayed
     }
 
     /// Bytes so far.
@@ -329,7 +329,7 @@ impl Lane {
         }
         carried.offered_at = read;
         if carried.spliced.propose_resume(read - carried.read_before)? {
-            self.direction.offered();
+            self.direction.resume_proposed();
         }
         Ok(())
     }
@@ -342,24 +342,24 @@ impl Lane {
     ) -> Poll<Result<Progress, Break>> {
         let target = between.target;
         ready!(self.pause.poll_over(task));
-        match self.direction.want() {
-            Want::Read => return self.poll_read(task, between),
-            Want::Write => {
+        match self.direction.next_action() {
+            NextAction::Read => return self.poll_read(task, between),
+            NextAction::Write => {
                 let Some(waiting) = &mut self.waiting else { return Poll::Pending };
                 let written = ready!(waiting.poll_write(task, target)).map_err(Break::Target)?;
                 self.waiting.take_if(|waiting| waiting.is_empty());
                 self.direction.wrote(written);
             }
-            Want::Hangup => return self.poll_attend(task, between),
-            Want::Drain => return self.poll_drain(task, between),
-            Want::Handover => return self.poll_hand_over(task, between),
-            Want::Proof => return self.poll_prove(task, between),
-            Want::Fin => {
+            NextAction::AwaitFin => return self.poll_attend(task, between),
+            NextAction::AwaitDrain => return self.poll_drain(task, between),
+            NextAction::AwaitResume => return self.poll_hand_over(task, between),
+            NextAction::AwaitDelivery => return self.poll_prove(task, between),
+            NextAction::SendFin => {
                 target.finish().map_err(Break::Target)?;
                 self.direction.fin_sent();
                 self.share.set(0);
             }
-            Want::Nothing => return Poll::Pending,
+            NextAction::Finished => return Poll::Pending,
         }
         Poll::Ready(Ok(Progress::Other))
     }
@@ -464,7 +464,7 @@ impl Lane {
     pub(super) fn look(&mut self, between: Between<'_>) -> Result<Progress, Break> {
         let Between { context, source, target } = between;
         let Some(carried) = &self.carried else { return Ok(Progress::Other) };
-        if self.direction.want() != Want::Hangup {
+        if self.direction.next_action() != NextAction::AwaitFin {
             return Ok(Progress::Other);
         }
         let spliced = &carried.spliced;
@@ -479,7 +479,7 @@ impl Lane {
             }
             Judgement::Go | Judgement::Hold => {}
         }
-        self.direction.held_back();
+        self.direction.paused();
         Ok(Progress::Held)
     }
 
@@ -527,11 +527,11 @@ impl Lane {
                 Progress::Resumed
             }
             ResumeOutcome::Paused => {
-                self.direction.held_back();
+                self.direction.paused();
                 Progress::Held
             }
             ResumeOutcome::Cancelled => {
-                self.direction.withdrawn();
+                self.direction.resume_cancelled();
                 Progress::Other
             }
         }))
@@ -548,12 +548,12 @@ impl Lane {
         let spliced = self.spliced()?;
         if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
             self.pause.end();
-            self.direction.proven();
+            self.direction.delivered();
             return Poll::Ready(Ok(Progress::Other));
         }
         if spliced.backlog(target).map_err(Break::Lost)?.paused {
             self.pause.end();
-            self.direction.held_back();
+            self.direction.paused();
             return Poll::Ready(Ok(Progress::Held));
         }
         // The worker that fills the target's queue has most often been there already, or needs this processor.
@@ -592,18 +592,18 @@ fn take(
     last: bool,
     target: &Endpoint,
 ) -> Result<Progress, Break> {
-    let gated = direction.want() == Want::Read;
+    let awaiting_check = direction.next_action() == NextAction::Read;
     // Only at the gate anything waits while there is more to read.
     let mut held = waiting.take();
     if let Some(held) = &mut held {
         held.bytes.extend_from_slice(payload);
     }
     let all = held.as_ref().map_or(payload, |held| &held.bytes);
-    let written = match if gated { forgery(all) } else { Forgery::No } {
+    let written = match if awaiting_check { forgery(all) } else { Forgery::No } {
         Forgery::Yes => return Err(Break::Forged),
         Forgery::Undecided => 0,
         Forgery::No => {
-            direction.open_gate();
+            direction.check_passed();
             let written = if last { target.try_write_more(all) } else { target.try_write(all) };
             let written = written.map_err(Break::Target)?;
             direction.wrote(written);

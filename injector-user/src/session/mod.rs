@@ -189,7 +189,15 @@ async fn reach(
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    Ok(Pump::new(Arc::clone(context), known.entry.handle(), client, backend, read, held, first.gated))
+    Ok(Pump::new(
+        Arc::clone(context),
+        known.entry.handle(),
+        client,
+        backend,
+        read,
+        held,
+        first.awaiting_check,
+    ))
 }
 
 /// closed
@@ -236,7 +244,7 @@ impl Known {
 struct First {
     payload: BytesMut,
     /// Not yet known whether it forges a header.
-    gated: bool,
+    awaiting_check: bool,
 }
 
 /// Where the client speaks first, waits for its first bytes, so that header and payload leave together. A client that
@@ -246,7 +254,7 @@ async fn first_payload(
     client: &Endpoint,
     backend: &Endpoint,
 ) -> Result<First, (CloseReason, Option<io::Error>)> {
-    let mut first = First { payload: BytesMut::new(), gated: true };
+    let mut first = First { payload: BytesMut::new(), awaiting_check: true };
     if context.protocol.speaks_first() == Speaker::Server || context.timeouts.header_wait.is_zero() {
         return Ok(first);
     }
@@ -272,7 +280,7 @@ async fn first_payload(
             Forgery::Yes => return Err((CloseReason::Forged, None)),
             Forgery::Undecided => {}
             Forgery::No => {
-                first.gated = false;
+                first.awaiting_check = false;
                 return Ok(first);
             }
         }
@@ -284,7 +292,7 @@ fn inject(context: &Context, known: &Known, backend: &Endpoint, first: &First) -
     let id = known.id.as_deref().copied().unwrap_or_default();
     let header = Rendered::new(&context.receiver, known.entry.client(), known.entry.local(), &id)
         .map_err(io::Error::other)?;
-    let payload = if first.gated { &[] } else { &first.payload[..] };
+    let payload = if first.awaiting_check { &[] } else { &first.payload[..] };
     let engine: &dyn Engine = match context.header {
         HeaderBy::Program => &*context.engine,
         HeaderBy::Send => &Relay,

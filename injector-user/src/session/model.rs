@@ -12,7 +12,7 @@ use injector_common::{
 };
 use proptest::prelude::*;
 
-use super::direction::{Direction, Plane, Want};
+use super::direction::{DataPath, Direction, NextAction};
 
 /// What may happen next, where it can.
 #[derive(Clone, Copy, Debug)]
@@ -131,11 +131,11 @@ impl Model {
             Step::Daemon(count) => self.daemon(count)?,
             Step::Enrol if self.doing.is_none() && self.direction.can_splice() => self.enrol(),
             // Setting the credit is the hold's first call.
-            Step::Pause if self.doing.is_none() && self.direction.want() == Want::Hangup => {
+            Step::Pause if self.doing.is_none() && self.direction.next_action() == NextAction::AwaitFin => {
                 self.credit = Credit::up_to(0);
                 self.doing = Some(Doing::Pause);
             }
-            Step::Grant if self.doing.is_none() && self.direction.want() == Want::Hangup => {
+            Step::Grant if self.doing.is_none() && self.direction.next_action() == NextAction::AwaitFin => {
                 self.doing = (self.flow.passing == 0).then_some(Doing::Grant { seen: self.taken() });
             }
             _ => {}
@@ -194,49 +194,49 @@ impl Model {
             self.go_on(doing);
             return Ok(());
         }
-        match self.direction.want() {
-            Want::Read if self.received.is_empty() => {
+        match self.direction.next_action() {
+            NextAction::Read if self.received.is_empty() => {
                 // `Lane::complete`: the count tells whether the end of file is the end.
                 if self.fin && self.sent == self.direction.read_bytes() + self.flow.redirected {
                     self.direction.source_finished();
                 }
             }
-            Want::Read => {
+            NextAction::Read => {
                 let count = self.received.len().min(count.into());
                 self.held.extend(self.received.drain(..count));
                 self.direction.read(count);
             }
-            Want::Write => {
+            NextAction::Write => {
                 let count = self.held.len().min(count.into());
                 for byte in self.held.drain(..count).collect::<Vec<_>>() {
                     self.deliver(byte)?;
                 }
                 self.direction.wrote(count);
             }
-            Want::Hangup if self.flow.passing != 0 => self.direction.held_back(),
-            Want::Hangup => {
+            NextAction::AwaitFin if self.flow.passing != 0 => self.direction.paused(),
+            NextAction::AwaitFin => {
                 if self.fin {
                     self.direction.source_finished();
                 }
             }
-            Want::Drain if self.parked.is_empty() => self.direction.moved_to_user_space(),
-            Want::Handover if self.flow.passing == 0 || !self.received.is_empty() || self.fin => {
+            NextAction::AwaitDrain if self.parked.is_empty() => self.direction.moved_to_user_space(),
+            NextAction::AwaitResume if self.flow.passing == 0 || !self.received.is_empty() || self.fin => {
                 self.credit = Credit::up_to(self.flow.redirected + CREDIT);
                 self.doing = Some(Doing::CancelResume);
             }
             // `Spliced::delivered`.
-            Want::Proof if self.flow.passing != 0 => self.direction.held_back(),
-            Want::Proof => {
+            NextAction::AwaitDelivery if self.flow.passing != 0 => self.direction.paused(),
+            NextAction::AwaitDelivery => {
                 if self.direction.read_bytes() + self.flow.redirected == self.sent && self.parked.is_empty() {
-                    self.direction.proven();
+                    self.direction.delivered();
                 }
             }
-            Want::Fin => {
+            NextAction::SendFin => {
                 prop_assert!(self.fin && self.delivered == self.sent, "FIN before the last byte");
                 self.fin_sent = true;
                 self.direction.fin_sent();
             }
-            Want::Drain | Want::Handover | Want::Nothing => {}
+            NextAction::AwaitDrain | NextAction::AwaitResume | NextAction::Finished => {}
         }
         Ok(())
     }
@@ -245,14 +245,14 @@ impl Model {
         match doing {
             Doing::ProposeResume { seen, written } => {
                 self.credit = Credit { limit: seen.redirected + CREDIT, resume_at: written };
-                self.direction.offered();
+                self.direction.resume_proposed();
             }
             Doing::CancelResume => match (self.flow.passing, self.parked.len()) {
                 (0, _) => self.direction.resumed(),
-                (_, 0) => self.direction.withdrawn(),
-                (_, _) => self.direction.held_back(),
+                (_, 0) => self.direction.resume_cancelled(),
+                (_, _) => self.direction.paused(),
             },
-            Doing::Pause => self.direction.held_back(),
+            Doing::Pause => self.direction.paused(),
             Doing::Grant { seen } => self.credit = Credit::up_to(seen + CREDIT),
         }
     }
@@ -261,13 +261,13 @@ impl Model {
     fn run_out(&mut self) -> Result<(), TestCaseError> {
         self.fin = true;
         for _ in 0..2000 {
-            if self.doing.is_none() && self.direction.want() == Want::Nothing {
+            if self.doing.is_none() && self.direction.next_action() == NextAction::Finished {
                 break;
             }
             self.take(Step::Worker(40))?;
             self.daemon(40)?;
         }
-        prop_assert_eq!(self.direction.want(), Want::Nothing, "stuck in {:?}", self.direction);
+        prop_assert_eq!(self.direction.next_action(), NextAction::Finished, "stuck in {:?}", self.direction);
         if !self.target_gone {
             prop_assert_eq!(self.delivered, self.sent);
             prop_assert!(self.fin_sent);
@@ -301,15 +301,15 @@ fn the_steps_reach_every_plane() {
         let steps = prop::collection::vec(step(), 300).new_tree(&mut runner).unwrap().current();
         let mut model = Model::new();
         for step in steps {
-            let before = (model.direction.plane(), model.flow.passing);
+            let before = (model.direction.path(), model.flow.passing);
             model.take(step).unwrap();
-            match (before.0, model.direction.plane()) {
-                (Plane::Offered, Plane::Spliced) => resumed += 1,
-                (Plane::Offered, Plane::Relayed) => void += 1,
-                (Plane::Spliced, Plane::Held) => held += 1,
+            match (before.0, model.direction.path()) {
+                (DataPath::Resuming, DataPath::Spliced) => resumed += 1,
+                (DataPath::Resuming, DataPath::Relayed) => void += 1,
+                (DataPath::Spliced, DataPath::Paused) => held += 1,
                 _ => {}
             }
-            ran_out += u32::from(before == (Plane::Spliced, 0) && model.flow.passing == 1);
+            ran_out += u32::from(before == (DataPath::Spliced, 0) && model.flow.passing == 1);
         }
     }
     for (what, count) in [("resumed", resumed), ("void", void), ("held", held), ("ran out", ran_out)] {

@@ -1,27 +1,27 @@
-//! How much may wait in the kernel for targets that do not keep up, and what is done above that: pure decisions.
+//! The backpressure decision: what to do with a direction whose target does not keep up. Pure.
 
 use crate::config::Watermarks;
 
 /// What to do with a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Judgement {
-    /// It keeps up.
-    Go,
-    /// Leave its source alone until the target has caught up, and go on in user space.
-    Hold,
-    /// Reset the connection: memory is running out.
+pub(super) enum BackpressureAction {
+    /// The target keeps up.
+    Continue,
+    /// Stop redirecting until the target has caught up, then forward in user space.
+    Pause,
+    /// Reset the connection: the kernel holds too much for all connections together.
     Reset,
 }
 
-/// What to do with a direction that has `own` bytes waiting, of `total` over all connections.
-pub(super) fn judge(watermarks: &Watermarks, own: u64, total: u64) -> Judgement {
+/// Decides for a direction with a backlog of `own` bytes, while all connections together have `total`.
+pub(super) fn decide_backpressure(watermarks: &Watermarks, own: u64, total: u64) -> BackpressureAction {
     if total > watermarks.total_limit && own > watermarks.low {
-        return Judgement::Reset;
+        return BackpressureAction::Reset;
     }
     if own > watermarks.high || (total > watermarks.total_high && own > watermarks.low) {
-        return Judgement::Hold;
+        return BackpressureAction::Pause;
     }
-    Judgement::Go
+    BackpressureAction::Continue
 }
 
 #[cfg(test)]
@@ -31,21 +31,25 @@ mod tests {
     const WATERMARKS: Watermarks = Watermarks { high: 100, low: 10, total_high: 1000, total_limit: 2000 };
 
     #[test]
-    fn one_direction_is_held_above_its_mark() {
-        for (own, expected) in [(0, Judgement::Go), (100, Judgement::Go), (101, Judgement::Hold)] {
-            assert_eq!(judge(&WATERMARKS, own, own), expected, "{own}");
+    fn a_direction_is_paused_above_its_high_watermark() {
+        for (own, expected) in [
+            (0, BackpressureAction::Continue),
+            (100, BackpressureAction::Continue),
+            (101, BackpressureAction::Pause),
+        ] {
+            assert_eq!(decide_backpressure(&WATERMARKS, own, own), expected, "{own}");
         }
     }
 
     #[test]
-    fn above_the_total_everybody_with_a_backlog_is_held() {
-        assert_eq!(judge(&WATERMARKS, 10, 1001), Judgement::Go);
-        assert_eq!(judge(&WATERMARKS, 11, 1001), Judgement::Hold);
+    fn above_the_total_watermark_directions_with_a_backlog_are_paused() {
+        assert_eq!(decide_backpressure(&WATERMARKS, 10, 1001), BackpressureAction::Continue);
+        assert_eq!(decide_backpressure(&WATERMARKS, 11, 1001), BackpressureAction::Pause);
     }
 
     #[test]
-    fn above_the_limit_everybody_with_a_backlog_is_reset() {
-        assert_eq!(judge(&WATERMARKS, 10, 2001), Judgement::Go);
-        assert_eq!(judge(&WATERMARKS, 11, 2001), Judgement::Reset);
+    fn above_the_total_limit_directions_with_a_backlog_are_reset() {
+        assert_eq!(decide_backpressure(&WATERMARKS, 10, 2001), BackpressureAction::Continue);
+        assert_eq!(decide_backpressure(&WATERMARKS, 11, 2001), BackpressureAction::Reset);
     }
 }

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Context,
-    backlog::{Judgement, judge},
+    backlog::{BackpressureAction, decide_backpressure},
     direction::{DataPath, Direction, NextAction},
 };
 use crate::{
@@ -470,14 +470,14 @@ impl Lane {
         let spliced = &carried.spliced;
         let backlog = spliced.backlog(target).map_err(Break::Lost)?;
         let total = self.share.set(backlog.bytes);
-        match judge(&context.watermarks, backlog.bytes, total) {
-            Judgement::Reset => return Err(Break::Overload),
-            Judgement::Hold if !backlog.paused => spliced.pause(source).map_err(Break::Lost)?,
-            Judgement::Go if !backlog.paused => {
+        match decide_backpressure(&context.watermarks, backlog.bytes, total) {
+            BackpressureAction::Reset => return Err(Break::Overload),
+            BackpressureAction::Pause if !backlog.paused => spliced.pause(source).map_err(Break::Lost)?,
+            BackpressureAction::Continue if !backlog.paused => {
                 spliced.grant(backlog.queued).map_err(Break::Lost)?;
                 return Ok(Progress::Other);
             }
-            Judgement::Go | Judgement::Hold => {}
+            BackpressureAction::Continue | BackpressureAction::Pause => {}
         }
         self.direction.paused();
         Ok(Progress::Held)
@@ -498,7 +498,7 @@ impl Lane {
             self.direction.moved_to_user_space();
             return Poll::Ready(Ok(Progress::TakenBack));
         }
-        if judge(&context.watermarks, backlog.bytes, total) == Judgement::Reset {
+        if decide_backpressure(&context.watermarks, backlog.bytes, total) == BackpressureAction::Reset {
             return Poll::Ready(Err(Break::Overload));
         }
         self.pause.grow(0, DRAIN_PAUSE, task);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{
     Context,
     direction::NextAction,
-    half_duplex::{Between, Break, Enrolment, Lane, Progress},
+    half_duplex::{DirectionIo, Enrolment, ForwardError, HalfDuplex, StepOutcome},
     registry::Handle,
 };
 use crate::{
@@ -41,8 +41,8 @@ pub(super) struct Pump {
     row: Handle,
     client: Endpoint,
     backend: Endpoint,
-    to_backend: Lane,
-    to_client: Lane,
+    to_backend: HalfDuplex,
+    to_client: HalfDuplex,
     header_sent: Instant,
     /// When payload last passed through user space.
     last: Instant,
@@ -90,8 +90,8 @@ impl Pump {
     ) -> Self {
         let now = Instant::now();
         Self {
-            to_backend: Lane::new(read, held, awaiting_check, &context),
-            to_client: Lane::new(0, BytesMut::new(), false, &context),
+            to_backend: HalfDuplex::new(read, held, awaiting_check, &context),
+            to_client: HalfDuplex::new(0, BytesMut::new(), false, &context),
             context,
             row,
             client,
@@ -130,13 +130,13 @@ impl Pump {
             }
             let stepped = poll_fn(|task| self.poll_step(task)).await;
             match self.explained(stepped) {
-                Step::ToBackend(Ok(Progress::Resumed))
-                    if self.gone.client && !self.to_backend.complete(&self.client) =>
+                Step::ToBackend(Ok(StepOutcome::Resumed))
+                    if self.gone.client && !self.to_backend.is_complete(&self.client) =>
                 {
                     return (CloseReason::ClientReset, None);
                 }
-                Step::ToClient(Ok(Progress::Resumed))
-                    if self.gone.backend && !self.to_client.complete(&self.backend) =>
+                Step::ToClient(Ok(StepOutcome::Resumed))
+                    if self.gone.backend && !self.to_client.is_complete(&self.backend) =>
                 {
                     return (CloseReason::BackendReset, None);
                 }
@@ -147,27 +147,28 @@ impl Pump {
                     if self.no_banner() {
                         return (CloseReason::NoBanner, None);
                     }
-                    self.backend_finished_first |= self.to_client.ended() && !self.to_backend.ended();
+                    self.backend_finished_first |=
+                        self.to_client.source_ended() && !self.to_backend.source_ended();
                 }
-                Step::ToBackend(Err(Break::Target(error))) | Step::BackendGone(Some(error)) => {
+                Step::ToBackend(Err(ForwardError::Target(error))) | Step::BackendGone(Some(error)) => {
                     self.gone.backend = true;
-                    self.backend_finished_first |= !self.to_backend.ended();
+                    self.backend_finished_first |= !self.to_backend.source_ended();
                     self.to_backend.abandon();
-                    if self.to_client.runs_in_kernel() && !self.to_client.complete(&self.backend) {
+                    if self.to_client.is_spliced() && !self.to_client.is_complete(&self.backend) {
                         return self.broken(
-                            Break::Target(error),
+                            ForwardError::Target(error),
                             CloseReason::ClientReset,
                             CloseReason::BackendReset,
                         );
                     }
                     self.gone.backend_error = Some(error);
                 }
-                Step::ToClient(Err(Break::Target(error))) | Step::ClientGone(Some(error)) => {
+                Step::ToClient(Err(ForwardError::Target(error))) | Step::ClientGone(Some(error)) => {
                     self.gone.client = true;
                     self.to_client.abandon();
-                    if self.to_backend.runs_in_kernel() && !self.to_backend.complete(&self.client) {
+                    if self.to_backend.is_spliced() && !self.to_backend.is_complete(&self.client) {
                         return self.broken(
-                            Break::Target(error),
+                            ForwardError::Target(error),
                             CloseReason::BackendReset,
                             CloseReason::ClientReset,
                         );
@@ -189,7 +190,7 @@ impl Pump {
                 Step::Called => {
                     self.give_up_in_time();
                     self.account();
-                    if let Err(broken) = self.look() {
+                    if let Err(broken) = self.check_backlog() {
                         return self.broken(broken, CloseReason::Overload, CloseReason::Overload);
                     }
                     if let Some(reason) = self.silent_too_long() {
@@ -244,7 +245,7 @@ impl Pump {
     pub(super) async fn finish(mut self, reason: CloseReason, error: Option<io::Error>) -> Outcome {
         self.account();
         let (to_backend, to_client) = self.accounted;
-        let (client_cut, backend_cut) = (self.to_backend.was_cut(), self.to_client.was_cut());
+        let (client_cut, backend_cut) = (self.to_backend.is_truncated(), self.to_client.is_truncated());
         let Self { client, backend, to_backend: up, to_client: down, .. } = self;
         // The directions leave the kernel's maps before their sockets close.
         drop((up, down));
@@ -299,8 +300,8 @@ impl Pump {
             }
         }
         let monitor = &context.hangups;
-        let of_client = Interest { read: to_backend.may_read_source(), write: to_client.may_write_target() };
-        let of_backend = Interest { read: to_client.may_read_source(), write: to_backend.may_write_target() };
+        let of_client = Interest { read: to_backend.wants_readable(), write: to_client.wants_writable() };
+        let of_backend = Interest { read: to_client.wants_readable(), write: to_backend.wants_writable() };
         client
             .set_interest(of_client, monitor)
             .and_then(|()| backend.set_interest(of_backend, monitor))
@@ -342,28 +343,31 @@ impl Pump {
         }
     }
 
-    fn note(&mut self, progress: Progress) {
+    fn note(&mut self, progress: StepOutcome) {
         match progress {
-            Progress::Read => self.last = Instant::now(),
-            Progress::Held => self.context.metrics.held(),
-            Progress::TakenBack => self.context.metrics.moved_to_user_space(),
-            Progress::Resumed => self.context.metrics.resumed(),
-            Progress::Other => {}
+            StepOutcome::Read => self.last = Instant::now(),
+            StepOutcome::Paused => self.context.metrics.held(),
+            StepOutcome::MovedToUserSpace => self.context.metrics.moved_to_user_space(),
+            StepOutcome::Resumed => self.context.metrics.resumed(),
+            StepOutcome::Other => {}
         }
     }
 
     /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
-    fn look(&mut self) -> Result<(), Break> {
+    fn check_backlog(&mut self) -> Result<(), ForwardError> {
         let Self { context, client, backend, to_backend, to_client, .. } = self;
         let (up, down) = both_ways(context, client, backend);
-        let looked = [to_backend.look(up)?, to_client.look(down)?];
-        looked.into_iter().for_each(|progress| self.note(progress));
+        let outcomes = [to_backend.check_backlog(up)?, to_client.check_backlog(down)?];
+        outcomes.into_iter().for_each(|progress| self.note(progress));
         Ok(())
     }
 
     /// The first byte of a backend always passes through user space.
-    fn note_first_byte(&mut self, progress: Progress) {
-        if progress == Progress::Read && self.accounted.1 == Bytes::default() && !self.to_client.silent() {
+    fn note_first_byte(&mut self, progress: StepOutcome) {
+        if progress == StepOutcome::Read
+            && self.accounted.1 == Bytes::default()
+            && !self.to_client.has_read_nothing()
+        {
             self.context.metrics.first_byte(self.header_sent.elapsed());
             self.account();
         }
@@ -371,39 +375,39 @@ impl Pump {
 
     /// The backend ended before its first byte, while the client still had something to say or to wait for.
     fn no_banner(&self) -> bool {
-        self.to_client.ended()
-            && self.to_client.silent()
+        self.to_client.source_ended()
+            && self.to_client.has_read_nothing()
             && !self.client_finished()
             && self.context.expects_banner
     }
 
     /// Whether the client has said its last; a direction that was given up says nothing of that.
     fn client_finished(&self) -> bool {
-        self.to_backend.ended() && !self.to_backend.was_cut()
+        self.to_backend.source_ended() && !self.to_backend.is_truncated()
     }
 
     fn broken(
         &self,
-        broken: Break,
+        broken: ForwardError,
         source: CloseReason,
         target: CloseReason,
     ) -> (CloseReason, Option<io::Error>) {
         let (reason, error) = match broken {
-            Break::Source(error) => (source, Some(error)),
-            Break::Target(error) => (target, Some(error)),
-            Break::Lost(error) => (CloseReason::Lost, Some(error)),
-            Break::Forged => (CloseReason::Forged, None),
-            Break::Overload => (CloseReason::Overload, None),
+            ForwardError::Source(error) => (source, Some(error)),
+            ForwardError::Target(error) => (target, Some(error)),
+            ForwardError::Lost(error) => (CloseReason::Lost, Some(error)),
+            ForwardError::Forged => (CloseReason::Forged, None),
+            ForwardError::Overload => (CloseReason::Overload, None),
         };
         let refused = reason == CloseReason::BackendReset
-            && self.to_client.silent()
+            && self.to_client.has_read_nothing()
             && !self.client_finished()
             && self.context.expects_banner;
         (if refused { CloseReason::NoBanner } else { reason }, error)
     }
 
     fn silence_allowed(&self) -> Duration {
-        let half_closed = self.to_backend.ended() || self.to_client.ended();
+        let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
         let timeouts = &self.context.timeouts;
         if half_closed { timeouts.half_closed } else { timeouts.idle }
     }
@@ -412,13 +416,13 @@ impl Pump {
         if self.last_activity().elapsed() < self.silence_allowed() {
             return None;
         }
-        let half_closed = self.to_backend.ended() || self.to_client.ended();
+        let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
         Some(if half_closed { CloseReason::HalfClosed } else { CloseReason::Idle })
     }
 
     /// When payload last passed, in whichever plane.
     fn last_activity(&self) -> Instant {
-        let carried = self.to_backend.last_carried_ns().max(self.to_client.last_carried_ns());
+        let carried = self.to_backend.last_spliced_ns().max(self.to_client.last_spliced_ns());
         let since = crate::os::clock::monotonic_ns().saturating_sub(carried);
         let carried = Instant::now().checked_sub(Duration::from_nanos(since));
         carried.map_or(self.last, |carried| carried.max(self.last))
@@ -436,8 +440,8 @@ impl Pump {
 }
 
 enum Step {
-    ToBackend(Result<Progress, Break>),
-    ToClient(Result<Progress, Break>),
+    ToBackend(Result<StepOutcome, ForwardError>),
+    ToClient(Result<StepOutcome, ForwardError>),
     ClientGone(Option<io::Error>),
     BackendGone(Option<io::Error>),
     /// By the clock, or because all are cut.
@@ -445,9 +449,11 @@ enum Step {
 }
 
 /// A source that is broken for the reason that a write to the same socket was told.
-fn known(broken: Break, reason: Option<io::Error>) -> Break {
+fn known(broken: ForwardError, reason: Option<io::Error>) -> ForwardError {
     match (broken, reason) {
-        (Break::Source(error), Some(reason)) if error.raw_os_error().is_none() => Break::Source(reason),
+        (ForwardError::Source(error), Some(reason)) if error.raw_os_error().is_none() => {
+            ForwardError::Source(reason)
+        }
         (broken, _) => broken,
     }
 }
@@ -457,9 +463,9 @@ fn both_ways<'a>(
     context: &'a Context,
     client: &'a Endpoint,
     backend: &'a Endpoint,
-) -> (Between<'a>, Between<'a>) {
-    let between = |source, target| Between { context, source, target };
-    (between(client, backend), between(backend, client))
+) -> (DirectionIo<'a>, DirectionIo<'a>) {
+    let io = |source, target| DirectionIo { context, source, target };
+    (io(client, backend), io(backend, client))
 }
 
 fn difference(now: Bytes, before: Bytes) -> Bytes {

@@ -32,20 +32,20 @@ use crate::{
 };
 
 /// Longest pause between two looks whether a finished direction has been delivered.
-const PROOF_PAUSE: Duration = Duration::from_millis(4);
+const MAX_DELIVERY_BACKOFF: Duration = Duration::from_millis(4);
 /// Ends of file in a row, a millisecond apart, after which one is believed to be a reset.
-const EARLY_ENDS: u32 = 2000;
+const MAX_SPURIOUS_EOFS: u32 = 2000;
 /// Longest pause between two looks whether a target has caught up.
-const DRAIN_PAUSE: Duration = Duration::from_millis(16);
+const MAX_DRAIN_BACKOFF: Duration = Duration::from_millis(16);
 
 /// Payload of at least so many bytes is bulk, which a pipe carries better than a buffer.
-const LARGE: usize = 16 * 1024;
+const BULK_SIZE: usize = 16 * 1024;
 /// So many of these in a row, and a pipe is taken for the next.
-const BULK_AFTER: u32 = 2;
+const MIN_BULK_READS: u32 = 2;
 
 /// Why a direction cannot go on.
 #[derive(Debug)]
-pub(super) enum Break {
+pub(super) enum ForwardError {
     /// The socket that payload comes from.
     Source(io::Error),
     /// The socket that payload goes to.
@@ -62,31 +62,31 @@ pub(super) enum Break {
 ///
 /// There are two to a connection, and most connections are idle: what is seldom there is on the heap.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct HalfDuplex {
     direction: Direction,
     /// Holds something, if it is there.
-    waiting: Option<Box<Waiting>>,
+    pending_write: Option<Box<PendingWrite>>,
     /// Bytes that went into pipes.
     piped: u64,
     /// Large payloads in a row.
-    large: u32,
+    bulk_reads: u32,
     /// Payloads read in user space that were not bulk.
     messages: u32,
     /// Once the kernel has had the direction.
-    carried: Option<Box<Carried>>,
+    spliced_state: Option<Box<SplicedState>>,
     /// The engine refused this direction once, or never carries any.
-    stays: bool,
+    splice_disabled: bool,
     /// Given up before its end: the source has been told that bytes arrived which nobody took.
-    cut: bool,
+    truncated: bool,
     /// Until the next look at what nothing tells of.
-    pause: Pause,
+    backoff: Backoff,
     /// What waits in the kernel for the target.
-    share: BacklogShare,
+    backlog_share: BacklogShare,
 }
 
 /// Between which sockets a direction runs, and what it shares with all others.
 #[derive(Clone, Copy)]
-pub(super) struct Between<'a> {
+pub(super) struct DirectionIo<'a> {
     pub(super) context: &'a Context,
     pub(super) source: &'a Endpoint,
     pub(super) target: &'a Endpoint,
@@ -94,13 +94,13 @@ pub(super) struct Between<'a> {
 
 /// Read and not yet written.
 #[derive(Debug, Default)]
-struct Waiting {
+struct PendingWrite {
     bytes: BytesMut,
     /// Comes behind them.
     pipe: Option<Pipe>,
 }
 
-impl Waiting {
+impl PendingWrite {
     fn poll_write(&mut self, task: &mut task::Context<'_>, target: &Endpoint) -> Poll<io::Result<usize>> {
         match &mut self.pipe {
             Some(pipe) if self.bytes.is_empty() => target.poll_drain(task, pipe),
@@ -119,28 +119,28 @@ impl Waiting {
 
 /// A direction in the kernel's hands.
 #[derive(Debug)]
-struct Carried {
+struct SplicedState {
     spliced: Box<dyn SplicedDirection>,
     /// What user space had read when the kernel first took over.
     read_before: u64,
     /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
     /// the offer came to nothing, there is more to read.
-    offered_at: u64,
+    proposed_at: u64,
     /// How often in a row there was an end of file, and then there was none.
-    early_ends: u32,
+    spurious_eofs: u32,
 }
 
 /// Between two looks at what nothing tells of.
 #[derive(Debug, Default)]
-struct Pause {
+struct Backoff {
     sleep: Option<Pin<Box<Sleep>>>,
     /// Looks in a row that found nothing.
-    looks: u32,
+    attempts: u32,
 }
 
-impl Pause {
+impl Backoff {
     /// Begins, for so long.
-    fn begin(&mut self, length: Duration, task: &mut task::Context<'_>) {
+    fn start(&mut self, length: Duration, task: &mut task::Context<'_>) {
         let sleep = self.sleep.insert(Box::pin(sleep(length)));
         if sleep.as_mut().poll(task).is_ready() {
             task.waker().wake_by_ref();
@@ -149,18 +149,18 @@ impl Pause {
 
     /// Begins after a look that has found nothing. Each is longer than the one before, but not longer than `most`. Of the first
     /// looks, `at_once` come without a pause, after other tasks.
-    fn grow(&mut self, at_once: u32, most: Duration, task: &mut task::Context<'_>) {
-        if self.looks < at_once {
+    fn extend(&mut self, immediate: u32, max: Duration, task: &mut task::Context<'_>) {
+        if self.attempts < immediate {
             // Polled once it is pending, and wakes this task when the others have had their turn.
             let _ = pin!(yield_now()).poll(task);
         } else {
-            let length = RETRY_DELAY * (1 << (self.looks - at_once).min(10));
-            self.begin(length.min(most), task);
+            let length = RETRY_DELAY * (1 << (self.attempts - immediate).min(10));
+            self.start(length.min(max), task);
         }
-        self.looks += 1;
+        self.attempts += 1;
     }
 
-    fn poll_over(&mut self, task: &mut task::Context<'_>) -> Poll<()> {
+    fn poll_elapsed(&mut self, task: &mut task::Context<'_>) -> Poll<()> {
         if let Some(sleep) = &mut self.sleep {
             ready!(sleep.as_mut().poll(task));
             self.sleep = None;
@@ -169,41 +169,41 @@ impl Pause {
     }
 
     /// What was looked for is there.
-    fn end(&mut self) {
+    fn reset(&mut self) {
         *self = Self::default();
     }
 }
 
 /// What a step has brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum StepOutcome {
     /// Payload was read in user space.
     Read,
     /// The kernel was told to leave the source to user space.
-    Held,
+    Paused,
     /// User space carries the direction again.
-    TakenBack,
+    MovedToUserSpace,
     /// The kernel carries the direction once more.
     Resumed,
     /// Anything else.
     Other,
 }
 
-impl Lane {
+impl HalfDuplex {
     /// A direction of which `held` was read before and not yet written. While `gated`, the first bytes are examined
     /// for a forged header.
     pub(super) fn new(read: u64, held: BytesMut, awaiting_check: bool, context: &Context) -> Self {
         Self {
             direction: Direction::new(read, held.len(), awaiting_check),
-            waiting: (!held.is_empty()).then(|| Box::new(Waiting { bytes: held, pipe: None })),
+            pending_write: (!held.is_empty()).then(|| Box::new(PendingWrite { bytes: held, pipe: None })),
             piped: 0,
-            large: 0,
+            bulk_reads: 0,
             messages: u32::from(read > 0),
-            carried: None,
-            stays: false,
-            cut: false,
-            pause: Pause::default(),
-            share: context.backlog_total.share(),
+            spliced_state: None,
+            splice_disabled: false,
+            truncated: false,
+            backoff: Backoff::default(),
+            backlog_share: context.backlog_total.share(),
         }
     }
 
@@ -211,38 +211,38 @@ impl Lane {
         self.direction.next_action()
     }
 
-    pub(super) fn ended(&self) -> bool {
+    pub(super) fn source_ended(&self) -> bool {
         self.direction.source_ended()
     }
 
     /// Whether it was given up before its end.
-    pub(super) fn was_cut(&self) -> bool {
-        self.cut
+    pub(super) fn is_truncated(&self) -> bool {
+        self.truncated
     }
 
     /// Whether the source has ever been read in user space; it is, before the kernel takes over.
-    pub(super) fn silent(&self) -> bool {
+    pub(super) fn has_read_nothing(&self) -> bool {
         self.direction.read_bytes() == 0
     }
 
     /// The target takes nothing any more.
     pub(super) fn abandon(&mut self) {
-        self.cut |= self.next_action() != NextAction::Finished;
+        self.truncated |= self.next_action() != NextAction::Finished;
         self.direction.abandon();
-        self.waiting = None;
-        self.pause.end();
-        self.share.set(0);
+        self.pending_write = None;
+        self.backoff.reset();
+        self.backlog_share.set(0);
     }
 
     /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
-    fn is_fin(&self, source: &Endpoint) -> bool {
+    fn eof_is_fin(&self, source: &Endpoint) -> bool {
         // Asking the kernel for its counts is dear where sessions are short.
-        (self.carried.is_none() && source.eof_is_fin()) || self.complete(source)
+        (self.spliced_state.is_none() && source.eof_is_fin()) || self.is_complete(source)
     }
 
     /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
     /// of file to epoll, and to recv(2) once its error was fetched; only the count tells, in which a FIN is one.
-    pub(super) fn complete(&self, source: &Endpoint) -> bool {
+    pub(super) fn is_complete(&self, source: &Endpoint) -> bool {
         // The kernel may be working on the last segment, having announced its FIN already: asking waits for that, and
         // only then is the flow's count final.
         let Ok(info) = sockopt::tcp_info(source) else { return false };
@@ -251,22 +251,22 @@ impl Lane {
 
     /// Whether the kernel takes what the source sends away at once: then nothing waits to be read that could say how it
     /// ended.
-    pub(super) fn runs_in_kernel(&self) -> bool {
+    pub(super) fn is_spliced(&self) -> bool {
         self.direction.path() == DataPath::Spliced
     }
 
     pub(super) fn reads_source(&self) -> bool {
-        self.may_read_source() && !self.direction.source_ended()
+        self.wants_readable() && !self.direction.source_ended()
     }
 
     /// Whether user space is to be told of what the source sends. When that has finished there is nothing more to be told, but
     /// nothing to be gained either by asking for less.
-    pub(super) fn may_read_source(&self) -> bool {
+    pub(super) fn wants_readable(&self) -> bool {
         matches!(self.direction.path(), DataPath::Relayed | DataPath::Resuming)
     }
 
     /// Whether user space is to be told of room at the target.
-    pub(super) fn may_write_target(&self) -> bool {
+    pub(super) fn wants_writable(&self) -> bool {
         self.direction.path() == DataPath::Relayed
     }
 
@@ -277,26 +277,29 @@ impl Lane {
     }
 
     /// `CLOCK_MONOTONIC` of the last payload that the kernel carried, in nanoseconds; 0 if none.
-    pub(super) fn last_carried_ns(&self) -> u64 {
+    pub(super) fn last_spliced_ns(&self) -> u64 {
         self.flow().last_ns
     }
 
     fn flow(&self) -> injector_common::splice::Flow {
-        self.carried.as_ref().and_then(|carried| carried.spliced.flow().ok()).unwrap_or_default()
+        self.spliced_state
+            .as_ref()
+            .and_then(|spliced_state| spliced_state.spliced.flow().ok())
+            .unwrap_or_default()
     }
 
     /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
     /// nothing is held. Returns why the engine refused, the once that it does.
-    pub(super) fn enrol(&mut self, between: Between<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
-        let Between { context, source, target } = between;
-        if self.stays || !self.direction.can_splice() {
+    pub(super) fn enrol(&mut self, io: DirectionIo<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
+        let DirectionIo { context, source, target } = io;
+        if self.splice_disabled || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
         if !should_enrol(&context.enrolment, self.messages.into(), self.direction.read_bytes(), age) {
             return Enrolment::NotNow;
         }
-        if self.carried.is_some() {
-            return self.offer(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
+        if self.spliced_state.is_some() {
+            return self.propose_resume(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
         }
         if !source.recv_drained() {
             return Enrolment::NotNow;
@@ -304,31 +307,32 @@ impl Lane {
         let read = self.direction.read_bytes();
         match context.engine.enrol(source, target, read) {
             Some(Ok(spliced)) => {
-                let carried = Carried { spliced, read_before: read, offered_at: 0, early_ends: 0 };
-                self.carried = Some(Box::new(carried));
+                let spliced_state =
+                    SplicedState { spliced, read_before: read, proposed_at: 0, spurious_eofs: 0 };
+                self.spliced_state = Some(Box::new(spliced_state));
                 self.direction.spliced();
                 Enrolment::Done
             }
             Some(Err(refused)) => {
-                self.stays = true;
+                self.splice_disabled = true;
                 Enrolment::Refused(refused)
             }
             None => {
-                self.stays = true;
+                self.splice_disabled = true;
                 Enrolment::NotNow
             }
         }
     }
 
     /// Offers the kernel to carry again, once the target has taken all but a little of what user space wrote.
-    fn offer(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
-        let Some(carried) = &mut self.carried else { return Ok(()) };
+    fn propose_resume(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
+        let Some(spliced_state) = &mut self.spliced_state else { return Ok(()) };
         let read = self.direction.read_bytes();
-        if read == carried.offered_at || sockopt::unacknowledged(target)? > context.watermarks.low {
+        if read == spliced_state.proposed_at || sockopt::unacknowledged(target)? > context.watermarks.low {
             return Ok(());
         }
-        carried.offered_at = read;
-        if carried.spliced.propose_resume(read - carried.read_before)? {
+        spliced_state.proposed_at = read;
+        if spliced_state.spliced.propose_resume(read - spliced_state.read_before)? {
             self.direction.resume_proposed();
         }
         Ok(())
@@ -338,73 +342,73 @@ impl Lane {
     pub(super) fn poll_step(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
-        let target = between.target;
-        ready!(self.pause.poll_over(task));
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
+        let target = io.target;
+        ready!(self.backoff.poll_elapsed(task));
         match self.direction.next_action() {
-            NextAction::Read => return self.poll_read(task, between),
+            NextAction::Read => return self.poll_read(task, io),
             NextAction::Write => {
-                let Some(waiting) = &mut self.waiting else { return Poll::Pending };
-                let written = ready!(waiting.poll_write(task, target)).map_err(Break::Target)?;
-                self.waiting.take_if(|waiting| waiting.is_empty());
+                let Some(pending_write) = &mut self.pending_write else { return Poll::Pending };
+                let written = ready!(pending_write.poll_write(task, target)).map_err(ForwardError::Target)?;
+                self.pending_write.take_if(|pending_write| pending_write.is_empty());
                 self.direction.wrote(written);
             }
-            NextAction::AwaitFin => return self.poll_attend(task, between),
-            NextAction::AwaitDrain => return self.poll_drain(task, between),
-            NextAction::AwaitResume => return self.poll_hand_over(task, between),
-            NextAction::AwaitDelivery => return self.poll_prove(task, between),
+            NextAction::AwaitFin => return self.poll_spliced(task, io),
+            NextAction::AwaitDrain => return self.poll_drain(task, io),
+            NextAction::AwaitResume => return self.poll_resume(task, io),
+            NextAction::AwaitDelivery => return self.poll_delivered(task, io),
             NextAction::SendFin => {
-                target.finish().map_err(Break::Target)?;
+                target.finish().map_err(ForwardError::Target)?;
                 self.direction.fin_sent();
-                self.share.set(0);
+                self.backlog_share.set(0);
             }
             NextAction::Finished => return Poll::Pending,
         }
-        Poll::Ready(Ok(Progress::Other))
+        Poll::Ready(Ok(StepOutcome::Other))
     }
 
     fn poll_read(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
-        let Between { context, source, target } = between;
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
+        let DirectionIo { context, source, target } = io;
         if self.is_bulk()
             && let Some((pipe, count)) =
-                ready!(source.poll_fill(task, &context.pipes)).map_err(Break::Source)?
+                ready!(source.poll_fill(task, &context.pipes)).map_err(ForwardError::Source)?
         {
             return Poll::Ready(self.pass(pipe, count, target));
         }
-        let Self { direction, waiting, messages, large, carried, .. } = self;
+        let Self { direction, pending_write, messages, bulk_reads, spliced_state, .. } = self;
         let taken = source.poll_read(task, |payload| {
             if payload.is_empty() {
                 return None;
             }
             direction.read(payload.len());
-            if payload.len() >= LARGE {
-                *large += 1;
+            if payload.len() >= BULK_SIZE {
+                *bulk_reads += 1;
             } else {
-                (*large, *messages) = (0, messages.saturating_add(1));
+                (*bulk_reads, *messages) = (0, messages.saturating_add(1));
             }
-            if let Some(carried) = carried {
-                carried.early_ends = 0;
+            if let Some(spliced_state) = spliced_state {
+                spliced_state.spurious_eofs = 0;
             }
             // Its FIN then leaves in one segment with it.
-            let last = carried.is_none() && source.fin_follows();
-            Some(take(direction, waiting, payload, last, target))
+            let last = spliced_state.is_none() && source.fin_follows();
+            Some(take(direction, pending_write, payload, last, target))
         });
-        match ready!(taken).map_err(Break::Source)? {
+        match ready!(taken).map_err(ForwardError::Source)? {
             Some(Some(taken)) => Poll::Ready(taken),
-            Some(None) if self.is_fin(source) => {
+            Some(None) if self.eof_is_fin(source) => {
                 self.direction.source_finished();
-                Poll::Ready(Ok(Progress::Other))
+                Poll::Ready(Ok(StepOutcome::Other))
             }
-            Some(None) if !self.more_is_coming(source) => {
-                Poll::Ready(Err(Break::Source(io::ErrorKind::ConnectionReset.into())))
+            Some(None) if !self.eof_is_spurious(source) => {
+                Poll::Ready(Err(ForwardError::Source(io::ErrorKind::ConnectionReset.into())))
             }
             Some(None) | None => {
-                self.pause.begin(RETRY_DELAY, task);
+                self.backoff.start(RETRY_DELAY, task);
                 Poll::Pending
             }
         }
@@ -413,74 +417,77 @@ impl Lane {
     /// Whether a pipe serves better than a buffer. Never again where `verdict` has had the source: what it passes is on a list
     /// of its own, which splice(2) does not look at (tcp_splice_read, net/ipv4/tcp.c).
     fn is_bulk(&self) -> bool {
-        self.large >= BULK_AFTER && self.carried.is_none() && self.direction.can_splice()
+        self.bulk_reads >= MIN_BULK_READS && self.spliced_state.is_none() && self.direction.can_splice()
     }
 
     /// Passes on what has just come into a pipe, as far as the target takes it now.
-    fn pass(&mut self, mut pipe: Pipe, count: usize, target: &Endpoint) -> Result<Progress, Break> {
+    fn pass(&mut self, mut pipe: Pipe, count: usize, target: &Endpoint) -> Result<StepOutcome, ForwardError> {
         self.direction.read(count);
         self.piped += count as u64;
-        if count < LARGE {
-            self.large = 0;
+        if count < BULK_SIZE {
+            self.bulk_reads = 0;
         }
         let drained = target.try_drain(&mut pipe);
         if pipe.held() > 0 {
-            self.waiting.get_or_insert_default().pipe = Some(pipe);
+            self.pending_write.get_or_insert_default().pipe = Some(pipe);
         }
-        self.direction.wrote(drained.map_err(Break::Target)?);
-        Ok(Progress::Read)
+        self.direction.wrote(drained.map_err(ForwardError::Target)?);
+        Ok(StepOutcome::Read)
     }
 
     /// Whether an end of file comes too early: of a socket that has been in the program's hands, recv(2) says 0 after the
     /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
-    fn more_is_coming(&mut self, source: &Endpoint) -> bool {
-        let Some(carried) = &mut self.carried else { return false };
+    fn eof_is_spurious(&mut self, source: &Endpoint) -> bool {
+        let Some(spliced_state) = &mut self.spliced_state else { return false };
         let Ok(info) = sockopt::tcp_info(source) else { return false };
-        let redirected = carried.spliced.flow().map_or(0, |flow| flow.redirected);
-        carried.early_ends += 1;
-        info.bytes_received > self.direction.read_bytes() + redirected + 1 && carried.early_ends < EARLY_ENDS
+        let redirected = spliced_state.spliced.flow().map_or(0, |flow| flow.redirected);
+        spliced_state.spurious_eofs += 1;
+        info.bytes_received > self.direction.read_bytes() + redirected + 1
+            && spliced_state.spurious_eofs < MAX_SPURIOUS_EOFS
     }
 
-    fn spliced(&self) -> Result<&dyn SplicedDirection, Break> {
-        let missing = || Break::Lost(io::ErrorKind::NotFound.into());
-        self.carried.as_ref().map(|carried| &*carried.spliced).ok_or_else(missing)
+    fn spliced(&self) -> Result<&dyn SplicedDirection, ForwardError> {
+        let missing = || ForwardError::Lost(io::ErrorKind::NotFound.into());
+        self.spliced_state.as_ref().map(|spliced_state| &*spliced_state.spliced).ok_or_else(missing)
     }
 
     /// While the kernel carries: until the source finishes, or what waits for the target has to be looked at.
-    fn poll_attend(
+    fn poll_spliced(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
         if self.spliced()?.backlog_notify().poll_notified(task).is_ready() {
-            return Poll::Ready(self.look(between));
+            return Poll::Ready(self.check_backlog(io));
         }
-        ready!(between.source.poll_finished(task));
+        ready!(io.source.poll_finished(task));
         self.direction.source_finished();
-        Poll::Ready(Ok(Progress::Other))
+        Poll::Ready(Ok(StepOutcome::Other))
     }
 
     /// Looks at what waits for the target, and holds the source if it is too much.
-    pub(super) fn look(&mut self, between: Between<'_>) -> Result<Progress, Break> {
-        let Between { context, source, target } = between;
-        let Some(carried) = &self.carried else { return Ok(Progress::Other) };
+    pub(super) fn check_backlog(&mut self, io: DirectionIo<'_>) -> Result<StepOutcome, ForwardError> {
+        let DirectionIo { context, source, target } = io;
+        let Some(spliced_state) = &self.spliced_state else { return Ok(StepOutcome::Other) };
         if self.direction.next_action() != NextAction::AwaitFin {
-            return Ok(Progress::Other);
+            return Ok(StepOutcome::Other);
         }
-        let spliced = &carried.spliced;
-        let backlog = spliced.backlog(target).map_err(Break::Lost)?;
-        let total = self.share.set(backlog.bytes);
+        let spliced = &spliced_state.spliced;
+        let backlog = spliced.backlog(target).map_err(ForwardError::Lost)?;
+        let total = self.backlog_share.set(backlog.bytes);
         match decide_backpressure(&context.watermarks, backlog.bytes, total) {
-            BackpressureAction::Reset => return Err(Break::Overload),
-            BackpressureAction::Pause if !backlog.paused => spliced.pause(source).map_err(Break::Lost)?,
+            BackpressureAction::Reset => return Err(ForwardError::Overload),
+            BackpressureAction::Pause if !backlog.paused => {
+                spliced.pause(source).map_err(ForwardError::Lost)?
+            }
             BackpressureAction::Continue if !backlog.paused => {
-                spliced.grant(backlog.queued).map_err(Break::Lost)?;
-                return Ok(Progress::Other);
+                spliced.grant(backlog.queued).map_err(ForwardError::Lost)?;
+                return Ok(StepOutcome::Other);
             }
             BackpressureAction::Continue | BackpressureAction::Pause => {}
         }
         self.direction.paused();
-        Ok(Progress::Held)
+        Ok(StepOutcome::Paused)
     }
 
     /// While the source is held: until the target has taken all that is on its way. Then user space goes on, and keeps
@@ -488,76 +495,76 @@ impl Lane {
     fn poll_drain(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
-        let Between { context, target, .. } = between;
-        let backlog = self.spliced()?.backlog(target).map_err(Break::Lost)?;
-        let total = self.share.set(backlog.bytes);
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
+        let DirectionIo { context, target, .. } = io;
+        let backlog = self.spliced()?.backlog(target).map_err(ForwardError::Lost)?;
+        let total = self.backlog_share.set(backlog.bytes);
         if backlog.bytes == 0 {
-            self.pause.end();
+            self.backoff.reset();
             self.direction.moved_to_user_space();
-            return Poll::Ready(Ok(Progress::TakenBack));
+            return Poll::Ready(Ok(StepOutcome::MovedToUserSpace));
         }
         if decide_backpressure(&context.watermarks, backlog.bytes, total) == BackpressureAction::Reset {
-            return Poll::Ready(Err(Break::Overload));
+            return Poll::Ready(Err(ForwardError::Overload));
         }
-        self.pause.grow(0, DRAIN_PAUSE, task);
+        self.backoff.extend(0, MAX_DRAIN_BACKOFF, task);
         Poll::Pending
     }
 
     /// While the kernel is offered the direction: until it has taken it, or there is more for user space to read.
-    fn poll_hand_over(
+    fn poll_resume(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
-        let Between { source, target, .. } = between;
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
+        let DirectionIo { source, target, .. } = io;
         let spliced = self.spliced()?;
         let mut taken = false;
         // It may have been rung before the offer, when the direction was held.
         while !taken && spliced.backlog_notify().poll_notified(task).is_ready() {
-            taken = spliced.flow().map_err(Break::Lost)?.passing == 0;
+            taken = spliced.flow().map_err(ForwardError::Lost)?.passing == 0;
         }
         if !taken {
-            ready!(source.poll_readable(task)).map_err(Break::Source)?;
+            ready!(source.poll_readable(task)).map_err(ForwardError::Source)?;
         }
-        Poll::Ready(Ok(match spliced.cancel_resume(source, target).map_err(Break::Lost)? {
+        Poll::Ready(Ok(match spliced.cancel_resume(source, target).map_err(ForwardError::Lost)? {
             ResumeOutcome::Resumed => {
                 self.direction.resumed();
-                Progress::Resumed
+                StepOutcome::Resumed
             }
             ResumeOutcome::Paused => {
                 self.direction.paused();
-                Progress::Held
+                StepOutcome::Paused
             }
             ResumeOutcome::Cancelled => {
                 self.direction.resume_cancelled();
-                Progress::Other
+                StepOutcome::Other
             }
         }))
     }
 
     /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
     /// them to user space.
-    fn poll_prove(
+    fn poll_delivered(
         &mut self,
         task: &mut task::Context<'_>,
-        between: Between<'_>,
-    ) -> Poll<Result<Progress, Break>> {
-        let Between { source, target, .. } = between;
+        io: DirectionIo<'_>,
+    ) -> Poll<Result<StepOutcome, ForwardError>> {
+        let DirectionIo { source, target, .. } = io;
         let spliced = self.spliced()?;
-        if spliced.delivered(source, target, self.direction.read_bytes()).map_err(Break::Lost)? {
-            self.pause.end();
+        if spliced.delivered(source, target, self.direction.read_bytes()).map_err(ForwardError::Lost)? {
+            self.backoff.reset();
             self.direction.delivered();
-            return Poll::Ready(Ok(Progress::Other));
+            return Poll::Ready(Ok(StepOutcome::Other));
         }
-        if spliced.backlog(target).map_err(Break::Lost)?.paused {
-            self.pause.end();
+        if spliced.backlog(target).map_err(ForwardError::Lost)?.paused {
+            self.backoff.reset();
             self.direction.paused();
-            return Poll::Ready(Ok(Progress::Held));
+            return Poll::Ready(Ok(StepOutcome::Paused));
         }
         // The worker that fills the target's queue has most often been there already, or needs this processor.
-        self.pause.grow(2, PROOF_PAUSE, task);
+        self.backoff.extend(2, MAX_DELIVERY_BACKOFF, task);
         Poll::Pending
     }
 }
@@ -587,35 +594,35 @@ pub(super) enum Enrolment {
 /// Passes on what was just read, as far as the target takes it now; the rest waits. The `last` of it is sent with what follows.
 fn take(
     direction: &mut Direction,
-    waiting: &mut Option<Box<Waiting>>,
+    pending_write: &mut Option<Box<PendingWrite>>,
     payload: &[u8],
     last: bool,
     target: &Endpoint,
-) -> Result<Progress, Break> {
+) -> Result<StepOutcome, ForwardError> {
     let awaiting_check = direction.next_action() == NextAction::Read;
     // Only at the gate anything waits while there is more to read.
-    let mut held = waiting.take();
+    let mut held = pending_write.take();
     if let Some(held) = &mut held {
         held.bytes.extend_from_slice(payload);
     }
     let all = held.as_ref().map_or(payload, |held| &held.bytes);
     let written = match if awaiting_check { forgery(all) } else { Forgery::No } {
-        Forgery::Yes => return Err(Break::Forged),
+        Forgery::Yes => return Err(ForwardError::Forged),
         Forgery::Undecided => 0,
         Forgery::No => {
             direction.check_passed();
             let written = if last { target.try_write_more(all) } else { target.try_write(all) };
-            let written = written.map_err(Break::Target)?;
+            let written = written.map_err(ForwardError::Target)?;
             direction.wrote(written);
             written
         }
     };
     if written < all.len() {
-        let mut left = held.unwrap_or_else(|| Box::new(Waiting { bytes: payload.into(), pipe: None }));
+        let mut left = held.unwrap_or_else(|| Box::new(PendingWrite { bytes: payload.into(), pipe: None }));
         left.bytes.advance(written);
-        *waiting = Some(left);
+        *pending_write = Some(left);
     }
-    Ok(Progress::Read)
+    Ok(StepOutcome::Read)
 }
 
 #[cfg(test)]

@@ -163,7 +163,7 @@ impl Model {
         }
     }
 
-    /// As `Lane::enrol`: what was received and not read goes through the program at once (the kick).
+    /// As `HalfDuplex::enrol`: what was received and not read goes through the program at once (the kick).
     fn enrol(&mut self) {
         let read = self.direction.read_bytes();
         if self.enrolled {
@@ -196,7 +196,7 @@ impl Model {
         }
         match self.direction.next_action() {
             NextAction::Read if self.received.is_empty() => {
-                // `Lane::complete`: the count tells whether the end of file is the end.
+                // `HalfDuplex::complete`: the count tells whether the end of file is the end.
                 if self.fin && self.sent == self.direction.read_bytes() + self.flow.redirected {
                     self.direction.source_finished();
                 }

@@ -554,7 +554,7 @@ impl Serving {
                 watermarks: self.config.splice.watermarks,
                 backlog_total: self.shared.backlog_total.clone(),
                 hangups: worker.hangups().clone(),
-                cut: open.cut_next.clone(),
+                abort: open.cut_next.clone(),
                 table: worker.table().clone(),
                 run_id: self.shared.run_id,
             })

@@ -26,17 +26,17 @@ use crate::{
 };
 
 /// How often the counters of a long connection are brought up to date.
-const ACCOUNT_EVERY: Duration = Duration::from_secs(5);
+const ACCOUNTING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long a peer may take what it was sent last, before it is told by a reset that its own words found nobody.
-const LAST_WORDS: Duration = Duration::from_secs(30);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// So many steps are made for each look at the clock, where there is always one to make.
-const CLOCK_EVERY: u8 = 32;
+const STEPS_PER_TIMER_POLL: u8 = 32;
 
 /// A connection whose header is sent.
 #[derive(Debug)]
-pub(super) struct Pump {
+pub(super) struct Duplex {
     context: Arc<Context>,
     row: Handle,
     client: Endpoint,
@@ -45,12 +45,12 @@ pub(super) struct Pump {
     to_client: HalfDuplex,
     header_sent: Instant,
     /// When payload last passed through user space.
-    last: Instant,
+    last_relayed: Instant,
     accounted: (Bytes, Bytes),
     backend_finished_first: bool,
-    gone: Gone,
+    closed: PeerClosed,
     /// The kernel knows when to give up a backend that does not answer. Of the client it knows from the beginning.
-    lasts: bool,
+    timeouts_set: bool,
     /// Counts steps.
     turn: u8,
 }
@@ -58,7 +58,7 @@ pub(super) struct Pump {
 /// Which socket takes nothing any more, its peer having closed for good. What the peer sent before its FIN is still
 /// delivered to the other side.
 #[derive(Debug, Default)]
-struct Gone {
+struct PeerClosed {
     client: bool,
     backend: bool,
     /// Why, where a write was told: the kernel tells once, and whoever reads then sees an end without a reason.
@@ -68,7 +68,7 @@ struct Gone {
 
 /// How the pump stopped.
 #[derive(Debug)]
-pub(super) struct Outcome {
+pub(super) struct CloseOutcome {
     pub(super) reason: CloseReason,
     pub(super) error: Option<io::Error>,
     pub(super) to_backend: Bytes,
@@ -77,7 +77,7 @@ pub(super) struct Outcome {
     pub(super) client: Option<Endpoint>,
 }
 
-impl Pump {
+impl Duplex {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
         context: Arc<Context>,
@@ -97,11 +97,11 @@ impl Pump {
             client,
             backend,
             header_sent: now,
-            last: now,
+            last_relayed: now,
             accounted: Default::default(),
             backend_finished_first: false,
-            gone: Gone::default(),
-            lasts: false,
+            closed: PeerClosed::default(),
+            timeouts_set: false,
             turn: 0,
         }
     }
@@ -112,9 +112,9 @@ impl Pump {
     }
 
     /// Until both directions are finished or something breaks.
-    pub(super) async fn carry(&mut self) -> (CloseReason, Option<io::Error>) {
+    pub(super) async fn run(&mut self) -> (CloseReason, Option<io::Error>) {
         let first_look =
-            ACCOUNT_EVERY.min(self.silence_allowed()).min(self.context.timeouts.user_timeout / 2);
+            ACCOUNTING_INTERVAL.min(self.idle_limit()).min(self.context.timeouts.user_timeout / 2);
         self.row.call_in(first_look);
         loop {
             if let Err(ended) = self.prepare() {
@@ -129,75 +129,75 @@ impl Pump {
                 return (first, None);
             }
             let stepped = poll_fn(|task| self.poll_step(task)).await;
-            match self.explained(stepped) {
+            match self.classify_hangup(stepped) {
                 Step::ToBackend(Ok(StepOutcome::Resumed))
-                    if self.gone.client && !self.to_backend.is_complete(&self.client) =>
+                    if self.closed.client && !self.to_backend.is_complete(&self.client) =>
                 {
                     return (CloseReason::ClientReset, None);
                 }
                 Step::ToClient(Ok(StepOutcome::Resumed))
-                    if self.gone.backend && !self.to_client.is_complete(&self.backend) =>
+                    if self.closed.backend && !self.to_client.is_complete(&self.backend) =>
                 {
                     return (CloseReason::BackendReset, None);
                 }
-                Step::ToBackend(Ok(progress)) => self.note(progress),
+                Step::ToBackend(Ok(progress)) => self.record_outcome(progress),
                 Step::ToClient(Ok(progress)) => {
-                    self.note_first_byte(progress);
-                    self.note(progress);
-                    if self.no_banner() {
+                    self.record_first_byte(progress);
+                    self.record_outcome(progress);
+                    if self.lacks_banner() {
                         return (CloseReason::NoBanner, None);
                     }
                     self.backend_finished_first |=
                         self.to_client.source_ended() && !self.to_backend.source_ended();
                 }
-                Step::ToBackend(Err(ForwardError::Target(error))) | Step::BackendGone(Some(error)) => {
-                    self.gone.backend = true;
+                Step::ToBackend(Err(ForwardError::Target(error))) | Step::BackendClosed(Some(error)) => {
+                    self.closed.backend = true;
                     self.backend_finished_first |= !self.to_backend.source_ended();
                     self.to_backend.abandon();
                     if self.to_client.is_spliced() && !self.to_client.is_complete(&self.backend) {
-                        return self.broken(
+                        return self.failure(
                             ForwardError::Target(error),
                             CloseReason::ClientReset,
                             CloseReason::BackendReset,
                         );
                     }
-                    self.gone.backend_error = Some(error);
+                    self.closed.backend_error = Some(error);
                 }
-                Step::ToClient(Err(ForwardError::Target(error))) | Step::ClientGone(Some(error)) => {
-                    self.gone.client = true;
+                Step::ToClient(Err(ForwardError::Target(error))) | Step::ClientClosed(Some(error)) => {
+                    self.closed.client = true;
                     self.to_client.abandon();
                     if self.to_backend.is_spliced() && !self.to_backend.is_complete(&self.client) {
-                        return self.broken(
+                        return self.failure(
                             ForwardError::Target(error),
                             CloseReason::BackendReset,
                             CloseReason::ClientReset,
                         );
                     }
-                    self.gone.client_error = Some(error);
+                    self.closed.client_error = Some(error);
                 }
                 // Both have said their last, without an error: what was received is still passed on.
-                Step::BackendGone(None) => self.gone.backend = true,
-                Step::ClientGone(None) => self.gone.client = true,
-                Step::ToBackend(Err(broken)) => {
-                    let broken = known(broken, self.gone.client_error.take());
-                    return self.broken(broken, CloseReason::ClientReset, CloseReason::BackendReset);
+                Step::BackendClosed(None) => self.closed.backend = true,
+                Step::ClientClosed(None) => self.closed.client = true,
+                Step::ToBackend(Err(failure)) => {
+                    let failure = with_reported_error(failure, self.closed.client_error.take());
+                    return self.failure(failure, CloseReason::ClientReset, CloseReason::BackendReset);
                 }
-                Step::ToClient(Err(broken)) => {
-                    let broken = known(broken, self.gone.backend_error.take());
-                    return self.broken(broken, CloseReason::BackendReset, CloseReason::ClientReset);
+                Step::ToClient(Err(failure)) => {
+                    let failure = with_reported_error(failure, self.closed.backend_error.take());
+                    return self.failure(failure, CloseReason::BackendReset, CloseReason::ClientReset);
                 }
-                Step::Called if self.context.cut.is_cancelled() => return (CloseReason::Aborted, None),
-                Step::Called => {
-                    self.give_up_in_time();
-                    self.account();
-                    if let Err(broken) = self.check_backlog() {
-                        return self.broken(broken, CloseReason::Overload, CloseReason::Overload);
+                Step::TimerFired if self.context.abort.is_cancelled() => return (CloseReason::Aborted, None),
+                Step::TimerFired => {
+                    self.set_backend_timeouts();
+                    self.update_counters();
+                    if let Err(failure) = self.check_backlog() {
+                        return self.failure(failure, CloseReason::Overload, CloseReason::Overload);
                     }
-                    if let Some(reason) = self.silent_too_long() {
+                    if let Some(reason) = self.idle_reason() {
                         return (reason, None);
                     }
-                    let left = (self.last_activity() + self.silence_allowed()).duration_since(Instant::now());
-                    self.row.call_in(ACCOUNT_EVERY.min(left));
+                    let left = (self.last_activity() + self.idle_limit()).duration_since(Instant::now());
+                    self.row.call_in(ACCOUNTING_INTERVAL.min(left));
                 }
             }
         }
@@ -209,25 +209,26 @@ impl Pump {
         // A direction that always has something to do must not keep the other from its turn, nor the clock.
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
-        if turn.is_multiple_of(CLOCK_EVERY) && self.row.poll_called(task).is_ready() {
-            return Poll::Ready(Step::Called);
+        if turn.is_multiple_of(STEPS_PER_TIMER_POLL) && self.row.poll_called(task).is_ready() {
+            return Poll::Ready(Step::TimerFired);
         }
-        let Self { context, row, client, backend, to_backend, to_client, gone, .. } = self;
+        let Self { context, row, client, backend, to_backend, to_client, closed, .. } = self;
         // Of a socket that user space reads, reading says how it ended, after its last byte.
-        let (hear_client, hear_backend) = (!to_backend.reads_source(), !to_client.reads_source());
-        if hear_client
-            && !gone.client
+        let (await_client_close, await_backend_close) =
+            (!to_backend.reads_source(), !to_client.reads_source());
+        if await_client_close
+            && !closed.client
             && let Poll::Ready(error) = client.poll_closed(task)
         {
-            return Poll::Ready(Step::ClientGone(error));
+            return Poll::Ready(Step::ClientClosed(error));
         }
-        if hear_backend
-            && !gone.backend
+        if await_backend_close
+            && !closed.backend
             && let Poll::Ready(error) = backend.poll_closed(task)
         {
-            return Poll::Ready(Step::BackendGone(error));
+            return Poll::Ready(Step::BackendClosed(error));
         }
-        let (up, down) = both_ways(context, client, backend);
+        let (up, down) = both_directions(context, client, backend);
         for up_now in [turn.is_multiple_of(2), !turn.is_multiple_of(2)] {
             let stepped = if up_now {
                 to_backend.poll_step(task, up).map(Step::ToBackend)
@@ -238,14 +239,15 @@ impl Pump {
                 return stepped;
             }
         }
-        row.poll_called(task).map(|()| Step::Called)
+        row.poll_called(task).map(|()| Step::TimerFired)
     }
 
     /// Takes leave of both sides.
-    pub(super) async fn finish(mut self, reason: CloseReason, error: Option<io::Error>) -> Outcome {
-        self.account();
+    pub(super) async fn finish(mut self, reason: CloseReason, error: Option<io::Error>) -> CloseOutcome {
+        self.update_counters();
         let (to_backend, to_client) = self.accounted;
-        let (client_cut, backend_cut) = (self.to_backend.is_truncated(), self.to_client.is_truncated());
+        let (client_truncated, backend_truncated) =
+            (self.to_backend.is_truncated(), self.to_client.is_truncated());
         let Self { client, backend, to_backend: up, to_client: down, .. } = self;
         // The directions leave the kernel's maps before their sockets close.
         drop((up, down));
@@ -257,9 +259,9 @@ impl Pump {
             }
             // Whose words found nobody is told by a reset, after the last of what it was sent.
             _ if reason.clean() => {
-                for (endpoint, cut) in [(client, client_cut), (backend, backend_cut)] {
-                    if cut {
-                        endpoint.wait_acked(LAST_WORDS).await;
+                for (endpoint, truncated) in [(client, client_truncated), (backend, backend_truncated)] {
+                    if truncated {
+                        endpoint.wait_acked(LINGER_TIMEOUT).await;
                         endpoint.reset();
                     }
                 }
@@ -271,14 +273,14 @@ impl Pump {
                 client.push_and_reset();
             }
         }
-        Outcome { reason, error, to_backend, to_client, client: left }
+        CloseOutcome { reason, error, to_backend, to_client, client: left }
     }
 
     /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
     fn prepare(&mut self) -> Result<(), (CloseReason, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
         let age = || header_sent.elapsed();
-        let (up, down) = both_ways(context, client, backend);
+        let (up, down) = both_directions(context, client, backend);
         let enrolments = [
             ("client_to_backend", to_backend.enrol(up, age)),
             ("backend_to_client", to_client.enrol(down, age)),
@@ -300,21 +302,21 @@ impl Pump {
             }
         }
         let monitor = &context.hangups;
-        let of_client = Interest { read: to_backend.wants_readable(), write: to_client.wants_writable() };
-        let of_backend = Interest { read: to_client.wants_readable(), write: to_backend.wants_writable() };
+        let client_needs = Interest { read: to_backend.wants_readable(), write: to_client.wants_writable() };
+        let backend_needs = Interest { read: to_client.wants_readable(), write: to_backend.wants_writable() };
         client
-            .set_interest(of_client, monitor)
-            .and_then(|()| backend.set_interest(of_backend, monitor))
+            .set_interest(client_needs, monitor)
+            .and_then(|()| backend.set_interest(backend_needs, monitor))
             .map_err(|error| (CloseReason::Internal, Some(error)))
     }
 
     /// Four system calls, which a short session does not need. What the backend was sent before counts as well: the kernel
     /// looks how old it is (tcp_write_timeout, net/ipv4/tcp_timer.c).
-    fn give_up_in_time(&mut self) {
-        if self.lasts {
+    fn set_backend_timeouts(&mut self) {
+        if self.timeouts_set {
             return;
         }
-        self.lasts = true;
+        self.timeouts_set = true;
         let timeouts = &self.context.timeouts;
         if let Err(error) = self.backend.set_peer_timeouts(timeouts.user_timeout, timeouts.keepalive) {
             let listener = &*self.context.listener;
@@ -330,22 +332,22 @@ impl Pump {
     /// A socket that hangs up without an error has finished both ways; but one to which no FIN was sent yet cannot have. It was
     /// reset, and a worker of the kernel that was about to write to it was told, and not we (sk_psock_backlog,
     /// net/core/skmsg.c).
-    fn explained(&self, stepped: Step) -> Step {
+    fn classify_hangup(&self, stepped: Step) -> Step {
         let reset = || Some(io::ErrorKind::ConnectionReset.into());
         match stepped {
-            Step::ClientGone(None) if self.to_client.next_action() != NextAction::Finished => {
-                Step::ClientGone(reset())
+            Step::ClientClosed(None) if self.to_client.next_action() != NextAction::Finished => {
+                Step::ClientClosed(reset())
             }
-            Step::BackendGone(None) if self.to_backend.next_action() != NextAction::Finished => {
-                Step::BackendGone(reset())
+            Step::BackendClosed(None) if self.to_backend.next_action() != NextAction::Finished => {
+                Step::BackendClosed(reset())
             }
             stepped => stepped,
         }
     }
 
-    fn note(&mut self, progress: StepOutcome) {
+    fn record_outcome(&mut self, progress: StepOutcome) {
         match progress {
-            StepOutcome::Read => self.last = Instant::now(),
+            StepOutcome::Read => self.last_relayed = Instant::now(),
             StepOutcome::Paused => self.context.metrics.held(),
             StepOutcome::MovedToUserSpace => self.context.metrics.moved_to_user_space(),
             StepOutcome::Resumed => self.context.metrics.resumed(),
@@ -356,25 +358,25 @@ impl Pump {
     /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
     fn check_backlog(&mut self) -> Result<(), ForwardError> {
         let Self { context, client, backend, to_backend, to_client, .. } = self;
-        let (up, down) = both_ways(context, client, backend);
+        let (up, down) = both_directions(context, client, backend);
         let outcomes = [to_backend.check_backlog(up)?, to_client.check_backlog(down)?];
-        outcomes.into_iter().for_each(|progress| self.note(progress));
+        outcomes.into_iter().for_each(|progress| self.record_outcome(progress));
         Ok(())
     }
 
     /// The first byte of a backend always passes through user space.
-    fn note_first_byte(&mut self, progress: StepOutcome) {
+    fn record_first_byte(&mut self, progress: StepOutcome) {
         if progress == StepOutcome::Read
             && self.accounted.1 == Bytes::default()
             && !self.to_client.has_read_nothing()
         {
             self.context.metrics.first_byte(self.header_sent.elapsed());
-            self.account();
+            self.update_counters();
         }
     }
 
     /// The backend ended before its first byte, while the client still had something to say or to wait for.
-    fn no_banner(&self) -> bool {
+    fn lacks_banner(&self) -> bool {
         self.to_client.source_ended()
             && self.to_client.has_read_nothing()
             && !self.client_finished()
@@ -386,13 +388,13 @@ impl Pump {
         self.to_backend.source_ended() && !self.to_backend.is_truncated()
     }
 
-    fn broken(
+    fn failure(
         &self,
-        broken: ForwardError,
+        failure: ForwardError,
         source: CloseReason,
         target: CloseReason,
     ) -> (CloseReason, Option<io::Error>) {
-        let (reason, error) = match broken {
+        let (reason, error) = match failure {
             ForwardError::Source(error) => (source, Some(error)),
             ForwardError::Target(error) => (target, Some(error)),
             ForwardError::Lost(error) => (CloseReason::Lost, Some(error)),
@@ -406,14 +408,14 @@ impl Pump {
         (if refused { CloseReason::NoBanner } else { reason }, error)
     }
 
-    fn silence_allowed(&self) -> Duration {
+    fn idle_limit(&self) -> Duration {
         let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
         let timeouts = &self.context.timeouts;
         if half_closed { timeouts.half_closed } else { timeouts.idle }
     }
 
-    fn silent_too_long(&self) -> Option<CloseReason> {
-        if self.last_activity().elapsed() < self.silence_allowed() {
+    fn idle_reason(&self) -> Option<CloseReason> {
+        if self.last_activity().elapsed() < self.idle_limit() {
             return None;
         }
         let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
@@ -422,18 +424,18 @@ impl Pump {
 
     /// When payload last passed, in whichever plane.
     fn last_activity(&self) -> Instant {
-        let carried = self.to_backend.last_spliced_ns().max(self.to_client.last_spliced_ns());
-        let since = crate::os::clock::monotonic_ns().saturating_sub(carried);
-        let carried = Instant::now().checked_sub(Duration::from_nanos(since));
-        carried.map_or(self.last, |carried| carried.max(self.last))
+        let spliced = self.to_backend.last_spliced_ns().max(self.to_client.last_spliced_ns());
+        let since = crate::os::clock::monotonic_ns().saturating_sub(spliced);
+        let spliced = Instant::now().checked_sub(Duration::from_nanos(since));
+        spliced.map_or(self.last_relayed, |spliced| spliced.max(self.last_relayed))
     }
 
     /// Brings the byte counters up to date.
-    fn account(&mut self) {
+    fn update_counters(&mut self) {
         let (to_backend, to_client) = (self.to_backend.bytes(), self.to_client.bytes());
         self.context
             .metrics
-            .bytes(difference(to_backend, self.accounted.0), difference(to_client, self.accounted.1));
+            .bytes(bytes_since(to_backend, self.accounted.0), bytes_since(to_client, self.accounted.1));
         self.row.carried(to_backend.total(), to_client.total());
         self.accounted = (to_backend, to_client);
     }
@@ -442,24 +444,24 @@ impl Pump {
 enum Step {
     ToBackend(Result<StepOutcome, ForwardError>),
     ToClient(Result<StepOutcome, ForwardError>),
-    ClientGone(Option<io::Error>),
-    BackendGone(Option<io::Error>),
+    ClientClosed(Option<io::Error>),
+    BackendClosed(Option<io::Error>),
     /// By the clock, or because all are cut.
-    Called,
+    TimerFired,
 }
 
 /// A source that is broken for the reason that a write to the same socket was told.
-fn known(broken: ForwardError, reason: Option<io::Error>) -> ForwardError {
-    match (broken, reason) {
+fn with_reported_error(failure: ForwardError, reason: Option<io::Error>) -> ForwardError {
+    match (failure, reason) {
         (ForwardError::Source(error), Some(reason)) if error.raw_os_error().is_none() => {
             ForwardError::Source(reason)
         }
-        (broken, _) => broken,
+        (failure, _) => failure,
     }
 }
 
 /// To the backend, and to the client.
-fn both_ways<'a>(
+fn both_directions<'a>(
     context: &'a Context,
     client: &'a Endpoint,
     backend: &'a Endpoint,
@@ -468,7 +470,7 @@ fn both_ways<'a>(
     (io(client, backend), io(backend, client))
 }
 
-fn difference(now: Bytes, before: Bytes) -> Bytes {
+fn bytes_since(now: Bytes, before: Bytes) -> Bytes {
     Bytes {
         relayed: now.relayed.saturating_sub(before.relayed),
         piped: now.piped.saturating_sub(before.piped),

@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    duplex::Pump,
+    duplex::Duplex,
     registry::{Entry, Table},
 };
 use crate::{
@@ -76,7 +76,7 @@ pub struct Context {
     pub hangups: HangupMonitor,
     /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`Table::call_all`]): they
     /// look then.
-    pub cut: CancellationToken,
+    pub abort: CancellationToken,
     /// Which connections there are.
     pub table: Table,
     /// Makes the unique ids of this run differ from those of another.
@@ -97,7 +97,7 @@ pub fn serve(
     async move {
         if let Some(mut begun) = begin.await {
             // relaying ⇄ spliced, half-closed
-            let (reason, error) = begun.pump.carry().await;
+            let (reason, error) = begun.duplex.run().await;
             Box::pin(finish(begun, reason, error)).await;
         }
         drop(admitted);
@@ -107,7 +107,7 @@ pub fn serve(
 /// A connection that has reached its backend and sent it the header.
 struct Begun {
     known: Known,
-    pump: Pump,
+    duplex: Duplex,
 }
 
 /// What is known of a connection.
@@ -128,7 +128,7 @@ async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Optio
     let entry = context.table.add(&context.listener, context.engine.name(), peer, local);
     let mut known = Known { entry, id, backend: None };
     match reach(&context, client, &mut known).await {
-        Ok(pump) => Some(Box::new(Begun { known, pump })),
+        Ok(duplex) => Some(Box::new(Begun { known, duplex })),
         Err((reason, error)) => {
             known.report(&context, reason, (Bytes::default(), Bytes::default()), error);
             None
@@ -140,14 +140,14 @@ async fn reach(
     context: &Arc<Context>,
     client: Endpoint,
     known: &mut Known,
-) -> Result<Pump, (CloseReason, Option<String>)> {
+) -> Result<Duplex, (CloseReason, Option<String>)> {
     // connecting
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
     let connecting = context.backends.connect(context.timeouts.connect, &observe);
     let connected = tokio::select! {
         connected = connecting => connected,
         _ = client.closed() => return Err((CloseReason::ClientReset, None)),
-        () = context.cut.cancelled() => {
+        () = context.abort.cancelled() => {
             refuse(client, context.protocol, Refusal::Stopping).await;
             return Err((CloseReason::Aborted, None));
         }
@@ -189,7 +189,7 @@ async fn reach(
     let read = first.payload.len() as u64;
     let mut held = first.payload;
     held.advance(injected.payload);
-    Ok(Pump::new(
+    Ok(Duplex::new(
         Arc::clone(context),
         known.entry.handle(),
         client,
@@ -202,9 +202,9 @@ async fn reach(
 
 /// closed
 async fn finish(begun: Box<Begun>, reason: CloseReason, error: Option<io::Error>) {
-    let Begun { known, pump } = *begun;
-    let context = pump.context();
-    let outcome = pump.finish(reason, error).await;
+    let Begun { known, duplex } = *begun;
+    let context = duplex.context();
+    let outcome = duplex.finish(reason, error).await;
     if let Some(client) = outcome.client {
         refuse(client, context.protocol, Refusal::BackendUnavailable).await;
     }
@@ -265,7 +265,7 @@ async fn first_payload(
         let read = tokio::select! {
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
             error = backend.closed() => return Err((CloseReason::NoBanner, error)),
-            () = context.cut.cancelled() => return Err((CloseReason::Aborted, None)),
+            () = context.abort.cancelled() => return Err((CloseReason::Aborted, None)),
         };
         match read {
             Err(_elapsed) => return Ok(first),

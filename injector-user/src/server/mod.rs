@@ -28,7 +28,7 @@ use crate::{
     server::worker::Worker,
     session::{
         Context,
-        registry::{Snapshot, Table},
+        registry::{SessionRegistry, Snapshot},
     },
     telemetry::{
         backlog::BacklogTotal,
@@ -373,7 +373,7 @@ impl Serving {
     /// All sessions of the engines that end TCP.
     #[must_use]
     pub fn sessions(&self) -> Vec<Snapshot> {
-        self.workers.iter().map(Worker::table).flat_map(Table::snapshot).collect()
+        self.workers.iter().map(Worker::sessions).flat_map(SessionRegistry::snapshot).collect()
     }
 
     /// As it runs.
@@ -452,7 +452,7 @@ impl Serving {
         let mut count = 0;
         if !finished {
             count = sessions.len();
-            cut_now(&cut, self.workers.iter().map(Worker::table));
+            cut_now(&cut, self.workers.iter().map(Worker::sessions));
             if tokio::time::timeout(AFTER_THE_CUT, sessions.wait()).await.is_err() {
                 tracing::warn!(target: target::DAEMON, sessions = sessions.len(), "sessions are still open after they were aborted; they end with the process");
             }
@@ -555,7 +555,7 @@ impl Serving {
                 backlog_total: self.shared.backlog_total.clone(),
                 hangups: worker.hangups().clone(),
                 abort: open.cut_next.clone(),
-                table: worker.table().clone(),
+                sessions: worker.sessions().clone(),
                 run_id: self.shared.run_id,
             })
         };
@@ -599,10 +599,10 @@ impl Serving {
     }
 
     fn cut_at(&self, until: Instant, cut: CancellationToken) {
-        let tables: Vec<_> = self.workers.iter().map(|worker| worker.table().clone()).collect();
+        let registries: Vec<_> = self.workers.iter().map(|worker| worker.sessions().clone()).collect();
         tokio::spawn(async move {
             tokio::time::sleep_until(until.into()).await;
-            cut_now(&cut, &tables);
+            cut_now(&cut, &registries);
         });
     }
 
@@ -795,7 +795,7 @@ fn receive_doors(open: &mut Open, handed_over: &mut BTreeMap<SocketAddr, Doors>)
 }
 
 /// Cuts connections, which look when they are called.
-fn cut_now<'a>(cut: &CancellationToken, tables: impl IntoIterator<Item = &'a Table>) {
+fn cut_now<'a>(cut: &CancellationToken, registries: impl IntoIterator<Item = &'a SessionRegistry>) {
     cut.cancel();
-    tables.into_iter().for_each(Table::call_all);
+    registries.into_iter().for_each(SessionRegistry::wake_all);
 }

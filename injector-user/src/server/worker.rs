@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{listener::Door, net::hangup::HangupMonitor, session::registry::Table, telemetry::log::target};
+use crate::{listener::Door, net::hangup::HangupMonitor, session::registry::SessionRegistry, telemetry::log::target};
 
 /// A thread at work.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Worker {
     open: mpsc::UnboundedSender<Pending>,
     doors: TaskTracker,
     hangups: HangupMonitor,
-    table: Table,
+    sessions: SessionRegistry,
 }
 
 /// A door that is to be kept open.
@@ -35,8 +35,8 @@ impl Worker {
         let hangups = HangupMonitor::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (open, mut opened) = mpsc::unbounded_channel::<Pending>();
-        let table = Table::default();
-        let (watching, timing) = (hangups.clone(), table.clone());
+        let sessions = SessionRegistry::default();
+        let (watching, timing) = (hangups.clone(), sessions.clone());
         let work = async move {
             if let Err(error) = watching.spawn() {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
@@ -48,12 +48,12 @@ impl Worker {
             };
             tokio::select! {
                 ((), ()) = async { tokio::join!(open, ended.cancelled()) } => {}
-                () = timing.keep_time() => {}
+                () = timing.run_timer() => {}
             }
         };
         let thread =
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { thread, open, doors: doors.clone(), hangups, table })
+        Ok(Self { thread, open, doors: doors.clone(), hangups, sessions })
     }
 
     /// For the endpoints that live on this thread.
@@ -64,8 +64,8 @@ impl Worker {
 
     /// For the connections that live on this thread.
     #[must_use]
-    pub fn table(&self) -> &Table {
-        &self.table
+    pub fn sessions(&self) -> &SessionRegistry {
+        &self.sessions
     }
 
     /// Keeps a door open, until it closes itself.

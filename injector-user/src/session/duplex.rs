@@ -15,7 +15,7 @@ use super::{
     Context,
     direction::NextAction,
     half_duplex::{DirectionIo, Enrolment, ForwardError, HalfDuplex, StepOutcome},
-    registry::Handle,
+    registry::SessionHandle,
 };
 use crate::{
     net::socket::{Endpoint, Interest},
@@ -38,7 +38,7 @@ const STEPS_PER_TIMER_POLL: u8 = 32;
 #[derive(Debug)]
 pub(super) struct Duplex {
     context: Arc<Context>,
-    row: Handle,
+    session: SessionHandle,
     client: Endpoint,
     backend: Endpoint,
     to_backend: HalfDuplex,
@@ -81,7 +81,7 @@ impl Duplex {
     /// `read` bytes of the client were read before, of which `held` are not written yet.
     pub(super) fn new(
         context: Arc<Context>,
-        row: Handle,
+        session: SessionHandle,
         client: Endpoint,
         backend: Endpoint,
         read: u64,
@@ -93,7 +93,7 @@ impl Duplex {
             to_backend: HalfDuplex::new(read, held, awaiting_check, &context),
             to_client: HalfDuplex::new(0, BytesMut::new(), false, &context),
             context,
-            row,
+            session,
             client,
             backend,
             header_sent: now,
@@ -115,7 +115,7 @@ impl Duplex {
     pub(super) async fn run(&mut self) -> (CloseReason, Option<io::Error>) {
         let first_look =
             ACCOUNTING_INTERVAL.min(self.idle_limit()).min(self.context.timeouts.user_timeout / 2);
-        self.row.call_in(first_look);
+        self.session.schedule(first_look);
         loop {
             if let Err(ended) = self.prepare() {
                 return ended;
@@ -197,7 +197,7 @@ impl Duplex {
                         return (reason, None);
                     }
                     let left = (self.last_activity() + self.idle_limit()).duration_since(Instant::now());
-                    self.row.call_in(ACCOUNTING_INTERVAL.min(left));
+                    self.session.schedule(ACCOUNTING_INTERVAL.min(left));
                 }
             }
         }
@@ -209,10 +209,10 @@ impl Duplex {
         // A direction that always has something to do must not keep the other from its turn, nor the clock.
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
-        if turn.is_multiple_of(STEPS_PER_TIMER_POLL) && self.row.poll_called(task).is_ready() {
+        if turn.is_multiple_of(STEPS_PER_TIMER_POLL) && self.session.poll_timer(task).is_ready() {
             return Poll::Ready(Step::TimerFired);
         }
-        let Self { context, row, client, backend, to_backend, to_client, closed, .. } = self;
+        let Self { context, session, client, backend, to_backend, to_client, closed, .. } = self;
         // Of a socket that user space reads, reading says how it ended, after its last byte.
         let (await_client_close, await_backend_close) =
             (!to_backend.reads_source(), !to_client.reads_source());
@@ -239,7 +239,7 @@ impl Duplex {
                 return stepped;
             }
         }
-        row.poll_called(task).map(|()| Step::TimerFired)
+        session.poll_timer(task).map(|()| Step::TimerFired)
     }
 
     /// Takes leave of both sides.
@@ -436,7 +436,7 @@ impl Duplex {
         self.context
             .metrics
             .bytes(bytes_since(to_backend, self.accounted.0), bytes_since(to_client, self.accounted.1));
-        self.row.carried(to_backend.total(), to_client.total());
+        self.session.set_bytes(to_backend.total(), to_client.total());
         self.accounted = (to_backend, to_client);
     }
 }

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     duplex::Duplex,
-    registry::{Entry, Table},
+    registry::{Registration, SessionRegistry},
 };
 use crate::{
     backend::{self, Backends, Reached, Unreachable},
@@ -74,11 +74,11 @@ pub struct Context {
     pub backlog_total: BacklogTotal,
     /// Hang-ups of spliced sockets.
     pub hangups: HangupMonitor,
-    /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`Table::call_all`]): they
+    /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`SessionRegistry::wake_all`]): they
     /// look then.
     pub abort: CancellationToken,
     /// Which connections there are.
-    pub table: Table,
+    pub sessions: SessionRegistry,
     /// Makes the unique ids of this run differ from those of another.
     pub run_id: u64,
 }
@@ -112,7 +112,7 @@ struct Begun {
 
 /// What is known of a connection.
 struct Known {
-    entry: Entry,
+    entry: Registration,
     /// What the header calls it, where the receiver wants that.
     id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
     /// Once a backend was reached.
@@ -125,7 +125,7 @@ async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Optio
     let client = Endpoint::accepted(client).map_err(gone).ok()?;
     let local = client.local().map_err(gone).ok()?;
     let id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));
-    let entry = context.table.add(&context.listener, context.engine.name(), peer, local);
+    let entry = context.sessions.register(&context.listener, context.engine.name(), peer, local);
     let mut known = Known { entry, id, backend: None };
     match reach(&context, client, &mut known).await {
         Ok(duplex) => Some(Box::new(Begun { known, duplex })),
@@ -159,7 +159,7 @@ async fn reach(
             return Err((unreachable(&error), Some(error.to_string())));
         }
     };
-    known.entry.reached(address);
+    known.entry.set_backend(address);
     known.backend = Some(session);
 
     // injecting

@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use super::{
-    Context,
+    context::Context,
     direction::NextAction,
     half_duplex::{DirectionIo, Enrolment, ForwardError, HalfDuplex, StepOutcome},
     registry::SessionHandle,

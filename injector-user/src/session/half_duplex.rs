@@ -16,8 +16,8 @@ use tokio::{
 };
 
 use super::{
-    Context,
     backlog::{BackpressureAction, decide_backpressure},
+    context::Context,
     direction::{DataPath, Direction, NextAction},
 };
 use crate::{

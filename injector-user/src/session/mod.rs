@@ -9,6 +9,7 @@
 //! in how bytes move ([`crate::engine`]).
 
 mod backlog;
+mod context;
 mod direction;
 mod duplex;
 mod half_duplex;
@@ -22,66 +23,21 @@ use bytes::{Buf as _, BytesMut};
 use injector_common::proxy::{Forgery, forgery};
 use socket2::Socket;
 use tokio::time::{Instant, timeout};
-use tokio_util::sync::CancellationToken;
 
-use self::{
-    duplex::Duplex,
-    registry::{Registration, SessionRegistry},
-};
+pub use self::context::Context;
+use self::{duplex::Duplex, registry::Registration};
 use crate::{
-    backend::{self, Backends, Reached, Unreachable},
-    config::{EnrolmentPolicy, HeaderBy, Receiver, Timeouts, UNIQUE_ID_LEN, Watermarks},
+    backend::{self, Reached, Unreachable},
+    config::{HeaderBy, UNIQUE_ID_LEN},
     engine::{Engine, SentHeader, relay::Relay},
     header::Rendered,
-    net::{hangup::HangupMonitor, socket::Endpoint, splice_pipe::Pipes},
+    net::socket::Endpoint,
     protocol::{Protocol, Refusal, Speaker},
     telemetry::{
-        backlog::BacklogTotal,
         log::target,
-        metrics::ListenerMetrics,
         outcome::{AccessLogEntry, Bytes, CloseReason},
     },
 };
-
-/// What all connections of a listener share.
-#[derive(Debug)]
-pub struct Context {
-    /// The listener's name.
-    pub listener: Arc<str>,
-    /// What is spoken.
-    pub protocol: Protocol,
-    /// Whether a backend that closes without a byte has failed: in mail protocols the server always answers.
-    pub expects_banner: bool,
-    /// Where connections go.
-    pub backends: Arc<Backends>,
-    /// What moves their bytes.
-    pub engine: Arc<dyn Engine>,
-    /// How long they may take.
-    pub timeouts: Timeouts,
-    /// What the backend can read.
-    pub receiver: Receiver,
-    /// Counters of the listener.
-    pub metrics: ListenerMetrics,
-    /// Who puts the header in front, where the engine has a program for it.
-    pub header: HeaderBy,
-    /// When the kernel's plane pays off.
-    pub enrolment: EnrolmentPolicy,
-    /// Through which bulk moves in user space.
-    pub pipes: Pipes,
-    /// How much may wait in the kernel.
-    pub watermarks: Watermarks,
-    /// How much does, over all listeners.
-    pub backlog_total: BacklogTotal,
-    /// Hang-ups of spliced sockets.
-    pub hangups: HangupMonitor,
-    /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`SessionRegistry::wake_all`]): they
-    /// look then.
-    pub abort: CancellationToken,
-    /// Which connections there are.
-    pub sessions: SessionRegistry,
-    /// Makes the unique ids of this run differ from those of another.
-    pub run_id: u64,
-}
 
 /// Serves an admitted connection to its end, and reports it; `admitted` is held until then.
 ///

@@ -14,8 +14,10 @@ use tokio::time::Instant;
 use super::{
     context::Context,
     direction::NextAction,
-    half_duplex::{DirectionIo, Enrolment, ForwardError, HalfDuplex, StepOutcome},
+    enrolment::Enrolment,
+    half_duplex::HalfDuplex,
     registry::SessionHandle,
+    step::{DirectionIo, ForwardError, StepOutcome},
 };
 use crate::{
     net::socket::{Endpoint, Interest},

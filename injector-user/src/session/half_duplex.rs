@@ -1,28 +1,24 @@
 //! One direction of a connection, carried out: the wishes of [`Direction`] as reads, writes and enrolments.
 
 use std::{
-    future::Future as _,
     io,
-    pin::{Pin, pin},
     task::{self, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf as _, BytesMut};
-use injector_common::proxy::{Forgery, forgery};
-use tokio::{
-    task::yield_now,
-    time::{Sleep, sleep},
-};
+use bytes::BytesMut;
 
 use super::{
     backlog::{BackpressureAction, decide_backpressure},
+    backoff::Backoff,
     context::Context,
     direction::{DataPath, Direction, NextAction},
+    enrolment::{Enrolment, should_enrol},
+    pending_write::{PendingWrite, take},
+    step::{DirectionIo, ForwardError, StepOutcome},
 };
 use crate::{
-    config::EnrolmentPolicy,
-    engine::{EnrolmentRefusal, ResumeOutcome, SplicedDirection},
+    engine::{ResumeOutcome, SplicedDirection},
     net::{
         socket::{Endpoint, RETRY_DELAY},
         splice_pipe::Pipe,
@@ -42,21 +38,6 @@ const MAX_DRAIN_BACKOFF: Duration = Duration::from_millis(16);
 const BULK_SIZE: usize = 16 * 1024;
 /// So many of these in a row, and a pipe is taken for the next.
 const MIN_BULK_READS: u32 = 2;
-
-/// Why a direction cannot go on.
-#[derive(Debug)]
-pub(super) enum ForwardError {
-    /// The socket that payload comes from.
-    Source(io::Error),
-    /// The socket that payload goes to.
-    Target(io::Error),
-    /// The kernel dropped payload, or lost count of it.
-    Lost(io::Error),
-    /// The source sent a PROXY header of its own.
-    Forged,
-    /// Too much waits in the kernel over all connections, and here is some of it.
-    Overload,
-}
 
 /// One direction.
 ///
@@ -84,39 +65,6 @@ pub(super) struct HalfDuplex {
     backlog_share: BacklogShare,
 }
 
-/// Between which sockets a direction runs, and what it shares with all others.
-#[derive(Clone, Copy)]
-pub(super) struct DirectionIo<'a> {
-    pub(super) context: &'a Context,
-    pub(super) source: &'a Endpoint,
-    pub(super) target: &'a Endpoint,
-}
-
-/// Read and not yet written.
-#[derive(Debug, Default)]
-struct PendingWrite {
-    bytes: BytesMut,
-    /// Comes behind them.
-    pipe: Option<Pipe>,
-}
-
-impl PendingWrite {
-    fn poll_write(&mut self, task: &mut task::Context<'_>, target: &Endpoint) -> Poll<io::Result<usize>> {
-        match &mut self.pipe {
-            Some(pipe) if self.bytes.is_empty() => target.poll_drain(task, pipe),
-            _ => {
-                let written = ready!(target.poll_write(task, &self.bytes))?;
-                self.bytes.advance(written);
-                Poll::Ready(Ok(written))
-            }
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.bytes.is_empty() && self.pipe.as_ref().is_none_or(|pipe| pipe.held() == 0)
-    }
-}
-
 /// A direction in the kernel's hands.
 #[derive(Debug)]
 struct SplicedState {
@@ -128,65 +76,6 @@ struct SplicedState {
     proposed_at: u64,
     /// How often in a row there was an end of file, and then there was none.
     spurious_eofs: u32,
-}
-
-/// Between two looks at what nothing tells of.
-#[derive(Debug, Default)]
-struct Backoff {
-    sleep: Option<Pin<Box<Sleep>>>,
-    /// Looks in a row that found nothing.
-    attempts: u32,
-}
-
-impl Backoff {
-    /// Begins, for so long.
-    fn start(&mut self, length: Duration, task: &mut task::Context<'_>) {
-        let sleep = self.sleep.insert(Box::pin(sleep(length)));
-        if sleep.as_mut().poll(task).is_ready() {
-            task.waker().wake_by_ref();
-        }
-    }
-
-    /// Begins after a look that has found nothing. Each is longer than the one before, but not longer than `most`. Of the first
-    /// looks, `at_once` come without a pause, after other tasks.
-    fn extend(&mut self, immediate: u32, max: Duration, task: &mut task::Context<'_>) {
-        if self.attempts < immediate {
-            // Polled once it is pending, and wakes this task when the others have had their turn.
-            let _ = pin!(yield_now()).poll(task);
-        } else {
-            let length = RETRY_DELAY * (1 << (self.attempts - immediate).min(10));
-            self.start(length.min(max), task);
-        }
-        self.attempts += 1;
-    }
-
-    fn poll_elapsed(&mut self, task: &mut task::Context<'_>) -> Poll<()> {
-        if let Some(sleep) = &mut self.sleep {
-            ready!(sleep.as_mut().poll(task));
-            self.sleep = None;
-        }
-        Poll::Ready(())
-    }
-
-    /// What was looked for is there.
-    fn reset(&mut self) {
-        *self = Self::default();
-    }
-}
-
-/// What a step has brought.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum StepOutcome {
-    /// Payload was read in user space.
-    Read,
-    /// The kernel was told to leave the source to user space.
-    Paused,
-    /// User space carries the direction again.
-    MovedToUserSpace,
-    /// The kernel carries the direction once more.
-    Resumed,
-    /// Anything else.
-    Other,
 }
 
 impl HalfDuplex {
@@ -566,87 +455,5 @@ impl HalfDuplex {
         // The worker that fills the target's queue has most often been there already, or needs this processor.
         self.backoff.extend(2, MAX_DELIVERY_BACKOFF, task);
         Poll::Pending
-    }
-}
-
-/// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
-/// payload is examined.
-fn should_enrol(policy: &EnrolmentPolicy, messages: u64, bytes: u64, age: impl FnOnce() -> Duration) -> bool {
-    bytes > 0
-        && (messages >= policy.messages
-            || policy.bytes.is_some_and(|enough| bytes >= enough)
-            || policy.age.is_some_and(|enough| age() >= enough))
-}
-
-/// What became of an enrolment.
-#[derive(Debug)]
-pub(super) enum Enrolment {
-    /// Too early, or the engine never does.
-    NotNow,
-    /// The kernel carries the direction.
-    Done,
-    /// User space keeps it.
-    Refused(EnrolmentRefusal),
-    /// The kernel does not say what it has carried: the connection cannot go on.
-    Lost(io::Error),
-}
-
-/// Passes on what was just read, as far as the target takes it now; the rest waits. The `last` of it is sent with what follows.
-fn take(
-    direction: &mut Direction,
-    pending_write: &mut Option<Box<PendingWrite>>,
-    payload: &[u8],
-    last: bool,
-    target: &Endpoint,
-) -> Result<StepOutcome, ForwardError> {
-    let awaiting_check = direction.next_action() == NextAction::Read;
-    // Only at the gate anything waits while there is more to read.
-    let mut held = pending_write.take();
-    if let Some(held) = &mut held {
-        held.bytes.extend_from_slice(payload);
-    }
-    let all = held.as_ref().map_or(payload, |held| &held.bytes);
-    let written = match if awaiting_check { forgery(all) } else { Forgery::No } {
-        Forgery::Yes => return Err(ForwardError::Forged),
-        Forgery::Undecided => 0,
-        Forgery::No => {
-            direction.check_passed();
-            let written = if last { target.try_write_more(all) } else { target.try_write(all) };
-            let written = written.map_err(ForwardError::Target)?;
-            direction.wrote(written);
-            written
-        }
-    };
-    if written < all.len() {
-        let mut left = held.unwrap_or_else(|| Box::new(PendingWrite { bytes: payload.into(), pipe: None }));
-        left.bytes.advance(written);
-        *pending_write = Some(left);
-    }
-    Ok(StepOutcome::Read)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn any_of_messages_bytes_and_age_pays_but_nothing_before_the_first_byte() {
-        let second = Duration::from_secs(1);
-        let policy = EnrolmentPolicy { messages: 3, bytes: Some(100), age: Some(second) };
-        for (messages, bytes, age, off) in [
-            (2, 99, Duration::ZERO, false),
-            (3, 99, Duration::ZERO, true),
-            (0, 100, Duration::ZERO, true),
-            (0, 1, second, true),
-            (0, 0, second, false),
-        ] {
-            assert_eq!(should_enrol(&policy, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
-        }
-        assert!(!should_enrol(
-            &EnrolmentPolicy { bytes: None, age: None, ..policy },
-            2,
-            u64::MAX,
-            || panic!("not asked for")
-        ));
     }
 }

@@ -9,13 +9,17 @@
 //! in how bytes move ([`crate::engine`]).
 
 mod backlog;
+mod backoff;
 mod context;
 mod direction;
 mod duplex;
+mod enrolment;
 mod half_duplex;
 #[cfg(test)]
 mod model;
+mod pending_write;
 pub mod registry;
+mod step;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -11,7 +11,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{listener::Door, net::hangup::HangupMonitor, session::registry::SessionRegistry, telemetry::log::target};
+use crate::{
+    listener::Door, net::hangup::HangupMonitor, session::registry::SessionRegistry, telemetry::log::target,
+};
 
 /// A thread at work.
 #[derive(Debug)]

@@ -1,0 +1,222 @@
+//! Connects to a backend: the addresses of the backends in turn, until one answers.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use thiserror::Error;
+use tokio::time::{Instant, timeout};
+
+use super::{
+    pool::Backends,
+    state::{Backend, Session},
+};
+use crate::{
+    net::{socket::Endpoint, syn::ObserveSyn},
+    telemetry::log::target,
+};
+
+/// A connection to a backend.
+#[derive(Debug)]
+pub struct Reached {
+    /// It.
+    pub endpoint: Endpoint,
+    /// Where it is.
+    pub address: SocketAddr,
+    /// To be kept until its end.
+    pub session: Session,
+}
+
+/// Why no backend could be reached; the most telling of the errors of all addresses.
+#[derive(Debug, Error)]
+pub enum Unreachable {
+    /// No name has an address.
+    #[error("no name of a backend resolves to an address")]
+    Unresolved,
+    /// The operator has taken out every one.
+    #[error("all backends are disabled by the operator; `injector backend auto` enables one again")]
+    AllDisabled,
+    /// Refused, and no other address timed out.
+    #[error("{address}: {error}")]
+    Refused {
+        /// The last that refused.
+        address: SocketAddr,
+        /// Connection refused.
+        error: io::Error,
+    },
+    /// No answer in time.
+    #[error("{address}: no answer within {within:?}")]
+    Timeout {
+        /// The last that did not answer.
+        address: SocketAddr,
+        /// What it was given.
+        within: Duration,
+    },
+    /// Anything else, such as no route.
+    #[error("{address}: {error}")]
+    Other {
+        /// The last that failed.
+        address: SocketAddr,
+        /// How.
+        error: io::Error,
+    },
+}
+
+impl Backends {
+    /// Connects to the first that answers, while `observe` reads its SYN. All addresses together get `within`, each its share of what
+    /// is left.
+    ///
+    /// # Errors
+    /// [`Unreachable`], after all that may be tried was.
+    pub async fn connect(&self, within: Duration, observe: &ObserveSyn<'_>) -> Result<Reached, Unreachable> {
+        let deadline = Instant::now() + within;
+        let order = self.order();
+        if order.is_empty() {
+            return Err(Unreachable::AllDisabled);
+        }
+        let mut addresses = addresses(&order);
+        if addresses.is_empty() {
+            // The name had no address when last asked.
+            let _ = timeout(within, self.resolve()).await;
+            addresses = self::addresses(&order);
+        }
+        let mut worst = Unreachable::Unresolved;
+        let mut failing: Option<&Backend> = None;
+        for (left, (backend, address)) in
+            (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses)
+        {
+            // All addresses of the one before have failed.
+            if let Some(failing) = failing.filter(|failing| !Arc::ptr_eq(&failing.known, &backend.known)) {
+                self.failed(failing);
+            }
+            let share = deadline.saturating_duration_since(Instant::now()) / left;
+            let failed = match timeout(share, Endpoint::connect(address, observe)).await {
+                Ok(Ok(endpoint)) => return Ok(Reached { endpoint, address, session: self.reached(backend) }),
+                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    Unreachable::Refused { address, error }
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                    Unreachable::Timeout { address, within: share }
+                }
+                Ok(Err(error)) => Unreachable::Other { address, error },
+                Err(_) => Unreachable::Timeout { address, within: share },
+            };
+            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next");
+            failing = failed.blames_backend().then_some(backend);
+            worst = worse(worst, failed);
+        }
+        if let Some(failing) = failing {
+            self.failed(failing);
+        }
+        Err(worst)
+    }
+
+    fn reached(&self, backend: &Backend) -> Session {
+        let known = &backend.known;
+        known.health().connected();
+        known.counts.active.fetch_add(1, Ordering::Relaxed);
+        known.counts.sessions.fetch_add(1, Ordering::Relaxed);
+        Session(Arc::clone(known))
+    }
+
+    fn failed(&self, backend: &Backend) {
+        let ejected = backend.known.health().failed(std::time::Instant::now(), &self.health.ejection);
+        if let Some(time) = ejected {
+            backend.known.counts.ejections.fetch_add(1, Ordering::Relaxed);
+            let name = &backend.configured;
+            tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, duration = ?time, "backend ejected after failed connections; it receives none until the time is over");
+        }
+    }
+}
+
+fn addresses<'a>(order: &[&'a Backend]) -> Vec<(&'a Backend, SocketAddr)> {
+    let of = |backend: &&'a Backend| {
+        let backend = *backend;
+        backend.addresses().into_iter().map(move |address| (backend, address))
+    };
+    order.iter().flat_map(of).collect()
+}
+
+impl Unreachable {
+    /// Whether it says something of the backend; what the daemon itself lacks does not.
+    fn blames_backend(&self) -> bool {
+        use io::ErrorKind::{ConnectionReset, HostUnreachable, NetworkUnreachable};
+        match self {
+            Self::Refused { .. } | Self::Timeout { .. } => true,
+            Self::Other { error, .. } => {
+                matches!(error.kind(), HostUnreachable | NetworkUnreachable | ConnectionReset)
+            }
+            Self::Unresolved | Self::AllDisabled => false,
+        }
+    }
+}
+
+/// The more telling of two failures: a timeout says more of a network in trouble than a refusal does.
+fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
+    let rank = |error: &Unreachable| match error {
+        Unreachable::Unresolved | Unreachable::AllDisabled => 0,
+        Unreachable::Other { .. } => 1,
+        Unreachable::Refused { .. } => 2,
+        Unreachable::Timeout { .. } => 3,
+    };
+    if rank(&other) >= rank(&one) { other } else { one }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Config, net::syn::no_observer};
+
+    fn backends(list: &str) -> Backends {
+        let text = format!(
+            "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\nbackends = [{list}]\n"
+        );
+        Backends::new(&Config::parse(&text, "test.toml").unwrap().listeners[0], None, Arc::default())
+    }
+
+    async fn listening() -> (tokio::net::TcpListener, SocketAddr) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    async fn refusing() -> SocketAddr {
+        listening().await.1
+    }
+
+    #[tokio::test]
+    async fn the_next_address_is_tried_when_one_refuses() {
+        let (_listener, good) = listening().await;
+        let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
+        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+        assert_eq!(backend.address, good);
+    }
+
+    #[tokio::test]
+    async fn all_refusing_is_a_refusal() {
+        let backends = backends(&format!("\"{}\"", refusing().await));
+        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
+        assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_name_is_resolved_when_it_is_needed() {
+        let (_listener, good) = listening().await;
+        let backends = backends(&format!("\"localhost:{}\"", good.port()));
+        assert_eq!(backends.all()[0].addresses(), []);
+        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+        assert_eq!(backend.address, good);
+    }
+
+    #[tokio::test]
+    async fn a_name_without_address_says_so() {
+        let error = backends("\"nowhere.invalid:25\"")
+            .connect(Duration::from_secs(5), &no_observer)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, Unreachable::Unresolved), "{error}");
+    }
+}

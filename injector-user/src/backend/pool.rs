@@ -1,0 +1,184 @@
+//! The backends of a listener: which of them get connections.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError, RwLock, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    balance::{self, Turns},
+    checker,
+    health::Forced,
+    state::{Account, Backend, Known},
+};
+use crate::{
+    config::{self, Check, Host, Listener},
+    telemetry::{
+        log::target,
+        metrics::{BackendSample, BackendSource},
+    },
+};
+
+/// The backends of one listener.
+#[derive(Debug)]
+pub struct Backends {
+    pub(super) listener: String,
+    pub(super) health: config::Health,
+    pub(super) resolve_interval: Duration,
+    pub(super) all: Vec<Backend>,
+    turns: Mutex<Turns>,
+    /// Rings when those whose turn it is may have changed, but for ejections.
+    changed: Arc<Notify>,
+}
+
+impl BackendSource for Backends {
+    fn sample(&self) -> Vec<BackendSample> {
+        let sample = |backend: &Backend| {
+            let Account { active, sessions, passed, failed, ejections } = backend.account();
+            BackendSample {
+                name: backend.configured().to_string(),
+                up: backend.standing().is_up(),
+                active,
+                sessions,
+                checks_passed: passed,
+                checks_failed: failed,
+                ejections,
+            }
+        };
+        self.all.iter().map(sample).collect()
+    }
+}
+
+impl Backends {
+    /// The backends of `listener`; addresses are known at once, names after [`Backends::keep_up_to_date`] started. What was
+    /// known `before` of the same backends stays known.
+    #[must_use]
+    pub fn new(listener: &Listener, before: Option<&Self>, changed: Arc<Notify>) -> Self {
+        let backend = |configured: &config::Backend| {
+            let same = |other: &&Backend| {
+                (&other.configured.host, other.configured.port) == (&configured.host, configured.port)
+            };
+            let known =
+                before.and_then(|before| before.all.iter().find(same)).map(|same| Arc::clone(&same.known));
+            let known = known.unwrap_or_else(|| {
+                let addresses = match configured.host {
+                    Host::Ip(ip) => vec![SocketAddr::new(ip, configured.port)],
+                    Host::Name(_) => Vec::new(),
+                };
+                Arc::new(Known { addresses: RwLock::new(addresses), ..Known::default() })
+            });
+            if listener.health.check.is_none() {
+                known.health().unchecked();
+            }
+            Backend { configured: configured.clone(), known }
+        };
+        Self {
+            listener: listener.name.clone(),
+            health: listener.health,
+            resolve_interval: listener.resolve_interval,
+            all: listener.backends.iter().map(backend).collect(),
+            turns: Mutex::default(),
+            changed,
+        }
+    }
+
+    /// All of them, in the order of the configuration.
+    #[must_use]
+    pub fn all(&self) -> &[Backend] {
+        &self.all
+    }
+
+    /// Those of `which` that get new connections now.
+    #[must_use]
+    pub fn in_turn(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
+        let of: Vec<_> = self.all.iter().filter(|backend| which(&backend.configured)).collect();
+        let candidates: Vec<_> = of.iter().map(|backend| backend.candidate()).collect();
+        balance::in_turn(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
+    }
+
+    /// Takes a backend out of service or puts it back, by its name in the configuration. `false` if there is none of that
+    /// name.
+    #[must_use]
+    pub fn force(&self, name: &str, forced: Forced) -> bool {
+        let Some(backend) = self.all.iter().find(|backend| backend.configured.to_string() == name) else {
+            return false;
+        };
+        backend.known.health().force(forced);
+        tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend state set by the operator");
+        self.changed.notify_one();
+        true
+    }
+
+    /// Resolves the names now and then every interval, and checks the backends, until `stop`. The last good answer is kept
+    /// when resolving fails.
+    pub async fn keep_up_to_date(self: Arc<Self>, stop: CancellationToken) {
+        let checks = (0..self.all.len()).map(|index| {
+            let backends = Arc::clone(&self);
+            tokio::spawn(
+                stop.clone().run_until_cancelled_owned(async move { backends.keep_checking(index).await }),
+            )
+        });
+        // They end by themselves.
+        checks.for_each(drop);
+        stop.run_until_cancelled(self.keep_resolving()).await;
+    }
+
+    async fn keep_checking(&self, index: usize) {
+        let (Some(plan), Some(backend)) = (&self.health.check, self.all.get(index)) else { return };
+        // The checks of many listeners, edges and backends must not fall on the same moment.
+        tokio::time::sleep(plan.interval.min(Duration::from_secs(1)).mul_f64(fastrand::f64())).await;
+        loop {
+            let next = Instant::now() + plan.interval.mul_f64(0.9 + 0.2 * fastrand::f64());
+            self.check(backend, plan).await;
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    /// A name with several addresses is as well as the best of them.
+    async fn check(&self, backend: &Backend, plan: &Check) {
+        if backend.addresses().is_empty() {
+            self.resolve().await;
+        }
+        let mut outcome = Err("the name has no address".to_owned());
+        for address in backend.addresses() {
+            outcome = checker::check(address, plan).await.map_err(|error| format!("{address}: {error}"));
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        let counts = &backend.known.counts;
+        let count = if outcome.is_ok() { &counts.passed } else { &counts.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+        let changed = backend.known.health().checked(outcome.is_ok(), plan.rise, plan.fall);
+        let (listener, name) = (&self.listener, &backend.configured);
+        match (&outcome, changed) {
+            (Ok(()), Some(_)) => {
+                tracing::info!(target: target::HEALTH, listener, backend = %name, "backend is up: health checks pass; it receives new connections")
+            }
+            (Err(error), Some(_)) => {
+                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: health checks fail; new connections go to the other backends");
+            }
+            (Err(error), None) => {
+                tracing::debug!(target: target::HEALTH, listener, backend = %name, error, "health check failed")
+            }
+            (Ok(()), None) => {}
+        }
+        if changed.is_some() {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Whom to try, first to last.
+    pub(super) fn order(&self) -> Vec<&Backend> {
+        let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
+        let mut order = balance::in_turn(&candidates);
+        let reserve = balance::in_reserve(&candidates, &order);
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner).rotate(&candidates, &mut order);
+        order.extend(reserve);
+        order.into_iter().filter_map(|index| self.all.get(index)).collect()
+    }
+}

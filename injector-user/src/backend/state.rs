@@ -1,0 +1,114 @@
+//! One backend: its configuration, and the state that outlives a reload.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::{
+    balance::Candidate,
+    health::{Health, Standing},
+};
+use crate::config;
+
+/// One of them. What is known of it stays when the configuration is read again.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    pub(super) configured: config::Backend,
+    pub(super) known: Arc<Known>,
+}
+
+/// What is known of a backend.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// What it resolved to last.
+    pub(super) addresses: RwLock<Vec<SocketAddr>>,
+    pub(super) health: Mutex<Health>,
+    pub(super) counts: Counts,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) active: AtomicU64,
+    pub(super) sessions: AtomicU64,
+    pub(super) passed: AtomicU64,
+    pub(super) failed: AtomicU64,
+    pub(super) ejections: AtomicU64,
+}
+
+/// What has become of a backend so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// Sessions with it now. None of engine inline's, which the kernel sends on.
+    pub active: u64,
+    /// Sessions with it so far.
+    pub sessions: u64,
+    /// Checks that it passed.
+    pub passed: u64,
+    /// Checks that it failed.
+    pub failed: u64,
+    /// How often it was left out because connections failed.
+    pub ejections: u64,
+}
+
+/// Counts as one of the backend's sessions until it is dropped.
+#[derive(Debug)]
+pub struct Session(pub(super) Arc<Known>);
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.0.counts.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Known {
+    pub(super) fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        self.addresses.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Backend {
+    /// As configured.
+    #[must_use]
+    pub fn configured(&self) -> &config::Backend {
+        &self.configured
+    }
+
+    /// What it resolved to last.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.known.addresses()
+    }
+
+    /// Whether it gets connections, and why not.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.known.health().standing(std::time::Instant::now())
+    }
+
+    /// What has become of it so far.
+    #[must_use]
+    pub fn account(&self) -> Account {
+        let Counts { active, sessions, passed, failed, ejections } = &self.known.counts;
+        let [active, sessions, passed, failed, ejections] =
+            [active, sessions, passed, failed, ejections].map(|count| count.load(Ordering::Relaxed));
+        Account { active, sessions, passed, failed, ejections }
+    }
+
+    pub(super) fn candidate(&self) -> Candidate {
+        let standing = self.standing();
+        Candidate {
+            weight: self.configured.weight,
+            backup: self.configured.backup,
+            up: standing.is_up(),
+            out: standing == Standing::ForcedDown,
+        }
+    }
+}

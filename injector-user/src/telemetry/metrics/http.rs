@@ -1,6 +1,6 @@
 //! `/metrics`, `/healthz` and `/readyz`.
 
-use std::{io, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use axum::{
     Router,
@@ -12,13 +12,37 @@ use axum::{
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, Readiness};
+use super::registry::Metrics;
 
 /// The text format of OpenMetrics 1.0.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// How long a request may go on after the stop: a client that never finishes its own must not hold the
 /// process.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// Whether the daemon may be sent connections, for `/readyz`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Not all listeners are open yet.
+    Starting,
+    /// Every listener is open.
+    Ready,
+    /// Every listener is drained.
+    Draining,
+    /// No connection is accepted any more.
+    Stopping,
+}
+
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+        })
+    }
+}
 
 /// Serves until `stop` is cancelled, and at most two seconds longer.
 ///

@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
-use super::{BytesLabels, ChangeLabels, ClosedLabels, Families, ListenerLabels, ReasonLabels, ServedLabels};
+use super::{
+    families::Families,
+    labels::{BytesLabels, ChangeLabels, ClosedLabels, ListenerLabels, ReasonLabels, ServedLabels},
+};
 use crate::telemetry::outcome::{Bytes, CloseReason};
 
 /// Why a connection was turned away before its backend spoke: the label `reason`.

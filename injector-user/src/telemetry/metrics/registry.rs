@@ -1,0 +1,218 @@
+//! All metrics of the process.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    encoding::text,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    registry::{Registry, Unit},
+};
+
+use super::{
+    backends::{BackendSource, Watched},
+    bpf::{BpfCounters, Programs},
+    families::Families,
+    labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
+    listener::ListenerMetrics,
+};
+use crate::telemetry::backlog::BacklogTotal;
+
+/// All metrics of the process. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    families: Families,
+    programs: Arc<Programs>,
+    backends: Arc<Watched>,
+    draining: Family<ListenerLabels, Gauge>,
+    reloads: [(bool, Counter); 2],
+    config_loaded: Gauge<f64, AtomicU64>,
+    inline_max_flows: Gauge,
+    max_connections: Gauge,
+    engine_available: Family<EngineLabels, Gauge>,
+    check: Family<CheckLabels, Gauge>,
+    check_took: Family<CheckLabels, Gauge<f64, AtomicU64>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics, at zero; the process counts as started now.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let started = Gauge::<f64, AtomicU64>::default();
+        started.set(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+        registry.register_with_unit(
+            "process_start_time",
+            "When the process started, in seconds since 1970",
+            Unit::Seconds,
+            started,
+        );
+        let families = Families::registered(&mut registry);
+        let injector = registry.sub_registry_with_prefix("injector");
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        injector.register("build", "What is running", build);
+        let max_connections = Gauge::default();
+        injector.register(
+            "max_connections",
+            "Connections that fit at one time: the configured limit, or what file descriptors leave room for",
+            max_connections.clone(),
+        );
+        let engine_available = Family::default();
+        injector.register(
+            "engine_available",
+            "1 if the engine passed its self-test on this machine, else 0",
+            engine_available.clone(),
+        );
+        let check = Family::default();
+        injector.register(
+            "selftest_check",
+            "1 if this check of an engine's self-test passed at the start, else 0",
+            check.clone(),
+        );
+        let check_took = Family::default();
+        injector.register_with_unit(
+            "selftest_check",
+            "How long this check of an engine's self-test took",
+            Unit::Seconds,
+            check_took.clone(),
+        );
+        let draining = Family::default();
+        injector.register(
+            "listener_draining",
+            "1 if new clients of the listener are turned away by the operator, else 0",
+            draining.clone(),
+        );
+        let reloads = Family::<ResultLabels, Counter>::default();
+        let result = |applied| {
+            let result = if applied { "applied" } else { "rejected" };
+            (applied, reloads.get_or_create_owned(&ResultLabels { result }))
+        };
+        let results = [true, false].map(result);
+        injector.register("config_reloads", "Times that the configuration was read again", reloads);
+        let config_loaded = Gauge::<f64, AtomicU64>::default();
+        injector.register_with_unit(
+            "config_loaded_timestamp",
+            "When the configuration that runs was read, in seconds since 1970",
+            Unit::Seconds,
+            config_loaded.clone(),
+        );
+        let inline_max_flows = Gauge::default();
+        injector.register(
+            "inline_max_flows",
+            "Connections that the inline engine has room for; 0 where it does not run",
+            inline_max_flows.clone(),
+        );
+        let backends = Arc::new(Watched::default());
+        injector.register_collector(Box::new(Arc::clone(&backends)));
+        let programs = Arc::new(Programs::default());
+        injector.register_collector(Box::new(Arc::clone(&programs)));
+        Self(Arc::new(Inner {
+            registry,
+            families,
+            programs,
+            backends,
+            draining,
+            reloads: results,
+            config_loaded,
+            inline_max_flows,
+            max_connections,
+            engine_available,
+            check,
+            check_took,
+        }))
+    }
+
+    /// The handles of a listener that `engine` serves. All their series exist from here on, at zero.
+    #[must_use]
+    pub fn listener(&self, name: &str, engine: &'static str) -> ListenerMetrics {
+        ListenerMetrics::new(&self.0.families, name, engine)
+    }
+
+    /// Has the backends of a listener looked at, at every scrape, in place of those that it had before.
+    pub fn watch_backends(&self, listener: &str, backends: Arc<dyn BackendSource>) {
+        self.0.backends.watch(listener, backends);
+    }
+
+    /// Says whether a listener is drained.
+    pub fn set_draining(&self, listener: &str, draining: bool) {
+        self.0.draining.get_or_create(&ListenerLabels { listener: listener.into() }).set(i64::from(draining));
+    }
+
+    /// A listener is no longer configured: only what it has counted stays.
+    pub fn forget_listener(&self, listener: &str) {
+        self.0.backends.forget(listener);
+        self.0.draining.remove(&ListenerLabels { listener: listener.into() });
+    }
+
+    /// The configuration was read now, at the start.
+    pub fn config_loaded(&self) {
+        self.0
+            .config_loaded
+            .set(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+    }
+
+    /// The configuration was read again, and `applied` or refused.
+    pub fn config_reloaded(&self, applied: bool) {
+        if let Some((_, counter)) = self.0.reloads.iter().find(|(result, _)| *result == applied) {
+            counter.inc();
+        }
+        if applied {
+            self.config_loaded();
+        }
+    }
+
+    /// Sets how many connections the inline engine has room for.
+    pub fn set_inline_max_flows(&self, most: u32) {
+        self.0.inline_max_flows.set(i64::from(most));
+    }
+
+    /// Sets how many connections fit at one time.
+    pub fn set_max_connections(&self, most: usize) {
+        self.0.max_connections.set(i64::try_from(most).unwrap_or(i64::MAX));
+    }
+
+    /// Says whether an engine passed its self-test.
+    pub fn set_engine(&self, engine: &'static str, available: bool) {
+        self.0.engine_available.get_or_create(&EngineLabels { engine }).set(i64::from(available));
+    }
+
+    /// Says how a check of an engine's self-test went.
+    pub fn set_check(&self, engine: &'static str, check: &'static str, passed: bool, took: Duration) {
+        let labels = CheckLabels { engine, check };
+        self.0.check.get_or_create(&labels).set(i64::from(passed));
+        self.0.check_took.get_or_create(&labels).set(took.as_secs_f64());
+    }
+
+    /// Has the bytes that wait in the kernel read at every scrape.
+    pub fn watch_backlog(&self, backlog_total: BacklogTotal) {
+        self.0.programs.watch_backlog(backlog_total);
+    }
+
+    /// Has the counters of these programs read at every scrape, besides those given before.
+    pub fn watch_programs(&self, counters: Arc<dyn BpfCounters>) {
+        self.0.programs.watch(counters);
+    }
+
+    /// Everything as OpenMetrics text.
+    ///
+    /// # Errors
+    /// Never in practice: the only writer is a `String`.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        text::encode(&mut text, &self.0.registry)?;
+        Ok(text)
+    }
+}

@@ -11,7 +11,7 @@ use injector_user::{
         wire::{Answer, ListenerStatus},
     },
     daemon, doctor,
-    engine::registry::Findings,
+    engine::{kernel, registry::Findings},
     telemetry::log,
 };
 use mimalloc::MiMalloc;
@@ -45,7 +45,6 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             daemon::run(config, file, Box::new(source))?;
         }
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
-        #[cfg(feature = "bpf")]
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
         Command::Status(args) => tell(&args, &Request::Status)?,
         Command::Sessions(args) => {
@@ -114,13 +113,12 @@ fn drain(args: &cli::DrainArgs) -> anyhow::Result<()> {
     }
 }
 
-#[cfg(feature = "bpf")]
 fn detach(args: &cli::DetachArgs) -> anyhow::Result<()> {
     let settings = match &args.config {
         Some(file) => Config::load(file)?.inline,
         None => config::Inline::default(),
     };
-    let removed = injector_user::engine::inline::runner::detach(&settings)?;
+    let removed = kernel::detach_inline(&settings)?;
     if removed.is_empty() {
         println!("nothing was left of engine \"inline\"");
     }

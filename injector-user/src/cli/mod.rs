@@ -84,7 +84,6 @@ pub enum Command {
     #[command(after_long_help = crate::probe::EXAMPLES)]
     Probe(Box<crate::probe::ProbeArgs>),
     /// Remove what engine "inline" leaves in the kernel
-    #[cfg(feature = "bpf")]
     #[command(subcommand)]
     Inline(InlineCommand),
     /// Show the state of a running injector: listeners, backends, configuration
@@ -238,7 +237,6 @@ pub struct TopArgs {
 }
 
 /// The verbs of `injector inline`.
-#[cfg(feature = "bpf")]
 #[derive(Clone, Debug, Subcommand)]
 pub enum InlineCommand {
     /// Detach the programs from all devices, and remove the maps and the NAT table
@@ -249,7 +247,6 @@ pub enum InlineCommand {
 }
 
 /// Arguments of `injector inline detach`.
-#[cfg(feature = "bpf")]
 #[derive(Clone, Debug, Args)]
 pub struct DetachArgs {
     /// The configuration file (TOML) that the daemon ran with [default: inline.pin and inline.table have their

@@ -1,10 +1,9 @@
 //! `injector run`: everything that needs rights first, then without them until the stop.
 
-#[cfg(feature = "bpf")]
-use std::sync::Arc;
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
+use caps::Capability;
 use socket2::Socket;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -16,7 +15,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{Config, EngineChoice, Listener},
     control::{self, Control, Request},
-    engine::{registry::Findings, select as choice},
+    engine::{
+        kernel::{self, InlineEngine, LoadedSplice},
+        registry::Findings,
+        select as choice,
+    },
     listener,
     os::{capabilities as rights, rlimit, systemd},
     server as serving,
@@ -72,25 +75,15 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
         findings.splice.log("splice");
     }
     let engines = choice::engines(&config, &choices, &findings)?;
-    #[cfg(feature = "bpf")]
-    let inline = crate::engine::inline::runner::start(&config)?;
+    let inline = kernel::start_inline(&config)?;
 
     // Without.
-    #[cfg(feature = "bpf")]
-    let attaches = inline.is_some();
-    #[cfg(not(feature = "bpf"))]
-    let attaches = false;
-    give_up_rights(&findings, attaches);
+    give_up_rights(&findings, inline.as_ref());
     // For all but the connections; see `worker`.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let outset = Outset { config, choices, sockets, inherited, engines, findings, nofile };
     let operator = Operator { exporter, admin, file, source };
-    runtime.context("starting the runtime")?.block_on(serve(
-        outset,
-        operator,
-        #[cfg(feature = "bpf")]
-        inline,
-    ))
+    runtime.context("starting the runtime")?.block_on(serve(outset, operator, inline))
 }
 
 /// How the operator sees the daemon, and is heard.
@@ -123,33 +116,21 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
     config.listeners.iter().map(bind).collect()
 }
 
-/// Maps stay usable by their descriptors; see [`crate::engine::splice::Splice::works_without_rights`] for the exception. Whoever
-/// `attaches` programs to devices that come later needs the rights for it then, and a configuration that is read again may
-/// have other ports below 1024.
-fn give_up_rights(findings: &Findings, attaches: bool) {
-    #[cfg_attr(not(feature = "bpf"), expect(unused_mut, reason = "only programs need more"))]
-    let mut keep = vec![caps::Capability::CAP_NET_BIND_SERVICE];
-    #[cfg(feature = "bpf")]
-    match findings.splice_engine() {
-        _ if attaches => keep.extend([caps::Capability::CAP_BPF, caps::Capability::CAP_NET_ADMIN]),
-        Some(splice) if !splice.works_without_rights() => keep.push(caps::Capability::CAP_BPF),
-        _ => {}
-    }
-    #[cfg(not(feature = "bpf"))]
-    let _ = (findings, attaches);
+/// Drops every capability that is not needed any more: a reload may add ports below 1024, and a kernel engine says what it
+/// needs.
+fn give_up_rights(findings: &Findings, inline: Option<&InlineEngine>) {
+    let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
+    keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());
+    keep.extend(findings.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
     match rights::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
-            tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them")
+            tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them");
         }
     }
 }
 
-async fn serve(
-    outset: Outset,
-    operator: Operator,
-    #[cfg(feature = "bpf")] inline: Option<crate::engine::inline::runner::InlineEngine>,
-) -> anyhow::Result<()> {
+async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>) -> anyhow::Result<()> {
     // First, so that no signal ends the process unheard.
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
@@ -168,9 +149,9 @@ async fn serve(
     }
 
     let serving = Serving::begin(outset, &metrics, &backlog_total)?;
-    #[cfg(feature = "bpf")]
-    if let Some(running) = inline {
-        watch_inline(running, &serving, &metrics);
+    if let Some(inline) = inline {
+        let (listeners, health) = serving.inline();
+        inline.spawn_tasks(serving.config(), &metrics, listeners, health);
     }
     // Not before each of its threads has opened its doors.
     ensure!(serving.pulse().await, "a worker thread exited during startup");
@@ -231,31 +212,6 @@ async fn keep_alive(control: Control) {
     }
 }
 
-/// Packets need nobody; the operator wants to know what becomes of them.
-#[cfg(feature = "bpf")]
-fn watch_inline(
-    inline_engine: crate::engine::inline::runner::InlineEngine,
-    serving: &Serving,
-    metrics: &Metrics,
-) {
-    metrics.set_inline_max_flows(serving.config().inline.flows);
-    metrics
-        .watch_programs(Arc::clone(&inline_engine.inline) as Arc<dyn crate::telemetry::metrics::BpfCounters>);
-    let flow_tracker = crate::engine::inline::runner::flow_tracker(serving.config(), metrics);
-    let inline = Arc::clone(&inline_engine.inline);
-    tokio::spawn(async move {
-        if let Err(error) = flow_tracker.run(&inline).await {
-            tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
-        }
-    });
-    let (served, health) = serving.inline();
-    tokio::spawn(async move {
-        if let Err(error) = inline_engine.run(served, health).await {
-            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; programs are not attached to interfaces that appear from now on");
-        }
-    });
-}
-
 /// What the metrics and the log take from the programs.
 fn observe(metrics: &Metrics, findings: &Findings) {
     metrics.set_engine("relay", true);
@@ -265,32 +221,7 @@ fn observe(metrics: &Metrics, findings: &Findings) {
             metrics.set_check(engine, check.name, check.result.is_ok(), check.took);
         }
     }
-    #[cfg(feature = "bpf")]
     if let Some(splice) = findings.splice_engine() {
-        let events = Arc::clone(splice);
-        tokio::spawn(async move {
-            if let Err(error) = events.follow_backlog_events().await {
-                tracing::error!(target: target::ENGINE_SPLICE, %error, "BPF backlog events are not received; slow receivers are found only by the periodic check");
-            }
-        });
-        metrics.watch_programs(Arc::clone(splice) as Arc<dyn crate::telemetry::metrics::BpfCounters>);
-        match splice.logger() {
-            Ok(logger) => drop(tokio::spawn(follow(logger))),
-            Err(error) => {
-                tracing::warn!(target: target::ENGINE_SPLICE, %error, "cannot read the log of the BPF programs; their warnings are missing here")
-            }
-        }
-    }
-}
-
-/// Passes on what the programs log, until the daemon ends.
-#[cfg(feature = "bpf")]
-async fn follow(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
-    let Ok(mut logger) = crate::os::poll::register(logger, tokio::io::Interest::READABLE) else {
-        return;
-    };
-    while let Ok(mut ready) = logger.readable_mut().await {
-        ready.get_inner_mut().flush();
-        ready.clear_ready();
+        splice.spawn_tasks(metrics);
     }
 }

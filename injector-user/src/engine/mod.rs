@@ -6,9 +6,11 @@ pub mod bpf;
 pub mod check;
 #[cfg(feature = "bpf")]
 pub mod inline;
+pub mod kernel;
 pub mod registry;
 pub mod relay;
 pub mod select;
+pub mod served_listener;
 #[cfg(feature = "bpf")]
 pub mod splice;
 

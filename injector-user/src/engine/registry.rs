@@ -1,14 +1,17 @@
 //! Which engine can run here, and why not a better one: for `injector selftest`, the log at start and `engine = "auto"`.
 
 use std::sync::Arc;
-#[cfg(feature = "bpf")]
-use std::time::Duration;
 
 use serde_json::json;
 
 use crate::{
     config::{EngineChoice, Watermarks},
-    engine::{Engine, check::Tested, relay::Relay},
+    engine::{
+        Engine,
+        check::Tested,
+        kernel::{self, LoadedSplice},
+        relay::Relay,
+    },
 };
 
 /// What was found out about this machine.
@@ -18,68 +21,26 @@ pub struct Findings {
     pub inline: Tested,
     /// About the splice engine.
     pub splice: Tested,
-    #[cfg(feature = "bpf")]
-    loaded: Option<Arc<crate::engine::splice::Splice>>,
+    loaded: Option<LoadedSplice>,
 }
-
-const WITHOUT_BPF: &str = "this binary was built without BPF (--no-default-features)";
 
 impl Findings {
     /// Nothing was tried, for this reason.
     #[must_use]
     pub fn untried(why: &str) -> Self {
-        let why = if cfg!(feature = "bpf") { why } else { WITHOUT_BPF };
-        Self {
-            inline: Tested::untried(why),
-            splice: Tested::untried(why),
-            #[cfg(feature = "bpf")]
-            loaded: None,
-        }
+        let why = kernel::NOT_BUILT.unwrap_or(why);
+        Self { inline: Tested::untried(why), splice: Tested::untried(why), loaded: None }
     }
 
-    /// Drives the programs of the inline engine, with maps of their own.
-    #[cfg(feature = "bpf")]
+    /// Runs the self-test of the inline engine.
     pub fn try_inline(&mut self) {
-        let (checks, programs) = crate::engine::inline::selftest::run();
-        self.inline = Tested::new(checks, programs);
+        self.inline = kernel::test_inline();
     }
 
-    /// Without BPF in the binary there is nothing to try.
-    #[cfg(not(feature = "bpf"))]
-    pub fn try_inline(&mut self) {}
-
-    /// Loads the programs of the splice engine with room for `connections`, holding back by these marks, and drives them.
-    #[cfg(feature = "bpf")]
+    /// Loads the splice engine with room for `connections` and runs its self-test.
     pub fn try_splice(&mut self, connections: u32, watermarks: &Watermarks) {
-        use crate::engine::{
-            check::Check,
-            splice::{Splice, selftest},
-        };
-
-        let start = std::time::Instant::now();
-        let loaded = match Splice::load(connections, watermarks.notify_step(), watermarks.credit()) {
-            Ok(splice) => Arc::new(splice),
-            Err(error) => {
-                let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
-                self.splice = Tested::new(vec![check], Vec::new());
-                return;
-            }
-        };
-        let seen = "programs verified and attached".to_owned();
-        let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
-        match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => checks.extend(runtime.block_on(selftest::run(&loaded))),
-            Err(error) => {
-                checks.push(Check { name: "runtime", result: Err(error.to_string()), took: Duration::ZERO });
-            }
-        }
-        self.splice = Tested::new(checks, loaded.programs());
-        self.loaded = Some(loaded);
+        (self.splice, self.loaded) = kernel::test_splice(connections, watermarks);
     }
-
-    /// Without BPF in the binary there is nothing to try.
-    #[cfg(not(feature = "bpf"))]
-    pub fn try_splice(&mut self, _connections: u32, _watermarks: &Watermarks) {}
 
     /// Why the splice engine cannot run; `None` if it can.
     #[must_use]
@@ -88,9 +49,8 @@ impl Findings {
     }
 
     /// The loaded splice engine, if all its checks passed.
-    #[cfg(feature = "bpf")]
     #[must_use]
-    pub fn splice_engine(&self) -> Option<&Arc<crate::engine::splice::Splice>> {
+    pub fn splice_engine(&self) -> Option<&LoadedSplice> {
         self.loaded.as_ref().filter(|_| self.splice_fault().is_none())
     }
 
@@ -103,19 +63,10 @@ impl Findings {
             (EngineChoice::Relay, _) | (EngineChoice::Auto, Some(_)) => Ok(Arc::new(Relay)),
             (EngineChoice::Splice, Some(fault)) => Err(fault),
             (EngineChoice::Inline, _) => Err("serves packets, not sockets".to_owned()),
-            (EngineChoice::Auto | EngineChoice::Splice, None) => self.best(),
+            (EngineChoice::Auto | EngineChoice::Splice, None) => {
+                self.splice_engine().map(LoadedSplice::engine).ok_or_else(|| "not loaded".to_owned())
+            }
         }
-    }
-
-    #[cfg(feature = "bpf")]
-    fn best(&self) -> Result<Arc<dyn Engine>, String> {
-        let splice = self.splice_engine().ok_or_else(|| "not loaded".to_owned())?;
-        Ok(Arc::new(Arc::clone(splice)))
-    }
-
-    #[cfg(not(feature = "bpf"))]
-    fn best(&self) -> Result<Arc<dyn Engine>, String> {
-        Err("not built in".to_owned())
     }
 
     /// The name of the engine that `auto` takes where no `[inline]` is configured.

@@ -6,7 +6,7 @@ use anyhow::bail;
 
 use crate::{
     config::{Config, EngineChoice, Limits, Listener},
-    engine::{Engine, registry::Findings},
+    engine::{Engine, kernel, registry::Findings},
     telemetry::log::target,
 };
 
@@ -67,7 +67,7 @@ fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
     } else if let Some(fault) = findings.inline.fault() {
         vec![Some(fault); automatic.len()]
     } else {
-        ineligible_reasons(config, &automatic)
+        kernel::inline_ineligibility(config, &automatic)
     };
     let mut refused = refused.into_iter();
     let choice = |listener: &Listener| Choice {
@@ -75,17 +75,6 @@ fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
         not_inline: if listener.engine == EngineChoice::Auto { refused.next().flatten() } else { None },
     };
     config.listeners.iter().map(choice).collect()
-}
-
-#[cfg(feature = "bpf")]
-fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    crate::engine::inline::eligibility::ineligible_reasons(config, listeners)
-}
-
-/// Never asked: there is always a fault then.
-#[cfg(not(feature = "bpf"))]
-fn ineligible_reasons(_config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    vec![Some("not built in".to_owned()); listeners.len()]
 }
 
 /// The kernel forwards whatever comes.

@@ -15,13 +15,13 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use socket2::Socket;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     backend::Backends,
     config::{Config, EngineChoice, Listener},
-    engine::{Engine, registry::Findings, select::Choice},
+    engine::{Engine, kernel, registry::Findings, select::Choice, served_listener::ServedListener},
     listener::{self, Door, Limits, Owner, Policy, connection_limit::Room},
     net::{splice_pipe as pipe, splice_pipe::Pipes},
     protocol::Speaker,
@@ -78,8 +78,7 @@ pub struct Serving {
     /// Rings when the backends whose turn it is have changed.
     changed: Arc<Notify>,
     /// What engine inline is to serve.
-    #[cfg(feature = "bpf")]
-    inline: tokio::sync::watch::Sender<Vec<crate::engine::inline::nat_sync::ServedListener>>,
+    inline: watch::Sender<Vec<ServedListener>>,
 }
 
 /// What all listeners share.
@@ -214,8 +213,7 @@ impl Serving {
             leaving: Vec::new(),
             workers,
             changed: Arc::default(),
-            #[cfg(feature = "bpf")]
-            inline: tokio::sync::watch::Sender::default(),
+            inline: watch::Sender::default(),
         };
         for (((listener, choice), sockets), engine) in
             config.listeners.into_iter().zip(choices).zip(sockets).zip(engines)
@@ -409,12 +407,8 @@ impl Serving {
 
     /// What engine inline is to serve, now and whenever it changes, and what rings when other backends are to get its
     /// connections.
-    #[cfg(feature = "bpf")]
     #[must_use]
-    pub fn inline(
-        &self,
-    ) -> (tokio::sync::watch::Receiver<Vec<crate::engine::inline::nat_sync::ServedListener>>, Arc<Notify>)
-    {
+    pub fn inline(&self) -> (watch::Receiver<Vec<ServedListener>>, Arc<Notify>) {
         (self.inline.subscribe(), Arc::clone(&self.changed))
     }
 
@@ -643,7 +637,7 @@ impl Serving {
                     "changing bind or receiver of an inline listener needs a restart (its connections survive it)"
                 );
             }
-            self.refuse_unserved(listener)?;
+            kernel::check_inline_listener(&self.config.inline, listener)?;
             return Ok(None);
         }
         if was_inline || listener.engine == EngineChoice::Inline {
@@ -661,16 +655,6 @@ impl Serving {
                 )
             }
         }
-    }
-
-    #[cfg(feature = "bpf")]
-    fn refuse_unserved(&self, listener: &Listener) -> anyhow::Result<()> {
-        crate::engine::inline::eligibility::check_reload(&self.config.inline, listener)
-    }
-
-    #[cfg(not(feature = "bpf"))]
-    fn refuse_unserved(&self, _listener: &Listener) -> anyhow::Result<()> {
-        Ok(())
     }
 
     fn refuse_gone_inline(&self, config: &Config) -> anyhow::Result<()> {
@@ -704,9 +688,8 @@ impl Serving {
         self.shared.metrics.set_max_connections(self.connections().1);
     }
 
-    #[cfg(feature = "bpf")]
     fn tell_inline(&self) {
-        let served = |open: &Open| crate::engine::inline::nat_sync::ServedListener {
+        let served = |open: &Open| ServedListener {
             listener: open.config.clone(),
             backends: Arc::clone(&open.backends),
             draining: open.drained.is_some(),
@@ -714,9 +697,6 @@ impl Serving {
         self.inline
             .send_replace(self.listeners.iter().filter(|open| open.engine.is_none()).map(served).collect());
     }
-
-    #[cfg(not(feature = "bpf"))]
-    fn tell_inline(&self) {}
 }
 
 /// The sockets of one address of a listener, one for each worker. Those that systemd holds are taken over.

@@ -9,19 +9,9 @@ use super::{
 use crate::{
     backend::Backends,
     config::{Host, Inline as Settings, Listener, Nat},
+    engine::served_listener::ServedListener,
     telemetry::log::target,
 };
-
-/// A listener, and which of its backends get its connections.
-#[derive(Clone, Debug)]
-pub struct ServedListener {
-    /// As configured.
-    pub listener: Listener,
-    /// Its backends.
-    pub backends: Arc<Backends>,
-    /// Nobody new is sent on.
-    pub draining: bool,
-}
 
 /// As it is before anything is known of its backends.
 pub(super) fn fresh(listener: &Listener) -> ServedListener {

@@ -12,12 +12,13 @@ use super::{
     eligibility::{check_forwarding, checked_backends},
     flow_tracker::{FlowTracker, ListenerInfo},
     nat::{self, TableName},
-    nat_sync::{ServedListener, apply_dnat, fresh, remove_stale_nat, ruleset},
+    nat_sync::{apply_dnat, fresh, remove_stale_nat, ruleset},
     programs::{InlinePrograms, addresses},
     routes::{Changes, Interface},
 };
 use crate::{
     config::{Config, EngineChoice, Inline as Settings, Listener, Nat},
+    engine::served_listener::ServedListener,
     protocol::Speaker,
     telemetry::{log::target, metrics::Metrics},
 };

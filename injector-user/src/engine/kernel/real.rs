@@ -1,0 +1,176 @@
+//! The engines, with their BPF programs in the binary.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use caps::Capability;
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    config::{Config, Inline as InlineSettings, Listener, Watermarks},
+    engine::{
+        Engine,
+        check::{Check, Tested},
+        inline::{
+            eligibility,
+            runner::{self, InlineEngine as Runner},
+            selftest as inline_selftest,
+        },
+        served_listener::ServedListener,
+        splice::{Splice, selftest as splice_selftest},
+    },
+    os::poll,
+    telemetry::{
+        log::target,
+        metrics::{BpfCounters, Metrics},
+    },
+};
+
+/// Why no engine of this binary can use BPF, where none can.
+pub const NOT_BUILT: Option<&str> = None;
+
+/// Runs the self-test of the inline engine, with maps of its own.
+#[must_use]
+pub fn test_inline() -> Tested {
+    let (checks, programs) = inline_selftest::run();
+    Tested::new(checks, programs)
+}
+
+/// Why the inline engine cannot serve each of these listeners; `None` where it can. Changes nothing.
+#[must_use]
+pub fn inline_ineligibility(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+    eligibility::ineligible_reasons(config, listeners)
+}
+
+/// Whether the inline engine can serve a changed listener that it serves already.
+///
+/// # Errors
+/// Why not.
+pub fn check_inline_listener(settings: &InlineSettings, listener: &Listener) -> anyhow::Result<()> {
+    eligibility::check_reload(settings, listener)
+}
+
+/// Loads the programs of the splice engine for so many connections, and runs its self-test. The engine comes
+/// with the report unless loading failed.
+#[must_use]
+pub fn test_splice(connections: u32, watermarks: &Watermarks) -> (Tested, Option<LoadedSplice>) {
+    let start = Instant::now();
+    let loaded = match Splice::load(connections, watermarks.notify_step(), watermarks.credit()) {
+        Ok(splice) => Arc::new(splice),
+        Err(error) => {
+            let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
+            return (Tested::new(vec![check], Vec::new()), None);
+        }
+    };
+    let seen = "programs verified and attached".to_owned();
+    let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => checks.extend(runtime.block_on(splice_selftest::run(&loaded))),
+        Err(error) => {
+            checks.push(Check { name: "runtime", result: Err(error.to_string()), took: Duration::ZERO });
+        }
+    }
+    (Tested::new(checks, loaded.programs()), Some(LoadedSplice(loaded)))
+}
+
+/// The splice engine with its programs loaded.
+#[derive(Clone, Debug)]
+pub struct LoadedSplice(Arc<Splice>);
+
+impl LoadedSplice {
+    /// The engine, for sessions.
+    #[must_use]
+    pub fn engine(&self) -> Arc<dyn Engine> {
+        Arc::new(Arc::clone(&self.0))
+    }
+
+    /// The capabilities that it needs at run time.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        if self.0.works_without_rights() { Vec::new() } else { vec![Capability::CAP_BPF] }
+    }
+
+    /// Starts the tasks that receive backlog events and the log of the programs, and exports their counters.
+    pub fn spawn_tasks(&self, metrics: &Metrics) {
+        let events = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            if let Err(error) = events.follow_backlog_events().await {
+                tracing::error!(target: target::ENGINE_SPLICE, %error, "BPF backlog events are not received; slow receivers are found only by the periodic check");
+            }
+        });
+        metrics.watch_programs(Arc::clone(&self.0) as Arc<dyn BpfCounters>);
+        match self.0.logger() {
+            Ok(logger) => drop(tokio::spawn(forward_log(logger))),
+            Err(error) => {
+                tracing::warn!(target: target::ENGINE_SPLICE, %error, "cannot read the log of the BPF programs; their warnings are missing here");
+            }
+        }
+    }
+}
+
+/// Forwards what the programs log until the daemon ends.
+async fn forward_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
+    let Ok(mut logger) = poll::register(logger, tokio::io::Interest::READABLE) else {
+        return;
+    };
+    while let Ok(mut ready) = logger.readable_mut().await {
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
+    }
+}
+
+/// Starts the inline engine for the listeners that use it; `None` if there are none.
+///
+/// # Errors
+/// When it cannot run here; each says what to do. What was attached before stays as it was.
+pub fn start_inline(config: &Config) -> anyhow::Result<Option<InlineEngine>> {
+    Ok(runner::start(config)?.map(InlineEngine))
+}
+
+/// Removes everything that the inline engine left in the kernel, and returns what that was.
+///
+/// # Errors
+/// What could not be removed.
+pub fn detach_inline(settings: &InlineSettings) -> anyhow::Result<Vec<String>> {
+    runner::detach(settings)
+}
+
+/// The inline engine with its programs attached.
+#[derive(Debug)]
+pub struct InlineEngine(Runner);
+
+impl InlineEngine {
+    /// The capabilities that it needs at run time: to attach programs to devices that appear later.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
+    }
+
+    /// Starts the tasks that follow its connections, the devices and routes, `listeners` and the backends'
+    /// `health`. The kernel forwards packets without them.
+    pub fn spawn_tasks(
+        self,
+        config: &Config,
+        metrics: &Metrics,
+        listeners: watch::Receiver<Vec<ServedListener>>,
+        health: Arc<Notify>,
+    ) {
+        let Self(running) = self;
+        metrics.set_inline_max_flows(config.inline.flows);
+        metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn BpfCounters>);
+        let flow_tracker = runner::flow_tracker(config, metrics);
+        let inline = Arc::clone(&running.inline);
+        tokio::spawn(async move {
+            if let Err(error) = flow_tracker.run(&inline).await {
+                tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
+            }
+        });
+        tokio::spawn(async move {
+            if let Err(error) = running.run(listeners, health).await {
+                tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; programs are not attached to interfaces that appear from now on");
+            }
+        });
+    }
+}

@@ -1,0 +1,106 @@
+//! No engine: the binary was built without the feature `bpf`.
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use caps::Capability;
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    config::{Config, Inline as InlineSettings, Listener, Watermarks},
+    engine::{Engine, check::Tested, served_listener::ServedListener},
+    telemetry::metrics::Metrics,
+};
+
+const REASON: &str = "this binary was built without BPF (--no-default-features)";
+
+/// Why no engine of this binary can use BPF, where none can.
+pub const NOT_BUILT: Option<&str> = Some(REASON);
+
+/// Runs nothing.
+#[must_use]
+pub fn test_inline() -> Tested {
+    Tested::untried(REASON)
+}
+
+/// The inline engine can serve none of these listeners.
+#[must_use]
+pub fn inline_ineligibility(_config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+    vec![Some(REASON.to_owned()); listeners.len()]
+}
+
+/// There is no listener that the inline engine serves.
+///
+/// # Errors
+/// Always.
+pub fn check_inline_listener(_settings: &InlineSettings, _listener: &Listener) -> anyhow::Result<()> {
+    bail!(REASON)
+}
+
+/// Loads nothing.
+#[must_use]
+pub fn test_splice(_connections: u32, _marks: &Watermarks) -> (Tested, Option<LoadedSplice>) {
+    (Tested::untried(REASON), None)
+}
+
+/// There is none.
+#[derive(Clone, Debug)]
+pub enum LoadedSplice {}
+
+impl LoadedSplice {
+    /// Never called.
+    #[must_use]
+    pub fn engine(&self) -> Arc<dyn Engine> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        match *self {}
+    }
+
+    /// Never called.
+    pub fn spawn_tasks(&self, _metrics: &Metrics) {
+        match *self {}
+    }
+}
+
+/// Starts nothing: a listener that asks for the inline engine is rejected before.
+///
+/// # Errors
+/// Never.
+pub fn start_inline(_config: &Config) -> anyhow::Result<Option<InlineEngine>> {
+    Ok(None)
+}
+
+/// Removes nothing.
+///
+/// # Errors
+/// Always: this binary does not know what the engine leaves.
+pub fn detach_inline(_settings: &InlineSettings) -> anyhow::Result<Vec<String>> {
+    bail!(REASON)
+}
+
+/// There is none.
+#[derive(Debug)]
+pub enum InlineEngine {}
+
+impl InlineEngine {
+    /// Never called.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        match *self {}
+    }
+
+    /// Never called.
+    pub fn spawn_tasks(
+        self,
+        _config: &Config,
+        _metrics: &Metrics,
+        _listeners: watch::Receiver<Vec<ServedListener>>,
+        _health: Arc<Notify>,
+    ) {
+        match self {}
+    }
+}

@@ -1,0 +1,16 @@
+//! A listener as the inline engine serves it.
+
+use std::sync::Arc;
+
+use crate::{backend::Backends, config::Listener};
+
+/// A listener of the inline engine, and which of its backends get new connections.
+#[derive(Clone, Debug)]
+pub struct ServedListener {
+    /// As configured.
+    pub listener: Listener,
+    /// Its backends.
+    pub backends: Arc<Backends>,
+    /// New connections are not forwarded.
+    pub draining: bool,
+}

@@ -10,18 +10,10 @@ use crate::Run;
 use crate::testbed::{Ending, Testbed, accept, accept_with_header, counted, ended, ending, finished, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
-    ("backend check_rejected/smtp", |testbed, engine| {
-        backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))
-    }),
-    ("backend check_rejected/imap", |testbed, engine| {
-        backend_refuses(testbed, engine, "imap", Some("* BYE "))
-    }),
-    ("backend check_rejected/pop3", |testbed, engine| {
-        backend_refuses(testbed, engine, "pop3", Some("-ERR "))
-    }),
-    ("backend check_rejected/submissions", |testbed, engine| {
-        backend_refuses(testbed, engine, "submissions", None)
-    }),
+    ("backend refuses/smtp", |testbed, engine| backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))),
+    ("backend refuses/imap", |testbed, engine| backend_refuses(testbed, engine, "imap", Some("* BYE "))),
+    ("backend refuses/pop3", |testbed, engine| backend_refuses(testbed, engine, "pop3", Some("-ERR "))),
+    ("backend refuses/submissions", |testbed, engine| backend_refuses(testbed, engine, "submissions", None)),
     ("backend silent", backend_silent),
     ("backend unresolved", backend_unresolved),
     ("backend closes before its banner", backend_closes_early),

@@ -115,13 +115,13 @@ fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
         testbed,
         &["prlimit", "--nofile=100:100"],
         &config("relay", "smtp", ""),
-        &["100 open files", "LimitNOFILE"],
+        &["open-file limit (100)", "LimitNOFILE"],
     )?;
     // 204 descriptors allow two connections; the third is rejected.
     let backend = testbed.backend()?;
     let injector = testbed
         .injector_by(&["prlimit", "--nofile=204:204", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
-    ensure!(injector.log().contains("carries fewer connections"), "{}", injector.log());
+    ensure!(injector.log().contains("allows fewer connections"), "{}", injector.log());
     let mut open = Vec::new();
     for _ in 0..2 {
         let mut client = testbed.client()?;

@@ -271,7 +271,7 @@ fn stalled(testbed: &Testbed, engine: &str, reader: Reader) -> anyhow::Result<()
     let changes =
         |change| anyhow::Ok(injector.metrics()?.sum("injector_plane_changes_total", &[("change", change)]));
     if engine == "splice" {
-        ensure!(changes("held")? > 0.5, "the source was not held");
+        ensure!(changes("paused")? > 0.5, "the source was not paused");
     }
     std::thread::scope(|scope| {
         let receiving = scope.spawn(|| receive_all(to, &bytes));
@@ -280,12 +280,12 @@ fn stalled(testbed: &Testbed, engine: &str, reader: Reader) -> anyhow::Result<()
     })
     .with_context(|| format!("logged:\n{}", injector.log()))?;
     if engine == "splice" {
-        ensure!(changes("moved_to_user_space")? > 0.5, "the source was not let go");
+        ensure!(changes("moved_to_user_space")? > 0.5, "the source was not moved to user space");
     }
     drop((client, server));
     finished(&injector, 1)?;
     let waiting = injector.metrics()?.sum("injector_backlog_bytes", &[]);
-    ensure!(waiting.abs() < 0.5, "{waiting} bytes are still on the books");
+    ensure!(waiting.abs() < 0.5, "{waiting} bytes are still counted as backlog");
     Ok(())
 }
 

@@ -171,7 +171,7 @@ fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut session = testbed.client()?;
     let number = session.greeted()?;
     let printed = injector.command(&["backend", "down", &backend_name(number)])?;
-    ensure!(printed == "set for test\n", "{printed}");
+    ensure!(printed == "backend state changed for test\n", "{printed}");
     let seen = answers(testbed, 6)?;
     ensure!(seen[1 - number] == 6, "{seen:?}");
     session.talk()?;

@@ -20,7 +20,7 @@ const COLUMN: u32 = 58;
 const ROW: u32 = 30;
 
 /// How many series of a panel are drawn; the rest is counted.
-const MOST: usize = 8;
+const MAX_SERIES: usize = 8;
 
 /// The height of a legend's line, in pixels.
 const LEGEND_LINE: i32 = 13;
@@ -62,7 +62,7 @@ const GREY: RGBColor = RGBColor(100, 100, 100);
 const PALE: RGBColor = RGBColor(225, 225, 225);
 
 /// Colours that are easy to distinguish.
-const COLOURS: [RGBColor; MOST] = [
+const COLOURS: [RGBColor; MAX_SERIES] = [
     RGBColor(31, 119, 180),
     RGBColor(255, 127, 14),
     RGBColor(44, 160, 44),
@@ -139,7 +139,7 @@ fn chart(
     series: &[&(String, &Series)],
     (width, height): (i32, i32),
 ) -> Result<()> {
-    let drawn: Vec<_> = series.iter().take(MOST).copied().collect();
+    let drawn: Vec<_> = series.iter().take(MAX_SERIES).copied().collect();
     let legend = LEGEND_LINE * i32::try_from(drawn.len().div_ceil(2))? + 6;
     let (from, to) = times(series);
     let lines = if panel.kind == Kind::Stacked { stacked(&drawn) } else { plain(&drawn) };

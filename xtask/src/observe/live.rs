@@ -156,7 +156,7 @@ fn rules(api: &Api) -> Result<String> {
 /// Panel, query, series, last value.
 fn table(answers: &[PanelResult<'_>]) -> String {
     /// How many series of one query are listed.
-    const MOST: usize = 6;
+    const MAX_SERIES: usize = 6;
     let mut lines = Vec::new();
     for answer in answers {
         // A heatmap's unit is that of its buckets, and its values are counts.
@@ -176,13 +176,13 @@ fn table(answers: &[PanelResult<'_>]) -> String {
                         let size = |series: &Series| series.last().unwrap_or_default().abs();
                         size(right).total_cmp(&size(left))
                     });
-                    for series in listed.iter().take(MOST) {
+                    for series in listed.iter().take(MAX_SERIES) {
                         let value =
                             series.last().map_or("no number".to_owned(), |last| draw::number(last, unit));
                         lines.push(format!("    {:<48} {value:>14}", series.name(&outcome.query.legend)));
                     }
-                    if listed.len() > MOST {
-                        lines.push(format!("    and {} more", listed.len() - MOST));
+                    if listed.len() > MAX_SERIES {
+                        lines.push(format!("    and {} more", listed.len() - MAX_SERIES));
                     }
                 }
             }

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 const OURS: [&str; 2] = ["inj-", "injector"];
 
 /// How long the kernel and the tests' own cleanup may take after a test has ended.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The machine before the tests.
 pub(super) struct Before {
@@ -39,7 +39,7 @@ impl Before {
 
     /// Lists what the tests left, and ends their processes.
     pub(super) fn left_behind(self) -> Vec<String> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + CLEANUP_TIMEOUT;
         loop {
             reap();
             let processes: Vec<u32> = descendants().difference(&self.children).copied().collect();

@@ -9,12 +9,12 @@ use super::layout::CONFIG;
 
 /// The container's user and capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rights {
+pub(super) enum Privileges {
     /// Root with only the DaemonSet's three capabilities. Kubernetes gives added capabilities only
     /// to root, because it does not support ambient capabilities.
     DaemonSet,
     /// The image's own user without capabilities, for engine "relay".
-    Nobody,
+    Unprivileged,
 }
 
 /// The DaemonSet's `securityContext.capabilities.add`, all others dropped.
@@ -23,7 +23,7 @@ pub(super) const CAPABILITIES: [&str; 3] = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET
 /// The parts of a container other than the image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parts<'a> {
-    pub(super) rights: Rights,
+    pub(super) privileges: Privileges,
     /// The network namespace, in place of the node's (`hostNetwork`).
     pub(super) network: &'a Path,
     /// The configuration's file on this machine.
@@ -36,9 +36,9 @@ pub(super) struct Parts<'a> {
 
 /// The `config.json` of a bundle (OCI runtime specification 1.0.2), whose root is `rootfs`.
 pub(super) fn config(parts: Parts<'_>) -> Value {
-    let (id, capabilities): (u32, &[&str]) = match parts.rights {
-        Rights::DaemonSet => (0, &CAPABILITIES),
-        Rights::Nobody => (65532, &[]),
+    let (id, capabilities): (u32, &[&str]) = match parts.privileges {
+        Privileges::DaemonSet => (0, &CAPABILITIES),
+        Privileges::Unprivileged => (65532, &[]),
     };
     let tmpfs = |place: &str, options: &[&str]| json!({"destination": place, "type": "tmpfs", "source": "tmpfs", "options": options});
     let mut mounts = vec![
@@ -182,7 +182,7 @@ mod tests {
     fn the_container_has_the_three_capabilities_and_no_more() {
         let profile = profile();
         let parts = Parts {
-            rights: Rights::DaemonSet,
+            privileges: Privileges::DaemonSet,
             network: Path::new("/run/netns/n"),
             config: Path::new("/c"),
             bpffs: None,
@@ -194,7 +194,7 @@ mod tests {
         }
         assert_eq!(made["process"]["noNewPrivileges"], true);
         assert_eq!(made["root"]["readonly"], true);
-        let none = config(Parts { rights: Rights::Nobody, ..parts });
+        let none = config(Parts { privileges: Privileges::Unprivileged, ..parts });
         assert_eq!(none["process"]["capabilities"]["bounding"], json!([]));
         assert_eq!(none["process"]["user"]["uid"], 65532);
     }

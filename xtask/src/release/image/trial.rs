@@ -26,7 +26,7 @@ use injector_testbed::{
 use serde_json::Value;
 
 use super::{
-    bundle::{self, Parts, Rights},
+    bundle::{self, Parts, Privileges},
     command::quietly,
     layout::TAG,
 };
@@ -41,14 +41,14 @@ const METRICS: &str = "127.0.0.1:9145";
 struct Case {
     engine: &'static str,
     vip: HostAddresses,
-    rights: Rights,
+    privileges: Privileges,
 }
 
 const CASES: [Case; 4] = [
-    Case { engine: "splice", vip: VIP_SPLICE, rights: Rights::DaemonSet },
-    Case { engine: "inline", vip: VIP_INLINE, rights: Rights::DaemonSet },
-    Case { engine: "relay", vip: VIP_RELAY, rights: Rights::DaemonSet },
-    Case { engine: "relay", vip: VIP_RELAY, rights: Rights::Nobody },
+    Case { engine: "splice", vip: VIP_SPLICE, privileges: Privileges::DaemonSet },
+    Case { engine: "inline", vip: VIP_INLINE, privileges: Privileges::DaemonSet },
+    Case { engine: "relay", vip: VIP_RELAY, privileges: Privileges::DaemonSet },
+    Case { engine: "relay", vip: VIP_RELAY, privileges: Privileges::Unprivileged },
 ];
 
 /// Runs every case; the first failure ends it.
@@ -90,7 +90,7 @@ fn try_out(
     fs::write(&file, text)?;
     let network = Path::new("/run/netns").join(topology.edge.name());
     let parts = Parts {
-        rights: case.rights,
+        privileges: case.privileges,
         network: &network,
         config: &file,
         bpffs: bpffs.as_ref().map(BpfFs::path),
@@ -99,7 +99,7 @@ fn try_out(
     fs::write(bundle.join("config.json"), format!("{:#}", bundle::config(parts)))?;
     let mut container = Container::start(bundle, scratch)?;
     let outcome = container.wait_ready(topology).and_then(|()| {
-        let held = container.rights()?;
+        let held = container.privileges()?;
         println!("\n{} under runc: {held}", case.engine);
         Family::ALL.iter().try_for_each(|family| mail(case, *family, topology, host))
     });
@@ -110,7 +110,7 @@ fn try_out(
 
 /// Sends a message from the client; prints the log line in which Postfix names the client.
 fn mail(case: &Case, family: Family, topology: &Topology, host: &MailHost) -> Result<()> {
-    let user = format!("{}-{}-{:?}", case.engine, family.name(), case.rights).to_lowercase();
+    let user = format!("{}-{}-{:?}", case.engine, family.name(), case.privileges).to_lowercase();
     let message = Message::new(&user, &user);
     let postfix = &host.postfix;
     let mark = postfix.log().mark();
@@ -171,7 +171,7 @@ impl Container {
 
     /// The daemon's user and capabilities in the kernel, after it has dropped those that it does
     /// not need.
-    fn rights(&self) -> Result<String> {
+    fn privileges(&self) -> Result<String> {
         let output = self.runc().args(["state", &self.id]).output()?;
         let state: Value = serde_json::from_slice(&output.stdout).context("runc state")?;
         let pid = state["pid"].as_u64().context("runc state has no pid")?;

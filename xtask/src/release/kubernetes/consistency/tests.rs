@@ -108,7 +108,7 @@ fn every_inconsistency_is_reported() {
         ("selector: {app: edge}", "selector: {app: mail}", "selects no pod"),
         ("targetPort: smtp", "targetPort: imap", "no container has port 25 called \"imap\""),
         ("Policy: Local", "Policy: Cluster", "client's address is lost"),
-        ("proxied.mail.svc", "stock.mail.svc", "no Service leads to stock.mail"),
+        ("proxied.mail.svc", "standard.mail.svc", "no Service leads to standard.mail"),
         ("local:2525", "local:25", "no Service leads to proxied.mail.svc.cluster.local:25"),
     ] {
         let faults = faults_of(&EDGE.replace(from, to), MAIL);

@@ -255,3 +255,81 @@ const fn outcome_code(outcome: &Outcome) -> &'static str {
         Outcome::Silent => "silent",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::{
+        diagnosis::findings,
+        fixtures::{away, closed, dialogue, greeted, refuses_to_relay, relays, seen, target},
+        observation::{Client, Family, Probe},
+    };
+
+    const fn header(family: Family) -> Probe {
+        Probe::Header { version: ProxyVersion::V2, family, tlvs: true }
+    }
+
+    const fn client(client: Client) -> Probe {
+        Probe::Claim { version: ProxyVersion::V2, family: Family::V4, client }
+    }
+
+    /// A listener with one backend, of which these observations were made.
+    fn listener(protocol: Protocol, untrusted: bool, observations: Vec<Observation>) -> ListenerReport {
+        let target = Target { untrusted, ..target(protocol) };
+        let findings = findings(&target, &observations, &["10.25.0.1".parse().unwrap()]);
+        let addresses = vec![AddressReport::new(&target, observations, findings)];
+        ListenerReport {
+            name: protocol.name().to_owned(),
+            protocol,
+            version: ProxyVersion::V2,
+            findings: Vec::new(),
+            backends: vec![BackendReport {
+                name: "mail.internal:2525".to_owned(),
+                findings: Vec::new(),
+                addresses,
+            }],
+        }
+    }
+
+    fn report() -> Report {
+        let smtpd = || away("421 4.3.0 mail.example.test Server local error");
+        let banner = || greeted("220 mail.example.test ESMTP Postfix");
+        let relaying = vec![
+            seen(Probe::NoHeader, smtpd(), 51),
+            seen(header(Family::V4), banner(), 0),
+            seen(header(Family::V6), banner(), 0),
+            dialogue(client(Client::Localhost), relays()),
+            dialogue(client(Client::Documentation), refuses_to_relay()),
+        ];
+        let untrusting = vec![
+            seen(Probe::Tls, Outcome::Closed { reset: true }, 3),
+            seen(header(Family::V4), Outcome::Closed { reset: true }, 1),
+            seen(header(Family::V6), Outcome::Closed { reset: true }, 0),
+            seen(Probe::NoHeader, closed(), 0),
+        ];
+        Report {
+            listeners: vec![
+                listener(Protocol::Submission, false, relaying),
+                listener(Protocol::Imaps, false, untrusting),
+            ],
+            untrusted: false,
+        }
+    }
+
+    #[test]
+    fn text_lists_observations_findings_and_changes() {
+        insta::assert_snapshot!(report().text());
+    }
+
+    #[test]
+    fn json_has_the_documented_fields() {
+        insta::assert_snapshot!(format!("{:#}", report().json()));
+    }
+
+    #[test]
+    fn text_from_an_untrusted_host_reports_closed_ports() {
+        let reset = vec![seen(header(Family::V4), Outcome::NoAnswer, 20)];
+        let report = Report { listeners: vec![listener(Protocol::Smtp, true, reset)], untrusted: true };
+        insta::assert_snapshot!(report.text());
+    }
+}

@@ -1,24 +1,15 @@
-//! Every fault as a case: what is seen, what is said, which line is to change.
+//! Every fault as a case: what was observed, the verdict, and the line to change.
 
+mod cases;
+
+use self::cases::{BANNER, Case, DOVECOT, POSTSCREEN, SMTPD, SYNTAX, V1_4, V2_4, V2_6, cases, filtered};
 use super::{
     super::{
         fixtures::{away, closed, dialogue, greeted, misunderstood, refuses_to_relay, relays, seen, target},
-        observation::{Client, Dialogue, Greeting, Relay, Step},
+        observation::{Client, Dialogue, Relay},
     },
     *,
 };
-
-const V2_4: Probe = Probe::Header { version: ProxyVersion::V2, family: Family::V4, tlvs: true };
-const V2_6: Probe = Probe::Header { version: ProxyVersion::V2, family: Family::V6, tlvs: true };
-const V1_4: Probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
-const PLAIN: Probe = Probe::Header { version: ProxyVersion::V2, family: Family::V4, tlvs: false };
-
-const BANNER: &str = "220 mail.example.test ESMTP Postfix";
-const TEASER: &str = "220-mail.example.test ESMTP Postfix";
-const SMTPD: &str = "421 4.3.0 mail.example.test Server local error";
-const POSTSCREEN: &str = "421 4.3.2 No system resources";
-const SYNTAX: &str = "500 5.5.2 Error: bad syntax";
-const DOVECOT: &str = "* OK [CAPABILITY IMAP4rev1] Dovecot (Debian) ready.";
 
 /// What is found, as `code` or `note code`, and all lines to change.
 fn judged(target: &Target, all: &[Observation]) -> (Vec<String>, String) {
@@ -31,294 +22,6 @@ fn judged(target: &Target, all: &[Observation]) -> (Vec<String>, String) {
     (codes.collect(), lines.map(String::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-/// A target whose forgery was tried in vain, so that nothing but the case itself is found.
-fn filtered() -> Observation {
-    let from = Some("192.0.2.1".parse().unwrap());
-    Observation { step: Step { probe: V2_4, from }, ..seen(V2_4, Outcome::NoAnswer, 20) }
-}
-
-struct Case {
-    name: &'static str,
-    protocol: Protocol,
-    seen: Vec<Observation>,
-    codes: &'static [&'static str],
-    /// Parts of the lines to change.
-    advice: &'static [&'static str],
-}
-
-fn case(name: &'static str, protocol: Protocol, seen: Vec<Observation>) -> Case {
-    Case { name, protocol, seen, codes: &[], advice: &[] }
-}
-
-fn cases() -> Vec<Case> {
-    use Protocol::{Imap, Imaps, Plain, Smtp, Submission, Submissions};
-    let in_tls =
-        |probe, line| Observation { tls: Some("TLS 1.3".to_owned()), ..seen(probe, greeted(line), 1) };
-    let teased = |complaint| misunderstood(TEASER, complaint);
-    vec![
-        case(
-            "smtpd as it should be",
-            Submission,
-            vec![
-                seen(Probe::NoHeader, away(SMTPD), 50),
-                seen(V2_4, greeted(BANNER), 1),
-                seen(V2_6, greeted(BANNER), 1),
-                filtered(),
-            ],
-        ),
-        Case {
-            codes: &["not_listening"],
-            advice: &["2525 inet n - n - 1 postscreen\n  -o postscreen_upstream_proxy_protocol=haproxy"],
-            ..case("refused", Smtp, vec![seen(Probe::NoHeader, Outcome::Refused, 0)])
-        },
-        Case {
-            codes: &["no_answer"],
-            advice: &["ip saddr 10.25.0.1 tcp dport 2525 accept"],
-            ..case("dropped", Smtp, vec![seen(Probe::NoHeader, Outcome::NoAnswer, 50)])
-        },
-        Case {
-            codes: &["no_proxy"],
-            advice: &[
-                "-o postscreen_upstream_proxy_protocol=haproxy",
-                "-o smtpd_upstream_proxy_protocol=haproxy",
-            ],
-            ..case(
-                "smtpd, or postscreen that knows the client",
-                Smtp,
-                vec![
-                    seen(Probe::NoHeader, greeted(BANNER), 1),
-                    seen(V2_4, misunderstood(BANNER, SYNTAX), 1),
-                    seen(V2_6, misunderstood(BANNER, SYNTAX), 1),
-                    seen(V1_4, misunderstood(BANNER, SYNTAX), 1),
-                ],
-            )
-        },
-        Case {
-            codes: &["no_proxy"],
-            advice: &["1 postscreen\n  -o postscreen_upstream_proxy_protocol=haproxy"],
-            ..case(
-                "postscreen without its own setting",
-                Smtp,
-                vec![
-                    seen(
-                        Probe::NoHeader,
-                        Outcome::Greeted(Greeting { line: TEASER.to_owned(), teaser: true }),
-                        60,
-                    ),
-                    seen(V2_4, teased("502 5.5.2 Error: command not recognized"), 1),
-                    seen(V2_6, teased("502 5.5.2 Error: command not recognized"), 1),
-                    seen(V1_4, teased("502 5.5.2 Error: command not recognized"), 1),
-                ],
-            )
-        },
-        Case {
-            codes: &["no_proxy"],
-            advice: &["- smtpd\n  -o smtpd_upstream_proxy_protocol=haproxy\n  -o smtpd_tls_wrappermode=yes"],
-            ..case(
-                "smtpd in TLS",
-                Submissions,
-                vec![
-                    in_tls(Probe::Tls, BANNER),
-                    seen(V2_4, Outcome::Closed { reset: true }, 0),
-                    seen(V2_6, Outcome::Closed { reset: true }, 0),
-                    seen(V1_4, Outcome::Closed { reset: true }, 0),
-                ],
-            )
-        },
-        Case {
-            codes: &["wants_v1"],
-            advice: &["version = \"v1\""],
-            ..case(
-                "v1 only",
-                Smtp,
-                vec![
-                    seen(Probe::NoHeader, Outcome::Silent, 100),
-                    seen(V2_4, closed(), 0),
-                    seen(V2_6, closed(), 0),
-                    seen(V1_4, greeted("220 haraka"), 1),
-                ],
-            )
-        },
-        Case {
-            codes: &["refuses_tlvs"],
-            advice: &["without crc32c"],
-            ..case(
-                "TLVs",
-                Smtp,
-                vec![
-                    seen(Probe::NoHeader, away(SMTPD), 50),
-                    seen(V2_4, closed(), 0),
-                    seen(V2_6, closed(), 0),
-                    seen(V1_4, closed(), 0),
-                    seen(PLAIN, greeted(BANNER), 1),
-                ],
-            )
-        },
-        Case {
-            codes: &["untrusted"],
-            advice: &["haproxy_trusted_networks = 10.25.0.1"],
-            ..case(
-                "Dovecot that does not know the edge",
-                Imaps,
-                vec![
-                    seen(Probe::Tls, Outcome::Closed { reset: true }, 0),
-                    seen(V2_4, Outcome::Closed { reset: true }, 0),
-                    seen(V2_6, Outcome::Closed { reset: true }, 0),
-                    seen(V1_4, Outcome::Closed { reset: true }, 0),
-                    seen(Probe::NoHeader, closed(), 0),
-                ],
-            )
-        },
-        Case {
-            codes: &["header_refused"],
-            ..case(
-                "a trusted edge whose header is refused is another thing",
-                Imaps,
-                vec![
-                    seen(Probe::Tls, Outcome::Closed { reset: true }, 0),
-                    seen(V2_4, Outcome::Closed { reset: true }, 0),
-                    seen(V2_6, Outcome::Closed { reset: true }, 0),
-                    seen(V1_4, Outcome::Closed { reset: true }, 0),
-                    seen(Probe::NoHeader, closed(), 30),
-                ],
-            )
-        },
-        Case {
-            codes: &["ipv6_off"],
-            advice: &["inet_protocols = all"],
-            ..case(
-                "inet_protocols = ipv4",
-                Smtp,
-                vec![
-                    seen(Probe::NoHeader, away(POSTSCREEN), 50),
-                    seen(V2_4, greeted(BANNER), 1),
-                    seen(V2_6, away(POSTSCREEN), 0),
-                    filtered(),
-                ],
-            )
-        },
-        Case {
-            codes: &["header_optional"],
-            advice: &["ip saddr != 10.25.0.1 tcp dport 2525"],
-            ..case(
-                "with and without",
-                Imap,
-                vec![
-                    seen(Probe::NoHeader, greeted(DOVECOT), 1),
-                    seen(V2_4, greeted(DOVECOT), 1),
-                    seen(V2_6, greeted(DOVECOT), 1),
-                    filtered(),
-                ],
-            )
-        },
-        Case {
-            codes: &["clear_text"],
-            advice: &["-o smtpd_tls_wrappermode=yes", "protocol = \"submission\""],
-            ..case(
-                "clear text for TLS",
-                Submissions,
-                vec![
-                    seen(Probe::Tls, away(SMTPD), 1),
-                    seen(V2_4, Outcome::Strange(BANNER.to_owned()), 1),
-                    seen(V2_6, Outcome::Strange(BANNER.to_owned()), 1),
-                    seen(V1_4, Outcome::Strange(BANNER.to_owned()), 1),
-                    seen(Probe::NoHeader, away(SMTPD), 50),
-                ],
-            )
-        },
-        Case {
-            codes: &["mute"],
-            advice: &["protocol = \"imaps\""],
-            ..case(
-                "TLS for clear text",
-                Imap,
-                vec![
-                    seen(Probe::NoHeader, closed(), 30),
-                    seen(V2_4, Outcome::Silent, 100),
-                    seen(V1_4, Outcome::Silent, 100),
-                ],
-            )
-        },
-        Case {
-            codes: &["note unproven"],
-            ..case(
-                "plain",
-                Plain,
-                vec![
-                    seen(Probe::NoHeader, Outcome::Silent, 100),
-                    seen(V2_4, Outcome::Silent, 100),
-                    seen(V1_4, Outcome::Silent, 100),
-                ],
-            )
-        },
-        Case {
-            codes: &["turned_away"],
-            ..case(
-                "too busy",
-                Submission,
-                vec![
-                    seen(Probe::NoHeader, away("421 4.7.0 Error: too many connections"), 0),
-                    seen(V2_4, away("421 4.7.0 Error: too many connections"), 0),
-                    seen(V2_6, away("421 4.7.0 Error: too many connections"), 0),
-                    seen(V1_4, away("421 4.7.0 Error: too many connections"), 0),
-                ],
-            )
-        },
-        Case {
-            codes: &["header_refused"],
-            ..case(
-                "Postfix that refuses both families",
-                Submission,
-                vec![
-                    seen(Probe::NoHeader, away(SMTPD), 50),
-                    seen(V2_4, away(SMTPD), 0),
-                    seen(V2_6, away(SMTPD), 0),
-                    seen(V1_4, away(SMTPD), 0),
-                ],
-            )
-        },
-        Case {
-            codes: &["other_protocol"],
-            ..case(
-                "IMAP where SMTP should be",
-                Smtp,
-                vec![
-                    seen(Probe::NoHeader, closed(), 30),
-                    seen(V2_4, Outcome::Strange(DOVECOT.to_owned()), 0),
-                    seen(V2_6, Outcome::Strange(DOVECOT.to_owned()), 0),
-                    seen(V1_4, Outcome::Strange(DOVECOT.to_owned()), 0),
-                ],
-            )
-        },
-        Case {
-            codes: &["note tls_trouble"],
-            ..case(
-                "an alert after the header is TLS all the same",
-                Imaps,
-                vec![
-                    seen(Probe::Tls, closed(), 0),
-                    seen(V2_4, Outcome::Alert("HandshakeFailure".to_owned()), 0),
-                    seen(V2_6, Outcome::Alert("HandshakeFailure".to_owned()), 0),
-                    filtered(),
-                ],
-            )
-        },
-        Case {
-            codes: &["no_proxy"],
-            ..case(
-                "an alert about the header's bytes is not",
-                Imaps,
-                vec![
-                    in_tls(Probe::Tls, DOVECOT),
-                    seen(V2_4, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
-                    seen(V2_6, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
-                    seen(V1_4, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
-                ],
-            )
-        },
-    ]
-}
-
 #[test]
 fn each_fault_is_named_with_its_line() {
     for Case { name, protocol, seen, codes, advice } in cases() {
@@ -328,6 +31,24 @@ fn each_fault_is_named_with_its_line() {
             assert!(lines.contains(part), "{name}: no {part:?} in\n{lines}");
         }
     }
+}
+
+#[test]
+fn messages_of_all_cases() {
+    let mut text = String::new();
+    for Case { name, protocol, seen, .. } in cases() {
+        text.push_str(&format!("{name} ({protocol}):\n"));
+        for Finding { verdict, fault, message, changes } in
+            findings(&target(protocol), &seen, &["10.25.0.1".parse().unwrap()])
+        {
+            let kind = if fault { "FAULT" } else { "note" };
+            text.push_str(&format!("  {kind} {}: {message}\n", verdict.code()));
+            for change in changes {
+                text.push_str(&format!("    change {}\n", change.place));
+            }
+        }
+    }
+    insta::assert_snapshot!(text);
 }
 
 #[test]

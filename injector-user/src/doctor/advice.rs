@@ -37,7 +37,7 @@ pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
     let postscreen = || {
         Change::new(
             format!(
-                "Postfix, master.cf: where {port} is postscreen (smtpd_upstream_proxy_protocol is ignored behind it)"
+                "Postfix, master.cf: if postscreen has port {port} (it ignores smtpd_upstream_proxy_protocol)"
             ),
             &[&format!("{port} inet n - n - 1 postscreen"), POSTSCREEN_SETTING],
         )
@@ -51,7 +51,7 @@ pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
         }
         Change::new(
             format!(
-                "Postfix, master.cf: where {port} is smtpd (postscreen_upstream_proxy_protocol does nothing there)"
+                "Postfix, master.cf: if smtpd has port {port} (it ignores postscreen_upstream_proxy_protocol)"
             ),
             &lines,
         )
@@ -117,7 +117,7 @@ fn dovecot_listener(target: &Target) -> Change {
 /// Has Dovecot believe this host.
 pub(super) fn trust_injector(target: &Target) -> Change {
     Change::new(
-        "Dovecot, dovecot.conf, beside what the line has already",
+        "Dovecot, dovecot.conf, in addition to the networks already listed",
         &[&format!("haproxy_trusted_networks = {}", source(target))],
     )
 }
@@ -125,7 +125,7 @@ pub(super) fn trust_injector(target: &Target) -> Change {
 /// Has the server relay for nobody who has not logged in, whatever address the header says.
 pub(super) fn restrict_relaying(target: &Target, server: Server) -> Vec<Change> {
     const SETTING: &str = "  -o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
-    const INSTEAD: &str = "or, to relay for some networks still, -o mynetworks= with those alone, without 127.0.0.0/8 and [::1]/128";
+    const INSTEAD: &str = "or, to keep relaying for some networks, -o mynetworks= with only those, without 127.0.0.0/8 and [::1]/128";
     let port = target.address.port();
     let smtpd = || {
         Change::new(
@@ -154,7 +154,7 @@ pub(super) fn restrict_relaying(target: &Target, server: Server) -> Vec<Change> 
 pub(super) fn distrust_localhost(server: Server) -> Option<Change> {
     (server == Server::Dovecot).then(|| {
         Change::new(
-            "Dovecot, dovecot.conf: without 127.0.0.0/8 and ::1, with what else the line has",
+            "Dovecot, dovecot.conf: remove 127.0.0.0/8 and ::1, keep the other networks",
             &["login_trusted_networks ="],
         )
     })
@@ -189,16 +189,16 @@ pub(super) fn enable_tls(target: &Target, server: Server) -> Vec<Change> {
         )],
         _ => Vec::new(),
     };
-    changes.push(Change::own(target, "if clear text is what is meant", &format!("protocol = \"{clear}\"")));
+    changes.push(Change::own(target, "if clear text is intended", &format!("protocol = \"{clear}\"")));
     changes
 }
 
 /// Shuts the port to all but the injector: commands of nft for the mail host. `edge` are the injector's addresses.
 pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
     let place = if known {
-        "the mail host's firewall (nft; in /etc/nftables.conf to keep it)"
+        "the mail host's firewall (nft; to make it permanent, in /etc/nftables.conf)"
     } else {
-        "the mail host's firewall (nft), with the injector's address as `injector doctor` on its own host prints it"
+        "the mail host's firewall (nft), with the address that `injector doctor` prints on the injector's host"
     };
     let mut lines = vec![
         "nft add table inet proxy_ports".to_owned(),
@@ -233,7 +233,7 @@ pub(super) fn allow_injector(target: &Target) -> Change {
     let key = if target.address.is_ipv4() { "ip" } else { "ip6" };
     let (source, port) = (source(target), target.address.port());
     Change::new(
-        "the firewall that drops it, in the chain for what comes in",
+        "the firewall that drops the packets, in its input chain",
         &[&format!("{key} saddr {source} tcp dport {port} accept")],
     )
 }

@@ -45,19 +45,19 @@ impl Evidence<'_> {
         Some(match &failed.outcome {
             Outcome::Refused => Finding::fault(
                 Verdict::NotListening,
-                format!("nothing listens on {address}: the connection is refused"),
+                format!("nothing listens on {address}: the connection was refused"),
                 advice::add_service(self.target),
             ),
             Outcome::NoAnswer => Finding::fault(
                 Verdict::NoAnswer,
                 format!(
-                    "{address} does not answer: a firewall drops the packets, or there is no way back to this host"
+                    "{address} does not answer: a firewall drops the packets, or the mail server has no route back to this host"
                 ),
                 vec![advice::allow_injector(self.target)],
             ),
             Outcome::Unreachable(why) => Finding::fault(
                 Verdict::Unreachable,
-                format!("{address} cannot be reached: {why}"),
+                format!("cannot connect to {address}: {why}"),
                 Vec::new(),
             ),
             _ => return None,
@@ -79,7 +79,7 @@ impl Evidence<'_> {
         if self.header(version, Family::V4, false).is_some_and(Observation::answered) {
             return Some(Finding::fault(
                 Verdict::RefusesTlvs,
-                format!("{address} takes a header without TLVs, and not the one of this listener"),
+                format!("{address} accepts a header without TLVs, and rejects the one of this listener"),
                 vec![Change::own(
                     target,
                     "[listener.receiver]",
@@ -108,7 +108,7 @@ impl Evidence<'_> {
             Outcome::Strange(said) if target.is_tls() => Finding::fault(
                 Verdict::ClearText,
                 format!(
-                    "{address} takes the header, but then speaks clear text where TLS is expected: {said:?}"
+                    "{address} accepts the header, but then sends clear text where TLS is expected: {said:?}"
                 ),
                 advice::enable_tls(target, self.server),
             ),
@@ -120,27 +120,27 @@ impl Evidence<'_> {
             Outcome::Silent if target.protocol == Protocol::Plain => Finding::note(
                 Verdict::Unproven,
                 format!(
-                    "{address} keeps the connection after a header and says nothing: in protocol \"plain\" nothing more \
-                     can be seen from outside"
+                    "{address} keeps the connection open after a header and sends nothing: in protocol \"plain\" the doctor \
+                     cannot determine whether the header was accepted"
                 ),
             ),
             Outcome::Silent => Finding::fault(
                 Verdict::Mute,
                 format!(
-                    "{address} takes a header and says nothing: it waits for a client that speaks first, as in TLS, or for \
-                     something behind it"
+                    "{address} accepts a header and sends nothing: it waits for a client that speaks first, as in TLS, or \
+                     for another service behind it"
                 ),
                 self.changes_if_mute(),
             ),
             Outcome::TurnedAway(said) if !self.is_about_header(said) => Finding::fault(
                 Verdict::TurnedAway,
-                format!("{address} turns the injector away: {said:?}"),
+                format!("{address} rejects the injector: {said:?}"),
                 Vec::new(),
             ),
             _ => Finding::fault(
                 Verdict::HeaderRefused,
                 format!(
-                    "{address} demands a header and refuses that of the injector ({}): its own log has the reason",
+                    "{address} requires a header and rejects the injector's ({}): see the server's log for the reason",
                     describe(first)
                 ),
                 Vec::new(),
@@ -162,7 +162,7 @@ impl Evidence<'_> {
         };
         Finding::fault(
             verdict,
-            format!("{address} understands a {other} header and not {}", self.target.receiver.version),
+            format!("{address} accepts a {other} header, but not {}", self.target.receiver.version),
             vec![Change::own(self.target, "[listener.receiver]", &format!("version = \"{other}\""))],
         )
     }
@@ -171,26 +171,27 @@ impl Evidence<'_> {
         let address = self.target.address;
         let what = match self.configured(Family::V4).map(|one| &one.outcome) {
             Some(Outcome::Misunderstood { complaint, .. }) => {
-                format!("takes one for commands ({complaint:?})")
+                format!("reads a header as commands ({complaint:?})")
             }
-            Some(_) => "breaks off after one".to_owned(),
-            None => "knows none".to_owned(),
+            Some(_) => "closes the connection after a header".to_owned(),
+            None => "does not accept a header".to_owned(),
         };
-        let mut says = format!("{address} speaks no PROXY protocol: it answers without a header and {what}");
+        let mut says =
+            format!("{address} does not expect the PROXY protocol: it answers without a header and {what}");
         match self.server {
             Server::Postscreen => says.push_str(
-                "; it is postscreen, where smtpd_upstream_proxy_protocol is ignored and postscreen has a setting of its own",
+                "; it is postscreen, which has a setting of its own and ignores smtpd_upstream_proxy_protocol",
             ),
             Server::Postfix => says.push_str(
-                "; it cannot be told whether postscreen is in front, which lets clients it knows pass unseen, so look \
-                 which of the two stands in master.cf",
+                "; the doctor cannot determine whether postscreen has the port, because postscreen passes known clients \
+                 to smtpd: look in master.cf which of the two it is",
             ),
-            Server::Smtpd => says.push_str("; it is smtpd, where postscreen_upstream_proxy_protocol does nothing"),
+            Server::Smtpd => says.push_str("; it is smtpd, which ignores postscreen_upstream_proxy_protocol"),
             _ => {}
         }
         if self.target.protocol.usual_port() == Some(address.port()) {
             says.push_str(
-                "; neighbours such as webmail use this port without a header: better give the injector one of its own",
+                "; other clients, such as webmail, use this port without a header: give the injector a port of its own",
             );
         }
         says
@@ -203,8 +204,8 @@ impl Evidence<'_> {
             return Finding::fault(
                 Verdict::Untrusted,
                 format!(
-                    "{address} closes at once on all that comes from {from}, as Dovecot does with an address that its \
-                     haproxy_trusted_networks lacks: it logs \"haproxy: Client not trusted (rip=…)\" with the one it sees"
+                    "{address} closes every connection from {from} at once. Dovecot does so if haproxy_trusted_networks \
+                     lacks the client's address: it logs \"haproxy: Client not trusted (rip=…)\" with the address it sees"
                 ),
                 vec![advice::trust_injector(self.target)],
             );
@@ -212,8 +213,8 @@ impl Evidence<'_> {
         Finding::fault(
             Verdict::Untrusted,
             format!(
-                "{address} closes at once on all that comes from {from}: an access list of the server does not have the \
-                 address, or a proxy there has nobody behind it"
+                "{address} closes every connection from {from} at once: an access list of the server lacks the \
+                 address, or a proxy there has no server behind it"
             ),
             match self.target.protocol {
                 Protocol::Submission | Protocol::Submissions => vec![advice::trust_injector(self.target)],
@@ -231,7 +232,7 @@ impl Evidence<'_> {
         };
         vec![Change::own(
             self.target,
-            "if the port speaks TLS at once",
+            "if the port expects TLS from the first byte",
             &format!("protocol = \"{implicit}\""),
         )]
     }
@@ -252,7 +253,7 @@ impl Evidence<'_> {
             findings.push(Finding {
                 verdict,
                 fault: needed,
-                message: format!("{address} refuses headers with {family} addresses{clients} ({said})"),
+                message: format!("{address} rejects headers with {family} addresses{clients} ({said})"),
                 changes: advice::enable_family(family, self.server),
             });
         }
@@ -260,8 +261,8 @@ impl Evidence<'_> {
             findings.push(Finding::fault(
                 Verdict::HeaderOptional,
                 format!(
-                    "{address} answers with a header and without: a connection that lost its header is taken for one of \
-                     the injector's host, and whoever reaches the port may claim an address"
+                    "{address} answers with and without a header: if a connection loses its header, the server takes the \
+                     injector for the client, and any host that can reach the port can claim an address"
                 ),
                 vec![advice::restrict_port(address.port(), edge, true)],
             ));
@@ -277,7 +278,7 @@ impl Evidence<'_> {
             return Some(Finding::note(
                 Verdict::Loopback,
                 format!(
-                    "{address} is reached over loopback: every process of this host can send it a header"
+                    "{address} is reached over loopback: every process on this host can send it a header"
                 ),
             ));
         }
@@ -291,8 +292,8 @@ impl Evidence<'_> {
             return Some(Finding::fault(
                 Verdict::Forgeable,
                 format!(
-                    "{address} believes a header from {from} as well, which is not the address that the injector comes \
-                     from: whoever reaches the port can claim any client address"
+                    "{address} also trusts a header from {from}, which is not the address that the injector connects \
+                     from: any host that can reach the port can claim any client address"
                 ),
                 changes,
             ));
@@ -300,8 +301,8 @@ impl Evidence<'_> {
         tried.is_empty().then(|| {
             Finding::note(
                 Verdict::ForgeryUntried,
-                "whether others are believed was not tried, as this host has no other address that leads there: run \
-                 `injector doctor --untrusted` on another host",
+                "the doctor did not test whether the server trusts headers from other hosts, because this host has no \
+                 other address with a route to it: run `injector doctor --untrusted` on another host",
             )
         })
     }
@@ -316,8 +317,8 @@ impl Evidence<'_> {
         vec![Finding::fault(
             Verdict::Forgeable,
             format!(
-                "{address} believes a header from {from}, which is not the injector ({}): whoever reaches the port can \
-                 claim any client address{}",
+                "{address} trusts a header from {from}, which is not the injector ({}): any host that can reach the port \
+                 can claim any client address{}",
                 describe(believed),
                 self.relay_remark().unwrap_or_default()
             ),
@@ -333,8 +334,8 @@ impl Evidence<'_> {
         Some(Finding::note(
             Verdict::TlsTrouble,
             format!(
-                "the TLS handshake ends with the alert {alert}: the header is understood, but clients that know only \
-                 TLS 1.2 and 1.3 may fail (certificates are not examined)"
+                "the TLS handshake ends with the alert {alert}: the server accepts the header, but clients that \
+                 support only TLS 1.2 and 1.3 may fail (the doctor does not check certificates)"
             ),
         ))
     }

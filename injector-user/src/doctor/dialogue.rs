@@ -46,7 +46,7 @@ impl Command {
             Self::Mail => "MAIL FROM",
             Self::Rcpt => "RCPT TO",
             Self::Rset => "RSET",
-            Self::Capability => "the question for its capabilities",
+            Self::Capability => "the capability command",
         }
     }
 }
@@ -299,7 +299,7 @@ mod tests {
                 Action::Send(line) => {
                     sent.push(line.trim_end().to_owned());
                     let Some(text) = replies.next() else {
-                        script.abort("it closes the connection");
+                        script.abort("the server closed the connection");
                         break;
                     };
                     let (reply, len) = script.parse(text.as_bytes()).expect(text);
@@ -391,8 +391,8 @@ mod tests {
             Relay::Unknown(why) => why,
             other => panic!("{other:?}"),
         };
-        assert_eq!(why(&[]), "it closes the connection after EHLO");
-        assert_eq!(why(&[EHLO, "250 2.1.0 Ok\r\n"]), "it closes the connection after RCPT TO");
+        assert_eq!(why(&[]), "the server closed the connection after EHLO");
+        assert_eq!(why(&[EHLO, "250 2.1.0 Ok\r\n"]), "the server closed the connection after RCPT TO");
         assert_eq!(why(&["502 5.5.2 Error\r\n"]), "\"502 5.5.2 Error\" to EHLO");
         assert_eq!(why(&[EHLO, "450 4.7.1 later\r\n"]), "\"450 4.7.1 later\" to MAIL FROM");
         assert_eq!(why(&[EHLO, "550 5.1.8 no\r\n"]), "\"550 5.1.8 no\" to MAIL FROM");

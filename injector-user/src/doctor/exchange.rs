@@ -49,8 +49,8 @@ pub(super) async fn run_script<S: Stream>(
                 let (heard, first) = (&mut Vec::new(), script.tls_started());
                 run_actions(&mut stream, heard, &mut script, first, protocol, until).await;
             }
-            Ok(Err(error)) => script.abort(&format!("no TLS ({error})")),
-            Err(_) => script.abort("no TLS in time"),
+            Ok(Err(error)) => script.abort(&format!("the TLS handshake failed ({error})")),
+            Err(_) => script.abort("the TLS handshake timed out"),
         }
     }
     if !script.is_understood() {
@@ -81,11 +81,11 @@ async fn run_actions<S: Stream>(
             match timeout_at(until, read(stream, heard)).await {
                 Ok(Read::More) if heard.len() < MAX_REPLY_BYTES => {}
                 Ok(Read::More) => {
-                    script.abort("it says too much");
+                    script.abort("the reply is too long");
                     break Action::Quit;
                 }
                 Ok(Read::End { .. }) => {
-                    script.abort("it closes the connection");
+                    script.abort("the server closed the connection");
                     return Action::Quit;
                 }
                 Err(_) => {
@@ -189,7 +189,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let (dialogue, ..) = asked(GREETING, &["250 mail\r\n", "250 OK\r\n"]).await;
-        assert_eq!(why(dialogue), "it closes the connection after RCPT TO");
+        assert_eq!(why(dialogue), "the server closed the connection after RCPT TO");
         let (dialogue, _, told) = asked(GREETING, &["250 mail\r\n", "wait"]).await;
         assert_eq!(why(dialogue), "no answer after MAIL FROM");
         assert!(told.ends_with("QUIT"), "{told}");

@@ -75,10 +75,17 @@ fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
         let names: Vec<_> = config.listeners.iter().map(|listener| listener.name.clone()).collect();
         config.listeners.retain(|listener| listener.name == *name);
         if config.listeners.is_empty() {
-            bail!("no listener {name:?} in {}; there are {}", args.config.display(), names.join(", "));
+            bail!(
+                "no listener {name:?} in {}; its listeners are {}",
+                args.config.display(),
+                names.join(", ")
+            );
         }
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
     let report = runtime.block_on(examine(config, args));
     // A resolver that still waits for its answer is not waited for.
     runtime.shutdown_background();
@@ -102,7 +109,7 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
     }
     if !args.json {
         eprintln!(
-            "examining {} addresses; a server may take seconds to say that it waits for a header",
+            "examining {} addresses; a server that requires a header may take seconds to reject a connection without one",
             cases.len()
         );
     }
@@ -285,8 +292,9 @@ fn client_addressed_finding(listener: &Listener, inline: &Inline) -> Option<Find
     (listener.engine == EngineChoice::Inline && !translated).then(|| {
         Finding::note(
             Verdict::ClientAddressed,
-            "engine inline leaves the client's address on its packets unless somebody masquerades them, so the backend may \
-             see other addresses than the doctor's: lists of trusted addresses have to hold those",
+            "engine inline keeps the client's address as the source of the packets unless a NAT rule masquerades \
+             them: the backend then sees other addresses than the doctor's, and its lists of trusted addresses \
+             must contain those",
         )
     })
 }

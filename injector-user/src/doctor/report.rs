@@ -145,7 +145,7 @@ fn write_backend(out: &mut String, backend: &BackendReport, untrusted: bool) {
         }
         write_findings(out, "    ", &address.findings);
         if !address.findings.iter().any(|finding| finding.fault) {
-            let says = if untrusted { "shut to this host" } else { "ok" };
+            let says = if untrusted { "closed to this host" } else { "ok" };
             let _ = writeln!(out, "    {says}");
         }
     }

@@ -462,7 +462,7 @@ fn exit_codes(testbed: &Testbed) -> anyhow::Result<()> {
     let printed = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.code() == Some(1), "{:?}: {printed}", output.status);
     for part in
-        ["FAULT not_listening", "which sees 10.25.0.1 (Dovecot)", "    fine\n", "2 addresses, 1 fault\n"]
+        ["FAULT not_listening", "which sees 10.25.0.1 (Dovecot)", "    ok\n", "2 addresses, 1 fault\n"]
     {
         ensure!(printed.contains(part), "no {part:?} in\n{printed}");
     }

@@ -24,7 +24,7 @@ fn describe_outcome(one: &Observation) -> String {
             let teaser = if greeting.teaser { ", the rest" } else { "" };
             format!("{tls}\"{line}{more}\"{teaser} {after}")
         }
-        Outcome::Misunderstood { complaint, .. } => format!("{tls}taken for commands: {complaint:?}"),
+        Outcome::Misunderstood { complaint, .. } => format!("{tls}read as commands: {complaint:?}"),
         Outcome::TurnedAway(said) => format!("{tls}{said:?} {after}"),
         Outcome::Strange(said) => format!("{said:?} {after}"),
         Outcome::Alert(name) => format!("TLS alert {name} {after}"),

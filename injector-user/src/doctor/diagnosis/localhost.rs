@@ -34,8 +34,8 @@ impl Evidence<'_> {
         Some(Finding::fault(
             Verdict::OpenRelay,
             format!(
-                "{address} is an open relay: it believes a header from {from}, which is not the injector, and when the \
-                 header says {localhost} it accepts mail for {FOREIGN_RECIPIENT} ({said:?}). Any host that can reach the \
+                "{address} is an open relay: it trusts a header from {from}, which is not the injector, and accepts mail \
+                 for {FOREIGN_RECIPIENT} if the header has the source {localhost} ({said:?}). Any host that can reach the \
                  port can send spam through this server"
             ),
             changes,
@@ -59,14 +59,14 @@ impl Evidence<'_> {
             return Finding::fault(
                 Verdict::OpenRelay,
                 format!(
-                    "{address} is an open relay: it accepts mail for {FOREIGN_RECIPIENT} from {other}, an address of \
-                     nobody ({said:?}). Any client of the injector can send spam through this server"
+                    "{address} is an open relay: it accepts mail for {FOREIGN_RECIPIENT} from {other}, a documentation address \
+                     ({said:?}). Any client of the injector can send spam through this server"
                 ),
                 advice::restrict_relaying(self.target, self.server),
             );
         }
         let others = match documentation {
-            Some(Dialogue::Relay(Relay::Refused(_))) => format!("it refuses that for {other}"),
+            Some(Dialogue::Relay(Relay::Refused(_))) => format!("it does not for {other}"),
             Some(Dialogue::Relay(Relay::Unknown(why))) => format!("for {other} it is unknown ({why})"),
             _ => format!("for {other} it is unknown"),
         };
@@ -75,8 +75,8 @@ impl Evidence<'_> {
             return Finding::fault(
                 Verdict::OpenRelay,
                 format!(
-                    "{address} is an open relay: it believes a header from {from}, and when the header says {localhost} it \
-                     accepts mail for {FOREIGN_RECIPIENT} ({said:?}); {others}. Any host that can reach the port can send \
+                    "{address} is an open relay: it trusts a header from {from}, and accepts mail for {FOREIGN_RECIPIENT} \
+                     if the header has the source {localhost} ({said:?}); {others}. Any host that can reach the port can send \
                      spam through this server"
                 ),
                 changes,
@@ -87,9 +87,9 @@ impl Evidence<'_> {
             verdict: Verdict::RelaysForLocalhost,
             fault: false,
             message: format!(
-                "{address} accepts mail for {FOREIGN_RECIPIENT} when the header says {localhost} ({said:?}); {others}. The \
-                 injector sends no such header for clients on the network, but any other host that can reach the port \
-                 can, and could send spam through this server"
+                "{address} accepts mail for {FOREIGN_RECIPIENT} if the header has the source {localhost} ({said:?}); \
+                 {others}. The injector never sends such a header for clients on the network, but any other host \
+                 that can reach the port can, and could send spam through this server"
             ),
             changes,
         }
@@ -101,8 +101,8 @@ impl Evidence<'_> {
         Finding::note(
             Verdict::RelayUnknown,
             format!(
-                "whether {} relays when the header says {localhost} is unknown: {why}. Run the doctor again later, or see \
-                 the server's log",
+                "whether {} relays mail if the header has the source {localhost} is unknown: {why}. Run the doctor again \
+                 later, or see the server's log",
                 target.address
             ),
         )
@@ -122,8 +122,8 @@ impl Evidence<'_> {
             verdict: Verdict::TrustsLocalhost,
             fault: false,
             message: format!(
-                "{address} accepts passwords in clear text when the header says {localhost}, and not for {other}: any host \
-                 that can reach the port can be a trusted client"
+                "{address} accepts passwords in clear text if the header has the source {localhost}, and not for \
+                 {other}: any host that can reach the port can pass for a trusted client"
             ),
             changes,
         })

@@ -11,7 +11,7 @@ use injector_user::{
         wire::{Answer, ListenerStatus},
     },
     daemon, doctor,
-    engine::{kernel, registry::Findings},
+    engine::{kernel, registry::EngineProbes},
     telemetry::log,
 };
 use mimalloc::MiMalloc;
@@ -68,13 +68,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Completions(args) => completions::print(Cli::command(), args.shell)?,
         Command::Man(args) => man::run(Cli::command(), args.out.as_deref())?,
         Command::Selftest(args) => {
-            let mut findings = Findings::untried("");
-            findings.try_inline();
-            findings.try_splice(16, &Watermarks::default());
+            let mut probes = EngineProbes::not_run("");
+            probes.probe_inline();
+            probes.probe_splice(16, &Watermarks::default());
             if args.json {
-                println!("{:#}", findings.json());
+                println!("{:#}", probes.json());
             } else {
-                print!("{}", findings.text());
+                print!("{}", probes.text());
             }
         }
     }

@@ -160,7 +160,7 @@ impl Control {
             });
         let removed_listeners = removed_listeners.collect();
         let engine = |name: &str, failure: Option<String>| EngineStatus { name: name.to_owned(), failure };
-        let findings = serving.findings();
+        let probes = serving.probes();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -171,8 +171,8 @@ impl Control {
             max_connections: max_connections as u64,
             backlog_bytes: serving.backlog(),
             engines: vec![
-                engine("inline", findings.inline.fault()),
-                engine("splice", findings.splice.fault()),
+                engine("inline", probes.inline.failure()),
+                engine("splice", probes.splice.failure()),
                 engine("relay", None),
             ],
             listeners: serving.listeners().iter().map(listener).collect(),

@@ -17,7 +17,7 @@ use crate::{
     control::{self, Control, Request},
     engine::{
         kernel::{self, InlineEngine, LoadedSplice},
-        registry::Findings,
+        registry::EngineProbes,
         select as choice,
     },
     listener,
@@ -57,8 +57,8 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
     }
 
     // With all rights: sockets, programs. Listeners that become inline have no sockets.
-    let mut findings = Findings::untried("no listener asks for it");
-    let choices = choice::inline(&mut config, &mut findings)?;
+    let mut probes = EngineProbes::not_run("no listener asks for it");
+    let selections = choice::inline(&mut config, &mut probes)?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = bind_all(&config, &inherited)?;
     let exporter = match config.metrics {
@@ -70,18 +70,18 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
         None => None,
     };
     if config.listeners.iter().any(|listener| choice::splices(listener.engine)) {
-        findings
-            .try_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.watermarks);
-        findings.splice.log("splice");
+        probes
+            .probe_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.watermarks);
+        probes.splice.log("splice");
     }
-    let engines = choice::engines(&config, &choices, &findings)?;
+    let engines = choice::engines(&config, &selections, &probes)?;
     let inline = kernel::start_inline(&config)?;
 
     // Without.
-    give_up_rights(&findings, inline.as_ref());
+    give_up_rights(&probes, inline.as_ref());
     // For all but the connections; see `worker`.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let outset = Outset { config, choices, sockets, inherited, engines, findings, nofile };
+    let outset = Outset { config, selections, sockets, inherited, engines, probes, nofile };
     let operator = Operator { exporter, admin, file, source };
     runtime.context("starting the runtime")?.block_on(serve(outset, operator, inline))
 }
@@ -118,10 +118,10 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
 
 /// Drops every capability that is not needed any more: a reload may add ports below 1024, and a kernel engine says what it
 /// needs.
-fn give_up_rights(findings: &Findings, inline: Option<&InlineEngine>) {
+fn give_up_rights(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
     keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());
-    keep.extend(findings.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
+    keep.extend(probes.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
     match rights::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
@@ -139,7 +139,7 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
     let backlog_total = BacklogTotal::default();
-    observe(&metrics, &outset.findings);
+    observe(&metrics, &outset.probes);
     metrics.watch_backlog(backlog_total.clone());
     let exporting = CancellationToken::new();
     let Operator { exporter, admin, file, source } = operator;
@@ -213,15 +213,15 @@ async fn keep_alive(control: Control) {
 }
 
 /// What the metrics and the log take from the programs.
-fn observe(metrics: &Metrics, findings: &Findings) {
+fn observe(metrics: &Metrics, probes: &EngineProbes) {
     metrics.set_engine("relay", true);
-    for (engine, tested) in [("inline", &findings.inline), ("splice", &findings.splice)] {
-        metrics.set_engine(engine, tested.fault().is_none());
+    for (engine, tested) in [("inline", &probes.inline), ("splice", &probes.splice)] {
+        metrics.set_engine(engine, tested.failure().is_none());
         for check in &tested.checks {
             metrics.set_check(engine, check.name, check.result.is_ok(), check.took);
         }
     }
-    if let Some(splice) = findings.splice_engine() {
+    if let Some(splice) = probes.splice_engine() {
         splice.spawn_tasks(metrics);
     }
 }

@@ -28,32 +28,32 @@ pub struct ProgramReport {
 
 /// What was found out about one engine.
 #[derive(Clone, Debug)]
-pub struct Tested {
+pub struct SelfTestReport {
     /// Its checks, in order; the first that fails rules it out.
     pub checks: Vec<Check>,
     /// The loaded programs and the instructions that the verifier walked.
     pub programs: Vec<ProgramReport>,
     /// Why nothing was tried.
-    untried: Option<String>,
+    not_run: Option<String>,
 }
 
-impl Tested {
+impl SelfTestReport {
     /// Nothing was loaded, for this reason.
     #[must_use]
-    pub fn untried(why: &str) -> Self {
-        Self { checks: Vec::new(), programs: Vec::new(), untried: Some(why.to_owned()) }
+    pub fn not_run(why: &str) -> Self {
+        Self { checks: Vec::new(), programs: Vec::new(), not_run: Some(why.to_owned()) }
     }
 
     /// These checks were run with these programs.
     #[must_use]
     pub fn new(checks: Vec<Check>, programs: Vec<ProgramReport>) -> Self {
-        Self { checks, programs, untried: None }
+        Self { checks, programs, not_run: None }
     }
 
     /// Why the engine cannot run; `None` if it can.
     #[must_use]
-    pub fn fault(&self) -> Option<String> {
-        self.untried.clone().or_else(|| {
+    pub fn failure(&self) -> Option<String> {
+        self.not_run.clone().or_else(|| {
             self.checks.iter().find_map(|check| {
                 let fault = check.result.as_ref().err()?;
                 Some(format!("{}: {fault}", check.name))
@@ -80,7 +80,7 @@ impl Tested {
     #[must_use]
     pub fn text(&self, engine: &str) -> String {
         let mut text = format!("{engine}\n");
-        if let Some(why) = &self.untried {
+        if let Some(why) = &self.not_run {
             let _ = writeln!(text, "  not tried: {why}");
         }
         for check in &self.checks {
@@ -111,7 +111,7 @@ impl Tested {
         };
         let program = |program: &ProgramReport| json!({ "name": program.name, "verified_instructions": program.verified_instructions });
         json!({
-            "failure": self.fault(),
+            "failure": self.failure(),
             "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
             "programs": self.programs.iter().map(program).collect::<Vec<_>>(),
         })

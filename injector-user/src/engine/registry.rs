@@ -8,7 +8,7 @@ use crate::{
     config::{EngineChoice, Watermarks},
     engine::{
         Engine,
-        check::Tested,
+        check::SelfTestReport,
         kernel::{self, LoadedSplice},
         relay::Relay,
     },
@@ -16,42 +16,42 @@ use crate::{
 
 /// What was found out about this machine.
 #[derive(Debug)]
-pub struct Findings {
+pub struct EngineProbes {
     /// About the inline engine.
-    pub inline: Tested,
+    pub inline: SelfTestReport,
     /// About the splice engine.
-    pub splice: Tested,
+    pub splice: SelfTestReport,
     loaded: Option<LoadedSplice>,
 }
 
-impl Findings {
+impl EngineProbes {
     /// Nothing was tried, for this reason.
     #[must_use]
-    pub fn untried(why: &str) -> Self {
+    pub fn not_run(why: &str) -> Self {
         let why = kernel::NOT_BUILT.unwrap_or(why);
-        Self { inline: Tested::untried(why), splice: Tested::untried(why), loaded: None }
+        Self { inline: SelfTestReport::not_run(why), splice: SelfTestReport::not_run(why), loaded: None }
     }
 
     /// Runs the self-test of the inline engine.
-    pub fn try_inline(&mut self) {
+    pub fn probe_inline(&mut self) {
         self.inline = kernel::test_inline();
     }
 
     /// Loads the splice engine with room for `connections` and runs its self-test.
-    pub fn try_splice(&mut self, connections: u32, watermarks: &Watermarks) {
+    pub fn probe_splice(&mut self, connections: u32, watermarks: &Watermarks) {
         (self.splice, self.loaded) = kernel::test_splice(connections, watermarks);
     }
 
     /// Why the splice engine cannot run; `None` if it can.
     #[must_use]
-    pub fn splice_fault(&self) -> Option<String> {
-        self.splice.fault()
+    pub fn splice_failure(&self) -> Option<String> {
+        self.splice.failure()
     }
 
     /// The loaded splice engine, if all its checks passed.
     #[must_use]
     pub fn splice_engine(&self) -> Option<&LoadedSplice> {
-        self.loaded.as_ref().filter(|_| self.splice_fault().is_none())
+        self.loaded.as_ref().filter(|_| self.splice_failure().is_none())
     }
 
     /// The engine that ends connections for a listener that asks for `choice`.
@@ -59,9 +59,9 @@ impl Findings {
     /// # Errors
     /// Why the engine that was asked for by name cannot run.
     pub fn engine(&self, choice: EngineChoice) -> Result<Arc<dyn Engine>, String> {
-        match (choice, self.splice_fault()) {
+        match (choice, self.splice_failure()) {
             (EngineChoice::Relay, _) | (EngineChoice::Auto, Some(_)) => Ok(Arc::new(Relay)),
-            (EngineChoice::Splice, Some(fault)) => Err(fault),
+            (EngineChoice::Splice, Some(failure)) => Err(failure),
             (EngineChoice::Inline, _) => Err("serves packets, not sockets".to_owned()),
             (EngineChoice::Auto | EngineChoice::Splice, None) => {
                 self.splice_engine().map(LoadedSplice::engine).ok_or_else(|| "not loaded".to_owned())
@@ -72,26 +72,26 @@ impl Findings {
     /// The name of the engine that `auto` takes where no `[inline]` is configured.
     #[must_use]
     pub fn chosen(&self) -> &'static str {
-        if self.splice_fault().is_none() { "splice" } else { "relay" }
+        if self.splice_failure().is_none() { "splice" } else { "relay" }
     }
 
     /// For people.
     #[must_use]
     pub fn text(&self) -> String {
         let (inline, splice) = (self.inline.text("inline"), self.splice.text("splice"));
-        let sockets = match self.splice_fault() {
+        let sockets = match self.splice_failure() {
             None => "engine = \"auto\" takes splice: all its checks passed".to_owned(),
-            Some(fault) => {
-                format!("engine = \"auto\" takes relay, since splice cannot run here: {fault}")
+            Some(failure) => {
+                format!("engine = \"auto\" takes relay, since splice cannot run here: {failure}")
             }
         };
-        let packets = match self.inline.fault() {
+        let packets = match self.inline.failure() {
             None => {
                 "with an [inline] table in the configuration it takes inline for listeners whose backends are\n\
                  reached by forwarding"
                     .to_owned()
             }
-            Some(fault) => format!("inline cannot run here: {fault}"),
+            Some(failure) => format!("inline cannot run here: {failure}"),
         };
         format!("{inline}{splice}relay\n  ok      needs nothing of the kernel\n\n{sockets}\n{packets}\n")
     }
@@ -101,7 +101,7 @@ impl Findings {
     pub fn json(&self) -> serde_json::Value {
         json!({
             "auto": self.chosen(),
-            "reason": self.splice_fault(),
+            "reason": self.splice_failure(),
             "inline": self.inline.json(),
             "splice": self.splice.json(),
         })

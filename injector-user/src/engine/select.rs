@@ -6,17 +6,17 @@ use anyhow::bail;
 
 use crate::{
     config::{Config, EngineChoice, Limits, Listener},
-    engine::{Engine, kernel, registry::Findings},
+    engine::{Engine, kernel, registry::EngineProbes},
     telemetry::log::target,
 };
 
 /// What was found out about a listener before sockets are opened.
 #[derive(Clone, Debug)]
-pub struct Choice {
+pub struct EngineSelection {
     /// As configured.
-    pub asked: EngineChoice,
+    pub requested: EngineChoice,
     /// Why `auto` does not take inline.
-    pub not_inline: Option<String>,
+    pub inline_ineligibility: Option<String>,
 }
 
 /// Whether a listener with this choice may use the splice engine.
@@ -33,46 +33,52 @@ pub fn splices(choice: EngineChoice) -> bool {
 ///
 /// # Errors
 /// Why the engine that was asked for by name cannot run.
-pub fn inline(config: &mut Config, findings: &mut Findings) -> anyhow::Result<Vec<Choice>> {
+pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<Vec<EngineSelection>> {
     let asks = |choice| config.listeners.iter().find(|listener| listener.engine == choice);
     let by_name = asks(EngineChoice::Inline);
     if by_name.is_some() || (config.inline.given && asks(EngineChoice::Auto).is_some()) {
-        findings.try_inline();
-        findings.inline.log("inline");
+        probes.probe_inline();
+        probes.inline.log("inline");
     }
-    if let (Some(listener), Some(fault)) = (by_name, findings.inline.fault()) {
+    if let (Some(listener), Some(failure)) = (by_name, probes.inline.failure()) {
         bail!(
-            "listener {:?}: engine \"inline\" cannot run here: {fault}; `injector selftest` shows all checks, \
+            "listener {:?}: engine \"inline\" cannot run here: {failure}; `injector selftest` shows all checks, \
              engine = \"auto\" would select another",
             listener.name
         );
     }
-    let choices = refusals(config, findings);
-    for (listener, Choice { asked, not_inline }) in config.listeners.iter_mut().zip(&choices) {
-        if *asked == EngineChoice::Auto && not_inline.is_none() {
+    let selections = refusals(config, probes);
+    for (listener, EngineSelection { requested, inline_ineligibility }) in
+        config.listeners.iter_mut().zip(&selections)
+    {
+        if *requested == EngineChoice::Auto && inline_ineligibility.is_none() {
             listener.engine = EngineChoice::Inline;
         }
         if listener.engine == EngineChoice::Inline {
             warn_of_limits(listener, config.limits);
         }
     }
-    Ok(choices)
+    Ok(selections)
 }
 
-fn refusals(config: &Config, findings: &Findings) -> Vec<Choice> {
+fn refusals(config: &Config, probes: &EngineProbes) -> Vec<EngineSelection> {
     let automatic: Vec<_> =
         config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
     let refused = if !config.inline.given {
         vec![Some("no [inline] table in the configuration".to_owned()); automatic.len()]
-    } else if let Some(fault) = findings.inline.fault() {
-        vec![Some(fault); automatic.len()]
+    } else if let Some(failure) = probes.inline.failure() {
+        vec![Some(failure); automatic.len()]
     } else {
         kernel::inline_ineligibility(config, &automatic)
     };
     let mut refused = refused.into_iter();
-    let choice = |listener: &Listener| Choice {
-        asked: listener.engine,
-        not_inline: if listener.engine == EngineChoice::Auto { refused.next().flatten() } else { None },
+    let choice = |listener: &Listener| EngineSelection {
+        requested: listener.engine,
+        inline_ineligibility: if listener.engine == EngineChoice::Auto {
+            refused.next().flatten()
+        } else {
+            None
+        },
     };
     config.listeners.iter().map(choice).collect()
 }
@@ -101,23 +107,23 @@ fn warn_of_limits(listener: &Listener, limits: Limits) {
 /// Why the engine that was asked for by name cannot run.
 pub fn engines(
     config: &Config,
-    choices: &[Choice],
-    findings: &Findings,
+    selections: &[EngineSelection],
+    probes: &EngineProbes,
 ) -> anyhow::Result<Vec<Option<Arc<dyn Engine>>>> {
-    let fault = findings.splice_fault();
-    if let Some(fault) = &fault
+    let failure = probes.splice_failure();
+    if let Some(failure) = &failure
         && config.listeners.iter().any(|listener| splices(listener.engine))
     {
-        tracing::warn!(target: target::ENGINE, reason = fault, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
+        tracing::warn!(target: target::ENGINE, reason = failure, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
     }
     let mut engines = Vec::new();
-    for (listener, choice) in config.listeners.iter().zip(choices) {
+    for (listener, choice) in config.listeners.iter().zip(selections) {
         let engine = if listener.engine == EngineChoice::Inline {
             None
         } else {
-            let engine = findings.engine(listener.engine).map_err(|fault| {
+            let engine = probes.engine(listener.engine).map_err(|failure| {
                 anyhow::anyhow!(
-                    "listener {:?}: engine \"splice\" cannot run here: {fault}; \
+                    "listener {:?}: engine \"splice\" cannot run here: {failure}; \
                      `injector selftest` shows all checks, engine = \"auto\" would select relay",
                     listener.name
                 )
@@ -125,15 +131,15 @@ pub fn engines(
             Some(engine)
         };
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        let reason = reason(choice, fault.as_deref());
+        let reason = reason(choice, failure.as_deref());
         tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine selected");
         engines.push(engine);
     }
     Ok(engines)
 }
 
-fn reason(choice: &Choice, splice_fault: Option<&str>) -> String {
-    match (choice.asked, &choice.not_inline, splice_fault) {
+fn reason(choice: &EngineSelection, splice_failure: Option<&str>) -> String {
+    match (choice.requested, &choice.inline_ineligibility, splice_failure) {
         (EngineChoice::Inline | EngineChoice::Splice | EngineChoice::Relay, ..) => "configured".to_owned(),
         (EngineChoice::Auto, None, _) => {
             "auto: all checks of inline passed, and the backends are reached by forwarding".to_owned()
@@ -141,8 +147,8 @@ fn reason(choice: &Choice, splice_fault: Option<&str>) -> String {
         (EngineChoice::Auto, Some(why), None) => {
             format!("auto: all checks of splice passed; not inline: {why}")
         }
-        (EngineChoice::Auto, Some(why), Some(fault)) => {
-            format!("auto: splice cannot run here: {fault}; not inline: {why}")
+        (EngineChoice::Auto, Some(why), Some(failure)) => {
+            format!("auto: splice cannot run here: {failure}; not inline: {why}")
         }
     }
 }

@@ -21,7 +21,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     backend::Backends,
     config::{Config, EngineChoice, Listener},
-    engine::{Engine, kernel, registry::Findings, select::Choice, served_listener::ServedListener},
+    engine::{
+        Engine, kernel, registry::EngineProbes, select::EngineSelection, served_listener::ServedListener,
+    },
     listener::{self, Door, Limits, Owner, Policy, connection_limit::Room},
     net::{splice_pipe as pipe, splice_pipe::Pipes},
     protocol::Speaker,
@@ -49,7 +51,7 @@ pub struct Outset {
     /// As it runs: what `auto` came to is in [`Listener::engine`].
     pub config: Config,
     /// For each listener.
-    pub choices: Vec<Choice>,
+    pub selections: Vec<EngineSelection>,
     /// For each listener; none for those whose packets never reach a socket.
     pub sockets: Vec<Sockets>,
     /// Listening sockets of systemd's, which stay open as long as the daemon runs.
@@ -57,7 +59,7 @@ pub struct Outset {
     /// For each listener; `None`: inline.
     pub engines: Vec<Option<Arc<dyn Engine>>>,
     /// What was found out about the engines.
-    pub findings: Findings,
+    pub probes: EngineProbes,
     /// The limit of open files.
     pub nofile: u64,
 }
@@ -66,7 +68,7 @@ pub struct Outset {
 #[derive(Debug)]
 pub struct Serving {
     config: Config,
-    findings: Findings,
+    probes: EngineProbes,
     inherited: Vec<(SocketAddr, Socket)>,
     nofile: u64,
     shared: Shared,
@@ -105,7 +107,7 @@ pub struct Open {
     /// As it runs.
     pub config: Listener,
     /// What the file asks for.
-    pub asked: EngineChoice,
+    pub requested: EngineChoice,
     /// `None`: inline.
     pub engine: Option<Arc<dyn Engine>>,
     /// Where its connections go.
@@ -159,7 +161,7 @@ pub struct Leaving {
 #[derive(Debug)]
 pub struct Prepared {
     config: Config,
-    choices: Vec<EngineChoice>,
+    selections: Vec<EngineChoice>,
     engines: Vec<Option<Arc<dyn Engine>>>,
     /// For each listener, the sockets for addresses that it did not have.
     sockets: Vec<Sockets>,
@@ -186,7 +188,7 @@ impl Serving {
     /// # Errors
     /// When there can be no further thread or epoll instance.
     pub fn begin(outset: Outset, metrics: &Metrics, backlog_total: &BacklogTotal) -> anyhow::Result<Self> {
-        let Outset { config, choices, sockets, inherited, engines, findings, nofile } = outset;
+        let Outset { config, selections, sockets, inherited, engines, probes, nofile } = outset;
         let (doors, ended) = (TaskTracker::new(), CancellationToken::new());
         let worker = |number| Worker::start(number, &doors, ended.clone());
         let workers: Result<Vec<_>, _> = (0..config.limits.workers).map(worker).collect();
@@ -205,7 +207,7 @@ impl Serving {
         };
         let mut serving = Self {
             config: config.clone(),
-            findings,
+            probes,
             inherited,
             nofile,
             shared,
@@ -216,9 +218,9 @@ impl Serving {
             inline: watch::Sender::default(),
         };
         for (((listener, choice), sockets), engine) in
-            config.listeners.into_iter().zip(choices).zip(sockets).zip(engines)
+            config.listeners.into_iter().zip(selections).zip(sockets).zip(engines)
         {
-            let open = serving.open(listener, choice.asked, engine, sockets);
+            let open = serving.open(listener, choice.requested, engine, sockets);
             serving.listeners.push(open);
         }
         serving.say_limits();
@@ -233,7 +235,7 @@ impl Serving {
     pub fn prepare(&self, mut config: Config) -> anyhow::Result<Prepared> {
         let later = keep_what_stays(&self.config, &mut config);
         let mut prepared = Prepared {
-            choices: config.listeners.iter().map(|listener| listener.engine).collect(),
+            selections: config.listeners.iter().map(|listener| listener.engine).collect(),
             engines: Vec::new(),
             sockets: Vec::new(),
             carried: carried(&config, self.nofile),
@@ -263,7 +265,7 @@ impl Serving {
 
     /// Serves it from here on.
     pub fn apply(&mut self, prepared: Prepared) -> Changes {
-        let Prepared { config, choices, engines, sockets, carried, later } = prepared;
+        let Prepared { config, selections, engines, sockets, carried, later } = prepared;
         let mut changes = Changes { later, ..Changes::default() };
         let before = std::mem::take(&mut self.listeners);
         let mut before: BTreeMap<_, _> =
@@ -271,19 +273,19 @@ impl Serving {
         let mut handed_over = take_doors(&mut before, &config);
         self.config = config.clone();
         self.shared.limits.resize(config.limits.max_connections, carried);
-        for (((listener, asked), engine), sockets) in
-            config.listeners.into_iter().zip(choices).zip(engines).zip(sockets)
+        for (((listener, requested), engine), sockets) in
+            config.listeners.into_iter().zip(selections).zip(engines).zip(sockets)
         {
             let name = listener.name.clone();
             let open = match before.remove(&name) {
                 None => {
                     changes.added.push(name);
-                    self.open(listener, asked, engine, sockets)
+                    self.open(listener, requested, engine, sockets)
                 }
                 Some(mut open) => {
-                    if open.config != listener || open.asked != asked {
+                    if open.config != listener || open.requested != requested {
                         changes.changed.push(name);
-                        self.change(&mut open, listener, asked, engine, sockets);
+                        self.change(&mut open, listener, requested, engine, sockets);
                     }
                     open
                 }
@@ -382,8 +384,8 @@ impl Serving {
 
     /// What was found out about the engines.
     #[must_use]
-    pub fn findings(&self) -> &Findings {
-        &self.findings
+    pub fn probes(&self) -> &EngineProbes {
+        &self.probes
     }
 
     /// Sessions, and how many there may be.
@@ -425,7 +427,7 @@ impl Serving {
         }
     }
 
-    /// Closes the doors, and cuts who has not finished at the deadline, or when it is asked for `again`.
+    /// Closes the doors, and cuts who has not finished at the deadline, or when it is requested for `again`.
     pub async fn end(self, deadline: Duration, again: impl Future<Output = ()>) {
         let Shared { stop, cut, ended, doors, sessions, .. } = self.shared;
         stop.cancel();
@@ -464,7 +466,7 @@ impl Serving {
     fn open(
         &self,
         listener: Listener,
-        asked: EngineChoice,
+        requested: EngineChoice,
         engine: Option<Arc<dyn Engine>>,
         sockets: Sockets,
     ) -> Open {
@@ -483,7 +485,7 @@ impl Serving {
             cut,
             doors: BTreeMap::new(),
             config: listener,
-            asked,
+            requested,
             engine,
             metrics,
         };
@@ -567,7 +569,7 @@ impl Serving {
         &self,
         open: &mut Open,
         listener: Listener,
-        asked: EngineChoice,
+        requested: EngineChoice,
         engine: Option<Arc<dyn Engine>>,
         sockets: Sockets,
     ) {
@@ -577,7 +579,7 @@ impl Serving {
         open.background = self.shared.stop.child_token();
         open.backends = Arc::new(Backends::new(&listener, Some(&open.backends), Arc::clone(&self.changed)));
         open.own.resize(listener.max_connections);
-        (open.config, open.asked, open.engine) = (listener, asked, engine);
+        (open.config, open.requested, open.engine) = (listener, requested, engine);
         self.look_after(open);
         self.renew_contexts(open);
         // The new doors first: an address that only has to be opened anew is never without one.
@@ -627,7 +629,7 @@ impl Serving {
     fn engine_for(&self, listener: &mut Listener) -> anyhow::Result<Option<Arc<dyn Engine>>> {
         let before = self.listeners.iter().find(|open| open.config.name == listener.name);
         let was_inline = before.is_some_and(|open| open.engine.is_none());
-        let stays = before.is_some_and(|open| open.asked == listener.engine);
+        let stays = before.is_some_and(|open| open.requested == listener.engine);
         if was_inline && stays {
             listener.engine = EngineChoice::Inline;
             if let Some(open) = before
@@ -646,7 +648,7 @@ impl Serving {
         if let Some(open) = before.filter(|_| stays) {
             return Ok(open.engine.clone());
         }
-        match self.findings.engine(listener.engine) {
+        match self.probes.engine(listener.engine) {
             Ok(engine) => Ok(Some(engine)),
             Err(fault) => {
                 bail!(

@@ -12,7 +12,7 @@ use crate::{
     config::{Config, Inline as InlineSettings, Listener, Watermarks},
     engine::{
         Engine,
-        check::{Check, Tested},
+        check::{Check, SelfTestReport},
         inline::{
             eligibility,
             runner::{self, InlineEngine as Runner},
@@ -33,9 +33,9 @@ pub const NOT_BUILT: Option<&str> = None;
 
 /// Runs the self-test of the inline engine, with maps of its own.
 #[must_use]
-pub fn test_inline() -> Tested {
+pub fn test_inline() -> SelfTestReport {
     let (checks, programs) = inline_selftest::run();
-    Tested::new(checks, programs)
+    SelfTestReport::new(checks, programs)
 }
 
 /// Why the inline engine cannot serve each of these listeners; `None` where it can. Changes nothing.
@@ -55,13 +55,13 @@ pub fn check_inline_listener(settings: &InlineSettings, listener: &Listener) -> 
 /// Loads the programs of the splice engine for so many connections, and runs its self-test. The engine comes
 /// with the report unless loading failed.
 #[must_use]
-pub fn test_splice(connections: u32, watermarks: &Watermarks) -> (Tested, Option<LoadedSplice>) {
+pub fn test_splice(connections: u32, watermarks: &Watermarks) -> (SelfTestReport, Option<LoadedSplice>) {
     let start = Instant::now();
     let loaded = match Splice::load(connections, watermarks.notify_step(), watermarks.credit()) {
         Ok(splice) => Arc::new(splice),
         Err(error) => {
             let check = Check { name: "load", result: Err(error.to_string()), took: start.elapsed() };
-            return (Tested::new(vec![check], Vec::new()), None);
+            return (SelfTestReport::new(vec![check], Vec::new()), None);
         }
     };
     let seen = "programs verified and attached".to_owned();
@@ -72,7 +72,7 @@ pub fn test_splice(connections: u32, watermarks: &Watermarks) -> (Tested, Option
             checks.push(Check { name: "runtime", result: Err(error.to_string()), took: Duration::ZERO });
         }
     }
-    (Tested::new(checks, loaded.programs()), Some(LoadedSplice(loaded)))
+    (SelfTestReport::new(checks, loaded.programs()), Some(LoadedSplice(loaded)))
 }
 
 /// The splice engine with its programs loaded.

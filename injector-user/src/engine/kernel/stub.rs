@@ -8,7 +8,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     config::{Config, Inline as InlineSettings, Listener, Watermarks},
-    engine::{Engine, check::Tested, served_listener::ServedListener},
+    engine::{Engine, check::SelfTestReport, served_listener::ServedListener},
     telemetry::metrics::Metrics,
 };
 
@@ -19,8 +19,8 @@ pub const NOT_BUILT: Option<&str> = Some(REASON);
 
 /// Runs nothing.
 #[must_use]
-pub fn test_inline() -> Tested {
-    Tested::untried(REASON)
+pub fn test_inline() -> SelfTestReport {
+    SelfTestReport::not_run(REASON)
 }
 
 /// The inline engine can serve none of these listeners.
@@ -39,8 +39,8 @@ pub fn check_inline_listener(_settings: &InlineSettings, _listener: &Listener) -
 
 /// Loads nothing.
 #[must_use]
-pub fn test_splice(_connections: u32, _marks: &Watermarks) -> (Tested, Option<LoadedSplice>) {
-    (Tested::untried(REASON), None)
+pub fn test_splice(_connections: u32, _marks: &Watermarks) -> (SelfTestReport, Option<LoadedSplice>) {
+    (SelfTestReport::not_run(REASON), None)
 }
 
 /// There is none.

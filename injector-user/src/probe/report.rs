@@ -109,11 +109,8 @@ impl Report {
             "1 if the last roundtrip passed, else 0",
             f64::from(u8::from(passed)),
         );
-        text.one("injector_probe_seconds", "How long the last roundtrip took", self.took.as_secs_f64());
-        text.family(
-            "injector_probe_step_seconds",
-            "How long each step of the last roundtrip took, as far as it came",
-        );
+        text.one("injector_probe_seconds", "Duration of the last roundtrip", self.took.as_secs_f64());
+        text.family("injector_probe_step_seconds", "Duration of each step that the last roundtrip ran");
         for (step, took) in &self.steps {
             text.sample("injector_probe_step_seconds", Some(*step), took.as_secs_f64());
         }

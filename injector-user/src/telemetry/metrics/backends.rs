@@ -65,14 +65,14 @@ impl Collector for Watched {
         if all.is_empty() {
             return Ok(());
         }
-        let help = "1 if the backend gets connections, 0 if it is down, ejected or taken out";
+        let help = "1 if the backend receives connections, 0 if it is down, ejected or disabled";
         let mut family = encoder.encode_descriptor("backend_up", help, None, MetricType::Gauge)?;
         for (listener, backend) in &all {
             let labels = [("listener", *listener), ("backend", backend.name.as_str())];
             let up = i64::from(backend.up);
             ConstGauge::new(up).encode(family.encode_family(&labels)?)?;
         }
-        let help = "Sessions of the engines that end TCP with the backend now";
+        let help = "Sessions of splice and relay with the backend now";
         let mut family = encoder.encode_descriptor("backend_active", help, None, MetricType::Gauge)?;
         for (listener, backend) in &all {
             let labels = [("listener", *listener), ("backend", backend.name.as_str())];
@@ -81,9 +81,7 @@ impl Collector for Watched {
         }
         let counters: [(&str, &str, Count); 2] = [
             ("backend_sessions", "Connections that reached the backend", |it| it.sessions),
-            ("backend_ejections", "Times that the backend was left out because connections failed", |it| {
-                it.ejections
-            }),
+            ("backend_ejections", "Ejections of the backend because connections failed", |it| it.ejections),
         ];
         for (metric, help, count) in counters {
             let mut family = encoder.encode_descriptor(metric, help, None, MetricType::Counter)?;

@@ -42,7 +42,7 @@ impl Collector for Programs {
         let backlog = self.backlog.read().unwrap_or_else(PoisonError::into_inner).bytes();
         let gauge = encoder.encode_descriptor(
             "backlog",
-            "Bytes that wait in the kernel for targets that do not keep up, as last looked at",
+            "Bytes queued in the kernel for slow receivers, as last measured",
             Some(&Unit::Bytes),
             MetricType::Gauge,
         )?;
@@ -53,7 +53,7 @@ impl Collector for Programs {
         }
         let mut family = encoder.encode_descriptor(
             "bpf_events",
-            "What the programs in the kernel did",
+            "Events in the BPF programs",
             None,
             MetricType::Counter,
         )?;

@@ -46,7 +46,7 @@ impl Families {
         // OpenMetrics wants the unit at the end of the name, and the crate appends it: "injector" + "bytes".
         registry.register_with_unit(
             "injector",
-            "Payload carried, by direction and by the plane that moved it; headers are not payload",
+            "Payload, without headers, by direction and by the plane that moved it",
             Unit::Bytes,
             families.bytes.clone(),
         );
@@ -55,14 +55,18 @@ impl Families {
         injector.register("connections_active", "Connections being served", families.active.clone());
         injector.register(
             "connections_rejected",
-            "Connections that were turned away before their backend spoke",
+            "Connections rejected before their backend spoke",
             families.rejected.clone(),
         );
-        injector.register("connections_closed", "Connections served to their end", families.closed.clone());
+        injector.register(
+            "connections_closed",
+            "Connections closed after being admitted",
+            families.closed.clone(),
+        );
         injector.register("headers_sent", "PROXY headers sent to a backend", families.headers_sent.clone());
         injector.register(
             "headers_failed",
-            "Connections reset because the header could not be put in front",
+            "Connections reset because the header could not be sent",
             families.headers_failed.clone(),
         );
         injector.register_with_unit(
@@ -74,12 +78,12 @@ impl Families {
         injector.register("enrolments", "Directions handed to the kernel", families.enrolments.clone());
         injector.register(
             "enrolment_failures",
-            "Headers or directions that stayed in user space because the kernel would not have them",
+            "Headers or directions that stayed in user space because the kernel rejected them",
             families.enrolment_failures.clone(),
         );
         injector.register(
             "plane_changes",
-            "Spliced directions held because the target did not keep up, taken back to user space, and resumed by the kernel",
+            "Spliced directions paused because the target was too slow, moved to user space, and resumed by the kernel",
             families.plane_changes.clone(),
         );
         families

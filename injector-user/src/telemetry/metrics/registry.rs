@@ -63,11 +63,11 @@ impl Metrics {
         let families = Families::registered(&mut registry);
         let injector = registry.sub_registry_with_prefix("injector");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        injector.register("build", "What is running", build);
+        injector.register("build", "The running version", build);
         let max_connections = Gauge::default();
         injector.register(
             "max_connections",
-            "Connections that fit at one time: the configured limit, or what file descriptors leave room for",
+            "Connection capacity: the configured limit, or the number that file descriptors allow",
             max_connections.clone(),
         );
         let engine_available = Family::default();
@@ -79,20 +79,20 @@ impl Metrics {
         let check = Family::default();
         injector.register(
             "selftest_check",
-            "1 if this check of an engine's self-test passed at the start, else 0",
+            "1 if this check of the startup self-test passed, else 0",
             check.clone(),
         );
         let check_took = Family::default();
         injector.register_with_unit(
             "selftest_check",
-            "How long this check of an engine's self-test took",
+            "Duration of this check of the startup self-test",
             Unit::Seconds,
             check_took.clone(),
         );
         let draining = Family::default();
         injector.register(
             "listener_draining",
-            "1 if new clients of the listener are turned away by the operator, else 0",
+            "1 if the operator drains the listener, else 0",
             draining.clone(),
         );
         let reloads = Family::<ResultLabels, Counter>::default();
@@ -101,18 +101,18 @@ impl Metrics {
             (applied, reloads.get_or_create_owned(&ResultLabels { result }))
         };
         let results = [true, false].map(result);
-        injector.register("config_reloads", "Times that the configuration was read again", reloads);
+        injector.register("config_reloads", "Reloads of the configuration", reloads);
         let config_loaded = Gauge::<f64, AtomicU64>::default();
         injector.register_with_unit(
             "config_loaded_timestamp",
-            "When the configuration that runs was read, in seconds since 1970",
+            "When the current configuration was loaded, in seconds since 1970",
             Unit::Seconds,
             config_loaded.clone(),
         );
         let inline_max_flows = Gauge::default();
         injector.register(
             "inline_max_flows",
-            "Connections that the inline engine has room for; 0 where it does not run",
+            "Connection capacity of the inline engine; 0 if it does not run",
             inline_max_flows.clone(),
         );
         let backends = Arc::new(Watched::default());

@@ -4,7 +4,7 @@ use std::{process::ExitCode, thread, time::Duration};
 
 use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
-    cli::{self, AskArgs, Cli, Command, completions, man},
+    cli::{self, Cli, Command, ControlArgs, completions, man},
     config::{self, Config, Watermarks},
     control::{
         self, Request, client,
@@ -46,19 +46,19 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
         Command::Inline(cli::InlineCommand::Detach(args)) => detach(&args)?,
-        Command::Status(args) => tell(&args, &Request::Status)?,
+        Command::Status(args) => send(&args, &Request::Status)?,
         Command::Sessions(args) => {
-            tell(&args.ask, &Request::Sessions { listener: args.listener, limit: args.limit })?;
+            send(&args.control, &Request::Sessions { listener: args.listener, limit: args.limit })?;
         }
         Command::Drain(args) => drain(&args)?,
-        Command::Resume(args) => tell(&args.ask, &Request::Resume { listener: args.listener })?,
+        Command::Resume(args) => send(&args.control, &Request::Resume { listener: args.listener })?,
         Command::Backend(args) => {
             let (action, listener, backend) = (args.action, args.listener, args.backend);
-            tell(&args.ask, &Request::Backend { action, listener, backend })?;
+            send(&args.control, &Request::Backend { action, listener, backend })?;
         }
         Command::Reload(args) => match args.watch {
-            Some(file) => control::follow(&args.ask.at.socket, &file)?,
-            None => tell(&args.ask, &Request::Reload)?,
+            Some(file) => control::watch(&args.control.at.socket, &file)?,
+            None => send(&args.control, &Request::Reload)?,
         },
         Command::Top(args) if args.once => print!("{}", control::top::once(&args.at.socket, args.interval)?),
         Command::Top(args) => control::top::run(&args.at.socket, args.interval)?,
@@ -82,8 +82,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 /// Asks a running daemon, and prints what it says.
-fn tell(args: &AskArgs, request: &Request) -> anyhow::Result<()> {
-    let answer = client::ask(&args.at.socket, request)?;
+fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<()> {
+    let answer = client::send(&args.at.socket, request)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&answer)?);
     } else {
@@ -95,12 +95,12 @@ fn tell(args: &AskArgs, request: &Request) -> anyhow::Result<()> {
 fn drain(args: &cli::DrainArgs) -> anyhow::Result<()> {
     const LOOK_EVERY: Duration = Duration::from_millis(500);
     let deadline_ms = args.deadline.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
-    tell(&args.ask, &Request::Drain { listener: args.listener.clone(), deadline_ms })?;
+    send(&args.control, &Request::Drain { listener: args.listener.clone(), deadline_ms })?;
     if !args.wait {
         return Ok(());
     }
     loop {
-        let Answer::Status(status) = client::ask(&args.ask.at.socket, &Request::Status)? else {
+        let Answer::Status(status) = client::send(&args.control.at.socket, &Request::Status)? else {
             return Ok(());
         };
         let of =

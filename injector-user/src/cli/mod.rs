@@ -87,7 +87,7 @@ pub enum Command {
     #[command(subcommand)]
     Inline(InlineCommand),
     /// Show the state of a running injector: listeners, backends, configuration
-    Status(AskArgs),
+    Status(ControlArgs),
     /// List the sessions of a running injector (engines splice and relay)
     Sessions(SessionsArgs),
     /// Stop accepting new clients (they get a temporary failure); existing sessions may finish
@@ -135,7 +135,7 @@ const DEFAULT_SOCKET: &str = "/run/injector/admin.sock";
 
 /// Arguments of commands to a running injector.
 #[derive(Clone, Debug, Args)]
-pub struct AskArgs {
+pub struct ControlArgs {
     /// Where it is
     #[command(flatten)]
     pub at: SocketArgs,
@@ -150,7 +150,7 @@ pub struct AskArgs {
 pub struct SessionsArgs {
     /// Where it is, and how it answers
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub control: ControlArgs,
 
     /// Only this listener
     pub listener: Option<String>,
@@ -165,7 +165,7 @@ pub struct SessionsArgs {
 pub struct DrainArgs {
     /// Where it is, and how it answers
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub control: ControlArgs,
 
     /// Only this listener
     pub listener: Option<String>,
@@ -184,7 +184,7 @@ pub struct DrainArgs {
 pub struct ResumeArgs {
     /// Where it is, and how it answers
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub control: ControlArgs,
 
     /// Only this listener
     pub listener: Option<String>,
@@ -195,7 +195,7 @@ pub struct ResumeArgs {
 pub struct BackendArgs {
     /// Where it is, and how it answers
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub control: ControlArgs,
 
     /// New state
     pub action: BackendAction,
@@ -213,7 +213,7 @@ pub struct BackendArgs {
 pub struct ReloadArgs {
     /// Where it is, and how it answers
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub control: ControlArgs,
 
     /// Watch this file and reload on change
     #[arg(long, env = "INJECTOR_WATCH", value_name = "FILE", conflicts_with = "json")]

@@ -13,11 +13,11 @@ pub use super::show::show;
 use super::wire::{Answer, Reply, Request};
 
 /// A reload resolves nothing and waits for nobody: this is ample.
-const PATIENCE: Duration = Duration::from_secs(30);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
-pub enum AskError {
+pub enum ClientError {
     /// Nobody answers.
     #[error("{path}: {error}: {}", advice(.error))]
     Connect {
@@ -36,7 +36,7 @@ pub enum AskError {
     },
     /// It is another version's.
     #[error("{path}: cannot parse the reply ({error}): is the daemon of another version?")]
-    Foreign {
+    InvalidReply {
         /// The socket.
         path: PathBuf,
         /// What is wrong.
@@ -44,7 +44,7 @@ pub enum AskError {
     },
     /// The daemon says no.
     #[error("{0}")]
-    Refused(String),
+    Rejected(String),
 }
 
 fn advice(error: &io::Error) -> &'static str {
@@ -63,14 +63,14 @@ fn advice(error: &io::Error) -> &'static str {
 /// Asks the daemon that answers at `socket`.
 ///
 /// # Errors
-/// [`AskError`].
-pub fn ask(socket: &Path, request: &Request) -> Result<Answer, AskError> {
+/// [`ClientError`].
+pub fn send(socket: &Path, request: &Request) -> Result<Answer, ClientError> {
     let path = || socket.to_owned();
     let mut stream =
-        UnixStream::connect(socket).map_err(|error| AskError::Connect { path: path(), error })?;
+        UnixStream::connect(socket).map_err(|error| ClientError::Connect { path: path(), error })?;
     let exchange = || -> io::Result<String> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
+        stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
         let mut line = serde_json::to_string(request)?;
         line.push('\n');
         stream.write_all(line.as_bytes())?;
@@ -79,9 +79,9 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Answer, AskError> {
         Ok(answer)
     };
     let mut exchange = exchange;
-    let answer = exchange().map_err(|error| AskError::Io { path: path(), error })?;
-    match serde_json::from_str(&answer).map_err(|error| AskError::Foreign { path: path(), error })? {
+    let answer = exchange().map_err(|error| ClientError::Io { path: path(), error })?;
+    match serde_json::from_str(&answer).map_err(|error| ClientError::InvalidReply { path: path(), error })? {
         Reply::Ok(answer) => Ok(answer),
-        Reply::Error(why) => Err(AskError::Refused(why)),
+        Reply::Error(why) => Err(ClientError::Rejected(why)),
     }
 }

@@ -23,8 +23,8 @@ use self::wire::{
     RemovedListenerStatus, SessionRow, Sessions, Status,
 };
 pub use self::{
-    server::{Door, SocketError},
-    watch_file::follow,
+    server::{ControlSocket, SocketError},
+    watch_file::watch,
     wire::{Reply, Request},
 };
 use crate::{
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Reads the configuration again, as it was read at the start.
-pub type Source = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
+pub type ConfigSource = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 
 /// What the operator can have done. Clones share it.
 #[derive(Clone)]
@@ -48,7 +48,7 @@ pub struct Control(Arc<Shared>);
 struct Shared {
     /// `None` once it stops.
     serving: Mutex<Option<Serving>>,
-    source: Source,
+    source: ConfigSource,
     file: PathBuf,
     metrics: Metrics,
     ready: watch::Sender<Readiness>,
@@ -62,7 +62,7 @@ impl Control {
     pub fn new(
         serving: Serving,
         file: PathBuf,
-        source: Source,
+        source: ConfigSource,
         metrics: Metrics,
         ready: watch::Sender<Readiness>,
     ) -> Self {
@@ -110,14 +110,14 @@ impl Control {
     }
 
     /// Takes away what is served, to end it: from here on nothing can be asked for.
-    pub async fn stop(&self) -> Option<Serving> {
+    pub async fn take_server(&self) -> Option<Serving> {
         let serving = self.0.serving.lock().await.take();
         self.0.ready.send_replace(Readiness::Stopping);
         serving
     }
 
     /// Whether everything that serves connections does its work.
-    pub async fn pulse(&self) -> bool {
+    pub async fn check_liveness(&self) -> bool {
         let pulse = match self.0.serving.lock().await.as_ref() {
             Some(serving) => serving.pulse(),
             None => return true,

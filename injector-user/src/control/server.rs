@@ -20,22 +20,22 @@ use super::{Control, Reply};
 /// For the operator alone.
 const MODE: u32 = 0o600;
 /// More than any request has.
-const LONGEST_REQUEST: u64 = 64 * 1024;
+const MAX_REQUEST_BYTES: u64 = 64 * 1024;
 /// How long a client may take to ask, and to take its answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const IO_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why there is no socket.
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Somebody answers there.
     #[error("{path}: another injector already listens on this socket: give each its own (admin.socket)")]
-    Taken {
+    InUse {
         /// The socket.
         path: PathBuf,
     },
     /// A file stands in the way.
     #[error("{path}: the file exists and is not a socket: remove it, or use another path (admin.socket)")]
-    NoSocket {
+    NotASocket {
         /// The file.
         path: PathBuf,
     },
@@ -51,12 +51,12 @@ pub enum SocketError {
 
 /// The socket; removed when dropped.
 #[derive(Debug)]
-pub struct Door {
+pub struct ControlSocket {
     listener: std::os::unix::net::UnixListener,
     path: PathBuf,
 }
 
-impl Door {
+impl ControlSocket {
     /// Listens at `path`. What a daemon that crashed has left there is replaced.
     ///
     /// # Errors
@@ -68,10 +68,10 @@ impl Door {
         }
         if let Ok(there) = fs::symlink_metadata(path) {
             if !there.file_type().is_socket() {
-                return Err(SocketError::NoSocket { path: path.to_owned() });
+                return Err(SocketError::NotASocket { path: path.to_owned() });
             }
             if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(SocketError::Taken { path: path.to_owned() });
+                return Err(SocketError::InUse { path: path.to_owned() });
             }
         }
         // Nobody can connect before the mode is right: it gets its name only then.
@@ -95,14 +95,14 @@ impl Door {
     ///
     /// # Errors
     /// When the runtime cannot poll the socket.
-    pub async fn answer(self, control: Control) -> io::Result<()> {
+    pub async fn serve(self, control: Control) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let control = control.clone();
                     tokio::spawn(async move {
-                        if let Err(error) = converse(stream, &control).await {
+                        if let Err(error) = handle(stream, &control).await {
                             tracing::debug!(target: target::CONTROL, %error, "control connection failed");
                         }
                     });
@@ -116,27 +116,27 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+impl Drop for ControlSocket {
     fn drop(&mut self) {
         // Unless another daemon has taken the name over meanwhile, which would have been told that it is taken.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-async fn converse(mut stream: UnixStream, control: &Control) -> io::Result<()> {
+async fn handle(mut stream: UnixStream, control: &Control) -> io::Result<()> {
     let mut line = Vec::new();
     let asked = async {
         let (read, _) = stream.split();
-        BufReader::new(read.take(LONGEST_REQUEST)).read_until(b'\n', &mut line).await
+        BufReader::new(read.take(MAX_REQUEST_BYTES)).read_until(b'\n', &mut line).await
     };
-    timeout(PATIENCE, asked).await??;
+    timeout(IO_TIMEOUT, asked).await??;
     let reply = match serde_json::from_slice(&line) {
         Ok(request) => control.answer(request).await,
         Err(error) => Reply::Error(format!("not understood: {error}")),
     };
     let mut text = serde_json::to_vec(&reply)?;
     text.push(b'\n');
-    timeout(PATIENCE, stream.write_all(&text)).await?
+    timeout(IO_TIMEOUT, stream.write_all(&text)).await?
 }
 
 #[cfg(test)]
@@ -147,11 +147,11 @@ mod tests {
     fn the_socket_is_for_its_owner_and_goes_with_the_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/admin.sock");
-        let door = Door::open(&path).unwrap();
+        let socket = ControlSocket::open(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-        assert!(matches!(Door::open(&path), Err(SocketError::Taken { .. })));
-        drop(door);
+        assert!(matches!(ControlSocket::open(&path), Err(SocketError::InUse { .. })));
+        drop(socket);
         assert!(!path.exists());
     }
 
@@ -161,9 +161,9 @@ mod tests {
         let path = dir.path().join("admin.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        drop(Door::open(&path).unwrap());
+        drop(ControlSocket::open(&path).unwrap());
         fs::write(&path, "mine").unwrap();
-        assert!(matches!(Door::open(&path), Err(SocketError::NoSocket { .. })));
+        assert!(matches!(ControlSocket::open(&path), Err(SocketError::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 }

@@ -27,9 +27,9 @@ use super::{
 };
 
 /// Sessions that are asked for: more than any terminal has lines.
-const MOST_SESSIONS: usize = 200;
+const MAX_SESSIONS: usize = 200;
 /// Width and height of a frame that goes to a file or a pipe.
-const PAGE: (u16, u16) = (132, 40);
+const PAGE_SIZE: (u16, u16) = (132, 40);
 
 /// What the daemon said at one moment.
 #[derive(Clone, Debug)]
@@ -52,19 +52,19 @@ pub struct View {
     /// The listener whose sessions are listed; all of them without one.
     selected: Option<usize>,
     /// Why there is no newer answer.
-    fault: Option<String>,
+    error: Option<String>,
 }
 
 impl View {
     /// The first look.
     #[must_use]
     pub fn new(first: Sample) -> Self {
-        Self { now: first, before: None, history: Vec::new(), selected: None, fault: None }
+        Self { now: first, before: None, history: Vec::new(), selected: None, error: None }
     }
 
     /// The next.
-    pub fn look(&mut self, next: Sample) {
-        self.fault = None;
+    pub fn update(&mut self, next: Sample) {
+        self.error = None;
         self.before = Some(std::mem::replace(&mut self.now, next));
         let rate: f64 = self
             .now
@@ -146,8 +146,8 @@ impl View {
             bytes(*backlog_bytes),
             config.file.display()
         ));
-        let third = match (&self.fault, &config.reload_error) {
-            (Some(fault), _) => Line::from(fault.clone().red()),
+        let third = match (&self.error, &config.reload_error) {
+            (Some(error), _) => Line::from(error.clone().red()),
             (None, Some(why)) => Line::from(format!("last reload failed: {why}").yellow()),
             (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
         };
@@ -361,8 +361,8 @@ fn follow(
         }
         next = Instant::now() + every;
         match sample(socket) {
-            Ok(sample) => view.look(sample),
-            Err(error) => view.fault = Some(format!("{error:#}")),
+            Ok(sample) => view.update(sample),
+            Err(error) => view.error = Some(format!("{error:#}")),
         }
     }
 }
@@ -374,8 +374,8 @@ fn follow(
 pub fn once(socket: &Path, every: Duration) -> anyhow::Result<String> {
     let mut view = View::new(sample(socket)?);
     std::thread::sleep(every);
-    view.look(sample(socket)?);
-    page(&view, PAGE)
+    view.update(sample(socket)?);
+    page(&view, PAGE_SIZE)
 }
 
 fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
@@ -390,11 +390,11 @@ fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
 
 fn sample(socket: &Path) -> anyhow::Result<Sample> {
     let at = Instant::now();
-    let Answer::Status(status) = client::ask(socket, &Request::Status)? else {
+    let Answer::Status(status) = client::send(socket, &Request::Status)? else {
         bail!("unexpected reply: is the daemon of another version?");
     };
-    let request = Request::Sessions { listener: None, limit: Some(MOST_SESSIONS) };
-    let Answer::Sessions(sessions) = client::ask(socket, &request)? else {
+    let request = Request::Sessions { listener: None, limit: Some(MAX_SESSIONS) };
+    let Answer::Sessions(sessions) = client::send(socket, &request)? else {
         bail!("unexpected reply: is the daemon of another version?");
     };
     Ok(Sample { at, status: *status, sessions })
@@ -427,13 +427,13 @@ mod tests {
         after.status.listeners[1].accepted += 30;
         after.status.listeners[1].bytes_to_client += 5 << 20;
         let mut view = View::new(before);
-        view.look(after);
+        view.update(after);
         view
     }
 
     #[test]
     fn rates_are_differences_over_time() {
-        let text = page(&view(), PAGE).unwrap();
+        let text = page(&view(), PAGE_SIZE).unwrap();
         assert!(text.contains("new connections: 30/s"), "{text}");
         let smtp = text.lines().find(|line| line.starts_with("smtp") && line.contains("open")).unwrap();
         for part in ["splice", "30/s", "5.0 MiB/s", "105"] {
@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn backends_and_sessions_are_listed() {
-        let text = page(&view(), PAGE).unwrap();
+        let text = page(&view(), PAGE_SIZE).unwrap();
         for part in ["192.0.2.21:2525", "down", "backup", "198.51.100.7:40000", "1m 5s", "2.0 KiB"] {
             assert!(text.contains(part), "no {part} in\n{text}");
         }
@@ -454,14 +454,14 @@ mod tests {
     #[test]
     fn a_listener_can_be_chosen() {
         let mut view = view();
-        assert!(page(&view, PAGE).unwrap().contains("2 of 2"));
+        assert!(page(&view, PAGE_SIZE).unwrap().contains("2 of 2"));
         view.select(1);
-        assert!(page(&view, PAGE).unwrap().contains("sessions of imap, the oldest first: 1 listed"));
+        assert!(page(&view, PAGE_SIZE).unwrap().contains("sessions of imap, the oldest first: 1 listed"));
         view.select(-1);
         view.select(-1);
-        assert!(page(&view, PAGE).unwrap().contains("sessions of smtp"));
+        assert!(page(&view, PAGE_SIZE).unwrap().contains("sessions of smtp"));
         view.select(1);
-        assert!(page(&view, PAGE).unwrap().contains("2 of 2"));
+        assert!(page(&view, PAGE_SIZE).unwrap().contains("2 of 2"));
     }
 
     #[test]
@@ -474,7 +474,7 @@ mod tests {
     #[test]
     fn before_the_second_look_there_are_no_rates() {
         let first = Sample { at: Instant::now(), status: status(), sessions: sessions() };
-        let text = page(&View::new(first), PAGE).unwrap();
+        let text = page(&View::new(first), PAGE_SIZE).unwrap();
         assert!(text.lines().any(|line| line.starts_with("smtp") && line.contains(" - ")), "{text}");
     }
 }

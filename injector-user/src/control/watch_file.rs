@@ -12,46 +12,46 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{client, wire::Request};
 
 /// Nobody waits for it.
-const EVERY: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Follows `file` until SIGTERM or SIGINT, which are heard by the first process of a container only if it listens. A reload
 /// that is refused is said, and not tried again until the file changes once more; while no daemon answers, it is tried again.
 ///
 /// # Errors
 /// When signals or time cannot be heard of.
-pub fn follow(socket: &Path, file: &Path) -> io::Result<()> {
+pub fn watch(socket: &Path, file: &Path) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut watched = Watched { file: file.to_owned(), applied: None };
-        watched.applied = watched.read();
+        let mut file_state = WatchedFile { file: file.to_owned(), applied: None };
+        file_state.applied = file_state.read();
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
-                () = tokio::time::sleep(EVERY) => watched.look(socket),
+                () = tokio::time::sleep(POLL_INTERVAL) => file_state.reload_if_changed(socket),
             }
         }
     })
 }
 
 #[derive(Debug)]
-struct Watched {
+struct WatchedFile {
     file: PathBuf,
     /// What the daemon has been told of.
     applied: Option<Vec<u8>>,
 }
 
-impl Watched {
-    fn look(&mut self, socket: &Path) {
+impl WatchedFile {
+    fn reload_if_changed(&mut self, socket: &Path) {
         let now = self.read();
         if now.is_none() || now == self.applied {
             return;
         }
-        match client::ask(socket, &Request::Reload) {
+        match client::send(socket, &Request::Reload) {
             Ok(answer) => print!("{}", client::show(&answer)),
-            Err(error @ client::AskError::Refused(_)) => eprintln!("injector: {error}"),
+            Err(error @ client::ClientError::Rejected(_)) => eprintln!("injector: {error}"),
             Err(error) => return eprintln!("injector: {error}"),
         }
         self.applied = now;

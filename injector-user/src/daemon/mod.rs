@@ -35,7 +35,7 @@ use crate::{
 ///
 /// # Errors
 /// When it cannot start; each says what to do.
-pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow::Result<()> {
+pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> anyhow::Result<()> {
     let nofile = rlimit::raise_nofile();
     let carried = serving::carried(&config, nofile);
     if carried == 0 {
@@ -66,7 +66,7 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
         None => None,
     };
     let admin = match &config.admin {
-        Some(admin) => Some(control::Door::open(&admin.socket)?),
+        Some(admin) => Some(control::ControlSocket::open(&admin.socket)?),
         None => None,
     };
     if config.listeners.iter().any(|listener| choice::splices(listener.engine)) {
@@ -89,9 +89,9 @@ pub fn run(mut config: Config, file: PathBuf, source: control::Source) -> anyhow
 /// How the operator sees the daemon, and is heard.
 struct Operator {
     exporter: Option<Socket>,
-    admin: Option<control::Door>,
+    admin: Option<control::ControlSocket>,
     file: PathBuf,
-    source: control::Source,
+    source: control::ConfigSource,
 }
 
 /// The sockets of each listener.
@@ -158,10 +158,10 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
     let control = Control::new(serving, file, source, metrics, ready);
-    if let Some(door) = admin {
+    if let Some(socket) = admin {
         let control = control.clone();
         tokio::spawn(async move {
-            if let Err(error) = door.answer(control).await {
+            if let Err(error) = socket.serve(control).await {
                 tracing::error!(target: target::CONTROL, %error, "control socket failed; status, drain and reload are unavailable until a restart, mail is not affected");
             }
         });
@@ -183,7 +183,7 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
             _ = interrupt.recv() => {}
         }
     };
-    if let Some(serving) = control.stop().await {
+    if let Some(serving) = control.take_server().await {
         // As it was last read.
         let deadline = serving.config().stop.deadline;
         systemd::stopping(deadline);
@@ -199,7 +199,7 @@ async fn keep_alive(control: Control) {
     let every = every / 2;
     loop {
         let next = Instant::now() + every;
-        match tokio::time::timeout(every, control.pulse()).await {
+        match tokio::time::timeout(every, control.check_liveness()).await {
             Ok(true) => systemd::notify_watchdog(),
             Ok(false) => {
                 tracing::error!(target: target::DAEMON, "a worker thread exited; withholding the systemd watchdog ping, so systemd restarts the service")

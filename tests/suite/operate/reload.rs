@@ -76,7 +76,7 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let aborted = injector.sessions_within(1)?;
     ensure!(aborted[0].field("reason").as_deref() == Some("aborted"), "{aborted:?}");
     wait_until(
-        "leaving",
+        "removed listeners",
         || injector.status(),
         |status| status["removed_listeners"] == serde_json::json!([]),
     )?;
@@ -205,7 +205,11 @@ fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     other.listener = String::new();
     injector.rewrite(&other.text())?;
     let (status, printed) = injector.try_command(&["reload"])?;
-    ensure!(!status.success() && printed.contains("restart the daemon"), "{printed}");
+    ensure!(
+        !status.success()
+            && printed.contains("changing a listener to or from engine \"inline\" needs a restart"),
+        "{printed}"
+    );
     testbed.who_answers()?;
     Ok(())
 }

@@ -20,6 +20,7 @@ mod model;
 mod pending_write;
 pub mod registry;
 mod step;
+mod timer;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Which connections there are now, for `injector sessions`, and the clock that all connections of a worker go by: one table for
-//! each worker, so that threads do not wait for each other.
+//! The open sessions of a worker, for `injector sessions` and for the timers of all sessions. Each
+//! worker has its own registry, so that threads do not wait for each other.
 
 use std::{
     collections::HashMap,
@@ -8,24 +8,16 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
-use atomic_waker::AtomicWaker;
 use tokio::time::MissedTickBehavior;
 
+use super::timer::{SessionTimer, TICK};
 use crate::os::clock::monotonic_ns;
 
-/// How late a call may come. What connections are called for is told in seconds; a timer for each would take more memory than
-/// anything else of an idle connection, and more time than is left in a short one.
-const TICK: Duration = Duration::from_millis(250);
-
-/// [`SessionRecord::due`] of a connection that is to be called no more, and of one that was called and has not noticed.
-const NEVER: u64 = u64::MAX;
-const FIRED: u64 = 0;
-
-/// The connections of a worker. Clones share them.
+/// The sessions of a worker. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct SessionRegistry(Arc<Inner>);
 
@@ -45,12 +37,11 @@ struct SessionRecord {
     backend: OnceLock<SocketAddr>,
     to_backend: AtomicU64,
     to_client: AtomicU64,
-    /// When the connection is to be called, `CLOCK_MONOTONIC`, in nanoseconds.
-    due: AtomicU64,
-    task: AtomicWaker,
+    timer: SessionTimer,
 }
 
-/// A connection's row, until it is dropped. What is known of a connection stands there alone.
+/// A session's place in the registry, until it is dropped. It holds the only copy of the session's
+/// addresses.
 #[derive(Debug)]
 pub struct Registration {
     registry: SessionRegistry,
@@ -58,33 +49,33 @@ pub struct Registration {
     record: Arc<SessionRecord>,
 }
 
-/// What a connection counts its payload by, and is called by the clock.
+/// The part of a registration that the forwarding of the session uses.
 #[derive(Debug)]
 pub struct SessionHandle(Arc<SessionRecord>);
 
-/// What is known of a connection now.
+/// What is known of a session now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// The listener's name.
     pub listener: Arc<str>,
     /// The engine's name.
     pub engine: &'static str,
-    /// The client.
+    /// The client's address.
     pub client: SocketAddr,
-    /// Where it connected to.
+    /// The address that the client connected to.
     pub local: SocketAddr,
-    /// Since it was accepted.
+    /// Time since the client was accepted.
     pub age: Duration,
-    /// Once one was reached.
+    /// The backend's address, once it is connected.
     pub backend: Option<SocketAddr>,
-    /// Payload, as last counted: at the first byte of the backend, and then every few seconds.
+    /// Payload bytes to the backend. Updated at the backend's first byte and then every few seconds.
     pub to_backend: u64,
-    /// The other way.
+    /// Payload bytes to the client, updated at the same times.
     pub to_client: u64,
 }
 
 impl SessionRegistry {
-    /// Adds a connection.
+    /// Adds a session.
     #[must_use]
     pub fn register(
         &self,
@@ -102,18 +93,17 @@ impl SessionRegistry {
             backend: OnceLock::new(),
             to_backend: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
-            due: AtomicU64::new(NEVER),
-            task: AtomicWaker::new(),
+            timer: SessionTimer::new(),
         });
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         self.records().insert(id, Arc::clone(&record));
         Registration { registry: self.clone(), id, record }
     }
 
-    /// All there are, in no order.
+    /// All sessions, in no order.
     #[must_use]
     pub fn snapshot(&self) -> Vec<Snapshot> {
-        // The rows are read after the lock is given back: whoever looks must not hold up who comes and goes.
+        // The records are read without the lock: a reader must not delay sessions that start or end.
         let records: Vec<_> = self.records().values().cloned().collect();
         let snapshot = |record: Arc<SessionRecord>| Snapshot {
             listener: Arc::clone(&record.listener),
@@ -128,33 +118,29 @@ impl SessionRegistry {
         records.into_iter().map(snapshot).collect()
     }
 
-    /// Calls connections that are due, until it is dropped.
+    /// Fires the timers that are due, until the future is dropped.
     pub async fn run_timer(&self) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             let now = monotonic_ns();
-            self.wake(|due| due <= now);
+            self.wake(|timer| timer.is_due(now));
         }
     }
 
-    /// Calls all connections.
+    /// Fires the timers of all sessions.
     pub fn wake_all(&self) {
         self.wake(|_| true);
     }
 
-    fn wake(&self, is_due: impl Fn(u64) -> bool) {
+    fn wake(&self, is_due: impl Fn(&SessionTimer) -> bool) {
         let fire = |record: &Arc<SessionRecord>| {
-            if !is_due(record.due.load(Ordering::Relaxed)) {
-                return None;
-            }
-            record.due.store(FIRED, Ordering::Release);
-            record.task.take()
+            if is_due(&record.timer) { record.timer.fire() } else { None }
         };
-        // They are woken after the lock is given back: who is woken may end at once.
+        // Sessions are woken without the lock: a woken session may end at once.
         let woken: Vec<_> = self.records().values().filter_map(fire).collect();
-        woken.into_iter().for_each(std::task::Waker::wake);
+        woken.into_iter().for_each(Waker::wake);
     }
 
     fn records(&self) -> MutexGuard<'_, HashMap<u64, Arc<SessionRecord>>> {
@@ -163,37 +149,37 @@ impl SessionRegistry {
 }
 
 impl Registration {
-    /// It has a backend.
+    /// Records the backend, once.
     pub fn set_backend(&self, backend: SocketAddr) {
-        // Once in its life.
+        // It cannot fail, as a session connects to one backend.
         let _ = self.record.backend.set(backend);
     }
 
-    /// The client.
+    /// The client's address.
     #[must_use]
     pub fn client(&self) -> SocketAddr {
         self.record.client
     }
 
-    /// Where it connected to.
+    /// The address that the client connected to.
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.record.local
     }
 
-    /// Once one was reached.
+    /// The backend's address, once it is connected.
     #[must_use]
     pub fn backend(&self) -> Option<SocketAddr> {
         self.record.backend.get().copied()
     }
 
-    /// Since it was accepted.
+    /// Time since the client was accepted.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.record.since.elapsed()
     }
 
-    /// For who carries it.
+    /// A handle for the forwarding of the session.
     #[must_use]
     pub fn handle(&self) -> SessionHandle {
         SessionHandle(Arc::clone(&self.record))
@@ -201,27 +187,18 @@ impl Registration {
 }
 
 impl SessionHandle {
-    /// To be called after so long, or up to a quarter of a second later; what was said before is forgotten, but not that it
-    /// was called.
+    /// Schedules the session's timer after `delay`, or up to a quarter of a second later, in place of an
+    /// earlier schedule. A timer that has fired stays so.
     pub fn schedule(&self, delay: Duration) {
-        let delay = u64::try_from(delay.as_nanos()).unwrap_or(NEVER);
-        let due = monotonic_ns().saturating_add(delay);
-        let unless_fired = |before| (before != FIRED).then_some(due);
-        // Called already: then that stays.
-        let _ = self.0.due.fetch_update(Ordering::Relaxed, Ordering::Relaxed, unless_fired);
+        self.0.timer.schedule(delay);
     }
 
-    /// Whether it has been called.
+    /// Ready once after the session's timer has fired.
     pub fn poll_timer(&self, task: &mut Context<'_>) -> Poll<()> {
-        // Registered before the look: a call in between is not missed.
-        self.0.task.register(task.waker());
-        match self.0.due.compare_exchange(FIRED, NEVER, Ordering::Acquire, Ordering::Relaxed) {
-            Ok(_) => Poll::Ready(()),
-            Err(_) => Poll::Pending,
-        }
+        self.0.timer.poll_timer(task)
     }
 
-    /// So much payload has passed so far.
+    /// Records how much payload has passed so far.
     pub fn set_bytes(&self, to_backend: u64, to_client: u64) {
         self.0.to_backend.store(to_backend, Ordering::Relaxed);
         self.0.to_client.store(to_client, Ordering::Relaxed);
@@ -241,35 +218,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_is_listed_until_it_ends() {
+    fn a_session_is_listed_until_it_ends() {
         let registry = SessionRegistry::default();
         let [client, local, backend] =
             ["192.0.2.1:40000", "192.0.2.10:25", "10.0.0.2:2525"].map(|text| text.parse().unwrap());
-        let (one, other) = (
+        let (first, second) = (
             registry.register(&"smtp".into(), "relay", client, local),
             registry.register(&"imap".into(), "relay", client, local),
         );
-        one.set_backend(backend);
-        one.handle().set_bytes(7, 9);
+        first.set_backend(backend);
+        first.handle().set_bytes(7, 9);
         let mut records = registry.snapshot();
-        records.sort_by(|one, other| other.listener.cmp(&one.listener));
+        records.sort_by(|first, second| second.listener.cmp(&first.listener));
         assert_eq!(
             (&*records[0].listener, records[0].backend, records[0].to_backend, records[0].to_client),
             ("smtp", Some(backend), 7, 9)
         );
         assert_eq!((&*records[1].listener, records[1].backend), ("imap", None));
-        drop(other);
+        drop(second);
         assert_eq!(registry.snapshot().len(), 1);
-        drop(one);
+        drop(first);
         assert_eq!(registry.snapshot(), []);
     }
 
     #[tokio::test]
-    async fn the_clock_calls_who_is_due_and_a_call_is_not_lost() {
+    async fn a_due_timer_fires_and_a_wake_up_is_not_lost() {
         let registry = SessionRegistry::default();
         let [client, local] = ["192.0.2.1:40000", "192.0.2.10:25"].map(|text| text.parse().unwrap());
-        let entries = ["soon", "later"].map(|name| registry.register(&name.into(), "relay", client, local));
-        let [soon, later] = entries.each_ref().map(Registration::handle);
+        let registrations =
+            ["soon", "later"].map(|name| registry.register(&name.into(), "relay", client, local));
+        let [soon, later] = registrations.each_ref().map(Registration::handle);
         soon.schedule(Duration::from_millis(1));
         later.schedule(Duration::from_secs(3600));
         let woken = poll_fn(|task| {
@@ -280,7 +258,7 @@ mod tests {
             () = woken => {}
             () = registry.run_timer() => {}
         }
-        // Called while nobody waits, and then told a time: the call counts.
+        // A timer that fires while its session does not wait stays fired when it is scheduled again.
         registry.wake_all();
         later.schedule(Duration::from_secs(3600));
         poll_fn(|task| later.poll_timer(task)).await;

@@ -358,7 +358,7 @@ impl Door {
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
             match polite {
-                Ok(_permit) => session::refuse(client, context.protocol, why).await,
+                Ok(_permit) => session::reject(client, context.protocol, why).await,
                 Err(_) => client.reset(),
             }
         });

@@ -52,55 +52,55 @@ pub fn serve(
     context: Arc<Context>,
     client: Socket,
     peer: SocketAddr,
-    admitted: impl Send,
+    permits: impl Send,
 ) -> impl Future<Output = ()> + Send {
-    let begin = Box::pin(begin(context, client, peer));
+    let establish = Box::pin(establish(context, client, peer));
     async move {
-        if let Some(mut begun) = begin.await {
+        if let Some(mut established) = establish.await {
             // relaying ⇄ spliced, half-closed
-            let (reason, error) = begun.duplex.run().await;
-            Box::pin(finish(begun, reason, error)).await;
+            let (reason, error) = established.duplex.run().await;
+            Box::pin(close(established, reason, error)).await;
         }
-        drop(admitted);
+        drop(permits);
     }
 }
 
 /// A connection that has reached its backend and sent it the header.
-struct Begun {
-    known: Known,
+struct Established {
+    info: ConnectionInfo,
     duplex: Duplex,
 }
 
 /// What is known of a connection.
-struct Known {
-    entry: Registration,
+struct ConnectionInfo {
+    registration: Registration,
     /// What the header calls it, where the receiver wants that.
-    id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
+    unique_id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
     /// Once a backend was reached.
     backend: Option<backend::Session>,
 }
 
 /// Up to the header; `None` if it has come to its end, and was reported.
-async fn begin(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Option<Box<Begun>> {
-    let gone = |error: io::Error| tracing::debug!(target: target::SESSION, listener = &*context.listener, %error, "client closed before the session started");
-    let client = Endpoint::accepted(client).map_err(gone).ok()?;
-    let local = client.local().map_err(gone).ok()?;
-    let id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));
-    let entry = context.sessions.register(&context.listener, context.engine.name(), peer, local);
-    let mut known = Known { entry, id, backend: None };
-    match reach(&context, client, &mut known).await {
-        Ok(duplex) => Some(Box::new(Begun { known, duplex })),
+async fn establish(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Option<Box<Established>> {
+    let log_early_close = |error: io::Error| tracing::debug!(target: target::SESSION, listener = &*context.listener, %error, "client closed before the session started");
+    let client = Endpoint::accepted(client).map_err(log_early_close).ok()?;
+    let local = client.local().map_err(log_early_close).ok()?;
+    let unique_id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));
+    let registration = context.sessions.register(&context.listener, context.engine.name(), peer, local);
+    let mut info = ConnectionInfo { registration, unique_id, backend: None };
+    match connect_and_send_header(&context, client, &mut info).await {
+        Ok(duplex) => Some(Box::new(Established { info, duplex })),
         Err((reason, error)) => {
-            known.report(&context, reason, (Bytes::default(), Bytes::default()), error);
+            info.log_close(&context, reason, (Bytes::default(), Bytes::default()), error);
             None
         }
     }
 }
 
-async fn reach(
+async fn connect_and_send_header(
     context: &Arc<Context>,
     client: Endpoint,
-    known: &mut Known,
+    info: &mut ConnectionInfo,
 ) -> Result<Duplex, (CloseReason, Option<String>)> {
     // connecting
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
@@ -109,23 +109,23 @@ async fn reach(
         connected = connecting => connected,
         _ = client.closed() => return Err((CloseReason::ClientReset, None)),
         () = context.abort.cancelled() => {
-            refuse(client, context.protocol, Refusal::Stopping).await;
+            reject(client, context.protocol, Refusal::Stopping).await;
             return Err((CloseReason::Aborted, None));
         }
     };
     let Reached { endpoint: backend, address, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
-            refuse(client, context.protocol, Refusal::BackendUnavailable).await;
-            return Err((unreachable(&error), Some(error.to_string())));
+            reject(client, context.protocol, Refusal::BackendUnavailable).await;
+            return Err((connect_failure(&error), Some(error.to_string())));
         }
     };
-    known.entry.set_backend(address);
-    known.backend = Some(session);
+    info.registration.set_backend(address);
+    info.backend = Some(session);
 
     // injecting
-    let first = match first_payload(context, &client, &backend).await {
-        Ok(first) => first,
+    let preamble = match read_preamble(context, &client, &backend).await {
+        Ok(preamble) => preamble,
         Err((reason, error)) => {
             if reason != CloseReason::ClientClosed {
                 client.reset();
@@ -134,8 +134,8 @@ async fn reach(
             return Err((reason, error.map(|error| error.to_string())));
         }
     };
-    let injected = match inject(context, known, &backend, &first) {
-        Ok(injected) => injected,
+    let sent = match send_header(context, info, &backend, &preamble) {
+        Ok(sent) => sent,
         Err(error) => {
             context.metrics.header_failed();
             backend.reset();
@@ -144,65 +144,65 @@ async fn reach(
         }
     };
     context.metrics.header_sent();
-    if let Some(reason) = injected.fallback_reason {
+    if let Some(reason) = sent.fallback_reason {
         context.metrics.enrolment_failed(reason);
     }
-    let read = first.payload.len() as u64;
-    let mut held = first.payload;
-    held.advance(injected.payload);
+    let read = preamble.payload.len() as u64;
+    let mut pending = preamble.payload;
+    pending.advance(sent.payload);
     Ok(Duplex::new(
         Arc::clone(context),
-        known.entry.handle(),
+        info.registration.handle(),
         client,
         backend,
         read,
-        held,
-        first.awaiting_check,
+        pending,
+        preamble.awaiting_check,
     ))
 }
 
 /// closed
-async fn finish(begun: Box<Begun>, reason: CloseReason, error: Option<io::Error>) {
-    let Begun { known, duplex } = *begun;
+async fn close(established: Box<Established>, reason: CloseReason, error: Option<io::Error>) {
+    let Established { info, duplex } = *established;
     let context = duplex.context();
     let outcome = duplex.finish(reason, error).await;
     if let Some(client) = outcome.client {
-        refuse(client, context.protocol, Refusal::BackendUnavailable).await;
+        reject(client, context.protocol, Refusal::BackendUnavailable).await;
     }
     let reason = outcome.reason.refine(outcome.error.as_ref());
     let error = outcome.error.map(|error| error.to_string());
-    known.report(&context, reason, (outcome.to_backend, outcome.to_client), error);
+    info.log_close(&context, reason, (outcome.to_backend, outcome.to_client), error);
 }
 
-impl Known {
-    fn report(
+impl ConnectionInfo {
+    fn log_close(
         self,
         context: &Context,
         reason: CloseReason,
         (to_backend, to_client): (Bytes, Bytes),
         error: Option<String>,
     ) {
-        let report = AccessLogEntry {
-            client: self.entry.client(),
-            local: self.entry.local(),
+        let entry = AccessLogEntry {
+            client: self.registration.client(),
+            local: self.registration.local(),
             listener: Arc::clone(&context.listener),
-            backend: self.entry.backend(),
+            backend: self.registration.backend(),
             engine: context.engine.name(),
             to_backend,
             to_client,
-            duration: self.entry.age(),
-            unique_id: self.id.map(|id| String::from_utf8_lossy(&*id).into_owned()),
+            duration: self.registration.age(),
+            unique_id: self.unique_id.map(|id| String::from_utf8_lossy(&*id).into_owned()),
             reason,
             error,
         };
-        context.metrics.closed(report.reason);
-        report.log();
+        context.metrics.closed(entry.reason);
+        entry.log();
     }
 }
 
 /// What the client said before the header went out.
 #[derive(Debug, Default)]
-struct First {
+struct ClientPreamble {
     payload: BytesMut,
     /// Not yet known whether it forges a header.
     awaiting_check: bool,
@@ -210,50 +210,55 @@ struct First {
 
 /// Where the client speaks first, waits for its first bytes, so that header and payload leave together. A client that
 /// says nothing in time gets a header alone.
-async fn first_payload(
+async fn read_preamble(
     context: &Context,
     client: &Endpoint,
     backend: &Endpoint,
-) -> Result<First, (CloseReason, Option<io::Error>)> {
-    let mut first = First { payload: BytesMut::new(), awaiting_check: true };
+) -> Result<ClientPreamble, (CloseReason, Option<io::Error>)> {
+    let mut preamble = ClientPreamble { payload: BytesMut::new(), awaiting_check: true };
     if context.protocol.speaks_first() == Speaker::Server || context.timeouts.header_wait.is_zero() {
-        return Ok(first);
+        return Ok(preamble);
     }
     let deadline = Instant::now() + context.timeouts.header_wait;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let payload = &mut first.payload;
+        let payload = &mut preamble.payload;
         let read = tokio::select! {
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
             error = backend.closed() => return Err((CloseReason::NoBanner, error)),
             () = context.abort.cancelled() => return Err((CloseReason::Aborted, None)),
         };
         match read {
-            Err(_elapsed) => return Ok(first),
+            Err(_elapsed) => return Ok(preamble),
             // Without a byte there is nothing to tell the backend, not even who it was.
-            Ok(Ok(0)) if first.payload.is_empty() => return Err((CloseReason::ClientClosed, None)),
+            Ok(Ok(0)) if preamble.payload.is_empty() => return Err((CloseReason::ClientClosed, None)),
             // The FIN stays visible: the pump reads it again.
-            Ok(Ok(0)) => return Ok(first),
+            Ok(Ok(0)) => return Ok(preamble),
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err((CloseReason::ClientReset, Some(error))),
         }
-        match forgery(&first.payload) {
+        match forgery(&preamble.payload) {
             Forgery::Yes => return Err((CloseReason::Forged, None)),
             Forgery::Undecided => {}
             Forgery::No => {
-                first.awaiting_check = false;
-                return Ok(first);
+                preamble.awaiting_check = false;
+                return Ok(preamble);
             }
         }
     }
 }
 
 /// Renders the header and has the engine send it, with what the client has said where that may be passed on.
-fn inject(context: &Context, known: &Known, backend: &Endpoint, first: &First) -> io::Result<SentHeader> {
-    let id = known.id.as_deref().copied().unwrap_or_default();
-    let header = Rendered::new(&context.receiver, known.entry.client(), known.entry.local(), &id)
+fn send_header(
+    context: &Context,
+    info: &ConnectionInfo,
+    backend: &Endpoint,
+    preamble: &ClientPreamble,
+) -> io::Result<SentHeader> {
+    let id = info.unique_id.as_deref().copied().unwrap_or_default();
+    let header = Rendered::new(&context.receiver, info.registration.client(), info.registration.local(), &id)
         .map_err(io::Error::other)?;
-    let payload = if first.awaiting_check { &[] } else { &first.payload[..] };
+    let payload = if preamble.awaiting_check { &[] } else { &preamble.payload[..] };
     let engine: &dyn Engine = match context.header {
         HeaderBy::Program => &*context.engine,
         HeaderBy::Send => &Relay,
@@ -275,9 +280,9 @@ fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
 }
 
 /// Turns a client away: in its protocol's own words where the server speaks first in clear text, else by a reset.
-pub async fn refuse(client: Endpoint, protocol: Protocol, why: Refusal) {
+pub async fn reject(client: Endpoint, protocol: Protocol, why: Refusal) {
     /// Long enough for a client far away to take the line and close.
-    const PATIENCE: Duration = Duration::from_secs(2);
+    const REJECT_TIMEOUT: Duration = Duration::from_secs(2);
 
     let Some(line) = protocol.refusal(why) else { return client.reset() };
     if client.try_write(line).is_err() || client.finish().is_err() {
@@ -285,10 +290,10 @@ pub async fn refuse(client: Endpoint, protocol: Protocol, why: Refusal) {
     }
     // Closing with unread bytes would send a reset, which can overtake the line.
     let drained = async { while client.read(<[u8]>::len).await.is_ok_and(|count| count > 0) {} };
-    let _ = timeout(PATIENCE, drained).await;
+    let _ = timeout(REJECT_TIMEOUT, drained).await;
 }
 
-fn unreachable(error: &Unreachable) -> CloseReason {
+fn connect_failure(error: &Unreachable) -> CloseReason {
     match error {
         Unreachable::Unresolved => CloseReason::BackendUnresolved,
         Unreachable::Refused { .. } => CloseReason::BackendRefused,

@@ -1,4 +1,4 @@
-//! Pauses between checks of what the kernel does not notify of.
+//! Pauses between checks of a condition that the kernel does not notify of.
 
 use std::{
     future::Future as _,
@@ -14,16 +14,16 @@ use tokio::{
 
 use crate::net::socket::RETRY_DELAY;
 
-/// Between two looks at what nothing tells of.
+/// A pause before the next check.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
     sleep: Option<Pin<Box<Sleep>>>,
-    /// Looks in a row that found nothing.
+    /// Failed checks in a row.
     attempts: u32,
 }
 
 impl Backoff {
-    /// Begins, for so long.
+    /// Starts a pause of `length`.
     pub(super) fn start(&mut self, length: Duration, task: &mut task::Context<'_>) {
         let sleep = self.sleep.insert(Box::pin(sleep(length)));
         if sleep.as_mut().poll(task).is_ready() {
@@ -31,11 +31,11 @@ impl Backoff {
         }
     }
 
-    /// Begins after a look that has found nothing. Each is longer than the one before, but not longer than `most`. Of the first
-    /// looks, `at_once` come without a pause, after other tasks.
+    /// Starts the pause after a failed check: twice as long as the last, but at most `max`. The first
+    /// `immediate` times there is no pause; the next check follows after other tasks have run.
     pub(super) fn extend(&mut self, immediate: u32, max: Duration, task: &mut task::Context<'_>) {
         if self.attempts < immediate {
-            // Polled once it is pending, and wakes this task when the others have had their turn.
+            // Polled once, it is pending and wakes this task after the others have run.
             let _ = pin!(yield_now()).poll(task);
         } else {
             let length = RETRY_DELAY * (1 << (self.attempts - immediate).min(10));
@@ -52,7 +52,7 @@ impl Backoff {
         Poll::Ready(())
     }
 
-    /// What was looked for is there.
+    /// Forgets the failed checks, because one has succeeded.
     pub(super) fn reset(&mut self) {
         *self = Self::default();
     }

@@ -14,42 +14,43 @@ use crate::{
     telemetry::{backlog::BacklogTotal, metrics::ListenerMetrics},
 };
 
-/// What all connections of a listener share.
+/// What all sessions of a listener on one worker share.
 #[derive(Debug)]
 pub struct Context {
     /// The listener's name.
     pub listener: Arc<str>,
-    /// What is spoken.
+    /// The mail protocol.
     pub protocol: Protocol,
-    /// Whether a backend that closes without a byte has failed: in mail protocols the server always answers.
+    /// Whether a backend that closes before its first byte has failed. In mail protocols the server
+    /// always answers.
     pub expects_banner: bool,
-    /// Where connections go.
+    /// The backends to connect to.
     pub backends: Arc<Backends>,
-    /// What moves their bytes.
+    /// The engine that forwards.
     pub engine: Arc<dyn Engine>,
-    /// How long they may take.
+    /// The listener's timeouts.
     pub timeouts: Timeouts,
-    /// What the backend can read.
+    /// The header format that the backend expects.
     pub receiver: Receiver,
-    /// Counters of the listener.
+    /// The listener's counters.
     pub metrics: ListenerMetrics,
-    /// Who puts the header in front, where the engine has a program for it.
+    /// How the header is sent, in an engine that has a program for it.
     pub header: HeaderBy,
-    /// When the kernel's plane pays off.
+    /// When a direction is enrolled in the kernel.
     pub enrolment: EnrolmentPolicy,
-    /// Through which bulk moves in user space.
+    /// The pipes for bulk data in user space.
     pub pipes: Pipes,
-    /// How much may wait in the kernel.
+    /// Limits of the backlog in the kernel.
     pub watermarks: Watermarks,
-    /// How much does, over all listeners.
+    /// The backlog in the kernel over all listeners.
     pub backlog_total: BacklogTotal,
-    /// Hang-ups of spliced sockets.
+    /// Monitors spliced sockets for peer close.
     pub hangups: HangupMonitor,
-    /// Cancelled when the time of a stop or a drain is over. Who cancels it calls all connections ([`SessionRegistry::wake_all`]): they
-    /// look then.
+    /// Cancelled at the deadline of a shutdown or a drain. Sessions check it when their timer fires, so
+    /// [`SessionRegistry::wake_all`] must follow the cancellation.
     pub abort: CancellationToken,
-    /// Which connections there are.
+    /// The open sessions of the worker.
     pub sessions: SessionRegistry,
-    /// Makes the unique ids of this run differ from those of another.
+    /// Distinguishes the unique ids of this run of the daemon from those of another.
     pub run_id: u64,
 }

@@ -1,11 +1,11 @@
-//! When a direction is enrolled in the kernel, and what becomes of that.
+//! When a direction is enrolled in the kernel, and the outcome.
 
 use std::{io, time::Duration};
 
 use crate::{config::EnrolmentPolicy, engine::EnrolmentRefusal};
 
-/// Whether a direction of which user space has read so much is worth enrolling. Without a byte it never is: the first
-/// payload is examined.
+/// Whether enrolment is worth its cost after user space has read this much. Before the first byte it
+/// never is, because user space checks that for a forged header.
 pub(super) fn should_enrol(
     policy: &EnrolmentPolicy,
     messages: u64,
@@ -18,16 +18,16 @@ pub(super) fn should_enrol(
             || policy.age.is_some_and(|enough| age() >= enough))
 }
 
-/// What became of an enrolment.
+/// The outcome of an enrolment.
 #[derive(Debug)]
 pub(super) enum Enrolment {
-    /// Too early, or the engine never does.
+    /// It is too early, or the engine never enrols.
     NotNow,
-    /// The kernel carries the direction.
+    /// The kernel forwards the direction.
     Done,
-    /// User space keeps it.
+    /// The kernel refused; the direction stays in user space.
     Refused(EnrolmentRefusal),
-    /// The kernel does not say what it has carried: the connection cannot go on.
+    /// The kernel's counts are lost; the connection cannot continue.
     Lost(io::Error),
 }
 
@@ -36,23 +36,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_of_messages_bytes_and_age_pays_but_nothing_before_the_first_byte() {
+    fn any_one_threshold_is_enough_but_not_before_the_first_byte() {
         let second = Duration::from_secs(1);
         let policy = EnrolmentPolicy { messages: 3, bytes: Some(100), age: Some(second) };
-        for (messages, bytes, age, off) in [
+        for (messages, bytes, age, expected) in [
             (2, 99, Duration::ZERO, false),
             (3, 99, Duration::ZERO, true),
             (0, 100, Duration::ZERO, true),
             (0, 1, second, true),
             (0, 0, second, false),
         ] {
-            assert_eq!(should_enrol(&policy, messages, bytes, || age), off, "{messages} {bytes} {age:?}");
+            assert_eq!(
+                should_enrol(&policy, messages, bytes, || age),
+                expected,
+                "{messages} {bytes} {age:?}"
+            );
         }
         assert!(!should_enrol(
             &EnrolmentPolicy { bytes: None, age: None, ..policy },
             2,
             u64::MAX,
-            || panic!("not asked for")
+            || panic!("the age is not needed")
         ));
     }
 }

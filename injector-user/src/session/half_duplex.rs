@@ -1,4 +1,5 @@
-//! One direction of a connection, carried out: the wishes of [`Direction`] as reads, writes and enrolments.
+//! One direction of a connection: carries out the actions of [`Direction`] as reads, writes and
+//! enrolments.
 
 use std::{
     io,
@@ -14,7 +15,7 @@ use super::{
     context::Context,
     direction::{DataPath, Direction, NextAction},
     enrolment::{Enrolment, should_enrol},
-    pending_write::{PendingWrite, take},
+    pending_write::{PendingWrite, write_through},
     step::{DirectionIo, ForwardError, StepOutcome},
 };
 use crate::{
@@ -27,64 +28,65 @@ use crate::{
     telemetry::{backlog::BacklogShare, outcome::Bytes},
 };
 
-/// Longest pause between two looks whether a finished direction has been delivered.
+/// The longest pause between two checks whether a finished direction was delivered.
 const MAX_DELIVERY_BACKOFF: Duration = Duration::from_millis(4);
-/// Ends of file in a row, a millisecond apart, after which one is believed to be a reset.
+/// After this many spurious ends of file in a row, a millisecond apart, the next counts as a reset.
 const MAX_SPURIOUS_EOFS: u32 = 2000;
-/// Longest pause between two looks whether a target has caught up.
+/// The longest pause between two checks whether a target has caught up.
 const MAX_DRAIN_BACKOFF: Duration = Duration::from_millis(16);
 
-/// Payload of at least so many bytes is bulk, which a pipe carries better than a buffer.
+/// A read of at least this size is bulk data, which a pipe forwards faster than a buffer.
 const BULK_SIZE: usize = 16 * 1024;
-/// So many of these in a row, and a pipe is taken for the next.
+/// After this many bulk reads in a row, the next read goes through a pipe.
 const MIN_BULK_READS: u32 = 2;
 
-/// One direction.
+/// One direction of a connection.
 ///
-/// There are two to a connection, and most connections are idle: what is seldom there is on the heap.
+/// Most connections are idle, so state that exists seldom is on the heap.
 #[derive(Debug)]
 pub(super) struct HalfDuplex {
     direction: Direction,
-    /// Holds something, if it is there.
+    /// Never empty.
     pending_write: Option<Box<PendingWrite>>,
-    /// Bytes that went into pipes.
+    /// Bytes that were read into pipes.
     piped: u64,
-    /// Large payloads in a row.
+    /// Bulk reads in a row.
     bulk_reads: u32,
-    /// Payloads read in user space that were not bulk.
+    /// Reads in user space that were not bulk.
     messages: u32,
-    /// Once the kernel has had the direction.
+    /// Set once the direction was enrolled, and kept.
     spliced_state: Option<Box<SplicedState>>,
-    /// The engine refused this direction once, or never carries any.
+    /// The engine has refused the direction, or never enrols.
     splice_disabled: bool,
-    /// Given up before its end: the source has been told that bytes arrived which nobody took.
+    /// Abandoned before its end: the source's peer believes that bytes were delivered that were not.
     truncated: bool,
-    /// Until the next look at what nothing tells of.
+    /// The pause before the next check of a condition that the kernel does not notify of.
     backoff: Backoff,
-    /// What waits in the kernel for the target.
+    /// The direction's backlog in the kernel.
     backlog_share: BacklogShare,
 }
 
-/// A direction in the kernel's hands.
+/// The state of a direction that was enrolled in the kernel.
 #[derive(Debug)]
 struct SplicedState {
     spliced: Box<dyn SplicedDirection>,
-    /// What user space had read when the kernel first took over.
+    /// Bytes that user space had read at the enrolment.
     read_before: u64,
-    /// What user space had read when it last offered the direction to the kernel. Once is enough for what was read: if
-    /// the offer came to nothing, there is more to read.
+    /// Bytes that user space had read when it last proposed to resume. It proposes once for the same
+    /// count: if the kernel did not resume, there is more to read.
     proposed_at: u64,
-    /// How often in a row there was an end of file, and then there was none.
+    /// Spurious ends of file in a row.
     spurious_eofs: u32,
 }
 
 impl HalfDuplex {
-    /// A direction of which `held` was read before and not yet written. While `gated`, the first bytes are examined
-    /// for a forged header.
-    pub(super) fn new(read: u64, held: BytesMut, awaiting_check: bool, context: &Context) -> Self {
+    /// A direction of which `read` bytes were read before and `pending` is not yet written. While it is
+    /// `awaiting_check`, the first bytes are checked for a forged header.
+    pub(super) fn new(read: u64, pending: BytesMut, awaiting_check: bool, context: &Context) -> Self {
         Self {
-            direction: Direction::new(read, held.len(), awaiting_check),
-            pending_write: (!held.is_empty()).then(|| Box::new(PendingWrite { bytes: held, pipe: None })),
+            direction: Direction::new(read, pending.len(), awaiting_check),
+            pending_write: (!pending.is_empty())
+                .then(|| Box::new(PendingWrite { bytes: pending, pipe: None })),
             piped: 0,
             bulk_reads: 0,
             messages: u32::from(read > 0),
@@ -104,17 +106,17 @@ impl HalfDuplex {
         self.direction.source_ended()
     }
 
-    /// Whether it was given up before its end.
+    /// Whether the direction was abandoned before its end.
     pub(super) fn is_truncated(&self) -> bool {
         self.truncated
     }
 
-    /// Whether the source has ever been read in user space; it is, before the kernel takes over.
+    /// Whether nothing was read from the source so far. The first bytes are always read in user space.
     pub(super) fn has_read_nothing(&self) -> bool {
         self.direction.read_bytes() == 0
     }
 
-    /// The target takes nothing any more.
+    /// Gives up the direction, because the target accepts nothing any more.
     pub(super) fn abandon(&mut self) {
         self.truncated |= self.next_action() != NextAction::Finished;
         self.direction.abandon();
@@ -123,22 +125,24 @@ impl HalfDuplex {
         self.backlog_share.set(0);
     }
 
-    /// Whether the end of file that `source` was just read to is its FIN, behind all that it sent.
+    /// Whether the end of file that a read has just returned is the source's FIN, behind everything that
+    /// it sent.
     fn eof_is_fin(&self, source: &Endpoint) -> bool {
-        // Asking the kernel for its counts is dear where sessions are short.
+        // Reading the kernel's counts is expensive for short sessions.
         (self.spliced_state.is_none() && source.eof_is_fin()) || self.is_complete(source)
     }
 
-    /// Whether `source` has sent a FIN, and all before it has passed on through this lane. A reset looks like an end
-    /// of file to epoll, and to recv(2) once its error was fetched; only the count tells, in which a FIN is one.
+    /// Whether `source` has received a FIN and this direction has taken every byte before it. A reset
+    /// looks like an end of file to epoll, and to recv(2) once its error was fetched. Only the byte count
+    /// distinguishes them: a FIN counts as one byte.
     pub(super) fn is_complete(&self, source: &Endpoint) -> bool {
-        // The kernel may be working on the last segment, having announced its FIN already: asking waits for that, and
-        // only then is the flow's count final.
+        // The kernel may still process the last segment although it has reported the FIN. This call waits
+        // for that; only then is the flow's count final.
         let Ok(info) = sockopt::tcp_info(source) else { return false };
         info.bytes_received == self.direction.read_bytes() + self.flow().redirected + 1
     }
 
-    /// Whether the kernel takes what the source sends away at once: then nothing waits to be read that could say how it
+    /// Whether the kernel redirects what the source receives. Then no read can report how the source
     /// ended.
     pub(super) fn is_spliced(&self) -> bool {
         self.direction.path() == DataPath::Spliced
@@ -148,24 +152,24 @@ impl HalfDuplex {
         self.wants_readable() && !self.direction.source_ended()
     }
 
-    /// Whether user space is to be told of what the source sends. When that has finished there is nothing more to be told, but
-    /// nothing to be gained either by asking for less.
+    /// Whether user space polls the source for data. It need not after the FIN, but to deregister would
+    /// gain nothing.
     pub(super) fn wants_readable(&self) -> bool {
         matches!(self.direction.path(), DataPath::Relayed | DataPath::Resuming)
     }
 
-    /// Whether user space is to be told of room at the target.
+    /// Whether user space polls the target for room.
     pub(super) fn wants_writable(&self) -> bool {
         self.direction.path() == DataPath::Relayed
     }
 
-    /// Bytes so far.
+    /// Bytes forwarded so far.
     pub(super) fn bytes(&self) -> Bytes {
         let relayed = self.direction.read_bytes().saturating_sub(self.piped);
         Bytes { relayed, piped: self.piped, spliced: self.flow().redirected }
     }
 
-    /// `CLOCK_MONOTONIC` of the last payload that the kernel carried, in nanoseconds; 0 if none.
+    /// When the kernel last forwarded payload: nanoseconds of `CLOCK_MONOTONIC`, 0 for never.
     pub(super) fn last_spliced_ns(&self) -> u64 {
         self.flow().last_ns
     }
@@ -177,8 +181,8 @@ impl HalfDuplex {
             .unwrap_or_default()
     }
 
-    /// Hands the direction to the kernel if it is the moment: enough has gone through user space for it to pay, and
-    /// nothing is held. Returns why the engine refused, the once that it does.
+    /// Enrols the direction in the kernel if the policy says so and no byte is pending. A refusal is
+    /// returned once; after it the direction stays in user space.
     pub(super) fn enrol(&mut self, io: DirectionIo<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
         let DirectionIo { context, source, target } = io;
         if self.splice_disabled || !self.direction.can_splice() {
@@ -213,7 +217,7 @@ impl HalfDuplex {
         }
     }
 
-    /// Offers the kernel to carry again, once the target has taken all but a little of what user space wrote.
+    /// Proposes to the kernel to resume, once the target has acknowledged most of what user space wrote.
     fn propose_resume(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
         let Some(spliced_state) = &mut self.spliced_state else { return Ok(()) };
         let read = self.direction.read_bytes();
@@ -227,7 +231,7 @@ impl HalfDuplex {
         Ok(())
     }
 
-    /// Does what the direction wants next, once it can be done.
+    /// Carries out the direction's next action once it is possible.
     pub(super) fn poll_step(
         &mut self,
         task: &mut task::Context<'_>,
@@ -267,10 +271,10 @@ impl HalfDuplex {
             && let Some((pipe, count)) =
                 ready!(source.poll_fill(task, &context.pipes)).map_err(ForwardError::Source)?
         {
-            return Poll::Ready(self.pass(pipe, count, target));
+            return Poll::Ready(self.forward_pipe(pipe, count, target));
         }
         let Self { direction, pending_write, messages, bulk_reads, spliced_state, .. } = self;
-        let taken = source.poll_read(task, |payload| {
+        let outcome = source.poll_read(task, |payload| {
             if payload.is_empty() {
                 return None;
             }
@@ -283,12 +287,12 @@ impl HalfDuplex {
             if let Some(spliced_state) = spliced_state {
                 spliced_state.spurious_eofs = 0;
             }
-            // Its FIN then leaves in one segment with it.
-            let last = spliced_state.is_none() && source.fin_follows();
-            Some(take(direction, pending_write, payload, last, target))
+            // If the FIN follows, the payload leaves in one segment with it.
+            let fin_follows = spliced_state.is_none() && source.fin_follows();
+            Some(write_through(direction, pending_write, payload, fin_follows, target))
         });
-        match ready!(taken).map_err(ForwardError::Source)? {
-            Some(Some(taken)) => Poll::Ready(taken),
+        match ready!(outcome).map_err(ForwardError::Source)? {
+            Some(Some(outcome)) => Poll::Ready(outcome),
             Some(None) if self.eof_is_fin(source) => {
                 self.direction.source_finished();
                 Poll::Ready(Ok(StepOutcome::Other))
@@ -303,14 +307,19 @@ impl HalfDuplex {
         }
     }
 
-    /// Whether a pipe serves better than a buffer. Never again where `verdict` has had the source: what it passes is on a list
-    /// of its own, which splice(2) does not look at (tcp_splice_read, net/ipv4/tcp.c).
+    /// Whether to read through a pipe. Never after the source was enrolled: what `verdict` passes is on
+    /// a list of its own, which splice(2) does not read (tcp_splice_read, net/ipv4/tcp.c).
     fn is_bulk(&self) -> bool {
         self.bulk_reads >= MIN_BULK_READS && self.spliced_state.is_none() && self.direction.can_splice()
     }
 
-    /// Passes on what has just come into a pipe, as far as the target takes it now.
-    fn pass(&mut self, mut pipe: Pipe, count: usize, target: &Endpoint) -> Result<StepOutcome, ForwardError> {
+    /// Writes what was just read into a pipe, as far as the target accepts it now.
+    fn forward_pipe(
+        &mut self,
+        mut pipe: Pipe,
+        count: usize,
+        target: &Endpoint,
+    ) -> Result<StepOutcome, ForwardError> {
         self.direction.read(count);
         self.piped += count as u64;
         if count < BULK_SIZE {
@@ -324,8 +333,9 @@ impl HalfDuplex {
         Ok(StepOutcome::Read)
     }
 
-    /// Whether an end of file comes too early: of a socket that has been in the program's hands, recv(2) says 0 after the
-    /// FIN although a worker has yet to queue some of what came before (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
+    /// Whether an end of file comes too early. On a socket that was enrolled, recv(2) returns 0 after the
+    /// FIN although a kernel worker has not yet queued the bytes before it (tcp_bpf_recvmsg_parser,
+    /// net/ipv4/tcp_bpf.c).
     fn eof_is_spurious(&mut self, source: &Endpoint) -> bool {
         let Some(spliced_state) = &mut self.spliced_state else { return false };
         let Ok(info) = sockopt::tcp_info(source) else { return false };
@@ -340,7 +350,7 @@ impl HalfDuplex {
         self.spliced_state.as_ref().map(|spliced_state| &*spliced_state.spliced).ok_or_else(missing)
     }
 
-    /// While the kernel carries: until the source finishes, or what waits for the target has to be looked at.
+    /// While the kernel forwards: waits for the source's FIN, and checks the backlog when notified.
     fn poll_spliced(
         &mut self,
         task: &mut task::Context<'_>,
@@ -354,7 +364,7 @@ impl HalfDuplex {
         Poll::Ready(Ok(StepOutcome::Other))
     }
 
-    /// Looks at what waits for the target, and holds the source if it is too much.
+    /// Checks the backlog, and pauses the direction if it is too large.
     pub(super) fn check_backlog(&mut self, io: DirectionIo<'_>) -> Result<StepOutcome, ForwardError> {
         let DirectionIo { context, source, target } = io;
         let Some(spliced_state) = &self.spliced_state else { return Ok(StepOutcome::Other) };
@@ -379,8 +389,8 @@ impl HalfDuplex {
         Ok(StepOutcome::Paused)
     }
 
-    /// While the source is held: until the target has taken all that is on its way. Then user space goes on, and keeps
-    /// the direction.
+    /// While the direction is paused: waits until the backlog is in the target's send queue. Then user
+    /// space forwards.
     fn poll_drain(
         &mut self,
         task: &mut task::Context<'_>,
@@ -401,7 +411,7 @@ impl HalfDuplex {
         Poll::Pending
     }
 
-    /// While the kernel is offered the direction: until it has taken it, or there is more for user space to read.
+    /// After a proposal to resume: waits until the kernel has resumed, or there is more to read.
     fn poll_resume(
         &mut self,
         task: &mut task::Context<'_>,
@@ -409,12 +419,12 @@ impl HalfDuplex {
     ) -> Poll<Result<StepOutcome, ForwardError>> {
         let DirectionIo { source, target, .. } = io;
         let spliced = self.spliced()?;
-        let mut taken = false;
-        // It may have been rung before the offer, when the direction was held.
-        while !taken && spliced.backlog_notify().poll_notified(task).is_ready() {
-            taken = spliced.flow().map_err(ForwardError::Lost)?.passing == 0;
+        let mut resumed = false;
+        // The notification may be from before the proposal, when the direction was paused.
+        while !resumed && spliced.backlog_notify().poll_notified(task).is_ready() {
+            resumed = spliced.flow().map_err(ForwardError::Lost)?.passing == 0;
         }
-        if !taken {
+        if !resumed {
             ready!(source.poll_readable(task)).map_err(ForwardError::Source)?;
         }
         Poll::Ready(Ok(match spliced.cancel_resume(source, target).map_err(ForwardError::Lost)? {
@@ -433,8 +443,8 @@ impl HalfDuplex {
         }))
     }
 
-    /// Looks until every byte of the finished source is queued at the target; or finds that the kernel has left some of
-    /// them to user space.
+    /// After the source's FIN: waits until every byte is in the target's send queue, or the kernel has
+    /// left some of them to user space.
     fn poll_delivered(
         &mut self,
         task: &mut task::Context<'_>,
@@ -452,7 +462,7 @@ impl HalfDuplex {
             self.direction.paused();
             return Poll::Ready(Ok(StepOutcome::Paused));
         }
-        // The worker that fills the target's queue has most often been there already, or needs this processor.
+        // Most often the kernel worker has filled the target's queue by now, or needs this processor.
         self.backoff.extend(2, MAX_DELIVERY_BACKOFF, task);
         Poll::Pending
     }

@@ -1,12 +1,18 @@
-//! The life of one connection, from its accept to the line in the log:
+//! The life of one connection, from its accept to its line in the access log. Start here:
 //!
 //! ```text
-//! accepted → admitted → connecting → injecting → relaying ⇄ spliced → half-closed → closed
+//!  listener          session                                              telemetry
+//! ┌────────┐  ┌───────────┐  ┌────────────┐  ┌────────────┐  ┌─────────┐  ┌────────────┐
+//! │ accept │→ │ connect   │→ │ header     │→ │ forward    │→ │ close   │→ │ access log │
+//! │ admit  │  │ a backend │  │ + preamble │  │ (Duplex)   │  │ or RST  │  │            │
+//! └────────┘  └───────────┘  └────────────┘  └────────────┘  └─────────┘  └────────────┘
+//!              └──────── establish ────────┘  Duplex::run      close
 //! ```
 //!
-//! Accepting and admission are in [`crate::listener`]; what follows is here, in the order in which it happens. From the
-//! header on, `pump` carries both directions, each a `lane` that decides by `direction`. The engines differ only
-//! in how bytes move ([`crate::engine`]).
+//! [`crate::listener`] accepts and admits a connection. [`serve`] does the rest, and the functions below
+//! stand in that order. From the header on, [`duplex`] forwards both directions. Each direction is a
+//! [`half_duplex`], which carries out the decisions of [`direction`] (where to forward, when to send
+//! the FIN) and [`backlog`] (when to pause). Engines differ only in how bytes move ([`crate::engine`]).
 
 mod backlog;
 mod backoff;
@@ -44,10 +50,10 @@ use crate::{
     },
 };
 
-/// Serves an admitted connection to its end, and reports it; `admitted` is held until then.
+/// Serves an admitted connection to its end and logs it. Holds `permits` until then.
 ///
-/// Most of its time a connection is carried, so that is all its task has room for. What the beginning and the end need besides
-/// is on the heap for as long as they last; it would be most of the memory of an idle connection.
+/// A connection is forwarded for most of its life, so its task has room for that alone. The state of the
+/// other phases is on the heap while they last: it would be most of the memory of an idle connection.
 pub fn serve(
     context: Arc<Context>,
     client: Socket,
@@ -57,7 +63,6 @@ pub fn serve(
     let establish = Box::pin(establish(context, client, peer));
     async move {
         if let Some(mut established) = establish.await {
-            // relaying ⇄ spliced, half-closed
             let (reason, error) = established.duplex.run().await;
             Box::pin(close(established, reason, error)).await;
         }
@@ -65,24 +70,31 @@ pub fn serve(
     }
 }
 
-/// A connection that has reached its backend and sent it the header.
+/// A connection whose backend is connected and has been sent the header.
 struct Established {
     info: ConnectionInfo,
     duplex: Duplex,
 }
 
-/// What is known of a connection.
+/// The facts about a connection, for its line in the access log.
 struct ConnectionInfo {
     registration: Registration,
-    /// What the header calls it, where the receiver wants that.
+    /// The connection's unique id in the header, if the receiver is configured for it.
     unique_id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
-    /// Once a backend was reached.
+    /// Counts as a session of the backend while it is held.
     backend: Option<backend::Session>,
 }
 
-/// Up to the header; `None` if it has come to its end, and was reported.
+/// Connects a backend and sends the header. `None` if the connection has ended and was logged.
 async fn establish(context: Arc<Context>, client: Socket, peer: SocketAddr) -> Option<Box<Established>> {
-    let log_early_close = |error: io::Error| tracing::debug!(target: target::SESSION, listener = &*context.listener, %error, "client closed before the session started");
+    let log_early_close = |error: io::Error| {
+        tracing::debug!(
+            target: target::SESSION,
+            listener = &*context.listener,
+            %error,
+            "client closed before the session started"
+        );
+    };
     let client = Endpoint::accepted(client).map_err(log_early_close).ok()?;
     let local = client.local().map_err(log_early_close).ok()?;
     let unique_id = context.receiver.unique_id.then(|| Box::new(unique_id(context.run_id, client.cookie())));
@@ -102,7 +114,7 @@ async fn connect_and_send_header(
     client: Endpoint,
     info: &mut ConnectionInfo,
 ) -> Result<Duplex, (CloseReason, Option<String>)> {
-    // connecting
+    // Connect a backend.
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
     let connecting = context.backends.connect(context.timeouts.connect, &observe);
     let connected = tokio::select! {
@@ -123,7 +135,7 @@ async fn connect_and_send_header(
     info.registration.set_backend(address);
     info.backend = Some(session);
 
-    // injecting
+    // Send the header, with the client's first bytes where the client speaks first.
     let preamble = match read_preamble(context, &client, &backend).await {
         Ok(preamble) => preamble,
         Err((reason, error)) => {
@@ -161,7 +173,7 @@ async fn connect_and_send_header(
     ))
 }
 
-/// closed
+/// Closes both sockets and logs the connection.
 async fn close(established: Box<Established>, reason: CloseReason, error: Option<io::Error>) {
     let Established { info, duplex } = *established;
     let context = duplex.context();
@@ -200,16 +212,16 @@ impl ConnectionInfo {
     }
 }
 
-/// What the client said before the header went out.
+/// What the client sent before the header.
 #[derive(Debug, Default)]
 struct ClientPreamble {
     payload: BytesMut,
-    /// Not yet known whether it forges a header.
+    /// Whether the bytes may still turn out to be a forged PROXY header.
     awaiting_check: bool,
 }
 
-/// Where the client speaks first, waits for its first bytes, so that header and payload leave together. A client that
-/// says nothing in time gets a header alone.
+/// If the client speaks first, waits for its first bytes, so that header and payload are sent together.
+/// If they do not arrive in time, the header is sent alone.
 async fn read_preamble(
     context: &Context,
     client: &Endpoint,
@@ -230,9 +242,9 @@ async fn read_preamble(
         };
         match read {
             Err(_elapsed) => return Ok(preamble),
-            // Without a byte there is nothing to tell the backend, not even who it was.
+            // A client that has sent nothing is of no use to the backend: it gets no header either.
             Ok(Ok(0)) if preamble.payload.is_empty() => return Err((CloseReason::ClientClosed, None)),
-            // The FIN stays visible: the pump reads it again.
+            // The FIN stays readable: the duplex reads it again.
             Ok(Ok(0)) => return Ok(preamble),
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err((CloseReason::ClientReset, Some(error))),
@@ -248,7 +260,8 @@ async fn read_preamble(
     }
 }
 
-/// Renders the header and has the engine send it, with what the client has said where that may be passed on.
+/// Renders the header and makes the engine send it. The client's first bytes go along if their check
+/// has passed.
 fn send_header(
     context: &Context,
     info: &ConnectionInfo,
@@ -266,7 +279,7 @@ fn send_header(
     engine.inject(backend, header.as_bytes(), payload)
 }
 
-/// 32 hexadecimal digits: the run, and the client's socket within it.
+/// 32 hexadecimal digits: the daemon's run and the cookie of the client's socket.
 fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
     let digit = |shift: u32| {
         let (word, shift) = if shift < 16 { (run, shift) } else { (cookie, shift - 16) };
@@ -279,16 +292,17 @@ fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
     id
 }
 
-/// Turns a client away: in its protocol's own words where the server speaks first in clear text, else by a reset.
+/// Rejects a client: with a line of its protocol where the server speaks first in clear text, else with
+/// a reset.
 pub async fn reject(client: Endpoint, protocol: Protocol, why: Refusal) {
-    /// Long enough for a client far away to take the line and close.
+    /// Enough for a distant client to read the line and close.
     const REJECT_TIMEOUT: Duration = Duration::from_secs(2);
 
     let Some(line) = protocol.refusal(why) else { return client.reset() };
     if client.try_write(line).is_err() || client.finish().is_err() {
         return client.reset();
     }
-    // Closing with unread bytes would send a reset, which can overtake the line.
+    // Closing a socket with unread bytes sends a reset, which can overtake the line.
     let drained = async { while client.read(<[u8]>::len).await.is_ok_and(|count| count > 0) {} };
     let _ = timeout(REJECT_TIMEOUT, drained).await;
 }
@@ -298,7 +312,7 @@ fn connect_failure(error: &Unreachable) -> CloseReason {
         Unreachable::Unresolved => CloseReason::BackendUnresolved,
         Unreachable::Refused { .. } => CloseReason::BackendRefused,
         Unreachable::Timeout { .. } => CloseReason::ConnectTimeout,
-        // No descriptor for the socket to it: the backend is not to blame.
+        // No file descriptor was left for the socket: that is not the backend's failure.
         Unreachable::Other { error, .. }
             if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
         {

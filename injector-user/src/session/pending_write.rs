@@ -1,4 +1,4 @@
-//! Payload that was read and not yet written.
+//! Payload that user space has read and not yet written.
 
 use std::{
     io,
@@ -14,11 +14,11 @@ use super::{
 };
 use crate::net::{socket::Endpoint, splice_pipe::Pipe};
 
-/// Read and not yet written.
+/// Payload that the target has not accepted yet. It is never empty between two steps.
 #[derive(Debug, Default)]
 pub(super) struct PendingWrite {
     pub(super) bytes: BytesMut,
-    /// Comes behind them.
+    /// Follows the bytes.
     pub(super) pipe: Option<Pipe>,
 }
 
@@ -43,36 +43,39 @@ impl PendingWrite {
     }
 }
 
-/// Passes on what was just read, as far as the target takes it now; the rest waits. The `last` of it is sent with what follows.
-pub(super) fn take(
+/// Writes `payload`, which was just read, as far as the target accepts it now; the rest becomes the
+/// pending write. If the peer's FIN follows `payload`, it is held back, to leave in one segment with the
+/// FIN. Until the check for a forged header has passed, everything becomes the pending write.
+pub(super) fn write_through(
     direction: &mut Direction,
     pending_write: &mut Option<Box<PendingWrite>>,
     payload: &[u8],
-    last: bool,
+    fin_follows: bool,
     target: &Endpoint,
 ) -> Result<StepOutcome, ForwardError> {
     let awaiting_check = direction.next_action() == NextAction::Read;
-    // Only at the gate anything waits while there is more to read.
-    let mut held = pending_write.take();
-    if let Some(held) = &mut held {
-        held.bytes.extend_from_slice(payload);
+    // While there is more to read, bytes are pending only because of the check.
+    let mut earlier = pending_write.take();
+    if let Some(earlier) = &mut earlier {
+        earlier.bytes.extend_from_slice(payload);
     }
-    let all = held.as_ref().map_or(payload, |held| &held.bytes);
+    let all = earlier.as_ref().map_or(payload, |earlier| &earlier.bytes);
     let written = match if awaiting_check { forgery(all) } else { Forgery::No } {
         Forgery::Yes => return Err(ForwardError::Forged),
         Forgery::Undecided => 0,
         Forgery::No => {
             direction.check_passed();
-            let written = if last { target.try_write_more(all) } else { target.try_write(all) };
+            let written = if fin_follows { target.try_write_more(all) } else { target.try_write(all) };
             let written = written.map_err(ForwardError::Target)?;
             direction.wrote(written);
             written
         }
     };
     if written < all.len() {
-        let mut left = held.unwrap_or_else(|| Box::new(PendingWrite { bytes: payload.into(), pipe: None }));
-        left.bytes.advance(written);
-        *pending_write = Some(left);
+        let mut rest =
+            earlier.unwrap_or_else(|| Box::new(PendingWrite { bytes: payload.into(), pipe: None }));
+        rest.bytes.advance(written);
+        *pending_write = Some(rest);
     }
     Ok(StepOutcome::Read)
 }

@@ -1,11 +1,11 @@
-//! One step of a direction: what it works on, and what becomes of it.
+//! A step of one direction: its inputs, its outcomes and its errors.
 
 use std::io;
 
 use super::context::Context;
 use crate::net::socket::Endpoint;
 
-/// Between which sockets a direction runs, and what it shares with all others.
+/// The sockets of a direction, and what the sessions of its listener share.
 #[derive(Clone, Copy)]
 pub(super) struct DirectionIo<'a> {
     pub(super) context: &'a Context,
@@ -13,32 +13,32 @@ pub(super) struct DirectionIo<'a> {
     pub(super) target: &'a Endpoint,
 }
 
-/// What a step has brought.
+/// What a step has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StepOutcome {
     /// Payload was read in user space.
     Read,
-    /// The kernel was told to leave the source to user space.
+    /// The kernel leaves the source to user space from now on.
     Paused,
-    /// User space carries the direction again.
+    /// User space forwards again.
     MovedToUserSpace,
-    /// The kernel carries the direction once more.
+    /// The kernel forwards again.
     Resumed,
     /// Anything else.
     Other,
 }
 
-/// Why a direction cannot go on.
+/// Why forwarding cannot continue.
 #[derive(Debug)]
 pub(super) enum ForwardError {
-    /// The socket that payload comes from.
+    /// The source socket failed.
     Source(io::Error),
-    /// The socket that payload goes to.
+    /// The target socket failed.
     Target(io::Error),
-    /// The kernel dropped payload, or lost count of it.
+    /// The kernel dropped payload, or its counts are lost.
     Lost(io::Error),
     /// The source sent a PROXY header of its own.
     Forged,
-    /// Too much waits in the kernel over all connections, and here is some of it.
+    /// All connections together have too much backlog, and this direction has a part of it.
     Overload,
 }

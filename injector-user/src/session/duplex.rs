@@ -1,4 +1,4 @@
-//! Carries both directions of a connection from the header to the end.
+//! Forwards both directions of a connection, from the header to the close.
 
 use std::{
     future::poll_fn,
@@ -27,16 +27,17 @@ use crate::{
     },
 };
 
-/// How often the counters of a long connection are brought up to date.
+/// How often the counters of a long connection are updated.
 const ACCOUNTING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long a peer may take what it was sent last, before it is told by a reset that its own words found nobody.
+/// How long a peer may take to acknowledge the last bytes that it was sent. Then a reset informs it that
+/// its own last bytes were not delivered.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// So many steps are made for each look at the clock, where there is always one to make.
+/// How many steps a connection makes between two polls of its timer if there is always a step to make.
 const STEPS_PER_TIMER_POLL: u8 = 32;
 
-/// A connection whose header is sent.
+/// Both directions of a connection whose header was sent.
 #[derive(Debug)]
 pub(super) struct Duplex {
     context: Arc<Context>,
@@ -48,51 +49,53 @@ pub(super) struct Duplex {
     header_sent: Instant,
     /// When payload last passed through user space.
     last_relayed: Instant,
-    accounted: (Bytes, Bytes),
+    /// The bytes to the backend and to the client that the counters have.
+    counted: (Bytes, Bytes),
     backend_finished_first: bool,
     closed: PeerClosed,
-    /// The kernel knows when to give up a backend that does not answer. Of the client it knows from the beginning.
+    /// Whether the kernel detects a dead backend. It detects a dead client from the accept on.
     timeouts_set: bool,
-    /// Counts steps.
-    turn: u8,
+    /// Counts the steps.
+    steps: u8,
 }
 
-/// Which socket takes nothing any more, its peer having closed for good. What the peer sent before its FIN is still
-/// delivered to the other side.
+/// Which peers have closed both ways, so that their sockets accept nothing any more. What a peer sent
+/// before its FIN is still delivered to the other side.
 #[derive(Debug, Default)]
 struct PeerClosed {
     client: bool,
     backend: bool,
-    /// Why, where a write was told: the kernel tells once, and whoever reads then sees an end without a reason.
+    /// The socket's error, if a write has fetched it. The kernel reports it once; a later read returns an
+    /// end of file without a reason.
     client_error: Option<io::Error>,
     backend_error: Option<io::Error>,
 }
 
-/// How the pump stopped.
+/// How a connection was closed.
 #[derive(Debug)]
 pub(super) struct CloseOutcome {
     pub(super) reason: CloseReason,
     pub(super) error: Option<io::Error>,
     pub(super) to_backend: Bytes,
     pub(super) to_client: Bytes,
-    /// Still open where the client can be told something in its own protocol.
+    /// The client's socket, still open if the client can be rejected in its own protocol.
     pub(super) client: Option<Endpoint>,
 }
 
 impl Duplex {
-    /// `read` bytes of the client were read before, of which `held` are not written yet.
+    /// `read` bytes of the client were read before, and `pending` is not yet written.
     pub(super) fn new(
         context: Arc<Context>,
         session: SessionHandle,
         client: Endpoint,
         backend: Endpoint,
         read: u64,
-        held: BytesMut,
+        pending: BytesMut,
         awaiting_check: bool,
     ) -> Self {
         let now = Instant::now();
         Self {
-            to_backend: HalfDuplex::new(read, held, awaiting_check, &context),
+            to_backend: HalfDuplex::new(read, pending, awaiting_check, &context),
             to_client: HalfDuplex::new(0, BytesMut::new(), false, &context),
             context,
             session,
@@ -100,38 +103,38 @@ impl Duplex {
             backend,
             header_sent: now,
             last_relayed: now,
-            accounted: Default::default(),
+            counted: Default::default(),
             backend_finished_first: false,
             closed: PeerClosed::default(),
             timeouts_set: false,
-            turn: 0,
+            steps: 0,
         }
     }
 
-    /// What it shares with others.
+    /// What the connection shares with others of its listener.
     pub(super) fn context(&self) -> Arc<Context> {
         Arc::clone(&self.context)
     }
 
-    /// Until both directions are finished or something breaks.
+    /// Forwards until both directions are finished or something fails.
     pub(super) async fn run(&mut self) -> (CloseReason, Option<io::Error>) {
-        let first_look =
+        let first_check =
             ACCOUNTING_INTERVAL.min(self.idle_limit()).min(self.context.timeouts.user_timeout / 2);
-        self.session.schedule(first_look);
+        self.session.schedule(first_check);
         loop {
-            if let Err(ended) = self.prepare() {
-                return ended;
+            if let Err(failure) = self.enrol_and_set_interest() {
+                return failure;
             }
-            if self.finished() {
-                let first = if self.backend_finished_first {
+            if self.is_finished() {
+                let reason = if self.backend_finished_first {
                     CloseReason::BackendClosed
                 } else {
                     CloseReason::ClientClosed
                 };
-                return (first, None);
+                return (reason, None);
             }
-            let stepped = poll_fn(|task| self.poll_step(task)).await;
-            match self.classify_hangup(stepped) {
+            let step = poll_fn(|task| self.poll_step(task)).await;
+            match self.classify_hangup(step) {
                 Step::ToBackend(Ok(StepOutcome::Resumed))
                     if self.closed.client && !self.to_backend.is_complete(&self.client) =>
                 {
@@ -142,10 +145,10 @@ impl Duplex {
                 {
                     return (CloseReason::BackendReset, None);
                 }
-                Step::ToBackend(Ok(progress)) => self.record_outcome(progress),
-                Step::ToClient(Ok(progress)) => {
-                    self.record_first_byte(progress);
-                    self.record_outcome(progress);
+                Step::ToBackend(Ok(outcome)) => self.record_outcome(outcome),
+                Step::ToClient(Ok(outcome)) => {
+                    self.record_first_byte(outcome);
+                    self.record_outcome(outcome);
                     if self.lacks_banner() {
                         return (CloseReason::NoBanner, None);
                     }
@@ -157,7 +160,7 @@ impl Duplex {
                     self.backend_finished_first |= !self.to_backend.source_ended();
                     self.to_backend.abandon();
                     if self.to_client.is_spliced() && !self.to_client.is_complete(&self.backend) {
-                        return self.failure(
+                        return self.close_reason(
                             ForwardError::Target(error),
                             CloseReason::ClientReset,
                             CloseReason::BackendReset,
@@ -169,7 +172,7 @@ impl Duplex {
                     self.closed.client = true;
                     self.to_client.abandon();
                     if self.to_backend.is_spliced() && !self.to_backend.is_complete(&self.client) {
-                        return self.failure(
+                        return self.close_reason(
                             ForwardError::Target(error),
                             CloseReason::BackendReset,
                             CloseReason::ClientReset,
@@ -177,25 +180,25 @@ impl Duplex {
                     }
                     self.closed.client_error = Some(error);
                 }
-                // Both have said their last, without an error: what was received is still passed on.
+                // Both sides have sent a FIN: what was received is still forwarded.
                 Step::BackendClosed(None) => self.closed.backend = true,
                 Step::ClientClosed(None) => self.closed.client = true,
                 Step::ToBackend(Err(failure)) => {
                     let failure = with_reported_error(failure, self.closed.client_error.take());
-                    return self.failure(failure, CloseReason::ClientReset, CloseReason::BackendReset);
+                    return self.close_reason(failure, CloseReason::ClientReset, CloseReason::BackendReset);
                 }
                 Step::ToClient(Err(failure)) => {
                     let failure = with_reported_error(failure, self.closed.backend_error.take());
-                    return self.failure(failure, CloseReason::BackendReset, CloseReason::ClientReset);
+                    return self.close_reason(failure, CloseReason::BackendReset, CloseReason::ClientReset);
                 }
                 Step::TimerFired if self.context.abort.is_cancelled() => return (CloseReason::Aborted, None),
                 Step::TimerFired => {
                     self.set_backend_timeouts();
                     self.update_counters();
                     if let Err(failure) = self.check_backlog() {
-                        return self.failure(failure, CloseReason::Overload, CloseReason::Overload);
+                        return self.close_reason(failure, CloseReason::Overload, CloseReason::Overload);
                     }
-                    if let Some(reason) = self.idle_reason() {
+                    if let Some(reason) = self.idle_timeout_reason() {
                         return (reason, None);
                     }
                     let left = (self.last_activity() + self.idle_limit()).duration_since(Instant::now());
@@ -205,17 +208,18 @@ impl Duplex {
         }
     }
 
-    /// The next thing that happens. It is polled: futures for all that may happen would be most of the memory of an idle
-    /// connection.
+    /// The next step. It is polled, because a future for each possible step would be most of the memory
+    /// of an idle connection.
     fn poll_step(&mut self, task: &mut task::Context<'_>) -> Poll<Step> {
-        // A direction that always has something to do must not keep the other from its turn, nor the clock.
-        self.turn = self.turn.wrapping_add(1);
-        let turn = self.turn;
-        if turn.is_multiple_of(STEPS_PER_TIMER_POLL) && self.session.poll_timer(task).is_ready() {
+        // A direction that always has something to do must not starve the other, nor the timer.
+        self.steps = self.steps.wrapping_add(1);
+        let steps = self.steps;
+        if steps.is_multiple_of(STEPS_PER_TIMER_POLL) && self.session.poll_timer(task).is_ready() {
             return Poll::Ready(Step::TimerFired);
         }
         let Self { context, session, client, backend, to_backend, to_client, closed, .. } = self;
-        // Of a socket that user space reads, reading says how it ended, after its last byte.
+        // A socket that user space reads needs no such poll: its reads report the close, after the last
+        // byte.
         let (await_client_close, await_backend_close) =
             (!to_backend.reads_source(), !to_client.reads_source());
         if await_client_close
@@ -231,35 +235,35 @@ impl Duplex {
             return Poll::Ready(Step::BackendClosed(error));
         }
         let (up, down) = both_directions(context, client, backend);
-        for up_now in [turn.is_multiple_of(2), !turn.is_multiple_of(2)] {
-            let stepped = if up_now {
+        for upstream in [steps.is_multiple_of(2), !steps.is_multiple_of(2)] {
+            let step = if upstream {
                 to_backend.poll_step(task, up).map(Step::ToBackend)
             } else {
                 to_client.poll_step(task, down).map(Step::ToClient)
             };
-            if stepped.is_ready() {
-                return stepped;
+            if step.is_ready() {
+                return step;
             }
         }
         session.poll_timer(task).map(|()| Step::TimerFired)
     }
 
-    /// Takes leave of both sides.
-    pub(super) async fn finish(mut self, reason: CloseReason, error: Option<io::Error>) -> CloseOutcome {
+    /// Closes both sockets.
+    pub(super) async fn close(mut self, reason: CloseReason, error: Option<io::Error>) -> CloseOutcome {
         self.update_counters();
-        let (to_backend, to_client) = self.accounted;
+        let (to_backend, to_client) = self.counted;
         let (client_truncated, backend_truncated) =
             (self.to_backend.is_truncated(), self.to_client.is_truncated());
         let Self { client, backend, to_backend: up, to_client: down, .. } = self;
-        // The directions leave the kernel's maps before their sockets close.
+        // The directions must leave the kernel's maps before their sockets close.
         drop((up, down));
-        let mut left = None;
+        let mut open_client = None;
         match reason {
             CloseReason::NoBanner => {
                 backend.reset();
-                left = Some(client);
+                open_client = Some(client);
             }
-            // Whose words found nobody is told by a reset, after the last of what it was sent.
+            // A peer whose last bytes were not delivered gets a reset, after the last bytes that it was sent.
             _ if reason.clean() => {
                 for (endpoint, truncated) in [(client, client_truncated), (backend, backend_truncated)] {
                     if truncated {
@@ -268,18 +272,18 @@ impl Duplex {
                     }
                 }
             }
-            // After a loss, or what may be one, neither side may take what it got for the whole. But it gets what there was: what
-            // seemed to be the last of it may be waiting for the FIN.
+            // After a loss, or a possible one, neither side may take what it received for complete. But
+            // each gets what there was: the last bytes may still be held back for the FIN.
             _ => {
                 backend.push_and_reset();
                 client.push_and_reset();
             }
         }
-        CloseOutcome { reason, error, to_backend, to_client, client: left }
+        CloseOutcome { reason, error, to_backend, to_client, client: open_client }
     }
 
-    /// Hands to the kernel what is ripe for it, and asks of the sockets only what is needed.
-    fn prepare(&mut self) -> Result<(), (CloseReason, Option<io::Error>)> {
+    /// Enrols the directions for which it is time, and sets the events to wait for on both sockets.
+    fn enrol_and_set_interest(&mut self) -> Result<(), (CloseReason, Option<io::Error>)> {
         let Self { client, backend, to_backend, to_client, context, header_sent, .. } = self;
         let age = || header_sent.elapsed();
         let (up, down) = both_directions(context, client, backend);
@@ -292,28 +296,31 @@ impl Duplex {
                 Enrolment::NotNow => {}
                 Enrolment::Lost(error) => return Err((CloseReason::Lost, Some(error))),
                 Enrolment::Done => context.metrics.enrolled(),
-                Enrolment::Refused(refused) => {
+                Enrolment::Refused(refusal) => {
                     tracing::debug!(target: target::SESSION,
                         direction,
-                        reason = refused.reason,
-                        detail = refused.detail,
+                        reason = refusal.reason,
+                        detail = refusal.detail,
                         "stays relayed"
                     );
-                    context.metrics.enrolment_failed(refused.reason);
+                    context.metrics.enrolment_failed(refusal.reason);
                 }
             }
         }
         let monitor = &context.hangups;
-        let client_needs = Interest { read: to_backend.wants_readable(), write: to_client.wants_writable() };
-        let backend_needs = Interest { read: to_client.wants_readable(), write: to_backend.wants_writable() };
+        let client_interest =
+            Interest { read: to_backend.wants_readable(), write: to_client.wants_writable() };
+        let backend_interest =
+            Interest { read: to_client.wants_readable(), write: to_backend.wants_writable() };
         client
-            .set_interest(client_needs, monitor)
-            .and_then(|()| backend.set_interest(backend_needs, monitor))
+            .set_interest(client_interest, monitor)
+            .and_then(|()| backend.set_interest(backend_interest, monitor))
             .map_err(|error| (CloseReason::Internal, Some(error)))
     }
 
-    /// Four system calls, which a short session does not need. What the backend was sent before counts as well: the kernel
-    /// looks how old it is (tcp_write_timeout, net/ipv4/tcp_timer.c).
+    /// Makes the kernel detect a dead backend. A short session does not need these four system calls.
+    /// Bytes that were sent before count as well, because the kernel compares the age of the oldest
+    /// unacknowledged one (tcp_write_timeout, net/ipv4/tcp_timer.c).
     fn set_backend_timeouts(&mut self) {
         if self.timeouts_set {
             return;
@@ -322,54 +329,60 @@ impl Duplex {
         let timeouts = &self.context.timeouts;
         if let Err(error) = self.backend.set_peer_timeouts(timeouts.user_timeout, timeouts.keepalive) {
             let listener = &*self.context.listener;
-            tracing::warn!(target: target::SESSION, listener, %error, "cannot set TCP user timeout on the backend socket; only the idle timeout detects a dead backend");
+            tracing::warn!(
+                target: target::SESSION,
+                listener,
+                %error,
+                "cannot set TCP user timeout on the backend socket; only the idle timeout detects a \
+                 dead backend"
+            );
         }
     }
 
-    fn finished(&self) -> bool {
+    fn is_finished(&self) -> bool {
         self.to_backend.next_action() == NextAction::Finished
             && self.to_client.next_action() == NextAction::Finished
     }
 
-    /// A socket that hangs up without an error has finished both ways; but one to which no FIN was sent yet cannot have. It was
-    /// reset, and a worker of the kernel that was about to write to it was told, and not we (sk_psock_backlog,
-    /// net/core/skmsg.c).
-    fn classify_hangup(&self, stepped: Step) -> Step {
+    /// A hang-up without an error means that both sides have sent a FIN, or that the socket was reset and
+    /// a kernel worker has fetched the error when it wrote (sk_psock_backlog, net/core/skmsg.c). If this
+    /// side has not sent its FIN, it was a reset.
+    fn classify_hangup(&self, step: Step) -> Step {
         let reset = || Some(io::ErrorKind::ConnectionReset.into());
-        match stepped {
+        match step {
             Step::ClientClosed(None) if self.to_client.next_action() != NextAction::Finished => {
                 Step::ClientClosed(reset())
             }
             Step::BackendClosed(None) if self.to_backend.next_action() != NextAction::Finished => {
                 Step::BackendClosed(reset())
             }
-            stepped => stepped,
+            step => step,
         }
     }
 
-    fn record_outcome(&mut self, progress: StepOutcome) {
-        match progress {
+    fn record_outcome(&mut self, outcome: StepOutcome) {
+        match outcome {
             StepOutcome::Read => self.last_relayed = Instant::now(),
-            StepOutcome::Paused => self.context.metrics.held(),
+            StepOutcome::Paused => self.context.metrics.paused(),
             StepOutcome::MovedToUserSpace => self.context.metrics.moved_to_user_space(),
             StepOutcome::Resumed => self.context.metrics.resumed(),
             StepOutcome::Other => {}
         }
     }
 
-    /// Now and then, without being rung for: a direction that rang too early to be held may have stalled since.
+    /// Checks the backlog without a notification: a direction may have stalled since its last one.
     fn check_backlog(&mut self) -> Result<(), ForwardError> {
         let Self { context, client, backend, to_backend, to_client, .. } = self;
         let (up, down) = both_directions(context, client, backend);
         let outcomes = [to_backend.check_backlog(up)?, to_client.check_backlog(down)?];
-        outcomes.into_iter().for_each(|progress| self.record_outcome(progress));
+        outcomes.into_iter().for_each(|outcome| self.record_outcome(outcome));
         Ok(())
     }
 
-    /// The first byte of a backend always passes through user space.
-    fn record_first_byte(&mut self, progress: StepOutcome) {
-        if progress == StepOutcome::Read
-            && self.accounted.1 == Bytes::default()
+    /// Records the time to the backend's first byte, which user space always reads.
+    fn record_first_byte(&mut self, outcome: StepOutcome) {
+        if outcome == StepOutcome::Read
+            && self.counted.1 == Bytes::default()
             && !self.to_client.has_read_nothing()
         {
             self.context.metrics.first_byte(self.header_sent.elapsed());
@@ -377,7 +390,7 @@ impl Duplex {
         }
     }
 
-    /// The backend ended before its first byte, while the client still had something to say or to wait for.
+    /// Whether the backend has sent its FIN before its first byte, while the client was still there.
     fn lacks_banner(&self) -> bool {
         self.to_client.source_ended()
             && self.to_client.has_read_nothing()
@@ -385,12 +398,13 @@ impl Duplex {
             && self.context.expects_banner
     }
 
-    /// Whether the client has said its last; a direction that was given up says nothing of that.
+    /// Whether the client has sent its FIN. An abandoned direction does not show that.
     fn client_finished(&self) -> bool {
         self.to_backend.source_ended() && !self.to_backend.is_truncated()
     }
 
-    fn failure(
+    /// The close reason of `failure`; `source` and `target` are those of a failed socket.
+    fn close_reason(
         &self,
         failure: ForwardError,
         source: CloseReason,
@@ -403,11 +417,11 @@ impl Duplex {
             ForwardError::Forged => (CloseReason::Forged, None),
             ForwardError::Overload => (CloseReason::Overload, None),
         };
-        let refused = reason == CloseReason::BackendReset
+        let header_refused = reason == CloseReason::BackendReset
             && self.to_client.has_read_nothing()
             && !self.client_finished()
             && self.context.expects_banner;
-        (if refused { CloseReason::NoBanner } else { reason }, error)
+        (if header_refused { CloseReason::NoBanner } else { reason }, error)
     }
 
     fn idle_limit(&self) -> Duration {
@@ -416,7 +430,7 @@ impl Duplex {
         if half_closed { timeouts.half_closed } else { timeouts.idle }
     }
 
-    fn idle_reason(&self) -> Option<CloseReason> {
+    fn idle_timeout_reason(&self) -> Option<CloseReason> {
         if self.last_activity().elapsed() < self.idle_limit() {
             return None;
         }
@@ -424,7 +438,7 @@ impl Duplex {
         Some(if half_closed { CloseReason::HalfClosed } else { CloseReason::Idle })
     }
 
-    /// When payload last passed, in whichever plane.
+    /// When payload was last forwarded, in user space or in the kernel.
     fn last_activity(&self) -> Instant {
         let spliced = self.to_backend.last_spliced_ns().max(self.to_client.last_spliced_ns());
         let since = crate::os::clock::monotonic_ns().saturating_sub(spliced);
@@ -432,27 +446,28 @@ impl Duplex {
         spliced.map_or(self.last_relayed, |spliced| spliced.max(self.last_relayed))
     }
 
-    /// Brings the byte counters up to date.
+    /// Updates the byte counters.
     fn update_counters(&mut self) {
         let (to_backend, to_client) = (self.to_backend.bytes(), self.to_client.bytes());
         self.context
             .metrics
-            .bytes(bytes_since(to_backend, self.accounted.0), bytes_since(to_client, self.accounted.1));
+            .bytes(bytes_since(to_backend, self.counted.0), bytes_since(to_client, self.counted.1));
         self.session.set_bytes(to_backend.total(), to_client.total());
-        self.accounted = (to_backend, to_client);
+        self.counted = (to_backend, to_client);
     }
 }
 
+/// What has happened to a connection.
 enum Step {
     ToBackend(Result<StepOutcome, ForwardError>),
     ToClient(Result<StepOutcome, ForwardError>),
     ClientClosed(Option<io::Error>),
     BackendClosed(Option<io::Error>),
-    /// By the clock, or because all are cut.
+    /// On schedule, or because all sessions are aborted.
     TimerFired,
 }
 
-/// A source that is broken for the reason that a write to the same socket was told.
+/// Replaces a source's unspecific error by the one that a write to the same socket has fetched.
 fn with_reported_error(failure: ForwardError, reason: Option<io::Error>) -> ForwardError {
     match (failure, reason) {
         (ForwardError::Source(error), Some(reason)) if error.raw_os_error().is_none() => {
@@ -462,7 +477,7 @@ fn with_reported_error(failure: ForwardError, reason: Option<io::Error>) -> Forw
     }
 }
 
-/// To the backend, and to the client.
+/// The direction to the backend and the one to the client.
 fn both_directions<'a>(
     context: &'a Context,
     client: &'a Endpoint,

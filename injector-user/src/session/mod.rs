@@ -177,7 +177,7 @@ async fn connect_and_send_header(
 async fn close(established: Box<Established>, reason: CloseReason, error: Option<io::Error>) {
     let Established { info, duplex } = *established;
     let context = duplex.context();
-    let outcome = duplex.finish(reason, error).await;
+    let outcome = duplex.close(reason, error).await;
     if let Some(client) = outcome.client {
         reject(client, context.protocol, Refusal::BackendUnavailable).await;
     }

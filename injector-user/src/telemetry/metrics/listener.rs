@@ -99,7 +99,7 @@ struct Handles {
     to_client: Planes,
     first_byte: Histogram,
     enrolments: Counter,
-    held: Counter,
+    paused: Counter,
     moved_to_user_space: Counter,
     resumed: Counter,
 }
@@ -187,7 +187,7 @@ impl ListenerMetrics {
             to_client: planes("backend_to_client"),
             first_byte: families.first_byte.get_or_create_owned(&plain),
             enrolments: families.enrolments.get_or_create_owned(&plain),
-            held: change("paused"),
+            paused: change("paused"),
             moved_to_user_space: change("moved_to_user_space"),
             resumed: change("resumed"),
             families: families.clone(),
@@ -261,8 +261,8 @@ impl ListenerMetrics {
     }
 
     /// A spliced direction's source is left alone until the target has caught up.
-    pub fn held(&self) {
-        self.0.held.inc();
+    pub fn paused(&self) {
+        self.0.paused.inc();
     }
 
     /// User space carries a direction that was held.

@@ -1,8 +1,9 @@
-//! A model of one direction, for tests: the real [`Direction`] and the real rule of the program ([`Credit::way`]) between a
-//! source, a kernel that may do its part at any moment, and a target that remembers the order in which bytes came.
+//! A model of one direction, for tests: the real [`Direction`] and the program's real decision
+//! ([`Credit::verdict`]), between a source, a kernel that may act at any moment, and a target that checks
+//! the order of the bytes.
 //!
-//! The daemon's steps are as small as its system calls, so that segments fall between them as they do on a machine with
-//! more than one processor.
+//! The daemon's steps are as small as its system calls, so that segments arrive between them as on a
+//! machine with several processors.
 
 use std::collections::VecDeque;
 
@@ -14,54 +15,54 @@ use proptest::prelude::*;
 
 use super::direction::{DataPath, Direction, NextAction};
 
-/// What may happen next, where it can.
+/// An event. It is ignored where it is not possible.
 #[derive(Clone, Copy, Debug)]
-enum Step {
-    /// A segment of so many bytes reaches the source; in the program's hands it goes where the credit says.
+enum Event {
+    /// A segment of this many bytes reaches the source. If it is enrolled, the credit decides the way.
     Segment(u8),
     /// The source's FIN arrives.
     Fin,
-    /// The target dies.
+    /// The target breaks.
     TargetGone,
-    /// The kernel's worker moves so many redirected bytes to the target's send queue.
+    /// The kernel worker moves this many redirected bytes to the target's send queue.
     Worker(u8),
-    /// The daemon does the next thing that its state asks for; writes take so many bytes.
+    /// The daemon does its next action; reads and writes move this many bytes.
     Daemon(u8),
-    /// Enough has passed in user space: the kernel is to take over, or is offered to.
+    /// The daemon enrols the direction, or proposes to resume.
     Enrol,
-    /// The target lags: hold.
+    /// The daemon pauses the direction.
     Pause,
-    /// What stalls a daemon for a while ends: it looks, and grants more.
+    /// The daemon checks the backlog and grants more credit.
     Grant,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        120 => (1..=40_u8).prop_map(Step::Segment),
-        1 => Just(Step::Fin),
-        1 => Just(Step::TargetGone),
-        200 => (1..=40_u8).prop_map(Step::Worker),
-        600 => (1..=40_u8).prop_map(Step::Daemon),
-        150 => Just(Step::Enrol),
-        40 => Just(Step::Pause),
-        60 => Just(Step::Grant),
+        120 => (1..=40_u8).prop_map(Event::Segment),
+        1 => Just(Event::Fin),
+        1 => Just(Event::TargetGone),
+        200 => (1..=40_u8).prop_map(Event::Worker),
+        600 => (1..=40_u8).prop_map(Event::Daemon),
+        150 => Just(Event::Enrol),
+        40 => Just(Event::Pause),
+        60 => Just(Event::Grant),
     ]
 }
 
-/// A daemon in the middle of several system calls.
+/// The daemon between two system calls.
 #[derive(Clone, Copy, Debug)]
-enum Doing {
-    /// An offer: the flow was read, the credit is not set.
+enum InProgress {
+    /// The flow was read; the credit is not set yet.
     ProposeResume { seen: Flow, written: u64 },
-    /// A withdrawal: the credit is set, the flow not read again.
+    /// The credit was set; the flow was not read again yet.
     CancelResume,
-    /// A hold: the credit is set, the state not changed.
+    /// The credit was set; the state was not changed yet.
     Pause,
-    /// A grant: the flow was read.
+    /// The flow was read; the credit is not set yet.
     Grant { seen: u64 },
 }
 
-/// How many bytes the program may redirect before it stops by itself.
+/// The credit: how many bytes the program may redirect until it stops.
 const CREDIT: u64 = 100;
 
 struct Model {
@@ -70,18 +71,18 @@ struct Model {
     credit: Credit,
     enrolled: bool,
     read_before: u64,
-    doing: Option<Doing>,
-    /// Bytes are numbered in the order in which the source sends them.
+    in_progress: Option<InProgress>,
+    /// Bytes sent. Each byte is known by its number in the stream.
     sent: u64,
     fin: bool,
     target_gone: bool,
-    /// At the source, for user space to read.
+    /// In the source's receive queue, for user space to read.
     received: VecDeque<u64>,
-    /// Read and not written.
-    held: VecDeque<u64>,
-    /// Redirected, not in the target's send queue.
-    parked: VecDeque<u64>,
-    /// The target's send queue, and all before.
+    /// Read and not yet written.
+    pending: VecDeque<u64>,
+    /// Redirected and not yet in the target's send queue.
+    backlog: VecDeque<u64>,
+    /// Bytes that were put into the target's send queue.
     delivered: u64,
     fin_sent: bool,
 }
@@ -94,49 +95,54 @@ impl Model {
             credit: Credit::up_to(0),
             enrolled: false,
             read_before: 0,
-            doing: None,
+            in_progress: None,
             sent: 0,
             fin: false,
             target_gone: false,
             received: VecDeque::new(),
-            held: VecDeque::new(),
-            parked: VecDeque::new(),
+            pending: VecDeque::new(),
+            backlog: VecDeque::new(),
             delivered: 0,
             fin_sent: false,
         }
     }
 
-    /// The next byte in the target's queue must be the next that was sent.
+    /// Puts a byte into the target's send queue, where it must follow the one before.
     fn deliver(&mut self, byte: u64) -> Result<(), TestCaseError> {
-        prop_assert!(!self.fin_sent, "byte {byte} behind the FIN");
-        prop_assert_eq!(byte, self.delivered, "lost, repeated or overtaken");
+        prop_assert!(!self.fin_sent, "byte {byte} after the FIN");
+        prop_assert_eq!(byte, self.delivered, "lost, repeated or out of order");
         self.delivered += 1;
         Ok(())
     }
 
-    fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
-        match step {
-            Step::Segment(count) if !self.fin => self.segment(count.into()),
-            Step::Fin => self.fin = true,
-            Step::TargetGone if !self.target_gone && self.doing.is_none() => {
+    fn apply(&mut self, event: Event) -> Result<(), TestCaseError> {
+        match event {
+            Event::Segment(count) if !self.fin => self.segment(count.into()),
+            Event::Fin => self.fin = true,
+            Event::TargetGone if !self.target_gone && self.in_progress.is_none() => {
                 self.target_gone = true;
                 self.direction.abandon();
             }
-            Step::Worker(count) => {
+            Event::Worker(count) => {
                 for _ in 0..count {
-                    let Some(byte) = self.parked.pop_front() else { break };
+                    let Some(byte) = self.backlog.pop_front() else { break };
                     self.deliver(byte)?;
                 }
             }
-            Step::Daemon(count) => self.daemon(count)?,
-            Step::Enrol if self.doing.is_none() && self.direction.can_splice() => self.enrol(),
-            // Setting the credit is the hold's first call.
-            Step::Pause if self.doing.is_none() && self.direction.next_action() == NextAction::AwaitFin => {
+            Event::Daemon(count) => self.daemon(count)?,
+            Event::Enrol if self.in_progress.is_none() && self.direction.can_splice() => self.enrol(),
+            // To pause, the daemon first sets the credit.
+            Event::Pause
+                if self.in_progress.is_none() && self.direction.next_action() == NextAction::AwaitFin =>
+            {
                 self.credit = Credit::up_to(0);
-                self.doing = Some(Doing::Pause);
+                self.in_progress = Some(InProgress::Pause);
             }
-            Step::Grant if self.doing.is_none() && self.direction.next_action() == NextAction::AwaitFin => {
-                self.doing = (self.flow.passing == 0).then_some(Doing::Grant { seen: self.taken() });
+            Event::Grant
+                if self.in_progress.is_none() && self.direction.next_action() == NextAction::AwaitFin =>
+            {
+                self.in_progress =
+                    (self.flow.passing == 0).then_some(InProgress::Grant { seen: self.queued() });
             }
             _ => {}
         }
@@ -158,18 +164,18 @@ impl Model {
             Verdict::Redirect | Verdict::Resume => {
                 self.flow.passing = 0;
                 self.flow.redirected += count;
-                self.parked.extend(bytes);
+                self.backlog.extend(bytes);
             }
         }
     }
 
-    /// As `HalfDuplex::enrol`: what was received and not read goes through the program at once (the kick).
+    /// As `HalfDuplex::enrol`: the program runs at once on what was received and not read.
     fn enrol(&mut self) {
         let read = self.direction.read_bytes();
         if self.enrolled {
             let written = read - self.read_before;
             if self.flow.passed == written {
-                self.doing = Some(Doing::ProposeResume { seen: self.flow, written });
+                self.in_progress = Some(InProgress::ProposeResume { seen: self.flow, written });
             }
             return;
         }
@@ -185,30 +191,30 @@ impl Model {
         }
     }
 
-    fn taken(&self) -> u64 {
-        self.flow.redirected - self.parked.len() as u64
+    fn queued(&self) -> u64 {
+        self.flow.redirected - self.backlog.len() as u64
     }
 
     fn daemon(&mut self, count: u8) -> Result<(), TestCaseError> {
-        if let Some(doing) = self.doing.take() {
-            self.go_on(doing);
+        if let Some(in_progress) = self.in_progress.take() {
+            self.complete(in_progress);
             return Ok(());
         }
         match self.direction.next_action() {
             NextAction::Read if self.received.is_empty() => {
-                // `HalfDuplex::complete`: the count tells whether the end of file is the end.
+                // As `HalfDuplex::is_complete`: the byte count shows whether the end of file is the FIN.
                 if self.fin && self.sent == self.direction.read_bytes() + self.flow.redirected {
                     self.direction.source_finished();
                 }
             }
             NextAction::Read => {
                 let count = self.received.len().min(count.into());
-                self.held.extend(self.received.drain(..count));
+                self.pending.extend(self.received.drain(..count));
                 self.direction.read(count);
             }
             NextAction::Write => {
-                let count = self.held.len().min(count.into());
-                for byte in self.held.drain(..count).collect::<Vec<_>>() {
+                let count = self.pending.len().min(count.into());
+                for byte in self.pending.drain(..count).collect::<Vec<_>>() {
                     self.deliver(byte)?;
                 }
                 self.direction.wrote(count);
@@ -219,15 +225,16 @@ impl Model {
                     self.direction.source_finished();
                 }
             }
-            NextAction::AwaitDrain if self.parked.is_empty() => self.direction.moved_to_user_space(),
+            NextAction::AwaitDrain if self.backlog.is_empty() => self.direction.moved_to_user_space(),
             NextAction::AwaitResume if self.flow.passing == 0 || !self.received.is_empty() || self.fin => {
                 self.credit = Credit::up_to(self.flow.redirected + CREDIT);
-                self.doing = Some(Doing::CancelResume);
+                self.in_progress = Some(InProgress::CancelResume);
             }
-            // `Spliced::delivered`.
+            // As `SplicedDirection::delivered`.
             NextAction::AwaitDelivery if self.flow.passing != 0 => self.direction.paused(),
             NextAction::AwaitDelivery => {
-                if self.direction.read_bytes() + self.flow.redirected == self.sent && self.parked.is_empty() {
+                if self.direction.read_bytes() + self.flow.redirected == self.sent && self.backlog.is_empty()
+                {
                     self.direction.delivered();
                 }
             }
@@ -241,30 +248,30 @@ impl Model {
         Ok(())
     }
 
-    fn go_on(&mut self, doing: Doing) {
-        match doing {
-            Doing::ProposeResume { seen, written } => {
+    fn complete(&mut self, in_progress: InProgress) {
+        match in_progress {
+            InProgress::ProposeResume { seen, written } => {
                 self.credit = Credit { limit: seen.redirected + CREDIT, resume_at: written };
                 self.direction.resume_proposed();
             }
-            Doing::CancelResume => match (self.flow.passing, self.parked.len()) {
+            InProgress::CancelResume => match (self.flow.passing, self.backlog.len()) {
                 (0, _) => self.direction.resumed(),
                 (_, 0) => self.direction.resume_cancelled(),
                 (_, _) => self.direction.paused(),
             },
-            Doing::Pause => self.direction.paused(),
-            Doing::Grant { seen } => self.credit = Credit::up_to(seen + CREDIT),
+            InProgress::Pause => self.direction.paused(),
+            InProgress::Grant { seen } => self.credit = Credit::up_to(seen + CREDIT),
         }
     }
 
-    /// Nothing more comes: the rest must go its way by itself.
-    fn run_out(&mut self) -> Result<(), TestCaseError> {
+    /// After the FIN the direction must finish without further events.
+    fn finish(&mut self) -> Result<(), TestCaseError> {
         self.fin = true;
         for _ in 0..2000 {
-            if self.doing.is_none() && self.direction.next_action() == NextAction::Finished {
+            if self.in_progress.is_none() && self.direction.next_action() == NextAction::Finished {
                 break;
             }
-            self.take(Step::Worker(40))?;
+            self.apply(Event::Worker(40))?;
             self.daemon(40)?;
         }
         prop_assert_eq!(self.direction.next_action(), NextAction::Finished, "stuck in {:?}", self.direction);
@@ -279,40 +286,46 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
-    /// No byte is lost, repeated or overtaken, the FIN comes after the last, and every direction comes to its end.
+    /// No byte is lost, repeated or out of order, the FIN follows the last one, and every direction
+    /// finishes.
     #[test]
-    fn whatever_the_planes_do_the_stream_arrives(steps in prop::collection::vec(step(), 0..300)) {
+    fn the_stream_arrives_intact_on_every_data_path(events in prop::collection::vec(event(), 0..300)) {
         let mut model = Model::new();
-        for step in steps {
-            model.take(step)?;
+        for event in events {
+            model.apply(event)?;
         }
-        model.run_out()?;
+        model.finish()?;
     }
 }
 
-/// The property is worth nothing if its steps never get anywhere.
+/// The property above means something only if its events reach every transition often.
 #[test]
-fn the_steps_reach_every_plane() {
+fn the_events_reach_every_data_path() {
     use proptest::{strategy::ValueTree as _, test_runner::TestRunner};
 
     let mut runner = TestRunner::deterministic();
-    let (mut resumed, mut void, mut held, mut ran_out) = (0, 0, 0, 0);
+    let (mut resumed, mut cancelled, mut paused, mut credit_used_up) = (0, 0, 0, 0);
     for _ in 0..250 {
-        let steps = prop::collection::vec(step(), 300).new_tree(&mut runner).unwrap().current();
+        let events = prop::collection::vec(event(), 300).new_tree(&mut runner).unwrap().current();
         let mut model = Model::new();
-        for step in steps {
+        for event in events {
             let before = (model.direction.path(), model.flow.passing);
-            model.take(step).unwrap();
+            model.apply(event).unwrap();
             match (before.0, model.direction.path()) {
                 (DataPath::Resuming, DataPath::Spliced) => resumed += 1,
-                (DataPath::Resuming, DataPath::Relayed) => void += 1,
-                (DataPath::Spliced, DataPath::Paused) => held += 1,
+                (DataPath::Resuming, DataPath::Relayed) => cancelled += 1,
+                (DataPath::Spliced, DataPath::Paused) => paused += 1,
                 _ => {}
             }
-            ran_out += u32::from(before == (DataPath::Spliced, 0) && model.flow.passing == 1);
+            credit_used_up += u32::from(before == (DataPath::Spliced, 0) && model.flow.passing == 1);
         }
     }
-    for (what, count) in [("resumed", resumed), ("void", void), ("held", held), ("ran out", ran_out)] {
+    for (what, count) in [
+        ("resumed", resumed),
+        ("cancelled", cancelled),
+        ("paused", paused),
+        ("credit used up", credit_used_up),
+    ] {
         assert!(count > 20, "{what} only {count} times");
     }
 }

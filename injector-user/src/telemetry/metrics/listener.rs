@@ -265,7 +265,7 @@ impl ListenerMetrics {
         self.0.paused.inc();
     }
 
-    /// User space carries a direction that was held.
+    /// User space forwards a direction that was paused.
     pub fn moved_to_user_space(&self) {
         self.0.moved_to_user_space.inc();
     }

@@ -14,6 +14,7 @@ mod identity;
 mod lifecycle;
 mod losses;
 mod offloads;
+mod tap;
 mod tcp;
 mod testbed;
 mod wire;

@@ -7,11 +7,10 @@
 
 use std::collections::{BinaryHeap, HashSet, VecDeque};
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, RawFd};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -20,6 +19,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use etherparse::{LaxSlicedPacket, NetSlice, SlicedPacket, TcpSlice, TransportSlice};
 use injector_testbed::netns::Netns;
+
+use crate::tap::device;
 
 /// What a device's packets begin with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -491,23 +492,4 @@ fn wait(fds: [RawFd; 4], pause: Duration) {
     let pause = libc::timespec { tv_sec: 0, tv_nsec: i64::from(pause.subsec_nanos()) };
     // SAFETY: the array has four entries, and both outlive the call.
     unsafe { libc::ppoll(polled.as_mut_ptr(), 4, &raw const pause, std::ptr::null()) };
-}
-
-/// Creates a tap or tun device in this thread's namespace, which exists while the file is open.
-fn device(name: &str, layer: Layer) -> io::Result<File> {
-    // SAFETY: plain integers and bytes, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes()) {
-        *to = from.cast_signed();
-    }
-    let kind = if layer == Layer::Ethernet { libc::IFF_TAP } else { libc::IFF_TUN };
-    request.ifr_ifru.ifru_flags =
-        libc::c_short::try_from(kind | libc::IFF_NO_PI).map_err(io::Error::other)?;
-    let file =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
-    // SAFETY: the request is what this ioctl reads and writes, and outlives the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(file)
 }

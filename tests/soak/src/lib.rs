@@ -89,7 +89,11 @@ pub struct Options {
 /// When it cannot be run. Sessions that failed are in the report.
 pub fn run(options: &Options, on_progress: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
     if let Some(only) = options.only {
-        anyhow::ensure!(only < MAX_SESSIONS, "there is no session {only}: the last is {}", MAX_SESSIONS - 1);
+        anyhow::ensure!(
+            only < MAX_SESSIONS,
+            "session {only} does not exist: the last is {}",
+            MAX_SESSIONS - 1
+        );
         on_progress(&Plan::draw(options.seed, only).to_string());
     }
     let testbed = Testbed::new(options.engine)?;

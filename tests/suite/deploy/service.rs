@@ -255,7 +255,7 @@ pub(crate) fn reload(testbed: &Testbed) -> anyhow::Result<()> {
     ensure!(!refused.status.success(), "a reload of a file with a mistake succeeded");
     testbed.topology.edge.run(connect)?.context("a refused reload closed the listener")?;
     testbed.systemd.must(&["systemctl", "reload", UNIT])?;
-    ensure!(testbed.systemd.property(UNIT, "MainPID")? == before, "a reload is no restart");
+    ensure!(testbed.systemd.property(UNIT, "MainPID")? == before, "a reload must not restart the daemon");
     ensure!(testbed.systemd.property(UNIT, "ActiveState")? == "active", "not active after a reload");
     Ok(())
 }

@@ -339,7 +339,7 @@ impl Injector {
 
 fn write_config(dir: &Path, config: &str) -> anyhow::Result<PathBuf> {
     let file = dir.join("injector.toml");
-    let own = dir.to_str().context("the scratch directory is no text")?;
+    let own = dir.to_str().context("the scratch directory is not UTF-8")?;
     fs::write(&file, config.replace(OWN_DIRECTORY, own))?;
     Ok(file)
 }
@@ -398,7 +398,7 @@ fn field<'a>(line: &'a Value, name: &str) -> Option<&'a Value> {
 pub fn binary() -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os(BINARY_VARIABLE) {
         let path = PathBuf::from(path);
-        ensure!(path.is_file(), "{BINARY_VARIABLE} is {}, which is no file", path.display());
+        ensure!(path.is_file(), "{BINARY_VARIABLE} is {}, which is not a file", path.display());
         return Ok(path);
     }
     // target/PROFILE/deps/TEST-HASH, and target/PROFILE/injector.
@@ -420,10 +420,13 @@ fn forget_settings(command: &mut Command) {
 }
 
 fn metrics_address(config: &str) -> anyhow::Result<SocketAddr> {
-    let config: toml::Table = config.parse().context("the configuration is no TOML")?;
+    let config: toml::Table = config.parse().context("the configuration is not TOML")?;
     let listen =
         config.get("metrics").and_then(|metrics| metrics.get("listen")).and_then(toml::Value::as_str);
-    listen.context("the configuration has no metrics.listen")?.parse().context("metrics.listen is no address")
+    listen
+        .context("the configuration has no metrics.listen")?
+        .parse()
+        .context("metrics.listen is not an address")
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream};
 
 /// Time limit of one whole conversation.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Source and destination of a client's connection, and what it sends before the protocol starts.
 #[derive(Clone, Debug)]
@@ -68,7 +68,7 @@ pub async fn send(route: &Route, from: &str, to: &str, content: &[u8]) -> anyhow
         smtp.quit().await?;
         Ok(local)
     };
-    within_patience(conversation).await.with_context(|| format!("sending to {}", route.to))
+    with_timeout(conversation).await.with_context(|| format!("sending to {}", route.to))
 }
 
 /// The result of [`fetch`].
@@ -100,10 +100,10 @@ pub async fn fetch(route: &Route, account: &(String, String)) -> anyhow::Result<
         session.logout().await?;
         Ok(Fetched { local, exists, newest: newest.ok_or_else(|| anyhow!("FETCH brought no body"))? })
     };
-    within_patience(conversation).await.with_context(|| format!("fetching from {}", route.to))
+    with_timeout(conversation).await.with_context(|| format!("fetching from {}", route.to))
 }
 
-async fn within_patience<T>(conversation: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let done = tokio::time::timeout(PATIENCE, conversation).await;
-    done.map_err(|_| anyhow!("not over after {PATIENCE:?}"))?
+async fn with_timeout<T>(conversation: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let done = tokio::time::timeout(TIMEOUT, conversation).await;
+    done.map_err(|_| anyhow!("not over after {TIMEOUT:?}"))?
 }

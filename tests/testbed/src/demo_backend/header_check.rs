@@ -68,10 +68,10 @@ impl fmt::Display for HeaderError {
 }
 
 /// Reads the header from the stream, and no byte more, so that the client's bytes follow.
-pub(super) async fn receive(stream: &mut TcpStream, patience: Duration) -> Result<Header, HeaderError> {
+pub(super) async fn receive(stream: &mut TcpStream, header_timeout: Duration) -> Result<Header, HeaderError> {
     let broken = |error: io::Error| HeaderError::Broken { reason: error.to_string() };
     let mut window = [0; WINDOW];
-    let count = match timeout(patience, stream.peek(&mut window)).await {
+    let count = match timeout(header_timeout, stream.peek(&mut window)).await {
         Err(_) => return Err(HeaderError::Silent),
         Ok(peeked) => peeked.map_err(broken)?,
     };

@@ -17,9 +17,11 @@ const HEADER: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xc6\x33\x64\x07\xc0
 const HEADER_V6: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x21\x00\x24\
     \x20\x01\x0d\xb8\x00\x0c\0\0\0\0\0\0\0\0\0\x07\x20\x01\x0d\xb8\x00\x0a\0\0\0\0\0\0\0\0\0\x10\x9c\x40\x00\x19";
 
-async fn start(patience: Duration) -> Backend {
+async fn start(header_timeout: Duration) -> Backend {
     let any = vec!["127.0.0.1:0".parse().unwrap()];
-    Backend::start(Config { smtp: any.clone(), imap: any, patience, ..Config::default() }).await.unwrap()
+    Backend::start(Config { smtp: any.clone(), imap: any, header_timeout, ..Config::default() })
+        .await
+        .unwrap()
 }
 
 async fn visits(backend: &Backend, count: usize) -> Vec<Visit> {
@@ -103,8 +105,8 @@ async fn a_wrong_password_is_refused() {
 
 /// Sends `first`, then `later` after a pause if there is any, and returns what the server sent
 /// until it closed, and its record of the connection.
-async fn knock(patience: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u8>, Visit) {
-    let backend = start(patience).await;
+async fn converse(header_timeout: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u8>, Visit) {
+    let backend = start(header_timeout).await;
     let mut stream = TcpStream::connect(backend.smtp()[0]).await.unwrap();
     stream.set_nodelay(true).unwrap();
     stream.write_all(first).await.unwrap();
@@ -121,7 +123,7 @@ async fn knock(patience: Duration, first: &[u8], later: Option<&[u8]>) -> (Vec<u
 
 #[tokio::test]
 async fn a_header_in_two_pieces_is_refused_as_postfix_does() {
-    let (answer, visit) = knock(Duration::from_secs(3), &HEADER[..16], Some(&HEADER[16..])).await;
+    let (answer, visit) = converse(Duration::from_secs(3), &HEADER[..16], Some(&HEADER[16..])).await;
     assert_eq!(answer, b"");
     assert_eq!(visit.header, Err(HeaderError::Split { seen: HEADER[..16].to_vec() }));
     assert_eq!((visit.received, visit.sent), (0, 0));
@@ -129,14 +131,14 @@ async fn a_header_in_two_pieces_is_refused_as_postfix_does() {
 
 #[tokio::test]
 async fn a_client_that_speaks_without_a_header_is_refused() {
-    let (answer, visit) = knock(Duration::from_secs(3), b"EHLO client.example\r\n", None).await;
+    let (answer, visit) = converse(Duration::from_secs(3), b"EHLO client.example\r\n", None).await;
     assert_eq!(answer, b"", "not even a banner");
     assert!(matches!(visit.header, Err(HeaderError::Malformed { .. })), "{:?}", visit.header);
 }
 
 #[tokio::test]
 async fn a_client_that_waits_for_the_banner_is_refused_in_time() {
-    let (answer, visit) = knock(Duration::from_millis(200), b"", None).await;
+    let (answer, visit) = converse(Duration::from_millis(200), b"", None).await;
     assert_eq!(answer, b"");
     assert_eq!(visit.header, Err(HeaderError::Silent));
 }

@@ -59,7 +59,7 @@ pub struct Config {
     /// The only account: user name and password for `LOGIN`.
     pub account: (String, String),
     /// Time limit for the header of a connection.
-    pub patience: Duration,
+    pub header_timeout: Duration,
 }
 
 impl Default for Config {
@@ -69,7 +69,7 @@ impl Default for Config {
             imap: Vec::new(),
             account: ("demo".to_owned(), "let me in".to_owned()),
             // Dovecot's limit; Postfix waits 5 s.
-            patience: Duration::from_secs(3),
+            header_timeout: Duration::from_secs(3),
         }
     }
 }
@@ -115,7 +115,7 @@ pub struct Backend {
 #[derive(Debug)]
 struct Shared {
     account: (String, String),
-    patience: Duration,
+    header_timeout: Duration,
     mailbox: Mutex<Vec<Message>>,
     visits: watch::Sender<Vec<Visit>>,
 }
@@ -129,7 +129,7 @@ impl Backend {
         let (sender, visits) = watch::channel(Vec::new());
         let shared = Arc::new(Shared {
             account: config.account,
-            patience: config.patience,
+            header_timeout: config.header_timeout,
             mailbox: Mutex::default(),
             visits: sender,
         });
@@ -208,7 +208,7 @@ async fn accept(listener: TcpListener, protocol: Protocol, shared: Arc<Shared>) 
 
 /// One connection: header, protocol, record.
 async fn receive(mut stream: TcpStream, peer: SocketAddr, protocol: Protocol, shared: Arc<Shared>) {
-    let header = header_check::receive(&mut stream, shared.patience).await;
+    let header = header_check::receive(&mut stream, shared.header_timeout).await;
     let mut wire = Wire::new(stream);
     if header.is_ok() {
         // A connection that breaks is recorded like one that completes: the byte counts distinguish

@@ -31,7 +31,7 @@ use crate::{
     backend::{Backend, Forced},
     config::{Config, ConfigError},
     os::systemd,
-    server::{Changes, Open, Serving},
+    server::{ActiveListener, Changes, Server},
     telemetry::{
         log::target,
         metrics::{Metrics, Readiness},
@@ -47,7 +47,7 @@ pub struct Control(Arc<Shared>);
 
 struct Shared {
     /// `None` once it stops.
-    serving: Mutex<Option<Serving>>,
+    server: Mutex<Option<Server>>,
     source: ConfigSource,
     file: PathBuf,
     metrics: Metrics,
@@ -57,10 +57,10 @@ struct Shared {
 }
 
 impl Control {
-    /// Over `serving`, whose configuration came from `source`, which reads `file`.
+    /// Over `server`, whose configuration came from `source`, which reads `file`.
     #[must_use]
     pub fn new(
-        serving: Serving,
+        server: Server,
         file: PathBuf,
         source: ConfigSource,
         metrics: Metrics,
@@ -68,7 +68,7 @@ impl Control {
     ) -> Self {
         let read = ConfigStatus { file: file.clone(), loaded_at: since_1970(), reload_error: None };
         Self(Arc::new(Shared {
-            serving: Mutex::new(Some(serving)),
+            server: Mutex::new(Some(server)),
             source,
             file,
             metrics,
@@ -80,28 +80,28 @@ impl Control {
 
     /// Does what is asked.
     pub async fn answer(&self, request: Request) -> Reply {
-        let mut serving = self.0.serving.lock().await;
-        let Some(serving) = serving.as_mut() else {
+        let mut server = self.0.server.lock().await;
+        let Some(server) = server.as_mut() else {
             return Reply::Error("the injector is stopping".to_owned());
         };
         let answer = match request {
-            Request::Status => Ok(Answer::Status(Box::new(self.status(serving)))),
+            Request::Status => Ok(Answer::Status(Box::new(self.status(server)))),
             Request::Sessions { listener, limit } => {
-                Ok(Answer::Sessions(sessions(serving, listener.as_deref(), limit)))
+                Ok(Answer::Sessions(sessions(server, listener.as_deref(), limit)))
             }
-            Request::Drain { listener, deadline_ms } => serving
+            Request::Drain { listener, deadline_ms } => server
                 .drain(listener.as_deref(), deadline_ms.map(Duration::from_millis))
                 .map(|listeners| Answer::Drained { listeners }),
             Request::Resume { listener } => {
-                serving.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
+                server.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
             }
             Request::Backend { action, listener, backend } => {
-                backend_set(serving, action, listener.as_deref(), &backend)
+                backend_set(server, action, listener.as_deref(), &backend)
                     .map(|listeners| Answer::BackendSet { listeners })
             }
-            Request::Reload => self.reload(serving).map(|changes| Answer::Reloaded(reloaded(changes))),
+            Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
         };
-        let readiness = if serving.is_drained() { Readiness::Draining } else { Readiness::Ready };
+        let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
         self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
         match answer {
             Ok(answer) => Reply::Ok(answer),
@@ -110,36 +110,35 @@ impl Control {
     }
 
     /// Takes away what is served, to end it: from here on nothing can be asked for.
-    pub async fn take_server(&self) -> Option<Serving> {
-        let serving = self.0.serving.lock().await.take();
+    pub async fn take_server(&self) -> Option<Server> {
+        let server = self.0.server.lock().await.take();
         self.0.ready.send_replace(Readiness::Stopping);
-        serving
+        server
     }
 
     /// Whether everything that serves connections does its work.
     pub async fn check_liveness(&self) -> bool {
-        let pulse = match self.0.serving.lock().await.as_ref() {
-            Some(serving) => serving.pulse(),
+        let liveness = match self.0.server.lock().await.as_ref() {
+            Some(server) => server.check_liveness(),
             None => return true,
         };
-        pulse.await
+        liveness.await
     }
 
-    fn reload(&self, serving: &mut Serving) -> anyhow::Result<Changes> {
+    fn reload(&self, server: &mut Server) -> anyhow::Result<Changes> {
         systemd::reloading();
-        let result =
-            (self.0.source)().map_err(anyhow::Error::from).and_then(|config| serving.prepare(config));
-        let result = result.map(|prepared| serving.apply(prepared));
+        let result = (self.0.source)().map_err(anyhow::Error::from).and_then(|config| server.prepare(config));
+        let result = result.map(|prepared| server.apply(prepared));
         systemd::ready("serving");
         self.0.metrics.config_reloaded(result.is_ok());
         let mut read = self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match &result {
-            Ok(Changes { added, changed, removed, later }) => {
+            Ok(Changes { added, changed, removed, requires_restart }) => {
                 *read =
                     ConfigStatus { file: self.0.file.clone(), loaded_at: since_1970(), reload_error: None };
                 tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration reloaded");
-                if !later.is_empty() {
-                    tracing::warn!(target: target::CONFIG, sections = ?later, "changes in these sections need a restart");
+                if !requires_restart.is_empty() {
+                    tracing::warn!(target: target::CONFIG, sections = ?requires_restart, "changes in these sections need a restart");
                 }
             }
             Err(error) => {
@@ -150,17 +149,17 @@ impl Control {
         result
     }
 
-    fn status(&self, serving: &mut Serving) -> Status {
-        let (connections, max_connections) = serving.connections();
+    fn status(&self, server: &mut Server) -> Status {
+        let (connections, max_connections) = server.connections();
         let removed_listeners =
-            serving.leaving().into_iter().map(|(leaving, sessions)| RemovedListenerStatus {
-                name: leaving.name.clone(),
+            server.removed_listeners().into_iter().map(|(removed, sessions)| RemovedListenerStatus {
+                name: removed.name.clone(),
                 sessions,
-                abort_in_ms: millis(leaving.until.saturating_duration_since(Instant::now())),
+                abort_in_ms: millis(removed.deadline.saturating_duration_since(Instant::now())),
             });
         let removed_listeners = removed_listeners.collect();
         let engine = |name: &str, failure: Option<String>| EngineStatus { name: name.to_owned(), failure };
-        let probes = serving.probes();
+        let probes = server.probes();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -169,37 +168,37 @@ impl Control {
             config: self.0.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
             connections: connections as u64,
             max_connections: max_connections as u64,
-            backlog_bytes: serving.backlog(),
+            backlog_bytes: server.backlog(),
             engines: vec![
                 engine("inline", probes.inline.failure()),
                 engine("splice", probes.splice.failure()),
                 engine("relay", None),
             ],
-            listeners: serving.listeners().iter().map(listener).collect(),
+            listeners: server.listeners().iter().map(listener).collect(),
             removed_listeners,
         }
     }
 }
 
-fn listener(open: &Open) -> ListenerStatus {
-    let counts = open.metrics.snapshot();
+fn listener(active: &ActiveListener) -> ListenerStatus {
+    let counts = active.metrics.snapshot();
     ListenerStatus {
-        name: open.config.name.clone(),
-        protocol: open.config.protocol.name().to_owned(),
-        engine: open.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
-        bind: open.config.bind.clone(),
-        draining: open.drained.is_some(),
-        abort_in_ms: open
-            .drained
-            .and_then(|drained| drained.until)
-            .map(|until| millis(until.saturating_duration_since(Instant::now()))),
+        name: active.config.name.clone(),
+        protocol: active.config.protocol.name().to_owned(),
+        engine: active.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
+        bind: active.config.bind.clone(),
+        draining: active.drain.is_some(),
+        abort_in_ms: active
+            .drain
+            .and_then(|drain| drain.deadline)
+            .map(|deadline| millis(deadline.saturating_duration_since(Instant::now()))),
         active: counts.active,
         accepted: counts.accepted,
         rejected: counts.rejected,
         headers_sent: counts.headers_sent,
         bytes_to_backend: counts.to_backend,
         bytes_to_client: counts.to_client,
-        backends: open.backends.all().iter().map(backend).collect(),
+        backends: active.backends.all().iter().map(backend).collect(),
     }
 }
 
@@ -220,14 +219,14 @@ fn backend(backend: &Backend) -> BackendStatus {
 }
 
 fn reloaded(changes: Changes) -> Reloaded {
-    let Changes { added, changed, removed, later } = changes;
-    let restart_needed_for = later.into_iter().map(str::to_owned).collect();
+    let Changes { added, changed, removed, requires_restart } = changes;
+    let restart_needed_for = requires_restart.into_iter().map(str::to_owned).collect();
     Reloaded { added, changed, removed, restart_needed_for }
 }
 
 /// The oldest first.
-fn sessions(serving: &Serving, listener: Option<&str>, limit: Option<usize>) -> Sessions {
-    let mut all = serving.sessions();
+fn sessions(server: &Server, listener: Option<&str>, limit: Option<usize>) -> Sessions {
+    let mut all = server.sessions();
     all.retain(|session| listener.is_none_or(|name| *session.listener == *name));
     all.sort_by_key(|session| std::cmp::Reverse(session.age));
     let count = all.len() as u64;
@@ -247,7 +246,7 @@ fn sessions(serving: &Serving, listener: Option<&str>, limit: Option<usize>) -> 
 
 /// Of one listener, or of all that have it.
 fn backend_set(
-    serving: &Serving,
+    server: &Server,
     action: BackendAction,
     listener: Option<&str>,
     backend: &str,
@@ -258,14 +257,14 @@ fn backend_set(
         BackendAction::Auto => Forced::Auto,
     };
     let of =
-        || serving.listeners().iter().filter(|open| listener.is_none_or(|name| open.config.name == name));
+        || server.listeners().iter().filter(|active| listener.is_none_or(|name| active.config.name == name));
     let set: Vec<_> = of()
-        .filter(|open| open.backends.force(backend, forced))
-        .map(|open| open.config.name.clone())
+        .filter(|active| active.backends.force(backend, forced))
+        .map(|active| active.config.name.clone())
         .collect();
     if set.is_empty() {
         let mut all: Vec<_> =
-            of().flat_map(|open| open.backends.all()).map(|it| it.configured().to_string()).collect();
+            of().flat_map(|active| active.backends.all()).map(|it| it.configured().to_string()).collect();
         all.sort_unstable();
         all.dedup();
         let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));

@@ -18,12 +18,11 @@ use crate::{
     engine::{
         kernel::{self, InlineEngine, LoadedSplice},
         registry::EngineProbes,
-        select as choice,
+        select,
     },
     listener,
-    os::{capabilities as rights, rlimit, systemd},
-    server as serving,
-    server::{Outset, Serving, Sockets},
+    os::{capabilities, rlimit, systemd},
+    server::{self, BoundSockets, Server, StartupState},
     telemetry::{
         backlog::BacklogTotal,
         log::target,
@@ -37,28 +36,28 @@ use crate::{
 /// When it cannot start; each says what to do.
 pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> anyhow::Result<()> {
     let nofile = rlimit::raise_nofile();
-    let carried = serving::carried(&config, nofile);
-    if carried == 0 {
+    let capacity = server::connection_capacity(&config, nofile);
+    if capacity == 0 {
         bail!(
             "the open-file limit ({nofile}) is too low for even one connection: raise it (LimitNOFILE= in systemd, \
              ulimit -n)"
         );
     }
     let wanted = config.limits.max_connections;
-    if carried < wanted {
+    if capacity < wanted {
         tracing::warn!(target: target::DAEMON,
             nofile,
-            connections = carried,
+            connections = capacity,
             wanted,
             "the open-file limit allows fewer connections than limits.max_connections; connections above it are \
              rejected: raise it to {} (LimitNOFILE= in systemd, ulimit -n)",
-            listener::nofile_for(wanted, serving::doors(&config), config.limits.workers)
+            listener::nofile_for(wanted, server::listen_socket_count(&config), config.limits.workers)
         );
     }
 
     // With all rights: sockets, programs. Listeners that become inline have no sockets.
     let mut probes = EngineProbes::not_run("no listener asks for it");
-    let selections = choice::inline(&mut config, &mut probes)?;
+    let selections = select::inline(&mut config, &mut probes)?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = bind_all(&config, &inherited)?;
     let exporter = match config.metrics {
@@ -69,21 +68,21 @@ pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> 
         Some(admin) => Some(control::ControlSocket::open(&admin.socket)?),
         None => None,
     };
-    if config.listeners.iter().any(|listener| choice::splices(listener.engine)) {
+    if config.listeners.iter().any(|listener| select::splices(listener.engine)) {
         probes
-            .probe_splice(u32::try_from(wanted.min(carried)).unwrap_or(u32::MAX), &config.splice.watermarks);
+            .probe_splice(u32::try_from(wanted.min(capacity)).unwrap_or(u32::MAX), &config.splice.watermarks);
         probes.splice.log("splice");
     }
-    let engines = choice::engines(&config, &selections, &probes)?;
+    let engines = select::engines(&config, &selections, &probes)?;
     let inline = kernel::start_inline(&config)?;
 
     // Without.
-    give_up_rights(&probes, inline.as_ref());
+    drop_capabilities(&probes, inline.as_ref());
     // For all but the connections; see `worker`.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let outset = Outset { config, selections, sockets, inherited, engines, probes, nofile };
+    let startup = StartupState { config, selections, sockets, inherited, engines, probes, nofile };
     let operator = Operator { exporter, admin, file, source };
-    runtime.context("starting the runtime")?.block_on(serve(outset, operator, inline))
+    runtime.context("starting the runtime")?.block_on(serve(startup, operator, inline))
 }
 
 /// How the operator sees the daemon, and is heard.
@@ -95,17 +94,17 @@ struct Operator {
 }
 
 /// The sockets of each listener.
-fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Result<Vec<Sockets>> {
+fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Result<Vec<BoundSockets>> {
     let bind = |listener: &Listener| {
         // Its packets never reach a socket.
         if listener.engine == EngineChoice::Inline {
             return Ok(Vec::new());
         }
         let bind = |address: &SocketAddr| {
-            let sockets = serving::bind(*address, inherited, config.limits.workers, listener)?;
+            let sockets = server::bind(*address, inherited, config.limits.workers, listener)?;
             Ok((*address, sockets))
         };
-        let sockets: anyhow::Result<Sockets> = listener.bind.iter().map(bind).collect();
+        let sockets: anyhow::Result<BoundSockets> = listener.bind.iter().map(bind).collect();
         sockets.with_context(|| format!("listener {:?}", listener.name))
     };
     let used = |address: &SocketAddr| config.listeners.iter().any(|listener| listener.bind.contains(address));
@@ -118,11 +117,11 @@ fn bind_all(config: &Config, inherited: &[(SocketAddr, Socket)]) -> anyhow::Resu
 
 /// Drops every capability that is not needed any more: a reload may add ports below 1024, and a kernel engine says what it
 /// needs.
-fn give_up_rights(probes: &EngineProbes, inline: Option<&InlineEngine>) {
+fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
     keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());
     keep.extend(probes.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
-    match rights::drop_all_except(&keep) {
+    match capabilities::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
             tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them");
@@ -130,7 +129,11 @@ fn give_up_rights(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     }
 }
 
-async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>) -> anyhow::Result<()> {
+async fn serve(
+    startup: StartupState,
+    operator: Operator,
+    inline: Option<InlineEngine>,
+) -> anyhow::Result<()> {
     // First, so that no signal ends the process unheard.
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
@@ -139,7 +142,7 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
     let metrics = Metrics::new();
     let (ready, readiness) = watch::channel(Readiness::Starting);
     let backlog_total = BacklogTotal::default();
-    observe(&metrics, &outset.probes);
+    observe(&metrics, &startup.probes);
     metrics.watch_backlog(backlog_total.clone());
     let exporting = CancellationToken::new();
     let Operator { exporter, admin, file, source } = operator;
@@ -148,16 +151,16 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
         tokio::spawn(http::serve(exporter, metrics.clone(), readiness, exporting.clone()));
     }
 
-    let serving = Serving::begin(outset, &metrics, &backlog_total)?;
+    let server = Server::start(startup, &metrics, &backlog_total)?;
     if let Some(inline) = inline {
-        let (listeners, health) = serving.inline();
-        inline.spawn_tasks(serving.config(), &metrics, listeners, health);
+        let (listeners, health) = server.inline_updates();
+        inline.spawn_tasks(server.config(), &metrics, listeners, health);
     }
     // Not before each of its threads has opened its doors.
-    ensure!(serving.pulse().await, "a worker thread exited during startup");
+    ensure!(server.check_liveness().await, "a worker thread exited during startup");
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
-    let control = Control::new(serving, file, source, metrics, ready);
+    let control = Control::new(server, file, source, metrics, ready);
     if let Some(socket) = admin {
         let control = control.clone();
         tokio::spawn(async move {
@@ -166,7 +169,7 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
             }
         });
     }
-    tokio::spawn(keep_alive(control.clone()));
+    tokio::spawn(feed_watchdog(control.clone()));
     systemd::ready("serving");
 
     loop {
@@ -177,24 +180,24 @@ async fn serve(outset: Outset, operator: Operator, inline: Option<InlineEngine>)
             _ = hangup.recv() => drop(control.answer(Request::Reload).await),
         }
     }
-    let again = async {
+    let second_signal = async {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
     };
-    if let Some(serving) = control.take_server().await {
+    if let Some(server) = control.take_server().await {
         // As it was last read.
-        let deadline = serving.config().stop.deadline;
+        let deadline = server.config().stop.deadline;
         systemd::stopping(deadline);
-        serving.end(deadline, again).await;
+        server.shutdown(deadline, second_signal).await;
     }
     exporting.cancel();
     Ok(())
 }
 
 /// Tells systemd that the daemon does its work, as long as every thread does.
-async fn keep_alive(control: Control) {
+async fn feed_watchdog(control: Control) {
     let Some(every) = systemd::watchdog_interval() else { return };
     let every = every / 2;
     loop {

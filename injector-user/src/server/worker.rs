@@ -19,43 +19,47 @@ use crate::{
 #[derive(Debug)]
 pub struct Worker {
     thread: thread::JoinHandle<()>,
-    open: mpsc::UnboundedSender<Pending>,
-    doors: TaskTracker,
+    tasks: mpsc::UnboundedSender<Task>,
+    acceptors: TaskTracker,
     hangups: HangupMonitor,
     sessions: SessionRegistry,
 }
 
-/// A door that is to be kept open.
-type Pending = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// A task for the thread: an acceptor or a liveness check.
+type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Worker {
-    /// Starts one that has no doors yet. It serves on until `ended`; its doors count among `doors`.
+    /// Starts one that has no acceptors yet. It serves on until `stop_workers`; its acceptors count among `acceptors`.
     ///
     /// # Errors
     /// When there can be no further thread or epoll instance.
-    pub fn start(number: usize, doors: &TaskTracker, ended: CancellationToken) -> io::Result<Self> {
+    pub fn start(
+        number: usize,
+        acceptors: &TaskTracker,
+        stop_workers: CancellationToken,
+    ) -> io::Result<Self> {
         let hangups = HangupMonitor::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        let (open, mut opened) = mpsc::unbounded_channel::<Pending>();
+        let (tasks, mut spawned) = mpsc::unbounded_channel::<Task>();
         let sessions = SessionRegistry::default();
         let (watching, timing) = (hangups.clone(), sessions.clone());
         let work = async move {
             if let Err(error) = watching.spawn() {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
             }
-            let open = async {
-                while let Some(door) = opened.recv().await {
-                    tokio::spawn(door);
+            let tasks = async {
+                while let Some(acceptor) = spawned.recv().await {
+                    tokio::spawn(acceptor);
                 }
             };
             tokio::select! {
-                ((), ()) = async { tokio::join!(open, ended.cancelled()) } => {}
+                ((), ()) = async { tokio::join!(tasks, stop_workers.cancelled()) } => {}
                 () = timing.run_timer() => {}
             }
         };
         let thread =
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { thread, open, doors: doors.clone(), hangups, sessions })
+        Ok(Self { thread, tasks, acceptors: acceptors.clone(), hangups, sessions })
     }
 
     /// For the endpoints that live on this thread.
@@ -70,28 +74,28 @@ impl Worker {
         &self.sessions
     }
 
-    /// Keeps a door open, until it closes itself.
-    pub fn open(&self, door: Door, socket: Socket) {
-        // Counted from here on: whoever waits for the doors waits for those that the thread has not come to yet.
-        let door = self.doors.track_future(door.keep_open(socket));
-        // The thread lives until the doors are closed.
-        let _ = self.open.send(Box::pin(door));
+    /// Runs an acceptor until its listener stops.
+    pub fn spawn_acceptor(&self, acceptor: Door, socket: Socket) {
+        // Counted from here on: whoever waits for the acceptors waits for those that the thread has not come to yet.
+        let acceptor = self.acceptors.track_future(acceptor.keep_open(socket));
+        // The thread lives until the acceptors are closed.
+        let _ = self.tasks.send(Box::pin(acceptor));
     }
 
     /// Resolves when the thread has come to it; an error if the thread is no more.
-    pub fn pulse(&self) -> oneshot::Receiver<()> {
-        let (beat, heard) = oneshot::channel();
-        let beat = async move {
+    pub fn check_liveness(&self) -> oneshot::Receiver<()> {
+        let (reply, answered) = oneshot::channel();
+        let reply = async move {
             // Who asked may wait no longer.
-            let _ = beat.send(());
+            let _ = reply.send(());
         };
-        let _ = self.open.send(Box::pin(beat));
-        heard
+        let _ = self.tasks.send(Box::pin(reply));
+        answered
     }
 
-    /// Waits for the thread's end, which comes after `ended`.
+    /// Waits for the thread's end, which comes after `stop_workers`.
     pub fn join(self) {
-        drop(self.open);
+        drop(self.tasks);
         // It has panicked: its message was printed, and its connections are gone.
         let _ = self.thread.join();
     }

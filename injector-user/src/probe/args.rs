@@ -145,7 +145,7 @@ impl ProbeArgs {
 
     /// The name that a server's certificate has to carry.
     #[must_use]
-    pub fn name_of<'a>(&'a self, server: &'a Server) -> &'a str {
+    pub fn tls_name_of<'a>(&'a self, server: &'a Server) -> &'a str {
         self.tls_name.as_deref().unwrap_or(&server.host)
     }
 }

@@ -8,13 +8,13 @@ use futures_util::TryStreamExt as _;
 
 use super::{
     args::{Password, ProbeArgs, Security},
-    message::{OWN_HEADER, Tag},
-    step::{Clock, Fault, Step},
+    message::{TAG_HEADER, Tag},
+    step::{Clock, Failure, Step},
     tls::{self, Stream, Trust},
 };
 
 /// How often the mailbox is looked at until the message is there.
-const EVERY: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// An opened mailbox.
 pub(super) struct Mailbox(Session<Box<dyn Stream>>);
@@ -26,9 +26,9 @@ impl Mailbox {
         trust: &Trust,
         password: &Password,
         clock: &mut Clock,
-    ) -> Result<Self, Fault> {
+    ) -> Result<Self, Failure> {
         let security = args.imap_security();
-        let name = args.name_of(&args.imap);
+        let name = args.tls_name_of(&args.imap);
         let tcp = clock.step(Step::ImapConnect, tls::connect(&args.imap)).await?;
         let stream: Box<dyn Stream> = match security {
             Security::Implicit => Box::new(clock.step(Step::ImapTls, trust.secure(tcp, name)).await?),
@@ -40,7 +40,7 @@ impl Mailbox {
         clock.step(Step::ImapGreeting, greeting).await?;
         if security == Security::Starttls {
             let starttls = async {
-                client.run_command_and_check_ok("STARTTLS", None).await.map_err(told)?;
+                client.run_command_and_check_ok("STARTTLS", None).await.map_err(server_error)?;
                 let secured: Box<dyn Stream> = Box::new(trust.secure(client.into_inner(), name).await?);
                 Ok::<_, anyhow::Error>(Client::new(secured))
             };
@@ -48,8 +48,8 @@ impl Mailbox {
         }
         let login = async {
             let login = client.login(&args.user, password.expose()).await;
-            let mut session = login.map_err(|(error, _)| told(error))?;
-            let selected = session.select(&args.mailbox).await.map_err(told);
+            let mut session = login.map_err(|(error, _)| server_error(error))?;
+            let selected = session.select(&args.mailbox).await.map_err(server_error);
             selected.with_context(|| format!("cannot select {:?}", args.mailbox))?;
             Ok::<_, anyhow::Error>(Self(session))
         };
@@ -58,21 +58,21 @@ impl Mailbox {
 
     /// Waits until the message is there.
     pub(super) async fn find(&mut self, tag: &Tag) -> Result<Uid> {
-        let query = format!("HEADER {OWN_HEADER} {}", tag.id);
+        let query = format!("HEADER {TAG_HEADER} {}", tag.id);
         loop {
-            if let Some(uid) = self.0.uid_search(&query).await.map_err(told)?.into_iter().next() {
+            if let Some(uid) = self.0.uid_search(&query).await.map_err(server_error)?.into_iter().next() {
                 return Ok(uid);
             }
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             // For servers that say what is new only when they are spoken to.
-            self.0.noop().await.map_err(told)?;
+            self.0.noop().await.map_err(server_error)?;
         }
     }
 
     /// A message as the server has it.
     pub(super) async fn fetch(&mut self, uid: Uid) -> Result<Vec<u8>> {
-        let fetched = self.0.uid_fetch(uid.to_string(), "BODY.PEEK[]").await.map_err(told)?;
-        let fetched: Vec<_> = fetched.try_collect().await.map_err(told)?;
+        let fetched = self.0.uid_fetch(uid.to_string(), "BODY.PEEK[]").await.map_err(server_error)?;
+        let fetched: Vec<_> = fetched.try_collect().await.map_err(server_error)?;
         let body = fetched.iter().find_map(|fetch| fetch.body());
         body.map(<[u8]>::to_vec).context("the server found the message and does not give it")
     }
@@ -80,13 +80,13 @@ impl Mailbox {
     /// Deletes the message of this run and those that earlier runs of the same probe left, which began more than `limit`
     /// ago. Tells how many those were.
     pub(super) async fn clean(&mut self, tag: &Tag, limit: Duration) -> Result<usize> {
-        let query = format!("HEADER {OWN_HEADER} \"{} \"", tag.probe);
-        let found = self.0.uid_search(&query).await.map_err(told)?;
+        let query = format!("HEADER {TAG_HEADER} \"{} \"", tag.probe);
+        let found = self.0.uid_search(&query).await.map_err(server_error)?;
         let mut own = Vec::new();
         let mut left = 0;
         for uid in found {
             let Some(other) = self.tag_of(uid).await? else { continue };
-            let leftover = tag.outlived(&other, limit);
+            let leftover = tag.is_leftover(&other, limit);
             if leftover || other == *tag {
                 own.push(uid.to_string());
                 left += usize::from(leftover);
@@ -99,24 +99,24 @@ impl Mailbox {
     }
 
     async fn tag_of(&mut self, uid: Uid) -> Result<Option<Tag>> {
-        let wanted = format!("BODY.PEEK[HEADER.FIELDS ({OWN_HEADER})]");
-        let fetched = self.0.uid_fetch(uid.to_string(), &wanted).await.map_err(told)?;
-        let fetched: Vec<_> = fetched.try_collect().await.map_err(told)?;
+        let wanted = format!("BODY.PEEK[HEADER.FIELDS ({TAG_HEADER})]");
+        let fetched = self.0.uid_fetch(uid.to_string(), &wanted).await.map_err(server_error)?;
+        let fetched: Vec<_> = fetched.try_collect().await.map_err(server_error)?;
         let header = fetched.iter().find_map(|fetch| fetch.header());
         let header = header.map(String::from_utf8_lossy);
         Ok(header.and_then(|header| Tag::parse(header.split_once(':')?.1)))
     }
 
     async fn delete(&mut self, uids: &str) -> Result<()> {
-        let stored = self.0.uid_store(uids, "+FLAGS.SILENT (\\Deleted)").await.map_err(told)?;
-        stored.try_collect::<Vec<_>>().await.map_err(told)?;
-        let has_uidplus = self.0.capabilities().await.map_err(told)?.has_str("UIDPLUS");
+        let stored = self.0.uid_store(uids, "+FLAGS.SILENT (\\Deleted)").await.map_err(server_error)?;
+        stored.try_collect::<Vec<_>>().await.map_err(server_error)?;
+        let has_uidplus = self.0.capabilities().await.map_err(server_error)?.has_str("UIDPLUS");
         if has_uidplus {
-            let expunged = self.0.uid_expunge(uids).await.map_err(told)?;
-            expunged.try_collect::<Vec<_>>().await.map_err(told)?;
+            let expunged = self.0.uid_expunge(uids).await.map_err(server_error)?;
+            expunged.try_collect::<Vec<_>>().await.map_err(server_error)?;
         } else {
-            let expunged = self.0.expunge().await.map_err(told)?;
-            expunged.try_collect::<Vec<_>>().await.map_err(told)?;
+            let expunged = self.0.expunge().await.map_err(server_error)?;
+            expunged.try_collect::<Vec<_>>().await.map_err(server_error)?;
         }
         Ok(())
     }
@@ -128,7 +128,7 @@ impl Mailbox {
 }
 
 /// The server's own words, not the library's for them.
-fn told(error: Error) -> anyhow::Error {
+fn server_error(error: Error) -> anyhow::Error {
     match error {
         Error::No(text) => anyhow!("the server says NO: {text}"),
         Error::Bad(text) => anyhow!("the server says BAD: {text}"),

@@ -9,7 +9,7 @@ use rand::{Rng as _, RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
 /// The header by which the probe knows its messages again.
-pub(super) const OWN_HEADER: &str = "X-Injector-Probe";
+pub(super) const TAG_HEADER: &str = "X-Injector-Probe";
 
 /// Longest line of the body without its CRLF: shorter than what any server or filter would wrap.
 const LINE: usize = 76;
@@ -48,7 +48,7 @@ impl Tag {
 
     /// Whether `other` was left by an earlier run of the same probe, which has ended by now: it began more than `limit`
     /// before this one.
-    pub(super) fn outlived(&self, other: &Self, limit: Duration) -> bool {
+    pub(super) fn is_leftover(&self, other: &Self, limit: Duration) -> bool {
         other.probe == self.probe && other.began.saturating_add(limit.as_secs()) < self.began
     }
 }
@@ -68,7 +68,7 @@ impl Message {
         // RFC 5322 wants a number for the zone, where HTTP's dates have a name; the rest is the same.
         let date = httpdate::fmt_http_date(at).replace("GMT", "+0000");
         let headers = vec![
-            format!("{OWN_HEADER}: {}", tag.value()),
+            format!("{TAG_HEADER}: {}", tag.value()),
             format!("From: <{from}>"),
             format!("To: <{to}>"),
             format!("Subject: injector probe {}", tag.probe),
@@ -112,14 +112,14 @@ impl Message {
             "the body differs from byte {same} on: {} bytes sent, {} fetched; sent {:?}, fetched {:?}",
             self.body.len(),
             body.len(),
-            around(&self.body, same),
-            around(body, same),
+            excerpt(&self.body, same),
+            excerpt(body, same),
         ))
     }
 }
 
 /// The addresses by which the oldest Received line, the lowest, knows the client: those in brackets before `by`.
-pub(super) fn clients(fetched: &[u8]) -> Option<Vec<IpAddr>> {
+pub(super) fn received_from(fetched: &[u8]) -> Option<Vec<IpAddr>> {
     let headers = unfold(split(fetched)?.0);
     let oldest = headers.iter().rfind(|header| header.to_ascii_lowercase().starts_with("received:"))?;
     let from = oldest.split(" by ").next().unwrap_or_default();
@@ -174,7 +174,7 @@ fn unfold(headers: &[u8]) -> Vec<String> {
     unfolded
 }
 
-fn around(bytes: &[u8], at: usize) -> String {
+fn excerpt(bytes: &[u8], at: usize) -> String {
     let part = bytes.get(at.saturating_sub(12)..bytes.len().min(at + 12)).unwrap_or_default();
     part.escape_ascii().to_string()
 }
@@ -246,23 +246,27 @@ mod tests {
             began: AT.as_secs() - seconds,
             id: "1".into(),
         };
-        assert!(tag.outlived(&left("mail", 61), limit));
-        assert!(!tag.outlived(&left("mail", 60), limit), "may still be at work");
-        assert!(!tag.outlived(&left("other", 600), limit));
+        assert!(tag.is_leftover(&left("mail", 61), limit));
+        assert!(!tag.is_leftover(&left("mail", 60), limit), "may still be at work");
+        assert!(!tag.is_leftover(&left("other", 600), limit));
     }
 
     #[test]
     fn the_client_is_read_from_the_oldest_received_line() {
-        assert_eq!(clients(&stored(&message(1))).unwrap(), ["198.51.100.7".parse::<IpAddr>().unwrap()]);
+        assert_eq!(received_from(&stored(&message(1))).unwrap(), ["198.51.100.7".parse::<IpAddr>().unwrap()]);
         for (line, address) in [
             ("Received: from [192.0.2.9] (helo=x) by y", "192.0.2.9"),
             ("received: from x (unknown [IPv6:2001:db8::7]) by y", "2001:db8::7"),
             ("Received: from x ([::ffff:192.0.2.9]) by y", "192.0.2.9"),
         ] {
             let text = format!("{line}\r\n\r\n");
-            assert_eq!(clients(text.as_bytes()).unwrap(), [address.parse::<IpAddr>().unwrap()], "{line}");
+            assert_eq!(
+                received_from(text.as_bytes()).unwrap(),
+                [address.parse::<IpAddr>().unwrap()],
+                "{line}"
+            );
         }
-        assert_eq!(clients(b"Received: by y\r\n\r\n"), Some(vec![]));
-        assert_eq!(clients(b"Subject: x\r\n\r\n"), None);
+        assert_eq!(received_from(b"Received: by y\r\n\r\n"), Some(vec![]));
+        assert_eq!(received_from(b"Subject: x\r\n\r\n"), None);
     }
 }

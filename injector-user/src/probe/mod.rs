@@ -24,11 +24,11 @@ pub use self::{
     args::{EXAMPLES, ExpectedClient, Name, Password, ProbeArgs, Security, Server},
     proxy_port::{Exposure, ProxyPort},
     report::Report,
-    step::{Fault, Step},
+    step::{Failure, Step},
 };
 use self::{
     mailbox::Mailbox,
-    message::{Message, Tag, clients},
+    message::{Message, Tag, received_from},
     step::Clock,
     tls::Trust,
 };
@@ -54,7 +54,7 @@ pub fn run(args: &ProbeArgs) -> Result<ExitCode> {
     if let Some(url) = &args.pushgateway {
         publish::to_gateway(&report, url)?;
     }
-    Ok(if report.fault.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.failure.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn roundtrip(args: &ProbeArgs, trust: &Trust, password: &Password) -> Result<Report> {
@@ -65,41 +65,41 @@ async fn roundtrip(args: &ProbeArgs, trust: &Trust, password: &Password) -> Resu
     let message = Message::new(&tag, args.from.as_ref(), args.to.as_ref(), began, size, &body);
     let mut clock = Clock::start(args.timeout);
     let roundtrip = async {
-        let outcome = exchange(args, trust, password, &message, &tag, &mut clock).await;
+        let outcome = send_and_fetch(args, trust, password, &message, &tag, &mut clock).await;
         (outcome, clock.elapsed())
     };
-    let ((outcome, took), (proxy_ports, tried)) = tokio::join!(roundtrip, try_proxy_ports(args));
-    let (fault, leftovers) = match outcome {
+    let ((outcome, took), (proxy_ports, ports_took)) = tokio::join!(roundtrip, check_proxy_ports(args));
+    let (failure, leftovers) = match outcome {
         Ok(leftovers) => (None, leftovers),
-        Err(fault) => (Some(fault), 0),
+        Err(failure) => (Some(failure), 0),
     };
-    let fault = fault.or_else(|| {
-        let error = proxy_ports.iter().find_map(ProxyPort::fault)?;
-        Some(Fault { step: Step::ProxyPort, error })
+    let failure = failure.or_else(|| {
+        let error = proxy_ports.iter().find_map(ProxyPort::failure)?;
+        Some(Failure { step: Step::ProxyPort, error })
     });
     let mut steps = clock.into_steps();
     if !proxy_ports.is_empty() {
-        steps.push((Step::ProxyPort, tried));
+        steps.push((Step::ProxyPort, ports_took));
     }
     let ended = SystemTime::now();
-    Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps, fault, proxy_ports, leftovers })
+    Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps, failure, proxy_ports, leftovers })
 }
 
 /// Beside the roundtrip, which it neither delays nor depends on; with the time it took.
-async fn try_proxy_ports(args: &ProbeArgs) -> (Vec<ProxyPort>, Duration) {
+async fn check_proxy_ports(args: &ProbeArgs) -> (Vec<ProxyPort>, Duration) {
     let began = Instant::now();
     (proxy_port::check_all(&args.proxy_port, args.timeout).await, began.elapsed())
 }
 
 /// There and back; tells how many older messages were deleted.
-async fn exchange(
+async fn send_and_fetch(
     args: &ProbeArgs,
     trust: &Trust,
     password: &Password,
     message: &Message,
     tag: &Tag,
     clock: &mut Clock,
-) -> Result<usize, Fault> {
+) -> Result<usize, Failure> {
     let local = smtp::send(args, trust, password, message, clock).await?;
     let mut mailbox = Mailbox::open(args, trust, password, clock).await?;
     let uid = clock.step(Step::Arrival, mailbox.find(tag)).await?;
@@ -114,9 +114,9 @@ async fn exchange(
             ExpectedClient::Local => local,
             ExpectedClient::Address(address) => address.to_canonical(),
         };
-        let seen = async { seen_as(expected, fetched) };
-        if let Err(fault) = clock.step(Step::ClientAddress, seen).await {
-            verdict = Err(fault);
+        let seen = async { check_client(expected, fetched) };
+        if let Err(failure) = clock.step(Step::ClientAddress, seen).await {
+            verdict = Err(failure);
         }
     }
     // Whatever was found, it is not left lying.
@@ -125,8 +125,8 @@ async fn exchange(
     verdict.and(cleaned)
 }
 
-fn seen_as(expected: std::net::IpAddr, fetched: &[u8]) -> Result<(), String> {
-    let seen = clients(fetched).ok_or("the message has no Received line")?;
+fn check_client(expected: std::net::IpAddr, fetched: &[u8]) -> Result<(), String> {
+    let seen = received_from(fetched).ok_or("the message has no Received line")?;
     if seen.contains(&expected) {
         return Ok(());
     }

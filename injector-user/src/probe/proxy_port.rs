@@ -16,9 +16,9 @@ use crate::{
 };
 
 /// For a connection: enough for a SYN and two repetitions.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For a greeting, and for the dialogue after it: postscreen takes up to 6 s.
-const ANSWER: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One PROXY port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl ProxyPort {
 
     /// What is wrong with it, in one line; `None` if nothing.
     #[must_use]
-    pub fn fault(&self) -> Option<String> {
+    pub fn failure(&self) -> Option<String> {
         let Self { server, addresses } = self;
         let addresses = match addresses {
             Ok(addresses) => addresses,
@@ -128,21 +128,22 @@ async fn addresses(server: &Server, limit: Duration) -> Result<Vec<(SocketAddr, 
     if addresses.is_empty() {
         return Err("no address".to_owned());
     }
-    let tried = addresses.into_iter().map(|address| async move { (address, expose(address, limit).await) });
+    let tried =
+        addresses.into_iter().map(|address| async move { (address, probe_address(address, limit).await) });
     Ok(join_all(tried).await)
 }
 
 /// In clear text first. A port that accepts the connection and says nothing may wait for TLS.
-async fn expose(address: SocketAddr, limit: Duration) -> Exposure {
-    let (connect, answer) = (CONNECT.min(limit), ANSWER.min(limit / 3));
+async fn probe_address(address: SocketAddr, limit: Duration) -> Exposure {
+    let (connect, answer) = (CONNECT_TIMEOUT.min(limit), REPLY_TIMEOUT.min(limit / 3));
     let seen = claim_localhost(address, Protocol::Smtp, connect, answer).await;
     if seen.outcome != Outcome::Silent {
-        return judge(&seen);
+        return exposure_of(&seen);
     }
-    judge(&claim_localhost(address, Protocol::Submissions, connect, answer).await)
+    exposure_of(&claim_localhost(address, Protocol::Submissions, connect, answer).await)
 }
 
-fn judge(seen: &Observation) -> Exposure {
+fn exposure_of(seen: &Observation) -> Exposure {
     let said = match &seen.outcome {
         Outcome::Refused => return Exposure::Closed("connection refused".to_owned()),
         Outcome::NoAnswer => return Exposure::Closed("no answer".to_owned()),
@@ -218,8 +219,8 @@ mod tests {
             ["220 mail\r\n", "250 mail\r\n", "250 Ok\r\n", "250 2.1.5 Ok\r\n", "250 Ok\r\n", "221 Bye\r\n"];
         let port = tried(move |stream| async move { answer(stream, &replies).await }).await;
         assert!(port.is_open() && port.relays(), "{port:?}");
-        let fault = port.fault().unwrap();
-        assert!(fault.contains("says 127.0.0.1 (\"220 mail\"); it is an OPEN RELAY"), "{fault}");
+        let failure = port.failure().unwrap();
+        assert!(failure.contains("says 127.0.0.1 (\"220 mail\"); it is an OPEN RELAY"), "{failure}");
     }
 
     #[tokio::test]
@@ -233,7 +234,7 @@ mod tests {
         ];
         let port = tried(move |stream| async move { answer(stream, &replies).await }).await;
         assert!(port.is_open() && !port.relays(), "{port:?}");
-        assert!(port.fault().unwrap().contains("; it does not relay"), "{port:?}");
+        assert!(port.failure().unwrap().contains("; it does not relay"), "{port:?}");
         let port = tried(|stream| async move { answer(stream, &["* OK Dovecot ready.\r\n"]).await }).await;
         assert_eq!(
             *exposure(&port),
@@ -241,16 +242,16 @@ mod tests {
         );
         let port =
             tried(|stream| async move { answer(stream, &["220 mail\r\n", "500 5.5.2 bad\r\n"]).await }).await;
-        assert!(port.fault().unwrap().contains("it is no PROXY port"), "{port:?}");
+        assert!(port.failure().unwrap().contains("it is no PROXY port"), "{port:?}");
     }
 
     #[tokio::test]
     async fn a_port_that_does_not_answer_is_closed() {
         let port = tried(|mut stream| async move { drop(stream.read(&mut [0; 64]).await) }).await;
-        assert_eq!((port.is_open(), port.fault()), (false, None), "{port:?}");
+        assert_eq!((port.is_open(), port.failure()), (false, None), "{port:?}");
         // Silent in clear text; the connection for TLS is never accepted.
         let port = tried(|stream| async move { answer(stream, &[]).await }).await;
-        assert_eq!(port.fault(), None, "{port:?}");
+        assert_eq!(port.failure(), None, "{port:?}");
         let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let port = check(&unused.to_string().parse().unwrap(), Duration::from_secs(3)).await;
         assert_eq!(*exposure(&port), Exposure::Closed("connection refused".to_owned()));
@@ -260,6 +261,6 @@ mod tests {
     async fn a_name_without_an_address_is_not_taken_for_a_closed_port() {
         let port = check(&"nowhere.invalid:2525".parse().unwrap(), Duration::from_secs(5)).await;
         assert!(!port.is_open());
-        assert!(port.fault().unwrap().starts_with("nowhere.invalid:2525 could not be tried: "), "{port:?}");
+        assert!(port.failure().unwrap().starts_with("nowhere.invalid:2525 could not be tried: "), "{port:?}");
     }
 }

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::report::{Report, last_success};
 
 /// How long a Pushgateway may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Replaces the file by one rename: node_exporter reads at any moment, and must not see half of it.
 pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
@@ -23,7 +23,7 @@ pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
     };
-    let temporary = beside(file)?;
+    let temporary = temporary_path(file)?;
     let written = write(&temporary, &report.metrics(before)).and_then(|()| fs::rename(&temporary, file));
     if written.is_err() {
         // It may not be there at all.
@@ -33,7 +33,7 @@ pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
 }
 
 /// A name in the same folder, so that it can be renamed, which does not end in `.prom`, so that nobody reads it.
-fn beside(file: &Path) -> Result<PathBuf> {
+fn temporary_path(file: &Path) -> Result<PathBuf> {
     let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
@@ -54,13 +54,13 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
 /// that the time of the last success stays.
 pub(super) fn to_gateway(report: &Report, url: &str) -> Result<()> {
     let agent = ureq::Agent::config_builder()
-        .timeout_global(Some(PATIENCE))
+        .timeout_global(Some(TIMEOUT))
         .http_status_as_error(false)
         .max_redirects(0)
         .build()
         .new_agent();
     let group = format!("{url}/metrics/job/injector_probe/probe/{}", report.probe);
-    let request = if report.fault.is_none() { agent.put(&group) } else { agent.post(&group) };
+    let request = if report.failure.is_none() { agent.put(&group) } else { agent.post(&group) };
     let answer = request.content_type("text/plain; version=0.0.4").send(report.metrics(None));
     let mut answer = answer.with_context(|| format!("cannot push the metrics to {url}"))?;
     if answer.status().is_success() {
@@ -76,7 +76,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use super::*;
-    use crate::probe::step::{Fault, Step};
+    use crate::probe::step::{Failure, Step};
 
     fn report(at: u64, passed: bool) -> Report {
         Report {
@@ -85,7 +85,7 @@ mod tests {
             ended: UNIX_EPOCH + Duration::from_secs(at),
             took: Duration::ZERO,
             steps: Vec::new(),
-            fault: (!passed).then(|| Fault { step: Step::Arrival, error: String::new() }),
+            failure: (!passed).then(|| Failure { step: Step::Arrival, error: String::new() }),
             proxy_ports: Vec::new(),
             leftovers: 0,
         }

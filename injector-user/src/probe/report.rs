@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     proxy_port::{Exposure, ProxyPort},
-    step::{Fault, Step},
+    step::{Failure, Step},
 };
 use crate::doctor::observation::{Family, Relay};
 
@@ -31,7 +31,7 @@ pub struct Report {
     /// The steps that were begun, with their times.
     pub steps: Vec<(Step, Duration)>,
     /// Why it failed; `None` if it did not.
-    pub fault: Option<Fault>,
+    pub failure: Option<Failure>,
     /// The mail server's PROXY ports, as this host sees them.
     pub proxy_ports: Vec<ProxyPort>,
     /// Messages of earlier runs that were deleted.
@@ -41,8 +41,8 @@ pub struct Report {
 impl Report {
     /// Whether a step failed. The PROXY ports are tried whatever becomes of the message.
     fn failed(&self, step: Step) -> bool {
-        let ports = step == Step::ProxyPort && self.proxy_ports.iter().any(|port| port.fault().is_some());
-        ports || self.fault.as_ref().is_some_and(|fault| fault.step == step)
+        let ports = step == Step::ProxyPort && self.proxy_ports.iter().any(|port| port.failure().is_some());
+        ports || self.failure.as_ref().is_some_and(|failure| failure.step == step)
     }
 
     /// For people.
@@ -65,9 +65,9 @@ impl Report {
             };
         }
         let (probe, seconds) = (&self.probe, self.took.as_secs_f64());
-        let _ = match &self.fault {
+        let _ = match &self.failure {
             None => writeln!(text, "probe {probe}: passed in {seconds:.2} s"),
-            Some(Fault { step, error }) => writeln!(
+            Some(Failure { step, error }) => writeln!(
                 text,
                 "probe {probe}: failed at {step} after {seconds:.2} s: {error}\nwhat to do: {}",
                 step.advice()
@@ -84,14 +84,14 @@ impl Report {
     pub fn json(&self) -> serde_json::Value {
         let step =
             |(step, took): &(Step, Duration)| json!({ "step": step.name(), "seconds": took.as_secs_f64() });
-        let fault = |fault: &Fault| json!({ "step": fault.step.name(), "error": fault.error, "advice": fault.step.advice() });
+        let failure = |failure: &Failure| json!({ "step": failure.step.name(), "error": failure.error, "advice": failure.step.advice() });
         json!({
             "probe": self.probe,
             "id": self.id,
-            "success": self.fault.is_none(),
+            "success": self.failure.is_none(),
             "seconds": self.took.as_secs_f64(),
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
-            "failure": self.fault.as_ref().map(fault),
+            "failure": self.failure.as_ref().map(failure),
             "proxy_ports": self.proxy_ports.iter().map(proxy_port_json).collect::<Vec<_>>(),
             "leftovers_deleted": self.leftovers,
         })
@@ -103,13 +103,13 @@ impl Report {
     pub fn metrics(&self, last_success: Option<f64>) -> String {
         let mut text = Exposition { probe: &self.probe, text: String::new() };
         let ended = self.ended.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let passed = self.fault.is_none();
-        text.one(
+        let passed = self.failure.is_none();
+        text.gauge(
             "injector_probe_success",
             "1 if the last roundtrip passed, else 0",
             f64::from(u8::from(passed)),
         );
-        text.one("injector_probe_seconds", "Duration of the last roundtrip", self.took.as_secs_f64());
+        text.gauge("injector_probe_seconds", "Duration of the last roundtrip", self.took.as_secs_f64());
         text.family("injector_probe_step_seconds", "Duration of each step that the last roundtrip ran");
         for (step, took) in &self.steps {
             text.sample("injector_probe_step_seconds", Some(*step), took.as_secs_f64());
@@ -135,18 +135,18 @@ impl Report {
             ProxyPort::relays,
         );
         let leftovers = u32::try_from(self.leftovers).unwrap_or(u32::MAX);
-        text.one(
+        text.gauge(
             "injector_probe_leftovers_deleted",
             "Messages of earlier roundtrips that the last one deleted",
             f64::from(leftovers),
         );
-        text.one(
+        text.gauge(
             "injector_probe_last_run_timestamp_seconds",
             "When the last roundtrip ended, since 1970",
             ended,
         );
         if let Some(at) = if passed { Some(ended) } else { last_success } {
-            text.one(LAST_SUCCESS, "When a roundtrip last passed, since 1970", at);
+            text.gauge(LAST_SUCCESS, "When a roundtrip last passed, since 1970", at);
         }
         text.text
     }
@@ -164,7 +164,7 @@ struct Exposition<'a> {
 }
 
 impl Exposition<'_> {
-    fn one(&mut self, name: &str, help: &str, value: f64) {
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
         self.family(name, help);
         self.sample(name, None, value);
     }
@@ -224,7 +224,7 @@ mod tests {
 
     use super::*;
 
-    fn report(fault: Option<Fault>) -> Report {
+    fn report(failure: Option<Failure>) -> Report {
         Report {
             probe: "mail".to_owned(),
             id: "1".to_owned(),
@@ -234,14 +234,14 @@ mod tests {
                 (Step::SmtpConnect, Duration::from_millis(2)),
                 (Step::SmtpGreeting, Duration::from_secs(1)),
             ],
-            fault,
+            failure,
             proxy_ports: Vec::new(),
             leftovers: 2,
         }
     }
 
     fn failed() -> Report {
-        report(Some(Fault { step: Step::SmtpGreeting, error: "it \"hung\" up".to_owned() }))
+        report(Some(Failure { step: Step::SmtpGreeting, error: "it \"hung\" up".to_owned() }))
     }
 
     #[test]
@@ -273,10 +273,10 @@ mod tests {
         }
         assert_eq!(last_success(&text), Some(7.0));
         assert!(!failed().metrics(None).contains(LAST_SUCCESS), "there never was one");
-        let told = failed().text();
+        let printed = failed().text();
         assert!(
-            told.contains("failed at smtp_greeting after 1.25 s: it \"hung\" up\nwhat to do: "),
-            "{told}"
+            printed.contains("failed at smtp_greeting after 1.25 s: it \"hung\" up\nwhat to do: "),
+            "{printed}"
         );
         assert_eq!(failed().json()["failure"]["step"], "smtp_greeting");
     }
@@ -295,12 +295,12 @@ mod tests {
     #[test]
     fn an_open_proxy_port_is_a_step_and_two_gauges() {
         let closed = Exposure::Closed("connection refused".to_owned());
-        let shut = ProxyPort {
+        let closed_port = ProxyPort {
             server: "192.0.2.10:10993".to_owned(),
             addresses: Ok(vec![("192.0.2.10:10993".parse().unwrap(), closed)]),
         };
-        let fault = Fault { step: Step::ProxyPort, error: open().fault().unwrap() };
-        let mut report = Report { proxy_ports: vec![open(), shut], ..report(Some(fault)) };
+        let failure = Failure { step: Step::ProxyPort, error: open().failure().unwrap() };
+        let mut report = Report { proxy_ports: vec![open(), closed_port], ..report(Some(failure)) };
         report.steps.push((Step::ProxyPort, Duration::from_secs(1)));
         let metrics = report.metrics(None);
         for line in [
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(json["proxy_ports"][0]["addresses"][1]["relays"], true);
         assert_eq!(json["proxy_ports"][1]["addresses"][0]["open"], false);
         // It is said beside another failure as well.
-        report.fault = failed().fault;
+        report.failure = failed().failure;
         let metrics = report.metrics(None);
         assert_eq!(
             metrics.lines().filter(|line| line.contains("step_failed{") && line.ends_with(" 1")).count(),

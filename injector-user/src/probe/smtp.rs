@@ -15,8 +15,8 @@ use lettre::{
 use super::{
     args::{Password, ProbeArgs, Security},
     message::Message,
-    step::{Clock, Fault, Step},
-    tls::{self, ForLettre, Trust},
+    step::{Clock, Failure, Step},
+    tls::{self, LettreStream, Trust},
 };
 
 /// Ways to log in, the server's choice among them.
@@ -29,37 +29,39 @@ pub(super) async fn send(
     password: &Password,
     message: &Message,
     clock: &mut Clock,
-) -> Result<IpAddr, Fault> {
+) -> Result<IpAddr, Failure> {
     let hello = args.hello.clone().map_or_else(ClientId::default, ClientId::Domain);
     let security = args.smtp_security();
-    let name = args.name_of(&args.smtp);
+    let name = args.tls_name_of(&args.smtp);
 
     let tcp = clock.step(Step::SmtpConnect, tls::connect(&args.smtp)).await?;
     let local = tcp.local_addr().map(|address| address.ip().to_canonical());
-    let local = local.map_err(|error| Fault { step: Step::SmtpConnect, error: error.to_string() })?;
+    let local = local.map_err(|error| Failure { step: Step::SmtpConnect, error: error.to_string() })?;
     let stream: Box<dyn AsyncTokioStream> = match security {
         Security::Implicit => {
             let stream = clock.step(Step::SmtpTls, trust.secure(tcp, name)).await?;
-            Box::new(ForLettre { stream })
+            Box::new(LettreStream { stream })
         }
         Security::None | Security::Starttls => Box::new(tcp),
     };
-    let greeting = async { AsyncSmtpConnection::connect_with_transport(stream, &hello).await.map_err(told) };
+    let greeting =
+        async { AsyncSmtpConnection::connect_with_transport(stream, &hello).await.map_err(server_error) };
     let mut connection = clock.step(Step::SmtpGreeting, greeting).await?;
     if security == Security::Starttls {
-        let starttls = async { connection.starttls(trust.for_lettre(name)?, &hello).await.map_err(told) };
+        let starttls =
+            async { connection.starttls(trust.lettre_parameters(name)?, &hello).await.map_err(server_error) };
         clock.step(Step::SmtpTls, starttls).await?;
     }
     let offered = connection.server_info().get_auth_mechanism(&MECHANISMS).is_some();
     if offered && security != Security::None {
         let credentials = Credentials::new(args.user.clone(), password.expose().to_owned());
-        let login = async { connection.auth(&MECHANISMS, &credentials).await.map_err(told) };
+        let login = async { connection.auth(&MECHANISMS, &credentials).await.map_err(server_error) };
         clock.step(Step::SmtpLogin, login).await?;
     }
     let send = async {
         let envelope =
             Envelope::new(Some(args.from.clone()), vec![args.to.clone()]).context("no envelope")?;
-        connection.send(&envelope, &message.for_smtp()).await.map_err(told)
+        connection.send(&envelope, &message.for_smtp()).await.map_err(server_error)
     };
     clock.step(Step::SmtpSend, send).await?;
     // The message is the server's now, whatever comes of this.
@@ -68,6 +70,6 @@ pub(super) async fn send(
 }
 
 /// lettre's errors repeat in each link of their chain what the next one says.
-fn told(error: lettre::transport::smtp::Error) -> anyhow::Error {
+fn server_error(error: lettre::transport::smtp::Error) -> anyhow::Error {
     anyhow!("{error}")
 }

@@ -133,7 +133,7 @@ impl Display for Step {
 
 /// Where a roundtrip ended, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct Failure {
     /// The step that failed.
     pub step: Step,
     /// What was tried, and what came of it.
@@ -158,7 +158,7 @@ impl Clock {
         &mut self,
         step: Step,
         work: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, Fault> {
+    ) -> Result<T, Failure> {
         let start = Instant::now();
         let done = timeout_at(self.began + self.limit, work).await;
         self.steps.push((step, start.elapsed()));
@@ -173,7 +173,7 @@ impl Clock {
                 )
             }
         };
-        Err(Fault { step, error })
+        Err(Failure { step, error })
     }
 
     pub(super) fn elapsed(&self) -> Duration {
@@ -204,9 +204,9 @@ mod tests {
     async fn a_step_that_does_not_end_is_ended_and_timed() {
         let mut clock = Clock::start(Duration::from_millis(30));
         clock.step(Step::SmtpConnect, async { Ok::<_, Infallible>(()) }).await.unwrap();
-        let fault = clock.step(Step::Arrival, pending::<Result<(), Infallible>>()).await.unwrap_err();
-        assert_eq!(fault.step, Step::Arrival);
-        assert!(fault.error.starts_with("not done when the 30ms"), "{}", fault.error);
+        let failure = clock.step(Step::Arrival, pending::<Result<(), Infallible>>()).await.unwrap_err();
+        assert_eq!(failure.step, Step::Arrival);
+        assert!(failure.error.starts_with("not done when the 30ms"), "{}", failure.error);
         let steps = clock.into_steps();
         assert_eq!(
             steps.iter().map(|(step, _)| *step).collect::<Vec<_>>(),

@@ -73,7 +73,7 @@ impl Trust {
     }
 
     /// The same for lettre, which secures its own connections after STARTTLS.
-    pub(super) fn for_lettre(&self, name: &str) -> Result<TlsParameters> {
+    pub(super) fn lettre_parameters(&self, name: &str) -> Result<TlsParameters> {
         let mut builder = TlsParametersBuilder::new(name.to_owned());
         match self {
             Self::Mozilla => builder = builder.certificate_store(CertificateStore::WebpkiRoots),
@@ -111,17 +111,17 @@ impl Trust {
 
 /// A secured connection in the shape that lettre takes.
 #[derive(Debug)]
-pub(super) struct ForLettre {
+pub(super) struct LettreStream {
     pub(super) stream: TlsStream<TcpStream>,
 }
 
-impl AsyncTokioStream for ForLettre {
+impl AsyncTokioStream for LettreStream {
     fn peer_addr(&self) -> std::io::Result<SocketAddr> {
         self.stream.get_ref().0.peer_addr()
     }
 }
 
-impl AsyncRead for ForLettre {
+impl AsyncRead for LettreStream {
     fn poll_read(
         mut self: std::pin::Pin<&mut Self>,
         context: &mut std::task::Context<'_>,
@@ -131,7 +131,7 @@ impl AsyncRead for ForLettre {
     }
 }
 
-impl AsyncWrite for ForLettre {
+impl AsyncWrite for LettreStream {
     fn poll_write(
         mut self: std::pin::Pin<&mut Self>,
         context: &mut std::task::Context<'_>,

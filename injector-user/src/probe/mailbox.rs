@@ -35,8 +35,9 @@ impl Mailbox {
             Security::None | Security::Starttls => Box::new(tcp),
         };
         let mut client = Client::new(stream);
-        let greeting =
-            async { client.read_response().await?.context("the server hung up without a greeting") };
+        let greeting = async {
+            client.read_response().await?.context("the server closed the connection without a greeting")
+        };
         clock.step(Step::ImapGreeting, greeting).await?;
         if security == Security::Starttls {
             let starttls = async {
@@ -74,7 +75,7 @@ impl Mailbox {
         let fetched = self.0.uid_fetch(uid.to_string(), "BODY.PEEK[]").await.map_err(server_error)?;
         let fetched: Vec<_> = fetched.try_collect().await.map_err(server_error)?;
         let body = fetched.iter().find_map(|fetch| fetch.body());
-        body.map(<[u8]>::to_vec).context("the server found the message and does not give it")
+        body.map(<[u8]>::to_vec).context("the server found the message but did not return it")
     }
 
     /// Deletes the message of this run and those that earlier runs of the same probe left, which began more than `limit`
@@ -130,8 +131,8 @@ impl Mailbox {
 /// The server's own words, not the library's for them.
 fn server_error(error: Error) -> anyhow::Error {
     match error {
-        Error::No(text) => anyhow!("the server says NO: {text}"),
-        Error::Bad(text) => anyhow!("the server says BAD: {text}"),
+        Error::No(text) => anyhow!("the server replied NO: {text}"),
+        Error::Bad(text) => anyhow!("the server replied BAD: {text}"),
         other => anyhow!(other),
     }
 }

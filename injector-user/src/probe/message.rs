@@ -97,11 +97,12 @@ impl Message {
     /// # Errors
     /// With the first thing that differs.
     pub(super) fn compare(&self, fetched: &[u8]) -> Result<(), String> {
-        let (headers, body) = split(fetched).ok_or("what was fetched has no end of its headers")?;
+        let (headers, body) =
+            split(fetched).ok_or("the fetched message has no blank line after its headers")?;
         let present = unfold(headers);
         for sent in &self.headers {
             if !present.iter().any(|header| header == sent) {
-                return Err(format!("the header {sent:?} did not come back"));
+                return Err(format!("the fetched message lacks the header {sent:?}"));
             }
         }
         if body == self.body {

@@ -131,14 +131,17 @@ fn check_client(expected: std::net::IpAddr, fetched: &[u8]) -> Result<(), String
         return Ok(());
     }
     let seen: Vec<_> = seen.iter().map(ToString::to_string).collect();
-    let seen = if seen.is_empty() { "no address at all".to_owned() } else { seen.join(", ") };
-    Err(format!("the mail server took the client for {seen}, not for {expected}"))
+    let seen = if seen.is_empty() { "no address".to_owned() } else { seen.join(", ") };
+    Err(format!("the mail server recorded the client as {seen}, not as {expected}"))
 }
 
 /// A seed from the kernel.
 fn random() -> Result<[u8; 32]> {
     let mut seed = [0; 32];
     let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
-    anyhow::ensure!(filled.context("no random numbers")? == seed.len(), "too few random numbers");
+    anyhow::ensure!(
+        filled.context("cannot get random numbers from the kernel")? == seed.len(),
+        "the kernel returned too few random numbers"
+    );
     Ok(seed)
 }

@@ -64,7 +64,7 @@ impl ProxyPort {
         let Self { server, addresses } = self;
         let addresses = match addresses {
             Ok(addresses) => addresses,
-            Err(why) => return Some(format!("{server} could not be tried: {why}")),
+            Err(why) => return Some(format!("{server} was not tested: {why}")),
         };
         let open: Vec<_> =
             addresses.iter().filter(|(_, exposure)| matches!(exposure, Exposure::Open { .. })).collect();
@@ -91,14 +91,14 @@ impl Exposure {
                 let relay = match relay {
                     Some(Relay::Accepted(said)) => {
                         format!(
-                            "; it is an OPEN RELAY for any host that can reach it ({said:?} to a foreign recipient)"
+                            "; it is an OPEN RELAY for any host that can reach it ({said:?} to a recipient in a foreign domain)"
                         )
                     }
                     Some(Relay::Refused(said)) => format!("; it does not relay ({said:?})"),
                     Some(Relay::Unknown(why)) => format!("; whether it relays is unknown: {why}"),
                     None => String::new(),
                 };
-                format!("answers this host to a header that says {localhost} ({said}){relay}")
+                format!("answers a header with the source {localhost} from this host ({said}){relay}")
             }
         }
     }
@@ -112,9 +112,7 @@ pub(super) async fn check_all(servers: &[Server], limit: Duration) -> Vec<ProxyP
 async fn check(server: &Server, limit: Duration) -> ProxyPort {
     let addresses = match timeout(limit, addresses(server, limit)).await {
         Ok(addresses) => addresses,
-        Err(_) => {
-            Err(format!("not done when the {} of --timeout were over", humantime::format_duration(limit)))
-        }
+        Err(_) => Err(format!("not finished within the {} of --timeout", humantime::format_duration(limit))),
     };
     ProxyPort { server: server.to_string(), addresses }
 }
@@ -122,11 +120,12 @@ async fn check(server: &Server, limit: Duration) -> ProxyPort {
 /// Each address of the server: a firewall may have forgotten one family.
 async fn addresses(server: &Server, limit: Duration) -> Result<Vec<(SocketAddr, Exposure)>, String> {
     let found = tokio::net::lookup_host((server.host.as_str(), server.port)).await;
-    let mut addresses: Vec<_> = found.map_err(|error| format!("no address: {error}"))?.collect();
+    let mut addresses: Vec<_> =
+        found.map_err(|error| format!("resolving the name failed: {error}"))?.collect();
     addresses.sort_unstable();
     addresses.dedup();
     if addresses.is_empty() {
-        return Err("no address".to_owned());
+        return Err("the name has no address".to_owned());
     }
     let tried =
         addresses.into_iter().map(|address| async move { (address, probe_address(address, limit).await) });
@@ -153,10 +152,10 @@ fn exposure_of(seen: &Observation) -> Exposure {
             return Exposure::Closed(how.to_owned());
         }
         Outcome::Silent if seen.tls.is_none() => {
-            return Exposure::Closed("it accepts the connection and says nothing".to_owned());
+            return Exposure::Closed("it accepts the connection and sends nothing".to_owned());
         }
         Outcome::Misunderstood { complaint, .. } => {
-            format!("{complaint:?}: it takes the header for commands, so it is no PROXY port")
+            format!("{complaint:?}: it reads the header as commands, so it is not a PROXY port")
         }
         Outcome::Alert(name) => format!("TLS alert {name}"),
         _ => seen.said().map_or_else(|| "TLS".to_owned(), |line| format!("{line:?}")),
@@ -220,7 +219,10 @@ mod tests {
         let port = tried(move |stream| async move { answer(stream, &replies).await }).await;
         assert!(port.is_open() && port.relays(), "{port:?}");
         let failure = port.failure().unwrap();
-        assert!(failure.contains("says 127.0.0.1 (\"220 mail\"); it is an OPEN RELAY"), "{failure}");
+        assert!(
+            failure.contains("the source 127.0.0.1 from this host (\"220 mail\"); it is an OPEN RELAY"),
+            "{failure}"
+        );
     }
 
     #[tokio::test]
@@ -242,7 +244,7 @@ mod tests {
         );
         let port =
             tried(|stream| async move { answer(stream, &["220 mail\r\n", "500 5.5.2 bad\r\n"]).await }).await;
-        assert!(port.failure().unwrap().contains("it is no PROXY port"), "{port:?}");
+        assert!(port.failure().unwrap().contains("it is not a PROXY port"), "{port:?}");
     }
 
     #[tokio::test]
@@ -261,6 +263,6 @@ mod tests {
     async fn a_name_without_an_address_is_not_taken_for_a_closed_port() {
         let port = check(&"nowhere.invalid:2525".parse().unwrap(), Duration::from_secs(5)).await;
         assert!(!port.is_open());
-        assert!(port.failure().unwrap().starts_with("nowhere.invalid:2525 could not be tried: "), "{port:?}");
+        assert!(port.failure().unwrap().starts_with("nowhere.invalid:2525 was not tested: "), "{port:?}");
     }
 }

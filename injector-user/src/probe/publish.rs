@@ -34,7 +34,7 @@ pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
 
 /// A name in the same folder, so that it can be renamed, which does not end in `.prom`, so that nobody reads it.
 fn temporary_path(file: &Path) -> Result<PathBuf> {
-    let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
+    let name = file.file_name().with_context(|| format!("{} is not a file name", file.display()))?;
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
     temporary.push(format!(".{}", process::id()));
@@ -67,8 +67,8 @@ pub(super) fn to_gateway(report: &Report, url: &str) -> Result<()> {
         return Ok(());
     }
     let said = answer.body_mut().read_to_string().unwrap_or_default();
-    ensure!(!said.trim().is_empty(), "{url} answers {} to the metrics", answer.status());
-    bail!("{url} answers {} to the metrics: {}", answer.status(), said.trim());
+    ensure!(!said.trim().is_empty(), "{url} rejected the metrics with status {}", answer.status());
+    bail!("{url} rejected the metrics with status {}: {}", answer.status(), said.trim());
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ impl Report {
                     let what = exposure.describe(Family::of(address.ip()));
                     writeln!(text, "          {server} ({address}) {what}")
                 }),
-                Err(why) => writeln!(text, "          {server} could not be tried: {why}"),
+                Err(why) => writeln!(text, "          {server} was not tested: {why}"),
             };
         }
         let (probe, seconds) = (&self.probe, self.took.as_secs_f64());
@@ -315,8 +315,7 @@ mod tests {
         for part in [
             "  FAILED  proxy_port ",
             "mail.example:2525 ([2001:db8::10]:2525) is closed to this host: no answer",
-            "failed at proxy_port after 1.25 s: mail.example:2525 (192.0.2.10:2525) answers this host to a header that \
-             says 127.0.0.1",
+            "failed at proxy_port after 1.25 s: mail.example:2525 (192.0.2.10:2525) answers a header with the source 127.0.0.1 from this host",
             "OPEN RELAY",
         ] {
             assert!(text.contains(part), "no {part:?} in\n{text}");
@@ -331,6 +330,17 @@ mod tests {
             metrics.lines().filter(|line| line.contains("step_failed{") && line.ends_with(" 1")).count(),
             2
         );
+    }
+
+    #[test]
+    fn text_of_a_success_a_failure_and_an_open_port() {
+        let failure = Failure { step: Step::ProxyPort, error: open().failure().unwrap() };
+        let untested =
+            ProxyPort { server: "mail.example:10993".to_owned(), addresses: Err("no route".to_owned()) };
+        let mut exposed = Report { proxy_ports: vec![open(), untested], ..report(Some(failure)) };
+        exposed.steps.push((Step::ProxyPort, Duration::from_secs(1)));
+        let texts = [report(None), failed(), exposed].map(|report| report.text());
+        insta::assert_snapshot!(texts.join("\n"));
     }
 
     #[test]

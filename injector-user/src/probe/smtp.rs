@@ -59,8 +59,8 @@ pub(super) async fn send(
         clock.step(Step::SmtpLogin, login).await?;
     }
     let send = async {
-        let envelope =
-            Envelope::new(Some(args.from.clone()), vec![args.to.clone()]).context("no envelope")?;
+        let envelope = Envelope::new(Some(args.from.clone()), vec![args.to.clone()])
+            .context("cannot build the SMTP envelope")?;
         connection.send(&envelope, &message.for_smtp()).await.map_err(server_error)
     };
     clock.step(Step::SmtpSend, send).await?;

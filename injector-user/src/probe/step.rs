@@ -86,41 +86,43 @@ impl Step {
     pub const fn advice(self) -> &'static str {
         match self {
             Self::SmtpConnect | Self::ImapConnect => {
-                "see whether the injector runs and listens there, and whether a firewall is in between"
+                "check that the injector runs and listens there, and that no firewall is in between"
             }
             Self::SmtpTls | Self::ImapTls => {
-                "compare the certificate's name and authority with --tls-name and --ca, and see whether the port \
-                 speaks TLS from the first byte or STARTTLS"
+                "compare the certificate's name and authority with --tls-name and --ca, and check whether the port expects \
+                 TLS from the first byte or STARTTLS"
             }
             Self::SmtpGreeting | Self::ImapGreeting => {
-                "the port is open and its server says nothing, or not what it should: see whether the backend is up \
-                 and takes the PROXY header (metric injector_connections_rejected_total and the backend's log)"
+                "the port is open, but its server sent no greeting or an unexpected one: check that the backend is up and \
+                 accepts the PROXY header (metric injector_connections_rejected_total and the backend's log)"
             }
             Self::SmtpLogin | Self::ImapLogin => {
                 "check --user, the file of --password-file and --mailbox against the mail server's log"
             }
             Self::SmtpSend => {
-                "the server refuses the message: see its answer, --from and --to; a 4xx may be greylisting, from \
-                 which the probe has to be exempt"
+                "the server rejected the message: check its reply, --from and --to; a 4xx reply may be greylisting: exempt \
+                 the probe from it"
             }
             Self::Arrival => {
-                "the server took the message and the mailbox does not have it: look into the mail server's queue, \
-                 at its delivery log and spam folder, and see that --to leads to the mailbox of --user"
+                "the server accepted the message, but it is not in the mailbox: check the mail server's queue, its delivery \
+                 log and the spam folder, and that mail to --to is delivered to the mailbox of --user"
             }
             Self::Content => {
-                "bytes were changed on the way: see whether a filter rewrites mail, and take the probe's mail out of \
-                 it; else report it with the injector's log"
+                "the message was changed on the way: check whether a filter rewrites mail, and exempt the probe's mail \
+                 from it; otherwise report this with the injector's log"
             }
             Self::ClientAddress => {
-                "the mail server took the connection for somebody else's: see that the PROXY header is demanded on \
-                 that port, that nothing before the injector hides the client, and what --expect-client says"
+                "the mail server recorded another client address: check that the port requires the PROXY header, that \
+                 nothing in front of the injector hides the client, and the value of --expect-client"
             }
             Self::ProxyPort => {
-                "close the port to all hosts but the injector's by a firewall (docs/security.md, \"Closing the PROXY \
-                 ports\"); where it relays, also set smtpd_relay_restrictions=permit_sasl_authenticated,\
+                "close the port to all hosts but the injector's with a firewall (docs/security.md, \"Closing the PROXY \
+                 ports\"); if it relays, also set smtpd_relay_restrictions=permit_sasl_authenticated,\
                  reject_unauth_destination on that service. `injector doctor --untrusted` prints both"
             }
-            Self::Cleanup => "delete the probe's messages by hand, and see whether the mailbox is read-only",
+            Self::Cleanup => {
+                "delete the probe's messages by hand, and check whether the mailbox is read-only"
+            }
         }
     }
 }
@@ -168,7 +170,7 @@ impl Clock {
             Err(_) => {
                 let limit = humantime::format_duration(self.limit);
                 format!(
-                    "not done when the {limit} of --timeout were over, {:.1} s into this step",
+                    "not finished within the {limit} of --timeout, {:.1} s into this step",
                     start.elapsed().as_secs_f64()
                 )
             }
@@ -206,7 +208,7 @@ mod tests {
         clock.step(Step::SmtpConnect, async { Ok::<_, Infallible>(()) }).await.unwrap();
         let failure = clock.step(Step::Arrival, pending::<Result<(), Infallible>>()).await.unwrap_err();
         assert_eq!(failure.step, Step::Arrival);
-        assert!(failure.error.starts_with("not done when the 30ms"), "{}", failure.error);
+        assert!(failure.error.starts_with("not finished within the 30ms"), "{}", failure.error);
         let steps = clock.into_steps();
         assert_eq!(
             steps.iter().map(|(step, _)| *step).collect::<Vec<_>>(),

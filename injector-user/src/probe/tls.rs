@@ -55,7 +55,7 @@ impl Trust {
             let pem = fs::read(file)?;
             let certificates = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>();
             let certificates = certificates.map_err(|error| anyhow!("{error:?}"))?;
-            ensure!(!certificates.is_empty(), "no certificate in it");
+            ensure!(!certificates.is_empty(), "it contains no certificate");
             Ok(certificates)
         };
         read()
@@ -66,10 +66,10 @@ impl Trust {
     /// Secures a connection to the server that has to prove this name.
     pub(super) async fn secure<S: Stream>(&self, stream: S, name: &str) -> Result<TlsStream<S>> {
         let config = self.client_config()?;
-        let server =
-            ServerName::try_from(name.to_owned()).with_context(|| format!("{name:?} is no name for TLS"))?;
+        let server = ServerName::try_from(name.to_owned())
+            .with_context(|| format!("{name:?} is not a valid TLS server name"))?;
         let secured = TlsConnector::from(Arc::new(config)).connect(server, stream).await;
-        secured.with_context(|| format!("no TLS with {name:?}"))
+        secured.with_context(|| format!("the TLS handshake with {name:?} failed"))
     }
 
     /// The same for lettre, which secures its own connections after STARTTLS.
@@ -99,7 +99,9 @@ impl Trust {
             Self::Authorities(certificates) => {
                 let mut roots = RootCertStore::empty();
                 for certificate in certificates {
-                    roots.add(certificate.clone()).context("a certificate in --ca is no authority")?;
+                    roots
+                        .add(certificate.clone())
+                        .context("a certificate in --ca is not a valid authority")?;
                 }
                 roots
             }

@@ -203,11 +203,7 @@ fn other_client(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.probe(Family::V4, SMTP, IMAPS, "other", &right)?.ensure_passed()?;
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "other", &["--expect-client", "203.0.113.9"])?;
     outcome.ensure_failed_at("client_address")?;
-    ensure!(
-        outcome.output.contains(&format!("for {}, not for 203.0.113.9", CLIENT.v4)),
-        "{}",
-        outcome.output
-    );
+    ensure!(outcome.output.contains(&format!("as {}, not as 203.0.113.9", CLIENT.v4)), "{}", outcome.output);
     ensure!(testbed.inbox("other")?.is_empty(), "a message of no use was kept");
     Ok(())
 }
@@ -337,7 +333,7 @@ fn no_proxy_port(testbed: &Testbed) -> anyhow::Result<()> {
     let mut flags: Vec<_> = flags.iter().map(String::as_str).collect();
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "standard", &flags)?;
     outcome.ensure_failed_at("proxy_port")?;
-    ensure!(outcome.output.contains("it is no PROXY port"), "{}", outcome.output);
+    ensure!(outcome.output.contains("it is not a PROXY port"), "{}", outcome.output);
     // A failed roundtrip is reported first, and hides nothing.
     flags.extend(["--mailbox", "nowhere"]);
     let outcome = testbed.probe(Family::V4, SMTP, IMAPS, "standard", &flags)?;

@@ -100,8 +100,8 @@ fn select_by_name<T>(all: Vec<T>, wanted: &[String], name: impl Fn(&T) -> String
     Ok(all.into_iter().filter(|one| chosen.contains(&name(one))).collect())
 }
 
-/// Measures everything. `on_measurement` gets the record so far and a line for each measurement. Failed
-/// measurements are in the record.
+/// Measures everything. `on_measurement` gets the record so far and a line for each measurement.
+/// Failed measurements are in the record.
 ///
 /// # Errors
 /// When measuring is impossible here, the machine is busy, or `on_measurement` fails.

@@ -27,8 +27,8 @@ pub struct Cpu {
     pub elapsed: f64,
     /// In user space, at ordinary priority.
     pub user: f64,
-    /// In user space at low priority (`nice`): the spinners that keep processors from idle states run there, so it is
-    /// not busy time.
+    /// In user space at low priority (`nice`): the spinners that keep processors from idle states
+    /// run there, so it is not busy time.
     pub nice: f64,
     /// In the kernel for a process.
     pub system: f64,

@@ -31,7 +31,8 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Index of the connection (its descriptor's number), and whether it can be read or is finished.
+    /// Index of the connection (its descriptor's number), and whether it can be read or is
+    /// finished.
     pub fn iter(&self) -> impl Iterator<Item = (usize, bool)> {
         let readable = EventFlags::IN | EventFlags::HUP | EventFlags::ERR | EventFlags::RDHUP;
         self.0.iter().map(move |event| {

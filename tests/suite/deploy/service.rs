@@ -1,4 +1,5 @@
-//! The service, installed by `cargo xtask install` and run by a systemd, between a client and real mail servers.
+//! The service, installed by `cargo xtask install` and run by a systemd, between a client and real
+//! mail servers.
 
 use std::fmt::Write as _;
 use std::fs;

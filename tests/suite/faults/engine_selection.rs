@@ -348,7 +348,8 @@ pub(crate) fn check_rejected(testbed: &Testbed, case: &InvalidStart) -> anyhow::
     let output = testbed.topology.edge.command("nft").args(["list", "tables"]).output()?;
     let tables = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(!tables.contains("injector-faults"), "{tables}");
-    // The file system has files of its own; the daemon's folder is named after the layout's version.
+    // The file system has files of its own; the daemon's folder is named after the layout's
+    // version.
     let left = pinned.bpffs.path().join("v1");
     ensure!(!left.exists(), "{} was made", left.display());
     Ok(())

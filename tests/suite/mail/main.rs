@@ -1,4 +1,5 @@
-//! Real mail through the edge: senders → {HAProxy, the injector's engines} → Postfix and Dovecot → mailbox → reader.
+//! Real mail through the edge: senders → {HAProxy, the injector's engines} → Postfix and Dovecot →
+//! mailbox → reader.
 //!
 //! Trials are named `FRONT/FAMILY/PORT→PORT`. All share one set of namespaces and servers, created
 //! when the first of them runs. Each front is started when its first trial runs, so that a front

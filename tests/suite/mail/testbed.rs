@@ -86,7 +86,8 @@ impl Shared {
     }
 }
 
-/// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the namespace.
+/// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the
+/// namespace.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     fronts: Vec<(Front, OnceLock<Result<Running, String>>)>,

@@ -18,7 +18,8 @@ pub(crate) fn towards(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
             let interface = routes.towards(place.of(family)).await?;
             ensure!(interface.name == name && interface.kind == LinkKind::Ethernet, "{interface:?}");
             let c_name = CString::new(name)?;
-            // SAFETY: if_nametoindex reads the string, which ends with a zero and lives for the whole call.
+            // SAFETY: if_nametoindex reads the string, which ends with a zero and lives for the
+            // whole call.
             let index = unsafe { libc::if_nametoindex(c_name.as_ptr()) };
             ensure!(interface.index == index, "{interface:?} is number {index}");
         }

@@ -16,7 +16,8 @@ use injector_testbed::service::{CLEAR_IMAP, IMAP, IMAPS, SMTP, SUBMISSION, SUBMI
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the namespace.
+/// Namespaces and servers. Fields are dropped in this order: what runs in a namespace before the
+/// namespace.
 pub(crate) struct Testbed {
     pub(crate) injector: Injector,
     pub(crate) host: MailHost,

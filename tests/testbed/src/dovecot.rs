@@ -41,7 +41,8 @@ impl Dovecot {
     /// Starts it and waits until all four ports are open.
     ///
     /// # Errors
-    /// When Dovecot 2.3 is not installed, refuses its configuration or does not listen within ten seconds.
+    /// When Dovecot 2.3 is not installed, refuses its configuration or does not listen within ten
+    /// seconds.
     pub fn start(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Self> {
         Self::start_adding(netns, certificate, "")
     }

@@ -26,7 +26,8 @@ impl HaProxy {
     /// Starts it and waits until it listens.
     ///
     /// # Errors
-    /// When HAProxy is not installed, refuses its configuration or does not listen within ten seconds.
+    /// When HAProxy is not installed, refuses its configuration or does not listen within ten
+    /// seconds.
     pub fn start(netns: &Netns, forwards: &[Forward]) -> anyhow::Result<Self> {
         let dir = netns::scratch_dir("haproxy")?;
         let config = dir.path().join("haproxy.cfg");

@@ -1,4 +1,5 @@
-//! The testbed: network namespaces joined by veth, real mail servers, mail clients, and the programs under test.
+//! The testbed: network namespaces joined by veth, real mail servers, mail clients, and the
+//! programs under test.
 //!
 //! The targets of `tests/suite` combine these modules; `xtask demo` uses [`netns`] as well. In
 //! reading order: [`netns`] creates the three networks, [`mail_host`] starts [`postfix`] and

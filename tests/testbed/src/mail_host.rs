@@ -1,4 +1,5 @@
-//! The mail host: Postfix and Dovecot in the mail namespace, with one certificate; Postfix delivers to Dovecot.
+//! The mail host: Postfix and Dovecot in the mail namespace, with one certificate; Postfix delivers
+//! to Dovecot.
 
 use anyhow::Context;
 use tempfile::TempDir;

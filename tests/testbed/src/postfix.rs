@@ -47,7 +47,8 @@ impl Postfix {
     /// Starts it and waits until all six ports are open.
     ///
     /// # Errors
-    /// When Postfix is not installed, refuses its configuration or does not listen within ten seconds.
+    /// When Postfix is not installed, refuses its configuration or does not listen within ten
+    /// seconds.
     pub fn start(netns: &Netns, neighbours: Neighbours<'_>) -> anyhow::Result<Self> {
         let smtp_ports = MATRIX.iter().filter(|service| service.protocol != "imaps");
         let ports: Vec<_> = smtp_ports.flat_map(|service| [service.standard, service.proxied]).collect();

@@ -108,7 +108,8 @@ impl Process {
             return Ok(());
         }
         let pid = libc::pid_t::try_from(self.child.id())?;
-        // SAFETY: kill touches no memory, and the child has not been waited for, so the pid is still its own.
+        // SAFETY: kill touches no memory, and the child has not been waited for, so the pid is
+        // still its own.
         let result = unsafe { libc::kill(pid, signal) };
         ensure!(result == 0, "cannot signal {}: {}", self.name, io::Error::last_os_error());
         Ok(())
@@ -145,7 +146,8 @@ fn listening() -> anyhow::Result<Vec<SocketAddr>> {
 
 /// Reads one line of `/proc/net/tcp` or `tcp6`; `None` if the socket is not listening (state 0A).
 ///
-/// The kernel prints addresses as 32-bit words in host order, ports as numbers (`net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`).
+/// The kernel prints addresses as 32-bit words in host order, ports as numbers
+/// (`net/ipv4/tcp_ipv4.c`, `get_tcp4_sock`).
 fn parse_listening(line: &str) -> Option<SocketAddr> {
     let mut fields = line.split_whitespace().skip(1);
     let (address, port) = fields.next()?.split_once(':')?;

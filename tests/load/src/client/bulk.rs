@@ -1,6 +1,8 @@
-//! Bulk transfer at full speed: blocking sockets, one thread for each connection, large system calls.
+//! Bulk transfer at full speed: blocking sockets, one thread for each connection, large system
+//! calls.
 //!
-//! Only bytes that arrived count, and the time runs until the last byte has arrived: a proxy buffers megabytes.
+//! Only bytes that arrived count, and the time runs until the last byte has arrived: a proxy
+//! buffers megabytes.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -58,7 +60,8 @@ pub(super) fn download(target: SocketAddr, connections: usize, seconds: f64) -> 
     })
 }
 
-/// Opens all connections, starts all transfers at the same moment, and returns when the last has ended.
+/// Opens all connections, starts all transfers at the same moment, and returns when the last has
+/// ended.
 fn run_together(
     target: SocketAddr,
     connections: usize,

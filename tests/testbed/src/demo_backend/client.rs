@@ -85,7 +85,8 @@ pub struct Fetched {
 /// Logs in over IMAP and fetches the newest message of the INBOX.
 ///
 /// # Errors
-/// When the connection or any IMAP command fails, the INBOX is empty, or the conversation takes more than 20 s.
+/// When the connection or any IMAP command fails, the INBOX is empty, or the conversation takes
+/// more than 20 s.
 pub async fn fetch(route: &Route, account: &(String, String)) -> anyhow::Result<Fetched> {
     let conversation = async {
         let stream = route.connect().await?;

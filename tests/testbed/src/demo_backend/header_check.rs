@@ -109,7 +109,8 @@ fn check(seen: &[u8]) -> Result<Header, HeaderError> {
 mod tests {
     use super::*;
 
-    /// PROXY, TCP over IPv4, 198.51.100.7:40000 to 192.0.2.10:25, as in section 2.2 of the specification.
+    /// PROXY, TCP over IPv4, 198.51.100.7:40000 to 192.0.2.10:25, as in section 2.2 of the
+    /// specification.
     const HEADER: [u8; 28] = [
         0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a, // signature
         0x21, 0x11, 0x00, 0x0c, // version 2, PROXY; AF_INET, STREAM; 12 bytes follow

@@ -218,7 +218,8 @@ fn numbers(set: &str, count: usize) -> Option<Vec<usize>> {
     Some((1..=count).filter(|number| wanted[number - 1]).collect())
 }
 
-/// Reads an atom or a quoted string and the space after it; `None` for anything else, literals included.
+/// Reads an atom or a quoted string and the space after it; `None` for anything else, literals
+/// included.
 fn astring(text: &str) -> Option<(String, &str)> {
     let Some(quoted) = text.strip_prefix('"') else {
         let (word, rest) = text.split_once(' ').unwrap_or((text, ""));

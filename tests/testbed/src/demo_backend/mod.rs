@@ -121,7 +121,8 @@ struct Shared {
 }
 
 impl Backend {
-    /// Binds every address and serves on the current runtime, in the network namespace of the calling thread.
+    /// Binds every address and serves on the current runtime, in the network namespace of the
+    /// calling thread.
     ///
     /// # Errors
     /// When an address cannot be bound; the error names it.
@@ -157,8 +158,8 @@ impl Backend {
         self.shared.mailbox().clone()
     }
 
-    /// Every connection that has ended, oldest first; wait for one with [`watch::Receiver::wait_for`], from any
-    /// runtime.
+    /// Every connection that has ended, oldest first; wait for one with
+    /// [`watch::Receiver::wait_for`], from any runtime.
     #[must_use]
     pub fn visits(&self) -> watch::Receiver<Vec<Visit>> {
         self.visits.clone()

@@ -49,7 +49,8 @@ impl Wire {
         Ok(count > 0)
     }
 
-    /// The next line as text without its line end, bytes outside UTF-8 replaced; `None` at the end of the stream.
+    /// The next line as text without its line end, bytes outside UTF-8 replaced; `None` at the end
+    /// of the stream.
     pub(super) async fn text(&mut self) -> io::Result<Option<String>> {
         let mut line = Vec::new();
         let more = self.line(&mut line).await?;

@@ -63,7 +63,8 @@ impl Netns {
     /// detection.
     ///
     /// # Errors
-    /// When not root, when iproute2 is missing, or when this process already has a namespace for that role.
+    /// When not root, when iproute2 is missing, or when this process already has a namespace for
+    /// that role.
     pub fn new(role: &str) -> anyhow::Result<Self> {
         if let Some(reason) = unavailable() {
             bail!("network namespace for {role}: {reason}");

@@ -4,8 +4,9 @@ use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, HostAddresses, MAIL, Netns, VIPS,
 
 /// client — edge — mail, joined by veth, with the addresses above.
 ///
-/// The client reaches the public addresses through the edge; the mail servers' default route is the edge, which forwards.
-/// Interfaces are `eth0` in client and mail, `outside` and `inside` in the edge.
+/// The client reaches the public addresses through the edge; the mail servers' default route is the
+/// edge, which forwards. Interfaces are `eth0` in client and mail, `outside` and `inside` in the
+/// edge.
 #[derive(Debug)]
 pub struct Topology {
     /// Senders and readers run here.

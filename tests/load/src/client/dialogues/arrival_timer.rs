@@ -10,7 +10,8 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
-/// Start times of dialogues: a Poisson process, on a timerfd, which has no timer slack, unlike `epoll_wait`.
+/// Start times of dialogues: a Poisson process, on a timerfd, which has no timer slack, unlike
+/// `epoll_wait`.
 #[derive(Debug)]
 pub(super) struct ArrivalTimer {
     pub(super) timer: OwnedFd,

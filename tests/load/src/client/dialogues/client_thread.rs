@@ -117,7 +117,8 @@ impl<'a> ClientThread<'a> {
                 return Ok(self.result);
             }
             for (at, readable) in events.iter() {
-                // A dialogue that ended or failed is replaced, so that one failure does not end the run.
+                // A dialogue that ended or failed is replaced, so that one failure does not end the
+                // run.
                 if self.advance(at, readable, phase == MEASURING).is_none() {
                     self.start(Instant::now());
                 }
@@ -125,8 +126,9 @@ impl<'a> ClientThread<'a> {
         }
     }
 
-    /// Dialogues start at random times, as those of independent clients do, and at the same times in every run. At equal
-    /// distances they would synchronise with the kernel's clock, whose ticks would then always sample the same state.
+    /// Dialogues start at random times, as those of independent clients do, and at the same times
+    /// in every run. At equal distances they would synchronise with the kernel's clock, whose ticks
+    /// would then always sample the same state.
     fn at_rate(mut self, rate: f64, thread: u64) -> anyhow::Result<ThreadResult> {
         let mut timer = ArrivalTimer::new(rate, thread)?;
         self.poller.add(&timer.timer, Interest::Read)?;
@@ -169,7 +171,8 @@ impl<'a> ClientThread<'a> {
         }
     }
 
-    /// An unfinished dialogue took at least as long as it has been waiting. Leaving it out would flatter a slow system.
+    /// An unfinished dialogue took at least as long as it has been waiting. Leaving it out would
+    /// flatter a slow system.
     fn count_unfinished(&mut self, measured_from: Option<Instant>) {
         for connection in self.connections.drain(..).flatten() {
             self.result.unfinished += 1;

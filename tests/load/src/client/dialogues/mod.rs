@@ -35,7 +35,8 @@ const ENDING: u8 = 2;
 /// How long the last dialogues of an open loop may still run.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// Limit of simultaneous dialogues of an open loop, per thread: a system that is this far behind does not keep up.
+/// Limit of simultaneous dialogues of an open loop, per thread: a system that is this far behind
+/// does not keep up.
 const MAX_OPEN: usize = 4096;
 
 /// How long a thread waits before it reads the phase again.

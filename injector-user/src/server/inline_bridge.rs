@@ -1,0 +1,28 @@
+//! Publishes to the inline engine which listeners it serves.
+
+use std::sync::Arc;
+
+use tokio::sync::{Notify, watch};
+
+use super::{active_listener::ActiveListener, state::Server};
+use crate::engine::served_listener::ServedListener;
+
+impl Server {
+    /// What engine inline is to serve, now and whenever it changes, and what rings when other backends are to get its
+    /// connections.
+    #[must_use]
+    pub fn inline_updates(&self) -> (watch::Receiver<Vec<ServedListener>>, Arc<Notify>) {
+        (self.inline_listeners.subscribe(), Arc::clone(&self.backends_changed))
+    }
+
+    pub(super) fn publish_to_inline(&self) {
+        let served = |active: &ActiveListener| ServedListener {
+            listener: active.config.clone(),
+            backends: Arc::clone(&active.backends),
+            draining: active.drain.is_some(),
+        };
+        self.inline_listeners.send_replace(
+            self.listeners.iter().filter(|active| active.engine.is_none()).map(served).collect(),
+        );
+    }
+}

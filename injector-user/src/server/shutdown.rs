@@ -1,0 +1,67 @@
+//! Ends sessions: at a drain deadline, and when the daemon shuts down.
+
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    state::{Server, Shared},
+    worker::Worker,
+};
+use crate::{session::registry::SessionRegistry, telemetry::log::target};
+
+/// How long sessions may take to end after they were cut.
+const ABORT_GRACE: Duration = Duration::from_secs(3);
+
+impl Server {
+    /// Closes the doors, and cuts who has not finished at the deadline, or on a second signal.
+    pub async fn shutdown(self, deadline: Duration, second_signal: impl Future<Output = ()>) {
+        let Shared { stop_accepting, abort_sessions: abort, stop_workers, acceptors, sessions, .. } =
+            self.shared;
+        stop_accepting.cancel();
+        acceptors.close();
+        acceptors.wait().await;
+        sessions.close();
+        let left = sessions.len();
+        tracing::info!(target: target::DAEMON,
+            sessions = left,
+            ?deadline,
+            "shutting down: no new connections; a second signal aborts the remaining sessions"
+        );
+        let finished = tokio::select! {
+            () = sessions.wait() => true,
+            () = tokio::time::sleep(deadline) => false,
+            () = second_signal => false,
+        };
+        let mut count = 0;
+        if !finished {
+            count = sessions.len();
+            abort_sessions(&abort, self.workers.iter().map(Worker::sessions));
+            if tokio::time::timeout(ABORT_GRACE, sessions.wait()).await.is_err() {
+                tracing::warn!(target: target::DAEMON, sessions = sessions.len(), "sessions are still open after they were aborted; they end with the process");
+            }
+        }
+        stop_workers.cancel();
+        self.workers.into_iter().for_each(Worker::join);
+        let completed = left.saturating_sub(count);
+        tracing::info!(target: target::DAEMON,
+            completed,
+            aborted = count,
+            "stopped: {completed} sessions completed, {count} aborted"
+        );
+    }
+
+    pub(super) fn abort_at(&self, deadline: Instant, abort: CancellationToken) {
+        let registries: Vec<_> = self.workers.iter().map(|worker| worker.sessions().clone()).collect();
+        tokio::spawn(async move {
+            tokio::time::sleep_until(deadline.into()).await;
+            abort_sessions(&abort, &registries);
+        });
+    }
+}
+
+/// Cuts connections, which look when they are called.
+fn abort_sessions<'a>(abort: &CancellationToken, registries: impl IntoIterator<Item = &'a SessionRegistry>) {
+    abort.cancel();
+    registries.into_iter().for_each(SessionRegistry::wake_all);
+}

@@ -8,12 +8,12 @@ use crate::config::{ProxyVersion, Receiver, UNIQUE_ID_LEN};
 
 /// A header, ready to be sent.
 #[derive(Clone, Debug)]
-pub struct Rendered {
+pub struct EncodedHeader {
     bytes: [u8; proxy::MAX_LEN],
     len: usize,
 }
 
-impl Rendered {
+impl EncodedHeader {
     /// The header for a client at `source` that connected to `destination`. `unique_id` goes along where the receiver
     /// wants one.
     ///
@@ -72,9 +72,9 @@ mod tests {
 
     const ID: [u8; UNIQUE_ID_LEN] = *b"0123456789abcdef0123456789abcdef";
 
-    fn rendered(receiver: &Receiver) -> Rendered {
+    fn rendered(receiver: &Receiver) -> EncodedHeader {
         let (source, destination) = ("198.51.100.7:40000".parse().unwrap(), "192.0.2.10:25".parse().unwrap());
-        Rendered::new(receiver, source, destination, &ID).unwrap()
+        EncodedHeader::new(receiver, source, destination, &ID).unwrap()
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub enum Protocol {
 
 /// Which end sends the first byte of a fresh connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaker {
+pub enum FirstSpeaker {
     /// The client: a TLS ClientHello.
     Client,
     /// The server: a banner.
@@ -109,11 +109,11 @@ impl Protocol {
 
     /// Who sends the first byte: with implicit TLS the client (RFC 8446, section 2), else the server with its
     /// banner (RFC 5321 section 3.1, RFC 9051 section 2.2, RFC 1939 section 4, RFC 5804 section 1.1).
-    pub const fn speaks_first(self) -> Speaker {
+    pub const fn speaks_first(self) -> FirstSpeaker {
         match self {
-            Self::Submissions | Self::Imaps | Self::Pop3s => Speaker::Client,
-            Self::Smtp | Self::Submission | Self::Imap | Self::Pop3 | Self::Sieve => Speaker::Server,
-            Self::Plain => Speaker::Unknown,
+            Self::Submissions | Self::Imaps | Self::Pop3s => FirstSpeaker::Client,
+            Self::Smtp | Self::Submission | Self::Imap | Self::Pop3 | Self::Sieve => FirstSpeaker::Server,
+            Self::Plain => FirstSpeaker::Unknown,
         }
     }
 
@@ -164,7 +164,7 @@ impl Protocol {
 
     /// How a client takes its leave below TLS; `None` where that is not known: RFC 5321 section 4.1.1.10, RFC 9051 section 6.1.3
     /// (under the tag `a`), RFC 1939 section 5, RFC 5804 section 2.3.
-    pub const fn goodbye(self) -> Option<&'static [u8]> {
+    pub const fn quit_command(self) -> Option<&'static [u8]> {
         match self {
             Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => Some(b"QUIT\r\n"),
             Self::Imap | Self::Imaps => Some(b"a LOGOUT\r\n"),
@@ -196,10 +196,10 @@ impl Protocol {
                 Self::Plain => minutes(60),
             },
             header_wait: match self.speaks_first() {
-                Speaker::Client => seconds(1),
+                FirstSpeaker::Client => seconds(1),
                 // Every connection in which the server turns out to speak first pays this once.
-                Speaker::Unknown => Duration::from_millis(100),
-                Speaker::Server => Duration::ZERO,
+                FirstSpeaker::Unknown => Duration::from_millis(100),
+                FirstSpeaker::Server => Duration::ZERO,
             },
             half_closed: match self {
                 // A client may pipeline its message and QUIT, finish, and still be owed the answer to the
@@ -223,7 +223,7 @@ impl Protocol {
     }
 
     /// The well-known port, for advice in messages only (RFC 5321, 6409, 8314, 9051, 1939, 5804).
-    pub const fn usual_port(self) -> Option<u16> {
+    pub const fn standard_port(self) -> Option<u16> {
         match self {
             Self::Smtp => Some(25),
             Self::Submission => Some(587),
@@ -257,7 +257,7 @@ mod tests {
             for why in REFUSALS {
                 assert_eq!(
                     protocol.refusal(why).is_some(),
-                    protocol.speaks_first() == Speaker::Server,
+                    protocol.speaks_first() == FirstSpeaker::Server,
                     "{protocol} {why:?}"
                 );
             }
@@ -304,7 +304,7 @@ mod tests {
     fn the_header_waits_only_where_a_client_may_speak_first() {
         for protocol in Protocol::ALL {
             let waits = !protocol.timeouts().header_wait.is_zero();
-            assert_eq!(waits, protocol.speaks_first() != Speaker::Server, "{protocol}");
+            assert_eq!(waits, protocol.speaks_first() != FirstSpeaker::Server, "{protocol}");
         }
     }
 

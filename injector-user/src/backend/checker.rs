@@ -22,7 +22,7 @@ use tokio_rustls::TlsConnector;
 use crate::{
     config::{Check, CheckHeader},
     net::tls,
-    protocol::{Protocol, Speaker},
+    protocol::{FirstSpeaker, Protocol},
 };
 
 /// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 a line); a server that goes on beyond is no mail server.
@@ -101,7 +101,7 @@ async fn talk(
         let header = header.get(..len).unwrap_or_default();
         stream.write_all(header).await.map_err(failed("the header"))?;
     }
-    if protocol.speaks_first() == Speaker::Server {
+    if protocol.speaks_first() == FirstSpeaker::Server {
         return converse(stream, protocol, stage).await;
     }
     *stage = "the TLS handshake";
@@ -163,7 +163,7 @@ async fn converse(
     stage: &mut &'static str,
 ) -> Result<(), Failed> {
     // Refused by the configuration.
-    let (Some(words), Some(goodbye)) = (words(protocol), protocol.goodbye()) else { return Ok(()) };
+    let (Some(words), Some(goodbye)) = (words(protocol), protocol.quit_command()) else { return Ok(()) };
     let mut stream = BufReader::new(stream);
     *stage = "the greeting";
     hear(&mut stream, &words.greeting, "the greeting").await?;

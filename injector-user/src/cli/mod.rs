@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::{
-    config::{Config, EngineChoice, LogFormat, LogLevel, MOST_CONNECTIONS, Metrics, parse_duration},
+    config::{Config, EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, Metrics, parse_duration},
     control::wire::BackendAction,
 };
 
@@ -354,7 +354,7 @@ pub fn apply(config: &mut Config, args: &RunArgs) {
 }
 
 fn connections(text: &str) -> Result<usize, &'static str> {
-    let number = text.parse().ok().filter(|number| (1..=MOST_CONNECTIONS).contains(number));
+    let number = text.parse().ok().filter(|number| (1..=MAX_CONNECTIONS).contains(number));
     number.ok_or("must be a number of at least 1")
 }
 

@@ -25,7 +25,7 @@ pub struct Backend {
 
 impl Backend {
     /// The heaviest share of a backend.
-    pub const MOST_WEIGHT: u32 = 1000;
+    pub const MAX_WEIGHT: u32 = 1000;
 }
 
 impl fmt::Display for Backend {
@@ -45,7 +45,7 @@ pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backe
             Entry::Text((at, text)) => (at, text, 1, false),
             Entry::Table(table) => {
                 let address = table.required("address", |table, field| table.string(field));
-                let weight = table.integer("weight", 0, u64::from(Backend::MOST_WEIGHT));
+                let weight = table.integer("weight", 0, u64::from(Backend::MAX_WEIGHT));
                 let backup = table.flag("backup").is_some_and(|(_, backup)| backup);
                 table.finish();
                 let Some((at, text)) = address else { continue };
@@ -55,23 +55,23 @@ pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backe
         let (host, port) = match address::backend(text) {
             Ok(backend) => backend,
             Err(advice) => {
-                section.field_problem(at, "backends", &format!(" {text:?}: {advice}"));
+                section.report_field(at, "backends", &format!(" {text:?}: {advice}"));
                 continue;
             }
         };
         if backends.iter().any(|other| (&other.host, other.port) == (&host, port)) {
-            section.field_problem(at, "backends", &format!(" {text:?}: listed twice"));
+            section.report_field(at, "backends", &format!(" {text:?}: listed twice"));
         }
-        if let Some(bind) = binds.iter().find(|bind| address::loops_back(**bind, &host, port)) {
+        if let Some(bind) = binds.iter().find(|bind| address::is_loop(**bind, &host, port)) {
             let message =
                 format!(" {text:?}: points back at this listener (bind \"{bind}\"): connections would loop");
-            section.field_problem(at, "backends", &message);
+            section.report_field(at, "backends", &message);
         }
         backends.push(Backend { host, port, weight, backup });
     }
     if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
         let message = ": at least one non-backup backend with weight > 0 is required";
-        section.field_problem(section.at(), "backends", message);
+        section.report_field(section.at(), "backends", message);
     }
     backends
 }

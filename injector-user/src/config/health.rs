@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    parse::section::{At, Section, Zero},
+    parse::section::{Section, Spanned, Zero},
     receiver::{ProxyVersion, Receiver},
 };
 use crate::protocol::Protocol;
@@ -62,26 +62,26 @@ impl Default for Health {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum CheckKind {
     None,
     Tcp,
     Mail,
 }
 
-impl Kind {
+impl CheckKind {
     const CHOICES: [(&'static str, Self); 3] =
         [("none", Self::None), ("tcp", Self::Tcp), ("mail", Self::Mail)];
 }
 
 /// More in a row would take hours to notice.
-const MOST_IN_A_ROW: u64 = 100;
+const MAX_CONSECUTIVE: u64 = 100;
 
 pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, receiver: &Receiver) -> Health {
     let mut health = Health::default();
     let Some(section) = section else { return health };
-    let kind = section.choice("check", &Kind::CHOICES).unwrap_or(Kind::None);
+    let kind = section.choice("check", &CheckKind::CHOICES).unwrap_or(CheckKind::None);
     let port = section.integer("port", 1, u64::from(u16::MAX));
-    let spoken = section.string("protocol").and_then(|text| {
+    let protocol_field = section.string("protocol").and_then(|text| {
         let all = Protocol::ALL.map(|protocol| (protocol.name(), protocol));
         Some((text.0, section.choose("protocol", text, &all)?))
     });
@@ -90,74 +90,79 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, receiver: &
         Some((text.0, section.choose("header", text, &all)?))
     });
     let check = Check {
-        protocol: (kind == Kind::Mail).then(|| spoken.map_or(protocol, |(_, protocol)| protocol)),
+        protocol: (kind == CheckKind::Mail)
+            .then(|| protocol_field.map_or(protocol, |(_, protocol)| protocol)),
         port: port.and_then(|(_, port)| u16::try_from(port).ok()),
         header: header.map(|(_, header)| header).unwrap_or_default(),
         interval: section
-            .duration("interval", Zero::Refused)
+            .duration("interval", Zero::Rejected)
             .map_or(Duration::from_secs(10), |(_, given)| given),
         timeout: section
-            .duration("timeout", Zero::Refused)
+            .duration("timeout", Zero::Rejected)
             .map_or(Duration::from_secs(5), |(_, given)| given),
-        rise: in_a_row(&section, "rise", 1).map_or(2, |(_, given)| given),
-        fall: in_a_row(&section, "fall", 1).map_or(3, |(_, given)| given),
+        rise: consecutive(&section, "rise", 1).map_or(2, |(_, given)| given),
+        fall: consecutive(&section, "fall", 1).map_or(3, |(_, given)| given),
     };
-    if let Some((_, after)) = in_a_row(&section, "eject_after", 0) {
+    if let Some((_, after)) = consecutive(&section, "eject_after", 0) {
         health.ejection.after = (after > 0).then_some(after);
     }
-    if let Some((_, time)) = section.duration("eject_for", Zero::Refused) {
+    if let Some((_, time)) = section.duration("eject_for", Zero::Rejected) {
         health.ejection.time = time;
     }
     match kind {
-        Kind::None => refuse_idle(&section),
-        Kind::Tcp => refuse_for_tcp(&section, spoken, header),
-        Kind::Mail => refuse_for_mail(&section, &check, spoken, header, receiver),
+        CheckKind::None => reject_without_check(&section),
+        CheckKind::Tcp => validate_tcp(&section, protocol_field, header),
+        CheckKind::Mail => validate_mail(&section, &check, protocol_field, header, receiver),
     }
-    health.check = (kind != Kind::None).then_some(check);
+    health.check = (kind != CheckKind::None).then_some(check);
     section.finish();
     health
 }
 
-fn in_a_row(section: &Section<'_>, field: &'static str, least: u64) -> Option<At<u32>> {
-    let (at, given) = section.integer(field, least, MOST_IN_A_ROW)?;
+fn consecutive(section: &Section<'_>, field: &'static str, min: u64) -> Option<Spanned<u32>> {
+    let (at, given) = section.integer(field, min, MAX_CONSECUTIVE)?;
     Some((at, u32::try_from(given).ok()?))
 }
 
 /// Without checks, what they would be like says nothing.
-fn refuse_idle(section: &Section<'_>) {
+fn reject_without_check(section: &Section<'_>) {
     for field in ["port", "protocol", "header", "interval", "timeout", "rise", "fall"] {
         if section.has(field) {
             let what = ": has no effect without check = \"tcp\" or check = \"mail\"";
-            section.field_problem(section.at(), field, what);
+            section.report_field(section.at(), field, what);
         }
     }
 }
 
-fn refuse_for_tcp(section: &Section<'_>, spoken: Option<At<Protocol>>, header: Option<At<CheckHeader>>) {
-    if let Some((at, _)) = spoken {
-        section.field_problem(at, "protocol", ": has no effect with check = \"tcp\"");
+fn validate_tcp(
+    section: &Section<'_>,
+    protocol_field: Option<Spanned<Protocol>>,
+    header: Option<Spanned<CheckHeader>>,
+) {
+    if let Some((at, _)) = protocol_field {
+        section.report_field(at, "protocol", ": has no effect with check = \"tcp\"");
     }
     if let Some((at, CheckHeader::Local)) = header {
         // smtpd up to 3.10: "fatal: … haproxy …" when the peer is gone after its header.
         let what = ": closing right after a header terminates Postfix's smtpd: use check = \"mail\"";
-        section.field_problem(at, "header", what);
+        section.report_field(at, "header", what);
     }
 }
 
-fn refuse_for_mail(
+fn validate_mail(
     section: &Section<'_>,
     check: &Check,
-    spoken: Option<At<Protocol>>,
-    header: Option<At<CheckHeader>>,
+    protocol_field: Option<Spanned<Protocol>>,
+    header: Option<Spanned<CheckHeader>>,
     receiver: &Receiver,
 ) {
     if check.protocol == Some(Protocol::Plain) {
-        let at = spoken.map_or(section.at(), |(at, _)| at);
+        let at = protocol_field.map_or(section.at(), |(at, _)| at);
         let what = " \"plain\": check = \"mail\" needs a protocol whose server sends a greeting: use check = \"tcp\"";
-        section.field_problem(at, "protocol", what);
+        section.report_field(at, "protocol", what);
     }
     if let (Some((at, CheckHeader::Local)), ProxyVersion::V1) = (header, receiver.version) {
-        section.field_problem(
+        section.report_field(
             at,
             "header",
             " \"local\": PROXY version 1 has no LOCAL command: set health.port to a port that does not expect a header",
@@ -166,6 +171,6 @@ fn refuse_for_mail(
     if check.port.is_none() && check.header == CheckHeader::None {
         let what = " is missing: the backend's own demands a header. Give one that does not (such as 25), or header = \
                     \"local\" where the server takes that";
-        section.field_problem(section.at(), "port", what);
+        section.report_field(section.at(), "port", what);
     }
 }

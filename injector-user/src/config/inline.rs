@@ -8,7 +8,7 @@ use super::parse::section::{Section, Zero};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inline {
     /// Whether the file has the table: the operator knows that this host forwards.
-    pub given: bool,
+    pub present: bool,
     /// Who translates addresses.
     pub nat: Nat,
     /// Managed NAT: the backend sees the host's address as its peer's, so that it answers by this host.
@@ -34,7 +34,7 @@ pub struct Inline {
 impl Default for Inline {
     fn default() -> Self {
         Self {
-            given: false,
+            present: false,
             nat: Nat::default(),
             masquerade: true,
             table: "injector".to_owned(),
@@ -81,7 +81,7 @@ impl Attachment {
 }
 
 pub(super) fn read(section: Section<'_>) -> Inline {
-    let mut inline = Inline { given: true, ..Inline::default() };
+    let mut inline = Inline { present: true, ..Inline::default() };
     inline.nat = section.choice("nat", &Nat::CHOICES).unwrap_or(inline.nat);
     inline.masquerade = section.flag("masquerade").map_or(inline.masquerade, |(_, flag)| flag);
     inline.set_sysctls = section.flag("set_sysctls").map_or(inline.set_sysctls, |(_, flag)| flag);
@@ -91,7 +91,7 @@ pub(super) fn read(section: Section<'_>) -> Inline {
         if (1..=63).contains(&table.len()) && table.bytes().all(fits) {
             table.clone_into(&mut inline.table);
         } else {
-            section.field_problem(
+            section.report_field(
                 at,
                 "table",
                 &format!(" {table:?}: must be 1 to 63 of A-Z, a-z, 0-9, _ and -"),
@@ -104,7 +104,7 @@ pub(super) fn read(section: Section<'_>) -> Inline {
     if let Some((_, flows)) = section.integer("flows", 16, 1 << 24) {
         inline.flows = u32::try_from(flows).unwrap_or(inline.flows);
     }
-    inline.idle = section.duration("idle", Zero::Refused).map_or(inline.idle, |(_, idle)| idle);
+    inline.idle = section.duration("idle", Zero::Rejected).map_or(inline.idle, |(_, idle)| idle);
     for (field, devices) in
         [("client_devices", &mut inline.client_devices), ("backend_devices", &mut inline.backend_devices)]
     {

@@ -7,12 +7,12 @@ use super::{
     health::{self, Health},
     parse::{
         address,
-        section::{At, Section, Zero},
+        section::{Section, Spanned, Zero},
     },
     receiver::{self, Receiver},
     timeouts::{self, Timeouts},
 };
-use crate::protocol::{Protocol, Speaker};
+use crate::protocol::{FirstSpeaker, Protocol};
 
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -81,7 +81,7 @@ impl Listener {
     /// waited for. How long is for the backend to say, by when it sends its SYN again: a second.
     #[must_use]
     pub fn waits_for_first_bytes(&self) -> bool {
-        self.protocol.speaks_first() == Speaker::Client && !self.timeouts.header_wait.is_zero()
+        self.protocol.speaks_first() == FirstSpeaker::Client && !self.timeouts.header_wait.is_zero()
     }
 }
 
@@ -93,15 +93,15 @@ struct Bound {
 }
 
 /// Reads all listeners; `None` if one could not be understood, which is then reported.
-pub(super) fn read_all(root: &Section<'_>, metrics: Option<At<SocketAddr>>) -> Option<Vec<Listener>> {
+pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>) -> Option<Vec<Listener>> {
     let Some(sections) = root.sections("listener") else {
         if !root.has("listener") {
-            root.problem(0, "no [[listener]]: at least one is needed");
+            root.report(0, "no [[listener]]: at least one is needed");
         }
         return None;
     };
     if sections.is_empty() {
-        root.problem(0, "no [[listener]]: at least one is needed");
+        root.report(0, "no [[listener]]: at least one is needed");
     }
     let mut names = BTreeMap::new();
     let mut bound: Vec<Bound> = Vec::new();
@@ -129,7 +129,7 @@ fn read(
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
     let backends = backend::read_all(&section, &bind);
-    let resolve_interval = section.duration("resolve_interval", Zero::Refused);
+    let resolve_interval = section.duration("resolve_interval", Zero::Rejected);
     let max_connections = section.count("max_connections");
     // Without a valid protocol the rest is still checked, against the one that restricts least.
     let timeouts =
@@ -156,13 +156,13 @@ fn name(section: &mut Section<'_>, names: &mut BTreeMap<String, usize>) -> Optio
     let charset =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
     if !(1..=63).contains(&name.len()) || !name.bytes().all(charset) {
-        section.field_problem(at, "name", &format!(" {name:?}: must be 1 to 63 of a-z, 0-9, _ and -"));
+        section.report_field(at, "name", &format!(" {name:?}: must be 1 to 63 of a-z, 0-9, _ and -"));
         return None;
     }
     section.set_listener(name.to_owned());
     if let Some(first) = names.get(name) {
         let line = section.line(*first);
-        section.field_problem(at, "name", &format!(" {name:?}: already used by the listener in line {line}"));
+        section.report_field(at, "name", &format!(" {name:?}: already used by the listener in line {line}"));
         return None;
     }
     names.insert(name.to_owned(), at);
@@ -178,19 +178,19 @@ fn binds(section: &Section<'_>, protocol: Option<Protocol>, bound: &mut Vec<Boun
     let texts = section.required("bind", |section, field| section.strings(field)).unwrap_or_default();
     let mut addresses = Vec::new();
     for (at, text) in texts {
-        match address::socket_address(text, protocol.and_then(Protocol::usual_port)) {
+        match address::socket_address(text, protocol.and_then(Protocol::standard_port)) {
             Ok(address) => {
-                refuse_overlap(section, at, text, address, bound);
+                reject_overlap(section, at, text, address, bound);
                 bound.push(Bound { at, address, owner: format!("listener {:?}", section.listener()) });
                 addresses.push(address);
             }
-            Err(advice) => section.field_problem(at, "bind", &format!(" {text:?}: {advice}")),
+            Err(advice) => section.report_field(at, "bind", &format!(" {text:?}: {advice}")),
         }
     }
     addresses
 }
 
-fn refuse_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketAddr, bound: &[Bound]) {
+fn reject_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketAddr, bound: &[Bound]) {
     let Some(other) = bound.iter().find(|other| address::overlap(other.address, address)) else { return };
     let line = section.line(other.at);
     let what = if other.address == address {
@@ -198,5 +198,5 @@ fn refuse_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketA
     } else {
         format!("overlaps {:?} of {} in line {line}", other.address.to_string(), other.owner)
     };
-    section.field_problem(at, "bind", &format!(" {text:?}: {what}"));
+    section.report_field(at, "bind", &format!(" {text:?}: {what}"));
 }

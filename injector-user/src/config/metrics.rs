@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::parse::{
     address,
-    section::{At, Section},
+    section::{Section, Spanned},
 };
 
 /// `[metrics]`
@@ -14,7 +14,7 @@ pub struct Metrics {
     pub listen: SocketAddr,
 }
 
-pub(super) fn read(section: Section<'_>) -> Option<At<SocketAddr>> {
+pub(super) fn read(section: Section<'_>) -> Option<Spanned<SocketAddr>> {
     let listen = section.required("listen", |section, field| section.string(field));
     let listen = listen.and_then(|(at, text)| address::listen(&section, at, text));
     section.finish();

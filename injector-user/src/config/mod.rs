@@ -24,8 +24,8 @@ mod timeouts;
 
 use std::{fs, path::Path};
 
-pub(crate) use self::parse::section::MOST_CONNECTIONS;
-use self::parse::{diagnostic::Problems, section::Section};
+pub(crate) use self::parse::section::MAX_CONNECTIONS;
+use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,
     backend::Backend,
@@ -37,11 +37,11 @@ pub use self::{
     log::{Log, LogFormat, LogLevel},
     metrics::Metrics,
     parse::{
-        diagnostic::{ConfigError, Problem},
+        diagnostic::{ConfigError, Diagnostic},
         duration::{DurationError, parse_duration},
     },
     receiver::{CustomTlv, ProxyVersion, Receiver, UNIQUE_ID_LEN},
-    splice::{EnrolmentPolicy, HeaderBy, Splice, Watermarks},
+    splice::{EnrolmentPolicy, HeaderMethod, Splice, Watermarks},
     stop::Stop,
     summary::summary,
     timeouts::Timeouts,
@@ -90,15 +90,15 @@ impl Config {
 
     /// Checks the text of a file; `file_name` only appears in messages. The error holds every problem found.
     pub fn parse(text: &str, file_name: &str) -> Result<Self, ConfigError> {
-        let problems = Problems::new(text, file_name);
+        let diagnostics = Diagnostics::new(text, file_name);
         let config = match toml::de::DeTable::parse(text) {
-            Ok(table) => read(Section::root(&table, &problems)),
+            Ok(table) => read(Section::root(&table, &diagnostics)),
             Err(error) => {
-                problems.add(error.span().map_or(0, |span| span.start), None, error.message().to_owned());
+                diagnostics.add(error.span().map_or(0, |span| span.start), None, error.message().to_owned());
                 None
             }
         };
-        match (config, problems.into_error()) {
+        match (config, diagnostics.into_error()) {
             (Some(config), None) => Ok(config),
             (_, Some(error)) => Err(error),
             (None, None) => Err(ConfigError::Incomplete { file: file_name.to_owned() }),

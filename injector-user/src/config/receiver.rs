@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::parse::{
     address,
-    section::{At, Section},
+    section::{Section, Spanned},
 };
 
 /// Bytes of a unique id. The PROXY protocol allows 128 (section 2.2.5); this is 128 bits in hexadecimal, so
@@ -13,13 +13,13 @@ pub const UNIQUE_ID_LEN: usize = 32;
 
 /// A v2 header with IPv6 addresses and no TLVs: the longest the client's addresses alone can make it (section
 /// 2.2).
-const PLAIN_HEADER: usize = 16 + 36;
+const HEADER_WITHOUT_TLVS: usize = 16 + 36;
 /// Type and length in front of a TLV's value (section 2.2).
-const TLV_HEAD: usize = 3;
+const TLV_OVERHEAD: usize = 3;
 /// Read by every receiver in one piece.
-const SAFE_HEADER: usize = 232;
+const DEFAULT_MAX_HEADER: usize = 232;
 /// The design limit of the specification (section 2.2), and all that Postfix reads.
-const LARGEST_HEADER: usize = 536;
+const MAX_HEADER: usize = 536;
 
 const VERSIONS: [(&str, ProxyVersion); 2] = [("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)];
 
@@ -75,7 +75,7 @@ impl Default for Receiver {
     fn default() -> Self {
         Self {
             version: ProxyVersion::V2,
-            max_header: SAFE_HEADER,
+            max_header: DEFAULT_MAX_HEADER,
             crc32c: false,
             unique_id: false,
             authority: None,
@@ -88,12 +88,12 @@ impl Default for Receiver {
 impl Receiver {
     /// Bytes of the longest header this receiver will be sent: with v1 the specification's limit (section
     /// 2.1, without the final zero), with v2 that of a client over IPv6.
-    pub fn longest_header(&self) -> usize {
+    pub fn max_header_len(&self) -> usize {
         if self.version == ProxyVersion::V1 {
             return 107;
         }
-        let tlv = |value: usize| TLV_HEAD + value;
-        PLAIN_HEADER
+        let tlv = |value: usize| TLV_OVERHEAD + value;
+        HEADER_WITHOUT_TLVS
             + if self.crc32c { tlv(4) } else { 0 }
             + if self.unique_id { tlv(UNIQUE_ID_LEN) } else { 0 }
             + self.authority.as_ref().map_or(0, |name| tlv(name.len()))
@@ -107,11 +107,11 @@ pub(super) fn read(section: Option<Section<'_>>) -> Receiver {
     let default = Receiver::default();
     let Some(section) = section else { return default };
     let version = section.choice("version", &VERSIONS).unwrap_or_default();
-    let max_header = section.integer("max_header", PLAIN_HEADER as u64, LARGEST_HEADER as u64);
+    let max_header = section.integer("max_header", HEADER_WITHOUT_TLVS as u64, MAX_HEADER as u64);
     let crc32c = section.flag("crc32c");
     let unique_id = section.flag("unique_id");
     let authority = section.string("authority");
-    let noop = section.integer("noop", 1, LARGEST_HEADER as u64);
+    let noop = section.integer("noop", 1, MAX_HEADER as u64);
     let custom = section.sections("custom");
     if version == ProxyVersion::V1 {
         for (field, at) in [
@@ -123,7 +123,7 @@ pub(super) fn read(section: Option<Section<'_>>) -> Receiver {
             ("custom", custom.as_ref().and_then(|all| all.first()).map(Section::at)),
         ] {
             if let Some(at) = at {
-                section.field_problem(
+                section.report_field(
                     at,
                     field,
                     ": a v1 header is one line of text without TLVs: remove it or use v2",
@@ -133,35 +133,35 @@ pub(super) fn read(section: Option<Section<'_>>) -> Receiver {
     }
     let receiver = Receiver {
         version,
-        max_header: max_header.and_then(|(_, most)| usize::try_from(most).ok()).unwrap_or(default.max_header),
+        max_header: max_header.and_then(|(_, max)| usize::try_from(max).ok()).unwrap_or(default.max_header),
         crc32c: crc32c.is_some_and(|(_, on)| on),
         unique_id: unique_id.is_some_and(|(_, on)| on),
         authority: authority.and_then(|(at, name)| read_authority(&section, at, name)),
         noop: noop.and_then(|(_, length)| u16::try_from(length).ok()),
         custom: read_custom(custom.unwrap_or_default()),
     };
-    refuse_too_long(&section, &receiver);
+    reject_too_long(&section, &receiver);
     section.finish();
     receiver
 }
 
-fn refuse_too_long(section: &Section<'_>, receiver: &Receiver) {
-    let (longest, most) = (receiver.longest_header(), receiver.max_header);
-    if receiver.version == ProxyVersion::V1 || longest <= most {
+fn reject_too_long(section: &Section<'_>, receiver: &Receiver) {
+    let (longest, max) = (receiver.max_header_len(), receiver.max_header);
+    if receiver.version == ProxyVersion::V1 || longest <= max {
         return;
     }
     let raise = ", or raise max_header if the receiver reads that much at once";
-    let raise = if longest <= LARGEST_HEADER { raise } else { "" };
-    section.problem(
+    let raise = if longest <= MAX_HEADER { raise } else { "" };
+    section.report(
         section.at(),
         format!(
             "receiver: the header would be {longest} bytes for a client over IPv6, more than max_header = \
-             {most}: leave out TLVs{raise}"
+             {max}: leave out TLVs{raise}"
         ),
     );
 }
 
-fn set(flag: Option<At<bool>>) -> Option<usize> {
+fn set(flag: Option<Spanned<bool>>) -> Option<usize> {
     flag.filter(|(_, on)| *on).map(|(at, _)| at)
 }
 
@@ -170,7 +170,7 @@ fn read_authority(section: &Section<'_>, at: usize, name: &str) -> Option<String
         Ok(name) => Some(name),
         Err(what) => {
             // Dovecot disconnects for it.
-            section.field_problem(at, "authority", &format!(": {what}"));
+            section.report_field(at, "authority", &format!(": {what}"));
             None
         }
     }
@@ -184,7 +184,7 @@ fn read_custom(sections: Vec<Section<'_>>) -> Vec<CustomTlv> {
         if let Some((at, kind)) = kind
             && all.iter().any(|other| other.kind == kind)
         {
-            section.field_problem(at, "kind", &format!(" {kind:#X}: given twice"));
+            section.report_field(at, "kind", &format!(" {kind:#X}: given twice"));
         }
         section.finish();
         all.extend(kind.zip(value).map(|((_, kind), value)| CustomTlv { kind, value }));
@@ -192,11 +192,11 @@ fn read_custom(sections: Vec<Section<'_>>) -> Vec<CustomTlv> {
     all
 }
 
-fn read_kind(section: &Section<'_>, field: &'static str) -> Option<At<u8>> {
+fn read_kind(section: &Section<'_>, field: &'static str) -> Option<Spanned<u8>> {
     let (at, number) = section.integer(field, 0, u64::MAX)?;
     let kind = u8::try_from(number).ok().filter(|kind| (0xE0..=0xEF).contains(kind));
     if kind.is_none() {
-        section.field_problem(at, field, &format!(" {number:#X}: must be 0xE0 to 0xEF"));
+        section.report_field(at, field, &format!(" {number:#X}: must be 0xE0 to 0xEF"));
     }
     Some((at, kind?))
 }
@@ -208,18 +208,18 @@ fn read_value(section: &Section<'_>) -> Option<Vec<u8>> {
         (Some((at, text)), None) => (at, "value", text.as_bytes().to_vec()),
         (None, Some((at, hex))) => (at, "hex", read_hex(section, at, hex)?),
         (Some(_), Some((at, _))) => {
-            section.field_problem(at, "hex", ": give either value or hex, not both");
+            section.report_field(at, "hex", ": give either value or hex, not both");
             return None;
         }
         (None, None) => {
             if !section.has("value") && !section.has("hex") {
-                section.field_problem(section.at(), "value", " is missing (text; or hex for bytes)");
+                section.report_field(section.at(), "value", " is missing (text; or hex for bytes)");
             }
             return None;
         }
     };
     if value.is_empty() {
-        section.field_problem(at, field, ": must not be empty");
+        section.report_field(at, field, ": must not be empty");
     }
     Some(value)
 }
@@ -231,7 +231,7 @@ fn read_hex(section: &Section<'_>, at: usize, hex: &str) -> Option<Vec<u8>> {
         digits.chunks_exact(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect()
     });
     if bytes.is_none() {
-        section.field_problem(
+        section.report_field(
             at,
             "hex",
             &format!(" {hex:?}: must be pairs of hexadecimal digits, such as \"c0ffee\""),

@@ -12,12 +12,12 @@ pub struct Splice {
     /// When a direction is handed to the kernel.
     pub enrolment: EnrolmentPolicy,
     /// Who puts the header in front.
-    pub header: HeaderBy,
+    pub header: HeaderMethod,
 }
 
 /// Who puts the header in front of what the backend reads first, in the splice engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HeaderBy {
+pub enum HeaderMethod {
     /// The program `inject`, in the kernel.
     #[default]
     Program,
@@ -25,7 +25,7 @@ pub enum HeaderBy {
     Send,
 }
 
-impl HeaderBy {
+impl HeaderMethod {
     const CHOICES: [(&'static str, Self); 2] = [("program", Self::Program), ("send", Self::Send)];
 }
 
@@ -85,22 +85,22 @@ impl Default for EnrolmentPolicy {
 }
 
 /// Water marks and the like: more than any machine has, and sums of it still fit.
-const MOST_BYTES: u64 = 1 << 40;
+const MAX_BYTES: u64 = 1 << 40;
 
 pub(super) fn read(section: Section<'_>) -> Splice {
     let mut splice = Splice::default();
     let Splice { watermarks, enrolment, header } = &mut splice;
-    *header = section.choice("header", &HeaderBy::CHOICES).unwrap_or_default();
-    for (field, least, value) in [
+    *header = section.choice("header", &HeaderMethod::CHOICES).unwrap_or_default();
+    for (field, min, value) in [
         ("high_water", 1, &mut watermarks.high),
         ("low_water", 0, &mut watermarks.low),
         ("total_high_water", 1, &mut watermarks.total_high),
         ("total_limit", 1, &mut watermarks.total_limit),
         ("enrol_after_messages", 1, &mut enrolment.messages),
     ] {
-        *value = section.integer(field, least, MOST_BYTES).map_or(*value, |(_, given)| given);
+        *value = section.integer(field, min, MAX_BYTES).map_or(*value, |(_, given)| given);
     }
-    enrolment.bytes = section.integer("enrol_after_bytes", 1, MOST_BYTES).map(|(_, given)| given);
+    enrolment.bytes = section.integer("enrol_after_bytes", 1, MAX_BYTES).map(|(_, given)| given);
     enrolment.age = section.duration("enrol_after", Zero::Allowed).map(|(_, given)| given);
     for (lower, higher, names) in [
         (watermarks.low, watermarks.high, ["low_water", "high_water"]),
@@ -109,7 +109,7 @@ pub(super) fn read(section: Section<'_>) -> Splice {
         if lower >= higher {
             let [low, high] = names;
             section
-                .problem(section.at(), format!("splice.{low} = {lower} must be less than {high} = {higher}"));
+                .report(section.at(), format!("splice.{low} = {lower} must be less than {high} = {higher}"));
         }
     }
     section.finish();

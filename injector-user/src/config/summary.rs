@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use super::{
     Backend, CheckHeader, Config, EngineChoice, Health, Host, Limits, Listener, ProxyVersion, Receiver,
 };
-use crate::protocol::Speaker;
+use crate::protocol::FirstSpeaker;
 
 /// Describes a configuration for people: one block per listener, every default written out.
 pub fn summary(config: &Config) -> String {
@@ -65,8 +65,10 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     .map(humantime::format_duration);
     write!(out, "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}")?;
     match listener.protocol.speaks_first() {
-        Speaker::Server => writeln!(out)?,
-        Speaker::Client | Speaker::Unknown => writeln!(out, ", header waits {wait} for the client")?,
+        FirstSpeaker::Server => writeln!(out)?,
+        FirstSpeaker::Client | FirstSpeaker::Unknown => {
+            writeln!(out, ", header waits {wait} for the client")?
+        }
     }
     writeln!(out, "  dead peers   probed after {keepalive}, timed out after {user_timeout}")?;
     writeln!(out, "  draining     sessions may finish for {drain}")?;
@@ -139,7 +141,7 @@ fn header(receiver: &Receiver) -> String {
     for custom in &receiver.custom {
         tlvs.push(format!("{:#X} of {} bytes", custom.kind, custom.value.len()));
     }
-    let longest = receiver.longest_header();
+    let longest = receiver.max_header_len();
     let tlvs = if tlvs.is_empty() { "no TLVs".to_owned() } else { tlvs.join(", ") };
     match receiver.version {
         ProxyVersion::V1 => format!("PROXY v1, up to {longest} bytes"),

@@ -16,7 +16,7 @@ backends = ["mail.internal:2525"]
 fn problems(text: &str) -> Vec<String> {
     match Config::parse(text, "f.toml") {
         Ok(config) => panic!("no problem found in\n{text}\n{config:#?}"),
-        Err(ConfigError::Invalid(problems)) => problems.iter().map(Problem::to_string).collect(),
+        Err(ConfigError::Invalid(problems)) => problems.iter().map(Diagnostic::to_string).collect(),
         Err(other) => panic!("{other}"),
     }
 }

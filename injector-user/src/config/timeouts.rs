@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::parse::section::{Section, Zero};
-use crate::protocol::{Protocol, Speaker};
+use crate::protocol::{FirstSpeaker, Protocol};
 
 /// Dovecot gives a header 3 seconds (postscreen 5) and then closes.
-const HEADER_WAIT_LIMIT: Duration = Duration::from_secs(3);
+const MAX_HEADER_WAIT: Duration = Duration::from_secs(3);
 /// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
-const KEEPALIVE_LIMIT: Duration = Duration::from_secs(32_767);
+const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
 /// `[listener.timeouts]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
     };
     let Some(section) = section else { return timeouts };
     let set = |field, value: &mut Duration| {
-        if let Some((_, duration)) = section.duration(field, Zero::Refused) {
+        if let Some((_, duration)) = section.duration(field, Zero::Rejected) {
             *value = duration;
         }
     };
@@ -53,26 +53,26 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
     set("half_closed", &mut timeouts.half_closed);
     set("user_timeout", &mut timeouts.user_timeout);
     set("drain", &mut timeouts.drain);
-    if let Some((at, keepalive)) = section.duration("keepalive", Zero::Refused) {
-        if keepalive.subsec_nanos() != 0 || keepalive > KEEPALIVE_LIMIT {
+    if let Some((at, keepalive)) = section.duration("keepalive", Zero::Rejected) {
+        if keepalive.subsec_nanos() != 0 || keepalive > MAX_KEEPALIVE {
             let written = humantime::format_duration(keepalive);
             let what = format!(
                 " \"{written}\": must be whole seconds, at most 9h 6m 7s (the limit of the kernel's TCP_KEEPIDLE)"
             );
-            section.field_problem(at, "keepalive", &what);
+            section.report_field(at, "keepalive", &what);
         }
         timeouts.keepalive = keepalive;
     }
     if let Some((at, wait)) = section.duration("header_wait", Zero::Allowed) {
         let written = humantime::format_duration(wait);
-        if protocol_known && protocol.speaks_first() == Speaker::Server {
+        if protocol_known && protocol.speaks_first() == FirstSpeaker::Server {
             let what =
                 format!(": has no effect with protocol {:?}: the server speaks first", protocol.name());
-            section.field_problem(at, "header_wait", &what);
-        } else if wait >= HEADER_WAIT_LIMIT {
+            section.report_field(at, "header_wait", &what);
+        } else if wait >= MAX_HEADER_WAIT {
             let what =
                 format!(" \"{written}\": must be less than 3s: Dovecot waits at most 3s for the header");
-            section.field_problem(at, "header_wait", &what);
+            section.report_field(at, "header_wait", &what);
         }
         timeouts.header_wait = wait;
     }

@@ -189,7 +189,7 @@ impl Evidence<'_> {
             Server::Smtpd => says.push_str("; it is smtpd, which ignores postscreen_upstream_proxy_protocol"),
             _ => {}
         }
-        if self.target.protocol.usual_port() == Some(address.port()) {
+        if self.target.protocol.standard_port() == Some(address.port()) {
             says.push_str(
                 "; other clients, such as webmail, use this port without a header: give the injector a port of its own",
             );

@@ -11,7 +11,7 @@ use super::{
     dialect::{Dialect, readable},
     observation::{Dialogue, Relay},
 };
-use crate::protocol::{Protocol, Speaker};
+use crate::protocol::{FirstSpeaker, Protocol};
 
 /// Certainly foreign (RFC 2606, section 3), and its null MX (RFC 7505) takes no mail.
 pub(super) const FOREIGN_RECIPIENT: &str = "relay-test@example.com";
@@ -68,7 +68,7 @@ impl Script {
     /// The dialogue after this greeting, and its first action. `None` where the protocol has nothing to ask.
     pub(super) fn start(protocol: Protocol, client: IpAddr, greeting: &[u8]) -> Option<(Self, Action)> {
         let dialect = Dialect::of(protocol);
-        let secured = protocol.speaks_first() == Speaker::Client;
+        let secured = protocol.speaks_first() == FirstSpeaker::Client;
         let script = |awaited| Self {
             dialect,
             client,

@@ -102,7 +102,7 @@ async fn run_actions<S: Stream>(
 }
 
 pub(super) async fn quit<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
-    if let Some(goodbye) = protocol.goodbye() {
+    if let Some(goodbye) = protocol.quit_command() {
         let _ = stream.write_all(goodbye).await;
         let _ = stream.flush().await;
         let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, said)).await;

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     config::{ProxyVersion, Receiver},
-    protocol::{Protocol, Speaker},
+    protocol::{FirstSpeaker, Protocol},
 };
 
 /// Sooner than this is at once: nobody was waited for. Dovecot gives a header 3 s, Postfix 5 s.
@@ -73,7 +73,7 @@ impl Target {
     /// Whether the client speaks first, and in TLS.
     #[must_use]
     pub fn is_tls(&self) -> bool {
-        self.protocol.speaks_first() == Speaker::Client
+        self.protocol.speaks_first() == FirstSpeaker::Client
     }
 
     /// Whether the listener's header carries more than addresses.

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::{Receiver, UNIQUE_ID_LEN},
-    header::Rendered,
+    header::EncodedHeader,
     net::tls,
     protocol::Protocol,
 };
@@ -181,7 +181,7 @@ fn header(
     probe: Probe,
     addresses: &HeaderAddresses,
     port: u16,
-) -> Result<Option<Rendered>, EncodeError> {
+) -> Result<Option<EncodedHeader>, EncodeError> {
     let (version, tlvs, (source, destination)) = match probe {
         Probe::NoHeader | Probe::Tls => return Ok(None),
         Probe::Header { version, family, tlvs } => (version, tlvs, addresses.of(family, port)),
@@ -192,7 +192,7 @@ fn header(
     let plain = Receiver { version, ..Receiver::default() };
     let own = Receiver { version, ..target.receiver.clone() };
     let receiver = if tlvs && version == target.receiver.version { own } else { plain };
-    Rendered::new(&receiver, source, destination, UNIQUE_ID).map(Some)
+    EncodedHeader::new(&receiver, source, destination, UNIQUE_ID).map(Some)
 }
 
 async fn run_in_tls(target: &Target, stream: TcpStream, session: Session) -> ProbeResult {

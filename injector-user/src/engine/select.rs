@@ -36,7 +36,7 @@ pub fn splices(choice: EngineChoice) -> bool {
 pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<Vec<EngineSelection>> {
     let asks = |choice| config.listeners.iter().find(|listener| listener.engine == choice);
     let by_name = asks(EngineChoice::Inline);
-    if by_name.is_some() || (config.inline.given && asks(EngineChoice::Auto).is_some()) {
+    if by_name.is_some() || (config.inline.present && asks(EngineChoice::Auto).is_some()) {
         probes.probe_inline();
         probes.inline.log("inline");
     }
@@ -64,7 +64,7 @@ pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<
 fn refusals(config: &Config, probes: &EngineProbes) -> Vec<EngineSelection> {
     let automatic: Vec<_> =
         config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
-    let refused = if !config.inline.given {
+    let refused = if !config.inline.present {
         vec![Some("no [inline] table in the configuration".to_owned()); automatic.len()]
     } else if let Some(failure) = probes.inline.failure() {
         vec![Some(failure); automatic.len()]

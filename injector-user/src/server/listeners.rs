@@ -13,7 +13,7 @@ use crate::{
     config::{EngineChoice, Listener},
     engine::Engine,
     listener::{Policy, connection_limit::Room},
-    protocol::Speaker,
+    protocol::FirstSpeaker,
     session::Context,
     telemetry::log::target,
 };
@@ -70,7 +70,7 @@ impl Server {
             Arc::new(Context {
                 listener: Arc::clone(&name),
                 protocol: listener.protocol,
-                expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
+                expects_banner: listener.protocol.speaks_first() != FirstSpeaker::Unknown,
                 backends: Arc::clone(&active.backends),
                 metrics: active.metrics.clone(),
                 engine: Arc::clone(engine),

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::registry::SessionRegistry;
 use crate::{
     backend::Backends,
-    config::{EnrolmentPolicy, HeaderBy, Receiver, Timeouts, Watermarks},
+    config::{EnrolmentPolicy, HeaderMethod, Receiver, Timeouts, Watermarks},
     engine::Engine,
     net::{hangup::HangupMonitor, splice_pipe::Pipes},
     protocol::Protocol,
@@ -35,7 +35,7 @@ pub struct Context {
     /// The listener's counters.
     pub metrics: ListenerMetrics,
     /// How the header is sent, in an engine that has a program for it.
-    pub header: HeaderBy,
+    pub header: HeaderMethod,
     /// When a direction is enrolled in the kernel.
     pub enrolment: EnrolmentPolicy,
     /// The pipes for bulk data in user space.

@@ -38,12 +38,12 @@ use tokio::time::{Instant, timeout};
 pub use self::context::Context;
 use self::{duplex::Duplex, registry::Registration};
 use crate::{
-    backend::{self, Reached, Unreachable},
-    config::{HeaderBy, UNIQUE_ID_LEN},
+    backend::{self, BackendConnection, Unreachable},
+    config::{HeaderMethod, UNIQUE_ID_LEN},
     engine::{Engine, SentHeader, relay::Relay},
-    header::Rendered,
+    header::EncodedHeader,
     net::socket::Endpoint,
-    protocol::{Protocol, Refusal, Speaker},
+    protocol::{FirstSpeaker, Protocol, Refusal},
     telemetry::{
         log::target,
         outcome::{AccessLogEntry, Bytes, CloseReason},
@@ -82,7 +82,7 @@ struct ConnectionInfo {
     /// The connection's unique id in the header, if the receiver is configured for it.
     unique_id: Option<Box<[u8; UNIQUE_ID_LEN]>>,
     /// Counts as a session of the backend while it is held.
-    backend: Option<backend::Session>,
+    backend: Option<backend::SessionGuard>,
 }
 
 /// Connects a backend and sends the header. `None` if the connection has ended and was logged.
@@ -125,7 +125,7 @@ async fn connect_and_send_header(
             return Err((CloseReason::Aborted, None));
         }
     };
-    let Reached { endpoint: backend, address, session } = match connected {
+    let BackendConnection { endpoint: backend, address, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
             reject(client, context.protocol, Refusal::BackendUnavailable).await;
@@ -228,7 +228,7 @@ async fn read_preamble(
     backend: &Endpoint,
 ) -> Result<ClientPreamble, (CloseReason, Option<io::Error>)> {
     let mut preamble = ClientPreamble { payload: BytesMut::new(), awaiting_check: true };
-    if context.protocol.speaks_first() == Speaker::Server || context.timeouts.header_wait.is_zero() {
+    if context.protocol.speaks_first() == FirstSpeaker::Server || context.timeouts.header_wait.is_zero() {
         return Ok(preamble);
     }
     let deadline = Instant::now() + context.timeouts.header_wait;
@@ -269,12 +269,13 @@ fn send_header(
     preamble: &ClientPreamble,
 ) -> io::Result<SentHeader> {
     let id = info.unique_id.as_deref().copied().unwrap_or_default();
-    let header = Rendered::new(&context.receiver, info.registration.client(), info.registration.local(), &id)
-        .map_err(io::Error::other)?;
+    let header =
+        EncodedHeader::new(&context.receiver, info.registration.client(), info.registration.local(), &id)
+            .map_err(io::Error::other)?;
     let payload = if preamble.awaiting_check { &[] } else { &preamble.payload[..] };
     let engine: &dyn Engine = match context.header {
-        HeaderBy::Program => &*context.engine,
-        HeaderBy::Send => &Relay,
+        HeaderMethod::Program => &*context.engine,
+        HeaderMethod::Send => &Relay,
     };
     engine.inject(backend, header.as_bytes(), payload)
 }

@@ -2,29 +2,32 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use super::section::{At, Section};
+use super::section::{Section, Spanned};
 use crate::config::host::Host;
 
 /// `metrics.listen`; what is wrong is reported.
-pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<At<SocketAddr>> {
+pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<Spanned<SocketAddr>> {
     match socket_address(text, Some(9145)) {
         Ok(address) => Some((at, address)),
         Err(advice) => {
-            section.field_problem(at, "listen", &format!(" {text:?}: {advice}"));
+            section.report_field(at, "listen", &format!(" {text:?}: {advice}"));
             None
         }
     }
 }
 
-/// An address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error says what to write; `usual_port` is
+/// An address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error says what to write; `standard_port` is
 /// the port it uses to say so.
-pub(crate) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<SocketAddr, String> {
+pub(crate) fn socket_address(text: &str, standard_port: Option<u16>) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return Ok(address);
     }
-    let usual = usual_port.unwrap_or(25);
+    let example_port = standard_port.unwrap_or(25);
     if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
-        return Err(format!("the port is missing: write {:?}", SocketAddr::new(ip, usual).to_string()));
+        return Err(format!(
+            "the port is missing: write {:?}",
+            SocketAddr::new(ip, example_port).to_string()
+        ));
     }
     let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
     if let Ok(port) = port.parse::<u16>() {
@@ -42,7 +45,7 @@ pub(crate) fn socket_address(text: &str, usual_port: Option<u16>) -> Result<Sock
         });
     }
     Err(format!(
-        "must be an IP address and a port, such as \"192.0.2.10:{usual}\" or \"[2001:db8::10]:{usual}\""
+        "must be an IP address and a port, such as \"192.0.2.10:{example_port}\" or \"[2001:db8::10]:{example_port}\""
     ))
 }
 
@@ -67,12 +70,12 @@ pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
     if host.parse::<Ipv6Addr>().is_ok() {
         return Err(format!("an IPv6 address must be in brackets: write \"[{host}]:{port}\""));
     }
-    refuse_port_0(port)?;
+    require_port(port)?;
     Ok((Host::Name(host_name(host)?), port))
 }
 
 fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
-    refuse_port_0(address.port())?;
+    require_port(address.port())?;
     if address.ip().is_unspecified() {
         return Err(format!(
             "{} cannot be used as a destination: write the address or name of the mail server",
@@ -85,7 +88,7 @@ fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
     Ok((Host::Ip(address.ip()), address.port()))
 }
 
-fn refuse_port_0(port: u16) -> Result<(), String> {
+fn require_port(port: u16) -> Result<(), String> {
     if port == 0 { Err("port must be 1 to 65535".to_owned()) } else { Ok(()) }
 }
 
@@ -125,7 +128,7 @@ fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
 }
 
 /// Whether a connection to `backend` surely comes back to a listener bound to `bind`.
-pub(crate) fn loops_back(bind: SocketAddr, host: &Host, port: u16) -> bool {
+pub(crate) fn is_loop(bind: SocketAddr, host: &Host, port: u16) -> bool {
     if bind.port() != port {
         return false;
     }

@@ -15,7 +15,7 @@ pub enum ConfigError {
     },
     /// The file has problems: all of them, in the order of the file, one a line.
     #[error("{}", join(.0))]
-    Invalid(Vec<Problem>),
+    Invalid(Vec<Diagnostic>),
     /// The file could not be understood, and the checks failed to say why: a defect of the injector.
     #[error(
         "{file}: cannot parse the file and cannot tell why: please report this file as a bug of the injector"
@@ -28,7 +28,7 @@ pub enum ConfigError {
 
 /// One problem, at one place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct Diagnostic {
     /// As given to the parser.
     pub file: String,
     /// From 1.
@@ -41,7 +41,7 @@ pub struct Problem {
     pub message: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}: ", self.file, self.line, self.column)?;
         match &self.listener {
@@ -53,19 +53,19 @@ impl fmt::Display for Problem {
     }
 }
 
-fn join(problems: &[Problem]) -> String {
-    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+fn join(diagnostics: &[Diagnostic]) -> String {
+    diagnostics.iter().map(Diagnostic::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Collects the problems of one file.
 #[derive(Debug)]
-pub(crate) struct Problems<'t> {
+pub(crate) struct Diagnostics<'t> {
     text: &'t str,
     file: &'t str,
-    found: RefCell<Vec<(usize, Problem)>>,
+    found: RefCell<Vec<(usize, Diagnostic)>>,
 }
 
-impl<'t> Problems<'t> {
+impl<'t> Diagnostics<'t> {
     pub(crate) fn new(text: &'t str, file: &'t str) -> Self {
         Self { text, file, found: RefCell::default() }
     }
@@ -74,8 +74,8 @@ impl<'t> Problems<'t> {
     pub(crate) fn add(&self, at: usize, listener: Option<&str>, message: String) {
         let (line, column) = position(self.text, at);
         let listener = listener.map(str::to_owned);
-        let problem = Problem { file: self.file.to_owned(), line, column, listener, message };
-        self.found.borrow_mut().push((at, problem));
+        let diagnostic = Diagnostic { file: self.file.to_owned(), line, column, listener, message };
+        self.found.borrow_mut().push((at, diagnostic));
     }
 
     /// The line of a byte offset, to point at a second place from within a message.
@@ -88,7 +88,7 @@ impl<'t> Problems<'t> {
         let mut found = self.found.into_inner();
         found.sort_by_key(|(at, _)| *at);
         (!found.is_empty())
-            .then(|| ConfigError::Invalid(found.into_iter().map(|(_, problem)| problem).collect()))
+            .then(|| ConfigError::Invalid(found.into_iter().map(|(_, diagnostic)| diagnostic).collect()))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Longer is surely a mistake, and adding it to a clock could overflow.
-const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+const MAX_DURATION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Why a text is not a duration that the injector accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum DurationError {
 /// [`DurationError`].
 pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
     match humantime::parse_duration(text) {
-        Ok(duration) if duration > LONGEST => Err(DurationError::TooLong),
+        Ok(duration) if duration > MAX_DURATION => Err(DurationError::TooLong),
         Ok(duration) => Ok(duration),
         Err(_) => Err(DurationError::NotADuration),
     }

@@ -6,32 +6,32 @@
 use std::{cell::RefCell, path::PathBuf, time::Duration};
 
 use toml::{
-    Spanned,
+    Spanned as TomlSpanned,
     de::{DeTable, DeValue},
 };
 
 use super::{
-    diagnostic::{Problems, closest},
+    diagnostic::{Diagnostics, closest},
     duration::{DurationError, parse_duration},
 };
 
 /// No machine holds more connections than this.
-pub(crate) const MOST_CONNECTIONS: usize = 1 << 30;
+pub(crate) const MAX_CONNECTIONS: usize = 1 << 30;
 
 /// A value together with the byte offset at which it stands.
-pub(crate) type At<T> = (usize, T);
+pub(crate) type Spanned<T> = (usize, T);
 
 /// Whether a duration may be zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Zero {
     Allowed,
-    Refused,
+    Rejected,
 }
 
 /// What [`Section::entries`] finds.
 #[derive(Debug)]
 pub(crate) enum Entry<'t> {
-    Text(At<&'t str>),
+    Text(Spanned<&'t str>),
     Table(Section<'t>),
 }
 
@@ -44,14 +44,14 @@ pub(crate) struct Section<'t> {
     /// What its fields are called in messages: empty, or ending in a dot.
     prefix: String,
     listener: Option<String>,
-    problems: &'t Problems<'t>,
+    diagnostics: &'t Diagnostics<'t>,
     /// Every field that was asked for: the rest is unknown.
     known: RefCell<Vec<&'static str>>,
 }
 
 impl<'t> Section<'t> {
-    pub(crate) fn root(table: &'t Spanned<DeTable<'t>>, problems: &'t Problems<'t>) -> Self {
-        Self::new(table.get_ref(), 0, String::new(), None, problems)
+    pub(crate) fn root(table: &'t TomlSpanned<DeTable<'t>>, diagnostics: &'t Diagnostics<'t>) -> Self {
+        Self::new(table.get_ref(), 0, String::new(), None, diagnostics)
     }
 
     fn new(
@@ -59,24 +59,24 @@ impl<'t> Section<'t> {
         at: usize,
         prefix: String,
         listener: Option<String>,
-        problems: &'t Problems<'t>,
+        diagnostics: &'t Diagnostics<'t>,
     ) -> Self {
-        Self { table, at, prefix, listener, problems, known: RefCell::default() }
+        Self { table, at, prefix, listener, diagnostics, known: RefCell::default() }
     }
 
     /// Notes what is wrong with this section at `at`.
-    pub(crate) fn problem(&self, at: usize, message: impl Into<String>) {
-        self.problems.add(at, self.listener.as_deref(), message.into());
+    pub(crate) fn report(&self, at: usize, message: impl Into<String>) {
+        self.diagnostics.add(at, self.listener.as_deref(), message.into());
     }
 
     /// Notes what is wrong with a field: `limits.max_connections 0: must be …`.
-    pub(crate) fn field_problem(&self, at: usize, field: &str, what: &str) {
-        self.problem(at, format!("{}{field}{what}", self.prefix));
+    pub(crate) fn report_field(&self, at: usize, field: &str, what: &str) {
+        self.report(at, format!("{}{field}{what}", self.prefix));
     }
 
     /// The line of an offset.
     pub(crate) fn line(&self, at: usize) -> usize {
-        self.problems.line(at)
+        self.diagnostics.line(at)
     }
 
     /// Where the section begins.
@@ -104,13 +104,13 @@ impl<'t> Section<'t> {
         }
     }
 
-    fn unknown_field(&self, key: &Spanned<std::borrow::Cow<'_, str>>, known: &[&'static str]) {
+    fn unknown_field(&self, key: &TomlSpanned<std::borrow::Cow<'_, str>>, known: &[&'static str]) {
         let name = key.get_ref();
         let advice = match closest(name, known.iter().copied()) {
             Some(meant) => format!("did you mean `{}{meant}`?", self.prefix),
             None => format!("known fields: {}", known.join(", ")),
         };
-        self.problem(key.span().start, format!("unknown field `{}{name}`, {advice}", self.prefix));
+        self.report(key.span().start, format!("unknown field `{}{name}`, {advice}", self.prefix));
     }
 
     /// Whether the field is there at all.
@@ -118,7 +118,7 @@ impl<'t> Section<'t> {
         self.table.contains_key(field)
     }
 
-    fn get(&self, field: &'static str) -> Option<At<&'t DeValue<'t>>> {
+    fn get(&self, field: &'static str) -> Option<Spanned<&'t DeValue<'t>>> {
         self.known.borrow_mut().push(field);
         self.table.get(field).map(|value| (value.span().start, value.get_ref()))
     }
@@ -133,7 +133,7 @@ impl<'t> Section<'t> {
             DeValue::Boolean(_) => "true or false",
             DeValue::Datetime(_) => "a date",
         };
-        self.field_problem(at, field, &format!(": must be {expected}, not {found}"));
+        self.report_field(at, field, &format!(": must be {expected}, not {found}"));
     }
 
     /// A sub-table.
@@ -144,7 +144,7 @@ impl<'t> Section<'t> {
             return None;
         };
         let prefix = format!("{}{field}.", self.prefix);
-        Some(Self::new(table, at, prefix, self.listener.clone(), self.problems))
+        Some(Self::new(table, at, prefix, self.listener.clone(), self.diagnostics))
     }
 
     /// An array of tables.
@@ -165,7 +165,7 @@ impl<'t> Section<'t> {
             // The fields of a listener go by their own name: the listener's stands in front of them.
             let prefix =
                 if self.listener.is_some() { format!("{}{field}.", self.prefix) } else { String::new() };
-            sections.push(Self::new(table, at, prefix, self.listener.clone(), self.problems));
+            sections.push(Self::new(table, at, prefix, self.listener.clone(), self.diagnostics));
         }
         Some(sections)
     }
@@ -177,7 +177,7 @@ impl<'t> Section<'t> {
     }
 
     /// A string; wrong types are reported.
-    pub(crate) fn string(&self, field: &'static str) -> Option<At<&'t str>> {
+    pub(crate) fn string(&self, field: &'static str) -> Option<Spanned<&'t str>> {
         let (at, value) = self.get(field)?;
         let text = value.as_str();
         if text.is_none() {
@@ -191,7 +191,7 @@ impl<'t> Section<'t> {
         let (at, text) = self.string(field)?;
         let path = PathBuf::from(text);
         if !path.is_absolute() {
-            self.field_problem(at, field, &format!(" {text:?}: must be an absolute path"));
+            self.report_field(at, field, &format!(" {text:?}: must be an absolute path"));
             return None;
         }
         Some(path)
@@ -204,20 +204,20 @@ impl<'t> Section<'t> {
         read: impl FnOnce(&Self, &'static str) -> Option<T>,
     ) -> Option<T> {
         if !self.has(field) {
-            self.field_problem(self.at, field, " is missing");
+            self.report_field(self.at, field, " is missing");
         }
         read(self, field)
     }
 
     /// A list of strings; at least one where the field is given. Wrong types are reported.
-    pub(crate) fn strings(&self, field: &'static str) -> Option<Vec<At<&'t str>>> {
+    pub(crate) fn strings(&self, field: &'static str) -> Option<Vec<Spanned<&'t str>>> {
         let (at, value) = self.get(field)?;
         let Some(items) = value.as_array() else {
             self.wrong_type(at, field, "a list of strings", value);
             return None;
         };
         if items.is_empty() {
-            self.field_problem(at, field, ": must not be empty");
+            self.report_field(at, field, ": must not be empty");
         }
         let strings = items.iter().filter_map(|item| {
             let text = item.get_ref().as_str();
@@ -239,16 +239,16 @@ impl<'t> Section<'t> {
             return None;
         };
         if items.is_empty() {
-            self.field_problem(at, field, ": must not be empty");
+            self.report_field(at, field, ": must not be empty");
         }
-        let entry = |item: &'t Spanned<DeValue<'t>>| {
+        let entry = |item: &'t TomlSpanned<DeValue<'t>>| {
             let at = item.span().start;
             match item.get_ref() {
                 DeValue::String(text) => Some(Entry::Text((at, text.as_ref()))),
                 DeValue::Table(table) => {
                     let prefix = format!("{}{field}.", self.prefix);
                     let listener = self.listener.clone();
-                    Some(Entry::Table(Section::new(table, at, prefix, listener, self.problems)))
+                    Some(Entry::Table(Section::new(table, at, prefix, listener, self.diagnostics)))
                 }
                 other => {
                     self.wrong_type(at, field, EXPECTED, other);
@@ -260,7 +260,7 @@ impl<'t> Section<'t> {
     }
 
     /// True or false; wrong types are reported.
-    pub(crate) fn flag(&self, field: &'static str) -> Option<At<bool>> {
+    pub(crate) fn flag(&self, field: &'static str) -> Option<Spanned<bool>> {
         let (at, value) = self.get(field)?;
         let flag = value.as_bool();
         if flag.is_none() {
@@ -269,31 +269,30 @@ impl<'t> Section<'t> {
         Some((at, flag?))
     }
 
-    /// An integer between `least` and `most`; everything else is reported.
-    pub(crate) fn integer(&self, field: &'static str, least: u64, most: u64) -> Option<At<u64>> {
+    /// An integer between `min` and `max`; everything else is reported.
+    pub(crate) fn integer(&self, field: &'static str, min: u64, max: u64) -> Option<Spanned<u64>> {
         let (at, value) = self.get(field)?;
         let Some(integer) = value.as_integer() else {
             self.wrong_type(at, field, "an integer", value);
             return None;
         };
         let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
-        let number = number.filter(|number| (least..=most).contains(number));
+        let number = number.filter(|number| (min..=max).contains(number));
         if number.is_none() {
-            let range =
-                if most == u64::MAX { format!("at least {least}") } else { format!("{least} to {most}") };
-            self.field_problem(at, field, &format!(" {integer}: must be {range}"));
+            let range = if max == u64::MAX { format!("at least {min}") } else { format!("{min} to {max}") };
+            self.report_field(at, field, &format!(" {integer}: must be {range}"));
         }
         Some((at, number?))
     }
 
     /// A number of things, at least 1.
     pub(crate) fn count(&self, field: &'static str) -> Option<usize> {
-        let (_, number) = self.integer(field, 1, MOST_CONNECTIONS as u64)?;
+        let (_, number) = self.integer(field, 1, MAX_CONNECTIONS as u64)?;
         usize::try_from(number).ok()
     }
 
     /// A string such as `"30s"`; everything else is reported.
-    pub(crate) fn duration(&self, field: &'static str, zero: Zero) -> Option<At<Duration>> {
+    pub(crate) fn duration(&self, field: &'static str, zero: Zero) -> Option<Spanned<Duration>> {
         const EXPECTED: &str = "a duration such as \"30s\", \"1m 30s\" or \"250ms\"";
         let (at, value) = self.get(field)?;
         let Some(text) = value.as_str() else {
@@ -301,17 +300,17 @@ impl<'t> Section<'t> {
             return None;
         };
         match parse_duration(text) {
-            Ok(duration) if duration.is_zero() && zero == Zero::Refused => {
-                self.field_problem(at, field, &format!(" {text:?}: must be more than zero"));
+            Ok(duration) if duration.is_zero() && zero == Zero::Rejected => {
+                self.report_field(at, field, &format!(" {text:?}: must be more than zero"));
                 None
             }
             Ok(duration) => Some((at, duration)),
             Err(DurationError::NotADuration) => {
-                self.field_problem(at, field, &format!(" {text:?}: must be {EXPECTED}"));
+                self.report_field(at, field, &format!(" {text:?}: must be {EXPECTED}"));
                 None
             }
             Err(error) => {
-                self.field_problem(at, field, &format!(" {text:?}: {error}"));
+                self.report_field(at, field, &format!(" {text:?}: {error}"));
                 None
             }
         }
@@ -327,7 +326,7 @@ impl<'t> Section<'t> {
     pub(crate) fn choose<T: Copy>(
         &self,
         field: &'static str,
-        (at, text): At<&str>,
+        (at, text): Spanned<&str>,
         choices: &[(&'static str, T)],
     ) -> Option<T> {
         let found = choices.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
@@ -340,6 +339,6 @@ impl<'t> Section<'t> {
     fn unknown_choice(&self, at: usize, field: &str, text: &str, words: &[&str]) {
         let advice = closest(text, words.iter().copied());
         let advice = advice.map(|meant| format!("did you mean {meant:?}? ")).unwrap_or_default();
-        self.field_problem(at, field, &format!(" {text:?}: {advice}must be one of {}", words.join(", ")));
+        self.report_field(at, field, &format!(" {text:?}: {advice}must be one of {}", words.join(", ")));
     }
 }

@@ -57,7 +57,7 @@ pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow:
 /// No listener is inline any more: the NAT of an earlier run must not take new connections away from the sockets. Connections
 /// that it has sent on go on.
 pub(super) fn remove_stale_nat(settings: &Settings) {
-    if !settings.given || settings.nat != Nat::Managed {
+    if !settings.present || settings.nat != Nat::Managed {
         return;
     }
     let table: Result<TableName, _> = settings.table.parse();

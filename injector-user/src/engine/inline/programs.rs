@@ -22,7 +22,7 @@ use crate::{
         bpf::{self, lock, reports},
         check::ProgramReport,
     },
-    header::Rendered,
+    header::EncodedHeader,
     telemetry::{log::target, metrics::BpfCounters},
 };
 
@@ -195,7 +195,7 @@ pub(super) fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<T
         (SocketAddr::from(([0; 4], 1)), SocketAddr::from(([0; 4], 1)))
     };
     let render = |receiver: &Receiver| {
-        Rendered::new(receiver, any.0, any.1, &[0; crate::config::UNIQUE_ID_LEN])
+        EncodedHeader::new(receiver, any.0, any.1, &[0; crate::config::UNIQUE_ID_LEN])
             .map_err(|error| error.to_string())
     };
     let mut rendered = render(receiver)?;

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     config::{Config, EngineChoice, Inline as Settings, Listener, Nat},
     engine::served_listener::ServedListener,
-    protocol::Speaker,
+    protocol::FirstSpeaker,
     telemetry::{log::target, metrics::Metrics},
 };
 
@@ -177,7 +177,7 @@ impl InlineEngine {
 pub fn flow_tracker(config: &Config, metrics: &Metrics) -> FlowTracker {
     let listener_info = |listener: &&Listener| ListenerInfo {
         name: listener.name.clone(),
-        expects_banner: listener.protocol.speaks_first() != Speaker::Unknown,
+        expects_banner: listener.protocol.speaks_first() != FirstSpeaker::Unknown,
         metrics: metrics.listener(&listener.name, "inline"),
     };
     let capacity = usize::try_from(config.inline.flows).unwrap_or(usize::MAX);

@@ -10,12 +10,12 @@ pub(super) struct Candidate {
     /// It can be sent connections.
     pub up: bool,
     /// The operator has taken it out.
-    pub out: bool,
+    pub disabled: bool,
 }
 
 impl Candidate {
-    fn eligible(self) -> bool {
-        !self.out && self.weight > 0
+    fn is_selectable(self) -> bool {
+        !self.disabled && self.weight > 0
     }
 }
 
@@ -23,11 +23,11 @@ impl Candidate {
 /// there are none of these either, all that the operator has not taken out, for a check can be wrong, and mail that is turned
 /// away for sure is worse than a connection that may fail. By index, in the order given.
 #[must_use]
-pub(super) fn in_turn(candidates: &[Candidate]) -> Vec<usize> {
+pub(super) fn eligible(candidates: &[Candidate]) -> Vec<usize> {
     let kinds: [fn(&Candidate) -> bool; 4] =
         [|it| it.up && !it.backup, |it| it.up && it.backup, |it| !it.backup, |it| it.backup];
     let of_kind = |kind: fn(&Candidate) -> bool| -> Vec<usize> {
-        let fits = |(_, it): &(usize, &Candidate)| it.eligible() && kind(it);
+        let fits = |(_, it): &(usize, &Candidate)| it.is_selectable() && kind(it);
         candidates.iter().enumerate().filter(fits).map(|(index, _)| index).collect()
     };
     kinds.into_iter().map(of_kind).find(|indices| !indices.is_empty()).unwrap_or_default()
@@ -35,41 +35,41 @@ pub(super) fn in_turn(candidates: &[Candidate]) -> Vec<usize> {
 
 /// Whom to try when those whose turn it is have failed: the backups that are up.
 #[must_use]
-pub(super) fn in_reserve(candidates: &[Candidate], in_turn: &[usize]) -> Vec<usize> {
-    let fits = |(index, it): &(usize, &Candidate)| it.eligible() && it.up && !in_turn.contains(index);
+pub(super) fn fallbacks(candidates: &[Candidate], eligible: &[usize]) -> Vec<usize> {
+    let fits = |(index, it): &(usize, &Candidate)| it.is_selectable() && it.up && !eligible.contains(index);
     candidates.iter().enumerate().filter(fits).map(|(index, _)| index).collect()
 }
 
 /// Spreads connections in proportion to weights, evenly over time: with 5, 1 and 1 it gives a a b a c a a, where drawing
 /// lots would give the same backend many in a row (smooth weighted round robin, as nginx has it).
 #[derive(Clone, Debug, Default)]
-pub(super) struct Turns {
+pub(super) struct SmoothWeightedRoundRobin {
     /// What each backend is owed.
-    owed: Vec<i64>,
+    current_weights: Vec<i64>,
 }
 
-impl Turns {
+impl SmoothWeightedRoundRobin {
     /// Brings the one whose turn it is to the front; the others follow in their order.
-    pub(super) fn rotate(&mut self, candidates: &[Candidate], in_turn: &mut [usize]) {
-        if in_turn.len() < 2 {
+    pub(super) fn rotate(&mut self, candidates: &[Candidate], eligible: &mut [usize]) {
+        if eligible.len() < 2 {
             return;
         }
-        self.owed.resize(candidates.len(), 0);
+        self.current_weights.resize(candidates.len(), 0);
         let weight = |index: usize| candidates.get(index).map_or(0, |it| i64::from(it.weight));
-        let total: i64 = in_turn.iter().map(|index| weight(*index)).sum();
+        let total: i64 = eligible.iter().map(|index| weight(*index)).sum();
         let mut best: Option<(usize, i64)> = None;
-        for (place, index) in in_turn.iter().enumerate() {
-            let Some(owed) = self.owed.get_mut(*index) else { continue };
-            *owed += weight(*index);
-            if best.is_none_or(|(_, most)| *owed > most) {
-                best = Some((place, *owed));
+        for (position, index) in eligible.iter().enumerate() {
+            let Some(current) = self.current_weights.get_mut(*index) else { continue };
+            *current += weight(*index);
+            if best.is_none_or(|(_, most)| *current > most) {
+                best = Some((position, *current));
             }
         }
-        let Some((place, _)) = best else { return };
-        if let Some(owed) = in_turn.get(place).and_then(|index| self.owed.get_mut(*index)) {
-            *owed -= total;
+        let Some((position, _)) = best else { return };
+        if let Some(current) = eligible.get(position).and_then(|index| self.current_weights.get_mut(*index)) {
+            *current -= total;
         }
-        if let Some(front) = in_turn.get_mut(..=place) {
+        if let Some(front) = eligible.get_mut(..=position) {
             front.rotate_right(1);
         }
     }
@@ -79,9 +79,9 @@ impl Turns {
 mod tests {
     use super::*;
 
-    const PLAIN: Candidate = Candidate { weight: 1, backup: false, up: true, out: false };
+    const PLAIN: Candidate = Candidate { weight: 1, backup: false, up: true, disabled: false };
     const DOWN: Candidate = Candidate { up: false, ..PLAIN };
-    const OUT: Candidate = Candidate { up: false, out: true, ..PLAIN };
+    const DISABLED: Candidate = Candidate { up: false, disabled: true, ..PLAIN };
     const BACKUP: Candidate = Candidate { backup: true, ..PLAIN };
     const BACKUP_DOWN: Candidate = Candidate { up: false, ..BACKUP };
     const NEVER: Candidate = Candidate { weight: 0, ..PLAIN };
@@ -92,27 +92,27 @@ mod tests {
             (&[PLAIN, PLAIN, BACKUP], &[0, 1], &[2]),
             (&[DOWN, PLAIN, BACKUP], &[1], &[2]),
             (&[DOWN, DOWN, BACKUP], &[2], &[]),
-            (&[OUT, DOWN, BACKUP_DOWN], &[1], &[]),
-            (&[OUT, OUT, BACKUP_DOWN], &[2], &[]),
-            (&[OUT, OUT], &[], &[]),
+            (&[DISABLED, DOWN, BACKUP_DOWN], &[1], &[]),
+            (&[DISABLED, DISABLED, BACKUP_DOWN], &[2], &[]),
+            (&[DISABLED, DISABLED], &[], &[]),
             (&[NEVER, PLAIN], &[1], &[]),
             (&[NEVER, DOWN], &[1], &[]),
             (&[], &[], &[]),
         ];
         for (candidates, turn, reserve) in cases {
-            let found = in_turn(candidates);
+            let found = eligible(candidates);
             assert_eq!(found, *turn, "{candidates:?}");
-            assert_eq!(in_reserve(candidates, &found), *reserve, "{candidates:?}");
+            assert_eq!(fallbacks(candidates, &found), *reserve, "{candidates:?}");
         }
     }
 
     fn sequence(weights: &[u32], count: usize) -> Vec<usize> {
         let candidates: Vec<_> =
             weights.iter().map(|weight| Candidate { weight: *weight, ..PLAIN }).collect();
-        let mut turns = Turns::default();
+        let mut round_robin = SmoothWeightedRoundRobin::default();
         let next = |_| {
-            let mut order = in_turn(&candidates);
-            turns.rotate(&candidates, &mut order);
+            let mut order = eligible(&candidates);
+            round_robin.rotate(&candidates, &mut order);
             order[0]
         };
         (0..count).map(next).collect()
@@ -131,11 +131,11 @@ mod tests {
     #[test]
     fn who_is_not_first_follows_in_order() {
         let candidates = [PLAIN; 3];
-        let mut turns = Turns::default();
+        let mut round_robin = SmoothWeightedRoundRobin::default();
         let orders: Vec<_> = (0..3)
             .map(|_| {
-                let mut order = in_turn(&candidates);
-                turns.rotate(&candidates, &mut order);
+                let mut order = eligible(&candidates);
+                round_robin.rotate(&candidates, &mut order);
                 order
             })
             .collect();
@@ -145,10 +145,10 @@ mod tests {
     #[test]
     fn a_backend_that_comes_back_gets_no_more_than_its_share() {
         let mut candidates = [PLAIN; 2];
-        let mut turns = Turns::default();
+        let mut round_robin = SmoothWeightedRoundRobin::default();
         let mut next = |candidates: &[Candidate]| {
-            let mut order = in_turn(candidates);
-            turns.rotate(candidates, &mut order);
+            let mut order = eligible(candidates);
+            round_robin.rotate(candidates, &mut order);
             order[0]
         };
         candidates[1].up = false;

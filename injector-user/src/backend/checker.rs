@@ -26,17 +26,17 @@ use crate::{
 };
 
 /// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 a line); a server that goes on beyond is no mail server.
-const MOST: usize = 16 * 1024;
+const MAX_REPLY: usize = 16 * 1024;
 
 /// How long a server may take to hang up after it was told goodbye.
-const LEAVE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a backend failed its check.
 #[derive(Debug, Error)]
-pub(super) enum Failed {
+pub(super) enum CheckError {
     /// Not all of it came in time.
     #[error("{stage}: no reply within {within:?}")]
-    TooLate {
+    Timeout {
         /// What was waited for.
         stage: &'static str,
         /// For the whole check.
@@ -51,12 +51,12 @@ pub(super) enum Failed {
         error: io::Error,
     },
     /// It said something else than a server that is well does.
-    #[error("{stage}: unexpected reply {said:?}")]
-    Said {
+    #[error("{stage}: unexpected reply {reply:?}")]
+    UnexpectedReply {
         /// What it was the answer to.
         stage: &'static str,
         /// Its line, shortened.
-        said: String,
+        reply: String,
     },
     /// TLS cannot be had.
     #[error("TLS: {0}")]
@@ -68,32 +68,34 @@ static TLS: LazyLock<Result<TlsConnector, rustls::Error>> = LazyLock::new(tls::u
 /// Asks the server at `address`, whose port is the backend's own.
 ///
 /// # Errors
-/// [`Failed`], with what it was doing.
-pub(super) async fn check(address: SocketAddr, check: &Check) -> Result<(), Failed> {
+/// [`CheckError`], with what it was doing.
+pub(super) async fn check(address: SocketAddr, check: &Check) -> Result<(), CheckError> {
     let address = SocketAddr::new(address.ip(), check.port.unwrap_or(address.port()));
     let deadline = Instant::now() + check.timeout;
-    let late = |stage| move |_elapsed| Failed::TooLate { stage, within: check.timeout };
-    let connected = timeout_at(deadline, TcpStream::connect(address)).await.map_err(late("connecting"))?;
-    let mut stream = connected.map_err(|error| Failed::Io { stage: "connecting", error })?;
+    let timed_out = |stage| move |_elapsed| CheckError::Timeout { stage, within: check.timeout };
+    let connected =
+        timeout_at(deadline, TcpStream::connect(address)).await.map_err(timed_out("connecting"))?;
+    let mut stream = connected.map_err(|error| CheckError::Io { stage: "connecting", error })?;
     let Some(protocol) = check.protocol else { return Ok(()) };
     let mut stage = "the header";
     let outcome =
-        match timeout_at(deadline, talk(&mut stream, address, protocol, check.header, &mut stage)).await {
+        match timeout_at(deadline, run_check(&mut stream, address, protocol, check.header, &mut stage)).await
+        {
             Ok(outcome) => outcome,
-            Err(elapsed) => Err(late(stage)(elapsed)),
+            Err(elapsed) => Err(timed_out(stage)(elapsed)),
         };
-    leave(&mut stream).await;
+    close(&mut stream).await;
     outcome
 }
 
-async fn talk(
+async fn run_check(
     stream: &mut TcpStream,
     address: SocketAddr,
     protocol: Protocol,
     header: CheckHeader,
     stage: &mut &'static str,
-) -> Result<(), Failed> {
-    let failed = |stage| move |error| Failed::Io { stage, error };
+) -> Result<(), CheckError> {
+    let failed = |stage| move |error| CheckError::Io { stage, error };
     if header == CheckHeader::Local {
         let mut header = [0; 16];
         let local = v2::encode(&Command::Local, &[], &mut header);
@@ -102,28 +104,28 @@ async fn talk(
         stream.write_all(header).await.map_err(failed("the header"))?;
     }
     if protocol.speaks_first() == FirstSpeaker::Server {
-        return converse(stream, protocol, stage).await;
+        return exchange(stream, protocol, stage).await;
     }
     *stage = "the TLS handshake";
     let connector = TLS.as_ref()?;
     let name = ServerName::IpAddress(address.ip().into());
     let stream = connector.connect(name, stream).await.map_err(failed("the TLS handshake"))?;
-    converse(stream, protocol, stage).await
+    exchange(stream, protocol, stage).await
 }
 
 /// Goes by a FIN whatever the server still says: a reset after LOCAL is fatal to Postfix' smtpd, which asks for the peer's
 /// address then ("fatal: smtpd_peer_hostaddr_to_sockaddr", seen with 3.7 and 3.10).
-async fn leave(stream: &mut TcpStream) {
+async fn close(stream: &mut TcpStream) {
     // It may have gone first.
     let _ = stream.shutdown().await;
     let rest = async { while stream.read(&mut [0; 1024]).await.is_ok_and(|count| count > 0) {} };
-    let _ = timeout(LEAVE, rest).await;
+    let _ = timeout(CLOSE_TIMEOUT, rest).await;
 }
 
 /// What a protocol's server says, and is told.
-struct Words {
+struct Expectations {
     greeting: Lines,
-    farewell: Lines,
+    quit_reply: Lines,
 }
 
 /// How lines begin.
@@ -134,77 +136,79 @@ struct Lines {
     before: &'static [&'static str],
 }
 
-const fn words(protocol: Protocol) -> Option<Words> {
+const fn expectations(protocol: Protocol) -> Option<Expectations> {
     Some(match protocol {
-        Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Words {
+        Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Expectations {
             greeting: Lines { last: &["220 "], before: &["220-"] },
-            farewell: Lines { last: &["221 "], before: &["221-"] },
+            quit_reply: Lines { last: &["221 "], before: &["221-"] },
         },
-        Protocol::Imap | Protocol::Imaps => Words {
+        Protocol::Imap | Protocol::Imaps => Expectations {
             greeting: Lines { last: &["* OK", "* PREAUTH"], before: &[] },
-            farewell: Lines { last: &["a OK"], before: &["* "] },
+            quit_reply: Lines { last: &["a OK"], before: &["* "] },
         },
-        Protocol::Pop3 | Protocol::Pop3s => Words {
+        Protocol::Pop3 | Protocol::Pop3s => Expectations {
             greeting: Lines { last: &["+OK"], before: &[] },
-            farewell: Lines { last: &["+OK"], before: &[] },
+            quit_reply: Lines { last: &["+OK"], before: &[] },
         },
         // Capabilities, each on a line of its own (RFC 5804, section 1.7).
-        Protocol::Sieve => Words {
+        Protocol::Sieve => Expectations {
             greeting: Lines { last: &["OK"], before: &["\""] },
-            farewell: Lines { last: &["OK", "BYE"], before: &[] },
+            quit_reply: Lines { last: &["OK", "BYE"], before: &[] },
         },
         Protocol::Plain => return None,
     })
 }
 
-async fn converse(
+async fn exchange(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     protocol: Protocol,
     stage: &mut &'static str,
-) -> Result<(), Failed> {
+) -> Result<(), CheckError> {
     // Refused by the configuration.
-    let (Some(words), Some(goodbye)) = (words(protocol), protocol.quit_command()) else { return Ok(()) };
+    let (Some(expectations), Some(quit)) = (expectations(protocol), protocol.quit_command()) else {
+        return Ok(());
+    };
     let mut stream = BufReader::new(stream);
     *stage = "the greeting";
-    hear(&mut stream, &words.greeting, "the greeting").await?;
+    expect_reply(&mut stream, &expectations.greeting, "the greeting").await?;
     *stage = "the goodbye";
-    let said = stream.get_mut().write_all(goodbye).await;
-    said.map_err(|error| Failed::Io { stage: "the goodbye", error })?;
-    hear(&mut stream, &words.farewell, "the goodbye").await?;
+    let reply = stream.get_mut().write_all(quit).await;
+    reply.map_err(|error| CheckError::Io { stage: "the goodbye", error })?;
+    expect_reply(&mut stream, &expectations.quit_reply, "the goodbye").await?;
     // Of TLS: otherwise the server logs that the connection was cut. It may have gone first.
     let _ = stream.get_mut().shutdown().await;
     Ok(())
 }
 
 /// Reads them, and fails with the first that is none of them.
-async fn hear(
+async fn expect_reply(
     stream: &mut (impl AsyncBufRead + Unpin),
     lines: &Lines,
     stage: &'static str,
-) -> Result<(), Failed> {
-    let mut heard = 0;
+) -> Result<(), CheckError> {
+    let mut read_bytes = 0;
     loop {
         let mut line = Vec::new();
-        let read = line_of(stream, &mut line, MOST - heard).await;
-        read.map_err(|error| Failed::Io { stage, error })?;
-        heard += line.len();
+        let read = read_line(stream, &mut line, MAX_REPLY - read_bytes).await;
+        read.map_err(|error| CheckError::Io { stage, error })?;
+        read_bytes += line.len();
         let text = String::from_utf8_lossy(&line);
         let begins = |starts: &[&str]| starts.iter().any(|start| text.starts_with(start));
         if begins(lines.last) {
             return Ok(());
         }
         if !begins(lines.before) {
-            let said = text.trim_end().chars().take(80).collect();
-            return Err(Failed::Said { stage, said });
+            let reply = text.trim_end().chars().take(80).collect();
+            return Err(CheckError::UnexpectedReply { stage, reply });
         }
     }
 }
 
 /// A line with its end, of at most `most` bytes.
-async fn line_of(
+async fn read_line(
     stream: &mut (impl AsyncBufRead + Unpin),
     line: &mut Vec<u8>,
-    most: usize,
+    limit: usize,
 ) -> io::Result<()> {
     loop {
         let bytes = stream.fill_buf().await?;
@@ -212,13 +216,13 @@ async fn line_of(
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
         }
         let end = bytes.iter().position(|byte| *byte == b'\n');
-        let take = end.map_or(bytes.len(), |end| end + 1);
-        line.extend_from_slice(bytes.get(..take).unwrap_or_default());
-        stream.consume(take);
+        let len = end.map_or(bytes.len(), |end| end + 1);
+        line.extend_from_slice(bytes.get(..len).unwrap_or_default());
+        stream.consume(len);
         if end.is_some() {
             return Ok(());
         }
-        if line.len() >= most {
+        if line.len() >= limit {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the line has no end"));
         }
     }
@@ -248,21 +252,21 @@ mod tests {
         greeting: &'static str,
         answer: &'static str,
         plan: Check,
-    ) -> (Result<(), Failed>, String) {
+    ) -> (Result<(), CheckError>, String) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             stream.write_all(greeting.as_bytes()).await.unwrap();
-            let mut told = Vec::new();
+            let mut received = Vec::new();
             let mut bytes = [0; 256];
             while let Ok(count @ 1..) = stream.read(&mut bytes).await {
-                told.extend_from_slice(&bytes[..count]);
-                if told.ends_with(b"\r\n") {
+                received.extend_from_slice(&bytes[..count]);
+                if received.ends_with(b"\r\n") {
                     stream.write_all(answer.as_bytes()).await.unwrap();
                 }
             }
-            String::from_utf8_lossy(&told).into_owned()
+            String::from_utf8_lossy(&received).into_owned()
         });
         let result = check(address, &plan).await;
         (result, serving.await.unwrap())
@@ -270,42 +274,42 @@ mod tests {
 
     #[tokio::test]
     async fn servers_that_are_well_are_told_goodbye() {
-        for (protocol, greeting, goodbye, answer) in [
+        for (protocol, greeting, quit, answer) in [
             (Protocol::Smtp, "220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
             (Protocol::Submission, "220-wait\r\n220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
             (Protocol::Imap, "* OK ready\r\n", "a LOGOUT\r\n", "* BYE\r\na OK done\r\n"),
             (Protocol::Pop3, "+OK ready\r\n", "QUIT\r\n", "+OK bye\r\n"),
             (Protocol::Sieve, "\"SIEVE\" \"fileinto\"\r\nOK ready\r\n", "LOGOUT\r\n", "OK bye\r\n"),
         ] {
-            let (result, told) = server(greeting, answer, plan(Some(protocol))).await;
+            let (result, received) = server(greeting, answer, plan(Some(protocol))).await;
             assert!(result.is_ok(), "{protocol}: {result:?}");
-            assert_eq!(told, goodbye, "{protocol}");
+            assert_eq!(received, quit, "{protocol}");
         }
     }
 
     #[tokio::test]
     async fn a_connection_is_enough_for_tcp() {
-        let (result, told) = server("", "", plan(None)).await;
-        assert!(result.is_ok() && told.is_empty(), "{result:?} {told}");
+        let (result, received) = server("", "", plan(None)).await;
+        assert!(result.is_ok() && received.is_empty(), "{result:?} {received}");
     }
 
     #[tokio::test]
     async fn a_local_header_stands_in_front() {
         let plan = Check { header: CheckHeader::Local, ..plan(Some(Protocol::Smtp)) };
-        let (result, told) = server("220 mx\r\n", "221 bye\r\n", plan).await;
+        let (result, received) = server("220 mx\r\n", "221 bye\r\n", plan).await;
         assert!(result.is_ok(), "{result:?}");
-        assert_eq!(told, "\r\n\r\n\0\r\nQUIT\n \0\0\0QUIT\r\n");
+        assert_eq!(received, "\r\n\r\n\0\r\nQUIT\n \0\0\0QUIT\r\n");
     }
 
     #[tokio::test]
     async fn what_is_not_well_says_so() {
-        for (greeting, answer, words) in [
+        for (greeting, answer, expected) in [
             ("421 4.3.2 closing\r\n", "", "the greeting: unexpected reply \"421 4.3.2 closing\""),
             ("220 mx\r\n", "500 what\r\n", "the goodbye: unexpected reply \"500 what\""),
             ("SSH-2.0-x\r\n", "", "the greeting: unexpected reply \"SSH-2.0-x\""),
         ] {
             let error = server(greeting, answer, plan(Some(Protocol::Smtp))).await.0.unwrap_err();
-            assert_eq!(error.to_string(), words);
+            assert_eq!(error.to_string(), expected);
         }
     }
 

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{
     pool::Backends,
-    state::{Backend, Session},
+    state::{Backend, SessionGuard},
 };
 use crate::{
     net::{socket::Endpoint, syn::ObserveSyn},
@@ -21,13 +21,13 @@ use crate::{
 
 /// A connection to a backend.
 #[derive(Debug)]
-pub struct Reached {
+pub struct BackendConnection {
     /// It.
     pub endpoint: Endpoint,
     /// Where it is.
     pub address: SocketAddr,
     /// To be kept until its end.
-    pub session: Session,
+    pub session: SessionGuard,
 }
 
 /// Why no backend could be reached; the most telling of the errors of all addresses.
@@ -71,7 +71,11 @@ impl Backends {
     ///
     /// # Errors
     /// [`Unreachable`], after all that may be tried was.
-    pub async fn connect(&self, within: Duration, observe: &ObserveSyn<'_>) -> Result<Reached, Unreachable> {
+    pub async fn connect(
+        &self,
+        within: Duration,
+        observe: &ObserveSyn<'_>,
+    ) -> Result<BackendConnection, Unreachable> {
         let deadline = Instant::now() + within;
         let order = self.order();
         if order.is_empty() {
@@ -89,12 +93,14 @@ impl Backends {
             (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses)
         {
             // All addresses of the one before have failed.
-            if let Some(failing) = failing.filter(|failing| !Arc::ptr_eq(&failing.known, &backend.known)) {
+            if let Some(failing) = failing.filter(|failing| !Arc::ptr_eq(&failing.state, &backend.state)) {
                 self.failed(failing);
             }
             let share = deadline.saturating_duration_since(Instant::now()) / left;
             let failed = match timeout(share, Endpoint::connect(address, observe)).await {
-                Ok(Ok(endpoint)) => return Ok(Reached { endpoint, address, session: self.reached(backend) }),
+                Ok(Ok(endpoint)) => {
+                    return Ok(BackendConnection { endpoint, address, session: self.reached(backend) });
+                }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     Unreachable::Refused { address, error }
                 }
@@ -105,8 +111,8 @@ impl Backends {
                 Err(_) => Unreachable::Timeout { address, within: share },
             };
             tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next");
-            failing = failed.blames_backend().then_some(backend);
-            worst = worse(worst, failed);
+            failing = failed.counts_as_failure().then_some(backend);
+            worst = most_specific(worst, failed);
         }
         if let Some(failing) = failing {
             self.failed(failing);
@@ -114,18 +120,18 @@ impl Backends {
         Err(worst)
     }
 
-    fn reached(&self, backend: &Backend) -> Session {
-        let known = &backend.known;
-        known.health().connected();
-        known.counts.active.fetch_add(1, Ordering::Relaxed);
-        known.counts.sessions.fetch_add(1, Ordering::Relaxed);
-        Session(Arc::clone(known))
+    fn reached(&self, backend: &Backend) -> SessionGuard {
+        let state = &backend.state;
+        state.health().connected();
+        state.counters.active.fetch_add(1, Ordering::Relaxed);
+        state.counters.sessions.fetch_add(1, Ordering::Relaxed);
+        SessionGuard(Arc::clone(state))
     }
 
     fn failed(&self, backend: &Backend) {
-        let ejected = backend.known.health().failed(std::time::Instant::now(), &self.health.ejection);
+        let ejected = backend.state.health().failed(std::time::Instant::now(), &self.health.ejection);
         if let Some(time) = ejected {
-            backend.known.counts.ejections.fetch_add(1, Ordering::Relaxed);
+            backend.state.counters.ejections.fetch_add(1, Ordering::Relaxed);
             let name = &backend.configured;
             tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, duration = ?time, "backend ejected after failed connections; it receives none until the time is over");
         }
@@ -142,7 +148,7 @@ fn addresses<'a>(order: &[&'a Backend]) -> Vec<(&'a Backend, SocketAddr)> {
 
 impl Unreachable {
     /// Whether it says something of the backend; what the daemon itself lacks does not.
-    fn blames_backend(&self) -> bool {
+    fn counts_as_failure(&self) -> bool {
         use io::ErrorKind::{ConnectionReset, HostUnreachable, NetworkUnreachable};
         match self {
             Self::Refused { .. } | Self::Timeout { .. } => true,
@@ -155,7 +161,7 @@ impl Unreachable {
 }
 
 /// The more telling of two failures: a timeout says more of a network in trouble than a refusal does.
-fn worse(one: Unreachable, other: Unreachable) -> Unreachable {
+fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
     let rank = |error: &Unreachable| match error {
         Unreachable::Unresolved | Unreachable::AllDisabled => 0,
         Unreachable::Other { .. } => 1,

@@ -9,7 +9,7 @@ use crate::config::Ejection;
 /// What the operator has said, which goes before all else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Forced {
+pub enum AdminState {
     /// Nothing: checks and connections decide.
     #[default]
     Auto,
@@ -22,7 +22,7 @@ pub enum Forced {
 /// Why a backend gets connections or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Standing {
+pub enum HealthState {
     /// It does.
     Up,
     /// Its checks fail.
@@ -35,7 +35,7 @@ pub enum Standing {
     ForcedDown,
 }
 
-impl Standing {
+impl HealthState {
     /// Whether it gets connections.
     #[must_use]
     pub const fn is_up(self) -> bool {
@@ -58,7 +58,7 @@ impl Standing {
 /// What is known of a backend.
 #[derive(Clone, Debug)]
 pub(super) struct Health {
-    forced: Forced,
+    forced: AdminState,
     /// As the checks have it.
     up: bool,
     /// Checks in a row that say the opposite; `None` before the first check.
@@ -71,7 +71,7 @@ pub(super) struct Health {
 impl Default for Health {
     /// Up until something is known: a daemon that has just started must not turn mail away.
     fn default() -> Self {
-        Self { forced: Forced::Auto, up: true, against: None, failures: 0, ejected_until: None }
+        Self { forced: AdminState::Auto, up: true, against: None, failures: 0, ejected_until: None }
     }
 }
 
@@ -122,22 +122,22 @@ impl Health {
     }
 
     /// The operator decides.
-    pub(super) fn force(&mut self, forced: Forced) {
+    pub(super) fn set_admin_state(&mut self, forced: AdminState) {
         self.forced = forced;
-        if forced == Forced::Auto {
+        if forced == AdminState::Auto {
             self.connected();
         }
     }
 
     /// How it stands.
     #[must_use]
-    pub(super) fn standing(&self, now: Instant) -> Standing {
+    pub(super) fn health_state(&self, now: Instant) -> HealthState {
         match self.forced {
-            Forced::Up => Standing::ForcedUp,
-            Forced::Down => Standing::ForcedDown,
-            Forced::Auto if !self.up => Standing::Down,
-            Forced::Auto if self.ejected(now) => Standing::Ejected,
-            Forced::Auto => Standing::Up,
+            AdminState::Up => HealthState::ForcedUp,
+            AdminState::Down => HealthState::ForcedDown,
+            AdminState::Auto if !self.up => HealthState::Down,
+            AdminState::Auto if self.ejected(now) => HealthState::Ejected,
+            AdminState::Auto => HealthState::Up,
         }
     }
 
@@ -157,7 +157,7 @@ mod tests {
         let mut health = Health::default();
         let step = |check| {
             health.checked(check == '+', rise, fall);
-            if health.standing(Instant::now()).is_up() { 'U' } else { 'D' }
+            if health.health_state(Instant::now()).is_up() { 'U' } else { 'D' }
         };
         checks.chars().map(step).collect()
     }
@@ -191,13 +191,13 @@ mod tests {
         health.connected();
         assert_eq!([(); 2].map(|()| health.failed(start, &EJECTION)), [None, None]);
         assert_eq!(health.failed(start, &EJECTION), Some(EJECTION.time));
-        assert_eq!(health.standing(later(29)), Standing::Ejected);
+        assert_eq!(health.health_state(later(29)), HealthState::Ejected);
         // Tried all the same, because there is no other: it stays at that.
         assert_eq!(health.failed(later(29), &EJECTION), None);
-        assert_eq!(health.standing(later(30)), Standing::Up);
+        assert_eq!(health.health_state(later(30)), HealthState::Up);
         assert_eq!(health.failed(later(30), &EJECTION), Some(EJECTION.time));
         health.connected();
-        assert_eq!(health.standing(later(30)), Standing::Up);
+        assert_eq!(health.health_state(later(30)), HealthState::Up);
     }
 
     #[test]
@@ -211,16 +211,16 @@ mod tests {
     fn the_operator_goes_before_checks_and_failures() {
         let mut health = Health::default();
         let now = Instant::now();
-        health.force(Forced::Up);
+        health.set_admin_state(AdminState::Up);
         health.checked(false, 2, 3);
         assert!((0..3).any(|_| health.failed(now, &EJECTION).is_some()));
-        assert_eq!(health.standing(now), Standing::ForcedUp);
-        health.force(Forced::Down);
+        assert_eq!(health.health_state(now), HealthState::ForcedUp);
+        health.set_admin_state(AdminState::Down);
         health.checked(true, 1, 1);
-        assert_eq!(health.standing(now), Standing::ForcedDown);
+        assert_eq!(health.health_state(now), HealthState::ForcedDown);
         // And leaves nothing behind but what the checks say.
-        health.force(Forced::Auto);
-        assert_eq!(health.standing(now), Standing::Up);
+        health.set_admin_state(AdminState::Auto);
+        assert_eq!(health.health_state(now), HealthState::Up);
     }
 
     #[test]
@@ -228,6 +228,6 @@ mod tests {
         let mut health = Health::default();
         health.checked(false, 2, 3);
         health.unchecked();
-        assert_eq!(health.standing(Instant::now()), Standing::Up);
+        assert_eq!(health.health_state(Instant::now()), HealthState::Up);
     }
 }

@@ -10,8 +10,8 @@ mod resolver;
 mod state;
 
 pub use self::{
-    connect::{Reached, Unreachable},
-    health::{Forced, Standing},
+    connect::{BackendConnection, Unreachable},
+    health::{AdminState, HealthState},
     pool::Backends,
-    state::{Account, Backend, Session},
+    state::{Backend, BackendStats, SessionGuard},
 };

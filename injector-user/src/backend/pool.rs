@@ -10,10 +10,10 @@ use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    balance::{self, Turns},
+    balance::{self, SmoothWeightedRoundRobin},
     checker,
-    health::Forced,
-    state::{Account, Backend, Known},
+    health::AdminState,
+    state::{Backend, BackendState, BackendStats},
 };
 use crate::{
     config::{self, Check, Host, Listener},
@@ -30,7 +30,7 @@ pub struct Backends {
     pub(super) health: config::Health,
     pub(super) resolve_interval: Duration,
     pub(super) all: Vec<Backend>,
-    turns: Mutex<Turns>,
+    round_robin: Mutex<SmoothWeightedRoundRobin>,
     /// Rings when those whose turn it is may have changed, but for ejections.
     changed: Arc<Notify>,
 }
@@ -38,10 +38,10 @@ pub struct Backends {
 impl BackendSource for Backends {
     fn sample(&self) -> Vec<BackendSample> {
         let sample = |backend: &Backend| {
-            let Account { active, sessions, passed, failed, ejections } = backend.account();
+            let BackendStats { active, sessions, passed, failed, ejections } = backend.stats();
             BackendSample {
                 name: backend.configured().to_string(),
-                up: backend.standing().is_up(),
+                up: backend.health_state().is_up(),
                 active,
                 sessions,
                 checks_passed: passed,
@@ -54,7 +54,7 @@ impl BackendSource for Backends {
 }
 
 impl Backends {
-    /// The backends of `listener`; addresses are known at once, names after [`Backends::keep_up_to_date`] started. What was
+    /// The backends of `listener`; addresses are known at once, names after [`Backends::run`] started. What was
     /// known `before` of the same backends stays known.
     #[must_use]
     pub fn new(listener: &Listener, before: Option<&Self>, changed: Arc<Notify>) -> Self {
@@ -62,26 +62,26 @@ impl Backends {
             let same = |other: &&Backend| {
                 (&other.configured.host, other.configured.port) == (&configured.host, configured.port)
             };
-            let known =
-                before.and_then(|before| before.all.iter().find(same)).map(|same| Arc::clone(&same.known));
-            let known = known.unwrap_or_else(|| {
+            let state =
+                before.and_then(|before| before.all.iter().find(same)).map(|same| Arc::clone(&same.state));
+            let state = state.unwrap_or_else(|| {
                 let addresses = match configured.host {
                     Host::Ip(ip) => vec![SocketAddr::new(ip, configured.port)],
                     Host::Name(_) => Vec::new(),
                 };
-                Arc::new(Known { addresses: RwLock::new(addresses), ..Known::default() })
+                Arc::new(BackendState { addresses: RwLock::new(addresses), ..BackendState::default() })
             });
             if listener.health.check.is_none() {
-                known.health().unchecked();
+                state.health().unchecked();
             }
-            Backend { configured: configured.clone(), known }
+            Backend { configured: configured.clone(), state }
         };
         Self {
             listener: listener.name.clone(),
             health: listener.health,
             resolve_interval: listener.resolve_interval,
             all: listener.backends.iter().map(backend).collect(),
-            turns: Mutex::default(),
+            round_robin: Mutex::default(),
             changed,
         }
     }
@@ -94,20 +94,20 @@ impl Backends {
 
     /// Those of `which` that get new connections now.
     #[must_use]
-    pub fn in_turn(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
+    pub fn eligible(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
         let of: Vec<_> = self.all.iter().filter(|backend| which(&backend.configured)).collect();
         let candidates: Vec<_> = of.iter().map(|backend| backend.candidate()).collect();
-        balance::in_turn(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
+        balance::eligible(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
     }
 
     /// Takes a backend out of service or puts it back, by its name in the configuration. `false` if there is none of that
     /// name.
     #[must_use]
-    pub fn force(&self, name: &str, forced: Forced) -> bool {
+    pub fn set_admin_state(&self, name: &str, forced: AdminState) -> bool {
         let Some(backend) = self.all.iter().find(|backend| backend.configured.to_string() == name) else {
             return false;
         };
-        backend.known.health().force(forced);
+        backend.state.health().set_admin_state(forced);
         tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend state set by the operator");
         self.changed.notify_one();
         true
@@ -115,19 +115,19 @@ impl Backends {
 
     /// Resolves the names now and then every interval, and checks the backends, until `stop`. The last good answer is kept
     /// when resolving fails.
-    pub async fn keep_up_to_date(self: Arc<Self>, stop: CancellationToken) {
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let checks = (0..self.all.len()).map(|index| {
             let backends = Arc::clone(&self);
             tokio::spawn(
-                stop.clone().run_until_cancelled_owned(async move { backends.keep_checking(index).await }),
+                stop.clone().run_until_cancelled_owned(async move { backends.run_checks(index).await }),
             )
         });
         // They end by themselves.
         checks.for_each(drop);
-        stop.run_until_cancelled(self.keep_resolving()).await;
+        stop.run_until_cancelled(self.run_resolver()).await;
     }
 
-    async fn keep_checking(&self, index: usize) {
+    async fn run_checks(&self, index: usize) {
         let (Some(plan), Some(backend)) = (&self.health.check, self.all.get(index)) else { return };
         // The checks of many listeners, edges and backends must not fall on the same moment.
         tokio::time::sleep(plan.interval.min(Duration::from_secs(1)).mul_f64(fastrand::f64())).await;
@@ -150,10 +150,10 @@ impl Backends {
                 break;
             }
         }
-        let counts = &backend.known.counts;
-        let count = if outcome.is_ok() { &counts.passed } else { &counts.failed };
+        let counters = &backend.state.counters;
+        let count = if outcome.is_ok() { &counters.passed } else { &counters.failed };
         count.fetch_add(1, Ordering::Relaxed);
-        let changed = backend.known.health().checked(outcome.is_ok(), plan.rise, plan.fall);
+        let changed = backend.state.health().checked(outcome.is_ok(), plan.rise, plan.fall);
         let (listener, name) = (&self.listener, &backend.configured);
         match (&outcome, changed) {
             (Ok(()), Some(_)) => {
@@ -175,9 +175,9 @@ impl Backends {
     /// Whom to try, first to last.
     pub(super) fn order(&self) -> Vec<&Backend> {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
-        let mut order = balance::in_turn(&candidates);
-        let reserve = balance::in_reserve(&candidates, &order);
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner).rotate(&candidates, &mut order);
+        let mut order = balance::eligible(&candidates);
+        let reserve = balance::fallbacks(&candidates, &order);
+        self.round_robin.lock().unwrap_or_else(PoisonError::into_inner).rotate(&candidates, &mut order);
         order.extend(reserve);
         order.into_iter().filter_map(|index| self.all.get(index)).collect()
     }

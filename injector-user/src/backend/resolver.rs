@@ -9,7 +9,7 @@ use crate::{
 };
 
 impl Backends {
-    pub(super) async fn keep_resolving(&self) {
+    pub(super) async fn run_resolver(&self) {
         if self.all.iter().all(|backend| matches!(backend.configured.host, Host::Ip(_))) {
             return;
         }
@@ -29,7 +29,7 @@ impl Backends {
                     continue;
                 }
             };
-            let mut known = backend.known.addresses.write().unwrap_or_else(PoisonError::into_inner);
+            let mut known = backend.state.addresses.write().unwrap_or_else(PoisonError::into_inner);
             if *known != addresses {
                 tracing::info!(target: target::RESOLVER, listener = self.listener, backend = name, ?addresses, "backend name resolved");
                 *known = addresses;

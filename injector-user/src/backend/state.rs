@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     balance::Candidate,
-    health::{Health, Standing},
+    health::{Health, HealthState},
 };
 use crate::config;
 
@@ -18,20 +18,20 @@ use crate::config;
 #[derive(Clone, Debug)]
 pub struct Backend {
     pub(super) configured: config::Backend,
-    pub(super) known: Arc<Known>,
+    pub(super) state: Arc<BackendState>,
 }
 
 /// What is known of a backend.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct BackendState {
     /// What it resolved to last.
     pub(super) addresses: RwLock<Vec<SocketAddr>>,
     pub(super) health: Mutex<Health>,
-    pub(super) counts: Counts,
+    pub(super) counters: Counters,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Counts {
+pub(super) struct Counters {
     pub(super) active: AtomicU64,
     pub(super) sessions: AtomicU64,
     pub(super) passed: AtomicU64,
@@ -41,7 +41,7 @@ pub(super) struct Counts {
 
 /// What has become of a backend so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Account {
+pub struct BackendStats {
     /// Sessions with it now. None of engine inline's, which the kernel sends on.
     pub active: u64,
     /// Sessions with it so far.
@@ -56,15 +56,15 @@ pub struct Account {
 
 /// Counts as one of the backend's sessions until it is dropped.
 #[derive(Debug)]
-pub struct Session(pub(super) Arc<Known>);
+pub struct SessionGuard(pub(super) Arc<BackendState>);
 
-impl Drop for Session {
+impl Drop for SessionGuard {
     fn drop(&mut self) {
-        self.0.counts.active.fetch_sub(1, Ordering::Relaxed);
+        self.0.counters.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Known {
+impl BackendState {
     pub(super) fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,31 +84,31 @@ impl Backend {
     /// What it resolved to last.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.known.addresses()
+        self.state.addresses()
     }
 
     /// Whether it gets connections, and why not.
     #[must_use]
-    pub fn standing(&self) -> Standing {
-        self.known.health().standing(std::time::Instant::now())
+    pub fn health_state(&self) -> HealthState {
+        self.state.health().health_state(std::time::Instant::now())
     }
 
     /// What has become of it so far.
     #[must_use]
-    pub fn account(&self) -> Account {
-        let Counts { active, sessions, passed, failed, ejections } = &self.known.counts;
+    pub fn stats(&self) -> BackendStats {
+        let Counters { active, sessions, passed, failed, ejections } = &self.state.counters;
         let [active, sessions, passed, failed, ejections] =
             [active, sessions, passed, failed, ejections].map(|count| count.load(Ordering::Relaxed));
-        Account { active, sessions, passed, failed, ejections }
+        BackendStats { active, sessions, passed, failed, ejections }
     }
 
     pub(super) fn candidate(&self) -> Candidate {
-        let standing = self.standing();
+        let health_state = self.health_state();
         Candidate {
             weight: self.configured.weight,
             backup: self.configured.backup,
-            up: standing.is_up(),
-            out: standing == Standing::ForcedDown,
+            up: health_state.is_up(),
+            disabled: health_state == HealthState::ForcedDown,
         }
     }
 }

@@ -28,7 +28,7 @@ pub use self::{
     wire::{Reply, Request},
 };
 use crate::{
-    backend::{Backend, Forced},
+    backend::{AdminState, Backend},
     config::{Config, ConfigError},
     os::systemd,
     server::{ActiveListener, Changes, Server},
@@ -203,18 +203,18 @@ fn listener(active: &ActiveListener) -> ListenerStatus {
 }
 
 fn backend(backend: &Backend) -> BackendStatus {
-    let account = backend.account();
+    let stats = backend.stats();
     BackendStatus {
         name: backend.configured().to_string(),
         weight: backend.configured().weight,
         backup: backend.configured().backup,
-        state: backend.standing(),
+        state: backend.health_state(),
         addresses: backend.addresses(),
-        active: account.active,
-        sessions: account.sessions,
-        checks_passed: account.passed,
-        checks_failed: account.failed,
-        ejections: account.ejections,
+        active: stats.active,
+        sessions: stats.sessions,
+        checks_passed: stats.passed,
+        checks_failed: stats.failed,
+        ejections: stats.ejections,
     }
 }
 
@@ -251,15 +251,15 @@ fn backend_set(
     listener: Option<&str>,
     backend: &str,
 ) -> anyhow::Result<Vec<String>> {
-    let forced = match action {
-        BackendAction::Up => Forced::Up,
-        BackendAction::Down => Forced::Down,
-        BackendAction::Auto => Forced::Auto,
+    let admin_state = match action {
+        BackendAction::Up => AdminState::Up,
+        BackendAction::Down => AdminState::Down,
+        BackendAction::Auto => AdminState::Auto,
     };
     let of =
         || server.listeners().iter().filter(|active| listener.is_none_or(|name| active.config.name == name));
     let set: Vec<_> = of()
-        .filter(|active| active.backends.force(backend, forced))
+        .filter(|active| active.backends.set_admin_state(backend, admin_state))
         .map(|active| active.config.name.clone())
         .collect();
     if set.is_empty() {

@@ -189,7 +189,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{backend::Standing, control::wire::EngineStatus};
+    use crate::{backend::HealthState, control::wire::EngineStatus};
 
     pub(in crate::control) fn status() -> Status {
         let backend = |name: &str, state, backup| BackendStatus {
@@ -218,8 +218,8 @@ pub(super) mod tests {
             bytes_to_backend: 3 * 1024 * 1024,
             bytes_to_client: 900,
             backends: vec![
-                backend("mail-1:2525", Standing::Up, false),
-                backend("192.0.2.21:2525", Standing::Down, true),
+                backend("mail-1:2525", HealthState::Up, false),
+                backend("192.0.2.21:2525", HealthState::Down, true),
             ],
         };
         Status {

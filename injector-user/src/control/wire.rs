@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Standing;
+use crate::backend::HealthState;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,7 +194,7 @@ pub struct BackendStatus {
     /// Waits until no other can.
     pub backup: bool,
     /// Whether it gets connections, and if not, why.
-    pub state: Standing,
+    pub state: HealthState,
     /// What its name resolved to.
     pub addresses: Vec<SocketAddr>,
     /// Sessions now.

@@ -57,7 +57,7 @@ impl Server {
 
     /// What is known of its backends is kept up to date, and published.
     fn spawn_health_tasks(&self, active: &ActiveListener) {
-        tokio::spawn(Arc::clone(&active.backends).keep_up_to_date(active.stop_health_tasks.clone()));
+        tokio::spawn(Arc::clone(&active.backends).run(active.stop_health_tasks.clone()));
         self.shared.metrics.watch_backends(&active.config.name, active.backends.clone());
     }
 

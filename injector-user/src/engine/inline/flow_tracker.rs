@@ -20,7 +20,7 @@ use crate::{
     engine::bpf::lock,
     os::{clock, poll},
     telemetry::{
-        metrics::{Active, ListenerMetrics},
+        metrics::{ActiveGuard, ListenerMetrics},
         outcome::{AccessLogEntry, Bytes, CloseReason},
     },
 };
@@ -116,7 +116,7 @@ impl TimeWaitQueue {
 
 #[derive(Debug)]
 struct OpenFlow {
-    _active: Active,
+    _active: ActiveGuard,
     to_backend: u64,
     to_client: u64,
 }

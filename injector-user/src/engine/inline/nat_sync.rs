@@ -33,7 +33,7 @@ pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow:
         for ipv6 in [false, true] {
             let of_family = |ip: IpAddr| ip.to_canonical().is_ipv6() == ipv6;
             let listen = || listener.bind.iter().filter(|address| of_family(address.ip()));
-            let eligible = backends.in_turn(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
+            let eligible = backends.eligible(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
             let none_is_left = eligible.is_empty()
                 && listener.backends.iter().any(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
             if *draining || none_is_left {
@@ -102,7 +102,7 @@ pub(super) async fn apply_dnat(settings: &Settings, served: Vec<ServedListener>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{backend::Forced, config::Config};
+    use crate::{backend::AdminState, config::Config};
 
     fn config(backends: &str) -> Config {
         let text = format!(
@@ -136,11 +136,11 @@ mod tests {
         let served = fresh(&config.listeners[0]);
         let leads_to = |served: &ServedListener, backend: &str| rules(&config, served).contains(backend);
         assert!(leads_to(&served, "10.0.0.1") && !leads_to(&served, "10.0.0.2"));
-        assert!(served.backends.force("10.0.0.1:2525", Forced::Down));
+        assert!(served.backends.set_admin_state("10.0.0.1:2525", AdminState::Down));
         assert!(!leads_to(&served, "10.0.0.1") && leads_to(&served, "10.0.0.2"));
         assert!(leads_to(&served, "2001:db8::20"));
         // Nobody is left for IPv4: the rules lead nowhere, and IPv6 goes on.
-        assert!(served.backends.force("10.0.0.2:2525", Forced::Down));
+        assert!(served.backends.set_admin_state("10.0.0.2:2525", AdminState::Down));
         assert!(!leads_to(&served, "192.0.2.10") && leads_to(&served, "2001:db8::20"));
         let drained = ServedListener { draining: true, ..served };
         assert!(!leads_to(&drained, "2001:db8::"));

@@ -39,9 +39,9 @@ pub trait BackendSource: fmt::Debug + Send + Sync {
 
 /// The backends of each listener.
 #[derive(Debug, Default)]
-pub(super) struct Watched(RwLock<BTreeMap<String, Arc<dyn BackendSource>>>);
+pub(super) struct BackendCollector(RwLock<BTreeMap<String, Arc<dyn BackendSource>>>);
 
-impl Watched {
+impl BackendCollector {
     pub(super) fn watch(&self, listener: &str, backends: Arc<dyn BackendSource>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(listener.to_owned(), backends);
     }
@@ -53,7 +53,7 @@ impl Watched {
 
 type Count = fn(&BackendSample) -> u64;
 
-impl Collector for Watched {
+impl Collector for BackendCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let watched = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
         let all: Vec<(&str, BackendSample)> = watched

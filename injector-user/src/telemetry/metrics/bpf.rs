@@ -22,12 +22,12 @@ pub trait BpfCounters: Send + Sync + Debug {
 
 /// The programs being watched: none until they are loaded.
 #[derive(Debug, Default)]
-pub(super) struct Programs {
+pub(super) struct BpfCollector {
     counters: RwLock<Vec<Arc<dyn BpfCounters>>>,
     backlog: RwLock<BacklogTotal>,
 }
 
-impl Programs {
+impl BpfCollector {
     pub(super) fn watch(&self, counters: Arc<dyn BpfCounters>) {
         self.counters.write().unwrap_or_else(PoisonError::into_inner).push(counters);
     }
@@ -37,7 +37,7 @@ impl Programs {
     }
 }
 
-impl Collector for Programs {
+impl Collector for BpfCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let backlog = self.backlog.read().unwrap_or_else(PoisonError::into_inner).bytes();
         let gauge = encoder.encode_descriptor(

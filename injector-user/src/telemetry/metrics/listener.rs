@@ -68,7 +68,7 @@ impl RejectReason {
     }
 
     /// The refusal that an admitted connection's end amounts to, if it does.
-    const fn of(reason: CloseReason) -> Option<Self> {
+    const fn from_close(reason: CloseReason) -> Option<Self> {
         match reason {
             CloseReason::BackendRefused => Some(Self::BackendRefused),
             CloseReason::ConnectTimeout => Some(Self::ConnectTimeout),
@@ -83,10 +83,10 @@ impl RejectReason {
 
 /// The metrics of one listener and the engine that serves it. Clones share them.
 #[derive(Clone, Debug)]
-pub struct ListenerMetrics(Arc<Handles>);
+pub struct ListenerMetrics(Arc<Series>);
 
 #[derive(Debug)]
-struct Handles {
+struct Series {
     name: Arc<str>,
     families: Families,
     accepted: Counter,
@@ -95,8 +95,8 @@ struct Handles {
     closed: [(CloseReason, Counter); CloseReason::ALL.len()],
     headers_sent: Counter,
     headers_failed: Counter,
-    to_backend: Planes,
-    to_client: Planes,
+    to_backend: PathCounters,
+    to_client: PathCounters,
     first_byte: Histogram,
     enrolments: Counter,
     paused: Counter,
@@ -106,7 +106,7 @@ struct Handles {
 
 /// A listener's counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct ListenerSnapshot {
     /// Connections accepted.
     pub accepted: u64,
     /// Those that are served now.
@@ -123,13 +123,13 @@ pub struct Counts {
 
 /// One direction's bytes.
 #[derive(Debug)]
-struct Planes {
+struct PathCounters {
     relayed: Counter,
     piped: Counter,
     spliced: Counter,
 }
 
-impl Planes {
+impl PathCounters {
     fn total(&self) -> u64 {
         [&self.relayed, &self.piped, &self.spliced].into_iter().map(Counter::get).sum()
     }
@@ -141,12 +141,12 @@ impl Planes {
     }
 }
 
-/// Counts a connection as active until it is dropped.
+/// ListenerSnapshot a connection as active until it is dropped.
 #[derive(Debug)]
 #[must_use]
-pub struct Active(Gauge);
+pub struct ActiveGuard(Gauge);
 
-impl Drop for Active {
+impl Drop for ActiveGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
@@ -171,12 +171,12 @@ impl ListenerMetrics {
         let change = |change| {
             families.plane_changes.get_or_create_owned(&ChangeLabels { listener: Arc::clone(&name), change })
         };
-        let planes = |direction| Planes {
+        let planes = |direction| PathCounters {
             relayed: bytes(direction, "relayed"),
             piped: bytes(direction, "piped"),
             spliced: bytes(direction, "spliced"),
         };
-        Self(Arc::new(Handles {
+        Self(Arc::new(Series {
             accepted: families.accepted.get_or_create_owned(&plain),
             active: families.active.get_or_create_owned(&served),
             rejected: RejectReason::ALL.map(rejected),
@@ -197,9 +197,9 @@ impl ListenerMetrics {
 
     /// What has been counted so far.
     #[must_use]
-    pub fn snapshot(&self) -> Counts {
-        let Handles { accepted, active, rejected, to_backend, to_client, headers_sent, .. } = &*self.0;
-        Counts {
+    pub fn snapshot(&self) -> ListenerSnapshot {
+        let Series { accepted, active, rejected, to_backend, to_client, headers_sent, .. } = &*self.0;
+        ListenerSnapshot {
             accepted: accepted.get(),
             active: u64::try_from(active.get()).unwrap_or_default(),
             rejected: rejected.iter().map(|(_, counter)| counter.get()).sum(),
@@ -221,15 +221,15 @@ impl ListenerMetrics {
     }
 
     /// A connection is being served, until the guard goes.
-    pub fn active(&self) -> Active {
+    pub fn active(&self) -> ActiveGuard {
         self.0.active.inc();
-        Active(self.0.active.clone())
+        ActiveGuard(self.0.active.clone())
     }
 
     /// An admitted connection ended; if that was before its backend spoke, it counts as rejected as well.
     pub fn closed(&self, reason: CloseReason) {
         count(&self.0.closed, reason);
-        if let Some(reason) = RejectReason::of(reason) {
+        if let Some(reason) = RejectReason::from_close(reason) {
             self.rejected(reason);
         }
     }

@@ -19,6 +19,6 @@ pub use self::{
     backends::{BackendSample, BackendSource},
     bpf::BpfCounters,
     http::Readiness,
-    listener::{Active, Counts, ListenerMetrics, RejectReason},
+    listener::{ActiveGuard, ListenerMetrics, ListenerSnapshot, RejectReason},
     registry::Metrics,
 };

@@ -13,8 +13,8 @@ use prometheus_client::{
 };
 
 use super::{
-    backends::{BackendSource, Watched},
-    bpf::{BpfCounters, Programs},
+    backends::{BackendCollector, BackendSource},
+    bpf::{BpfCollector, BpfCounters},
     families::Families,
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
@@ -29,8 +29,8 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     families: Families,
-    programs: Arc<Programs>,
-    backends: Arc<Watched>,
+    bpf: Arc<BpfCollector>,
+    backends: Arc<BackendCollector>,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
     config_loaded: Gauge<f64, AtomicU64>,
@@ -115,14 +115,14 @@ impl Metrics {
             "Connection capacity of the inline engine; 0 if it does not run",
             inline_max_flows.clone(),
         );
-        let backends = Arc::new(Watched::default());
+        let backends = Arc::new(BackendCollector::default());
         injector.register_collector(Box::new(Arc::clone(&backends)));
-        let programs = Arc::new(Programs::default());
-        injector.register_collector(Box::new(Arc::clone(&programs)));
+        let bpf = Arc::new(BpfCollector::default());
+        injector.register_collector(Box::new(Arc::clone(&bpf)));
         Self(Arc::new(Inner {
             registry,
             families,
-            programs,
+            bpf,
             backends,
             draining,
             reloads: results,
@@ -198,12 +198,12 @@ impl Metrics {
 
     /// Has the bytes that wait in the kernel read at every scrape.
     pub fn watch_backlog(&self, backlog_total: BacklogTotal) {
-        self.0.programs.watch_backlog(backlog_total);
+        self.0.bpf.watch_backlog(backlog_total);
     }
 
     /// Has the counters of these programs read at every scrape, besides those given before.
     pub fn watch_programs(&self, counters: Arc<dyn BpfCounters>) {
-        self.0.programs.watch(counters);
+        self.0.bpf.watch(counters);
     }
 
     /// Everything as OpenMetrics text.

@@ -5,6 +5,9 @@ use std::net::SocketAddr;
 use crate::cpu::Cpu;
 use crate::latency::Summary;
 
+/// Seconds of warm-up before the measured time, for slow start, enrolment and caches.
+pub const WARM_UP: f64 = 0.3;
+
 /// One job.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Job {

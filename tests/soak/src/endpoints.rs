@@ -13,9 +13,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::Options;
 use super::content::Content;
 use super::conversation::{ConnectionEnd, EndpointResult, LIMIT, run_conversation};
+use super::options::Options;
 use super::plan::{Plan, Side};
 use super::session_log::SessionLog;
 use super::testbed::{LISTENERS, MAX_SESSIONS, destination, number, source};

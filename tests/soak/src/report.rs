@@ -4,9 +4,9 @@ use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::Options;
 use super::daemon_report::{DaemonReport, Line};
 use super::endpoints::Shared;
+use super::options::Options;
 use super::plan::{Ending, Opening, Plan, Side};
 use super::session_log::SessionRecord;
 use super::testbed::Testbed;

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::Context as _;
 
-use super::Engine;
+use super::options::Engine;
 use super::plan::{Opening, Plan};
 use injector_testbed::daemon::{self, Injector};
 use injector_testbed::netns::{self, Family, MAIL, Topology, VIP_RELAY, VIP_SPLICE};

@@ -41,7 +41,7 @@ impl Workload for BesideBulk {
         let (outcome, _) = context.load(&ECHO, load)?;
         let latency = outcome.latency.unwrap_or_default();
         // The upload runs through warm-up and measurement.
-        let seconds = outcome.seconds + 2.0 * injector_load::client::WARM_UP;
+        let seconds = outcome.seconds + 2.0 * injector_load::job::WARM_UP;
         Ok(measured(
             outcome.cpu,
             [

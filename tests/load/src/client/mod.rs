@@ -12,13 +12,10 @@ use anyhow::{Context as _, bail};
 
 use self::dialogues::Pace;
 use crate::descriptors;
-use crate::job::{Job, JobOutcome, Load};
+use crate::job::{Job, JobOutcome, Load, WARM_UP};
 use crate::service::{ECHO, Service};
 
 pub use self::idle::OPEN;
-
-/// Seconds of warm-up before the measured time, for slow start, enrolment and caches.
-pub const WARM_UP: f64 = 0.3;
 
 /// Executes a job (one line of JSON) and prints the outcome (another line).
 ///

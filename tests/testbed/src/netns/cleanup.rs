@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 
-use super::{NETNS_DIR, PREFIX, ip};
+use super::ip::{NETNS_DIR, PREFIX, ip};
 
 /// A directory for one server's files, removed on drop or, if this process is killed, by the
 /// janitor.

@@ -11,6 +11,7 @@
 
 mod address;
 mod cleanup;
+mod ip;
 mod spawn;
 mod topology;
 
@@ -32,15 +33,10 @@ pub use self::address::{
 };
 pub use self::cleanup::scratch_dir;
 use self::cleanup::{remove, start_janitor};
+use self::ip::{NETNS_DIR, PREFIX, ip};
 pub(crate) use self::spawn::die_with_parent;
 use self::spawn::spawn_on_lasting_thread;
 pub use self::topology::Topology;
-
-/// Prefix of the names of namespaces and of scratch directories.
-const PREFIX: &str = "inj-";
-
-/// Where iproute2 keeps the names of namespaces.
-const NETNS_DIR: &str = "/run/netns";
 
 /// How long `ip netns exec` may take to enter a namespace, on a busy machine.
 const ENTRY_LIMIT: Duration = Duration::from_secs(10);
@@ -225,14 +221,6 @@ impl Drop for Netns {
             eprintln!("namespace {} is left behind: {error:#}", self.name);
         }
     }
-}
-
-/// Runs `ip ARGS…`; its error output becomes the error.
-fn ip(args: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new("ip").args(args).output().context("cannot run ip (install iproute2)")?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "ip {}: {}", args.join(" "), complaint.trim());
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The three namespaces that every privileged test uses: client, edge and mail.
 
-use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, HostAddresses, MAIL, Netns, VIPS, ip};
+use super::ip::ip;
+use super::{CLIENT, EDGE_INSIDE, EDGE_OUTSIDE, HostAddresses, MAIL, Netns, VIPS};
 
 /// client — edge — mail, joined by veth, with the addresses above.
 ///

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::arrival_timer::ArrivalTimer;
-use super::{DRAIN, ENDING, MAX_OPEN, MEASURING, Pace, READ_BUFFER, TICK};
+use super::pace::{DRAIN, ENDING, MAX_OPEN, MEASURING, Pace, READ_BUFFER, TICK};
 use crate::client::failures::Failures;
 use crate::latency::Latencies;
 use crate::poller::{Events, Interest, Poller, index};

@@ -2,6 +2,7 @@
 
 mod arrival_timer;
 mod client_thread;
+mod pace;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,39 +12,13 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, bail, ensure};
 
 use self::client_thread::ClientThread;
-use super::WARM_UP;
+pub(super) use self::pace::Pace;
+use self::pace::{ENDING, MEASURING, WARMING};
 use super::failures::Failures;
 use crate::cpu::Cpu;
-use crate::job::JobOutcome;
+use crate::job::{JobOutcome, WARM_UP};
 use crate::latency::Latencies;
 use crate::service::{Script, Service};
-
-/// When the next dialogue starts.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Pace {
-    /// When an earlier one has ended (closed loop); this many at a time.
-    Closed { connections: usize },
-    /// At a fixed rate per second (open loop).
-    Open { rate: f64 },
-}
-
-/// Phases of a run, in this order.
-const WARMING: u8 = 0;
-const MEASURING: u8 = 1;
-const ENDING: u8 = 2;
-
-/// How long the last dialogues of an open loop may still run.
-const DRAIN: Duration = Duration::from_secs(2);
-
-/// Limit of simultaneous dialogues of an open loop, per thread: a system that is this far behind
-/// does not keep up.
-const MAX_OPEN: usize = 4096;
-
-/// How long a thread waits before it reads the phase again.
-const TICK: Duration = Duration::from_millis(20);
-
-/// Bytes per read; larger than any response.
-const READ_BUFFER: usize = 64 << 10;
 
 pub(super) fn run(
     target: SocketAddr,
@@ -103,20 +78,6 @@ pub(super) fn run(
         outcome.latency = latencies.summary();
         Ok(outcome)
     })
-}
-
-impl Pace {
-    /// The share of one thread.
-    fn share(self, thread: usize, threads: usize) -> Self {
-        match self {
-            Self::Closed { connections } => {
-                let rest = usize::from(thread < connections % threads);
-                Self::Closed { connections: connections / threads + rest }
-            }
-            #[expect(clippy::cast_precision_loss, reason = "a handful of threads")]
-            Self::Open { rate } => Self::Open { rate: rate / threads as f64 },
-        }
-    }
 }
 
 #[cfg(test)]

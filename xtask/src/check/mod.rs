@@ -5,5 +5,7 @@ pub(crate) mod deny;
 #[cfg(test)]
 mod docs;
 pub(crate) mod fuzz;
+#[cfg(test)]
+mod imports;
 pub(crate) mod miri;
 pub(crate) mod typos;

@@ -1,4 +1,4 @@
-//! The line to change, in the words of the server that has to be changed.
+//! The line to change, in the syntax of the server's own configuration.
 
 use std::net::IpAddr;
 
@@ -31,7 +31,7 @@ impl Change {
 const POSTSCREEN_SETTING: &str = "  -o postscreen_upstream_proxy_protocol=haproxy";
 const SMTPD_SETTING: &str = "  -o smtpd_upstream_proxy_protocol=haproxy";
 
-/// Has the server expect a header on this port.
+/// Makes the server expect a header on this port.
 pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
     let port = target.address.port();
     let postscreen = || {
@@ -86,7 +86,7 @@ pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
     }
 }
 
-/// A service on the port where nothing listens.
+/// Adds a service on a port on which nothing listens.
 pub(super) fn add_service(target: &Target) -> Vec<Change> {
     let server = match target.protocol {
         Protocol::Smtp => Server::Postscreen,
@@ -114,7 +114,7 @@ fn dovecot_listener(target: &Target) -> Change {
     Change::new("Dovecot, conf.d/10-master.conf, at the inet_listener with this port", &lines)
 }
 
-/// Has Dovecot believe this host.
+/// Makes Dovecot trust this host.
 pub(super) fn trust_injector(target: &Target) -> Change {
     Change::new(
         "Dovecot, dovecot.conf, in addition to the networks already listed",
@@ -122,7 +122,7 @@ pub(super) fn trust_injector(target: &Target) -> Change {
     )
 }
 
-/// Has the server relay for nobody who has not logged in, whatever address the header says.
+/// Makes the server relay only for clients that have logged in, whatever address the header has.
 pub(super) fn restrict_relaying(target: &Target, server: Server) -> Vec<Change> {
     const SETTING: &str = "  -o smtpd_relay_restrictions=permit_sasl_authenticated,reject_unauth_destination";
     const INSTEAD: &str = "or, to keep relaying for some networks, -o mynetworks= with only those, without 127.0.0.0/8 and [::1]/128";
@@ -150,7 +150,7 @@ pub(super) fn restrict_relaying(target: &Target, server: Server) -> Vec<Change> 
     }
 }
 
-/// Has Dovecot treat a client on its own host as any other.
+/// Makes Dovecot treat a client on its own host as any other.
 pub(super) fn distrust_localhost(server: Server) -> Option<Change> {
     (server == Server::Dovecot).then(|| {
         Change::new(
@@ -160,7 +160,7 @@ pub(super) fn distrust_localhost(server: Server) -> Option<Change> {
     })
 }
 
-/// Has Postfix know the family again.
+/// Makes Postfix accept addresses of this family.
 pub(super) fn enable_family(family: Family, server: Server) -> Vec<Change> {
     match server {
         Server::Postscreen | Server::Smtpd | Server::Postfix => vec![Change::new(
@@ -173,7 +173,7 @@ pub(super) fn enable_family(family: Family, server: Server) -> Vec<Change> {
     }
 }
 
-/// Has the port speak TLS at once.
+/// Makes the port expect TLS from the first byte.
 pub(super) fn enable_tls(target: &Target, server: Server) -> Vec<Change> {
     let clear = match target.protocol {
         Protocol::Submissions => Protocol::Submission,
@@ -193,8 +193,9 @@ pub(super) fn enable_tls(target: &Target, server: Server) -> Vec<Change> {
     changes
 }
 
-/// Shuts the port to all but the injector: commands of nft for the mail host. `edge` are the injector's addresses.
-pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
+/// Closes the port to all hosts but the injector: nft commands for the mail host. `injectors` are
+/// the injector's addresses.
+pub(super) fn restrict_port(port: u16, injectors: &[IpAddr], known: bool) -> Change {
     let place = if known {
         "the mail host's firewall (nft; to make it permanent, in /etc/nftables.conf)"
     } else {
@@ -208,7 +209,7 @@ pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
         [(Family::V4, "ip", "ipv4", "INJECTOR_IPV4"), (Family::V6, "ip6", "ipv6", "INJECTOR_IPV6")]
     {
         let mut addresses: Vec<String> =
-            edge.iter().filter(|ip| Family::of(**ip) == family).map(ToString::to_string).collect();
+            injectors.iter().filter(|ip| Family::of(**ip) == family).map(ToString::to_string).collect();
         addresses.sort();
         addresses.dedup();
         if !known {
@@ -216,7 +217,7 @@ pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
         }
         let rest = format!("tcp dport {port} counter drop");
         lines.push(match addresses.as_slice() {
-            // The injector does not come this way, so nobody has to.
+            // The injector does not use this family, so the rule drops all of it.
             [] => format!("nft 'add rule inet proxy_ports input meta nfproto {protocol} {rest}'"),
             [one] => format!("nft 'add rule inet proxy_ports input {key} saddr != {one} {rest}'"),
             many => format!(
@@ -228,7 +229,7 @@ pub(super) fn restrict_port(port: u16, edge: &[IpAddr], known: bool) -> Change {
     Change { place: place.to_owned(), lines }
 }
 
-/// Has a firewall let the injector pass.
+/// Makes a firewall accept the injector's connections.
 pub(super) fn allow_injector(target: &Target) -> Change {
     let key = if target.address.is_ipv4() { "ip" } else { "ip6" };
     let (source, port) = (source(target), target.address.port());
@@ -247,9 +248,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rule_shuts_a_family_that_the_injector_does_not_use() {
-        let edge: [IpAddr; 1] = ["10.25.0.1".parse().unwrap()];
-        let change = restrict_port(2525, &edge, true);
+    fn the_rule_drops_a_family_that_the_injector_does_not_use() {
+        let injectors: [IpAddr; 1] = ["10.25.0.1".parse().unwrap()];
+        let change = restrict_port(2525, &injectors, true);
         assert_eq!(
             change.lines[2..],
             [
@@ -257,9 +258,9 @@ mod tests {
                 "nft 'add rule inet proxy_ports input meta nfproto ipv6 tcp dport 2525 counter drop'",
             ]
         );
-        let edge: [IpAddr; 3] =
+        let injectors: [IpAddr; 3] =
             ["10.25.0.1".parse().unwrap(), "fd25::1".parse().unwrap(), "10.25.0.3".parse().unwrap()];
-        let change = restrict_port(2525, &edge, true);
+        let change = restrict_port(2525, &injectors, true);
         assert!(change.lines[2].contains("ip saddr != { 10.25.0.1, 10.25.0.3 } tcp"), "{change:?}");
         assert!(change.lines[3].contains("ip6 saddr != fd25::1 tcp"), "{change:?}");
     }

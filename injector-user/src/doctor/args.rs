@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::config::parse_duration;
 
-/// At the end of `injector doctor --help`.
+/// Shown at the end of `injector doctor --help`.
 pub const EXAMPLES: &str = "\
 Examples:
   After a change of the mail server
@@ -36,7 +36,8 @@ pub struct DoctorArgs {
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
     pub timeout: Duration,
 
-    /// This host is not the injector's: report which backends trust a header from here, and relay for it
+    /// This host is not the injector's: report which backends trust a header from here, and relay
+    /// for it
     #[arg(long, env = "INJECTOR_UNTRUSTED")]
     pub untrusted: bool,
 }

@@ -1,4 +1,4 @@
-//! From what was seen to what is wrong, and what to change. No I/O.
+//! The decision table: from observations to findings and the lines to change. No I/O.
 
 mod describe;
 mod evidence;
@@ -19,9 +19,10 @@ use super::{
 };
 use crate::{config::ProxyVersion, protocol::Protocol};
 
-/// Judges one address. `edge` are all addresses from which the injector comes to this port, for the firewall.
+/// Finds the faults of one address. `injectors` are all addresses from which the injector connects
+/// to this port; the firewall rule needs them.
 #[must_use]
-pub fn findings(target: &Target, all: &[Observation], edge: &[IpAddr]) -> Vec<Finding> {
+pub fn findings(target: &Target, all: &[Observation], injectors: &[IpAddr]) -> Vec<Finding> {
     let seen = Evidence { target, all, server: server::identify(target, all) };
     if target.untrusted {
         return seen.findings_for_untrusted_host();
@@ -31,14 +32,14 @@ pub fn findings(target: &Target, all: &[Observation], edge: &[IpAddr]) -> Vec<Fi
     }
     let mut findings = match seen.header_fault() {
         Some(finding) => vec![finding],
-        None => seen.findings_after_accepted_header(edge),
+        None => seen.findings_after_accepted_header(injectors),
     };
     findings.extend(seen.tls_finding());
     findings
 }
 
 impl Evidence<'_> {
-    /// Why there is no connection.
+    /// Why the connection failed.
     fn connection_fault(&self) -> Option<Finding> {
         let failed = self.all.iter().find(|one| one.failed_to_connect() && one.step.from.is_none())?;
         let address = self.target.address;
@@ -64,7 +65,7 @@ impl Evidence<'_> {
         })
     }
 
-    /// What is wrong where the injector's own header gets no answer in either family.
+    /// What is wrong if the server answers the injector's own header in neither family.
     fn header_fault(&self) -> Option<Finding> {
         if Family::ALL.iter().any(|family| self.accepts(*family)) {
             return None;
@@ -101,7 +102,7 @@ impl Evidence<'_> {
         Some(self.fault_by_outcome(first))
     }
 
-    /// What the answer to the injector's header says by itself.
+    /// The fault that follows from the answer to the injector's header alone.
     fn fault_by_outcome(&self, first: &Observation) -> Finding {
         let (target, address) = (self.target, self.target.address);
         match &first.outcome {
@@ -148,7 +149,7 @@ impl Evidence<'_> {
         }
     }
 
-    /// Postfix says this where it cannot use a header.
+    /// Postfix sends this if it cannot use a header.
     fn is_about_header(&self, said: &str) -> bool {
         said.contains(server::SMTPD_NO_HEADER) || said.contains(server::POSTSCREEN_NO_HEADER)
     }
@@ -237,8 +238,8 @@ impl Evidence<'_> {
         )]
     }
 
-    /// What may still be wrong where the header of at least one family is accepted.
-    fn findings_after_accepted_header(&self, edge: &[IpAddr]) -> Vec<Finding> {
+    /// What may still be wrong if the header is accepted in at least one family.
+    fn findings_after_accepted_header(&self, injectors: &[IpAddr]) -> Vec<Finding> {
         let mut findings = Vec::new();
         let Target { address, .. } = self.target;
         for (family, verdict, needed) in [
@@ -264,15 +265,15 @@ impl Evidence<'_> {
                     "{address} answers with and without a header: if a connection loses its header, the server takes the \
                      injector for the client, and any host that can reach the port can claim an address"
                 ),
-                vec![advice::restrict_port(address.port(), edge, true)],
+                vec![advice::restrict_port(address.port(), injectors, true)],
             ));
         }
-        findings.extend(self.forgery_finding(edge));
-        findings.extend(self.localhost_finding(edge));
+        findings.extend(self.forgery_finding(injectors));
+        findings.extend(self.localhost_finding(injectors));
         findings
     }
 
-    fn forgery_finding(&self, edge: &[IpAddr]) -> Option<Finding> {
+    fn forgery_finding(&self, injectors: &[IpAddr]) -> Option<Finding> {
         let Target { address, .. } = self.target;
         if address.ip().to_canonical().is_loopback() {
             return Some(Finding::note(
@@ -285,7 +286,7 @@ impl Evidence<'_> {
         let tried: Vec<_> = self.all.iter().filter(|one| one.step.from.is_some()).collect();
         if let Some(believed) = tried.iter().find(|one| one.answered()) {
             let from = believed.step.from.map(|ip| ip.to_string()).unwrap_or_default();
-            let mut changes = vec![advice::restrict_port(address.port(), edge, true)];
+            let mut changes = vec![advice::restrict_port(address.port(), injectors, true)];
             if self.server == Server::Dovecot {
                 changes.insert(0, advice::trust_injector(self.target));
             }

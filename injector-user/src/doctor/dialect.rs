@@ -1,9 +1,9 @@
-//! What servers say: just as much of four protocols as tells a greeting from a refusal, and a header that was understood
-//! from one that was taken for commands.
+//! Parses what servers send: just enough of four protocols to distinguish a greeting from a
+//! rejection, and a header that was understood from one that was read as commands.
 
 use crate::protocol::Protocol;
 
-/// The protocol below TLS.
+/// The protocol inside TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Dialect {
     /// RFC 5321.
@@ -18,43 +18,43 @@ pub(super) enum Dialect {
     Unknown,
 }
 
-/// What a server has said so far.
+/// How much of a greeting the server has sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GreetingState {
     /// Less than a greeting.
     Incomplete,
-    /// A greeting, or a complaint before its end: a client may speak now.
+    /// A greeting, or an error reply before its end: the client may send now.
     Complete,
-    /// That it will not serve; it closes now.
+    /// A rejection; the server closes the connection.
     TurnedAway,
-    /// Something that is no greeting of this protocol.
+    /// Something that is not a greeting of this protocol.
     Strange,
 }
 
-/// What a whole conversation amounts to.
+/// What all the bytes of a connection amount to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Response {
-    /// Nothing was said.
+    /// The server sent nothing.
     Empty,
-    /// It greeted and had no complaints.
+    /// A greeting without error replies.
     Greeted(String),
-    /// It greeted and complained about what it was sent.
+    /// A greeting, then an error reply to what the client sent.
     Misunderstood(String, String),
-    /// It will not serve.
+    /// A rejection.
     TurnedAway(String),
-    /// No greeting of this protocol.
+    /// Not a greeting of this protocol.
     Strange(String),
 }
 
-/// What a line means where nothing but a header was sent.
+/// What a line means if the client sent nothing but a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
-    /// Not the last one of a greeting.
+    /// A line of a greeting, but not its last.
     Continued,
     Greeting,
-    /// What was sent is no command.
+    /// An error reply: the server does not recognise what it was sent as a command.
     Complaint,
-    /// No service, whatever is sent.
+    /// A rejection, whatever the client sent.
     NoService,
     Strange,
 }
@@ -70,7 +70,7 @@ impl Dialect {
         }
     }
 
-    /// Listens for the moment at which a client may speak.
+    /// Whether the client may send yet.
     pub(super) fn greeting_state(self, said: &[u8]) -> GreetingState {
         for (index, line) in complete_lines(said).enumerate() {
             match self.line(line) {
@@ -81,14 +81,14 @@ impl Dialect {
                 Line::Continued => {}
             }
         }
-        // A protocol without lines, such as TLS, need never end one.
+        // A protocol without lines, such as TLS, may never send a line end.
         if said.first().is_some_and(|byte| !byte.is_ascii_graphic()) || said.len() > 4096 {
             return GreetingState::Strange;
         }
         GreetingState::Incomplete
     }
 
-    /// Judges all that a server said, after a header or nothing, and after a goodbye if it gave the client the floor.
+    /// Classifies all that a server sent after a header or nothing, and after QUIT if it greeted.
     pub(super) fn classify(self, said: &[u8]) -> Response {
         if said.is_empty() {
             return Response::Empty;
@@ -103,7 +103,7 @@ impl Dialect {
         for line in lines.iter().skip(1) {
             match self.line(line) {
                 Line::Complaint => return Response::Misunderstood(first, readable(line)),
-                // IMAP and Sieve say BYE to a goodbye as well.
+                // IMAP and Sieve reply BYE to LOGOUT as well.
                 Line::NoService if self == Self::Smtp => return Response::TurnedAway(readable(line)),
                 _ => {}
             }
@@ -143,8 +143,9 @@ impl Dialect {
     }
 }
 
-/// A reply: three digits, then `-` if more lines follow, and perhaps an enhanced status (RFC 3463). Complaints about what was
-/// sent are 500 to 504 (RFC 5321, section 4.2.2) or X.5.X, as in postscreen's `521 5.5.1 Protocol error`.
+/// A reply: three digits, then `-` if more lines follow, and perhaps an enhanced status (RFC 3463).
+/// Error replies to what the client sent are 500 to 504 (RFC 5321, section 4.2.2) or X.5.X, as in
+/// postscreen's `521 5.5.1 Protocol error`.
 fn smtp(text: &str) -> Line {
     let (code, rest) = text.split_at_checked(3).unwrap_or((text, ""));
     if code.len() < 3 || !code.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -166,7 +167,7 @@ fn complete_lines(said: &[u8]) -> impl Iterator<Item = &[u8]> {
     said.get(..end).unwrap_or_default().split(|byte| *byte == b'\n').filter(|line| !line.is_empty())
 }
 
-/// A line as it may be shown to people: no control characters, and not too much of it.
+/// A line for display: without control characters, and shortened.
 pub(super) fn readable(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     let mut shown: String =
@@ -185,7 +186,7 @@ mod tests {
     const IMAP: &str = "* OK [CAPABILITY IMAP4rev1] Dovecot (Debian) ready.\r\n";
 
     #[test]
-    fn the_floor_is_given_by_the_last_line_of_a_greeting_or_by_a_complaint() {
+    fn the_client_may_send_after_the_last_line_of_a_greeting_or_an_error() {
         use Dialect::{Imap, Pop3, Sieve, Smtp, Unknown};
         use GreetingState::{Complete, Incomplete, Strange, TurnedAway};
         for (dialect, said, expected) in [
@@ -218,9 +219,9 @@ mod tests {
         }
     }
 
-    /// What Postfix 3.7.11 and Dovecot 2.3.19.1 said.
+    /// Replies of Postfix 3.7.11 and Dovecot 2.3.19.1.
     #[test]
-    fn conversations_are_judged_by_their_complaints() {
+    fn error_replies_show_that_the_header_was_read_as_commands() {
         use Dialect::{Imap, Pop3, Smtp};
         type Is = fn(&Response) -> bool;
         let greeted: Is = |response| matches!(response, Response::Greeted(_));
@@ -261,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_has_no_control_characters() {
+    fn displayed_lines_have_no_control_characters() {
         assert_eq!(readable(b"a\x1b[31m\r\n"), "a·[31m");
         assert_eq!(readable(&[b'a'; 500]).chars().count(), 161);
     }

@@ -1,9 +1,10 @@
-//! The dialogue that follows a header: what does the server allow the client that the header names? Pure: replies go in,
-//! actions come out; `probe` carries them out.
-//!
-//! - SMTP: EHLO, `MAIL FROM:<>`, RCPT TO a domain that is nobody's customer, RSET, QUIT. A server that accepts that recipient
-//!   relays. DATA is never sent, so no message exists. The null sender is the one that checks of senders let pass.
-//! - IMAP, POP3 and ManageSieve in clear text: the capabilities, which show whether the server takes passwords there.
+//! The dialogue that follows a header: what does the server allow the client in the header? Pure:
+//! replies go in, actions come out; `exchange` carries them out.
+//! | - SMTP: EHLO, `MAIL FROM:<>`, RCPT TO a foreign domain, RSET, QUIT. A server that accepts that
+//! recipient relays. DATA is never sent, so no message exists. Checks of the sender accept the null
+//! sender.
+//! - IMAP, POP3 and ManageSieve in clear text: the capabilities, which show whether the server
+//!   accepts passwords.
 
 use std::net::IpAddr;
 
@@ -13,7 +14,8 @@ use super::{
 };
 use crate::protocol::{FirstSpeaker, Protocol};
 
-/// Certainly foreign (RFC 2606, section 3), and its null MX (RFC 7505) takes no mail.
+/// A domain that no mail server hosts (RFC 2606, section 3); its null MX (RFC 7505) accepts no
+/// mail.
 pub(super) const FOREIGN_RECIPIENT: &str = "relay-test@example.com";
 
 /// What to do next.
@@ -21,9 +23,9 @@ pub(super) const FOREIGN_RECIPIENT: &str = "relay-test@example.com";
 pub(super) enum Action {
     /// Send this line and read the reply.
     Send(String),
-    /// Begin TLS, then call [`Script::tls_started`].
+    /// Start TLS, then call [`Script::tls_started`].
     StartTls,
-    /// Say goodbye and wait for the server to close.
+    /// Send QUIT or LOGOUT, and wait for the server to close.
     Quit,
 }
 
@@ -65,7 +67,8 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// The dialogue after this greeting, and its first action. `None` where the protocol has nothing to ask.
+    /// The dialogue after this greeting, and its first action. `None` if the protocol has nothing
+    /// to ask.
     pub(super) fn start(protocol: Protocol, client: IpAddr, greeting: &[u8]) -> Option<(Self, Action)> {
         let dialect = Dialect::of(protocol);
         let secured = protocol.speaks_first() == FirstSpeaker::Client;
@@ -84,11 +87,11 @@ impl Script {
                 let action = script.ehlo();
                 Some((script, action))
             }
-            // In TLS passwords are safe whatever the header says.
+            // In TLS passwords are safe with any header.
             _ if secured => None,
             Dialect::Imap => Some((script(Command::Capability), Action::Send("c CAPABILITY\r\n".to_owned()))),
             Dialect::Pop3 => Some((script(Command::Capability), Action::Send("CAPA\r\n".to_owned()))),
-            // Its greeting has them (RFC 5804, section 1.7).
+            // The greeting lists the capabilities (RFC 5804, section 1.7).
             Dialect::Sieve => {
                 let offered = String::from_utf8_lossy(greeting);
                 let mechanisms =
@@ -103,13 +106,13 @@ impl Script {
         }
     }
 
-    /// TLS has begun: the dialogue starts again, as RFC 3207 section 4.2 demands.
+    /// The TLS handshake is done: the dialogue starts again (RFC 3207, section 4.2).
     pub(super) fn tls_started(&mut self) -> Action {
         self.secured = true;
         self.ehlo()
     }
 
-    /// The server understood the first command: it took nothing of the header for one.
+    /// The server understood the first command, so it read no part of the header as a command.
     pub(super) const fn is_understood(&self) -> bool {
         self.understood
     }
@@ -119,14 +122,14 @@ impl Script {
         self.result
     }
 
-    /// The dialogue ended before its time, for this reason.
+    /// Ends the dialogue early, for this reason.
     pub(super) fn abort(&mut self, why: &str) {
         if self.dialect == Dialect::Smtp && self.result.is_none() {
             self.unknown(format!("{why} after {}", self.awaited.name()));
         }
     }
 
-    /// The first complete reply in `heard`, and how many bytes it has.
+    /// The first complete reply in `received`, and its length in bytes.
     pub(super) fn parse(&self, heard: &[u8]) -> Option<(Reply, usize)> {
         let mut reply = Reply::default();
         let mut len = 0;
@@ -150,7 +153,7 @@ impl Script {
         }
     }
 
-    /// What follows from a reply.
+    /// The next action after a reply.
     pub(super) fn next(&mut self, reply: &Reply) -> Action {
         match self.dialect {
             Dialect::Smtp => self.smtp(reply),
@@ -212,7 +215,7 @@ impl Script {
     }
 
     fn ehlo(&mut self) -> Action {
-        // An address literal (RFC 5321, section 4.1.3) asks nobody's DNS.
+        // An address literal (RFC 5321, section 4.1.3) causes no DNS query.
         let literal = match self.client {
             IpAddr::V4(ip) => ip.to_string(),
             IpAddr::V6(ip) => format!("IPv6:{ip}"),
@@ -230,7 +233,7 @@ impl Script {
     }
 }
 
-/// The lines of a reply, as they may be shown.
+/// The lines of a reply, for display.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Reply {
     lines: Vec<String>,
@@ -246,7 +249,7 @@ impl Reply {
         self.last().get(..3).and_then(|code| code.parse().ok()).unwrap_or_default()
     }
 
-    /// Target of the enhanced status, such as 7 of `5.7.1` (RFC 3463, section 3).
+    /// The subject of the enhanced status, such as 7 of `5.7.1` (RFC 3463, section 3).
     fn status_subject(&self) -> Option<u8> {
         let mut parts = self.last().get(4..)?.split(' ').next()?.split('.');
         let class = parts.next()?;
@@ -254,9 +257,10 @@ impl Reply {
     }
 }
 
-/// What a negative reply to RCPT says about relaying. Postfix defers what it does not relay by default: `454 4.7.1 <…>: Relay
-/// access denied`. Any other temporary failure, such as greylisting, says nothing; nor does a complaint about syntax, or about
-/// the recipient's domain, which is checked after the right to relay.
+/// What a negative reply to RCPT means for relaying. Postfix defers what it does not relay by
+/// default: `454 4.7.1 <…>: Relay access denied`. Other temporary failures, such as greylisting,
+/// prove nothing. Neither do errors about syntax, nor about the recipient's domain: servers check
+/// it after the right to relay.
 fn relay_from_refusal(reply: &Reply) -> Relay {
     let said = reply.last().to_owned();
     let address_or_protocol = matches!(reply.status_subject(), Some(1 | 4 | 5));
@@ -268,7 +272,7 @@ fn relay_from_refusal(reply: &Reply) -> Relay {
     }
 }
 
-/// Permanent, and a matter of who the client is.
+/// Permanent, and about who the client is.
 fn is_about_access(reply: &Reply) -> bool {
     let permanent = (510..600).contains(&reply.code());
     permanent && (reply.code() == 530 || reply.status_subject() == Some(7)) || mentions_relaying(reply.last())
@@ -290,7 +294,7 @@ mod tests {
 
     const LOCALHOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
-    /// Gives the replies in turn, and returns what was sent and found out.
+    /// Plays the replies in order, and returns the lines sent and the result.
     fn play(protocol: Protocol, greeting: &str, replies: &[&str]) -> (Vec<String>, Option<Dialogue>) {
         let (mut script, mut action) = Script::start(protocol, LOCALHOST, greeting.as_bytes()).unwrap();
         let (mut sent, mut replies) = (Vec::new(), replies.iter());
@@ -327,7 +331,7 @@ mod tests {
     const EHLO: &str = "250-mail.example.test\r\n250-STARTTLS\r\n250 CHUNKING\r\n";
 
     #[test]
-    fn a_recipient_elsewhere_is_named_and_nothing_is_sent_to_it() {
+    fn a_foreign_recipient_is_named_and_data_is_not_sent() {
         let replies = [EHLO, "250 2.1.0 Ok\r\n", "250 2.1.5 Ok\r\n", "250 2.0.0 Ok\r\n"];
         let (sent, result) = play(Protocol::Smtp, "220 mail\r\n", &replies);
         assert_eq!(sent, ["EHLO [127.0.0.1]", "MAIL FROM:<>", "RCPT TO:<relay-test@example.com>", "RSET"]);
@@ -335,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn starttls_is_done_where_it_is_demanded() {
+    fn starttls_is_used_if_required() {
         let demand = "530 5.7.0 Must issue a STARTTLS command first\r\n";
         let denied = "554 5.7.1 <relay-test@example.com>: Recipient address rejected: Access denied\r\n";
         let go = "220 2.0.0 Ready to start TLS\r\n";
@@ -344,7 +348,7 @@ mod tests {
             play(Protocol::Submission, "220 mail\r\n", &[EHLO, demand, go, "250 mail\r\n", ok, denied, ok]);
         assert_eq!(sent[1..5], ["MAIL FROM:<>", "STARTTLS", "TLS", "EHLO [127.0.0.1]"]);
         assert_eq!(relay(result), Relay::Refused(denied.trim_end().to_owned()));
-        // Not offered, or demanded again: a login is what is wanted.
+        // STARTTLS is not offered, or required again: the server wants a login.
         let (_, result) = play(Protocol::Submission, "220 mail\r\n", &["250 mail\r\n", demand]);
         assert!(matches!(relay(result), Relay::Refused(_)));
         let (_, result) = play(Protocol::Submission, "220 mail\r\n", &[EHLO, demand, go, EHLO, demand]);
@@ -352,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_to_the_recipient_decides() {
+    fn the_reply_to_the_recipient_decides() {
         type Is = fn(&Relay) -> bool;
         let refused: Is = |relay| matches!(relay, Relay::Refused(_));
         let unknown: Is = |relay| matches!(relay, Relay::Unknown(_));
@@ -386,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dialogue_that_breaks_off_says_where() {
+    fn an_aborted_dialogue_names_the_command() {
         let why = |replies: &[&str]| match relay(play(Protocol::Smtp, "220 mail\r\n", replies).1) {
             Relay::Unknown(why) => why,
             other => panic!("{other:?}"),
@@ -396,7 +400,7 @@ mod tests {
         assert_eq!(why(&["502 5.5.2 Error\r\n"]), "\"502 5.5.2 Error\" to EHLO");
         assert_eq!(why(&[EHLO, "450 4.7.1 later\r\n"]), "\"450 4.7.1 later\" to MAIL FROM");
         assert_eq!(why(&[EHLO, "550 5.1.8 no\r\n"]), "\"550 5.1.8 no\" to MAIL FROM");
-        // What was found out before stays.
+        // An earlier result stays.
         let replies = [EHLO, "250 2.1.0 Ok\r\n", "250 2.1.5 Ok\r\n"];
         let (_, result) = play(Protocol::Smtp, "220 mail\r\n", &replies);
         assert!(matches!(relay(result), Relay::Accepted(_)));
@@ -413,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_say_whether_passwords_are_taken_in_clear_text() {
+    fn capabilities_show_whether_clear_text_passwords_are_accepted() {
         let login = |protocol, greeting, replies: &[&str]| play(protocol, greeting, replies).1;
         let imap = |words| format!("* CAPABILITY IMAP4rev1 {words}\r\nc OK done.\r\n");
         let yes = Some(Dialogue::ClearTextLogin(true));

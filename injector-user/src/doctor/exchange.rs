@@ -1,4 +1,5 @@
-//! Carries out a dialogue over a connection: lines go out, replies come in, TLS begins where the server demands it.
+//! Carries out a dialogue over a connection: sends lines, reads replies, starts TLS if the server
+//! requires it.
 
 use std::{io, net::IpAddr, time::Duration};
 
@@ -14,12 +15,12 @@ use super::{
 };
 use crate::{net::tls, protocol::Protocol};
 
-/// What may come after a goodbye, or after a refusal, is waited for so long.
+/// How long to read after QUIT or a rejection.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
-/// More than any greeting.
+/// Longer than any greeting.
 const MAX_REPLY_BYTES: usize = 16 * 1024;
 
-/// The terms of a dialogue.
+/// The parameters of a dialogue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     pub(super) protocol: Protocol,
@@ -28,8 +29,8 @@ pub(super) struct Terms {
     pub(super) timeout: Duration,
 }
 
-/// Goes through a dialogue. What it heard is added to `said` only if the server did not understand the first command: then the
-/// header was taken for commands, and that is what it has to be judged by.
+/// Runs a dialogue. Its replies are appended to `said` only if the server did not understand the
+/// first command: then it read the header as commands, and the replies must be classified.
 pub(super) async fn run_script<S: Stream>(
     stream: &mut S,
     said: &mut Vec<u8>,
@@ -59,7 +60,7 @@ pub(super) async fn run_script<S: Stream>(
     script.into_result()
 }
 
-/// Carries out actions until there is TLS to begin, or nothing more to do.
+/// Runs actions until TLS must start, or none is left.
 async fn run_actions<S: Stream>(
     stream: &mut S,
     heard: &mut Vec<u8>,
@@ -70,7 +71,7 @@ async fn run_actions<S: Stream>(
 ) -> Action {
     let mut parsed = 0;
     while let Action::Send(line) = &action {
-        // An error here is heard again below.
+        // The read below reports the error.
         let _ = stream.write_all(line.as_bytes()).await;
         let _ = stream.flush().await;
         action = loop {
@@ -123,7 +124,7 @@ pub(super) async fn read<S: AsyncRead + Unpin>(stream: &mut S, said: &mut Vec<u8
     match stream.read_buf(said).await {
         Ok(0) => Read::End { reset: false },
         Ok(_) => Read::More,
-        // A TLS server that closes without a close_notify.
+        // The server closed TLS without a close_notify.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Read::End { reset: false },
         Err(_) => Read::End { reset: true },
     }
@@ -141,7 +142,8 @@ mod tests {
 
     use super::{super::observation::Relay, *};
 
-    /// Asks a server that answers each line with the next of these replies and closes when they are over.
+    /// Runs the dialogue with a server that answers each line with the next of these replies, and
+    /// then closes.
     async fn asked(greeting: &str, replies: &'static [&'static str]) -> (Option<Dialogue>, Vec<u8>, String) {
         let (mut stream, server) = duplex(4096);
         let server = tokio::spawn(serve(server, replies));
@@ -174,7 +176,7 @@ mod tests {
     const GREETING: &str = "220 mail ESMTP\r\n";
 
     #[tokio::test]
-    async fn a_dialogue_is_polite_to_the_end_and_never_sends_data() {
+    async fn a_dialogue_ends_with_quit_and_never_sends_data() {
         let replies = &["250-mail\r\n250 OK\r\n", "250 OK\r\n", "250 2.1.5 Ok\r\n", "250 OK\r\n"];
         let (dialogue, said, told) = asked(GREETING, replies).await;
         assert_eq!(dialogue, Some(Dialogue::Relay(Relay::Accepted("250 2.1.5 Ok".to_owned()))));
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_that_closes_or_stops_leaves_it_unknown() {
+    async fn relaying_is_unknown_if_the_server_closes_or_stops() {
         let why = |dialogue| match dialogue {
             Some(Dialogue::Relay(Relay::Unknown(why))) => why,
             other => panic!("{other:?}"),
@@ -196,7 +198,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_header_was_taken_for_is_kept_for_the_judge() {
+    async fn errors_about_the_header_are_kept_for_classification() {
         let (_, said, _) = asked("220 mail\r\n500 5.5", &["500 5.5.2 Error: bad syntax\r\n"]).await;
         let said = String::from_utf8(said).unwrap();
         assert!(said.starts_with("220 mail\r\n500 5.5") && said.contains("bad syntax"), "{said:?}");

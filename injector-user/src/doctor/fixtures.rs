@@ -1,4 +1,4 @@
-//! What Postfix 3.7.11 and Dovecot 2.3.19.1 do, for tests.
+//! The behaviour of Postfix 3.7.11 and Dovecot 2.3.19.1, for tests.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub(super) fn seen(probe: Probe, outcome: Outcome, tenths: u64) -> Observation {
     Observation { step, outcome, after: Duration::from_millis(tenths * 100), tls: None, dialogue: None }
 }
 
-/// The greeting of an SMTP server that answers a foreign recipient like this.
+/// An SMTP greeting, and the result of the dialogue after it.
 pub(super) fn dialogue(probe: Probe, dialogue: Dialogue) -> Observation {
     Observation { dialogue: Some(dialogue), ..seen(probe, greeted("220 mail.example.test ESMTP Postfix"), 1) }
 }

@@ -1,11 +1,12 @@
-//! The addresses in the doctor's headers: this host's own, so that no block list, limit or ban hits anybody else. To see
-//! what a server allows 127.0.0.1, also that, and an address for documentation.
+//! The addresses in the doctor's headers. They are this host's own, so that block lists, limits and
+//! bans affect no other host. To test what a server allows localhost, also 127.0.0.1, and an
+//! address for documentation.
 
 use std::net::{IpAddr, SocketAddr};
 
 use super::observation::{Client, Family};
 
-/// What a header says of its client and of where that connected to.
+/// The client and the destination in a header, for each family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct HeaderAddresses {
     ipv4: (IpAddr, SocketAddr),
@@ -13,12 +14,14 @@ pub(super) struct HeaderAddresses {
 }
 
 impl HeaderAddresses {
-    /// The client is the host itself, by the address that the kernel chose (`source`) or another of its own (`local`); the
-    /// destination is where the listener is bound, or the client's own address where that is everywhere.
+    /// The client is this host, by the address that the kernel chose (`source`) or another of its
+    /// own (`local`). The destination is where the listener is bound, or the client's own address
+    /// if it is bound to all addresses.
     pub(super) fn new(source: Option<IpAddr>, local: &[IpAddr], bind: &[SocketAddr]) -> Self {
         let port = bind.first().map_or(0, SocketAddr::port);
         let claim = |family: Family| {
-            // For documentation (RFC 5737, RFC 3849): where this host has no address of a family.
+            // An address for documentation (RFC 5737, RFC 3849), if this host has none of the
+            // family.
             let nobody = Client::Documentation.ip(family);
             let fits = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
             let client = source
@@ -32,7 +35,7 @@ impl HeaderAddresses {
         Self { ipv4: claim(Family::V4), ipv6: claim(Family::V6) }
     }
 
-    /// Source and destination for a header; the source has the port of the connection.
+    /// Source and destination of a header; the source has the port of the connection.
     pub(super) fn of(&self, family: Family, port: u16) -> (SocketAddr, SocketAddr) {
         let (client, destination) = match family {
             Family::V4 => self.ipv4,
@@ -53,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_name_this_host() {
+    fn headers_have_the_addresses_of_this_host() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let local = [ip("127.0.0.1"), ip("10.0.0.5"), ip("::1"), ip("fd25::5")];
         let bind = ["192.0.2.10:25".parse().unwrap(), "[::]:25".parse().unwrap()];

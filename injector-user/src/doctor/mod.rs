@@ -1,7 +1,7 @@
-//! `injector doctor`: drives every backend for real, names the fault and the line to change.
-//!
-//! [`plan`] says which connection to make next, `probe` makes it, [`diagnosis`] judges what was seen and [`advice`] knows the
-//! servers' settings. Only `probe` and this file do I/O. What it does to a server is in `docs/doctor.md`.
+//! `injector doctor`: connects to every backend, and names the fault and the line to change.
+//! | [`plan`] decides which connection to make next, `observe` makes it, [`diagnosis`] finds the
+//! faults and [`advice`] names the servers' settings. Only `observe`, `exchange` and this file do
+//! I/O. What the doctor does to a server is in `docs/doctor.md`.
 
 pub mod advice;
 mod args;
@@ -46,19 +46,21 @@ use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat};
 const EXIT_OK: u8 = 0;
 /// At least one fault was found.
 const EXIT_FAULTS: u8 = 1;
-/// Nothing could be examined: no configuration, no such listener.
+/// Nothing could be examined: no configuration, or no such listener.
 const EXIT_NOT_EXAMINED: u8 = 2;
 
-/// From how many other addresses of this host it is tried whether they are believed.
+/// From at most this many other addresses of this host the doctor tests whether a server trusts it.
 const MAX_OTHER_SOURCES: usize = 3;
 
-/// Examines, prints, and says by the exit code how it went: 0 all is fine, 1 faults, 2 nothing could be examined.
+/// Examines all backends and prints the report. The exit code is 0 without faults, 1 with faults,
+/// and 2 if nothing could be examined.
 #[must_use]
 pub fn run(args: &DoctorArgs) -> ExitCode {
     match report(args) {
         Ok(report) => {
             let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
-            // Who has closed the pipe, as `head` does, wants no more; the exit code remains.
+            // A reader that closed the pipe, as `head` does, wants no more; the exit code still
+            // counts.
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::from(if report.faults() == 0 { EXIT_OK } else { EXIT_FAULTS })
         }
@@ -87,7 +89,7 @@ fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
         .build()
         .context("cannot start the async runtime")?;
     let report = runtime.block_on(examine(config, args));
-    // A resolver that still waits for its answer is not waited for.
+    // Do not wait for a resolver thread that still waits for its answer.
     runtime.shutdown_background();
     report
 }
@@ -117,7 +119,7 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
     Ok(assemble(&config, &addresses, &cases, args.untrusted))
 }
 
-/// One address of one listener, with what it takes to examine it.
+/// One address of one listener, with what is needed to examine it.
 struct Case {
     listener: usize,
     target: Target,
@@ -126,7 +128,8 @@ struct Case {
     seen: Vec<Observation>,
 }
 
-/// Servers at the same time, the probes of one server one after another, though several listeners lead there.
+/// Examines servers in parallel, and sends the probes of one server in sequence, even if several
+/// listeners use it.
 async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
     let mut servers: BTreeMap<SocketAddr, Vec<(usize, Case)>> = BTreeMap::new();
     for (index, case) in cases.into_iter().enumerate() {
@@ -152,10 +155,10 @@ async fn observe_all(cases: Vec<Case>) -> anyhow::Result<Vec<Case>> {
     Ok(done.into_values().collect())
 }
 
-/// Addresses, or why there are none.
+/// The addresses, or why there are none.
 type Resolved = Result<Vec<SocketAddr>, String>;
 
-/// The addresses of every backend, by its text.
+/// The addresses of every backend, by its name in the configuration.
 async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeMap<String, Resolved>> {
     let backends = config.listeners.iter().flat_map(|listener| &listener.backends);
     let distinct: BTreeMap<_, _> = backends.map(|backend| (backend.to_string(), backend.clone())).collect();
@@ -195,7 +198,7 @@ fn target(
     untrusted: bool,
 ) -> Target {
     let source = source_for(address);
-    // What is bound to [::] is reached over IPv4 as well.
+    // A socket bound to [::] accepts IPv4 as well.
     let everywhere = |ip: IpAddr| ip.is_unspecified() && ip.is_ipv6();
     let comes = |family: Family| {
         move |bound: &SocketAddr| Family::of(bound.ip().to_canonical()) == family || everywhere(bound.ip())
@@ -214,7 +217,7 @@ fn target(
     }
 }
 
-/// Other addresses of this host of the same family, from which the backend may be reached.
+/// Other addresses of this host, of the same family, that have a route to the backend.
 fn other_sources(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) -> Vec<IpAddr> {
     let ip = address.ip();
     if ip.is_loopback() {
@@ -223,14 +226,15 @@ fn other_sources(address: SocketAddr, source: Option<IpAddr>, local: &[IpAddr]) 
     let here = local.contains(&ip);
     let fits = |other: &&IpAddr| {
         let link_local = matches!(other, IpAddr::V6(other) if other.is_unicast_link_local());
-        // A packet from loopback gets no further than this host.
+        // A packet from loopback does not leave this host.
         let leads_there = here || !other.is_loopback();
         Family::of(**other) == Family::of(ip) && Some(**other) != source && leads_there && !link_local
     };
     local.iter().filter(fits).take(MAX_OTHER_SOURCES).copied().collect()
 }
 
-/// Whom `address` sees, as the kernel would choose it; asks for the route and sends nothing.
+/// The source address that the kernel chooses towards `address`. Looks up the route and sends
+/// nothing.
 fn source_for(address: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr =
         if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -276,7 +280,7 @@ fn assemble(
     Report { listeners: listeners.collect(), untrusted }
 }
 
-/// All addresses from which this host comes to such a port.
+/// All addresses from which this host connects to this port.
 fn injector_addresses(cases: &[Case], port: u16) -> Vec<IpAddr> {
     let same = cases.iter().filter(|case| case.target.address.port() == port);
     same.filter_map(|case| case.target.source).collect()
@@ -286,7 +290,7 @@ fn no_address_finding(name: &str, why: &str) -> Finding {
     Finding::fault(Verdict::NoAddress, format!("{name} has no address: {why}"), Vec::new())
 }
 
-/// Packets forwarded as they are do not come from the address that the probes come from.
+/// The packets of engine inline do not have the source address of the doctor's probes.
 fn client_addressed_finding(listener: &Listener, inline: &Inline) -> Option<Finding> {
     let translated = inline.nat == Nat::Managed && inline.masquerade;
     (listener.engine == EngineChoice::Inline && !translated).then(|| {
@@ -304,7 +308,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn others_are_of_the_same_family_and_lead_there() {
+    fn other_sources_have_the_same_family_and_a_route() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let local = ["127.0.0.1", "10.0.0.1", "10.0.0.9", "::1", "fe80::1", "fd25::1"]
             .map(|text| text.parse().unwrap());
@@ -317,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn the_source_is_known_without_a_packet() {
+    fn the_source_address_is_found_without_sending() {
         assert_eq!(source_for("127.0.0.1:1".parse().unwrap()), Some("127.0.0.1".parse().unwrap()));
     }
 }

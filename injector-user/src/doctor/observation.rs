@@ -1,5 +1,5 @@
-//! What is tried on a backend's address, and what was seen: plain data between the thin part that has sockets and the part
-//! that judges.
+//! What the doctor sends to a backend's address, and what it observes: plain data between the part
+//! that has sockets and the part that decides.
 
 use std::{
     fmt,
@@ -12,7 +12,7 @@ use crate::{
     protocol::{FirstSpeaker, Protocol},
 };
 
-/// Sooner than this is at once: nobody was waited for. Dovecot gives a header 3 s, Postfix 5 s.
+/// A server that closes sooner did not wait for a header. Dovecot waits 3 s, Postfix 5 s.
 pub const IMMEDIATE: Duration = Duration::from_millis(1500);
 
 /// Family of the addresses in a header.
@@ -44,46 +44,46 @@ impl fmt::Display for Family {
     }
 }
 
-/// One address of one backend of one listener: what is examined.
+/// One address of one backend of one listener.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// The listener's name.
     pub listener: String,
     /// What is spoken on it.
     pub protocol: Protocol,
-    /// What the injector sends there.
+    /// The header that the injector sends.
     pub receiver: Receiver,
-    /// Whether clients can come to the listener over IPv6.
+    /// Whether the listener accepts clients over IPv6.
     pub ipv6_clients: bool,
-    /// Whether clients can come to the listener over IPv4.
+    /// Whether the listener accepts clients over IPv4.
     pub ipv4_clients: bool,
-    /// As the configuration has it, `mail.internal:2525`.
+    /// The backend as configured, such as `mail.internal:2525`.
     pub backend: String,
     /// Where the probes go.
     pub address: SocketAddr,
-    /// Whom the backend sees, as the kernel chose it; `None` without a route.
+    /// The source address that the kernel chose, which the backend sees; `None` without a route.
     pub source: Option<IpAddr>,
-    /// Other addresses of this host, from which nobody should be believed.
+    /// Other addresses of this host, from which the backend should not trust a header.
     pub other_sources: Vec<IpAddr>,
-    /// This host is not the injector's: nobody here should be believed.
+    /// This host is not the injector's, so the backend should not trust its headers.
     pub untrusted: bool,
 }
 
 impl Target {
-    /// Whether the client speaks first, and in TLS.
+    /// Whether the protocol begins with a TLS ClientHello.
     #[must_use]
     pub fn is_tls(&self) -> bool {
         self.protocol.speaks_first() == FirstSpeaker::Client
     }
 
-    /// Whether the listener's header carries more than addresses.
+    /// Whether the listener's header has TLVs.
     #[must_use]
     pub fn has_tlvs(&self) -> bool {
         let Receiver { crc32c, unique_id, authority, noop, custom, .. } = &self.receiver;
         *crc32c || *unique_id || authority.is_some() || noop.is_some() || !custom.is_empty()
     }
 
-    /// The version that the injector is not set to.
+    /// The version that the listener does not use.
     #[must_use]
     pub const fn other_version(&self) -> ProxyVersion {
         match self.receiver.version {
@@ -93,14 +93,14 @@ impl Target {
     }
 }
 
-/// What is sent on a connection of its own.
+/// What the doctor sends on one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// Nothing.
     NoHeader,
     /// A TLS ClientHello, without a header.
     Tls,
-    /// A header, and in the protocols of implicit TLS a ClientHello after it.
+    /// A header, followed by a ClientHello if the protocol begins with TLS.
     Header {
         /// Its version.
         version: ProxyVersion,
@@ -109,7 +109,8 @@ pub enum Probe {
         /// With the TLVs of the listener.
         tlvs: bool,
     },
-    /// The listener's header with another client in it, and after the greeting the question what that client may do.
+    /// The listener's header with another client address, followed by a dialogue that tests what
+    /// the server allows that client.
     Claim {
         /// The header's version.
         version: ProxyVersion,
@@ -120,12 +121,12 @@ pub enum Probe {
     },
 }
 
-/// A client that is not this host.
+/// A client address that is not this host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
     /// 127.0.0.1 or ::1, which servers tend to trust.
     Localhost,
-    /// An address for documentation, which nobody trusts.
+    /// An address for documentation, which servers should not trust.
     Documentation,
 }
 
@@ -142,7 +143,7 @@ impl Client {
     }
 }
 
-/// A probe, and from where.
+/// A probe, and the address to send it from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// What is sent.
@@ -156,22 +157,22 @@ pub struct Step {
 pub enum Outcome {
     /// The connection was refused.
     Refused,
-    /// Nobody answered the SYN.
+    /// No answer to the SYN.
     NoAnswer,
-    /// No connection for another reason, such as no route.
+    /// The connection failed for another reason, such as no route.
     Unreachable(String),
-    /// The server greeted, and took nothing that was sent for a command.
+    /// The server greeted, and read nothing of what was sent as a command.
     Greeted(Greeting),
-    /// The server greeted, and took the header for commands.
+    /// The server greeted, and read the header as commands.
     Misunderstood {
         /// How it greeted.
         greeting: Greeting,
         /// Its first complaint.
         complaint: String,
     },
-    /// In place of a greeting the server said that it will not serve.
+    /// The server sent a rejection instead of a greeting.
     TurnedAway(String),
-    /// Something that is not the protocol; in TLS: clear text.
+    /// The server sent something other than the protocol; in TLS, clear text.
     Strange(String),
     /// A TLS alert by this name.
     Alert(String),
@@ -180,7 +181,7 @@ pub enum Outcome {
         /// By a reset.
         reset: bool,
     },
-    /// Nothing came, and nothing ended.
+    /// The server sent nothing and did not close.
     Silent,
 }
 
@@ -189,7 +190,8 @@ pub enum Outcome {
 pub struct Greeting {
     /// Its first line.
     pub line: String,
-    /// `220-` came well before `220 `: the mark of postscreen, which waits for clients that speak too early.
+    /// `220-` came well before `220 `: this is postscreen, which waits for clients that send too
+    /// early.
     pub teaser: bool,
 }
 
@@ -202,19 +204,19 @@ pub enum Dialogue {
     ClearTextLogin(bool),
 }
 
-/// A server's answer to a recipient in a foreign domain.
+/// A server's reply to a recipient in a foreign domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Relay {
-    /// Accepted, in these words: it relays.
+    /// Accepted with this reply: the server relays.
     Accepted(String),
-    /// Refused, in these words.
+    /// Rejected with this reply.
     Refused(String),
-    /// Neither, for this reason.
+    /// Not determined, for this reason.
     Unknown(String),
 }
 
 impl Dialogue {
-    /// The client is allowed what a stranger should not be.
+    /// The server allows the client what it should not allow any host.
     #[must_use]
     pub const fn is_allowed(&self) -> bool {
         matches!(self, Self::Relay(Relay::Accepted(_)) | Self::ClearTextLogin(true))
@@ -228,16 +230,16 @@ pub struct Observation {
     pub step: Step,
     /// What came of it.
     pub outcome: Outcome,
-    /// When, counted from the connection.
+    /// The time from the connection to the outcome.
     pub after: Duration,
     /// The version of TLS, if a handshake was completed.
     pub tls: Option<String>,
-    /// What the dialogue after the greeting came to, if there was one.
+    /// The result of the dialogue after the greeting, if there was one.
     pub dialogue: Option<Dialogue>,
 }
 
 impl Observation {
-    /// The server spoke the protocol: it understood all that was sent.
+    /// The server spoke the protocol, so it understood all that was sent.
     #[must_use]
     pub fn answered(&self) -> bool {
         match &self.outcome {
@@ -248,19 +250,19 @@ impl Observation {
         }
     }
 
-    /// There was no connection.
+    /// The connection could not be made.
     #[must_use]
     pub const fn failed_to_connect(&self) -> bool {
         matches!(self.outcome, Outcome::Refused | Outcome::NoAnswer | Outcome::Unreachable(_))
     }
 
-    /// The server closed without a byte and without having waited for one.
+    /// The server closed without sending a byte, and did not wait for a header.
     #[must_use]
     pub fn closed_immediately(&self) -> bool {
         matches!(self.outcome, Outcome::Closed { .. }) && self.tls.is_none() && self.after < IMMEDIATE
     }
 
-    /// What the server said in clear text or in TLS.
+    /// The server's first line, in clear text or in TLS.
     #[must_use]
     pub fn said(&self) -> Option<&str> {
         match &self.outcome {
@@ -271,8 +273,8 @@ impl Observation {
     }
 }
 
-/// Alerts with which a TLS server says that what came is no TLS, as where it took a header for a record (RFC 8446, section
-/// 6.2). All others mean that it has read the ClientHello.
+/// Alerts that mean that the server did not receive TLS, for example because it read a header as a
+/// TLS record (RFC 8446, section 6.2). All others mean that it read the ClientHello.
 fn is_record_error(alert: &str) -> bool {
     ["UnexpectedMessage", "BadRecordMac", "RecordOverflow", "DecodeError"].contains(&alert)
 }

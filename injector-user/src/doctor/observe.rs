@@ -1,8 +1,9 @@
-//! Makes one observation: a connection of its own, a header or none, perhaps a dialogue, and polite to the end.
-//!
-//! A client that is gone when Postfix looks for its address can cost an smtpd its life: in 3.7.11 a LOCAL header followed by a
-//! reset is `fatal: smtpd_peer_hostaddr_to_sockaddr`. So a connection is closed by the server, after QUIT or LOGOUT, or when
-//! the time is over, and LOCAL is never sent.
+//! Makes one observation, on a connection of its own: with or without a header, perhaps with a
+//! dialogue.
+//! | The doctor lets the server close the connection, after QUIT or LOGOUT, or waits until the time
+//! is over. A client that disconnects before Postfix looks up its address can kill an smtpd: in
+//! 3.7.11 a LOCAL header followed by a reset does (`fatal: smtpd_peer_hostaddr_to_sockaddr`). So
+//! the doctor never sends LOCAL.
 
 use std::{
     io,
@@ -34,11 +35,12 @@ use crate::{
     protocol::Protocol,
 };
 
-/// `220-` so long before `220 ` is a teaser and no banner of several lines.
+/// If `220-` comes so long before `220 `, it is postscreen's teaser, not a banner of several lines.
 const TEASER_DELAY: Duration = Duration::from_millis(500);
-/// How long a source that should be filtered has to get its SYN answered: long enough for one repetition.
+/// How long to wait for an answer from an address that should be filtered: enough for one repeated
+/// SYN.
 const FILTERED_TIMEOUT: Duration = Duration::from_secs(2);
-/// In the header where the listener wants one: says who it was.
+/// The unique ID in the header, if the listener sends one: it identifies the doctor.
 const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
 
 /// How long to wait.
@@ -46,7 +48,7 @@ const UNIQUE_ID: &[u8; UNIQUE_ID_LEN] = b"00000000000000000000000000d0c702";
 pub(super) struct Timeouts {
     /// For a connection.
     pub(super) connect: Duration,
-    /// For the server's word.
+    /// For the server's reply.
     pub(super) answer: Duration,
 }
 
@@ -91,7 +93,8 @@ pub(super) async fn observe(
     }
 }
 
-/// Sends `address` a header that says localhost, without a configuration, and asks what that client may do.
+/// Sends a header with the source localhost to `address`, without a configuration, and tests what
+/// the server allows that client.
 pub async fn claim_localhost(
     address: SocketAddr,
     protocol: Protocol,
@@ -115,7 +118,7 @@ pub async fn claim_localhost(
     observe(&target, step, &HeaderAddresses::new(None, &[], &[address]), Timeouts { connect, answer }).await
 }
 
-/// The client whose rights are asked for.
+/// The client whose permissions the dialogue tests.
 const fn claimed_client(probe: Probe) -> Option<IpAddr> {
     match probe {
         Probe::Claim { family, client, .. } => Some(client.ip(family)),
@@ -133,17 +136,17 @@ async fn connect(address: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStr
     Ok(stream)
 }
 
-/// The terms of one conversation.
+/// The parameters of one connection.
 #[derive(Clone, Copy)]
 struct Session {
     protocol: Protocol,
     server: IpAddr,
-    /// Ask what this client may do.
+    /// Test what the server allows this client.
     client: Option<IpAddr>,
     connected: Instant,
-    /// The end of patience with the greeting.
+    /// When to stop waiting for the greeting.
     until: Instant,
-    /// Patience with the dialogue after it.
+    /// How long the dialogue after it may take.
     answer: Duration,
 }
 
@@ -165,7 +168,8 @@ async fn run_probe(
     if let Some(header) =
         header(target, probe, addresses, port).map_err(|error| format!("header: {error}"))?
     {
-        // Whole and at once: servers refuse one that comes in pieces. An error here is heard again below.
+        // In one write: servers reject a header that arrives in pieces. The read below reports an
+        // error.
         let _ = stream.write_all(header.as_bytes()).await;
     }
     if target.is_tls() && probe != Probe::NoHeader {
@@ -245,7 +249,7 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
-/// Listens, asks what there is to ask, takes its leave as the protocol has it, and hears the rest.
+/// Reads the greeting, runs the dialogue if there is one, sends QUIT, and reads the rest.
 async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, Duration, Option<Dialogue>) {
     let Session { protocol, connected, until, .. } = session;
     let dialect = Dialect::of(protocol);
@@ -275,7 +279,7 @@ async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, D
             }
             None => quit(stream, &mut said, protocol).await,
         },
-        // It closes by itself; and who closes first after a header harms an smtpd.
+        // The server closes; a client that closes first after a header harms an smtpd.
         GreetingState::TurnedAway | GreetingState::Strange => {
             let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut said)).await;
         }
@@ -296,7 +300,8 @@ async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, D
     (outcome, after, dialogue)
 }
 
-/// What to ask after this greeting, if anything; not of a server that complains about the header.
+/// The dialogue to run after this greeting, if any. None with a server that sent an error reply to
+/// the header.
 fn script(said: &[u8], session: Session) -> Option<(Script, Action)> {
     let greeted = matches!(Dialect::of(session.protocol).classify(said), Response::Greeted(_));
     session.client.filter(|_| greeted).and_then(|client| Script::start(session.protocol, client, said))
@@ -312,7 +317,7 @@ fn server_name(target: &Target) -> ServerName<'static> {
     ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(target.address.ip()))
 }
 
-/// A stream that remembers what came first: what is no TLS is shown as it came.
+/// A stream that keeps the first bytes, to show them if they are not TLS.
 #[derive(Debug)]
 struct RecordingStream {
     stream: TcpStream,
@@ -353,7 +358,7 @@ mod tests {
     use super::{super::fixtures::target, *};
     use crate::config::ProxyVersion;
 
-    /// Observes a server that says this, each part after a pause, and hears what it was told.
+    /// Observes a server that sends these parts, each after a pause, and returns what it received.
     async fn observed(
         protocol: Protocol,
         probe: Probe,
@@ -380,7 +385,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_header_is_followed_by_patience_and_a_goodbye() {
+    async fn after_a_header_the_doctor_waits_for_the_greeting_and_quits() {
         let probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
         let (seen, told) = observed(Protocol::Smtp, probe, &["220-mail\r\n", "220 mail\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-mail".to_owned(), teaser: true }));
@@ -390,7 +395,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_sends_nothing_before_the_greeting() {
+    async fn without_a_header_nothing_is_sent_before_the_greeting() {
         let (seen, told) = observed(Protocol::Smtp, Probe::NoHeader, &["220-a\r\n220 b\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
         assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
@@ -398,7 +403,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn clear_text_where_tls_should_be_is_shown_as_it_came() {
+    async fn clear_text_instead_of_tls_is_reported_as_received() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let target = Target { address: listener.local_addr().unwrap(), ..target(Protocol::Submissions) };
         tokio::spawn(async move {

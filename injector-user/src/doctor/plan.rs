@@ -1,19 +1,20 @@
-//! Which probe comes next, given what was seen: as few connections as tell the faults apart.
+//! Which probe comes next, given the observations: as few connections as distinguish the faults.
 
 use super::observation::{Client, Dialogue, Family, Observation, Outcome, Probe, Step, Target};
 use crate::{config::ProxyVersion, protocol::Protocol};
 
-/// The next step; `None` when enough is known.
+/// The next step; `None` if enough is known.
 #[must_use]
 pub fn next(target: &Target, seen: &[Observation]) -> Option<Step> {
-    // Who cannot connect learns nothing more by trying again; other sources of this host may be filtered as they should.
+    // If this host cannot connect, more probes find nothing more. Its other addresses may be
+    // filtered, as they should be.
     if seen.iter().any(|observation| observation.failed_to_connect() && observation.step.from.is_none()) {
         return None;
     }
     wanted(target, seen).into_iter().find(|step| !seen.iter().any(|observation| observation.step == *step))
 }
 
-/// All steps that what was seen calls for, in order. What was seen only ever adds to it, at the end.
+/// All steps that the observations require, in order. Further observations only append to it.
 fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
     let version = target.receiver.version;
     if target.untrusted {
@@ -27,7 +28,8 @@ fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
     let bare = if target.is_tls() { Probe::Tls } else { Probe::NoHeader };
     let headers = Family::ALL.map(|family| header(version, family));
     let mut steps = vec![here(bare), here(headers[0])];
-    // Where a header is followed by silence, the family of its addresses is not the matter.
+    // If a server sends nothing after a header, the family of the header's addresses does not
+    // matter.
     let silent = |one: &Observation| one.step == here(headers[0]) && one.outcome == Outcome::Silent;
     let headers = if seen.iter().any(silent) { &headers[..1] } else { &headers[..] };
     steps.extend(headers.iter().skip(1).map(|probe| here(*probe)));
@@ -53,7 +55,8 @@ fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
             if version == ProxyVersion::V2 && target.has_tlvs() {
                 steps.push(here(Probe::Header { version, family: Family::V4, tlvs: false }));
             }
-            // A server that closes on a ClientHello may have wanted a header, or not this host at all.
+            // A server that closes on a ClientHello either expects a header, or does not trust this
+            // host.
             if target.is_tls() && !answered(seen, here(bare)) {
                 steps.push(here(Probe::NoHeader));
             }
@@ -62,8 +65,8 @@ fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
     steps
 }
 
-/// A header that says localhost, and where that client is allowed something, one that nobody trusts: to tell "for localhost"
-/// from "for all".
+/// A header with the source localhost. If the server allows that client something, another with an
+/// untrusted source, to distinguish "for localhost" from "for all".
 fn claims(target: &Target, seen: &[Observation], family: Family) -> Vec<Step> {
     if target.protocol == Protocol::Plain {
         return Vec::new();
@@ -110,7 +113,7 @@ mod tests {
         IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2)),
     ];
 
-    /// The probes that are made when `outcome` says what comes of each.
+    /// The probes that the plan makes if `outcome` gives the outcome of each.
     fn walk(target: &Target, outcome: impl Fn(Step) -> Outcome) -> Vec<String> {
         walk_with(target, outcome, |_| None)
     }
@@ -148,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_backend_costs_four_connections_and_one_for_each_other_source() {
+    fn a_correct_backend_gets_three_probes_one_per_other_source_and_localhost() {
         let mut smtp = target(Protocol::Smtp);
         let three = ["silence", "header_v2_ipv4", "header_v2_ipv6"];
         let localhost = ["header_v2_ipv4_localhost"];
@@ -160,13 +163,13 @@ mod tests {
         };
         let others = ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4 from 192.0.2.2"];
         assert_eq!(walk(&smtp, filtered), [&three[..], &others, &localhost].concat());
-        // Nothing can be asked there.
+        // Protocol "plain" has no dialogue.
         let plain = Target { protocol: Protocol::Plain, ..target(Protocol::Plain) };
         assert_eq!(walk(&plain, greets_with_header), three);
     }
 
     #[test]
-    fn what_localhost_is_allowed_is_tried_for_another_client() {
+    fn permissions_of_localhost_are_tested_for_another_client() {
         let relays = |_| Some(Dialogue::Relay(Relay::Accepted(String::new())));
         let both = ["header_v2_ipv4_localhost", "header_v2_ipv4_documentation"];
         let smtp = target(Protocol::Smtp);
@@ -175,7 +178,7 @@ mod tests {
         assert_eq!(walk_with(&smtp, greets_with_header, refuses)[3..], both[..1]);
         let untrusted = Target { untrusted: true, ..target(Protocol::Smtp) };
         assert_eq!(walk_with(&untrusted, greets_with_header, relays)[1..], both);
-        // Where headers with IPv4 addresses are refused.
+        // The server rejects headers with IPv4 addresses.
         let ipv6_only = |step: Step| match step.probe {
             Probe::Header { family: Family::V4, .. } => closed(),
             _ => greets_with_header(step),
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn one_stranger_who_is_answered_is_enough() {
+    fn one_trusted_other_source_is_enough() {
         let mut smtp = target(Protocol::Smtp);
         smtp.other_sources = OTHERS.to_vec();
         let names = walk(&smtp, greets_with_header);
@@ -192,13 +195,13 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_that_cannot_be_reached_is_left_alone() {
+    fn an_unreachable_backend_gets_one_probe() {
         assert_eq!(walk(&target(Protocol::Smtp), |_| Outcome::Refused), ["silence"]);
         assert_eq!(walk(&target(Protocol::Imaps), |_| Outcome::NoAnswer), ["tls"]);
     }
 
     #[test]
-    fn what_refuses_the_header_is_asked_for_the_other_version() {
+    fn a_rejected_header_is_followed_by_the_other_version() {
         let mut imaps = target(Protocol::Imaps);
         let expected = ["tls", "header_v2_ipv4", "header_v2_ipv6", "header_v1_ipv4", "silence"];
         assert_eq!(walk(&imaps, |_| closed()), expected);
@@ -211,13 +214,13 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_waited_for_once_for_each_version() {
+    fn a_silent_backend_gets_one_header_of_each_version() {
         let names = walk(&target(Protocol::Imap), |_| Outcome::Silent);
         assert_eq!(names, ["silence", "header_v2_ipv4", "header_v1_ipv4"]);
     }
 
     #[test]
-    fn a_stranger_tries_one_header_and_one_more_where_it_is_believed() {
+    fn an_untrusted_host_sends_one_header_and_one_more_if_trusted() {
         let mut smtp = target(Protocol::Smtp);
         smtp.untrusted = true;
         smtp.other_sources = OTHERS.to_vec();

@@ -1,4 +1,4 @@
-//! What `injector doctor` prints.
+//! The report of `injector doctor`, as text and JSON.
 
 use std::{fmt::Write as _, net::IpAddr, net::SocketAddr};
 
@@ -29,7 +29,7 @@ pub struct ListenerReport {
     pub protocol: Protocol,
     /// The header it sends.
     pub version: ProxyVersion,
-    /// What holds for all of its backends.
+    /// Findings that apply to all of its backends.
     pub findings: Vec<Finding>,
     /// Its backends, in order.
     pub backends: Vec<BackendReport>,
@@ -38,11 +38,11 @@ pub struct ListenerReport {
 /// One backend.
 #[derive(Debug)]
 pub struct BackendReport {
-    /// As the configuration has it.
+    /// The backend as configured.
     pub name: String,
-    /// What holds for all of its addresses: that it has none.
+    /// Findings that apply to all of its addresses.
     pub findings: Vec<Finding>,
-    /// What was found out about each.
+    /// The report on each of its addresses.
     pub addresses: Vec<AddressReport>,
 }
 
@@ -51,11 +51,11 @@ pub struct BackendReport {
 pub struct AddressReport {
     /// The address.
     pub address: SocketAddr,
-    /// Whom it sees.
+    /// The source address that it sees.
     pub source: Option<IpAddr>,
     /// What it is.
     pub server: Server,
-    /// What was done, in order, and seen.
+    /// The observations, in order.
     pub observations: Vec<Observation>,
     /// What follows from it.
     pub findings: Vec<Finding>,

@@ -1,18 +1,18 @@
-//! Which server it is, by what it said and when: the advice names its settings.
+//! Identifies the server by its replies and their timing, because the advice names its settings.
 
 use std::{fmt, time::Duration};
 
 use super::observation::{Greeting, Observation, Outcome, Probe, Target};
 use crate::protocol::Protocol;
 
-/// A mail server, as far as it can be told.
+/// A mail server that the doctor can identify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Server {
     /// Postfix, with postscreen on the port.
     Postscreen,
     /// Postfix, with smtpd on the port.
     Smtpd,
-    /// Postfix; postscreen may be in front, which hands known clients on without a trace.
+    /// Postfix; postscreen may have the port, because it passes known clients on without a trace.
     Postfix,
     /// Dovecot.
     Dovecot,
@@ -26,7 +26,7 @@ pub enum Server {
     Cyrus,
     /// The same.
     Haraka,
-    /// Not told.
+    /// Not identified.
     Unknown,
 }
 
@@ -47,17 +47,18 @@ impl fmt::Display for Server {
     }
 }
 
-/// What Postfix's smtpd says when no header came, or one that it cannot use (smtpd_peer_from_haproxy in
+/// The reply of Postfix's smtpd to a missing or unusable header (smtpd_peer_from_haproxy in
 /// `src/smtpd/smtpd_haproxy.c`).
 pub const SMTPD_NO_HEADER: &str = "Server local error";
-/// The same of postscreen (`src/postscreen/postscreen_haproxy.c`).
+/// The reply of postscreen to the same (`src/postscreen/postscreen_haproxy.c`).
 pub const POSTSCREEN_NO_HEADER: &str = "421 4.3.2 No system resources";
 
-/// How long Dovecot waits for a header (`src/lib-master/master-service-haproxy.c`), with some room on either side.
+/// How long Dovecot waits for a header (`src/lib-master/master-service-haproxy.c`), with a margin
+/// on either side.
 const DOVECOT_HEADER_TIMEOUT: std::ops::Range<Duration> =
     Duration::from_millis(2500)..Duration::from_millis(4500);
 
-/// Tells the server by all that was seen of it.
+/// Identifies the server by all observations.
 #[must_use]
 pub fn identify(target: &Target, seen: &[Observation]) -> Server {
     by_text(target, seen).or_else(|| by_timing(target, seen)).unwrap_or(Server::Unknown)
@@ -94,7 +95,7 @@ fn by_text(target: &Target, seen: &[Observation]) -> Option<Server> {
         return Some(Server::Smtpd);
     }
     if said("Postfix") || complained("5.5.2 Error: bad syntax") {
-        // Nobody puts postscreen in front of submission: it speaks no AUTH.
+        // postscreen does not support AUTH, so it is not used for submission.
         return Some(if target.protocol == Protocol::Smtp { Server::Postfix } else { Server::Smtpd });
     }
     None

@@ -1,8 +1,8 @@
-//! An observation in the words of the report.
+//! Observations in the report's text.
 
 use crate::doctor::observation::{Dialogue, Observation, Outcome, Relay};
 
-/// An observation in a few words.
+/// An observation in one line.
 pub(in crate::doctor) fn describe(one: &Observation) -> String {
     let outcome = describe_outcome(one);
     match &one.dialogue {
@@ -34,7 +34,7 @@ fn describe_outcome(one: &Observation) -> String {
     }
 }
 
-/// A dialogue in a few words, for the line of its observation.
+/// The result of a dialogue, for the line of its observation.
 fn describe_dialogue(dialogue: &Dialogue) -> String {
     match dialogue {
         Dialogue::Relay(Relay::Accepted(said)) => format!("relays: {said:?}"),

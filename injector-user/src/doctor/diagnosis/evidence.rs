@@ -8,7 +8,7 @@ use crate::{
     },
 };
 
-/// All that was seen of one address, by what was asked.
+/// All observations of one address.
 pub(super) struct Evidence<'a> {
     pub(super) target: &'a Target,
     pub(super) all: &'a [Observation],
@@ -33,7 +33,7 @@ impl Evidence<'_> {
         self.configured(family).is_some_and(Observation::answered)
     }
 
-    /// The port speaks without a header.
+    /// The server answers without a header.
     pub(super) fn answers_without_header(&self) -> bool {
         let bare = if self.target.is_tls() { Probe::Tls } else { Probe::NoHeader };
         self.of(bare).is_some_and(Observation::answered)

@@ -1,4 +1,4 @@
-//! What a header that says 127.0.0.1 is good for.
+//! Findings about headers with the source 127.0.0.1.
 
 use std::net::IpAddr;
 
@@ -13,17 +13,18 @@ use crate::doctor::{
 };
 
 impl Evidence<'_> {
-    /// What the server allows a client that the header says is on the server's own host.
-    pub(super) fn localhost_finding(&self, edge: &[IpAddr]) -> Option<Finding> {
+    /// The finding if the server allows more to a client that the header places on the server's own
+    /// host.
+    pub(super) fn localhost_finding(&self, injectors: &[IpAddr]) -> Option<Finding> {
         match self.claim(Client::Localhost)?.dialogue.as_ref()? {
-            Dialogue::Relay(Relay::Accepted(said)) => Some(self.relay_finding(said, edge)),
+            Dialogue::Relay(Relay::Accepted(said)) => Some(self.relay_finding(said, injectors)),
             Dialogue::Relay(Relay::Refused(_)) => None,
             Dialogue::Relay(Relay::Unknown(why)) => Some(self.relay_unknown(why)),
-            Dialogue::ClearTextLogin(login) => self.clear_text_login(*login, edge),
+            Dialogue::ClearTextLogin(login) => self.clear_text_login(*login, injectors),
         }
     }
 
-    /// The fault of a port that believes this host, which is not the injector's, and relays.
+    /// The fault of a port that trusts this host, which is not the injector's, and relays.
     pub(super) fn open_relay_fault(&self, from: &str) -> Option<Finding> {
         let Dialogue::Relay(Relay::Accepted(said)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
             return None;
@@ -42,7 +43,8 @@ impl Evidence<'_> {
         ))
     }
 
-    /// What is added to "believes a header" where the right to relay could not be found out.
+    /// What is appended to "trusts a header" if the doctor could not determine whether the server
+    /// relays.
     pub(super) fn relay_remark(&self) -> Option<String> {
         let Dialogue::Relay(Relay::Unknown(why)) = self.claim(Client::Localhost)?.dialogue.as_ref()? else {
             return None;
@@ -51,7 +53,7 @@ impl Evidence<'_> {
         Some(format!("; whether it relays for {localhost} is unknown: {why}"))
     }
 
-    fn relay_finding(&self, said: &str, edge: &[IpAddr]) -> Finding {
+    fn relay_finding(&self, said: &str, injectors: &[IpAddr]) -> Finding {
         let address = self.target.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let documentation = self.claim(Client::Documentation).and_then(|one| one.dialogue.as_ref());
@@ -82,7 +84,7 @@ impl Evidence<'_> {
                 changes,
             );
         }
-        changes.extend(self.firewall(edge));
+        changes.extend(self.firewall(injectors));
         Finding {
             verdict: Verdict::RelaysForLocalhost,
             fault: false,
@@ -108,8 +110,9 @@ impl Evidence<'_> {
         )
     }
 
-    /// Worth a note where others are refused it: who takes passwords in clear text from everybody means to.
-    fn clear_text_login(&self, localhost: bool, edge: &[IpAddr]) -> Option<Finding> {
+    /// A note only if the server rejects passwords of other clients: a server that accepts them
+    /// from all clients is configured to.
+    fn clear_text_login(&self, localhost: bool, injectors: &[IpAddr]) -> Option<Finding> {
         let other = self.claim(Client::Documentation)?.dialogue.as_ref();
         if !localhost || other != Some(&Dialogue::ClearTextLogin(false)) {
             return None;
@@ -117,7 +120,7 @@ impl Evidence<'_> {
         let address = self.target.address;
         let (localhost, other) = (self.ip(Client::Localhost), self.ip(Client::Documentation));
         let mut changes: Vec<_> = advice::distrust_localhost(self.server).into_iter().collect();
-        changes.extend(self.firewall(edge));
+        changes.extend(self.firewall(injectors));
         Some(Finding {
             verdict: Verdict::TrustsLocalhost,
             fault: false,
@@ -129,13 +132,14 @@ impl Evidence<'_> {
         })
     }
 
-    /// The rule that closes the port, unless it was seen to be closed to other addresses.
-    fn firewall(&self, edge: &[IpAddr]) -> Option<Change> {
+    /// The rule that closes the port, unless an observation shows that it is closed to other
+    /// addresses.
+    fn firewall(&self, injectors: &[IpAddr]) -> Option<Change> {
         let tried = self.all.iter().any(|one| one.step.from.is_some());
-        (!tried).then(|| advice::restrict_port(self.target.address.port(), edge, true))
+        (!tried).then(|| advice::restrict_port(self.target.address.port(), injectors, true))
     }
 
-    /// Another address than the injector's from which a header was believed.
+    /// An address other than the injector's from which the server trusted a header.
     fn accepted_from_other(&self) -> Option<IpAddr> {
         self.all.iter().filter(|one| one.answered()).find_map(|one| one.step.from)
     }
@@ -144,7 +148,7 @@ impl Evidence<'_> {
         self.all.iter().find(|one| matches!(one.step.probe, Probe::Claim { client, .. } if client == wanted))
     }
 
-    /// The address of a client in the family in which it was tried.
+    /// The address of a client, in the family that was tested.
     fn ip(&self, client: Client) -> IpAddr {
         let family = self.all.iter().find_map(|one| match one.step.probe {
             Probe::Claim { family, .. } => Some(family),

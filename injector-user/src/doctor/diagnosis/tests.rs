@@ -11,7 +11,7 @@ use super::{
     *,
 };
 
-/// What is found, as `code` or `note code`, and all lines to change.
+/// The findings as `code` or `note code`, and all lines to change.
 fn judged(target: &Target, all: &[Observation]) -> (Vec<String>, String) {
     let found = findings(target, all, &["10.25.0.1".parse().unwrap()]);
     let codes = found.iter().map(|one| {
@@ -23,7 +23,7 @@ fn judged(target: &Target, all: &[Observation]) -> (Vec<String>, String) {
 }
 
 #[test]
-fn each_fault_is_named_with_its_line() {
+fn each_fault_has_its_verdict_and_line() {
     for Case { name, protocol, seen, codes, advice } in cases() {
         let (found, lines) = judged(&target(protocol), &seen);
         assert_eq!(found, codes, "{name}");
@@ -52,7 +52,7 @@ fn messages_of_all_cases() {
 }
 
 #[test]
-fn a_family_that_no_client_has_is_worth_a_note() {
+fn a_rejected_family_without_clients_is_a_note() {
     let all = [
         seen(Probe::NoHeader, away(SMTPD), 50),
         seen(V2_4, greeted(BANNER), 1),
@@ -64,7 +64,7 @@ fn a_family_that_no_client_has_is_worth_a_note() {
 }
 
 #[test]
-fn who_is_believed_from_elsewhere_is_forgeable() {
+fn a_backend_that_trusts_another_address_is_forgeable() {
     let believed = Observation { outcome: greeted(BANNER), ..filtered() };
     let all = [
         seen(Probe::NoHeader, away(SMTPD), 50),
@@ -87,7 +87,7 @@ const fn claim(client: Client) -> Probe {
     Probe::Claim { version: ProxyVersion::V2, family: Family::V4, client }
 }
 
-/// A sound submission port, and what came of the claims.
+/// The observations of a correct submission port, and these.
 fn with_claims(claims: Vec<Observation>) -> Vec<Observation> {
     let mut all = vec![
         seen(Probe::NoHeader, away(SMTPD), 50),
@@ -100,7 +100,7 @@ fn with_claims(claims: Vec<Observation>) -> Vec<Observation> {
 }
 
 #[test]
-fn relaying_for_localhost_is_worth_a_note_and_for_all_a_fault() {
+fn relaying_for_localhost_is_a_note_and_for_all_a_fault() {
     let submission = target(Protocol::Submission);
     let unknown = |why: &str| Dialogue::Relay(Relay::Unknown(why.to_owned()));
     let note = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
@@ -121,12 +121,12 @@ fn relaying_for_localhost_is_worth_a_note_and_for_all_a_fault() {
     assert_eq!(judged(&submission, &greylisted).0, ["note relay_unknown"]);
     let half = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, unknown("\"451\""))]);
     assert_eq!(judged(&submission, &half).0, ["note relays_for_localhost"]);
-    // A server that answers no such header is as it should be.
+    // A server that does not answer such a header is correct.
     assert_eq!(judged(&submission, &with_claims(vec![seen(LOCALHOST, closed(), 0)])).0, [""; 0]);
 }
 
 #[test]
-fn relaying_for_localhost_is_a_fault_where_others_are_believed() {
+fn relaying_for_localhost_is_a_fault_if_others_are_trusted() {
     let mut all =
         with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, refuses_to_relay())]);
     all[3].outcome = greeted(BANNER);
@@ -134,7 +134,7 @@ fn relaying_for_localhost_is_a_fault_where_others_are_believed() {
 }
 
 #[test]
-fn postscreen_leaves_relaying_to_the_smtpd_behind_it() {
+fn relay_advice_behind_postscreen_is_for_the_smtpd() {
     let smtp = target(Protocol::Smtp);
     for (silence, count) in [(away(POSTSCREEN), 1), (away("421 4.3.0 busy"), 2)] {
         let mut all =
@@ -148,7 +148,7 @@ fn postscreen_leaves_relaying_to_the_smtpd_behind_it() {
 }
 
 #[test]
-fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
+fn clear_text_passwords_for_localhost_alone_are_a_note() {
     let imap = target(Protocol::Imap);
     let login = |probe, login| Observation {
         outcome: greeted(DOVECOT),
@@ -167,7 +167,7 @@ fn clear_text_passwords_for_localhost_alone_are_worth_a_note() {
 }
 
 #[test]
-fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
+fn a_server_that_relays_for_an_untrusted_host_is_an_open_relay() {
     let untrusted = Target { untrusted: true, ..target(Protocol::Submission) };
     let finding_for = |what| {
         findings(&untrusted, &[seen(V2_4, greeted(BANNER), 0), dialogue(LOCALHOST, what)], &[])
@@ -187,7 +187,7 @@ fn a_stranger_for_whom_a_server_relays_has_found_an_open_relay() {
 }
 
 #[test]
-fn a_stranger_may_not_be_believed() {
+fn trusting_an_untrusted_host_is_a_fault() {
     let untrusted = Target { untrusted: true, ..target(Protocol::Submission) };
     for outcome in
         [Outcome::Refused, Outcome::NoAnswer, closed(), misunderstood(BANNER, SYNTAX), Outcome::Silent]

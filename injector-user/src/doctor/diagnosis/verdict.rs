@@ -1,19 +1,19 @@
-//! The names of what can be found.
+//! The names of the findings.
 
 use crate::doctor::advice::Change;
 
-/// What is wrong, or worth knowing. The names are those of JSON and `docs/doctor.md`.
+/// What is wrong, or worth knowing. JSON and `docs/doctor.md` use the same names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The connection is refused.
     NotListening,
-    /// Nobody answers.
+    /// No answer to the SYN.
     NoAnswer,
     /// No route, or the like.
     Unreachable,
     /// A name without an address.
     NoAddress,
-    /// The port greets without a header and takes one for commands.
+    /// The server greets without a header, and reads a header as commands.
     NoProxy,
     /// Only v1 is understood.
     WantsV1,
@@ -21,7 +21,7 @@ pub enum Verdict {
     WantsV2,
     /// Only a header without TLVs is understood.
     RefusesTlvs,
-    /// The port closes at once on whatever comes from here.
+    /// The server closes every connection from here at once.
     Untrusted,
     /// Headers with IPv6 addresses are refused.
     Ipv6Off,
@@ -29,35 +29,35 @@ pub enum Verdict {
     Ipv4Off,
     /// The port answers with and without a header.
     HeaderOptional,
-    /// A header is believed from others than the injector.
+    /// The server trusts a header from a host other than the injector.
     Forgeable,
-    /// Mail to foreign domains is accepted from a client that nobody trusts, or that anybody can be.
+    /// The server accepts mail to foreign domains from a client that it has no reason to trust.
     OpenRelay,
-    /// Mail to foreign domains is accepted where the header says localhost.
+    /// The server accepts mail to foreign domains if the header has the source localhost.
     RelaysForLocalhost,
-    /// Whether it is accepted could not be found out.
+    /// The doctor could not determine whether the server relays.
     RelayUnknown,
-    /// Passwords are accepted in clear text where the header says localhost.
+    /// The server accepts passwords in clear text if the header has the source localhost.
     TrustsLocalhost,
-    /// Clear text where TLS is meant to be.
+    /// The server sends clear text where TLS is expected.
     ClearText,
-    /// Connected, and no word.
+    /// The server accepts the connection and sends nothing.
     Mute,
-    /// The server will not serve, whatever it is sent.
+    /// The server rejects the connection for a reason other than the header.
     TurnedAway,
-    /// The header is refused, for a reason that was not found.
+    /// The server rejects the header for an unknown reason.
     HeaderRefused,
-    /// Another protocol.
+    /// The server speaks another protocol.
     OtherProtocol,
     /// The TLS handshake ends with an alert.
     TlsTrouble,
-    /// What protocol `plain` cannot show.
+    /// Protocol `plain` cannot show whether the server accepts the header.
     Unproven,
-    /// Whether others are believed could not be tried.
+    /// The doctor could not test whether the server trusts headers from other addresses.
     ForgeryUntried,
-    /// Behind this host's loopback: every process here can send a header.
+    /// The backend is reached over loopback: every process on this host can send a header.
     Loopback,
-    /// Engine inline leaves the client's address as it is.
+    /// Engine inline keeps the client's address.
     ClientAddressed,
 }
 
@@ -102,11 +102,11 @@ impl Verdict {
 pub struct Finding {
     /// What.
     pub verdict: Verdict,
-    /// It has to be mended; otherwise it is only worth knowing.
+    /// Must be repaired; otherwise it is only worth knowing.
     pub fault: bool,
     /// The same for people.
     pub message: String,
-    /// The lines to change; where there is more than one, each says when it applies.
+    /// The lines to change. If there is more than one change, each states when it applies.
     pub changes: Vec<Change>,
 }
 

@@ -21,7 +21,7 @@ pub(super) const POSTSCREEN: &str = "421 4.3.2 No system resources";
 pub(super) const SYNTAX: &str = "500 5.5.2 Error: bad syntax";
 pub(super) const DOVECOT: &str = "* OK [CAPABILITY IMAP4rev1] Dovecot (Debian) ready.";
 
-/// A target whose forgery was tried in vain, so that nothing but the case itself is found.
+/// The observation that another address is filtered, so that only the case's own fault is found.
 pub(super) fn filtered() -> Observation {
     let from = Some("192.0.2.1".parse().unwrap());
     Observation { step: Step { probe: V2_4, from }, ..seen(V2_4, Outcome::NoAnswer, 20) }

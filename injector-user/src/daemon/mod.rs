@@ -51,7 +51,7 @@ pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> 
             wanted,
             "the open-file limit allows fewer connections than limits.max_connections; connections above it are \
              rejected: raise it to {} (LimitNOFILE= in systemd, ulimit -n)",
-            listener::nofile_for(wanted, server::listen_socket_count(&config), config.limits.workers)
+            listener::required_fds(wanted, server::listen_socket_count(&config), config.limits.workers)
         );
     }
 

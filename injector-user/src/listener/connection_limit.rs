@@ -7,47 +7,47 @@ use std::sync::{
 
 /// So many places.
 #[derive(Debug)]
-pub struct Room {
-    most: AtomicUsize,
-    taken: AtomicUsize,
+pub struct ConnectionLimit {
+    max: AtomicUsize,
+    in_use: AtomicUsize,
 }
 
 /// One of them, until it is dropped.
 #[derive(Debug)]
 #[must_use]
-pub struct Place(Arc<Room>);
+pub struct ConnectionPermit(Arc<ConnectionLimit>);
 
-impl Room {
-    /// For at most `most`; `None` is no limit.
+impl ConnectionLimit {
+    /// For at most `max`; `None` is no limit.
     #[must_use]
-    pub fn new(most: Option<usize>) -> Arc<Self> {
-        Arc::new(Self { most: AtomicUsize::new(most.unwrap_or(usize::MAX)), taken: AtomicUsize::new(0) })
+    pub fn new(max: Option<usize>) -> Arc<Self> {
+        Arc::new(Self { max: AtomicUsize::new(max.unwrap_or(usize::MAX)), in_use: AtomicUsize::new(0) })
     }
 
     /// Changes the limit. Who is there stays, even if that is more than there may be from here on.
-    pub fn resize(&self, most: Option<usize>) {
-        self.most.store(most.unwrap_or(usize::MAX), Ordering::Relaxed);
+    pub fn resize(&self, max: Option<usize>) {
+        self.max.store(max.unwrap_or(usize::MAX), Ordering::Relaxed);
     }
 
     /// A place, if there is one left.
     #[must_use]
-    pub fn enter(self: &Arc<Self>) -> Option<Place> {
-        let most = self.most.load(Ordering::Relaxed);
-        let enter = |taken| if taken < most { Some(taken + 1) } else { None };
-        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
-        Some(Place(Arc::clone(self)))
+    pub fn try_acquire(self: &Arc<Self>) -> Option<ConnectionPermit> {
+        let max = self.max.load(Ordering::Relaxed);
+        let enter = |taken| if taken < max { Some(taken + 1) } else { None };
+        self.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
+        Some(ConnectionPermit(Arc::clone(self)))
     }
 
     /// How many are taken.
     #[must_use]
-    pub fn taken(&self) -> usize {
-        self.taken.load(Ordering::Relaxed)
+    pub fn in_use(&self) -> usize {
+        self.in_use.load(Ordering::Relaxed)
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.0.taken.fetch_sub(1, Ordering::Relaxed);
+        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -57,24 +57,24 @@ mod tests {
 
     #[test]
     fn there_are_never_more_than_there_may_be() {
-        let room = Room::new(Some(2));
-        let places = [room.enter(), room.enter(), room.enter()];
+        let room = ConnectionLimit::new(Some(2));
+        let places = [room.try_acquire(), room.try_acquire(), room.try_acquire()];
         assert_eq!(places.each_ref().map(Option::is_some), [true, true, false]);
         drop(places);
-        assert_eq!(room.taken(), 0);
-        assert!(Room::new(Some(0)).enter().is_none());
-        assert!(Room::new(None).enter().is_some());
+        assert_eq!(room.in_use(), 0);
+        assert!(ConnectionLimit::new(Some(0)).try_acquire().is_none());
+        assert!(ConnectionLimit::new(None).try_acquire().is_some());
     }
 
     #[test]
     fn who_is_there_stays_when_there_is_less_room() {
-        let room = Room::new(Some(3));
-        let mut places: Vec<_> = (0..3).filter_map(|_| room.enter()).collect();
+        let room = ConnectionLimit::new(Some(3));
+        let mut places: Vec<_> = (0..3).filter_map(|_| room.try_acquire()).collect();
         room.resize(Some(1));
-        assert!(room.enter().is_none());
+        assert!(room.try_acquire().is_none());
         places.truncate(1);
-        assert!(room.enter().is_none());
+        assert!(room.try_acquire().is_none());
         places.clear();
-        assert!(room.enter().is_some());
+        assert!(room.try_acquire().is_some());
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     backend::Backends,
     config::{EngineChoice, Listener},
     engine::Engine,
-    listener::{Owner, Policy, connection_limit::Room},
+    listener::{AdmissionPolicy, SocketOwner, connection_limit::ConnectionLimit},
     telemetry::metrics::ListenerMetrics,
 };
 
@@ -30,8 +30,8 @@ pub struct ActiveListener {
     /// Ends checks and resolving.
     pub(super) stop_health_tasks: CancellationToken,
     /// One for each worker.
-    pub(super) policies: Vec<Arc<Policy>>,
-    pub(super) connection_limit: Arc<Room>,
+    pub(super) policies: Vec<Arc<AdmissionPolicy>>,
+    pub(super) connection_limit: Arc<ConnectionLimit>,
     /// What cuts all of its sessions.
     pub(super) abort: CancellationToken,
     /// What cuts those that come from now on.
@@ -48,7 +48,7 @@ pub(super) struct ListenSockets {
     /// Closes them.
     pub(super) stop_accepting: CancellationToken,
     /// One for each worker.
-    pub(super) owners: Vec<Arc<Owner>>,
+    pub(super) owners: Vec<Arc<SocketOwner>>,
 }
 
 /// A drain under way.

@@ -19,7 +19,7 @@ impl Server {
         let mut listeners = std::mem::take(&mut self.listeners);
         for index in named {
             let Some(active) = listeners.get_mut(index) else { continue };
-            active.policies.iter().for_each(|policy| policy.drain(true));
+            active.policies.iter().for_each(|policy| policy.set_draining(true));
             let within = within.unwrap_or(active.config.timeouts.drain);
             // Packets are not ours to cut.
             let deadline = active.engine.is_some().then(|| Instant::now() + within);
@@ -52,7 +52,7 @@ impl Server {
             let Some(active) = self.listeners.get_mut(index).filter(|active| active.drain.is_some()) else {
                 continue;
             };
-            active.policies.iter().for_each(|policy| policy.drain(false));
+            active.policies.iter().for_each(|policy| policy.set_draining(false));
             active.drain = None;
             self.shared.metrics.set_draining(&active.config.name, false);
             tracing::info!(target: target::LISTENER, listener = active.config.name, "draining ended: new connections are accepted again");

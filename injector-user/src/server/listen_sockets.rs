@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     config::{Config, EngineChoice, Listener},
-    listener::{self, Door, Owner},
+    listener::{self, Acceptor, SocketOwner},
     telemetry::log::target,
 };
 
@@ -28,9 +28,9 @@ impl Server {
             );
             let stop_accepting = self.shared.stop_accepting.child_token();
             let owners: Vec<_> =
-                active.policies.iter().map(|policy| Arc::new(Owner::new(Arc::clone(policy)))).collect();
+                active.policies.iter().map(|policy| Arc::new(SocketOwner::new(Arc::clone(policy)))).collect();
             for ((worker, owner), socket) in self.workers.iter().zip(&owners).zip(sockets) {
-                let acceptor = Door {
+                let acceptor = Acceptor {
                     owner: Arc::clone(owner),
                     limits: self.shared.limits.clone(),
                     sessions: self.shared.sessions.clone(),
@@ -70,15 +70,15 @@ pub fn bind(
 ) -> anyhow::Result<Vec<Socket>> {
     let handed = inherited.iter().find(|(bound, _)| *bound == address);
     Ok(match handed {
-        Some((_, socket)) => listener::take_over(address, socket, workers, &listener.timeouts)?,
-        None => listener::bind_for_workers(address, workers, &listener.timeouts)?,
+        Some((_, socket)) => listener::adopt(address, socket, workers, &listener.timeouts)?,
+        None => listener::bind_reuseport(address, workers, &listener.timeouts)?,
     })
 }
 
 /// How many connections the descriptors carry.
 #[must_use]
 pub fn connection_capacity(config: &Config, nofile: u64) -> usize {
-    listener::connections_for(nofile, listen_socket_count(config), config.limits.workers)
+    listener::connection_capacity(nofile, listen_socket_count(config), config.limits.workers)
 }
 
 /// How many listening sockets a configuration makes.

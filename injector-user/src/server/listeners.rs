@@ -12,7 +12,7 @@ use crate::{
     backend::Backends,
     config::{EngineChoice, Listener},
     engine::Engine,
-    listener::{Policy, connection_limit::Room},
+    listener::{AdmissionPolicy, connection_limit::ConnectionLimit},
     protocol::FirstSpeaker,
     session::Context,
     telemetry::log::target,
@@ -32,7 +32,7 @@ impl Server {
         let abort = self.shared.abort_sessions.child_token();
         let mut active = ActiveListener {
             backends: Arc::new(Backends::new(&listener, None, Arc::clone(&self.backends_changed))),
-            connection_limit: Room::new(listener.max_connections),
+            connection_limit: ConnectionLimit::new(listener.max_connections),
             drain: None,
             stop_health_tasks: self.shared.stop_accepting.child_token(),
             policies: Vec::new(),
@@ -49,7 +49,7 @@ impl Server {
         active.policies = self
             .session_contexts(&active)
             .into_iter()
-            .map(|it| Arc::new(Policy::new(it, Arc::clone(&active.connection_limit))))
+            .map(|it| Arc::new(AdmissionPolicy::new(it, Arc::clone(&active.connection_limit))))
             .collect();
         self.start_sockets(&mut active, sockets);
         active
@@ -93,7 +93,7 @@ impl Server {
     /// Gives them to its doors.
     pub(super) fn replace_contexts(&self, active: &ActiveListener) {
         for (policy, context) in active.policies.iter().zip(self.session_contexts(active)) {
-            policy.change(context);
+            policy.replace_context(context);
         }
     }
 

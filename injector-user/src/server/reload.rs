@@ -210,7 +210,7 @@ fn adopt_sockets(active: &mut ActiveListener, handed_over: &mut BTreeMap<SocketA
     for address in &active.config.bind {
         let Some((address, sockets)) = handed_over.remove_entry(address) else { continue };
         for (owner, policy) in sockets.owners.iter().zip(&active.policies) {
-            owner.hand_over(Arc::clone(policy));
+            owner.replace_policy(Arc::clone(policy));
         }
         tracing::info!(target: target::LISTENER, listener = active.config.name, %address, "listening (socket taken over from the listener that had this address)");
         active.sockets.insert(address, sockets);

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     config::Config,
     engine::{Engine, registry::EngineProbes, select::EngineSelection},
-    listener::Limits,
+    listener::GlobalLimit,
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
 };
@@ -64,7 +64,7 @@ impl Server {
             stop_workers,
             acceptors,
             sessions: TaskTracker::new(),
-            limits: Limits::new(config.limits.max_connections, connection_capacity(&config, nofile)),
+            limits: GlobalLimit::new(config.limits.max_connections, connection_capacity(&config, nofile)),
             pipes: Pipes::new(MAX_PIPES),
             backlog_total: backlog_total.clone(),
             metrics: metrics.clone(),

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     config::Config,
     engine::{registry::EngineProbes, served_listener::ServedListener},
-    listener::Limits,
+    listener::GlobalLimit,
     net::splice_pipe::Pipes,
     session::registry::{SessionRegistry, Snapshot},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
@@ -50,7 +50,7 @@ pub(super) struct Shared {
     pub(super) stop_workers: CancellationToken,
     pub(super) acceptors: TaskTracker,
     pub(super) sessions: TaskTracker,
-    pub(super) limits: Limits,
+    pub(super) limits: GlobalLimit,
     pub(super) pipes: Pipes,
     pub(super) backlog_total: BacklogTotal,
     pub(super) metrics: Metrics,
@@ -92,7 +92,7 @@ impl Server {
     #[must_use]
     pub fn connections(&self) -> (usize, usize) {
         let max = self.config.limits.max_connections.min(connection_capacity(&self.config, self.nofile));
-        (self.shared.limits.taken(), max)
+        (self.shared.limits.in_use(), max)
     }
 
     /// Bytes that wait in the kernel.

@@ -12,7 +12,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    listener::Door, net::hangup::HangupMonitor, session::registry::SessionRegistry, telemetry::log::target,
+    listener::Acceptor, net::hangup::HangupMonitor, session::registry::SessionRegistry,
+    telemetry::log::target,
 };
 
 /// A thread at work.
@@ -75,9 +76,9 @@ impl Worker {
     }
 
     /// Runs an acceptor until its listener stops.
-    pub fn spawn_acceptor(&self, acceptor: Door, socket: Socket) {
+    pub fn spawn_acceptor(&self, acceptor: Acceptor, socket: Socket) {
         // Counted from here on: whoever waits for the acceptors waits for those that the thread has not come to yet.
-        let acceptor = self.acceptors.track_future(acceptor.keep_open(socket));
+        let acceptor = self.acceptors.track_future(acceptor.run(socket));
         // The thread lives until the acceptors are closed.
         let _ = self.tasks.send(Box::pin(acceptor));
     }

@@ -8,7 +8,7 @@ use crate::{
     backend::Backends,
     config::{EngineChoice, Listener},
     engine::Engine,
-    listener::{AdmissionPolicy, SocketOwner, connection_limit::ConnectionLimit},
+    listener::{AdmissionPolicy, ConnectionLimit, SocketOwner},
     telemetry::metrics::ListenerMetrics,
 };
 

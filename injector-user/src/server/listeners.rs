@@ -12,7 +12,7 @@ use crate::{
     backend::Backends,
     config::{EngineChoice, Listener},
     engine::Engine,
-    listener::{AdmissionPolicy, connection_limit::ConnectionLimit},
+    listener::{AdmissionPolicy, ConnectionLimit},
     protocol::FirstSpeaker,
     session::Context,
     telemetry::log::target,

@@ -1,0 +1,43 @@
+//! How many file descriptors connections need.
+
+use crate::net::splice_pipe as pipe;
+
+/// Descriptors that the daemon needs for itself: maps, programs, devices, metrics, logs, pipes.
+const DAEMON_FDS: u64 = 128 + 2 * pipe::MAX_PIPES as u64;
+/// A listening socket has a [`ReserveFd`].
+const FDS_PER_LISTEN_SOCKET: u64 = 2;
+/// Epoll instances, what wakes them, and a watch.
+const FDS_PER_WORKER: u64 = 6;
+/// A connection has two sockets.
+const FDS_PER_CONNECTION: u64 = 2;
+
+/// How many connections `nofile` descriptors are good for, with so many listening sockets and workers.
+#[must_use]
+pub fn connection_capacity(nofile: u64, listen_sockets: usize, workers: usize) -> usize {
+    let connections = nofile.saturating_sub(overhead(listen_sockets, workers)) / FDS_PER_CONNECTION;
+    usize::try_from(connections).unwrap_or(usize::MAX)
+}
+
+/// How many descriptors so many connections need.
+#[must_use]
+pub fn required_fds(connections: usize, listen_sockets: usize, workers: usize) -> u64 {
+    overhead(listen_sockets, workers).saturating_add((connections as u64).saturating_mul(FDS_PER_CONNECTION))
+}
+
+fn overhead(listen_sockets: usize, workers: usize) -> u64 {
+    DAEMON_FDS + FDS_PER_LISTEN_SOCKET * listen_sockets as u64 + FDS_PER_WORKER * workers as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_bound_the_connections() {
+        for (nofile, connections) in [(0, 0), (192, 0), (200, 0), (201, 0), (202, 1), (20_200, 10_000)] {
+            assert_eq!(connection_capacity(nofile, 1, 1), connections, "{nofile}");
+        }
+        // Eight addresses, two workers.
+        assert_eq!((required_fds(10_000, 16, 2), connection_capacity(20_236, 16, 2)), (20_236, 10_000));
+    }
+}

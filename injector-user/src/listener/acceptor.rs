@@ -24,24 +24,25 @@ use crate::{
     telemetry::{log::target, metrics::RejectReason},
 };
 
-/// Pause after an accept that failed for want of descriptors or memory, with no [`ReserveFd`] left to make connections.
+/// Pause after an accept that failed because file descriptors or memory were exhausted, and the
+/// [`ReserveFd`] was already released.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// One listening socket's way in.
+/// Accepts the connections of one listening socket.
 #[derive(Clone, Debug)]
 pub struct Acceptor {
-    /// Whose it is.
+    /// The listener that owns the socket.
     pub owner: Arc<SocketOwner>,
-    /// The limits of the whole daemon.
-    pub limits: GlobalLimit,
-    /// The connections that are served.
+    /// The limit of the whole daemon.
+    pub limit: GlobalLimit,
+    /// Tracks the sessions that this acceptor starts.
     pub sessions: TaskTracker,
-    /// Cancelled when no more may come.
+    /// Cancelled when the socket must accept no more connections.
     pub stop: CancellationToken,
 }
 
 impl Acceptor {
-    /// Accepts on `socket` until the stop, and turns away politely who is still waiting then.
+    /// Accepts on `socket` until `stop` is cancelled, then rejects the clients that still wait.
     pub async fn run(self, socket: Socket) {
         let address = socket.local_addr().ok().and_then(|address| address.as_socket());
         let socket = match poll::register(socket, Interest::READABLE) {
@@ -67,19 +68,24 @@ impl Acceptor {
                 Ok(client) if reserve.refill(socket.get_ref()) => self.admit(client),
                 Ok(client) => {
                     let context = self.owner.policy().context();
-                    self.limits.0.exhaustion_warning.log(&context.listener);
+                    self.limit.0.exhaustion_warning.log(&context.listener);
                     reject_without_fd(&context, client);
                     reserve.refill(socket.get_ref());
                 }
                 Err(error) if is_fd_exhaustion(&error) => {
-                    self.limits.0.exhaustion_warning.log(&self.owner.policy().context().listener);
+                    self.limit.0.exhaustion_warning.log(&self.owner.policy().context().listener);
                     if !reserve.release() {
                         tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     }
                 }
-                // The client has gone meanwhile, or the network had news of it (accept(2)).
+                // The client has closed in the meantime, or the network reported an error (accept(2)).
                 Err(error) => {
-                    tracing::debug!(target: target::LISTENER, listener = &*self.owner.policy().context().listener, %error, "accepting a connection failed; retrying")
+                    tracing::debug!(
+                        target: target::LISTENER,
+                        listener = &*self.owner.policy().context().listener,
+                        %error,
+                        "accepting a connection failed; retrying"
+                    );
                 }
             }
         }
@@ -102,56 +108,62 @@ impl Acceptor {
             Err(reason) => return self.reject(&context, client, reason, Refusal::TooManyConnections),
         };
         let active = context.metrics.active();
-        // On the heap: on its way into a task, and out of it at the end, a future is copied nine times.
+        // On the heap, because a future is copied nine times on its way into a task and out of it.
         let session = session::serve(context, client.socket, client.peer, (active, permits));
         self.sessions.spawn(Box::pin(session));
     }
 
     fn acquire_permits(&self, policy: &AdmissionPolicy) -> Result<ConnectionPermits, RejectReason> {
         let own = policy.own.try_acquire().ok_or(RejectReason::TooManyConnections)?;
-        let total = self.limits.0.connections.try_acquire().ok_or_else(|| self.limits.reason())?;
+        let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
         Ok(ConnectionPermits { _total: total, _own: own })
     }
 
-    fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, why: Refusal) {
+    fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, refusal: Refusal) {
         let context = Arc::clone(context);
         context.metrics.rejected(reason);
-        tracing::debug!(target: target::LISTENER, listener = &*context.listener, reason = reason.name(), "connection rejected");
-        let rejections = Arc::clone(&self.limits.0.rejections).try_acquire_owned();
+        tracing::debug!(
+            target: target::LISTENER,
+            listener = &*context.listener,
+            reason = reason.name(),
+            "connection rejected"
+        );
+        let permit = Arc::clone(&self.limit.0.rejections).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
-            match rejections {
-                Ok(_permit) => session::reject(client, context.protocol, why).await,
+            match permit {
+                Ok(_permit) => session::reject(client, context.protocol, refusal).await,
                 Err(_) => client.reset(),
             }
         });
     }
 }
 
-/// Turns away without keeping the client's descriptor for a moment longer, as there is no other.
+/// Rejects a client without waiting, because its file descriptor was the last one.
 fn reject_without_fd(context: &Context, client: Accepted) {
     let client = client.socket;
     context.metrics.accepted();
     context.metrics.rejected(RejectReason::NoDescriptors);
     let line = context.protocol.refusal(Refusal::TooManyConnections);
-    let last_warning = line.is_some_and(|line| {
+    let sent = line.is_some_and(|line| {
         client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok() && client.shutdown(Shutdown::Write).is_ok()
     });
-    if last_warning {
-        // Closing with unread bytes would send a reset, which can overtake the line.
+    if sent {
+        // Closing a socket with unread bytes sends a reset, which can overtake the line.
         while (&client).read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
     } else {
-        // If it fails, the client has gone.
+        // An error means that the client has closed already.
         let _ = client.set_linger(Some(Duration::ZERO));
     }
 }
 
-/// The next client. Cancel safe.
+/// Waits for the next client. Cancel safe.
 async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
     loop {
         let mut ready = socket.readable().await?;
         match ready.try_io(|socket| accept_now(socket.get_ref())) {
-            // The kernel looks for a descriptor before it looks for a client (__sys_accept4_file, net/socket.c).
+            // The kernel allocates a file descriptor before it looks for a client, so this error may mean
+            // that no client waits (__sys_accept4_file, net/socket.c).
             Ok(Err(error)) if is_fd_exhaustion(&error) && !poll::readable_now(socket)? => ready.clear_ready(),
             Ok(result) => return result,
             Err(_would_block) => {}
@@ -159,14 +171,14 @@ async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
     }
 }
 
-/// A client that waits, as a non-blocking socket.
+/// Accepts a waiting client, as a non-blocking socket.
 fn accept_now(socket: &Socket) -> io::Result<Accepted> {
     let (client, peer) = acceptfrom_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok()).ok_or(io::ErrorKind::InvalidData)?;
     Ok(Accepted { socket: client.into(), peer })
 }
 
-/// A client's connection.
+/// An accepted connection.
 #[derive(Debug)]
 struct Accepted {
     socket: Socket,

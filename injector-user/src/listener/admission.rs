@@ -1,4 +1,4 @@
-//! Which connections are admitted: limits decide before a backend is touched.
+//! Decides which connections are admitted, before a backend is involved.
 
 use std::sync::{
     Arc, PoisonError, RwLock,
@@ -13,49 +13,49 @@ use super::{
 };
 use crate::{session::Context, telemetry::metrics::RejectReason};
 
-/// How many clients are turned away politely at one time; the others are reset.
+/// How many clients are rejected in their protocol at the same time; more are reset.
 const MAX_PROTOCOL_REJECTIONS: usize = 256;
 
-/// The limits on connections over all listeners.
+/// The limit on connections over all listeners.
 #[derive(Clone, Debug)]
 pub struct GlobalLimit(pub(super) Arc<Shared>);
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) connections: Arc<ConnectionLimit>,
-    /// Whether descriptors run out before the operator's limit is reached.
+    /// Whether file descriptors run out before the operator's limit is reached.
     fds_are_tighter: AtomicBool,
     pub(super) rejections: Arc<Semaphore>,
     pub(super) exhaustion_warning: FdExhaustionWarning,
 }
 
 impl GlobalLimit {
-    /// At most `connections`, fewer if the descriptors do not carry them.
+    /// At most `connections`, or `capacity` if the file descriptors allow no more.
     #[must_use]
     pub fn new(connections: usize, capacity: usize) -> Self {
-        let limits = Self(Arc::new(Shared {
+        let limit = Self(Arc::new(Shared {
             connections: ConnectionLimit::new(None),
             fds_are_tighter: AtomicBool::new(false),
             rejections: Arc::new(Semaphore::new(MAX_PROTOCOL_REJECTIONS)),
             exhaustion_warning: FdExhaustionWarning::default(),
         }));
-        limits.resize(connections, capacity);
-        limits
+        limit.resize(connections, capacity);
+        limit
     }
 
-    /// The same for other numbers. Who is there stays.
+    /// Changes the limit. Existing connections stay.
     pub fn resize(&self, connections: usize, capacity: usize) {
         self.0.connections.resize(Some(connections.min(capacity)));
         self.0.fds_are_tighter.store(capacity < connections, Ordering::Relaxed);
     }
 
-    /// How many there are.
+    /// The number of connections.
     #[must_use]
     pub fn in_use(&self) -> usize {
         self.0.connections.in_use()
     }
 
-    /// What the limit stands for: the operator's will, or the descriptors.
+    /// Which of the two is the limit: the operator's or the file descriptors.
     pub(super) fn reason(&self) -> RejectReason {
         if self.0.fds_are_tighter.load(Ordering::Relaxed) {
             RejectReason::NoDescriptors
@@ -65,30 +65,31 @@ impl GlobalLimit {
     }
 }
 
-/// What decides over the connections of one listener on one worker. It can be changed while its doors are open.
+/// Decides over the connections of one listener on one worker. It can be changed while the listener's
+/// sockets accept.
 #[derive(Debug)]
 pub struct AdmissionPolicy {
-    /// What those share that are let in from now on.
+    /// For the connections that are admitted from now on.
     context: RwLock<Arc<Context>>,
     /// The listener's own limit.
     pub(super) own: Arc<ConnectionLimit>,
-    /// Nobody is let in.
+    /// Every connection is rejected.
     pub(super) draining: AtomicBool,
 }
 
 impl AdmissionPolicy {
-    /// Lets everybody in.
+    /// Admits connections up to the listener's `own` limit.
     #[must_use]
     pub fn new(context: Arc<Context>, own: Arc<ConnectionLimit>) -> Self {
         Self { context: RwLock::new(context), own, draining: AtomicBool::new(false) }
     }
 
-    /// For those that are let in from now on.
+    /// Sets the context of the connections that are admitted from now on.
     pub fn replace_context(&self, context: Arc<Context>) {
         *self.context.write().unwrap_or_else(PoisonError::into_inner) = context;
     }
 
-    /// Turns everybody away, or lets them in again.
+    /// Rejects every connection, or admits connections again.
     pub fn set_draining(&self, draining: bool) {
         self.draining.store(draining, Ordering::Relaxed);
     }
@@ -98,19 +99,19 @@ impl AdmissionPolicy {
     }
 }
 
-/// Whose a listening socket is. It can be handed to another listener: closing it and opening another would reset clients that
-/// the kernel has let in and nobody has accepted yet.
+/// The listener that owns a listening socket. A reload can hand the socket to another listener: to close
+/// it and open a new one would reset the clients in its accept queue.
 #[derive(Debug)]
 pub struct SocketOwner(RwLock<Arc<AdmissionPolicy>>);
 
 impl SocketOwner {
-    /// The listener with this policy.
+    /// Owned by the listener with this policy.
     #[must_use]
     pub fn new(policy: Arc<AdmissionPolicy>) -> Self {
         Self(RwLock::new(policy))
     }
 
-    /// Another one, for the clients that are accepted from now on.
+    /// Hands the socket to the listener with `policy`, for the clients that are accepted from now on.
     pub fn replace_policy(&self, policy: Arc<AdmissionPolicy>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = policy;
     }
@@ -120,7 +121,7 @@ impl SocketOwner {
     }
 }
 
-/// What an admitted connection holds until its end.
+/// Held by an admitted connection until its end.
 #[derive(Debug)]
 pub(super) struct ConnectionPermits {
     pub(super) _total: ConnectionPermit,
@@ -132,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reason_of_the_limit_is_the_tighter_bound() {
+    fn the_reject_reason_is_the_tighter_limit() {
         assert_eq!(GlobalLimit::new(10, 400).reason(), RejectReason::TooManyConnections);
         assert_eq!(GlobalLimit::new(10_000, 400).reason(), RejectReason::NoDescriptors);
     }

@@ -7,10 +7,10 @@ use thiserror::Error;
 
 use crate::{config::Timeouts, net::options};
 
-/// Connections that wait to be accepted; the kernel caps it at net.core.somaxconn.
+/// The length of the accept queue; the kernel caps it at net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;
 
-/// Why an address cannot be listened on.
+/// Opening a listening socket failed.
 #[derive(Debug, Error)]
 #[error("cannot listen on {address}: {error}{}", advice(.error))]
 pub struct BindError {
@@ -30,7 +30,7 @@ fn advice(error: &io::Error) -> &'static str {
 /// Listens on `address`.
 ///
 /// # Errors
-/// [`BindError`], with what to do about it.
+/// [`BindError`], with advice.
 pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
     let bind = || {
         let socket = bound_socket(address, false)?;
@@ -40,17 +40,17 @@ pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
     bind().map_err(|error| BindError { address, error })
 }
 
-/// Listens on `address` with a socket for each worker, over which the kernel spreads clients.
+/// Listens on `address` with one socket for each worker, over which the kernel distributes clients.
 ///
 /// # Errors
-/// [`BindError`], with what to do about it.
+/// [`BindError`], with advice.
 pub fn bind_reuseport(
     address: SocketAddr,
     workers: usize,
     timeouts: &Timeouts,
 ) -> Result<Vec<Socket>, BindError> {
     let bind = || {
-        // Sockets that share their port share it with another daemon's that do as well: first see whether it is free.
+        // A shared port can be shared with another daemon's sockets too: first find out if it is free.
         let first = bound_socket(address, false)?;
         let address = first.local_addr()?.as_socket().unwrap_or(address);
         drop(first);
@@ -69,7 +69,7 @@ pub fn bind_reuseport(
 fn bound_socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let stream = Type::STREAM.nonblocking();
     let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
-    // A restart must not wait for the connections of the last run to leave TIME_WAIT.
+    // A restart must not wait until the connections of the last run have left TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
     options::configure_listen(&socket)?;
@@ -77,8 +77,8 @@ fn bound_socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Readies a socket that somebody else listens with (systemd), for each worker to accept from: one queue, and whoever is
-/// free takes the next.
+/// Adopts a listening socket that another process has opened (systemd). All workers accept from its one
+/// queue.
 ///
 /// # Errors
 /// [`BindError`].

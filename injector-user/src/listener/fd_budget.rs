@@ -1,24 +1,24 @@
-//! How many file descriptors connections need.
+//! How many connections the file descriptors allow.
 
 use crate::net::splice_pipe as pipe;
 
-/// Descriptors that the daemon needs for itself: maps, programs, devices, metrics, logs, pipes.
+/// File descriptors of the daemon itself: maps, programs, devices, metrics, logs, pipes.
 const DAEMON_FDS: u64 = 128 + 2 * pipe::MAX_PIPES as u64;
-/// A listening socket has a [`ReserveFd`].
+/// A listening socket and its reserve descriptor.
 const FDS_PER_LISTEN_SOCKET: u64 = 2;
-/// Epoll instances, what wakes them, and a watch.
+/// Epoll instances, their wake-ups and the hang-up monitor.
 const FDS_PER_WORKER: u64 = 6;
-/// A connection has two sockets.
+/// A connection has two sockets: the client's and the backend's.
 const FDS_PER_CONNECTION: u64 = 2;
 
-/// How many connections `nofile` descriptors are good for, with so many listening sockets and workers.
+/// How many connections `nofile` file descriptors allow besides the listening sockets and workers.
 #[must_use]
 pub fn connection_capacity(nofile: u64, listen_sockets: usize, workers: usize) -> usize {
     let connections = nofile.saturating_sub(overhead(listen_sockets, workers)) / FDS_PER_CONNECTION;
     usize::try_from(connections).unwrap_or(usize::MAX)
 }
 
-/// How many descriptors so many connections need.
+/// How many file descriptors this many connections need.
 #[must_use]
 pub fn required_fds(connections: usize, listen_sockets: usize, workers: usize) -> u64 {
     overhead(listen_sockets, workers).saturating_add((connections as u64).saturating_mul(FDS_PER_CONNECTION))
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_bound_the_connections() {
+    fn file_descriptors_limit_the_connections() {
         for (nofile, connections) in [(0, 0), (192, 0), (200, 0), (201, 0), (202, 1), (20_200, 10_000)] {
             assert_eq!(connection_capacity(nofile, 1, 1), connections, "{nofile}");
         }

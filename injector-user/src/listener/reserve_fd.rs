@@ -10,21 +10,21 @@ use socket2::Socket;
 
 use crate::telemetry::log::target;
 
-/// How often at most it is said that there is no room.
+/// The shortest time between two warnings.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A descriptor kept for the moment when there are no others: without one, nobody could even be told to come back later,
-/// and clients would wait in the kernel's queue until they give up.
+/// A file descriptor in reserve. Without one a client could not even be rejected when descriptors are
+/// exhausted: clients would wait in the accept queue until they time out.
 #[derive(Debug)]
 pub(super) struct ReserveFd(Option<Socket>);
 
 impl ReserveFd {
-    /// Any descriptor will do; one more of this socket costs nothing else.
+    /// Duplicates the descriptor of `socket`, which costs nothing but the descriptor.
     pub(super) fn new(socket: &Socket) -> Self {
         Self(socket.try_clone().ok())
     }
 
-    /// Whether it is there, having been taken again if that was possible.
+    /// Takes a descriptor again if the reserve was released. `false` if none is left.
     pub(super) fn refill(&mut self, socket: &Socket) -> bool {
         if self.0.is_none() {
             *self = Self::new(socket);
@@ -32,13 +32,13 @@ impl ReserveFd {
         self.0.is_some()
     }
 
-    /// Makes room for one client; `false` if there was none to make.
+    /// Frees the descriptor for one client. `false` if the reserve is empty.
     pub(super) fn release(&mut self) -> bool {
         self.0.take().is_some()
     }
 }
 
-/// Says that there is no room, and not with every client.
+/// Warns that file descriptors are exhausted, with limited frequency.
 #[derive(Debug, Default)]
 pub(super) struct FdExhaustionWarning {
     last_warning: Mutex<Option<Instant>>,

@@ -32,7 +32,7 @@ impl Server {
             for ((worker, owner), socket) in self.workers.iter().zip(&owners).zip(sockets) {
                 let acceptor = Acceptor {
                     owner: Arc::clone(owner),
-                    limits: self.shared.limits.clone(),
+                    limit: self.shared.limits.clone(),
                     sessions: self.shared.sessions.clone(),
                     stop: stop_accepting.clone(),
                 };

@@ -348,9 +348,12 @@ pub(crate) fn check_rejected(testbed: &Testbed, case: &InvalidStart) -> anyhow::
     let output = testbed.topology.edge.command("nft").args(["list", "tables"]).output()?;
     let tables = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(!tables.contains("injector-faults"), "{tables}");
-    // The file system has files of its own; the daemon's folder is named after the layout's
-    // version.
-    let left = pinned.bpffs.path().join("v1");
-    ensure!(!left.exists(), "{} was made", left.display());
+    // The file system has files of its own; the directory of the daemon is named after the
+    // version of the layout.
+    for entry in std::fs::read_dir(pinned.bpffs.path())? {
+        let path = entry?.path();
+        let is_version = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('v'));
+        ensure!(!is_version, "{} was made", path.display());
+    }
     Ok(())
 }

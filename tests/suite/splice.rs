@@ -162,7 +162,7 @@ async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
     let (target, target_peer) = pair(&splice).await?;
     let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
     drop((target, target_peer));
-    source_peer.write_all(b"nobody reads this").await?;
+    source_peer.write_all(b"this is never read").await?;
     let lost = async {
         while spliced.flow().map_err(io::Error::other)?.lost == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;

@@ -35,7 +35,7 @@ pub enum ClientOwner {
     Established,
     /// The one in `PENDING`, which is established by it.
     Accepts,
-    /// The one in `PENDING`, and its number is one of before the header: a reset, with the number that whoever it is for has asked for.
+    /// The one in `PENDING`, and its number is one of before the header: a reset, with the number that its receiver acknowledged.
     Pending,
     /// None: it goes no further.
     None,
@@ -124,7 +124,7 @@ pub enum ToBackend {
 /// then asks for it: see [`to_client`].
 ///
 /// First bytes that are sent again, because they and the header were lost, do not share a packet: it may have been too long for
-/// the path after all, of which the client would be told without end.
+/// the path after all, which the client would be sent without end.
 #[must_use]
 #[inline(always)]
 pub fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {

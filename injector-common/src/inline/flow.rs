@@ -342,7 +342,7 @@ impl Flow {
     }
 
     /// Whether the backend may be answered now. A backend that answers every header with the same question, because it
-    /// cannot read it, would otherwise be told as fast as it asks.
+    /// cannot read it, would otherwise be answered as fast as it asks.
     #[must_use]
     #[inline(always)]
     pub const fn may_retransmit(&self, now_ns: u64) -> bool {

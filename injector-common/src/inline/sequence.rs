@@ -84,7 +84,7 @@ impl SeqState {
     }
 }
 
-/// The largest window that TCP has (RFC 7323, section 2.2): nobody sends again what lies further back.
+/// The largest window that TCP has (RFC 7323, section 2.2): data further back is never retransmitted.
 pub(super) const LARGEST_WINDOW: u32 = 1 << 30;
 
 /// Behind the last byte of a segment, or its FIN.

@@ -405,7 +405,7 @@ fn two_clients_with_one_number_are_both_unknown() {
     // Its own again.
     slot.store(SeqNumber(7), 1, &of_client(1), 110);
     assert!(slot.fits(SeqNumber(7), 110));
-    // Another's, and once more: whoever comes in between, nobody is known.
+    // Another's, and once more: no client is known, whatever arrives in between.
     slot.store(SeqNumber(7), 1, &of_client(2), 120);
     assert!(!slot.fits(SeqNumber(7), 120));
     slot.store(SeqNumber(7), 1, &of_client(2), 130);

@@ -48,7 +48,7 @@ proptest! {
         world.newcomer_is_served(number)?;
     }
 
-    /// P5: whoever does not know the numbers neither ends a connection nor moves what the end is judged by.
+    /// P5: a sender that does not know the numbers neither ends a connection nor moves what the end is judged by.
     #[test]
     fn who_does_not_know_the_numbers_ends_nothing(
         first: u32, sent in 0..5000_u32, acked in 0..5000_u32, segments in prop::collection::vec(stray(), 1..20)
@@ -114,7 +114,7 @@ proptest! {
         prop_assert_eq!(payload_len(0, headers, total, true), Some(payload));
     }
 
-    /// A SYN is named after the client that it came from at ingress, and a packet that did not come by it after nobody.
+    /// A SYN is named after the client that it came from at ingress, and a packet that did not come by ingress after no client.
     #[test]
     fn a_token_names_its_own_packet(steps in prop::collection::vec(passage(), 1..200)) {
         let mut slots = vec![PendingSyn::default(); PendingSyn::COUNT as usize];

@@ -22,7 +22,7 @@ pub(crate) struct World {
     heard: VecDeque<SeqNumber>,
     lose_to_backend: bool,
     lose_to_edge: bool,
-    /// Nothing was lost, nobody has spoken in the backend's name, and no SYN cookie can bring an ended connection back.
+    /// Nothing was lost, no other host has sent in the backend's name, and no SYN cookie can bring an ended connection back.
     pub(crate) undisturbed: bool,
     /// The client side has sent a FIN.
     finished: bool,
@@ -116,7 +116,7 @@ impl World {
         // A client that goes on behind its FIN has two streams, and which of them the backend has is its own secret.
         self.undisturbed &= !self.finished;
         self.finished |= segment.is(FIN);
-        // While the header is under way nobody knows which of two numbers the backend expects.
+        // While the header is under way it is open which of two numbers the backend expects.
         let undecided = self.edge.established.is_some_and(|flow| {
             flow.is(Flag::ClientRst) || (flow.is(Flag::Sent) && !flow.is(Flag::Acknowledged))
         });
@@ -165,7 +165,7 @@ impl World {
     }
 
     /// In the backend's name: resets, or acknowledgements with its number, but never that the header has come when it was sent and has
-    /// not, nor that it is there still when it has ended. Whoever could say more to the edge is on the way to the backend, and could as well speak to it.
+    /// not, nor that it is there still when it has ended. A host that could send more to the edge is on the way to the backend, and could as well speak to it.
     fn forged(&mut self, at: u32, acknowledges: u32, flags: u8) -> Checked {
         let entry = self.edge.established.or(self.edge.pending);
         let Some(flow) = entry else { return Ok(()) };

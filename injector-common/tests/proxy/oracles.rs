@@ -97,7 +97,7 @@ proptest! {
         prop_assert_eq!(read, theirs.collect::<Vec<_>>());
     }
 
-    /// proxy-header writes whatever checksum it is told: ours must find it wrong, and right once put right.
+    /// proxy-header writes whatever checksum it is given: ours must find it wrong, and right once put right.
     #[test]
     fn we_verify_the_checksum_that_proxy_header_leaves_to_its_caller(addresses in any_addresses(), wrong: u32) {
         let encode = |checksum| {

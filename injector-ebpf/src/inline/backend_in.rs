@@ -1,5 +1,5 @@
 //! `backend_in`: at the ingress of devices that backends answer by. Shifts what the backend acknowledges, and gives it the
-//! header again when it asks for the client's first byte: the header is in nobody's retransmission queue.
+//! header again when it asks for the client's first byte: no retransmission queue holds the header.
 
 use core::ptr::NonNull;
 

@@ -28,7 +28,7 @@ pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<()
 }
 
 /// Puts the header in front of the payload of a client's segment, whose numbers stay as they are; `false` if the packet has no
-/// room for both, and is as it was. Of more than [`IPV6_MIN_MTU`] bytes nobody knows whether they will arrive.
+/// room for both, and is as it was. Of more than [`IPV6_MIN_MTU`] bytes it is unknown whether they arrive.
 #[inline(always)]
 pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<bool, Failed> {
     // Read anew by each who uses it: the verifier forgets what an earlier check has said about a number that lies in a map.

@@ -40,7 +40,7 @@ static SYN_CACHE: Array<PendingSyn, { PendingSyn::COUNT as usize }> = Array::new
 #[btf_map]
 static SEEN: PerCpuArray<u32, 1> = PerCpuArray::new();
 
-/// Connections whose client has not answered the backend: whoever floods with SYNs pushes out other SYNs only.
+/// Connections whose client has not answered the backend: a flood of SYNs pushes out other SYNs only.
 #[btf_map]
 static PENDING: LruHashMap<Key, Flow, SIZED_BY_THE_DAEMON> = LruHashMap::new();
 
@@ -184,7 +184,7 @@ pub(super) fn pending(key: &Key) -> Option<NonNull<Flow>> {
 #[inline(always)]
 pub(super) fn open(key: &Key, slot: &PendingSyn, first: SeqNumber, template: &Template) -> Option<u32> {
     let flow = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: a per-CPU slot, used by nobody else before this program ends. Zeroed, it is a flow.
+    // SAFETY: a per-CPU slot, not used by another program before this one ends. Zeroed, it is a flow.
     let flow = unsafe {
         mem::zero(flow);
         mem::copy(&raw mut (*flow).addresses, &raw const slot.addresses);
@@ -224,7 +224,7 @@ pub(super) fn yield_to_host(key: &Key) {
 #[inline(always)]
 pub(super) fn establish(key: &Key, flow: NonNull<Flow>) -> Option<NonNull<Flow>> {
     let copy = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: a per-CPU slot, used by nobody else before this program ends; and a map value.
+    // SAFETY: a per-CPU slot, not used by another program before this one ends; and a map value.
     let copied = unsafe {
         mem::copy(copy, flow.as_ptr());
         &*copy

@@ -287,7 +287,7 @@ pub(super) fn is_not_syn<L: Link>(skb: &TcContext) -> bool {
     }
 }
 
-/// Whether it is a fragment of an IPv4 packet, or cannot be told.
+/// Whether it is a fragment of an IPv4 packet, or may be one.
 #[inline(always)]
 fn is_fragment<L: Link>(skb: &TcContext) -> bool {
     const MORE: usize = 6;

@@ -376,6 +376,6 @@ fn no_descriptors(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     counted(&injector, "injector_connections_rejected_total", &refused, REJECTED as f64)?;
     // Rejected clients cause no backend connection.
     backend.set_nonblocking(true)?;
-    ensure!(accept_now(&backend)?.is_none(), "a connection to the backend for somebody who was turned away");
+    ensure!(accept_now(&backend)?.is_none(), "a connection to the backend for a rejected client");
     Ok(())
 }

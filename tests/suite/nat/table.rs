@@ -193,14 +193,14 @@ pub(crate) fn not_permitted(testbed: &Testbed) -> anyhow::Result<()> {
 /// As the daemon runs after dropping root: one capability, which nft has to inherit.
 pub(crate) fn without_root(testbed: &Testbed) -> anyhow::Result<()> {
     let ours = table()?;
-    const NOBODY: libc::uid_t = 65534;
+    const OVERFLOW_UID: libc::uid_t = 65534;
     let rules = rules(&[service()])?;
     testbed.on_edge(|| {
         // SAFETY: both take only numbers. The raw system call changes this thread alone, not the
         // whole process as setresuid(3) would.
         let changed = unsafe {
             libc::prctl(libc::PR_SET_KEEPCAPS, 1) == 0
-                && libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) == 0
+                && libc::syscall(libc::SYS_setresuid, OVERFLOW_UID, OVERFLOW_UID, OVERFLOW_UID) == 0
         };
         ensure!(changed, "{}", std::io::Error::last_os_error());
         let only = [Capability::CAP_NET_ADMIN].into();

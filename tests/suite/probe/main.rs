@@ -52,7 +52,7 @@ fn main() {
     let others: [(&str, Run); 12] = [
         ("a wrong password", wrong_password),
         ("mail that never arrives", never_arrives),
-        ("connection refused", nobody_listens),
+        ("connection refused", closed_port),
         ("an untrusted certificate", strange_certificate),
         ("any certificate with --insecure", insecure),
         ("an unexpected client address", other_client),
@@ -169,9 +169,9 @@ fn never_arrives(testbed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn nobody_listens(testbed: &Testbed) -> anyhow::Result<()> {
-    let nobody = Service { standard: 2626, ..SMTP };
-    let outcome = testbed.probe(Family::V6, nobody, IMAPS, "nobody", &[])?;
+fn closed_port(testbed: &Testbed) -> anyhow::Result<()> {
+    let closed = Service { standard: 2626, ..SMTP };
+    let outcome = testbed.probe(Family::V6, closed, IMAPS, "closed", &[])?;
     outcome.ensure_failed_at("smtp_connect")?;
     ensure!(outcome.output.contains("refused"), "{}", outcome.output);
     Ok(())

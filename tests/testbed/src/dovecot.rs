@@ -23,7 +23,7 @@ use crate::service::{IMAPS, POP3S};
 /// The password of every user.
 pub const PASSWORD: &str = "correct-horse";
 
-/// The owner of the mailboxes (`nobody`; the machine gets no user for them).
+/// The owner of the mailboxes (the overflow uid; the machine gets no user for them).
 const MAIL_UID: u32 = 65534;
 /// The mailboxes' group.
 const MAIL_GID: u32 = 65534;

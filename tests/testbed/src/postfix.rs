@@ -170,7 +170,7 @@ myhostname = {MAIL_NAME}
 mydestination =
 inet_interfaces = all
 inet_protocols = all
-# Nobody is trusted for an address: a test must not pass because of where it comes from.
+# No client is trusted for its address: a test must not pass because of where it comes from.
 mynetworks = 127.0.0.0/8 [::1]/128
 alias_maps =
 # There is no DNS in the namespaces.

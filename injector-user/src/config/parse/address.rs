@@ -141,3 +141,72 @@ pub(crate) fn is_loop(bind: SocketAddr, host: &Host, port: u16) -> bool {
         Host::Name(name) => name == "localhost" && (bind.is_loopback() || bind.is_unspecified()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_bind_address_is_answered_with_what_to_write() {
+        for (text, expected) in [
+            ("foo", "must be an IP address and a port, such as \"192.0.2.10:25\" or \"[2001:db8::10]:25\""),
+            (
+                "192.0.2.10:port",
+                "must be an IP address and a port, such as \"192.0.2.10:25\" or \"[2001:db8::10]:25\"",
+            ),
+            ("192.0.2.10", "the port is missing: write \"192.0.2.10:25\""),
+            ("[2001:db8::10]", "the port is missing: write \"[2001:db8::10]:25\""),
+            (
+                ":25",
+                "the address is missing: write \"0.0.0.0:25\" for IPv4, or \"[::]:25\" for IPv6 and IPv4",
+            ),
+            (
+                "*:25",
+                "the address is missing: write \"0.0.0.0:25\" for IPv4, or \"[::]:25\" for IPv6 and IPv4",
+            ),
+            (
+                "mx.example:25",
+                "\"mx.example\" is not an IP address: write one of this host, such as \"192.0.2.10:25\"",
+            ),
+            // Where the last group is no hexadecimal number of four digits, the intent is plain.
+            ("2001:db8::10:65535", "an IPv6 address must be in brackets: write \"[2001:db8::10]:65535\""),
+        ] {
+            assert_eq!(socket_address(text, Some(25)), Err(expected.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_backend_is_answered_with_what_to_write() {
+        for (text, expected) in [
+            (
+                "mail.internal",
+                "the port is missing: write \"mail.internal:2525\" with the port on which it expects the header",
+            ),
+            (
+                "192.0.2.20",
+                "the port is missing: write \"192.0.2.20:2525\" with the port on which it expects the header",
+            ),
+            (
+                "2001:db8::20",
+                "the port is missing: write \"[2001:db8::20]:2525\" with the port on which it expects the header",
+            ),
+            ("2001:db8::20:65535", "an IPv6 address must be in brackets: write \"[2001:db8::20]:65535\""),
+            ("mail.internal:0", "port must be 1 to 65535"),
+            ("192.0.2.20:0", "port must be 1 to 65535"),
+            ("mail.internal:smtp", "port \"smtp\" must be a number from 1 to 65535"),
+            ("mail.internal:70000", "port \"70000\" must be a number from 1 to 65535"),
+            ("mail_.-x:25", "\"mail_.-x\" is not a host name"),
+            ("ma il:25", "\"ma il\" is not a host name"),
+            (":2525", "\"\" is not a host name"),
+            ("192.0.2:25", "\"192.0.2\" is neither a host name nor an IP address"),
+            (
+                "0.0.0.0:2525",
+                "0.0.0.0 cannot be used as a destination: write the address or name of the mail server",
+            ),
+            ("[::]:2525", ":: cannot be used as a destination: write the address or name of the mail server"),
+            ("[fe80::1%2]:2525", "link-local addresses with a zone are not supported: use a global address"),
+        ] {
+            assert_eq!(backend(text), Err(expected.to_owned()), "{text}");
+        }
+    }
+}

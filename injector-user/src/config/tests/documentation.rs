@@ -1,0 +1,121 @@
+//! `docs/config.md` against the code.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use super::{LISTENER, and, diagnostics, with};
+use crate::{
+    config::{
+        CheckHeader, Config, EngineChoice, Health, Inline, Limits, LogFormat, LogLevel, Receiver, Splice,
+        Stop,
+    },
+    protocol::Protocol,
+};
+
+/// The complete example of the documentation, with every field away from its default.
+#[test]
+fn the_documented_example_parses_and_sets_every_field() {
+    let document = include_str!("../../../../docs/config.md");
+    let (_, rest) = document.split_once("<!-- complete example -->\n```toml\n").unwrap();
+    let (text, _) = rest.split_once("```").unwrap();
+    let config = Config::parse(text, "docs/config.md").unwrap_or_else(|error| panic!("{error}"));
+    assert!(config.metrics.is_some());
+    assert!(config.admin.is_some());
+    assert_ne!(config.limits, Limits::default());
+    assert_ne!(config.stop, Stop::default());
+    let (splice, default) = (config.splice, Splice::default());
+    assert_ne!(splice.watermarks.high, default.watermarks.high);
+    assert_ne!(splice.watermarks.low, default.watermarks.low);
+    assert_ne!(splice.watermarks.total_high, default.watermarks.total_high);
+    assert_ne!(splice.watermarks.total_limit, default.watermarks.total_limit);
+    assert_ne!(splice.enrolment.messages, default.enrolment.messages);
+    assert_ne!(splice.enrolment.bytes, default.enrolment.bytes);
+    assert_ne!(splice.enrolment.age, default.enrolment.age);
+    assert_ne!(splice.header, default.header);
+    let (inline, default) = (&config.inline, Inline::default());
+    assert_ne!((inline.nat, inline.attachment), (default.nat, default.attachment));
+    assert_ne!((inline.masquerade, inline.set_sysctls), (default.masquerade, default.set_sysctls));
+    assert_ne!((inline.flows, inline.idle), (default.flows, default.idle));
+    assert!(inline.table != default.table && inline.pin != default.pin);
+    assert!(!inline.client_devices.is_empty() && !inline.backend_devices.is_empty());
+    assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
+    let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
+    let default = Protocol::Imaps.timeouts();
+    assert_ne!(listener.timeouts.connect, default.connect);
+    assert_ne!(listener.timeouts.idle, default.idle);
+    assert_ne!(listener.timeouts.header_wait, default.header_wait);
+    assert_ne!(listener.timeouts.half_closed, default.half_closed);
+    assert_ne!(listener.timeouts.user_timeout, default.user_timeout);
+    assert_ne!(listener.timeouts.keepalive, default.keepalive);
+    assert_ne!(listener.timeouts.drain, default.drain);
+    assert_ne!(listener.engine, EngineChoice::default());
+    assert_ne!(listener.resolve_interval, Duration::from_secs(15));
+    assert!(listener.max_connections.is_some());
+    assert!(listener.backends.iter().any(|backend| backend.weight != 1));
+    assert!(listener.backends.iter().any(|backend| backend.backup));
+    let health = listener.health;
+    assert_ne!(health.ejection.after, Health::default().ejection.after);
+    assert_ne!(health.ejection.time, Health::default().ejection.time);
+    let check = health.check.unwrap();
+    assert_eq!((check.protocol, check.port), (Some(Protocol::Imap), Some(143)));
+    assert_eq!(check.header, CheckHeader::Local);
+    assert_ne!((check.interval, check.timeout), (Duration::from_secs(10), Duration::from_secs(5)));
+    assert_ne!(check.rise, 2);
+    assert_ne!(check.fall, 3);
+    let receiver = &listener.receiver;
+    assert!(receiver.crc32c && receiver.unique_id && receiver.authority.is_some() && receiver.noop.is_some());
+    assert_eq!(receiver.custom.len(), 2);
+    assert_ne!(receiver.max_header, Receiver::default().max_header);
+}
+
+/// The reference lists exactly the keys that exist, each once. A heading with a code span
+/// (`[splice]`, `listener.backends`) opens the keys of one table.
+#[test]
+fn the_documentation_names_every_field() {
+    let document = include_str!("../../../../docs/config.md");
+    let mut table = None;
+    let mut documented = BTreeSet::new();
+    for line in document.lines() {
+        if line.starts_with("##") {
+            let name = line.trim_start_matches('#').trim();
+            let code = name.strip_prefix('`').and_then(|name| name.strip_suffix('`'));
+            table = code.map(|code| code.trim_matches(['[', ']']));
+        } else if let (Some(table), Some(row)) = (table, line.strip_prefix("| `")) {
+            let (key, _) = row.split_once('`').unwrap();
+            assert!(documented.insert(format!("{table}.{key}")), "{table}.{key} is listed twice");
+        }
+    }
+    // An unknown field is answered with the known ones: they are asked for here.
+    let known = |text: &str| -> Vec<String> {
+        let all = diagnostics(text);
+        let (_, list) = all[0].split_once("known fields: ").unwrap_or_else(|| panic!("{all:?}"));
+        list.split(", ").map(str::to_owned).collect()
+    };
+    let mut real = BTreeSet::new();
+    for section in ["metrics", "admin", "limits", "splice", "inline", "stop", "log"] {
+        let listen = match section {
+            "metrics" => "listen = \"127.0.0.1:1\"\n",
+            "admin" => "socket = \"/run/x\"\n",
+            _ => "",
+        };
+        let fields = known(&format!("[{section}]\nzzzzzzzz = 1\n{listen}{LISTENER}"));
+        real.extend(fields.iter().map(|field| format!("{section}.{field}")));
+    }
+    real.extend(known(&and("zzzzzzzz = 1")).iter().map(|field| format!("listener.{field}")));
+    let backend = "backends = [{ address = \"mail.internal:2525\", zzzzzzzz = 1 }]";
+    real.extend(known(&with("backends", backend)).iter().map(|field| format!("listener.backends.{field}")));
+    for (section, needed) in [
+        ("[listener.timeouts]", ""),
+        ("[listener.health]", ""),
+        ("[listener.receiver]", ""),
+        ("[[listener.receiver.custom]]", "kind = 0xE0\nvalue = \"x\""),
+    ] {
+        let fields = known(&and(&format!("{section}\nzzzzzzzz = 1\n{needed}")));
+        let path = section.trim_matches(['[', ']']);
+        real.extend(fields.iter().map(|field| format!("{path}.{field}")));
+    }
+    // The tables themselves are headings.
+    for table in ["listener.timeouts", "listener.health", "listener.receiver", "listener.receiver.custom"] {
+        assert!(real.remove(table), "{table} is no longer a field");
+    }
+    assert_eq!(documented, real);
+}

@@ -18,7 +18,7 @@ use crate::{
 
 /// A thread at work.
 #[derive(Debug)]
-pub struct Worker {
+pub(super) struct Worker {
     thread: thread::JoinHandle<()>,
     tasks: mpsc::UnboundedSender<Task>,
     acceptors: TaskTracker,
@@ -34,7 +34,7 @@ impl Worker {
     ///
     /// # Errors
     /// When there can be no further thread or epoll instance.
-    pub fn start(
+    pub(super) fn start(
         number: usize,
         acceptors: &TaskTracker,
         stop_workers: CancellationToken,
@@ -65,18 +65,18 @@ impl Worker {
 
     /// For the endpoints that live on this thread.
     #[must_use]
-    pub fn hangups(&self) -> &HangupMonitor {
+    pub(super) fn hangups(&self) -> &HangupMonitor {
         &self.hangups
     }
 
     /// For the connections that live on this thread.
     #[must_use]
-    pub fn sessions(&self) -> &SessionRegistry {
+    pub(super) fn sessions(&self) -> &SessionRegistry {
         &self.sessions
     }
 
     /// Runs an acceptor until its listener stops.
-    pub fn spawn_acceptor(&self, acceptor: Acceptor, socket: Socket) {
+    pub(super) fn spawn_acceptor(&self, acceptor: Acceptor, socket: Socket) {
         // Counted from here on: whoever waits for the acceptors waits for those that the thread has not come to yet.
         let acceptor = self.acceptors.track_future(acceptor.run(socket));
         // The thread lives until the acceptors are closed.
@@ -84,7 +84,7 @@ impl Worker {
     }
 
     /// Resolves when the thread has come to it; an error if the thread is no more.
-    pub fn check_liveness(&self) -> oneshot::Receiver<()> {
+    pub(super) fn check_liveness(&self) -> oneshot::Receiver<()> {
         let (reply, answered) = oneshot::channel();
         let reply = async move {
             // Who asked may wait no longer.
@@ -95,7 +95,7 @@ impl Worker {
     }
 
     /// Waits for the thread's end, which comes after `stop_workers`.
-    pub fn join(self) {
+    pub(super) fn join(self) {
         drop(self.tasks);
         // It has panicked: its message was printed, and its connections are gone.
         let _ = self.thread.join();

@@ -24,7 +24,7 @@ mod tests {
     use clap::{CommandFactory as _, ValueEnum as _};
 
     use super::*;
-    use crate::cli::Cli;
+    use crate::cli::args::Cli;
 
     #[test]
     fn every_verb_is_in_the_script_of_every_shell() {

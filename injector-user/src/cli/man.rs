@@ -44,7 +44,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
-    use crate::cli::Cli;
+    use crate::cli::args::Cli;
 
     /// The pages of a verb and of those below it.
     fn pages(command: &Command, name: &str) -> Vec<String> {

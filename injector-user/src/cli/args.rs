@@ -1,0 +1,381 @@
+//! The command line. Every flag of `run` has its environment variable; a flag beats the variable, and both
+//! beat the file.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{
+    config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration},
+    control::wire::BackendAction,
+};
+
+/// Prepends a PROXY protocol header with the client's real address to mail connections and lets the kernel
+/// forward the data.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "injector", version, max_term_width = 100, after_long_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = r#"Examples:
+  Show which engines this machine can run, and why
+    $ injector selftest
+
+  Check a configuration and show the effective settings
+    $ injector check --config /etc/injector/injector.toml
+
+  Run it
+    $ injector run --config /etc/injector/injector.toml
+
+  Show the state of a running injector, then reload its configuration
+    $ injector status
+    $ injector reload
+
+A configuration:
+  [metrics]
+  listen = "127.0.0.1:9145"
+
+  [[listener]]
+  name = "smtp"
+  bind = ["192.0.2.10:25", "[2001:db8::10]:25"]
+  protocol = "smtp"
+  engine = "auto"
+  backends = ["mail.internal:2525"]
+
+All options are described in docs/config.md, the metrics in docs/metrics.md."#;
+
+/// The verbs of `injector`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Run the injector in the foreground
+    ///
+    /// Logs go to standard error. SIGTERM and SIGINT stop accepting and let sessions finish until the
+    /// deadline.
+    #[command(after_long_help = RUN_EXAMPLES)]
+    Run(RunArgs),
+    /// Check a configuration file and print the effective settings
+    ///
+    /// Prints every error with its line and exits with 1, or prints the listeners with all defaults. Opens no
+    /// port and resolves no name.
+    Check(CheckArgs),
+    /// Test which engines can run on this machine, and why
+    ///
+    /// Runs the real mechanism over its own loopback sockets and cleans up afterwards.
+    Selftest(SelftestArgs),
+    /// Diagnose every backend with real connections, and name the setting to change
+    ///
+    /// Run it on the injector's host. Opens a few connections to each address of each backend, sends PROXY headers
+    /// with this host's addresses, ends each dialogue with QUIT and delivers nothing. Exits with 0 if no fault was
+    /// found, with 1 if there are faults, with 2 if nothing could be examined.
+    #[command(after_long_help = crate::doctor::EXAMPLES)]
+    Doctor(crate::doctor::DoctorArgs),
+    /// Send a message through the injector, fetch it by IMAP, and compare
+    ///
+    /// Meant for a monitor that runs every 20 minutes: it reports which step failed and what to do, and writes
+    /// metrics for Prometheus. Described in docs/observability.md.
+    #[cfg(feature = "probe")]
+    #[command(after_long_help = crate::probe::EXAMPLES)]
+    Probe(Box<crate::probe::ProbeArgs>),
+    /// Remove what engine "inline" leaves in the kernel
+    #[command(subcommand)]
+    Inline(InlineCommand),
+    /// Show the state of a running injector: listeners, backends, configuration
+    Status(ControlArgs),
+    /// List the sessions of a running injector (engines splice and relay)
+    Sessions(SessionsArgs),
+    /// Stop accepting new clients (they get a temporary failure); existing sessions may finish
+    ///
+    /// Without a listener, all of them are drained, and /readyz reports it. Sessions from before the drain are
+    /// aborted at the deadline.
+    #[command(after_long_help = DRAIN_EXAMPLES)]
+    Drain(DrainArgs),
+    /// Accept new clients again after `drain`
+    Resume(ResumeArgs),
+    /// Disable or enable a backend
+    Backend(BackendArgs),
+    /// Reload the configuration of a running injector
+    ///
+    /// The file is checked first; an invalid file changes nothing. Sessions continue; sessions of removed listeners
+    /// may finish within listener.timeouts.drain. SIGHUP does the same and reports only to the log.
+    Reload(ReloadArgs),
+    /// Show a running injector live on the terminal
+    Top(TopArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write those of all commands
+    Man(ManArgs),
+}
+
+const DRAIN_EXAMPLES: &str = "\
+Examples:
+  Before the host is restarted: sessions have two minutes, then the rest is aborted
+    $ injector drain --deadline 2m
+
+  Drain one listener, then accept clients again
+    $ injector drain smtp
+    $ injector resume smtp";
+
+/// Where a running injector is reached.
+#[derive(Clone, Debug, Args)]
+pub struct SocketArgs {
+    /// Control socket [file: admin.socket]
+    #[arg(long, env = "INJECTOR_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+}
+
+/// The path that packages and manifests use.
+const DEFAULT_SOCKET: &str = "/run/injector/admin.sock";
+
+/// Arguments of commands to a running injector.
+#[derive(Clone, Debug, Args)]
+pub struct ControlArgs {
+    /// Where it is
+    #[command(flatten)]
+    pub at: SocketArgs,
+
+    /// Print the reply as JSON
+    #[arg(long, env = "INJECTOR_JSON")]
+    pub json: bool,
+}
+
+/// Arguments of `injector sessions`.
+#[derive(Clone, Debug, Args)]
+pub struct SessionsArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// Only this listener
+    pub listener: Option<String>,
+
+    /// Limit to the N oldest
+    #[arg(long, env = "INJECTOR_LIMIT", value_name = "N")]
+    pub limit: Option<usize>,
+}
+
+/// Arguments of `injector drain`.
+#[derive(Clone, Debug, Args)]
+pub struct DrainArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// Only this listener
+    pub listener: Option<String>,
+
+    /// Abort sessions after this time, such as 30s [file: listener.timeouts.drain]
+    #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
+    pub deadline: Option<Duration>,
+
+    /// Wait until no session is left, or until the deadline
+    #[arg(long, env = "INJECTOR_WAIT")]
+    pub wait: bool,
+}
+
+/// Arguments of `injector resume`.
+#[derive(Clone, Debug, Args)]
+pub struct ResumeArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// Only this listener
+    pub listener: Option<String>,
+}
+
+/// Arguments of `injector backend`.
+#[derive(Clone, Debug, Args)]
+pub struct BackendArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// New state
+    pub action: BackendAction,
+
+    /// The backend as in the configuration, such as mail.internal:2525
+    pub backend: String,
+
+    /// Only for this listener
+    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
+    pub listener: Option<String>,
+}
+
+/// Arguments of `injector reload`.
+#[derive(Clone, Debug, Args)]
+pub struct ReloadArgs {
+    /// Where it is, and how it answers
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// Watch this file and reload on change
+    #[arg(long, env = "INJECTOR_WATCH", value_name = "FILE", conflicts_with = "json")]
+    pub watch: Option<PathBuf>,
+}
+
+/// Arguments of `injector top`.
+#[derive(Clone, Debug, Args)]
+pub struct TopArgs {
+    /// Where it is
+    #[command(flatten)]
+    pub at: SocketArgs,
+
+    /// Refresh interval, such as 1s
+    #[arg(long, env = "INJECTOR_INTERVAL", value_name = "DURATION", value_parser = parse_duration, default_value = "1s")]
+    pub interval: Duration,
+
+    /// Print one page as text and exit
+    #[arg(long, env = "INJECTOR_ONCE")]
+    pub once: bool,
+}
+
+/// The verbs of `injector inline`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum InlineCommand {
+    /// Detach the programs from all devices, and remove the maps and the NAT table
+    ///
+    /// Programs, maps and NAT outlive the daemon, so that connections continue while it restarts. Stop the daemon
+    /// first, because it attaches the programs again when devices change. Connections through the engine break.
+    Detach(DetachArgs),
+}
+
+/// Arguments of `injector inline detach`.
+#[derive(Clone, Debug, Args)]
+pub struct DetachArgs {
+    /// The configuration file (TOML) that the daemon ran with [default: inline.pin and inline.table have their
+    /// defaults]
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  Use the relay engine for every listener, whatever the file says
+    $ injector run --config injector.toml --engine relay
+
+  In a container, configured by environment variables
+    $ INJECTOR_CONFIG=/etc/injector.toml INJECTOR_LOG_FORMAT=json injector run
+
+  Log sessions at debug level, everything else at info
+    $ INJECTOR_LOG=info,session=debug injector run --config injector.toml";
+
+/// Arguments of `injector run`. `None` keeps the value of the file.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// The configuration file (TOML)
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+
+    /// Log format [file: log.format; default: human]
+    #[arg(long, env = "INJECTOR_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+
+    /// Least severe level to log [file: log.level; default: info]
+    ///
+    /// INJECTOR_LOG, if set, overrides this with filter directives such as "info,session=debug".
+    #[arg(long, env = "INJECTOR_LOG_LEVEL", value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+
+    /// Address of /metrics, /healthz and /readyz [file: metrics.listen; default: none]
+    #[arg(long, env = "INJECTOR_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+
+    /// Maximum number of concurrent connections [file: limits.max_connections; default: 10000]
+    #[arg(long, env = "INJECTOR_MAX_CONNECTIONS", value_name = "N", value_parser = connections)]
+    pub max_connections: Option<usize>,
+
+    /// How long sessions may continue after SIGTERM, such as 30s or "2m 30s" [file: stop.deadline; default: 30s]
+    #[arg(long, env = "INJECTOR_STOP_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
+    pub stop_deadline: Option<Duration>,
+
+    /// Engine of every listener, whatever the file says [file: listener.engine; default: auto]
+    #[arg(long, env = "INJECTOR_ENGINE", value_name = "ENGINE")]
+    pub engine: Option<EngineChoice>,
+}
+
+/// Arguments of `injector check`.
+#[derive(Clone, Debug, Args)]
+pub struct CheckArgs {
+    /// The configuration file (TOML)
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Arguments of `injector completions`.
+#[derive(Clone, Debug, Args)]
+pub struct CompletionsArgs {
+    /// For which shell
+    pub shell: Shell,
+}
+
+/// Arguments of `injector man`.
+#[derive(Clone, Debug, Args)]
+pub struct ManArgs {
+    /// Write a page for each command into this folder instead of printing that of `injector`
+    #[arg(long, env = "INJECTOR_OUT", value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// Arguments of `injector selftest`.
+#[derive(Clone, Debug, Args)]
+pub struct SelftestArgs {
+    /// Print the result as JSON
+    #[arg(long, env = "INJECTOR_JSON")]
+    pub json: bool,
+}
+
+fn connections(text: &str) -> Result<usize, &'static str> {
+    let number = text.parse().ok().filter(|number| (1..=MAX_CONNECTIONS).contains(number));
+    number.ok_or("must be a number of at least 1")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+    use crate::config::EXAMPLE;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_its_variable() {
+        for verb in Cli::command().get_subcommands() {
+            let flags = verb.get_arguments().filter(|arg| !arg.is_positional());
+            for arg in flags.filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
+                let flag = arg.get_long().unwrap().to_uppercase().replace('-', "_");
+                let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());
+                assert_eq!(variable, Some(format!("INJECTOR_{flag}")), "{} --{flag}", verb.get_name());
+            }
+        }
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for flags in [
+            ["--max-connections", "0"],
+            ["--max-connections", "many"],
+            ["--stop-deadline", "30"],
+            ["--stop-deadline", "1year"],
+            ["--engine", "kernel"],
+            ["--metrics-listen", "9145"],
+        ] {
+            let words = ["injector", "run", "--config", "f"].iter().chain(&flags);
+            Cli::try_parse_from(words).expect_err(&flags.join(" "));
+        }
+    }
+
+    #[test]
+    fn the_help_shows_the_example_configuration() {
+        let indented: String =
+            EXAMPLE.lines().map(|line| format!("  {line}").trim_end().to_owned() + "\n").collect();
+        assert!(EXAMPLES.contains(&indented), "{EXAMPLES}");
+    }
+}

@@ -1,0 +1,103 @@
+//! Commands to a running daemon over its control socket.
+
+use std::{thread, time::Duration};
+
+use super::args::{BackendArgs, ControlArgs, DrainArgs, ReloadArgs, ResumeArgs, SessionsArgs, TopArgs};
+use crate::control::{
+    self, Request, client, top,
+    wire::{Answer, ListenerStatus},
+};
+
+/// How often `drain --wait` asks whether sessions are left.
+const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Prints the state of the daemon.
+///
+/// # Errors
+/// When the daemon does not answer.
+pub fn status(args: &ControlArgs) -> anyhow::Result<()> {
+    send(args, &Request::Status)
+}
+
+/// Prints the sessions of the daemon.
+///
+/// # Errors
+/// When the daemon does not answer.
+pub fn sessions(args: SessionsArgs) -> anyhow::Result<()> {
+    send(&args.control, &Request::Sessions { listener: args.listener, limit: args.limit })
+}
+
+/// Drains listeners, and waits for the end of their sessions if asked to.
+///
+/// # Errors
+/// When the daemon does not answer or rejects the command.
+pub fn drain(args: &DrainArgs) -> anyhow::Result<()> {
+    let deadline_ms = args.deadline.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
+    send(&args.control, &Request::Drain { listener: args.listener.clone(), deadline_ms })?;
+    if !args.wait {
+        return Ok(());
+    }
+    loop {
+        let Answer::Status(status) = client::send(&args.control.at.socket, &Request::Status)? else {
+            return Ok(());
+        };
+        let drained =
+            |listener: &&ListenerStatus| args.listener.as_ref().is_none_or(|name| *name == listener.name);
+        // An inline listener has no drain deadline: its connections are waited for until they end.
+        if status.listeners.iter().filter(drained).all(|listener| listener.active == 0) {
+            return Ok(());
+        }
+        thread::sleep(DRAIN_POLL_INTERVAL);
+    }
+}
+
+/// Accepts new clients again.
+///
+/// # Errors
+/// When the daemon does not answer or rejects the command.
+pub fn resume(args: ResumeArgs) -> anyhow::Result<()> {
+    send(&args.control, &Request::Resume { listener: args.listener })
+}
+
+/// Disables or enables a backend.
+///
+/// # Errors
+/// When the daemon does not answer or rejects the command.
+pub fn backend(args: BackendArgs) -> anyhow::Result<()> {
+    let BackendArgs { control, action, listener, backend } = args;
+    send(&control, &Request::Backend { action, listener, backend })
+}
+
+/// Reloads the configuration, once or whenever the file changes.
+///
+/// # Errors
+/// When the daemon does not answer or rejects the configuration.
+pub fn reload(args: &ReloadArgs) -> anyhow::Result<()> {
+    match &args.watch {
+        Some(file) => Ok(control::watch(&args.control.at.socket, file)?),
+        None => send(&args.control, &Request::Reload),
+    }
+}
+
+/// Shows the daemon live on the terminal, or prints one page.
+///
+/// # Errors
+/// When the daemon does not answer, or standard output is not a terminal.
+pub fn top(args: &TopArgs) -> anyhow::Result<()> {
+    if args.once {
+        print!("{}", top::once(&args.at.socket, args.interval)?);
+        return Ok(());
+    }
+    top::run(&args.at.socket, args.interval)
+}
+
+/// Sends a request and prints the answer.
+fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<()> {
+    let answer = client::send(&args.at.socket, request)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&answer)?);
+    } else {
+        print!("{}", client::show(&answer));
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! `injector run`: flags and environment variables override the file.
+
+use super::args::RunArgs;
+use crate::config::{Config, Metrics};
+
+/// Overrides values of the file with those of the command line and the environment.
+pub(super) fn apply(config: &mut Config, args: &RunArgs) {
+    if let Some(format) = args.log_format {
+        config.log.format = format;
+    }
+    if let Some(level) = args.log_level {
+        config.log.level = level;
+    }
+    if let Some(listen) = args.metrics_listen {
+        config.metrics = Some(Metrics { listen });
+    }
+    if let Some(limit) = args.max_connections {
+        config.limits.max_connections = limit;
+    }
+    if let Some(deadline) = args.stop_deadline {
+        config.stop.deadline = deadline;
+    }
+    if let Some(engine) = args.engine {
+        config.listeners.iter_mut().for_each(|listener| listener.engine = engine);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::{
+        cli::args::{Cli, Command},
+        config::{EXAMPLE, EngineChoice, LogFormat, LogLevel},
+    };
+
+    fn run_args(extra: &[&str]) -> RunArgs {
+        let words = ["injector", "run", "--config", "f"].iter().chain(extra);
+        match Cli::try_parse_from(words).unwrap().command {
+            Command::Run(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn flags_beat_the_file_and_leave_the_rest() {
+        let file = Config::parse(EXAMPLE, "f").unwrap();
+        let mut same = file.clone();
+        apply(&mut same, &run_args(&[]));
+        assert_eq!(same, file);
+
+        type Change = fn(&mut Config);
+        let cases: [(&[&str], Change); 6] = [
+            (&["--log-format", "json"], |c| c.log.format = LogFormat::Json),
+            (&["--log-level", "trace"], |c| c.log.level = LogLevel::Trace),
+            (&["--metrics-listen", "[::1]:1"], |c| {
+                c.metrics = Some(Metrics { listen: "[::1]:1".parse().unwrap() });
+            }),
+            (&["--max-connections", "7"], |c| c.limits.max_connections = 7),
+            (&["--stop-deadline", "0s"], |c| c.stop.deadline = Duration::ZERO),
+            (&["--engine", "relay"], |c| c.listeners[0].engine = EngineChoice::Relay),
+        ];
+        for (flags, change) in cases {
+            let (mut expected, mut got) = (file.clone(), file.clone());
+            change(&mut expected);
+            apply(&mut got, &run_args(flags));
+            assert_eq!(got, expected, "{flags:?}");
+        }
+    }
+}

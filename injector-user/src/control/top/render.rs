@@ -1,110 +1,28 @@
-//! `injector top`: how everything stands, second by second, on a terminal.
-//!
-//! What is drawn is a function of two answers of the daemon ([`View`]); the rest asks for them, and hears the keys.
+//! Draws the model on a terminal, or as a page of text.
 
-use std::{
-    collections::HashMap,
-    io::{self, IsTerminal as _},
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::collections::HashMap;
 
-use anyhow::{Context as _, bail};
 use ratatui::{
     Frame, Terminal,
     backend::TestBackend,
-    crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers},
     layout::{Constraint, Layout, Rect},
     style::{Color, Modifier, Style, Stylize as _},
     text::{Line, Span},
     widgets::{Block, Borders, Cell, Paragraph, Row, Sparkline, Table},
 };
 
-use super::{
-    client,
+use super::model::{Rates, View, whole};
+use crate::control::{
     show::{age, bytes},
-    wire::{Answer, BackendStatus, ListenerStatus, Request, Sessions, Status},
+    wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
 
-/// Sessions that are asked for: more than any terminal has lines.
-const MAX_SESSIONS: usize = 200;
 /// Width and height of a frame that goes to a file or a pipe.
-const PAGE_SIZE: (u16, u16) = (132, 40);
-
-/// What the daemon said at one moment.
-#[derive(Clone, Debug)]
-pub struct Sample {
-    /// When.
-    pub at: Instant,
-    /// How everything stood.
-    pub status: Status,
-    /// Who was connected.
-    pub sessions: Sessions,
-}
-
-/// What is on the screen.
-#[derive(Clone, Debug)]
-pub struct View {
-    now: Sample,
-    before: Option<Sample>,
-    /// New connections a second, the newest last.
-    history: Vec<u64>,
-    /// The listener whose sessions are listed; all of them without one.
-    selected: Option<usize>,
-    /// Why there is no newer answer.
-    error: Option<String>,
-}
+pub(super) const PAGE_SIZE: (u16, u16) = (132, 40);
 
 impl View {
-    /// The first look.
-    #[must_use]
-    pub fn new(first: Sample) -> Self {
-        Self { now: first, before: None, history: Vec::new(), selected: None, error: None }
-    }
-
-    /// The next.
-    pub fn update(&mut self, next: Sample) {
-        self.error = None;
-        self.before = Some(std::mem::replace(&mut self.now, next));
-        let rate: f64 = self
-            .now
-            .status
-            .listeners
-            .iter()
-            .filter_map(|it| self.rates(it))
-            .map(|rates| rates.accepted)
-            .sum();
-        self.history.push(whole(rate));
-        let over = self.history.len().saturating_sub(usize::from(u16::MAX));
-        self.history.drain(..over);
-    }
-
-    fn select(&mut self, step: isize) {
-        // One more than there are listeners: all.
-        let places = self.now.status.listeners.len() + 1;
-        let at = self.selected.map_or(0, |index| index + 1);
-        let next = at.checked_add_signed(step).unwrap_or(places - 1) % places;
-        self.selected = next.checked_sub(1);
-    }
-
-    fn rates(&self, listener: &ListenerStatus) -> Option<Rates> {
-        let before = self.before.as_ref()?;
-        let seconds = self.now.at.duration_since(before.at).as_secs_f64();
-        let was = before.status.listeners.iter().find(|was| was.name == listener.name)?;
-        if seconds <= 0.0 {
-            return None;
-        }
-        let rate = |now: u64, before: u64| per_second(now.saturating_sub(before), seconds);
-        Some(Rates {
-            accepted: rate(listener.accepted, was.accepted),
-            rejected: rate(listener.rejected, was.rejected),
-            to_backend: rate(listener.bytes_to_backend, was.bytes_to_backend),
-            to_client: rate(listener.bytes_to_client, was.bytes_to_client),
-        })
-    }
-
     /// Draws it.
-    pub fn draw(&self, frame: &mut Frame<'_>) {
+    pub(super) fn draw(&self, frame: &mut Frame<'_>) {
         let listeners = self.now.status.listeners.len();
         let backends: usize = self.now.status.listeners.iter().map(|listener| listener.backends.len()).sum();
         let rows = |count: usize| u16::try_from(count).unwrap_or(u16::MAX).saturating_add(3);
@@ -248,8 +166,7 @@ impl View {
             .flat_map(|before| &before.sessions.rows)
             .map(|row| ((row.client, row.local), row.bytes_to_backend + row.bytes_to_client))
             .collect();
-        let chosen =
-            |row: &&super::wire::SessionRow| selected.is_none_or(|listener| row.listener == listener.name);
+        let chosen = |row: &&SessionRow| selected.is_none_or(|listener| row.listener == listener.name);
         let rows: Vec<_> = self.now.sessions.rows.iter().filter(chosen).collect();
         let title = match selected {
             Some(listener) => {
@@ -258,7 +175,7 @@ impl View {
             None => format!("sessions, the oldest first: {} of {}", rows.len(), self.now.sessions.count),
         };
         let shown = usize::from(area.height.saturating_sub(2));
-        let row = |row: &super::wire::SessionRow| {
+        let row = |row: &SessionRow| {
             let total = row.bytes_to_backend + row.bytes_to_client;
             let moved = before.get(&(row.client, row.local)).is_some_and(|before| *before != total);
             let cells = [
@@ -276,28 +193,6 @@ impl View {
         let titles = ["LISTENER", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
         table(rows.into_iter().take(shown).map(row), &widths, titles, 4, &title)
     }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Rates {
-    accepted: f64,
-    rejected: f64,
-    to_backend: f64,
-    to_client: f64,
-}
-
-#[expect(clippy::cast_precision_loss, reason = "shown in whole numbers")]
-fn per_second(count: u64, seconds: f64) -> f64 {
-    count as f64 / seconds
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a rate is positive and far below"
-)]
-fn whole(rate: f64) -> u64 {
-    rate.round() as u64
 }
 
 fn right<'a>(text: String) -> Cell<'a> {
@@ -322,63 +217,7 @@ fn table<'a, const N: usize>(
         .column_spacing(1)
 }
 
-/// Shows it until `q` is pressed, looking every `every`.
-///
-/// # Errors
-/// When there is no terminal, or no daemon answers at first. One that goes away later is waited for.
-pub fn run(socket: &Path, every: Duration) -> anyhow::Result<()> {
-    if !io::stdout().is_terminal() {
-        bail!("standard output is not a terminal: use --once, or `injector status`");
-    }
-    let mut view = View::new(sample(socket)?);
-    let mut terminal = ratatui::try_init().context("the terminal")?;
-    let result = follow(&mut terminal, &mut view, socket, every);
-    ratatui::restore();
-    result
-}
-
-fn follow(
-    terminal: &mut ratatui::DefaultTerminal,
-    view: &mut View,
-    socket: &Path,
-    every: Duration,
-) -> anyhow::Result<()> {
-    let mut next = Instant::now() + every;
-    loop {
-        terminal.draw(|frame| view.draw(frame))?;
-        if event::poll(next.saturating_duration_since(Instant::now()))? {
-            let Event::Key(key) = event::read()? else { continue };
-            let interrupted = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
-            match key.code {
-                _ if key.kind != KeyEventKind::Press => {}
-                _ if interrupted => return Ok(()),
-                KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
-                KeyCode::Down | KeyCode::Char('j') => view.select(1),
-                KeyCode::Up | KeyCode::Char('k') => view.select(-1),
-                _ => {}
-            }
-            continue;
-        }
-        next = Instant::now() + every;
-        match sample(socket) {
-            Ok(sample) => view.update(sample),
-            Err(error) => view.error = Some(format!("{error:#}")),
-        }
-    }
-}
-
-/// One page as text, with rates over `every`.
-///
-/// # Errors
-/// When no daemon answers.
-pub fn once(socket: &Path, every: Duration) -> anyhow::Result<String> {
-    let mut view = View::new(sample(socket)?);
-    std::thread::sleep(every);
-    view.update(sample(socket)?);
-    page(&view, PAGE_SIZE)
-}
-
-fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
+pub(super) fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
     let mut terminal = Terminal::new(TestBackend::new(width, height))?;
     terminal.draw(|frame| view.draw(frame))?;
     let buffer = terminal.backend().buffer();
@@ -388,22 +227,12 @@ fn page(view: &View, (width, height): (u16, u16)) -> anyhow::Result<String> {
     Ok(lines.into_iter().take(last + 1).map(|line| line.trim_end().to_owned() + "\n").collect())
 }
 
-fn sample(socket: &Path) -> anyhow::Result<Sample> {
-    let at = Instant::now();
-    let Answer::Status(status) = client::send(socket, &Request::Status)? else {
-        bail!("unexpected reply: is the daemon of another version?");
-    };
-    let request = Request::Sessions { listener: None, limit: Some(MAX_SESSIONS) };
-    let Answer::Sessions(sessions) = client::send(socket, &request)? else {
-        bail!("unexpected reply: is the daemon of another version?");
-    };
-    Ok(Sample { at, status: *status, sessions })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
-    use crate::control::{show::tests::status, wire::SessionRow};
+    use crate::control::{fixtures::status, top::model::Sample, wire::Sessions};
 
     fn sessions() -> Sessions {
         let row = SessionRow {

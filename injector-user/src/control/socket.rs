@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Control, Reply};
+use super::{handler::Control, wire::Reply};
 
 /// For the operator alone.
 const MODE: u32 = 0o600;

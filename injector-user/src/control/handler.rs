@@ -1,0 +1,182 @@
+//! Carries out the commands of the operator.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::{Mutex, watch};
+
+use super::{
+    status::{sessions, status},
+    wire::{Answer, BackendAction, ConfigStatus, Reloaded, Reply, Request, Status},
+};
+use crate::{
+    backend::AdminState,
+    config::{Config, ConfigError},
+    os::systemd,
+    server::{Changes, Server},
+    telemetry::{
+        log::target,
+        metrics::{Metrics, Readiness},
+    },
+};
+
+/// Reads the configuration again, as it was read at the start.
+pub type ConfigSource = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
+
+/// What the operator can have done. Clones share it.
+#[derive(Clone)]
+pub struct Control(Arc<Shared>);
+
+struct Shared {
+    /// `None` once it stops.
+    server: Mutex<Option<Server>>,
+    source: ConfigSource,
+    file: PathBuf,
+    metrics: Metrics,
+    ready: watch::Sender<Readiness>,
+    started: Instant,
+    read: StdMutex<ConfigStatus>,
+}
+
+impl Control {
+    /// Over `server`, whose configuration came from `source`, which reads `file`.
+    #[must_use]
+    pub fn new(
+        server: Server,
+        file: PathBuf,
+        source: ConfigSource,
+        metrics: Metrics,
+        ready: watch::Sender<Readiness>,
+    ) -> Self {
+        let read = ConfigStatus { file: file.clone(), loaded_at: since_1970(), reload_error: None };
+        Self(Arc::new(Shared {
+            server: Mutex::new(Some(server)),
+            source,
+            file,
+            metrics,
+            ready,
+            started: Instant::now(),
+            read: StdMutex::new(read),
+        }))
+    }
+
+    /// Does what is asked.
+    pub async fn answer(&self, request: Request) -> Reply {
+        let mut server = self.0.server.lock().await;
+        let Some(server) = server.as_mut() else {
+            return Reply::Error("the injector is stopping".to_owned());
+        };
+        let answer = match request {
+            Request::Status => Ok(Answer::Status(Box::new(self.status(server)))),
+            Request::Sessions { listener, limit } => {
+                Ok(Answer::Sessions(sessions(server, listener.as_deref(), limit)))
+            }
+            Request::Drain { listener, deadline_ms } => server
+                .drain(listener.as_deref(), deadline_ms.map(Duration::from_millis))
+                .map(|listeners| Answer::Drained { listeners }),
+            Request::Resume { listener } => {
+                server.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
+            }
+            Request::Backend { action, listener, backend } => {
+                backend_set(server, action, listener.as_deref(), &backend)
+                    .map(|listeners| Answer::BackendSet { listeners })
+            }
+            Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
+        };
+        let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
+        self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
+        match answer {
+            Ok(answer) => Reply::Ok(answer),
+            Err(error) => Reply::Error(format!("{error:#}")),
+        }
+    }
+
+    /// Takes away what is served, to end it: from here on nothing can be asked for.
+    pub async fn take_server(&self) -> Option<Server> {
+        let server = self.0.server.lock().await.take();
+        self.0.ready.send_replace(Readiness::Stopping);
+        server
+    }
+
+    /// Whether everything that serves connections does its work.
+    pub async fn check_liveness(&self) -> bool {
+        let liveness = match self.0.server.lock().await.as_ref() {
+            Some(server) => server.check_liveness(),
+            None => return true,
+        };
+        liveness.await
+    }
+
+    fn status(&self, server: &mut Server) -> Status {
+        let config = self.0.read.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let readiness = self.0.ready.borrow().to_string();
+        status(server, config, readiness, self.0.started.elapsed())
+    }
+
+    fn reload(&self, server: &mut Server) -> anyhow::Result<Changes> {
+        systemd::reloading();
+        let result = (self.0.source)().map_err(anyhow::Error::from).and_then(|config| server.prepare(config));
+        let result = result.map(|prepared| server.apply(prepared));
+        systemd::ready("serving");
+        self.0.metrics.config_reloaded(result.is_ok());
+        let mut read = self.0.read.lock().unwrap_or_else(PoisonError::into_inner);
+        match &result {
+            Ok(Changes { added, changed, removed, requires_restart }) => {
+                *read =
+                    ConfigStatus { file: self.0.file.clone(), loaded_at: since_1970(), reload_error: None };
+                tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration reloaded");
+                if !requires_restart.is_empty() {
+                    tracing::warn!(target: target::CONFIG, sections = ?requires_restart, "changes in these sections need a restart");
+                }
+            }
+            Err(error) => {
+                read.reload_error = Some(format!("{error:#}"));
+                tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "reload failed; the previous configuration stays in effect");
+            }
+        }
+        result
+    }
+}
+
+fn reloaded(changes: Changes) -> Reloaded {
+    let Changes { added, changed, removed, requires_restart } = changes;
+    let restart_needed_for = requires_restart.into_iter().map(str::to_owned).collect();
+    Reloaded { added, changed, removed, restart_needed_for }
+}
+
+/// Of one listener, or of all that have it.
+fn backend_set(
+    server: &Server,
+    action: BackendAction,
+    listener: Option<&str>,
+    backend: &str,
+) -> anyhow::Result<Vec<String>> {
+    let admin_state = match action {
+        BackendAction::Up => AdminState::Up,
+        BackendAction::Down => AdminState::Down,
+        BackendAction::Auto => AdminState::Auto,
+    };
+    let of =
+        || server.listeners().iter().filter(|active| listener.is_none_or(|name| active.config.name == name));
+    let set: Vec<_> = of()
+        .filter(|active| active.backends.set_admin_state(backend, admin_state))
+        .map(|active| active.config.name.clone())
+        .collect();
+    if set.is_empty() {
+        let mut all: Vec<_> =
+            of().flat_map(|active| active.backends.all()).map(|it| it.configured().to_string()).collect();
+        all.sort_unstable();
+        all.dedup();
+        let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));
+        anyhow::bail!("no backend is named {backend:?}{which}; configured backends: {}", all.join(", "));
+    }
+    Ok(set)
+}
+
+/// Seconds.
+fn since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

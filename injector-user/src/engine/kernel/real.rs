@@ -89,14 +89,14 @@ impl LoadedSplice {
     /// The capabilities that it needs at run time.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
-        if self.0.works_without_rights() { Vec::new() } else { vec![Capability::CAP_BPF] }
+        if self.0.works_without_capabilities() { Vec::new() } else { vec![Capability::CAP_BPF] }
     }
 
     /// Starts the tasks that receive backlog events and the log of the programs, and exports their counters.
     pub fn spawn_tasks(&self, metrics: &Metrics) {
         let events = Arc::clone(&self.0);
         tokio::spawn(async move {
-            if let Err(error) = events.follow_backlog_events().await {
+            if let Err(error) = events.forward_backlog_events().await {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "BPF backlog events are not received; slow receivers are found only by the periodic check");
             }
         });

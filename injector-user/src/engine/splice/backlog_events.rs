@@ -15,16 +15,16 @@ use crate::{engine::BacklogNotify, os::poll};
 
 /// The bells of all spliced directions, by their source's cookie.
 #[derive(Debug, Default)]
-pub(super) struct BacklogEvents(Mutex<HashMap<u64, Arc<BacklogNotify>>>);
+pub(super) struct BacklogNotifiers(Mutex<HashMap<u64, Arc<BacklogNotify>>>);
 
-impl BacklogEvents {
-    pub(super) fn add(&self, source: u64) -> Arc<BacklogNotify> {
+impl BacklogNotifiers {
+    pub(super) fn register(&self, source: u64) -> Arc<BacklogNotify> {
         let notify = Arc::new(BacklogNotify::default());
         self.lock().insert(source, Arc::clone(&notify));
         notify
     }
 
-    pub(super) fn remove(&self, source: u64) {
+    pub(super) fn unregister(&self, source: u64) {
         self.lock().remove(&source);
     }
 
@@ -39,7 +39,7 @@ impl BacklogEvents {
     }
 
     /// Reads the programs' events as long as the daemon runs.
-    pub(super) async fn follow(&self, ring: RingBuf<MapData>) -> io::Result<()> {
+    pub(super) async fn run(&self, ring: RingBuf<MapData>) -> io::Result<()> {
         let mut ring = poll::register(ring, Interest::READABLE)?;
         loop {
             let mut ready = ring.readable_mut().await?;

@@ -10,7 +10,7 @@ use super::{
     Splice,
     inject::InjectError,
     peer_isn,
-    verdict::{self, reason_of},
+    verdict::{self, map_update_reason},
 };
 use crate::{
     engine::{
@@ -30,14 +30,14 @@ impl Engine for Arc<Splice> {
             // Nothing has gone out: user space still can send it in one piece.
             Err(InjectError::Refused(error)) => {
                 let reason = match &error {
-                    MapError::SyscallError(error) => reason_of(&error.io_error),
+                    MapError::SyscallError(error) => map_update_reason(&error.io_error),
                     _ => "other",
                 };
                 let payload = relay::inject(backend, header, payload)?;
                 Ok(SentHeader { payload, fallback_reason: Some(reason) })
             }
             Err(InjectError::Dropped(error)) => Err(error),
-            Err(error @ InjectError::NotPlaced) => Err(io::Error::other(error)),
+            Err(error @ InjectError::Unconfirmed) => Err(io::Error::other(error)),
         }
     }
 

@@ -24,7 +24,7 @@ pub enum InjectError {
     /// The kernel took the message but the program did not mark the header as sent: what the backend reads is not
     /// known.
     #[error("the BPF program did not confirm the header")]
-    NotPlaced,
+    Unconfirmed,
 }
 
 impl Splice {
@@ -34,17 +34,17 @@ impl Splice {
     /// # Errors
     /// [`InjectError`]. All but `Refused` mean that the connection must be reset.
     pub fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> Result<usize, InjectError> {
-        let alone = payload.is_empty();
-        let header = Header::armed(header, alone).ok_or_else(|| {
+        let header_only = payload.is_empty();
+        let header = Header::armed(header, header_only).ok_or_else(|| {
             InjectError::Dropped(io::Error::new(io::ErrorKind::InvalidInput, "impossible header length"))
         })?;
         self.maps.store_header(backend, &header).map_err(InjectError::Refused)?;
         self.maps.watch_first_message(backend.cookie(), backend).map_err(InjectError::Refused)?;
-        let placed = self.send_through(backend, header.len.into(), payload);
+        let sent = self.send_through(backend, header.len.into(), payload);
         // The program stays on a socket until it has left all maps: out, before it is spliced.
         let left = self.maps.unwatch_first_message(backend.cookie());
-        let sent = placed?;
-        left.map_err(|_| InjectError::NotPlaced)?;
+        let sent = sent?;
+        left.map_err(|_| InjectError::Unconfirmed)?;
         Ok(sent)
     }
 
@@ -54,17 +54,17 @@ impl Splice {
         header_len: u64,
         payload: &[u8],
     ) -> Result<usize, InjectError> {
-        let alone = payload.is_empty();
+        let header_only = payload.is_empty();
         // The program makes pieces of a message, which the kernel would send one by one (tcp_bpf_push, net/ipv4/tcp_bpf.c). And
         // what is less than a segment does not leave before it is known to begin with the header.
-        let message = if alone { DOORBELL } else { payload };
+        let message = if header_only { DOORBELL } else { payload };
         let sent = backend.try_write_more(message).map_err(InjectError::Dropped)?;
         if sent == 0 {
             return Err(InjectError::Dropped(io::ErrorKind::WouldBlock.into()));
         }
-        let sent = if alone { 0 } else { sent };
-        if !self.is_placed(backend, header_len + sent as u64) {
-            return Err(InjectError::NotPlaced);
+        let sent = if header_only { 0 } else { sent };
+        if !self.header_confirmed(backend, header_len + sent as u64) {
+            return Err(InjectError::Unconfirmed);
         }
         backend.push().map_err(InjectError::Dropped)?;
         Ok(sent)
@@ -72,8 +72,8 @@ impl Splice {
 
     /// Whether the header is in front of what was sent, both together so many bytes. Nothing else makes the queue longer than
     /// what was written. Where some of it has left and is acknowledged, the program's own mark tells, which is dearer to read.
-    fn is_placed(&self, backend: &Endpoint, whole: u64) -> bool {
-        sockopt::unacknowledged(backend).is_ok_and(|queued| queued == whole)
+    fn header_confirmed(&self, backend: &Endpoint, expected: u64) -> bool {
+        sockopt::unacknowledged(backend).is_ok_and(|queued| queued == expected)
             || self.maps.header(backend).is_ok_and(|header| header.state == Header::SENT)
     }
 }

@@ -111,7 +111,7 @@ impl Maps {
         self.verdict.get().remove(&cookie)
     }
 
-    pub(super) fn counted(&self, counter: Counter) -> u64 {
+    pub(super) fn counter(&self, counter: Counter) -> u64 {
         self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
     }
 

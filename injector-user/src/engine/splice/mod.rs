@@ -26,7 +26,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use injector_common::splice::Counter;
 
-use self::{backlog_events::BacklogEvents, maps::Maps};
+use self::{backlog_events::BacklogNotifiers, maps::Maps};
 use crate::{
     engine::{
         bpf::{LoadError, lock, program, reports},
@@ -41,7 +41,7 @@ pub struct Splice {
     /// The program of that name.
     peer_isn: OwnedFd,
     credit: u64,
-    backlog_events: BacklogEvents,
+    notifiers: BacklogNotifiers,
     // Holds the attachments.
     programs: Mutex<Ebpf>,
 }
@@ -80,7 +80,7 @@ impl Splice {
             maps,
             peer_isn,
             credit,
-            backlog_events: BacklogEvents::default(),
+            notifiers: BacklogNotifiers::default(),
             programs: Mutex::new(programs),
         })
     }
@@ -94,7 +94,7 @@ impl Splice {
         let mut logger =
             EbpfLogger::init_with_logger(&mut lock(&self.programs), &PROGRAM_LOG as &dyn log::Log)?;
         logger.flush();
-        PROGRAM_LOG.heard.store(true, Ordering::Relaxed);
+        PROGRAM_LOG.enabled.store(true, Ordering::Relaxed);
         Ok(logger)
     }
 
@@ -103,10 +103,10 @@ impl Splice {
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
-    pub async fn follow_backlog_events(&self) -> io::Result<()> {
+    pub async fn forward_backlog_events(&self) -> io::Result<()> {
         let ring = lock(&self.maps.backlog_events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the backlog ring buffer already has a reader"))?;
-        self.backlog_events.follow(ring).await
+        self.notifiers.run(ring).await
     }
 
     /// The loaded programs and what they cost the verifier.
@@ -127,33 +127,33 @@ impl Splice {
     /// rights (bpf_prog_load, map_create, kernel/bpf/syscall.c); before that every bpf(2) call did, unless
     /// unprivileged BPF was allowed.
     #[must_use]
-    pub fn works_without_rights(&self) -> bool {
+    pub fn works_without_capabilities(&self) -> bool {
         let tried = std::thread::scope(|scope| {
-            let without_rights = scope.spawn(|| {
+            let without_capabilities = scope.spawn(|| {
                 caps::clear(None, caps::CapSet::Effective).ok()?;
                 self.maps.probe().ok()
             });
-            without_rights.join()
+            without_capabilities.join()
         });
         matches!(tried, Ok(Some(())))
     }
 }
 
-static PROGRAM_LOG: ProgramLog = ProgramLog { heard: AtomicBool::new(false) };
+static PROGRAM_LOG: ProgramLog = ProgramLog { enabled: AtomicBool::new(false) };
 
 /// Passes on what the programs log, once it is to be heard.
 struct ProgramLog {
-    heard: AtomicBool,
+    enabled: AtomicBool,
 }
 
 impl log::Log for ProgramLog {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
         let metadata = log::Metadata::builder().level(metadata.level()).target(target::ENGINE_SPLICE).build();
-        self.heard.load(Ordering::Relaxed) && log::logger().enabled(&metadata)
+        self.enabled.load(Ordering::Relaxed) && log::logger().enabled(&metadata)
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if self.heard.load(Ordering::Relaxed) {
+        if self.enabled.load(Ordering::Relaxed) {
             log::logger().log(
                 &log::Record::builder()
                     .args(*record.args())
@@ -177,10 +177,10 @@ impl fmt::Debug for Splice {
 
 impl BpfCounters for Splice {
     fn read(&self) -> Vec<(&'static str, &'static str, u64)> {
-        let counted = |counter: Counter| {
+        let counter = |counter: Counter| {
             let (program, event) = counter.labels();
-            (program, event, self.maps.counted(counter))
+            (program, event, self.maps.counter(counter))
         };
-        Counter::ALL.into_iter().map(counted).collect()
+        Counter::ALL.into_iter().map(counter).collect()
     }
 }

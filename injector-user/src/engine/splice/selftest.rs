@@ -21,37 +21,37 @@ use crate::{
 };
 
 /// The most one check may take,
-const PATIENCE: Duration = Duration::from_millis(400);
+const CHECK_TIMEOUT: Duration = Duration::from_millis(400);
 /// the one with a slow reader,
-const PATIENCE_WITH_SLOW: Duration = Duration::from_millis(1200);
+const SLOW_READER_TIMEOUT: Duration = Duration::from_millis(1200);
 /// and all of them: the daemon serves nobody before.
-const PATIENCE_WITH_ALL: Duration = Duration::from_millis(1800);
+const TOTAL_TIMEOUT: Duration = Duration::from_millis(1800);
 
 /// Runs all checks. The engine may be used if all passed.
 pub async fn run(splice: &Arc<Splice>) -> Vec<Check> {
-    let all = Instant::now() + PATIENCE_WITH_ALL;
+    let deadline = Instant::now() + TOTAL_TIMEOUT;
     let mut checks = Vec::new();
-    checks.push(check("header_alone", PATIENCE, all, header_alone(splice)).await);
-    checks.push(check("header_before_payload", PATIENCE, all, header_before_payload(splice)).await);
-    checks.push(check("fail_closed", PATIENCE, all, fail_closed(splice)).await);
-    checks.push(check("carry", PATIENCE, all, carry(splice)).await);
-    checks.push(check("slow_reader", PATIENCE_WITH_SLOW, all, slow_reader(splice)).await);
-    checks.push(check("leaves_nothing", PATIENCE, all, leaves_nothing(splice)).await);
+    checks.push(check("header_alone", CHECK_TIMEOUT, deadline, header_alone(splice)).await);
+    checks.push(check("header_before_payload", CHECK_TIMEOUT, deadline, header_before_payload(splice)).await);
+    checks.push(check("fail_closed", CHECK_TIMEOUT, deadline, fail_closed(splice)).await);
+    checks.push(check("carry", CHECK_TIMEOUT, deadline, forward(splice)).await);
+    checks.push(check("slow_reader", SLOW_READER_TIMEOUT, deadline, slow_reader(splice)).await);
+    checks.push(check("leaves_nothing", CHECK_TIMEOUT, deadline, leaves_no_entries(splice)).await);
     checks
 }
 
 /// Runs one check, until its own patience or that with all is over.
 async fn check(
     name: &'static str,
-    patience: Duration,
-    all: Instant,
+    limit: Duration,
+    deadline: Instant,
     test: impl Future<Output = io::Result<String>>,
 ) -> Check {
     let start = Instant::now();
-    let patience = patience.min(all.saturating_duration_since(start));
-    let result = match timeout(patience, test).await {
+    let limit = limit.min(deadline.saturating_duration_since(start));
+    let result = match timeout(limit, test).await {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("not finished within {patience:?}")),
+        Err(_) => Err(format!("not finished within {limit:?}")),
     };
     Check { name, result, took: start.elapsed() }
 }
@@ -102,7 +102,7 @@ async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
 }
 
 /// Both directions through the kernel, with bytes that arrived before, and an end that is proven.
-async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
+async fn forward(splice: &Arc<Splice>) -> io::Result<String> {
     const EARLY: usize = 3000;
     const LATE: usize = 200_000;
     let monitor = HangupMonitor::start()?;
@@ -119,8 +119,8 @@ async fn carry(splice: &Arc<Splice>) -> io::Result<String> {
         endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
     }
     tokio::try_join!(
-        speak(&mut client_peer, late, &payload),
-        speak(&mut backend_peer, late, &payload),
+        exchange(&mut client_peer, late, &payload),
+        exchange(&mut backend_peer, late, &payload),
         finish(&to_backend, &client, &backend),
         finish(&to_client, &backend, &client),
     )?;
@@ -161,8 +161,8 @@ async fn read_in_pieces(reader: &mut TcpStream, whole: &[u8]) -> io::Result<usiz
     const PIECES: [usize; 6] = [1, 61, 1021, 4093, 8191, 16_381];
     let mut buffer = [0; 16_381];
     let (mut at, mut pieces) = (0, 0);
-    for most in PIECES.into_iter().cycle() {
-        let count = reader.read(buffer.get_mut(..most).unwrap_or_default()).await?;
+    for max in PIECES.into_iter().cycle() {
+        let count = reader.read(buffer.get_mut(..max).unwrap_or_default()).await?;
         if count == 0 {
             break;
         }
@@ -180,7 +180,7 @@ async fn read_in_pieces(reader: &mut TcpStream, whole: &[u8]) -> io::Result<usiz
 }
 
 /// Sends the rest and a FIN, and expects the other side's whole payload and FIN.
-async fn speak(peer: &mut TcpStream, rest: &[u8], whole: &[u8]) -> io::Result<()> {
+async fn exchange(peer: &mut TcpStream, rest: &[u8], whole: &[u8]) -> io::Result<()> {
     let (mut read, mut write) = peer.split();
     let send = async {
         write.write_all(rest).await?;
@@ -204,7 +204,7 @@ async fn finish(spliced: &EnrolledFlow, source: &Endpoint, target: &Endpoint) ->
     target.finish()
 }
 
-async fn leaves_nothing(splice: &Arc<Splice>) -> io::Result<String> {
+async fn leaves_no_entries(splice: &Arc<Splice>) -> io::Result<String> {
     match splice.entries().map_err(io::Error::other)? {
         0 => Ok("no entry is left in any map".to_owned()),
         entries => Err(io::Error::other(format!("{entries} entries are left in the maps"))),
@@ -213,13 +213,13 @@ async fn leaves_nothing(splice: &Arc<Splice>) -> io::Result<String> {
 
 async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
-    let ours = Endpoint::connect(listener.local_addr()?, &|socket| {
+    let endpoint = Endpoint::connect(listener.local_addr()?, &|socket| {
         crate::engine::Engine::observe_syn(splice, socket)
     })
     .await?;
     // No header follows, with which the peer's connection would begin.
-    ours.ack_now()?;
-    Ok((ours, listener.accept().await?.0))
+    endpoint.ack_now()?;
+    Ok((endpoint, listener.accept().await?.0))
 }
 
 /// The same with little room to send here and to receive there.
@@ -234,15 +234,15 @@ async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
     listener.set_nonblocking(true)?;
     listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
     listener.listen(1)?;
-    let ours = socket()?;
-    ours.set_send_buffer_size(BUFFER)?;
-    ours.set_tcp_mss(SEGMENT)?;
+    let endpoint = socket()?;
+    endpoint.set_send_buffer_size(BUFFER)?;
+    endpoint.set_tcp_mss(SEGMENT)?;
     // Over loopback to a listener with room this does not wait.
-    ours.connect(&listener.local_addr()?)?;
-    options::configure(&ours)?;
-    ours.set_nonblocking(true)?;
-    let ours = Endpoint::accepted(ours)?;
-    Ok((ours, TcpListener::from_std(listener.into())?.accept().await?.0))
+    endpoint.connect(&listener.local_addr()?)?;
+    options::configure(&endpoint)?;
+    endpoint.set_nonblocking(true)?;
+    let endpoint = Endpoint::accepted(endpoint)?;
+    Ok((endpoint, TcpListener::from_std(listener.into())?.accept().await?.0))
 }
 
 async fn expect(peer: &mut TcpStream, parts: &[&[u8]]) -> io::Result<()> {

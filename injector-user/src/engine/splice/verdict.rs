@@ -49,7 +49,7 @@ impl EnrolError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Map { error: MapError::SyscallError(error), .. } => reason_of(&error.io_error),
+            Self::Map { error: MapError::SyscallError(error), .. } => map_update_reason(&error.io_error),
             Self::Map { .. } => "other",
             Self::IsnUnknown => "isn_unknown",
             Self::Unsteady => "unsteady",
@@ -60,7 +60,7 @@ impl EnrolError {
 
 /// The label for what the kernel said to a map update.
 #[must_use]
-pub fn reason_of(error: &io::Error) -> &'static str {
+pub fn map_update_reason(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         // Only established sockets enrol: an early FIN comes to this (sock_map_sk_state_allowed, net/core/sock_map.c).
         Some(libc::EOPNOTSUPP) => "not_established",
@@ -97,12 +97,12 @@ impl EnrolledFlow {
         read: u64,
     ) -> Result<Self, EnrolError> {
         let next = next_sequence(source, read).ok_or(EnrolError::IsnUnknown)?;
-        let base = queued_steadily(target)?;
+        let base = stable_queued_bytes(target)?;
         let failed = |map| move |error| EnrolError::Map { map, error };
         let maps = &splice.maps;
         maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
         // From here on dropping undoes what was done; removing what is not there does no harm.
-        let notify = splice.backlog_events.add(source.cookie());
+        let notify = splice.notifiers.register(source.cookie());
         let spliced = Self {
             splice: Arc::clone(splice),
             source: source.cookie(),
@@ -143,7 +143,7 @@ impl EnrolledFlow {
         let queued = self.queued(target)?;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
-            return Err(lost(&flow));
+            return Err(lost_error(&flow));
         }
         Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
@@ -167,7 +167,7 @@ impl EnrolledFlow {
     /// When the map refuses.
     pub fn pause(&self, source: &Endpoint) -> io::Result<()> {
         self.set_credit(Credit::up_to(0))?;
-        settle(source)
+        wait_for_program(source)
     }
 
     /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
@@ -196,7 +196,7 @@ impl EnrolledFlow {
     pub fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome> {
         let limit = self.flow().map_err(io::Error::other)?.redirected + self.splice.credit;
         self.set_credit(Credit::up_to(limit))?;
-        settle(source)?;
+        wait_for_program(source)?;
         let backlog = self.backlog(target)?;
         Ok(match (backlog.paused, backlog.bytes) {
             (false, _) => ResumeOutcome::Resumed,
@@ -227,7 +227,7 @@ impl EnrolledFlow {
         let received = sockopt::tcp_info(source)?.bytes_received;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
-            return Err(lost(&flow));
+            return Err(lost_error(&flow));
         }
         // The FIN counts one.
         if read + flow.redirected + 1 != received {
@@ -252,17 +252,17 @@ impl Drop for EnrolledFlow {
         let _ = maps.remove_target(self.source);
         let _ = maps.remove_flow(self.source);
         let _ = maps.remove_credit(self.source);
-        self.splice.backlog_events.remove(self.source);
+        self.splice.notifiers.unregister(self.source);
     }
 }
 
 /// Afterwards the program goes by the credit that was set before, and the flow's counts stand still unless it redirects: a
 /// segment may be in its hands just now, on another processor, under the lock of the socket, which this call takes.
-fn settle(source: &Endpoint) -> io::Result<()> {
+fn wait_for_program(source: &Endpoint) -> io::Result<()> {
     sockopt::tcp_info(source).map(drop)
 }
 
-fn lost(flow: &Flow) -> io::Error {
+fn lost_error(flow: &Flow) -> io::Error {
     io::Error::other(format!("{} bytes dropped: no target socket, or not in sequence", flow.lost))
 }
 
@@ -275,7 +275,7 @@ fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
 
 /// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no
 /// acknowledgement fell between.
-fn queued_steadily(socket: &Endpoint) -> Result<u64, EnrolError> {
+fn stable_queued_bytes(socket: &Endpoint) -> Result<u64, EnrolError> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {
         let before = sockopt::tcp_info(socket)?.bytes_acked;

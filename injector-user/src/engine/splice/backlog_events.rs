@@ -1,4 +1,4 @@
-//! Passes the backlog events of `verdict` on to the direction that they concern.
+//! Forwards each backlog event of `verdict` to the session of its direction.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use zerocopy::FromBytes as _;
 
 use crate::{engine::BacklogNotify, os::poll};
 
-/// The bells of all spliced directions, by their source's cookie.
+/// The notifiers of all spliced directions, by their source's cookie.
 #[derive(Debug, Default)]
 pub(super) struct BacklogNotifiers(Mutex<HashMap<u64, Arc<BacklogNotify>>>);
 
@@ -38,7 +38,7 @@ impl BacklogNotifiers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the programs' events as long as the daemon runs.
+    /// Reads the program's events while the daemon runs.
     pub(super) async fn run(&self, ring: RingBuf<MapData>) -> io::Result<()> {
         let mut ring = poll::register(ring, Interest::READABLE)?;
         loop {

@@ -1,4 +1,4 @@
-//! [`Splice`] as an [`Engine`]: what a session asks of it, in the terms of its maps and programs.
+//! [`Splice`] as an [`Engine`]: maps the calls of a session to the programs and their maps.
 
 use std::{io, sync::Arc};
 
@@ -27,7 +27,7 @@ impl Engine for Arc<Splice> {
     fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<SentHeader> {
         match Splice::inject(self, backend, header, payload) {
             Ok(payload) => Ok(SentHeader { payload, fallback_reason: None }),
-            // Nothing has gone out: user space still can send it in one piece.
+            // Nothing was sent: user space can still send the header in one piece.
             Err(InjectError::Refused(error)) => {
                 let reason = match &error {
                     MapError::SyscallError(error) => map_update_reason(&error.io_error),
@@ -42,7 +42,7 @@ impl Engine for Arc<Splice> {
     }
 
     fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
-        // Without it the backend's direction stays relayed, and is counted as such.
+        // Without the observer the backend's direction stays relayed, and is counted as such.
         peer_isn::PeerIsnFilter::new(self, socket).ok().map(|filter| Box::new(filter) as Box<dyn SynObserver>)
     }
 

@@ -1,4 +1,4 @@
-//! The maps of the splice engine, behind functions; their kernel side is `injector-ebpf/src/splice/maps.rs`.
+//! Typed access to the maps of the splice engine. The kernel half is `injector-ebpf/src/splice/maps.rs`.
 
 use std::{
     os::fd::{AsFd as _, AsRawFd},
@@ -28,7 +28,7 @@ pub(super) struct Maps {
     headers: MapPool<SkStorage<MapData, Header>>,
     flows: MapPool<HashMap<MapData, u64, Flow>>,
     peer_isns: MmapArray,
-    /// Programs that are loaded later name the map by its descriptor.
+    /// Kept open because programs that are loaded later refer to the map by its descriptor.
     _peer_isns: MapData,
     credit: MapPool<HashMap<MapData, u64, Credit>>,
     counters: PerCpuArray<MapData, u64>,
@@ -115,7 +115,7 @@ impl Maps {
         self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
     }
 
-    /// Sockets and flows in all maps.
+    /// The number of sockets and flows in all maps.
     pub(super) fn entries(&self) -> Result<usize, MapError> {
         let mut entries = 0;
         for sockets in [&self.inject, &self.verdict, &self.targets] {
@@ -135,12 +135,12 @@ impl Maps {
         Ok(entries)
     }
 
-    /// Uses a map as a session would, under a key that no socket has: cookies start at 1.
+    /// Updates a map as a session does, under a key that no socket has: cookies start at 1.
     pub(super) fn probe(&self) -> Result<(), MapError> {
         self.add_flow(0, SeqNumber(0))?;
         self.remove_flow(0)
     }
 }
 
-/// `BPF_NOEXIST`: a cookie is one socket's for good, so an entry that is already there is a mistake of ours.
+/// `BPF_NOEXIST`: a cookie belongs to one socket for good, so an existing entry is a bug of the daemon.
 const NOEXIST: u64 = 1;

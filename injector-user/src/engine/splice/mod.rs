@@ -1,5 +1,6 @@
-//! The splice engine, user half: it terminates TCP at both sides, has the header put in by `inject` and the payload
-//! carried by `verdict`. The programs are in `injector-ebpf/src/splice/`, under the same names.
+//! The user half of the splice engine. The engine terminates TCP on both sides; the program `inject` sends
+//! the header and the program `verdict` forwards the payload. The programs are in
+//! `injector-ebpf/src/splice/`, under the same names.
 
 mod backlog_events;
 mod engine;
@@ -38,7 +39,7 @@ use crate::{
 /// The loaded and attached programs with their maps. Dropping it detaches them: end all sessions first.
 pub struct Splice {
     maps: Maps,
-    /// The program of that name.
+    /// The program `peer_isn`.
     peer_isn: OwnedFd,
     credit: u64,
     notifiers: BacklogNotifiers,
@@ -85,8 +86,8 @@ impl Splice {
         })
     }
 
-    /// The log lines that the programs write from now on, as `log` records; can be taken once. What they wrote before,
-    /// in the self-test, is thrown away: it provokes what would alarm an operator.
+    /// The log lines that the programs write from now on, as `log` records; can be taken once. Earlier lines
+    /// are discarded: the self-test provokes errors that would alarm an operator.
     ///
     /// # Errors
     /// When it was taken already.
@@ -98,8 +99,8 @@ impl Splice {
         Ok(logger)
     }
 
-    /// Passes the programs' backlog events on to their directions, until the runtime ends. Without it
-    /// no sender is held back.
+    /// Forwards the programs' backlog events to their sessions, until the runtime ends. Without it a slow
+    /// reader is found only by the periodic check.
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
@@ -141,7 +142,7 @@ impl Splice {
 
 static PROGRAM_LOG: ProgramLog = ProgramLog { enabled: AtomicBool::new(false) };
 
-/// Passes on what the programs log, once it is to be heard.
+/// Forwards the programs' log lines once it is enabled.
 struct ProgramLog {
     enabled: AtomicBool,
 }

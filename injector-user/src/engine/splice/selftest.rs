@@ -1,5 +1,5 @@
-//! Drives the splice engine's real mechanism over throw-away sockets on loopback. Kernel versions promise nothing:
-//! what works is what was seen to work.
+//! Runs the splice engine's real mechanism over temporary sockets on loopback. A kernel's version does not
+//! prove that it can splice; only a test does.
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,11 +20,11 @@ use crate::{
     },
 };
 
-/// The most one check may take,
+/// The longest that one check may take.
 const CHECK_TIMEOUT: Duration = Duration::from_millis(400);
-/// the one with a slow reader,
+/// The longest that the check with a slow reader may take.
 const SLOW_READER_TIMEOUT: Duration = Duration::from_millis(1200);
-/// and all of them: the daemon serves nobody before.
+/// The longest that all checks may take: the daemon serves no client before their end.
 const TOTAL_TIMEOUT: Duration = Duration::from_millis(1800);
 
 /// Runs all checks. The engine may be used if all passed.
@@ -40,7 +40,7 @@ pub async fn run(splice: &Arc<Splice>) -> Vec<Check> {
     checks
 }
 
-/// Runs one check, until its own patience or that with all is over.
+/// Runs one check, at most until its own limit or the common deadline.
 async fn check(
     name: &'static str,
     limit: Duration,
@@ -56,7 +56,7 @@ async fn check(
     Check { name, result, took: start.elapsed() }
 }
 
-/// The shortest header leaves by the doorbell, and the doorbell does not.
+/// The shortest header is sent with a doorbell, and the doorbell itself is not sent.
 async fn header_alone(splice: &Arc<Splice>) -> io::Result<String> {
     let (backend, mut peer) = pair(splice).await?;
     let header = pattern(28);
@@ -66,7 +66,7 @@ async fn header_alone(splice: &Arc<Splice>) -> io::Result<String> {
     Ok("28 bytes sent by a doorbell that was taken out again".to_owned())
 }
 
-/// The longest header that is safe everywhere goes in front of what the client says.
+/// The longest header that every receiver accepts is sent ahead of the client's payload.
 async fn header_before_payload(splice: &Arc<Splice>) -> io::Result<String> {
     let (backend, mut peer) = pair(splice).await?;
     let (header, payload) = (pattern(232), b"\x16\x03\x01 hello");
@@ -81,7 +81,7 @@ async fn header_before_payload(splice: &Arc<Splice>) -> io::Result<String> {
     Ok("232 bytes sent ahead of the payload".to_owned())
 }
 
-/// Without a header nothing leaves.
+/// Without a header nothing is sent.
 async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
     let (backend, mut peer) = pair(splice).await?;
     splice.maps.watch_first_message(backend.cookie(), &backend).map_err(io::Error::other)?;
@@ -101,7 +101,7 @@ async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
     }
 }
 
-/// Both directions through the kernel, with bytes that arrived before, and an end that is proven.
+/// Both directions through the kernel, with bytes that arrived before the enrolment and a proven delivery.
 async fn forward(splice: &Arc<Splice>) -> io::Result<String> {
     const EARLY: usize = 3000;
     const LATE: usize = 200_000;
@@ -127,18 +127,18 @@ async fn forward(splice: &Arc<Splice>) -> io::Result<String> {
     Ok(format!("{} bytes each way, in order and to the end", payload.len()))
 }
 
-/// Megabytes for a reader that stalls at first and then reads in small, odd pieces. With small buffers on the way the
-/// target's queue is full again and again in the middle of a segment: some kernels then repeat or lose a part of it (fixed
-/// in Linux 6.1.147, 6.12.35 and 6.16).
+/// Megabytes for a reader that stalls at first and then reads in small, odd pieces. With small buffers the
+/// target's queue is often full in the middle of a segment: some kernels then repeat or lose a part of it
+/// (fixed in Linux 6.1.147, 6.12.35 and 6.16).
 async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
-    // Sixteen times what the buffers hold.
+    // Sixteen times the size of the buffers.
     const SIZE: usize = 2 << 20;
     const STALL: Duration = Duration::from_millis(50);
     let monitor = HangupMonitor::start()?;
     let (mut source, mut sender) = pair(splice).await?;
     let (mut target, mut reader) = pair_with_small_buffers().await?;
     let spliced = EnrolledFlow::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
-    // All of it may wait, whatever the marks: nobody looks at them here.
+    // Credit for the whole payload, because no session checks the backlog here.
     spliced.grant(SIZE as u64)?;
     for endpoint in [&mut source, &mut target] {
         endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
@@ -156,7 +156,7 @@ async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     Ok(format!("{SIZE} bytes for a reader that stalled, then took {pieces} pieces"))
 }
 
-/// Reads a whole stream and compares it piece by piece; returns how many there were.
+/// Reads a whole stream and compares it piece by piece; returns the number of pieces.
 async fn read_in_pieces(reader: &mut TcpStream, whole: &[u8]) -> io::Result<usize> {
     const PIECES: [usize; 6] = [1, 61, 1021, 4093, 8191, 16_381];
     let mut buffer = [0; 16_381];
@@ -179,7 +179,7 @@ async fn read_in_pieces(reader: &mut TcpStream, whole: &[u8]) -> io::Result<usiz
     Err(io::Error::other(format!("{at} of {} bytes arrived before the end", whole.len())))
 }
 
-/// Sends the rest and a FIN, and expects the other side's whole payload and FIN.
+/// Sends the rest and a FIN, and expects the whole payload and the FIN of the other side.
 async fn exchange(peer: &mut TcpStream, rest: &[u8], whole: &[u8]) -> io::Result<()> {
     let (mut read, mut write) = peer.split();
     let send = async {
@@ -217,16 +217,16 @@ async fn pair(splice: &Arc<Splice>) -> io::Result<(Endpoint, TcpStream)> {
         crate::engine::Engine::observe_syn(splice, socket)
     })
     .await?;
-    // No header follows, with which the peer's connection would begin.
+    // The handshake is completed here, because no header follows that would complete it.
     endpoint.ack_now()?;
     Ok((endpoint, listener.accept().await?.0))
 }
 
-/// The same with little room to send here and to receive there.
+/// A pair with a small send buffer here and a small receive buffer at the peer.
 async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
-    // With much smaller ones, senders on loopback wait for the timers that keep them from sending crumbs.
+    // With much smaller buffers, senders on loopback wait for the timers of silly window avoidance.
     const BUFFER: usize = 64 << 10;
-    /// As on Ethernet; on loopback a segment would fill a buffer alone.
+    /// As on Ethernet; on loopback one segment would fill a buffer.
     const SEGMENT: u32 = 1448;
     let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP));
     let listener = socket()?;
@@ -237,7 +237,7 @@ async fn pair_with_small_buffers() -> io::Result<(Endpoint, TcpStream)> {
     let endpoint = socket()?;
     endpoint.set_send_buffer_size(BUFFER)?;
     endpoint.set_tcp_mss(SEGMENT)?;
-    // Over loopback to a listener with room this does not wait.
+    // On loopback this does not wait, because the accept queue has room.
     endpoint.connect(&listener.local_addr()?)?;
     options::configure(&endpoint)?;
     endpoint.set_nonblocking(true)?;
@@ -256,11 +256,11 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..251).cycle().take(len).collect()
 }
 
-/// Bytes in which no piece is like another: a part that was lost, repeated or moved is seen, whatever its length.
+/// Bytes without repetitions, so that a part of any length that is lost, repeated or moved is detected.
 fn unrepeated(len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     for (number, word) in (0_u32..).zip(bytes.chunks_mut(4)) {
-        // An odd factor gives every number a word of its own.
+        // Multiplication by an odd number maps every number to a different word.
         let all = number.wrapping_mul(0x9E37_79B1).to_le_bytes();
         word.copy_from_slice(all.get(..word.len()).unwrap_or_default());
     }

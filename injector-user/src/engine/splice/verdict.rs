@@ -33,13 +33,14 @@ pub enum EnrolError {
         /// What the kernel said.
         error: MapError,
     },
-    /// Nobody knows the sequence number at which the source's stream began: a connection accepted by SYN cookie, say.
+    /// The sequence number at which the source's stream began is not known, for instance because the
+    /// connection was accepted with a SYN cookie.
     #[error("the initial sequence number of the connection was not observed")]
     IsnUnknown,
-    /// The target acknowledged so fast that its counts could not be read twice alike.
+    /// The target's peer acknowledged so fast that two reads of its counts always differed.
     #[error("could not read a consistent acknowledgement number of the target socket")]
     Unsteady,
-    /// A socket would not say its state.
+    /// Reading the state of a socket failed.
     #[error(transparent)]
     Socket(#[from] io::Error),
 }
@@ -58,11 +59,12 @@ impl EnrolError {
     }
 }
 
-/// The label for what the kernel said to a map update.
+/// The label for the kernel's error of a map update.
 #[must_use]
 pub fn map_update_reason(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        // Only established sockets enrol: an early FIN comes to this (sock_map_sk_state_allowed, net/core/sock_map.c).
+        // Only established sockets may enrol; after an early FIN a socket is not (sock_map_sk_state_allowed,
+        // net/core/sock_map.c).
         Some(libc::EOPNOTSUPP) => "not_established",
         Some(libc::E2BIG | libc::ENOSPC) => "map_full",
         Some(libc::ENOMEM) => "no_memory",
@@ -71,25 +73,26 @@ pub fn map_update_reason(error: &io::Error) -> &'static str {
     }
 }
 
-/// One direction of a connection in the hands of the kernel. Dropping it takes the direction back; what is then still
-/// on its way to the target is lost, so drop it only after [`EnrolledFlow::delivered`], or to reset.
+/// One direction of a connection that the kernel forwards. Dropping it removes the direction from the
+/// kernel, and the kernel discards what is still queued for the target, so drop it only after [`EnrolledFlow::delivered`], or to reset.
 #[derive(Debug)]
 pub struct EnrolledFlow {
     splice: Arc<Splice>,
     source: u64,
-    /// What the target had queued in its life before the first redirected byte.
+    /// Bytes that were ever put into the target's send queue before the first redirected byte.
     base: u64,
-    /// Of what was left to user space, how much it had written to the target when it last offered to go on.
+    /// Bytes that user space had written to the target since the enrolment when it last proposed to
+    /// resume.
     written: AtomicU64,
     notify: Arc<BacklogNotify>,
 }
 
 impl EnrolledFlow {
-    /// From now on `verdict` hands `target` what `source` receives. All that user space read of `source`, `read` bytes, must
-    /// have been written to `target`.
+    /// From now on `verdict` redirects what `source` receives to `target`. User space must have written
+    /// all `read` bytes that it read from `source` to `target`.
     ///
     /// # Errors
-    /// [`EnrolError`]; nothing has changed then.
+    /// [`EnrolError`]; the connection is unchanged.
     pub fn enrol(
         splice: &Arc<Splice>,
         source: &Endpoint,
@@ -101,7 +104,7 @@ impl EnrolledFlow {
         let failed = |map| move |error| EnrolError::Map { map, error };
         let maps = &splice.maps;
         maps.add_flow(source.cookie(), next).map_err(failed("FLOWS"))?;
-        // From here on dropping undoes what was done; removing what is not there does no harm.
+        // From here on a drop undoes the steps so far; removing a missing entry does no harm.
         let notify = splice.notifiers.register(source.cookie());
         let spliced = Self {
             splice: Arc::clone(splice),
@@ -113,33 +116,34 @@ impl EnrolledFlow {
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
-        // What came in before waits in the receive queue for the next segment, which may never come. That cannot fail on
-        // an open socket; if it did, the proof kicks again.
+        // Bytes received before wait in the receive queue for the next segment, which may never arrive, so
+        // the program must run on them now. This cannot fail on an open socket; if it did,
+        // [`EnrolledFlow::delivered`] would repeat it.
         let _ = sockopt::rerun_data_ready(source);
         Ok(spliced)
     }
 
-    /// What was carried so far.
+    /// The counts of the direction.
     ///
     /// # Errors
-    /// When the flow is gone from its map, which only somebody else can have done.
+    /// When the flow is not in its map, which only another program can cause.
     pub fn flow(&self) -> Result<Flow, MapError> {
         self.splice.maps.flow(self.source)
     }
 
-    /// Rings when the backlog should be looked at.
+    /// Notified when the backlog should be checked.
     #[must_use]
     pub fn backlog_notify(&self) -> &BacklogNotify {
         &self.notify
     }
 
-    /// Bytes redirected that the target has not taken into its send queue: they wait on a list that knows no limit and
-    /// is charged to nobody (sk_psock_skb_redirect, net/core/skmsg.c).
+    /// Redirected bytes that are not in the target's send queue. The list on which they wait has no limit
+    /// and is not charged to a socket (sk_psock_skb_redirect, net/core/skmsg.c).
     ///
     /// # Errors
-    /// When the target or the flow does not answer.
+    /// When the target or the flow cannot be read.
     pub fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
-        // The target first: bytes redirected in between are then counted as waiting, never as taken.
+        // The target first: bytes that are redirected in between then count as backlog, never as queued.
         let queued = self.queued(target)?;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
@@ -148,7 +152,8 @@ impl EnrolledFlow {
         Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
 
-    /// Lets the program go on: the target has taken so many bytes of this flow. Never after [`EnrolledFlow::pause`].
+    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue. Never after
+    /// [`EnrolledFlow::pause`].
     ///
     /// # Errors
     /// When the map refuses.
@@ -156,12 +161,13 @@ impl EnrolledFlow {
         self.set_credit(Credit::up_to(queued + self.splice.credit))
     }
 
-    /// Has the program leave to `source` what it receives from here on: it waits there for user space to read, charged
-    /// to the receive buffer, so that TCP closes the window. What was redirected goes on to the target.
+    /// Makes the program leave what `source` receives from now on in its receive queue for user space. It is
+    /// charged to the receive buffer there, so that TCP closes the window. What was redirected is still
+    /// forwarded to the target.
     ///
-    /// The source is not taken out of `VERDICT` for that: deleting an element takes no socket lock, and a segment that the
-    /// kernel is just handing to the program is then dropped (sk_psock_verdict_recv, net/core/skmsg.c, finds no program
-    /// and keeps its initial verdict).
+    /// The source stays in `VERDICT`: deleting it takes no socket lock, and the kernel would drop a segment
+    /// that is about to reach the program (sk_psock_verdict_recv, net/core/skmsg.c, finds no program and
+    /// keeps its initial verdict).
     ///
     /// # Errors
     /// When the map refuses.
@@ -170,15 +176,16 @@ impl EnrolledFlow {
         wait_for_program(source)
     }
 
-    /// Has the program redirect again, once it sees that user space has written all that was left to it: `written`
-    /// bytes. `false` where more has come in the meantime: read and write that first. Until [`EnrolledFlow::cancel_resume`] user space
+    /// Lets the program redirect again, once it finds that user space has written everything that was left to
+    /// it: `written` bytes. `false` if more has arrived in the meantime: read and write that first. Until [`EnrolledFlow::cancel_resume`] user space
     /// must neither read nor write.
     ///
-    /// The program decides, under the lock of the source: when [`Flow::passed`] is `written` at that moment, nothing of this
-    /// direction lies outside the target's send queue, and what is redirected from there on is queued behind it.
+    /// The program decides under the lock of the source. If [`Flow::passed`] is `written` at that moment,
+    /// every byte of this direction is in the target's send queue, and what is redirected from then on is
+    /// queued behind it.
     ///
     /// # Errors
-    /// When the flow or the map does not answer.
+    /// When the flow cannot be read or the map refuses.
     pub fn propose_resume(&self, written: u64) -> io::Result<bool> {
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.passed != written {
@@ -189,10 +196,10 @@ impl EnrolledFlow {
         Ok(true)
     }
 
-    /// Takes [`EnrolledFlow::propose_resume`] back, and tells what the program has made of it.
+    /// Ends [`EnrolledFlow::propose_resume`], and returns what the program has done until then.
     ///
     /// # Errors
-    /// When the flow, the map or a socket does not answer.
+    /// When the flow or a socket cannot be read, or the map refuses.
     pub fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome> {
         let limit = self.flow().map_err(io::Error::other)?.redirected + self.splice.credit;
         self.set_credit(Credit::up_to(limit))?;
@@ -201,7 +208,7 @@ impl EnrolledFlow {
         Ok(match (backlog.paused, backlog.bytes) {
             (false, _) => ResumeOutcome::Resumed,
             (true, 0) => ResumeOutcome::Cancelled,
-            // It was taken, and the program has stopped again by itself.
+            // The program has resumed, used up its credit and paused again.
             (true, _) => ResumeOutcome::Paused,
         })
     }
@@ -210,33 +217,34 @@ impl EnrolledFlow {
         self.splice.maps.set_credit(self.source, credit).map_err(io::Error::other)
     }
 
-    /// Bytes of this flow in the target's send queue, and beyond.
+    /// Bytes of this flow that were put into the target's send queue.
     fn queued(&self, target: &Endpoint) -> io::Result<u64> {
-        // Acknowledged first: bytes acknowledged in between are then missing from the sum, never counted twice.
+        // The acknowledged bytes first: bytes acknowledged in between are then missing from the sum, but
+        // never counted twice.
         let acknowledged = sockopt::tcp_info(target)?.bytes_acked;
         let before = self.base + self.written.load(Ordering::Relaxed);
         Ok((acknowledged + sockopt::unacknowledged(target)?).saturating_sub(before))
     }
 
-    /// Whether, after the peer's FIN, every byte that `source` ever received (`read` of them in user space) is in the
-    /// target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user space) is in
+    /// the target's own send queue, from where TCP delivers it. Only then may the FIN follow.
     ///
     /// # Errors
-    /// When bytes were lost: reset, never FIN.
+    /// When bytes were lost: the caller must reset the connection and never send a FIN.
     pub fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool> {
         let received = sockopt::tcp_info(source)?.bytes_received;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
             return Err(lost_error(&flow));
         }
-        // The FIN counts one.
+        // The FIN counts as one byte.
         if read + flow.redirected + 1 != received {
             sockopt::rerun_data_ready(source)?;
             return Ok(false);
         }
         let state = sockopt::tcp_info(target)?.state;
         if !matches!(state, TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) {
-            // Broken; its own event says how.
+            // The target is broken; its own event reports how.
             return Ok(false);
         }
         Ok(self.queued(target)? == flow.redirected)
@@ -246,8 +254,8 @@ impl EnrolledFlow {
 impl Drop for EnrolledFlow {
     fn drop(&mut self) {
         let maps = &self.splice.maps;
-        // First no more payload comes, then the target may go. Errors mean that an entry is not there: the kernel
-        // takes a closed socket out by itself.
+        // The source first, so that no more payload is redirected. Errors mean that an entry is missing: the
+        // kernel removes a closed socket itself.
         let _ = maps.remove_source(self.source);
         let _ = maps.remove_target(self.source);
         let _ = maps.remove_flow(self.source);
@@ -256,8 +264,9 @@ impl Drop for EnrolledFlow {
     }
 }
 
-/// Afterwards the program goes by the credit that was set before, and the flow's counts stand still unless it redirects: a
-/// segment may be in its hands just now, on another processor, under the lock of the socket, which this call takes.
+/// Waits until the program uses the credit that was set before. Another processor may run it on a segment
+/// right now, under the lock of the socket, which this call takes. Afterwards the flow's counts change only
+/// if the program redirects.
 fn wait_for_program(source: &Endpoint) -> io::Result<()> {
     sockopt::tcp_info(source).map(drop)
 }
@@ -266,15 +275,15 @@ fn lost_error(flow: &Flow) -> io::Error {
     io::Error::other(format!("{} bytes dropped: no target socket, or not in sequence", flow.lost))
 }
 
-/// The sequence number of the byte behind the first `read` of the stream.
+/// The sequence number of the byte after the first `read` bytes of the stream.
 #[expect(clippy::cast_possible_truncation, reason = "sequence numbers are counted modulo 2^32")]
 fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
-    // The SYN counts one.
+    // The SYN counts as one byte.
     Some(SeqNumber(source.peer_isn()?) + 1 + read as u32)
 }
 
-/// All that was ever queued on `socket`, up to an unknown constant: acknowledged and unacknowledged, read such that no
-/// acknowledgement fell between.
+/// Bytes that were ever put into the send queue of `socket`, plus an unknown constant: acknowledged and
+/// unacknowledged ones, read while no acknowledgement arrived between the two.
 fn stable_queued_bytes(socket: &Endpoint) -> Result<u64, EnrolError> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {

@@ -65,9 +65,9 @@ impl Watermarks {
     }
 }
 
-/// When a direction is enrolled in the kernel. Enrolling costs as much as forwarding some payloads in
-/// user space. So short sessions stay in user space, and so does bulk data, which a pipe forwards
-/// faster (see `docs/benchmarks.md`). Any one condition is enough.
+/// When a direction is enrolled in the kernel. Enrolling costs as much as forwarding some payloads
+/// in user space. So short sessions stay in user space, and so does bulk data, which a pipe
+/// forwards faster (see `docs/benchmarks.md`). Any one condition is enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EnrolmentPolicy {
     /// The number of payloads forwarded in user space, without bulk data.

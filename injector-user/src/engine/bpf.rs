@@ -80,8 +80,9 @@ impl<M> MapPool<M> {
     /// Each handle takes a descriptor.
     const MAX: usize = 8;
 
-    /// Takes a map out of the object, with one handle per processor, at most [`MapPool::MAX`]. The first
-    /// handle is the object's own: programs that are loaded later refer to the map by its descriptor.
+    /// Takes a map out of the object, with one handle per processor, at most [`MapPool::MAX`]. The
+    /// first handle is the object's own: programs that are loaded later refer to the map by its
+    /// descriptor.
     pub(crate) fn take(programs: &mut Ebpf, map: &'static str) -> Result<Self, LoadError>
     where
         M: TryFrom<Map, Error = MapError>,

@@ -36,19 +36,19 @@ pub trait Engine: Debug + Send + Sync {
     /// Its name in the configuration, in logs and in labels.
     fn name(&self) -> &'static str;
 
-    /// Sends the whole `header` in one piece, and behind it as much of `payload` (which may be empty)
-    /// as fits, on a socket that has sent nothing yet.
+    /// Sends the whole `header` in one piece, and behind it as much of `payload` (which may be
+    /// empty) as fits, on a socket that has sent nothing yet.
     ///
     /// # Errors
     /// The caller must reset the connection: how much the backend has read is not known.
     fn inject(&self, backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<SentHeader>;
 
-    /// Observes the peer's SYN on a socket that has not begun to connect. `None` if this engine does
-    /// not need it, or cannot.
+    /// Observes the peer's SYN on a socket that has not begun to connect. `None` if this engine
+    /// does not need it, or cannot.
     fn observe_syn(&self, socket: &Arc<Socket>) -> Option<Box<dyn SynObserver>>;
 
-    /// Makes the kernel forward what `source` receives to `target`; `None` if this engine never does.
-    /// User space must have written all `read` bytes that it read from `source`.
+    /// Makes the kernel forward what `source` receives to `target`; `None` if this engine never
+    /// does. User space must have written all `read` bytes that it read from `source`.
     fn enrol(
         &self,
         source: &Endpoint,
@@ -66,9 +66,9 @@ pub struct SentHeader {
     pub fallback_reason: Option<&'static str>,
 }
 
-/// One direction that the kernel forwards. Dropping it removes the direction from the kernel, and the
-/// kernel discards what is still queued. Drop it only after [`SplicedDirection::delivered`], or to
-/// reset the connection.
+/// One direction that the kernel forwards. Dropping it removes the direction from the kernel, and
+/// the kernel discards what is still queued. Drop it only after [`SplicedDirection::delivered`], or
+/// to reset the connection.
 pub trait SplicedDirection: Debug + Send + Sync {
     /// The counts of the direction.
     ///
@@ -85,8 +85,8 @@ pub trait SplicedDirection: Debug + Send + Sync {
     /// When the counts are lost; the caller must reset the connection.
     fn backlog(&self, target: &Endpoint) -> io::Result<Backlog>;
 
-    /// Extends the kernel's credit after a check in which [`Backlog::queued`] was `queued`. Never after
-    /// [`SplicedDirection::pause`].
+    /// Extends the kernel's credit after a check in which [`Backlog::queued`] was `queued`. Never
+    /// after [`SplicedDirection::pause`].
     ///
     /// # Errors
     /// When the kernel refuses; the caller must reset the connection.
@@ -98,9 +98,10 @@ pub trait SplicedDirection: Debug + Send + Sync {
     /// When the kernel refuses; the caller must reset the connection.
     fn pause(&self, source: &Endpoint) -> io::Result<()>;
 
-    /// After [`SplicedDirection::pause`]: lets the kernel forward again, once it finds that user space
-    /// has written everything that was left to it, which is `written` bytes. `false` if there is more
-    /// to read first. Until [`SplicedDirection::cancel_resume`] user space must not read or write.
+    /// After [`SplicedDirection::pause`]: lets the kernel forward again, once it finds that user
+    /// space has written everything that was left to it, which is `written` bytes. `false` if there
+    /// is more to read first. Until [`SplicedDirection::cancel_resume`] user space must not read or
+    /// write.
     ///
     /// # Errors
     /// When the kernel refuses; the caller must reset the connection.
@@ -112,12 +113,13 @@ pub trait SplicedDirection: Debug + Send + Sync {
     /// When the counts are lost; the caller must reset the connection.
     fn cancel_resume(&self, source: &Endpoint, target: &Endpoint) -> io::Result<ResumeOutcome>;
 
-    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user space)
-    /// is in the target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user
+    /// space) is in the target's own send queue, from where TCP delivers it. Only then may the FIN
+    /// follow.
     ///
     /// # Errors
-    /// When bytes were lost: the caller must reset the connection and never send a FIN. A broken target
-    /// is not an error here; nothing is ever delivered to it.
+    /// When bytes were lost: the caller must reset the connection and never send a FIN. A broken
+    /// target is not an error here; nothing is ever delivered to it.
     fn delivered(&self, source: &Endpoint, target: &Endpoint, read: u64) -> io::Result<bool>;
 }
 

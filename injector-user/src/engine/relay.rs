@@ -1,5 +1,5 @@
-//! The relay engine: forwards in user space, for machines without BPF and for connections that the kernel
-//! engines refuse.
+//! The relay engine: forwards in user space, for machines without BPF and for connections that the
+//! kernel engines refuse.
 
 use std::{
     io::{self, IoSlice},
@@ -41,12 +41,13 @@ impl Engine for Relay {
     }
 }
 
-/// Sends `header` and behind it as much of `payload` as fits, on a socket that has sent nothing yet. It is
-/// one call, because receivers reject a header in two segments. Returns how many bytes of `payload` were
-/// sent.
+/// Sends `header` and behind it as much of `payload` as fits, on a socket that has sent nothing
+/// yet. It is one call, because receivers reject a header in two segments. Returns how many bytes
+/// of `payload` were sent.
 ///
 /// # Errors
-/// As sendmsg(2). `WriteZero` when only a part of the header was sent; the connection must be reset then.
+/// As sendmsg(2). `WriteZero` when only a part of the header was sent; the connection must be reset
+/// then.
 pub fn inject(backend: &Endpoint, header: &[u8], payload: &[u8]) -> io::Result<usize> {
     let sent = backend.try_write_all(&[IoSlice::new(header), IoSlice::new(payload)])?;
     sent.checked_sub(header.len()).ok_or_else(|| io::ErrorKind::WriteZero.into())

@@ -78,7 +78,8 @@ impl Acceptor {
                         tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     }
                 }
-                // The client has closed in the meantime, or the network reported an error (accept(2)).
+                // The client has closed in the meantime, or the network reported an error
+                // (accept(2)).
                 Err(error) => {
                     tracing::debug!(
                         target: target::LISTENER,
@@ -162,8 +163,8 @@ async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
     loop {
         let mut ready = socket.readable().await?;
         match ready.try_io(|socket| accept_now(socket.get_ref())) {
-            // The kernel allocates a file descriptor before it looks for a client, so this error may mean
-            // that no client waits (__sys_accept4_file, net/socket.c).
+            // The kernel allocates a file descriptor before it looks for a client, so this error
+            // may mean that no client waits (__sys_accept4_file, net/socket.c).
             Ok(Err(error)) if is_fd_exhaustion(&error) && !poll::readable_now(socket)? => ready.clear_ready(),
             Ok(result) => return result,
             Err(_would_block) => {}

@@ -65,8 +65,8 @@ impl GlobalLimit {
     }
 }
 
-/// Decides over the connections of one listener on one worker. It can be changed while the listener's
-/// sockets accept.
+/// Decides over the connections of one listener on one worker. It can be changed while the
+/// listener's sockets accept.
 #[derive(Debug)]
 pub struct AdmissionPolicy {
     /// For the connections that are admitted from now on.
@@ -99,8 +99,8 @@ impl AdmissionPolicy {
     }
 }
 
-/// The listener that owns a listening socket. A reload can hand the socket to another listener: to close
-/// it and open a new one would reset the clients in its accept queue.
+/// The listener that owns a listening socket. A reload can hand the socket to another listener: to
+/// close it and open a new one would reset the clients in its accept queue.
 #[derive(Debug)]
 pub struct SocketOwner(RwLock<Arc<AdmissionPolicy>>);
 
@@ -111,7 +111,8 @@ impl SocketOwner {
         Self(RwLock::new(policy))
     }
 
-    /// Hands the socket to the listener with `policy`, for the clients that are accepted from now on.
+    /// Hands the socket to the listener with `policy`, for the clients that are accepted from now
+    /// on.
     pub fn replace_policy(&self, policy: Arc<AdmissionPolicy>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = policy;
     }

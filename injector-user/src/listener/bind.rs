@@ -50,7 +50,8 @@ pub fn bind_reuseport(
     timeouts: &Timeouts,
 ) -> Result<Vec<Socket>, BindError> {
     let bind = || {
-        // A shared port can be shared with another daemon's sockets too: first find out if it is free.
+        // A shared port can be shared with another daemon's sockets too: first find out if it is
+        // free.
         let first = bound_socket(address, false)?;
         let address = first.local_addr()?.as_socket().unwrap_or(address);
         drop(first);
@@ -77,8 +78,8 @@ fn bound_socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Adopts a listening socket that another process has opened (systemd). All workers accept from its one
-/// queue.
+/// Adopts a listening socket that another process has opened (systemd). All workers accept from its
+/// one queue.
 ///
 /// # Errors
 /// [`BindError`].

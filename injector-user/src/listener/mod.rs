@@ -1,4 +1,5 @@
-//! Listening sockets and admission, in this order: a socket is bound, accepts, and admits or rejects.
+//! Listening sockets and admission, in this order: a socket is bound, accepts, and admits or
+//! rejects.
 
 mod acceptor;
 mod admission;

@@ -13,8 +13,8 @@ use crate::telemetry::log::target;
 /// The shortest time between two warnings.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A file descriptor in reserve. Without one a client could not even be rejected when descriptors are
-/// exhausted: clients would wait in the accept queue until they time out.
+/// A file descriptor in reserve. Without one a client could not even be rejected when descriptors
+/// are exhausted: clients would wait in the accept queue until they time out.
 #[derive(Debug)]
 pub(super) struct ReserveFd(Option<Socket>);
 

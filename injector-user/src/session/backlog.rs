@@ -13,7 +13,8 @@ pub(super) enum BackpressureAction {
     Reset,
 }
 
-/// Decides for a direction with a backlog of `own` bytes, while all connections together have `total`.
+/// Decides for a direction with a backlog of `own` bytes, while all connections together have
+/// `total`.
 pub(super) fn decide_backpressure(watermarks: &Watermarks, own: u64, total: u64) -> BackpressureAction {
     if total > watermarks.total_limit && own > watermarks.low {
         return BackpressureAction::Reset;

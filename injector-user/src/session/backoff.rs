@@ -31,8 +31,9 @@ impl Backoff {
         }
     }
 
-    /// Starts the pause after a failed check: twice as long as the last, but at most `max`. The first
-    /// `immediate` times there is no pause; the next check follows after other tasks have run.
+    /// Starts the pause after a failed check: twice as long as the last, but at most `max`. The
+    /// first `immediate` times there is no pause; the next check follows after other tasks have
+    /// run.
     pub(super) fn extend(&mut self, immediate: u32, max: Duration, task: &mut task::Context<'_>) {
         if self.attempts < immediate {
             // Polled once, it is pending and wakes this task after the others have run.

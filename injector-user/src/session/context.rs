@@ -46,8 +46,8 @@ pub struct Context {
     pub backlog_total: BacklogTotal,
     /// Monitors spliced sockets for peer close.
     pub hangups: HangupMonitor,
-    /// Cancelled at the deadline of a shutdown or a drain. Sessions check it when their timer fires, so
-    /// [`SessionRegistry::wake_all`] must follow the cancellation.
+    /// Cancelled at the deadline of a shutdown or a drain. Sessions check it when their timer
+    /// fires, so [`SessionRegistry::wake_all`] must follow the cancellation.
     pub abort: CancellationToken,
     /// The open sessions of the worker.
     pub sessions: SessionRegistry,

@@ -1,5 +1,5 @@
-//! One direction of a connection, as a state machine without I/O: events go in, the next action comes
-//! out. The table of states is in `docs/architecture.md`.
+//! One direction of a connection, as a state machine without I/O: events go in, the next action
+//! comes out. The table of states is in `docs/architecture.md`.
 
 /// Which side of the kernel boundary forwards a direction's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,8 +8,8 @@ pub(super) enum DataPath {
     Relayed,
     /// `verdict` redirects the payload to the target.
     Spliced,
-    /// `verdict` has redirected more than the target accepts. User space does not read the source until
-    /// the target has caught up.
+    /// `verdict` has redirected more than the target accepts. User space does not read the source
+    /// until the target has caught up.
     Paused,
     /// User space has written everything that it read. `verdict` resumes if it agrees.
     Resuming,
@@ -60,7 +60,8 @@ enum CloseState {
 
 impl Direction {
     /// A direction in user space. `read` bytes were read before, and `pending` of these are not yet
-    /// written. While it is `awaiting_check` nothing is written: the first bytes may be a forged header.
+    /// written. While it is `awaiting_check` nothing is written: the first bytes may be a forged
+    /// header.
     #[must_use]
     pub(super) fn new(read: u64, pending: usize, awaiting_check: bool) -> Self {
         Self { path: DataPath::Relayed, close: CloseState::Open, awaiting_check, pending, read }
@@ -93,8 +94,8 @@ impl Direction {
         self.read
     }
 
-    /// Whether no byte is pending in user space, so that the kernel may take over without changing the
-    /// order.
+    /// Whether no byte is pending in user space, so that the kernel may take over without changing
+    /// the order.
     #[must_use]
     pub(super) fn can_splice(&self) -> bool {
         self.path == DataPath::Relayed
@@ -161,8 +162,8 @@ impl Direction {
         self.path = DataPath::Relayed;
     }
 
-    /// The kernel leaves what the source sends to user space. If the FIN was seen, user space sees it
-    /// again behind those bytes.
+    /// The kernel leaves what the source sends to user space. If the FIN was seen, user space sees
+    /// it again behind those bytes.
     pub(super) fn paused(&mut self) {
         debug_assert!(matches!(
             self.next_action(),
@@ -172,7 +173,8 @@ impl Direction {
         self.close = CloseState::Open;
     }
 
-    /// User space forwards again: everything that the kernel redirected is in the target's send queue.
+    /// User space forwards again: everything that the kernel redirected is in the target's send
+    /// queue.
     pub(super) fn moved_to_user_space(&mut self) {
         debug_assert_eq!(self.next_action(), NextAction::AwaitDrain);
         self.path = DataPath::Relayed;

@@ -30,11 +30,12 @@ use crate::{
 /// How often the counters of a long connection are updated.
 const ACCOUNTING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long a peer may take to acknowledge the last bytes that it was sent. Then a reset informs it that
-/// its own last bytes were not delivered.
+/// How long a peer may take to acknowledge the last bytes that it was sent. Then a reset informs it
+/// that its own last bytes were not delivered.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How many steps a connection makes between two polls of its timer if there is always a step to make.
+/// How many steps a connection makes between two polls of its timer if there is always a step to
+/// make.
 const STEPS_PER_TIMER_POLL: u8 = 32;
 
 /// Both directions of a connection whose header was sent.
@@ -59,14 +60,14 @@ pub(super) struct Duplex {
     steps: u8,
 }
 
-/// Which peers have closed both ways, so that their sockets accept nothing any more. What a peer sent
-/// before its FIN is still delivered to the other side.
+/// Which peers have closed both ways, so that their sockets accept nothing any more. What a peer
+/// sent before its FIN is still delivered to the other side.
 #[derive(Debug, Default)]
 struct PeerClosed {
     client: bool,
     backend: bool,
-    /// The socket's error, if a write has fetched it. The kernel reports it once; a later read returns an
-    /// end of file without a reason.
+    /// The socket's error, if a write has fetched it. The kernel reports it once; a later read
+    /// returns an end of file without a reason.
     client_error: Option<io::Error>,
     backend_error: Option<io::Error>,
 }
@@ -208,8 +209,8 @@ impl Duplex {
         }
     }
 
-    /// The next step. It is polled, because a future for each possible step would be most of the memory
-    /// of an idle connection.
+    /// The next step. It is polled, because a future for each possible step would be most of the
+    /// memory of an idle connection.
     fn poll_step(&mut self, task: &mut task::Context<'_>) -> Poll<Step> {
         // A direction that always has something to do must not starve the other, nor the timer.
         self.steps = self.steps.wrapping_add(1);
@@ -218,8 +219,8 @@ impl Duplex {
             return Poll::Ready(Step::TimerFired);
         }
         let Self { context, session, client, backend, to_backend, to_client, closed, .. } = self;
-        // A socket that user space reads needs no such poll: its reads report the close, after the last
-        // byte.
+        // A socket that user space reads needs no such poll: its reads report the close, after the
+        // last byte.
         let (await_client_close, await_backend_close) =
             (!to_backend.reads_source(), !to_client.reads_source());
         if await_client_close
@@ -263,7 +264,8 @@ impl Duplex {
                 backend.reset();
                 open_client = Some(client);
             }
-            // A peer whose last bytes were not delivered gets a reset, after the last bytes that it was sent.
+            // A peer whose last bytes were not delivered gets a reset, after the last bytes that it
+            // was sent.
             _ if reason.clean() => {
                 for (endpoint, truncated) in [(client, client_truncated), (backend, backend_truncated)] {
                     if truncated {
@@ -272,8 +274,8 @@ impl Duplex {
                     }
                 }
             }
-            // After a loss, or a possible one, neither side may take what it received for complete. But
-            // each gets what there was: the last bytes may still be held back for the FIN.
+            // After a loss, or a possible one, neither side may take what it received for complete.
+            // But each gets what there was: the last bytes may still be held back for the FIN.
             _ => {
                 backend.push_and_reset();
                 client.push_and_reset();
@@ -318,9 +320,9 @@ impl Duplex {
             .map_err(|error| (CloseReason::Internal, Some(error)))
     }
 
-    /// Makes the kernel detect a dead backend. A short session does not need these four system calls.
-    /// Bytes that were sent before count as well, because the kernel compares the age of the oldest
-    /// unacknowledged one (tcp_write_timeout, net/ipv4/tcp_timer.c).
+    /// Makes the kernel detect a dead backend. A short session does not need these four system
+    /// calls. Bytes that were sent before count as well, because the kernel compares the age of the
+    /// oldest unacknowledged one (tcp_write_timeout, net/ipv4/tcp_timer.c).
     fn set_backend_timeouts(&mut self) {
         if self.timeouts_set {
             return;
@@ -344,9 +346,9 @@ impl Duplex {
             && self.to_client.next_action() == NextAction::Finished
     }
 
-    /// A hang-up without an error means that both sides have sent a FIN, or that the socket was reset and
-    /// a kernel worker has fetched the error when it wrote (sk_psock_backlog, net/core/skmsg.c). If this
-    /// side has not sent its FIN, it was a reset.
+    /// A hang-up without an error means that both sides have sent a FIN, or that the socket was
+    /// reset and a kernel worker has fetched the error when it wrote (sk_psock_backlog,
+    /// net/core/skmsg.c). If this side has not sent its FIN, it was a reset.
     fn classify_hangup(&self, step: Step) -> Step {
         let reset = || Some(io::ErrorKind::ConnectionReset.into());
         match step {
@@ -390,7 +392,8 @@ impl Duplex {
         }
     }
 
-    /// Whether the backend has sent its FIN before its first byte, while the client was still there.
+    /// Whether the backend has sent its FIN before its first byte, while the client was still
+    /// there.
     fn lacks_banner(&self) -> bool {
         self.to_client.source_ended()
             && self.to_client.has_read_nothing()

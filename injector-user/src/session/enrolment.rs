@@ -4,8 +4,8 @@ use std::{io, time::Duration};
 
 use crate::{config::EnrolmentPolicy, engine::EnrolmentRefusal};
 
-/// Whether enrolment is worth its cost after user space has read this much. Before the first byte it
-/// never is, because user space checks that for a forged header.
+/// Whether enrolment is worth its cost after user space has read this much. Before the first byte
+/// it never is, because user space checks that for a forged header.
 pub(super) fn should_enrol(
     policy: &EnrolmentPolicy,
     messages: u64,

@@ -58,7 +58,8 @@ pub(super) struct HalfDuplex {
     spliced_state: Option<Box<SplicedState>>,
     /// The engine has refused the direction, or never enrols.
     splice_disabled: bool,
-    /// Abandoned before its end: the source's peer believes that bytes were delivered that were not.
+    /// Abandoned before its end: the source's peer believes that bytes were delivered that were
+    /// not.
     truncated: bool,
     /// The pause before the next check of a condition that the kernel does not notify of.
     backoff: Backoff,
@@ -72,16 +73,16 @@ struct SplicedState {
     spliced: Box<dyn SplicedDirection>,
     /// Bytes that user space had read at the enrolment.
     read_before: u64,
-    /// Bytes that user space had read when it last proposed to resume. It proposes once for the same
-    /// count: if the kernel did not resume, there is more to read.
+    /// Bytes that user space had read when it last proposed to resume. It proposes once for the
+    /// same count: if the kernel did not resume, there is more to read.
     proposed_at: u64,
     /// Spurious ends of file in a row.
     spurious_eofs: u32,
 }
 
 impl HalfDuplex {
-    /// A direction of which `read` bytes were read before and `pending` is not yet written. While it is
-    /// `awaiting_check`, the first bytes are checked for a forged header.
+    /// A direction of which `read` bytes were read before and `pending` is not yet written. While
+    /// it is `awaiting_check`, the first bytes are checked for a forged header.
     pub(super) fn new(read: u64, pending: BytesMut, awaiting_check: bool, context: &Context) -> Self {
         Self {
             direction: Direction::new(read, pending.len(), awaiting_check),
@@ -111,7 +112,8 @@ impl HalfDuplex {
         self.truncated
     }
 
-    /// Whether nothing was read from the source so far. The first bytes are always read in user space.
+    /// Whether nothing was read from the source so far. The first bytes are always read in user
+    /// space.
     pub(super) fn has_read_nothing(&self) -> bool {
         self.direction.read_bytes() == 0
     }
@@ -125,25 +127,25 @@ impl HalfDuplex {
         self.backlog_share.set(0);
     }
 
-    /// Whether the end of file that a read has just returned is the source's FIN, behind everything that
-    /// it sent.
+    /// Whether the end of file that a read has just returned is the source's FIN, behind everything
+    /// that it sent.
     fn eof_is_fin(&self, source: &Endpoint) -> bool {
         // Reading the kernel's counts is expensive for short sessions.
         (self.spliced_state.is_none() && source.eof_is_fin()) || self.is_complete(source)
     }
 
-    /// Whether `source` has received a FIN and this direction has taken every byte before it. A reset
-    /// looks like an end of file to epoll, and to recv(2) once its error was fetched. Only the byte count
-    /// distinguishes them: a FIN counts as one byte.
+    /// Whether `source` has received a FIN and this direction has taken every byte before it. A
+    /// reset looks like an end of file to epoll, and to recv(2) once its error was fetched. Only
+    /// the byte count distinguishes them: a FIN counts as one byte.
     pub(super) fn is_complete(&self, source: &Endpoint) -> bool {
-        // The kernel may still process the last segment although it has reported the FIN. This call waits
-        // for that; only then is the flow's count final.
+        // The kernel may still process the last segment although it has reported the FIN. This call
+        // waits for that; only then is the flow's count final.
         let Ok(info) = sockopt::tcp_info(source) else { return false };
         info.bytes_received == self.direction.read_bytes() + self.flow().redirected + 1
     }
 
-    /// Whether the kernel redirects what the source receives. Then no read can report how the source
-    /// ended.
+    /// Whether the kernel redirects what the source receives. Then no read can report how the
+    /// source ended.
     pub(super) fn is_spliced(&self) -> bool {
         self.direction.path() == DataPath::Spliced
     }
@@ -152,8 +154,8 @@ impl HalfDuplex {
         self.wants_readable() && !self.direction.source_ended()
     }
 
-    /// Whether user space polls the source for data. It need not after the FIN, but to deregister would
-    /// gain nothing.
+    /// Whether user space polls the source for data. It need not after the FIN, but to deregister
+    /// would gain nothing.
     pub(super) fn wants_readable(&self) -> bool {
         matches!(self.direction.path(), DataPath::Relayed | DataPath::Resuming)
     }
@@ -181,8 +183,8 @@ impl HalfDuplex {
             .unwrap_or_default()
     }
 
-    /// Enrols the direction in the kernel if the policy says so and no byte is pending. A refusal is
-    /// returned once; after it the direction stays in user space.
+    /// Enrols the direction in the kernel if the policy says so and no byte is pending. A refusal
+    /// is returned once; after it the direction stays in user space.
     pub(super) fn enrol(&mut self, io: DirectionIo<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
         let DirectionIo { context, source, target } = io;
         if self.splice_disabled || !self.direction.can_splice() {
@@ -217,7 +219,8 @@ impl HalfDuplex {
         }
     }
 
-    /// Proposes to the kernel to resume, once the target has acknowledged most of what user space wrote.
+    /// Proposes to the kernel to resume, once the target has acknowledged most of what user space
+    /// wrote.
     fn propose_resume(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
         let Some(spliced_state) = &mut self.spliced_state else { return Ok(()) };
         let read = self.direction.read_bytes();
@@ -307,8 +310,8 @@ impl HalfDuplex {
         }
     }
 
-    /// Whether to read through a pipe. Never after the source was enrolled: what `verdict` passes is on
-    /// a list of its own, which splice(2) does not read (tcp_splice_read, net/ipv4/tcp.c).
+    /// Whether to read through a pipe. Never after the source was enrolled: what `verdict` passes
+    /// is on a list of its own, which splice(2) does not read (tcp_splice_read, net/ipv4/tcp.c).
     fn is_bulk(&self) -> bool {
         self.bulk_reads >= MIN_BULK_READS && self.spliced_state.is_none() && self.direction.can_splice()
     }
@@ -333,9 +336,9 @@ impl HalfDuplex {
         Ok(StepOutcome::Read)
     }
 
-    /// Whether an end of file comes too early. On a socket that was enrolled, recv(2) returns 0 after the
-    /// FIN although a kernel worker has not yet queued the bytes before it (tcp_bpf_recvmsg_parser,
-    /// net/ipv4/tcp_bpf.c).
+    /// Whether an end of file comes too early. On a socket that was enrolled, recv(2) returns 0
+    /// after the FIN although a kernel worker has not yet queued the bytes before it
+    /// (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
     fn eof_is_spurious(&mut self, source: &Endpoint) -> bool {
         let Some(spliced_state) = &mut self.spliced_state else { return false };
         let Ok(info) = sockopt::tcp_info(source) else { return false };
@@ -389,8 +392,8 @@ impl HalfDuplex {
         Ok(StepOutcome::Paused)
     }
 
-    /// While the direction is paused: waits until the backlog is in the target's send queue. Then user
-    /// space forwards.
+    /// While the direction is paused: waits until the backlog is in the target's send queue. Then
+    /// user space forwards.
     fn poll_drain(
         &mut self,
         task: &mut task::Context<'_>,
@@ -443,8 +446,8 @@ impl HalfDuplex {
         }))
     }
 
-    /// After the source's FIN: waits until every byte is in the target's send queue, or the kernel has
-    /// left some of them to user space.
+    /// After the source's FIN: waits until every byte is in the target's send queue, or the kernel
+    /// has left some of them to user space.
     fn poll_delivered(
         &mut self,
         task: &mut task::Context<'_>,
@@ -462,7 +465,8 @@ impl HalfDuplex {
             self.direction.paused();
             return Poll::Ready(Ok(StepOutcome::Paused));
         }
-        // Most often the kernel worker has filled the target's queue by now, or needs this processor.
+        // Most often the kernel worker has filled the target's queue by now, or needs this
+        // processor.
         self.backoff.extend(2, MAX_DELIVERY_BACKOFF, task);
         Poll::Pending
     }

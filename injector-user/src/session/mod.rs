@@ -1,18 +1,21 @@
 //! The life of one connection, from its accept to its line in the access log. Start here:
 //!
 //! ```text
-//!  listener          session                                              telemetry
-//! ┌────────┐  ┌───────────┐  ┌────────────┐  ┌────────────┐  ┌─────────┐  ┌────────────┐
-//! │ accept │→ │ connect   │→ │ header     │→ │ forward    │→ │ close   │→ │ access log │
-//! │ admit  │  │ a backend │  │ + preamble │  │ (Duplex)   │  │ or RST  │  │            │
-//! └────────┘  └───────────┘  └────────────┘  └────────────┘  └─────────┘  └────────────┘
-//!              └──────── establish ────────┘  Duplex::run      close
+//! listener:  accept → admit ──┐        or reject (limit, drain, shutdown)
+//!                             ▼
+//! session:   establish:  connect a backend → read the preamble → send the header
+//!                             │                         (if the client speaks first)
+//!                             ▼
+//!            forward:    Duplex = two HalfDuplex: relayed ⇄ spliced, half-closed
+//!                             │
+//!                             ▼
+//!            close:      FIN or RST on both sides, counters, access log
 //! ```
 //!
-//! [`crate::listener`] accepts and admits a connection. [`serve`] does the rest, and the functions below
-//! stand in that order. From the header on, [`duplex`] forwards both directions. Each direction is a
-//! [`half_duplex`], which carries out the decisions of [`direction`] (where to forward, when to send
-//! the FIN) and [`backlog`] (when to pause). Engines differ only in how bytes move ([`crate::engine`]).
+//! `serve` is the way through; the functions below it stand in this order. From the header on,
+//! `duplex` forwards both directions. Each direction is a `half_duplex`, which carries out the
+//! decisions of `direction` (what to do next, when to send the FIN), `enrolment` (when to move to the
+//! kernel) and `backlog` (when to pause). Engines differ only in how bytes move ([`crate::engine`]).
 
 mod backlog;
 mod backoff;
@@ -52,8 +55,9 @@ use crate::{
 
 /// Serves an admitted connection to its end and logs it. Holds `permits` until then.
 ///
-/// A connection is forwarded for most of its life, so its task has room for that alone. The state of the
-/// other phases is on the heap while they last: it would be most of the memory of an idle connection.
+/// A connection is forwarded for most of its life, so its task has room for that alone. The state
+/// of the other phases is on the heap while they last: it would be most of the memory of an idle
+/// connection.
 pub fn serve(
     context: Arc<Context>,
     client: Socket,
@@ -220,8 +224,8 @@ struct ClientPreamble {
     awaiting_check: bool,
 }
 
-/// If the client speaks first, waits for its first bytes, so that header and payload are sent together.
-/// If they do not arrive in time, the header is sent alone.
+/// If the client speaks first, waits for its first bytes, so that header and payload are sent
+/// together. If they do not arrive in time, the header is sent alone.
 async fn read_preamble(
     context: &Context,
     client: &Endpoint,
@@ -260,8 +264,8 @@ async fn read_preamble(
     }
 }
 
-/// Renders the header and makes the engine send it. The client's first bytes go along if their check
-/// has passed.
+/// Renders the header and makes the engine send it. The client's first bytes go along if their
+/// check has passed.
 fn send_header(
     context: &Context,
     info: &ConnectionInfo,
@@ -293,8 +297,8 @@ fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
     id
 }
 
-/// Rejects a client: with a line of its protocol where the server speaks first in clear text, else with
-/// a reset.
+/// Rejects a client: with a line of its protocol where the server speaks first in clear text, else
+/// with a reset.
 pub async fn reject(client: Endpoint, protocol: Protocol, why: Refusal) {
     /// Enough for a distant client to read the line and close.
     const REJECT_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,9 +1,9 @@
 //! A model of one direction, for tests: the real [`Direction`] and the program's real decision
-//! ([`Credit::verdict`]), between a source, a kernel that may act at any moment, and a target that checks
-//! the order of the bytes.
+//! ([`Credit::verdict`]), between a source, a kernel that may act at any moment, and a target that
+//! checks the order of the bytes.
 //!
-//! The daemon's steps are as small as its system calls, so that segments arrive between them as on a
-//! machine with several processors.
+//! The daemon's steps are as small as its system calls, so that segments arrive between them as on
+//! a machine with several processors.
 
 use std::collections::VecDeque;
 
@@ -18,7 +18,8 @@ use super::direction::{DataPath, Direction, NextAction};
 /// An event. It is ignored where it is not possible.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// A segment of this many bytes reaches the source. If it is enrolled, the credit decides the way.
+    /// A segment of this many bytes reaches the source. If it is enrolled, the credit decides the
+    /// way.
     Segment(u8),
     /// The source's FIN arrives.
     Fin,
@@ -202,7 +203,8 @@ impl Model {
         }
         match self.direction.next_action() {
             NextAction::Read if self.received.is_empty() => {
-                // As `HalfDuplex::is_complete`: the byte count shows whether the end of file is the FIN.
+                // As `HalfDuplex::is_complete`: the byte count shows whether the end of file is the
+                // FIN.
                 if self.fin && self.sent == self.direction.read_bytes() + self.flow.redirected {
                     self.direction.source_finished();
                 }

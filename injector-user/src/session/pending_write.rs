@@ -44,8 +44,9 @@ impl PendingWrite {
 }
 
 /// Writes `payload`, which was just read, as far as the target accepts it now; the rest becomes the
-/// pending write. If the peer's FIN follows `payload`, it is held back, to leave in one segment with the
-/// FIN. Until the check for a forged header has passed, everything becomes the pending write.
+/// pending write. If the peer's FIN follows `payload`, it is held back, to leave in one segment
+/// with the FIN. Until the check for a forged header has passed, everything becomes the pending
+/// write.
 pub(super) fn write_through(
     direction: &mut Direction,
     pending_write: &mut Option<Box<PendingWrite>>,

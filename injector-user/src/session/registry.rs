@@ -68,7 +68,8 @@ pub struct Snapshot {
     pub age: Duration,
     /// The backend's address, once it is connected.
     pub backend: Option<SocketAddr>,
-    /// Payload bytes to the backend. Updated at the backend's first byte and then every few seconds.
+    /// Payload bytes to the backend. Updated at the backend's first byte and then every few
+    /// seconds.
     pub to_backend: u64,
     /// Payload bytes to the client, updated at the same times.
     pub to_client: u64,
@@ -103,7 +104,8 @@ impl SessionRegistry {
     /// All sessions, in no order.
     #[must_use]
     pub fn snapshot(&self) -> Vec<Snapshot> {
-        // The records are read without the lock: a reader must not delay sessions that start or end.
+        // The records are read without the lock: a reader must not delay sessions that start or
+        // end.
         let records: Vec<_> = self.records().values().cloned().collect();
         let snapshot = |record: Arc<SessionRecord>| Snapshot {
             listener: Arc::clone(&record.listener),
@@ -187,8 +189,8 @@ impl Registration {
 }
 
 impl SessionHandle {
-    /// Schedules the session's timer after `delay`, or up to a quarter of a second later, in place of an
-    /// earlier schedule. A timer that has fired stays so.
+    /// Schedules the session's timer after `delay`, or up to a quarter of a second later, in place
+    /// of an earlier schedule. A timer that has fired stays so.
     pub fn schedule(&self, delay: Duration) {
         self.0.timer.schedule(delay);
     }
@@ -258,7 +260,8 @@ mod tests {
             () = woken => {}
             () = registry.run_timer() => {}
         }
-        // A timer that fires while its session does not wait stays fired when it is scheduled again.
+        // A timer that fires while its session does not wait stays fired when it is scheduled
+        // again.
         registry.wake_all();
         later.schedule(Duration::from_secs(3600));
         poll_fn(|task| later.poll_timer(task)).await;

@@ -1,7 +1,8 @@
 //! The timer of a session.
 //!
-//! One task of each worker fires the timers of all its sessions. A tokio timer for each session would
-//! take more memory than anything else of an idle session, and more time than a short one lasts.
+//! One task of each worker fires the timers of all its sessions. A tokio timer for each session
+//! would take more memory than anything else of an idle session, and more time than a short one
+//! lasts.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},

@@ -4,7 +4,8 @@ use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use crate::telemetry::log::target;
 
-/// How a connection ended: the field `reason` of its log line and the label of `injector_connections_closed_total`.
+/// How a connection ended: the field `reason` of its log line and the label of
+/// `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CloseReason {
     /// The client finished first, then the backend: everything was delivered.
@@ -19,7 +20,8 @@ pub enum CloseReason {
     ClientTimedOut,
     /// The backend did not answer any more.
     BackendTimedOut,
-    /// The backend closed or reset before its first byte: it does not want the header, or has trouble of its own.
+    /// The backend closed or reset before its first byte: it does not want the header, or has
+    /// trouble of its own.
     NoBanner,
     /// No byte either way for too long.
     Idle,
@@ -97,8 +99,8 @@ impl CloseReason {
         }
     }
 
-    /// A connection that broke because the kernel gave up on a silent peer, or the network said that nobody is there, was
-    /// not reset by that peer: it vanished.
+    /// A connection that broke because the kernel gave up on a silent peer, or the network said
+    /// that nobody is there, was not reset by that peer: it vanished.
     #[must_use]
     pub fn refine(self, error: Option<&io::Error>) -> Self {
         use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};

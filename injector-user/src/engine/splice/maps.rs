@@ -1,4 +1,5 @@
-//! Typed access to the maps of the splice engine. The kernel half is `injector-ebpf/src/splice/maps.rs`.
+//! Typed access to the maps of the splice engine. The kernel half is
+//! `injector-ebpf/src/splice/maps.rs`.
 
 use std::{
     os::fd::{AsFd as _, AsRawFd},
@@ -142,5 +143,6 @@ impl Maps {
     }
 }
 
-/// `BPF_NOEXIST`: a cookie belongs to one socket for good, so an existing entry is a bug of the daemon.
+/// `BPF_NOEXIST`: a cookie belongs to one socket for good, so an existing entry is a bug of the
+/// daemon.
 const NOEXIST: u64 = 1;

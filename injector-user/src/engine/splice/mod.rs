@@ -1,5 +1,5 @@
-//! The user half of the splice engine. The engine terminates TCP on both sides; the program `inject` sends
-//! the header and the program `verdict` forwards the payload. The programs are in
+//! The user half of the splice engine. The engine terminates TCP on both sides; the program
+//! `inject` sends the header and the program `verdict` forwards the payload. The programs are in
 //! `injector-ebpf/src/splice/`, under the same names.
 
 mod backlog_events;
@@ -36,7 +36,8 @@ use crate::{
     telemetry::{log::target, metrics::BpfCounters},
 };
 
-/// The loaded and attached programs with their maps. Dropping it detaches them: end all sessions first.
+/// The loaded and attached programs with their maps. Dropping it detaches them: end all sessions
+/// first.
 pub struct Splice {
     maps: Maps,
     /// The program `peer_isn`.
@@ -49,8 +50,9 @@ pub struct Splice {
 
 impl Splice {
     /// Loads the programs, with maps for `connections` connections, and attaches them. `verdict`
-    /// notifies the daemon after every `notify_step` bytes of a direction, and more often at its start,
-    /// to check the backlog. Without a check the kernel stops forwarding when `credit` bytes may wait.
+    /// notifies the daemon after every `notify_step` bytes of a direction, and more often at its
+    /// start, to check the backlog. Without a check the kernel stops forwarding when `credit` bytes
+    /// may wait.
     ///
     /// # Errors
     /// [`LoadError`]: typically missing CAP_BPF or CAP_NET_ADMIN.
@@ -86,8 +88,8 @@ impl Splice {
         })
     }
 
-    /// The log lines that the programs write from now on, as `log` records; can be taken once. Earlier lines
-    /// are discarded: the self-test provokes errors that would alarm an operator.
+    /// The log lines that the programs write from now on, as `log` records; can be taken once.
+    /// Earlier lines are discarded: the self-test provokes errors that would alarm an operator.
     ///
     /// # Errors
     /// When it was taken already.
@@ -99,8 +101,8 @@ impl Splice {
         Ok(logger)
     }
 
-    /// Forwards the programs' backlog events to their sessions, until the runtime ends. Without it a slow
-    /// reader is found only by the periodic check.
+    /// Forwards the programs' backlog events to their sessions, until the runtime ends. Without it
+    /// a slow reader is found only by the periodic check.
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
@@ -124,9 +126,9 @@ impl Splice {
         self.maps.entries()
     }
 
-    /// Whether a thread without capabilities can still use the maps. Since Linux 6.4 only creating and loading need
-    /// rights (bpf_prog_load, map_create, kernel/bpf/syscall.c); before that every bpf(2) call did, unless
-    /// unprivileged BPF was allowed.
+    /// Whether a thread without capabilities can still use the maps. Since Linux 6.4 only creating
+    /// and loading need rights (bpf_prog_load, map_create, kernel/bpf/syscall.c); before that every
+    /// bpf(2) call did, unless unprivileged BPF was allowed.
     #[must_use]
     pub fn works_without_capabilities(&self) -> bool {
         let tried = std::thread::scope(|scope| {

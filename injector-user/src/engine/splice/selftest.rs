@@ -1,5 +1,5 @@
-//! Runs the splice engine's real mechanism over temporary sockets on loopback. A kernel's version does not
-//! prove that it can splice; only a test does.
+//! Runs the splice engine's real mechanism over temporary sockets on loopback. A kernel's version
+//! does not prove that it can splice; only a test does.
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -101,7 +101,8 @@ async fn fail_closed(splice: &Arc<Splice>) -> io::Result<String> {
     }
 }
 
-/// Both directions through the kernel, with bytes that arrived before the enrolment and a proven delivery.
+/// Both directions through the kernel, with bytes that arrived before the enrolment and a proven
+/// delivery.
 async fn forward(splice: &Arc<Splice>) -> io::Result<String> {
     const EARLY: usize = 3000;
     const LATE: usize = 200_000;
@@ -127,9 +128,9 @@ async fn forward(splice: &Arc<Splice>) -> io::Result<String> {
     Ok(format!("{} bytes each way, in order and to the end", payload.len()))
 }
 
-/// Megabytes for a reader that stalls at first and then reads in small, odd pieces. With small buffers the
-/// target's queue is often full in the middle of a segment: some kernels then repeat or lose a part of it
-/// (fixed in Linux 6.1.147, 6.12.35 and 6.16).
+/// Megabytes for a reader that stalls at first and then reads in small, odd pieces. With small
+/// buffers the target's queue is often full in the middle of a segment: some kernels then repeat or
+/// lose a part of it (fixed in Linux 6.1.147, 6.12.35 and 6.16).
 async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     // Sixteen times the size of the buffers.
     const SIZE: usize = 2 << 20;
@@ -256,7 +257,8 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..251).cycle().take(len).collect()
 }
 
-/// Bytes without repetitions, so that a part of any length that is lost, repeated or moved is detected.
+/// Bytes without repetitions, so that a part of any length that is lost, repeated or moved is
+/// detected.
 fn unrepeated(len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     for (number, word) in (0_u32..).zip(bytes.chunks_mut(4)) {

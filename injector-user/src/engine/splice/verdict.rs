@@ -33,8 +33,8 @@ pub enum EnrolError {
         /// What the kernel said.
         error: MapError,
     },
-    /// The sequence number at which the source's stream began is not known, for instance because the
-    /// connection was accepted with a SYN cookie.
+    /// The sequence number at which the source's stream began is not known, for instance because
+    /// the connection was accepted with a SYN cookie.
     #[error("the initial sequence number of the connection was not observed")]
     IsnUnknown,
     /// The target's peer acknowledged so fast that two reads of its counts always differed.
@@ -63,8 +63,8 @@ impl EnrolError {
 #[must_use]
 pub fn map_update_reason(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        // Only established sockets may enrol; after an early FIN a socket is not (sock_map_sk_state_allowed,
-        // net/core/sock_map.c).
+        // Only established sockets may enrol; after an early FIN a socket is not
+        // (sock_map_sk_state_allowed, net/core/sock_map.c).
         Some(libc::EOPNOTSUPP) => "not_established",
         Some(libc::E2BIG | libc::ENOSPC) => "map_full",
         Some(libc::ENOMEM) => "no_memory",
@@ -73,8 +73,9 @@ pub fn map_update_reason(error: &io::Error) -> &'static str {
     }
 }
 
-/// One direction of a connection that the kernel forwards. Dropping it removes the direction from the
-/// kernel, and the kernel discards what is still queued for the target, so drop it only after [`EnrolledFlow::delivered`], or to reset.
+/// One direction of a connection that the kernel forwards. Dropping it removes the direction from
+/// the kernel, and the kernel discards what is still queued for the target, so drop it only after
+/// [`EnrolledFlow::delivered`], or to reset.
 #[derive(Debug)]
 pub struct EnrolledFlow {
     splice: Arc<Splice>,
@@ -88,8 +89,8 @@ pub struct EnrolledFlow {
 }
 
 impl EnrolledFlow {
-    /// From now on `verdict` redirects what `source` receives to `target`. User space must have written
-    /// all `read` bytes that it read from `source` to `target`.
+    /// From now on `verdict` redirects what `source` receives to `target`. User space must have
+    /// written all `read` bytes that it read from `source` to `target`.
     ///
     /// # Errors
     /// [`EnrolError`]; the connection is unchanged.
@@ -116,9 +117,9 @@ impl EnrolledFlow {
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
-        // Bytes received before wait in the receive queue for the next segment, which may never arrive, so
-        // the program must run on them now. This cannot fail on an open socket; if it did,
-        // [`EnrolledFlow::delivered`] would repeat it.
+        // Bytes received before wait in the receive queue for the next segment, which may never
+        // arrive, so the program must run on them now. This cannot fail on an open socket; if it
+        // did, [`EnrolledFlow::delivered`] would repeat it.
         let _ = sockopt::rerun_data_ready(source);
         Ok(spliced)
     }
@@ -137,13 +138,14 @@ impl EnrolledFlow {
         &self.notify
     }
 
-    /// Redirected bytes that are not in the target's send queue. The list on which they wait has no limit
-    /// and is not charged to a socket (sk_psock_skb_redirect, net/core/skmsg.c).
+    /// Redirected bytes that are not in the target's send queue. The list on which they wait has no
+    /// limit and is not charged to a socket (sk_psock_skb_redirect, net/core/skmsg.c).
     ///
     /// # Errors
     /// When the target or the flow cannot be read.
     pub fn backlog(&self, target: &Endpoint) -> io::Result<Backlog> {
-        // The target first: bytes that are redirected in between then count as backlog, never as queued.
+        // The target first: bytes that are redirected in between then count as backlog, never as
+        // queued.
         let queued = self.queued(target)?;
         let flow = self.flow().map_err(io::Error::other)?;
         if flow.lost > 0 {
@@ -152,8 +154,8 @@ impl EnrolledFlow {
         Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
 
-    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue. Never after
-    /// [`EnrolledFlow::pause`].
+    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue.
+    /// Never after [`EnrolledFlow::pause`].
     ///
     /// # Errors
     /// When the map refuses.
@@ -161,13 +163,13 @@ impl EnrolledFlow {
         self.set_credit(Credit::up_to(queued + self.splice.credit))
     }
 
-    /// Makes the program leave what `source` receives from now on in its receive queue for user space. It is
-    /// charged to the receive buffer there, so that TCP closes the window. What was redirected is still
-    /// forwarded to the target.
+    /// Makes the program leave what `source` receives from now on in its receive queue for user
+    /// space. It is charged to the receive buffer there, so that TCP closes the window. What was
+    /// redirected is still forwarded to the target.
     ///
-    /// The source stays in `VERDICT`: deleting it takes no socket lock, and the kernel would drop a segment
-    /// that is about to reach the program (sk_psock_verdict_recv, net/core/skmsg.c, finds no program and
-    /// keeps its initial verdict).
+    /// The source stays in `VERDICT`: deleting it takes no socket lock, and the kernel would drop a
+    /// segment that is about to reach the program (sk_psock_verdict_recv, net/core/skmsg.c, finds
+    /// no program and keeps its initial verdict).
     ///
     /// # Errors
     /// When the map refuses.
@@ -176,13 +178,13 @@ impl EnrolledFlow {
         wait_for_program(source)
     }
 
-    /// Lets the program redirect again, once it finds that user space has written everything that was left to
-    /// it: `written` bytes. `false` if more has arrived in the meantime: read and write that first. Until [`EnrolledFlow::cancel_resume`] user space
-    /// must neither read nor write.
+    /// Lets the program redirect again, once it finds that user space has written everything that
+    /// was left to it: `written` bytes. `false` if more has arrived in the meantime: read and write
+    /// that first. Until [`EnrolledFlow::cancel_resume`] user space must neither read nor write.
     ///
-    /// The program decides under the lock of the source. If [`Flow::passed`] is `written` at that moment,
-    /// every byte of this direction is in the target's send queue, and what is redirected from then on is
-    /// queued behind it.
+    /// The program decides under the lock of the source. If [`Flow::passed`] is `written` at that
+    /// moment, every byte of this direction is in the target's send queue, and what is redirected
+    /// from then on is queued behind it.
     ///
     /// # Errors
     /// When the flow cannot be read or the map refuses.
@@ -219,15 +221,16 @@ impl EnrolledFlow {
 
     /// Bytes of this flow that were put into the target's send queue.
     fn queued(&self, target: &Endpoint) -> io::Result<u64> {
-        // The acknowledged bytes first: bytes acknowledged in between are then missing from the sum, but
-        // never counted twice.
+        // The acknowledged bytes first: bytes acknowledged in between are then missing from the
+        // sum, but never counted twice.
         let acknowledged = sockopt::tcp_info(target)?.bytes_acked;
         let before = self.base + self.written.load(Ordering::Relaxed);
         Ok((acknowledged + sockopt::unacknowledged(target)?).saturating_sub(before))
     }
 
-    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user space) is in
-    /// the target's own send queue, from where TCP delivers it. Only then may the FIN follow.
+    /// Whether, after the peer's FIN, every byte that `source` received (`read` of them in user
+    /// space) is in the target's own send queue, from where TCP delivers it. Only then may the FIN
+    /// follow.
     ///
     /// # Errors
     /// When bytes were lost: the caller must reset the connection and never send a FIN.
@@ -254,8 +257,8 @@ impl EnrolledFlow {
 impl Drop for EnrolledFlow {
     fn drop(&mut self) {
         let maps = &self.splice.maps;
-        // The source first, so that no more payload is redirected. Errors mean that an entry is missing: the
-        // kernel removes a closed socket itself.
+        // The source first, so that no more payload is redirected. Errors mean that an entry is
+        // missing: the kernel removes a closed socket itself.
         let _ = maps.remove_source(self.source);
         let _ = maps.remove_target(self.source);
         let _ = maps.remove_flow(self.source);
@@ -264,9 +267,9 @@ impl Drop for EnrolledFlow {
     }
 }
 
-/// Waits until the program uses the credit that was set before. Another processor may run it on a segment
-/// right now, under the lock of the socket, which this call takes. Afterwards the flow's counts change only
-/// if the program redirects.
+/// Waits until the program uses the credit that was set before. Another processor may run it on a
+/// segment right now, under the lock of the socket, which this call takes. Afterwards the flow's
+/// counts change only if the program redirects.
 fn wait_for_program(source: &Endpoint) -> io::Result<()> {
     sockopt::tcp_info(source).map(drop)
 }
@@ -282,8 +285,8 @@ fn next_sequence(source: &Endpoint, read: u64) -> Option<SeqNumber> {
     Some(SeqNumber(source.peer_isn()?) + 1 + read as u32)
 }
 
-/// Bytes that were ever put into the send queue of `socket`, plus an unknown constant: acknowledged and
-/// unacknowledged ones, read while no acknowledgement arrived between the two.
+/// Bytes that were ever put into the send queue of `socket`, plus an unknown constant: acknowledged
+/// and unacknowledged ones, read while no acknowledgement arrived between the two.
 fn stable_queued_bytes(socket: &Endpoint) -> Result<u64, EnrolError> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {

@@ -57,7 +57,7 @@ pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> 
 
     // With all rights: sockets, programs. Listeners that become inline have no sockets.
     let mut probes = EngineProbes::not_run("no listener asks for it");
-    let selections = select::inline(&mut config, &mut probes)?;
+    let selections = select::select_inline(&mut config, &mut probes)?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = bind_all(&config, &inherited)?;
     let exporter = match config.metrics {
@@ -68,12 +68,12 @@ pub fn run(mut config: Config, file: PathBuf, source: control::ConfigSource) -> 
         Some(admin) => Some(control::ControlSocket::open(&admin.socket)?),
         None => None,
     };
-    if config.listeners.iter().any(|listener| select::splices(listener.engine)) {
+    if config.listeners.iter().any(|listener| select::may_splice(listener.engine)) {
         probes
             .probe_splice(u32::try_from(wanted.min(capacity)).unwrap_or(u32::MAX), &config.splice.watermarks);
         probes.splice.log("splice");
     }
-    let engines = select::engines(&config, &selections, &probes)?;
+    let engines = select::select_engines(&config, &selections, &probes)?;
     let inline = kernel::start_inline(&config)?;
 
     // Without.

@@ -6,14 +6,14 @@ use serde_json::json;
 
 use crate::telemetry::log::target;
 
-/// One check of an engine's mechanism.
+/// One check of an engine's self-test.
 #[derive(Clone, Debug)]
 pub struct Check {
     /// Its name.
     pub name: &'static str,
-    /// What was seen, or what went wrong.
+    /// What was observed, or what failed.
     pub result: Result<String, String>,
-    /// How long it took.
+    /// Its duration.
     pub took: Duration,
 }
 
@@ -26,19 +26,19 @@ pub struct ProgramReport {
     pub verified_instructions: Option<u32>,
 }
 
-/// What was found out about one engine.
+/// The self-test of one engine.
 #[derive(Clone, Debug)]
 pub struct SelfTestReport {
-    /// Its checks, in order; the first that fails rules it out.
+    /// Its checks, in order. One failure rules the engine out.
     pub checks: Vec<Check>,
-    /// The loaded programs and the instructions that the verifier walked.
+    /// The loaded programs.
     pub programs: Vec<ProgramReport>,
-    /// Why nothing was tried.
+    /// Why no check was run.
     not_run: Option<String>,
 }
 
 impl SelfTestReport {
-    /// Nothing was loaded, for this reason.
+    /// No check was run, for this reason.
     #[must_use]
     pub fn not_run(why: &str) -> Self {
         Self { checks: Vec::new(), programs: Vec::new(), not_run: Some(why.to_owned()) }
@@ -55,13 +55,13 @@ impl SelfTestReport {
     pub fn failure(&self) -> Option<String> {
         self.not_run.clone().or_else(|| {
             self.checks.iter().find_map(|check| {
-                let fault = check.result.as_ref().err()?;
-                Some(format!("{}: {fault}", check.name))
+                let failure = check.result.as_ref().err()?;
+                Some(format!("{}: {failure}", check.name))
             })
         })
     }
 
-    /// One line for each check, in the daemon's log.
+    /// Logs one line for each check.
     pub fn log(&self, engine: &str) {
         for Check { name, result, took } in &self.checks {
             let seconds = took.as_secs_f64();
@@ -76,36 +76,36 @@ impl SelfTestReport {
         }
     }
 
-    /// For people, with the name of the engine.
+    /// As text, under the name of the engine.
     #[must_use]
     pub fn text(&self, engine: &str) -> String {
         let mut text = format!("{engine}\n");
         if let Some(why) = &self.not_run {
-            let _ = writeln!(text, "  not tried: {why}");
+            let _ = writeln!(text, "  not run: {why}");
         }
         for check in &self.checks {
             let (mark, what) = match &check.result {
                 Ok(seen) => ("ok    ", seen),
-                Err(fault) => ("FAILED", fault),
+                Err(failure) => ("FAILED", failure),
             };
             let took = check.took.as_secs_f64() * 1000.0;
             let _ = writeln!(text, "  {mark}  {:<22} {took:>7.1} ms  {what}", check.name);
         }
         for ProgramReport { name, verified_instructions } in &self.programs {
             let walked = verified_instructions.map_or("?".to_owned(), |count| count.to_string());
-            let _ = writeln!(text, "  program {name}: {walked} instructions walked by the verifier");
+            let _ = writeln!(text, "  program {name}: {walked} instructions processed by the verifier");
         }
         text
     }
 
-    /// For programs.
+    /// As JSON.
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
         let check = |check: &Check| {
             json!({
                 "name": check.name,
                 "passed": check.result.is_ok(),
-                "detail": check.result.as_ref().unwrap_or_else(|fault| fault),
+                "detail": check.result.as_ref().unwrap_or_else(|failure| failure),
                 "seconds": check.took.as_secs_f64(),
             })
         };

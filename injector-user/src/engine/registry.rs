@@ -1,4 +1,4 @@
-//! Which engine can run here, and why not a better one: for `injector selftest`, the log at start and `engine = "auto"`.
+//! Which engines can run on this machine, by their self-tests: for `injector selftest`, the log and `engine = "auto"`.
 
 use std::sync::Arc;
 
@@ -14,18 +14,18 @@ use crate::{
     },
 };
 
-/// What was found out about this machine.
+/// The self-tests of all engines.
 #[derive(Debug)]
 pub struct EngineProbes {
-    /// About the inline engine.
+    /// The inline engine's.
     pub inline: SelfTestReport,
-    /// About the splice engine.
+    /// The splice engine's.
     pub splice: SelfTestReport,
     loaded: Option<LoadedSplice>,
 }
 
 impl EngineProbes {
-    /// Nothing was tried, for this reason.
+    /// No self-test was run, for this reason.
     #[must_use]
     pub fn not_run(why: &str) -> Self {
         let why = kernel::NOT_BUILT.unwrap_or(why);
@@ -54,53 +54,53 @@ impl EngineProbes {
         self.loaded.as_ref().filter(|_| self.splice_failure().is_none())
     }
 
-    /// The engine that ends connections for a listener that asks for `choice`.
+    /// The terminating engine for a listener that requests `choice`.
     ///
     /// # Errors
-    /// Why the engine that was asked for by name cannot run.
+    /// Why the engine that was requested by name cannot run.
     pub fn engine(&self, choice: EngineChoice) -> Result<Arc<dyn Engine>, String> {
         match (choice, self.splice_failure()) {
             (EngineChoice::Relay, _) | (EngineChoice::Auto, Some(_)) => Ok(Arc::new(Relay)),
             (EngineChoice::Splice, Some(failure)) => Err(failure),
-            (EngineChoice::Inline, _) => Err("serves packets, not sockets".to_owned()),
+            (EngineChoice::Inline, _) => Err("forwards packets and has no sockets".to_owned()),
             (EngineChoice::Auto | EngineChoice::Splice, None) => {
                 self.splice_engine().map(LoadedSplice::engine).ok_or_else(|| "not loaded".to_owned())
             }
         }
     }
 
-    /// The name of the engine that `auto` takes where no `[inline]` is configured.
+    /// The name of the engine that `auto` selects without `[inline]`.
     #[must_use]
-    pub fn chosen(&self) -> &'static str {
+    pub fn auto_engine(&self) -> &'static str {
         if self.splice_failure().is_none() { "splice" } else { "relay" }
     }
 
-    /// For people.
+    /// As text.
     #[must_use]
     pub fn text(&self) -> String {
         let (inline, splice) = (self.inline.text("inline"), self.splice.text("splice"));
         let sockets = match self.splice_failure() {
-            None => "engine = \"auto\" takes splice: all its checks passed".to_owned(),
+            None => "engine = \"auto\" selects splice: all its checks passed".to_owned(),
             Some(failure) => {
-                format!("engine = \"auto\" takes relay, since splice cannot run here: {failure}")
+                format!("engine = \"auto\" selects relay, because splice cannot run here: {failure}")
             }
         };
         let packets = match self.inline.failure() {
             None => {
-                "with an [inline] table in the configuration it takes inline for listeners whose backends are\n\
+                "with an [inline] table in the configuration it selects inline for listeners whose backends are\n\
                  reached by forwarding"
                     .to_owned()
             }
             Some(failure) => format!("inline cannot run here: {failure}"),
         };
-        format!("{inline}{splice}relay\n  ok      needs nothing of the kernel\n\n{sockets}\n{packets}\n")
+        format!("{inline}{splice}relay\n  ok      needs no BPF\n\n{sockets}\n{packets}\n")
     }
 
-    /// For programs.
+    /// As JSON.
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
         json!({
-            "auto": self.chosen(),
+            "auto": self.auto_engine(),
             "reason": self.splice_failure(),
             "inline": self.inline.json(),
             "splice": self.splice.json(),

@@ -1,4 +1,4 @@
-//! Which engine serves which listener, and why not a better one.
+//! Selects the engine of each listener, and says why it is not a faster one.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::{
     telemetry::log::target,
 };
 
-/// What was found out about a listener before sockets are opened.
+/// The outcome of the selection for one listener, before its sockets are opened.
 #[derive(Clone, Debug)]
 pub struct EngineSelection {
     /// As configured.
@@ -19,24 +19,24 @@ pub struct EngineSelection {
     pub inline_ineligibility: Option<String>,
 }
 
-/// Whether a listener with this choice may use the splice engine.
+/// Whether this choice may select the splice engine.
 #[must_use]
-pub fn splices(choice: EngineChoice) -> bool {
+pub fn may_splice(choice: EngineChoice) -> bool {
     matches!(choice, EngineChoice::Auto | EngineChoice::Splice)
 }
 
-/// Decides which listeners are served by packets: those that ask for it, and of those with `auto` the ones that can be. These
-/// are configured so from here on.
+/// Selects the listeners of the inline engine: those that request it, and those with `auto` that it can serve. Sets their
+/// `engine` to inline.
 ///
-/// Packets are another thing than sockets: what starts on the host itself does not reach the public address, and limits,
-/// timeouts and forged headers are nobody's business. So `auto` takes inline only where the file has `[inline]`.
+/// The inline engine forwards packets and has no sockets: connections from the host itself do not reach the public address,
+/// and limits, timeouts and forged headers are not checked. So `auto` selects it only where the file has `[inline]`.
 ///
 /// # Errors
-/// Why the engine that was asked for by name cannot run.
-pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<Vec<EngineSelection>> {
-    let asks = |choice| config.listeners.iter().find(|listener| listener.engine == choice);
-    let by_name = asks(EngineChoice::Inline);
-    if by_name.is_some() || (config.inline.present && asks(EngineChoice::Auto).is_some()) {
+/// Why the engine that was requested by name cannot run.
+pub fn select_inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<Vec<EngineSelection>> {
+    let requests = |choice| config.listeners.iter().find(|listener| listener.engine == choice);
+    let by_name = requests(EngineChoice::Inline);
+    if by_name.is_some() || (config.inline.present && requests(EngineChoice::Auto).is_some()) {
         probes.probe_inline();
         probes.inline.log("inline");
     }
@@ -47,7 +47,7 @@ pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<
             listener.name
         );
     }
-    let selections = refusals(config, probes);
+    let selections = inline_selections(config, probes);
     for (listener, EngineSelection { requested, inline_ineligibility }) in
         config.listeners.iter_mut().zip(&selections)
     {
@@ -61,29 +61,29 @@ pub fn inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<
     Ok(selections)
 }
 
-fn refusals(config: &Config, probes: &EngineProbes) -> Vec<EngineSelection> {
+fn inline_selections(config: &Config, probes: &EngineProbes) -> Vec<EngineSelection> {
     let automatic: Vec<_> =
         config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
-    let refused = if !config.inline.present {
+    let ineligible = if !config.inline.present {
         vec![Some("no [inline] table in the configuration".to_owned()); automatic.len()]
     } else if let Some(failure) = probes.inline.failure() {
         vec![Some(failure); automatic.len()]
     } else {
         kernel::inline_ineligibility(config, &automatic)
     };
-    let mut refused = refused.into_iter();
-    let choice = |listener: &Listener| EngineSelection {
+    let mut ineligible = ineligible.into_iter();
+    let selection = |listener: &Listener| EngineSelection {
         requested: listener.engine,
         inline_ineligibility: if listener.engine == EngineChoice::Auto {
-            refused.next().flatten()
+            ineligible.next().flatten()
         } else {
             None
         },
     };
-    config.listeners.iter().map(choice).collect()
+    config.listeners.iter().map(selection).collect()
 }
 
-/// The kernel forwards whatever comes.
+/// Logs which limits the inline engine does not enforce: the kernel forwards every connection.
 fn warn_of_limits(listener: &Listener, limits: Limits) {
     let mut fields = Vec::new();
     if limits != Limits::default() {
@@ -101,23 +101,23 @@ fn warn_of_limits(listener: &Listener, limits: Limits) {
     }
 }
 
-/// The engines for all listeners; `None` for those whose packets never reach a socket.
+/// Selects the engine of every listener; `None` for those of the inline engine, which have no sockets.
 ///
 /// # Errors
-/// Why the engine that was asked for by name cannot run.
-pub fn engines(
+/// Why the engine that was requested by name cannot run.
+pub fn select_engines(
     config: &Config,
     selections: &[EngineSelection],
     probes: &EngineProbes,
 ) -> anyhow::Result<Vec<Option<Arc<dyn Engine>>>> {
     let failure = probes.splice_failure();
     if let Some(failure) = &failure
-        && config.listeners.iter().any(|listener| splices(listener.engine))
+        && config.listeners.iter().any(|listener| may_splice(listener.engine))
     {
         tracing::warn!(target: target::ENGINE, reason = failure, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
     }
     let mut engines = Vec::new();
-    for (listener, choice) in config.listeners.iter().zip(selections) {
+    for (listener, selection) in config.listeners.iter().zip(selections) {
         let engine = if listener.engine == EngineChoice::Inline {
             None
         } else {
@@ -131,15 +131,15 @@ pub fn engines(
             Some(engine)
         };
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        let reason = reason(choice, failure.as_deref());
+        let reason = reason(selection, failure.as_deref());
         tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine selected");
         engines.push(engine);
     }
     Ok(engines)
 }
 
-fn reason(choice: &EngineSelection, splice_failure: Option<&str>) -> String {
-    match (choice.requested, &choice.inline_ineligibility, splice_failure) {
+fn reason(selection: &EngineSelection, splice_failure: Option<&str>) -> String {
+    match (selection.requested, &selection.inline_ineligibility, splice_failure) {
         (EngineChoice::Inline | EngineChoice::Splice | EngineChoice::Relay, ..) => "configured".to_owned(),
         (EngineChoice::Auto, None, _) => {
             "auto: all checks of inline passed, and the backends are reached by forwarding".to_owned()

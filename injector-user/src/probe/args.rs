@@ -13,7 +13,7 @@ use lettre::Address;
 
 use crate::config::{DurationError, parse_duration};
 
-/// At the end of `injector probe --help`.
+/// Shown at the end of `injector probe --help`.
 pub const EXAMPLES: &str = "\
 Examples:
   By hand: port 25 through the injector, and back by IMAP
@@ -86,17 +86,20 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_HELLO", value_name = "NAME")]
     pub hello: Option<String>,
 
-    /// Fail unless the mail server knew the client by this address; "local": that of the probe's own socket
+    /// Fail unless the mail server knew the client by this address; "local": that of the probe's
+    /// own socket
     ///
     /// It is read from the oldest Received line, so it shows whether the PROXY header was believed.
     #[arg(long, env = "INJECTOR_EXPECT_CLIENT", value_name = "IP|local")]
     pub expect_client: Option<ExpectedClient>,
 
-    /// A port of the mail server that requires a PROXY header, which must be closed to this host; may be repeated, or a list with commas
+    /// A port of the mail server that requires a PROXY header, which must be closed to this host;
+    /// may be repeated, or a list with commas
     ///
-    /// The probe sends it a header that says 127.0.0.1 (::1 over IPv6), as any host could that reaches the port, and fails
-    /// if the port answers. It also says whether the server would then relay mail to a foreign domain: it goes as far as
-    /// RCPT TO, and sends no message. Run the probe on a host that is not the injector's.
+    /// The probe sends it a header that says 127.0.0.1 (::1 over IPv6), as any host could that
+    /// reaches the port, and fails if the port answers. It also says whether the server would then
+    /// relay mail to a foreign domain: it goes as far as RCPT TO, and sends no message. Run the
+    /// probe on a host that is not the injector's.
     #[arg(long, env = "INJECTOR_PROXY_PORT", value_name = "HOST:PORT", value_delimiter = ',')]
     pub proxy_port: Vec<Server>,
 
@@ -143,7 +146,7 @@ impl ProbeArgs {
         self.imap_tls.unwrap_or(if self.imap.port == 993 { Security::Implicit } else { Security::Starttls })
     }
 
-    /// The name that a server's certificate has to carry.
+    /// The name that the server's certificate must have.
     #[must_use]
     pub fn tls_name_of<'a>(&'a self, server: &'a Server) -> &'a str {
         self.tls_name.as_deref().unwrap_or(&server.host)
@@ -197,7 +200,7 @@ pub enum Security {
     Implicit,
 }
 
-/// Whom the mail server has to have seen.
+/// The client address that the mail server must have recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExpectedClient {
     /// The address of the socket that sent the message.
@@ -217,7 +220,8 @@ impl FromStr for ExpectedClient {
     }
 }
 
-/// The name of a probe: it becomes a label, part of a URL and of a header, so few characters may be in it.
+/// The name of a probe. It becomes a label, part of a URL and part of a header, so few characters
+/// are allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(String);
 
@@ -241,7 +245,7 @@ impl FromStr for Name {
     }
 }
 
-/// A password, which nothing prints.
+/// A password. No output contains it.
 #[derive(Clone)]
 pub struct Password(String);
 
@@ -307,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_fit_for_labels_and_urls() {
+    fn names_are_valid_in_labels_and_urls() {
         for text in ["mail", "mx1_587-v6"] {
             assert_eq!(text.parse::<Name>().unwrap().as_str(), text);
         }
@@ -328,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_are_a_first_line_and_never_shown() {
+    fn passwords_are_the_first_line_and_never_printed() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "pass word\r\nand more\n").unwrap();
         let password = Password::read(file.path()).unwrap();

@@ -1,4 +1,4 @@
-//! Fetching the message by IMAP, and cleaning up after this run and earlier ones.
+//! Fetches the message by IMAP, and deletes the messages of this run and earlier ones.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::{
     tls::{self, Stream, Trust},
 };
 
-/// How often the mailbox is looked at until the message is there.
+/// How often the probe searches the mailbox until the message has arrived.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// An opened mailbox.
@@ -57,7 +57,7 @@ impl Mailbox {
         clock.step(Step::ImapLogin, login).await
     }
 
-    /// Waits until the message is there.
+    /// Waits until the message has arrived.
     pub(super) async fn find(&mut self, tag: &Tag) -> Result<Uid> {
         let query = format!("HEADER {TAG_HEADER} {}", tag.id);
         loop {
@@ -65,12 +65,12 @@ impl Mailbox {
                 return Ok(uid);
             }
             tokio::time::sleep(POLL_INTERVAL).await;
-            // For servers that say what is new only when they are spoken to.
+            // Some servers report new messages only in reply to a command.
             self.0.noop().await.map_err(server_error)?;
         }
     }
 
-    /// A message as the server has it.
+    /// A message as the server returns it.
     pub(super) async fn fetch(&mut self, uid: Uid) -> Result<Vec<u8>> {
         let fetched = self.0.uid_fetch(uid.to_string(), "BODY.PEEK[]").await.map_err(server_error)?;
         let fetched: Vec<_> = fetched.try_collect().await.map_err(server_error)?;
@@ -78,8 +78,8 @@ impl Mailbox {
         body.map(<[u8]>::to_vec).context("the server found the message but did not return it")
     }
 
-    /// Deletes the message of this run and those that earlier runs of the same probe left, which began more than `limit`
-    /// ago. Tells how many those were.
+    /// Deletes the message of this run and those that earlier runs of the same probe left, which
+    /// began more than `limit` ago. Returns the number of the latter.
     pub(super) async fn clean(&mut self, tag: &Tag, limit: Duration) -> Result<usize> {
         let query = format!("HEADER {TAG_HEADER} \"{} \"", tag.probe);
         let found = self.0.uid_search(&query).await.map_err(server_error)?;
@@ -122,13 +122,13 @@ impl Mailbox {
         Ok(())
     }
 
-    /// Says goodbye; what was to be known is known.
+    /// Logs out; the result is known, so errors do not matter.
     pub(super) async fn close(mut self) {
         let _ = tokio::time::timeout(Duration::from_secs(2), self.0.logout()).await;
     }
 }
 
-/// The server's own words, not the library's for them.
+/// The server's reply, without the library's wrapping.
 fn server_error(error: Error) -> anyhow::Error {
     match error {
         Error::No(text) => anyhow!("the server replied NO: {text}"),

@@ -1,4 +1,5 @@
-//! The message that goes round: made from random bytes, recognised among others, compared with what came back.
+//! The probe's message: made from random bytes, found among others by its header, compared with
+//! what comes back.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -8,20 +9,20 @@ use std::{
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-/// The header by which the probe knows its messages again.
+/// The header by which the probe finds its messages.
 pub(super) const TAG_HEADER: &str = "X-Injector-Probe";
 
-/// Longest line of the body without its CRLF: shorter than what any server or filter would wrap.
+/// Longest line of the body without its CRLF: shorter than any server or filter wraps.
 const LINE: usize = 76;
 
-/// Who sent a message of ours, when, and which it is: the value of [`OWN_HEADER`].
+/// Which probe sent a message, when, and which message it is: the value of [`TAG_HEADER`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tag {
     /// The probe's name.
     pub(super) probe: String,
     /// When its run began, in seconds since 1970.
     pub(super) began: u64,
-    /// Unlike any other.
+    /// Unique.
     pub(super) id: String,
 }
 
@@ -46,8 +47,8 @@ impl Tag {
         format!("{} {} {}", self.probe, self.began, self.id)
     }
 
-    /// Whether `other` was left by an earlier run of the same probe, which has ended by now: it began more than `limit`
-    /// before this one.
+    /// Whether `other` was left by an earlier run of the same probe that has ended by now: it began
+    /// more than `limit` before this one.
     pub(super) fn is_leftover(&self, other: &Self, limit: Duration) -> bool {
         other.probe == self.probe && other.began.saturating_add(limit.as_secs()) < self.began
     }
@@ -61,11 +62,12 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// A message whose body has `size` bytes or a few more: lines of random printable characters, some of which begin with
-    /// a dot, as SMTP has to treat those specially (RFC 5321, section 4.5.2).
+    /// A message whose body has `size` bytes or a few more: lines of random printable characters.
+    /// Some begin with a dot, which SMTP escapes (RFC 5321, section 4.5.2).
     pub(super) fn new(tag: &Tag, from: &str, to: &str, at: SystemTime, size: usize, seed: &[u8; 32]) -> Self {
         let domain = from.rsplit_once('@').map_or("localhost", |(_, domain)| domain);
-        // RFC 5322 wants a number for the zone, where HTTP's dates have a name; the rest is the same.
+        // RFC 5322 requires a number for the zone, where HTTP's dates have a name; the rest is the
+        // same.
         let date = httpdate::fmt_http_date(at).replace("GMT", "+0000");
         let headers = vec![
             format!("{TAG_HEADER}: {}", tag.value()),
@@ -74,7 +76,7 @@ impl Message {
             format!("Subject: injector probe {}", tag.probe),
             format!("Date: {date}"),
             format!("Message-ID: <{}@{domain}>", tag.id),
-            // No vacation notices, please (RFC 3834).
+            // Suppresses automatic replies (RFC 3834).
             "Auto-Submitted: auto-generated".to_owned(),
             "MIME-Version: 1.0".to_owned(),
             "Content-Type: text/plain; charset=us-ascii".to_owned(),
@@ -83,7 +85,7 @@ impl Message {
         Self { headers, body: body(size, seed) }
     }
 
-    /// As it is handed to SMTP: without the last CRLF, which belongs to the dot.
+    /// The message for SMTP: without the last CRLF, which belongs to the final dot.
     pub(super) fn for_smtp(&self) -> Vec<u8> {
         let mut bytes = self.headers.join("\r\n").into_bytes();
         bytes.extend_from_slice(b"\r\n\r\n");
@@ -91,8 +93,8 @@ impl Message {
         bytes
     }
 
-    /// Compares what was fetched: the body byte for byte, and of the headers those that were sent, for servers and filters
-    /// add their own.
+    /// Compares the fetched message with this one: the body byte for byte, and the headers that
+    /// were sent. Servers and filters may add their own headers.
     ///
     /// # Errors
     /// With the first thing that differs.
@@ -119,7 +121,7 @@ impl Message {
     }
 }
 
-/// The addresses by which the oldest Received line, the lowest, knows the client: those in brackets before `by`.
+/// The client's addresses in the oldest Received line, the lowest: those in brackets before `by`.
 pub(super) fn received_from(fetched: &[u8]) -> Option<Vec<IpAddr>> {
     let headers = unfold(split(fetched)?.0);
     let oldest = headers.iter().rfind(|header| header.to_ascii_lowercase().starts_with("received:"))?;
@@ -146,7 +148,7 @@ fn body(size: usize, seed: &[u8; 32]) -> Vec<u8> {
         let length = random.random_range(0..=LINE);
         let dotted = random.random_range(0..8) == 0;
         for at in 0..length {
-            // From ! to ~: blanks at the end of a line are what some software takes away.
+            // From ! to ~: some software strips blanks at the end of a line.
             body.push(if at == 0 && dotted { b'.' } else { random.random_range(b'!'..=b'~') });
         }
         body.extend_from_slice(b"\r\n");
@@ -160,7 +162,7 @@ fn split(message: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((message.get(..end)?, message.get(end + 4..)?))
 }
 
-/// One string for each header, continued lines joined by a blank.
+/// One string per header, with continuation lines joined by a blank.
 fn unfold(headers: &[u8]) -> Vec<String> {
     let mut unfolded: Vec<String> = Vec::new();
     for line in String::from_utf8_lossy(headers).split("\r\n") {
@@ -191,7 +193,7 @@ mod tests {
         Message::new(&Tag::new("mail", at, &[seed; 32]), "a@b.test", "c@d.test", at, 5000, &[seed; 32])
     }
 
-    /// As a server stores it: its own headers above and below, one of them folded.
+    /// The message as a server stores it: with its own headers above and below, one of them folded.
     fn stored(message: &Message) -> Vec<u8> {
         let sent = message.for_smtp();
         let (headers, body) = split(&sent).unwrap();
@@ -202,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_servers_add_is_forgiven_and_nothing_else() {
+    fn headers_that_servers_add_are_the_only_allowed_difference() {
         let message = message(1);
         let stored = stored(&message);
         message.compare(&stored).unwrap();
@@ -221,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_has_lines_of_all_kinds_and_no_two_are_alike() {
+    fn a_body_has_all_kinds_of_lines_and_depends_on_the_seed() {
         let body = body(20_000, &[7; 32]);
         assert!((20_000..20_000 + LINE + 2).contains(&body.len()));
         let lines: Vec<_> = body.split(|byte| *byte == b'\n').collect();
@@ -231,13 +233,13 @@ mod tests {
     }
 
     #[test]
-    fn the_date_is_as_mail_has_it() {
+    fn the_date_has_the_format_of_rfc_5322() {
         let message = message(1);
         assert!(message.headers.contains(&"Date: Fri, 15 Jan 2027 08:00:00 +0000".to_owned()), "{message:?}");
     }
 
     #[test]
-    fn tags_survive_and_only_older_ones_of_the_same_probe_are_leftovers() {
+    fn tags_parse_and_only_older_ones_of_the_same_probe_are_leftovers() {
         let tag = Tag::new("mail", UNIX_EPOCH + AT, &[1; 32]);
         assert_eq!(Tag::parse(&format!(" {}\r\n", tag.value())), Some(tag.clone()));
         assert_eq!(Tag::parse("mail yesterday abc"), None);
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_client_is_read_from_the_oldest_received_line() {
+    fn the_client_is_parsed_from_the_oldest_received_line() {
         assert_eq!(received_from(&stored(&message(1))).unwrap(), ["198.51.100.7".parse::<IpAddr>().unwrap()]);
         for (line, address) in [
             ("Received: from [192.0.2.9] (helo=x) by y", "192.0.2.9"),

@@ -1,7 +1,7 @@
-//! `injector probe`: a message goes in by SMTP and comes back by IMAP, every step timed.
-//!
-//! It knows nothing of the daemon: it is a mail client, and stands where clients stand. From there it also tries whether the
-//! mail server's PROXY ports are closed, as they should be. Read [`run`] first.
+//! `injector probe`: sends a message by SMTP, fetches it by IMAP, and times every step.
+//! | The probe does not use the daemon: it is a mail client, and runs where clients run. From there
+//! it also tests whether the mail server's PROXY ports are closed, as they should be. Read [`run`]
+//! first.
 
 mod args;
 mod mailbox;
@@ -33,10 +33,12 @@ use self::{
     tls::Trust,
 };
 
-/// Makes one roundtrip, prints its report and publishes its metrics. The exit code says whether it passed.
+/// Makes one roundtrip, prints its report and publishes its metrics. The exit code shows whether it
+/// passed.
 ///
 /// # Errors
-/// When there is nothing to begin with (password file, authorities), or the metrics cannot be published.
+/// When there is nothing to begin with (password file, authorities), or the metrics cannot be
+/// published.
 pub fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let password = Password::read(&args.password_file)
         .with_context(|| format!("cannot read the password in {}", args.password_file.display()))?;
@@ -85,13 +87,13 @@ async fn roundtrip(args: &ProbeArgs, trust: &Trust, password: &Password) -> Resu
     Ok(Report { probe: tag.probe, id: tag.id, ended, took, steps, failure, proxy_ports, leftovers })
 }
 
-/// Beside the roundtrip, which it neither delays nor depends on; with the time it took.
+/// Runs in parallel with the roundtrip and does not affect it. Also returns the time it took.
 async fn check_proxy_ports(args: &ProbeArgs) -> (Vec<ProxyPort>, Duration) {
     let began = Instant::now();
     (proxy_port::check_all(&args.proxy_port, args.timeout).await, began.elapsed())
 }
 
-/// There and back; tells how many older messages were deleted.
+/// Sends the message and fetches it; returns how many older messages were deleted.
 async fn send_and_fetch(
     args: &ProbeArgs,
     trust: &Trust,
@@ -119,7 +121,7 @@ async fn send_and_fetch(
             verdict = Err(failure);
         }
     }
-    // Whatever was found, it is not left lying.
+    // Delete the messages even after a failure.
     let cleaned = clock.step(Step::Cleanup, mailbox.clean(tag, args.timeout)).await;
     mailbox.close().await;
     verdict.and(cleaned)
@@ -135,7 +137,7 @@ fn check_client(expected: std::net::IpAddr, fetched: &[u8]) -> Result<(), String
     Err(format!("the mail server recorded the client as {seen}, not as {expected}"))
 }
 
-/// A seed from the kernel.
+/// A random seed from the kernel.
 fn random() -> Result<[u8; 32]> {
     let mut seed = [0; 32];
     let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());

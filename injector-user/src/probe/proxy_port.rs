@@ -1,5 +1,6 @@
-//! Whether the mail server's PROXY ports believe this host, which is not the injector's: a header that says localhost, and no
-//! further than a recipient. The doctor has the dialogue.
+//! Tests whether the mail server's PROXY ports trust this host, which is not the injector's: sends
+//! a header with the source localhost, and a dialogue up to the recipient. The doctor implements
+//! the dialogue.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -15,42 +16,42 @@ use crate::{
     protocol::Protocol,
 };
 
-/// For a connection: enough for a SYN and two repetitions.
+/// How long a connection may take: enough for a SYN and two retransmissions.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// For a greeting, and for the dialogue after it: postscreen takes up to 6 s.
+/// How long the greeting, and the dialogue after it, may take: postscreen takes up to 6 s.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One PROXY port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyPort {
-    /// As the command line has it.
+    /// The port as given on the command line.
     pub server: String,
-    /// What each of its addresses did; or why that is not known.
+    /// The result for each of its addresses, or why the port was not tested.
     pub addresses: Result<Vec<(SocketAddr, Exposure)>, String>,
 }
 
-/// What an address did with a header from this host.
+/// How an address reacts to a header from this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exposure {
-    /// It did not answer, in this way.
+    /// It did not answer; how.
     Closed(String),
     /// It answered.
     Open {
         /// What it said.
         said: String,
-        /// Whether it would relay; `None` where it speaks no SMTP.
+        /// Whether it relays; `None` if it does not speak SMTP.
         relay: Option<Relay>,
     },
 }
 
 impl ProxyPort {
-    /// It answered at one of its addresses.
+    /// One of its addresses answered.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.exposures().any(|exposure| matches!(exposure, Exposure::Open { .. }))
     }
 
-    /// It would relay.
+    /// One of its addresses relays.
     #[must_use]
     pub fn relays(&self) -> bool {
         let accepted =
@@ -58,7 +59,7 @@ impl ProxyPort {
         self.exposures().any(accepted)
     }
 
-    /// What is wrong with it, in one line; `None` if nothing.
+    /// What is wrong with the port, in one line; `None` if nothing.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         let Self { server, addresses } = self;
@@ -82,7 +83,7 @@ impl Exposure {
         matches!(self, Self::Open { relay: Some(Relay::Accepted(_)), .. })
     }
 
-    /// In a few words, after the address; `family` is that of the header.
+    /// One line, to follow the address; `family` is that of the header.
     pub(super) fn describe(&self, family: Family) -> String {
         let localhost = Client::Localhost.ip(family);
         match self {
@@ -104,7 +105,7 @@ impl Exposure {
     }
 }
 
-/// Tries all ports at the same time.
+/// Tests all ports in parallel.
 pub(super) async fn check_all(servers: &[Server], limit: Duration) -> Vec<ProxyPort> {
     join_all(servers.iter().map(|server| check(server, limit))).await
 }
@@ -117,7 +118,7 @@ async fn check(server: &Server, limit: Duration) -> ProxyPort {
     ProxyPort { server: server.to_string(), addresses }
 }
 
-/// Each address of the server: a firewall may have forgotten one family.
+/// Tests every address of the server: a firewall may lack rules for one family.
 async fn addresses(server: &Server, limit: Duration) -> Result<Vec<(SocketAddr, Exposure)>, String> {
     let found = tokio::net::lookup_host((server.host.as_str(), server.port)).await;
     let mut addresses: Vec<_> =
@@ -132,7 +133,7 @@ async fn addresses(server: &Server, limit: Duration) -> Result<Vec<(SocketAddr, 
     Ok(join_all(tried).await)
 }
 
-/// In clear text first. A port that accepts the connection and says nothing may wait for TLS.
+/// Tests clear text first. A port that accepts the connection and sends nothing may expect TLS.
 async fn probe_address(address: SocketAddr, limit: Duration) -> Exposure {
     let (connect, answer) = (CONNECT_TIMEOUT.min(limit), REPLY_TIMEOUT.min(limit / 3));
     let seen = claim_localhost(address, Protocol::Smtp, connect, answer).await;
@@ -164,7 +165,7 @@ fn exposure_of(seen: &Observation) -> Exposure {
         Some(Dialogue::Relay(relay)) => Some(relay.clone()),
         Some(Dialogue::ClearTextLogin(_)) | None => None,
     };
-    // A server that takes the header for commands was not asked as anybody.
+    // A server that reads the header as commands does not know the header's client.
     let relay = relay.filter(|_| !matches!(seen.outcome, Outcome::Misunderstood { .. }));
     Exposure::Open { said, relay }
 }
@@ -178,7 +179,7 @@ mod tests {
 
     use super::*;
 
-    /// What is found out about a server that does this with a connection.
+    /// Tests a server that handles its connection like this.
     async fn tried<F>(serve: impl FnOnce(tokio::net::TcpStream) -> F + Send + 'static) -> ProxyPort
     where
         F: Future<Output = ()> + Send,
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_open_relay_is_named() {
+    async fn an_open_relay_is_reported() {
         let replies =
             ["220 mail\r\n", "250 mail\r\n", "250 Ok\r\n", "250 2.1.5 Ok\r\n", "250 Ok\r\n", "221 Bye\r\n"];
         let port = tried(move |stream| async move { answer(stream, &replies).await }).await;
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_that_is_believed_and_does_not_relay_is_open() {
+    async fn a_port_that_trusts_the_header_and_does_not_relay_is_open() {
         let replies = [
             "220 mail\r\n",
             "250 mail\r\n",
@@ -251,7 +252,7 @@ mod tests {
     async fn a_port_that_does_not_answer_is_closed() {
         let port = tried(|mut stream| async move { drop(stream.read(&mut [0; 64]).await) }).await;
         assert_eq!((port.is_open(), port.failure()), (false, None), "{port:?}");
-        // Silent in clear text; the connection for TLS is never accepted.
+        // The server sends nothing in clear text, and never accepts the connection for TLS.
         let port = tried(|stream| async move { answer(stream, &[]).await }).await;
         assert_eq!(port.failure(), None, "{port:?}");
         let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_without_an_address_is_not_taken_for_a_closed_port() {
+    async fn a_name_without_an_address_is_not_a_closed_port() {
         let port = check(&"nowhere.invalid:2525".parse().unwrap(), Duration::from_secs(5)).await;
         assert!(!port.is_open());
         assert!(port.failure().unwrap().starts_with("nowhere.invalid:2525 was not tested: "), "{port:?}");

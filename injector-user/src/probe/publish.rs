@@ -1,4 +1,4 @@
-//! Where the metrics go: a file for node_exporter, or a Pushgateway.
+//! Publishes the metrics: to a file for node_exporter, or to a Pushgateway.
 
 use std::{
     fs::{self, File, Permissions},
@@ -16,7 +16,8 @@ use super::report::{Report, last_success};
 /// How long a Pushgateway may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Replaces the file by one rename: node_exporter reads at any moment, and must not see half of it.
+/// Replaces the file by one rename: node_exporter may read at any moment, and must not see half a
+/// file.
 pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
     let before = match fs::read_to_string(file) {
         Ok(text) => last_success(&text),
@@ -26,13 +27,14 @@ pub(super) fn to_file(report: &Report, file: &Path) -> Result<()> {
     let temporary = temporary_path(file)?;
     let written = write(&temporary, &report.metrics(before)).and_then(|()| fs::rename(&temporary, file));
     if written.is_err() {
-        // It may not be there at all.
+        // The file may not exist.
         let _ = fs::remove_file(&temporary);
     }
     written.with_context(|| format!("cannot write the metrics to {}", file.display()))
 }
 
-/// A name in the same folder, so that it can be renamed, which does not end in `.prom`, so that nobody reads it.
+/// A name in the same folder, so that a rename works. It does not end in `.prom`, so node_exporter
+/// ignores it.
 fn temporary_path(file: &Path) -> Result<PathBuf> {
     let name = file.file_name().with_context(|| format!("{} is not a file name", file.display()))?;
     let mut temporary = std::ffi::OsString::from(".");
@@ -43,15 +45,16 @@ fn temporary_path(file: &Path) -> Result<PathBuf> {
 
 fn write(file: &Path, text: &str) -> io::Result<()> {
     let mut file = File::create(file)?;
-    // Whatever the umask, which in a hardened unit is strict: node_exporter is another user.
+    // Readable with any umask: node_exporter runs as another user, and hardened units have a strict
+    // umask.
     file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
-    // Else a crash may leave an empty file under the right name.
+    // Otherwise a crash may leave an empty file under the final name.
     file.sync_all()
 }
 
-/// Hands the metrics to a Pushgateway. A success replaces all that the group has (PUT); a failure what it names (POST), so
-/// that the time of the last success stays.
+/// Pushes the metrics to a Pushgateway. A success replaces the whole group (PUT). A failure
+/// replaces only the metrics that it names (POST), so the time of the last success stays.
 pub(super) fn to_gateway(report: &Report, url: &str) -> Result<()> {
     let agent = ureq::Agent::config_builder()
         .timeout_global(Some(TIMEOUT))
@@ -92,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_success_outlives_failures_and_nothing_is_left_beside_the_file() {
+    fn the_last_success_survives_failures_and_no_temporary_file_is_left() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("probe.prom");
         let success = |text: &str| last_success(text).map(|at| at.to_string());

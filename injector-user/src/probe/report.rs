@@ -1,4 +1,4 @@
-//! What a run found out: for people, for programs, and for Prometheus.
+//! The report of a run: as text, as JSON, and as Prometheus metrics.
 
 use std::{
     fmt::Write as _,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::doctor::observation::{Family, Relay};
 
-/// The family that has to survive a failed run.
+/// The metric that must survive a failed run.
 pub(super) const LAST_SUCCESS: &str = "injector_probe_last_success_timestamp_seconds";
 
 /// One run.
@@ -28,7 +28,7 @@ pub struct Report {
     pub ended: SystemTime,
     /// How long it took.
     pub took: Duration,
-    /// The steps that were begun, with their times.
+    /// The steps that were started, with their durations.
     pub steps: Vec<(Step, Duration)>,
     /// Why it failed; `None` if it did not.
     pub failure: Option<Failure>,
@@ -39,7 +39,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether a step failed. The PROXY ports are tried whatever becomes of the message.
+    /// Whether a step failed. The PROXY ports are tested even if the roundtrip fails.
     fn failed(&self, step: Step) -> bool {
         let ports = step == Step::ProxyPort && self.proxy_ports.iter().any(|port| port.failure().is_some());
         ports || self.failure.as_ref().is_some_and(|failure| failure.step == step)
@@ -97,8 +97,8 @@ impl Report {
         })
     }
 
-    /// For Prometheus: its text format, version 0.0.4, which node_exporter and Pushgateway read. `last_success` is what an
-    /// earlier run has said, in seconds since 1970.
+    /// Prometheus text format 0.0.4, which node_exporter and Pushgateway read. `last_success` is
+    /// the time that an earlier run reported, in seconds since 1970.
     #[must_use]
     pub fn metrics(&self, last_success: Option<f64>) -> String {
         let mut text = Exposition { probe: &self.probe, text: String::new() };
@@ -152,12 +152,12 @@ impl Report {
     }
 }
 
-/// What a file of an earlier run says about the last success.
+/// The last success that the file of an earlier run reports.
 pub(super) fn last_success(exposition: &str) -> Option<f64> {
     exposition.lines().find_map(|line| line.strip_prefix(LAST_SUCCESS)?.rsplit_once(' ')?.1.parse().ok())
 }
 
-/// Samples are gauges, all of them, with the probe's name. Names of probes and steps need no escapes.
+/// All samples are gauges with the probe's name. Names of probes and steps need no escapes.
 struct Exposition<'a> {
     probe: &'a str,
     text: String,
@@ -174,7 +174,7 @@ impl Exposition<'_> {
         let _ = write!(self.text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
     }
 
-    /// One sample for each port that could be tried.
+    /// One sample for each port that was tested.
     fn ports(&mut self, name: &str, help: &str, ports: &[ProxyPort], is: impl Fn(&ProxyPort) -> bool) {
         let tried: Vec<_> = ports.iter().filter(|port| port.addresses.is_ok()).collect();
         if tried.is_empty() {
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_is_its_own_last_success() {
+    fn a_success_updates_the_last_success() {
         let text = report(None).metrics(Some(7.0));
         for line in [
             "injector_probe_success{probe=\"mail\"} 1",
@@ -323,7 +323,7 @@ mod tests {
         let json = report.json();
         assert_eq!(json["proxy_ports"][0]["addresses"][1]["relays"], true);
         assert_eq!(json["proxy_ports"][1]["addresses"][0]["open"], false);
-        // It is said beside another failure as well.
+        // It is reported in addition to another failure.
         report.failure = failed().failure;
         let metrics = report.metrics(None);
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Handing the message in.
+//! Sends the message by SMTP.
 
 use std::net::IpAddr;
 
@@ -19,10 +19,10 @@ use super::{
     tls::{self, LettreStream, Trust},
 };
 
-/// Ways to log in, the server's choice among them.
+/// Login mechanisms; the server chooses.
 const MECHANISMS: [Mechanism; 2] = [Mechanism::Plain, Mechanism::Login];
 
-/// Sends the message, and tells from which address.
+/// Sends the message, and returns the local address of the connection.
 pub(super) async fn send(
     args: &ProbeArgs,
     trust: &Trust,
@@ -64,12 +64,12 @@ pub(super) async fn send(
         connection.send(&envelope, &message.for_smtp()).await.map_err(server_error)
     };
     clock.step(Step::SmtpSend, send).await?;
-    // The message is the server's now, whatever comes of this.
+    // The server has accepted the message, so an error here does not matter.
     let _ = connection.quit().await;
     Ok(local)
 }
 
-/// lettre's errors repeat in each link of their chain what the next one says.
+/// Each error in lettre's chain repeats the text of the next, so the first is enough.
 fn server_error(error: lettre::transport::smtp::Error) -> anyhow::Error {
     anyhow!("{error}")
 }

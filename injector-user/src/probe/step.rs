@@ -17,9 +17,9 @@ pub enum Step {
     SmtpTls,
     /// Banner and EHLO: behind the injector, the first sign that the PROXY header was accepted.
     SmtpGreeting,
-    /// AUTH, where it is offered.
+    /// AUTH, if the server offers it.
     SmtpLogin,
-    /// From MAIL FROM to the server's word that it has the message.
+    /// From MAIL FROM until the server has accepted the message.
     SmtpSend,
     /// TCP to the IMAP server.
     ImapConnect,
@@ -27,17 +27,17 @@ pub enum Step {
     ImapTls,
     /// The greeting.
     ImapGreeting,
-    /// LOGIN, and the mailbox selected.
+    /// LOGIN and SELECT.
     ImapLogin,
-    /// Until the message is in the mailbox.
+    /// Waiting until the message is in the mailbox.
     Arrival,
-    /// Fetching and comparing.
+    /// Fetching the message and comparing it.
     Content,
     /// The client's address in the oldest Received line, if one is expected.
     ClientAddress,
     /// Deleting the message, and older ones that earlier runs left.
     Cleanup,
-    /// Trying whether the mail server's PROXY ports are closed to this host, if any are named.
+    /// Testing whether the mail server's PROXY ports are closed to this host, if any are given.
     ProxyPort,
 }
 
@@ -138,11 +138,11 @@ impl Display for Step {
 pub struct Failure {
     /// The step that failed.
     pub step: Step,
-    /// What was tried, and what came of it.
+    /// What was attempted, and the error.
     pub error: String,
 }
 
-/// Times the steps, and ends them when the time is over.
+/// Times the steps, and aborts them when the time is over.
 #[derive(Debug)]
 pub(super) struct Clock {
     began: Instant,
@@ -155,7 +155,7 @@ impl Clock {
         Self { began: Instant::now(), limit, steps: Vec::new() }
     }
 
-    /// Does one step. A failed one is timed as well.
+    /// Runs one step. A failed one is timed as well.
     pub(super) async fn step<T, E: Display>(
         &mut self,
         step: Step,
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_step_that_does_not_end_is_ended_and_timed() {
+    async fn a_step_that_hangs_is_aborted_and_timed() {
         let mut clock = Clock::start(Duration::from_millis(30));
         clock.step(Step::SmtpConnect, async { Ok::<_, Infallible>(()) }).await.unwrap();
         let failure = clock.step(Step::Arrival, pending::<Result<(), Infallible>>()).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! TCP and TLS for both protocols, and whose certificate is good.
+//! TCP and TLS for both protocols, and which certificates to trust.
 
 use std::{fmt::Debug, fs, net::SocketAddr, path::Path, sync::Arc};
 
@@ -20,12 +20,12 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use super::args::Server;
 use crate::net::tls;
 
-/// A connection, clear or secured.
+/// A connection, in clear text or TLS.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin + Debug {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + Debug> Stream for T {}
 
-/// TCP to a server: every address of its name in turn.
+/// Connects to a server, by each address of its name in turn.
 pub(super) async fn connect(server: &Server) -> Result<TcpStream> {
     let connected = TcpStream::connect((server.host.as_str(), server.port)).await;
     let stream = connected.with_context(|| format!("cannot connect to {server}"))?;
@@ -33,19 +33,19 @@ pub(super) async fn connect(server: &Server) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Whom to trust.
+/// Which certificates to trust.
 #[derive(Clone, Debug)]
 pub(super) enum Trust {
     /// Mozilla's list.
     Mozilla,
     /// These authorities.
     Authorities(Vec<CertificateDer<'static>>),
-    /// Everybody.
+    /// Any certificate.
     AcceptAnyCertificate,
 }
 
 impl Trust {
-    /// As the command line says.
+    /// From the command line's flags.
     pub(super) fn new(authorities: Option<&Path>, insecure: bool) -> Result<Self> {
         if insecure {
             return Ok(Self::AcceptAnyCertificate);
@@ -63,7 +63,7 @@ impl Trust {
             .with_context(|| format!("cannot read the authorities in {}", file.display()))
     }
 
-    /// Secures a connection to the server that has to prove this name.
+    /// Starts TLS with the server that must prove this name.
     pub(super) async fn secure<S: Stream>(&self, stream: S, name: &str) -> Result<TlsStream<S>> {
         let config = self.client_config()?;
         let server = ServerName::try_from(name.to_owned())
@@ -72,7 +72,7 @@ impl Trust {
         secured.with_context(|| format!("the TLS handshake with {name:?} failed"))
     }
 
-    /// The same for lettre, which secures its own connections after STARTTLS.
+    /// The same parameters for lettre, which starts TLS itself after STARTTLS.
     pub(super) fn lettre_parameters(&self, name: &str) -> Result<TlsParameters> {
         let mut builder = TlsParametersBuilder::new(name.to_owned());
         match self {
@@ -111,7 +111,7 @@ impl Trust {
     }
 }
 
-/// A secured connection in the shape that lettre takes.
+/// A TLS connection that lettre accepts.
 #[derive(Debug)]
 pub(super) struct LettreStream {
     pub(super) stream: TlsStream<TcpStream>,

@@ -1,4 +1,5 @@
-//! Attaching the programs to devices, such that they stay attached when the daemon ends, and the next daemon takes over.
+//! Attaches the programs to devices. They stay attached when the daemon exits, and the next daemon
+//! replaces them.
 
 use std::{fs, io, path::Path};
 
@@ -16,12 +17,12 @@ use super::{
 };
 use crate::{config::Attachment, engine::bpf::lock, telemetry::log::target};
 
-/// What a device leads to. It may be both.
+/// What is behind a device: clients, backends or both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Clients come by it.
+    /// Clients' packets arrive on it.
     Client,
-    /// Backends are reached by it, and answer by it.
+    /// Packets to and from backends pass it.
     Backend,
 }
 
@@ -34,7 +35,7 @@ impl Role {
     }
 }
 
-/// Why a program does not hang on a device.
+/// Why a program could not be attached to a device.
 #[derive(Debug, Error)]
 #[error("{program} on {device}: {}", crate::engine::bpf::chain(&**.error))]
 pub struct AttachError {
@@ -43,11 +44,11 @@ pub struct AttachError {
     error: Box<dyn std::error::Error + Send + Sync>,
 }
 
-/// The priority of our filters, where they are clsact's: before most others.
+/// The priority of the engine's clsact filters: before most others.
 const PRIORITY: u16 = 9;
 
-/// The handle of a program's filter, far from those that the kernel chooses (1, 2, …). Of two daemons
-/// that start at the same time, only one can add it.
+/// The handle of a program's filter, far from those that the kernel chooses (1, 2, …). Of two
+/// daemons that start at the same time, only one can add it.
 fn handle(program: &str) -> TcHandle {
     let minor = match program {
         "client_in" => 1,
@@ -58,9 +59,9 @@ fn handle(program: &str) -> TcHandle {
 }
 
 impl InlinePrograms {
-    /// Attaches the programs of this role to the device. A program that is attached already, also by
-    /// an earlier daemon, is replaced in place: no packet passes without it. One that is attached the
-    /// other way (tcx or clsact) is removed once the new one is attached.
+    /// Attaches the programs of this role to the device. A program that is attached already, also
+    /// by an earlier daemon, is replaced in place: no packet passes without it. One that is
+    /// attached the other way (tcx or clsact) is removed once the new one is attached.
     ///
     /// # Errors
     /// What the kernel said.
@@ -123,7 +124,7 @@ fn by_link(
         std::mem::forget(program.take_link(id)?);
         return Ok(());
     }
-    // There was none, or its device is gone.
+    // There was no link, or its device is gone.
     let _ = fs::remove_file(pin);
     let options = TcAttachOptions::TcxOrder(LinkOrder::default());
     let id = program.attach_with_options(device, direction, options)?;
@@ -145,7 +146,7 @@ fn remove_link(pin: &Path) -> Result<bool, Failure> {
     if !pin.exists() {
         return Ok(false);
     }
-    // The pin is all that holds it.
+    // Only the pin holds it.
     drop(PinnedLink::from_pin(pin)?.unpin()?);
     Ok(true)
 }
@@ -163,7 +164,7 @@ fn by_filter(
     }
     let mut found = filters_of(name, device.index, direction)?.into_iter();
     let id = match found.next() {
-        // Under this handle the kernel exchanges the program (cls_bpf_change, net/sched/cls_bpf.c:
+        // The kernel replaces the program under this handle (cls_bpf_change, net/sched/cls_bpf.c:
         // list_replace_rcu). An earlier version's filter has another handle, and keeps it.
         Some(filter) => program.attach_to_link(filter.link(&device.name, direction)?)?,
         None => {
@@ -171,7 +172,7 @@ fn by_filter(
             program.attach_with_options(&device.name, direction, TcAttachOptions::Netlink(options))?
         }
     };
-    // It stays when the daemon ends.
+    // The filter stays when the daemon exits.
     std::mem::forget(program.take_link(id)?);
     for duplicate in found {
         duplicate.remove(&device.name, direction)?;
@@ -195,7 +196,7 @@ fn remove_filters(name: &str, device: &Interface, direction: TcAttachType) -> Re
     Ok(!found.is_empty())
 }
 
-/// Whether the kernel has tcx: asked of `lo`, which everybody has.
+/// Whether the kernel has tcx: queried on `lo`, which every host has.
 #[must_use]
 pub fn has_tcx() -> bool {
     SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
@@ -208,7 +209,7 @@ struct Removal {
     failures: Vec<String>,
 }
 
-/// Why something that the engine has left is still there.
+/// Why something that the engine left was not removed.
 #[derive(Debug, Error)]
 #[error("not removed: {}; removed: {}", failures.join("; "), list_or_nothing(removed))]
 pub struct DetachError {
@@ -235,8 +236,8 @@ impl Removal {
     }
 }
 
-/// Removes all that the engine has left under `pin` and on the devices, whatever its version: links
-/// and filters, with them the programs, and maps. Connections that go through it break.
+/// Removes everything of the engine under `pin` and on the devices, of any version: links and
+/// filters, with them the programs, and maps. Connections through the engine break.
 ///
 /// # Errors
 /// What could not be removed; everything else is.
@@ -247,8 +248,8 @@ pub fn detach(pin: &Path) -> Result<Vec<String>, DetachError> {
     removal.finish()
 }
 
-/// Removes what a daemon of another version has left under `pin`: its programs know nothing of this one's maps, and would add a
-/// header of their own. Connections that go through them break.
+/// Removes what a daemon of another version left under `pin`. Its programs do not use this
+/// version's maps, and would add a header of their own. Connections through them break.
 ///
 /// # Errors
 /// What could not be removed; everything else is.
@@ -291,7 +292,7 @@ fn remove_version(removal: &mut Removal, version: &Path) -> io::Result<()> {
     remove_dir(version)
 }
 
-/// What is in a folder: nothing, if there is none.
+/// The entries of a folder; none if it does not exist.
 fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -299,7 +300,7 @@ fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     }
 }
 
-/// Removes an empty folder, if it is there.
+/// Removes an empty folder, if it exists.
 fn remove_dir(folder: &Path) -> io::Result<()> {
     match fs::remove_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -307,7 +308,7 @@ fn remove_dir(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the filters of clsact on all devices, which nothing pins.
+/// Removes the clsact filters on all devices; they have no pins.
 fn detach_filters(removal: &mut Removal) {
     let devices = match filters::devices() {
         Ok(devices) => devices,

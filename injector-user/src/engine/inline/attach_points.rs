@@ -1,4 +1,4 @@
-//! Which programs belong on which devices.
+//! On which devices the programs belong.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{config::Inline as Settings, telemetry::log::target};
 
-/// Which programs belong where: those for backends on the devices that lead to them, those for clients everywhere, for a
-/// client may come by any of them.
+/// The devices for each role: the programs for backends belong on the devices that lead to them.
+/// The programs for clients belong on all devices, because clients may use any of them.
 pub(super) async fn attach_points(
     settings: &Settings,
     backends: &[SocketAddr],
@@ -39,7 +39,7 @@ pub(super) async fn attach_points(
     for backend in backends {
         match routes.towards(backend.ip()).await {
             Ok(device) => drop(points.insert((device, Role::Backend))),
-            // It may come back, and nothing reaches it meanwhile.
+            // The route may come back; until then no packet reaches the backend.
             Err(error @ RouteError::Unreachable { .. }) => {
                 tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend; its packets pass a device without our programs until one appears");
             }

@@ -17,8 +17,8 @@ use crate::{
     telemetry::log::target,
 };
 
-/// Why the engine cannot serve each of these listeners; `None` where it can. All that [`start`] would refuse, without
-/// changing anything.
+/// Why the engine cannot serve each of these listeners; `None` if it can. Finds all reasons for
+/// which [`super::runner::start`] would fail, and changes nothing.
 #[must_use]
 pub fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
     let check = |listener: &&Listener| -> anyhow::Result<()> {
@@ -44,13 +44,14 @@ async fn check_eligible(settings: &Settings, listener: &Listener) -> anyhow::Res
     let points = attach_points(settings, &backends).await?;
     forwarding_findings(settings, &[listener], &points)?;
     if settings.nat == Nat::Managed {
-        // It needs nft and its rights, and what the rules cannot express is refused.
+        // Reading the table needs nft and CAP_NET_ADMIN. Rules that cannot be expressed are an
+        // error.
         ruleset(settings, &[fresh(listener)])?.is_applied()?;
     }
     Ok(())
 }
 
-/// Where a listener's backends are, if it asks for nothing that this engine cannot do.
+/// The backends' addresses, if the listener needs nothing that this engine does not support.
 pub(super) fn checked_backends(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     for ipv6 in [false, true] {
         programs::template(&listener.receiver, ipv6, listener.waits_for_first_bytes())?;
@@ -58,7 +59,7 @@ pub(super) fn checked_backends(listener: &Listener) -> Result<Vec<SocketAddr>, S
     addresses(listener)
 }
 
-/// Whether the engine could serve a listener that it serves already with what is different now.
+/// Whether the engine can apply these changes to a listener that it serves.
 ///
 /// # Errors
 /// Why not.
@@ -70,7 +71,8 @@ pub fn check_reload(settings: &Settings, listener: &Listener) -> anyhow::Result<
     Ok(())
 }
 
-/// What there is to say about forwarding between these places; an error if nothing would get through and nobody may change it.
+/// Findings about forwarding between these devices. An error if nothing would be forwarded and the
+/// engine may not change the settings.
 fn forwarding_findings(
     settings: &Settings,
     listeners: &[&Listener],

@@ -30,12 +30,12 @@ pub(super) struct Filter {
     pub(super) priority: u16,
     /// Its number among those of its priority.
     pub(super) handle: u32,
-    /// As its owner has named it; for aya, the program's name.
+    /// The name that its owner gave it; aya gives it the program's name.
     pub(super) name: String,
 }
 
 impl Filter {
-    /// What aya calls it. Dropping a link removes the filter.
+    /// The filter as an aya link. Dropping the link removes the filter.
     pub(super) fn link(&self, device: &str, direction: TcAttachType) -> io::Result<SchedClassifierLink> {
         SchedClassifierLink::attached(device, direction, self.priority, TcHandle::from(self.handle), None)
     }
@@ -86,7 +86,7 @@ pub(super) fn devices() -> io::Result<Vec<(u32, String)>> {
     Ok(devices)
 }
 
-/// One filter of a dump; `None` if it is none of BPF's, or stands for a whole priority.
+/// One filter of a dump; `None` if it is not a BPF filter, or stands for a whole priority.
 fn filter(message: &[u8]) -> Result<Option<Filter>, DecodeError> {
     /// `TCA_KIND`, `TCA_OPTIONS`, `TCA_BPF_NAME`, and the length of struct tcmsg.
     const KIND: u16 = 1;
@@ -122,7 +122,7 @@ fn short() -> DecodeError {
     DecodeError::from("a message shorter than its header")
 }
 
-/// Asks for a list, and hands on the payload of each message of the answer.
+/// Requests a list, and passes on the payload of each message of the answer.
 fn dump(
     request: RouteNetlinkMessage,
     mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
@@ -183,13 +183,13 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_is_read_by_priority_handle_and_name() {
+    fn a_filter_is_parsed_to_priority_handle_and_name() {
         let options = [attribute_of(11, &[1, 0, 0, 0]), attribute_of(7, b"client_in\0")].concat();
         let expected = Filter { priority: 9, handle: 0x494E_0001, name: "client_in".to_owned() };
         assert_eq!(filter(&message(b"bpf\0", &options)).unwrap(), Some(expected));
-        // Another classifier may use the same numbers for anything.
+        // Another classifier may use the same attribute numbers for anything.
         assert_eq!(filter(&message(b"flower\0", b"\x02\0\x07\0")).unwrap(), None);
-        // The kernel lists a priority before its filters, without options of theirs.
+        // The kernel lists each priority before its filters, without options.
         assert_eq!(filter(&message(b"bpf\0", &[])).unwrap(), None);
         assert!(filter(&[0; 19]).is_err());
     }

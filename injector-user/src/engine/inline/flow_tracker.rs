@@ -1,5 +1,5 @@
-//! What becomes of the connections: the programs tell by a ring buffer, the log and the metrics pass it on. And the sweep, which
-//! takes out of `FLOWS` what has ended.
+//! Tracks flows: the programs report events through a ring buffer, and the tracker logs and counts
+//! them. It also removes ended flows from `FLOWS`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,16 +25,18 @@ use crate::{
     },
 };
 
-/// How often flows that have ended are taken out.
+/// How often ended flows are removed.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
-/// How long events gather after some were read. The kernel wakes a reader only of a ring that it had emptied
-/// (bpf_ringbuf_commit, kernel/bpf/ringbuf.c): under load the daemon wakes so often, and not twice for each connection.
+/// How long the reader waits for more events after it has read some. The kernel wakes a reader only
+/// if the ring was empty (bpf_ringbuf_commit, kernel/bpf/ringbuf.c): under load the daemon wakes up
+/// once per interval, not twice per connection.
 const COALESCE: Duration = Duration::from_millis(20);
-/// How often all flows are looked over: for their bytes, and for those that nobody told of.
+/// How often all flows are scanned: for their bytes, and for ends without an event.
 const SCAN_EVERY: Duration = Duration::from_secs(15);
 
-/// How long a flow stays after its end: a peer may send its last again, for twice the maximum segment lifetime. When room
-/// gets scarce, new connections are worth more than the last words of old ones.
+/// How long a flow stays after its end: a peer may retransmit its last segment for twice the
+/// maximum segment lifetime. When the map fills up, new connections matter more than
+/// retransmissions of old ones.
 const fn time_wait(flows: usize, capacity: usize) -> Duration {
     if flows < capacity / 2 {
         Duration::from_secs(120)
@@ -45,40 +47,40 @@ const fn time_wait(flows: usize, capacity: usize) -> Duration {
     }
 }
 
-/// A listener, as the events need it.
+/// What the tracker needs to know of a listener.
 #[derive(Clone, Debug)]
 pub struct ListenerInfo {
     /// Its name.
     pub name: String,
-    /// Whether a backend that ends without a byte has failed.
+    /// Whether a backend that closes without sending a byte has failed.
     pub expects_banner: bool,
     /// Its counters.
     pub metrics: ListenerMetrics,
 }
 
-/// Keeps the books: which connections there are, and how much of them is in the metrics.
+/// Tracks which flows are open, and how many of their bytes the metrics have counted.
 #[derive(Debug)]
 pub struct FlowTracker {
     listeners: Vec<ListenerInfo>,
     idle: Duration,
-    /// Flows that the map has room for.
+    /// How many flows the map can hold.
     capacity: usize,
     open: Mutex<HashMap<Key, OpenFlow>>,
     time_wait_queue: Mutex<TimeWaitQueue>,
 }
 
-/// Connections that have ended and are still in `FLOWS`.
+/// Flows that have ended and are still in `FLOWS`.
 #[derive(Debug, Default)]
 struct TimeWaitQueue {
-    /// The first to end in front; with when that was.
+    /// In the order in which they ended, with the time of the end.
     queue: VecDeque<(Instant, ClosedFlow)>,
-    /// When the last connection of each key was created.
+    /// The creation time of the last flow of each key.
     last: HashMap<Key, u64>,
 }
 
 impl TimeWaitQueue {
-    /// Adds one; `false` if it was there: two processors that see the last FINs of a connection at the same moment may both
-    /// tell of its end.
+    /// Adds a flow. Returns `false` if it was present: if two CPUs handle the last FINs of a
+    /// connection at the same time, both may report its end.
     fn enter_time_wait(&mut self, key: Key, flow: &Flow) -> bool {
         if self.last.insert(key, flow.created_ns) == Some(flow.created_ns) {
             return false;
@@ -87,24 +89,24 @@ impl TimeWaitQueue {
         true
     }
 
-    /// Whether this connection was among them, and is no longer.
+    /// Removes a flow; returns whether it was present.
     fn remove(&mut self, key: &Key, flow: &Flow) -> bool {
         let was = self.last.get(key) == Some(&flow.created_ns);
         if was {
             self.last.remove(key);
-            // Its next end puts it there again.
+            // The flow is added again when it ends again.
             self.queue.retain(|(_, ended)| (ended.key, ended.created_ns) != (*key, flow.created_ns));
         }
         was
     }
 
-    /// Takes out those that ended longer ago.
+    /// Removes and returns the flows that ended longer ago.
     fn take_expired(&mut self, time_wait: Duration) -> Vec<ClosedFlow> {
         let (mut taken, now) = (Vec::new(), Instant::now());
         while let Some((_, ended)) =
             self.queue.pop_front_if(|(since, _)| now.duration_since(*since) > time_wait)
         {
-            // Unless the same ports have been at work again since.
+            // A newer flow with the same ports keeps its entry.
             if self.last.get(&ended.key) == Some(&ended.created_ns) {
                 self.last.remove(&ended.key);
             }
@@ -122,14 +124,15 @@ struct OpenFlow {
 }
 
 impl FlowTracker {
-    /// For these listeners, in the order of their ids. Connections without a packet for `idle` are taken for dead; the map has
-    /// `room` for so many.
+    /// A tracker for these listeners, in the order of their ids. Flows without a packet for `idle`
+    /// count as dead; the map holds `capacity` flows.
     #[must_use]
     pub fn new(listeners: Vec<ListenerInfo>, idle: Duration, capacity: usize) -> Self {
         Self { listeners, idle, capacity, open: Mutex::default(), time_wait_queue: Mutex::default() }
     }
 
-    /// Listens to the programs, and sweeps, until the runtime ends. Connections of an earlier daemon are taken over.
+    /// Reads events and removes ended flows until the runtime ends. Takes over the flows of an
+    /// earlier daemon.
     ///
     /// # Errors
     /// When it was called already, or the runtime cannot poll the ring buffer.
@@ -167,15 +170,15 @@ impl FlowTracker {
         }
     }
 
-    /// A backend refused a SYN: counted, and not logged as a connection, for nobody has shown that the SYN came from where it
-    /// says.
+    /// A backend refused a SYN. This is counted, but not logged as a connection: the SYN's source
+    /// may be forged.
     fn flow_refused(&self, flow: &Flow) {
         if let Some(listener) = self.listener(flow) {
             listener.metrics.closed(CloseReason::BackendRefused);
         }
     }
 
-    /// A connection that was taken for reset goes on.
+    /// A flow that counted as reset goes on.
     fn flow_reopened(&self, key: Key, flow: &Flow) {
         let Some(listener) = self.listener(flow) else { return };
         let (to_backend, to_client) = (flow.to_backend.bytes, flow.to_client.bytes);
@@ -236,7 +239,7 @@ impl FlowTracker {
         }
     }
 
-    /// Brings the byte counters up to date.
+    /// Updates the byte counters.
     fn update_bytes(&self, key: &Key, flow: &Flow) {
         let Some(listener) = self.listener(flow) else { return };
         let mut open = lock(&self.open);
@@ -251,7 +254,7 @@ impl FlowTracker {
         );
     }
 
-    /// Takes out what has ended long enough ago.
+    /// Removes flows that ended long enough ago.
     fn sweep(&self, inline: &InlinePrograms) {
         let mut time_wait_queue = lock(&self.time_wait_queue);
         let time_wait = time_wait(time_wait_queue.queue.len(), self.capacity);
@@ -268,7 +271,7 @@ impl FlowTracker {
         for (key, flow) in flows {
             let silent = Duration::from_nanos(now.saturating_sub(flow.last_ns));
             if flow.closed() {
-                // Of an earlier daemon, or nobody told of its end.
+                // The flow is from an earlier daemon, or its event was lost.
                 if silent > COALESCE && lock(&self.open).contains_key(&key) {
                     self.flow_closed(&key, &flow, self.close_reason(&flow));
                 }
@@ -303,11 +306,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_ends_once() {
+    fn a_flow_ends_once() {
         let mut ended = TimeWaitQueue::default();
         let (key, flow) = (Key::default(), |created_ns| Flow { created_ns, ..Flow::default() });
         assert!(ended.enter_time_wait(key, &flow(1)) && !ended.enter_time_wait(key, &flow(1)));
-        // The same ports again, before the first is forgotten.
+        // A new flow with the same ports, while the first is still present.
         assert!(ended.enter_time_wait(key, &flow(2)));
         assert_eq!(ended.take_expired(Duration::from_secs(60)), []);
         assert!(!ended.enter_time_wait(key, &flow(2)), "it is still there");
@@ -318,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_goes_on_may_end_again() {
+    fn a_reopened_flow_may_end_again() {
         let mut ended = TimeWaitQueue::default();
         let (key, flow) = (Key::default(), Flow { created_ns: 1, ..Flow::default() });
         assert!(!ended.remove(&key, &flow));
@@ -330,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn ended_flows_make_room_before_it_runs_out() {
+    fn ended_flows_are_removed_sooner_when_the_map_fills_up() {
         let seconds = |flows| time_wait(flows, 65_536).as_secs();
         assert_eq!([0, 32_767, 32_768, 49_151, 49_152, 65_536].map(seconds), [120, 120, 5, 5, 1, 1]);
     }

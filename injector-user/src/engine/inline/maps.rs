@@ -1,4 +1,5 @@
-//! The maps of the inline engine, behind functions; their kernel side is `injector-ebpf/src/inline/maps.rs`.
+//! The maps of the inline engine, behind functions; their kernel side is
+//! `injector-ebpf/src/inline/maps.rs`.
 
 use std::{
     collections::HashSet,
@@ -14,7 +15,7 @@ use injector_common::inline::{Address, ClosedFlow, Counter, Flow, Key, Listener,
 
 use crate::engine::bpf::{LoadError, lock, take_map as take};
 
-/// The maps that the next daemon's programs share with this one's. What a program only works in while it runs is its own.
+/// The maps that this daemon's programs share with the next daemon's. Scratch maps are not shared.
 pub(super) const PINNED: [&str; 8] =
     ["LISTENERS", "BACKENDS", "TEMPLATES", "SYN_CACHE", "PENDING", "FLOWS", "EVENTS", "COUNTERS"];
 
@@ -27,10 +28,10 @@ pub(super) struct Maps {
     pub(super) events: Mutex<Option<RingBuf<MapData>>>,
 }
 
-/// Whom the programs serve.
+/// The listeners and backends that the programs serve.
 #[derive(Debug, Default)]
 pub(super) struct Services {
-    /// Where clients connect, and which listener that is.
+    /// Listening addresses, each with its listener's id.
     pub(super) listen: Vec<(SocketAddr, u32)>,
     /// PROXY ports of backends.
     pub(super) backends: Vec<SocketAddr>,
@@ -50,7 +51,8 @@ impl Maps {
         })
     }
 
-    /// What is new is added before what is old goes: nobody who is served before and after is turned away between.
+    /// Adds new entries before it removes old ones, so a listener that stays is served without
+    /// interruption.
     pub(super) fn replace(&self, services: &Services) -> Result<(), LoadError> {
         let mut templates = lock(&self.templates);
         for (index, template) in (0..).zip(&services.templates) {
@@ -67,12 +69,12 @@ impl Maps {
         self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
     }
 
-    /// All connections, as they are now.
+    /// A snapshot of all flows.
     pub(super) fn flows(&self) -> Vec<(Key, Flow)> {
         lock(&self.flows).iter().filter_map(Result::ok).collect()
     }
 
-    /// Takes out connections that have ended, as the program `sweep` does, by two calls for each.
+    /// Removes ended flows, as the program `sweep` does, with two system calls for each.
     pub(super) fn remove_flows(&self, ended: &[ClosedFlow]) {
         let mut flows = lock(&self.flows);
         for ended in ended {
@@ -115,7 +117,7 @@ fn address(address: SocketAddr) -> Address {
     Address::new(ip(address.ip()), address.port())
 }
 
-/// As the standard library has it.
+/// The address as a type of the standard library.
 pub(super) fn socket_address(address: &Address) -> SocketAddr {
     SocketAddr::new(IpAddr::from(address.ip).to_canonical(), address.port)
 }

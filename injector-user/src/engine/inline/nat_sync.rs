@@ -13,7 +13,7 @@ use crate::{
     telemetry::log::target,
 };
 
-/// As it is before anything is known of its backends.
+/// The listener before any health check of its backends.
 pub(super) fn fresh(listener: &Listener) -> ServedListener {
     let backends = Arc::new(Backends::new(listener, None, Arc::default()));
     ServedListener { listener: listener.clone(), backends, draining: false }
@@ -22,7 +22,7 @@ pub(super) fn fresh(listener: &Listener) -> ServedListener {
 pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow::Result<nat::Ruleset> {
     let mut services = Vec::new();
     for ServedListener { listener, backends, draining } in served {
-        // What cannot be served at all is an error, not a listener without backends.
+        // A listener that the engine cannot serve is an error, not a listener without backends.
         addresses(listener).map_err(anyhow::Error::msg)?;
         let mut service = nat::Service {
             name: listener.name.clone(),
@@ -37,7 +37,7 @@ pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow:
             let none_is_left = eligible.is_empty()
                 && listener.backends.iter().any(|it| matches!(it.host, Host::Ip(ip) if of_family(ip)));
             if *draining || none_is_left {
-                // Clients are refused by the host, which has no socket there.
+                // The host resets these clients, because it has no socket there.
                 continue;
             }
             service.listen.extend(listen());
@@ -54,15 +54,15 @@ pub(super) fn ruleset(settings: &Settings, served: &[ServedListener]) -> anyhow:
     Ok(nat::ruleset(&table, &services)?)
 }
 
-/// No listener is inline any more: the NAT of an earlier run must not take new connections away from the sockets. Connections
-/// that it has sent on go on.
+/// Empties the NAT table of an earlier run, if no listener is inline any more: its rules would
+/// redirect new connections away from the daemon's sockets. Established connections continue.
 pub(super) fn remove_stale_nat(settings: &Settings) {
     if !settings.present || settings.nat != Nat::Managed {
         return;
     }
     let table: Result<TableName, _> = settings.table.parse();
     let Ok(table) = table else { return };
-    // Without nft there is no NAT of ours either.
+    // Without nft there is no NAT table of the engine.
     if !nat::exists(&table).unwrap_or(false) {
         return;
     }
@@ -79,7 +79,7 @@ pub(super) fn remove_stale_nat(settings: &Settings) {
     }
 }
 
-/// Has NAT send new connections to the backends whose turn it is.
+/// Updates the NAT rules so that they send new connections to the eligible backends.
 pub(super) async fn apply_dnat(settings: &Settings, served: Vec<ServedListener>) {
     let table = &settings.table;
     let settings = settings.clone();
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_the_configuration_are_those_of_the_rules() {
+    fn rules_have_the_configured_weights() {
         let of = |weights: [u32; 2]| {
             let [one, other] = weights.map(|weight| format!("weight = {weight}"));
             let backends = format!(
@@ -139,7 +139,7 @@ mod tests {
         assert!(served.backends.set_admin_state("10.0.0.1:2525", AdminState::Down));
         assert!(!leads_to(&served, "10.0.0.1") && leads_to(&served, "10.0.0.2"));
         assert!(leads_to(&served, "2001:db8::20"));
-        // Nobody is left for IPv4: the rules lead nowhere, and IPv6 goes on.
+        // No IPv4 backend is left: there are no IPv4 rules, and IPv6 continues.
         assert!(served.backends.set_admin_state("10.0.0.2:2525", AdminState::Down));
         assert!(!leads_to(&served, "192.0.2.10") && leads_to(&served, "2001:db8::20"));
         let drained = ServedListener { draining: true, ..served };

@@ -26,14 +26,15 @@ use crate::{
     telemetry::{log::target, metrics::BpfCounters},
 };
 
-/// The version of what is pinned: maps of another layout are another folder's.
+/// The version of the pinned objects. Maps with another layout are in another folder.
 pub(super) const VERSION: &str = "v5";
 
-/// Every program: those of devices once for Ethernet and once for devices without a link-layer header, and [`SWEEP`].
+/// All programs: those for devices once for Ethernet and once for devices without a link-layer
+/// header, and [`SWEEP`].
 const PROGRAMS: [&str; 7] =
     ["client_in", "client_in_raw", "backend_out", "backend_out_raw", "backend_in", "backend_in_raw", SWEEP];
 
-/// The program that takes out what has ended; on no device.
+/// The program that removes ended flows; it is not attached to a device.
 const SWEEP: &str = "sweep";
 
 /// The loaded programs with their maps. Dropping it changes nothing in the kernel.
@@ -43,34 +44,34 @@ pub struct InlinePrograms {
     pub(super) programs: Mutex<Ebpf>,
 }
 
-/// Why the engine cannot be had.
+/// Why the engine cannot be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// Nothing can be pinned.
+    /// Objects cannot be pinned.
     #[error(
         "{path}: {error}: inline.pin must be in a BPF file system (mount -t bpf bpf /sys/fs/bpf), and writable"
     )]
     Pin {
         /// The folder.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         error: io::Error,
     },
-    /// Programs or maps cannot be had.
+    /// Programs or maps cannot be loaded.
     #[error(transparent)]
     Bpf(#[from] bpf::LoadError),
-    /// What a listener asks for is beyond this engine.
+    /// A listener needs what this engine does not support.
     #[error("listener {listener:?}: {what}")]
     Listener {
         /// Its name.
         listener: String,
-        /// What, and what to do.
+        /// What it needs, and what to do.
         what: String,
     },
 }
 
 impl InlinePrograms {
-    /// Loads the programs, with the maps that are pinned if there are any.
+    /// Loads the programs, with the pinned maps if there are any.
     ///
     /// # Errors
     /// [`LoadError`]: typically missing CAP_BPF or CAP_NET_ADMIN, or no BPF file system.
@@ -92,8 +93,8 @@ impl InlinePrograms {
         Ok(Self { maps, pins, programs: Mutex::new(programs) })
     }
 
-    /// Tells the programs whom to serve, in place of what they were told before. Connections keep the header that they
-    /// began with.
+    /// Replaces the listeners and backends that the programs serve. Established connections keep
+    /// their header.
     ///
     /// # Errors
     /// When a listener asks for what this engine cannot do, or a map does not take it.
@@ -111,7 +112,7 @@ impl InlinePrograms {
         Ok(self.maps.replace(&services)?)
     }
 
-    /// Takes out connections that have ended.
+    /// Removes ended flows.
     pub(super) fn remove_flows(&self, ended: &[ClosedFlow]) {
         let programs = lock(&self.programs);
         for some in ended.chunks(ClosedFlow::MOST) {
@@ -129,7 +130,7 @@ impl InlinePrograms {
     }
 }
 
-/// Where things are pinned; an error if that is not in a BPF file system.
+/// The folder for pins; an error if it is not in a BPF file system.
 pub(super) fn pins(settings: &Settings) -> Result<PathBuf, LoadError> {
     let pins = settings.pin.join(VERSION);
     let failed = |error| LoadError::Pin { path: settings.pin.clone(), error };
@@ -151,8 +152,8 @@ pub(super) fn load_programs(loader: &mut EbpfLoader<'_>) -> Result<(Ebpf, Maps),
     Ok((programs, maps))
 }
 
-/// Has the program take out connections that have ended, up to [`ClosedFlow::MOST`], unless others have their ports by now; returns
-/// how many it took out.
+/// Runs the program that removes ended flows, up to [`ClosedFlow::MOST`], unless others use their
+/// ports by now; returns how many it removed.
 pub(super) fn sweep(programs: &Ebpf, ended: &[ClosedFlow]) -> Result<u32, ProgramError> {
     let program: &SchedClassifier = programs.program(SWEEP).ok_or(ProgramError::NotLoaded)?.try_into()?;
     let mut packet = vec![0; ClosedFlow::AT];
@@ -161,10 +162,9 @@ pub(super) fn sweep(programs: &Ebpf, ended: &[ClosedFlow]) -> Result<u32, Progra
     Ok(program.test_run(options)?.return_value)
 }
 
-/// Where a listener's backends are.
-///
-/// # Errors
-/// What cannot be done, for people: names are not followed, since NAT knows addresses only.
+/// The addresses of a listener's backends.
+/// | # Errors
+/// If a backend has a name: the engine does not resolve names, because NAT knows only addresses.
 pub fn addresses(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     let address = |backend: &crate::config::Backend| match &backend.host {
         Host::Ip(ip) => Ok(SocketAddr::new(*ip, backend.port)),
@@ -175,7 +175,7 @@ pub fn addresses(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     listener.backends.iter().map(address).collect()
 }
 
-/// A listener's header for one family, padded to what the checksum needs.
+/// A listener's header for one family, padded to the alignment that the checksum needs.
 pub(super) fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<Template, String> {
     for (asked, what) in [
         (receiver.version == ProxyVersion::V1, "version = \"v1\""),
@@ -202,7 +202,7 @@ pub(super) fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<T
     let odd = rendered.as_bytes().len() % 4;
     if odd != 0 {
         let mut padded = receiver.clone();
-        // A TLV has three bytes without its value, which must not be empty here.
+        // A TLV has three bytes before its value, and the value must not be empty.
         let noop = u16::try_from(4 - odd).unwrap_or(4) + 1;
         padded.noop = Some(receiver.noop.map_or(noop, |own| own + noop - 1));
         rendered = render(&padded)?;
@@ -216,7 +216,7 @@ pub(super) fn template(receiver: &Receiver, ipv6: bool, waits: bool) -> Result<T
     })
 }
 
-/// The client of a flow, and where it connected to.
+/// The client of a flow, and the address it connected to.
 pub(super) fn endpoints(addresses: &HeaderAddresses) -> Option<(SocketAddr, SocketAddr)> {
     let (client, destination) = addresses.read()?;
     Some((maps::socket_address(&client), maps::socket_address(&destination)))

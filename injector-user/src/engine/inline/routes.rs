@@ -1,6 +1,6 @@
-//! Where packets leave: the interface towards a backend, all interfaces, and when to look again. By rtnetlink(7).
-//!
-//! A netlink socket belongs to the network namespace of the thread that opens it. No rights are needed.
+//! The interface towards a backend, all interfaces, and notifications of changes, by rtnetlink(7).
+//! | A netlink socket belongs to the network namespace of the thread that opens it. No capability
+//! is needed.
 
 use std::{io, net::IpAddr, time::Duration};
 
@@ -22,27 +22,28 @@ use tokio_util::task::AbortOnDropHandle;
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Interface {
-    /// As `ip link` numbers it. Another interface may get the number once this one is gone.
+    /// The number in `ip link`. Another interface may get the number once this one is gone.
     pub index: u32,
-    /// For example `eth0`. May be changed at any time.
+    /// For example `eth0`. May change at any time.
     pub name: String,
-    /// What its packets begin with.
+    /// The format of its packets.
     pub kind: LinkKind,
 }
 
-/// What the packets of an interface begin with, as tc programs see them.
+/// The first bytes of an interface's packets, as tc programs see them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LinkKind {
     /// 14 bytes of Ethernet: veth, bridges, VLANs, bonds and most hardware.
     Ethernet,
     /// The IP header: tun, WireGuard, IP in IP, PPP.
     Headerless,
-    /// Something that the inline engine cannot read; the number is one of `ARPHRD_*`, include/uapi/linux/if_arp.h.
+    /// A format that the inline engine does not support; the number is one of `ARPHRD_*`,
+    /// include/uapi/linux/if_arp.h.
     Other(u16),
 }
 
 impl LinkKind {
-    /// Bytes before the IP header; `None` where nobody knows.
+    /// Bytes before the IP header; `None` if unknown.
     #[must_use]
     pub const fn header_len(self) -> Option<usize> {
         match self {
@@ -65,13 +66,13 @@ impl LinkKind {
 /// Why the inline engine cannot serve a backend, as far as routes are concerned.
 #[derive(Debug, Error)]
 pub enum RouteError {
-    /// Forwarding ends at the host's own addresses.
+    /// The backend is an address of this host, and the kernel does not forward to those.
     #[error(
         "{backend} is an address of this host: the inline engine only forwards, so it cannot serve backends on the \
          host itself; use engine = \"splice\" for them"
     )]
     Local {
-        /// As asked for.
+        /// The backend's address.
         backend: IpAddr,
     },
     /// No route, or one that rejects.
@@ -79,7 +80,7 @@ pub enum RouteError {
     Unreachable {
         /// As asked for.
         backend: IpAddr,
-        /// In the kernel's words.
+        /// The kernel's error.
         error: io::Error,
     },
     /// A route that TCP cannot use.
@@ -90,17 +91,17 @@ pub enum RouteError {
         /// As `ip route` calls it.
         kind: String,
     },
-    /// The kernel could not be asked, or its answer lacks a part.
+    /// The query failed, or its answer lacks a part.
     #[error("rtnetlink, {question}: {error}")]
     Netlink {
-        /// What was asked.
+        /// The query.
         question: String,
         /// The kernel's answer, or what is wrong with it.
         error: String,
     },
 }
 
-/// Questions to the kernel's routing tables.
+/// Queries to the kernel's routing tables.
 #[derive(Debug)]
 pub struct Routes {
     handle: Handle,
@@ -120,8 +121,8 @@ impl Routes {
         Ok(Self { handle, _connection: AbortOnDropHandle::new(tokio::spawn(connection)) })
     }
 
-    /// The interface by which the host's own packets to `backend` leave. Rules by source, mark or incoming interface are
-    /// not looked at, and of several next hops the kernel chooses one.
+    /// The interface through which the host's own packets to `backend` leave. Ignores rules by
+    /// source, mark or incoming interface; of several next hops the kernel chooses one.
     ///
     /// # Errors
     /// [`RouteError`]; `Local` also for what would leave by `lo`.
@@ -177,7 +178,8 @@ impl Routes {
         match std::pin::pin!(answer).try_next().await {
             Ok(Some(route)) => Ok(route),
             Ok(None) => Err(incomplete(format!("route to {backend}"), "no answer")),
-            // Without a route the kernel answers ENETUNREACH; with one that rejects, what the sender would get.
+            // Without a route the kernel answers ENETUNREACH; for a rejecting route, the error that
+            // the sender would get.
             Err(rtnetlink::Error::NetlinkError(error)) => {
                 Err(RouteError::Unreachable { backend, error: error.to_io() })
             }
@@ -215,23 +217,26 @@ fn interface_of(link: &LinkMessage) -> Option<Interface> {
     Some(Interface { index: link.header.index, name, kind })
 }
 
-/// Tells when links, addresses, routes or rules have changed, so that the caller asks [`Routes`] again.
+/// Notifies the caller of changes of links, addresses, routes or rules, so that it queries
+/// [`Routes`] again.
 pub struct Changes {
-    /// One item for each message; what it says does not matter. Lost messages (ENOBUFS) are an item too.
+    /// One item for each message; its content does not matter. Lost messages (ENOBUFS) are an item
+    /// too.
     messages: BoxStream<'static, ()>,
-    /// When the first change was heard that no call of `next` has reported yet.
+    /// The time of the first change that no call of `next` has reported yet.
     since: Option<Instant>,
     _connection: AbortOnDropHandle<()>,
 }
 
-/// Changes come in bursts: a link that goes takes its routes along, a routing daemon writes thousands.
+/// Changes come in bursts: a link that goes down takes its routes along, a routing daemon writes
+/// thousands.
 const QUIET: Duration = Duration::from_millis(100);
-/// How long a burst may keep the caller waiting.
+/// How long a burst may delay the caller.
 const LONGEST: Duration = Duration::from_secs(1);
 
 impl Changes {
-    /// Starts to listen, in the calling thread's network namespace. Do this before asking [`Routes`], and nothing is
-    /// missed in between.
+    /// Subscribes to changes, in the calling thread's network namespace. A caller that subscribes
+    /// before it queries [`Routes`] misses no change.
     ///
     /// # Errors
     /// As socket(2) and bind(2).
@@ -252,8 +257,9 @@ impl Changes {
         Ok(Self { messages: messages.map(|_| ()).boxed(), since: None, _connection: connection })
     }
 
-    /// Returns once something has changed and then nothing for 100 ms, or 1 s after the first change. What changed before
-    /// the call counts. Cancel safe: what a dropped call has heard is reported by the next.
+    /// Returns after a change, once nothing more has changed for 100 ms, or 1 s after the first
+    /// change. Changes before the call count. Cancel safe: the next call reports what a dropped
+    /// call received.
     ///
     /// # Errors
     /// When the socket has failed for good; watch anew.
@@ -267,9 +273,9 @@ impl Changes {
             }
         };
         let end = since + LONGEST;
-        // An end of the stream is reported by the next call: this change is one to act on all the same.
+        // The next call reports an end of the stream; this change counts first.
         while let Ok(Some(())) = timeout_at(end.min(Instant::now() + QUIET), self.messages.next()).await {
-            // A stream that is always ready never lets the timer have its say.
+            // If the stream is always ready, the timer is never polled.
             if Instant::now() >= end {
                 break;
             }
@@ -290,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn link_kinds_tell_where_the_ip_header_is() {
+    fn link_kinds_give_the_offset_of_the_ip_header() {
         let cases = [
             (LinkLayerType::Ether, Some(14)),
             (LinkLayerType::None, Some(0)),

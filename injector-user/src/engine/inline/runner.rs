@@ -1,5 +1,5 @@
-//! Starts the inline engine for the listeners that ask for it, and follows changes of devices,
-//! routes, configuration and backend health.
+//! Starts the inline engine for the listeners that use it, and follows changes of devices, routes,
+//! configuration and backend health.
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
@@ -23,7 +23,7 @@ use crate::{
     telemetry::{log::target, metrics::Metrics},
 };
 
-/// The engine at work.
+/// The running engine.
 #[derive(Debug)]
 pub struct InlineEngine {
     /// The programs.
@@ -39,7 +39,8 @@ pub fn listeners(config: &Config) -> Vec<&Listener> {
     config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Inline).collect()
 }
 
-/// Loads the programs, tells them whom to serve, attaches them, and sets up NAT. `None` if no listener asks for it.
+/// Loads the programs, gives them the listeners, attaches them and sets up NAT. `None` if no
+/// listener is inline.
 ///
 /// # Errors
 /// When it cannot run here; each says what to do. What was attached before stays as it was.
@@ -61,12 +62,12 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
             checked_backends(listener).map_err(|what| anyhow!("listener {:?}: {what}", listener.name))?;
         backends.extend(checked);
     }
-    // All that may fail without a trace comes first.
+    // First everything that may fail and changes nothing.
     let ruleset = match settings.nat {
         Nat::Managed => {
             let served: Vec<_> = listeners.iter().map(|listener| fresh(listener)).collect();
             let ruleset = ruleset(settings, &served)?;
-            // Whether there is nft, and may be used.
+            // Checks that nft exists and may be used.
             ruleset.is_applied()?;
             Some(ruleset)
         }
@@ -81,7 +82,7 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
     let mut running =
         InlineEngine { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
     running.attach(points)?;
-    // After it: between them packets pass by both, and by none never.
+    // After attaching, so that no packet passes without a program.
     let removed = attach::remove_other_versions(&settings.pin)
         .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
     if !removed.is_empty() {
@@ -107,7 +108,7 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
 }
 
 impl InlineEngine {
-    /// Attaches what is not attached yet, and forgets what is no longer there.
+    /// Attaches the programs where they are missing, and forgets devices that are gone.
     fn attach(&mut self, points: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
         for (device, role) in points.difference(&self.attached) {
             self.inline.attach(device, *role, self.settings.attachment)?;
@@ -129,7 +130,7 @@ impl InlineEngine {
         let mut changes = Changes::watch().context("listening to rtnetlink")?;
         let mut routes_changed = true;
         loop {
-            // What changed since the start counts.
+            // Includes changes since the start.
             if routes_changed {
                 match attach_points(&self.settings, &self.backends).await {
                     Ok(points) => {
@@ -162,7 +163,7 @@ impl InlineEngine {
         }
     }
 
-    /// Tells the programs of other backends.
+    /// Gives the programs the new listeners and backends.
     fn reload(&mut self, served: &[ServedListener]) -> anyhow::Result<()> {
         let listeners: Vec<_> = served.iter().map(|served| &served.listener).collect();
         self.inline.serve(&listeners)?;
@@ -184,10 +185,11 @@ pub fn flow_tracker(config: &Config, metrics: &Metrics) -> FlowTracker {
     FlowTracker::new(listeners(config).iter().map(listener_info).collect(), config.inline.idle, capacity)
 }
 
-/// Removes all that the engine has left in the kernel, and says what there was.
+/// Removes everything that the engine left in the kernel, and returns what it removed.
 ///
 /// # Errors
-/// When the NAT table cannot be removed; then the programs stay. Otherwise what could not be removed.
+/// When the NAT table cannot be removed; then the programs stay. Otherwise what could not be
+/// removed.
 pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let table: TableName = settings.table.parse()?;
     if settings.nat == Nat::Managed {

@@ -1,9 +1,8 @@
-//! Whether the kernel forwards between the interfaces that the inline engine uses, and which sysctl to set if not.
-//!
-//! [`check`] only looks. Nothing is set unless the operator has asked for it (`inline.set_sysctls = true`) and the caller
-//! calls [`set`].
-//!
-//! `/proc/sys/net` shows the network namespace of the thread that reads it.
+//! Whether the kernel forwards between the interfaces that the inline engine uses, and which
+//! sysctls to set if not.
+//! | [`check`] only reads. Sysctls are set only if the operator has configured it
+//! (`inline.set_sysctls = true`) and the caller calls [`set`].
+//! | `/proc/sys/net` shows the network namespace of the thread that reads it.
 
 use std::{
     fmt, fs, io,
@@ -12,10 +11,10 @@ use std::{
 
 use thiserror::Error;
 
-/// What is to be forwarded.
+/// Which traffic must be forwarded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Paths {
-    /// The names of the interfaces that clients or backends are behind. Packets come in by each of them.
+    /// The interfaces on which packets of clients and backends arrive.
     pub interfaces: Vec<String>,
     /// Whether a service listens on IPv4.
     pub ipv4: bool,
@@ -34,29 +33,30 @@ pub struct Setting {
 
 impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Only with slashes can sysctl tell the dot in the name of a VLAN (eth0.100) from one that separates.
+        // Only with slashes can sysctl distinguish the dot in the name of a VLAN (eth0.100) from a
+        // separator.
         let line = if self.key.contains('.') { self.key.clone() } else { self.key.replace('/', ".") };
         write!(f, "{line} = {}", self.value)
     }
 }
 
-/// Something to tell the operator.
+/// A finding for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Whether connections can get through as it is.
+    /// Whether connections work without the remedy.
     pub severity: Severity,
-    /// What is wrong and what follows from it, without the remedy.
+    /// What is wrong and its effect, without the remedy.
     pub what: String,
-    /// The remedy, in the order to set it.
+    /// The remedy: settings, in the order in which to set them.
     pub settings: Vec<Setting>,
 }
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// No connection gets through.
+    /// No connection works.
     Blocks,
-    /// Some connections do not get through, depending on routes that only the operator knows.
+    /// Some connections do not work, depending on routes that only the operator knows.
     MayBlock,
 }
 
@@ -67,10 +67,10 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Why the settings are not known.
+/// Why the settings could not be read.
 #[derive(Debug, Error)]
 pub enum CheckError {
-    /// Neither built in nor loaded, or turned off with `ipv6.disable=1`.
+    /// IPv6 is neither built in nor loaded, or it is disabled with `ipv6.disable=1`.
     #[error("a listener uses IPv6, but IPv6 is disabled in this kernel: {} does not exist", .0.display())]
     NoIpv6(PathBuf),
     /// Not readable, or not a number.
@@ -87,17 +87,17 @@ pub enum CheckError {
 #[derive(Debug, Error)]
 #[error("cannot set {setting}: {error}; set it on the host (in a container /proc/sys is often read-only)")]
 pub struct SetError {
-    /// Those before it have been set.
+    /// The setting. Those before it have been set.
     pub setting: Setting,
     /// As write(2).
     pub error: io::Error,
 }
 
-/// Where the kernel shows its settings.
+/// The folder of the kernel's settings.
 const ROOT: &str = "/proc/sys";
 
-/// Looks at the settings that decide whether packets get from one of the interfaces to another. An interface that is
-/// gone has no findings.
+/// Reads the settings that decide whether packets get from one of the interfaces to another. An
+/// interface that is gone has no findings.
 ///
 /// # Errors
 /// [`CheckError`].
@@ -105,8 +105,9 @@ pub fn check(paths: &Paths) -> Result<Vec<Finding>, CheckError> {
     check_in(Path::new(ROOT), paths)
 }
 
-/// Sets what findings of [`Severity::Blocks`] ask for, until the next boot, and returns what was set. The others are a
-/// matter of judgement: loosening them silently would weaken a protection that someone may have asked for.
+/// Sets what findings of [`Severity::Blocks`] require, until the next boot, and returns what was
+/// set. The other findings are a matter of judgement: setting them could weaken a protection that
+/// the operator wants.
 ///
 /// # Errors
 /// [`SetError`] with the first that could not be set.
@@ -151,7 +152,7 @@ struct Sysctls<'a> {
 }
 
 impl Sysctls<'_> {
-    /// IPv4 looks at the interface that a packet has come in by, and nowhere else (ip_route_input_slow,
+    /// IPv4 checks only the interface on which a packet arrives (ip_route_input_slow,
     /// net/ipv4/route.c); `net.ipv4.ip_forward` only sets all of them at once.
     fn forwarding_ipv4(&self, interfaces: &[String]) -> Result<Option<Finding>, CheckError> {
         let settings =
@@ -161,8 +162,8 @@ impl Sysctls<'_> {
         Ok(blocking(what, settings))
     }
 
-    /// IPv6 looks at the setting for all interfaces, since Linux 6.17 also at `force_forwarding` of the one that a packet
-    /// has come in by (ip6_forward, net/ipv6/ip6_output.c).
+    /// IPv6 checks the setting for all interfaces, and since Linux 6.17 also `force_forwarding` of
+    /// the interface on which a packet arrives (ip6_forward, net/ipv6/ip6_output.c).
     fn forwarding_ipv6(&self, interfaces: &[String]) -> Result<Option<Finding>, CheckError> {
         if self.read("net/ipv6/conf/all/forwarding")?.is_some_and(|value| value != 0) {
             return Ok(None);
@@ -178,8 +179,8 @@ impl Sysctls<'_> {
         Ok(blocking(what, settings))
     }
 
-    /// A host that forwards ignores router advertisements unless `accept_ra` is 2, and would lose the default route
-    /// that it has from one (Documentation/networking/ip-sysctl.rst).
+    /// A host that forwards ignores router advertisements unless `accept_ra` is 2, and would lose a
+    /// default route from one (Documentation/networking/ip-sysctl.rst).
     fn router_advertisements(&self) -> Result<Vec<Setting>, CheckError> {
         let folder = self.root.join("net/ipv6/conf");
         let unreadable = |error| CheckError::Read { path: folder.clone(), error };
@@ -206,7 +207,8 @@ impl Sysctls<'_> {
         Ok(blocking(&format!("{interface} has IPv6 turned off"), settings))
     }
 
-    /// The larger of the interface's value and the one for all counts (IN_DEV_RPFILTER, include/linux/inetdevice.h).
+    /// The kernel uses the larger of the interface's value and the one for all (IN_DEV_RPFILTER,
+    /// include/linux/inetdevice.h).
     fn reverse_path(&self, interface: &str) -> Result<Option<Finding>, CheckError> {
         let key = format!("net/ipv4/conf/{interface}/rp_filter");
         let Some(own) = self.read(&key)? else { return Ok(None) };
@@ -221,7 +223,7 @@ impl Sysctls<'_> {
         }))
     }
 
-    /// For each interface that has the setting and has it not at 1, what to set.
+    /// The settings to make, for each interface that has the setting and where it is not 1.
     fn not_one(
         &self,
         interfaces: &[String],
@@ -236,7 +238,7 @@ impl Sysctls<'_> {
         Ok(settings)
     }
 
-    /// `None` where there is no such setting, or no such interface.
+    /// `None` if the setting or the interface does not exist.
     fn read(&self, key: &str) -> Result<Option<i64>, CheckError> {
         let path = self.root.join(key);
         let read = fs::read_to_string(&path).and_then(|text| {
@@ -261,7 +263,8 @@ mod tests {
 
     use super::*;
 
-    /// A tree like /proc/sys in which everything is as it has to be, changed by `changes`; an empty value removes one.
+    /// A tree like /proc/sys with correct settings, except for `changes`; an empty value removes
+    /// one.
     fn tree(changes: &[(&str, &str)]) -> TempDir {
         let root = tempfile::tempdir().unwrap();
         let mut values = vec![];
@@ -291,7 +294,7 @@ mod tests {
         findings.iter().map(|finding| (finding.severity, lines(finding))).collect()
     }
 
-    /// What is changed, and the one finding that it makes.
+    /// The changes, and the one finding that they cause.
     type Case<'a> = (&'a [(&'a str, &'a str)], Severity, &'a [&'a str]);
 
     #[test]
@@ -330,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_blocks_is_set_and_then_nothing_blocks() {
+    fn only_blocking_settings_are_set_and_then_nothing_blocks() {
         let root = tree(&[
             ("net/ipv4/conf/eth0/forwarding", "0"),
             ("net/ipv4/conf/eth0/rp_filter", "1"),
@@ -344,14 +347,14 @@ mod tests {
     }
 
     #[test]
-    fn a_family_without_services_is_not_looked_at() {
+    fn a_family_without_services_is_not_checked() {
         let root = tree(&[("net/ipv6/conf/all/forwarding", "0"), ("net/ipv4/conf/eth0/forwarding", "0")]);
         let neither = Paths { ipv4: false, ipv6: false, ..paths() };
         assert_eq!(check_in(root.path(), &neither).unwrap(), []);
     }
 
     #[test]
-    fn no_ipv6_is_an_error_and_a_gone_interface_is_not() {
+    fn missing_ipv6_is_an_error_and_a_missing_interface_is_not() {
         let root = tree(&[("net/ipv6/conf/all/forwarding", "")]);
         let error = check_in(root.path(), &paths()).unwrap_err();
         assert!(error.to_string().contains("IPv6 is disabled in this kernel"), "{error}");
@@ -360,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_set_is_named() {
+    fn a_setting_that_cannot_be_set_is_named() {
         let root = tempfile::tempdir().unwrap();
         let setting = Setting { key: "net/ipv4/conf/eth0/forwarding".to_owned(), value: 1 };
         let findings = blocking("IPv4", vec![setting]);

@@ -1,4 +1,4 @@
-//! Whether a table that nft lists is the one that was asked for.
+//! Compares the table that nft lists with the wanted one.
 
 use std::net::IpAddr;
 
@@ -18,10 +18,9 @@ pub(super) enum TableDiff {
     OtherLayout,
 }
 
-/// Compares by meaning: nft writes what it was given in its own words, and adds handles.
-///
-/// Should a version of nft write something that is not recognized, the answer is [`TableDiff::OtherRules`] where
-/// [`TableDiff::Same`] is true; never the other way round.
+/// Compares by meaning: nft rewrites what it was given, and adds handles.
+/// | If a version of nft writes something that is not recognized, the result is
+/// [`TableDiff::OtherRules`] instead of [`TableDiff::Same`]; never the other way round.
 pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> TableDiff {
     let listed = listing.get("nftables").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let listed: Vec<Value> = listed
@@ -48,15 +47,16 @@ pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> TableDiff {
 /// As they look in a listing.
 fn objects(objects: impl Iterator<Item = NfListObject<'static>>) -> Vec<Value> {
     let objects = Nftables { objects: objects.map(NfObject::ListObject).collect() };
-    // Our own objects, made of strings and numbers, always have a JSON form; without it nothing compares equal.
+    // Our own objects, made of strings and numbers, always have a JSON form; without it nothing
+    // compares equal.
     let mut json = serde_json::to_value(objects).unwrap_or_default();
     let objects =
         json.get_mut("nftables").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default();
     objects.into_iter().map(plain).collect()
 }
 
-/// One of several ways to write the same: without handles, numbers as numbers, addresses as Rust writes them, sets sorted,
-/// flags as lists.
+/// One of several ways to write the same: without handles, numbers as numbers, addresses as Rust
+/// writes them, sets sorted, flags as lists.
 fn plain(value: Value) -> Value {
     match value {
         Value::Object(members) => {

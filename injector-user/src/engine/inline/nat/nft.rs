@@ -1,4 +1,4 @@
-//! Running `nft`, and what its complaints mean. Never through a shell.
+//! Runs `nft`, never through a shell, and explains its errors.
 
 use std::{
     borrow::Cow,
@@ -23,7 +23,8 @@ use super::{
 /// The first of these that exists; services are often started without the sbin folders in PATH.
 const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
 
-/// Why the table could not be read or written. Nothing was changed: nft applies all of a transaction or nothing.
+/// Why the table could not be read or written. Nothing was changed: nft applies all of a
+/// transaction or nothing.
 #[derive(Debug, Error)]
 pub enum NftError {
     /// No such program.
@@ -34,7 +35,7 @@ pub enum NftError {
     /// The kernel wants CAP_NET_ADMIN in the user namespace that owns the network namespace.
     #[error("changing nftables in this network namespace needs CAP_NET_ADMIN ({said})")]
     NotPermitted {
-        /// In nft's words.
+        /// nft's message.
         said: String,
     },
     /// Part of nf_tables is not there: not built, or a module that cannot be loaded.
@@ -49,7 +50,7 @@ pub enum NftError {
         /// In nft's words.
         said: String,
     },
-    /// Anything else that nft complains of.
+    /// Any other error of nft.
     #[error("nft rejected {piece}: {said}")]
     Refused {
         /// The first object that it refuses, or what was asked of it.
@@ -60,14 +61,15 @@ pub enum NftError {
     /// nft could not be started or talked to.
     #[error("cannot run nft: {0}")]
     Run(#[from] io::Error),
-    /// nft's answer is not what nft answers.
+    /// nft's output is not JSON.
     #[error("the output of nft is not JSON: {0}")]
     Answer(#[from] serde_json::Error),
 }
 
 impl Ruleset {
-    /// Makes these rules the table's whole contents, in one transaction: every packet meets the old rules or the new
-    /// ones. Established connections go on as they are. Reads the table first, and leaves it alone if it is the same.
+    /// Makes these rules the table's whole contents, in one transaction: every packet meets the old
+    /// rules or the new ones. Established connections go on as they are. Reads the table first, and
+    /// leaves it alone if it is the same.
     ///
     /// Blocks for some 20 ms; two runs of `nft`, more only to find out which rule was refused.
     ///
@@ -84,10 +86,11 @@ impl Ruleset {
         Ok(change)
     }
 
-    /// Whether the kernel has exactly these rules, in the chains they belong to, and nothing else in the table.
+    /// Whether the kernel has exactly these rules, in the chains they belong to, and nothing else
+    /// in the table.
     ///
-    /// `false` may also mean that this version of nft lists rules in a way that is not recognized; applying them again
-    /// does no harm.
+    /// `false` may also mean that this version of nft lists rules in a way that is not recognized;
+    /// applying them again does no harm.
     ///
     /// # Errors
     /// [`NftError`]. That there is no table is not one.
@@ -95,7 +98,8 @@ impl Ruleset {
         Ok(self.diff()? == Some(TableDiff::Same))
     }
 
-    /// The transaction that [`Self::apply`] gives to `nft -j -f -` where there was no table or one of the same layout.
+    /// The transaction that [`Self::apply`] gives to `nft -j -f -` where there was no table or one
+    /// of the same layout.
     #[must_use]
     pub fn to_json(&self) -> String {
         render(&self.transaction(Start::Flush))
@@ -122,18 +126,18 @@ impl Ruleset {
 /// How a transaction makes room.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Start {
-    /// The chains stay hooked in and get new rules. With deleted and new chains instead, a packet could pass the new one
-    /// before the change takes effect and the old one after (nf_tables_commit, net/netfilter/nf_tables_api.c): known from
-    /// reading only, 300 replacements that way under load have shown no such packet.
+    /// The chains stay hooked in and get new rules. With deleted and new chains instead, a packet
+    /// could pass the new one before the change takes effect and the old one after
+    /// (nf_tables_commit, net/netfilter/nf_tables_api.c): known from reading only, 300 replacements
+    /// that way under load have shown no such packet.
     Flush,
     /// All goes, for what else is in the table.
     Delete,
 }
 
-/// Takes the table away, whatever is in it. That there is no such table is fine. Blocks, as [`Ruleset::apply`].
-///
-/// Unless other tables have the kernel track and translate connections, this also ends the ones that were sent on; apply a
-/// ruleset without services first to let them finish.
+/// Deletes the table with everything in it, if it exists. Blocks, as [`Ruleset::apply`].
+/// | Unless other tables make the kernel track and translate connections, this also ends the
+/// forwarded connections; apply a ruleset without services first to let them finish.
 ///
 /// # Errors
 /// [`NftError`].
@@ -152,7 +156,7 @@ pub fn exists(name: &TableName) -> Result<bool, NftError> {
     Ok(list(&["table", "inet", name.as_str()])?.is_some())
 }
 
-/// A chain of somebody else's that drops what its rules do not accept.
+/// A chain of another program that drops what its rules do not accept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DroppingChain {
     /// `ip`, `ip6` or `inet`.
@@ -169,8 +173,9 @@ impl fmt::Display for DroppingChain {
     }
 }
 
-/// The nftables chains that drop forwarded packets unless a rule accepts them (Docker's, ufw's and the like), so that the
-/// operator can be told where to accept the inline engine's connections. Rules of iptables-legacy are not seen.
+/// The nftables chains that drop forwarded packets unless a rule accepts them (for example Docker's
+/// or ufw's), so that the log can name the chains in which to accept the inline engine's
+/// connections. Does not find rules of iptables-legacy.
 ///
 /// # Errors
 /// [`NftError`].
@@ -216,13 +221,14 @@ fn execute(objects: &[NfObject<'static>]) -> Result<(), NftError> {
     let refused = first_refused(objects, check)?;
     let (piece, said) = match refused.and_then(|(at, said)| Some((objects.get(at)?, said))) {
         Some((object, said)) => (Piece::of(object), said),
-        // Tried once more it would be accepted: somebody else's change came in between.
+        // A second attempt would succeed: another program changed the table in between.
         None => (Piece::asked("the transaction".to_owned()), complaint(&output)),
     };
     Err(explain(said, piece))
 }
 
-/// The object with which a transaction stops being acceptable, and nft's words; nft does not say for JSON. By trying.
+/// The first object that makes a transaction fail, with nft's message. nft does not report this for
+/// JSON, so it is found by trying.
 fn first_refused(
     objects: &[NfObject<'static>],
     try_out: impl Fn(&[NfObject<'static>]) -> Result<Output, NftError>,
@@ -252,11 +258,11 @@ fn render(objects: &[NfObject<'static>]) -> String {
     serde_json::to_string(&objects).unwrap_or_default()
 }
 
-/// Runs nft on a thread of its own, which hands CAP_NET_ADMIN on: a daemon that is not root has it as a capability that
-/// would otherwise be lost at exec(2).
+/// Runs nft on a thread of its own, which hands CAP_NET_ADMIN on: a daemon that is not root has it
+/// as a capability that would otherwise be lost at exec(2).
 fn run(args: &[&str], input: &str) -> Result<Output, NftError> {
     let inside = || {
-        // Refused where the daemon does not have it; then nft will say so.
+        // Fails if the daemon lacks the capability; nft then reports it.
         let _ = caps::raise(None, CapSet::Inheritable, Capability::CAP_NET_ADMIN)
             .and_then(|()| caps::raise(None, CapSet::Ambient, Capability::CAP_NET_ADMIN));
         start(&PROGRAMS, args, input)
@@ -274,8 +280,8 @@ fn start(programs: &[&str], args: &[&str], input: &str) -> Result<Output, NftErr
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             child => child?,
         };
-        // All of the input is read before anything is answered, so neither side waits for the other. Where nft gives up
-        // early, its complaint says more than the broken pipe.
+        // All of the input is read before anything is answered, so neither side waits for the
+        // other. Where nft gives up early, its complaint says more than the broken pipe.
         let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
         let output = child.wait_with_output()?;
         if output.status.success() {
@@ -338,14 +344,16 @@ fn explain(said: String, piece: Piece) -> NftError {
     if has("Operation not permitted") || has("Permission denied") {
         return NftError::NotPermitted { said };
     }
-    // Our transactions speak only of what they have made themselves, so ENOENT is about the kernel's parts.
+    // Our transactions speak only of what they have made themselves, so ENOENT is about the
+    // kernel's parts.
     if has(NOT_THERE) || has("not supported") || has(NO_CACHE) {
         return NftError::Kernel { lacks: piece.modules, piece: piece.name, said };
     }
     NftError::Refused { piece: piece.name, said }
 }
 
-/// nft's first line of complaint, without the place in the input, which for JSON is always the same.
+/// nft's first line of complaint, without the place in the input, which for JSON is always the
+/// same.
 fn complaint(output: &Output) -> String {
     // With -j and a syntax error in the JSON, nft complains on standard output.
     let text =
@@ -377,14 +385,14 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_program_names_the_package() {
+    fn a_missing_program_error_names_the_package() {
         let error = start(&["/nonexistent/nft", "/nonexistent/too"], &[], "").unwrap_err();
         assert!(matches!(error, NftError::Missing));
         assert!(error.to_string().contains("package nftables"), "{error}");
     }
 
     #[test]
-    fn complaints_are_told_apart() {
+    fn errors_of_nft_are_classified() {
         let cases = [
             (
                 "Operation not permitted (you must be root)\nnetlink: Error: cache initialization failed",

@@ -21,7 +21,8 @@ use super::service::{NatError, Service, TableName};
 pub(super) const PREROUTING: &str = "prerouting";
 pub(super) const POSTROUTING: &str = "postrouting";
 
-/// `dstnat` and `srcnat` of nft(8): NF_IP_PRI_NAT_DST and NF_IP_PRI_NAT_SRC, include/uapi/linux/netfilter_ipv4.h.
+/// `dstnat` and `srcnat` of nft(8): NF_IP_PRI_NAT_DST and NF_IP_PRI_NAT_SRC,
+/// include/uapi/linux/netfilter_ipv4.h.
 const PRIORITY_DSTNAT: i32 = -100;
 const PRIORITY_SRCNAT: i32 = 100;
 
@@ -39,7 +40,8 @@ pub(super) fn chains(table: &TableName) -> Vec<Chain<'static>> {
     ]
 }
 
-/// One rule per listening address, and one more where it masquerades; before them the one that keeps connections tracked.
+/// One rule per listening address, and one more where it masquerades; before them the one that
+/// keeps connections tracked.
 pub(super) fn rules(table: &TableName, services: &[Service]) -> Result<Vec<Rule<'static>>, NatError> {
     let mut rules = vec![rule(table, PREROUTING, TRACKING, keep_tracking())];
     for any in [false, true] {
@@ -58,9 +60,9 @@ pub(super) fn rules(table: &TableName, services: &[Service]) -> Result<Vec<Rule<
 
 /// `ct state established accept`, which matches nothing here: a nat chain only sees what is new.
 ///
-/// But a network namespace tracks connections only as long as some rule asks for it (nf_ct_netns_get,
-/// net/netfilter/nf_conntrack_proto.c), and without tracking nothing is translated. So the last service could not be taken
-/// out without cutting its connections.
+/// But a network namespace tracks connections only as long as some rule asks for it
+/// (nf_ct_netns_get, net/netfilter/nf_conntrack_proto.c), and without tracking nothing is
+/// translated. So the last service could not be taken out without cutting its connections.
 fn keep_tracking() -> Vec<Statement<'static>> {
     let established = matches(Operator::IN, conntrack("state", None), text("established"));
     vec![established, Statement::Accept(None)]
@@ -155,8 +157,8 @@ impl Family {
 
 /// `iif != lo  DESTINATION  tcp dport PORT  dnat …`
 fn dnat_rule(listen: &SocketAddr, targets: &Targets) -> Vec<Statement<'static>> {
-    // What the host sends to its own addresses has been through conntrack when it comes in by lo, and would not be
-    // translated anyway; the rule says so.
+    // What the host sends to its own addresses has been through conntrack when it comes in by lo,
+    // and would not be translated anyway; the rule says so.
     let mut statements = vec![differs(meta(MetaKey::Iif), text("lo"))];
     if listen.ip().is_unspecified() {
         statements.push(equals(meta(MetaKey::Nfproto), text(targets.family.nfproto())));
@@ -193,12 +195,14 @@ fn dnat(targets: &Targets) -> NAT<'static> {
     to(Expression::Named(NamedExpression::Map(Box::new(map))), None)
 }
 
-/// `iif != 0  BACKEND  ct status dnat  ct original … masquerade`: what came for this listener from elsewhere and goes to
-/// one of its backends.
+/// `iif != 0  BACKEND  ct status dnat  ct original … masquerade`: what came for this listener from
+/// elsewhere and goes to one of its backends.
 ///
-/// The destination stands first, because `ct original proto-dst` is only understood once the protocol is known.
+/// The destination stands first, because `ct original proto-dst` is only understood once the
+/// protocol is known.
 fn masquerade(listen: &SocketAddr, targets: &Targets) -> Vec<Statement<'static>> {
-    // Interface 0 in postrouting: the host's own, which another's rules may have sent to the same backend.
+    // Interface 0 in postrouting: the host's own, which another's rules may have sent to the same
+    // backend.
     let mut statements = vec![differs(meta(MetaKey::Iif), text("0"))];
     let backends = targets.addresses();
     if let [only] = backends.iter().collect::<Vec<_>>()[..] {

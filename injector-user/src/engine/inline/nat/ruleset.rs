@@ -27,13 +27,14 @@ pub enum Change {
     Created,
     /// The rules took the place of others, for every packet from one to the next.
     Replaced,
-    /// The table held more than this version makes (another version's?) and was deleted and made again, in one
-    /// transaction.
+    /// The table held more than this version makes (another version's?) and was deleted and made
+    /// again, in one transaction.
     Remade,
 }
 
-/// The rules for these services: first those for single addresses, then those for all addresses of the host, otherwise
-/// in the order given. No service at all sends nothing new on. IPv4-mapped addresses count as IPv4.
+/// The rules for these services: first those for single addresses, then those for all addresses of
+/// the host, otherwise in the order given. No service at all sends nothing new on. IPv4-mapped
+/// addresses count as IPv4.
 ///
 /// # Errors
 /// The first [`NatError`] found.

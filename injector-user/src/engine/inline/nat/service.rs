@@ -4,22 +4,23 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use thiserror::Error;
 
-/// A port that clients connect to, and who answers there.
+/// A port that clients connect to, and its backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// For the comments of the rules and for error messages; the listener's name.
     pub name: String,
-    /// Where clients connect. `0.0.0.0` and `[::]` stand for every address of the host in that family (only that: `[::]`
-    /// does not take IPv4). Port never 0.
+    /// Where clients connect. `0.0.0.0` and `[::]` stand for every address of the host in that
+    /// family (only that: `[::]` does not take IPv4). Port never 0.
     pub listen: Vec<SocketAddr>,
-    /// Who may get the connection. IPv4 listeners are sent to the IPv4 backends, IPv6 listeners to the IPv6 ones.
+    /// The backends. Connections to IPv4 listeners go to the IPv4 backends, those to IPv6 listeners
+    /// to the IPv6 ones.
     pub backends: Vec<Backend>,
-    /// Whether the backend sees the host's address instead of the client's, and so answers through the host even where
-    /// its routes would lead elsewhere.
+    /// Whether the backend sees the host's address instead of the client's, and so answers through
+    /// the host even where its routes would lead elsewhere.
     pub masquerade: bool,
 }
 
-/// One that answers.
+/// A backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backend {
     /// Reached by forwarding, so never an address of the host itself.
@@ -45,7 +46,8 @@ impl FromStr for TableName {
     fn from_str(name: &str) -> Result<Self, NatError> {
         let charset = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
         let letter = name.starts_with(|first: char| first.is_ascii_alphabetic());
-        // nft's JSON takes any name, even one that makes the ruleset's own listing impossible to load again.
+        // nft's JSON takes any name, even one that makes the ruleset's own listing impossible to
+        // load again.
         if letter && name.len() <= 63 && name.bytes().all(charset) {
             Ok(Self(name.to_owned()))
         } else {
@@ -97,7 +99,7 @@ pub enum NatError {
         service: String,
         /// As given.
         listen: SocketAddr,
-        /// Who came first; may be the same service.
+        /// The service that uses it already; may be the same service.
         other: String,
     },
     /// An address that connections cannot be forwarded to, or port 0.

@@ -126,7 +126,7 @@ fn mapped_addresses_are_ipv4() {
 }
 
 #[test]
-fn only_the_table_of_that_name_is_spoken_of() {
+fn only_the_named_table_is_touched() {
     let table: TableName = "injector-test_2".parse().unwrap();
     let json: Value = serde_json::from_str(&ruleset(&table, &[service()]).unwrap().to_json()).unwrap();
     for object in json["nftables"].as_array().unwrap() {
@@ -138,7 +138,7 @@ fn only_the_table_of_that_name_is_spoken_of() {
 }
 
 #[test]
-fn mistakes_name_the_listener_or_the_backend() {
+fn errors_name_the_listener_or_the_backend() {
     let v6 = || vec!["192.0.2.12:25".parse().unwrap(), "[2001:db8::1]:25".parse().unwrap()];
     let listen = |text: &str| vec![text.parse().unwrap()];
     let heavy = || vec![backend("10.25.0.2:1", u32::MAX), backend("10.25.0.3:1", 2)];
@@ -196,7 +196,7 @@ fn comments_cannot_break_a_saved_ruleset() {
 
 /// What nft 1.0.6 lists for a service, and what other versions write differently.
 #[test]
-fn a_listing_is_recognized_in_other_words() {
+fn an_equivalent_listing_is_recognized() {
     let backends = vec![backend("10.25.0.2:2525", 3), backend("10.25.0.3:2525", 1)];
     let listen = vec!["0.0.0.0:25".parse().unwrap()];
     let ruleset = rules_of(&[Service { listen, backends, ..service() }]);

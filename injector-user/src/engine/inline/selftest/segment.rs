@@ -1,9 +1,9 @@
-//! A TCP segment as bytes of a packet, written and read here without any code of the programs: lengths and checksums are
-//! counted again from the beginning.
+//! A TCP segment as the bytes of a packet. It shares no code with the programs: it computes lengths
+//! and checksums itself.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// What a device's packets begin with.
+/// The link-layer format of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Link {
     Ethernet,
@@ -13,7 +13,7 @@ pub(super) enum Link {
 /// Addresses of the link layer: destination and source.
 pub(super) type Ethernet = [[u8; 6]; 2];
 
-/// A TCP segment. Compared as a whole, it shows every field that is not as it should be.
+/// A TCP segment. Comparing two shows every field that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
     /// `None` on a device without link-layer header.
@@ -65,7 +65,7 @@ impl Segment {
         Ok(packet)
     }
 
-    /// What a packet holds; an error if a length or a checksum is wrong.
+    /// Parses a packet; an error if a length or a checksum is wrong.
     pub(super) fn read(packet: &[u8], link: Link) -> Result<Self, String> {
         let (ethernet, ip) = match link {
             Link::Ethernet => {
@@ -136,7 +136,7 @@ fn ip_header(source: IpAddr, destination: IpAddr, payload: usize) -> Result<Vec<
     Ok(header)
 }
 
-/// Source, destination, and what is behind the header, which must be just as long as the header says.
+/// Source, destination, and the payload, whose length must match the header.
 fn read_ip(packet: &[u8]) -> Result<(IpAddr, IpAddr, &[u8]), String> {
     let field =
         |at: usize| packet.get(at..at + 2).and_then(|two| two.try_into().ok()).map(u16::from_be_bytes);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_segments_parse_back() {
         for ends in [["192.0.2.1:1", "198.51.100.2:65535"], ["[2001:db8::1]:1", "[2001:db8::ffff]:65535"]] {
             for (ethernet, link) in [(true, Link::Ethernet), (false, Link::Raw)] {
                 let segment = segment(ends, ethernet);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn every_changed_byte_of_ip_and_tcp_is_noticed() {
+    fn every_changed_byte_of_ip_and_tcp_is_detected() {
         for ends in [["192.0.2.1:1", "198.51.100.2:2"], ["[2001:db8::1]:1", "[2001:db8::2]:2"]] {
             let whole = segment(ends, false).packet().unwrap();
             // Not under any checksum in IPv6: version and class, flow label, protocol, hops.
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checksum_that_is_known() {
+    fn a_known_checksum() {
         // The example of RFC 1071, section 3.
         assert_eq!(sum(&[&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]]), 0xddf2);
     }

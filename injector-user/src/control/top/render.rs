@@ -122,11 +122,11 @@ impl View {
             "STATE",
             "ACTIVE",
             "NEW",
-            "REFUSED",
+            "REJECTED",
             "TO BACKEND",
             "TO CLIENT",
             "ACCEPTED",
-            "REFUSED",
+            "REJECTED",
         ];
         table(self.now.status.listeners.iter().enumerate().map(row), &widths, titles, 3, "listeners")
     }
@@ -154,7 +154,7 @@ impl View {
         };
         let widths = [16, 30, 12, 12, 8, 11, 9, 9, 9].map(Constraint::Length);
         let titles =
-            ["LISTENER", "BACKEND", "STANDING", "ROLE", "ACTIVE", "SESSIONS", "PASSED", "FAILED", "EJECTED"];
+            ["LISTENER", "BACKEND", "STATE", "ROLE", "ACTIVE", "SESSIONS", "PASSED", "FAILED", "EJECTED"];
         table(self.now.status.listeners.iter().flat_map(of).map(row), &widths, titles, 4, "backends")
     }
 

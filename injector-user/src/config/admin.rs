@@ -7,7 +7,8 @@ use super::parse::section::Section;
 /// `[admin]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
-    /// Absolute path of the unix socket on which `injector status` and its like are answered.
+    /// The absolute path of the control socket, on which `injector status` and other commands
+    /// connect.
     pub socket: PathBuf,
 }
 

@@ -13,18 +13,19 @@ use super::{
 /// A mail server that expects the PROXY header on this port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Backend {
-    /// Address or name.
+    /// An address or a name.
     pub host: Host,
     /// Never 0.
     pub port: u16,
-    /// Its share of new connections, in proportion to the sum of its kind; 0 gets none.
+    /// Its share of new connections relative to the other backends of its kind. With 0 it gets
+    /// none.
     pub weight: u32,
-    /// Gets connections only while no other backend can.
+    /// Whether it gets connections only while no primary backend is available.
     pub backup: bool,
 }
 
 impl Backend {
-    /// The heaviest share of a backend.
+    /// The highest weight.
     pub const MAX_WEIGHT: u32 = 1000;
 }
 

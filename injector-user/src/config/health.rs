@@ -1,4 +1,4 @@
-//! `[listener.health]`: how it is found out whether a backend can be sent connections.
+//! `[listener.health]`: health checks, and ejection after failed connections.
 
 use std::time::Duration;
 
@@ -11,47 +11,48 @@ use crate::protocol::Protocol;
 /// `[listener.health]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// What is asked of each backend, over and over; `None`: nothing, only connections of clients tell.
+    /// The active check of each backend. `None`: only the connections of clients show a failure.
     pub check: Option<Check>,
-    /// What becomes of a backend that clients' connections do not reach.
+    /// What happens to a backend after failed connections.
     pub ejection: Ejection,
 }
 
-/// A question that a backend is asked now and then.
+/// An active health check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Check {
-    /// What is spoken; `None`: a connection that is accepted says enough.
+    /// The protocol of the exchange. `None`: success means that the connection was accepted.
     pub protocol: Option<Protocol>,
-    /// The port, where it is not the backend's own.
+    /// The port, if it is not the backend's own.
     pub port: Option<u16>,
-    /// What stands in front. Always [`CheckHeader::None`] without `protocol`.
+    /// The header that the check sends. Always [`CheckHeader::None`] without `protocol`.
     pub header: CheckHeader,
-    /// From one check to the next; each pause is up to a tenth longer or shorter.
+    /// Time between the starts of two checks. Each interval varies by up to a tenth.
     pub interval: Duration,
-    /// For a whole check.
+    /// Time for a whole check.
     pub timeout: Duration,
-    /// A backend that is down is up again after so many good checks in a row; at least 1.
+    /// A backend that is down is up after this many successful checks in a row; at least 1.
     pub rise: u32,
-    /// A backend that is up is down after so many bad checks in a row; at least 1.
+    /// A backend that is up is down after this many failed checks in a row; at least 1.
     pub fall: u32,
 }
 
-/// What a check sends first.
+/// The header that a check sends first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CheckHeader {
-    /// Nothing: the port is one for which the server is not told to expect a header.
+    /// None: the server does not expect a header on the checked port.
     #[default]
     None,
-    /// A v2 header with the command LOCAL: the connection is the proxy's own (PROXY protocol, section 2.2).
+    /// A v2 header with command LOCAL: a connection of the proxy itself (PROXY protocol, section
+    /// 2.2).
     Local,
 }
 
 /// `eject_after`, `eject_for`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ejection {
-    /// So many failures to connect in a row; `None`: never.
+    /// Eject after this many failed connections in a row. `None`: never.
     pub after: Option<u32>,
-    /// For how long it is left out then.
+    /// How long an ejected backend gets no connections.
     pub time: Duration,
 }
 
@@ -73,7 +74,7 @@ impl CheckKind {
         [("none", Self::None), ("tcp", Self::Tcp), ("mail", Self::Mail)];
 }
 
-/// More in a row would take hours to notice.
+/// With more in a row, a failure would be noticed only after hours.
 const MAX_CONSECUTIVE: u64 = 100;
 
 pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, receiver: &Receiver) -> Health {
@@ -124,7 +125,7 @@ fn consecutive(section: &Section<'_>, field: &'static str, min: u64) -> Option<S
     Some((at, u32::try_from(given).ok()?))
 }
 
-/// Without checks, what they would be like says nothing.
+/// Without a check, its settings have no effect.
 fn reject_without_check(section: &Section<'_>) {
     for field in ["port", "protocol", "header", "interval", "timeout", "rise", "fall"] {
         if section.has(field) {
@@ -143,7 +144,7 @@ fn validate_tcp(
         section.report_field(at, "protocol", ": has no effect with check = \"tcp\"");
     }
     if let Some((at, CheckHeader::Local)) = header {
-        // smtpd up to 3.10: "fatal: … haproxy …" when the peer is gone after its header.
+        // smtpd up to 3.10 logs "fatal: … haproxy …" if the peer closes right after the header.
         let what = ": closing right after a header terminates Postfix's smtpd: use check = \"mail\"";
         section.report_field(at, "header", what);
     }

@@ -7,27 +7,27 @@ use super::parse::section::{Section, Zero};
 /// `[inline]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inline {
-    /// Whether the file has the table: the operator knows that this host forwards.
+    /// Whether the file has the table. The operator then knows that this host forwards packets.
     pub present: bool,
     /// Who translates addresses.
     pub nat: Nat,
-    /// Managed NAT: the backend sees the host's address as its peer's, so that it answers by this host.
+    /// Managed NAT: replace the client's address with the host's, so that replies pass this host.
     pub masquerade: bool,
     /// Managed NAT: the name of the nftables table.
     pub table: String,
-    /// Folder in a BPF file system for what outlives the daemon.
+    /// The directory in a BPF file system for the pins that outlive the daemon.
     pub pin: PathBuf,
-    /// Connections that there is room for; as many again that are being opened.
+    /// The capacity of the flow table. As many connections again can be in the handshake.
     pub flows: u32,
-    /// Silence after which a connection is taken for dead and forgotten.
+    /// Idle time after which a flow is forgotten.
     pub idle: Duration,
-    /// Devices that clients come by; empty: all that are up.
+    /// Devices on which clients arrive. Empty: all that are up.
     pub client_devices: Vec<String>,
-    /// Devices that lead to backends; empty: those that the routes name.
+    /// Devices that lead to backends. Empty: those of the routes to the backends.
     pub backend_devices: Vec<String>,
     /// How programs are attached.
     pub attachment: Attachment,
-    /// Switch forwarding on where it is off, in place of saying so.
+    /// Enable forwarding where it is off. Otherwise the daemon only reports it.
     pub set_sysctls: bool,
 }
 
@@ -52,10 +52,10 @@ impl Default for Inline {
 /// Who translates addresses for the inline engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Nat {
-    /// The daemon, by a table of its own in nftables.
+    /// The daemon, with an nftables table of its own.
     #[default]
     Managed,
-    /// Somebody else: kube-proxy, Docker, rules of the host.
+    /// Another program: kube-proxy, Docker, rules of the host.
     External,
 }
 
@@ -63,15 +63,15 @@ impl Nat {
     const CHOICES: [(&'static str, Self); 2] = [("managed", Self::Managed), ("external", Self::External)];
 }
 
-/// How the inline engine's programs hang on a device.
+/// How the inline engine's programs are attached to a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attachment {
-    /// tcx where the kernel has it (Linux 6.6), clsact otherwise.
+    /// tcx if the kernel has it (Linux 6.6), otherwise clsact.
     #[default]
     Auto,
-    /// By links, which are pinned.
+    /// As pinned tcx links.
     Tcx,
-    /// By filters of the clsact qdisc.
+    /// As filters of the clsact qdisc.
     Clsact,
 }
 

@@ -5,14 +5,14 @@ use super::parse::section::Section;
 /// `[limits]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at one time, over all listeners; at least 1.
+    /// The limit of concurrent connections over all listeners; at least 1.
     pub max_connections: usize,
-    /// Threads that serve connections, 1 to [`Limits::MAX_WORKERS`]; by default one for each processor.
+    /// Worker threads, 1 to [`Limits::MAX_WORKERS`]. The default is the number of processors.
     pub workers: usize,
 }
 
 impl Limits {
-    /// More share the work no better.
+    /// More threads do not improve throughput.
     pub const MAX_WORKERS: usize = 64;
 }
 

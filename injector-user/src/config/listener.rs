@@ -1,4 +1,4 @@
-//! `[[listener]]`: each on its own, then all of them together.
+//! `[[listener]]`: each one alone, then all of them together.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, time::Duration};
 
@@ -34,7 +34,7 @@ impl EngineChoice {
     const CHOICES: [(&'static str, Self); 4] =
         [("auto", Self::Auto), ("inline", Self::Inline), ("splice", Self::Splice), ("relay", Self::Relay)];
 
-    /// As in the configuration.
+    /// The name in the configuration.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -54,45 +54,47 @@ impl fmt::Display for EngineChoice {
 /// `[[listener]]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
-    /// Unique; `[a-z0-9_-]`, at most 63 bytes. The value of the label `listener`.
+    /// Unique: 1 to 63 of `[a-z0-9_-]`. The value of the label `listener`.
     pub name: String,
-    /// At least one; no two listeners overlap. Port 0 lets the kernel choose.
+    /// At least one. No two listeners overlap. Port 0 lets the kernel choose.
     pub bind: Vec<SocketAddr>,
-    /// What is spoken on it.
+    /// The mail protocol.
     pub protocol: Protocol,
-    /// How its bytes are moved.
+    /// The engine that forwards.
     pub engine: EngineChoice,
-    /// At least one, of distinct addresses; one that is no backup has a weight above 0.
+    /// At least one, with distinct addresses. At least one primary has a weight above 0.
     pub backends: Vec<Backend>,
-    /// How it is found out whether a backend can be sent connections.
+    /// Health checks and ejection.
     pub health: Health,
-    /// How often backend names are resolved again.
+    /// How often the names of backends are resolved again.
     pub resolve_interval: Duration,
-    /// Connections at one time on this listener, besides [`super::Limits::max_connections`].
+    /// The limit of concurrent connections of this listener, besides
+    /// [`super::Limits::max_connections`].
     pub max_connections: Option<usize>,
-    /// All greater than zero, save `header_wait`.
+    /// All greater than zero, except `header_wait`.
     pub timeouts: Timeouts,
-    /// What the backend can read.
+    /// The header format that the backend expects.
     pub receiver: Receiver,
 }
 
 impl Listener {
-    /// Whether engine inline has the header go together with the client's first bytes: where the client speaks first, and is
-    /// waited for. How long is for the backend to say, by when it sends its SYN again: a second.
+    /// Whether engine inline sends the header together with the client's first bytes. It does if
+    /// the client speaks first and `header_wait` is not zero. The wait ends when the backend
+    /// repeats its SYN-ACK, after a second.
     #[must_use]
     pub fn waits_for_first_bytes(&self) -> bool {
         self.protocol.speaks_first() == FirstSpeaker::Client && !self.timeouts.header_wait.is_zero()
     }
 }
 
-/// A bind address with its place in the file and the name of its listener.
+/// A bind address, its offset in the file and its owner in messages.
 struct Bound {
     at: usize,
     address: SocketAddr,
     owner: String,
 }
 
-/// Reads all listeners; `None` if one could not be understood, which is then reported.
+/// Reads all listeners. `None` if one is invalid; the error has been reported.
 pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>) -> Option<Vec<Listener>> {
     let Some(sections) = root.sections("listener") else {
         if !root.has("listener") {
@@ -131,7 +133,7 @@ fn read(
     let backends = backend::read_all(&section, &bind);
     let resolve_interval = section.duration("resolve_interval", Zero::Rejected);
     let max_connections = section.count("max_connections");
-    // Without a valid protocol the rest is still checked, against the one that restricts least.
+    // Without a valid protocol the rest is still checked, against the least restrictive protocol.
     let timeouts =
         timeouts::read(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
     let receiver = receiver::read(section.section("receiver"));

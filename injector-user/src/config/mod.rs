@@ -1,8 +1,7 @@
 //! The configuration file: TOML in, checked types out.
 //!
-//! Every mistake in a file is reported at once, each with its line, the listener it belongs to and what would
-//! be right. What comes out of [`Config::load`] needs no further checks. `docs/config.md` is the reference
-//! for people.
+//! All errors of a file are reported at once, each with its line, its listener and a suggestion.
+//! The result of [`Config::load`] needs no further checks. `docs/config.md` is the reference.
 
 mod admin;
 mod backend;
@@ -47,7 +46,7 @@ pub use self::{
     timeouts::Timeouts,
 };
 
-/// A complete configuration, as small as it gets, with the names of the project's documentation.
+/// A minimal complete configuration, with the names that the documentation uses.
 pub const EXAMPLE: &str = r#"[metrics]
 listen = "127.0.0.1:9145"
 
@@ -62,9 +61,9 @@ backends = ["mail.internal:2525"]
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where metrics and health are served; `None`: nowhere.
+    /// Where metrics and health are served, if anywhere.
     pub metrics: Option<Metrics>,
-    /// Where the operator's commands are heard; `None`: nowhere.
+    /// The control socket, if there is one.
     pub admin: Option<Admin>,
     /// Limits over all listeners.
     pub limits: Limits,
@@ -72,9 +71,9 @@ pub struct Config {
     pub splice: Splice,
     /// How the inline engine uses the host.
     pub inline: Inline,
-    /// How the daemon stops.
+    /// How the daemon shuts down.
     pub stop: Stop,
-    /// What is logged, and how.
+    /// Format and level of the log.
     pub log: Log,
     /// At least one, with distinct names and addresses.
     pub listeners: Vec<Listener>,
@@ -88,7 +87,7 @@ impl Config {
         Self::parse(&text, &path.display().to_string())
     }
 
-    /// Checks the text of a file; `file_name` only appears in messages. The error holds every problem found.
+    /// Checks the text of a file. `file_name` only appears in messages.
     pub fn parse(text: &str, file_name: &str) -> Result<Self, ConfigError> {
         let diagnostics = Diagnostics::new(text, file_name);
         let config = match toml::de::DeTable::parse(text) {

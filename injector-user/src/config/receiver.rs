@@ -1,4 +1,4 @@
-//! `[listener.receiver]`: what the backend can read, checked against what would be sent.
+//! `[listener.receiver]`: the header format that the backend expects, checked for consistency.
 
 use std::fmt;
 
@@ -7,18 +7,17 @@ use super::parse::{
     section::{Section, Spanned},
 };
 
-/// Bytes of a unique id. The PROXY protocol allows 128 (section 2.2.5); this is 128 bits in hexadecimal, so
-/// that the same text can be searched for in the injector's log and the backend's.
+/// Bytes of a unique id. The PROXY protocol allows 128 (section 2.2.5). These are 128 bits in
+/// hexadecimal, so that one text is found in the logs of the injector and of the backend.
 pub const UNIQUE_ID_LEN: usize = 32;
 
-/// A v2 header with IPv6 addresses and no TLVs: the longest the client's addresses alone can make it (section
-/// 2.2).
+/// A v2 header with IPv6 addresses and no TLVs, the longest without TLVs (section 2.2).
 const HEADER_WITHOUT_TLVS: usize = 16 + 36;
-/// Type and length in front of a TLV's value (section 2.2).
+/// Type and length of a TLV (section 2.2).
 const TLV_OVERHEAD: usize = 3;
-/// Read by every receiver in one piece.
+/// Every receiver reads this much at once.
 const DEFAULT_MAX_HEADER: usize = 232;
-/// The design limit of the specification (section 2.2), and all that Postfix reads.
+/// The design limit of the specification (section 2.2), and the most that Postfix reads.
 const MAX_HEADER: usize = 536;
 
 const VERSIONS: [(&str, ProxyVersion); 2] = [("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)];
@@ -28,8 +27,8 @@ const VERSIONS: [(&str, ProxyVersion); 2] = [("v1", ProxyVersion::V1), ("v2", Pr
 pub struct Receiver {
     /// Version of the header.
     pub version: ProxyVersion,
-    /// The largest v2 header in bytes, 52 to 536. Every header of this listener fits, whatever the address
-    /// family.
+    /// The maximum length of a v2 header in bytes, 52 to 536. Every header of this listener fits,
+    /// with IPv4 and IPv6 addresses.
     pub max_header: usize,
     /// Add a `PP2_TYPE_CRC32C`.
     pub crc32c: bool,
@@ -46,14 +45,14 @@ pub struct Receiver {
 /// Version of the PROXY protocol.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProxyVersion {
-    /// Text, without TLVs: for receivers that know no other.
+    /// Text, without TLVs, for receivers that support nothing else.
     V1,
     /// Binary.
     #[default]
     V2,
 }
 
-/// A TLV whose meaning is agreed between this configuration and its backend.
+/// A TLV whose meaning the backend's administrator defines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CustomTlv {
     /// `PP2_TYPE_MIN_CUSTOM` to `PP2_TYPE_MAX_CUSTOM`: 0xE0 to 0xEF (PROXY protocol, section 2.2.7).
@@ -86,8 +85,8 @@ impl Default for Receiver {
 }
 
 impl Receiver {
-    /// Bytes of the longest header this receiver will be sent: with v1 the specification's limit (section
-    /// 2.1, without the final zero), with v2 that of a client over IPv6.
+    /// The length of the longest header for this receiver. With v1 it is the limit of the
+    /// specification (section 2.1, without the final zero), with v2 that of an IPv6 client.
     pub fn max_header_len(&self) -> usize {
         if self.version == ProxyVersion::V1 {
             return 107;
@@ -102,7 +101,7 @@ impl Receiver {
     }
 }
 
-/// Reads the section; what is wrong is reported.
+/// Reads the section and reports what is wrong.
 pub(super) fn read(section: Option<Section<'_>>) -> Receiver {
     let default = Receiver::default();
     let Some(section) = section else { return default };
@@ -169,7 +168,7 @@ fn read_authority(section: &Section<'_>, at: usize, name: &str) -> Option<String
     match address::host_name(name) {
         Ok(name) => Some(name),
         Err(what) => {
-            // Dovecot disconnects for it.
+            // Dovecot disconnects if the host name is invalid.
             section.report_field(at, "authority", &format!(": {what}"));
             None
         }

@@ -9,16 +9,16 @@ use super::parse::section::{Section, Zero};
 pub struct Splice {
     /// Limits of the backlog in the kernel.
     pub watermarks: Watermarks,
-    /// When a direction is handed to the kernel.
+    /// When a direction is enrolled in the kernel.
     pub enrolment: EnrolmentPolicy,
-    /// Who puts the header in front.
+    /// How the header is sent.
     pub header: HeaderMethod,
 }
 
-/// Who puts the header in front of what the backend reads first, in the splice engine.
+/// How the splice engine sends the header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HeaderMethod {
-    /// The program `inject`, in the kernel.
+    /// The BPF program `inject` prepends it in the kernel.
     #[default]
     Program,
     /// One sendmsg(2), as in the relay engine: less work for short sessions.
@@ -84,7 +84,7 @@ impl Default for EnrolmentPolicy {
     }
 }
 
-/// Water marks and the like: more than any machine has, and sums of it still fit.
+/// An upper bound of byte values: more than any machine has, and sums do not overflow.
 const MAX_BYTES: u64 = 1 << 40;
 
 pub(super) fn read(section: Section<'_>) -> Splice {

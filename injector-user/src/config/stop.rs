@@ -7,7 +7,7 @@ use super::parse::section::{Section, Zero};
 /// `[stop]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stop {
-    /// How long sessions may go on after SIGTERM; zero cuts them at once.
+    /// How long sessions may continue after SIGTERM. Zero aborts them at once.
     pub deadline: Duration,
 }
 

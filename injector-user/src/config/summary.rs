@@ -1,4 +1,4 @@
-//! What `injector check` prints: what would run, in full, defaults included.
+//! The output of `injector check`: the effective configuration, with all defaults.
 
 use std::fmt::{self, Write as _};
 
@@ -7,7 +7,7 @@ use super::{
 };
 use crate::protocol::FirstSpeaker;
 
-/// Describes a configuration for people: one block per listener, every default written out.
+/// Describes a configuration: one block per listener, with all defaults.
 pub fn summary(config: &Config) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -78,7 +78,7 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     }
 }
 
-/// What holds where the client talks TCP to the backend itself.
+/// The settings that apply to engine inline, where client and backend share one TCP connection.
 fn write_inline(out: &mut String, listener: &Listener) -> fmt::Result {
     let waits =
         if listener.waits_for_first_bytes() { "; the header goes with the client's first bytes" } else { "" };

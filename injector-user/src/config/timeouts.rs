@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::parse::section::{Section, Zero};
 use crate::protocol::{FirstSpeaker, Protocol};
 
-/// Dovecot gives a header 3 seconds (postscreen 5) and then closes.
+/// Dovecot waits 3 seconds for the header (postscreen 5), then closes.
 const MAX_HEADER_WAIT: Duration = Duration::from_secs(3);
 /// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
 const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
@@ -13,21 +13,20 @@ const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 /// `[listener.timeouts]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// For all attempts to reach a backend together.
+    /// For all attempts to connect to a backend together.
     pub connect: Duration,
-    /// Without a byte in either direction.
+    /// Idle time in both directions.
     pub idle: Duration,
-    /// How long the header waits for the client's first bytes before it goes alone; below 3 s. Zero: not at all, as
-    /// where the server speaks first.
+    /// How long the header waits for the client's first bytes before it is sent alone; below 3 s.
+    /// Zero: not at all, as where the server speaks first.
     pub header_wait: Duration,
-    /// Without a byte in the remaining direction, once one side has finished.
+    /// Idle time of the open direction after one side has sent its FIN.
     pub half_closed: Duration,
-    /// Without an answer to what a peer was sent, or to the question whether it lives; also how long a peer may
-    /// leave its window closed.
+    /// How long a peer may leave data or keepalive probes unacknowledged, or its window closed.
     pub user_timeout: Duration,
-    /// Silence after which a peer is asked whether it lives; whole seconds, 1 to 32767.
+    /// Idle time before the first keepalive probe; whole seconds, 1 to 32767.
     pub keepalive: Duration,
-    /// How long sessions may go on once their listener is drained, or no longer configured.
+    /// How long sessions may continue once their listener is drained or removed.
     pub drain: Duration,
 }
 

@@ -1,11 +1,11 @@
-//! Addresses as people write them, with advice where they cannot mean what they say.
+//! Addresses as text, with a suggestion for each error.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::section::{Section, Spanned};
 use crate::config::host::Host;
 
-/// `metrics.listen`; what is wrong is reported.
+/// Reads `metrics.listen` and reports an invalid value.
 pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<Spanned<SocketAddr>> {
     match socket_address(text, Some(9145)) {
         Ok(address) => Some((at, address)),
@@ -16,8 +16,8 @@ pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<Spa
     }
 }
 
-/// An address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error says what to write; `standard_port` is
-/// the port it uses to say so.
+/// Parses an address to bind: `192.0.2.10:25` or `[2001:db8::10]:25`. The error suggests what to
+/// write, with `standard_port` as the port.
 pub(crate) fn socket_address(text: &str, standard_port: Option<u16>) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return Ok(address);
@@ -49,7 +49,8 @@ pub(crate) fn socket_address(text: &str, standard_port: Option<u16>) -> Result<S
     ))
 }
 
-/// A backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error says what to write.
+/// Parses a backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error
+/// suggests what to write.
 pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return backend_address(address);
@@ -92,8 +93,8 @@ fn require_port(port: u16) -> Result<(), String> {
     if port == 0 { Err("port must be 1 to 65535".to_owned()) } else { Ok(()) }
 }
 
-/// Checks a host name (RFC 1123, section 2.1; underscores as Docker and others use them) and brings it to
-/// lower case without the final dot. The error says what is wrong.
+/// Checks a host name (RFC 1123, section 2.1; underscores are allowed, as Docker uses them).
+/// Returns it in lower case without the final dot.
 pub(crate) fn host_name(text: &str) -> Result<String, String> {
     let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     let label_ok = |label: &str| {
@@ -102,19 +103,19 @@ pub(crate) fn host_name(text: &str) -> Result<String, String> {
             && !label.ends_with('-')
             && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
     };
-    // RFC 1035, section 2.3.4: 255 bytes on the wire, which leaves 253 in text.
+    // RFC 1035, section 2.3.4: 255 bytes on the wire leave 253 in text.
     if name.len() > 253 || !name.split('.').all(label_ok) {
         return Err(format!("{text:?} is not a host name"));
     }
-    // "192.0.2" or "192.0.2.300": no top-level domain is numeric, so a resolver would only be confused.
+    // "192.0.2" or "192.0.2.300": no top-level domain is numeric, so this is a mistyped address.
     if name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit())) {
         return Err(format!("{text:?} is neither a host name nor an IP address"));
     }
     Ok(name)
 }
 
-/// Whether a socket bound to one address would take connections meant for the other. `[::]` takes IPv4 as
-/// well, and an IPv4-mapped address is that IPv4 address.
+/// Whether a socket bound to one address would accept connections to the other. `[::]` includes
+/// IPv4, and an IPv4-mapped address is that IPv4 address.
 pub(crate) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     if one.port() != other.port() || one.port() == 0 {
         return false;
@@ -127,7 +128,7 @@ fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
     wildcard.is_unspecified() && (wildcard.is_ipv6() || other.is_ipv4())
 }
 
-/// Whether a connection to `backend` surely comes back to a listener bound to `bind`.
+/// Whether a connection to the backend certainly reaches the listener bound to `bind`.
 pub(crate) fn is_loop(bind: SocketAddr, host: &Host, port: u16) -> bool {
     if bind.port() != port {
         return false;
@@ -168,7 +169,7 @@ mod tests {
                 "mx.example:25",
                 "\"mx.example\" is not an IP address: write one of this host, such as \"192.0.2.10:25\"",
             ),
-            // Where the last group is no hexadecimal number of four digits, the intent is plain.
+            // The last group is not a hexadecimal number of four digits, so it is the port.
             ("2001:db8::10:65535", "an IPv6 address must be in brackets: write \"[2001:db8::10]:65535\""),
         ] {
             assert_eq!(socket_address(text, Some(25)), Err(expected.to_owned()), "{text}");

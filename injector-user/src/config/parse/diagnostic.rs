@@ -1,43 +1,43 @@
-//! What is wrong with a configuration file, and where.
+//! Errors of a configuration file, with their positions.
 
 use std::{cell::RefCell, fmt, io, path::PathBuf};
 
-/// Why there is no configuration.
+/// Why a configuration could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
     #[error("cannot read the configuration {}: {source}", path.display())]
     Read {
-        /// As given.
+        /// The path as given.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The file has problems: all of them, in the order of the file, one a line.
+    /// The file is invalid: all errors, in the order of the file, one per line.
     #[error("{}", join(.0))]
     Invalid(Vec<Diagnostic>),
-    /// The file could not be understood, and the checks failed to say why: a defect of the injector.
+    /// The file was rejected, but no check reported an error: a bug of the injector.
     #[error(
         "{file}: cannot parse the file and cannot tell why: please report this file as a bug of the injector"
     )]
     Incomplete {
-        /// As given.
+        /// The file name as given.
         file: String,
     },
 }
 
-/// One problem, at one place.
+/// One error at one position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
-    /// As given to the parser.
+    /// The file name as given to the parser.
     pub file: String,
-    /// From 1.
+    /// Counted from 1.
     pub line: usize,
-    /// In characters, from 1.
+    /// Counted in characters from 1.
     pub column: usize,
-    /// Name of the listener it belongs to, or `#2` for the second one if that has no name.
+    /// The name of its listener, or `#2` for the second listener if it has no name.
     pub listener: Option<String>,
-    /// The field, what it holds, what is wrong and what would be right.
+    /// The field, its value, the error and a suggestion.
     pub message: String,
 }
 
@@ -57,7 +57,7 @@ fn join(diagnostics: &[Diagnostic]) -> String {
     diagnostics.iter().map(Diagnostic::to_string).collect::<Vec<_>>().join("\n")
 }
 
-/// Collects the problems of one file.
+/// Collects the errors of one file.
 #[derive(Debug)]
 pub(crate) struct Diagnostics<'t> {
     text: &'t str,
@@ -70,7 +70,7 @@ impl<'t> Diagnostics<'t> {
         Self { text, file, found: RefCell::default() }
     }
 
-    /// Notes a problem at a byte offset of the text.
+    /// Adds an error at a byte offset.
     pub(crate) fn add(&self, at: usize, listener: Option<&str>, message: String) {
         let (line, column) = position(self.text, at);
         let listener = listener.map(str::to_owned);
@@ -78,12 +78,12 @@ impl<'t> Diagnostics<'t> {
         self.found.borrow_mut().push((at, diagnostic));
     }
 
-    /// The line of a byte offset, to point at a second place from within a message.
+    /// The line of a byte offset, for messages that refer to a second place.
     pub(crate) fn line(&self, at: usize) -> usize {
         position(self.text, at).0
     }
 
-    /// All problems in the order of the file, or `None` if there are none.
+    /// All errors in the order of the file, or `None` if there are none.
     pub(crate) fn into_error(self) -> Option<ConfigError> {
         let mut found = self.found.into_inner();
         found.sort_by_key(|(at, _)| *at);
@@ -98,9 +98,9 @@ fn position(text: &str, at: usize) -> (usize, usize) {
     (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
 }
 
-/// The entry of `known` that was probably meant by `word`.
+/// The entry of `known` that `word` probably means.
 pub(crate) fn closest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
-    // A third of the word may be wrong: enough for a typing error, too little to suggest something unrelated.
+    // A third of the word may differ: enough for a typing error, too little for an unrelated word.
     let limit = (word.chars().count() / 3).max(1);
     known
         .into_iter()

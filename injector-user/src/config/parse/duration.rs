@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// Longer is surely a mistake, and adding it to a clock could overflow.
+/// Longer values are mistakes, and adding them to a clock could overflow.
 const MAX_DURATION: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Why a text is not a duration that the injector accepts.
+/// Why a text is not a valid duration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DurationError {
     /// Not a number with a unit.
@@ -16,7 +16,7 @@ pub enum DurationError {
     TooLong,
 }
 
-/// Reads `30s`, `1m 30s`, `250ms`; up to seven days.
+/// Parses `30s`, `1m 30s` or `250ms`, up to seven days.
 ///
 /// # Errors
 /// [`DurationError`].

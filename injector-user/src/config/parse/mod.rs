@@ -1,4 +1,4 @@
-//! Reads TOML values and collects what is wrong with them.
+//! Reads TOML values and collects errors.
 
 pub(super) mod address;
 pub(super) mod diagnostic;

@@ -1,7 +1,7 @@
-//! Reads one table of the file, field by field, and notes every field that is wrong, missing or unknown.
+//! Reads one table of the file, field by field, and reports invalid, missing and unknown fields.
 //!
-//! `serde` stops at the first mistake and does not know in which listener it was; here a file is read to its
-//! end.
+//! `serde` stops at the first error and does not know the listener. This reader continues to the
+//! end of the file.
 
 use std::{cell::RefCell, path::PathBuf, time::Duration};
 
@@ -18,7 +18,7 @@ use super::{
 /// No machine holds more connections than this.
 pub(crate) const MAX_CONNECTIONS: usize = 1 << 30;
 
-/// A value together with the byte offset at which it stands.
+/// A value and its byte offset.
 pub(crate) type Spanned<T> = (usize, T);
 
 /// Whether a duration may be zero.
@@ -28,7 +28,7 @@ pub(crate) enum Zero {
     Rejected,
 }
 
-/// What [`Section::entries`] finds.
+/// An item of [`Section::entries`].
 #[derive(Debug)]
 pub(crate) enum Entry<'t> {
     Text(Spanned<&'t str>),
@@ -39,13 +39,13 @@ pub(crate) enum Entry<'t> {
 #[derive(Debug)]
 pub(crate) struct Section<'t> {
     table: &'t DeTable<'t>,
-    /// Offset of the table itself, for what is missing in it.
+    /// The offset of the table, for missing fields.
     at: usize,
-    /// What its fields are called in messages: empty, or ending in a dot.
+    /// The prefix of its fields in messages: empty, or with a final dot.
     prefix: String,
     listener: Option<String>,
     diagnostics: &'t Diagnostics<'t>,
-    /// Every field that was asked for: the rest is unknown.
+    /// Every field that was read; all others are unknown.
     known: RefCell<Vec<&'static str>>,
 }
 
@@ -64,12 +64,12 @@ impl<'t> Section<'t> {
         Self { table, at, prefix, listener, diagnostics, known: RefCell::default() }
     }
 
-    /// Notes what is wrong with this section at `at`.
+    /// Reports an error at `at`.
     pub(crate) fn report(&self, at: usize, message: impl Into<String>) {
         self.diagnostics.add(at, self.listener.as_deref(), message.into());
     }
 
-    /// Notes what is wrong with a field: `limits.max_connections 0: must be …`.
+    /// Reports an error of a field: `limits.max_connections 0: must be …`.
     pub(crate) fn report_field(&self, at: usize, field: &str, what: &str) {
         self.report(at, format!("{}{field}{what}", self.prefix));
     }
@@ -79,22 +79,22 @@ impl<'t> Section<'t> {
         self.diagnostics.line(at)
     }
 
-    /// Where the section begins.
+    /// The offset of the table.
     pub(crate) fn at(&self) -> usize {
         self.at
     }
 
-    /// Sets the listener under which problems from now on are reported.
+    /// Sets the listener of all later reports.
     pub(crate) fn set_listener(&mut self, listener: String) {
         self.listener = Some(listener);
     }
 
-    /// The name of the listener, as reported.
+    /// The name of the listener in reports.
     pub(crate) fn listener(&self) -> &str {
         self.listener.as_deref().unwrap_or_default()
     }
 
-    /// Reports the fields that nobody asked for.
+    /// Reports all fields that were not read.
     pub(crate) fn finish(self) {
         let known = self.known.borrow();
         for (key, _) in self.table {
@@ -113,7 +113,7 @@ impl<'t> Section<'t> {
         self.report(key.span().start, format!("unknown field `{}{name}`, {advice}", self.prefix));
     }
 
-    /// Whether the field is there at all.
+    /// Whether the table has the field.
     pub(crate) fn has(&self, field: &str) -> bool {
         self.table.contains_key(field)
     }
@@ -136,7 +136,7 @@ impl<'t> Section<'t> {
         self.report_field(at, field, &format!(": must be {expected}, not {found}"));
     }
 
-    /// A sub-table.
+    /// A table within this one.
     pub(crate) fn section(&self, field: &'static str) -> Option<Section<'t>> {
         let (at, value) = self.get(field)?;
         let Some(table) = value.as_table() else {
@@ -162,7 +162,7 @@ impl<'t> Section<'t> {
                 self.wrong_type(at, field, &expected, item.get_ref());
                 continue;
             };
-            // The fields of a listener go by their own name: the listener's stands in front of them.
+            // Fields of a listener need no prefix: the message starts with the listener's name.
             let prefix =
                 if self.listener.is_some() { format!("{}{field}.", self.prefix) } else { String::new() };
             sections.push(Self::new(table, at, prefix, self.listener.clone(), self.diagnostics));
@@ -170,13 +170,13 @@ impl<'t> Section<'t> {
         Some(sections)
     }
 
-    /// As a table header would name this section, with a final dot.
+    /// The name of this table in a TOML header, with a final dot.
     fn header(&self) -> String {
         let listener = if self.listener.is_some() { "listener." } else { "" };
         format!("{listener}{}", self.prefix)
     }
 
-    /// A string; wrong types are reported.
+    /// A string. Another type is reported.
     pub(crate) fn string(&self, field: &'static str) -> Option<Spanned<&'t str>> {
         let (at, value) = self.get(field)?;
         let text = value.as_str();
@@ -186,7 +186,7 @@ impl<'t> Section<'t> {
         Some((at, text?))
     }
 
-    /// An absolute path; everything else is reported.
+    /// An absolute path. Anything else is reported.
     pub(crate) fn path(&self, field: &'static str) -> Option<PathBuf> {
         let (at, text) = self.string(field)?;
         let path = PathBuf::from(text);
@@ -197,7 +197,7 @@ impl<'t> Section<'t> {
         Some(path)
     }
 
-    /// Reads a field with `read` and reports it if it is missing altogether.
+    /// Reads a field with `read`, and reports it if it is missing.
     pub(crate) fn required<T>(
         &self,
         field: &'static str,
@@ -209,7 +209,7 @@ impl<'t> Section<'t> {
         read(self, field)
     }
 
-    /// A list of strings; at least one where the field is given. Wrong types are reported.
+    /// A list of strings. An empty list and other types are reported.
     pub(crate) fn strings(&self, field: &'static str) -> Option<Vec<Spanned<&'t str>>> {
         let (at, value) = self.get(field)?;
         let Some(items) = value.as_array() else {
@@ -229,8 +229,7 @@ impl<'t> Section<'t> {
         Some(strings.collect())
     }
 
-    /// A list of strings, any of which may be a table in its place; at least one where the field is given. Wrong types are
-    /// reported.
+    /// A list of strings or tables. An empty list and other types are reported.
     pub(crate) fn entries(&self, field: &'static str) -> Option<Vec<Entry<'t>>> {
         const EXPECTED: &str = "a list of strings or of tables";
         let (at, value) = self.get(field)?;
@@ -259,7 +258,7 @@ impl<'t> Section<'t> {
         Some(items.iter().filter_map(entry).collect())
     }
 
-    /// True or false; wrong types are reported.
+    /// A boolean. Another type is reported.
     pub(crate) fn flag(&self, field: &'static str) -> Option<Spanned<bool>> {
         let (at, value) = self.get(field)?;
         let flag = value.as_bool();
@@ -269,7 +268,7 @@ impl<'t> Section<'t> {
         Some((at, flag?))
     }
 
-    /// An integer between `min` and `max`; everything else is reported.
+    /// An integer between `min` and `max`. Anything else is reported.
     pub(crate) fn integer(&self, field: &'static str, min: u64, max: u64) -> Option<Spanned<u64>> {
         let (at, value) = self.get(field)?;
         let Some(integer) = value.as_integer() else {
@@ -285,13 +284,13 @@ impl<'t> Section<'t> {
         Some((at, number?))
     }
 
-    /// A number of things, at least 1.
+    /// A number of connections, at least 1.
     pub(crate) fn count(&self, field: &'static str) -> Option<usize> {
         let (_, number) = self.integer(field, 1, MAX_CONNECTIONS as u64)?;
         usize::try_from(number).ok()
     }
 
-    /// A string such as `"30s"`; everything else is reported.
+    /// A duration such as `"30s"`. Anything else is reported.
     pub(crate) fn duration(&self, field: &'static str, zero: Zero) -> Option<Spanned<Duration>> {
         const EXPECTED: &str = "a duration such as \"30s\", \"1m 30s\" or \"250ms\"";
         let (at, value) = self.get(field)?;
@@ -316,13 +315,13 @@ impl<'t> Section<'t> {
         }
     }
 
-    /// One of the words in `choices`; everything else is reported with the likely one.
+    /// One of the words in `choices`. Anything else is reported with a suggestion.
     pub(crate) fn choice<T: Copy>(&self, field: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let text = self.string(field)?;
         self.choose(field, text, choices)
     }
 
-    /// The same for a string that has been read already.
+    /// As [`Section::choice`], for a string that has been read already.
     pub(crate) fn choose<T: Copy>(
         &self,
         field: &'static str,

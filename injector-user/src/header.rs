@@ -1,4 +1,4 @@
-//! The header of one connection, rendered for what its receiver can read.
+//! Encodes the PROXY header of one connection in the format that its receiver expects.
 
 use std::net::SocketAddr;
 
@@ -6,7 +6,7 @@ use injector_common::proxy::{self, Addresses, Command, EncodeError, Tlv};
 
 use crate::config::{ProxyVersion, Receiver, UNIQUE_ID_LEN};
 
-/// A header, ready to be sent.
+/// An encoded header.
 #[derive(Clone, Debug)]
 pub struct EncodedHeader {
     bytes: [u8; proxy::MAX_LEN],
@@ -14,11 +14,11 @@ pub struct EncodedHeader {
 }
 
 impl EncodedHeader {
-    /// The header for a client at `source` that connected to `destination`. `unique_id` goes along where the receiver
-    /// wants one.
+    /// The header for a client at `source` that connected to `destination`. It includes `unique_id`
+    /// if the receiver is configured for it.
     ///
     /// # Errors
-    /// When it does not fit the receiver; a checked configuration leaves no such case.
+    /// If it exceeds the receiver's limit; a checked configuration excludes that.
     pub fn new(
         receiver: &Receiver,
         source: SocketAddr,
@@ -38,7 +38,7 @@ impl EncodedHeader {
         Ok(Self { bytes, len })
     }
 
-    /// Its bytes.
+    /// The bytes of the header.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.len).unwrap_or_default()

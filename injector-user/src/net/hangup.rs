@@ -1,8 +1,8 @@
-//! Hang-ups of sockets whose payload user space does not read.
+//! Reports when the peers of spliced sockets close.
 //!
-//! Registered with tokio, a spliced socket would wake the daemon for every message that the kernel carries. Here it
-//! is watched for the peer's FIN, errors and hang-up alone: an epoll instance of our own, which tokio polls as one
-//! descriptor.
+//! A spliced socket registered with tokio would wake the daemon for every message that the kernel
+//! forwards. Therefore these sockets are registered in an epoll instance of the daemon's own, for
+//! FIN, errors and hang-up only. Tokio polls that instance as one descriptor.
 
 use std::{
     collections::HashMap,
@@ -23,7 +23,7 @@ use crate::{
     telemetry::log::target,
 };
 
-/// Watches sockets for hang-up; cheap to clone.
+/// Monitors sockets for FIN, errors and hang-up. Clones share one epoll instance.
 #[derive(Clone, Debug)]
 pub struct HangupMonitor(Arc<Shared>);
 
@@ -37,12 +37,12 @@ struct Shared {
 struct Signal {
     finished: AtomicBool,
     broken: AtomicBool,
-    /// The one task that the socket belongs to.
+    /// The task that owns the socket.
     changed: AtomicWaker,
 }
 
 impl HangupMonitor {
-    /// Starts watching, as a task of the present runtime.
+    /// Creates a monitor and spawns its task in the current runtime.
     ///
     /// # Errors
     /// As [`HangupMonitor::new`] and [`HangupMonitor::spawn`].
@@ -52,7 +52,7 @@ impl HangupMonitor {
         Ok(monitor)
     }
 
-    /// One that nobody follows yet.
+    /// Creates a monitor without a task; see [`HangupMonitor::spawn`].
     ///
     /// # Errors
     /// As epoll_create1(2).
@@ -60,7 +60,7 @@ impl HangupMonitor {
         Ok(Self(Arc::new(Shared { epoll: Epoll::new()?, signals: Mutex::default() })))
     }
 
-    /// Has a task of the present runtime tell what happens.
+    /// Spawns the task that dispatches events, in the current runtime.
     ///
     /// # Errors
     /// When the runtime cannot poll the instance.
@@ -70,10 +70,10 @@ impl HangupMonitor {
         Ok(())
     }
 
-    /// Watches `socket`, which has the cookie `cookie`, until the result is dropped.
+    /// Monitors `socket`, which has the cookie `cookie`, until the result is dropped.
     ///
     /// # Errors
-    /// As epoll_ctl(2); a socket can be watched once at a time.
+    /// As epoll_ctl(2). A socket can be registered only once at a time.
     pub fn add<S: AsFd>(&self, socket: S, cookie: u64) -> io::Result<HangupRegistration<S>> {
         let signal = Arc::new(Signal::default());
         self.0.lock().insert(cookie, Arc::clone(&signal));
@@ -83,7 +83,7 @@ impl HangupMonitor {
     }
 }
 
-/// A watched socket.
+/// A monitored socket.
 #[derive(Debug)]
 pub struct HangupRegistration<S: AsFd> {
     monitor: HangupMonitor,
@@ -93,18 +93,18 @@ pub struct HangupRegistration<S: AsFd> {
 }
 
 impl<S: AsFd> HangupRegistration<S> {
-    /// Whether the peer has finished sending, or the socket is broken.
+    /// Ready when the peer has finished sending, or the connection is broken.
     pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
         self.poll(task, &self.signal.finished)
     }
 
-    /// Whether the socket has an error pending or is closed both ways.
+    /// Ready when the socket has a pending error or is closed in both directions.
     pub fn poll_broken(&self, task: &mut Context<'_>) -> Poll<()> {
         self.poll(task, &self.signal.broken)
     }
 
     fn poll(&self, task: &mut Context<'_>, reached: &AtomicBool) -> Poll<()> {
-        // Registered before the look: a change in between is not missed.
+        // Register first, then check: a change in between is not missed.
         self.signal.changed.register(task.waker());
         if reached.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
     }
@@ -112,7 +112,7 @@ impl<S: AsFd> HangupRegistration<S> {
 
 impl<S: AsFd> Drop for HangupRegistration<S> {
     fn drop(&mut self) {
-        // A closed socket leaves epoll by itself.
+        // The kernel removes a closed socket from epoll.
         let _ = self.monitor.0.epoll.remove(&self.socket);
         self.monitor.0.lock().remove(&self.cookie);
     }
@@ -153,7 +153,7 @@ async fn dispatch(polled: AsyncFd<EpollOf>) {
             ready.clear_ready();
         }
         for event in events {
-            // Dropped meanwhile: nobody waits for it any more.
+            // The registration was dropped in the meantime.
             let Some(signal) = shared.lock().get(&event.key).cloned() else { continue };
             signal.finished.store(true, Ordering::Release);
             if event.broken {

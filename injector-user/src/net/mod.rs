@@ -1,4 +1,4 @@
-//! TCP sockets and what they need: pipes for splice(2), hang-ups, TLS for checks.
+//! TCP sockets, pipes for splice(2), peer-close monitoring, and TLS for health checks.
 
 pub mod hangup;
 pub mod options;

@@ -1,5 +1,5 @@
-//! One end of a connection: a non-blocking TCP socket that can be read and written by user space, or only watched
-//! while the kernel carries its payload.
+//! One end of a connection: a non-blocking TCP socket that user space reads and writes, or only
+//! monitors while the kernel forwards its payload.
 
 mod read;
 mod write;
@@ -29,16 +29,16 @@ use crate::{
     os::{poll, sockopt},
 };
 
-/// What the session needs to be told about a socket.
+/// The events of a socket that the session waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest {
-    /// Payload arrives that user space reads.
+    /// User space reads the payload.
     pub read: bool,
-    /// User space may have to wait for room to write.
+    /// User space may have to wait until it can write.
     pub write: bool,
 }
 
-/// After so long a socket is looked at again where nothing tells when there is more.
+/// The delay before a socket is read again if no event will report more data.
 pub const RETRY_DELAY: Duration = Duration::from_millis(1);
 
 impl Interest {
@@ -49,41 +49,45 @@ type Io = AsyncFd<Arc<Socket>>;
 
 /// One end of a connection.
 ///
-/// Both directions of a connection are carried by one task, so what it waits for is polled, and each socket needs one waker for
-/// what there is to read and one for room: the slots that tokio has for them. A future for each wait, with a place in a list of
-/// waiters as `AsyncFd::ready` keeps it, would cost more time at each step, and memory while nothing happens.
+/// One task handles both directions of a connection by polling. Each socket therefore needs one
+/// waker for reading and one for writing, and tokio has exactly these two slots. A future for each
+/// wait, as `AsyncFd::ready` creates it, would cost more time per step, and memory while the
+/// connection is idle.
 #[derive(Debug)]
 pub struct Endpoint {
     socket: Arc<Socket>,
-    /// Asked for when it is needed; 0 is nobody's.
+    /// Read from the kernel when first needed; 0 means not read yet.
     cookie: AtomicU64,
-    // Exactly these two follow `needs`; see `set_interest`.
+    // Only `set_interest` changes these two, according to `interest`.
     io: Option<Io>,
     hangup: Option<Box<HangupRegistration<Arc<Socket>>>>,
     interest: Interest,
-    /// Of the peer's SYN; of an accepted socket it is read when it is asked for.
+    /// Of a connecting socket. For an accepted socket it is read on demand.
     peer_isn: Option<u32>,
-    /// The last read took all there was.
+    /// The last read drained the receive queue.
     recv_drained: AtomicBool,
-    /// And behind that comes the peer's FIN.
+    /// The peer's FIN follows the data that was read last.
     fin_follows: AtomicBool,
-    /// The kernel has told of an error other than by a read. It tells once: who reads then sees an end of file.
+    /// The kernel has reported an error other than by a read. It reports an error once, so the next
+    /// read returns an end of file.
     error_reported: AtomicBool,
 }
 
 impl Endpoint {
-    /// Takes over a connected, non-blocking socket, accepted by one that was made to by [`options::configure_listen`].
+    /// Takes over a connected, non-blocking socket, accepted by a listening socket with
+    /// [`options::configure_listen`].
     ///
     /// # Errors
-    /// When the runtime cannot poll it.
+    /// When the runtime cannot register it.
     pub fn accepted(socket: Socket) -> io::Result<Self> {
         let socket = Arc::new(socket);
         let io = register(&socket, Interest::ALL)?;
         Ok(Self::connected(socket, io, None))
     }
 
-    /// Connects to `address`, while an observer reads the peer's SYN. Dropping the future gives up. The peer
-    /// has its connection with what is sent first, after 200 ms, or by [`Endpoint::ack_now`].
+    /// Connects to `address`, while an observer reads the peer's SYN. Dropping the future aborts
+    /// the attempt. The first data sent, a delay of 200 ms or [`Endpoint::ack_now`] completes the
+    /// handshake for the peer.
     ///
     /// # Errors
     /// As connect(2).
@@ -126,27 +130,27 @@ impl Endpoint {
         }
     }
 
-    /// The kernel's number for this socket, never used again while the machine runs (`SO_COOKIE`).
+    /// The kernel's identifier of this socket, unique until a reboot (`SO_COOKIE`).
     #[must_use]
     pub fn cookie(&self) -> u64 {
         let known = self.cookie.load(Ordering::Relaxed);
         if known != 0 {
             return known;
         }
-        // It cannot fail on an open socket.
+        // This cannot fail on an open socket.
         let cookie = self.socket.cookie().unwrap_or_default();
         self.cookie.store(cookie, Ordering::Relaxed);
         cookie
     }
 
-    /// The sequence number of the peer's SYN. Of an accepted socket it can be asked for once, and only if its listener saves
-    /// it ([`options::configure_listen`]).
+    /// The sequence number of the peer's SYN. For an accepted socket it can be read once, and only
+    /// if the listening socket saves it ([`options::configure_listen`]).
     #[must_use]
     pub fn peer_isn(&self) -> Option<u32> {
         self.peer_isn.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| parse_isn(&syn)))
     }
 
-    /// The address at our side; for a client's socket what the client connected to.
+    /// The local address. For a client's socket: the address to which the client connected.
     ///
     /// # Errors
     /// As getsockname(2).
@@ -154,11 +158,11 @@ impl Endpoint {
         self.socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// Asks to be told just that. A socket that user space does not read is watched by `watch` for hang-up instead, so that the
-    /// payload that the kernel carries wakes nobody.
+    /// Sets the events to wait for. If user space does not read the socket, `monitor` reports only
+    /// its peer close, so that payload forwarded by the kernel wakes no task.
     ///
     /// # Errors
-    /// When it cannot be registered.
+    /// When the socket cannot be registered.
     pub fn set_interest(&mut self, interest: Interest, monitor: &HangupMonitor) -> io::Result<()> {
         if interest == self.interest {
             return Ok(());
@@ -174,25 +178,26 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Acknowledges what has come by now, and what comes next at once, until the kernel sees a conversation.
+    /// Acknowledges received data now, and later data at once until the kernel detects an
+    /// interactive session.
     ///
     /// # Errors
     /// As setsockopt(2).
     pub fn ack_now(&self) -> io::Result<()> {
-        // To set it again acknowledges (__tcp_sock_set_quickack, net/ipv4/tcp.c).
+        // Setting it again acknowledges (__tcp_sock_set_quickack, net/ipv4/tcp.c).
         self.socket.set_tcp_quickack(true)
     }
 
-    /// Sends what was written.
+    /// Sends data that [`Endpoint::try_write_more`] has delayed.
     ///
     /// # Errors
     /// As setsockopt(2).
     pub fn push(&self) -> io::Result<()> {
-        // To set it again pushes (tcp_sock_set_nodelay, net/ipv4/tcp.c).
+        // Setting it again pushes (tcp_sock_set_nodelay, net/ipv4/tcp.c).
         self.socket.set_tcp_nodelay(true)
     }
 
-    /// Remembers that an error was told.
+    /// Records that the kernel has reported an error.
     fn record_error<T>(&self, result: io::Result<T>) -> io::Result<T> {
         result.inspect_err(|_| self.error_reported.store(true, Ordering::Relaxed))
     }
@@ -202,7 +207,7 @@ impl Endpoint {
         poll_fn(|task| self.poll_finished(task)).await;
     }
 
-    /// Whether the peer has finished sending, for a socket that user space does not read.
+    /// Ready when the peer has finished sending, for a socket that user space does not read.
     pub fn poll_finished(&self, task: &mut Context<'_>) -> Poll<()> {
         self.hangup.as_ref().map_or(Poll::Pending, |hangup| hangup.poll_finished(task))
     }
@@ -212,13 +217,13 @@ impl Endpoint {
         poll_fn(|task| self.poll_closed(task)).await
     }
 
-    /// Whether the connection is broken, with its error, or both sides have finished, with none. It throws away what the
-    /// runtime knows of room: ask it before writing.
+    /// Ready with an error when the connection is broken, or without one when both sides have
+    /// finished. It clears the runtime's write readiness: call it before writing.
     pub fn poll_closed(&self, task: &mut Context<'_>) -> Poll<Option<io::Error>> {
         if let Some(hangup) = &self.hangup {
             ready!(hangup.poll_broken(task));
         } else if let Some(io) = &self.io {
-            // An error of the readiness itself means the runtime is going: as broken as can be.
+            // An error of the readiness means that the runtime shuts down; treat it as broken.
             while let Ok(mut ready) = ready!(io.poll_write_ready(task)) {
                 if ready.ready().is_write_closed() {
                     break;
@@ -233,7 +238,7 @@ impl Endpoint {
         Poll::Ready(error)
     }
 
-    /// Tells the peer that nothing more comes (FIN).
+    /// Sends a FIN.
     ///
     /// # Errors
     /// As shutdown(2).
@@ -241,7 +246,8 @@ impl Endpoint {
         self.socket.shutdown(Shutdown::Write)
     }
 
-    /// Waits until the peer has acknowledged all that it was sent, or is gone, or this time is over.
+    /// Waits until the peer has acknowledged all data or the connection is gone, at most for
+    /// `timeout`.
     pub async fn wait_acked(&self, timeout: Duration) {
         let acknowledged = async {
             let mut pause = Duration::from_millis(1);
@@ -261,15 +267,16 @@ impl Endpoint {
         options::set_peer_timeouts(&self.socket, user_timeout, keepalive)
     }
 
-    /// Closes with a RST, so that the peer never takes what it got for the whole. What was written and not sent yet is thrown away.
+    /// Closes with a RST, so that the peer does not take partial data as complete. Discards unsent
+    /// data.
     pub fn reset(self) {
-        // If it fails, the socket is gone already.
+        // If this fails, the connection is already gone.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
     }
 
-    /// The same, but what was written is sent before.
+    /// As [`Endpoint::reset`], after sending delayed data.
     pub fn push_and_reset(self) {
-        // If it fails, nothing is sent any more.
+        // If this fails, no data can be sent.
         let _ = self.push();
         self.reset();
     }
@@ -315,7 +322,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_written_to_be_sent_later_is_pushed_before_a_reset_or_never_sent() {
+    async fn delayed_data_is_sent_by_push_and_reset_and_discarded_by_reset() {
         let mut seen = [0; 9];
         let (ours, mut peer) = pair().await;
         assert_eq!(ours.try_write_more(b"221 bye\r\n").unwrap(), 9);
@@ -330,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_last_payload_is_known_by_the_fin_behind_it() {
+    async fn the_last_payload_is_marked_by_the_fin_that_follows() {
         let (ours, peer) = pair().await;
         let peer = peer.into_std().unwrap();
         let (first, last) = (b"250 go on\r\n", b"221 bye\r\n");

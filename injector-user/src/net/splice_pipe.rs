@@ -1,5 +1,6 @@
-//! Pipes for bulk in user space: splice(2) moves payload from socket to socket by reference, where reading and writing would
-//! copy it twice. A pipe is borrowed for as long as it holds something, so that few are enough for many connections.
+//! Pipes for bulk data in user space. splice(2) moves payload between sockets by reference, while
+//! read and write would copy it twice. A session borrows a pipe only while the pipe holds data, so
+//! few pipes serve many connections.
 
 use std::{
     io,
@@ -9,11 +10,12 @@ use std::{
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-/// Bytes that a pipe has room for: what a process without rights may ask for (`/proc/sys/fs/pipe-max-size`).
+/// The capacity of a pipe: the most that an unprivileged process may set
+/// (`/proc/sys/fs/pipe-max-size`).
 const PIPE_CAPACITY: usize = 1024 * 1024;
 
-/// Pipes that a daemon has at most. A user without rights gets large ones up to 64 MiB together
-/// (`/proc/sys/fs/pipe-user-pages-soft`), and may have other programs.
+/// The maximum number of pipes of a daemon. An unprivileged user may have large pipes of 64 MiB in
+/// total (`/proc/sys/fs/pipe-user-pages-soft`), and other programs may use some.
 pub const MAX_PIPES: usize = 32;
 
 /// The pipes of a daemon. Clones share them.
@@ -22,9 +24,9 @@ pub struct Pipes(Arc<Mutex<Pool>>);
 
 #[derive(Debug)]
 struct Pool {
-    /// Those that hold nothing.
+    /// Pipes that hold no data.
     idle: Vec<PipeFds>,
-    /// How many more may be made.
+    /// How many more pipes may be created.
     left: usize,
 }
 
@@ -35,13 +37,13 @@ struct PipeFds {
 }
 
 impl Pipes {
-    /// At most so many, made when they are needed.
+    /// A pool of at most `limit` pipes, created on demand.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self(Arc::new(Mutex::new(Pool { idle: Vec::new(), left: limit })))
     }
 
-    /// An empty pipe; `None` if there is none to be had, and the payload has to be copied.
+    /// An empty pipe. `None` if none is available; the payload must then be copied.
     #[must_use]
     pub fn borrow(&self) -> Option<Pipe> {
         let mut pool = self.pool();
@@ -50,7 +52,8 @@ impl Pipes {
             None if pool.left == 0 => return None,
             None => {
                 let created = create();
-                // What was refused once is not asked for again: copying is slower, but asking in vain is slower still.
+                // After a refusal no other pipe is requested: failing requests cost more than
+                // copying.
                 pool.left = if created.is_ok() { pool.left - 1 } else { 0 };
                 created.ok()?
             }
@@ -65,41 +68,42 @@ impl Pipes {
 
 fn create() -> io::Result<PipeFds> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    // A small pipe moves less than reading and writing does.
+    // A small pipe moves less per call than read and write do.
     fcntl_setpipe_size(&write, PIPE_CAPACITY)?;
     Ok(PipeFds { read, write })
 }
 
-/// A pipe on its way from one socket to another. Dropping it gives it back, or closes it with what it holds.
+/// A pipe in use between two sockets. Dropping it returns it to the pool, or closes it if it holds
+/// data.
 #[derive(Debug)]
 pub struct Pipe {
-    /// `None` only while it is dropped.
+    /// `None` only during drop.
     fds: Option<PipeFds>,
     held: usize,
     pipes: Pipes,
 }
 
 impl Pipe {
-    /// Bytes in it.
+    /// Bytes in the pipe.
     #[must_use]
     pub fn held(&self) -> usize {
         self.held
     }
 
-    /// Takes what `source` has received, as much as there is room for; 0 is its FIN.
+    /// Moves received data of `source` into the pipe, as much as fits; 0 means its FIN.
     ///
     /// # Errors
-    /// As splice(2); `WouldBlock` if there is nothing.
+    /// As splice(2); `WouldBlock` if no data is available.
     pub fn fill(&mut self, source: impl AsFd) -> io::Result<usize> {
         let moved = transfer(source.as_fd(), self.fds()?.write.as_fd(), PIPE_CAPACITY)?;
         self.held += moved;
         Ok(moved)
     }
 
-    /// Gives `target` what it holds, as much as that has room for.
+    /// Moves the pipe's data into `target`, as much as fits.
     ///
     /// # Errors
-    /// As splice(2); `WouldBlock` if nothing fits.
+    /// As splice(2); `WouldBlock` if none fits.
     pub fn drain(&mut self, target: impl AsFd) -> io::Result<usize> {
         let moved = transfer(self.fds()?.read.as_fd(), target.as_fd(), self.held)?;
         self.held = self.held.saturating_sub(moved);
@@ -149,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn payload_goes_through_and_the_pipe_comes_back() {
+    fn payload_passes_and_the_pipe_returns_to_the_pool() {
         let pipes = Pipes::new(1);
         let ((mut sender, source), (target, mut reader)) = (pair(), pair());
         let mut pipe = pipes.borrow().unwrap();
@@ -176,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_holds_something_is_not_lent_again() {
+    fn a_pipe_that_holds_data_is_not_reused() {
         let pipes = Pipes::new(1);
         let (mut sender, source) = pair();
         sender.write_all(b"left behind").unwrap();
@@ -188,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn none_is_none() {
+    fn an_empty_pool_has_no_pipe() {
         assert!(Pipes::new(0).borrow().is_none());
     }
 }

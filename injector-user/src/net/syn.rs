@@ -4,22 +4,22 @@ use std::{fmt::Debug, sync::Arc};
 
 use socket2::Socket;
 
-/// Reads the peer's SYN while a socket connects, until it is dropped.
+/// Waits for the peer's SYN while a socket connects, until it is dropped.
 pub trait SynObserver: Debug + Send + Sync {
     /// The sequence number of the peer's SYN, once it has arrived.
     fn peer_isn(&self) -> Option<u32>;
 }
 
-/// Starts a [`SynObserver`] on a socket that has not begun to connect; `None` where nothing needs one, or none can run.
+/// Starts a [`SynObserver`] on a socket before connect(2). `None` if none is needed or available.
 pub type ObserveSyn<'a> = dyn Fn(&Arc<Socket>) -> Option<Box<dyn SynObserver>> + Send + Sync + 'a;
 
-/// [`ObserveSyn`] for sockets whose data the kernel never forwards.
+/// An [`ObserveSyn`] for sockets that the kernel never splices.
 #[must_use]
 pub fn no_observer(_: &Arc<Socket>) -> Option<Box<dyn SynObserver>> {
     None
 }
 
-/// The sequence number in a saved SYN: an IPv4 or IPv6 header, and behind it TCP's.
+/// The sequence number in a saved SYN: an IPv4 or IPv6 header, then the TCP header.
 pub(super) fn parse_isn(syn: &[u8]) -> Option<u32> {
     const IPV6_HEADER: usize = 40;
     const NEXT_HEADER: usize = 6;
@@ -43,7 +43,7 @@ mod tests {
         assert_eq!(parse_isn(&ipv4(0x45)), Some(0xDEAD_BEEF));
         assert_eq!(parse_isn(&[&[0x46][..], &[0; 23], &tcp].concat()), Some(0xDEAD_BEEF));
         assert_eq!(parse_isn(&ipv6(6)), Some(0xDEAD_BEEF));
-        // An extension header, nothing, too little.
+        // An extension header, an empty packet, a truncated packet.
         assert_eq!(parse_isn(&ipv6(0)), None);
         assert_eq!(parse_isn(&[]), None);
         assert_eq!(parse_isn(ipv4(0x45).get(..26).unwrap()), None);

@@ -1,5 +1,5 @@
-//! TLS of the injector's own: to ask a server on a port with implicit TLS whether it is well. Clients' TLS passes through
-//! untouched.
+//! TLS of the daemon's own, for checks of ports with implicit TLS. The TLS of clients passes
+//! through unchanged.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use rustls::{
 };
 use tokio_rustls::TlsConnector;
 
-/// Connects to any server whatever its certificate: nothing is confided to it, and a check must not fail for a name that
-/// only clients use.
+/// Connects without verifying the server's certificate. The checks send nothing secret, and must
+/// not fail for a host name that only clients use.
 ///
 /// # Errors
 /// None with the versions and algorithms built in.
@@ -20,7 +20,7 @@ pub fn unverified_connector() -> Result<TlsConnector, Error> {
     Ok(TlsConnector::from(Arc::new(unverified_config()?)))
 }
 
-/// The same as settings.
+/// The configuration of [`unverified_connector`].
 ///
 /// # Errors
 /// None with the versions and algorithms built in.
@@ -32,7 +32,7 @@ pub fn unverified_config() -> Result<ClientConfig, Error> {
     Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
 }
 
-/// Accepts every certificate; that the server holds its key is still seen to.
+/// Accepts every certificate, but verifies that the server holds its key.
 #[derive(Debug)]
 struct AcceptAnyCertificate {
     algorithms: WebPkiSupportedAlgorithms,

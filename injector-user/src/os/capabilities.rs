@@ -1,10 +1,10 @@
-//! What the daemon may do, given up as soon as it is not needed any more.
+//! Capabilities of the process, dropped as soon as they are no longer needed.
 //!
-//! Capabilities belong to threads: this runs before the runtime starts any.
+//! Capabilities belong to threads, so this runs before the runtime starts any.
 
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// Gives up every capability but those in `keep`, for this thread and all that it starts. Returns what is left.
+/// Drops all capabilities except `keep`, for this thread and all that it starts. Returns the rest.
 ///
 /// # Errors
 /// As capset(2).
@@ -23,8 +23,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_left_but_what_is_kept() {
-        // On a thread of its own: the other tests keep theirs.
+    fn all_other_capabilities_are_dropped() {
+        // On a thread of its own, because other tests need theirs.
         let left = std::thread::spawn(|| {
             drop_all_except(&[]).unwrap();
             caps::read(None, CapSet::Permitted).unwrap()

@@ -1,4 +1,5 @@
-//! What systemd is told, and what it hands over (sd_notify(3), sd_listen_fds(3)). Without systemd all of it does nothing.
+//! Notifications to systemd, and sockets passed by it (sd_notify(3), sd_listen_fds(3)). Without
+//! systemd these functions do nothing.
 
 use crate::telemetry::log::target;
 use std::{
@@ -11,14 +12,16 @@ use std::{
 use sd_notify::NotifyState;
 use socket2::Socket;
 
-/// Sockets that systemd listens on for the daemon (`injector.socket`), by their addresses. To be asked once, at the start.
+/// The listening sockets that systemd passes (`injector.socket`), by address. To be called once, at
+/// startup.
 ///
 /// # Errors
-/// When one is not a TCP socket that listens.
+/// If one is not a listening TCP socket.
 pub fn listen_sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
     let handed = sd_notify::listen_fds()?;
     let take = |fd| {
-        // SAFETY: systemd hands these numbers over to this process, which takes each of them here and nowhere else.
+        // SAFETY: systemd passes ownership of these descriptors to this process, and only this
+        // function takes them over.
         let socket = Socket::from(unsafe { OwnedFd::from_raw_fd(fd) });
         socket.set_cloexec(true)?;
         let address = socket.local_addr()?.as_socket().filter(|_| socket.is_listener().unwrap_or(false));
@@ -32,12 +35,12 @@ pub fn listen_sockets() -> io::Result<Vec<(SocketAddr, Socket)>> {
     handed.map(take).collect()
 }
 
-/// Every listener is open.
+/// All listeners are open.
 pub fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// The configuration is being read again; [`ready`] says when that is over.
+/// The configuration is being reloaded; [`ready`] reports the end.
 pub fn reloading() {
     let now = NotifyState::monotonic_usec_now();
     match now {
@@ -46,19 +49,19 @@ pub fn reloading() {
     }
 }
 
-/// Nobody is let in any more, and sessions may go on for `deadline`.
+/// New connections are not accepted; sessions may continue for `deadline`.
 pub fn stopping(deadline: Duration) {
     let micros = u32::try_from(deadline.as_micros()).unwrap_or(u32::MAX);
     notify(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(micros), NotifyState::Status("stopping")]);
 }
 
-/// How often systemd wants to hear that the daemon is alive; `None` if it does not.
+/// The watchdog interval of the service. `None` without a watchdog.
 #[must_use]
 pub fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled()
 }
 
-/// The daemon is alive.
+/// Sends the watchdog ping.
 pub fn notify_watchdog() {
     notify(&[NotifyState::Watchdog]);
 }

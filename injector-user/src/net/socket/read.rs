@@ -13,7 +13,7 @@ use tokio::io::Ready;
 use super::{Endpoint, RETRY_DELAY};
 use crate::net::splice_pipe::{Pipe, Pipes};
 
-/// Bytes of the buffer that user space reads into.
+/// The size of the read buffer.
 const SCRATCH_SIZE: usize = 64 * 1024;
 
 thread_local! {
@@ -21,7 +21,7 @@ thread_local! {
 }
 
 impl Endpoint {
-    /// Waits for payload and hands it to `take`, as [`Endpoint::poll_read`]. Cancel safe.
+    /// Waits for payload and passes it to `take`, as [`Endpoint::poll_read`]. Cancel safe.
     ///
     /// # Errors
     /// As recv(2).
@@ -34,8 +34,9 @@ impl Endpoint {
         }
     }
 
-    /// Hands payload to `take`, out of a buffer that all connections of the thread share; empty is the peer's FIN. `None`: there
-    /// will be more, but nothing tells when; look again [`RETRY_DELAY`].
+    /// Passes payload to `take`, in a buffer that all connections of the thread share. Empty
+    /// payload is the peer's FIN. `None`: more data will come without an event; read again after
+    /// [`RETRY_DELAY`].
     ///
     /// # Errors
     /// As recv(2).
@@ -56,7 +57,7 @@ impl Endpoint {
                     Ok(result) => result?,
                     Err(_would_block) => return Ok(None),
                 };
-                // A short read has emptied the queue: the next one would only say EAGAIN.
+                // A short read has drained the queue: the next read would return EAGAIN.
                 let emptied = count < scratch.len();
                 self.recv_drained.store(emptied, Ordering::Relaxed);
                 self.fin_follows.store(emptied && closed && !broken, Ordering::Relaxed);
@@ -65,16 +66,16 @@ impl Endpoint {
                 }
                 Ok::<_, io::Error>(Some(take(scratch.get(..count).unwrap_or_default())))
             })?;
-            // Readiness stays after a FIN; but a socket that has been in a program's hands may have its last bytes still with a
-            // worker, and says EAGAIN until then.
+            // The readiness remains after a FIN. The last bytes of a previously spliced socket may
+            // still be queued in a kernel worker; until they arrive, reads return EAGAIN.
             if taken.is_some() || closed {
                 return Poll::Ready(Ok(taken));
             }
         }
     }
 
-    /// Moves payload into one of the pipes. `None` if there is none to be had, or nothing went into it but the peer's FIN:
-    /// [`Endpoint::poll_read`] then.
+    /// Moves payload into a pipe of the pool. `None` if no pipe is available or only the peer's FIN
+    /// was received: call [`Endpoint::poll_read`] then.
     ///
     /// # Errors
     /// As splice(2).
@@ -92,38 +93,40 @@ impl Endpoint {
             };
             if let Ok(filled) = ready.try_io(|io| pipe.fill(&**io.get_ref())) {
                 let count = filled?;
-                // There may be more, in the middle of a segment even.
+                // More data may be available, even of the same segment.
                 self.recv_drained.store(false, Ordering::Relaxed);
                 return Poll::Ready(Ok((count > 0).then_some((pipe, count))));
             }
         }
     }
 
-    /// Whether there is something to read, or an end.
+    /// Ready when data or an end can be read.
     ///
     /// # Errors
-    /// When the runtime no longer polls.
+    /// When the runtime shuts down.
     pub fn poll_readable(&self, task: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(io) = &self.io else { return Poll::Pending };
         ready!(io.poll_read_ready(task))?.retain_ready();
         Poll::Ready(Ok(()))
     }
 
-    /// Whether the last read took all that had been received. Otherwise it may have ended in the middle of a segment, of which
-    /// the program would have to cut off more than it can: the kernel joins segments that wait in a queue into one.
+    /// Whether the last read drained the receive queue. If not, the read may have ended within a
+    /// segment, because the kernel merges queued segments, and the program cannot skip that much of
+    /// it.
     #[must_use]
     pub fn recv_drained(&self) -> bool {
         self.recv_drained.load(Ordering::Relaxed)
     }
 
-    /// Whether behind what was read last comes the peer's FIN, as far as is known. Another may not be known of yet.
+    /// Whether the peer's FIN follows the data that was read last, as far as is known. `false` is
+    /// not certain: the FIN may not have been reported yet.
     #[must_use]
     pub fn fin_follows(&self) -> bool {
         self.fin_follows.load(Ordering::Relaxed)
     }
 
-    /// Whether an end of file that a read has found is the peer's FIN for certain. After an error that somebody else was told
-    /// of it may be that error's.
+    /// Whether an end of file found by a read is certainly the peer's FIN. After an error that
+    /// another call reported, it may stand for that error.
     #[must_use]
     pub fn eof_is_fin(&self) -> bool {
         !self.error_reported.load(Ordering::Relaxed)

@@ -12,7 +12,7 @@ use super::Endpoint;
 use crate::net::splice_pipe::Pipe;
 
 impl Endpoint {
-    /// Moves out of the pipe what fits, once something does.
+    /// Moves data out of the pipe as soon as some fits.
     ///
     /// # Errors
     /// As splice(2).
@@ -20,7 +20,7 @@ impl Endpoint {
         self.poll_room(task, || self.try_drain(pipe))
     }
 
-    /// Moves out of the pipe what fits now, without waiting; 0 when nothing fits.
+    /// Moves data out of the pipe without waiting; 0 if none fits.
     ///
     /// # Errors
     /// As splice(2).
@@ -31,7 +31,7 @@ impl Endpoint {
         }
     }
 
-    /// Writes what fits now, without waiting; 0 when nothing fits.
+    /// Writes without waiting; 0 if nothing fits.
     ///
     /// # Errors
     /// As send(2).
@@ -39,7 +39,7 @@ impl Endpoint {
         self.try_now(|socket| socket.send_with_flags(payload, libc::MSG_NOSIGNAL))
     }
 
-    /// Writes what fits of several pieces by one call, so that they leave in one segment where they can.
+    /// Writes several pieces with one call, so that they share a segment if possible.
     ///
     /// # Errors
     /// As sendmsg(2).
@@ -47,8 +47,8 @@ impl Endpoint {
         self.try_now(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
     }
 
-    /// Writes what fits now, to be sent with [`Endpoint::push`], [`Endpoint::finish`] or [`Endpoint::push_and_reset`] unless it
-    /// fills a segment.
+    /// Writes without waiting. [`Endpoint::push`], [`Endpoint::finish`] or
+    /// [`Endpoint::push_and_reset`] sends the data, unless it fills a segment.
     ///
     /// # Errors
     /// As send(2).
@@ -66,7 +66,7 @@ impl Endpoint {
         }
     }
 
-    /// Writes what fits, once something does.
+    /// Writes as soon as some data fits.
     ///
     /// # Errors
     /// As send(2).
@@ -74,8 +74,8 @@ impl Endpoint {
         self.poll_room(task, || self.try_write(payload))
     }
 
-    /// Waits for room until `write`, which says 0 for no room, finds some. It is asked before the runtime is: what that knows
-    /// of room is thrown away by [`Endpoint::poll_closed`].
+    /// Waits until `write` succeeds; it returns 0 if nothing fits. `write` is called before the
+    /// runtime is asked, because [`Endpoint::poll_closed`] clears the runtime's write readiness.
     fn poll_room(
         &self,
         task: &mut Context<'_>,

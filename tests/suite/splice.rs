@@ -158,11 +158,12 @@ async fn impossible_lengths(splice: Arc<Splice>) -> anyhow::Result<()> {
 
 /// The target's socket is closed while the source still sends: its map entry is removed with it.
 async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
+    const PAYLOAD: &[u8] = b"this is never read";
     let (source, mut source_peer) = pair(&splice).await?;
     let (target, target_peer) = pair(&splice).await?;
     let spliced = EnrolledFlow::enrol(&splice, &source, &target, 0)?;
     drop((target, target_peer));
-    source_peer.write_all(b"this is never read").await?;
+    source_peer.write_all(PAYLOAD).await?;
     let lost = async {
         while spliced.flow().map_err(io::Error::other)?.lost == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -170,7 +171,7 @@ async fn no_target(splice: Arc<Splice>) -> anyhow::Result<()> {
         anyhow::Ok(())
     };
     timeout(Duration::from_secs(2), lost).await.context("nothing was counted as lost")??;
-    ensure!(spliced.flow()?.lost == 17, "{:?}", spliced.flow()?);
+    ensure!(spliced.flow()?.lost == PAYLOAD.len() as u64, "{:?}", spliced.flow()?);
     Ok(())
 }
 

@@ -1,11 +1,11 @@
-//! What the injector has to know of each mail protocol: who speaks first, how to refuse politely, how long a
-//! healthy connection may be silent.
+//! Facts about each mail protocol: which side speaks first, how to reject a client in the protocol,
+//! and how long a healthy connection may be idle.
 //!
-//! A pure table. The injector never parses the protocols themselves.
+//! This is a pure table. The injector never parses the protocols.
 
 use std::{fmt, time::Duration};
 
-/// A protocol a listener can be told to carry (`protocol = "…"`).
+/// The protocol of a listener (`protocol = "…"`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// Mail between servers, clear text or STARTTLS (RFC 5321), port 25.
@@ -28,18 +28,18 @@ pub enum Protocol {
     Plain,
 }
 
-/// Which end sends the first byte of a fresh connection.
+/// Which side sends the first byte of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FirstSpeaker {
     /// The client: a TLS ClientHello.
     Client,
     /// The server: a banner.
     Server,
-    /// Either; the header may wait for the client only for a moment.
+    /// Either side: the header waits for the client only briefly.
     Unknown,
 }
 
-/// Why a client is turned away before a backend has spoken to it.
+/// Why a client is rejected before its backend has spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// The limit on connections, or on file descriptors, is reached.
@@ -50,23 +50,23 @@ pub enum Refusal {
     Stopping,
 }
 
-/// The timeouts that hold where the configuration says nothing.
+/// The timeouts of a listener that sets none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DefaultTimeouts {
-    /// For all attempts to reach a backend together.
+    /// For all attempts to connect to a backend together.
     pub connect: Duration,
-    /// Without a byte in either direction.
+    /// Idle time in both directions.
     pub idle: Duration,
-    /// How long the header waits to go out together with the client's first bytes. Zero where the server
-    /// speaks first: there is nothing to wait for.
+    /// How long the header waits to be sent with the client's first bytes. Zero where the server
+    /// speaks first.
     pub header_wait: Duration,
-    /// Without a byte in the remaining direction, once one side has finished.
+    /// Idle time of the open direction after one side has sent its FIN.
     pub half_closed: Duration,
-    /// Without an answer to what a peer was sent.
+    /// Time for a peer to acknowledge data.
     pub user_timeout: Duration,
-    /// Silence after which a peer is asked whether it still lives.
+    /// Idle time before the first keepalive probe.
     pub keepalive: Duration,
-    /// How long sessions may go on once no new ones are let in.
+    /// How long sessions may continue once the listener is drained.
     pub drain: Duration,
 }
 
@@ -79,7 +79,7 @@ const fn minutes(minutes: u64) -> Duration {
 }
 
 impl Protocol {
-    /// Every protocol, in the order in which they are listed to people.
+    /// Every protocol, in the order of lists in messages.
     pub const ALL: [Self; 9] = [
         Self::Smtp,
         Self::Submission,
@@ -92,7 +92,7 @@ impl Protocol {
         Self::Plain,
     ];
 
-    /// The name used in the configuration, in logs and in labels.
+    /// The name in the configuration, in logs and in labels.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Smtp => "smtp",
@@ -107,8 +107,9 @@ impl Protocol {
         }
     }
 
-    /// Who sends the first byte: with implicit TLS the client (RFC 8446, section 2), else the server with its
-    /// banner (RFC 5321 section 3.1, RFC 9051 section 2.2, RFC 1939 section 4, RFC 5804 section 1.1).
+    /// Which side sends the first byte: with implicit TLS the client (RFC 8446, section 2),
+    /// otherwise the server with its banner (RFC 5321 section 3.1, RFC 9051 section 2.2, RFC 1939
+    /// section 4, RFC 5804 section 1.1).
     pub const fn speaks_first(self) -> FirstSpeaker {
         match self {
             Self::Submissions | Self::Imaps | Self::Pop3s => FirstSpeaker::Client,
@@ -117,8 +118,8 @@ impl Protocol {
         }
     }
 
-    /// What to send in place of the banner before closing, or `None` where only a reset can be understood:
-    /// inside TLS, and in a protocol the injector does not know.
+    /// The line to send instead of the banner before closing. `None` where the client understands
+    /// only a reset: inside TLS, and in an unknown protocol.
     ///
     /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections 3.8 and
     ///   4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463, section 3.4). Senders
@@ -162,8 +163,9 @@ impl Protocol {
         Some(line.as_bytes())
     }
 
-    /// How a client takes its leave below TLS; `None` where that is not known: RFC 5321 section 4.1.1.10, RFC 9051 section 6.1.3
-    /// (under the tag `a`), RFC 1939 section 5, RFC 5804 section 2.3.
+    /// The command that ends a session, without TLS. `None` in an unknown protocol. See RFC 5321
+    /// section 4.1.1.10, RFC 9051 section 6.1.3 (with the tag `a`), RFC 1939 section 5, RFC 5804
+    /// section 2.3.
     pub const fn quit_command(self) -> Option<&'static [u8]> {
         match self {
             Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => Some(b"QUIT\r\n"),
@@ -175,7 +177,7 @@ impl Protocol {
 
     /// The timeouts for a listener that sets none.
     ///
-    /// Idle is longer than anything a conforming peer may do in silence, so that the server's own limit comes
+    /// Idle is longer than any pause that the protocol allows, so that the server's own limit comes
     /// first:
     ///
     /// - SMTP: a client waits up to 10 minutes for the answer to the end of the data (RFC 5321, section
@@ -185,8 +187,8 @@ impl Protocol {
     /// - POP3: at least 10 minutes (RFC 1939, section 3).
     /// - ManageSieve: at least 30 minutes (RFC 5804, section 1.2).
     ///
-    /// A peer may leave its window closed for as long as it is busy with what it got: senders of mail wait 3
-    /// minutes for each block to be taken (RFC 5321, section 4.5.3.2.5), so the injector gives up after that.
+    /// A peer may keep its window closed while it processes data. Senders of mail wait 3 minutes
+    /// for each block (RFC 5321, section 4.5.3.2.5), so the injector gives up after that.
     pub const fn timeouts(self) -> DefaultTimeouts {
         DefaultTimeouts {
             connect: seconds(5),
@@ -197,13 +199,13 @@ impl Protocol {
             },
             header_wait: match self.speaks_first() {
                 FirstSpeaker::Client => seconds(1),
-                // Every connection in which the server turns out to speak first pays this once.
+                // Every connection in which the server speaks first waits this long once.
                 FirstSpeaker::Unknown => Duration::from_millis(100),
                 FirstSpeaker::Server => Duration::ZERO,
             },
             half_closed: match self {
-                // A client may pipeline its message and QUIT, finish, and still be owed the answer to the
-                // data.
+                // A client may pipeline its message and QUIT, send its FIN, and still wait for the
+                // reply to the data.
                 Self::Smtp | Self::Submission | Self::Submissions => minutes(11),
                 Self::Imap | Self::Imaps | Self::Pop3 | Self::Pop3s | Self::Sieve => minutes(1),
                 Self::Plain => minutes(5),
@@ -211,18 +213,18 @@ impl Protocol {
             user_timeout: minutes(5),
             keepalive: minutes(1),
             drain: match self {
-                // Long enough for a message and the answer to it on any but the slowest way; what is cut, its sender has in
-                // its queue and sends again.
+                // Long enough for a message and its reply on all but the slowest links. The sender
+                // of an aborted message still has it in its queue.
                 Self::Smtp | Self::Submission | Self::Submissions | Self::Pop3 | Self::Pop3s => minutes(2),
-                // IDLE is renewed every 29 minutes (RFC 2177, section 3): most clients leave by themselves before that, and
-                // the others come back at once.
+                // IDLE is renewed every 29 minutes (RFC 2177, section 3): most clients reconnect
+                // before that, and the others reconnect at once.
                 Self::Imap | Self::Imaps | Self::Sieve => minutes(30),
                 Self::Plain => minutes(5),
             },
         }
     }
 
-    /// The well-known port, for advice in messages only (RFC 5321, 6409, 8314, 9051, 1939, 5804).
+    /// The standard port, used only in messages (RFC 5321, 6409, 8314, 9051, 1939, 5804).
     pub const fn standard_port(self) -> Option<u16> {
         match self {
             Self::Smtp => Some(25),
@@ -252,7 +254,7 @@ mod tests {
         [Refusal::TooManyConnections, Refusal::BackendUnavailable, Refusal::Stopping];
 
     #[test]
-    fn a_protocol_is_refused_in_words_exactly_when_its_server_speaks_first() {
+    fn a_protocol_has_a_refusal_line_exactly_if_its_server_speaks_first() {
         for protocol in Protocol::ALL {
             for why in REFUSALS {
                 assert_eq!(
@@ -266,7 +268,7 @@ mod tests {
 
     #[test]
     fn refusals_are_one_line_of_the_protocol() {
-        // Limit: RFC 5321 section 4.5.3.1.5 and RFC 2449 section 4 both say 512 bytes with CRLF.
+        // RFC 5321 section 4.5.3.1.5 and RFC 2449 section 4 limit a line to 512 bytes with CRLF.
         let start = |protocol| match protocol {
             Protocol::Smtp | Protocol::Submission => "421 4.3.2 ",
             Protocol::Imap => "* BYE ",
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_outlasts_what_the_protocol_allows_in_silence() {
+    fn the_idle_timeout_exceeds_the_pauses_that_the_protocol_allows() {
         let least = |protocol| match protocol {
             Protocol::Smtp | Protocol::Submission | Protocol::Submissions => minutes(10),
             Protocol::Imap | Protocol::Imaps | Protocol::Sieve => minutes(30),

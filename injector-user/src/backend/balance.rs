@@ -1,15 +1,15 @@
-//! In which order the backends of a listener are tried for a connection. Pure.
+//! The order in which the backends of a listener are tried for a connection. Pure.
 
-/// A backend, as far as the order goes.
+/// The properties of a backend that determine the order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
-    /// Its share.
+    /// Its share of new connections.
     pub weight: u32,
-    /// Waits until no other can.
+    /// Whether it gets connections only while no primary is available.
     pub backup: bool,
-    /// It can be sent connections.
+    /// Whether its health allows connections.
     pub up: bool,
-    /// The operator has taken it out.
+    /// Whether the operator has disabled it.
     pub disabled: bool,
 }
 
@@ -19,9 +19,9 @@ impl Candidate {
     }
 }
 
-/// The candidates that get new connections: those that are up and no backup; if there are none, the backups that are up; if
-/// there are none of these either, all that the operator has not taken out, for a check can be wrong, and mail that is turned
-/// away for sure is worse than a connection that may fail. By index, in the order given.
+/// The candidates that get new connections, by index in the given order: the primaries that are up;
+/// if none, the backups that are up; if none, all that are not disabled. A failing check may be
+/// wrong, and a connection that may fail is better than rejecting all mail.
 #[must_use]
 pub(super) fn eligible(candidates: &[Candidate]) -> Vec<usize> {
     let kinds: [fn(&Candidate) -> bool; 4] =
@@ -33,23 +33,23 @@ pub(super) fn eligible(candidates: &[Candidate]) -> Vec<usize> {
     kinds.into_iter().map(of_kind).find(|indices| !indices.is_empty()).unwrap_or_default()
 }
 
-/// Whom to try when those whose turn it is have failed: the backups that are up.
+/// The backends to try after all eligible ones failed: the backups that are up.
 #[must_use]
 pub(super) fn fallbacks(candidates: &[Candidate], eligible: &[usize]) -> Vec<usize> {
     let fits = |(index, it): &(usize, &Candidate)| it.is_selectable() && it.up && !eligible.contains(index);
     candidates.iter().enumerate().filter(fits).map(|(index, _)| index).collect()
 }
 
-/// Spreads connections in proportion to weights, evenly over time: with 5, 1 and 1 it gives a a b a c a a, where drawing
-/// lots would give the same backend many in a row (smooth weighted round robin, as nginx has it).
+/// Smooth weighted round robin, as in nginx: spreads connections by weight, evenly over time. With
+/// weights 5, 1 and 1 the order is a a b a c a a; a random choice would often repeat one backend.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SmoothWeightedRoundRobin {
-    /// What each backend is owed.
+    /// By candidate.
     current_weights: Vec<i64>,
 }
 
 impl SmoothWeightedRoundRobin {
-    /// Brings the one whose turn it is to the front; the others follow in their order.
+    /// Moves the next backend to the front; the others follow in their order.
     pub(super) fn rotate(&mut self, candidates: &[Candidate], eligible: &mut [usize]) {
         if eligible.len() < 2 {
             return;
@@ -87,7 +87,7 @@ mod tests {
     const NEVER: Candidate = Candidate { weight: 0, ..PLAIN };
 
     #[test]
-    fn backups_wait_and_the_last_resort_is_all_that_is_not_taken_out() {
+    fn backups_follow_primaries_and_the_last_resort_is_all_enabled_backends() {
         let cases: &[(&[Candidate], &[usize], &[usize])] = &[
             (&[PLAIN, PLAIN, BACKUP], &[0, 1], &[2]),
             (&[DOWN, PLAIN, BACKUP], &[1], &[2]),
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn turns_follow_the_weights_evenly() {
+    fn connections_follow_the_weights_evenly() {
         assert_eq!(sequence(&[1, 1, 1], 6), [0, 1, 2, 0, 1, 2]);
         assert_eq!(sequence(&[5, 1, 1], 7), [0, 0, 1, 0, 2, 0, 0]);
         assert_eq!(sequence(&[7], 3), [0, 0, 0]);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_first_follows_in_order() {
+    fn the_other_backends_keep_their_order() {
         let candidates = [PLAIN; 3];
         let mut round_robin = SmoothWeightedRoundRobin::default();
         let orders: Vec<_> = (0..3)
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_that_comes_back_gets_no_more_than_its_share() {
+    fn a_recovered_backend_gets_only_its_share() {
         let mut candidates = [PLAIN; 2];
         let mut round_robin = SmoothWeightedRoundRobin::default();
         let mut next = |candidates: &[Candidate]| {

@@ -1,8 +1,8 @@
-//! One check of a backend: a connection of the daemon's own, without a client.
+//! One health check of a backend: a connection of the daemon itself, without a client.
 //!
-//! Gentle: the greeting is waited for, the server is told goodbye in its own words, and its answer is read before the
-//! connection is closed. A server that is hung up on in the middle logs it, and Postfix' smtpd up to 3.10 dies of it where a
-//! header came first.
+//! The check waits for the greeting, sends the protocol's quit command and reads the reply before
+//! it closes. A server logs a connection that closes in the middle, and Postfix's smtpd up to 3.10
+//! terminates if a header came first.
 
 use std::{io, net::SocketAddr, sync::LazyLock, time::Duration};
 
@@ -25,50 +25,50 @@ use crate::{
     protocol::{FirstSpeaker, Protocol},
 };
 
-/// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 a line); a server that goes on beyond is no mail server.
+/// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 bytes a line).
 const MAX_REPLY: usize = 16 * 1024;
 
-/// How long a server may take to hang up after it was told goodbye.
+/// How long the server may take to close after the quit command.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a backend failed its check.
+/// Why a health check failed.
 #[derive(Debug, Error)]
 pub(super) enum CheckError {
-    /// Not all of it came in time.
+    /// The check did not finish in time.
     #[error("{stage}: no reply within {within:?}")]
     Timeout {
-        /// What was waited for.
+        /// The awaited step.
         stage: &'static str,
-        /// For the whole check.
+        /// The timeout of the whole check.
         within: Duration,
     },
-    /// A socket said so.
+    /// A socket operation failed.
     #[error("{stage}: {error}")]
     Io {
-        /// What was being done.
+        /// The failed step.
         stage: &'static str,
-        /// The kernel, or TLS.
+        /// The error of the kernel or of TLS.
         error: io::Error,
     },
-    /// It said something else than a server that is well does.
+    /// The server sent a reply that is not a success.
     #[error("{stage}: unexpected reply {reply:?}")]
     UnexpectedReply {
-        /// What it was the answer to.
+        /// The step that the reply belongs to.
         stage: &'static str,
-        /// Its line, shortened.
+        /// The line, truncated.
         reply: String,
     },
-    /// TLS cannot be had.
+    /// TLS is not available.
     #[error("TLS: {0}")]
     Tls(#[from] &'static rustls::Error),
 }
 
 static TLS: LazyLock<Result<TlsConnector, rustls::Error>> = LazyLock::new(tls::unverified_connector);
 
-/// Asks the server at `address`, whose port is the backend's own.
+/// Checks the server at `address`, on the port of the check or the backend's own.
 ///
 /// # Errors
-/// [`CheckError`], with what it was doing.
+/// [`CheckError`] with the failed step.
 pub(super) async fn check(address: SocketAddr, check: &Check) -> Result<(), CheckError> {
     let address = SocketAddr::new(address.ip(), check.port.unwrap_or(address.port()));
     let deadline = Instant::now() + check.timeout;
@@ -113,26 +113,27 @@ async fn run_check(
     exchange(stream, protocol, stage).await
 }
 
-/// Goes by a FIN whatever the server still says: a reset after LOCAL is fatal to Postfix' smtpd, which asks for the peer's
-/// address then ("fatal: smtpd_peer_hostaddr_to_sockaddr", seen with 3.7 and 3.10).
+/// Closes with a FIN, even if the server still sends. A reset after LOCAL is fatal to Postfix's
+/// smtpd, which then reads the peer's address ("fatal: smtpd_peer_hostaddr_to_sockaddr", observed
+/// with 3.7 and 3.10).
 async fn close(stream: &mut TcpStream) {
-    // It may have gone first.
+    // The server may have closed first.
     let _ = stream.shutdown().await;
     let rest = async { while stream.read(&mut [0; 1024]).await.is_ok_and(|count| count > 0) {} };
     let _ = timeout(CLOSE_TIMEOUT, rest).await;
 }
 
-/// What a protocol's server says, and is told.
+/// The replies of a healthy server.
 struct Expectations {
     greeting: Lines,
     quit_reply: Lines,
 }
 
-/// How lines begin.
+/// Prefixes of the lines of one reply.
 struct Lines {
-    /// The last.
+    /// Of the last line.
     last: &'static [&'static str],
-    /// Those that may come before it.
+    /// Of the lines that may precede it.
     before: &'static [&'static str],
 }
 
@@ -150,7 +151,7 @@ const fn expectations(protocol: Protocol) -> Option<Expectations> {
             greeting: Lines { last: &["+OK"], before: &[] },
             quit_reply: Lines { last: &["+OK"], before: &[] },
         },
-        // Capabilities, each on a line of its own (RFC 5804, section 1.7).
+        // Capabilities, one per line (RFC 5804, section 1.7).
         Protocol::Sieve => Expectations {
             greeting: Lines { last: &["OK"], before: &["\""] },
             quit_reply: Lines { last: &["OK", "BYE"], before: &[] },
@@ -164,7 +165,7 @@ async fn exchange(
     protocol: Protocol,
     stage: &mut &'static str,
 ) -> Result<(), CheckError> {
-    // Refused by the configuration.
+    // The configuration rejects such a check.
     let (Some(expectations), Some(quit)) = (expectations(protocol), protocol.quit_command()) else {
         return Ok(());
     };
@@ -175,12 +176,12 @@ async fn exchange(
     let reply = stream.get_mut().write_all(quit).await;
     reply.map_err(|error| CheckError::Io { stage: "the goodbye", error })?;
     expect_reply(&mut stream, &expectations.quit_reply, "the goodbye").await?;
-    // Of TLS: otherwise the server logs that the connection was cut. It may have gone first.
+    // Closes TLS, or the server would log a broken connection. It may have closed first.
     let _ = stream.get_mut().shutdown().await;
     Ok(())
 }
 
-/// Reads them, and fails with the first that is none of them.
+/// Reads one reply; fails with the first line that does not match.
 async fn expect_reply(
     stream: &mut (impl AsyncBufRead + Unpin),
     lines: &Lines,
@@ -204,7 +205,7 @@ async fn expect_reply(
     }
 }
 
-/// A line with its end, of at most `most` bytes.
+/// Reads one line with its end, at most `limit` bytes.
 async fn read_line(
     stream: &mut (impl AsyncBufRead + Unpin),
     line: &mut Vec<u8>,
@@ -246,8 +247,8 @@ mod tests {
         }
     }
 
-    /// A server that says `greeting`, and `answer` when it was told something. Returns what it was told, and whether the
-    /// other side closed after that.
+    /// A server that sends `greeting`, and `answer` after the client's first line. Returns the
+    /// result of the check and what the client sent until it closed.
     async fn server(
         greeting: &'static str,
         answer: &'static str,
@@ -273,7 +274,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn servers_that_are_well_are_told_goodbye() {
+    async fn a_healthy_server_receives_the_quit_command() {
         for (protocol, greeting, quit, answer) in [
             (Protocol::Smtp, "220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
             (Protocol::Submission, "220-wait\r\n220 mx ESMTP\r\n", "QUIT\r\n", "221 2.0.0 Bye\r\n"),
@@ -288,13 +289,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_is_enough_for_tcp() {
+    async fn a_tcp_check_only_connects() {
         let (result, received) = server("", "", plan(None)).await;
         assert!(result.is_ok() && received.is_empty(), "{result:?} {received}");
     }
 
     #[tokio::test]
-    async fn a_local_header_stands_in_front() {
+    async fn a_local_header_is_sent_first() {
         let plan = Check { header: CheckHeader::Local, ..plan(Some(Protocol::Smtp)) };
         let (result, received) = server("220 mx\r\n", "221 bye\r\n", plan).await;
         assert!(result.is_ok(), "{result:?}");
@@ -302,7 +303,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_well_says_so() {
+    async fn a_failed_check_reports_the_step_and_the_reply() {
         for (greeting, answer, expected) in [
             ("421 4.3.2 closing\r\n", "", "the greeting: unexpected reply \"421 4.3.2 closing\""),
             ("220 mx\r\n", "500 what\r\n", "the goodbye: unexpected reply \"500 what\""),
@@ -314,14 +315,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_is_too_late() {
+    async fn a_silent_server_times_out() {
         let plan = Check { timeout: Duration::from_millis(50), ..plan(Some(Protocol::Smtp)) };
         let error = server("", "", plan).await.0.unwrap_err();
         assert_eq!(error.to_string(), "the greeting: no reply within 50ms");
     }
 
     #[tokio::test]
-    async fn nobody_there_is_an_error_of_connecting() {
+    async fn a_closed_port_is_a_connect_error() {
         let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let error = check(address, &plan(None)).await.unwrap_err();
         assert!(error.to_string().starts_with("connecting: Connection refused"), "{error}");

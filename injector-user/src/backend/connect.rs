@@ -1,4 +1,4 @@
-//! Connects to a backend: the addresses of the backends in turn, until one answers.
+//! Connects to a backend: tries the addresses of all backends in order until one accepts.
 
 use std::{
     io,
@@ -22,55 +22,55 @@ use crate::{
 /// A connection to a backend.
 #[derive(Debug)]
 pub struct BackendConnection {
-    /// It.
+    /// The socket.
     pub endpoint: Endpoint,
-    /// Where it is.
+    /// The address that accepted.
     pub address: SocketAddr,
-    /// To be kept until its end.
+    /// To be held until the connection ends.
     pub session: SessionGuard,
 }
 
-/// Why no backend could be reached; the most telling of the errors of all addresses.
+/// Why no backend could be reached: the most specific error of all addresses.
 #[derive(Debug, Error)]
 pub enum Unreachable {
     /// No name has an address.
     #[error("no name of a backend resolves to an address")]
     Unresolved,
-    /// The operator has taken out every one.
+    /// The operator has disabled all of them.
     #[error("all backends are disabled by the operator; `injector backend auto` enables one again")]
     AllDisabled,
     /// Refused, and no other address timed out.
     #[error("{address}: {error}")]
     Refused {
-        /// The last that refused.
+        /// The last address that refused.
         address: SocketAddr,
         /// Connection refused.
         error: io::Error,
     },
-    /// No answer in time.
+    /// No reply in time.
     #[error("{address}: no answer within {within:?}")]
     Timeout {
-        /// The last that did not answer.
+        /// The last address that did not reply.
         address: SocketAddr,
-        /// What it was given.
+        /// The time that the attempt had.
         within: Duration,
     },
-    /// Anything else, such as no route.
+    /// Any other error, such as no route.
     #[error("{address}: {error}")]
     Other {
-        /// The last that failed.
+        /// The last address that failed.
         address: SocketAddr,
-        /// How.
+        /// The error of connect(2).
         error: io::Error,
     },
 }
 
 impl Backends {
-    /// Connects to the first that answers, while `observe` reads its SYN. All addresses together get `within`, each its share of what
-    /// is left.
+    /// Connects to the first address that accepts, while `observe` reads its SYN. All addresses
+    /// share the time `within`: each attempt gets an equal part of the rest.
     ///
     /// # Errors
-    /// [`Unreachable`], after all that may be tried was.
+    /// [`Unreachable`], after all addresses failed.
     pub async fn connect(
         &self,
         within: Duration,
@@ -83,7 +83,7 @@ impl Backends {
         }
         let mut addresses = addresses(&order);
         if addresses.is_empty() {
-            // The name had no address when last asked.
+            // The name had no address when it was last resolved.
             let _ = timeout(within, self.resolve()).await;
             addresses = self::addresses(&order);
         }
@@ -92,7 +92,7 @@ impl Backends {
         for (left, (backend, address)) in
             (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses)
         {
-            // All addresses of the one before have failed.
+            // All addresses of the previous backend have failed.
             if let Some(failing) = failing.filter(|failing| !Arc::ptr_eq(&failing.state, &backend.state)) {
                 self.failed(failing);
             }
@@ -147,7 +147,7 @@ fn addresses<'a>(order: &[&'a Backend]) -> Vec<(&'a Backend, SocketAddr)> {
 }
 
 impl Unreachable {
-    /// Whether it says something of the backend; what the daemon itself lacks does not.
+    /// Whether the error shows a failure of the backend, not of the daemon.
     fn counts_as_failure(&self) -> bool {
         use io::ErrorKind::{ConnectionReset, HostUnreachable, NetworkUnreachable};
         match self {
@@ -160,7 +160,8 @@ impl Unreachable {
     }
 }
 
-/// The more telling of two failures: a timeout says more of a network in trouble than a refusal does.
+/// The more specific of two errors. A timeout outranks a refusal, because it shows a network
+/// failure.
 fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
     let rank = |error: &Unreachable| match error {
         Unreachable::Unresolved | Unreachable::AllDisabled => 0,
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_next_address_is_tried_when_one_refuses() {
+    async fn the_next_address_is_tried_after_a_refusal() {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
         let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
@@ -202,14 +203,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_refusing_is_a_refusal() {
+    async fn refusals_of_all_addresses_are_reported_as_refused() {
         let backends = backends(&format!("\"{}\"", refusing().await));
         let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
     #[tokio::test]
-    async fn a_name_is_resolved_when_it_is_needed() {
+    async fn a_name_is_resolved_on_demand() {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"localhost:{}\"", good.port()));
         assert_eq!(backends.all()[0].addresses(), []);
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_without_address_says_so() {
+    async fn a_name_without_address_is_unresolved() {
         let error = backends("\"nowhere.invalid:25\"")
             .connect(Duration::from_secs(5), &no_observer)
             .await

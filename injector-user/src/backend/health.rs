@@ -1,4 +1,5 @@
-//! Whether a backend gets connections: what its checks, clients' connections and the operator say of it. Pure.
+//! Whether a backend gets connections, from its checks, clients' connections and the operator.
+//! Pure.
 
 use std::time::{Duration, Instant};
 
@@ -6,32 +7,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Ejection;
 
-/// What the operator has said, which goes before all else.
+/// The state set by the operator. It overrides checks and ejection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AdminState {
-    /// Nothing: checks and connections decide.
+    /// None: checks and connections decide.
     #[default]
     Auto,
-    /// It gets connections whatever checks say.
+    /// It gets connections regardless of checks.
     Up,
-    /// It gets none. Established ones go on.
+    /// It gets no new connections. Established ones continue.
     Down,
 }
 
-/// Why a backend gets connections or not.
+/// Whether a backend gets connections, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HealthState {
-    /// It does.
+    /// It gets connections.
     Up,
     /// Its checks fail.
     Down,
-    /// Clients' connections have not reached it.
+    /// It is ejected after failed connections.
     Ejected,
-    /// The operator says that it is up.
+    /// The operator has forced it up.
     ForcedUp,
-    /// The operator has taken it out.
+    /// The operator has disabled it.
     ForcedDown,
 }
 
@@ -42,7 +43,7 @@ impl HealthState {
         matches!(self, Self::Up | Self::ForcedUp)
     }
 
-    /// As in logs and on the terminal.
+    /// The name in logs and output.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -55,31 +56,31 @@ impl HealthState {
     }
 }
 
-/// What is known of a backend.
+/// The health of one backend.
 #[derive(Clone, Debug)]
 pub(super) struct Health {
     forced: AdminState,
-    /// As the checks have it.
+    /// The result of the checks.
     up: bool,
-    /// Checks in a row that say the opposite; `None` before the first check.
+    /// Checks in a row that contradict `up`; `None` before the first check.
     against: Option<u32>,
-    /// Connections in a row that failed.
+    /// Failed connections in a row.
     failures: u32,
     ejected_until: Option<Instant>,
 }
 
 impl Default for Health {
-    /// Up until something is known: a daemon that has just started must not turn mail away.
+    /// Up until the first check: a daemon that has just started must not reject mail.
     fn default() -> Self {
         Self { forced: AdminState::Auto, up: true, against: None, failures: 0, ejected_until: None }
     }
 }
 
 impl Health {
-    /// A check is over. Returns what it has changed: the backend is up, or down, from here on.
+    /// Records a check. Returns the new state if it changed.
     ///
-    /// The first check of all decides alone: with a backend that is down from the start nobody should have to wait for
-    /// `fall` checks.
+    /// The first check decides alone, so that clients do not wait for `fall` checks if a backend is
+    /// down from the start.
     pub(super) fn checked(&mut self, passed: bool, rise: u32, fall: u32) -> Option<bool> {
         let first = self.against.is_none();
         if passed == self.up {
@@ -97,20 +98,20 @@ impl Health {
         Some(passed)
     }
 
-    /// It is not checked any more: what the checks said is void.
+    /// Discards the results of checks, because the backend is no longer checked.
     pub(super) fn unchecked(&mut self) {
         self.up = true;
         self.against = None;
     }
 
-    /// A client's connection has reached it.
+    /// Records a successful connection.
     pub(super) fn connected(&mut self) {
         self.failures = 0;
         self.ejected_until = None;
     }
 
-    /// A client's connection has not reached it. Returns for how long it is left out from now on, if it is. When that time is
-    /// over a single failure is enough for the next.
+    /// Records a failed connection. Returns the ejection time if the backend is now ejected. After
+    /// that time, one more failure is enough to eject it again.
     pub(super) fn failed(&mut self, now: Instant, ejection: &Ejection) -> Option<Duration> {
         self.failures = self.failures.saturating_add(1);
         let after = ejection.after?;
@@ -121,7 +122,7 @@ impl Health {
         Some(ejection.time)
     }
 
-    /// The operator decides.
+    /// Sets the operator's state.
     pub(super) fn set_admin_state(&mut self, forced: AdminState) {
         self.forced = forced;
         if forced == AdminState::Auto {
@@ -129,7 +130,7 @@ impl Health {
         }
     }
 
-    /// How it stands.
+    /// The resulting state.
     #[must_use]
     pub(super) fn health_state(&self, now: Instant) -> HealthState {
         match self.forced {
@@ -152,7 +153,7 @@ mod tests {
 
     const EJECTION: Ejection = Ejection { after: Some(3), time: Duration::from_secs(30) };
 
-    /// `+` a good check, `-` a bad one; what became of it after each.
+    /// `+` is a passed check, `-` a failed one. Returns the state after each.
     fn after(checks: &str, rise: u32, fall: u32) -> String {
         let mut health = Health::default();
         let step = |check| {
@@ -163,16 +164,16 @@ mod tests {
     }
 
     #[test]
-    fn checks_in_a_row_decide() {
+    fn consecutive_checks_change_the_state() {
         for (checks, expected) in [
-            // The first decides alone.
+            // The first check decides alone.
             ("-", "D"),
             ("+", "U"),
             ("-+", "DD"),
             ("-++", "DDU"),
             ("+--", "UUU"),
             ("+---", "UUUD"),
-            // Any other in between begins the row anew.
+            // A contradicting check restarts the count.
             ("+--+--", "UUUUUU"),
             ("+---+-+", "UUUDDDD"),
             ("+---++", "UUUDDU"),
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_in_a_row_eject_and_the_next_one_after_that_again() {
+    fn consecutive_failures_eject_and_one_more_ejects_again() {
         let mut health = Health::default();
         let start = Instant::now();
         let later = |seconds| start + Duration::from_secs(seconds);
@@ -192,7 +193,7 @@ mod tests {
         assert_eq!([(); 2].map(|()| health.failed(start, &EJECTION)), [None, None]);
         assert_eq!(health.failed(start, &EJECTION), Some(EJECTION.time));
         assert_eq!(health.health_state(later(29)), HealthState::Ejected);
-        // Tried all the same, because there is no other: it stays at that.
+        // If it is tried because no other is available, the ejection does not change.
         assert_eq!(health.failed(later(29), &EJECTION), None);
         assert_eq!(health.health_state(later(30)), HealthState::Up);
         assert_eq!(health.failed(later(30), &EJECTION), Some(EJECTION.time));
@@ -201,14 +202,14 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_ejected_where_that_is_off() {
+    fn no_backend_is_ejected_if_ejection_is_disabled() {
         let mut health = Health::default();
         let never = Ejection { after: None, ..EJECTION };
         assert!((0..1000).all(|_| health.failed(Instant::now(), &never).is_none()));
     }
 
     #[test]
-    fn the_operator_goes_before_checks_and_failures() {
+    fn the_operators_state_overrides_checks_and_failures() {
         let mut health = Health::default();
         let now = Instant::now();
         health.set_admin_state(AdminState::Up);
@@ -218,13 +219,13 @@ mod tests {
         health.set_admin_state(AdminState::Down);
         health.checked(true, 1, 1);
         assert_eq!(health.health_state(now), HealthState::ForcedDown);
-        // And leaves nothing behind but what the checks say.
+        // Afterwards only the checks count.
         health.set_admin_state(AdminState::Auto);
         assert_eq!(health.health_state(now), HealthState::Up);
     }
 
     #[test]
-    fn what_is_not_checked_any_more_is_up() {
+    fn an_unchecked_backend_is_up() {
         let mut health = Health::default();
         health.checked(false, 2, 3);
         health.unchecked();

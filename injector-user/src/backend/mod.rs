@@ -1,5 +1,4 @@
-//! Reaching a backend: names resolved again as they change, backends chosen by their health and weight, addresses tried in
-//! order.
+//! Backends: resolving their names, choosing one by health and weight, and connecting to it.
 
 mod balance;
 mod checker;

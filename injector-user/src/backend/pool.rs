@@ -1,4 +1,4 @@
-//! The backends of a listener: which of them get connections.
+//! The backends of a listener, and which of them get connections.
 
 use std::{
     net::SocketAddr,
@@ -31,7 +31,7 @@ pub struct Backends {
     pub(super) resolve_interval: Duration,
     pub(super) all: Vec<Backend>,
     round_robin: Mutex<SmoothWeightedRoundRobin>,
-    /// Rings when those whose turn it is may have changed, but for ejections.
+    /// Notified when the eligible backends may have changed, except by an ejection.
     changed: Arc<Notify>,
 }
 
@@ -54,8 +54,8 @@ impl BackendSource for Backends {
 }
 
 impl Backends {
-    /// The backends of `listener`; addresses are known at once, names after [`Backends::run`] started. What was
-    /// known `before` of the same backends stays known.
+    /// The backends of `listener`. IP addresses are known at once, names after [`Backends::run`]
+    /// started. The state of backends that are also in `before` is kept.
     #[must_use]
     pub fn new(listener: &Listener, before: Option<&Self>, changed: Arc<Notify>) -> Self {
         let backend = |configured: &config::Backend| {
@@ -86,13 +86,13 @@ impl Backends {
         }
     }
 
-    /// All of them, in the order of the configuration.
+    /// All backends, in the order of the configuration.
     #[must_use]
     pub fn all(&self) -> &[Backend] {
         &self.all
     }
 
-    /// Those of `which` that get new connections now.
+    /// The backends among `which` that get new connections.
     #[must_use]
     pub fn eligible(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
         let of: Vec<_> = self.all.iter().filter(|backend| which(&backend.configured)).collect();
@@ -100,8 +100,8 @@ impl Backends {
         balance::eligible(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
     }
 
-    /// Takes a backend out of service or puts it back, by its name in the configuration. `false` if there is none of that
-    /// name.
+    /// Sets the operator's state of a backend, by its name in the configuration. `false` if no
+    /// backend has that name.
     #[must_use]
     pub fn set_admin_state(&self, name: &str, forced: AdminState) -> bool {
         let Some(backend) = self.all.iter().find(|backend| backend.configured.to_string() == name) else {
@@ -113,8 +113,8 @@ impl Backends {
         true
     }
 
-    /// Resolves the names now and then every interval, and checks the backends, until `stop`. The last good answer is kept
-    /// when resolving fails.
+    /// Resolves names at each interval and runs the health checks, until `stop`. If resolving
+    /// fails, the last addresses stay in use.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let checks = (0..self.all.len()).map(|index| {
             let backends = Arc::clone(&self);
@@ -122,14 +122,14 @@ impl Backends {
                 stop.clone().run_until_cancelled_owned(async move { backends.run_checks(index).await }),
             )
         });
-        // They end by themselves.
+        // The tasks end by themselves.
         checks.for_each(drop);
         stop.run_until_cancelled(self.run_resolver()).await;
     }
 
     async fn run_checks(&self, index: usize) {
         let (Some(plan), Some(backend)) = (&self.health.check, self.all.get(index)) else { return };
-        // The checks of many listeners, edges and backends must not fall on the same moment.
+        // A random start spreads the checks of many listeners, edge hosts and backends.
         tokio::time::sleep(plan.interval.min(Duration::from_secs(1)).mul_f64(fastrand::f64())).await;
         loop {
             let next = Instant::now() + plan.interval.mul_f64(0.9 + 0.2 * fastrand::f64());
@@ -138,7 +138,7 @@ impl Backends {
         }
     }
 
-    /// A name with several addresses is as well as the best of them.
+    /// A name with several addresses is healthy if one of them is.
     async fn check(&self, backend: &Backend, plan: &Check) {
         if backend.addresses().is_empty() {
             self.resolve().await;
@@ -172,7 +172,7 @@ impl Backends {
         }
     }
 
-    /// Whom to try, first to last.
+    /// The backends to try, in order.
     pub(super) fn order(&self) -> Vec<&Backend> {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
         let mut order = balance::eligible(&candidates);

@@ -1,4 +1,4 @@
-//! Resolves the names of backends, again and again.
+//! Resolves the names of backends periodically.
 
 use std::sync::PoisonError;
 

@@ -14,17 +14,17 @@ use super::{
 };
 use crate::config;
 
-/// One of them. What is known of it stays when the configuration is read again.
+/// One backend. Its state is kept when the configuration is reloaded.
 #[derive(Clone, Debug)]
 pub struct Backend {
     pub(super) configured: config::Backend,
     pub(super) state: Arc<BackendState>,
 }
 
-/// What is known of a backend.
+/// The state of a backend.
 #[derive(Debug, Default)]
 pub(super) struct BackendState {
-    /// What it resolved to last.
+    /// The addresses that its name last resolved to.
     pub(super) addresses: RwLock<Vec<SocketAddr>>,
     pub(super) health: Mutex<Health>,
     pub(super) counters: Counters,
@@ -39,18 +39,18 @@ pub(super) struct Counters {
     pub(super) ejections: AtomicU64,
 }
 
-/// What has become of a backend so far.
+/// The counters of a backend at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendStats {
-    /// Sessions with it now. None of engine inline's, which the kernel sends on.
+    /// Open sessions. Not those of the inline engine, which the kernel forwards.
     pub active: u64,
-    /// Sessions with it so far.
+    /// Sessions so far.
     pub sessions: u64,
-    /// Checks that it passed.
+    /// Passed health checks.
     pub passed: u64,
-    /// Checks that it failed.
+    /// Failed health checks.
     pub failed: u64,
-    /// How often it was left out because connections failed.
+    /// Ejections because connections failed.
     pub ejections: u64,
 }
 
@@ -75,25 +75,25 @@ impl BackendState {
 }
 
 impl Backend {
-    /// As configured.
+    /// Its configuration.
     #[must_use]
     pub fn configured(&self) -> &config::Backend {
         &self.configured
     }
 
-    /// What it resolved to last.
+    /// The addresses that its name last resolved to.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.state.addresses()
     }
 
-    /// Whether it gets connections, and why not.
+    /// Whether it gets connections, and why.
     #[must_use]
     pub fn health_state(&self) -> HealthState {
         self.state.health().health_state(std::time::Instant::now())
     }
 
-    /// What has become of it so far.
+    /// Its counters.
     #[must_use]
     pub fn stats(&self) -> BackendStats {
         let Counters { active, sessions, passed, failed, ejections } = &self.state.counters;

@@ -159,11 +159,12 @@ fn backend_set(
         BackendAction::Down => AdminState::Down,
         BackendAction::Auto => AdminState::Auto,
     };
-    let of =
-        || server.listeners().iter().filter(|active| listener.is_none_or(|name| active.config.name == name));
+    let of = || {
+        server.listeners().iter().filter(|active| listener.is_none_or(|name| active.settings.name == name))
+    };
     let set: Vec<_> = of()
         .filter(|active| active.backends.set_admin_state(backend, admin_state))
-        .map(|active| active.config.name.clone())
+        .map(|active| active.settings.name.clone())
         .collect();
     if set.is_empty() {
         let mut all: Vec<_> =

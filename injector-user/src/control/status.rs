@@ -51,10 +51,10 @@ pub(super) fn status(
 fn listener(active: &ActiveListener) -> ListenerStatus {
     let counts = active.metrics.snapshot();
     ListenerStatus {
-        name: active.config.name.clone(),
-        protocol: active.config.protocol.name().to_owned(),
+        name: active.settings.name.clone(),
+        protocol: active.settings.protocol.name().to_owned(),
         engine: active.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
-        bind: active.config.bind.clone(),
+        bind: active.settings.bind.clone(),
         draining: active.drain.is_some(),
         abort_in_ms: active
             .drain

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::bail;
 
 use crate::{
-    config::{Config, EngineChoice, Limits, Listener},
+    config::{EngineChoice, Inline as InlineSettings, Limits, Listener},
     engine::{Engine, kernel, registry::EngineProbes},
     telemetry::log::target,
 };
@@ -33,10 +33,15 @@ pub fn may_splice(choice: EngineChoice) -> bool {
 ///
 /// # Errors
 /// Why the engine that was requested by name cannot run.
-pub fn select_inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::Result<Vec<EngineSelection>> {
-    let requests = |choice| config.listeners.iter().find(|listener| listener.engine == choice);
+pub fn select_inline(
+    listeners: &mut [Listener],
+    settings: &InlineSettings,
+    limits: Limits,
+    probes: &mut EngineProbes,
+) -> anyhow::Result<Vec<EngineSelection>> {
+    let requests = |choice| listeners.iter().find(|listener| listener.engine == choice);
     let by_name = requests(EngineChoice::Inline);
-    if by_name.is_some() || (config.inline.present && requests(EngineChoice::Auto).is_some()) {
+    if by_name.is_some() || (settings.present && requests(EngineChoice::Auto).is_some()) {
         probes.probe_inline();
         probes.inline.log("inline");
     }
@@ -47,29 +52,33 @@ pub fn select_inline(config: &mut Config, probes: &mut EngineProbes) -> anyhow::
             listener.name
         );
     }
-    let selections = inline_selections(config, probes);
+    let selections = inline_selections(listeners, settings, probes);
     for (listener, EngineSelection { requested, inline_ineligibility }) in
-        config.listeners.iter_mut().zip(&selections)
+        listeners.iter_mut().zip(&selections)
     {
         if *requested == EngineChoice::Auto && inline_ineligibility.is_none() {
             listener.engine = EngineChoice::Inline;
         }
         if listener.engine == EngineChoice::Inline {
-            warn_of_limits(listener, config.limits);
+            warn_of_limits(listener, limits);
         }
     }
     Ok(selections)
 }
 
-fn inline_selections(config: &Config, probes: &EngineProbes) -> Vec<EngineSelection> {
+fn inline_selections(
+    listeners: &[Listener],
+    settings: &InlineSettings,
+    probes: &EngineProbes,
+) -> Vec<EngineSelection> {
     let automatic: Vec<_> =
-        config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
-    let ineligible = if !config.inline.present {
+        listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
+    let ineligible = if !settings.present {
         vec![Some("no [inline] table in the configuration".to_owned()); automatic.len()]
     } else if let Some(failure) = probes.inline.failure() {
         vec![Some(failure); automatic.len()]
     } else {
-        kernel::inline_ineligibility(config, &automatic)
+        kernel::inline_ineligibility(settings, &automatic)
     };
     let mut ineligible = ineligible.into_iter();
     let selection = |listener: &Listener| EngineSelection {
@@ -80,7 +89,7 @@ fn inline_selections(config: &Config, probes: &EngineProbes) -> Vec<EngineSelect
             None
         },
     };
-    config.listeners.iter().map(selection).collect()
+    listeners.iter().map(selection).collect()
 }
 
 /// Logs which limits the inline engine does not enforce: the kernel forwards every connection.
@@ -106,18 +115,18 @@ fn warn_of_limits(listener: &Listener, limits: Limits) {
 /// # Errors
 /// Why the engine that was requested by name cannot run.
 pub fn select_engines(
-    config: &Config,
+    listeners: &[Listener],
     selections: &[EngineSelection],
     probes: &EngineProbes,
 ) -> anyhow::Result<Vec<Option<Arc<dyn Engine>>>> {
     let failure = probes.splice_failure();
     if let Some(failure) = &failure
-        && config.listeners.iter().any(|listener| may_splice(listener.engine))
+        && listeners.iter().any(|listener| may_splice(listener.engine))
     {
         tracing::warn!(target: target::ENGINE, reason = failure, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
     }
     let mut engines = Vec::new();
-    for (listener, selection) in config.listeners.iter().zip(selections) {
+    for (listener, selection) in listeners.iter().zip(selections) {
         let engine = if listener.engine == EngineChoice::Inline {
             None
         } else {

@@ -17,7 +17,7 @@ impl Server {
 
     pub(super) fn publish_to_inline(&self) {
         let served = |active: &ActiveListener| ServedListener {
-            listener: active.config.clone(),
+            listener: active.settings.clone(),
             backends: Arc::clone(&active.backends),
             draining: active.drain.is_some(),
         };

@@ -5,24 +5,22 @@ use std::{net::SocketAddr, sync::Arc};
 use socket2::Socket;
 
 use super::{
-    active_listener::{ActiveListener, ListenSockets},
+    active_listener::{ActiveListener, BoundSockets, ListenSockets},
     state::Server,
 };
 use crate::{
-    config::{Config, EngineChoice, Listener},
+    config::{EngineChoice, Listener},
     listener::{self, Acceptor, SocketOwner},
     telemetry::log::target,
 };
 
-/// Sockets by the address of the configuration: for each, one for each worker.
-pub type BoundSockets = Vec<(SocketAddr, Vec<Socket>)>;
-
 impl Server {
+    /// Starts an acceptor on each socket.
     pub(super) fn start_sockets(&self, active: &mut ActiveListener, sockets: BoundSockets) {
         for (address, sockets) in sockets {
             let bound = sockets.first().and_then(|socket| socket.local_addr().ok()?.as_socket());
             tracing::info!(target: target::LISTENER,
-                listener = active.config.name,
+                listener = active.settings.name,
                 address = bound.map(tracing::field::display),
                 "listening"
             );
@@ -42,47 +40,48 @@ impl Server {
         }
     }
 
-    /// Sockets for the addresses of a listener that nobody has open.
+    /// Binds the addresses of a listener that no listener has yet.
     pub(super) fn bind_new_addresses(&self, listener: &Listener) -> anyhow::Result<BoundSockets> {
         if listener.engine == EngineChoice::Inline {
             return Ok(Vec::new());
         }
-        // Its own, or that of a listener that hands it over.
+        // A socket of another listener is handed over instead of opened again.
         let ours =
             |address: &&SocketAddr| self.listeners.iter().any(|active| active.sockets.contains_key(address));
         let bind = |address: &SocketAddr| {
-            let sockets = bind(*address, &self.inherited, self.config.limits.workers, listener)?;
+            let sockets = bind(*address, &self.inherited, self.settings.workers, listener)?;
             Ok((*address, sockets))
         };
         listener.bind.iter().filter(|address| !ours(address)).map(bind).collect()
     }
 }
 
-/// The sockets of one address of a listener, one for each worker. Those that systemd holds are taken over.
+/// Binds one address of a listener with one socket for each worker, or adopts the socket that systemd
+/// passed for it.
 ///
 /// # Errors
-/// With what to do about it.
+/// When the address cannot be bound; the message says what to do.
 pub fn bind(
     address: SocketAddr,
     inherited: &[(SocketAddr, Socket)],
     workers: usize,
     listener: &Listener,
 ) -> anyhow::Result<Vec<Socket>> {
-    let handed = inherited.iter().find(|(bound, _)| *bound == address);
-    Ok(match handed {
+    let passed = inherited.iter().find(|(bound, _)| *bound == address);
+    Ok(match passed {
         Some((_, socket)) => listener::adopt(address, socket, workers, &listener.timeouts)?,
         None => listener::bind_reuseport(address, workers, &listener.timeouts)?,
     })
 }
 
-/// How many connections the descriptors carry.
+/// How many connections the open-file limit allows besides the sockets of these listeners.
 #[must_use]
-pub fn connection_capacity(config: &Config, nofile: u64) -> usize {
-    listener::connection_capacity(nofile, listen_socket_count(config), config.limits.workers)
+pub fn connection_capacity(workers: usize, listeners: &[Listener], nofile: u64) -> usize {
+    listener::connection_capacity(nofile, listen_socket_count(workers, listeners), workers)
 }
 
-/// How many listening sockets a configuration makes.
+/// How many listening sockets these listeners need.
 #[must_use]
-pub fn listen_socket_count(config: &Config) -> usize {
-    config.limits.workers * config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>()
+pub fn listen_socket_count(workers: usize, listeners: &[Listener]) -> usize {
+    workers * listeners.iter().map(|listener| listener.bind.len()).sum::<usize>()
 }

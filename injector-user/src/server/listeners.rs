@@ -3,15 +3,12 @@
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use super::{
-    active_listener::{ActiveListener, RemovedListener},
-    listen_sockets::BoundSockets,
+    active_listener::{ActiveListener, ListenerSetup, RemovedListener},
     state::Server,
     worker::Worker,
 };
 use crate::{
     backend::Backends,
-    config::{EngineChoice, Listener},
-    engine::Engine,
     listener::{AdmissionPolicy, ConnectionLimit},
     protocol::FirstSpeaker,
     session::Context,
@@ -19,20 +16,15 @@ use crate::{
 };
 
 impl Server {
-    pub(super) fn start_listener(
-        &self,
-        listener: Listener,
-        requested: EngineChoice,
-        engine: Option<Arc<dyn Engine>>,
-        sockets: BoundSockets,
-    ) -> ActiveListener {
+    pub(super) fn start_listener(&self, setup: ListenerSetup) -> ActiveListener {
+        let ListenerSetup { settings, requested, engine, sockets } = setup;
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        let metrics = self.shared.metrics.listener(&listener.name, name);
-        self.shared.metrics.set_draining(&listener.name, false);
+        let metrics = self.shared.metrics.listener(&settings.name, name);
+        self.shared.metrics.set_draining(&settings.name, false);
         let abort = self.shared.abort_sessions.child_token();
         let mut active = ActiveListener {
-            backends: Arc::new(Backends::new(&listener, None, Arc::clone(&self.backends_changed))),
-            connection_limit: ConnectionLimit::new(listener.max_connections),
+            backends: Arc::new(Backends::new(&settings, None, Arc::clone(&self.backends_changed))),
+            connection_limit: ConnectionLimit::new(settings.max_connections),
             drain: None,
             stop_health_tasks: self.shared.stop_accepting.child_token(),
             policies: Vec::new(),
@@ -40,7 +32,7 @@ impl Server {
             abort_drained: Vec::new(),
             abort,
             sockets: BTreeMap::new(),
-            config: listener,
+            settings,
             requested,
             engine,
             metrics,
@@ -55,16 +47,16 @@ impl Server {
         active
     }
 
-    /// What is known of its backends is kept up to date, and published.
+    /// Keeps its backends' health and addresses up to date, and exports them as metrics.
     fn spawn_health_tasks(&self, active: &ActiveListener) {
         tokio::spawn(Arc::clone(&active.backends).run(active.stop_health_tasks.clone()));
-        self.shared.metrics.watch_backends(&active.config.name, active.backends.clone());
+        self.shared.metrics.watch_backends(&active.settings.name, active.backends.clone());
     }
 
-    /// What the sessions of a listener share that come from now on, for each worker.
+    /// What the sessions that start from now on share, for each worker.
     fn session_contexts(&self, active: &ActiveListener) -> Vec<Arc<Context>> {
         let Some(engine) = &active.engine else { return Vec::new() };
-        let listener = &active.config;
+        let listener = &active.settings;
         let name: Arc<str> = listener.name.as_str().into();
         let context = |worker: &Worker| {
             Arc::new(Context {
@@ -76,10 +68,10 @@ impl Server {
                 engine: Arc::clone(engine),
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
-                header: self.config.splice.header,
-                enrolment: self.config.splice.enrolment,
+                header: self.settings.splice.header,
+                enrolment: self.settings.splice.enrolment,
                 pipes: self.shared.pipes.clone(),
-                watermarks: self.config.splice.watermarks,
+                watermarks: self.settings.splice.watermarks,
                 backlog_total: self.shared.backlog_total.clone(),
                 hangups: worker.hangups().clone(),
                 abort: active.abort_new.clone(),
@@ -90,49 +82,45 @@ impl Server {
         self.workers.iter().map(context).collect()
     }
 
-    /// Gives them to its doors.
+    /// Makes the acceptors use new contexts, for the sessions that start from now on.
     pub(super) fn replace_contexts(&self, active: &ActiveListener) {
         for (policy, context) in active.policies.iter().zip(self.session_contexts(active)) {
             policy.replace_context(context);
         }
     }
 
-    pub(super) fn update_listener(
-        &self,
-        active: &mut ActiveListener,
-        listener: Listener,
-        requested: EngineChoice,
-        engine: Option<Arc<dyn Engine>>,
-        sockets: BoundSockets,
-    ) {
+    /// Replaces the settings of a listener for new sessions; existing sessions keep theirs.
+    pub(super) fn update_listener(&self, active: &mut ActiveListener, setup: ListenerSetup) {
+        let ListenerSetup { settings, requested, engine, sockets } = setup;
         let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        active.metrics = self.shared.metrics.listener(&listener.name, name);
+        active.metrics = self.shared.metrics.listener(&settings.name, name);
         active.stop_health_tasks.cancel();
         active.stop_health_tasks = self.shared.stop_accepting.child_token();
         active.backends =
-            Arc::new(Backends::new(&listener, Some(&active.backends), Arc::clone(&self.backends_changed)));
-        active.connection_limit.resize(listener.max_connections);
-        (active.config, active.requested, active.engine) = (listener, requested, engine);
+            Arc::new(Backends::new(&settings, Some(&active.backends), Arc::clone(&self.backends_changed)));
+        active.connection_limit.resize(settings.max_connections);
+        (active.settings, active.requested, active.engine) = (settings, requested, engine);
         self.spawn_health_tasks(active);
         self.replace_contexts(active);
-        // The new doors first: an address that only has to be opened anew is never without one.
+        // New sockets first: an address that is bound again always has a listening socket.
         self.start_sockets(active, sockets);
         active.sockets.retain(|address, sockets| {
-            let unchanged = active.config.bind.contains(address);
-            if !unchanged {
-                tracing::info!(target: target::LISTENER, listener = active.config.name, %address, "no longer listening");
+            let keep = active.settings.bind.contains(address);
+            if !keep {
+                tracing::info!(target: target::LISTENER, listener = active.settings.name, %address, "no longer listening");
                 sockets.stop_accepting.cancel();
             }
-            unchanged
+            keep
         });
     }
 
+    /// Closes the sockets of a listener; its sessions may continue until the drain deadline.
     pub(super) fn remove_listener(&mut self, active: ActiveListener) {
         active.sockets.values().for_each(|sockets| sockets.stop_accepting.cancel());
         active.stop_health_tasks.cancel();
-        let name = active.config.name;
-        let deadline = Instant::now() + active.config.timeouts.drain;
-        tracing::info!(target: target::LISTENER, listener = name, deadline = ?active.config.timeouts.drain, "listener removed; its sessions may finish until the deadline");
+        let name = active.settings.name;
+        let deadline = Instant::now() + active.settings.timeouts.drain;
+        tracing::info!(target: target::LISTENER, listener = name, deadline = ?active.settings.timeouts.drain, "listener removed; its sessions may finish until the deadline");
         self.abort_at(deadline, active.abort);
         self.shared.metrics.forget_listener(&name);
         self.removed.push(RemovedListener { name, deadline, metrics: active.metrics });

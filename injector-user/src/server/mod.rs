@@ -1,7 +1,6 @@
-//! The listeners that are open, and how that changes while the daemon runs: another configuration, a drain, the stop.
+//! The listeners, the worker threads that serve them, and their changes: reload, drain, shutdown.
 //!
-//! What a change may fail of is done first ([`Server::prepare`]); what follows ([`Server::apply`]) cannot fail. Sessions
-//! keep what they began with: a change is for those that come after it.
+//! A session keeps the settings that it started with. Every change applies to new sessions only.
 
 mod active_listener;
 mod drain;
@@ -9,15 +8,17 @@ mod inline_bridge;
 mod listen_sockets;
 mod listeners;
 mod reload;
+mod settings;
 mod shutdown;
 mod startup;
 mod state;
 mod worker;
 
 pub use self::{
-    active_listener::{ActiveListener, DrainState, RemovedListener},
-    listen_sockets::{BoundSockets, bind, connection_capacity, listen_socket_count},
+    active_listener::{ActiveListener, BoundSockets, DrainState, ListenerSetup, RemovedListener},
+    listen_sockets::{bind, connection_capacity, listen_socket_count},
     reload::{Changes, Prepared},
+    settings::StartupSettings,
     startup::StartupState,
     state::Server,
 };

@@ -2,13 +2,13 @@
 //!
 //! [`Server::prepare`] does everything that can fail and changes nothing; [`Server::apply`] cannot fail.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 
 use super::{
-    active_listener::{ActiveListener, ListenSockets},
-    listen_sockets::{BoundSockets, connection_capacity},
+    active_listener::{ActiveListener, ListenSockets, ListenerSetup},
+    listen_sockets::connection_capacity,
     state::Server,
 };
 use crate::{
@@ -17,90 +17,91 @@ use crate::{
     telemetry::log::target,
 };
 
-/// Another configuration, with all that could have failed.
+/// A new configuration after every step that can fail.
 #[derive(Debug)]
 pub struct Prepared {
-    config: Config,
-    selections: Vec<EngineChoice>,
-    engines: Vec<Option<Arc<dyn Engine>>>,
-    /// For each listener, the sockets for addresses that it did not have.
-    sockets: Vec<BoundSockets>,
+    max_connections: usize,
+    stop_deadline: Duration,
+    listeners: Vec<ListenerSetup>,
     capacity: usize,
     requires_restart: Vec<&'static str>,
 }
 
-/// What a change has come to.
+/// What a reload changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Listeners that are new.
+    /// New listeners.
     pub added: Vec<String>,
-    /// Listeners that are different.
+    /// Listeners with other settings.
     pub changed: Vec<String>,
-    /// Listeners that are gone.
+    /// Listeners that are no longer configured.
     pub removed: Vec<String>,
-    /// Sections of the file that take effect with a restart only.
+    /// Sections whose changes need a restart.
     pub requires_restart: Vec<&'static str>,
 }
 
 impl Server {
-    /// Finds out whether another configuration can be served, and opens what it needs to be.
+    /// Selects engines and binds addresses for a new configuration.
     ///
     /// # Errors
-    /// Why not. Everything is as before.
-    pub fn prepare(&self, mut config: Config) -> anyhow::Result<Prepared> {
-        let requires_restart = retain_startup_settings(&self.config, &mut config);
-        let mut prepared = Prepared {
-            selections: config.listeners.iter().map(|listener| listener.engine).collect(),
-            engines: Vec::new(),
-            sockets: Vec::new(),
-            capacity: connection_capacity(&config, self.nofile),
-            requires_restart,
-            config,
-        };
-        if prepared.capacity == 0 {
+    /// When the server cannot serve it. Nothing has changed then.
+    pub fn prepare(&self, config: Config) -> anyhow::Result<Prepared> {
+        let requires_restart = self.settings.changed_sections(&config);
+        let Config { limits, stop, mut listeners, .. } = config;
+        let capacity = connection_capacity(self.settings.workers, &listeners, self.nofile);
+        if capacity == 0 {
             bail!(
                 "the open-file limit ({}) is too low for even one connection with this many addresses: raise it \
                  (LimitNOFILE= in systemd, ulimit -n)",
                 self.nofile
             );
         }
-        for listener in &mut prepared.config.listeners {
+        let mut engines = Vec::new();
+        for settings in &mut listeners {
+            let requested = settings.engine;
             let engine =
-                self.resolve_engine(listener).with_context(|| format!("listener {:?}", listener.name))?;
-            prepared.engines.push(engine);
+                self.resolve_engine(settings).with_context(|| format!("listener {:?}", settings.name))?;
+            engines.push((requested, engine));
         }
-        self.refuse_gone_inline(&prepared.config)?;
-        for listener in &prepared.config.listeners {
-            let sockets =
-                self.bind_new_addresses(listener).with_context(|| format!("listener {:?}", listener.name))?;
-            prepared.sockets.push(sockets);
-        }
-        Ok(prepared)
+        self.reject_removed_inline(&listeners)?;
+        let setup = |(settings, (requested, engine)): (Listener, _)| {
+            let sockets = self
+                .bind_new_addresses(&settings)
+                .with_context(|| format!("listener {:?}", settings.name))?;
+            Ok(ListenerSetup { settings, requested, engine, sockets })
+        };
+        let listeners: anyhow::Result<_> = listeners.into_iter().zip(engines).map(setup).collect();
+        Ok(Prepared {
+            max_connections: limits.max_connections,
+            stop_deadline: stop.deadline,
+            listeners: listeners?,
+            capacity,
+            requires_restart,
+        })
     }
 
-    /// Serves it from here on.
+    /// Makes a prepared configuration effective for new sessions.
     pub fn apply(&mut self, prepared: Prepared) -> Changes {
-        let Prepared { config, selections, engines, sockets, capacity, requires_restart } = prepared;
+        let Prepared { max_connections, stop_deadline, listeners, capacity, requires_restart } = prepared;
         let mut changes = Changes { requires_restart, ..Changes::default() };
         let before = std::mem::take(&mut self.listeners);
         let mut before: BTreeMap<_, _> =
-            before.into_iter().map(|active| (active.config.name.clone(), active)).collect();
-        let mut handed_over = detach_sockets(&mut before, &config);
-        self.config = config.clone();
-        self.shared.limits.resize(config.limits.max_connections, capacity);
-        for (((listener, requested), engine), sockets) in
-            config.listeners.into_iter().zip(selections).zip(engines).zip(sockets)
-        {
-            let name = listener.name.clone();
+            before.into_iter().map(|active| (active.settings.name.clone(), active)).collect();
+        let mut detached = detach_sockets(&mut before, &listeners);
+        (self.max_connections, self.stop_deadline, self.capacity) =
+            (max_connections, stop_deadline, capacity);
+        self.shared.limits.resize(max_connections, capacity);
+        for setup in listeners {
+            let name = setup.settings.name.clone();
             let active = match before.remove(&name) {
                 None => {
                     changes.added.push(name);
-                    self.start_listener(listener, requested, engine, sockets)
+                    self.start_listener(setup)
                 }
                 Some(mut active) => {
-                    if active.config != listener || active.requested != requested {
+                    if active.settings != setup.settings || active.requested != setup.requested {
                         changes.changed.push(name);
-                        self.update_listener(&mut active, listener, requested, engine, sockets);
+                        self.update_listener(&mut active, setup);
                     }
                     active
                 }
@@ -108,7 +109,7 @@ impl Server {
             self.listeners.push(active);
         }
         for active in &mut self.listeners {
-            adopt_sockets(active, &mut handed_over);
+            adopt_sockets(active, &mut detached);
         }
         for (name, active) in before {
             self.remove_listener(active);
@@ -119,22 +120,22 @@ impl Server {
         changes
     }
 
-    /// A listener goes on with its engine unless it asks for another. Packets and sockets do not change places while the daemon
-    /// runs.
+    /// The engine of a listener: the one that it has, unless the configuration asks for another.
+    /// Only a restart changes a listener to or from the inline engine.
     fn resolve_engine(&self, listener: &mut Listener) -> anyhow::Result<Option<Arc<dyn Engine>>> {
-        let before = self.listeners.iter().find(|active| active.config.name == listener.name);
+        let before = self.listeners.iter().find(|active| active.settings.name == listener.name);
         let was_inline = before.is_some_and(|active| active.engine.is_none());
         let unchanged = before.is_some_and(|active| active.requested == listener.engine);
         if was_inline && unchanged {
             listener.engine = EngineChoice::Inline;
             if let Some(active) = before
-                && (active.config.bind != listener.bind || active.config.receiver != listener.receiver)
+                && (active.settings.bind != listener.bind || active.settings.receiver != listener.receiver)
             {
                 bail!(
                     "changing bind or receiver of an inline listener needs a restart (its connections survive it)"
                 );
             }
-            kernel::check_inline_listener(&self.config.inline, listener)?;
+            kernel::check_inline_listener(&self.settings.inline, listener)?;
             return Ok(None);
         }
         if was_inline || listener.engine == EngineChoice::Inline {
@@ -145,74 +146,50 @@ impl Server {
         }
         match self.probes.engine(listener.engine) {
             Ok(engine) => Ok(Some(engine)),
-            Err(fault) => {
+            Err(failure) => {
                 bail!(
-                    "engine {} was not loaded at startup ({fault}): restart the daemon to use it",
+                    "engine {} was not loaded at startup ({failure}): restart the daemon to use it",
                     listener.engine
                 )
             }
         }
     }
 
-    fn refuse_gone_inline(&self, config: &Config) -> anyhow::Result<()> {
+    fn reject_removed_inline(&self, listeners: &[Listener]) -> anyhow::Result<()> {
         let gone = |active: &&ActiveListener| {
-            active.engine.is_none()
-                && !config.listeners.iter().any(|listener| listener.name == active.config.name)
+            active.engine.is_none() && !listeners.iter().any(|listener| listener.name == active.settings.name)
         };
         match self.listeners.iter().find(gone) {
             Some(active) => {
-                bail!("listener {:?}: removing an inline listener needs a restart", active.config.name)
+                bail!("listener {:?}: removing an inline listener needs a restart", active.settings.name)
             }
             None => Ok(()),
         }
     }
 }
 
-/// What takes a restart stays as it runs; says which sections would be different.
-fn retain_startup_settings(running: &Config, config: &mut Config) -> Vec<&'static str> {
-    let mut requires_restart = Vec::new();
-    let mut retain = |name, differs| {
-        if differs {
-            requires_restart.push(name);
-        }
-    };
-    retain("metrics", config.metrics != running.metrics);
-    retain("admin", config.admin != running.admin);
-    retain("limits.workers", config.limits.workers != running.limits.workers);
-    retain("splice", config.splice != running.splice);
-    retain("inline", config.inline != running.inline);
-    retain("log", config.log != running.log);
-    config.metrics = running.metrics;
-    config.admin.clone_from(&running.admin);
-    config.limits.workers = running.limits.workers;
-    config.splice = running.splice;
-    config.inline = running.inline.clone();
-    config.log = running.log;
-    requires_restart
-}
-
-/// The doors whose addresses belong to a listener of another name from here on.
+/// Takes the sockets whose addresses now belong to a listener of another name.
 fn detach_sockets(
     before: &mut BTreeMap<String, ActiveListener>,
-    config: &Config,
+    listeners: &[ListenerSetup],
 ) -> BTreeMap<SocketAddr, ListenSockets> {
     let mut detached = BTreeMap::new();
-    for listener in &config.listeners {
-        for active in before.values_mut().filter(|active| active.config.name != listener.name) {
-            detached.extend(listener.bind.iter().filter_map(|address| active.sockets.remove_entry(address)));
+    for ListenerSetup { settings, .. } in listeners {
+        for active in before.values_mut().filter(|active| active.settings.name != settings.name) {
+            detached.extend(settings.bind.iter().filter_map(|address| active.sockets.remove_entry(address)));
         }
     }
     detached
 }
 
-/// Gives a listener those that it has none of its own for.
-fn adopt_sockets(active: &mut ActiveListener, handed_over: &mut BTreeMap<SocketAddr, ListenSockets>) {
-    for address in &active.config.bind {
-        let Some((address, sockets)) = handed_over.remove_entry(address) else { continue };
+/// Gives a listener the detached sockets of its addresses.
+fn adopt_sockets(active: &mut ActiveListener, detached: &mut BTreeMap<SocketAddr, ListenSockets>) {
+    for address in &active.settings.bind {
+        let Some((address, sockets)) = detached.remove_entry(address) else { continue };
         for (owner, policy) in sockets.owners.iter().zip(&active.policies) {
             owner.replace_policy(Arc::clone(policy));
         }
-        tracing::info!(target: target::LISTENER, listener = active.config.name, %address, "listening (socket taken over from the listener that had this address)");
+        tracing::info!(target: target::LISTENER, listener = active.settings.name, %address, "listening (socket taken over from the listener that had this address)");
         active.sockets.insert(address, sockets);
     }
 }

@@ -10,11 +10,11 @@ use super::{
 };
 use crate::{session::registry::SessionRegistry, telemetry::log::target};
 
-/// How long sessions may take to end after they were cut.
+/// How long sessions may take to end after they were aborted.
 const ABORT_GRACE: Duration = Duration::from_secs(3);
 
 impl Server {
-    /// Closes the doors, and cuts who has not finished at the deadline, or on a second signal.
+    /// Stops accepting, lets sessions finish until the deadline or a second signal, and aborts the rest.
     pub async fn shutdown(self, deadline: Duration, second_signal: impl Future<Output = ()>) {
         let Shared { stop_accepting, abort_sessions: abort, stop_workers, acceptors, sessions, .. } =
             self.shared;
@@ -51,6 +51,7 @@ impl Server {
         );
     }
 
+    /// Aborts the sessions of a token at `deadline`.
     pub(super) fn abort_at(&self, deadline: Instant, abort: CancellationToken) {
         let registries: Vec<_> = self.workers.iter().map(|worker| worker.sessions().clone()).collect();
         tokio::spawn(async move {
@@ -60,7 +61,7 @@ impl Server {
     }
 }
 
-/// Cuts connections, which look when they are called.
+/// Cancels the token and wakes all sessions, because a sleeping session does not check it.
 fn abort_sessions<'a>(abort: &CancellationToken, registries: impl IntoIterator<Item = &'a SessionRegistry>) {
     abort.cancel();
     registries.into_iter().for_each(SessionRegistry::wake_all);

@@ -4,6 +4,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -12,51 +13,62 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    listen_sockets::{BoundSockets, connection_capacity},
+    active_listener::ListenerSetup,
+    settings::StartupSettings,
     state::{Server, Shared},
     worker::Worker,
 };
 use crate::{
-    config::Config,
-    engine::{Engine, registry::EngineProbes, select::EngineSelection},
+    engine::registry::EngineProbes,
     listener::GlobalLimit,
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
 };
 
-/// What the daemon was started with, and keeps.
+/// What the server starts with.
 #[derive(Debug)]
 pub struct StartupState {
-    /// As it runs: what `auto` came to is in [`Listener::engine`].
-    pub config: Config,
-    /// For each listener.
-    pub selections: Vec<EngineSelection>,
-    /// For each listener; none for those whose packets never reach a socket.
-    pub sockets: Vec<BoundSockets>,
-    /// Listening sockets of systemd's, which stay open as long as the daemon runs.
+    /// What only a restart changes.
+    pub settings: StartupSettings,
+    /// The operator's limit of connections over all listeners.
+    pub max_connections: usize,
+    /// How long sessions may continue after a shutdown began.
+    pub stop_deadline: Duration,
+    /// In the order of the configuration.
+    pub listeners: Vec<ListenerSetup>,
+    /// Listening sockets that systemd passed. They stay open until the daemon exits.
     pub inherited: Vec<(SocketAddr, Socket)>,
-    /// For each listener; `None`: inline.
-    pub engines: Vec<Option<Arc<dyn Engine>>>,
-    /// What was found out about the engines.
+    /// The results of the engines' self-tests.
     pub probes: EngineProbes,
     /// The limit of open files.
     pub nofile: u64,
+    /// How many connections that limit allows.
+    pub capacity: usize,
 }
 
 impl Server {
-    /// Opens the doors of all listeners that have an engine.
+    /// Starts the workers and all listeners.
     ///
     /// # Errors
-    /// When there can be no further thread or epoll instance.
+    /// When the system has no thread or epoll instance left.
     pub fn start(
         startup: StartupState,
         metrics: &Metrics,
         backlog_total: &BacklogTotal,
     ) -> anyhow::Result<Self> {
-        let StartupState { config, selections, sockets, inherited, engines, probes, nofile } = startup;
+        let StartupState {
+            settings,
+            max_connections,
+            stop_deadline,
+            listeners,
+            inherited,
+            probes,
+            nofile,
+            capacity,
+        } = startup;
         let (acceptors, stop_workers) = (TaskTracker::new(), CancellationToken::new());
         let worker = |number| Worker::start(number, &acceptors, stop_workers.clone());
-        let workers: Result<Vec<_>, _> = (0..config.limits.workers).map(worker).collect();
+        let workers: Result<Vec<_>, _> = (0..settings.workers).map(worker).collect();
         let workers = workers.context("starting a worker thread")?;
         let shared = Shared {
             stop_accepting: CancellationToken::new(),
@@ -64,17 +76,20 @@ impl Server {
             stop_workers,
             acceptors,
             sessions: TaskTracker::new(),
-            limits: GlobalLimit::new(config.limits.max_connections, connection_capacity(&config, nofile)),
+            limits: GlobalLimit::new(max_connections, capacity),
             pipes: Pipes::new(MAX_PIPES),
             backlog_total: backlog_total.clone(),
             metrics: metrics.clone(),
             run_id: RandomState::new().hash_one(std::process::id()),
         };
         let mut server = Self {
-            config: config.clone(),
+            settings,
+            max_connections,
+            stop_deadline,
             probes,
             inherited,
             nofile,
+            capacity,
             shared,
             listeners: Vec::new(),
             removed: Vec::new(),
@@ -82,12 +97,7 @@ impl Server {
             backends_changed: Arc::default(),
             inline_listeners: watch::Sender::default(),
         };
-        for (((listener, choice), sockets), engine) in
-            config.listeners.into_iter().zip(selections).zip(sockets).zip(engines)
-        {
-            let active = server.start_listener(listener, choice.requested, engine, sockets);
-            server.listeners.push(active);
-        }
+        server.listeners = listeners.into_iter().map(|setup| server.start_listener(setup)).collect();
         server.publish_limits();
         server.publish_to_inline();
         Ok(server)

@@ -1,6 +1,6 @@
 //! What a running server holds.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use socket2::Socket;
 use tokio::sync::{Notify, watch};
@@ -8,11 +8,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     active_listener::{ActiveListener, RemovedListener},
-    listen_sockets::connection_capacity,
+    settings::StartupSettings,
     worker::Worker,
 };
 use crate::{
-    config::Config,
     engine::{registry::EngineProbes, served_listener::ServedListener},
     listener::GlobalLimit,
     net::splice_pipe::Pipes,
@@ -20,33 +19,38 @@ use crate::{
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
 };
 
-/// The threads that serve connections, what they serve, and how they are told to stop.
+/// The worker threads, the listeners that they serve, and the tokens that stop them.
 #[derive(Debug)]
 pub struct Server {
-    pub(super) config: Config,
+    pub(super) settings: StartupSettings,
+    /// The operator's limit of connections over all listeners.
+    pub(super) max_connections: usize,
+    pub(super) stop_deadline: Duration,
     pub(super) probes: EngineProbes,
     pub(super) inherited: Vec<(SocketAddr, Socket)>,
     pub(super) nofile: u64,
+    /// How many connections `nofile` allows.
+    pub(super) capacity: usize,
     pub(super) shared: Shared,
     /// In the order of the configuration.
     pub(super) listeners: Vec<ActiveListener>,
-    /// No longer configured, and not yet without sessions.
+    /// No longer configured, with sessions left.
     pub(super) removed: Vec<RemovedListener>,
     pub(super) workers: Vec<Worker>,
-    /// Rings when the backends whose turn it is have changed.
+    /// Notified when a backend becomes eligible or stops being so.
     pub(super) backends_changed: Arc<Notify>,
-    /// What engine inline is to serve.
+    /// The listeners that the inline engine serves.
     pub(super) inline_listeners: watch::Sender<Vec<ServedListener>>,
 }
 
 /// What all listeners share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// Nobody more is let in.
+    /// No acceptor accepts any more.
     pub(super) stop_accepting: CancellationToken,
-    /// Who is still there is cut.
+    /// All sessions are aborted.
     pub(super) abort_sessions: CancellationToken,
-    /// The threads end.
+    /// The worker threads exit.
     pub(super) stop_workers: CancellationToken,
     pub(super) acceptors: TaskTracker,
     pub(super) sessions: TaskTracker,
@@ -64,38 +68,37 @@ impl Server {
         &self.listeners
     }
 
-    /// Those that are no longer configured and still have sessions, with how many.
+    /// The removed listeners that still have sessions, with their number.
     pub fn removed_listeners(&mut self) -> Vec<(&RemovedListener, u64)> {
         self.removed.retain(|removed| removed.metrics.snapshot().active > 0);
         self.removed.iter().map(|removed| (removed, removed.metrics.snapshot().active)).collect()
     }
 
-    /// All sessions of the engines that end TCP.
+    /// All sessions of the terminating engines.
     #[must_use]
     pub fn sessions(&self) -> Vec<Snapshot> {
         self.workers.iter().map(Worker::sessions).flat_map(SessionRegistry::snapshot).collect()
     }
 
-    /// As it runs.
+    /// How long sessions may continue after a shutdown began.
     #[must_use]
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn stop_deadline(&self) -> Duration {
+        self.stop_deadline
     }
 
-    /// What was found out about the engines.
+    /// The results of the engines' self-tests.
     #[must_use]
     pub fn probes(&self) -> &EngineProbes {
         &self.probes
     }
 
-    /// Sessions, and how many there may be.
+    /// The number of sessions, and its limit.
     #[must_use]
     pub fn connections(&self) -> (usize, usize) {
-        let max = self.config.limits.max_connections.min(connection_capacity(&self.config, self.nofile));
-        (self.shared.limits.in_use(), max)
+        (self.shared.limits.in_use(), self.max_connections.min(self.capacity))
     }
 
-    /// Bytes that wait in the kernel.
+    /// Bytes that the kernel holds for receivers that do not keep up.
     #[must_use]
     pub fn backlog(&self) -> u64 {
         self.shared.backlog_total.bytes()
@@ -107,12 +110,12 @@ impl Server {
         self.listeners.iter().all(|active| active.drain.is_some())
     }
 
-    /// Whether every thread that serves connections does its work.
+    /// Resolves to `true` when every worker thread has responded, to `false` if one has exited.
     pub fn check_liveness(&self) -> impl Future<Output = bool> + use<> {
-        let beats: Vec<_> = self.workers.iter().map(Worker::check_liveness).collect();
+        let replies: Vec<_> = self.workers.iter().map(Worker::check_liveness).collect();
         async move {
-            for beat in beats {
-                if beat.await.is_err() {
+            for reply in replies {
+                if reply.await.is_err() {
                     return false;
                 }
             }

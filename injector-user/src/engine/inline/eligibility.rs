@@ -13,17 +13,17 @@ use super::{
     sysctl::{self, Finding, Paths, Severity},
 };
 use crate::{
-    config::{Config, Inline as Settings, Listener, Nat},
+    config::{Inline as Settings, Listener, Nat},
     telemetry::log::target,
 };
 
 /// Why the engine cannot serve each of these listeners; `None` if it can. Finds all reasons for
 /// which [`super::runner::start`] would fail, and changes nothing.
 #[must_use]
-pub fn ineligible_reasons(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+pub fn ineligible_reasons(settings: &Settings, listeners: &[&Listener]) -> Vec<Option<String>> {
     let check = |listener: &&Listener| -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(check_eligible(&config.inline, listener))
+        runtime.block_on(check_eligible(settings, listener))
     };
     listeners.iter().map(|listener| Some(format!("{:#}", check(listener).err()?))).collect()
 }

@@ -17,7 +17,7 @@ use super::{
     routes::{Changes, Interface},
 };
 use crate::{
-    config::{Config, EngineChoice, Inline as Settings, Listener, Nat},
+    config::{EngineChoice, Inline as Settings, Listener, Nat},
     engine::served_listener::ServedListener,
     protocol::FirstSpeaker,
     telemetry::{log::target, metrics::Metrics},
@@ -28,15 +28,15 @@ use crate::{
 pub struct InlineEngine {
     /// The programs.
     pub inline: Arc<InlinePrograms>,
-    settings: Settings,
+    /// Its configuration.
+    pub settings: Settings,
     backends: Vec<SocketAddr>,
     attached: BTreeSet<(Interface, Role)>,
 }
 
 /// The listeners that the engine serves, in the order of their ids.
-#[must_use]
-pub fn listeners(config: &Config) -> Vec<&Listener> {
-    config.listeners.iter().filter(|listener| listener.engine == EngineChoice::Inline).collect()
+fn inline_listeners(listeners: &[Listener]) -> Vec<&Listener> {
+    listeners.iter().filter(|listener| listener.engine == EngineChoice::Inline).collect()
 }
 
 /// Loads the programs, gives them the listeners, attaches them and sets up NAT. `None` if no
@@ -44,18 +44,17 @@ pub fn listeners(config: &Config) -> Vec<&Listener> {
 ///
 /// # Errors
 /// When it cannot run here; each says what to do. What was attached before stays as it was.
-pub fn start(config: &Config) -> anyhow::Result<Option<InlineEngine>> {
-    let listeners = listeners(config);
+pub fn start(settings: &Settings, listeners: &[Listener]) -> anyhow::Result<Option<InlineEngine>> {
+    let listeners = inline_listeners(listeners);
     if listeners.is_empty() {
-        remove_stale_nat(&config.inline);
+        remove_stale_nat(settings);
         return Ok(None);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(start_engine(config, &listeners)).context("engine \"inline\"").map(Some)
+    runtime.block_on(start_engine(settings, &listeners)).context("engine \"inline\"").map(Some)
 }
 
-async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Result<InlineEngine> {
-    let settings = &config.inline;
+async fn start_engine(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<InlineEngine> {
     let mut backends = Vec::new();
     for listener in listeners {
         let checked =
@@ -108,6 +107,18 @@ async fn start_engine(config: &Config, listeners: &[&Listener]) -> anyhow::Resul
 }
 
 impl InlineEngine {
+    /// The tracker of the flows of these listeners.
+    #[must_use]
+    pub fn flow_tracker(&self, served: &[ServedListener], metrics: &Metrics) -> FlowTracker {
+        let listener_info = |served: &ServedListener| ListenerInfo {
+            name: served.listener.name.clone(),
+            expects_banner: served.listener.protocol.speaks_first() != FirstSpeaker::Unknown,
+            metrics: metrics.listener(&served.listener.name, "inline"),
+        };
+        let capacity = usize::try_from(self.settings.flows).unwrap_or(usize::MAX);
+        FlowTracker::new(served.iter().map(listener_info).collect(), self.settings.idle, capacity)
+    }
+
     /// Attaches the programs where they are missing, and forgets devices that are gone.
     fn attach(&mut self, points: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
         for (device, role) in points.difference(&self.attached) {
@@ -171,18 +182,6 @@ impl InlineEngine {
         self.backends = backends.map_err(anyhow::Error::msg)?.into_iter().flatten().collect();
         Ok(())
     }
-}
-
-/// The flow tracker for the inline listeners.
-#[must_use]
-pub fn flow_tracker(config: &Config, metrics: &Metrics) -> FlowTracker {
-    let listener_info = |listener: &&Listener| ListenerInfo {
-        name: listener.name.clone(),
-        expects_banner: listener.protocol.speaks_first() != FirstSpeaker::Unknown,
-        metrics: metrics.listener(&listener.name, "inline"),
-    };
-    let capacity = usize::try_from(config.inline.flows).unwrap_or(usize::MAX);
-    FlowTracker::new(listeners(config).iter().map(listener_info).collect(), config.inline.idle, capacity)
 }
 
 /// Removes everything that the engine left in the kernel, and returns what it removed.

@@ -9,7 +9,7 @@ use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Config, Inline as InlineSettings, Listener, Watermarks},
+    config::{Inline as InlineSettings, Listener, Watermarks},
     engine::{
         Engine,
         check::{Check, SelfTestReport},
@@ -40,8 +40,8 @@ pub fn test_inline() -> SelfTestReport {
 
 /// Why the inline engine cannot serve each of these listeners; `None` where it can. Changes nothing.
 #[must_use]
-pub fn inline_ineligibility(config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
-    eligibility::ineligible_reasons(config, listeners)
+pub fn inline_ineligibility(settings: &InlineSettings, listeners: &[&Listener]) -> Vec<Option<String>> {
+    eligibility::ineligible_reasons(settings, listeners)
 }
 
 /// Whether the inline engine can serve a changed listener that it serves already.
@@ -125,8 +125,11 @@ async fn forward_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
 ///
 /// # Errors
 /// When it cannot run here; each says what to do. What was attached before stays as it was.
-pub fn start_inline(config: &Config) -> anyhow::Result<Option<InlineEngine>> {
-    Ok(runner::start(config)?.map(InlineEngine))
+pub fn start_inline(
+    settings: &InlineSettings,
+    listeners: &[Listener],
+) -> anyhow::Result<Option<InlineEngine>> {
+    Ok(runner::start(settings, listeners)?.map(InlineEngine))
 }
 
 /// Removes everything that the inline engine left in the kernel, and returns what that was.
@@ -152,15 +155,14 @@ impl InlineEngine {
     /// `health`. The kernel forwards packets without them.
     pub fn spawn_tasks(
         self,
-        config: &Config,
         metrics: &Metrics,
         listeners: watch::Receiver<Vec<ServedListener>>,
         health: Arc<Notify>,
     ) {
         let Self(running) = self;
-        metrics.set_inline_max_flows(config.inline.flows);
+        metrics.set_inline_max_flows(running.settings.flows);
         metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn BpfCounters>);
-        let flow_tracker = runner::flow_tracker(config, metrics);
+        let flow_tracker = running.flow_tracker(&listeners.borrow(), metrics);
         let inline = Arc::clone(&running.inline);
         tokio::spawn(async move {
             if let Err(error) = flow_tracker.run(&inline).await {

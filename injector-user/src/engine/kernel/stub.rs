@@ -7,7 +7,7 @@ use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Config, Inline as InlineSettings, Listener, Watermarks},
+    config::{Inline as InlineSettings, Listener, Watermarks},
     engine::{Engine, check::SelfTestReport, served_listener::ServedListener},
     telemetry::metrics::Metrics,
 };
@@ -25,7 +25,7 @@ pub fn test_inline() -> SelfTestReport {
 
 /// The inline engine can serve none of these listeners.
 #[must_use]
-pub fn inline_ineligibility(_config: &Config, listeners: &[&Listener]) -> Vec<Option<String>> {
+pub fn inline_ineligibility(_settings: &InlineSettings, listeners: &[&Listener]) -> Vec<Option<String>> {
     vec![Some(REASON.to_owned()); listeners.len()]
 }
 
@@ -70,7 +70,10 @@ impl LoadedSplice {
 ///
 /// # Errors
 /// Never.
-pub fn start_inline(_config: &Config) -> anyhow::Result<Option<InlineEngine>> {
+pub fn start_inline(
+    _settings: &InlineSettings,
+    _listeners: &[Listener],
+) -> anyhow::Result<Option<InlineEngine>> {
     Ok(None)
 }
 
@@ -96,7 +99,6 @@ impl InlineEngine {
     /// Never called.
     pub fn spawn_tasks(
         self,
-        _config: &Config,
         _metrics: &Metrics,
         _listeners: watch::Receiver<Vec<ServedListener>>,
         _health: Arc<Notify>,

@@ -1,0 +1,41 @@
+//! Opens the listening sockets of the configured listeners.
+
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use socket2::Socket;
+
+use crate::{
+    config::{EngineChoice, Listener},
+    server::{self, BoundSockets},
+    telemetry::log::target,
+};
+
+/// Binds the addresses of all listeners, and warns about sockets of systemd that no listener uses.
+///
+/// # Errors
+/// When an address cannot be bound; the message says what to do.
+pub(super) fn bind_all(
+    listeners: &[Listener],
+    workers: usize,
+    inherited: &[(SocketAddr, Socket)],
+) -> anyhow::Result<Vec<BoundSockets>> {
+    let bind = |listener: &Listener| {
+        // The inline engine forwards packets and needs no sockets.
+        if listener.engine == EngineChoice::Inline {
+            return Ok(Vec::new());
+        }
+        let bind = |address: &SocketAddr| {
+            let sockets = server::bind(*address, inherited, workers, listener)?;
+            Ok((*address, sockets))
+        };
+        let sockets: anyhow::Result<BoundSockets> = listener.bind.iter().map(bind).collect();
+        sockets.with_context(|| format!("listener {:?}", listener.name))
+    };
+    let used = |address: &SocketAddr| listeners.iter().any(|listener| listener.bind.contains(address));
+    for (address, _) in inherited.iter().filter(|(address, _)| !used(address)) {
+        tracing::warn!(target: target::DAEMON, %address, "systemd passed a socket for this address, but no listener binds it; its clients are never accepted: \
+             add the address to a listener or remove it from the .socket unit");
+    }
+    listeners.iter().map(bind).collect()
+}

@@ -1,0 +1,35 @@
+//! Settings of a running server that only a restart changes.
+
+use crate::config::{Admin, Config, Inline, Log, Metrics, Splice};
+
+/// The parts of the configuration that take effect only at startup.
+#[derive(Clone, Debug)]
+pub struct StartupSettings {
+    /// Where metrics and health are served.
+    pub metrics: Option<Metrics>,
+    /// Where the control socket is.
+    pub admin: Option<Admin>,
+    /// How many worker threads there are.
+    pub workers: usize,
+    /// How the splice engine uses the kernel.
+    pub splice: Splice,
+    /// How the inline engine uses the host.
+    pub inline: Inline,
+    /// What is logged, and how.
+    pub log: Log,
+}
+
+impl StartupSettings {
+    /// The sections of `config` that differ and need a restart.
+    pub(super) fn changed_sections(&self, config: &Config) -> Vec<&'static str> {
+        let sections = [
+            ("metrics", config.metrics != self.metrics),
+            ("admin", config.admin != self.admin),
+            ("limits.workers", config.limits.workers != self.workers),
+            ("splice", config.splice != self.splice),
+            ("inline", config.inline != self.inline),
+            ("log", config.log != self.log),
+        ];
+        sections.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
+    }
+}

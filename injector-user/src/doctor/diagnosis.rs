@@ -177,25 +177,25 @@ impl Evidence<'_> {
             Some(_) => "closes the connection after a header".to_owned(),
             None => "does not accept a header".to_owned(),
         };
-        let mut says =
+        let mut message =
             format!("{address} does not expect the PROXY protocol: it answers without a header and {what}");
         match self.server {
-            Server::Postscreen => says.push_str(
+            Server::Postscreen => message.push_str(
                 "; it is postscreen, which has a setting of its own and ignores smtpd_upstream_proxy_protocol",
             ),
-            Server::Postfix => says.push_str(
+            Server::Postfix => message.push_str(
                 "; the doctor cannot determine whether postscreen has the port, because postscreen passes known clients \
                  to smtpd: look in master.cf which of the two it is",
             ),
-            Server::Smtpd => says.push_str("; it is smtpd, which ignores postscreen_upstream_proxy_protocol"),
+            Server::Smtpd => message.push_str("; it is smtpd, which ignores postscreen_upstream_proxy_protocol"),
             _ => {}
         }
         if self.target.protocol.standard_port() == Some(address.port()) {
-            says.push_str(
+            message.push_str(
                 "; other clients, such as webmail, use this port without a header: give the injector a port of its own",
             );
         }
-        says
+        message
     }
 
     fn untrusted_fault(&self) -> Finding {

@@ -1,8 +1,9 @@
 //! The dialogue that follows a header: what does the server allow the client in the header? Pure:
 //! replies go in, actions come out; `exchange` carries them out.
-//! | - SMTP: EHLO, `MAIL FROM:<>`, RCPT TO a foreign domain, RSET, QUIT. A server that accepts that
-//! recipient relays. DATA is never sent, so no message exists. Checks of the sender accept the null
-//! sender.
+//!
+//! - SMTP: EHLO, `MAIL FROM:<>`, RCPT TO a foreign domain, RSET, QUIT. A server that accepts that
+//!   recipient relays. DATA is never sent, so no message exists. Checks of the sender accept the
+//!   null sender.
 //! - IMAP, POP3 and ManageSieve in clear text: the capabilities, which show whether the server
 //!   accepts passwords.
 

@@ -160,17 +160,17 @@ mod tests {
     async fn serve(stream: DuplexStream, replies: &[&str]) -> String {
         use tokio::io::AsyncBufReadExt as _;
         let (reader, mut writer) = split(stream);
-        let (mut lines, mut told) = (BufReader::new(reader).lines(), Vec::new());
+        let (mut lines, mut received) = (BufReader::new(reader).lines(), Vec::new());
         let mut replies = replies.iter();
         while let Ok(Some(line)) = lines.next_line().await {
-            told.push(line);
+            received.push(line);
             match replies.next() {
                 Some(&"wait") => {}
                 Some(reply) => writer.write_all(reply.as_bytes()).await.unwrap(),
                 None => break,
             }
         }
-        told.join("\n")
+        received.join("\n")
     }
 
     const GREETING: &str = "220 mail ESMTP\r\n";
@@ -178,10 +178,10 @@ mod tests {
     #[tokio::test]
     async fn a_dialogue_ends_with_quit_and_never_sends_data() {
         let replies = &["250-mail\r\n250 OK\r\n", "250 OK\r\n", "250 2.1.5 Ok\r\n", "250 OK\r\n"];
-        let (dialogue, said, told) = asked(GREETING, replies).await;
+        let (dialogue, said, received) = asked(GREETING, replies).await;
         assert_eq!(dialogue, Some(Dialogue::Relay(Relay::Accepted("250 2.1.5 Ok".to_owned()))));
         let expected = "EHLO [127.0.0.1]\nMAIL FROM:<>\nRCPT TO:<relay-test@example.com>\nRSET\nQUIT";
-        assert_eq!((told.as_str(), said.as_slice()), (expected, GREETING.as_bytes()));
+        assert_eq!((received.as_str(), said.as_slice()), (expected, GREETING.as_bytes()));
     }
 
     #[tokio::test]
@@ -192,9 +192,9 @@ mod tests {
         };
         let (dialogue, ..) = asked(GREETING, &["250 mail\r\n", "250 OK\r\n"]).await;
         assert_eq!(why(dialogue), "the server closed the connection after RCPT TO");
-        let (dialogue, _, told) = asked(GREETING, &["250 mail\r\n", "wait"]).await;
+        let (dialogue, _, received) = asked(GREETING, &["250 mail\r\n", "wait"]).await;
         assert_eq!(why(dialogue), "no answer after MAIL FROM");
-        assert!(told.ends_with("QUIT"), "{told}");
+        assert!(received.ends_with("QUIT"), "{received}");
     }
 
     #[tokio::test]

@@ -1,5 +1,6 @@
 //! `injector doctor`: connects to every backend, and names the fault and the line to change.
-//! | [`plan`] decides which connection to make next, `observe` makes it, [`diagnosis`] finds the
+//!
+//! [`plan`] decides which connection to make next, `observe` makes it, [`diagnosis`] finds the
 //! faults and [`advice`] names the servers' settings. Only `observe`, `exchange` and this file do
 //! I/O. What the doctor does to a server is in `docs/doctor.md`.
 

@@ -1,6 +1,7 @@
 //! Makes one observation, on a connection of its own: with or without a header, perhaps with a
 //! dialogue.
-//! | The doctor lets the server close the connection, after QUIT or LOGOUT, or waits until the time
+//!
+//! The doctor lets the server close the connection, after QUIT or LOGOUT, or waits until the time
 //! is over. A client that disconnects before Postfix looks up its address can kill an smtpd: in
 //! 3.7.11 a LOCAL header followed by a reset does (`fatal: smtpd_peer_hostaddr_to_sockaddr`). So
 //! the doctor never sends LOCAL.
@@ -368,14 +369,14 @@ mod tests {
         let target = Target { address: listener.local_addr().unwrap(), ..target(protocol) };
         let server = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut told = Vec::new();
+            let mut received = Vec::new();
             for part in parts {
                 tokio::time::sleep(Duration::from_millis(600)).await;
                 stream.write_all(part.as_bytes()).await.unwrap();
             }
-            while !told.ends_with(b"QUIT\r\n") && stream.read_buf(&mut told).await.unwrap_or(0) > 0 {}
+            while !received.ends_with(b"QUIT\r\n") && stream.read_buf(&mut received).await.unwrap_or(0) > 0 {}
             stream.write_all(b"221 2.0.0 Bye\r\n").await.unwrap();
-            told
+            received
         });
         let second = Duration::from_secs(5);
         let addresses = HeaderAddresses::new(target.source, &[], &["192.0.2.10:25".parse().unwrap()]);
@@ -387,19 +388,19 @@ mod tests {
     #[tokio::test]
     async fn after_a_header_the_doctor_waits_for_the_greeting_and_quits() {
         let probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
-        let (seen, told) = observed(Protocol::Smtp, probe, &["220-mail\r\n", "220 mail\r\n"]).await;
+        let (seen, received) = observed(Protocol::Smtp, probe, &["220-mail\r\n", "220 mail\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-mail".to_owned(), teaser: true }));
-        let told = String::from_utf8(told).unwrap();
-        assert!(told.starts_with("PROXY TCP4 10.25.0.1 192.0.2.10 "), "{told:?}");
-        assert!(told.ends_with(" 25\r\nQUIT\r\n"), "{told:?}");
+        let received = String::from_utf8(received).unwrap();
+        assert!(received.starts_with("PROXY TCP4 10.25.0.1 192.0.2.10 "), "{received:?}");
+        assert!(received.ends_with(" 25\r\nQUIT\r\n"), "{received:?}");
     }
 
     #[tokio::test]
     async fn without_a_header_nothing_is_sent_before_the_greeting() {
-        let (seen, told) = observed(Protocol::Smtp, Probe::NoHeader, &["220-a\r\n220 b\r\n"]).await;
+        let (seen, received) = observed(Protocol::Smtp, Probe::NoHeader, &["220-a\r\n220 b\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
         assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
-        assert_eq!(told, b"QUIT\r\n");
+        assert_eq!(received, b"QUIT\r\n");
     }
 
     #[tokio::test]

@@ -145,8 +145,8 @@ fn write_backend(out: &mut String, backend: &BackendReport, untrusted: bool) {
         }
         write_findings(out, "    ", &address.findings);
         if !address.findings.iter().any(|finding| finding.fault) {
-            let says = if untrusted { "closed to this host" } else { "ok" };
-            let _ = writeln!(out, "    {says}");
+            let summary = if untrusted { "closed to this host" } else { "ok" };
+            let _ = writeln!(out, "    {summary}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `injector probe`: sends a message by SMTP, fetches it by IMAP, and times every step.
-//! | The probe does not use the daemon: it is a mail client, and runs where clients run. From there
+//!
+//! The probe does not use the daemon: it is a mail client, and runs where clients run. From there
 //! it also tests whether the mail server's PROXY ports are closed, as they should be. Read [`run`]
 //! first.
 

@@ -163,7 +163,8 @@ pub(super) fn sweep(programs: &Ebpf, ended: &[ClosedFlow]) -> Result<u32, Progra
 }
 
 /// The addresses of a listener's backends.
-/// | # Errors
+///
+/// # Errors
 /// If a backend has a name: the engine does not resolve names, because NAT knows only addresses.
 pub fn addresses(listener: &Listener) -> Result<Vec<SocketAddr>, String> {
     let address = |backend: &crate::config::Backend| match &backend.host {

@@ -1,5 +1,6 @@
 //! The interface towards a backend, all interfaces, and notifications of changes, by rtnetlink(7).
-//! | A netlink socket belongs to the network namespace of the thread that opens it. No capability
+//!
+//! A netlink socket belongs to the network namespace of the thread that opens it. No capability
 //! is needed.
 
 use std::{io, net::IpAddr, time::Duration};

@@ -1,8 +1,10 @@
 //! Whether the kernel forwards between the interfaces that the inline engine uses, and which
 //! sysctls to set if not.
-//! | [`check`] only reads. Sysctls are set only if the operator has configured it
+//!
+//! [`check`] only reads. Sysctls are set only if the operator has configured it
 //! (`inline.set_sysctls = true`) and the caller calls [`set`].
-//! | `/proc/sys/net` shows the network namespace of the thread that reads it.
+//!
+//! `/proc/sys/net` shows the network namespace of the thread that reads it.
 
 use std::{
     fmt, fs, io,

@@ -19,7 +19,8 @@ pub(super) enum TableDiff {
 }
 
 /// Compares by meaning: nft rewrites what it was given, and adds handles.
-/// | If a version of nft writes something that is not recognized, the result is
+///
+/// If a version of nft writes something that is not recognized, the result is
 /// [`TableDiff::OtherRules`] instead of [`TableDiff::Same`]; never the other way round.
 pub(super) fn compare(ruleset: &Ruleset, listing: &Value) -> TableDiff {
     let listed = listing.get("nftables").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();

@@ -136,7 +136,8 @@ enum Start {
 }
 
 /// Deletes the table with everything in it, if it exists. Blocks, as [`Ruleset::apply`].
-/// | Unless other tables make the kernel track and translate connections, this also ends the
+///
+/// Unless other tables make the kernel track and translate connections, this also ends the
 /// forwarded connections; apply a ruleset without services first to let them finish.
 ///
 /// # Errors

@@ -48,7 +48,7 @@ pub(super) fn shifted(connection: &Connection<'_>) -> Result<(), String> {
     // An acknowledgement of the header that carries more information is passed on.
     connection.establish()?;
     let first = connection.backend_sequence(FIRST.wrapping_add(connection.header_len()));
-    let closed = Segment { window: 0, ..connection.from_backend(ACK, first) };
+    let closed = Segment { window: 0, ..connection.backend_segment(ACK, first) };
     let earlier = Segment { acknowledgement: FIRST, ..closed.clone() };
     connection.expect_passed(
         "backend_in",
@@ -61,7 +61,7 @@ pub(super) fn shifted(connection: &Connection<'_>) -> Result<(), String> {
     let first = connection.backend_sequence(FIRST.wrapping_add(connection.header_len()));
     let lacks = |first: u32| Segment {
         options: sack(first.wrapping_add(100), first.wrapping_add(200)),
-        ..connection.from_backend(ACK, first)
+        ..connection.backend_segment(ACK, first)
     };
     connection.expect_passed(
         "backend_in",
@@ -82,7 +82,7 @@ pub(super) fn shifted(connection: &Connection<'_>) -> Result<(), String> {
         acknowledgement: first,
         options: [timestamps(5, 6), sack(first.wrapping_add(100), first.wrapping_add(200))].concat(),
         payload: b"220 backend\r\n".to_vec(),
-        ..connection.from_backend(ACK | PSH, 0)
+        ..connection.backend_segment(ACK | PSH, 0)
     };
     connection.expect_passed(
         "backend_in",
@@ -92,7 +92,7 @@ pub(super) fn shifted(connection: &Connection<'_>) -> Result<(), String> {
     )?;
     let bare = |first: u32| Segment {
         options: [vec![1, 1], sack_option(first.wrapping_add(100), first.wrapping_add(200))].concat(),
-        ..connection.from_backend(ACK, first)
+        ..connection.backend_segment(ACK, first)
     };
     connection.expect_passed("backend_in", "a SACK block without timestamps", &bare(first), &bare(FIRST))
 }
@@ -117,7 +117,7 @@ pub(super) fn header_retransmitted(connection: &Connection<'_>) -> Result<(), St
     let first = connection.backend_sequence(FIRST.wrapping_add(data));
     let question = Segment {
         options: [timestamps(0x0A0B_0C0D, 0x0102_0304), sack(first, first.wrapping_add(13))].concat(),
-        ..connection.from_backend(ACK, connection.backend_sequence(FIRST))
+        ..connection.backend_segment(ACK, connection.backend_sequence(FIRST))
     };
     let ran = connection.run("backend_in", &question)?;
     let answer = Segment {

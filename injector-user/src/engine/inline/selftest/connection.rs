@@ -181,7 +181,7 @@ impl<'a> Connection<'a> {
     }
 
     /// A segment from the client, before NAT.
-    pub(super) fn from_client(&self, flags: u8) -> Segment {
+    pub(super) fn client_segment(&self, flags: u8) -> Segment {
         self.segment([self.client(), self.public()], flags)
     }
 
@@ -193,7 +193,7 @@ impl<'a> Connection<'a> {
     }
 
     /// A segment from the backend.
-    pub(super) fn from_backend(&self, flags: u8, acknowledgement: u32) -> Segment {
+    pub(super) fn backend_segment(&self, flags: u8, acknowledgement: u32) -> Segment {
         let ends = [place(self.ipv6, BACKEND, 2525), place(self.ipv6, EDGE, self.port)];
         Segment { sequence: FIRST_OF_BACKEND, acknowledgement, ..self.segment(ends, flags) }
     }
@@ -262,7 +262,7 @@ impl<'a> Connection<'a> {
 
     /// Sends the SYN, up to `backend_out`.
     pub(super) fn open(&self) -> Result<(), String> {
-        let mut syn = self.from_client(SYN);
+        let mut syn = self.client_segment(SYN);
         syn.sequence = FIRST.wrapping_sub(1);
         let mut forwarded = self.to_backend(SYN);
         (forwarded.sequence, forwarded.acknowledgement) = (syn.sequence, 0);
@@ -288,7 +288,7 @@ impl<'a> Connection<'a> {
     /// Sends segments up to the backend's SYN-ACK, whose window shrinks by the header.
     pub(super) fn accept(&self) -> Result<(), String> {
         self.open()?;
-        let answer = self.from_backend(SYN | ACK, self.backend_sequence(FIRST));
+        let answer = self.backend_segment(SYN | ACK, self.backend_sequence(FIRST));
         let answer = Segment { sequence: FIRST_OF_BACKEND.wrapping_sub(1), ..answer };
         let window = u32::from(WINDOW) - self.header_len();
         let window = u16::try_from(window).unwrap_or(0);
@@ -314,7 +314,7 @@ impl<'a> Connection<'a> {
     /// receive.
     pub(super) fn acknowledge(&self) -> Result<(), String> {
         self.establish()?;
-        let ack = self.from_backend(ACK, self.backend_sequence(FIRST.wrapping_add(self.header_len())));
+        let ack = self.backend_segment(ACK, self.backend_sequence(FIRST.wrapping_add(self.header_len())));
         let ran = self.run("backend_in", &ack)?;
         if ran.verdict == DROP {
             Ok(())

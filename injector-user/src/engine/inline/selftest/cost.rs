@@ -37,10 +37,10 @@ fn measure() {
     for connection in &connections {
         let data = Segment { payload: vec![7; 1000], ..connection.to_backend(ACK | PSH) };
         let end = connection.backend_sequence(FIRST.wrapping_add(connection.header_len()).wrapping_add(1000));
-        let ack = connection.from_backend(ACK, end);
-        let syn = Segment { sequence: FIRST.wrapping_sub(1), ..connection.from_client(SYN) };
+        let ack = connection.backend_segment(ACK, end);
+        let syn = Segment { sequence: FIRST.wrapping_sub(1), ..connection.client_segment(SYN) };
         for (what, program, segment) in [
-            ("another's segment", "client_in", connection.from_client(ACK)),
+            ("another's segment", "client_in", connection.client_segment(ACK)),
             ("a SYN", "client_in", syn),
             ("1,000 bytes", "backend_out", data.clone()),
             ("an acknowledgement", "backend_in", ack.clone()),

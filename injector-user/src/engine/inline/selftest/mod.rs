@@ -1,6 +1,7 @@
 //! Runs the inline engine's real programs over generated packets, by `BPF_PROG_TEST_RUN`, with maps
 //! of their own: nothing is attached or pinned, and no packet leaves.
-//! | Every check runs for IPv4 and IPv6, on a device with Ethernet and on one without link-layer
+//!
+//! Every check runs for IPv4 and IPv6, on a device with Ethernet and on one without link-layer
 //! header.
 
 mod cases;

@@ -146,7 +146,7 @@ fn read_ip(packet: &[u8]) -> Result<(IpAddr, IpAddr, &[u8]), String> {
     let said = usize::from(said.unwrap_or_default());
     let counted = if ipv6 { behind.len() } else { packet.len() };
     if said != counted {
-        return Err(format!("IP says {said} bytes where {counted} are"));
+        return Err(format!("the IP header gives {said} bytes, the packet has {counted}"));
     }
     if !ipv6 && sum(&[header]) != 0xFFFF {
         return Err("the IP checksum is wrong".to_owned());

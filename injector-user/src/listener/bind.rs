@@ -105,8 +105,8 @@ mod tests {
 
     #[test]
     fn a_port_in_use_is_named_with_advice() {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let error = bind(taken.local_addr().unwrap()).unwrap_err().to_string();
+        let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let error = bind(occupied.local_addr().unwrap()).unwrap_err().to_string();
         assert!(error.contains("another program listens there"), "{error}");
     }
 
@@ -115,9 +115,9 @@ mod tests {
         let text = "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\n\
                     backends = [\"127.0.0.1:2\"]\n";
         let timeouts = crate::config::Config::parse(text, "test.toml").unwrap().listeners[0].timeouts;
-        let ours = bind_reuseport("127.0.0.1:0".parse().unwrap(), 3, &timeouts).unwrap();
-        let address = ours[0].local_addr().unwrap().as_socket().unwrap();
-        assert!(ours.iter().all(|socket| socket.local_addr().unwrap().as_socket() == Some(address)));
+        let sockets = bind_reuseport("127.0.0.1:0".parse().unwrap(), 3, &timeouts).unwrap();
+        let address = sockets[0].local_addr().unwrap().as_socket().unwrap();
+        assert!(sockets.iter().all(|socket| socket.local_addr().unwrap().as_socket() == Some(address)));
         let error = bind_reuseport(address, 3, &timeouts).unwrap_err().to_string();
         assert!(error.contains("another program listens there"), "{error}");
     }

@@ -33,8 +33,8 @@ impl ConnectionLimit {
     #[must_use]
     pub fn try_acquire(self: &Arc<Self>) -> Option<ConnectionPermit> {
         let max = self.max.load(Ordering::Relaxed);
-        let enter = |taken| if taken < max { Some(taken + 1) } else { None };
-        self.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
+        let acquire = |in_use| if in_use < max { Some(in_use + 1) } else { None };
+        self.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, acquire).ok()?;
         Some(ConnectionPermit(Arc::clone(self)))
     }
 

@@ -1,41 +1,40 @@
-//! How a connection ended, and the one line that says so.
+//! Why a connection was closed, and its line in the access log.
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use crate::telemetry::log::target;
 
-/// How a connection ended: the field `reason` of its log line and the label of
+/// Why a connection was closed: the field `reason` of its log line and the label of
 /// `injector_connections_closed_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CloseReason {
-    /// The client finished first, then the backend: everything was delivered.
+    /// The client sent its FIN first, then the backend: every byte was delivered.
     ClientClosed,
-    /// The backend finished first, then the client: everything was delivered.
+    /// The backend sent its FIN first, then the client: every byte was delivered.
     BackendClosed,
     /// The client reset the connection.
     ClientReset,
     /// The backend reset the connection.
     BackendReset,
-    /// The client did not answer any more.
+    /// The client stopped answering.
     ClientTimedOut,
-    /// The backend did not answer any more.
+    /// The backend stopped answering.
     BackendTimedOut,
-    /// The backend closed or reset before its first byte: it does not want the header, or has
-    /// trouble of its own.
+    /// The backend closed or reset before its first byte: it rejected the header or failed.
     NoBanner,
-    /// No byte either way for too long.
+    /// No byte was forwarded in either direction for the idle timeout.
     Idle,
-    /// One side had finished, and the other was silent for too long.
+    /// One side had sent its FIN, and the other sent nothing for the half-closed timeout.
     HalfClosed,
     /// The client sent a PROXY header of its own.
     Forged,
-    /// The header could not be put in front of the payload.
+    /// Sending the header ahead of the payload failed.
     HeaderFailed,
     /// The kernel dropped payload.
     Lost,
     /// Aborted at the deadline of a shutdown, a drain or a removed listener, or by a second signal.
     Aborted,
-    /// Every address of the backend refused.
+    /// Every address of the backend refused the connection.
     BackendRefused,
     /// No address of the backend answered in time.
     ConnectTimeout,
@@ -43,14 +42,14 @@ pub enum CloseReason {
     BackendUnreachable,
     /// The backend's name has no address.
     BackendUnresolved,
-    /// Too much waited in the kernel over all connections, and some of it here.
+    /// All connections together had too much backlog in the kernel, and this one had a part of it.
     Overload,
     /// The daemon itself failed, for instance for want of descriptors.
     Internal,
 }
 
 impl CloseReason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 19] = [
         Self::ClientClosed,
         Self::BackendClosed,
@@ -99,8 +98,8 @@ impl CloseReason {
         }
     }
 
-    /// A connection that broke because the kernel gave up on a silent peer, or the network said
-    /// that nobody is there, was not reset by that peer: it vanished.
+    /// Refines a reset by its error: if the kernel gave up on a silent peer, or the network reported
+    /// it unreachable, the peer timed out and did not reset the connection.
     #[must_use]
     pub fn refine(self, error: Option<&io::Error>) -> Self {
         use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
@@ -126,49 +125,49 @@ impl fmt::Display for CloseReason {
     }
 }
 
-/// Bytes of one direction, by the plane that carried them.
+/// Bytes of one direction, by the data path that forwarded them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bytes {
     /// Copied by user space.
     pub relayed: u64,
     /// Moved by user space through a pipe, without a copy.
     pub piped: u64,
-    /// Carried by the kernel.
+    /// Forwarded by the kernel.
     pub spliced: u64,
 }
 
 impl Bytes {
-    /// All of them.
+    /// The sum.
     #[must_use]
     pub const fn total(self) -> u64 {
         self.relayed + self.piped + self.spliced
     }
 }
 
-/// What is known of a finished connection.
+/// A finished connection's line in the access log.
 #[derive(Clone, Debug)]
 pub struct AccessLogEntry {
-    /// The client.
+    /// The client's address.
     pub client: SocketAddr,
-    /// The address of ours that it connected to.
+    /// The address that the client connected to.
     pub local: SocketAddr,
     /// The listener's name.
     pub listener: Arc<str>,
-    /// The backend, once one was reached.
+    /// The backend's address, if one was connected.
     pub backend: Option<SocketAddr>,
     /// The engine's name.
     pub engine: &'static str,
-    /// From the client to the backend, without the header.
+    /// Bytes from the client to the backend, without the header.
     pub to_backend: Bytes,
-    /// From the backend to the client.
+    /// Bytes from the backend to the client.
     pub to_client: Bytes,
-    /// From the accept on.
+    /// Time since the accept.
     pub duration: Duration,
-    /// What the backend was told to call the connection, where it wants that.
+    /// The connection's unique id in the header, if the receiver is configured for it.
     pub unique_id: Option<String>,
-    /// How it ended.
+    /// Why it was closed.
     pub reason: CloseReason,
-    /// What the kernel said, where it said something.
+    /// The kernel's error, if there was one.
     pub error: Option<String>,
 }
 

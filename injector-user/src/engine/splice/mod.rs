@@ -92,7 +92,7 @@ impl Splice {
     /// Earlier lines are discarded: the self-test provokes errors that would alarm an operator.
     ///
     /// # Errors
-    /// When it was taken already.
+    /// When it was already taken.
     pub fn logger(&self) -> Result<EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
         let mut logger =
             EbpfLogger::init_with_logger(&mut lock(&self.programs), &PROGRAM_LOG as &dyn log::Log)?;

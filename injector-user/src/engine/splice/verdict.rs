@@ -1,4 +1,4 @@
-//! Having the payload of one direction carried by the program `verdict`.
+//! Makes the program `verdict` forward the payload of one direction.
 
 use std::{
     io,
@@ -30,7 +30,7 @@ pub enum EnrolError {
     Map {
         /// The map's name.
         map: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         error: MapError,
     },
     /// The sequence number at which the source's stream began is not known, for instance because

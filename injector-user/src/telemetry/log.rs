@@ -1,12 +1,12 @@
-//! Logging: one line per event on standard error, for people or as JSON.
+//! Logging: one line per event on standard error, as text or JSON.
 //!
-//! Standard error, because standard output belongs to what a command was asked to print (`check`,
-//! `selftest`); systemd and Kubernetes collect both.
+//! Standard output belongs to the output of commands (`check`, `selftest`). systemd and Kubernetes
+//! collect both.
 //!
-//! A client's address appears in one place above DEBUG: the line that ends its connection. Everything else
-//! that is written at INFO and above must do without, so that logs can be kept and shared.
+//! Above DEBUG, a client's address appears only in the access log line of its connection, so that
+//! all other lines can be kept and shared.
 //!
-//! What crates write through `log` (aya-log does, for the BPF programs) arrives here too.
+//! Crates that log through `log` (aya-log does, for the BPF programs) are included.
 
 use std::{env, io};
 
@@ -64,38 +64,39 @@ pub mod target {
     ];
 }
 
-/// Filter directives that take the place of the configured level, such as
+/// The environment variable with filter directives that replace the configured level, such as
 /// `info,session=debug`.
 pub const FILTER_VARIABLE: &str = "INJECTOR_LOG";
 
-/// Why there is no log.
+/// Why logging could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// [`FILTER_VARIABLE`] holds no filter.
+    /// [`FILTER_VARIABLE`] is not a filter.
     #[error(
         "{FILTER_VARIABLE}={directives:?} is not a log filter ({reason}): use directives such as \"debug\" \
          or \"info,session=debug\""
     )]
     Filter {
-        /// The variable's value.
+        /// The value of the variable.
         directives: String,
-        /// What the filter's parser says.
+        /// The error of the filter's parser.
         reason: String,
     },
-    /// Another subscriber is in place: logging was started twice.
+    /// Another subscriber is active: logging was started twice.
     #[error("logging is already initialized: {0}")]
     Taken(#[from] TryInitError),
 }
 
-/// Starts logging for the whole process, to standard error. To be called once, before threads start.
+/// Starts logging for the process, to standard error. To be called once, before threads start.
 pub fn init(log: &Log) -> Result<(), LogError> {
     let filter = filter(log, env::var(FILTER_VARIABLE).ok().as_deref())?;
     subscriber(log.format, filter, io::stderr).try_init()?;
     Ok(())
 }
 
-/// The filter: `directives` if there are any, else the configured level for our own targets. Libraries log at
-/// INFO at most: at DEBUG, loading the BPF programs alone writes hundreds of lines.
+/// The filter: `directives` if present, otherwise the configured level for the daemon's own
+/// targets. Libraries log at INFO at most, because loading the BPF programs writes hundreds of
+/// DEBUG lines.
 fn filter(log: &Log, directives: Option<&str>) -> Result<EnvFilter, LogError> {
     let level = log.level.tracing();
     match directives {
@@ -118,7 +119,7 @@ fn subscriber<W>(format: LogFormat, filter: EnvFilter, writer: W) -> Box<dyn Sub
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    // Both shapes stamp their lines with RFC 3339 in UTC.
+    // Both formats use RFC 3339 timestamps in UTC.
     let builder = fmt::Subscriber::builder().with_env_filter(filter).with_writer(writer);
     match format {
         LogFormat::Human => Box::new(builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).finish()),
@@ -135,7 +136,7 @@ mod tests {
     use super::*;
     use crate::config::LogLevel;
 
-    /// Everything written, shared with the subscriber.
+    /// The output, shared with the subscriber.
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
 
@@ -176,14 +177,14 @@ mod tests {
     }
 
     #[test]
-    fn human_lines_carry_message_and_fields() {
+    fn human_lines_have_message_and_fields() {
         let text = written(LogFormat::Human, LogLevel::Info, None);
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(text.contains("INFO") && text.contains("connection closed"), "{text}");
     }
 
     #[test]
-    fn the_level_decides_unless_the_variable_does() {
+    fn the_variable_overrides_the_configured_level() {
         let lines = |level, directives| written(LogFormat::Human, level, directives).lines().count();
         assert_eq!(lines(LogLevel::Info, None), 1);
         assert_eq!(lines(LogLevel::Debug, None), 2);
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_filter_is_named() {
+    fn an_invalid_filter_is_reported() {
         let error = filter(&Log::default(), Some("injector=loud")).unwrap_err().to_string();
         assert!(error.starts_with("INJECTOR_LOG=\"injector=loud\" is not a log filter"), "{error}");
     }

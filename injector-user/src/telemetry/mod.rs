@@ -1,4 +1,4 @@
-//! What becomes of connections, for logs and metrics.
+//! Logs and metrics.
 
 pub mod backlog;
 pub mod log;

@@ -1,4 +1,4 @@
-//! What is known of the backends, read when somebody scrapes.
+//! The metrics of backends, read at every scrape.
 
 use std::{
     collections::BTreeMap,
@@ -12,32 +12,32 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-/// What a scrape reads of one backend.
+/// The values of one backend at a scrape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendSample {
-    /// As in the configuration.
+    /// The name in the configuration.
     pub name: String,
     /// Whether it gets connections.
     pub up: bool,
-    /// Sessions with it now. Not those of the inline engine, which the kernel forwards.
+    /// Open sessions. Not those of the inline engine, which the kernel forwards.
     pub active: u64,
-    /// Sessions with it so far.
+    /// Sessions so far.
     pub sessions: u64,
-    /// Health checks that it passed.
+    /// Passed health checks.
     pub checks_passed: u64,
-    /// Health checks that it failed.
+    /// Failed health checks.
     pub checks_failed: u64,
-    /// How often it was ejected because connections failed.
+    /// Ejections because connections failed.
     pub ejections: u64,
 }
 
-/// The backends of a listener, as the metrics see them.
+/// A source of the metrics of a listener's backends.
 pub trait BackendSource: fmt::Debug + Send + Sync {
-    /// All of them, in the order of the configuration. Called at every scrape.
+    /// All backends, in the order of the configuration. Called at every scrape.
     fn sample(&self) -> Vec<BackendSample>;
 }
 
-/// The backends of each listener.
+/// Collects the backends of each listener.
 #[derive(Debug, Default)]
 pub(super) struct BackendCollector(RwLock<BTreeMap<String, Arc<dyn BackendSource>>>);
 

@@ -1,4 +1,4 @@
-//! The counters of the BPF programs, read from their maps when somebody scrapes.
+//! The counters of the BPF programs, read from their maps at every scrape.
 
 use std::{
     fmt::{self, Debug},
@@ -14,13 +14,14 @@ use prometheus_client::{
 
 use crate::telemetry::backlog::BacklogTotal;
 
-/// What loaded programs have counted.
+/// The counters of loaded programs.
 pub trait BpfCounters: Send + Sync + Debug {
-    /// Program, event and count since the programs were loaded, each pair once. Called at every scrape.
+    /// Program, event and count since the programs were loaded; each pair once. Called at every
+    /// scrape.
     fn read(&self) -> Vec<(&'static str, &'static str, u64)>;
 }
 
-/// The programs being watched: none until they are loaded.
+/// Collects the counters of all loaded programs, and the backlog.
 #[derive(Debug, Default)]
 pub(super) struct BpfCollector {
     counters: RwLock<Vec<Arc<dyn BpfCounters>>>,

@@ -7,8 +7,8 @@ use prometheus_client::{
 
 use super::labels::{BytesLabels, ChangeLabels, ClosedLabels, ListenerLabels, ReasonLabels, ServedLabels};
 
-/// Upper bounds in seconds. From a local server's 100 µs to the wait of a screener that tests clients before
-/// the banner.
+/// Upper bounds in seconds: from 100 µs for a local server to the delay of a screener that tests
+/// clients before the banner.
 const FIRST_BYTE_BUCKETS: [f64; 16] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
@@ -43,7 +43,8 @@ impl Families {
             enrolment_failures: Family::default(),
             plane_changes: Family::default(),
         };
-        // OpenMetrics wants the unit at the end of the name, and the crate appends it: "injector" + "bytes".
+        // OpenMetrics requires the unit at the end of the name, and the crate appends it:
+        // "injector" + "bytes".
         registry.register_with_unit(
             "injector",
             "Payload, without headers, by direction and by the plane that moved it",

@@ -16,20 +16,20 @@ use super::registry::Metrics;
 
 /// The text format of OpenMetrics 1.0.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// How long a request may go on after the stop: a client that never finishes its own must not hold the
-/// process.
+/// How long a request may continue after shutdown began. An incomplete request must not keep the
+/// process running.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Whether the daemon may be sent connections, for `/readyz`.
+/// Whether the daemon accepts connections, for `/readyz`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readiness {
     /// Not all listeners are open yet.
     Starting,
     /// Every listener is open.
     Ready,
-    /// Every listener is drained.
+    /// Every listener is draining.
     Draining,
-    /// No connection is accepted any more.
+    /// The daemon is shutting down.
     Stopping,
 }
 
@@ -118,7 +118,7 @@ mod tests {
         Server { address, readiness, stop, serving }
     }
 
-    /// Head and body of the answer.
+    /// Head and body of the response.
     async fn request(address: SocketAddr, method: &str, path: &str) -> (String, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metrics_come_as_openmetrics() {
+    async fn metrics_are_exported_as_openmetrics() {
         let server = server().await;
         let (head, body) = request(server.address, "GET", "/metrics").await;
         assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn healthz_says_that_the_process_runs_and_readyz_whether_to_come() {
+    async fn healthz_reports_a_running_process_and_readyz_its_readiness() {
         let server = server().await;
         for (readiness, status) in [
             (Readiness::Starting, "503"),
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn everything_else_is_refused() {
+    async fn other_requests_are_rejected() {
         let server = server().await;
         for (method, path, status) in
             [("GET", "/", "404"), ("GET", "/metrics/x", "404"), ("POST", "/metrics", "405")]
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_never_finishes_does_not_hold_the_stop() {
+    async fn an_incomplete_request_does_not_delay_the_shutdown() {
         let server = server().await;
         let mut stuck = TcpStream::connect(server.address).await.unwrap();
         stuck.write_all(b"GET /metrics HTTP/1.1\r\n").await.unwrap();

@@ -1,4 +1,4 @@
-//! The handles of one listener, looked up once.
+//! The series of one listener, looked up once.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,14 +10,14 @@ use super::{
 };
 use crate::telemetry::outcome::{Bytes, CloseReason};
 
-/// Why a connection was turned away before its backend spoke: the label `reason`.
+/// Why a connection was rejected: the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RejectReason {
     /// The configured limit is reached.
     TooManyConnections,
     /// No file descriptors are left.
     NoDescriptors,
-    /// Every address of the backend rejected.
+    /// Every address of the backend refused.
     BackendRefused,
     /// No address of the backend answered in time.
     ConnectTimeout,
@@ -29,7 +29,7 @@ pub enum RejectReason {
     NoBanner,
     /// The client sent a PROXY header of its own.
     ForgedHeader,
-    /// The daemon is stopping.
+    /// The daemon is shutting down.
     Stopping,
     /// The operator drains the listener.
     Draining,
@@ -67,7 +67,7 @@ impl RejectReason {
         }
     }
 
-    /// The refusal that an admitted connection's end amounts to, if it does.
+    /// The reject reason for a connection that was admitted but ended before its backend spoke.
     const fn from_close(reason: CloseReason) -> Option<Self> {
         match reason {
             CloseReason::BackendRefused => Some(Self::BackendRefused),
@@ -107,21 +107,21 @@ struct Series {
 /// A listener's counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ListenerSnapshot {
-    /// Connections accepted.
+    /// Accepted connections.
     pub accepted: u64,
-    /// Those that are served now.
+    /// Open connections.
     pub active: u64,
-    /// Those that were turned away.
+    /// Rejected connections.
     pub rejected: u64,
     /// Headers sent to a backend.
     pub headers_sent: u64,
-    /// Payload, from clients to backends.
+    /// Payload bytes from clients to backends.
     pub to_backend: u64,
-    /// Payload, from backends to clients.
+    /// Payload bytes from backends to clients.
     pub to_client: u64,
 }
 
-/// One direction's bytes.
+/// The byte counters of one direction.
 #[derive(Debug)]
 struct PathCounters {
     relayed: Counter,
@@ -141,7 +141,7 @@ impl PathCounters {
     }
 }
 
-/// ListenerSnapshot a connection as active until it is dropped.
+/// Counts a connection as active until it is dropped.
 #[derive(Debug)]
 #[must_use]
 pub struct ActiveGuard(Gauge);
@@ -195,7 +195,7 @@ impl ListenerMetrics {
         }))
     }
 
-    /// What has been counted so far.
+    /// The present values.
     #[must_use]
     pub fn snapshot(&self) -> ListenerSnapshot {
         let Series { accepted, active, rejected, to_backend, to_client, headers_sent, .. } = &*self.0;
@@ -209,24 +209,25 @@ impl ListenerMetrics {
         }
     }
 
-    /// A connection was accepted.
+    /// Counts an accepted connection.
     pub fn accepted(&self) {
         self.0.accepted.inc();
     }
 
-    /// A connection was turned away before it was admitted. What [`ListenerMetrics::closed`] reports counts
-    /// itself.
+    /// Counts a connection rejected before it was admitted. [`ListenerMetrics::closed`] counts the
+    /// others.
     pub fn rejected(&self, reason: RejectReason) {
         count(&self.0.rejected, reason);
     }
 
-    /// A connection is being served, until the guard goes.
+    /// Counts a connection as active while the guard is held.
     pub fn active(&self) -> ActiveGuard {
         self.0.active.inc();
         ActiveGuard(self.0.active.clone())
     }
 
-    /// An admitted connection ended; if that was before its backend spoke, it counts as rejected as well.
+    /// Counts a closed connection. If it ended before its backend spoke, it also counts as
+    /// rejected.
     pub fn closed(&self, reason: CloseReason) {
         count(&self.0.closed, reason);
         if let Some(reason) = RejectReason::from_close(reason) {
@@ -234,56 +235,56 @@ impl ListenerMetrics {
         }
     }
 
-    /// A header went out.
+    /// Counts a header that was sent.
     pub fn header_sent(&self) {
         self.0.headers_sent.inc();
     }
 
-    /// A header could not be put in front; the connection is reset.
+    /// Counts a header that could not be sent; the connection is reset.
     pub fn header_failed(&self) {
         self.0.headers_failed.inc();
     }
 
-    /// Payload moved: what is new since the last call.
+    /// Adds the payload since the last call.
     pub fn bytes(&self, to_backend: Bytes, to_client: Bytes) {
         self.0.to_backend.count(to_backend);
         self.0.to_client.count(to_client);
     }
 
-    /// The backend spoke for the first time, this long after its header.
+    /// Records the time from the header to the backend's first byte.
     pub fn first_byte(&self, after: Duration) {
         self.0.first_byte.observe(after.as_secs_f64());
     }
 
-    /// The kernel carries one more direction.
+    /// Counts a direction enrolled in the kernel.
     pub fn enrolled(&self) {
         self.0.enrolments.inc();
     }
 
-    /// A spliced direction's source is left alone until the target has caught up.
+    /// Counts a spliced direction that was paused until the target catches up.
     pub fn paused(&self) {
         self.0.paused.inc();
     }
 
-    /// User space forwards a direction that was paused.
+    /// Counts a paused direction that was moved to user space.
     pub fn moved_to_user_space(&self) {
         self.0.moved_to_user_space.inc();
     }
 
-    /// The kernel carries it again.
+    /// Counts a direction that the kernel forwards again.
     pub fn resumed(&self) {
         self.0.resumed.inc();
     }
 
-    /// A header or a direction stayed in user space because the kernel would not have it; `reason` is of a
-    /// closed set.
+    /// Counts a header or direction that stayed in user space because the kernel rejected it.
+    /// `reason` is one of a fixed set.
     pub fn enrolment_failed(&self, reason: &'static str) {
         let labels = ReasonLabels { listener: Arc::clone(&self.0.name), reason };
         self.0.families.enrolment_failures.get_or_create(&labels).inc();
     }
 }
 
-/// The arrays are short, and this is once per connection.
+/// A linear search is enough: the arrays are short, and each connection counts once.
 fn count<K: Copy + PartialEq>(counters: &[(K, Counter)], key: K) {
     if let Some((_, counter)) = counters.iter().find(|(of, _)| *of == key) {
         counter.inc();

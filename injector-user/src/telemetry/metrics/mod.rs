@@ -1,7 +1,7 @@
-//! What the injector counts. `docs/metrics.md` lists it for people; a test keeps the two the same.
+//! Prometheus metrics. `docs/metrics.md` lists them, and a test compares both.
 //!
-//! Names begin with `injector_`. No label carries a client's address. The handles of a listener are looked up
-//! once, when it is set up: what a connection touches is an atomic.
+//! Names begin with `injector_`. No label has a client's address. The series of a listener are
+//! looked up once, so that a connection only updates atomics.
 
 mod backends;
 mod bpf;

@@ -1,7 +1,8 @@
-//! What `deploy/` asks Prometheus for, against what the daemon and the probe export: names, labels, and values of labels.
+//! Compares the queries in `deploy/` with what the daemon and the probe export: names, labels, and
+//! label values.
 //!
-//! promtool knows PromQL, but not which series there are: an alert on a name that nobody exports passes its checks, and never
-//! fires.
+//! promtool does not know which series exist. It accepts an alert on a name that does not exist,
+//! which then never fires.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,10 +24,10 @@ const RULE_TESTS: &str = include_str!("../../../../deploy/prometheus/injector.ru
 const DASHBOARD: &str = include_str!("../../../../deploy/grafana/injector.json");
 const METRICS: &str = include_str!("../../../../docs/metrics.md");
 
-/// What Prometheus adds to every series of a target.
+/// Labels that Prometheus adds to every series of a target.
 const OF_TARGETS: [&str; 2] = ["job", "instance"];
 
-/// Labels whose values are closed sets, all of which an idle daemon exports.
+/// Labels with a fixed set of values, all of which an idle daemon exports.
 const CLOSED: [&str; 4] = ["reason", "plane", "direction", "change"];
 
 #[derive(Deserialize)]
@@ -57,42 +58,42 @@ fn rules() -> Vec<Rule> {
 
 type Labels = BTreeSet<String>;
 
-/// Name → label → the values seen; no values where they are not known.
+/// Name → label → known values; empty if the values are not known.
 #[derive(Default)]
-struct Known(BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
+struct ExportedSeries(BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
 
-impl Known {
-    /// What the daemon and the probe export, and what Prometheus itself has.
+impl ExportedSeries {
+    /// The series of the daemon, the probe and Prometheus itself.
     fn exported() -> Self {
-        let mut known = Self::default();
+        let mut series = Self::default();
         let (metrics, _) = complete();
         for line in metrics.encode().unwrap().lines().filter(|line| !line.starts_with('#')) {
-            let (series, _) = line.rsplit_once(' ').unwrap();
-            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            let (sample, _) = line.rsplit_once(' ').unwrap();
+            let (name, labels) = sample.split_once('{').unwrap_or((sample, ""));
             let labels = labels.trim_end_matches('}').split(',').filter_map(|label| label.split_once('='));
-            known.add(name, labels.map(|(label, value)| (label, Some(value.trim_matches('"')))));
+            series.add(name, labels.map(|(label, value)| (label, Some(value.trim_matches('"')))));
         }
-        // The probe's own test compares these rows with what it writes.
+        // A test of the probe compares these rows with its output.
         for row in METRICS.lines().filter_map(|line| line.strip_prefix("| `injector_probe_")) {
             let cells: Vec<_> = row.split('|').map(str::trim).collect();
             let labels = cells[2].split(", ").map(|label| (label.trim_matches('`'), None));
-            known.add(&format!("injector_probe_{}", cells[0].trim_end_matches('`')), labels);
+            series.add(&format!("injector_probe_{}", cells[0].trim_end_matches('`')), labels);
         }
-        known.add("up", []);
-        known.add("ALERTS", ["alertname", "alertstate", "severity", "listener"].map(|label| (label, None)));
-        known
+        series.add("up", []);
+        series.add("ALERTS", ["alertname", "alertstate", "severity", "listener"].map(|label| (label, None)));
+        series
     }
 
-    /// The same, with what the rules record.
+    /// The same, with the recording rules.
     fn all() -> Self {
-        let mut known = Self::exported();
+        let mut series = Self::exported();
         for rule in rules() {
             if let Some(record) = &rule.record {
-                let labels = known.check(&rule.expr).unwrap_or_else(|problem| panic!("{record}: {problem}"));
-                known.add(record, labels.iter().map(|label| (label.as_str(), None)));
+                let labels = series.check(&rule.expr).unwrap_or_else(|problem| panic!("{record}: {problem}"));
+                series.add(record, labels.iter().map(|label| (label.as_str(), None)));
             }
         }
-        known
+        series
     }
 
     fn add<'a>(&mut self, name: &str, labels: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) {
@@ -105,13 +106,13 @@ impl Known {
         }
     }
 
-    /// The labels of what an expression yields, if all it uses is there.
+    /// The labels of an expression's result, if all its series exist.
     fn check(&self, expr: &str) -> Result<Labels, String> {
         let parsed = parser::parse(expr).map_err(|error| format!("{error}: {expr}"))?;
         Ok(self.labels(&parsed)?.unwrap_or_default())
     }
 
-    /// The labels of a vector; `None` of a number.
+    /// The labels of a vector; `None` for a number.
     fn labels(&self, expr: &Expr) -> Result<Option<Labels>, String> {
         match expr {
             Expr::VectorSelector(selector) => self.selected(selector).map(Some),
@@ -146,7 +147,8 @@ impl Known {
                     Some(LabelModifier::Exclude(ignoring)) => {
                         drop(named(&ignoring.labels, &left, "ignoring")?)
                     }
-                    // One with more labels than the other never matches. absent() has what labels it can get.
+                    // Sides with different labels never match. The labels of absent() depend on its
+                    // selector.
                     None if left != right && !binary.rhs.to_string().starts_with("absent(") => {
                         return Err(format!("{left:?} is never matched by {right:?}: {binary}"));
                     }
@@ -155,7 +157,8 @@ impl Known {
                 let one_to_one =
                     modifier.is_none_or(|modifier| modifier.card == VectorMatchCardinality::OneToOne);
                 match modifier.and_then(|modifier| modifier.matching.as_ref()) {
-                    // What is matched on is what is left, but for comparisons, which filter their left side.
+                    // The result has the labels that were matched on, except for comparisons, which
+                    // filter their left side.
                     Some(LabelModifier::Include(on))
                         if one_to_one && !set && !binary.op.is_comparison_operator() =>
                     {
@@ -203,7 +206,7 @@ fn named(wanted: &[String], have: &Labels, keyword: &str) -> Result<Labels, Stri
     }
 }
 
-/// The names between `{{` and `}}` that begin with this.
+/// The names between `{{` and `}}` with this prefix.
 fn placeholders<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
     let inside =
         text.split("{{").skip(1).filter_map(|rest| rest.split_once("}}").map(|(inside, _)| inside.trim()));
@@ -211,11 +214,11 @@ fn placeholders<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn the_rules_use_what_is_exported() {
-    let known = Known::all();
+fn the_rules_use_exported_series() {
+    let series = ExportedSeries::all();
     for rule in rules() {
         let name = rule.alert.as_ref().or(rule.record.as_ref()).unwrap();
-        let labels = known.check(&rule.expr).unwrap_or_else(|problem| panic!("{name}: {problem}"));
+        let labels = series.check(&rule.expr).unwrap_or_else(|problem| panic!("{name}: {problem}"));
         for text in rule.annotations.values() {
             for label in placeholders(text, "$labels.") {
                 assert!(labels.contains(label), "{name} says {{{{ $labels.{label} }}}} and has {labels:?}");
@@ -225,9 +228,9 @@ fn the_rules_use_what_is_exported() {
 }
 
 #[test]
-fn every_alert_says_what_to_do_and_where_to_read_on() {
+fn every_alert_has_a_summary_and_a_runbook() {
     let operations = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operations.md");
-    // Written by others; what it must have is checked as soon as it is there.
+    // The page is optional here. If it exists, every alert must have its heading in it.
     let operations = fs::read_to_string(operations).ok();
     for rule in rules() {
         let Some(alert) = &rule.alert else { continue };
@@ -261,7 +264,7 @@ fn kebab(name: &str) -> String {
     text
 }
 
-/// The anchor that a Markdown heading gets.
+/// The anchor of a Markdown heading.
 fn slug(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     let kept =
@@ -282,7 +285,7 @@ fn every_alert_is_tested_firing_and_not() {
         let expr = case["expr"].as_str().unwrap();
         let Some((_, rest)) = expr.split_once("alertname=\"") else { continue };
         let fires = !case["exp_samples"].as_array().unwrap().is_empty();
-        // Waiting is not firing.
+        // A pending alert is not a firing one.
         assert!(!fires || expr.contains("alertstate=\"firing\""), "{expr}");
         let (name, _) = rest.split_once('"').unwrap();
         cases.entry(name.to_owned()).or_default()[usize::from(fires)] = true;
@@ -295,14 +298,15 @@ fn every_alert_is_tested_firing_and_not() {
 }
 
 #[test]
-fn the_dashboard_uses_what_is_exported() {
-    let known = Known::all();
+fn the_dashboard_uses_exported_series() {
+    let series = ExportedSeries::all();
     let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
     let mut queries = 0;
     for panel in dashboard["panels"].as_array().unwrap() {
         for target in panel["targets"].as_array().into_iter().flatten() {
             let expr = chosen(target["expr"].as_str().unwrap());
-            let labels = known.check(&expr).unwrap_or_else(|problem| panic!("{}: {problem}", panel["title"]));
+            let labels =
+                series.check(&expr).unwrap_or_else(|problem| panic!("{}: {problem}", panel["title"]));
             for label in placeholders(target["legendFormat"].as_str().unwrap(), "") {
                 assert!(
                     labels.contains(label),
@@ -315,26 +319,26 @@ fn the_dashboard_uses_what_is_exported() {
     }
     assert!(queries > 30, "only {queries} queries were found");
     for annotation in dashboard["annotations"]["list"].as_array().unwrap() {
-        known.check(&chosen(annotation["expr"].as_str().unwrap())).unwrap();
+        series.check(&chosen(annotation["expr"].as_str().unwrap())).unwrap();
     }
     for variable in dashboard["templating"]["list"].as_array().unwrap() {
         let Some(definition) = variable["definition"].as_str() else { continue };
         let inside =
             definition.strip_prefix("label_values(").and_then(|rest| rest.strip_suffix(')')).unwrap();
         let (selector, label) = inside.rsplit_once(", ").unwrap();
-        assert!(known.check(&chosen(selector)).unwrap().contains(label), "{definition}");
+        assert!(series.check(&chosen(selector)).unwrap().contains(label), "{definition}");
     }
 }
 
-/// An expression with Grafana's variables filled in.
+/// An expression with Grafana's variables replaced.
 fn chosen(expr: &str) -> String {
     let expr = expr.replace("$__rate_interval", "5m").replace("$__range", "1h");
     ["$job", "$instance", "$listener"].iter().fold(expr, |expr, variable| expr.replace(variable, ".*"))
 }
 
 #[test]
-fn what_is_wrong_is_found() {
-    let known = Known::all();
+fn wrong_queries_are_found() {
+    let series = ExportedSeries::all();
     for (expr, problem) in [
         ("rate(injector_connection_accepted_total[5m])", "nobody exports injector_connection_accepted_total"),
         ("injector_backlog_bytes{listener=\"smtp\"}", "injector_backlog_bytes has no label listener"),
@@ -348,11 +352,11 @@ fn what_is_wrong_is_found() {
             "no buckets",
         ),
     ] {
-        let found = known.check(expr).unwrap_err();
+        let found = series.check(expr).unwrap_err();
         assert!(found.contains(problem), "{expr}: {found}");
     }
     let labels =
-        known.check("sum by (listener) (rate(injector_bytes_total{plane=\"spliced\"}[5m])) > 3").unwrap();
+        series.check("sum by (listener) (rate(injector_bytes_total{plane=\"spliced\"}[5m])) > 3").unwrap();
     assert_eq!(labels, Labels::from(["listener".to_owned()]));
     assert_eq!(kebab("InjectorNoTrafficOn25"), "injector-no-traffic-on-25");
     assert_eq!(slug("### Alert: injector down"), "alert-injector-down");

@@ -48,7 +48,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// All metrics, at zero; the process counts as started now.
+    /// All metrics, at zero. The process start time is set to now.
     #[must_use]
     pub fn new() -> Self {
         let mut registry = Registry::default();
@@ -135,36 +135,36 @@ impl Metrics {
         }))
     }
 
-    /// The handles of a listener that `engine` serves. All their series exist from here on, at zero.
+    /// The series of a listener with `engine`. All of them exist from here on, at zero.
     #[must_use]
     pub fn listener(&self, name: &str, engine: &'static str) -> ListenerMetrics {
         ListenerMetrics::new(&self.0.families, name, engine)
     }
 
-    /// Has the backends of a listener looked at, at every scrape, in place of those that it had before.
+    /// Sets the backends of a listener, to be read at every scrape.
     pub fn watch_backends(&self, listener: &str, backends: Arc<dyn BackendSource>) {
         self.0.backends.watch(listener, backends);
     }
 
-    /// Says whether a listener is drained.
+    /// Sets whether a listener is draining.
     pub fn set_draining(&self, listener: &str, draining: bool) {
         self.0.draining.get_or_create(&ListenerLabels { listener: listener.into() }).set(i64::from(draining));
     }
 
-    /// A listener is no longer configured: only what it has counted stays.
+    /// Removes the gauges of a removed listener. Its counters stay.
     pub fn forget_listener(&self, listener: &str) {
         self.0.backends.forget(listener);
         self.0.draining.remove(&ListenerLabels { listener: listener.into() });
     }
 
-    /// The configuration was read now, at the start.
+    /// Records that the configuration was loaded now.
     pub fn config_loaded(&self) {
         self.0
             .config_loaded
             .set(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
     }
 
-    /// The configuration was read again, and `applied` or refused.
+    /// Counts a reload, `applied` or rejected.
     pub fn config_reloaded(&self, applied: bool) {
         if let Some((_, counter)) = self.0.reloads.iter().find(|(result, _)| *result == applied) {
             counter.inc();
@@ -174,42 +174,42 @@ impl Metrics {
         }
     }
 
-    /// Sets how many connections the inline engine has room for.
+    /// Sets the capacity of the inline engine's flow table.
     pub fn set_inline_max_flows(&self, most: u32) {
         self.0.inline_max_flows.set(i64::from(most));
     }
 
-    /// Sets how many connections fit at one time.
+    /// Sets the limit of concurrent connections.
     pub fn set_max_connections(&self, most: usize) {
         self.0.max_connections.set(i64::try_from(most).unwrap_or(i64::MAX));
     }
 
-    /// Says whether an engine passed its self-test.
+    /// Sets whether an engine passed its self-test.
     pub fn set_engine(&self, engine: &'static str, available: bool) {
         self.0.engine_available.get_or_create(&EngineLabels { engine }).set(i64::from(available));
     }
 
-    /// Says how a check of an engine's self-test went.
+    /// Sets the result of one check of an engine's self-test.
     pub fn set_check(&self, engine: &'static str, check: &'static str, passed: bool, took: Duration) {
         let labels = CheckLabels { engine, check };
         self.0.check.get_or_create(&labels).set(i64::from(passed));
         self.0.check_took.get_or_create(&labels).set(took.as_secs_f64());
     }
 
-    /// Has the bytes that wait in the kernel read at every scrape.
+    /// Sets the backlog total, to be read at every scrape.
     pub fn watch_backlog(&self, backlog_total: BacklogTotal) {
         self.0.bpf.watch_backlog(backlog_total);
     }
 
-    /// Has the counters of these programs read at every scrape, besides those given before.
+    /// Adds counters of BPF programs, to be read at every scrape.
     pub fn watch_programs(&self, counters: Arc<dyn BpfCounters>) {
         self.0.bpf.watch(counters);
     }
 
-    /// Everything as OpenMetrics text.
+    /// All metrics as OpenMetrics text.
     ///
     /// # Errors
-    /// Never in practice: the only writer is a `String`.
+    /// Never in practice: writing to a `String` cannot fail.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         text::encode(&mut text, &self.0.registry)?;

@@ -1,4 +1,4 @@
-//! What is exported, against the documentation.
+//! The exported metrics against the documentation.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,7 +35,7 @@ impl BpfCounters for Counted {
     }
 }
 
-/// Every family with at least one sample.
+/// Metrics in which every family has at least one sample.
 pub(super) fn complete() -> (Metrics, ListenerMetrics) {
     let metrics = Metrics::new();
     metrics.watch_programs(Arc::new(Counted));
@@ -57,7 +57,7 @@ fn sample(metrics: &Metrics, series: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().unwrap()
 }
 
-/// Family → (type, unit), as the exposition says.
+/// Family → (type, unit), from the exported text.
 fn families(text: &str) -> BTreeMap<&str, (&str, Option<&str>)> {
     let described = |keyword: &str| -> BTreeMap<_, _> {
         text.lines().filter_map(|line| line.strip_prefix(keyword)?.split_once(' ')).collect()
@@ -125,7 +125,7 @@ fn the_documentation_lists_exactly_what_is_exposed() {
     let rows = document.lines().filter_map(|line| line.strip_prefix("| `"));
     let documented: BTreeSet<_> = rows
         .filter(|row| row.starts_with("injector_") || row.starts_with("process_"))
-        // Those of `injector probe`, which compares them itself.
+        // A test of `injector probe` compares its own.
         .filter(|row| !row.starts_with("injector_probe_"))
         .map(|row| {
             let cells: Vec<_> = row.split('|').map(str::trim).collect();
@@ -160,7 +160,7 @@ fn series_of_a_listener_exist_from_the_start() {
 }
 
 #[test]
-fn what_is_reported_is_counted_where_it_belongs() {
+fn each_event_increments_its_series() {
     let (metrics, listener) = complete();
     listener.accepted();
     listener.rejected(RejectReason::TooManyConnections);
@@ -211,7 +211,7 @@ fn what_is_reported_is_counted_where_it_belongs() {
 }
 
 #[test]
-fn a_connection_is_active_until_its_guard_goes() {
+fn a_connection_is_active_until_its_guard_is_dropped() {
     let (metrics, listener) = complete();
     let active = || sample(&metrics, r#"injector_connections_active{listener="smtp",engine="relay"}"#);
     let (one, two) = (listener.active(), listener.active());
@@ -223,7 +223,7 @@ fn a_connection_is_active_until_its_guard_goes() {
 }
 
 #[test]
-fn an_end_before_the_backend_spoke_is_a_refusal_as_well() {
+fn a_close_before_the_backend_spoke_also_counts_as_rejected() {
     let (metrics, listener) = complete();
     CloseReason::ALL.into_iter().for_each(|reason| listener.closed(reason));
     for reason in CloseReason::ALL {

@@ -341,12 +341,12 @@ mod tests {
     use crate::config::EXAMPLE;
 
     #[test]
-    fn the_definition_is_sound() {
+    fn clap_accepts_the_definition() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_flag_has_its_variable() {
+    fn every_flag_has_an_environment_variable() {
         for verb in Cli::command().get_subcommands() {
             let flags = verb.get_arguments().filter(|arg| !arg.is_positional());
             for arg in flags.filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_are_refused() {
+    fn invalid_values_are_rejected() {
         for flags in [
             ["--max-connections", "0"],
             ["--max-connections", "many"],
@@ -372,8 +372,26 @@ mod tests {
         }
     }
 
+    /// Adds the help of a command and of its subcommands to the snapshots.
+    #[cfg(feature = "probe")]
+    fn snapshot_help(command: &mut clap::Command, name: &str) {
+        insta::assert_snapshot!(format!("help_{name}"), command.render_long_help().to_string());
+        for subcommand in command.get_subcommands_mut() {
+            let name = format!("{name}_{}", subcommand.get_name());
+            snapshot_help(subcommand, &name);
+        }
+    }
+
+    #[cfg(feature = "probe")]
     #[test]
-    fn the_help_shows_the_example_configuration() {
+    fn help_of_every_command() {
+        let mut command = Cli::command().term_width(100).disable_help_subcommand(true);
+        command.build();
+        snapshot_help(&mut command, "injector");
+    }
+
+    #[test]
+    fn help_shows_the_example_configuration() {
         let indented: String =
             EXAMPLE.lines().map(|line| format!("  {line}").trim_end().to_owned() + "\n").collect();
         assert!(EXAMPLES.contains(&indented), "{EXAMPLES}");

@@ -27,7 +27,7 @@ mod tests {
     use crate::cli::args::Cli;
 
     #[test]
-    fn every_verb_is_in_the_script_of_every_shell() {
+    fn scripts_complete_every_command() {
         for shell in Shell::value_variants() {
             let script = String::from_utf8(of(Cli::command(), *shell)).unwrap();
             for verb in Cli::command().get_subcommands() {

@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn every_verb_has_its_page_and_nothing_else_has() {
+    fn every_command_has_one_page() {
         let folder = tempfile::tempdir().unwrap();
         write(without_help(Cli::command()), folder.path()).unwrap();
         let entries = fs::read_dir(folder.path()).unwrap();

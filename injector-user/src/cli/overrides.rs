@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_beat_the_file_and_leave_the_rest() {
+    fn flags_override_the_file_and_change_nothing_else() {
         let file = Config::parse(EXAMPLE, "f").unwrap();
         let mut same = file.clone();
         apply(&mut same, &run_args(&[]));

@@ -1,8 +1,9 @@
 //! Answers of a daemon, for tests.
 
-use super::wire::{BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, Status};
+use super::wire::{BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, SessionRow, Sessions, Status};
 use crate::backend::HealthState;
 
+/// Two listeners, of which one is draining and one has two backends.
 pub(super) fn status() -> Status {
     let backend = |name: &str, state, backup| BackendStatus {
         name: name.to_owned(),
@@ -56,4 +57,19 @@ pub(super) fn status() -> Status {
         ],
         removed_listeners: Vec::new(),
     }
+}
+
+/// One session of each listener.
+pub(super) fn sessions() -> Sessions {
+    let row = SessionRow {
+        listener: "smtp".to_owned(),
+        engine: "splice".to_owned(),
+        client: "198.51.100.7:40000".parse().unwrap(),
+        local: "192.0.2.10:25".parse().unwrap(),
+        backend: Some("10.0.0.2:2525".parse().unwrap()),
+        age_ms: 65_000,
+        bytes_to_backend: 2048,
+        bytes_to_client: 10,
+    };
+    Sessions { count: 2, rows: vec![row.clone(), SessionRow { listener: "imap".to_owned(), ..row }] }
 }

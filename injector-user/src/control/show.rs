@@ -189,29 +189,59 @@ pub(super) fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::fixtures::status;
+    use crate::control::{
+        fixtures::{sessions, status},
+        wire::{EngineStatus, RemovedListenerStatus},
+    };
 
     #[test]
-    fn a_status_is_a_page() {
-        let expected = "\
-injector 0.1.0, process 7, up 1h 2m, ready
-configuration /etc/i.toml, loaded 1970-01-01T00:00:00Z
-2 of 10000 connections, 0 B queued in the kernel for slow receivers
-engine splice: can run here
-
-imap (smtp, engine splice) on 192.0.2.10:25: draining, older sessions are aborted in 1m 30s
-  2 active, 75 accepted, 5 rejected, 70 headers, 3.0 MiB to backends, 900 B to clients
-
-smtp (smtp, engine splice) on 192.0.2.10:25
-  2 active, 75 accepted, 5 rejected, 70 headers, 3.0 MiB to backends, 900 B to clients
-  mail-1:2525      up, weight 3, 2 active, 70 sessions, checks 40 passed 1 failed
-  192.0.2.21:2525  down, backup, 2 active, 70 sessions, checks 40 passed 1 failed
-";
-        assert_eq!(show(&Answer::Status(Box::new(status()))), expected);
+    fn status_page() {
+        insta::assert_snapshot!(show(&Answer::Status(Box::new(status()))));
     }
 
     #[test]
-    fn sessions_are_a_table() {
+    fn status_page_after_a_rejected_reload_and_a_removed_listener() {
+        let mut status = status();
+        status.config.reload_error = Some("i.toml:3: unknown key\ni.toml:9: unknown key".to_owned());
+        status.engines.push(EngineStatus {
+            name: "inline".to_owned(),
+            failure: Some("no listener asks for it".to_owned()),
+        });
+        status.removed_listeners.push(RemovedListenerStatus {
+            name: "pop3".to_owned(),
+            sessions: 3,
+            abort_in_ms: 20_000,
+        });
+        insta::assert_snapshot!(show(&Answer::Status(Box::new(status))));
+    }
+
+    #[test]
+    fn table_of_sessions() {
+        insta::assert_snapshot!(show(&Answer::Sessions(Sessions { count: 3, ..sessions() })));
+    }
+
+    #[test]
+    fn answers_of_drain_resume_backend_and_reload() {
+        let names = || vec!["smtp".to_owned(), "imap".to_owned()];
+        let reloaded = Reloaded {
+            added: vec!["imaps".to_owned()],
+            changed: names(),
+            removed: vec!["pop3".to_owned()],
+            restart_needed_for: vec!["log".to_owned()],
+        };
+        let answers = [
+            Answer::Drained { listeners: names() },
+            Answer::Resumed { listeners: names() },
+            Answer::Resumed { listeners: Vec::new() },
+            Answer::BackendSet { listeners: names() },
+            Answer::Reloaded(Reloaded::default()),
+            Answer::Reloaded(reloaded),
+        ];
+        insta::assert_snapshot!(answers.iter().map(show).collect::<String>());
+    }
+
+    #[test]
+    fn session_without_a_backend_has_a_dash() {
         let row = SessionRow {
             listener: "imaps".to_owned(),
             engine: "splice".to_owned(),
@@ -233,7 +263,7 @@ smtp (smtp, engine splice) on 192.0.2.10:25
     }
 
     #[test]
-    fn a_reload_says_what_is_different() {
+    fn reload_lists_the_changes() {
         assert_eq!(show(&Answer::Reloaded(Reloaded::default())), "no changes\n");
         let reloaded = Reloaded {
             removed: vec!["pop3".to_owned()],
@@ -244,7 +274,7 @@ smtp (smtp, engine splice) on 192.0.2.10:25
     }
 
     #[test]
-    fn sizes_and_spans_are_short() {
+    fn sizes_and_ages_have_two_units_at_most() {
         assert_eq!([0, 1023, 1024, 5 << 40].map(bytes), ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]);
         assert_eq!([5, 61_000, 90_061_000].map(age), ["5ms", "1m 1s", "1day 1h"]);
     }

@@ -232,23 +232,12 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::control::{fixtures::status, top::model::Sample, wire::Sessions};
+    use crate::control::{
+        fixtures::{sessions, status},
+        top::model::Sample,
+    };
 
-    fn sessions() -> Sessions {
-        let row = SessionRow {
-            listener: "smtp".to_owned(),
-            engine: "splice".to_owned(),
-            client: "198.51.100.7:40000".parse().unwrap(),
-            local: "192.0.2.10:25".parse().unwrap(),
-            backend: Some("10.0.0.2:2525".parse().unwrap()),
-            age_ms: 65_000,
-            bytes_to_backend: 2048,
-            bytes_to_client: 10,
-        };
-        Sessions { count: 2, rows: vec![row.clone(), SessionRow { listener: "imap".to_owned(), ..row }] }
-    }
-
-    /// Two looks, a second apart, between which 30 connections came.
+    /// Two samples, a second apart, with 30 connections between them.
     fn view() -> View {
         let at = Instant::now();
         let before = Sample { at, status: status(), sessions: sessions() };
@@ -258,6 +247,24 @@ mod tests {
         let mut view = View::new(before);
         view.update(after);
         view
+    }
+
+    #[test]
+    fn wide_frame() {
+        insta::assert_snapshot!(page(&view(), PAGE_SIZE).unwrap());
+    }
+
+    #[test]
+    fn narrow_frame() {
+        insta::assert_snapshot!(page(&view(), (80, 24)).unwrap());
+    }
+
+    #[test]
+    fn frame_with_a_selected_listener_while_the_daemon_does_not_answer() {
+        let mut view = view();
+        view.select(2);
+        view.error = Some("/run/injector/admin.sock: Connection refused".to_owned());
+        insta::assert_snapshot!(page(&view, PAGE_SIZE).unwrap());
     }
 
     #[test]
@@ -281,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_can_be_chosen() {
+    fn selected_listener_filters_the_sessions() {
         let mut view = view();
         assert!(page(&view, PAGE_SIZE).unwrap().contains("2 of 2"));
         view.select(1);
@@ -294,14 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn a_small_terminal_is_no_trouble() {
+    fn small_terminal_does_not_panic() {
         for size in [(1, 1), (20, 5), (80, 24)] {
             page(&view(), size).unwrap();
         }
     }
 
     #[test]
-    fn before_the_second_look_there_are_no_rates() {
+    fn first_sample_has_no_rates() {
         let first = Sample { at: Instant::now(), status: status(), sessions: sessions() };
         let text = page(&View::new(first), PAGE_SIZE).unwrap();
         assert!(text.lines().any(|line| line.starts_with("smtp") && line.contains(" - ")), "{text}");

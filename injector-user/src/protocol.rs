@@ -121,14 +121,16 @@ impl Protocol {
     /// The line to send instead of the banner before closing. `None` where the client understands
     /// only a reset: inside TLS, and in an unknown protocol.
     ///
-    /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections 3.8 and
-    ///   4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463, section 3.4). Senders
-    ///   queue and retry.
-    /// - IMAP: `BYE` in place of the greeting refuses the connection (RFC 3501 and RFC 9051, section 7.1.5);
-    ///   `UNAVAILABLE` says that a subsystem is down for now (RFC 5530, section 3; RFC 9051, section 7.1).
-    /// - POP3: `-ERR` (RFC 1939, section 3) with `SYS/TEMP`: not the user's fault and likely to pass (RFC
-    ///   3206, section 4).
-    /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section 1.3).
+    /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections
+    ///   3.8 and 4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463,
+    ///   section 3.4). Senders queue and retry.
+    /// - IMAP: `BYE` in place of the greeting refuses the connection (RFC 3501 and RFC 9051,
+    ///   section 7.1.5); `UNAVAILABLE`: a subsystem is down for now (RFC 5530, section 3; RFC 9051,
+    ///   section 7.1).
+    /// - POP3: `-ERR` (RFC 1939, section 3) with `SYS/TEMP`: not the user's fault and likely to
+    ///   pass (RFC 3206, section 4).
+    /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section
+    ///   1.3).
     pub const fn refusal(self, why: Refusal) -> Option<&'static [u8]> {
         use Refusal::{BackendUnavailable, Stopping, TooManyConnections};
         let line: &'static str = match (self, why) {
@@ -180,10 +182,10 @@ impl Protocol {
     /// Idle is longer than any pause that the protocol allows, so that the server's own limit comes
     /// first:
     ///
-    /// - SMTP: a client waits up to 10 minutes for the answer to the end of the data (RFC 5321, section
-    ///   4.5.3.2.6).
-    /// - IMAP: a server must allow at least 30 minutes (RFC 9051, section 5.4), and IDLE is renewed every 29
-    ///   (RFC 2177, section 3).
+    /// - SMTP: a client waits up to 10 minutes for the answer to the end of the data (RFC 5321,
+    ///   section 4.5.3.2.6).
+    /// - IMAP: a server must allow at least 30 minutes (RFC 9051, section 5.4), and IDLE is renewed
+    ///   every 29 (RFC 2177, section 3).
     /// - POP3: at least 10 minutes (RFC 1939, section 3).
     /// - ManageSieve: at least 30 minutes (RFC 5804, section 1.2).
     ///

@@ -55,7 +55,8 @@ pub enum ProxyVersion {
 /// A TLV whose meaning the backend's administrator defines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CustomTlv {
-    /// `PP2_TYPE_MIN_CUSTOM` to `PP2_TYPE_MAX_CUSTOM`: 0xE0 to 0xEF (PROXY protocol, section 2.2.7).
+    /// `PP2_TYPE_MIN_CUSTOM` to `PP2_TYPE_MAX_CUSTOM`: 0xE0 to 0xEF (PROXY protocol, section
+    /// 2.2.7).
     pub kind: u8,
     /// At least one byte.
     pub value: Vec<u8>,

@@ -25,8 +25,8 @@ pub fn readable_now(socket: &impl AsFd) -> io::Result<bool> {
 /// # Errors
 /// When the runtime's epoll instance rejects the descriptor.
 pub fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: by the contract of `AsFd`, the descriptor of `inner` stays open and the same as long as
-    // `inner` lives, and this function neither moves `inner` out nor mutates it.
+    // SAFETY: by the contract of `AsFd`, the descriptor of `inner` stays open and the same as long
+    // as `inner` lives, and this function neither moves `inner` out nor mutates it.
     let registered = unsafe { AsyncFd::register_with_interest(inner, interest) };
     Ok(registered?)
 }

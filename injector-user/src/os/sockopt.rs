@@ -72,8 +72,8 @@ pub fn unacknowledged(socket: &impl AsRawFd) -> io::Result<u64> {
 const INT: libc::socklen_t = 4;
 
 /// Makes the kernel process the receive queue again, as if a segment had just arrived: setting
-/// `SO_RCVLOWAT` calls the socket's data-ready hook (tcp_set_rcvlowat, net/ipv4/tcp.c). On a spliced
-/// socket the hook runs the program `verdict`.
+/// `SO_RCVLOWAT` calls the socket's data-ready hook (tcp_set_rcvlowat, net/ipv4/tcp.c). On a
+/// spliced socket the hook runs the program `verdict`.
 ///
 /// # Errors
 /// As setsockopt(2).

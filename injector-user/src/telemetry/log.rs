@@ -19,8 +19,8 @@ use tracing_subscriber::{
 
 use crate::config::{Log, LogFormat};
 
-/// The targets of the daemon's log lines. They are part of its interface: filters and alerts name them,
-/// so they stay the same wherever the code moves.
+/// The targets of the daemon's log lines. They are part of its interface: filters and alerts name
+/// them, so they stay the same wherever the code moves.
 pub mod target {
     /// One line for each connection that has ended.
     pub const ACCESS: &str = "access";

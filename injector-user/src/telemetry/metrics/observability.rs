@@ -186,7 +186,7 @@ impl ExportedSeries {
 
     fn selected(&self, selector: &VectorSelector) -> Result<Labels, String> {
         let name = selector.name.as_deref().ok_or("a selector without a name")?;
-        let metric = self.0.get(name).ok_or_else(|| format!("nobody exports {name}"))?;
+        let metric = self.0.get(name).ok_or_else(|| format!("no metric is named {name}"))?;
         for matcher in &selector.matchers.matchers {
             let values =
                 metric.get(&matcher.name).ok_or_else(|| format!("{name} has no label {}", matcher.name))?;
@@ -221,7 +221,7 @@ fn the_rules_use_exported_series() {
         let labels = series.check(&rule.expr).unwrap_or_else(|problem| panic!("{name}: {problem}"));
         for text in rule.annotations.values() {
             for label in placeholders(text, "$labels.") {
-                assert!(labels.contains(label), "{name} says {{{{ $labels.{label} }}}} and has {labels:?}");
+                assert!(labels.contains(label), "{name} uses {{{{ $labels.{label} }}}} and has {labels:?}");
             }
         }
     }
@@ -340,7 +340,10 @@ fn chosen(expr: &str) -> String {
 fn wrong_queries_are_found() {
     let series = ExportedSeries::all();
     for (expr, problem) in [
-        ("rate(injector_connection_accepted_total[5m])", "nobody exports injector_connection_accepted_total"),
+        (
+            "rate(injector_connection_accepted_total[5m])",
+            "no metric is named injector_connection_accepted_total",
+        ),
         ("injector_backlog_bytes{listener=\"smtp\"}", "injector_backlog_bytes has no label listener"),
         ("injector_connections_rejected_total{reason=\"bannerless\"}", "no reason is matched"),
         ("injector_connections_rejected_total{reason=~\"front_.+\"}", "no reason is matched"),

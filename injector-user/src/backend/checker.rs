@@ -172,10 +172,10 @@ async fn exchange(
     let mut stream = BufReader::new(stream);
     *stage = "the greeting";
     expect_reply(&mut stream, &expectations.greeting, "the greeting").await?;
-    *stage = "the goodbye";
+    *stage = "the quit command";
     let reply = stream.get_mut().write_all(quit).await;
-    reply.map_err(|error| CheckError::Io { stage: "the goodbye", error })?;
-    expect_reply(&mut stream, &expectations.quit_reply, "the goodbye").await?;
+    reply.map_err(|error| CheckError::Io { stage: "the quit command", error })?;
+    expect_reply(&mut stream, &expectations.quit_reply, "the quit command").await?;
     // Closes TLS, or the server would log a broken connection. It may have closed first.
     let _ = stream.get_mut().shutdown().await;
     Ok(())
@@ -306,7 +306,7 @@ mod tests {
     async fn a_failed_check_reports_the_step_and_the_reply() {
         for (greeting, answer, expected) in [
             ("421 4.3.2 closing\r\n", "", "the greeting: unexpected reply \"421 4.3.2 closing\""),
-            ("220 mx\r\n", "500 what\r\n", "the goodbye: unexpected reply \"500 what\""),
+            ("220 mx\r\n", "500 what\r\n", "the quit command: unexpected reply \"500 what\""),
             ("SSH-2.0-x\r\n", "", "the greeting: unexpected reply \"SSH-2.0-x\""),
         ] {
             let error = server(greeting, answer, plan(Some(Protocol::Smtp))).await.0.unwrap_err();

@@ -45,7 +45,7 @@ fn and(lines: &str) -> String {
 }
 
 #[test]
-fn the_example_means_what_it_says() {
+fn the_example_has_the_documented_meaning() {
     let config = Config::parse(EXAMPLE, "f.toml").unwrap();
     assert_eq!(config.metrics, Some(Metrics { listen: "127.0.0.1:9145".parse().unwrap() }));
     assert_eq!(

@@ -10,8 +10,9 @@ use injector_user::{
 };
 use mimalloc::MiMalloc;
 
-/// For memory: a connection is a few small allocations, which the C library's allocator surrounds with as much as a sixth of
-/// their size, and more where they are aligned to cache lines, as tokio's are (`docs/benchmarks.md`).
+/// Saves memory: a connection makes a few small allocations, to which the C library's allocator adds
+/// up to a sixth of their size, and more if they are aligned to cache lines, as tokio's are
+/// (`docs/benchmarks.md`).
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 

@@ -1,5 +1,5 @@
-//! The command line. Every flag of `run` has its environment variable; a flag beats the variable, and both
-//! beat the file.
+//! The arguments of every command. Every flag has an environment variable: a flag overrides the
+//! variable, and both override the file.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Debug, Parser)]
 #[command(name = "injector", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -48,7 +48,7 @@ A configuration:
 
 All options are described in docs/config.md, the metrics in docs/metrics.md."#;
 
-/// The verbs of `injector`.
+/// The commands of `injector`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Run the injector in the foreground
@@ -119,7 +119,7 @@ Examples:
     $ injector drain smtp
     $ injector resume smtp";
 
-/// Where a running injector is reached.
+/// The control socket of a running injector.
 #[derive(Clone, Debug, Args)]
 pub struct SocketArgs {
     /// Control socket [file: admin.socket]
@@ -127,13 +127,13 @@ pub struct SocketArgs {
     pub socket: PathBuf,
 }
 
-/// The path that packages and manifests use.
+/// The path in packages and manifests.
 const DEFAULT_SOCKET: &str = "/run/injector/admin.sock";
 
 /// Arguments of commands to a running injector.
 #[derive(Clone, Debug, Args)]
 pub struct ControlArgs {
-    /// Where it is
+    /// The control socket
     #[command(flatten)]
     pub at: SocketArgs,
 
@@ -145,7 +145,7 @@ pub struct ControlArgs {
 /// Arguments of `injector sessions`.
 #[derive(Clone, Debug, Args)]
 pub struct SessionsArgs {
-    /// Where it is, and how it answers
+    /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
 
@@ -160,7 +160,7 @@ pub struct SessionsArgs {
 /// Arguments of `injector drain`.
 #[derive(Clone, Debug, Args)]
 pub struct DrainArgs {
-    /// Where it is, and how it answers
+    /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
 
@@ -179,7 +179,7 @@ pub struct DrainArgs {
 /// Arguments of `injector resume`.
 #[derive(Clone, Debug, Args)]
 pub struct ResumeArgs {
-    /// Where it is, and how it answers
+    /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
 
@@ -190,7 +190,7 @@ pub struct ResumeArgs {
 /// Arguments of `injector backend`.
 #[derive(Clone, Debug, Args)]
 pub struct BackendArgs {
-    /// Where it is, and how it answers
+    /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
 
@@ -208,7 +208,7 @@ pub struct BackendArgs {
 /// Arguments of `injector reload`.
 #[derive(Clone, Debug, Args)]
 pub struct ReloadArgs {
-    /// Where it is, and how it answers
+    /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
 
@@ -220,7 +220,7 @@ pub struct ReloadArgs {
 /// Arguments of `injector top`.
 #[derive(Clone, Debug, Args)]
 pub struct TopArgs {
-    /// Where it is
+    /// The control socket
     #[command(flatten)]
     pub at: SocketArgs,
 
@@ -233,7 +233,7 @@ pub struct TopArgs {
     pub once: bool,
 }
 
-/// The verbs of `injector inline`.
+/// The commands of `injector inline`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum InlineCommand {
     /// Detach the programs from all devices, and remove the maps and the NAT table

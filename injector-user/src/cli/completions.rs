@@ -1,19 +1,19 @@
-//! `injector completions`: what a shell needs to complete the verbs and flags.
+//! `injector completions`: scripts that complete commands and flags in a shell.
 
 use std::io::{self, Write as _};
 
 use clap::Command;
 use clap_complete::Shell;
 
-/// Prints the completions of `command` for this shell.
+/// Prints the completion script of `command` for a shell.
 ///
 /// # Errors
-/// When standard output takes no more.
+/// When standard output cannot be written.
 pub fn print(command: Command, shell: Shell) -> io::Result<()> {
-    io::stdout().write_all(&of(command, shell))
+    io::stdout().write_all(&script(command, shell))
 }
 
-fn of(mut command: Command, shell: Shell) -> Vec<u8> {
+fn script(mut command: Command, shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command, "injector", &mut script);
     script
@@ -29,9 +29,9 @@ mod tests {
     #[test]
     fn scripts_complete_every_command() {
         for shell in Shell::value_variants() {
-            let script = String::from_utf8(of(Cli::command(), *shell)).unwrap();
-            for verb in Cli::command().get_subcommands() {
-                assert!(script.contains(verb.get_name()), "{shell}: {}", verb.get_name());
+            let script = String::from_utf8(script(Cli::command(), *shell)).unwrap();
+            for subcommand in Cli::command().get_subcommands() {
+                assert!(script.contains(subcommand.get_name()), "{shell}: {}", subcommand.get_name());
             }
         }
     }

@@ -1,4 +1,4 @@
-//! `injector man`: manual pages, made of the same definition as the command line.
+//! `injector man`: manual pages, generated from the definition of the command line.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use clap_mangen::Man;
 /// Prints the page of `command`, or writes it and those of its subcommands into a folder.
 ///
 /// # Errors
-/// When standard output takes no more, or the folder cannot be written.
+/// When standard output or the folder cannot be written.
 pub fn run(command: Command, out: Option<&Path>) -> anyhow::Result<()> {
     let command = without_help(command);
     match out {
@@ -28,13 +28,13 @@ pub fn run(command: Command, out: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// `injector.1`, `injector-run.1`, `injector-inline-detach.1` and so on.
+/// Writes `injector.1`, `injector-run.1`, `injector-inline-detach.1` and so on.
 fn write(command: Command, folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     clap_mangen::generate_to(command, folder)
 }
 
-/// Without the verbs `help`: each would have a page of its own.
+/// Removes the `help` subcommands, which would get pages too.
 fn without_help(command: Command) -> Command {
     command.disable_help_subcommand(true).mut_subcommands(without_help)
 }
@@ -46,10 +46,11 @@ mod tests {
     use super::*;
     use crate::cli::args::Cli;
 
-    /// The pages of a verb and of those below it.
+    /// The pages of a command and of its subcommands.
     fn pages(command: &Command, name: &str) -> Vec<String> {
-        let below =
-            command.get_subcommands().flat_map(|verb| pages(verb, &format!("{name}-{}", verb.get_name())));
+        let below = command
+            .get_subcommands()
+            .flat_map(|subcommand| pages(subcommand, &format!("{name}-{}", subcommand.get_name())));
         std::iter::once(format!("{name}.1")).chain(below).collect()
     }
 

@@ -3,7 +3,7 @@
 use super::args::RunArgs;
 use crate::config::{Config, Metrics};
 
-/// Overrides values of the file with those of the command line and the environment.
+/// Replaces values of the file by those of the command line and the environment.
 pub(super) fn apply(config: &mut Config, args: &RunArgs) {
     if let Some(format) = args.log_format {
         config.log.format = format;

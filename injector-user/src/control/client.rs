@@ -1,4 +1,4 @@
-//! The operator's end of the socket.
+//! The client's end of the control socket.
 
 use std::{
     io::{self, BufRead as _, BufReader, Write as _},
@@ -12,37 +12,37 @@ use thiserror::Error;
 pub use super::show::show;
 use super::wire::{Answer, Reply, Request};
 
-/// A reload resolves nothing and waits for nobody: this is ample.
+/// Longer than every command takes: even a reload resolves no names.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why there is no answer.
+/// Why a request has no answer.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// Nobody answers.
+    /// No daemon listens there.
     #[error("{path}: {error}: {}", advice(.error))]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         error: io::Error,
     },
-    /// It broke off.
+    /// The connection failed.
     #[error("{path}: {error}")]
     Io {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         error: io::Error,
     },
-    /// It is another version's.
+    /// The reply is not valid, as from a daemon of another version.
     #[error("{path}: cannot parse the reply ({error}): is the daemon of another version?")]
     InvalidReply {
         /// The socket.
         path: PathBuf,
-        /// What is wrong.
+        /// The error of the parser.
         error: serde_json::Error,
     },
-    /// The daemon says no.
+    /// The daemon rejected the request.
     #[error("{0}")]
     Rejected(String),
 }
@@ -60,7 +60,7 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// Asks the daemon that answers at `socket`.
+/// Sends a request to the daemon that listens at `socket`, and returns its answer.
 ///
 /// # Errors
 /// [`ClientError`].
@@ -68,7 +68,7 @@ pub fn send(socket: &Path, request: &Request) -> Result<Answer, ClientError> {
     let path = || socket.to_owned();
     let mut stream =
         UnixStream::connect(socket).map_err(|error| ClientError::Connect { path: path(), error })?;
-    let exchange = || -> io::Result<String> {
+    let mut exchange = || -> io::Result<String> {
         stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
         stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
         let mut line = serde_json::to_string(request)?;
@@ -78,10 +78,9 @@ pub fn send(socket: &Path, request: &Request) -> Result<Answer, ClientError> {
         BufReader::new(&stream).read_line(&mut answer)?;
         Ok(answer)
     };
-    let mut exchange = exchange;
     let answer = exchange().map_err(|error| ClientError::Io { path: path(), error })?;
     match serde_json::from_str(&answer).map_err(|error| ClientError::InvalidReply { path: path(), error })? {
         Reply::Ok(answer) => Ok(answer),
-        Reply::Error(why) => Err(ClientError::Rejected(why)),
+        Reply::Error(reason) => Err(ClientError::Rejected(reason)),
     }
 }

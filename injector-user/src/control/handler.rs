@@ -23,26 +23,26 @@ use crate::{
     },
 };
 
-/// Reads the configuration again, as it was read at the start.
+/// Loads the configuration again, with the same overrides as at startup.
 pub type ConfigSource = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 
-/// What the operator can have done. Clones share it.
+/// Carries out commands on the server. Clones share one server.
 #[derive(Clone)]
 pub struct Control(Arc<Shared>);
 
 struct Shared {
-    /// `None` once it stops.
+    /// `None` once the daemon shuts down.
     server: Mutex<Option<Server>>,
     source: ConfigSource,
     file: PathBuf,
     metrics: Metrics,
     ready: watch::Sender<Readiness>,
     started: Instant,
-    read: StdMutex<ConfigStatus>,
+    config_status: StdMutex<ConfigStatus>,
 }
 
 impl Control {
-    /// Over `server`, whose configuration came from `source`, which reads `file`.
+    /// `source` loads `file`, from which the configuration of `server` came.
     #[must_use]
     pub fn new(
         server: Server,
@@ -51,7 +51,8 @@ impl Control {
         metrics: Metrics,
         ready: watch::Sender<Readiness>,
     ) -> Self {
-        let read = ConfigStatus { file: file.clone(), loaded_at: since_1970(), reload_error: None };
+        let config_status =
+            ConfigStatus { file: file.clone(), loaded_at: unix_seconds(), reload_error: None };
         Self(Arc::new(Shared {
             server: Mutex::new(Some(server)),
             source,
@@ -59,11 +60,11 @@ impl Control {
             metrics,
             ready,
             started: Instant::now(),
-            read: StdMutex::new(read),
+            config_status: StdMutex::new(config_status),
         }))
     }
 
-    /// Does what is asked.
+    /// Carries out a request.
     pub async fn answer(&self, request: Request) -> Reply {
         let mut server = self.0.server.lock().await;
         let Some(server) = server.as_mut() else {
@@ -81,7 +82,7 @@ impl Control {
                 server.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
             }
             Request::Backend { action, listener, backend } => {
-                backend_set(server, action, listener.as_deref(), &backend)
+                set_backend_state(server, action, listener.as_deref(), &backend)
                     .map(|listeners| Answer::BackendSet { listeners })
             }
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
@@ -94,14 +95,14 @@ impl Control {
         }
     }
 
-    /// Takes away what is served, to end it: from here on nothing can be asked for.
+    /// Takes the server, to shut it down. Requests are rejected from here on.
     pub async fn take_server(&self) -> Option<Server> {
         let server = self.0.server.lock().await.take();
         self.0.ready.send_replace(Readiness::Stopping);
         server
     }
 
-    /// Whether everything that serves connections does its work.
+    /// Whether every worker thread responds.
     pub async fn check_liveness(&self) -> bool {
         let liveness = match self.0.server.lock().await.as_ref() {
             Some(server) => server.check_liveness(),
@@ -111,7 +112,7 @@ impl Control {
     }
 
     fn status(&self, server: &mut Server) -> Status {
-        let config = self.0.read.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let readiness = self.0.ready.borrow().to_string();
         status(server, config, readiness, self.0.started.elapsed())
     }
@@ -122,18 +123,18 @@ impl Control {
         let result = result.map(|prepared| server.apply(prepared));
         systemd::ready("serving");
         self.0.metrics.config_reloaded(result.is_ok());
-        let mut read = self.0.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut config_status = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner);
         match &result {
             Ok(Changes { added, changed, removed, requires_restart }) => {
-                *read =
-                    ConfigStatus { file: self.0.file.clone(), loaded_at: since_1970(), reload_error: None };
+                *config_status =
+                    ConfigStatus { file: self.0.file.clone(), loaded_at: unix_seconds(), reload_error: None };
                 tracing::info!(target: target::CONFIG, ?added, ?changed, ?removed, "configuration reloaded");
                 if !requires_restart.is_empty() {
                     tracing::warn!(target: target::CONFIG, sections = ?requires_restart, "changes in these sections need a restart");
                 }
             }
             Err(error) => {
-                read.reload_error = Some(format!("{error:#}"));
+                config_status.reload_error = Some(format!("{error:#}"));
                 tracing::error!(target: target::CONFIG, error = format!("{error:#}"), "reload failed; the previous configuration stays in effect");
             }
         }
@@ -147,8 +148,8 @@ fn reloaded(changes: Changes) -> Reloaded {
     Reloaded { added, changed, removed, restart_needed_for }
 }
 
-/// Of one listener, or of all that have it.
-fn backend_set(
+/// Sets the state of a backend in one listener, or in all listeners that have it.
+fn set_backend_state(
     server: &Server,
     action: BackendAction,
     listener: Option<&str>,
@@ -177,7 +178,7 @@ fn backend_set(
     Ok(set)
 }
 
-/// Seconds.
-fn since_1970() -> u64 {
+/// Seconds since 1970.
+fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -1,7 +1,7 @@
-//! The operator's side of a running daemon: a unix socket on which `injector status` and its like are answered.
+//! Commands to a running daemon over a unix socket, such as `injector status`.
 //!
-//! One connection, one line of JSON with the [`Request`], one line with the [`Reply`]. The socket's mode (0600) is all the
-//! protection there is: whoever may open it may do everything.
+//! A connection carries one line of JSON with the [`Request`] and one with the [`Reply`]. Only the
+//! socket's mode (0600) protects it: a process that can open it can send every command.
 
 pub mod client;
 #[cfg(test)]

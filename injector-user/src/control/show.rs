@@ -1,4 +1,4 @@
-//! Answers as text for people.
+//! Answers as text.
 
 use std::{
     fmt::{self, Write as _},
@@ -38,8 +38,8 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         file.display(),
         humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(*loaded_at))
     )?;
-    if let Some(why) = reload_error {
-        writeln!(out, "  last reload failed: {}", why.replace('\n', "\n    "))?;
+    if let Some(reason) = reload_error {
+        writeln!(out, "  last reload failed: {}", reason.replace('\n', "\n    "))?;
     }
     writeln!(
         out,
@@ -49,20 +49,20 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     for engine in &status.engines {
         match &engine.failure {
             None => writeln!(out, "engine {}: can run here", engine.name)?,
-            Some(fault) => writeln!(out, "engine {}: {fault}", engine.name)?,
+            Some(failure) => writeln!(out, "engine {}: {failure}", engine.name)?,
         }
     }
     for listener in &status.listeners {
         writeln!(out)?;
         write_listener(out, listener)?;
     }
-    for leaving in &status.removed_listeners {
+    for removed in &status.removed_listeners {
         writeln!(
             out,
             "\n{}: removed, {} sessions left, aborted in {}",
-            leaving.name,
-            leaving.sessions,
-            age(leaving.abort_in_ms)
+            removed.name,
+            removed.sessions,
+            age(removed.abort_in_ms)
         )?;
     }
     Ok(())
@@ -73,7 +73,7 @@ fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
     let bind: Vec<_> = listener.bind.iter().map(ToString::to_string).collect();
     write!(out, "{name} ({protocol}, engine {engine}) on {}", bind.join(", "))?;
     match (listener.draining, listener.abort_in_ms) {
-        (true, Some(cut @ 1..)) => writeln!(out, ": draining, older sessions are aborted in {}", age(cut))?,
+        (true, Some(left @ 1..)) => writeln!(out, ": draining, older sessions are aborted in {}", age(left))?,
         (true, _) => writeln!(out, ": draining")?,
         (false, _) => writeln!(out)?,
     }
@@ -139,14 +139,14 @@ fn cells(row: &SessionRow) -> [String; 8] {
 
 fn write_reloaded(out: &mut String, reloaded: &Reloaded) -> fmt::Result {
     let Reloaded { added, changed, removed, restart_needed_for } = reloaded;
-    let mut said = false;
+    let mut changed_any = false;
     for (what, names) in [("added", added), ("changed", changed), ("removed", removed)] {
         if !names.is_empty() {
             writeln!(out, "{what}: {}", names.join(", "))?;
-            said = true;
+            changed_any = true;
         }
     }
-    if !said {
+    if !changed_any {
         writeln!(out, "no changes")?;
     }
     if !restart_needed_for.is_empty() {
@@ -155,7 +155,7 @@ fn write_reloaded(out: &mut String, reloaded: &Reloaded) -> fmt::Result {
     Ok(())
 }
 
-/// A span of time in its two largest units.
+/// A duration in its two largest units.
 #[must_use]
 pub(super) fn age(millis: u64) -> String {
     let seconds = millis / 1000;

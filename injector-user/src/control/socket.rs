@@ -1,6 +1,5 @@
-//! The daemon's end of the socket.
+//! The daemon's end of the control socket.
 
-use crate::telemetry::log::target;
 use std::{
     fs, io,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
@@ -16,40 +15,41 @@ use tokio::{
 };
 
 use super::{handler::Control, wire::Reply};
+use crate::telemetry::log::target;
 
-/// For the operator alone.
+/// Only the daemon's user and root may connect.
 const MODE: u32 = 0o600;
-/// More than any request has.
+/// Longer than every valid request.
 const MAX_REQUEST_BYTES: u64 = 64 * 1024;
-/// How long a client may take to ask, and to take its answer.
+/// How long a client may take to send its request, and to receive the reply.
 const IO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why there is no socket.
+/// Why the control socket cannot be opened.
 #[derive(Debug, Error)]
 pub enum SocketError {
-    /// Somebody answers there.
+    /// Another daemon listens there.
     #[error("{path}: another injector already listens on this socket: give each its own (admin.socket)")]
     InUse {
         /// The socket.
         path: PathBuf,
     },
-    /// A file stands in the way.
+    /// A file of another type exists there.
     #[error("{path}: the file exists and is not a socket: remove it, or use another path (admin.socket)")]
     NotASocket {
         /// The file.
         path: PathBuf,
     },
-    /// The kernel refuses.
+    /// A system call failed.
     #[error("{path}: {error}: admin.socket must be in a directory that the injector can write to")]
     Io {
-        /// What it was about.
+        /// The socket or its directory.
         path: PathBuf,
-        /// What it said.
+        /// Its error.
         error: io::Error,
     },
 }
 
-/// The socket; removed when dropped.
+/// The listening socket. Its file is removed on drop.
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: std::os::unix::net::UnixListener,
@@ -57,7 +57,7 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Listens at `path`. What a daemon that crashed has left there is replaced.
+    /// Listens at `path`. Replaces a socket that a crashed daemon left there.
     ///
     /// # Errors
     /// [`SocketError`].
@@ -66,32 +66,32 @@ impl ControlSocket {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(|error| SocketError::Io { path: folder.to_owned(), error })?;
         }
-        if let Ok(there) = fs::symlink_metadata(path) {
-            if !there.file_type().is_socket() {
+        if let Ok(existing) = fs::symlink_metadata(path) {
+            if !existing.file_type().is_socket() {
                 return Err(SocketError::NotASocket { path: path.to_owned() });
             }
             if std::os::unix::net::UnixStream::connect(path).is_ok() {
                 return Err(SocketError::InUse { path: path.to_owned() });
             }
         }
-        // Nobody can connect before the mode is right: it gets its name only then.
-        let unnamed = path.with_extension(format!("{}.new", std::process::id()));
+        // The socket gets its name after its mode, so that no other user can connect in between.
+        let temporary = path.with_extension(format!("{}.new", std::process::id()));
         let open = || {
-            let listener = std::os::unix::net::UnixListener::bind(&unnamed)?;
-            fs::set_permissions(&unnamed, fs::Permissions::from_mode(MODE))?;
+            let listener = std::os::unix::net::UnixListener::bind(&temporary)?;
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(MODE))?;
             listener.set_nonblocking(true)?;
-            fs::rename(&unnamed, path)?;
+            fs::rename(&temporary, path)?;
             Ok(listener)
         };
         let listener = open().map_err(|error| {
-            // It may not be there.
-            let _ = fs::remove_file(&unnamed);
+            // It may not exist.
+            let _ = fs::remove_file(&temporary);
             failed(error)
         })?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
-    /// Answers until the runtime ends.
+    /// Serves requests until the runtime ends.
     ///
     /// # Errors
     /// When the runtime cannot poll the socket.
@@ -118,18 +118,19 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // Unless another daemon has taken the name over meanwhile, which would have been told that it is taken.
+        // Another daemon cannot have replaced it: `open` returns an error while this one listens.
         let _ = fs::remove_file(&self.path);
     }
 }
 
+/// Reads one request and writes its reply.
 async fn handle(mut stream: UnixStream, control: &Control) -> io::Result<()> {
     let mut line = Vec::new();
-    let asked = async {
+    let read_request = async {
         let (read, _) = stream.split();
         BufReader::new(read.take(MAX_REQUEST_BYTES)).read_until(b'\n', &mut line).await
     };
-    timeout(IO_TIMEOUT, asked).await??;
+    timeout(IO_TIMEOUT, read_request).await??;
     let reply = match serde_json::from_slice(&line) {
         Ok(request) => control.answer(request).await,
         Err(error) => Reply::Error(format!("not understood: {error}")),
@@ -144,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_socket_is_for_its_owner_and_goes_with_the_daemon() {
+    fn socket_is_private_and_removed_on_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/admin.sock");
         let socket = ControlSocket::open(&path).unwrap();
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_crash_has_left_is_replaced_and_other_files_are_not() {
+    fn stale_socket_is_replaced_and_other_files_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());

@@ -43,12 +43,12 @@ pub(super) fn status(
             engine("splice", probes.splice.failure()),
             engine("relay", None),
         ],
-        listeners: server.listeners().iter().map(listener).collect(),
+        listeners: server.listeners().iter().map(listener_status).collect(),
         removed_listeners,
     }
 }
 
-fn listener(active: &ActiveListener) -> ListenerStatus {
+fn listener_status(active: &ActiveListener) -> ListenerStatus {
     let counts = active.metrics.snapshot();
     ListenerStatus {
         name: active.settings.name.clone(),
@@ -66,11 +66,11 @@ fn listener(active: &ActiveListener) -> ListenerStatus {
         headers_sent: counts.headers_sent,
         bytes_to_backend: counts.to_backend,
         bytes_to_client: counts.to_client,
-        backends: active.backends.all().iter().map(backend).collect(),
+        backends: active.backends.all().iter().map(backend_status).collect(),
     }
 }
 
-fn backend(backend: &Backend) -> BackendStatus {
+fn backend_status(backend: &Backend) -> BackendStatus {
     let stats = backend.stats();
     BackendStatus {
         name: backend.configured().to_string(),
@@ -86,7 +86,7 @@ fn backend(backend: &Backend) -> BackendStatus {
     }
 }
 
-/// The oldest first.
+/// The sessions of one listener or of all, the oldest first.
 pub(super) fn sessions(server: &Server, listener: Option<&str>, limit: Option<usize>) -> Sessions {
     let mut all = server.sessions();
     all.retain(|session| listener.is_none_or(|name| *session.listener == *name));

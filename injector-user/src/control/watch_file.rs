@@ -1,5 +1,7 @@
-//! `injector reload --watch`: a reload whenever the file has changed. For Kubernetes, where a ConfigMap's files are exchanged
-//! behind a symbolic link: contents are compared, not times or inodes.
+//! `injector reload --watch`: reloads the configuration whenever the file changes.
+//!
+//! For Kubernetes, which replaces the files of a ConfigMap behind a symbolic link. So the contents
+//! are compared, not times or inodes.
 
 use std::{
     fs, io,
@@ -11,14 +13,15 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{client, wire::Request};
 
-/// Nobody waits for it.
+/// How often the file is read.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Follows `file` until SIGTERM or SIGINT, which are heard by the first process of a container only if it listens. A reload
-/// that is refused is said, and not tried again until the file changes once more; while no daemon answers, it is tried again.
+/// Watches `file` until SIGTERM or SIGINT. Both need a handler, because the first process of a
+/// container ignores them otherwise. A rejected reload is reported and retried only after the next
+/// change; while no daemon answers, the reload is retried.
 ///
 /// # Errors
-/// When signals or time cannot be heard of.
+/// When the runtime or a signal handler cannot be created.
 pub fn watch(socket: &Path, file: &Path) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -39,7 +42,7 @@ pub fn watch(socket: &Path, file: &Path) -> io::Result<()> {
 #[derive(Debug)]
 struct WatchedFile {
     file: PathBuf,
-    /// What the daemon has been told of.
+    /// The contents that the daemon loaded or rejected.
     applied: Option<Vec<u8>>,
 }
 

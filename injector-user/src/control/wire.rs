@@ -1,4 +1,4 @@
-//! What goes over the socket, in JSON.
+//! Requests and replies on the control socket, in JSON.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -6,41 +6,41 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::HealthState;
 
-/// What is asked for.
+/// A command to the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// How everything stands.
+    /// Report the state of the daemon.
     Status,
-    /// Who is connected.
+    /// List the sessions.
     Sessions {
-        /// Of this listener only.
+        /// Only of this listener.
         listener: Option<String>,
-        /// At most so many, the oldest.
+        /// The maximum number of sessions; the oldest are listed.
         limit: Option<usize>,
     },
-    /// Let nobody new in.
+    /// Reject new clients.
     Drain {
-        /// This listener only.
+        /// Only this listener.
         listener: Option<String>,
-        /// Cut who is left after so many milliseconds, in place of what is configured.
+        /// Abort the remaining sessions after this time instead of the configured one.
         deadline_ms: Option<u64>,
     },
-    /// Let clients in again.
+    /// Accept new clients again.
     Resume {
-        /// This listener only.
+        /// Only this listener.
         listener: Option<String>,
     },
-    /// Take a backend out, or put it back.
+    /// Disable or enable a backend.
     Backend {
-        /// Which of it.
+        /// Its new state.
         action: BackendAction,
-        /// Of this listener only.
+        /// Only of this listener.
         listener: Option<String>,
-        /// As configured.
+        /// Its configured address.
         backend: String,
     },
-    /// Read the configuration again.
+    /// Reload the configuration.
     Reload,
 }
 
@@ -56,17 +56,17 @@ pub enum BackendAction {
     Auto,
 }
 
-/// What comes back.
+/// The reply to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
-    /// It was done.
+    /// The result.
     Ok(Answer),
-    /// It was not, and why.
+    /// Why the daemon rejected it.
     Error(String),
 }
 
-/// What was done, or found.
+/// The result of a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
@@ -76,64 +76,64 @@ pub enum Answer {
     Sessions(Sessions),
     /// To [`Request::Drain`].
     Drained {
-        /// Which.
+        /// Their names.
         listeners: Vec<String>,
     },
     /// To [`Request::Resume`].
     Resumed {
-        /// Which of them had been drained.
+        /// The names of those that were draining.
         listeners: Vec<String>,
     },
     /// To [`Request::Backend`].
     BackendSet {
-        /// Of which.
+        /// The names of the listeners that have the backend.
         listeners: Vec<String>,
     },
     /// To [`Request::Reload`].
     Reloaded(Reloaded),
 }
 
-/// What is different from here on.
+/// What a reload changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reloaded {
-    /// Listeners that are new.
+    /// New listeners.
     pub added: Vec<String>,
-    /// Listeners that are different.
+    /// Listeners with other settings.
     pub changed: Vec<String>,
-    /// Listeners that are gone; their sessions may finish.
+    /// Listeners that are no longer configured; their sessions may finish.
     pub removed: Vec<String>,
-    /// Sections of the file that take effect with a restart only.
+    /// Sections whose changes need a restart.
     pub restart_needed_for: Vec<String>,
 }
 
-/// How everything stands.
+/// The state of the daemon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Of the daemon.
+    /// Its version.
     pub version: String,
-    /// Its process.
+    /// Its process id.
     pub pid: u32,
-    /// Since its start.
+    /// Time since its start.
     pub uptime_ms: u64,
-    /// As `/readyz` says.
+    /// As `/readyz` reports it.
     pub readiness: String,
-    /// What runs.
+    /// The configuration in effect.
     pub config: ConfigStatus,
-    /// Connections of the engines that end TCP.
+    /// Connections of the terminating engines.
     pub connections: u64,
-    /// How many of them fit.
+    /// Their limit.
     pub max_connections: u64,
-    /// Bytes that wait in the kernel for peers that do not keep up.
+    /// Bytes that the kernel holds for receivers that do not keep up.
     pub backlog_bytes: u64,
-    /// Which engines could run here.
+    /// The engines, and whether they can run here.
     pub engines: Vec<EngineStatus>,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
-    /// No longer configured, with sessions left.
+    /// Listeners that are no longer configured, with sessions left.
     pub removed_listeners: Vec<RemovedListenerStatus>,
 }
 
-/// Where the configuration comes from.
+/// The configuration in effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigStatus {
     /// The file.
@@ -149,7 +149,7 @@ pub struct ConfigStatus {
 pub struct EngineStatus {
     /// Its name.
     pub name: String,
-    /// Why it cannot run, or was not tried.
+    /// Why it cannot run, or was not tested.
     pub failure: Option<String>,
 }
 
@@ -158,17 +158,17 @@ pub struct EngineStatus {
 pub struct ListenerStatus {
     /// Its name.
     pub name: String,
-    /// What is spoken.
+    /// The mail protocol.
     pub protocol: String,
-    /// What moves its bytes.
+    /// The engine that forwards its data.
     pub engine: String,
-    /// Where clients connect.
+    /// The addresses that it listens on.
     pub bind: Vec<SocketAddr>,
-    /// New clients are turned away.
+    /// Whether new clients are rejected.
     pub draining: bool,
-    /// When sessions from before the drain are cut.
+    /// Time until sessions from before the drain are aborted.
     pub abort_in_ms: Option<u64>,
-    /// Sessions now.
+    /// Current sessions.
     pub active: u64,
     /// Connections so far.
     pub accepted: u64,
@@ -178,34 +178,34 @@ pub struct ListenerStatus {
     pub headers_sent: u64,
     /// Payload so far, as last counted.
     pub bytes_to_backend: u64,
-    /// The other way.
+    /// Payload to the client so far.
     pub bytes_to_client: u64,
-    /// Where its connections go.
+    /// Its backends.
     pub backends: Vec<BackendStatus>,
 }
 
 /// A backend of a listener.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BackendStatus {
-    /// As configured.
+    /// Its configured address.
     pub name: String,
-    /// Its share.
+    /// Its share of the connections.
     pub weight: u32,
-    /// Waits until no other can.
+    /// Whether it is used only when no other backend is eligible.
     pub backup: bool,
-    /// Whether it gets connections, and if not, why.
+    /// Its health.
     pub state: HealthState,
-    /// What its name resolved to.
+    /// The addresses of its name.
     pub addresses: Vec<SocketAddr>,
-    /// Sessions now.
+    /// Current sessions.
     pub active: u64,
     /// Sessions so far.
     pub sessions: u64,
-    /// Checks that it passed.
+    /// Health checks passed.
     pub checks_passed: u64,
-    /// Checks that it failed.
+    /// Health checks failed.
     pub checks_failed: u64,
-    /// How often it was left out because connections failed.
+    /// How often it was ejected because connections failed.
     pub ejections: u64,
 }
 
@@ -214,16 +214,16 @@ pub struct BackendStatus {
 pub struct RemovedListenerStatus {
     /// Its name.
     pub name: String,
-    /// Those that are left.
+    /// Its remaining sessions.
     pub sessions: u64,
-    /// When they are cut.
+    /// Time until they are aborted.
     pub abort_in_ms: u64,
 }
 
-/// Who is connected, by the engines that end TCP.
+/// The sessions of the terminating engines.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sessions {
-    /// How many there are, listed or not.
+    /// Their number, listed or not.
     pub count: u64,
     /// The oldest first.
     pub rows: Vec<SessionRow>,
@@ -234,18 +234,18 @@ pub struct Sessions {
 pub struct SessionRow {
     /// The listener's name.
     pub listener: String,
-    /// What moves its bytes.
+    /// The engine that forwards its data.
     pub engine: String,
-    /// The client.
+    /// The client's address.
     pub client: SocketAddr,
-    /// Where it connected to.
+    /// The address that the client connected to.
     pub local: SocketAddr,
-    /// Once one was reached.
+    /// The backend's address, once connected.
     pub backend: Option<SocketAddr>,
-    /// Since it was accepted.
+    /// Time since it was accepted.
     pub age_ms: u64,
-    /// Payload so far; at most five seconds old.
+    /// Payload to the backend so far; at most five seconds old.
     pub bytes_to_backend: u64,
-    /// The other way.
+    /// Payload to the client so far.
     pub bytes_to_client: u64,
 }

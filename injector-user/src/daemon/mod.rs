@@ -1,6 +1,6 @@
 //! `injector run`: the order of startup, service and shutdown.
 //!
-//! Startup opens sockets and loads programs, which needs capabilities. Serving connections does not.
+//! Opening sockets and loading programs needs capabilities. Serving connections does not.
 
 mod engine_metrics;
 mod listen_sockets;

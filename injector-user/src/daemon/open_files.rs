@@ -19,7 +19,7 @@ pub(super) struct OpenFiles {
     pub(super) capacity: usize,
 }
 
-/// Raises the soft limit to the hard limit, and warns if it allows fewer connections than configured.
+/// Raises the soft limit to the hard limit. Warns if it allows fewer connections than configured.
 ///
 /// # Errors
 /// When the limit is too low for one connection.

@@ -11,8 +11,8 @@ use crate::{
     telemetry::log::target,
 };
 
-/// Drops every capability except those that the kernel engines need at run time, and the one to bind
-/// ports below 1024, which a reload may add.
+/// Drops every capability except those that the kernel engines need at run time, and the one to
+/// bind ports below 1024, which a reload may add.
 pub(super) fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
     keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());

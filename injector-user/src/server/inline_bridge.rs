@@ -8,13 +8,14 @@ use super::{active_listener::ActiveListener, state::Server};
 use crate::engine::served_listener::ServedListener;
 
 impl Server {
-    /// What engine inline is to serve, now and whenever it changes, and what rings when other backends are to get its
-    /// connections.
+    /// The listeners of the inline engine with every later change, and a notification when other
+    /// backends become eligible.
     #[must_use]
     pub fn inline_updates(&self) -> (watch::Receiver<Vec<ServedListener>>, Arc<Notify>) {
         (self.inline_listeners.subscribe(), Arc::clone(&self.backends_changed))
     }
 
+    /// Publishes the current listeners.
     pub(super) fn publish_to_inline(&self) {
         let served = |active: &ActiveListener| ServedListener {
             listener: active.settings.clone(),

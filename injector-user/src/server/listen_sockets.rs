@@ -56,8 +56,8 @@ impl Server {
     }
 }
 
-/// Binds one address of a listener with one socket for each worker, or adopts the socket that systemd
-/// passed for it.
+/// Binds one address of a listener with one socket for each worker, or adopts the socket that
+/// systemd passed for it.
 ///
 /// # Errors
 /// When the address cannot be bound; the message says what to do.

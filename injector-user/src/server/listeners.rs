@@ -16,6 +16,7 @@ use crate::{
 };
 
 impl Server {
+    /// Starts the listener's health tasks and acceptors.
     pub(super) fn start_listener(&self, setup: ListenerSetup) -> ActiveListener {
         let ListenerSetup { settings, requested, engine, sockets } = setup;
         let name = engine.as_ref().map_or("inline", |engine| engine.name());

@@ -1,6 +1,7 @@
 //! Replaces the configuration while sessions continue.
 //!
-//! [`Server::prepare`] does everything that can fail and changes nothing; [`Server::apply`] cannot fail.
+//! [`Server::prepare`] does everything that can fail and changes nothing. [`Server::apply`] cannot
+//! fail.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -14,7 +14,8 @@ use crate::{session::registry::SessionRegistry, telemetry::log::target};
 const ABORT_GRACE: Duration = Duration::from_secs(3);
 
 impl Server {
-    /// Stops accepting, lets sessions finish until the deadline or a second signal, and aborts the rest.
+    /// Stops accepting, lets sessions finish until the deadline or a second signal, then aborts the
+    /// rest.
     pub async fn shutdown(self, deadline: Duration, second_signal: impl Future<Output = ()>) {
         let Shared { stop_accepting, abort_sessions: abort, stop_workers, acceptors, sessions, .. } =
             self.shared;

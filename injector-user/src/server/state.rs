@@ -123,6 +123,7 @@ impl Server {
         }
     }
 
+    /// Exports the limit of connections as a metric.
     pub(super) fn publish_limits(&self) {
         self.shared.metrics.set_max_connections(self.connections().1);
     }

@@ -1,6 +1,7 @@
-//! Threads that serve connections, one for each processor. Each has a runtime, listening sockets and a watch of its own
-//! (`SO_REUSEPORT`: the kernel spreads clients over them), so a connection stays on the thread that accepted it and wakes no
-//! other.
+//! Worker threads: each has its own runtime, listening sockets and hang-up monitor.
+//!
+//! The kernel distributes clients over the sockets (`SO_REUSEPORT`). A connection stays on the thread
+//! that accepted it, and wakes no other thread.
 
 use std::{io, pin::Pin, thread};
 
@@ -16,7 +17,7 @@ use crate::{
     telemetry::log::target,
 };
 
-/// A thread at work.
+/// A running worker thread.
 #[derive(Debug)]
 pub(super) struct Worker {
     thread: thread::JoinHandle<()>,
@@ -30,10 +31,10 @@ pub(super) struct Worker {
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Worker {
-    /// Starts one that has no acceptors yet. It serves on until `stop_workers`; its acceptors count among `acceptors`.
+    /// Starts a thread without acceptors. It runs until `stop_workers`; `acceptors` counts its acceptors.
     ///
     /// # Errors
-    /// When there can be no further thread or epoll instance.
+    /// When the system has no thread or epoll instance left.
     pub(super) fn start(
         number: usize,
         acceptors: &TaskTracker,
@@ -41,21 +42,21 @@ impl Worker {
     ) -> io::Result<Self> {
         let hangups = HangupMonitor::new()?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        let (tasks, mut spawned) = mpsc::unbounded_channel::<Task>();
+        let (tasks, mut received) = mpsc::unbounded_channel::<Task>();
         let sessions = SessionRegistry::default();
-        let (watching, timing) = (hangups.clone(), sessions.clone());
+        let (monitor, timer) = (hangups.clone(), sessions.clone());
         let work = async move {
-            if let Err(error) = watching.spawn() {
+            if let Err(error) = monitor.spawn() {
                 tracing::error!(target: target::ENGINE_SPLICE, %error, "cannot monitor spliced sockets for peer close; a closed peer is noticed at the next timeout");
             }
-            let tasks = async {
-                while let Some(acceptor) = spawned.recv().await {
-                    tokio::spawn(acceptor);
+            let spawn_tasks = async {
+                while let Some(task) = received.recv().await {
+                    tokio::spawn(task);
                 }
             };
             tokio::select! {
-                ((), ()) = async { tokio::join!(tasks, stop_workers.cancelled()) } => {}
-                () = timing.run_timer() => {}
+                ((), ()) = async { tokio::join!(spawn_tasks, stop_workers.cancelled()) } => {}
+                () = timer.run_timer() => {}
             }
         };
         let thread =
@@ -63,13 +64,13 @@ impl Worker {
         Ok(Self { thread, tasks, acceptors: acceptors.clone(), hangups, sessions })
     }
 
-    /// For the endpoints that live on this thread.
+    /// The monitor of this thread's sockets.
     #[must_use]
     pub(super) fn hangups(&self) -> &HangupMonitor {
         &self.hangups
     }
 
-    /// For the connections that live on this thread.
+    /// The sessions of this thread.
     #[must_use]
     pub(super) fn sessions(&self) -> &SessionRegistry {
         &self.sessions
@@ -77,27 +78,27 @@ impl Worker {
 
     /// Runs an acceptor until its listener stops.
     pub(super) fn spawn_acceptor(&self, acceptor: Acceptor, socket: Socket) {
-        // Counted from here on: whoever waits for the acceptors waits for those that the thread has not come to yet.
+        // Counted here, so that a shutdown also waits for an acceptor that the thread has not started.
         let acceptor = self.acceptors.track_future(acceptor.run(socket));
-        // The thread lives until the acceptors are closed.
+        // The send cannot fail: the thread runs until all acceptors have ended.
         let _ = self.tasks.send(Box::pin(acceptor));
     }
 
-    /// Resolves when the thread has come to it; an error if the thread is no more.
+    /// Resolves when the thread has responded, with an error if it has exited.
     pub(super) fn check_liveness(&self) -> oneshot::Receiver<()> {
         let (reply, answered) = oneshot::channel();
         let reply = async move {
-            // Who asked may wait no longer.
+            // The caller may have stopped waiting.
             let _ = reply.send(());
         };
         let _ = self.tasks.send(Box::pin(reply));
         answered
     }
 
-    /// Waits for the thread's end, which comes after `stop_workers`.
+    /// Waits until the thread has exited, which `stop_workers` causes.
     pub(super) fn join(self) {
         drop(self.tasks);
-        // It has panicked: its message was printed, and its connections are gone.
+        // An error means that the thread panicked: the message is in the log, and its connections ended.
         let _ = self.thread.join();
     }
 }

@@ -1,6 +1,6 @@
-//! `injector top`: how everything stands, second by second, on a terminal.
+//! `injector top`: the state of a running daemon, live on the terminal.
 //!
-//! What is drawn is a function of two answers of the daemon ([`View`]); the rest asks for them, and hears the keys.
+//! The screen is a pure function of two samples of the daemon ([`View`]).
 
 mod input;
 mod model;
@@ -23,28 +23,29 @@ use self::{
     sample::sample,
 };
 
-/// Shows it until `q` is pressed, looking every `every`.
+/// Shows the daemon until `q` is pressed, with a new sample at each `interval`.
 ///
 /// # Errors
-/// When there is no terminal, or no daemon answers at first. One that goes away later is waited for.
-pub fn run(socket: &Path, every: Duration) -> anyhow::Result<()> {
+/// When standard output is not a terminal, or no daemon answers the first request. Later failures
+/// are shown and retried.
+pub fn run(socket: &Path, interval: Duration) -> anyhow::Result<()> {
     if !io::stdout().is_terminal() {
         bail!("standard output is not a terminal: use --once, or `injector status`");
     }
     let mut view = View::new(sample(socket)?);
     let mut terminal = ratatui::try_init().context("the terminal")?;
-    let result = follow(&mut terminal, &mut view, socket, every);
+    let result = event_loop(&mut terminal, &mut view, socket, interval);
     ratatui::restore();
     result
 }
 
-fn follow(
+fn event_loop(
     terminal: &mut ratatui::DefaultTerminal,
     view: &mut View,
     socket: &Path,
-    every: Duration,
+    interval: Duration,
 ) -> anyhow::Result<()> {
-    let mut next = Instant::now() + every;
+    let mut next = Instant::now() + interval;
     loop {
         terminal.draw(|frame| view.draw(frame))?;
         if event::poll(next.saturating_duration_since(Instant::now()))? {
@@ -55,7 +56,7 @@ fn follow(
             }
             continue;
         }
-        next = Instant::now() + every;
+        next = Instant::now() + interval;
         match sample(socket) {
             Ok(sample) => view.update(sample),
             Err(error) => view.error = Some(format!("{error:#}")),
@@ -63,13 +64,13 @@ fn follow(
     }
 }
 
-/// One page as text, with rates over `every`.
+/// One page as text, with rates over `interval`.
 ///
 /// # Errors
 /// When no daemon answers.
-pub fn once(socket: &Path, every: Duration) -> anyhow::Result<String> {
+pub fn once(socket: &Path, interval: Duration) -> anyhow::Result<String> {
     let mut view = View::new(sample(socket)?);
-    std::thread::sleep(every);
+    std::thread::sleep(interval);
     view.update(sample(socket)?);
     page(&view, PAGE_SIZE)
 }

@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use crate::control::wire::{ListenerStatus, Sessions, Status};
 
-/// What the daemon said at one moment.
+/// The daemon's answers at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
-    /// When.
+    /// When it was taken.
     pub at: Instant,
-    /// How everything stood.
+    /// The answer to `status`.
     pub status: Status,
-    /// Who was connected.
+    /// The answer to `sessions`.
     pub sessions: Sessions,
 }
 
@@ -22,20 +22,20 @@ pub(super) struct View {
     pub(super) before: Option<Sample>,
     /// New connections a second, the newest last.
     pub(super) history: Vec<u64>,
-    /// The listener whose sessions are listed; all of them without one.
+    /// The listener whose sessions are listed; `None`: all listeners.
     pub(super) selected: Option<usize>,
-    /// Why there is no newer answer.
+    /// Why there is no newer sample.
     pub(super) error: Option<String>,
 }
 
 impl View {
-    /// The first look.
+    /// A view of the first sample, without rates.
     #[must_use]
     pub(super) fn new(first: Sample) -> Self {
         Self { now: first, before: None, history: Vec::new(), selected: None, error: None }
     }
 
-    /// The next.
+    /// Adds the next sample.
     pub(super) fn update(&mut self, next: Sample) {
         self.error = None;
         self.before = Some(std::mem::replace(&mut self.now, next));
@@ -52,14 +52,16 @@ impl View {
         self.history.drain(..over);
     }
 
+    /// Selects the listener `step` rows down.
     pub(super) fn select(&mut self, step: isize) {
-        // One more than there are listeners: all.
-        let places = self.now.status.listeners.len() + 1;
+        // The first choice is all listeners.
+        let choices = self.now.status.listeners.len() + 1;
         let at = self.selected.map_or(0, |index| index + 1);
-        let next = at.checked_add_signed(step).unwrap_or(places - 1) % places;
+        let next = at.checked_add_signed(step).unwrap_or(choices - 1) % choices;
         self.selected = next.checked_sub(1);
     }
 
+    /// The rates of a listener between the two samples.
     pub(super) fn rates(&self, listener: &ListenerStatus) -> Option<Rates> {
         let before = self.before.as_ref()?;
         let seconds = self.now.at.duration_since(before.at).as_secs_f64();
@@ -93,7 +95,7 @@ fn per_second(count: u64, seconds: f64) -> f64 {
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "a rate is positive and far below"
+    reason = "a rate is positive and far below 2^64"
 )]
 pub(super) fn whole(rate: f64) -> u64 {
     rate.round() as u64

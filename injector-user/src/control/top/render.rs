@@ -17,11 +17,11 @@ use crate::control::{
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
 
-/// Width and height of a frame that goes to a file or a pipe.
+/// Width and height of a page of text.
 pub(super) const PAGE_SIZE: (u16, u16) = (132, 40);
 
 impl View {
-    /// Draws it.
+    /// Draws the view.
     pub(super) fn draw(&self, frame: &mut Frame<'_>) {
         let listeners = self.now.status.listeners.len();
         let backends: usize = self.now.status.listeners.iter().map(|listener| listener.backends.len()).sum();
@@ -53,11 +53,11 @@ impl View {
             config,
             ..
         } = &self.now.status;
-        let mood = if readiness == "ready" { Color::Green } else { Color::Yellow };
+        let color = if readiness == "ready" { Color::Green } else { Color::Yellow };
         let first = Line::from(vec![
             "injector ".bold(),
             Span::raw(format!("{version}  process {pid}  up {}  ", age(*uptime_ms))),
-            Span::styled(readiness.clone(), Style::new().fg(mood).bold()),
+            Span::styled(readiness.clone(), Style::new().fg(color).bold()),
         ]);
         let second = Line::raw(format!(
             "{connections} of {max_connections} connections, {} queued in the kernel   configuration {}",
@@ -66,7 +66,7 @@ impl View {
         ));
         let third = match (&self.error, &config.reload_error) {
             (Some(error), _) => Line::from(error.clone().red()),
-            (None, Some(why)) => Line::from(format!("last reload failed: {why}").yellow()),
+            (None, Some(reason)) => Line::from(format!("last reload failed: {reason}").yellow()),
             (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
         };
         Paragraph::new(vec![first, second, third])
@@ -74,8 +74,8 @@ impl View {
 
     fn draw_graph(&self, frame: &mut Frame<'_>, area: Rect) {
         let now = self.history.last().copied().unwrap_or_default();
-        let most = self.history.iter().copied().max().unwrap_or_default();
-        let title = format!("new connections: {now}/s, at most {most}/s");
+        let max = self.history.iter().copied().max().unwrap_or_default();
+        let title = format!("new connections: {now}/s, at most {max}/s");
         let width = usize::from(area.width);
         let shown = self.history.get(self.history.len().saturating_sub(width)..).unwrap_or_default();
         let graph = Sparkline::default().block(Block::new().borders(Borders::TOP).title(title)).data(shown);
@@ -92,7 +92,7 @@ impl View {
                 rates.as_ref().map_or("-".to_owned(), |rates| format!("{}/s", bytes(whole(of(rates)))))
             };
             let state = match (listener.draining, listener.abort_in_ms) {
-                (true, Some(cut @ 1..)) => format!("draining, {}", age(cut)).yellow(),
+                (true, Some(left @ 1..)) => format!("draining, {}", age(left)).yellow(),
                 (true, _) => "draining".yellow(),
                 (false, _) => "open".green(),
             };
@@ -199,7 +199,7 @@ fn right<'a>(text: String) -> Cell<'a> {
     Cell::from(Line::raw(text).right_aligned())
 }
 
-/// Titles from column `numbers` on stand over numbers.
+/// The titles from column `numbers` on are right-aligned, like the numbers below them.
 fn table<'a, const N: usize>(
     rows: impl IntoIterator<Item = Row<'a>>,
     widths: &[Constraint; N],

@@ -1,4 +1,4 @@
-//! Asks a running daemon for what `top` shows.
+//! Samples a running daemon.
 
 use std::{path::Path, time::Instant};
 
@@ -10,9 +10,13 @@ use crate::control::{
     wire::{Answer, Request},
 };
 
-/// Sessions that are asked for: more than any terminal has lines.
+/// More sessions than a terminal has lines.
 const MAX_SESSIONS: usize = 200;
 
+/// Requests the status and the oldest sessions.
+///
+/// # Errors
+/// When no daemon answers.
 pub(super) fn sample(socket: &Path) -> anyhow::Result<Sample> {
     let at = Instant::now();
     let Answer::Status(status) = client::send(socket, &Request::Status)? else {

@@ -22,12 +22,12 @@ impl HeaderAddresses {
         let claim = |family: Family| {
             // An address for documentation (RFC 5737, RFC 3849), if this host has none of the
             // family.
-            let nobody = Client::Documentation.ip(family);
+            let documentation = Client::Documentation.ip(family);
             let fits = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
             let client = source
                 .filter(|ip| Family::of(*ip) == family)
                 .or_else(|| local.iter().copied().find(fits))
-                .unwrap_or(nobody);
+                .unwrap_or(documentation);
             let bound =
                 bind.iter().find(|bound| Family::of(bound.ip()) == family && !bound.ip().is_unspecified());
             (client, bound.copied().unwrap_or(SocketAddr::new(client, port)))

@@ -25,7 +25,7 @@ use crate::service::Security;
 
 /// Time limit of each step of a client; longer than the receivers' own limits, so that these are
 /// detected.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The server of a client, and the trusted authority.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +62,7 @@ fn send_here(
     let hello = ClientId::Domain("client.example.test".to_owned());
     let tls = tls_parameters(server.authority_pem)?;
     let at_once = (security == Security::ImplicitTls).then_some(&tls);
-    let mut connection = SmtpConnection::connect(server.address, Some(PATIENCE), &hello, at_once, None)?;
+    let mut connection = SmtpConnection::connect(server.address, Some(TIMEOUT), &hello, at_once, None)?;
     if security == Security::StartTls {
         connection.starttls(&tls, &hello)?;
     }
@@ -106,8 +106,8 @@ pub fn read_inbox(
     append: &[&Message],
 ) -> anyhow::Result<Mailbox> {
     let session = async {
-        let session = tokio::time::timeout(PATIENCE, read_inbox_here(server, user, append)).await;
-        session.map_err(|_| anyhow!("not done after {PATIENCE:?}"))?
+        let session = tokio::time::timeout(TIMEOUT, read_inbox_here(server, user, append)).await;
+        session.map_err(|_| anyhow!("not done after {TIMEOUT:?}"))?
     };
     let mailbox = netns.run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -89,7 +89,7 @@ impl Splice {
     }
 
     /// The log lines that the programs write from now on, as `log` records; can be taken once.
-    /// Earlier lines are discarded: the self-test provokes errors that would alarm an operator.
+    /// Earlier lines are discarded: the self-test provokes errors that would worry an operator.
     ///
     /// # Errors
     /// When it was already taken.

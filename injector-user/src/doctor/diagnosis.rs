@@ -301,7 +301,7 @@ impl Evidence<'_> {
         }
         tried.is_empty().then(|| {
             Finding::note(
-                Verdict::ForgeryUntried,
+                Verdict::ForgeryUntested,
                 "the doctor did not test whether the server trusts headers from other hosts, because this host has no \
                  other address with a route to it: run `injector doctor --untrusted` on another host",
             )

@@ -76,7 +76,7 @@ fn a_backend_that_trusts_another_address_is_forgeable() {
     assert_eq!(codes, ["forgeable"]);
     assert!(lines.contains("ip saddr != 10.25.0.1 tcp dport 2525 counter drop"), "{lines}");
     let (codes, _) = judged(&target(Protocol::Submission), &all[..3]);
-    assert_eq!(codes, ["note forgery_not_run"]);
+    assert_eq!(codes, ["note forgery_untested"]);
 }
 
 const LOCALHOST: Probe = claim(Client::Localhost);
@@ -109,7 +109,7 @@ fn relaying_for_localhost_is_a_note_and_for_all_a_fault() {
     assert!(lines.contains(RESTRICTIONS) && !lines.contains("nft"), "others were filtered: {lines}");
     let not_run: Vec<_> = note.iter().filter(|one| one.step.from.is_none()).cloned().collect();
     let (codes, lines) = judged(&submission, &not_run);
-    assert_eq!(codes, ["note forgery_not_run", "note relays_for_localhost"]);
+    assert_eq!(codes, ["note forgery_untested", "note relays_for_localhost"]);
     assert!(lines.contains("ip saddr != 10.25.0.1 tcp dport 2525 counter drop"), "{lines}");
     let all = with_claims(vec![dialogue(LOCALHOST, relays()), dialogue(DOCUMENTATION, relays())]);
     let (codes, lines) = judged(&submission, &all);

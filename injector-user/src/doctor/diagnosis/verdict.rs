@@ -54,7 +54,7 @@ pub enum Verdict {
     /// Protocol `plain` cannot show whether the server accepts the header.
     Unproven,
     /// The doctor could not test whether the server trusts headers from other addresses.
-    ForgeryUntried,
+    ForgeryUntested,
     /// The backend is reached over loopback: every process on this host can send a header.
     Loopback,
     /// Engine inline keeps the client's address.
@@ -90,7 +90,7 @@ impl Verdict {
             Self::OtherProtocol => "other_protocol",
             Self::TlsTrouble => "tls_trouble",
             Self::Unproven => "unproven",
-            Self::ForgeryUntried => "forgery_untried",
+            Self::ForgeryUntested => "forgery_untested",
             Self::Loopback => "loopback",
             Self::ClientAddressed => "client_addressed",
         }

@@ -1,6 +1,6 @@
 //! `injector top`: the state of a running daemon, live on the terminal.
 //!
-//! The screen is a pure function of two samples of the daemon ([`View`]).
+//! The screen is a pure function of two samples of the daemon (`View`).
 
 mod input;
 mod model;

@@ -133,8 +133,8 @@ impl Evidence<'_> {
                 ),
                 self.changes_if_mute(),
             ),
-            Outcome::TurnedAway(said) if !self.is_about_header(said) => Finding::fault(
-                Verdict::TurnedAway,
+            Outcome::Rejected(said) if !self.is_about_header(said) => Finding::fault(
+                Verdict::Rejected,
                 format!("{address} rejects the injector: {said:?}"),
                 Vec::new(),
             ),

@@ -26,7 +26,7 @@ pub(super) enum GreetingState {
     /// A greeting, or an error reply before its end: the client may send now.
     Complete,
     /// A rejection; the server closes the connection.
-    TurnedAway,
+    Rejected,
     /// Something that is not a greeting of this protocol.
     Strange,
 }
@@ -41,7 +41,7 @@ pub(super) enum Response {
     /// A greeting, then an error reply to what the client sent.
     Misunderstood(String, String),
     /// A rejection.
-    TurnedAway(String),
+    Rejected(String),
     /// Not a greeting of this protocol.
     Strange(String),
 }
@@ -76,7 +76,7 @@ impl Dialect {
             match self.line(line) {
                 Line::Greeting => return GreetingState::Complete,
                 Line::Complaint if index > 0 => return GreetingState::Complete,
-                Line::NoService | Line::Complaint => return GreetingState::TurnedAway,
+                Line::NoService | Line::Complaint => return GreetingState::Rejected,
                 Line::Strange => return GreetingState::Strange,
                 Line::Continued => {}
             }
@@ -97,14 +97,14 @@ impl Dialect {
         let first = readable(lines.first().copied().unwrap_or_default());
         match lines.first().map(|line| self.line(line)) {
             Some(Line::Greeting | Line::Continued) => {}
-            Some(Line::NoService | Line::Complaint) => return Response::TurnedAway(first),
+            Some(Line::NoService | Line::Complaint) => return Response::Rejected(first),
             _ => return Response::Strange(first),
         }
         for line in lines.iter().skip(1) {
             match self.line(line) {
                 Line::Complaint => return Response::Misunderstood(first, readable(line)),
                 // IMAP and Sieve reply BYE to LOGOUT as well.
-                Line::NoService if self == Self::Smtp => return Response::TurnedAway(readable(line)),
+                Line::NoService if self == Self::Smtp => return Response::Rejected(readable(line)),
                 _ => {}
             }
         }
@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn the_client_may_send_after_the_last_line_of_a_greeting_or_an_error() {
         use Dialect::{Imap, Pop3, Sieve, Smtp, Unknown};
-        use GreetingState::{Complete, Incomplete, Strange, TurnedAway};
+        use GreetingState::{Complete, Incomplete, Rejected, Strange};
         for (dialect, said, expected) in [
             (Smtp, "", Incomplete),
             (Smtp, "220 mail.exa", Incomplete),
@@ -200,19 +200,19 @@ mod tests {
                 Complete,
             ),
             (Smtp, POSTFIX, Complete),
-            (Smtp, "421 4.3.2 No system resources\r\n", TurnedAway),
-            (Smtp, "500 Invalid command\r\n", TurnedAway),
+            (Smtp, "421 4.3.2 No system resources\r\n", Rejected),
+            (Smtp, "500 Invalid command\r\n", Rejected),
             (Smtp, "* OK ready\r\n", Strange),
             (Smtp, "\u{15}\u{3}\u{1}", Strange),
             (Imap, IMAP, Complete),
             (Imap, "* PREAUTH welcome\r\n", Complete),
-            (Imap, "* BYE Too many connections\r\n", TurnedAway),
+            (Imap, "* BYE Too many connections\r\n", Rejected),
             (Imap, "220 mail\r\n", Strange),
             (Pop3, "+OK ready\r\n", Complete),
-            (Pop3, "-ERR [SYS/TEMP] later\r\n", TurnedAway),
+            (Pop3, "-ERR [SYS/TEMP] later\r\n", Rejected),
             (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\n", Incomplete),
             (Sieve, "\"IMPLEMENTATION\" \"Dovecot Pigeonhole\"\r\nOK \"ready.\"\r\n", Complete),
-            (Sieve, "BYE \"no\"\r\n", TurnedAway),
+            (Sieve, "BYE \"no\"\r\n", Rejected),
             (Unknown, "anything\n", Complete),
         ] {
             assert_eq!(dialect.greeting_state(said.as_bytes()), expected, "{dialect:?} {said:?}");
@@ -226,14 +226,14 @@ mod tests {
         type Is = fn(&Response) -> bool;
         let greeted: Is = |response| matches!(response, Response::Greeted(_));
         let misunderstood: Is = |response| matches!(response, Response::Misunderstood(..));
-        let turned_away: Is = |response| matches!(response, Response::TurnedAway(_));
+        let rejected: Is = |response| matches!(response, Response::Rejected(_));
         for (dialect, rest, expected) in [
             (Smtp, "221 2.0.0 Bye\r\n", greeted),
             (Smtp, "500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n", misunderstood),
             (Smtp, "500 5.5.2 Error: command not recognized\r\n221 2.0.0 Bye\r\n", misunderstood),
             (Smtp, "521 5.5.1 Protocol error\r\n", misunderstood),
             (Smtp, "521 5.5.2 mail.example.test Error: bare <LF> received\r\n", misunderstood),
-            (Smtp, "521 5.7.1 Blocked by zen.example\r\n", turned_away),
+            (Smtp, "521 5.7.1 Blocked by zen.example\r\n", rejected),
             (Imap, "* BYE Logging out\r\na OK Logout completed.\r\n", greeted),
             (
                 Imap,
@@ -257,7 +257,7 @@ mod tests {
             assert!(expected(&response), "{rest:?}: {response:?}");
         }
         assert_eq!(Smtp.classify(b""), Response::Empty);
-        assert!(turned_away(&Smtp.classify(b"421 4.3.0 mail.example.test Server local error\r\n")));
+        assert!(rejected(&Smtp.classify(b"421 4.3.0 mail.example.test Server local error\r\n")));
         assert!(matches!(Smtp.classify(b"* OK ready\r\n"), Response::Strange(_)));
     }
 

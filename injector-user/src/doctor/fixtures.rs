@@ -35,7 +35,7 @@ pub(super) fn misunderstood(line: &str, complaint: &str) -> Outcome {
 }
 
 pub(super) fn away(line: &str) -> Outcome {
-    Outcome::TurnedAway(line.to_owned())
+    Outcome::Rejected(line.to_owned())
 }
 
 /// An observation `tenths` of a second after the connection.

@@ -171,7 +171,7 @@ pub enum Outcome {
         complaint: String,
     },
     /// The server sent a rejection instead of a greeting.
-    TurnedAway(String),
+    Rejected(String),
     /// The server sent something other than the protocol; in TLS, clear text.
     Strange(String),
     /// A TLS alert by this name.
@@ -267,7 +267,7 @@ impl Observation {
     pub fn said(&self) -> Option<&str> {
         match &self.outcome {
             Outcome::Greeted(greeting) | Outcome::Misunderstood { greeting, .. } => Some(&greeting.line),
-            Outcome::TurnedAway(line) | Outcome::Strange(line) => Some(line),
+            Outcome::Rejected(line) | Outcome::Strange(line) => Some(line),
             _ => None,
         }
     }

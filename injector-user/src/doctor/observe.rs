@@ -228,7 +228,7 @@ async fn run_in_tls(target: &Target, stream: TcpStream, session: Session) -> Pro
             }
             if recorded.first.first().is_some_and(u8::is_ascii_graphic) {
                 let outcome = match Dialect::of(session.protocol).classify(&recorded.first) {
-                    Response::TurnedAway(line) => Outcome::TurnedAway(line),
+                    Response::Rejected(line) => Outcome::Rejected(line),
                     _ => Outcome::Strange(readable(
                         recorded.first.split(|byte| *byte == b'\n').next().unwrap_or(&[]),
                     )),
@@ -281,7 +281,7 @@ async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, D
             None => quit(stream, &mut said, protocol).await,
         },
         // The server closes; a client that closes first after a header harms an smtpd.
-        GreetingState::TurnedAway | GreetingState::Strange => {
+        GreetingState::Rejected | GreetingState::Strange => {
             let _ = timeout(CLOSE_TIMEOUT, read_to_end(stream, &mut said)).await;
         }
         GreetingState::Incomplete => {}
@@ -295,7 +295,7 @@ async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, D
         Response::Misunderstood(line, complaint) => {
             Outcome::Misunderstood { greeting: Greeting { line, teaser }, complaint }
         }
-        Response::TurnedAway(line) => Outcome::TurnedAway(line),
+        Response::Rejected(line) => Outcome::Rejected(line),
         Response::Strange(line) => Outcome::Strange(line),
     };
     (outcome, after, dialogue)

@@ -248,7 +248,7 @@ const fn outcome_code(outcome: &Outcome) -> &'static str {
         Outcome::Unreachable(_) => "unreachable",
         Outcome::Greeted(_) => "greeted",
         Outcome::Misunderstood { .. } => "misunderstood",
-        Outcome::TurnedAway(_) => "turned_away",
+        Outcome::Rejected(_) => "rejected",
         Outcome::Strange(_) => "strange",
         Outcome::Alert(_) => "alert",
         Outcome::Closed { .. } => "closed",

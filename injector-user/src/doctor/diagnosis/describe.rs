@@ -25,7 +25,7 @@ fn describe_outcome(one: &Observation) -> String {
             format!("{tls}\"{line}{more}\"{teaser} {after}")
         }
         Outcome::Misunderstood { complaint, .. } => format!("{tls}read as commands: {complaint:?}"),
-        Outcome::TurnedAway(said) => format!("{tls}{said:?} {after}"),
+        Outcome::Rejected(said) => format!("{tls}{said:?} {after}"),
         Outcome::Strange(said) => format!("{said:?} {after}"),
         Outcome::Alert(name) => format!("TLS alert {name} {after}"),
         Outcome::Closed { reset: true } => format!("{tls}reset {after}"),

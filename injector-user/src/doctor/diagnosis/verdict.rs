@@ -44,7 +44,7 @@ pub enum Verdict {
     /// The server accepts the connection and sends nothing.
     Mute,
     /// The server rejects the connection for a reason other than the header.
-    TurnedAway,
+    Rejected,
     /// The server rejects the header for an unknown reason.
     HeaderRefused,
     /// The server speaks another protocol.
@@ -85,7 +85,7 @@ impl Verdict {
             Self::TrustsLocalhost => "trusts_localhost",
             Self::ClearText => "clear_text",
             Self::Mute => "mute",
-            Self::TurnedAway => "turned_away",
+            Self::Rejected => "rejected",
             Self::HeaderRefused => "header_refused",
             Self::OtherProtocol => "other_protocol",
             Self::TlsTrouble => "tls_trouble",

@@ -97,7 +97,7 @@ async fn start_engine(settings: &Settings, listeners: &[&Listener]) -> anyhow::R
                 family = chain.family,
                 table = chain.table,
                 chain = chain.chain,
-                "drops what is forwarded unless a rule of it accepts: let connections to the backends through"
+                "this chain has policy drop for forwarded packets: add a rule that accepts connections to the backends"
             );
         }
         let change = ruleset.apply()?;

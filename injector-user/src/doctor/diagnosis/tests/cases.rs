@@ -242,7 +242,7 @@ pub(super) fn cases() -> Vec<Case> {
             )
         },
         Case {
-            codes: &["turned_away"],
+            codes: &["rejected"],
             ..case(
                 "too busy",
                 Submission,

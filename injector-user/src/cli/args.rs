@@ -254,7 +254,7 @@ pub struct DetachArgs {
 
 const RUN_EXAMPLES: &str = "\
 Examples:
-  Use the relay engine for every listener, whatever the file says
+  Use the relay engine for every listener, overriding the file
     $ injector run --config injector.toml --engine relay
 
   In a container, configured by environment variables
@@ -292,7 +292,7 @@ pub struct RunArgs {
     #[arg(long, env = "INJECTOR_STOP_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub stop_deadline: Option<Duration>,
 
-    /// Engine of every listener, whatever the file says [file: listener.engine; default: auto]
+    /// Engine of every listener, overriding the file [file: listener.engine; default: auto]
     #[arg(long, env = "INJECTOR_ENGINE", value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
 }

@@ -14,7 +14,7 @@ use crate::{
 /// Binds the addresses of all listeners, and warns about sockets of systemd that no listener uses.
 ///
 /// # Errors
-/// When an address cannot be bound; the message says what to do.
+/// When an address cannot be bound; the message states what to do.
 pub(super) fn bind_all(
     listeners: &[Listener],
     workers: usize,

@@ -38,7 +38,7 @@ use crate::{
 /// Runs the daemon until a signal stops it. `source` reads `file` again for a reload.
 ///
 /// # Errors
-/// When the daemon cannot start; the message says what to do.
+/// When the daemon cannot start; the message states what to do.
 pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Result<()> {
     let Config { metrics, admin, limits, splice, inline, stop, log, mut listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;

@@ -60,7 +60,7 @@ impl Server {
 /// systemd passed for it.
 ///
 /// # Errors
-/// When the address cannot be bound; the message says what to do.
+/// When the address cannot be bound; the message states what to do.
 pub fn bind(
     address: SocketAddr,
     inherited: &[(SocketAddr, Socket)],

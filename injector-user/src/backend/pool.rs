@@ -160,7 +160,7 @@ impl Backends {
                 tracing::info!(target: target::HEALTH, listener, backend = %name, "backend is up: health checks pass; it receives new connections")
             }
             (Err(error), Some(_)) => {
-                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: health checks fail; new connections go to the other backends");
+                tracing::warn!(target: target::HEALTH, listener, backend = %name, error, "backend is down: health checks fail; it receives new connections only while no other backend is up");
             }
             (Err(error), None) => {
                 tracing::debug!(target: target::HEALTH, listener, backend = %name, error, "health check failed")

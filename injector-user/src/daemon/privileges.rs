@@ -20,7 +20,7 @@ pub(super) fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEng
     match capabilities::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
-            tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon keeps all of them");
+            tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon may keep more than it needs");
         }
     }
 }

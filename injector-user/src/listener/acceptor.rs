@@ -52,7 +52,7 @@ impl Acceptor {
                     listener = &*self.owner.policy().context().listener,
                     address = address.map(tracing::field::display),
                     %error,
-                    "accept loop failed; this address accepts no connections until a restart"
+                    "accept loop failed; one worker accepts no connections on this address until a restart"
                 );
                 return;
             }
@@ -68,12 +68,12 @@ impl Acceptor {
                 Ok(client) if reserve.refill(socket.get_ref()) => self.admit(client),
                 Ok(client) => {
                     let context = self.owner.policy().context();
-                    self.limit.0.exhaustion_warning.log(&context.listener);
+                    self.limit.0.exhaustion_warning.log(&context.listener, address);
                     reject_without_fd(&context, client);
                     reserve.refill(socket.get_ref());
                 }
                 Err(error) if is_fd_exhaustion(&error) => {
-                    self.limit.0.exhaustion_warning.log(&self.owner.policy().context().listener);
+                    self.limit.0.exhaustion_warning.log(&self.owner.policy().context().listener, address);
                     if !reserve.release() {
                         tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     }

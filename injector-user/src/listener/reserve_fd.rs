@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -45,12 +46,13 @@ pub(super) struct FdExhaustionWarning {
 }
 
 impl FdExhaustionWarning {
-    pub(super) fn log(&self, listener: &str) {
+    pub(super) fn log(&self, listener: &str, address: Option<SocketAddr>) {
         let mut last_warning = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
         if last_warning.is_none_or(|last_warning| last_warning.elapsed() >= WARNING_INTERVAL) {
             *last_warning = Some(Instant::now());
             tracing::warn!(target: target::LISTENER,
                 listener,
+                address = address.map(tracing::field::display),
                 "no file descriptors left; new connections are rejected: raise the open-file limit (LimitNOFILE= in \
                  systemd, ulimit -n) or lower limits.max_connections"
             );

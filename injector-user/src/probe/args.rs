@@ -89,17 +89,17 @@ pub struct ProbeArgs {
     /// Fail unless the mail server knew the client by this address; "local": that of the probe's
     /// own socket
     ///
-    /// It is read from the oldest Received line, so it shows whether the PROXY header was believed.
+    /// It is read from the oldest Received line, so it shows whether the mail server trusts the PROXY header.
     #[arg(long, env = "INJECTOR_EXPECT_CLIENT", value_name = "IP|local")]
     pub expect_client: Option<ExpectedClient>,
 
     /// A port of the mail server that requires a PROXY header, which must be closed to this host;
     /// may be repeated, or a list with commas
     ///
-    /// The probe sends it a header that says 127.0.0.1 (::1 over IPv6), as any host could that
-    /// reaches the port, and fails if the port answers. It also says whether the server would then
-    /// relay mail to a foreign domain: it goes as far as RCPT TO, and sends no message. Run the
-    /// probe on a host that is not the injector's.
+    /// The probe sends a header with the source 127.0.0.1 (::1 over IPv6), as any host that reaches
+    /// the port could, and fails if the port answers. It also reports whether the server would then
+    /// relay mail to a foreign domain: it stops after RCPT TO and sends no message. Run the probe on
+    /// a host other than the injector's.
     #[arg(long, env = "INJECTOR_PROXY_PORT", value_name = "HOST:PORT", value_delimiter = ',')]
     pub proxy_port: Vec<Server>,
 

@@ -41,7 +41,7 @@ pub(super) async fn attach_points(
             Ok(device) => drop(points.insert((device, Role::Backend))),
             // The route may come back; until then no packet reaches the backend.
             Err(error @ RouteError::Unreachable { .. }) => {
-                tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend; its packets pass a device without our programs until one appears");
+                tracing::warn!(target: target::ENGINE_INLINE, %backend, %error, "no route to the backend; no connection reaches it until a route appears");
             }
             Err(error) => return Err(error.into()),
         }

@@ -171,7 +171,7 @@ impl InlineEngine {
         });
         tokio::spawn(async move {
             if let Err(error) = running.run(listeners, health).await {
-                tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; programs are not attached to interfaces that appear from now on");
+                tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; until a restart, programs are not attached to new interfaces, and NAT does not follow health, drains and reloads");
             }
         });
     }

@@ -1,4 +1,4 @@
-//! Faults: clients that forge, backends that fail, limits, shutdown, a kernel that check_rejected.
+//! Faults: clients that forge, backends that fail, limits, shutdown, a kernel that refuses.
 //! Each trial starts its own injector on the edge; client and backend are plain sockets of the
 //! test, in their namespaces, so that every byte and every reset is observed on both sides.
 

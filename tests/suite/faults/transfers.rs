@@ -222,7 +222,7 @@ fn last_reply(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     drop(server);
     std::thread::sleep(Duration::from_millis(50));
     // Provokes the reset of the closed backend.
-    client.write_all(b"last_reply\r\n")?;
+    client.write_all(b"goodbye\r\n")?;
     std::thread::sleep(Duration::from_millis(50));
     let mut seen = Vec::new();
     // Then a FIN, or a reset because of the unread data.

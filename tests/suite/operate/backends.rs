@@ -38,7 +38,7 @@ fn answers(testbed: &Testbed, count: usize) -> anyhow::Result<[usize; 3]> {
     Ok(seen)
 }
 
-fn standing(injector: &Injector, number: usize) -> anyhow::Result<String> {
+fn health_state(injector: &Injector, number: usize) -> anyhow::Result<String> {
     let status = injector.status()?;
     let all = status["listeners"][0]["backends"].as_array().cloned().unwrap_or_default();
     let one = all.into_iter().find(|backend| backend["name"] == backend_name(number));
@@ -46,7 +46,7 @@ fn standing(injector: &Injector, number: usize) -> anyhow::Result<String> {
 }
 
 fn stands(injector: &Injector, number: usize, expected: &str) -> anyhow::Result<()> {
-    wait_until("standing", || standing(injector, number), |standing| standing == expected).map(drop)
+    wait_until("state", || health_state(injector, number), |health_state| health_state == expected).map(drop)
 }
 
 fn weights(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
@@ -153,7 +153,7 @@ fn ejected(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&config.text())?;
     // No client fails; only the injector sees the failures.
     ensure!(answers(testbed, 6)? == [0, 6, 0]);
-    ensure!(standing(&injector, 0)? == "ejected", "{}", standing(&injector, 0)?);
+    ensure!(health_state(&injector, 0)? == "ejected", "{}", health_state(&injector, 0)?);
     ensure!(injector.log().contains("backend ejected"), "{}", injector.log());
     let _first = testbed.backend(0)?;
     ensure!(answers(testbed, 4)? == [0, 4, 0], "it was asked too soon");
@@ -178,7 +178,7 @@ fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     session.quit()?;
     // It stays ejected after a reload.
     injector.command(&["reload"])?;
-    ensure!(standing(&injector, number)? == "forced_down");
+    ensure!(health_state(&injector, number)? == "forced_down");
     injector.command(&["backend", "down", &backend_name(1 - number), "--listener", "test"])?;
     let line = testbed.client()?.line()?;
     ensure!(line.starts_with("421 4.3.2 Mail service not available"), "{line:?}");

@@ -171,7 +171,7 @@ pub struct DrainArgs {
     #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
 
-    /// Wait until no session is left, or until the deadline
+    /// Wait until no session is left; connections of inline listeners have no deadline
     #[arg(long, env = "INJECTOR_WAIT")]
     pub wait: bool,
 }
@@ -382,10 +382,17 @@ mod tests {
         }
     }
 
+    /// Without the values of the environment in which the test runs.
+    #[cfg(feature = "probe")]
+    fn hide_values(command: clap::Command) -> clap::Command {
+        command.mut_args(|arg| arg.hide_env_values(true)).mut_subcommands(hide_values)
+    }
+
     #[cfg(feature = "probe")]
     #[test]
     fn help_of_every_command() {
         let mut command = Cli::command().term_width(100).disable_help_subcommand(true);
+        command = hide_values(command);
         command.build();
         snapshot_help(&mut command, "injector");
     }

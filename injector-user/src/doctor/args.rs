@@ -32,7 +32,7 @@ pub struct DoctorArgs {
     #[arg(long, env = "INJECTOR_JSON")]
     pub json: bool,
 
-    /// How long to wait for a server's reply; postscreen takes 6s, Postfix 5s to miss a header
+    /// How long to wait for a server's reply; postscreen greets after up to 6s, and Postfix waits 5s for a header
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
     pub timeout: Duration,
 

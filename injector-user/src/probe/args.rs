@@ -30,17 +30,17 @@ Examples:
 /// Arguments of `injector probe`.
 #[derive(Clone, Debug, Args)]
 pub struct ProbeArgs {
-    /// Where the message is handed in
+    /// SMTP server that receives the message
     #[arg(long, env = "INJECTOR_SMTP", value_name = "HOST:PORT")]
     pub smtp: Server,
 
     /// How that connection is secured [default: implicit on port 465, starttls on 587, else none]
     ///
-    /// Where it is, and the server offers to log in, the probe logs in.
+    /// If it is secured and the server offers AUTH, the probe logs in.
     #[arg(long, env = "INJECTOR_SMTP_TLS", value_name = "TLS")]
     pub smtp_tls: Option<Security>,
 
-    /// Where the message is fetched
+    /// IMAP server from which the message is fetched
     #[arg(long, env = "INJECTOR_IMAP", value_name = "HOST:PORT")]
     pub imap: Server,
 
@@ -50,7 +50,7 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_IMAP_TLS", value_name = "TLS")]
     pub imap_tls: Option<Security>,
 
-    /// Who logs in
+    /// User name for SMTP and IMAP
     #[arg(long, env = "INJECTOR_USER", value_name = "NAME")]
     pub user: String,
 
@@ -108,7 +108,7 @@ pub struct ProbeArgs {
           value_parser = clap::value_parser!(u32).range(1..=10_485_760))]
     pub size: u32,
 
-    /// How long all of it may take
+    /// Time limit of the whole roundtrip
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub timeout: Duration,
 

@@ -90,7 +90,7 @@ fn a_backend_is_a_string_or_a_table() {
 }
 
 #[test]
-fn the_default_port_of_a_health_check_is_the_backends() {
+fn a_mail_check_defaults_to_the_protocol_of_its_listener() {
     let config =
         Config::parse(&and("[listener.health]\ncheck = \"mail\"\nport = 25\neject_after = 0\n"), "f")
             .unwrap();

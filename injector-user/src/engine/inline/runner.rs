@@ -97,7 +97,7 @@ async fn start_engine(settings: &Settings, listeners: &[&Listener]) -> anyhow::R
                 family = chain.family,
                 table = chain.table,
                 chain = chain.chain,
-                "this chain has policy drop for forwarded packets: add a rule that accepts connections to the backends"
+                "a firewall chain drops forwarded packets unless one of its rules accepts them: add a rule for connections to the backends"
             );
         }
         let change = ruleset.apply()?;

@@ -1,9 +1,9 @@
 //! How many connections the file descriptors allow.
 
-use crate::net::splice_pipe as pipe;
+use crate::net::splice_pipe::MAX_PIPES;
 
 /// File descriptors of the daemon itself: maps, programs, devices, metrics, logs, pipes.
-const DAEMON_FDS: u64 = 128 + 2 * pipe::MAX_PIPES as u64;
+const DAEMON_FDS: u64 = 128 + 2 * MAX_PIPES as u64;
 /// A listening socket and its reserve descriptor.
 const FDS_PER_LISTEN_SOCKET: u64 = 2;
 /// Epoll instances, their wake-ups and the hang-up monitor.

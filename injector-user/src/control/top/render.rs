@@ -36,8 +36,8 @@ impl View {
         .areas(frame.area());
         frame.render_widget(self.head(), head);
         self.draw_graph(frame, graph);
-        frame.render_widget(self.listeners(), top);
-        frame.render_widget(self.backends(), middle);
+        frame.render_widget(self.listeners(top), top);
+        frame.render_widget(self.backends(middle), middle);
         frame.render_widget(self.sessions(rest), rest);
     }
 
@@ -82,7 +82,7 @@ impl View {
         frame.render_widget(graph.style(Style::new().fg(Color::Cyan)), area);
     }
 
-    fn listeners(&self) -> Table<'_> {
+    fn listeners(&self, area: Rect) -> Table<'_> {
         let row = |(index, listener): (usize, &ListenerStatus)| {
             let rates = self.rates(listener);
             let rate = |of: fn(&Rates) -> f64| {
@@ -96,7 +96,7 @@ impl View {
                 (true, _) => "draining".yellow(),
                 (false, _) => "open".green(),
             };
-            let cells = [
+            let cells = vec![
                 Cell::from(listener.name.clone()),
                 Cell::from(listener.engine.clone()),
                 Cell::from(state),
@@ -108,30 +108,25 @@ impl View {
                 right(listener.accepted.to_string()),
                 right(listener.rejected.to_string()),
             ];
-            let row = Row::new(cells);
-            if self.selected == Some(index) {
-                row.style(Style::new().add_modifier(Modifier::REVERSED))
-            } else {
-                row
-            }
+            let selected = self.selected == Some(index);
+            (cells, if selected { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() })
         };
-        let widths = [16, 8, 18, 8, 9, 9, 13, 13, 11, 9].map(Constraint::Length);
-        let titles = [
-            "LISTENER",
-            "ENGINE",
-            "STATE",
-            "ACTIVE",
-            "NEW",
-            "REJECTED",
-            "TO BACKEND",
-            "TO CLIENT",
-            "ACCEPTED",
-            "REJECTED",
+        const COLUMNS: [Column; 10] = [
+            Column::text("LISTENER", 8, 16),
+            Column::text("ENGINE", 6, 8),
+            Column::text("STATE", 8, 18),
+            Column::number("ACTIVE", 8),
+            Column::number("NEW", 9),
+            Column::number("REJECTED", 9),
+            Column::number("TO BACKEND", 12),
+            Column::number("TO CLIENT", 12),
+            Column::number("ACCEPTED", 11).optional(),
+            Column::number("REJECTED", 9).optional(),
         ];
-        table(self.now.status.listeners.iter().enumerate().map(row), &widths, titles, 3, "listeners")
+        table(self.now.status.listeners.iter().enumerate().map(row), &COLUMNS, area, "listeners")
     }
 
-    fn backends(&self) -> Table<'_> {
+    fn backends(&self, area: Rect) -> Table<'_> {
         let of = |listener: &'_ ListenerStatus| {
             let name = listener.name.clone();
             listener.backends.clone().into_iter().map(move |backend| (name.clone(), backend))
@@ -140,7 +135,7 @@ impl View {
             let color = if backend.state.is_up() { Color::Green } else { Color::Red };
             let role =
                 if backend.backup { "backup".to_owned() } else { format!("weight {}", backend.weight) };
-            Row::new([
+            let cells = vec![
                 Cell::from(listener),
                 Cell::from(backend.name),
                 Cell::from(Span::styled(backend.state.name(), Style::new().fg(color))),
@@ -150,12 +145,21 @@ impl View {
                 right(backend.checks_passed.to_string()),
                 right(backend.checks_failed.to_string()),
                 right(backend.ejections.to_string()),
-            ])
+            ];
+            (cells, Style::new())
         };
-        let widths = [16, 30, 12, 12, 8, 11, 9, 9, 9].map(Constraint::Length);
-        let titles =
-            ["LISTENER", "BACKEND", "STATE", "ROLE", "ACTIVE", "SESSIONS", "PASSED", "FAILED", "EJECTED"];
-        table(self.now.status.listeners.iter().flat_map(of).map(row), &widths, titles, 4, "backends")
+        const COLUMNS: [Column; 9] = [
+            Column::text("LISTENER", 6, 16),
+            Column::text("BACKEND", 21, 30),
+            Column::text("STATE", 7, 12),
+            Column::text("ROLE", 8, 12),
+            Column::number("ACTIVE", 8),
+            Column::number("SESSIONS", 11),
+            Column::number("PASSED", 9).optional(),
+            Column::number("FAILED", 9).optional(),
+            Column::number("EJECTED", 9),
+        ];
+        table(self.now.status.listeners.iter().flat_map(of).map(row), &COLUMNS, area, "backends")
     }
 
     fn sessions(&self, area: Rect) -> Table<'_> {
@@ -178,7 +182,7 @@ impl View {
         let row = |row: &SessionRow| {
             let total = row.bytes_to_backend + row.bytes_to_client;
             let moved = before.get(&(row.client, row.local)).is_some_and(|before| *before != total);
-            let cells = [
+            let cells = vec![
                 Cell::from(row.listener.clone()),
                 Cell::from(row.client.to_string()),
                 Cell::from(row.local.to_string()),
@@ -187,11 +191,18 @@ impl View {
                 right(bytes(row.bytes_to_backend)),
                 right(bytes(row.bytes_to_client)),
             ];
-            if moved { Row::new(cells).style(Style::new().bold()) } else { Row::new(cells) }
+            (cells, if moved { Style::new().bold() } else { Style::new() })
         };
-        let widths = [16, 30, 26, 26, 9, 11, 11].map(Constraint::Length);
-        let titles = ["LISTENER", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
-        table(rows.into_iter().take(shown).map(row), &widths, titles, 4, &title)
+        const COLUMNS: [Column; 7] = [
+            Column::text("LISTENER", 6, 16),
+            Column::text("CLIENT", 21, 30),
+            Column::text("TO", 21, 26).optional(),
+            Column::text("BACKEND", 17, 26),
+            Column::number("AGE", 9),
+            Column::number("TO BACKEND", 11),
+            Column::number("TO CLIENT", 11),
+        ];
+        table(rows.into_iter().take(shown).map(row), &COLUMNS, area, &title)
     }
 }
 
@@ -199,20 +210,80 @@ fn right<'a>(text: String) -> Cell<'a> {
     Cell::from(Line::raw(text).right_aligned())
 }
 
-/// The titles from column `numbers` on are right-aligned, like the numbers below them.
-fn table<'a, const N: usize>(
-    rows: impl IntoIterator<Item = Row<'a>>,
-    widths: &[Constraint; N],
-    titles: [&'static str; N],
-    numbers: usize,
+/// A column of a table.
+#[derive(Clone, Copy)]
+struct Column {
+    title: &'static str,
+    /// Text is cut down to this width on a narrow terminal; a number never is.
+    min: u16,
+    width: u16,
+    number: bool,
+    /// Left out on a terminal that is too narrow for all columns.
+    optional: bool,
+}
+
+impl Column {
+    const fn text(title: &'static str, min: u16, width: u16) -> Self {
+        Self { title, min, width, number: false, optional: false }
+    }
+
+    const fn number(title: &'static str, width: u16) -> Self {
+        Self { title, min: width, width, number: true, optional: false }
+    }
+
+    const fn optional(self) -> Self {
+        Self { optional: true, ..self }
+    }
+
+    fn header<'a>(self) -> Cell<'a> {
+        if self.number { right(self.title.to_owned()) } else { Cell::from(self.title) }
+    }
+}
+
+/// The width of each column; 0 hides it. Optional columns are hidden, the last first, until the others
+/// have their least width. What is left is given out from left to right.
+fn widths(columns: &[Column], available: u16) -> Vec<u16> {
+    let mut widths: Vec<u16> = columns.iter().map(|column| column.min).collect();
+    // One between each two columns.
+    let used = |widths: &[u16]| {
+        widths.iter().filter(|width| **width > 0).map(|width| width + 1).sum::<u16>().saturating_sub(1)
+    };
+    for (index, _) in columns.iter().enumerate().rev().filter(|(_, column)| column.optional) {
+        if used(&widths) > available
+            && let Some(width) = widths.get_mut(index)
+        {
+            *width = 0;
+        }
+    }
+    let mut left = available.saturating_sub(used(&widths));
+    for (column, width) in columns.iter().zip(&mut widths).filter(|(_, width)| **width > 0) {
+        let more = left.min(column.width - column.min);
+        *width += more;
+        left -= more;
+    }
+    widths
+}
+
+fn table<'a>(
+    rows: impl IntoIterator<Item = (Vec<Cell<'a>>, Style)>,
+    columns: &[Column],
+    area: Rect,
     title: &str,
 ) -> Table<'a> {
-    let cells = titles
-        .into_iter()
-        .enumerate()
-        .map(|(column, title)| if column < numbers { Cell::from(title) } else { right(title.to_owned()) });
-    Table::new(rows, widths)
-        .header(Row::new(cells).style(Style::new().add_modifier(Modifier::BOLD)))
+    let widths = widths(columns, area.width);
+    let shown = |cells: Vec<Cell<'a>>| {
+        cells
+            .into_iter()
+            .zip(&widths)
+            .filter(|(_, width)| **width > 0)
+            .map(|(cell, _)| cell)
+            .collect::<Vec<_>>()
+    };
+    let header = shown(columns.iter().map(|column| column.header()).collect());
+    let row = |(cells, style): (Vec<Cell<'a>>, Style)| Row::new(shown(cells)).style(style);
+    let constraints = widths.iter().filter(|width| **width > 0).map(|width| Constraint::Length(*width));
+    Table::new(rows.into_iter().map(row), constraints)
+        .header(Row::new(header).style(Style::new().add_modifier(Modifier::BOLD)))
         .block(Block::new().borders(Borders::TOP).title(title.to_owned()))
         .column_spacing(1)
 }

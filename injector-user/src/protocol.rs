@@ -41,7 +41,7 @@ pub enum FirstSpeaker {
 
 /// Why a client is rejected before its backend has spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum Rejection {
     /// The limit on connections, or on file descriptors, is reached.
     TooManyConnections,
     /// No backend could be reached.
@@ -131,8 +131,8 @@ impl Protocol {
     ///   pass (RFC 3206, section 4).
     /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section
     ///   1.3).
-    pub const fn refusal(self, why: Refusal) -> Option<&'static [u8]> {
-        use Refusal::{BackendUnavailable, Stopping, TooManyConnections};
+    pub const fn rejection_line(self, why: Rejection) -> Option<&'static [u8]> {
+        use Rejection::{BackendUnavailable, Stopping, TooManyConnections};
         let line: &'static str = match (self, why) {
             (Self::Smtp | Self::Submission, TooManyConnections) => {
                 "421 4.3.2 Too many connections, try again later\r\n"
@@ -252,15 +252,15 @@ impl fmt::Display for Protocol {
 mod tests {
     use super::*;
 
-    const REFUSALS: [Refusal; 3] =
-        [Refusal::TooManyConnections, Refusal::BackendUnavailable, Refusal::Stopping];
+    const REFUSALS: [Rejection; 3] =
+        [Rejection::TooManyConnections, Rejection::BackendUnavailable, Rejection::Stopping];
 
     #[test]
     fn a_protocol_has_a_refusal_line_exactly_if_its_server_speaks_first() {
         for protocol in Protocol::ALL {
             for why in REFUSALS {
                 assert_eq!(
-                    protocol.refusal(why).is_some(),
+                    protocol.rejection_line(why).is_some(),
                     protocol.speaks_first() == FirstSpeaker::Server,
                     "{protocol} {why:?}"
                 );
@@ -276,11 +276,11 @@ mod tests {
             Protocol::Imap => "* BYE ",
             Protocol::Pop3 => "-ERR [SYS/TEMP] ",
             Protocol::Sieve => "BYE (TRYLATER) \"",
-            other => panic!("{other} has no refusal"),
+            other => panic!("{other} has no rejection line"),
         };
         for protocol in Protocol::ALL {
             for why in REFUSALS {
-                let Some(line) = protocol.refusal(why) else { continue };
+                let Some(line) = protocol.rejection_line(why) else { continue };
                 let line = std::str::from_utf8(line).unwrap();
                 assert!(line.is_ascii() && line.len() <= 512, "{line:?}");
                 assert!(line.starts_with(start(protocol)), "{line:?}");

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     net::socket::Endpoint,
     os::poll,
-    protocol::Refusal,
+    protocol::Rejection,
     session::{self, Context},
     telemetry::{log::target, metrics::RejectReason},
 };
@@ -93,7 +93,7 @@ impl Acceptor {
         let context = self.owner.policy().context();
         while let Ok(client) = accept_now(socket.get_ref()) {
             context.metrics.accepted();
-            self.reject(&context, client, RejectReason::Stopping, Refusal::Stopping);
+            self.reject(&context, client, RejectReason::Stopping, Rejection::Stopping);
         }
     }
 
@@ -102,11 +102,11 @@ impl Acceptor {
         let context = policy.context();
         context.metrics.accepted();
         if policy.draining.load(Ordering::Relaxed) {
-            return self.reject(&context, client, RejectReason::Draining, Refusal::Stopping);
+            return self.reject(&context, client, RejectReason::Draining, Rejection::Stopping);
         }
         let permits = match self.acquire_permits(&policy) {
             Ok(permits) => permits,
-            Err(reason) => return self.reject(&context, client, reason, Refusal::TooManyConnections),
+            Err(reason) => return self.reject(&context, client, reason, Rejection::TooManyConnections),
         };
         let active = context.metrics.active();
         // On the heap, because a future is copied nine times on its way into a task and out of it.
@@ -115,12 +115,12 @@ impl Acceptor {
     }
 
     fn acquire_permits(&self, policy: &AdmissionPolicy) -> Result<ConnectionPermits, RejectReason> {
-        let own = policy.own.try_acquire().ok_or(RejectReason::TooManyConnections)?;
+        let own = policy.listener_limit.try_acquire().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
         Ok(ConnectionPermits { _total: total, _own: own })
     }
 
-    fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, refusal: Refusal) {
+    fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, rejection: Rejection) {
         let context = Arc::clone(context);
         context.metrics.rejected(reason);
         tracing::debug!(
@@ -133,7 +133,7 @@ impl Acceptor {
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
             match permit {
-                Ok(_permit) => session::reject(client, context.protocol, refusal).await,
+                Ok(_permit) => session::reject(client, context.protocol, rejection).await,
                 Err(_) => client.reset(),
             }
         });
@@ -145,7 +145,7 @@ fn reject_without_fd(context: &Context, client: Accepted) {
     let client = client.socket;
     context.metrics.accepted();
     context.metrics.rejected(RejectReason::NoDescriptors);
-    let line = context.protocol.refusal(Refusal::TooManyConnections);
+    let line = context.protocol.rejection_line(Rejection::TooManyConnections);
     let sent = line.is_some_and(|line| {
         client.send_with_flags(line, libc::MSG_NOSIGNAL).is_ok() && client.shutdown(Shutdown::Write).is_ok()
     });

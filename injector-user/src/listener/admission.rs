@@ -72,16 +72,16 @@ pub struct AdmissionPolicy {
     /// For the connections that are admitted from now on.
     context: RwLock<Arc<Context>>,
     /// The listener's own limit.
-    pub(super) own: Arc<ConnectionLimit>,
+    pub(super) listener_limit: Arc<ConnectionLimit>,
     /// Every connection is rejected.
     pub(super) draining: AtomicBool,
 }
 
 impl AdmissionPolicy {
-    /// Admits connections up to the listener's `own` limit.
+    /// Admits connections up to `listener_limit`.
     #[must_use]
-    pub fn new(context: Arc<Context>, own: Arc<ConnectionLimit>) -> Self {
-        Self { context: RwLock::new(context), own, draining: AtomicBool::new(false) }
+    pub fn new(context: Arc<Context>, listener_limit: Arc<ConnectionLimit>) -> Self {
+        Self { context: RwLock::new(context), listener_limit, draining: AtomicBool::new(false) }
     }
 
     /// Sets the context of the connections that are admitted from now on.

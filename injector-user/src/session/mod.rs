@@ -46,7 +46,7 @@ use crate::{
     engine::{Engine, SentHeader, relay::Relay},
     header::EncodedHeader,
     net::socket::Endpoint,
-    protocol::{FirstSpeaker, Protocol, Refusal},
+    protocol::{FirstSpeaker, Protocol, Rejection},
     telemetry::{
         log::target,
         outcome::{AccessLogEntry, Bytes, CloseReason},
@@ -125,14 +125,14 @@ async fn connect_and_send_header(
         connected = connecting => connected,
         _ = client.closed() => return Err((CloseReason::ClientReset, None)),
         () = context.abort.cancelled() => {
-            reject(client, context.protocol, Refusal::Stopping).await;
+            reject(client, context.protocol, Rejection::Stopping).await;
             return Err((CloseReason::Aborted, None));
         }
     };
     let BackendConnection { endpoint: backend, address, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
-            reject(client, context.protocol, Refusal::BackendUnavailable).await;
+            reject(client, context.protocol, Rejection::BackendUnavailable).await;
             return Err((connect_failure(&error), Some(error.to_string())));
         }
     };
@@ -183,7 +183,7 @@ async fn close(established: Box<Established>, reason: CloseReason, error: Option
     let context = duplex.context();
     let outcome = duplex.close(reason, error).await;
     if let Some(client) = outcome.client {
-        reject(client, context.protocol, Refusal::BackendUnavailable).await;
+        reject(client, context.protocol, Rejection::BackendUnavailable).await;
     }
     let reason = outcome.reason.refine(outcome.error.as_ref());
     let error = outcome.error.map(|error| error.to_string());
@@ -299,11 +299,11 @@ fn unique_id(run: u64, cookie: u64) -> [u8; UNIQUE_ID_LEN] {
 
 /// Rejects a client: with a line of its protocol where the server speaks first in clear text, else
 /// with a reset.
-pub async fn reject(client: Endpoint, protocol: Protocol, why: Refusal) {
+pub async fn reject(client: Endpoint, protocol: Protocol, why: Rejection) {
     /// Enough for a distant client to read the line and close.
     const REJECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-    let Some(line) = protocol.refusal(why) else { return client.reset() };
+    let Some(line) = protocol.rejection_line(why) else { return client.reset() };
     if client.try_write(line).is_err() || client.finish().is_err() {
         return client.reset();
     }

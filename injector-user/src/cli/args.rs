@@ -35,7 +35,7 @@ const EXAMPLES: &str = r#"Examples:
     $ injector status
     $ injector reload
 
-A configuration:
+Example configuration:
   [metrics]
   listen = "127.0.0.1:9145"
 
@@ -62,9 +62,9 @@ pub enum Command {
     /// Prints every error with its line and exits with 1, or prints the listeners with all defaults. Opens no
     /// port and resolves no name.
     Check(CheckArgs),
-    /// Test which engines can run on this machine, and why
+    /// Test which engines can run on this machine, and why others cannot
     ///
-    /// Runs the real mechanism over its own loopback sockets and cleans up afterwards.
+    /// Forwards test data through each engine over private loopback sockets and cleans up.
     Selftest(SelftestArgs),
     /// Diagnose every backend with real connections, and name the setting to change
     ///
@@ -87,10 +87,10 @@ pub enum Command {
     Status(ControlArgs),
     /// List the sessions of a running injector (engines splice and relay)
     Sessions(SessionsArgs),
-    /// Stop accepting new clients (they get a temporary failure); existing sessions may finish
+    /// Reject new clients (they get a temporary failure); existing sessions may finish
     ///
-    /// Without a listener, all of them are drained, and /readyz reports it. Sessions from before the drain are
-    /// aborted at the deadline.
+    /// Without LISTENER, drains all listeners, and /readyz returns 503 `draining`. Sessions from before the drain
+    /// are aborted at the deadline.
     #[command(after_long_help = DRAIN_EXAMPLES)]
     Drain(DrainArgs),
     /// Accept new clients again after `drain`
@@ -171,7 +171,7 @@ pub struct DrainArgs {
     #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
 
-    /// Wait until no session is left; connections of inline listeners have no deadline
+    /// Wait until no session is left; inline connections are not aborted at the deadline
     #[arg(long, env = "INJECTOR_WAIT")]
     pub wait: bool,
 }
@@ -246,8 +246,8 @@ pub enum InlineCommand {
 /// Arguments of `injector inline detach`.
 #[derive(Clone, Debug, Args)]
 pub struct DetachArgs {
-    /// The configuration file (TOML) that the daemon ran with [default: inline.pin and inline.table have their
-    /// defaults]
+    /// The configuration file (TOML) that the daemon ran with [default: built-in
+    /// values of inline.pin and inline.table]
     #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -308,7 +308,7 @@ pub struct CheckArgs {
 /// Arguments of `injector completions`.
 #[derive(Clone, Debug, Args)]
 pub struct CompletionsArgs {
-    /// For which shell
+    /// Shell to generate completions for
     pub shell: Shell,
 }
 

@@ -22,9 +22,9 @@ pub enum EngineChoice {
     /// The best engine whose self-test passes on this machine.
     #[default]
     Auto,
-    /// Packets, by kernel NAT; refuse to start where it does not work.
+    /// Packet forwarding with kernel NAT; the daemon does not start if it is unavailable.
     Inline,
-    /// Kernel sockmap; refuse to start where it does not work.
+    /// Kernel sockmap; the daemon does not start if it is unavailable.
     Splice,
     /// User space.
     Relay,

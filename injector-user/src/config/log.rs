@@ -14,19 +14,19 @@ pub struct Log {
 /// Shape of a log line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for humans.
     #[default]
     Human,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
 /// The least severe level that is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogLevel {
-    /// What needs a person.
+    /// Needs action now.
     Error,
-    /// What may need a person.
+    /// May need action.
     Warn,
     /// Start, stop, and one line per connection.
     #[default]

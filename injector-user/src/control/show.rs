@@ -48,7 +48,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     )?;
     for engine in &status.engines {
         match &engine.failure {
-            None => writeln!(out, "engine {}: can run here", engine.name)?,
+            None => writeln!(out, "engine {}: available", engine.name)?,
             Some(failure) => writeln!(out, "engine {}: {failure}", engine.name)?,
         }
     }
@@ -205,7 +205,7 @@ mod tests {
         status.config.reload_error = Some("i.toml:3: unknown key\ni.toml:9: unknown key".to_owned());
         status.engines.push(EngineStatus {
             name: "inline".to_owned(),
-            failure: Some("no listener asks for it".to_owned()),
+            failure: Some("not used by any listener".to_owned()),
         });
         status.removed_listeners.push(RemovedListenerStatus {
             name: "pop3".to_owned(),

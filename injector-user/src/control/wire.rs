@@ -48,7 +48,7 @@ pub enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum BackendAction {
-    /// Use it, whatever its health checks report
+    /// Enable it regardless of its health checks
     Up,
     /// Disable it: no new connections, established ones continue
     Down,

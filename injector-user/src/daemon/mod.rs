@@ -44,7 +44,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Resul
     let open_files = open_files::raise_limit(limits, &listeners)?;
 
     // First, because a listener of the inline engine gets no sockets.
-    let mut probes = EngineProbes::not_run("no listener asks for it");
+    let mut probes = EngineProbes::not_run("not used by any listener");
     let selections = select::select_inline(&mut listeners, &inline, limits, &mut probes)?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = listen_sockets::bind_all(&listeners, limits.workers, &inherited)?;

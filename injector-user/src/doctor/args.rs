@@ -36,8 +36,8 @@ pub struct DoctorArgs {
     #[arg(long, env = "INJECTOR_TIMEOUT", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
     pub timeout: Duration,
 
-    /// This host is not the injector's: report which backends trust a header from here, and relay
-    /// for it
+    /// Run on a host that is not the injector: report backends that trust a header from it, and
+    /// whether they relay mail for it
     #[arg(long, env = "INJECTOR_UNTRUSTED")]
     pub untrusted: bool,
 }

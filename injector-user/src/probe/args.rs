@@ -34,7 +34,7 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_SMTP", value_name = "HOST:PORT")]
     pub smtp: Server,
 
-    /// How that connection is secured [default: implicit on port 465, starttls on 587, else none]
+    /// TLS mode of the SMTP connection [default: implicit on port 465, starttls on 587, else none]
     ///
     /// If it is secured and the server offers AUTH, the probe logs in.
     #[arg(long, env = "INJECTOR_SMTP_TLS", value_name = "TLS")]
@@ -44,7 +44,7 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_IMAP", value_name = "HOST:PORT")]
     pub imap: Server,
 
-    /// How that connection is secured [default: implicit on port 993, else starttls]
+    /// TLS mode of the IMAP connection [default: implicit on port 993, else starttls]
     ///
     /// With "none" the password crosses the network in clear.
     #[arg(long, env = "INJECTOR_IMAP_TLS", value_name = "TLS")]
@@ -62,7 +62,7 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_FROM", value_name = "ADDRESS")]
     pub from: Address,
 
-    /// Its recipient, whose mail lands in the mailbox of --user
+    /// Recipient of the message; must be delivered to the mailbox of --user
     #[arg(long, env = "INJECTOR_TO", value_name = "ADDRESS")]
     pub to: Address,
 
@@ -86,15 +86,15 @@ pub struct ProbeArgs {
     #[arg(long, env = "INJECTOR_HELLO", value_name = "NAME")]
     pub hello: Option<String>,
 
-    /// Fail unless the mail server knew the client by this address; "local": that of the probe's
-    /// own socket
+    /// Fail unless the mail server logged this client address; "local" is the address of the
+    /// probe's own socket
     ///
     /// It is read from the oldest Received line, so it shows whether the mail server trusts the PROXY header.
     #[arg(long, env = "INJECTOR_EXPECT_CLIENT", value_name = "IP|local")]
     pub expect_client: Option<ExpectedClient>,
 
     /// A port of the mail server that requires a PROXY header, which must be closed to this host;
-    /// may be repeated, or a list with commas
+    /// repeatable, accepts a comma-separated list
     ///
     /// The probe sends a header with the source 127.0.0.1 (::1 over IPv6), as any host that reaches
     /// the port could, and fails if the port answers. It also reports whether the server would then

@@ -166,7 +166,7 @@ struct Reader {
 
 impl Reader {
     /// The path from the crate's root; `None` if it leads to another crate.
-    fn from_root(&self, path: &[String]) -> Option<Module> {
+    fn path_below_root(&self, path: &[String]) -> Option<Module> {
         let (first, rest) = path.split_first()?;
         match first.as_str() {
             "crate" => Some(rest.to_vec()),
@@ -205,7 +205,7 @@ impl Reader {
             UseTree::Glob(_) => (None, None),
         };
         let path: Vec<String> = before.iter().cloned().chain(leaf).collect();
-        let Some(path) = self.from_root(&path) else { return };
+        let Some(path) = self.path_below_root(&path) else { return };
         match (reexport, shown) {
             (true, Some(shown)) => drop(self.source.reexports.insert(shown, path)),
             _ => drop(self.source.imports.insert(path)),
@@ -242,7 +242,7 @@ impl<'a> Visit<'a> for Reader {
     fn visit_path(&mut self, path: &'a syn::Path) {
         let names: Vec<_> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
         if names.first().is_some_and(|first| first == "crate" || first == self.name)
-            && let Some(path) = self.from_root(&names)
+            && let Some(path) = self.path_below_root(&names)
         {
             self.source.imports.insert(path);
         }

@@ -5,4 +5,4 @@ mod backend;
 mod edge;
 mod properties;
 mod segments;
-mod world;
+mod testbed;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use crate::edge::of;
 use crate::segments::{NUMBERS, history};
-use crate::world::{World, prop_assert_that};
+use crate::testbed::{Testbed, prop_assert_that};
 
 /// Histories to a property; `PROPTEST_CASES` asks for others.
 fn cases() -> ProptestConfig {
@@ -24,14 +24,14 @@ fn cases() -> ProptestConfig {
 proptest! {
     #![proptest_config(cases())]
 
-    /// P1, P2, P5, P6: `World::step` checks them after every segment.
+    /// P1, P2, P5, P6: `Testbed::step` checks them after every segment.
     #[test]
     fn the_header_is_this_connections_or_nothing(
         steps in history(), waits: bool, cookies: bool, seed in 1..u32::MAX
     ) {
-        let mut world = World::new(waits, cookies, seed);
+        let mut testbed = Testbed::new(waits, cookies, seed);
         for step in &steps {
-            world.step(step)?;
+            testbed.step(step)?;
         }
     }
 
@@ -41,11 +41,11 @@ proptest! {
         steps in history(), waits: bool, cookies: bool, seed in 1..u32::MAX,
         number in prop_oneof![prop::sample::select(&NUMBERS[..]), any::<u32>()]
     ) {
-        let mut world = World::new(waits, cookies, seed);
+        let mut testbed = Testbed::new(waits, cookies, seed);
         for step in &steps {
-            world.step(step)?;
+            testbed.step(step)?;
         }
-        world.newcomer_is_served(number)?;
+        testbed.newcomer_is_served(number)?;
     }
 
     /// P5: a sender that does not know the numbers neither ends a connection nor moves what the end is judged by.
@@ -190,14 +190,14 @@ fn passage() -> impl Strategy<Value = Passage> {
 #[test]
 fn a_plain_connection_is_served() {
     for (waits, cookies) in [(false, false), (false, true), (true, false), (true, true)] {
-        let mut world = World::new(waits, cookies, 7);
-        world.newcomer_is_served(1000).unwrap();
-        let connection = world.backend.open_connection().unwrap();
+        let mut testbed = Testbed::new(waits, cookies, 7);
+        testbed.newcomer_is_served(1000).unwrap();
+        let connection = testbed.backend.open_connection().unwrap();
         let sequence = SeqNumber(1001 + u32::try_from(connection.read.len()).unwrap() - 28);
         let flags = injector_common::inline::RST;
-        world.client(&Segment { flags, sequence, ..Segment::default() }).unwrap();
-        assert!(world.backend.open_connection().is_none() && world.edge.reported.len() == 1);
-        prop_assert_that(world.edge.reported[0].is(Flag::ClientRst), String::new).unwrap();
+        testbed.client(&Segment { flags, sequence, ..Segment::default() }).unwrap();
+        assert!(testbed.backend.open_connection().is_none() && testbed.edge.reported.len() == 1);
+        prop_assert_that(testbed.edge.reported[0].is(Flag::ClientRst), String::new).unwrap();
     }
 }
 
@@ -210,12 +210,12 @@ fn histories_go_somewhere() {
     let (mut connections, mut with_header, mut with_bytes, mut ended) = (0, 0, 0, 0);
     for seed in 1..500 {
         let steps = history().new_tree(&mut runner).unwrap().current();
-        let mut world = World::new(seed % 2 == 0, seed % 3 == 0, seed);
-        steps.iter().try_for_each(|step| world.step(step)).unwrap();
-        connections += world.backend.connections.len();
-        with_header += world.backend.connections.iter().filter(|one| !one.read.is_empty()).count();
-        with_bytes += world.backend.connections.iter().filter(|one| one.read.len() > 28).count();
-        ended += world.edge.reported.len();
+        let mut testbed = Testbed::new(seed % 2 == 0, seed % 3 == 0, seed);
+        steps.iter().try_for_each(|step| testbed.step(step)).unwrap();
+        connections += testbed.backend.connections.len();
+        with_header += testbed.backend.connections.iter().filter(|one| !one.read.is_empty()).count();
+        with_bytes += testbed.backend.connections.iter().filter(|one| one.read.len() > 28).count();
+        ended += testbed.edge.reported.len();
     }
     println!(
         "{connections} connections, {with_header} with a header, {with_bytes} with bytes, {ended} ended"

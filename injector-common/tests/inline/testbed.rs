@@ -15,7 +15,7 @@ use super::segments::{Acknowledges, NUMBERS, Step};
 type Checked = Result<(), TestCaseError>;
 
 #[derive(Clone, Debug)]
-pub(crate) struct World {
+pub(crate) struct Testbed {
     pub(crate) edge: Edge,
     pub(crate) backend: Backend,
     /// What would be acknowledged next of each segment that has reached the client side; the latest first.
@@ -28,7 +28,7 @@ pub(crate) struct World {
     finished: bool,
 }
 
-impl World {
+impl Testbed {
     pub(crate) fn new(waits: bool, cookies: bool, seed: u32) -> Self {
         Self {
             edge: Edge::new(waits, seed),
@@ -217,10 +217,10 @@ impl World {
         self.syn(CLIENT, number, SYN, 0)?;
         let first = SeqNumber(number) + 1;
         let before = self.backend.connections.len();
-        let segment = |sequence, payload, flags, world: &Self| Segment {
+        let segment = |sequence, payload, flags, testbed: &Self| Segment {
             flags,
             sequence,
-            acknowledgement: world.heard(0),
+            acknowledgement: testbed.heard(0),
             payload,
             window: 500,
         };

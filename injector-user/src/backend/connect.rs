@@ -110,7 +110,7 @@ impl Backends {
                 Ok(Err(error)) => Unreachable::Other { address, error },
                 Err(_) => Unreachable::Timeout { address, within: share },
             };
-            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next");
+            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next one, if any");
             failing = failed.counts_as_failure().then_some(backend);
             worst = most_specific(worst, failed);
         }

@@ -63,7 +63,7 @@ async fn header_alone(splice: &Arc<Splice>) -> io::Result<String> {
     splice.inject(&backend, &header, &[]).map_err(io::Error::other)?;
     let _ = backend.try_write(b"220")?;
     expect(&mut peer, &[&header, b"220"]).await?;
-    Ok("28 bytes sent by a doorbell that was taken out again".to_owned())
+    Ok("28 bytes sent by the doorbell byte, which the program removed".to_owned())
 }
 
 /// The longest header that every receiver accepts is sent ahead of the client's payload.

@@ -2,13 +2,11 @@
 
 use std::{
     io,
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
-use rustix::{
-    buffer::spare_capacity,
-    event::{Timespec, epoll},
-};
+use rustix::event::{Timespec, epoll};
 
 const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
@@ -57,12 +55,14 @@ impl Epoll {
     /// # Errors
     /// As epoll_wait(2).
     pub fn wait(&self) -> io::Result<Vec<Hangup>> {
-        let mut events = Vec::with_capacity(64);
-        epoll::wait(&self.0, spare_capacity(&mut events), Some(&NO_WAIT))?;
+        let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); 64];
+        let (events, _) = epoll::wait(&self.0, &mut buffer, Some(&NO_WAIT))?;
         let broken = epoll::EventFlags::ERR | epoll::EventFlags::HUP;
-        let hangup =
-            |epoll::Event { flags, data, .. }| Hangup { key: data.u64(), broken: flags.intersects(broken) };
-        Ok(events.into_iter().map(hangup).collect())
+        let hangup = |&epoll::Event { flags, data, .. }: &_| Hangup {
+            key: data.u64(),
+            broken: flags.intersects(broken),
+        };
+        Ok(events.iter().map(hangup).collect())
     }
 }
 

@@ -8,21 +8,10 @@ use std::{
 
 use crate::cargo::workspace;
 
-/// Folders with pages; `""` is the root.
-const FOLDERS: [&str; 6] = ["", "docs", "docs/decisions", "deploy", "deploy/kubernetes", "fuzz"];
-
 fn pages() -> BTreeMap<PathBuf, String> {
-    let mut pages = BTreeMap::new();
-    for folder in FOLDERS {
-        for entry in fs::read_dir(workspace().join(folder)).unwrap() {
-            let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "md") {
-                let text = fs::read_to_string(&path).unwrap();
-                pages.insert(path.strip_prefix(workspace()).unwrap().to_owned(), text);
-            }
-        }
-    }
-    pages
+    let pages =
+        super::tracked_files().into_iter().filter(|file| file.extension().is_some_and(|it| it == "md"));
+    pages.map(|page| (page.clone(), fs::read_to_string(workspace().join(page)).unwrap())).collect()
 }
 
 /// The lines outside fenced blocks, numbered from 1.

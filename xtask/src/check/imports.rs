@@ -71,10 +71,10 @@ struct Crate {
 }
 
 impl Crate {
-    fn read(folder: &Path, name: &'static str) -> Self {
+    fn read(folder: &str, name: &'static str) -> Self {
         let mut files = BTreeMap::new();
-        for path in rust_files(folder) {
-            let below = path.strip_prefix(folder).unwrap();
+        for below in sources(folder) {
+            let path = cargo::workspace().join(folder).join(&below);
             let mut module: Module =
                 below.with_extension("").iter().map(|part| part.to_str().unwrap().to_owned()).collect();
             if module.last().is_some_and(|last| last == "mod") {
@@ -250,24 +250,24 @@ impl<'a> Visit<'a> for Reader {
     }
 }
 
-fn rust_files(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
-        let path = entry.unwrap().path();
-        let is_test = ["tests", "tests.rs", "target"].contains(&path.file_name().unwrap().to_str().unwrap());
-        if path.is_dir() && !is_test {
-            found.extend(rust_files(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") && !is_test {
-            found.push(path);
-        }
-    }
+/// The sources below a folder of the repository, tests excluded.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let is_source = |file: &Path| {
+        file.extension().is_some_and(|extension| extension == "rs")
+            && !file.iter().any(|part| part == "tests" || part == "tests.rs")
+    };
+    let below = super::tracked_files()
+        .into_iter()
+        .filter_map(|file| Some(file.strip_prefix(folder).ok()?.to_owned()));
+    let found: Vec<_> = below.filter(|file| is_source(file)).collect();
+    assert!(!found.is_empty(), "no source below {folder}");
     found
 }
 
 #[test]
 fn the_modules_of_the_daemon_import_one_way() {
     let (folder, name) = CRATES[3];
-    let daemon = Crate::read(&cargo::workspace().join(folder), name);
+    let daemon = Crate::read(folder, name);
     let rank = |module: &Module| {
         let top = module.first().map_or("lib", String::as_str);
         ORDER.iter().position(|known| *known == top).unwrap_or_else(|| panic!("{top} is not in ORDER"))
@@ -299,7 +299,7 @@ fn no_files_import_each_other_in_a_circle() {
     let mut all = Vec::new();
     for (folder, name) in CRATES {
         let name = if name.is_empty() { folder } else { name };
-        let one = Crate::read(&cargo::workspace().join(folder), name);
+        let one = Crate::read(folder, name);
         let cycles = one.cycles();
         println!("{name}: {} files, {} cycles", one.files.len(), cycles.len());
         all.extend(cycles.into_iter().map(|files| files.join(", ")));

@@ -138,24 +138,15 @@ fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, limit: usize) -> io::Resul
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{Read as _, Write as _},
-        net::{TcpListener, TcpStream},
-    };
+    use std::io::{Read as _, Write as _};
 
     use super::*;
-
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (far, _) = listener.accept().unwrap();
-        (near, far)
-    }
+    use crate::os::tcp_pair;
 
     #[test]
     fn payload_passes_and_the_pipe_returns_to_the_pool() {
         let pipes = Pipes::new(1);
-        let ((mut sender, source), (target, mut reader)) = (pair(), pair());
+        let ((mut sender, source), (target, mut reader)) = (tcp_pair(), tcp_pair());
         let mut pipe = pipes.borrow().unwrap();
         source.set_nonblocking(true).unwrap();
         assert_eq!(pipe.fill(&source).unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -182,7 +173,7 @@ mod tests {
     #[test]
     fn a_pipe_that_holds_data_is_not_reused() {
         let pipes = Pipes::new(1);
-        let (mut sender, source) = pair();
+        let (mut sender, source) = tcp_pair();
         sender.write_all(b"left behind").unwrap();
         let mut pipe = pipes.borrow().unwrap();
         source.peek(&mut [0; 1]).unwrap();

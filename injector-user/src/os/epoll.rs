@@ -80,24 +80,15 @@ impl AsRawFd for Epoll {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::Write as _,
-        net::{TcpListener, TcpStream},
-        time::Duration,
-    };
+    use std::{io::Write as _, time::Duration};
 
     use super::*;
-
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let out = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (out, listener.accept().unwrap().0)
-    }
+    use crate::os::tcp_pair;
 
     #[test]
     fn epoll_reports_a_fin_but_no_payload() {
         let epoll = Epoll::new().unwrap();
-        let (mut out, inside) = pair();
+        let (mut out, inside) = tcp_pair();
         epoll.add(&inside, 42).unwrap();
         out.write_all(b"payload").unwrap();
         std::thread::sleep(Duration::from_millis(5));

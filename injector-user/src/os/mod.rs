@@ -9,3 +9,11 @@ pub mod poll;
 pub mod rlimit;
 pub mod sockopt;
 pub mod systemd;
+
+/// Both ends of a TCP connection over loopback.
+#[cfg(test)]
+pub(crate) fn tcp_pair() -> (std::net::TcpStream, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (client, listener.accept().unwrap().0)
+}

@@ -139,21 +139,15 @@ fn check(result: libc::c_int) -> io::Result<()> {
 mod tests {
     use std::{
         io::{Read as _, Write as _},
-        net::{TcpListener, TcpStream},
         time::Duration,
     };
 
     use super::*;
-
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let out = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (out, listener.accept().unwrap().0)
-    }
+    use crate::os::tcp_pair;
 
     #[test]
     fn tcp_info_counts_received_bytes_and_one_for_the_fin() {
-        let (mut out, mut inside) = pair();
+        let (mut out, mut inside) = tcp_pair();
         assert_eq!(tcp_info(&inside).unwrap().bytes_received, 0);
         out.write_all(&[7; 1000]).unwrap();
         inside.read_exact(&mut [0; 1000]).unwrap();
@@ -167,7 +161,7 @@ mod tests {
 
     #[test]
     fn acknowledged_and_queued_bytes_add_up_to_what_was_written() {
-        let (mut out, _stalled) = pair();
+        let (mut out, _stalled) = tcp_pair();
         out.set_nonblocking(true).unwrap();
         let base = tcp_info(&out).unwrap().bytes_acked;
         let mut written = 0;

@@ -1,8 +1,8 @@
 //! The versions of HAProxy that the benchmark compares with, those of Debian 13 and Debian 12.
 //!
 //! The system's own HAProxy is used if it has that version. Another one comes from this system's
-//! Debian archive: an apt with separate lists and state downloads it with all its libraries, the C
-//! library included, and it is unpacked into the tool cache. The system is not changed.
+//! Debian archive, with all its libraries, the C library included, and is unpacked into the tool
+//! cache.
 
 use std::{
     fs,
@@ -10,16 +10,18 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use injector_bench::systems::Build;
 
-use super::{cache::Cache, job, packages::program};
+use super::{
+    cache::Cache,
+    job,
+    packages::program,
+    private_apt::{self, PrivateApt},
+};
 
 /// Series of HAProxy, and the Debian release that has it; the newest first.
 pub(super) const RELEASES: [(&str, &str); 2] = [("3.0", "trixie"), ("2.6", "bookworm")];
-
-/// The keys of all Debian releases, in package debian-archive-keyring.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The program of that series, if it runs.
 pub(super) fn find(cache: &Cache, series: &str) -> Option<Build> {
@@ -74,22 +76,16 @@ fn libraries(prefix: &Path) -> Vec<PathBuf> {
 /// When the archive cannot be reached, or its program does not run. The cache is then unchanged.
 pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     eprintln!("setup: HAProxy {series} of Debian {suite}, with its libraries …");
-    ensure!(
-        program("apt-get").is_some() && program("dpkg-deb").is_some() && Path::new(KEYRING).exists(),
-        "HAProxy {series} comes from Debian {suite}: installing it needs apt-get, dpkg-deb and {KEYRING}"
-    );
-    let archive = archive()?;
     let log = job::fresh(cache.log(&format!("haproxy-{series}"))?)?;
     let partial = cache.partial()?;
-    let apt = partial.path().join("apt");
-    let apt_get = private_apt(&apt, &archive, suite)?;
-    let run = |arguments: &[&str]| job::run(apt_get().args(arguments), &log);
+    let apt = PrivateApt::new(&partial.path().join("apt"), suite)?;
+    let run = |arguments: &[&str]| job::run(apt.command("apt-get").args(arguments), &log);
     run(&["update"]).with_context(|| format!("cannot fetch the lists of Debian {suite}"))?;
     // No package counts as installed, so all dependencies of HAProxy are downloaded too.
     run(&["install", "-y", "--no-install-recommends", "--download-only", "haproxy"])
         .with_context(|| format!("cannot fetch HAProxy of Debian {suite}"))?;
     let tree = partial.path().join("tree");
-    unpack(&apt.join("cache/archives"), &tree, &log)?;
+    private_apt::unpack(&apt.downloaded(), &tree, &log)?;
     let command = in_prefix(&tree).context("the packages contain no HAProxy that can run")?;
     ensure!(build(series, command).is_some(), "the downloaded HAProxy is not of series {series}");
     let place = folder(cache, series);
@@ -97,67 +93,6 @@ pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
         fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
     }
     fs::rename(&tree, &place).with_context(|| format!("cannot create {}", place.display()))
-}
-
-/// An apt-get with one source, which keeps everything in a folder and uses this system's network
-/// settings.
-fn private_apt(folder: &Path, archive: &str, suite: &str) -> Result<impl Fn() -> Command + use<>> {
-    for inner in ["state/lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(folder.join(inner))
-            .with_context(|| format!("cannot create {}", folder.display()))?;
-    }
-    fs::write(folder.join("sources.list"), format!("deb [signed-by={KEYRING}] {archive} {suite} main\n"))?;
-    fs::write(folder.join("status"), "")?;
-    let set = |name: &str, path: &str| format!("{name}={}", folder.join(path).display());
-    let settings = [
-        set("Dir::State", "state"),
-        set("Dir::State::status", "status"),
-        set("Dir::Cache", "cache"),
-        set("Dir::Etc::sourcelist", "sources.list"),
-        "Dir::Etc::sourceparts=/dev/null".to_owned(),
-        "Dir::Etc::preferencesparts=/dev/null".to_owned(),
-        "Acquire::Languages=none".to_owned(),
-        // apt's own user may not be able to read the cache.
-        "APT::Sandbox::User=root".to_owned(),
-    ];
-    Ok(move || {
-        let mut command = Command::new("apt-get");
-        command.arg("-q").args(settings.iter().flat_map(|setting| ["-o", setting]));
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    })
-}
-
-/// The address of this system's Debian archive.
-pub(super) fn archive() -> Result<String> {
-    let format = "$(ORIGIN) $(COMPONENT) $(CODENAME) $(REPO_URI)";
-    let output = Command::new("apt-get")
-        .args(["indextargets", "Created-By: Packages", "--format", format])
-        .output()
-        .context("cannot run apt-get")?;
-    let lines = String::from_utf8_lossy(&output.stdout);
-    match lines.lines().find_map(source) {
-        Some(uri) => Ok(uri.to_owned()),
-        None => bail!("this system's package sources contain no Debian archive"),
-    }
-}
-
-/// The address in a line of [`archive`], if it belongs to a Debian release and not to its updates.
-fn source(line: &str) -> Option<&str> {
-    let mut words = line.split(' ');
-    let (origin, component, codename) = (words.next()?, words.next()?, words.next()?);
-    (origin == "Debian" && component == "main" && !codename.contains('-')).then(|| words.next())?
-}
-
-fn unpack(archives: &Path, tree: &Path, log: &Path) -> Result<()> {
-    fs::create_dir(tree)?;
-    for entry in fs::read_dir(archives)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            job::run(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(tree), log)?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -169,16 +104,6 @@ mod tests {
         let printed = "HAProxy version 3.0.11-1+deb13u3 2026/10/01 - a page\nStatus: long-term";
         assert_eq!(version(printed).as_deref(), Some("3.0.11-1+deb13u3"));
         assert_eq!(version("nginx version: nginx/1.22.1"), None);
-    }
-
-    #[test]
-    fn only_the_releases_own_archive_counts() {
-        assert_eq!(source("Debian main bookworm mirror://archive/debian/"), Some("mirror://archive/debian/"));
-        for other in
-            ["Debian main bookworm-updates x", "Debian contrib bookworm x", "Ubuntu main noble x", "nonsense"]
-        {
-            assert_eq!(source(other), None, "{other}");
-        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod kubernetes;
 mod linker;
 mod missing;
 mod packages;
+mod private_apt;
 mod survey;
 mod toolchain;
 mod wheel;
@@ -84,7 +85,7 @@ pub(crate) fn kubernetes_tools() -> Result<KubernetesTools> {
 
 /// The address of this system's Debian archive.
 pub(crate) fn debian_archive() -> Result<String> {
-    haproxy::archive()
+    private_apt::archive()
 }
 
 /// cargo-deb; it must be set up.

@@ -45,3 +45,22 @@ pub(crate) fn among(built: &[Executable]) -> Result<PathBuf> {
     let missing = "cargo built no program `injector`; is it still a [[bin]] of injector-user?";
     daemon.map(|daemon| daemon.path.clone()).context(missing)
 }
+
+/// Builds every test program and the daemon together. Built alone, the daemon would be linked with
+/// libraries of other features, because dependencies of the tests add some.
+///
+/// # Errors
+/// When they don't compile.
+pub(crate) fn everything() -> Result<Vec<Executable>> {
+    let mut command = cargo::cargo();
+    command.arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets");
+    cargo::executables(&mut command)
+}
+
+/// The package whose test targets need privileges.
+pub(crate) const SUITE: &str = "injector-suite";
+
+/// Whether it is a test program that needs privileges.
+pub(crate) fn is_privileged(program: &&Executable) -> bool {
+    program.package == SUITE && program.kind == "test"
+}

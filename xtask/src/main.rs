@@ -13,6 +13,7 @@ mod script;
 mod setup;
 mod soak;
 mod test;
+mod test_output;
 
 use std::process::ExitCode;
 

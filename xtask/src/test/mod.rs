@@ -21,19 +21,14 @@ use std::{
 use anyhow::{Context as _, Result};
 use injector_bench::instructions::{self, Verdict};
 
-use self::{
-    leftovers::Before,
-    report::{Output, Report},
-};
+use self::{leftovers::Before, report::Report};
 use crate::{
     build,
     cargo::{self, Executable},
     reported::AlreadyReported,
     setup::{self, Group},
+    test_output::Output,
 };
-
-/// The package whose test targets need privileges.
-const PRIVILEGED: &str = "injector-suite";
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
@@ -73,7 +68,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let obstacle = if args.runs_integration() { obstacle() } else { None };
     let privileged = args.runs_integration() && obstacle.is_none();
     setup::ensure(if privileged { &Group::USUAL } else { &[Group::Bpf] })?;
-    let built = compile()?;
+    let mut built = build::everything()?;
+    built.sort_by_key(title);
     let daemon = build::among(&built)?;
     let programs: Vec<_> = built.into_iter().filter(|program| program.harness).collect();
     let mut report = Report::default();
@@ -92,26 +88,12 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     if report.passed() { Ok(()) } else { Err(AlreadyReported.into()) }
 }
 
-/// Builds every test program and the daemon together. Built alone, the daemon would be linked with
-/// libraries of other features, because dependencies of the tests add some.
-fn compile() -> Result<Vec<Executable>> {
-    let mut command = cargo::cargo();
-    command.arg("build").args(cargo::HOST_PACKAGES).arg("--all-targets");
-    let mut built = cargo::executables(&mut command)?;
-    built.sort_by_key(title);
-    Ok(built)
-}
-
 fn title(program: &Executable) -> String {
     format!("{} {} {}", program.package, program.kind, program.target)
 }
 
-fn is_privileged(program: &&Executable) -> bool {
-    program.package == PRIVILEGED && program.kind == "test"
-}
-
 fn unit(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result<()> {
-    for program in programs.iter().filter(|program| !is_privileged(program)) {
+    for program in programs.iter().filter(|program| !build::is_privileged(program)) {
         let title = title(program);
         let ran = watch(&title, &mut harness(program, args), args.limit)?;
         report.add(title, ran);
@@ -125,7 +107,7 @@ fn unit(args: &TestArgs, programs: &[Executable], report: &mut Report) -> Result
 /// Runs the privileged tests, then looks for what they left.
 fn integration(args: &TestArgs, programs: &[Executable], daemon: &Path, report: &mut Report) -> Result<()> {
     let before = Before::look()?;
-    for program in programs.iter().filter(is_privileged) {
+    for program in programs.iter().filter(build::is_privileged) {
         let title = title(program);
         let ran = watch(&title, harness(program, args).env("INJECTOR_BIN", daemon), args.limit)?;
         report.add(title, ran);
@@ -133,10 +115,10 @@ fn integration(args: &TestArgs, programs: &[Executable], daemon: &Path, report: 
     for left in before.left_behind() {
         report.fail(format!("left behind: {left}"));
     }
-    if programs.iter().filter(is_privileged).count() == 0 {
-        report.fail(format!("{PRIVILEGED} has no privileged tests"));
+    if programs.iter().filter(build::is_privileged).count() == 0 {
+        report.fail(format!("{} has no privileged tests", build::SUITE));
     } else if args.filter.is_none() || args.integration {
-        report.demand_one_run(PRIVILEGED);
+        report.demand_one_run(build::SUITE);
     }
     Ok(())
 }
@@ -193,7 +175,7 @@ fn obstacle() -> Option<String> {
 /// Counts the privileged tests as skipped and prints the reason: a run without them has not passed.
 fn cannot_run(args: &TestArgs, programs: &[Executable], why: &str, report: &mut Report) -> Result<()> {
     println!("\n-- the privileged tests cannot run: {why}");
-    for program in programs.iter().filter(is_privileged) {
+    for program in programs.iter().filter(build::is_privileged) {
         let mut command = harness(program, args);
         let output = command
             .arg("--list")

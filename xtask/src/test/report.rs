@@ -2,70 +2,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-/// The results of one test program, taken from its own output; libtest and libtest-mimic print the
-/// same.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct Output {
-    pub(super) passed: usize,
-    pub(super) failed: usize,
-    /// Ignored tests, which reported that they can't run here.
-    pub(super) skipped: usize,
-    pub(super) took: Duration,
-    failures: Vec<String>,
-    /// A fault of the program itself; counts as one failure.
-    fault: Option<String>,
-    /// The number of `test result:` lines; documentation tests print one for each package.
-    results: usize,
-}
-
-impl Output {
-    /// The results of a program that was not run.
-    pub(super) fn skipped(count: usize) -> Self {
-        Self { skipped: count, results: 1, ..Self::default() }
-    }
-
-    /// The results of a check without a test program: how many values were right, and a message for
-    /// each that was not.
-    pub(super) fn checked(passed: usize, failures: Vec<String>, took: Duration) -> Self {
-        Self { passed, failed: failures.len(), failures, took, results: 1, ..Self::default() }
-    }
-
-    /// Takes one line of the program's output.
-    pub(super) fn line(&mut self, line: &str) {
-        if let Some(result) = line.strip_prefix("test result:") {
-            self.results += 1;
-            self.passed += count(result, "passed");
-            self.failed += count(result, "failed");
-            self.skipped += count(result, "ignored");
-        } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix("FAILED")) {
-            self.failures.push(name.trim_end_matches([' ', '.']).to_owned());
-        }
-    }
-
-    /// Records a fault other than a failed test.
-    pub(super) fn set_fault(&mut self, what: String) {
-        self.fault = Some(what);
-    }
-
-    pub(super) fn has_failures(&self) -> bool {
-        self.failed > 0 || self.fault.is_some()
-    }
-
-    pub(super) fn is_complete(&self) -> bool {
-        self.results > 0
-    }
-
-    fn failed_in_all(&self) -> usize {
-        self.failed + usize::from(self.fault.is_some())
-    }
-}
-
-/// The number before a word: `ok. 5 passed; 0 failed; …`.
-fn count(result: &str, what: &str) -> usize {
-    let words: Vec<&str> = result.split([' ', ';']).filter(|word| !word.is_empty()).collect();
-    let pair = words.windows(2).find(|pair| pair[1] == what);
-    pair.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
-}
+use crate::test_output::Output;
 
 /// Everything that ran.
 #[derive(Debug, Default)]
@@ -142,8 +79,7 @@ impl Report {
 
     fn troubles(&self) -> impl Iterator<Item = String> {
         let of_programs = self.programs.iter().flat_map(|(title, output)| {
-            let names = output.failures.iter().chain(&output.fault);
-            names.map(move |what| format!("FAILED  {title}: {what}"))
+            output.failures().map(move |what| format!("FAILED  {title}: {what}"))
         });
         let whole = self.failures.iter().chain(&self.rejections).map(|what| format!("FAILED  {what}"));
         of_programs.chain(whole)
@@ -170,15 +106,6 @@ mod tests {
         "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s";
     const BAD: &str =
         "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s";
-
-    #[test]
-    fn several_results_add_up() {
-        let both = output(&["running 6 tests", GOOD, "test smtp::ipv4 ... FAILED", BAD, "5 passed"]);
-        assert_eq!((both.passed, both.failed, both.skipped), (8, 2, 1));
-        assert_eq!(both.failures, ["smtp::ipv4"]);
-        assert!(both.is_complete() && both.has_failures());
-        assert!(!output(&["running 0 tests"]).is_complete());
-    }
 
     #[test]
     fn the_last_line_has_the_totals() {

@@ -5,6 +5,7 @@ mod build;
 mod cargo;
 mod check;
 mod demo;
+mod kernels;
 mod observe;
 mod release;
 mod reported;
@@ -58,6 +59,8 @@ enum Verb {
     Soak(soak::SoakArgs),
     /// Compare the engines with HAProxy, nginx and kernel NAT in network namespaces
     Bench(bench::BenchArgs),
+    /// Boot Debian's kernels in virtual machines, and run self-tests and trials in them
+    Kernels(kernels::KernelsArgs),
     /// Check alerts and dashboard with Prometheus' tools, optionally in a live run
     Observe(observe::ObserveArgs),
     /// Run one end of the load generator in a namespace of the benchmark
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Kernels(args) => kernels::run(&args),
         Verb::Observe(args) => observe::run(&args),
         Verb::LoadEnd { arguments } => bench::end(&arguments),
         Verb::Kubernetes(args) => kubernetes::run(&args),

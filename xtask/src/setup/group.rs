@@ -11,6 +11,8 @@ pub(crate) enum Group {
     Mail,
     /// Proxies that the benchmark compares with, other than those of the tests
     Bench,
+    /// Debian's kernels, and an emulator to boot them in
+    Kernels,
     /// Validators of the manifests for Kubernetes
     Kubernetes,
     /// Prometheus and its exporters, for `cargo xtask observe`

@@ -1,6 +1,6 @@
 //! Tools that are missing, and what they are needed for.
 
-use super::{cargo_deb, linker, wheel::Wheel};
+use super::{cargo_deb, kernels, linker, wheel::Wheel};
 
 /// A missing tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(super) enum Missing {
     Linker { llvm: u32 },
     /// A version of HAProxy, from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
+    /// One of Debian's kernels.
+    Kernel(kernels::Wanted),
     /// cargo-deb, which can be built here.
     CargoDeb,
     /// bpf-linker, if there is no LLVM to build it with.
@@ -38,6 +40,7 @@ impl std::fmt::Display for Missing {
             Self::HaProxy { series, suite } => {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: for the benchmark")
             }
+            Self::Kernel(wanted) => write!(f, "Debian's kernel {wanted}: trials in other kernels"),
             Self::Kubernetes => f.write_str(
                 "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
             ),

@@ -13,6 +13,7 @@ mod group;
 mod haproxy;
 mod install;
 mod job;
+mod kernels;
 mod kubernetes;
 mod linker;
 mod missing;
@@ -31,6 +32,7 @@ use self::cache::Cache;
 pub(crate) use self::{
     bpf::BpfToolchain,
     group::Group,
+    kernels::{DEFAULT as DEFAULT_KERNELS, Kernel, Wanted as WantedKernel},
     kubernetes::Tools as KubernetesTools,
     packages::SECCOMP_PROFILE,
     toolchain::{BPF_TARGET, nightly},
@@ -76,6 +78,24 @@ pub(crate) fn bench_programs() -> Result<Programs> {
     let module = packages::NGINX_STREAM.iter().map(Path::new).find(|place| place.is_file());
     let nginx = packages::program("nginx").zip(module.and_then(Path::parent).map(Path::to_path_buf));
     Ok(Programs { haproxies, nginx })
+}
+
+/// The kernel, fetched if it is missing or `again` is set. Its group must be set up.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub(crate) fn kernel(wanted: &WantedKernel, again: bool) -> Result<Kernel> {
+    let cache = Cache::locate()?;
+    if again || kernels::find(&cache, wanted).is_none() {
+        let _lock = cache.lock()?;
+        kernels::fetch(&cache, wanted)?;
+    }
+    kernels::find(&cache, wanted).with_context(|| format!("kernel {wanted} is missing after it was fetched"))
+}
+
+/// The program that shares this machine's files with a virtual machine; it must be set up.
+pub(crate) fn virtiofsd() -> Result<PathBuf> {
+    packages::virtiofsd().context("run `cargo xtask setup --only kernels` first")
 }
 
 /// The validators of the manifests; they must be set up.

@@ -88,6 +88,9 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("prometheus-pushgateway", "prometheus-pushgateway", "receiving the probe's metrics", &[Group::Observe]),
     ("systemd-analyze", "systemd", "the unit's checks, and a systemd to start it in", &[Group::Mail]),
     ("dpkg-deb", "dpkg", "reading the Debian package", &[Group::Package]),
+    ("qemu-system-x86_64", "qemu-system-x86", "booting other kernels", &[Group::Kernels]),
+    ("modprobe", "kmod", "the modules of other kernels", &[Group::Kernels]),
+    ("xz", "xz-utils", "unpacking the modules of other kernels", &[Group::Kernels]),
     ("mmdebstrap", "mmdebstrap", "the image's files, from Debian's packages", &[Group::Image]),
     ("umoci", "umoci", "the image itself (OCI)", &[Group::Image]),
     ("runc", "runc", "running the image", &[Group::Image]),
@@ -126,6 +129,13 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         "the system calls that a container may make",
         &[Group::Image],
     ),
+    (
+        // The package `busybox` has a program of this name too, which needs libraries.
+        &["/var/lib/dpkg/info/busybox-static.list"],
+        "busybox-static",
+        "mounting the root file system in other kernels",
+        &[Group::Kernels],
+    ),
     (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Bench]),
     (
         &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"],
@@ -134,6 +144,21 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         &[Group::Mail],
     ),
 ];
+
+/// The paths of virtiofsd: its own package's, and the one of qemu before Debian 13.
+const VIRTIOFSD: [&str; 2] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"];
+
+/// The program that shares files with a virtual machine.
+pub(super) fn virtiofsd() -> Option<PathBuf> {
+    VIRTIOFSD.iter().map(PathBuf::from).find(|path| path.is_file())
+}
+
+/// virtiofsd as a tool, in the package that this system's releases have it in.
+pub(super) fn virtiofsd_package(is_known: impl FnOnce(&str) -> bool) -> Tool {
+    let package = if is_known("virtiofsd") { "virtiofsd" } else { "qemu-system-common" };
+    let places = VIRTIOFSD.iter().map(PathBuf::from).collect();
+    tool(Probe::File(places), package, "sharing the root file system with other kernels")
+}
 
 /// All tools of the groups, other than those that build BPF.
 pub(super) fn tools(groups: &[Group]) -> Vec<Tool> {
@@ -227,6 +252,12 @@ mod tests {
         assert!(names(&packages).contains(&"llvm-23-dev"));
         assert!(names(&packages).contains(&"libpolly-23-dev"));
         assert!(packages.iter().all(|tool| !tool.why.is_empty()));
+    }
+
+    #[test]
+    fn virtiofsd_is_in_its_own_package_or_in_that_of_qemu() {
+        assert_eq!(virtiofsd_package(|name| name == "virtiofsd").package, "virtiofsd");
+        assert_eq!(virtiofsd_package(|_| false).package, "qemu-system-common");
     }
 
     #[test]

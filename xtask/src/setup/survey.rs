@@ -10,7 +10,7 @@ use super::{
     cache::Cache,
     cargo_deb,
     group::Group,
-    haproxy, kubernetes, linker,
+    haproxy, kernels, kubernetes, linker,
     missing::Missing,
     packages,
     toolchain::{self, CompilerSource, Core, Link, NIGHTLY},
@@ -35,6 +35,9 @@ pub(super) fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Resul
     survey.tools(packages::tools(groups));
     if groups.contains(&Group::Bench) {
         survey.haproxies(cache);
+    }
+    if groups.contains(&Group::Kernels) {
+        survey.kernels(cache);
     }
     if groups.contains(&Group::Kubernetes) {
         survey.kubernetes(cache);
@@ -79,6 +82,18 @@ impl Survey {
             match haproxy::find(cache, series) {
                 Some(build) => self.present.push(format!("HAProxy {}", build.version)),
                 None => self.missing.push(Missing::HaProxy { series, suite }),
+            }
+        }
+    }
+
+    fn kernels(&mut self, cache: &Cache) {
+        if packages::virtiofsd().is_none() {
+            self.tools(vec![packages::virtiofsd_package(|name| apt::knows([name]))]);
+        }
+        for wanted in kernels::DEFAULT {
+            match kernels::find(cache, &wanted) {
+                Some(kernel) => self.present.push(format!("kernel {wanted}: {}", kernel.release)),
+                None => self.missing.push(Missing::Kernel(wanted)),
             }
         }
     }

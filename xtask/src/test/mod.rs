@@ -25,6 +25,7 @@ use self::{leftovers::Before, report::Report};
 use crate::{
     build,
     cargo::{self, Executable},
+    kernels,
     reported::AlreadyReported,
     setup::{self, Group},
     test_output::Output,
@@ -79,6 +80,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     if privileged {
         integration(args, &programs, &daemon, &mut report)?;
         if args.filter.is_none() {
+            report.add("kernels".into(), kernels::quick(&daemon)?);
             report.add("instructions".into(), instructions()?);
         }
     } else if let Some(why) = obstacle {

@@ -74,6 +74,9 @@ pub(super) fn insert(page: &str, runs: &[KernelRun]) -> Result<String> {
 fn tables(runs: &[KernelRun]) -> String {
     let mut text = String::new();
     let mut table = |first: &str, rows: Vec<(String, Vec<String>)>| {
+        if rows.is_empty() {
+            return;
+        }
         let heads: Vec<_> = runs.iter().map(|run| run.release.as_str()).collect();
         let _ = writeln!(text, "| {first} | {} |\n|---|{}", heads.join(" | "), "---|".repeat(runs.len()));
         for (name, cells) in rows {
@@ -187,6 +190,8 @@ mod tests {
         assert!(!made.contains("old"));
         assert_eq!(insert(&made, &[run("6.1.0-50-cloud-amd64")]).unwrap(), made);
         assert!(insert("# Kernels\n", &[]).is_err());
+        let quick = KernelRun { trials: Vec::new(), ..run("6.1.0-50-cloud-amd64") };
+        assert!(!insert(&page, &[quick]).unwrap().contains("| trials |"));
     }
 
     #[test]

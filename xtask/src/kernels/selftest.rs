@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::shell;
 
 /// Checks have time limits, which an emulated machine beside other work may miss.
-const ATTEMPTS: u32 = 3;
+const ATTEMPTS: u32 = 5;
 
 /// The line between two attempts.
 const SEPARATOR: &str = "-- attempt";

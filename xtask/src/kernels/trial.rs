@@ -14,7 +14,7 @@ pub(super) struct Trials {
 
 /// What a run without `--trials` includes.
 pub(super) const DEFAULT: &[&str] =
-    &["splice", "faults:splice/close/", "faults:splice/stalled/", "inline:survives/", "mail:splice"];
+    &["splice", "faults:splice/transfer/", "faults:splice/close/both", "inline:survives/", "mail:splice"];
 
 impl FromStr for Trials {
     type Err = String;
@@ -45,7 +45,8 @@ impl Trials {
         let daemon = shell::quote(&daemon.to_string_lossy());
         let filter = self.filter.as_deref().map(shell::quote).unwrap_or_default();
         format!(
-            "export CARGO_MANIFEST_DIR={folder} INJECTOR_BIN={daemon}\n\
+            "dmesg --clear\n\
+             export CARGO_MANIFEST_DIR={folder} INJECTOR_BIN={daemon}\n\
              cd {folder} && timeout -k 5 {} {} {filter} 2>&1; code=$?\n\
              dmesg --level=emerg,alert,crit,err,warn | tail -n 20 | sed 's/^/kernel: /'\n\
              exit $code\n",

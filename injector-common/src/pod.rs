@@ -18,13 +18,16 @@ const fn plain<T: FromBytes + IntoBytes>() {}
 
 pod!(
     inline::Address,
-    inline::ClosedFlow,
+    inline::Backend,
+    inline::BackendTable,
+    inline::Entry,
     inline::Event,
     inline::Flow,
     inline::Key,
     inline::Listener,
-    inline::PendingSyn,
+    inline::Settings,
     inline::Template,
+    inline::Usage,
     splice::Credit,
     splice::Flow,
     splice::Header,

@@ -49,15 +49,95 @@ impl Address {
     }
 }
 
-/// A connection as it looks between the edge and the backend (the key of maps `PENDING` and `FLOWS`).
+/// The addresses of a packet as it comes in (the key of the map `FLOWS`).
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// Whom the backend takes for its client: the client, or the edge where it masquerades.
+    /// Who sent it.
     pub source: Address,
-    /// The backend.
-    pub backend: Address,
+    /// Whom it is sent to.
+    pub destination: Address,
+}
+
+/// Source and destination as they stand in a packet, in network order.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tuple {
+    /// The source; IPv4 in the first word.
+    pub source: [u32; 4],
+    /// The destination.
+    pub destination: [u32; 4],
+    /// The source's port and the destination's, as a TCP header begins.
+    pub ports: u32,
+    /// 1 for IPv6, 0 for IPv4.
+    pub ipv6: u32,
+}
+
+impl Tuple {
+    /// The ports, in the host's byte order, as a TCP header begins.
+    #[must_use]
+    #[inline(always)]
+    pub const fn ports(source: u16, destination: u16) -> u32 {
+        ((source as u32) << 16 | destination as u32).to_be()
+    }
+
+    /// That of packets in the other direction.
+    #[must_use]
+    #[inline(always)]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            ports: self.ports.rotate_left(16),
+            ipv6: self.ipv6,
+        }
+    }
+
+    /// Makes a zeroed key that of packets in the other direction.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
+    pub const fn reversed_key(&self, key: &mut Key) {
+        let ports = u32::from_be(self.ports);
+        let Key { source, destination } = key;
+        if self.ipv6 == 0 {
+            source.set_mapped(self.destination[0]);
+            destination.set_mapped(self.source[0]);
+        } else {
+            source.set(self.destination);
+            destination.set(self.source);
+        }
+        (destination.port, source.port) = ((ports >> 16) as u16, ports as u16);
+    }
+
+    /// Whether packets with these addresses are answers to packets with the others. Of IPv4 the first words are compared.
+    #[must_use]
+    #[inline(always)]
+    pub const fn answers(&self, other: &Self) -> bool {
+        let first = self.source[0] == other.destination[0]
+            && self.destination[0] == other.source[0]
+            && self.ports == other.ports.rotate_left(16)
+            && self.ipv6 == other.ipv6;
+        if self.ipv6 == 0 {
+            return first;
+        }
+        first
+            && self.source[1] == other.destination[1]
+            && self.source[2] == other.destination[2]
+            && self.source[3] == other.destination[3]
+            && self.destination[1] == other.source[1]
+            && self.destination[2] == other.source[2]
+            && self.destination[3] == other.source[3]
+    }
+
+    /// The two addresses with their ports.
+    #[must_use]
+    pub fn read(&self) -> (Address, Address) {
+        let mut key = Key::default();
+        self.reversed_key(&mut key);
+        (key.destination, key.source)
+    }
 }
 
 /// The addresses of a header as they stand in it: the client's and the destination's, then their ports, in network order. In

@@ -1,78 +1,109 @@
-//! The counters of the programs.
+//! The counters of the program.
 
-/// The outcomes of the programs, except plain forwarding. The value is an index of the per-CPU array
+/// The outcomes of the program, except plain forwarding. The value is an index of the per-CPU array
 /// `COUNTERS`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// `client_in`: a SYN for a listener, stored in `SYN_CACHE` for `backend_out`.
-    SynCached,
-    /// `client_in`: a SYN with data (Fast Open); dropped, the client sends it again without.
-    FastOpen,
-    /// `backend_out`: a SYN that is in `SYN_CACHE`: a new flow.
+    /// A SYN taken: a connection is being opened.
     Opened,
-    /// `backend_out`: a forwarded SYN to a backend's PROXY port that is not in `SYN_CACHE`; dropped.
-    SynUnknown,
-    /// `backend_out`: a forwarded segment to a backend's PROXY port that belongs to no flow; dropped.
-    NoFlow,
-    /// `backend_out`: a fragment to a backend; dropped.
-    Fragment,
-    /// `backend_out`: a SYN with data or with flags that no client sends with it; dropped.
-    InvalidSyn,
-    /// `backend_out`: a segment that would put the client's bytes where the header belongs, or that the backend does not take
-    /// ([`ToBackend::Drop`](super::ToBackend::Drop)); dropped.
-    InvalidSegment,
-    /// `backend_out`: the header sent as payload of the client's acknowledgement.
-    Appended,
-    /// `backend_out`: the end of a handshake deferred until the client sends data.
-    Deferred,
-    /// `backend_out`: the header sent in front of the client's first bytes.
-    Prepended,
-    /// `backend_out`: the header sent ahead of the client's first bytes, in a packet of its own.
-    SentAhead,
-    /// `backend_out`: the header could not be added; dropped, both sides will retransmit.
-    AppendFailed,
-    /// `backend_out`: the map `FLOWS` is full; dropped.
+    /// A SYN sent again, to the same backend.
+    SynRepeated,
+    /// A SYN left to the socket: no backend of its family gets connections, or the listener drains.
+    NoBackend,
+    /// A SYN left to the socket: a limit on connections is reached.
+    Limit,
+    /// A SYN left to the socket: too many handshakes are unfinished.
+    PendingFull,
+    /// A SYN left to the socket: `CONNECTIONS` or `FLOWS` is full.
     Full,
-    /// `backend_in`: the header retransmitted, because the backend asked for it.
+    /// A SYN left to the socket: no route to the backend or the client, or the backend is on this host.
+    NoRoute,
+    /// A SYN left to the socket: no source port towards the backend was free.
+    NoPort,
+    /// A SYN left to the socket: with data (Fast Open), or flags that clients do not send.
+    BadSyn,
+    /// A SYN left to the socket: the backend has refused it, or not answered it twice.
+    Unanswered,
+    /// The client has answered the backend: a connection.
+    Established,
+    /// A connection replaced by another one of the same addresses and ports.
+    Superseded,
+    /// A fragment, or TCP behind options or extension headers, of a connection or to a PROXY port; dropped.
+    Unreadable,
+    /// A packet forwarded to a PROXY port that is no connection's; dropped.
+    ProxyPort,
+    /// A segment of the client's that would put bytes where the header belongs, or that the backend does not take ([`ToBackend::Drop`](super::ToBackend::Drop)); dropped.
+    InvalidSegment,
+    /// The header sent as payload of the client's acknowledgement.
+    Appended,
+    /// The end of a handshake deferred until the client sends data.
+    Deferred,
+    /// The header sent in front of the client's first bytes.
+    Prepended,
+    /// The header sent ahead of the client's first bytes, in a packet of its own.
+    SentAhead,
+    /// The header could not be added; dropped, both sides will send again.
+    AppendFailed,
+    /// The header sent again, because the backend asked for it.
     HeaderRetransmitted,
-    /// `backend_in`: the backend asked for the header again too soon; dropped.
+    /// The backend asked for the header again too soon; dropped.
     TooSoon,
-    /// `backend_in`: the header could not be retransmitted; dropped, the backend will ask again.
+    /// The header could not be sent again; dropped, the backend will ask again.
     RetransmitFailed,
-    /// `backend_in`: the backend has acknowledged the header.
+    /// The backend has acknowledged the header.
     Acknowledged,
-    /// `backend_in`: a backend acknowledged a header that was never sent; dropped.
+    /// A backend acknowledged a header that was never sent; dropped.
     InvalidAck,
-    /// `backend_in`: a SYN-ACK that answers no SYN of a connection that is being opened; dropped.
+    /// A SYN-ACK that answers no SYN of a connection that is being opened; dropped.
     StaleSynAck,
-    /// `backend_in`: the backend refused a SYN.
+    /// The backend refused a SYN.
     Refused,
-    /// Either way: both sides have finished, or one has reset.
-    Ended,
-    /// Either way: numbers could not be rewritten; dropped.
+    /// A packet with a backend's addresses that came in by the clients' device; dropped.
+    WrongDevice,
+    /// An ICMP error translated.
+    Icmp,
+    /// A packet too long for its way: answered by an ICMP error.
+    TooBig,
+    /// A packet whose hop limit is used up; dropped.
+    TtlExceeded,
+    /// No route to one end of a connection; dropped.
+    RouteLost,
+    /// A packet could not be rewritten; dropped.
     RewriteFailed,
+    /// Both sides have finished, or one has reset.
+    Ended,
+    /// A handshake that was not finished in time, removed.
+    Abandoned,
+    /// A connection that was silent for too long, removed.
+    Expired,
     /// The ring buffer was full: the daemon missed an event.
     EventLost,
 }
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 24] = [
-        Self::SynCached,
-        Self::FastOpen,
+    pub const ALL: [Self; 37] = [
         Self::Opened,
-        Self::SynUnknown,
-        Self::NoFlow,
-        Self::Fragment,
-        Self::InvalidSyn,
+        Self::SynRepeated,
+        Self::NoBackend,
+        Self::Limit,
+        Self::PendingFull,
+        Self::Full,
+        Self::NoRoute,
+        Self::NoPort,
+        Self::BadSyn,
+        Self::Unanswered,
+        Self::Established,
+        Self::Superseded,
+        Self::Unreadable,
+        Self::ProxyPort,
         Self::InvalidSegment,
         Self::Appended,
         Self::Deferred,
         Self::Prepended,
         Self::SentAhead,
         Self::AppendFailed,
-        Self::Full,
         Self::HeaderRetransmitted,
         Self::TooSoon,
         Self::RetransmitFailed,
@@ -80,39 +111,59 @@ impl Counter {
         Self::InvalidAck,
         Self::StaleSynAck,
         Self::Refused,
-        Self::Ended,
+        Self::WrongDevice,
+        Self::Icmp,
+        Self::TooBig,
+        Self::TtlExceeded,
+        Self::RouteLost,
         Self::RewriteFailed,
+        Self::Ended,
+        Self::Abandoned,
+        Self::Expired,
         Self::EventLost,
     ];
 
-    /// The program that counts it, and the event's name: the labels of `injector_bpf_events_total`.
+    /// The event's name: the label `event` of `injector_bpf_events_total`.
     #[must_use]
-    pub const fn labels(self) -> (&'static str, &'static str) {
+    pub const fn label(self) -> &'static str {
         match self {
-            Self::SynCached => ("client_in", "syn_cached"),
-            Self::FastOpen => ("client_in", "fast_open"),
-            Self::Opened => ("backend_out", "opened"),
-            Self::SynUnknown => ("backend_out", "syn_unknown"),
-            Self::NoFlow => ("backend_out", "no_flow"),
-            Self::Fragment => ("backend_out", "fragment"),
-            Self::InvalidSyn => ("backend_out", "invalid_syn"),
-            Self::InvalidSegment => ("backend_out", "invalid_segment"),
-            Self::Appended => ("backend_out", "appended"),
-            Self::Deferred => ("backend_out", "deferred"),
-            Self::Prepended => ("backend_out", "prepended"),
-            Self::SentAhead => ("backend_out", "sent_ahead"),
-            Self::AppendFailed => ("backend_out", "append_failed"),
-            Self::Full => ("backend_out", "full"),
-            Self::HeaderRetransmitted => ("backend_in", "header_retransmitted"),
-            Self::TooSoon => ("backend_in", "too_soon"),
-            Self::RetransmitFailed => ("backend_in", "retransmit_failed"),
-            Self::Acknowledged => ("backend_in", "acknowledged"),
-            Self::InvalidAck => ("backend_in", "invalid_ack"),
-            Self::StaleSynAck => ("backend_in", "stale_syn_ack"),
-            Self::Refused => ("backend_in", "refused"),
-            Self::Ended => ("inline", "ended"),
-            Self::RewriteFailed => ("inline", "rewrite_failed"),
-            Self::EventLost => ("inline", "event_lost"),
+            Self::Opened => "opened",
+            Self::SynRepeated => "syn_repeated",
+            Self::NoBackend => "to_socket_no_backend",
+            Self::Limit => "to_socket_limit",
+            Self::PendingFull => "to_socket_pending_full",
+            Self::Full => "to_socket_full",
+            Self::NoRoute => "to_socket_no_route",
+            Self::NoPort => "to_socket_no_port",
+            Self::BadSyn => "to_socket_syn",
+            Self::Unanswered => "to_socket_unanswered",
+            Self::Established => "established",
+            Self::Superseded => "superseded",
+            Self::Unreadable => "unreadable",
+            Self::ProxyPort => "proxy_port",
+            Self::InvalidSegment => "invalid_segment",
+            Self::Appended => "appended",
+            Self::Deferred => "deferred",
+            Self::Prepended => "prepended",
+            Self::SentAhead => "sent_ahead",
+            Self::AppendFailed => "append_failed",
+            Self::HeaderRetransmitted => "header_retransmitted",
+            Self::TooSoon => "too_soon",
+            Self::RetransmitFailed => "retransmit_failed",
+            Self::Acknowledged => "acknowledged",
+            Self::InvalidAck => "invalid_ack",
+            Self::StaleSynAck => "stale_syn_ack",
+            Self::Refused => "refused",
+            Self::WrongDevice => "wrong_device",
+            Self::Icmp => "icmp",
+            Self::TooBig => "too_big",
+            Self::TtlExceeded => "ttl_exceeded",
+            Self::RouteLost => "route_lost",
+            Self::RewriteFailed => "rewrite_failed",
+            Self::Ended => "ended",
+            Self::Abandoned => "abandoned",
+            Self::Expired => "expired",
+            Self::EventLost => "event_lost",
         }
     }
 }

@@ -1,29 +1,35 @@
 //! The decisions about segments.
 
-use super::{ACK, FIN, Flag, Flow, PendingSyn, RST, SYN, Segment, URG};
+use super::{ACK, FIN, Flag, Flow, RST, SYN, Segment, Syn, URG};
 
-/// What becomes of a SYN that is forwarded to a backend's PROXY port.
+/// What becomes of a client's SYN for a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnSyn {
     /// It opens a connection, whatever was there before under the same addresses and ports.
     Open,
-    /// It is a SYN of the connection that is being opened, sent again.
-    Pass,
-    /// It goes no further.
-    Drop,
+    /// It is the SYN of the connection that is being opened, sent again: it goes to the same backend.
+    Repeat,
+    /// It goes to the host's own socket: another engine serves it, or refuses it.
+    Socket,
 }
 
-/// Decides on a SYN of the client in this slot. No connection that is established has a say: the client may have begun anew, and
-/// with the same number.
+/// Decides on a SYN. No connection that is established has a say: the client may have begun anew, and with the same number.
+///
+/// A SYN with data goes to the socket: the header's place would be in front of data that the backend may take before the
+/// handshake. So does one that the backend has refused, or has not answered when it is sent for the third time: there another
+/// backend is tried, and if none is there, the client gets an answer in its protocol.
 #[must_use]
 #[inline(always)]
-pub fn on_syn(pending: Option<&Flow>, slot: &PendingSyn, segment: &Segment) -> OnSyn {
+pub fn on_syn(pending: Option<&Flow>, syn: &Syn, segment: &Segment) -> OnSyn {
     if !segment.is_plain_syn() {
-        return OnSyn::Drop;
+        return OnSyn::Socket;
     }
     match pending {
-        // What the backend has answered meanwhile is still true.
-        Some(flow) if flow.is_of(slot) => OnSyn::Pass,
+        Some(flow) if flow.is_of(syn) => {
+            // What the backend has answered meanwhile is still true.
+            let unanswered = !flow.is(Flag::Accepted) && flow.syn_repeats != 0;
+            if flow.is(Flag::Refused) || unanswered { OnSyn::Socket } else { OnSyn::Repeat }
+        }
         _ => OnSyn::Open,
     }
 }
@@ -31,28 +37,33 @@ pub fn on_syn(pending: Option<&Flow>, slot: &PendingSyn, segment: &Segment) -> O
 /// Which entry decides about a segment of the client's that is no SYN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientOwner {
-    /// The one in `FLOWS`.
+    /// The one that is established.
     Established,
-    /// The one in `PENDING`, which is established by it.
+    /// The one that is being opened, which is established by it.
     Accepts,
-    /// The one in `PENDING`, and its number is one of before the header: a reset, with the number that its receiver acknowledged.
+    /// The one that is being opened, and its number is one of before the header: a reset, with the number that its receiver acknowledged.
     Pending,
-    /// None: it goes no further.
+    /// None: it may be of a connection of the host's own socket.
     None,
 }
 
-/// Decides which.
+/// Decides which. Beside an established one, the one that is being opened takes over only with the answer to its own SYN-ACK: the
+/// first number, and the backend's number plus one, of which neither is the established one's but by an accident of one in 2^32.
 #[must_use]
 #[inline(always)]
 pub fn client_owner(established: bool, pending: Option<&Flow>, segment: &Segment) -> ClientOwner {
-    if established {
-        return ClientOwner::Established;
+    if let Some(flow) = pending {
+        let first = !established || segment.sequence == flow.first;
+        if first && !segment.is(RST | SYN) && flow.is_accepted_by(segment) {
+            return ClientOwner::Accepts;
+        }
+        // A SYN that the backend refuses or does not answer goes to the host's socket, and so does what follows.
+        let left_to_socket = flow.is(Flag::Refused) || (flow.syn_repeats != 0 && !flow.is(Flag::Accepted));
+        if !established && segment.is_bare_reset() && !left_to_socket {
+            return ClientOwner::Pending;
+        }
     }
-    let Some(flow) = pending else { return ClientOwner::None };
-    if segment.is(RST) {
-        return if segment.is_bare_reset() { ClientOwner::Pending } else { ClientOwner::None };
-    }
-    if flow.is_accepted_by(segment) { ClientOwner::Accepts } else { ClientOwner::None }
+    if established { ClientOwner::Established } else { ClientOwner::None }
 }
 
 /// What becomes of a SYN from the backend.
@@ -77,6 +88,10 @@ pub fn on_syn_ack(established: Option<&Flow>, pending: Option<&Flow>, segment: &
         && segment.is(ACK)
         && flow.beyond(segment.acknowledgement) == 0
     {
+        // The SYN was left to the host's socket meanwhile.
+        if flow.is(Flag::Refused) {
+            return OnSynAck::Drop;
+        }
         // One SYN, two answers: SYN cookies of different minutes. Both would be good for a connection, and one is known.
         let same = !flow.is(Flag::Accepted) || segment.sequence + 1 == flow.backend_first;
         return if same { OnSynAck::Accept } else { OnSynAck::Drop };
@@ -128,6 +143,10 @@ pub enum ToBackend {
 #[must_use]
 #[inline(always)]
 pub fn to_backend(flow: &Flow, segment: &Segment) -> ToBackend {
+    if flow.is(Flag::Superseded) {
+        // Another connection has its addresses, or the daemon has reset the backend's.
+        return ToBackend::Drop;
+    }
     match (in_place(flow, segment), flow.may_begin_another(segment)) {
         (ToBackend::Shift, true) => ToBackend::ShiftOlder,
         (ToBackend::Follow, true) => ToBackend::Drop,
@@ -239,10 +258,10 @@ pub fn to_client(flow: &Flow, segment: &Segment) -> ToClient {
 #[must_use]
 #[inline(always)]
 pub fn acknowledges(flow: &Flow, segment: &Segment) -> bool {
-    let beyond = flow.beyond(segment.acknowledgement);
+    // The backend acknowledges nothing that has not passed, and who sends in its name does not know what has.
+    let most = flow.header_len.wrapping_add(flow.client_top - flow.first);
     !flow.is(Flag::Acknowledged)
         && flow.is(Flag::Sent)
         && segment.is(ACK)
-        && beyond >= flow.header_len
-        && beyond < 1 << 31
+        && (flow.header_len..=most).contains(&flow.beyond(segment.acknowledgement))
 }

@@ -1,7 +1,8 @@
 //! A connection's entry in the maps.
 
 use super::{
-    ACK, FIN, HeaderAddresses, PendingSyn, RST, Segment, SeqState, Template, URG, sequence::LARGEST_WINDOW,
+    ACK, FIN, HeaderAddresses, NextHop, RST, Segment, SeqState, Syn, Template, Timeouts, Tuple, URG,
+    sequence::{LARGEST_WINDOW, end_of},
 };
 use crate::SeqNumber;
 
@@ -16,11 +17,26 @@ pub struct DirectionStats {
     pub bytes: u64,
 }
 
-/// One connection (maps `PENDING` and `FLOWS`, by [`Key`](super::Key)).
+/// One direction of a connection: how its packets leave.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Direction {
+    /// Where they leave to.
+    pub hop: NextHop,
+    /// Source and destination, as they stand in them.
+    pub tuple: Tuple,
+}
+
+/// One connection (map `CONNECTIONS`). Its index stands in the two entries of `FLOWS`.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
+    /// Its [`Phase`](super::Phase). Atomic exchanges have eight bytes everywhere.
+    pub phase: u64,
+    /// 1 while it counts in [`Usage::established`](super::Usage::established).
+    pub counted: u64,
     /// The sequence number of the client's first byte.
     pub first: SeqNumber,
     /// What is added to the client's numbers towards the backend, besides the header's length: random, and never shown to the client. Without
@@ -29,8 +45,10 @@ pub struct Flow {
     pub offset: u32,
     /// The length of the header.
     pub header_len: u32,
-    /// Which listener it came by.
+    /// [`Listener::id`](super::Listener::id) of the listener that it came by.
     pub listener: u32,
+    /// After how long without a packet it is over.
+    pub timeouts: Timeouts,
     /// The client's window as in its last segment before the header was acknowledged.
     pub window: u32,
     /// What has happened: a byte for each [`Flag`], not a bit, so that processors that set two of them at the same time lose
@@ -40,8 +58,14 @@ pub struct Flow {
     pub waits: u32,
     /// The client, and where it connected to.
     pub addresses: HeaderAddresses,
-    /// Makes what follows start on a word's boundary.
-    pub reserved: u32,
+    /// How often the client has sent its SYN again.
+    pub syn_repeats: u32,
+    /// Behind the last byte (or FIN) of the client's that has passed, gaps or not: the backend acknowledges nothing beyond it.
+    pub client_top: SeqNumber,
+    /// From the client to the backend: from this host's address, or the client's.
+    pub backend_side: Direction,
+    /// From the backend to the client: from the address that the client connected to.
+    pub client_side: Direction,
     /// `CLOCK_MONOTONIC` of the first SYN, in nanoseconds.
     pub created_ns: u64,
     /// The same of the last packet; no later than it by a tick of the kernel's clock ([`Flow::last_tick`]).
@@ -96,11 +120,17 @@ pub enum Flag {
     Far,
     /// A reset has passed, in either direction, with a number that may or may not have been the expected one.
     Doubted,
+    /// The backend has refused the SYN. The client's next one goes to the socket, where another backend is tried.
+    Refused,
+    /// Another connection of the same addresses and ports has taken its place.
+    Superseded,
+    /// The sweep has found it silent for too long.
+    Expired,
 }
 
 impl Flag {
     /// Places for all of them, and as many more as make whole words.
-    pub const PLACES: usize = (Self::Doubted as usize + 1).next_multiple_of(4);
+    pub const PLACES: usize = (Self::Expired as usize + 1).next_multiple_of(4);
 }
 
 impl Flow {
@@ -117,15 +147,23 @@ impl Flow {
     /// How long after a reset nothing passes that was under way before it.
     const REVIVE_AFTER_NS: u64 = 1_000_000_000;
 
-    /// Makes a zeroed flow that of the client whose SYN leaves now; its addresses are still to be copied.
+    /// Makes a zeroed flow that of this SYN; addresses and directions are still to be filled in.
     #[inline(always)]
-    pub fn open(&mut self, slot: &PendingSyn, template: &Template, offset: u32, now_ns: u64) {
-        self.first = slot.sequence + 1;
+    pub const fn open(
+        &mut self,
+        first: SeqNumber,
+        listener: u32,
+        template: &Template,
+        offset: u32,
+        now_ns: u64,
+    ) {
+        self.first = first;
         self.offset = offset;
-        self.client = SeqState::new(self.first);
+        self.client = SeqState::new(first);
+        self.client_top = first;
         self.header_len = template.len;
         self.waits = template.waits;
-        self.listener = slot.listener;
+        self.listener = listener;
         (self.created_ns, self.last_ns) = (now_ns, now_ns);
     }
 
@@ -171,14 +209,11 @@ impl Flow {
         (self.is(Flag::ClientFin) && self.is(Flag::BackendFin)) || self.is_reset()
     }
 
-    /// Whether the SYN in this slot is this connection's own, sent again.
+    /// Whether this SYN is this connection's own, sent again.
     #[must_use]
     #[inline(always)]
-    pub fn is_of(&self, slot: &PendingSyn) -> bool {
-        self.first == slot.sequence + 1
-            && self.listener == slot.listener
-            && self.addresses.same(&slot.addresses)
-            && !self.closed()
+    pub fn is_of(&self, syn: &Syn) -> bool {
+        self.first == syn.first && self.listener == syn.listener && self.addresses.same(&syn.addresses)
     }
 
     /// Whether this segment of the client's answers the backend's SYN, which it must have seen: the backend has said nothing
@@ -219,6 +254,10 @@ impl Flow {
                 self.set(Flag::ClientRst);
             }
             return;
+        }
+        let end = end_of(segment);
+        if end > self.client_top {
+            self.client_top = end;
         }
         // Neither end may be moved by a stranger, who does not know the numbers.
         if segment.is(ACK) && self.backend.may_be_acked(segment.acknowledgement) {
@@ -265,7 +304,7 @@ impl Flow {
     #[must_use]
     #[inline(always)]
     pub fn may_begin_another(&self, segment: &Segment) -> bool {
-        if !self.is(Flag::BackendFin) && !self.is(Flag::Doubted) {
+        if !self.is(Flag::BackendFin) && !self.is(Flag::Doubted) && !self.is(Flag::Superseded) {
             return false;
         }
         if segment.is(RST) || (segment.is(FIN) && !segment.is(URG) && segment.payload == 0) {
@@ -304,7 +343,8 @@ impl Flow {
         if self.is(Flag::Acknowledged)
             || (self.is(Flag::Sent) && beyond >= self.header_len && beyond < 1 << 31)
         {
-            Some(acknowledgement - self.shift())
+            let acknowledgement = acknowledgement - self.shift();
+            (acknowledgement <= self.client_top).then_some(acknowledgement)
         } else if beyond < self.header_len {
             Some(self.first)
         } else {

@@ -11,28 +11,40 @@
 mod address;
 mod counter;
 mod decide;
+mod entry;
 mod event;
 mod flow;
-mod pending_syn;
+mod listener;
+mod next_hop;
+mod options;
 mod segment;
 mod sequence;
+mod syn;
 mod template;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 pub use self::{
-    address::{Address, HeaderAddresses, Key},
+    address::{Address, HeaderAddresses, Key, Tuple},
     counter::Counter,
     decide::{
         ClientOwner, OnSyn, OnSynAck, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack,
         to_backend, to_client,
     },
-    event::{ClosedFlow, Event},
-    flow::{DirectionStats, Flag, Flow},
-    pending_syn::PendingSyn,
+    entry::{Entry, Phase, Pressure, Sweep, sweep},
+    event::Event,
+    flow::{Direction, DirectionStats, Flag, Flow},
+    listener::{
+        Backend, BackendTable, Listener, MAX_BACKENDS, PortRange, Timeouts, mix, port_hash, port_probe,
+    },
+    next_hop::NextHop,
+    options::OptionRewriter,
     segment::{ACK, FIN, PSH, RST, SYN, Segment, URG, payload_len},
     sequence::SeqState,
-    template::{Listener, Template},
+    syn::Syn,
+    template::Template,
+    usage::{Settings, Usage},
 };
 use crate::proxy;
 

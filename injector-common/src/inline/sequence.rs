@@ -89,6 +89,6 @@ pub(super) const LARGEST_WINDOW: u32 = 1 << 30;
 
 /// Behind the last byte of a segment, or its FIN.
 #[inline(always)]
-fn end_of(segment: &Segment) -> SeqNumber {
+pub(super) fn end_of(segment: &Segment) -> SeqNumber {
     segment.sequence + segment.payload + u32::from(segment.is(FIN))
 }

@@ -1,15 +1,6 @@
-//! Headers as the programs get them.
+//! Headers, as the daemon gives them to the programs.
 
 use super::HEADER_CAPACITY;
-
-/// A listener (map `LISTENERS`, by address; the address may be unspecified).
-#[repr(C)]
-#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Listener {
-    /// Its place in the configuration.
-    pub id: u32,
-}
 
 /// A header without its addresses (map `TEMPLATES`, at [`Template::index`]).
 #[repr(C)]

@@ -3,13 +3,17 @@
 use super::*;
 use crate::SeqNumber;
 
+extern crate std;
+
 const FIRST: SeqNumber = SeqNumber(1000);
 const LEN: u32 = 28;
 
 fn flow(flags: &[Flag]) -> Flow {
     let client = SeqState::new(FIRST);
     let (backend, backend_first) = (SeqState::new(SeqNumber(7)), SeqNumber(7));
-    let mut flow = Flow { first: FIRST, header_len: LEN, client, backend, backend_first, ..Flow::default() };
+    let client_top = FIRST + 10_000;
+    let mut flow =
+        Flow { first: FIRST, client_top, header_len: LEN, client, backend, backend_first, ..Flow::default() };
     flags.iter().for_each(|flag| flow.set(*flag));
     flow
 }
@@ -25,10 +29,10 @@ fn from_backend(flags: u8, acknowledgement: SeqNumber, payload: u32) -> Segment 
 #[test]
 fn no_padding() {
     assert_eq!(size_of::<Key>(), 40);
-    assert_eq!(size_of::<PendingSyn>(), 16 + 40);
-    assert_eq!(size_of::<Flow>(), 20 + 12 + 4 + 40 + 24 + 32 + 8 + 32 + 16 + 4);
-    assert_eq!(size_of::<Event>(), 8 + 40 + size_of::<Flow>());
-    assert_eq!(size_of::<ClosedFlow>(), 40 + 16);
+    assert_eq!(size_of::<Entry>(), 12);
+    assert_eq!(size_of::<Direction>(), 32 + 40);
+    assert_eq!(size_of::<Flow>() % 8, 0);
+    assert_eq!(size_of::<Event>(), 16);
     assert_eq!(size_of::<Template>(), 12 + HEADER_CAPACITY);
 }
 
@@ -156,6 +160,7 @@ fn a_syn_is_answered_by_its_own_syn_ack() {
     let done = Flow { offset: 100, ..flow(&[Flag::Accepted, Flag::Sent, Flag::Acknowledged]) };
     let pending = Flow { offset: 3000, ..flow(&[]) };
     let answered = Flow { offset: 3000, ..flow(&[Flag::Accepted]) };
+    let left = Flow { offset: 3000, ..flow(&[Flag::Refused]) };
     let syn_ack = |sequence: u32, offset: u32| Segment {
         sequence: SeqNumber(sequence) - 1,
         ..from_backend(SYN | ACK, FIRST + offset, 0)
@@ -165,6 +170,7 @@ fn a_syn_is_answered_by_its_own_syn_ack() {
         ((None, Some(&pending)), syn_ack(9, 3000), OnSynAck::Accept),
         ((Some(&done), Some(&pending)), syn_ack(9, 3000), OnSynAck::Accept),
         ((None, Some(&answered)), syn_ack(7, 3000), OnSynAck::Accept),
+        ((None, Some(&left)), syn_ack(7, 3000), OnSynAck::Drop),
         // SYN cookies of two minutes.
         ((None, Some(&answered)), syn_ack(9, 3000), OnSynAck::Drop),
         // Of an earlier SYN, which is no more: by itself it opens nothing, and beside an established one it would.
@@ -186,7 +192,8 @@ fn a_segment_is_that_of_who_is_established() {
     let (pending, unanswered) = (flow(&[Flag::Accepted]), flow(&[]));
     let owner = |established, pending, segment| client_owner(established, pending, &segment);
     let answer = from_client(ACK, FIRST, 0);
-    assert_eq!(owner(true, Some(&pending), answer), ClientOwner::Established);
+    assert_eq!(owner(true, None, answer), ClientOwner::Established);
+    assert_eq!(owner(true, Some(&pending), answer), ClientOwner::Accepts);
     assert_eq!(owner(false, Some(&pending), answer), ClientOwner::Accepts);
     assert_eq!(owner(false, Some(&unanswered), answer), ClientOwner::None, "the backend has not answered");
     let other = Segment { acknowledgement: SeqNumber(8), ..answer };
@@ -199,6 +206,19 @@ fn a_segment_is_that_of_who_is_established() {
         "with data"
     );
     assert_eq!(owner(false, None, from_client(RST, SeqNumber(99), 0)), ClientOwner::None);
+    // The host's socket has these connections.
+    let twice = Flow { syn_repeats: 1, ..unanswered };
+    let refused = flow(&[Flag::Refused]);
+    for left in [&refused, &twice] {
+        assert_eq!(owner(false, Some(left), from_client(RST, SeqNumber(99), 0)), ClientOwner::None);
+    }
+    let repeated = Flow { syn_repeats: 1, ..pending };
+    assert_eq!(owner(false, Some(&repeated), from_client(RST, SeqNumber(99), 0)), ClientOwner::Pending);
+    // Beside an established one, by its own answer alone.
+    assert_eq!(owner(true, Some(&unanswered), answer), ClientOwner::Established);
+    assert_eq!(owner(true, Some(&pending), other), ClientOwner::Established);
+    assert_eq!(owner(true, Some(&pending), from_client(ACK, FIRST + 1, 0)), ClientOwner::Established);
+    assert_eq!(owner(true, Some(&pending), from_client(RST | ACK, FIRST, 0)), ClientOwner::Established);
 }
 
 #[test]
@@ -213,19 +233,10 @@ fn a_refusal_acknowledges_the_syn() {
 }
 
 #[test]
-fn only_what_has_ended_or_is_silent_is_swept() {
-    let open = Flow { created_ns: 5, last_ns: 9, ..flow(&[]) };
-    let seen = ClosedFlow::new(Key::default(), &open);
-    assert!(seen.may_remove(&open));
-    assert!(!seen.may_remove(&Flow { last_ns: 10, ..open }), "it has spoken since");
-    assert!(!seen.may_remove(&Flow { created_ns: 6, ..open }), "another of the same ports");
-    let closed = Flow { created_ns: 5, last_ns: 10, ..flow(&[Flag::BackendRst]) };
-    assert!(seen.may_remove(&closed));
-}
-
-#[test]
 fn the_header_is_acknowledged_once() {
     assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN, 0)));
+    assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN + 10_000, 0)));
+    assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN + 10_001, 0)), "not sent");
     assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST, 0)));
     assert!(!acknowledges(&flow(&[]), &from_backend(ACK, FIRST + LEN, 0)));
     assert!(!acknowledges(&flow(&[Flag::Sent]), &from_backend(PSH, FIRST + LEN, 0)));
@@ -253,30 +264,6 @@ fn an_address_is_set_in_place() {
     let (words, _) = ip.as_chunks::<4>();
     address.set(core::array::from_fn(|at| u32::from_ne_bytes(words[at])));
     assert_eq!(address, Address::new(ip, 25));
-}
-
-#[test]
-fn a_slot_is_that_of_one_syn_and_for_a_while() {
-    let slot = PendingSyn { at_ns: 100, sequence: SeqNumber(7), ..PendingSyn::default() };
-    assert!(slot.fits(SeqNumber(7), 100) && slot.fits(SeqNumber(7), 100 + PendingSyn::FRESH_NS));
-    assert!(
-        !slot.fits(SeqNumber(8), 100)
-            && !slot.fits(SeqNumber(7), 101 + PendingSyn::FRESH_NS)
-            && !slot.fits(SeqNumber(7), 99)
-    );
-    assert!(!PendingSyn::default().fits(SeqNumber(0), 0));
-}
-
-#[test]
-fn a_token_is_never_that_of_a_packet_without_one() {
-    let mut used = [false; PendingSyn::COUNT as usize];
-    for (number, processor) in (0..1023).flat_map(|number| (0..64).map(move |processor| (number, processor)))
-    {
-        let token = usize::from(PendingSyn::token(processor, number));
-        assert!(token != 0 && !used[token], "each processor has its own");
-        used[token] = true;
-    }
-    assert_eq!(PendingSyn::token(64 + 5, 1023 + 7), PendingSyn::token(5, 7));
 }
 
 /// The same connection's numbers fit a SYN cookie again one header's length away.
@@ -382,6 +369,7 @@ fn what_is_before_the_first_byte_is_known_for_good() {
 #[test]
 fn how_far_the_backend_has_come_is_noted() {
     let mut flow = flow(&[Flag::Sent, Flag::Acknowledged]);
+    flow.client_top = FIRST + (1 << 30);
     let first = FIRST + LEN;
     for (acknowledgement, far) in
         [(first + 100, false), (first + (1 << 30) - 1, false), (first + (1 << 30), true)]
@@ -398,29 +386,31 @@ fn of_client(last: u8) -> HeaderAddresses {
 }
 
 #[test]
-fn two_clients_with_one_number_are_both_unknown() {
-    let mut slot = PendingSyn::default();
-    slot.store(SeqNumber(7), 1, &of_client(1), 100);
-    assert!(slot.fits(SeqNumber(7), 100) && slot.listener == 1 && slot.addresses == of_client(1));
-    // Its own again.
-    slot.store(SeqNumber(7), 1, &of_client(1), 110);
-    assert!(slot.fits(SeqNumber(7), 110));
-    // Another's, and once more: no client is known, whatever arrives in between.
-    slot.store(SeqNumber(7), 1, &of_client(2), 120);
-    assert!(!slot.fits(SeqNumber(7), 120));
-    slot.store(SeqNumber(7), 1, &of_client(2), 130);
-    slot.store(SeqNumber(7), 1, &of_client(1), 130);
-    assert!(!slot.fits(SeqNumber(7), 130));
-    // Later, or with another number, it begins anew; so it does when the SYN has left.
-    let disputed = slot;
-    slot.store(SeqNumber(7), 1, &of_client(1), 131 + PendingSyn::FRESH_NS);
-    assert!(slot.fits(SeqNumber(7), 131 + PendingSyn::FRESH_NS));
-    slot = disputed;
-    slot.store(SeqNumber(8), 1, &of_client(2), 140);
-    assert!(slot.fits(SeqNumber(8), 140) && slot.addresses == of_client(2));
-    slot.at_ns = 0;
-    slot.store(SeqNumber(8), 1, &of_client(3), 150);
-    assert!(slot.fits(SeqNumber(8), 150) && slot.addresses == of_client(3));
+fn a_tuple_and_its_answer() {
+    let tuple = Tuple {
+        source: [u32::from_ne_bytes([192, 0, 2, 1]), 0, 0, 0],
+        destination: [u32::from_ne_bytes([10, 0, 0, 2]), 0, 0, 0],
+        ports: Tuple::ports(40_000, 25),
+        ipv6: 0,
+    };
+    let [client, backend] = [([192, 0, 2, 1], 40_000), ([10, 0, 0, 2], 25)]
+        .map(|(ip, port)| Address::new(Address::mapped(ip), port));
+    assert_eq!(tuple.read(), (client, backend));
+    assert_eq!(tuple.reversed().read(), (backend, client));
+    assert_eq!(tuple.reversed().reversed(), tuple);
+    assert!(tuple.reversed().answers(&tuple) && !tuple.answers(&tuple));
+    let words = core::array::from_fn(|at| u32::try_from(at).unwrap() << 20 | 7);
+    let ipv6 = Tuple { source: words, destination: [5; 4], ipv6: 1, ..tuple };
+    for at in 0..4 {
+        let mut other = ipv6;
+        other.destination[at] ^= 1;
+        assert!(!other.reversed().answers(&ipv6) && ipv6.reversed().answers(&ipv6));
+    }
+    let mut key = Key::default();
+    ipv6.reversed_key(&mut key);
+    let mut source = Address::new([0; 16], 40_000);
+    source.set(words);
+    assert_eq!((key.destination, key.source.port), (source, 25));
 }
 
 #[test]
@@ -434,21 +424,91 @@ fn addresses_differ_by_any_byte() {
     assert!(!other.same(&HeaderAddresses::default()));
 }
 
+fn syn(client: u8) -> Syn {
+    Syn { first: FIRST, listener: 1, addresses: of_client(client) }
+}
+
+fn plain_syn() -> Segment {
+    Segment { flags: SYN, sequence: FIRST - 1, ..Segment::default() }
+}
+
 #[test]
 fn a_syn_is_a_connections_own_by_number_and_client() {
-    let slot = PendingSyn { sequence: FIRST - 1, addresses: of_client(1), ..PendingSyn::default() };
     let mut flow = Flow::default();
     let template = Template { len: LEN, sum: 0, waits: 1, bytes: [0; HEADER_CAPACITY] };
-    flow.open(&slot, &template, 9, 5);
+    flow.open(FIRST, 1, &template, 9, 5);
     assert!(flow.waits == 1 && flow.header_len == LEN && flow.offset == 9);
-    flow.addresses = slot.addresses;
-    assert!(flow.is_of(&slot));
-    assert!(!flow.is_of(&PendingSyn { sequence: FIRST, ..slot }));
-    assert!(!flow.is_of(&PendingSyn { addresses: of_client(2), ..slot }));
-    assert!(!flow.is_of(&PendingSyn { listener: 1, ..slot }));
-    let mut reset = flow;
-    reset.set(Flag::BackendRst);
-    assert!(!reset.is_of(&slot));
+    flow.addresses = of_client(1);
+    assert!(flow.is_of(&syn(1)));
+    assert!(!flow.is_of(&Syn { first: FIRST + 1, ..syn(1) }));
+    assert!(!flow.is_of(&syn(2)));
+    assert!(!flow.is_of(&Syn { listener: 2, ..syn(1) }));
+}
+
+#[test]
+fn a_syn_that_gets_no_answer_goes_to_the_socket() {
+    let pending = |flags: &[Flag], syn_repeats| Flow {
+        listener: 1,
+        addresses: of_client(1),
+        syn_repeats,
+        ..flow(flags)
+    };
+    for (pending, syn, segment, expected) in [
+        (None, syn(1), plain_syn(), OnSyn::Open),
+        (Some(pending(&[], 0)), syn(1), plain_syn(), OnSyn::Repeat),
+        (Some(pending(&[], 1)), syn(1), plain_syn(), OnSyn::Socket),
+        (Some(pending(&[Flag::Accepted], 5)), syn(1), plain_syn(), OnSyn::Repeat),
+        (Some(pending(&[Flag::Refused], 0)), syn(1), plain_syn(), OnSyn::Socket),
+        (Some(pending(&[Flag::Refused], 9)), syn(2), plain_syn(), OnSyn::Open),
+        (None, syn(1), Segment { payload: 5, ..plain_syn() }, OnSyn::Socket),
+        (None, syn(1), Segment { flags: SYN | FIN, ..plain_syn() }, OnSyn::Socket),
+    ] {
+        assert_eq!(on_syn(pending.as_ref(), &syn, &segment), expected, "{pending:?}");
+    }
+}
+
+#[test]
+fn slots_live_as_long_as_their_connections() {
+    use super::{Phase::*, Pressure::*};
+    let timeouts = Timeouts { idle: 300, half_closed: 90 };
+    let at = |phase: Phase, flags: &[Flag]| Flow { phase: phase as u64, timeouts, ..flow(flags) };
+    let both = &[Flag::ClientFin, Flag::BackendFin][..];
+    for (flow, pressure, seconds, expected) in [
+        (at(Free, &[]), High, 0, None),
+        (at(Pending, &[]), Low, 60, Some(Sweep::Abandon)),
+        (at(Pending, &[]), Medium, 5, Some(Sweep::Abandon)),
+        (at(Pending, &[Flag::Accepted]), High, 2, Some(Sweep::Abandon)),
+        (at(Pending, &[Flag::Refused]), Low, 4, Some(Sweep::Abandon)),
+        (at(Established, &[]), High, 300, Some(Sweep::Expire)),
+        (at(Established, &[Flag::ClientFin]), High, 90, Some(Sweep::Expire)),
+        (at(Established, &[Flag::BackendFin]), High, 60, Some(Sweep::Expire)),
+        (at(Established, both), Low, 120, Some(Sweep::Forget)),
+        (at(Established, both), Medium, 30, Some(Sweep::Forget)),
+        (at(Established, both), High, 10, Some(Sweep::Forget)),
+        (at(Established, both), Full, 1, Some(Sweep::Forget)),
+        (at(Established, &[Flag::BackendRst]), Low, 10, Some(Sweep::Forget)),
+        (at(Established, &[Flag::ClientRst, Flag::ClientFin]), Low, 10, Some(Sweep::Forget)),
+    ] {
+        let after = |ns| sweep(&flow, ns, pressure, pressure);
+        let limit = seconds * 1_000_000_000;
+        assert_eq!(after(limit), Sweep::Keep, "{flow:?}");
+        if let Some(expected) = expected {
+            assert_eq!(after(limit + 1), expected, "{flow:?}");
+        }
+    }
+    assert_eq!(sweep(&at(Removed, &[]), 0, Low, Low), Sweep::Release);
+    assert_eq!(sweep(&at(Established, &[Flag::Superseded]), 0, Low, Low), Sweep::Forget);
+    assert_eq!(
+        [0, 31, 32, 47, 48, 55, 56, 64].map(|used| Pressure::of(used, 64)),
+        [Low, Low, Medium, Medium, High, High, Full, Full]
+    );
+}
+
+#[test]
+fn a_limit_counts_what_all_engines_have() {
+    let usage = Usage { pending: 1, established: 2, sessions: 3, limit: 7, ..Usage::default() };
+    assert!(usage.has_room() && !Usage { limit: 6, ..usage }.has_room());
+    assert!(!Usage { pending: u32::MAX, ..usage }.has_room());
 }
 
 #[test]
@@ -514,5 +574,23 @@ fn a_template_and_its_addresses_are_the_header() {
 fn counters_stand_at_their_index() {
     for (index, counter) in Counter::ALL.into_iter().enumerate() {
         assert_eq!(counter as usize, index);
+    }
+}
+
+#[test]
+fn the_documentation_lists_every_counter_and_the_sizes() {
+    let document = include_str!("../../../docs/inline.md");
+    for label in Counter::ALL.map(Counter::label) {
+        assert!(document.contains(&std::format!("\n| `{label}` | ")), "{label} is not in docs/inline.md");
+    }
+    for (map, size) in [
+        ("CONNECTIONS", size_of::<Flow>()),
+        ("TEMPLATES", size_of::<Template>()),
+        ("BACKEND_TABLES", size_of::<BackendTable>()),
+        ("USAGE", size_of::<Usage>()),
+    ] {
+        let row = document.lines().find(|line| line.starts_with(&std::format!("| `{map}` | ")));
+        let last = row.and_then(|row| row.trim_end_matches([' ', '|']).rsplit(' ').next());
+        assert_eq!(last, Some(&*std::format!("{size}")), "{map}");
     }
 }

@@ -1,10 +1,11 @@
-//! The edge: the real decisions over two entries, as the programs `backend_out` and `backend_in` have them in `PENDING` and
-//! `FLOWS`. There is one pair of addresses and ports, so that every connection meets what others have left.
+//! The edge: the real decisions over the two connections that an entry of `FLOWS` names, the established one and the one that is being
+//! opened. There is one pair of addresses and ports, as with `source = "client"`, so that every connection meets what others
+//! have left.
 
 use injector_common::{
     SeqNumber,
     inline::{
-        ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, PendingSyn, SYN, Segment,
+        ClientOwner, Flag, Flow, HEADER_CAPACITY, HeaderAddresses, OnSyn, OnSynAck, SYN, Segment, Syn,
         Template, ToBackend, ToClient, acknowledges, client_owner, on_syn, on_syn_ack, to_backend, to_client,
     },
 };
@@ -66,20 +67,20 @@ impl Edge {
 
     /// A SYN of this client's, which was read at ingress.
     pub(crate) fn syn(&mut self, client: u8, segment: &Segment) -> Option<Sent> {
-        let slot =
-            PendingSyn { at_ns: self.now_ns, sequence: segment.sequence, listener: 0, addresses: of(client) };
-        match on_syn(self.pending.as_ref(), &slot, segment) {
-            OnSyn::Drop => return None,
-            OnSyn::Pass => {}
+        let syn = Syn { first: segment.sequence + 1, listener: 1, addresses: of(client) };
+        match on_syn(self.pending.as_ref(), &syn, segment) {
+            // The host's own socket is no part of the model.
+            OnSyn::Socket => return None,
+            OnSyn::Repeat => self.pending.as_mut()?.syn_repeats += 1,
             OnSyn::Open => {
                 let template =
                     Template { len: H, sum: 0, waits: self.waits.into(), bytes: [0; HEADER_CAPACITY] };
-                let mut flow = Flow { addresses: slot.addresses, ..Flow::default() };
+                let mut flow = Flow { addresses: syn.addresses, ..Flow::default() };
                 // A generator after Marsaglia, in place of the kernel's.
                 self.seed ^= self.seed << 13;
                 self.seed ^= self.seed >> 17;
                 self.seed ^= self.seed << 5;
-                flow.open(&slot, &template, self.seed, self.now_ns);
+                flow.open(syn.first, syn.listener, &template, self.seed, self.now_ns);
                 self.pending = Some(flow);
             }
         }
@@ -177,8 +178,8 @@ impl Edge {
         if let Some(flow) = &mut self.pending
             && flow.is_refused_by(segment)
         {
-            flow.set(Flag::BackendRst);
-            return before_header(Some(*flow));
+            flow.set(Flag::Refused);
+            return Received::default();
         }
         let failing = std::mem::take(&mut self.failing);
         let now_ns = self.now_ns;

@@ -2,11 +2,10 @@
 
 use injector_common::{
     SeqNumber,
-    inline::{ACK, FIN, Flag, Flow, PendingSyn, SYN, Segment, SeqState, payload_len},
+    inline::{ACK, FIN, Flag, Flow, SYN, Segment, SeqState, payload_len},
 };
 use proptest::prelude::*;
 
-use crate::edge::of;
 use crate::segments::{NUMBERS, history};
 use crate::testbed::{Testbed, prop_assert_that};
 
@@ -113,34 +112,6 @@ proptest! {
         // BIG TCP: no length fits into the header.
         prop_assert_eq!(payload_len(0, headers, total, true), Some(payload));
     }
-
-    /// A SYN is named after the client that it came from at ingress, and a packet that did not come by ingress after no client.
-    #[test]
-    fn a_token_names_its_own_packet(steps in prop::collection::vec(passage(), 1..200)) {
-        let mut slots = vec![PendingSyn::default(); PendingSyn::COUNT as usize];
-        let (mut under_way, mut now_ns, mut seen) = (Vec::new(), 1_u64, [0_u32; 4]);
-        for step in steps {
-            match step {
-                Passage::In { client, processor, sequence } => {
-                    seen[processor as usize] += 1;
-                    let token = PendingSyn::token(processor, seen[processor as usize]);
-                    slots[usize::from(token)].store(SeqNumber(sequence), client.into(), &of(client), now_ns);
-                    under_way.push((token, sequence, Some(client)));
-                }
-                Passage::Unseen { sequence } => under_way.push((0, sequence, None)),
-                Passage::Out { which } if !under_way.is_empty() => {
-                    let (token, sequence, client) = under_way.swap_remove(which % under_way.len());
-                    let taken = slots[usize::from(token)].take(SeqNumber(sequence), now_ns);
-                    let named = taken.then(|| slots[usize::from(token)].addresses);
-                    prop_assert!(named.is_none() || named == client.map(of), "{named:?} of {client:?}");
-                    // Its token is spent.
-                    under_way.push((token, sequence, None));
-                }
-                Passage::Out { .. } => {}
-                Passage::Later { ms } => now_ns += ms * 1_000_000,
-            }
-        }
-    }
 }
 
 fn stray() -> impl Strategy<Value = (u32, Segment)> {
@@ -165,25 +136,6 @@ fn shuffle(segments: &mut [Segment], mut order: u64) {
         order = order.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         segments.swap(at, (order >> 33) as usize % (at + 1));
     }
-}
-
-#[derive(Clone, Debug)]
-enum Passage {
-    In { client: u8, processor: u32, sequence: u32 },
-    Unseen { sequence: u32 },
-    Out { which: usize },
-    Later { ms: u64 },
-}
-
-fn passage() -> impl Strategy<Value = Passage> {
-    let sequence = || prop::sample::select(&NUMBERS[..3]);
-    prop_oneof![
-        6 => (1..6_u8, 0..4_u32, sequence())
-            .prop_map(|(client, processor, sequence)| Passage::In { client, processor, sequence }),
-        3 => sequence().prop_map(|sequence| Passage::Unseen { sequence }),
-        6 => any::<usize>().prop_map(|which| Passage::Out { which }),
-        1 => prop_oneof![Just(1), Just(3000), Just(6000)].prop_map(|ms| Passage::Later { ms }),
-    ]
 }
 
 /// The model itself: without anything strange a connection is served, and its reset is one.

@@ -18,8 +18,8 @@ use super::{
     },
 };
 
-/// Appends the header to a segment without payload, from the client, whose numbers stay as they are.
-#[inline(always)]
+/// Appends the header to a segment without payload, from the client. Addresses and numbers are still the client's.
+#[inline(never)]
 pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<(), Failed> {
     let sum = put(skb, packet, flow, packet.tcp_len, 0, 0)?;
     add_to_checksum(skb, packet.tcp + CHECKSUM, sum)?;
@@ -27,15 +27,16 @@ pub(super) fn append(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<()
     change_length(skb, packet.tcp + CHECKSUM, len, len + flow.header_len as u16)
 }
 
-/// Puts the header in front of the payload of a client's segment, whose numbers stay as they are; `false` if the packet has no
-/// room for both, and is as it was. Of more than [`IPV6_MIN_MTU`] bytes it is unknown whether they arrive.
-#[inline(always)]
+/// Puts the header in front of the payload of a client's segment. Addresses and numbers are still the client's. `false` if the packet
+/// has no room for both, and is as it was. Of more than [`IPV6_MIN_MTU`] bytes it is unknown whether they arrive.
+#[inline(never)]
 pub(super) fn prepend(skb: &TcContext, packet: &Packet, flow: &Flow) -> Result<bool, Failed> {
+    let room = (flow.backend_side.hop.mtu as usize).min(IPV6_MIN_MTU);
     // Read anew by each who uses it: the verifier forgets what an earlier check has said about a number that lies in a map.
     // SAFETY: a field.
     let payload = || unsafe { (&raw const packet.segment.payload).read_volatile() } as usize;
     let at = packet.tcp + packet.tcp_len;
-    if at - packet.ip + flow.header_len as usize + payload() > IPV6_MIN_MTU {
+    if at - packet.ip + flow.header_len as usize + payload() > room {
         return Ok(false);
     }
     let moved = maps::payload().ok_or(Failed)?;
@@ -84,7 +85,7 @@ pub(super) fn replace(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Resu
 /// are left out: a SACK block would not be the client's.
 #[inline(always)]
 pub(super) fn retransmit(skb: &TcContext, packet: &mut Packet, flow: &Flow) -> Result<(), Failed> {
-    let with_timestamps = packet.has_timestamps(skb);
+    let with_timestamps = packet.has_timestamps();
     // One buffer for both headers.
     packet.clear_header();
     let len = packet.tcp_len;
@@ -189,7 +190,7 @@ fn put(
 #[inline(always)]
 fn sum_of_ends(key: &mut Key, len: u16) -> u32 {
     let mut sum = add(u32::from(len.to_be()), u32::from(u16::from(TCP).to_be()));
-    for ip in [&mut key.source.ip, &mut key.backend.ip] {
+    for ip in [&mut key.source.ip, &mut key.destination.ip] {
         // SAFETY: 16 bytes of a map value.
         sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, ip.as_mut_ptr().cast(), 16, sum) as u32 };
     }
@@ -220,21 +221,16 @@ fn set_lengths(skb: &TcContext, packet: &Packet, len: usize) -> Result<(), Faile
     skb.store(packet.ip + TOTAL_LENGTH, &new, 0).map_err(|_| Failed)
 }
 
-/// Source becomes destination, in IP and in Ethernet where there is one.
+/// Source becomes destination.
 #[inline(always)]
 fn swap_addresses(skb: &TcContext, packet: &Packet) -> Result<(), Failed> {
     if packet.ipv6 {
         let [source, destination] =
             skb.load::<[[u8; 16]; 2]>(packet.ip + IPV6_ADDRESSES).map_err(|_| Failed)?;
-        skb.store(packet.ip + IPV6_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)?;
+        skb.store(packet.ip + IPV6_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)
     } else {
         let [source, destination] =
             skb.load::<[[u8; 4]; 2]>(packet.ip + IPV4_ADDRESSES).map_err(|_| Failed)?;
-        skb.store(packet.ip + IPV4_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)?;
+        skb.store(packet.ip + IPV4_ADDRESSES, &[destination, source], 0).map_err(|_| Failed)
     }
-    if packet.ip == 0 {
-        return Ok(());
-    }
-    let [destination, source] = skb.load::<[[u8; 6]; 2]>(0).map_err(|_| Failed)?;
-    skb.store(0, &[source, destination], 0).map_err(|_| Failed)
 }

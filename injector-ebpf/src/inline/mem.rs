@@ -3,8 +3,6 @@
 //! bpf-linker has LLVM make a call of every memset, however small, and the function loops with a variable offset: "pointer
 //! arithmetic with it prohibited for !root". LLVM finds a memset in any row of plain stores of zero, too.
 
-use core::sync::atomic::{Ordering, compiler_fence};
-
 /// Zeroes a value, by words where it is aligned to them. All bytes zero must be a valid `T`.
 ///
 /// # Safety
@@ -38,11 +36,4 @@ pub(super) unsafe fn copy<T: Copy>(to: *mut T, from: *const T) {
         // SAFETY: within the values.
         unsafe { to.add(at).write_volatile(from.add(at).read()) };
     }
-}
-
-/// Keeps LLVM from merging what is before it with what is after it: it would merge stores in two
-/// branches into one store at a variable offset.
-#[inline(always)]
-pub(super) fn compiler_barrier() {
-    compiler_fence(Ordering::SeqCst);
 }

@@ -1,16 +1,17 @@
 //! Reading a packet's headers, and rewriting numbers in them with their checksums.
 //!
-//! Everything goes through helpers: they reach into packets whose headers are not in one piece, make them writable, and leave
-//! the checksum of a packet whose checksum is still to be computed (CHECKSUM_PARTIAL) as it must be.
+//! What is rewritten in every packet is written at once ([`super::forward`]). The rest goes through helpers: they reach into packets whose
+//! headers are not in one piece, make them writable, and leave the checksum of a packet whose checksum is still to be computed
+//! (CHECKSUM_PARTIAL) as it must be.
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
+    helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use injector_common::{
     SeqNumber,
-    inline::{ACK, Address, HeaderAddresses, Key, SYN, Segment, payload_len},
+    inline::{Address, Key, Segment, Syn, Tuple, payload_len},
 };
 use network_types::{
     eth::EthHdr,
@@ -18,11 +19,12 @@ use network_types::{
     tcp::TcpHdr,
 };
 
+use seq_macro::seq;
+
 use super::mem;
 
 /// Where things stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const SEQUENCE: usize = 4;
-pub(super) const ACKNOWLEDGEMENT: usize = 8;
 pub(super) const FLAGS: usize = 13;
 pub(super) const WINDOW: usize = 14;
 pub(super) const CHECKSUM: usize = 16;
@@ -37,7 +39,8 @@ const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 
 /// Hop-by-hop, routing, fragment, destination options: TCP may follow (RFC 8200, section 4).
-const BEFORE_OTHERS: [u8; 4] = [0, 43, 44, 60];
+const BEFORE_OTHERS: [u8; 4] = [HOP_BY_HOP, 43, 44, 60];
+const HOP_BY_HOP: u8 = 0;
 
 /// `ETH_P_IP`, `ETH_P_IPV6`.
 const IPV4: u16 = 0x0800;
@@ -67,21 +70,13 @@ impl Link for Raw {
 pub(super) enum Parsed {
     /// A whole TCP segment.
     Tcp,
-    /// A fragment of TCP, or TCP behind something that is not read; [`Packet::to_host`] says to whom.
+    /// A part of TCP that is not read: a fragment, or TCP behind options or extension headers. Its key is that of the packet; its ports
+    /// are 0 where they could not be read either.
     Unreadable,
     /// ICMP or ICMPv6, whose header is at [`Packet::tcp`].
     Icmp,
     /// Anything else.
     Other,
-}
-
-/// Which side sent a packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
-    /// The client.
-    Client,
-    /// The backend.
-    Backend,
 }
 
 /// A TCP segment in its packet. Offsets are from the start of the packet. It lies in a map: the stack is small.
@@ -93,151 +88,205 @@ pub(super) struct Packet {
     /// The TCP header's length, options included: 20 to 60.
     pub(super) tcp_len: usize,
     pub(super) ipv6: bool,
-    /// Source and destination, by who sent it.
+    /// Source and destination.
     pub(super) key: Key,
     pub(super) segment: Segment,
+    /// The sequence and the acknowledgement number that it leaves with, in network order.
+    pub(super) leaving: [u32; 2],
+    /// What it says if it is a SYN ([`Packet::read_syn`]).
+    pub(super) syn: Syn,
     /// What was read of the packet, by words, which are read and written at once: the IP header, without options, and from
-    /// [`TCP_AT`] on the TCP header. Later it is where a TCP header is put together.
-    words: [u32; LONGEST / 4],
+    /// [`TCP_AT`] on the TCP header with the first word of its options. Later it is where a TCP header is put together.
+    words: [u32; WORDS],
 }
 
 /// Where the TCP header's words stand: behind those of the longer of the two IP headers. A place that depended on the version of
 /// IP would be a variable offset, which the verifier allows to no loader without CAP_PERFMON.
 const TCP_AT: usize = Ipv6Hdr::LEN / 4;
+/// Where the first option stands.
+const OPTIONS_AT: usize = TCP_AT + TcpHdr::LEN / 4;
+const WORDS: usize = OPTIONS_AT + 1;
 
 /// The longest TCP header.
 pub(super) const LONGEST: usize = 60;
 
+const _: () = assert!(LONGEST <= WORDS * 4);
+
+/// The hop-by-hop header of a packet that is too long for its IP header's length (RFC 2675): eight bytes.
+const JUMBO: usize = 8;
+
 /// Whether it is one of IPv6.
 #[inline(always)]
 pub(super) fn is_ipv6(skb: &TcContext) -> bool {
-    // SAFETY: the program's own context.
-    u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) == IPV6
+    protocol(skb) == IPV6
 }
 
-/// 1 in the self-test, whose packets begin in `BPF_PROG_TEST_RUN`: that lets no `tc_index` in (convert___skb_to_skb,
-/// net/bpf/test_run.c), so there the mark carries the token. Set by the loader; the verifier takes out the branch that is not
-/// gone.
-#[unsafe(no_mangle)]
-static SELF_TEST: u32 = 0;
-
+/// The packet's Ethernet type.
 #[inline(always)]
-fn self_test() -> bool {
-    // SAFETY: a constant of the loaded program.
-    unsafe { (&raw const SELF_TEST).read_volatile() != 0 }
-}
-
-/// Has the packet carry the token of its slot, or none (0).
-#[inline(always)]
-pub(super) fn set_token(skb: &TcContext, token: u16) {
-    if self_test() {
-        skb.set_mark(token.into());
-        mem::compiler_barrier();
-        return;
-    }
+fn protocol(skb: &TcContext) -> u16 {
     // SAFETY: the program's own context.
-    unsafe { (*skb.skb.skb).tc_index = token.into() };
-}
-
-/// The token that the packet carries.
-#[inline(always)]
-pub(super) fn token(skb: &TcContext) -> u16 {
-    if self_test() {
-        // SAFETY: the program's own context.
-        let mark = unsafe { (*skb.skb.skb).mark };
-        mem::compiler_barrier();
-        return mark as u16;
-    }
-    // SAFETY: the program's own context.
-    unsafe { (*skb.skb.skb).tc_index as u16 }
+    u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16)
 }
 
 /// Four bytes of a packet. Two lie on an even address in every packet, four need not.
 #[repr(C, align(2))]
-struct Word([u8; 4]);
+#[derive(Clone, Copy)]
+pub(super) struct Word(pub(super) [u8; 4]);
+
+/// The first `len` bytes of the packet from `at` on in one piece.
+#[inline(always)]
+pub(super) fn front(skb: &TcContext, at: usize, len: usize) -> Option<*mut Word> {
+    let (start, end) = (skb.data(), skb.data_end());
+    if start + at + len <= end {
+        return Some((start + at) as *mut Word);
+    }
+    // SAFETY: the program's own context.
+    if unsafe { bpf_skb_pull_data(skb.as_ptr().cast(), (at + len) as u32) } != 0 {
+        return None;
+    }
+    let (start, end) = (skb.data(), skb.data_end());
+    (start + at + len <= end).then_some((start + at) as *mut Word)
+}
+
+/// Reads a word of the packet's front.
+#[inline(always)]
+fn word(front: *const Word, index: usize) -> u32 {
+    // SAFETY: within what `front` has checked, by its callers.
+    u32::from_ne_bytes(unsafe { front.add(index).read() }.0)
+}
 
 /// Reads the headers of a packet.
 #[inline(always)]
-pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
+pub(super) fn parse<L: Link>(skb: &TcContext, packet: &mut Packet) -> Parsed {
     packet.ip = L::LEN;
-    // SAFETY: the program's own context.
-    match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
-        IPV4 => parse_ipv4::<L>(skb, packet, origin),
-        IPV6 => parse_ipv6::<L>(skb, packet, origin),
+    match protocol(skb) {
+        IPV4 => parse_ipv4::<L>(skb, packet),
+        IPV6 => parse_ipv6::<L>(skb, packet),
         _ => Parsed::Other,
     }
 }
 
 #[inline(always)]
-fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
-    const MORE_OR_OFFSET: u32 = 0x3FFF;
-    const WORDS: usize = Ipv4Hdr::LEN / 4;
+fn parse_ipv4<L: Link>(skb: &TcContext, packet: &mut Packet) -> Parsed {
+    const IP: usize = Ipv4Hdr::LEN / 4;
+    const MORE: u32 = 0x2000;
+    const OFFSET: u32 = 0x1FFF;
 
-    let both = packet.read_front::<L, WORDS>(skb);
-    if !both && packet.read(skb, packet.ip, 0, Ipv4Hdr::LEN).is_err() {
-        return Parsed::Other;
-    }
-    let protocol = packet.word(2) >> 16 & 0xFF;
-    if protocol != u32::from(TCP) && protocol != u32::from(ICMP) {
-        return Parsed::Other;
+    let Some(ip) = front(skb, L::LEN, Ipv4Hdr::LEN) else { return Parsed::Other };
+    for index in 0..IP {
+        packet.words[index] = word(ip, index);
     }
     packet.ipv6 = false;
-    let len = (packet.word(0) >> 24 & 0x0F) as usize * 4;
-    packet.tcp = packet.ip + len;
-    let addresses = [packet.words[3], packet.words[4]];
-    let [source, destination] = origin.ends(&mut packet.key);
-    source.set_mapped(addresses[0]);
-    destination.set_mapped(addresses[1]);
-    if protocol == u32::from(ICMP) {
-        return Parsed::Icmp;
+    packet.forget_ports();
+    packet.tcp = L::LEN + Ipv4Hdr::LEN;
+    packet.key.source.set_mapped(packet.words[3]);
+    packet.key.destination.set_mapped(packet.words[4]);
+    let (first, fragment) = (packet.word(0), packet.word(1));
+    match (packet.word(2) >> 16) as u8 {
+        TCP => {}
+        ICMP if first >> 24 == 0x45 && fragment & (MORE | OFFSET) == 0 => return Parsed::Icmp,
+        _ => return Parsed::Other,
     }
-    if packet.word(1) & MORE_OR_OFFSET != 0 {
-        return Parsed::Unreadable;
+    // What is not the first fragment has no ports, and without the first it is nothing.
+    if fragment & OFFSET != 0 {
+        return Parsed::Other;
     }
-    if !(both && len == Ipv4Hdr::LEN) && packet.read_tcp(skb).is_err() {
-        return Parsed::Unreadable;
+    if first >> 24 != 0x45 || fragment & MORE != 0 {
+        let len = (first >> 24 & 0x0F) as usize * 4;
+        return packet.unreadable(skb, L::LEN + len);
     }
-    let total = packet.word(0) & 0xFFFF;
-    parse_tcp(skb, packet, origin, total, total == 0)
+    let total = first & 0xFFFF;
+    match packet.read_tcp::<IP>(skb, L::LEN) {
+        true => parse_tcp(skb, packet, total, total == 0),
+        false => Parsed::Other,
+    }
 }
 
 #[inline(always)]
-fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet, origin: Origin) -> Parsed {
-    const WORDS: usize = Ipv6Hdr::LEN / 4;
+fn parse_ipv6<L: Link>(skb: &TcContext, packet: &mut Packet) -> Parsed {
+    const IP: usize = Ipv6Hdr::LEN / 4;
 
-    let both = packet.read_front::<L, WORDS>(skb);
-    if !both && packet.read(skb, packet.ip, 0, Ipv6Hdr::LEN).is_err() {
-        return Parsed::Other;
+    let Some(ip) = front(skb, L::LEN, Ipv6Hdr::LEN) else { return Parsed::Other };
+    for index in 0..IP {
+        packet.words[index] = word(ip, index);
     }
     packet.ipv6 = true;
-    packet.tcp = packet.ip + Ipv6Hdr::LEN;
+    packet.forget_ports();
+    packet.tcp = L::LEN + Ipv6Hdr::LEN;
     let [_, _, s0, s1, s2, s3, d0, d1, d2, d3, ..] = packet.words;
-    let [source, destination] = origin.ends(&mut packet.key);
-    source.set([s0, s1, s2, s3]);
-    destination.set([d0, d1, d2, d3]);
-    match (packet.word(1) >> 8) as u8 {
-        TCP if both || packet.read_tcp(skb).is_ok() => {}
-        TCP => return Parsed::Unreadable,
+    packet.key.source.set([s0, s1, s2, s3]);
+    packet.key.destination.set([d0, d1, d2, d3]);
+    let (payload, next) = (packet.word(1) >> 16, (packet.word(1) >> 8) as u8);
+    match next {
+        TCP => {}
         ICMPV6 => return Parsed::Icmp,
-        next if BEFORE_OTHERS.contains(&next) => {
-            // What follows begins with what comes after it (RFC 8200, section 4).
-            return match skb.load::<u8>(packet.tcp) {
-                Ok(after) if after == TCP || BEFORE_OTHERS.contains(&after) => Parsed::Unreadable,
-                _ => Parsed::Other,
+        HOP_BY_HOP if payload == 0 => {
+            // BIG TCP: the kernel's own packet of many segments (ipv6_gro_complete, net/ipv6/ip6_offload.c).
+            if !is_jumbo::<L>(skb) {
+                return behind_headers(skb, packet, next);
+            }
+            packet.tcp += JUMBO;
+            return match packet.read_tcp::<{ IP + JUMBO / 4 }>(skb, L::LEN) {
+                true => parse_tcp(skb, packet, 0, true),
+                false => Parsed::Other,
             };
         }
-        _ => return Parsed::Other,
+        _ => return behind_headers(skb, packet, next),
     }
-    let payload = packet.word(1) >> 16;
-    parse_tcp(skb, packet, origin, Ipv6Hdr::LEN as u32 + payload, payload == 0)
+    match packet.read_tcp::<IP>(skb, L::LEN) {
+        true => parse_tcp(skb, packet, Ipv6Hdr::LEN as u32 + payload, payload == 0),
+        false => Parsed::Other,
+    }
+}
+
+/// Whether the hop-by-hop header has the jumbo payload option and nothing else, and TCP follows.
+#[inline(always)]
+fn is_jumbo<L: Link>(skb: &TcContext) -> bool {
+    /// Next header, length, option type and its length.
+    const START: [u8; 4] = [TCP, 0, 0xC2, 4];
+    matches!(front(skb, L::LEN + Ipv6Hdr::LEN, JUMBO), Some(option) if word(option, 0) == u32::from_ne_bytes(START))
+}
+
+/// Looks for TCP behind extension headers (RFC 8200, section 4). One of IPv6's first fragments has the headers before TCP whole (RFC
+/// 7112); others are nothing without it.
+#[inline(always)]
+fn behind_headers(skb: &TcContext, packet: &mut Packet, next: u8) -> Parsed {
+    const MOST: usize = 8;
+    const FRAGMENT: u8 = 44;
+
+    let (mut next, mut at) = (next, packet.tcp);
+    for _ in 0..MOST {
+        if next == TCP {
+            return packet.unreadable(skb, at);
+        }
+        if !BEFORE_OTHERS.contains(&next) {
+            return Parsed::Other;
+        }
+        let Ok(header) = skb.load::<[u8; 4]>(at) else { return Parsed::Unreadable };
+        let len = if next == FRAGMENT {
+            if u16::from_be_bytes([header[2], header[3]]) & !7 != 0 {
+                return Parsed::Other;
+            }
+            8
+        } else {
+            (usize::from(header[1]) + 1) * 8
+        };
+        at += len;
+        next = header[0];
+    }
+    // More than anyone sends: its ports are not known.
+    Parsed::Unreadable
 }
 
 /// The TCP header, which stands among the packet's words. A packet of many segments that is too long for its IP header has no
 /// length there (BIG TCP).
 #[inline(always)]
-fn parse_tcp(skb: &TcContext, packet: &mut Packet, origin: Origin, total: u32, no_length: bool) -> Parsed {
+fn parse_tcp(skb: &TcContext, packet: &mut Packet, total: u32, no_length: bool) -> Parsed {
     let length_flags_window = packet.word(TCP_AT + 3);
     packet.tcp_len = (length_flags_window >> 28) as usize * 4;
+    let ports = packet.word(TCP_AT);
+    packet.key.source.port = (ports >> 16) as u16;
+    packet.key.destination.port = ports as u16;
     if packet.tcp_len < TcpHdr::LEN {
         return Parsed::Unreadable;
     }
@@ -254,111 +303,57 @@ fn parse_tcp(skb: &TcContext, packet: &mut Packet, origin: Origin, total: u32, n
         payload,
         window: length_flags_window as u16,
     };
-    let ports = packet.word(TCP_AT);
-    let [source, destination] = origin.ends(&mut packet.key);
-    source.port = (ports >> 16) as u16;
-    destination.port = ports as u16;
     Parsed::Tcp
-}
-
-/// Whether this packet is certainly not a SYN, as nearly all are not. It only recognises packets without
-/// IP options whose headers are in one piece: without CAP_PERFMON the verifier allows constant offsets
-/// into a packet only.
-#[inline(always)]
-pub(super) fn is_not_syn<L: Link>(skb: &TcContext) -> bool {
-    const VERSION_AND_LENGTH: u8 = 0x45;
-    const PROTOCOL: usize = 9;
-    const NEXT_HEADER: usize = 6;
-
-    // SAFETY: the program's own context.
-    match u16::from_be(unsafe { (*skb.skb.skb).protocol } as u16) {
-        IPV4 if byte(skb, L::LEN) == Some(VERSION_AND_LENGTH) => match byte(skb, L::LEN + PROTOCOL) {
-            Some(TCP) if !is_fragment::<L>(skb) => is_mid_stream(byte(skb, L::LEN + Ipv4Hdr::LEN + FLAGS)),
-            Some(TCP) | None => false,
-            Some(_) => true,
-        },
-        IPV6 => match byte(skb, L::LEN + NEXT_HEADER) {
-            Some(TCP) => is_mid_stream(byte(skb, L::LEN + Ipv6Hdr::LEN + FLAGS)),
-            // TCP may follow.
-            Some(next) => !BEFORE_OTHERS.contains(&next),
-            None => false,
-        },
-        _ => false,
-    }
-}
-
-/// Whether it is a fragment of an IPv4 packet, or may be one.
-#[inline(always)]
-fn is_fragment<L: Link>(skb: &TcContext) -> bool {
-    const MORE: usize = 6;
-    const OFFSET: usize = 7;
-    // The top two bits are reserved and "don't fragment".
-    !matches!((byte(skb, L::LEN + MORE), byte(skb, L::LEN + OFFSET)), (Some(more), Some(0)) if more & 0x3F == 0)
-}
-
-/// Whether these are the flags of a segment of an established connection.
-#[inline(always)]
-fn is_mid_stream(flags: Option<u8>) -> bool {
-    flags.is_some_and(|flags| flags & (SYN | ACK) != SYN)
-}
-
-/// A byte of the packet that is not its last, if it lies in its first piece.
-///
-/// Two bytes must be there because a comparison of the packet's very start with its end says nothing to the verifier ("This
-/// doesn't give us any range", find_good_pkt_pointers, kernel/bpf/verifier.c).
-#[inline(always)]
-fn byte(skb: &TcContext, at: usize) -> Option<u8> {
-    let (start, end) = (skb.data(), skb.data_end());
-    // SAFETY: within the packet by the comparison.
-    (start + at + 2 <= end).then(|| unsafe { *((start + at) as *const u8) })
 }
 
 /// A helper has failed, and with it everything: what is half rewritten must not leave.
 pub(super) struct Failed;
 
-impl Origin {
-    /// Source and destination.
-    #[inline(always)]
-    fn ends(self, key: &mut Key) -> [&mut Address; 2] {
-        match self {
-            Self::Client => [&mut key.source, &mut key.backend],
-            Self::Backend => [&mut key.backend, &mut key.source],
-        }
-    }
-}
-
 impl Packet {
-    /// Reads the IP header, of so many words, and the TCP header behind it from the packet's first piece, where they nearly always
-    /// lie; `false` if they do not. No helper is needed.
+    /// Reads the TCP header, which begins `AT` words behind the link-layer header, and the word behind it; `false` if there is none.
     #[inline(always)]
-    fn read_front<L: Link, const IP: usize>(&mut self, skb: &TcContext) -> bool {
-        let (start, end) = (skb.data(), skb.data_end());
-        if start + L::LEN + IP * 4 + TcpHdr::LEN > end {
-            return false;
-        }
-        let front = (start + L::LEN) as *const Word;
-        // SAFETY: within the packet by the comparison.
-        let word = |index: usize| u32::from_ne_bytes(unsafe { front.add(index).read() }.0);
-        for index in 0..IP {
-            self.words[index] = word(index);
-        }
+    fn read_tcp<const AT: usize>(&mut self, skb: &TcContext, link: usize) -> bool {
+        let Some(start) = front(skb, link, AT * 4 + TcpHdr::LEN) else { return false };
         for index in 0..TcpHdr::LEN / 4 {
-            self.words[TCP_AT + index] = word(IP + index);
+            self.words[TCP_AT + index] = word(start, AT + index);
         }
+        let (start, end) = (skb.data(), skb.data_end());
+        let at = start + link + AT * 4 + TcpHdr::LEN;
+        self.words[OPTIONS_AT] = if at + 4 <= end { word(at as *const Word, 0) } else { 0 };
         true
     }
 
-    /// Reads the TCP header from wherever it is.
+    /// The value may have those of an earlier packet.
     #[inline(always)]
-    fn read_tcp(&mut self, skb: &TcContext) -> Result<(), Failed> {
-        self.read(skb, self.tcp, TCP_AT, TcpHdr::LEN)
+    fn forget_ports(&mut self) {
+        (self.key.source.port, self.key.destination.port) = (0, 0);
     }
 
-    /// Reads `len` bytes of the packet into its words, from the one with this index on.
+    /// Reads the ports of a packet whose TCP header begins there and is not read.
     #[inline(always)]
-    fn read(&mut self, skb: &TcContext, at: usize, index: usize, len: usize) -> Result<(), Failed> {
-        let (_, into) = self.header().split_at_mut_checked(index * 4).ok_or(Failed)?;
-        load_bytes(skb, at, into, len)
+    fn unreadable(&mut self, skb: &TcContext, at: usize) -> Parsed {
+        let [source, destination] = skb.load::<[u16; 2]>(at).unwrap_or_default();
+        self.key.source.port = u16::from_be(source);
+        self.key.destination.port = u16::from_be(destination);
+        Parsed::Unreadable
+    }
+
+    /// Source and destination, as they stand in the packet.
+    #[inline(always)]
+    pub(super) fn tuple(&self) -> Tuple {
+        let (words, ports) = (&self.words, self.words[TCP_AT]);
+        if self.ipv6 {
+            let source = [words[2], words[3], words[4], words[5]];
+            Tuple { source, destination: [words[6], words[7], words[8], words[9]], ports, ipv6: 1 }
+        } else {
+            Tuple { source: [words[3], 0, 0, 0], destination: [words[4], 0, 0, 0], ports, ipv6: 0 }
+        }
+    }
+
+    /// The hop limit, or time to live.
+    #[inline(always)]
+    pub(super) fn hop_limit(&self) -> u8 {
+        if self.ipv6 { self.word(1) as u8 } else { (self.word(2) >> 24) as u8 }
     }
 
     /// A word of what was read, in the byte order of the machine.
@@ -381,25 +376,13 @@ impl Packet {
         unsafe { mem::zero(&raw mut self.words) };
     }
 
-    /// The backend's host, whatever the port.
+    /// The destination's host, whatever the port.
     #[inline(always)]
     pub(super) fn to_host(&self) -> Address {
-        Address::new(self.key.backend.ip, 0)
+        Address::new(self.key.destination.ip, 0)
     }
 
-    /// Replaces a sequence or acknowledgement number of the TCP header.
-    #[inline(always)]
-    pub(super) fn set_number(
-        &self,
-        skb: &TcContext,
-        field: usize,
-        old: SeqNumber,
-        new: SeqNumber,
-    ) -> Result<(), Failed> {
-        self.replace_u32(skb, self.tcp + field, old.0, new.0)
-    }
-
-    /// The same anywhere under the TCP checksum, at an even offset from the header.
+    /// Replaces a word under the TCP checksum, at an even offset from the header.
     #[inline(always)]
     pub(super) fn replace_u32(&self, skb: &TcContext, at: usize, old: u32, new: u32) -> Result<(), Failed> {
         let (old, new) = (old.to_be(), new.to_be());
@@ -415,70 +398,63 @@ impl Packet {
         skb.store(self.tcp + WINDOW, &new, 0).map_err(|_| Failed)
     }
 
-    /// Reads the addresses as a header has them.
+    /// Fills in [`Packet::syn`], for this listener.
     #[inline(always)]
-    pub(super) fn read_addresses(&self, skb: &TcContext, into: &mut HeaderAddresses) -> Result<(), Failed> {
-        if self.ipv6 {
-            into.ipv6 = 1;
-            load_bytes(skb, self.ip + IPV6_ADDRESSES, &mut into.bytes, 32)?;
-            let (_, ports) = into.bytes.split_at_mut(32);
-            load_ports(skb, self.tcp, ports)
+    pub(super) fn read_syn(&mut self, listener: u32) {
+        let Self { segment, words: from, syn, ipv6, .. } = self;
+        (syn.first, syn.listener) = (segment.sequence + 1, listener);
+        let words = super::maps::words_mut(&mut syn.addresses);
+        if *ipv6 {
+            seq!(AT in 0..8 {
+                words[AT] = from[2 + AT];
+            });
+            words[8] = from[TCP_AT];
+            syn.addresses.ipv6 = 1;
         } else {
-            into.ipv6 = 0;
-            load_bytes(skb, self.ip + IPV4_ADDRESSES, &mut into.bytes, 8)?;
-            let (_, ports) = into.bytes.split_at_mut(8);
-            load_ports(skb, self.tcp, ports)
+            (words[0], words[1], words[2]) = (from[3], from[4], from[TCP_AT]);
+            syn.addresses.ipv6 = 0;
         }
-    }
-
-    /// Makes what the segment acknowledges earlier by `less`, its SACK blocks as well (RFC 2018).
-    #[inline(always)]
-    pub(super) fn acknowledge_earlier(&self, skb: &TcContext, less: u32) -> Result<(), Failed> {
-        let acknowledgement = self.segment.acknowledgement;
-        self.set_number(skb, ACKNOWLEDGEMENT, acknowledgement, acknowledgement - less)?;
-        self.sack_earlier(skb, less)
     }
 
     /// Makes the SACK blocks earlier by `less`.
     ///
     /// The option is looked for where every sender puts it: on a word's boundary behind two NOPs (RFC 2018, section 3; RFC 7323,
     /// appendix A), first or behind the timestamps. A block that is not found is only of less use to the client.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn sack_earlier(&self, skb: &TcContext, less: u32) -> Result<(), Failed> {
-        const EDGES: usize = 8;
-
-        let first = self.tcp + TcpHdr::LEN;
-        let at = if self.has_timestamps(skb) { first + TIMESTAMPS_LEN } else { first };
-        if self.tcp_len + self.tcp < at + 4 {
+        if !self.may_have_sack() {
             return Ok(());
         }
+        let first = self.tcp + TcpHdr::LEN;
+        let at = if self.has_timestamps() { first + TIMESTAMPS_LEN } else { first };
         let len = match skb.load::<[u8; 4]>(at) {
             Ok([NOP, NOP, SACK, len]) => usize::from(len),
             _ => return Ok(()),
         };
-        for edge in 0..EDGES {
-            if 2 + (edge + 1) * 4 > len {
-                break;
+        // Written out: the verifier follows no loop that ends at an unknown place.
+        seq!(EDGE in 0..8 {
+            let edge = at + 4 + EDGE * 4;
+            if 2 + (EDGE + 1) * 4 > len || edge + 4 > self.tcp + self.tcp_len {
+                return Ok(());
             }
-            let at = at + 4 + edge * 4;
-            let old = u32::from_be(skb.load::<u32>(at).map_err(|_| Failed)?);
-            self.replace_u32(skb, at, old, old.wrapping_sub(less))?;
-        }
+            let old = u32::from_be(skb.load::<u32>(edge).map_err(|_| Failed)?);
+            self.replace_u32(skb, edge, old, old.wrapping_sub(less))?;
+        });
         Ok(())
     }
 
     /// Whether there may be a SACK block among the options: there are others than the timestamps.
     #[inline(always)]
-    pub(super) fn may_have_sack(&self, skb: &TcContext) -> bool {
+    pub(super) fn may_have_sack(&self) -> bool {
         self.tcp_len != TcpHdr::LEN
-            && !(self.tcp_len == TcpHdr::LEN + TIMESTAMPS_LEN && self.has_timestamps(skb))
+            && !(self.tcp_len == TcpHdr::LEN + TIMESTAMPS_LEN && self.has_timestamps())
     }
 
     /// Whether the options begin with the timestamps, as those of nearly every segment do.
     #[inline(always)]
-    pub(super) fn has_timestamps(&self, skb: &TcContext) -> bool {
+    pub(super) fn has_timestamps(&self) -> bool {
         self.tcp_len >= TcpHdr::LEN + TIMESTAMPS_LEN
-            && skb.load::<[u8; 4]>(self.tcp + TcpHdr::LEN).is_ok_and(|start| start == TIMESTAMPS)
+            && self.words[OPTIONS_AT] == u32::from_ne_bytes(TIMESTAMPS)
     }
 }
 
@@ -489,11 +465,6 @@ const SACK: u8 = 5;
 pub(super) const TIMESTAMPS: [u8; 4] = [NOP, NOP, 8, 10];
 /// All of it.
 pub(super) const TIMESTAMPS_LEN: usize = 12;
-
-#[inline(always)]
-fn load_ports(skb: &TcContext, tcp: usize, into: &mut [u8]) -> Result<(), Failed> {
-    load_bytes(skb, tcp, into, 4)
-}
 
 /// The helpers take no size of 0. Before Linux 6.8 the verifier learns nothing from a comparison with 0 ("invalid access to map
 /// value, value_size=244 off=12 size=0"), so it is none.

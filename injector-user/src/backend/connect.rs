@@ -120,6 +120,20 @@ impl Backends {
         Err(worst)
     }
 
+    /// Records that a connection of the inline engine was refused at this address.
+    pub fn note_refused(&self, address: SocketAddr) {
+        self.with_address(address).for_each(|backend| self.failed(backend));
+    }
+
+    /// Records that this address accepted a connection of the inline engine.
+    pub fn note_connected(&self, address: SocketAddr) {
+        self.with_address(address).for_each(|backend| backend.state.health().connected());
+    }
+
+    fn with_address(&self, address: SocketAddr) -> impl Iterator<Item = &Backend> {
+        self.all().iter().filter(move |backend| backend.addresses().contains(&address))
+    }
+
     fn reached(&self, backend: &Backend) -> SessionGuard {
         let state = &backend.state;
         state.health().connected();

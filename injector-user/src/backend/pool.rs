@@ -94,8 +94,8 @@ impl Backends {
 
     /// The backends among `which` that get new connections.
     #[must_use]
-    pub fn eligible(&self, which: impl Fn(&config::Backend) -> bool) -> Vec<&Backend> {
-        let of: Vec<_> = self.all.iter().filter(|backend| which(&backend.configured)).collect();
+    pub fn eligible(&self, which: impl Fn(&Backend) -> bool) -> Vec<&Backend> {
+        let of: Vec<_> = self.all.iter().filter(|backend| which(backend)).collect();
         let candidates: Vec<_> = of.iter().map(|backend| backend.candidate()).collect();
         balance::eligible(&candidates).into_iter().filter_map(|index| of.get(index).copied()).collect()
     }

@@ -171,7 +171,7 @@ pub struct DrainArgs {
     #[arg(long, env = "INJECTOR_DEADLINE", value_name = "DURATION", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
 
-    /// Wait until no session is left; inline connections are not aborted at the deadline
+    /// Wait until no connection is left
     #[arg(long, env = "INJECTOR_WAIT")]
     pub wait: bool,
 }
@@ -236,20 +236,28 @@ pub struct TopArgs {
 /// The commands of `injector inline`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum InlineCommand {
-    /// Detach the programs from all devices, and remove the maps and the NAT table
+    /// Detach the programs from all devices, and remove their maps
     ///
-    /// Programs, maps and NAT outlive the daemon, so that connections continue while it restarts. Stop the daemon
-    /// first, because it attaches the programs again when devices change. Connections through the engine break.
+    /// Programs and maps outlive the daemon, so that connections continue while it restarts. Stop the daemon first,
+    /// because it attaches the programs again. Connections through the engine break.
     Detach(DetachArgs),
 }
 
 /// Arguments of `injector inline detach`.
 #[derive(Clone, Debug, Args)]
 pub struct DetachArgs {
-    /// The configuration file (TOML) that the daemon ran with [default: built-in
-    /// values of inline.pin and inline.table]
+    /// The configuration file (TOML) that the daemon ran with; only inline.pin of it counts
     #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// The directory of the pins, in place of inline.pin of the file
+    #[arg(long, env = "INJECTOR_PIN", value_name = "DIRECTORY")]
+    pub pin: Option<PathBuf>,
+
+    /// Detach although a daemon uses the programs: its inline connections break, and it may attach
+    /// the programs again
+    #[arg(long, env = "INJECTOR_FORCE")]
+    pub force: bool,
 }
 
 const RUN_EXAMPLES: &str = "\

@@ -43,7 +43,6 @@ pub fn drain(args: &DrainArgs) -> anyhow::Result<()> {
         };
         let drained =
             |listener: &&ListenerStatus| args.listener.as_ref().is_none_or(|name| *name == listener.name);
-        // An inline listener has no drain deadline: its connections are waited for until they end.
         if status.listeners.iter().filter(drained).all(|listener| listener.active == 0) {
             return Ok(());
         }

@@ -1,66 +1,63 @@
 //! `[inline]`
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+};
 
-use super::parse::section::{Section, Zero};
+use toml::de::DeValue;
+
+use super::{
+    network::Network,
+    parse::section::{Section, Spanned},
+};
 
 /// `[inline]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inline {
-    /// Whether the file has the table. The operator then knows that this host forwards packets.
-    pub present: bool,
-    /// Who translates addresses.
-    pub nat: Nat,
-    /// Managed NAT: replace the client's address with the host's, so that replies pass this host.
-    pub masquerade: bool,
-    /// Managed NAT: the name of the nftables table.
-    pub table: String,
+    /// The source address of connections to backends.
+    pub source: Source,
+    /// With [`Source::Edge`]: the source addresses of those connections. Empty: the address that the
+    /// route to the backend prefers.
+    pub source_addresses: Vec<IpAddr>,
+    /// Devices on which clients and backends are. Empty: all that are up.
+    pub devices: Vec<String>,
+    /// How many connections there is room for.
+    pub flows: u32,
     /// The directory in a BPF file system for the pins that outlive the daemon.
     pub pin: PathBuf,
-    /// The capacity of the flow table. As many connections again can be in the handshake.
-    pub flows: u32,
-    /// Idle time after which a flow is forgotten.
-    pub idle: Duration,
-    /// Devices on which clients arrive. Empty: all that are up.
-    pub client_devices: Vec<String>,
-    /// Devices that lead to backends. Empty: those of the routes to the backends.
-    pub backend_devices: Vec<String>,
     /// How programs are attached.
     pub attachment: Attachment,
-    /// Enable forwarding where it is off. Otherwise the daemon only reports it.
-    pub set_sysctls: bool,
+    /// Networks of other edges and injectors, whose connections to the backends pass this host.
+    pub peers: Vec<Network>,
 }
 
 impl Default for Inline {
     fn default() -> Self {
         Self {
-            present: false,
-            nat: Nat::default(),
-            masquerade: true,
-            table: "injector".to_owned(),
-            pin: PathBuf::from("/sys/fs/bpf/injector"),
+            source: Source::default(),
+            source_addresses: Vec::new(),
+            devices: Vec::new(),
             flows: 65_536,
-            idle: Duration::from_secs(24 * 60 * 60),
-            client_devices: Vec::new(),
-            backend_devices: Vec::new(),
+            pin: PathBuf::from("/sys/fs/bpf/injector"),
             attachment: Attachment::default(),
-            set_sysctls: false,
+            peers: Vec::new(),
         }
     }
 }
 
-/// Who translates addresses for the inline engine.
+/// The source address of connections to backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Nat {
-    /// The daemon, with an nftables table of its own.
+pub enum Source {
+    /// An address of this host, so that replies pass it.
     #[default]
-    Managed,
-    /// Another program: kube-proxy, Docker, rules of the host.
-    External,
+    Edge,
+    /// The client's. The replies must be routed through this host.
+    Client,
 }
 
-impl Nat {
-    const CHOICES: [(&'static str, Self); 2] = [("managed", Self::Managed), ("external", Self::External)];
+impl Source {
+    const CHOICES: [(&'static str, Self); 2] = [("edge", Self::Edge), ("client", Self::Client)];
 }
 
 /// How the inline engine's programs are attached to a device.
@@ -81,37 +78,128 @@ impl Attachment {
 }
 
 pub(super) fn read(section: Section<'_>) -> Inline {
-    let mut inline = Inline { present: true, ..Inline::default() };
-    inline.nat = section.choice("nat", &Nat::CHOICES).unwrap_or(inline.nat);
-    inline.masquerade = section.flag("masquerade").map_or(inline.masquerade, |(_, flag)| flag);
-    inline.set_sysctls = section.flag("set_sysctls").map_or(inline.set_sysctls, |(_, flag)| flag);
-    inline.attachment = section.choice("attachment", &Attachment::CHOICES).unwrap_or(inline.attachment);
-    if let Some((at, table)) = section.string("table") {
-        let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-        if (1..=63).contains(&table.len()) && table.bytes().all(fits) {
-            table.clone_into(&mut inline.table);
+    let mut inline = Inline::default();
+    refuse_former_fields(&section);
+    inline.source = section.choice("source", &Source::CHOICES).unwrap_or_default();
+    inline.attachment = section.choice("attachment", &Attachment::CHOICES).unwrap_or_default();
+    if let Some(addresses) = section.strings("source_addresses") {
+        inline.source_addresses = source_addresses(&section, inline.source, &addresses);
+    }
+    for (at, text) in section.strings("devices").unwrap_or_default() {
+        if is_device_name(text) {
+            inline.devices.push(text.to_owned());
         } else {
             section.report_field(
                 at,
-                "table",
-                &format!(" {table:?}: must be 1 to 63 of A-Z, a-z, 0-9, _ and -"),
+                "devices",
+                &format!(" {text:?}: must be the name of a device, such as \"eth0\""),
             );
+        }
+    }
+    for (at, text) in section.strings("peers").unwrap_or_default() {
+        match text.parse() {
+            Ok(network) => inline.peers.push(network),
+            Err(advice) => section.report_field(at, "peers", &format!(" {text:?}: {advice}")),
         }
     }
     if let Some(pin) = section.path("pin") {
         inline.pin = pin;
     }
-    if let Some((_, flows)) = section.integer("flows", 16, 1 << 24) {
+    if let Some((_, flows)) = section.integer("flows", 16, 1 << 22) {
         inline.flows = u32::try_from(flows).unwrap_or(inline.flows);
-    }
-    inline.idle = section.duration("idle", Zero::Rejected).map_or(inline.idle, |(_, idle)| idle);
-    for (field, devices) in
-        [("client_devices", &mut inline.client_devices), ("backend_devices", &mut inline.backend_devices)]
-    {
-        for (_, device) in section.strings(field).unwrap_or_default() {
-            devices.push(device.to_owned());
-        }
     }
     section.finish();
     inline
+}
+
+/// Refuses the fields of earlier versions, each with what replaces it.
+fn refuse_former_fields(section: &Section<'_>) {
+    let mut devices = Vec::new();
+    for field in ["client_devices", "backend_devices"] {
+        let names = section.former(field).and_then(|(_, names)| names.as_array()).into_iter();
+        devices.extend(names.flat_map(|names| names.iter()).filter_map(|name| name.get_ref().as_str()));
+    }
+    let client = "write source = \"client\"";
+    let advice = |field: &str, value: &DeValue<'_>| {
+        match (field, value.as_bool(), value.as_str()) {
+        ("nat", _, Some("external")) => {
+            "is gone: engine \"inline\" translates addresses itself, before rules of others see the packet. Remove \
+             this line and the rules that led to the backends' PROXY ports"
+                .to_owned()
+        }
+        ("nat", ..) => {
+            "is gone: engine \"inline\" translates addresses itself, without nftables. Remove this line".to_owned()
+        }
+        ("table", ..) => {
+            let table = value.as_str().unwrap_or("injector");
+            format!(
+                "is gone: engine \"inline\" needs no nftables. Remove this line, and the table that an earlier \
+                 version may have left: nft delete table inet {table}"
+            )
+        }
+        ("masquerade", Some(false), _) => format!("is replaced: {client} in place of this line"),
+        ("masquerade", ..) => {
+            "is replaced: write source = \"edge\", the default, in place of this line".to_owned()
+        }
+        ("client_devices" | "backend_devices", ..) => {
+            format!("is replaced: write devices = {devices:?} in place of client_devices and backend_devices")
+        }
+        ("set_sysctls", ..) => {
+            "is gone: engine \"inline\" needs no forwarding by the host. Remove this line, and turn forwarding off \
+             again if nothing else needs it"
+                .to_owned()
+        }
+        _ => {
+            let idle = value.as_str().unwrap_or("5m");
+            format!(
+                "is gone: the timeouts of the listener end its connections with every engine. Remove this line; if the \
+                 default does not do, write idle = {idle:?} in [listener.timeouts]"
+            )
+        }
+    }
+    };
+    for field in ["nat", "table", "masquerade", "client_devices", "backend_devices", "set_sysctls", "idle"] {
+        if let Some((at, value)) = section.former(field) {
+            section.report_field(at, field, &format!(" {}", advice(field, value)));
+        }
+    }
+}
+
+fn source_addresses(section: &Section<'_>, source: Source, texts: &[Spanned<&str>]) -> Vec<IpAddr> {
+    const FIELD: &str = "source_addresses";
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for (at, text) in texts {
+        let refused = |why: &str| section.report_field(*at, FIELD, &format!(" {text:?}: {why}"));
+        match text.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+            Err(_) => refused("must be an IP address, such as \"192.0.2.10\" or \"2001:db8::10\""),
+            Ok(ip) if !is_unicast(ip) => {
+                refused("must be an address of this host that backends can answer to");
+            }
+            Ok(ip) if addresses.contains(&ip) => refused("is there twice"),
+            Ok(ip) => addresses.push(ip),
+        }
+    }
+    if source == Source::Client
+        && let Some((at, _)) = texts.first()
+    {
+        section.report_field(
+            *at,
+            FIELD,
+            ": source = \"client\" keeps the client's address: remove one of the two",
+        );
+    }
+    addresses
+}
+
+fn is_unicast(ip: IpAddr) -> bool {
+    !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && ip != Ipv4Addr::BROADCAST
+}
+
+/// The kernel's rule (dev_valid_name, net/core/dev.c).
+fn is_device_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < libc::IFNAMSIZ
+        && name != "."
+        && name != ".."
+        && !name.contains(|c: char| c == '/' || c == ':' || c.is_ascii_whitespace())
 }

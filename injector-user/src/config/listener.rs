@@ -19,10 +19,11 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Which engine moves the bytes of a listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum EngineChoice {
-    /// The best engine whose self-test passes on this machine.
+    /// The best engines whose self-tests pass on this machine.
     #[default]
     Auto,
-    /// Packet forwarding with kernel NAT; the daemon does not start if it is unavailable.
+    /// Packet forwarding, and splice or relay for what it does not take; the daemon does not start if it is
+    /// unavailable.
     Inline,
     /// Kernel sockmap; the daemon does not start if it is unavailable.
     Splice,
@@ -42,6 +43,12 @@ impl EngineChoice {
             Self::Splice => "splice",
             Self::Relay => "relay",
         }
+    }
+
+    /// Whether this choice may select inline.
+    #[must_use]
+    pub const fn may_be_inline(self) -> bool {
+        matches!(self, Self::Auto | Self::Inline)
     }
 }
 
@@ -78,6 +85,12 @@ pub struct Listener {
 }
 
 impl Listener {
+    /// Why inline can serve no connection of this listener; `None` if it can.
+    #[must_use]
+    pub fn inline_obstacle(&self) -> Option<String> {
+        self.receiver.inline_obstacle()
+    }
+
     /// Whether engine inline sends the header together with the client's first bytes. It does if
     /// the client speaks first and `header_wait` is not zero. The wait ends when the backend
     /// repeats its SYN-ACK, after a second.
@@ -137,13 +150,18 @@ fn read(
     let timeouts =
         timeouts::read(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
     let receiver = receiver::read(section.section("receiver"));
+    if let Some((at, EngineChoice::Inline)) = engine
+        && let Some(obstacle) = receiver.inline_obstacle()
+    {
+        section.report_field(at, "engine", &format!(" \"inline\": {obstacle}"));
+    }
     let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     section.finish();
     Some(Listener {
         name: name?,
         bind,
         protocol: protocol?,
-        engine: engine.unwrap_or_default(),
+        engine: engine.map_or_else(EngineChoice::default, |(_, engine)| engine),
         backends,
         health,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
@@ -171,9 +189,9 @@ fn name(section: &mut Section<'_>, names: &mut BTreeMap<String, usize>) -> Optio
     Some(name.to_owned())
 }
 
-fn engine(section: &Section<'_>) -> Option<EngineChoice> {
+fn engine(section: &Section<'_>) -> Option<Spanned<EngineChoice>> {
     let engine = section.string("engine")?;
-    section.choose("engine", engine, &EngineChoice::CHOICES)
+    Some((engine.0, section.choose("engine", engine, &EngineChoice::CHOICES)?))
 }
 
 fn binds(section: &Section<'_>, protocol: Option<Protocol>, bound: &mut Vec<Bound>) -> Vec<SocketAddr> {

@@ -12,6 +12,7 @@ mod limits;
 mod listener;
 mod log;
 mod metrics;
+mod network;
 mod parse;
 mod receiver;
 mod splice;
@@ -30,11 +31,12 @@ pub use self::{
     backend::Backend,
     health::{Check, CheckHeader, Ejection, Health},
     host::Host,
-    inline::{Attachment, Inline, Nat},
+    inline::{Attachment, Inline, Source},
     limits::Limits,
     listener::{EngineChoice, Listener},
     log::{Log, LogFormat, LogLevel},
     metrics::Metrics,
+    network::Network,
     parse::{
         diagnostic::{ConfigError, Diagnostic},
         duration::{DurationError, parse_duration},

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use injector_common::inline::HEADER_CAPACITY;
+
 use super::parse::{
     address,
     section::{Section, Spanned},
@@ -99,6 +101,33 @@ impl Receiver {
             + self.authority.as_ref().map_or(0, |name| tlv(name.len()))
             + self.noop.map_or(0, |length| tlv(usize::from(length)))
             + self.custom.iter().map(|custom| tlv(custom.value.len())).sum::<usize>()
+    }
+}
+
+impl Receiver {
+    /// Why inline cannot make this header: it only fills in addresses.
+    pub(super) fn inline_obstacle(&self) -> Option<String> {
+        for (set, what) in [
+            (self.version == ProxyVersion::V1, "version = \"v1\""),
+            (self.crc32c, "crc32c"),
+            (self.unique_id, "unique_id"),
+        ] {
+            if set {
+                return Some(format!(
+                    "cannot make the header for each connection, which receiver.{what} needs: remove it, or use \
+                     engine splice"
+                ));
+            }
+        }
+        // Padded to the alignment that the checksum needs, by a TLV if there is none to lengthen.
+        let len = self.max_header_len();
+        let padding = if len.is_multiple_of(4) || self.noop.is_some() { 0 } else { 4 };
+        let len = len.next_multiple_of(4) + padding;
+        (len > HEADER_CAPACITY).then(|| {
+            format!(
+                "takes headers of at most {HEADER_CAPACITY} bytes, and this one has {len}: use engine splice"
+            )
+        })
     }
 }
 

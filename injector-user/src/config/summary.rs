@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use super::{
-    Backend, CheckHeader, Config, EngineChoice, Health, Host, Limits, Listener, ProxyVersion, Receiver,
+    Backend, CheckHeader, Config, Health, Host, Inline, Limits, Listener, ProxyVersion, Receiver, Source,
 };
 use crate::protocol::FirstSpeaker;
 
@@ -29,6 +29,9 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
         "sessions may finish for {} after SIGTERM",
         humantime::format_duration(config.stop.deadline)
     )?;
+    if config.listeners.iter().any(|listener| listener.engine.may_be_inline()) {
+        write_inline(out, &config.inline)?;
+    }
     match config.metrics {
         Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen)?,
         None => writeln!(out, "no metrics (add [metrics] listen)")?,
@@ -49,9 +52,6 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "  backends     {}{resolves}", backends.join(", "))?;
     writeln!(out, "  health       {}", health(&listener.health))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
-    if listener.engine == EngineChoice::Inline {
-        return write_inline(out, listener);
-    }
     let timeouts = &listener.timeouts;
     let [connect, idle, half_closed, wait, user_timeout, keepalive, drain] = [
         timeouts.connect,
@@ -71,23 +71,31 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
         }
     }
     writeln!(out, "  dead peers   probed after {keepalive}, timed out after {user_timeout}")?;
-    writeln!(out, "  draining     sessions may finish for {drain}")?;
+    writeln!(out, "  draining     connections may finish for {drain}")?;
     match listener.max_connections {
         Some(most) => writeln!(out, "  connections  at most {most}"),
         None => Ok(()),
     }
 }
 
-/// The settings that apply to engine inline, where client and backend share one TCP connection.
-fn write_inline(out: &mut String, listener: &Listener) -> fmt::Result {
-    let waits =
-        if listener.waits_for_first_bytes() { "; the header goes with the client's first bytes" } else { "" };
-    writeln!(out, "  timeouts     set by client and backend{waits}")?;
-    writeln!(out, "  draining     established connections are not aborted")?;
-    match listener.max_connections {
-        Some(_) => writeln!(out, "  connections  max_connections is not enforced by engine inline"),
-        None => Ok(()),
+/// The settings that only engine inline has.
+fn write_inline(out: &mut String, inline: &Inline) -> fmt::Result {
+    let source = match (inline.source, inline.source_addresses.as_slice()) {
+        (Source::Client, _) => "the client's address".to_owned(),
+        (Source::Edge, []) => "this host's address".to_owned(),
+        (Source::Edge, addresses) => join(addresses),
+    };
+    let devices =
+        if inline.devices.is_empty() { "all devices".to_owned() } else { inline.devices.join(", ") };
+    let (flows, pin) = (inline.flows, inline.pin.display());
+    writeln!(
+        out,
+        "inline: at most {flows} connections, from {source} to the backends, programs on {devices}, pins in {pin}"
+    )?;
+    if inline.peers.is_empty() {
+        return Ok(());
     }
+    writeln!(out, "inline: {} may connect to backends through this host", join(&inline.peers))
 }
 
 fn backend(backend: &Backend) -> String {

@@ -43,7 +43,8 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     }
     writeln!(
         out,
-        "{connections} of {max_connections} connections, {} queued in the kernel for slow receivers",
+        "{connections} of {max_connections} connections{}, {} queued in the kernel for slow receivers",
+        inline_part(status.inline_connections),
         bytes(status.backlog_bytes)
     )?;
     for engine in &status.engines {
@@ -59,7 +60,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     for removed in &status.removed_listeners {
         writeln!(
             out,
-            "\n{}: removed, {} sessions left, aborted in {}",
+            "\n{}: removed, {} connections left, aborted in {}",
             removed.name,
             removed.sessions,
             age(removed.abort_in_ms)
@@ -79,7 +80,8 @@ fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
     }
     writeln!(
         out,
-        "  {active} active, {accepted} accepted, {rejected} rejected, {headers_sent} headers, {} to backends, {} to clients",
+        "  {active} active{}, {accepted} accepted, {rejected} rejected, {headers_sent} headers, {} to backends, {} to clients",
+        inline_part(listener.active_inline),
         bytes(listener.bytes_to_backend),
         bytes(listener.bytes_to_client)
     )?;
@@ -88,6 +90,12 @@ fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
         write_backend(out, backend, width)?;
     }
     Ok(())
+}
+
+/// How many of the connections inline carries.
+#[must_use]
+pub(super) fn inline_part(connections: u64) -> String {
+    if connections == 0 { String::new() } else { format!(" ({connections} inline)") }
 }
 
 fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt::Result {

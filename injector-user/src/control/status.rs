@@ -8,6 +8,7 @@ use super::wire::{
 };
 use crate::{
     backend::Backend,
+    engine::usage::InlineConnection,
     server::{ActiveListener, Server},
     session::registry::Snapshot,
 };
@@ -19,7 +20,8 @@ pub(super) fn status(
     readiness: String,
     uptime: Duration,
 ) -> Status {
-    let (connections, max_connections) = server.connections();
+    server.refresh_metrics();
+    let connections = server.connections();
     let removed_listeners =
         server.removed_listeners().into_iter().map(|(removed, sessions)| RemovedListenerStatus {
             name: removed.name.clone(),
@@ -35,8 +37,9 @@ pub(super) fn status(
         uptime_ms: millis(uptime),
         readiness,
         config,
-        connections: connections as u64,
-        max_connections: max_connections as u64,
+        connections: (connections.sessions + connections.inline) as u64,
+        inline_connections: connections.inline as u64,
+        max_connections: connections.max as u64,
         backlog_bytes: server.backlog(),
         engines: vec![
             engine("inline", probes.inline.failure()),
@@ -49,18 +52,18 @@ pub(super) fn status(
 }
 
 fn listener_status(active: &ActiveListener) -> ListenerStatus {
-    let counts = active.metrics.snapshot();
+    let counts = active.counters();
     ListenerStatus {
         name: active.settings.name.clone(),
         protocol: active.settings.protocol.name().to_owned(),
-        engine: active.engine.as_ref().map_or("inline", |engine| engine.name()).to_owned(),
+        engine: active.selection.label(),
         bind: active.settings.bind.clone(),
         draining: active.drain.is_some(),
         abort_in_ms: active
             .drain
-            .and_then(|drain| drain.deadline)
-            .map(|deadline| millis(deadline.saturating_duration_since(Instant::now()))),
+            .map(|drain| millis(drain.deadline.saturating_duration_since(Instant::now()))),
         active: counts.active,
+        active_inline: active.inline_connections(),
         accepted: counts.accepted,
         rejected: counts.rejected,
         headers_sent: counts.headers_sent,
@@ -88,12 +91,17 @@ fn backend_status(backend: &Backend) -> BackendStatus {
 
 /// The sessions of one listener or of all, the oldest first.
 pub(super) fn sessions(server: &Server, listener: Option<&str>, limit: Option<usize>) -> Sessions {
-    let mut all = server.sessions();
-    all.retain(|session| listener.is_none_or(|name| *session.listener == *name));
-    all.sort_by_key(|session| std::cmp::Reverse(session.age));
+    let mut all: Vec<_> = server.sessions().into_iter().map(session_row).collect();
+    all.extend(server.inline_connections().into_iter().map(inline_row));
+    all.retain(|row| listener.is_none_or(|name| row.listener == *name));
+    all.sort_by_key(|row| std::cmp::Reverse(row.age_ms));
     let count = all.len() as u64;
     all.truncate(limit.unwrap_or(usize::MAX));
-    let row = |session: Snapshot| SessionRow {
+    Sessions { count, rows: all }
+}
+
+fn session_row(session: Snapshot) -> SessionRow {
+    SessionRow {
         listener: session.listener.to_string(),
         engine: session.engine.to_owned(),
         client: session.client,
@@ -102,8 +110,20 @@ pub(super) fn sessions(server: &Server, listener: Option<&str>, limit: Option<us
         age_ms: millis(session.age),
         bytes_to_backend: session.to_backend,
         bytes_to_client: session.to_client,
-    };
-    Sessions { count, rows: all.into_iter().map(row).collect() }
+    }
+}
+
+fn inline_row(connection: InlineConnection) -> SessionRow {
+    SessionRow {
+        listener: connection.listener.to_string(),
+        engine: "inline".to_owned(),
+        client: connection.client,
+        local: connection.local,
+        backend: Some(connection.backend),
+        age_ms: millis(connection.age),
+        bytes_to_backend: connection.to_backend,
+        bytes_to_client: connection.to_client,
+    }
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -119,9 +119,12 @@ pub struct Status {
     pub readiness: String,
     /// The configuration in effect.
     pub config: ConfigStatus,
-    /// Connections of the terminating engines.
+    /// Connections of all engines.
     pub connections: u64,
-    /// Their limit.
+    /// Those of them that the inline engine carries.
+    #[serde(default)]
+    pub inline_connections: u64,
+    /// The limit of all together.
     pub max_connections: u64,
     /// Bytes that the kernel holds for receivers that do not keep up.
     pub backlog_bytes: u64,
@@ -160,7 +163,7 @@ pub struct ListenerStatus {
     pub name: String,
     /// The mail protocol.
     pub protocol: String,
-    /// The engine that forwards its data.
+    /// The engine of its sockets, after `inline+` if inline takes what it can.
     pub engine: String,
     /// The addresses that it listens on.
     pub bind: Vec<SocketAddr>,
@@ -168,8 +171,11 @@ pub struct ListenerStatus {
     pub draining: bool,
     /// Time until sessions from before the drain are aborted.
     pub abort_in_ms: Option<u64>,
-    /// Current sessions.
+    /// Current connections.
     pub active: u64,
+    /// Those of them that the inline engine carries.
+    #[serde(default)]
+    pub active_inline: u64,
     /// Connections so far.
     pub accepted: u64,
     /// Connections rejected so far.
@@ -214,13 +220,13 @@ pub struct BackendStatus {
 pub struct RemovedListenerStatus {
     /// Its name.
     pub name: String,
-    /// Its remaining sessions.
+    /// Its remaining connections.
     pub sessions: u64,
     /// Time until they are aborted.
     pub abort_in_ms: u64,
 }
 
-/// The sessions of the terminating engines.
+/// Connections.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sessions {
     /// Their number, listed or not.
@@ -229,7 +235,7 @@ pub struct Sessions {
     pub rows: Vec<SessionRow>,
 }
 
-/// A session.
+/// A session of splice or relay, or a connection that inline carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRow {
     /// The listener's name.

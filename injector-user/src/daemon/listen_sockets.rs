@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use socket2::Socket;
 
 use crate::{
-    config::{EngineChoice, Listener},
+    config::Listener,
     server::{self, BoundSockets},
     telemetry::log::target,
 };
@@ -21,10 +21,6 @@ pub(super) fn bind_all(
     inherited: &[(SocketAddr, Socket)],
 ) -> anyhow::Result<Vec<BoundSockets>> {
     let bind = |listener: &Listener| {
-        // The inline engine forwards packets and needs no sockets.
-        if listener.engine == EngineChoice::Inline {
-            return Ok(Vec::new());
-        }
         let bind = |address: &SocketAddr| {
             let sockets = server::bind(*address, inherited, workers, listener)?;
             Ok((*address, sockets))

@@ -20,11 +20,7 @@ use self::signals::{Event, Signals};
 use crate::{
     config::Config,
     control::{ConfigSource, Control, ControlSocket, Request},
-    engine::{
-        kernel::{self, InlineEngine},
-        registry::EngineProbes,
-        select,
-    },
+    engine::{kernel::InlineEngine, registry::EngineProbes, select},
     listener,
     os::systemd,
     server::{ListenerSetup, Server, StartupSettings, StartupState},
@@ -40,29 +36,24 @@ use crate::{
 /// # Errors
 /// When the daemon cannot start; the message states what to do.
 pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Result<()> {
-    let Config { metrics, admin, limits, splice, inline, stop, log, mut listeners } = config;
+    let Config { metrics, admin, limits, splice, inline, stop, log, listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
 
-    // First, because a listener of the inline engine gets no sockets.
-    let mut probes = EngineProbes::not_run("not used by any listener");
-    let selections = select::select_inline(&mut listeners, &inline, limits, &mut probes)?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = listen_sockets::bind_all(&listeners, limits.workers, &inherited)?;
     let metrics_socket = metrics.map(|it| listener::bind(it.listen)).transpose().context("metrics.listen")?;
     let control_socket = admin.as_ref().map(|it| ControlSocket::open(&it.socket)).transpose()?;
-    if listeners.iter().any(|listener| select::may_splice(listener.engine)) {
-        let connections = limits.max_connections.min(open_files.capacity);
-        probes.probe_splice(u32::try_from(connections).unwrap_or(u32::MAX), &splice.watermarks);
-        probes.splice.log("splice");
-    }
-    let engines = select::select_engines(&listeners, &selections, &probes)?;
-    let inline_engine = kernel::start_inline(&inline, &listeners)?;
+    let mut probes = EngineProbes::not_run("not used by any listener");
+    let connections = limits.max_connections.min(open_files.capacity);
+    select::test_splice(&splice.watermarks, connections, &listeners, &mut probes);
+    // After the sockets, because they get what the inline engine does not take.
+    let inline_engine = select::start_inline(&inline, &listeners, &mut probes)?;
+    let selections: anyhow::Result<Vec<_>> =
+        listeners.iter().map(|listener| select::select(listener, &probes)).collect();
     privileges::drop_capabilities(&probes, inline_engine.as_ref());
 
-    let listeners = listeners.into_iter().zip(selections).zip(engines).zip(sockets);
-    let setup = |(((settings, selection), engine), sockets): (((_, select::EngineSelection), _), _)| {
-        ListenerSetup { settings, requested: selection.requested, engine, sockets }
-    };
+    let listeners = listeners.into_iter().zip(selections?).zip(sockets);
+    let setup = |((settings, selection), sockets)| ListenerSetup { settings, selection, sockets };
     let startup = StartupState {
         settings: StartupSettings { metrics, admin, workers: limits.workers, splice, inline, log },
         max_connections: limits.max_connections,
@@ -70,6 +61,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Resul
         listeners: listeners.map(setup).collect(),
         inherited,
         probes,
+        inline_usage: inline_engine.as_ref().map(InlineEngine::usage),
         nofile: open_files.nofile,
         capacity: open_files.capacity,
     };

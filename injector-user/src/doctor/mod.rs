@@ -41,7 +41,7 @@ use self::{
     observe::Timeouts,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
-use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Nat};
+use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Source};
 
 /// Everything is fine.
 const EXIT_OK: u8 = 0;
@@ -274,7 +274,7 @@ fn assemble(
             name: listener.name.clone(),
             protocol: listener.protocol,
             version: listener.receiver.version,
-            findings: client_addressed_finding(listener, &config.inline).into_iter().collect(),
+            findings: inline_source_finding(listener, &config.inline).into_iter().collect(),
             backends: backends.collect(),
         }
     });
@@ -291,17 +291,26 @@ fn no_address_finding(name: &str, why: &str) -> Finding {
     Finding::fault(Verdict::NoAddress, format!("{name} has no address: {why}"), Vec::new())
 }
 
-/// The packets of engine inline do not have the source address of the doctor's probes.
-fn client_addressed_finding(listener: &Listener, inline: &Inline) -> Option<Finding> {
-    let translated = inline.nat == Nat::Managed && inline.masquerade;
-    (listener.engine == EngineChoice::Inline && !translated).then(|| {
-        Finding::note(
-            Verdict::ClientAddressed,
-            "engine inline keeps the client's address as the source of the packets unless a NAT rule masquerades \
-             them: the backend then sees other addresses than the doctor's, and its lists of trusted addresses \
-             must contain those",
-        )
-    })
+/// The connections of engine inline may have other source addresses than the doctor's probes.
+fn inline_source_finding(listener: &Listener, inline: &Inline) -> Option<Finding> {
+    if !matches!(listener.engine, EngineChoice::Inline | EngineChoice::Auto) {
+        return None;
+    }
+    let source = match (inline.source, inline.source_addresses.as_slice()) {
+        (Source::Edge, []) => return None,
+        (Source::Edge, addresses) => {
+            let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+            format!("connects from inline.source_addresses ({})", addresses.join(", "))
+        }
+        (Source::Client, _) => "connects from the client's address (inline.source = \"client\")".to_owned(),
+    };
+    Some(Finding::note(
+        Verdict::InlineSource,
+        format!(
+            "engine inline {source}: the backend then sees other addresses than the doctor's, and its list of \
+             trusted addresses must contain those"
+        ),
+    ))
 }
 
 #[cfg(test)]

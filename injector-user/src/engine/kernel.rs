@@ -8,6 +8,6 @@
 mod imp;
 
 pub use imp::{
-    InlineEngine, LoadedSplice, NOT_BUILT, check_inline_listener, detach_inline, inline_ineligibility,
-    start_inline, test_inline, test_splice,
+    InlineEngine, LoadedSplice, NOT_BUILT, detach_inline, inline_ineligibility, start_inline, test_inline,
+    test_splice,
 };

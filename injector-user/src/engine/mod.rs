@@ -13,6 +13,7 @@ pub mod select;
 pub mod served_listener;
 #[cfg(feature = "bpf")]
 pub mod splice;
+pub mod usage;
 
 use std::{
     fmt::Debug,

@@ -54,22 +54,23 @@ impl EngineProbes {
         self.loaded.as_ref().filter(|_| self.splice_failure().is_none())
     }
 
-    /// The terminating engine for a listener that requests `choice`.
+    /// The engine for the sockets of a listener that requests `choice`.
     ///
     /// # Errors
     /// Why the engine that was requested by name cannot run.
     pub fn engine(&self, choice: EngineChoice) -> Result<Arc<dyn Engine>, String> {
         match (choice, self.splice_failure()) {
-            (EngineChoice::Relay, _) | (EngineChoice::Auto, Some(_)) => Ok(Arc::new(Relay)),
+            (EngineChoice::Relay, _) | (EngineChoice::Auto | EngineChoice::Inline, Some(_)) => {
+                Ok(Arc::new(Relay))
+            }
             (EngineChoice::Splice, Some(failure)) => Err(failure),
-            (EngineChoice::Inline, _) => Err("forwards packets and has no sockets".to_owned()),
-            (EngineChoice::Auto | EngineChoice::Splice, None) => {
+            (EngineChoice::Auto | EngineChoice::Inline | EngineChoice::Splice, None) => {
                 self.splice_engine().map(LoadedSplice::engine).ok_or_else(|| "not loaded".to_owned())
             }
         }
     }
 
-    /// The name of the engine that `auto` selects without `[inline]`.
+    /// The name of the engine that `auto` selects for sockets.
     #[must_use]
     pub fn auto_engine(&self) -> &'static str {
         if self.splice_failure().is_none() { "splice" } else { "relay" }
@@ -80,18 +81,19 @@ impl EngineProbes {
     pub fn text(&self) -> String {
         let (inline, splice) = (self.inline.text("inline"), self.splice.text("splice"));
         let sockets = match self.splice_failure() {
-            None => "engine = \"auto\" selects splice: all its checks passed".to_owned(),
+            None => "engine = \"auto\" selects splice for sockets: all its checks passed".to_owned(),
             Some(failure) => {
-                format!("engine = \"auto\" selects relay, because splice cannot run here: {failure}")
+                format!(
+                    "engine = \"auto\" selects relay for sockets, because splice cannot run here: {failure}"
+                )
             }
         };
         let packets = match self.inline.failure() {
             None => {
-                "with an [inline] table in the configuration it selects inline for listeners whose backends are\n\
-                 reached by forwarding"
+                "and inline in front of them, for the connections that it can take: all its checks passed"
                     .to_owned()
             }
-            Some(failure) => format!("inline cannot run here: {failure}"),
+            Some(failure) => format!("and not inline, which cannot run here: {failure}"),
         };
         format!("{inline}{splice}relay\n  ok      needs no BPF\n\n{sockets}\n{packets}\n")
     }
@@ -101,6 +103,7 @@ impl EngineProbes {
     pub fn json(&self) -> serde_json::Value {
         json!({
             "auto": self.auto_engine(),
+            "auto_inline": self.inline.failure().is_none(),
             "reason": self.splice_failure(),
             "inline": self.inline.json(),
             "splice": self.splice.json(),

@@ -1,163 +1,154 @@
-//! Selects the engine of each listener, and says why it is not a faster one.
+//! Selects the engines of each listener, and says why it is not served by a faster one.
+//!
+//! Every listener has sockets, which splice or relay serves. Inline is an accelerator in front of
+//! them: it takes the connections that it can, and the sockets get the rest.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use anyhow::bail;
 
 use crate::{
-    config::{EngineChoice, Inline as InlineSettings, Limits, Listener},
-    engine::{Engine, kernel, registry::EngineProbes},
+    config::{EngineChoice, Inline as InlineSettings, Listener, Watermarks},
+    engine::{
+        Engine,
+        check::Check,
+        kernel::{self, InlineEngine},
+        registry::EngineProbes,
+    },
     telemetry::log::target,
 };
 
-/// The outcome of the selection for one listener, before its sockets are opened.
+/// The engines of a listener.
 #[derive(Clone, Debug)]
 pub struct EngineSelection {
-    /// As configured.
-    pub requested: EngineChoice,
-    /// Why `auto` does not take inline.
-    pub inline_ineligibility: Option<String>,
+    /// The engine of its sockets.
+    pub engine: Arc<dyn Engine>,
+    /// Whether inline takes what it can.
+    pub inline: bool,
+}
+
+impl EngineSelection {
+    /// The engines, such as `inline+splice`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        label(&*self.engine, self.inline)
+    }
+}
+
+/// The engines of a listener by name, such as `splice` or `inline+splice`.
+#[must_use]
+pub fn label(engine: &dyn Engine, inline: bool) -> String {
+    if inline { format!("inline+{}", engine.name()) } else { engine.name().to_owned() }
 }
 
 /// Whether this choice may select the splice engine.
 #[must_use]
-pub fn may_splice(choice: EngineChoice) -> bool {
-    matches!(choice, EngineChoice::Auto | EngineChoice::Splice)
+fn may_splice(choice: EngineChoice) -> bool {
+    choice != EngineChoice::Relay
 }
 
-/// Selects the listeners of the inline engine: those that request it, and those with `auto` that it can serve. Sets their
-/// `engine` to inline.
-///
-/// The inline engine forwards packets and has no sockets: connections from the host itself do not reach the public address,
-/// and limits, timeouts and forged headers are not checked. So `auto` selects it only where the file has `[inline]`.
+/// Tests the splice engine for so many connections, if a listener may use it.
+pub fn test_splice(
+    watermarks: &Watermarks,
+    connections: usize,
+    listeners: &[Listener],
+    probes: &mut EngineProbes,
+) {
+    if !listeners.iter().any(|listener| may_splice(listener.engine)) {
+        return;
+    }
+    probes.probe_splice(u32::try_from(connections).unwrap_or(u32::MAX), watermarks);
+    probes.splice.log("splice");
+    if let Some(reason) = probes.splice_failure() {
+        tracing::warn!(target: target::ENGINE, reason, "the splice engine cannot run here; relay serves the sockets of listeners with engine \"auto\" or \"inline\"");
+    }
+}
+
+/// Tests and starts the inline engine for the listeners that may use it; `None` if none does, or if
+/// it cannot run here and all of them have engine `auto`.
 ///
 /// # Errors
 /// Why the engine that was requested by name cannot run.
-pub fn select_inline(
-    listeners: &mut [Listener],
+pub fn start_inline(
     settings: &InlineSettings,
-    limits: Limits,
+    listeners: &[Listener],
     probes: &mut EngineProbes,
-) -> anyhow::Result<Vec<EngineSelection>> {
-    let requests = |choice| listeners.iter().find(|listener| listener.engine == choice);
-    let by_name = requests(EngineChoice::Inline);
-    if by_name.is_some() || (settings.present && requests(EngineChoice::Auto).is_some()) {
+) -> anyhow::Result<Option<InlineEngine>> {
+    if listeners.iter().any(|listener| listener.engine.may_be_inline()) {
         probes.probe_inline();
         probes.inline.log("inline");
     }
-    if let (Some(listener), Some(failure)) = (by_name, probes.inline.failure()) {
-        bail!(
-            "listener {:?}: engine \"inline\" cannot run here: {failure}; `injector selftest` shows all checks, \
-             engine = \"auto\" would select another",
-            listener.name
-        );
-    }
-    let selections = inline_selections(listeners, settings, probes);
-    for (listener, EngineSelection { requested, inline_ineligibility }) in
-        listeners.iter_mut().zip(&selections)
-    {
-        if *requested == EngineChoice::Auto && inline_ineligibility.is_none() {
-            listener.engine = EngineChoice::Inline;
-        }
-        if listener.engine == EngineChoice::Inline {
-            warn_of_limits(listener, limits);
+    let mut served = Vec::new();
+    for listener in listeners.iter().filter(|listener| listener.engine.may_be_inline()) {
+        if serves_inline(listener, probes)?.is_ok() {
+            served.push(listener);
         }
     }
-    Ok(selections)
-}
-
-fn inline_selections(
-    listeners: &[Listener],
-    settings: &InlineSettings,
-    probes: &EngineProbes,
-) -> Vec<EngineSelection> {
-    let automatic: Vec<_> =
-        listeners.iter().filter(|listener| listener.engine == EngineChoice::Auto).collect();
-    let ineligible = if !settings.present {
-        vec![Some("no [inline] table in the configuration".to_owned()); automatic.len()]
-    } else if let Some(failure) = probes.inline.failure() {
-        vec![Some(failure); automatic.len()]
-    } else {
-        kernel::inline_ineligibility(settings, &automatic)
-    };
-    let mut ineligible = ineligible.into_iter();
-    let selection = |listener: &Listener| EngineSelection {
-        requested: listener.engine,
-        inline_ineligibility: if listener.engine == EngineChoice::Auto {
-            ineligible.next().flatten()
-        } else {
+    let start = Instant::now();
+    let engine = match kernel::start_inline(settings, &served) {
+        Ok(engine) => engine,
+        Err(error) => {
+            let reason = format!("{error:#}");
+            tracing::warn!(target: target::ENGINE, reason, "the inline engine cannot start here; splice or relay serves all connections of listeners with engine \"auto\"");
+            let failure = Check { name: "start", result: Err(reason), took: start.elapsed() };
+            probes.inline.checks.push(failure);
+            for listener in served {
+                // Fails if the listener requests inline by name.
+                drop(serves_inline(listener, probes)?);
+            }
             None
-        },
+        }
     };
-    listeners.iter().map(selection).collect()
+    Ok(engine)
 }
 
-/// Logs which limits the inline engine does not enforce: the kernel forwards every connection.
-fn warn_of_limits(listener: &Listener, limits: Limits) {
-    let mut fields = Vec::new();
-    if limits != Limits::default() {
-        fields.push("limits.max_connections");
+/// Whether inline takes connections of this listener; the inner error is why not.
+///
+/// # Errors
+/// If the listener requests inline by name, and inline cannot serve it.
+fn serves_inline(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<Result<(), String>> {
+    if !listener.engine.may_be_inline() {
+        return Ok(Err("configured".to_owned()));
     }
-    if listener.max_connections.is_some() {
-        fields.push("listener.max_connections");
-    }
-    if !fields.is_empty() {
-        tracing::warn!(target: target::ENGINE,
-            listener = listener.name,
-            "engine \"inline\" does not enforce {}; its only limit is inline.flows",
-            fields.join(" and ")
-        );
+    let why = probes.inline.failure().map(|failure| format!("cannot run here: {failure}"));
+    match why.or_else(|| kernel::inline_ineligibility(listener)) {
+        None => Ok(Ok(())),
+        Some(why) if listener.engine == EngineChoice::Inline => bail!(
+            "listener {:?}: engine \"inline\" {why}; `injector selftest` shows all checks, engine = \"auto\" \
+             would do without inline",
+            listener.name
+        ),
+        Some(why) => Ok(Err(why)),
     }
 }
 
-/// Selects the engine of every listener; `None` for those of the inline engine, which have no sockets.
+/// Selects the engines of a listener, after the engines were started.
 ///
 /// # Errors
 /// Why the engine that was requested by name cannot run.
-pub fn select_engines(
-    listeners: &[Listener],
-    selections: &[EngineSelection],
-    probes: &EngineProbes,
-) -> anyhow::Result<Vec<Option<Arc<dyn Engine>>>> {
-    let failure = probes.splice_failure();
-    if let Some(failure) = &failure
-        && listeners.iter().any(|listener| may_splice(listener.engine))
-    {
-        tracing::warn!(target: target::ENGINE, reason = failure, "the splice engine cannot run here; listeners with engine \"auto\" use relay");
-    }
-    let mut engines = Vec::new();
-    for (listener, selection) in listeners.iter().zip(selections) {
-        let engine = if listener.engine == EngineChoice::Inline {
-            None
-        } else {
-            let engine = probes.engine(listener.engine).map_err(|failure| {
-                anyhow::anyhow!(
-                    "listener {:?}: engine \"splice\" cannot run here: {failure}; \
-                     `injector selftest` shows all checks, engine = \"auto\" would select relay",
-                    listener.name
-                )
-            })?;
-            Some(engine)
-        };
-        let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        let reason = reason(selection, failure.as_deref());
-        tracing::info!(target: target::ENGINE, listener = listener.name, engine = name, reason, "engine selected");
-        engines.push(engine);
-    }
-    Ok(engines)
-}
-
-fn reason(selection: &EngineSelection, splice_failure: Option<&str>) -> String {
-    match (selection.requested, &selection.inline_ineligibility, splice_failure) {
+pub fn select(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<EngineSelection> {
+    let inline = serves_inline(listener, probes)?;
+    let engine = probes.engine(listener.engine).map_err(|failure| {
+        anyhow::anyhow!(
+            "listener {:?}: engine \"splice\" cannot run here: {failure}; `injector selftest` shows all \
+             checks, engine = \"auto\" would select relay",
+            listener.name
+        )
+    })?;
+    let selection = EngineSelection { engine, inline: inline.is_ok() };
+    let reason = match (listener.engine, inline, probes.splice_failure()) {
         (EngineChoice::Inline | EngineChoice::Splice | EngineChoice::Relay, ..) => "configured".to_owned(),
-        (EngineChoice::Auto, None, _) => {
-            "auto: all checks of inline passed, and the backends are reached by forwarding".to_owned()
+        (EngineChoice::Auto, Ok(()), None) => "auto: all checks of inline and splice passed".to_owned(),
+        (EngineChoice::Auto, Ok(()), Some(failure)) => {
+            format!("auto: all checks of inline passed; not splice: {failure}")
         }
-        (EngineChoice::Auto, Some(why), None) => {
+        (EngineChoice::Auto, Err(why), None) => {
             format!("auto: all checks of splice passed; not inline: {why}")
         }
-        (EngineChoice::Auto, Some(why), Some(failure)) => {
-            format!("auto: splice cannot run here: {failure}; not inline: {why}")
+        (EngineChoice::Auto, Err(why), Some(failure)) => {
+            format!("auto: not splice: {failure}; not inline: {why}")
         }
-    }
+    };
+    tracing::info!(target: target::ENGINE, listener = listener.name, engine = selection.label(), reason, "engine selected");
+    Ok(selection)
 }

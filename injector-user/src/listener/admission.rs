@@ -11,7 +11,7 @@ use super::{
     connection_limit::{ConnectionLimit, ConnectionPermit},
     reserve_fd::FdExhaustionWarning,
 };
-use crate::{session::Context, telemetry::metrics::RejectReason};
+use crate::{engine::usage::UsageCounts, session::Context, telemetry::metrics::RejectReason};
 
 /// How many clients are rejected in their protocol at the same time; more are reset.
 const MAX_PROTOCOL_REJECTIONS: usize = 256;
@@ -30,11 +30,12 @@ pub(super) struct Shared {
 }
 
 impl GlobalLimit {
-    /// At most `connections`, or `capacity` if the file descriptors allow no more.
+    /// At most `connections`, and at most `capacity` sessions, for which there are file descriptors.
+    /// `inline` has the connections of the inline engine, which needs no descriptors.
     #[must_use]
-    pub fn new(connections: usize, capacity: usize) -> Self {
+    pub fn new(connections: usize, capacity: usize, inline: Option<Arc<dyn UsageCounts>>) -> Self {
         let limit = Self(Arc::new(Shared {
-            connections: ConnectionLimit::new(None),
+            connections: ConnectionLimit::new(Some(connections), inline),
             fds_are_tighter: AtomicBool::new(false),
             rejections: Arc::new(Semaphore::new(MAX_PROTOCOL_REJECTIONS)),
             exhaustion_warning: FdExhaustionWarning::default(),
@@ -43,21 +44,28 @@ impl GlobalLimit {
         limit
     }
 
-    /// Changes the limit. Existing connections stay.
+    /// Changes the limits. Existing connections stay.
     pub fn resize(&self, connections: usize, capacity: usize) {
-        self.0.connections.resize(Some(connections.min(capacity)));
+        self.0.connections.resize(Some(connections));
+        self.0.connections.resize_sessions(capacity);
         self.0.fds_are_tighter.store(capacity < connections, Ordering::Relaxed);
     }
 
-    /// The number of connections.
+    /// The number of sessions.
     #[must_use]
-    pub fn in_use(&self) -> usize {
-        self.0.connections.in_use()
+    pub fn sessions(&self) -> usize {
+        self.0.connections.sessions()
+    }
+
+    /// The number of connections that the inline engine carries.
+    #[must_use]
+    pub fn inline_connections(&self) -> usize {
+        self.0.connections.inline_connections()
     }
 
     /// Which of the two is the limit: the operator's or the file descriptors.
     pub(super) fn reason(&self) -> RejectReason {
-        if self.0.fds_are_tighter.load(Ordering::Relaxed) {
+        if self.0.fds_are_tighter.load(Ordering::Relaxed) && !self.0.connections.is_reached() {
             RejectReason::NoDescriptors
         } else {
             RejectReason::TooManyConnections
@@ -135,7 +143,7 @@ mod tests {
 
     #[test]
     fn the_reject_reason_is_the_tighter_limit() {
-        assert_eq!(GlobalLimit::new(10, 400).reason(), RejectReason::TooManyConnections);
-        assert_eq!(GlobalLimit::new(10_000, 400).reason(), RejectReason::NoDescriptors);
+        assert_eq!(GlobalLimit::new(10, 400, None).reason(), RejectReason::TooManyConnections);
+        assert_eq!(GlobalLimit::new(10_000, 400, None).reason(), RejectReason::NoDescriptors);
     }
 }

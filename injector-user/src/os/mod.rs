@@ -1,5 +1,7 @@
 //! The operating system: system calls, capabilities, systemd. The daemon's `unsafe` code is here.
 
+#[cfg(feature = "bpf")]
+pub mod bpf;
 pub mod capabilities;
 pub mod clock;
 pub mod epoll;
@@ -8,7 +10,11 @@ pub mod mmap;
 pub mod poll;
 pub mod rlimit;
 pub mod sockopt;
+#[cfg(feature = "bpf")]
+pub mod sysctl;
 pub mod systemd;
+#[cfg(feature = "bpf")]
+pub mod tcp_reset;
 
 /// Both ends of a TCP connection over loopback.
 #[cfg(test)]

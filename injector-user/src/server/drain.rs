@@ -21,8 +21,7 @@ impl Server {
             let Some(active) = listeners.get_mut(index) else { continue };
             active.policies.iter().for_each(|policy| policy.set_draining(true));
             let within = within.unwrap_or(active.settings.timeouts.drain);
-            // The daemon cannot abort connections of the inline engine.
-            let deadline = active.engine.is_some().then(|| Instant::now() + within);
+            let deadline = Instant::now() + within;
             active.drain = Some(DrainState { deadline });
             self.shared.metrics.set_draining(&active.settings.name, true);
             tracing::info!(target: target::LISTENER, listener = active.settings.name, deadline = ?within, "draining: new connections are rejected, sessions may finish until the deadline");
@@ -30,10 +29,9 @@ impl Server {
             self.replace_contexts(active);
             active.abort_drained.retain(|abort| !abort.is_cancelled());
             active.abort_drained.push(before);
-            if let Some(deadline) = deadline {
-                // Of several drains, the earliest deadline holds.
-                active.abort_drained.iter().for_each(|abort| self.abort_at(deadline, abort.clone()));
-            }
+            // Of several drains, the earliest deadline holds.
+            active.abort_drained.iter().for_each(|abort| self.abort_at(deadline, abort.clone()));
+            self.reset_inline_at(deadline, &active.settings.name);
             drained.push(active.settings.name.clone());
         }
         self.listeners = listeners;
@@ -54,6 +52,9 @@ impl Server {
             };
             active.policies.iter().for_each(|policy| policy.set_draining(false));
             active.drain = None;
+            if let Some(reopened) = self.closed_to_inline.remove(&active.settings.name) {
+                reopened.set();
+            }
             self.shared.metrics.set_draining(&active.settings.name, false);
             tracing::info!(target: target::LISTENER, listener = active.settings.name, "draining ended: new connections are accepted again");
             resumed.push(active.settings.name.clone());

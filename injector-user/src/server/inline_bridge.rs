@@ -15,15 +15,25 @@ impl Server {
         (self.inline_listeners.subscribe(), Arc::clone(&self.backends_changed))
     }
 
-    /// Publishes the current listeners.
+    /// Publishes the current listeners. One that was changed to another engine drains: its inline
+    /// connections go on, and its backends' PROXY ports stay closed to others.
     pub(super) fn publish_to_inline(&self) {
         let served = |active: &ActiveListener| ServedListener {
             listener: active.settings.clone(),
             backends: Arc::clone(&active.backends),
-            draining: active.drain.is_some(),
+            draining: active.drain.is_some() || !active.selection.inline,
         };
         self.inline_listeners.send_replace(
-            self.listeners.iter().filter(|active| active.engine.is_none()).map(served).collect(),
+            self.listeners
+                .iter()
+                .filter(|active| active.inline_counts.is_some() && uses_inline(active))
+                .map(served)
+                .collect(),
         );
     }
+}
+
+/// Whether it is a listener of the inline engine, or was one.
+fn uses_inline(active: &ActiveListener) -> bool {
+    active.selection.inline || active.inline_metrics.is_some() || active.inline_connections() > 0
 }

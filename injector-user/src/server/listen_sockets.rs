@@ -9,7 +9,7 @@ use super::{
     state::Server,
 };
 use crate::{
-    config::{EngineChoice, Listener},
+    config::Listener,
     listener::{self, Acceptor, SocketOwner},
     telemetry::log::target,
 };
@@ -42,9 +42,6 @@ impl Server {
 
     /// Binds the addresses of a listener that no listener has yet.
     pub(super) fn bind_new_addresses(&self, listener: &Listener) -> anyhow::Result<BoundSockets> {
-        if listener.engine == EngineChoice::Inline {
-            return Ok(Vec::new());
-        }
         // A socket of another listener is handed over instead of opened again.
         let ours =
             |address: &&SocketAddr| self.listeners.iter().any(|active| active.sockets.contains_key(address));

@@ -9,23 +9,26 @@ use super::{
 };
 use crate::{
     backend::Backends,
+    engine::usage::UsageCounts,
     listener::{AdmissionPolicy, ConnectionLimit},
     protocol::FirstSpeaker,
     session::Context,
-    telemetry::log::target,
+    telemetry::{log::target, metrics::ConnectionCounts},
 };
 
 impl Server {
     /// Starts the listener's health tasks and acceptors.
     pub(super) fn start_listener(&self, setup: ListenerSetup) -> ActiveListener {
-        let ListenerSetup { settings, requested, engine, sockets } = setup;
-        let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        let metrics = self.shared.metrics.listener(&settings.name, name);
+        let ListenerSetup { settings, selection, sockets } = setup;
+        let metrics = self.shared.metrics.listener(&settings.name, selection.engine.name());
+        let inline_counts = self.inline_counts(&settings.name);
         self.shared.metrics.set_draining(&settings.name, false);
         let abort = self.shared.abort_sessions.child_token();
         let mut active = ActiveListener {
             backends: Arc::new(Backends::new(&settings, None, Arc::clone(&self.backends_changed))),
-            connection_limit: ConnectionLimit::new(settings.max_connections),
+            connection_limit: ConnectionLimit::new(settings.max_connections, inline_counts.clone()),
+            inline_counts,
+            inline_metrics: None,
             drain: None,
             stop_health_tasks: self.shared.stop_accepting.child_token(),
             policies: Vec::new(),
@@ -34,11 +37,11 @@ impl Server {
             abort,
             sockets: BTreeMap::new(),
             settings,
-            requested,
-            engine,
+            selection,
             metrics,
         };
         self.spawn_health_tasks(&active);
+        self.watch_inline(&mut active);
         active.policies = self
             .session_contexts(&active)
             .into_iter()
@@ -46,6 +49,24 @@ impl Server {
             .collect();
         self.start_sockets(&mut active, sockets);
         active
+    }
+
+    /// The listener's place among the counts of the inline engine.
+    fn inline_counts(&self, listener: &str) -> Option<Arc<dyn UsageCounts>> {
+        let counts = self.inline_usage.as_ref()?.listener(listener);
+        if counts.is_none() {
+            tracing::warn!(target: target::ENGINE_INLINE, listener, "too many listeners for the inline engine; all connections of this one go to its sockets");
+        }
+        counts
+    }
+
+    /// Exports the counts of its inline connections as metrics.
+    fn watch_inline(&self, active: &mut ActiveListener) {
+        let Some(counts) = active.inline_counts.clone().filter(|_| active.selection.inline) else { return };
+        let read =
+            move || ConnectionCounts { active: counts.established().into(), accepted: counts.accepted() };
+        active.inline_metrics = Some(self.shared.metrics.listener(&active.settings.name, "inline"));
+        self.shared.metrics.watch_connections(&active.settings.name, "inline", read);
     }
 
     /// Keeps its backends' health and addresses up to date, and exports them as metrics.
@@ -56,7 +77,6 @@ impl Server {
 
     /// What the sessions that start from now on share, for each worker.
     fn session_contexts(&self, active: &ActiveListener) -> Vec<Arc<Context>> {
-        let Some(engine) = &active.engine else { return Vec::new() };
         let listener = &active.settings;
         let name: Arc<str> = listener.name.as_str().into();
         let context = |worker: &Worker| {
@@ -66,7 +86,7 @@ impl Server {
                 expects_banner: listener.protocol.speaks_first() != FirstSpeaker::Unknown,
                 backends: Arc::clone(&active.backends),
                 metrics: active.metrics.clone(),
-                engine: Arc::clone(engine),
+                engine: Arc::clone(&active.selection.engine),
                 timeouts: listener.timeouts,
                 receiver: listener.receiver.clone(),
                 header: self.settings.splice.header,
@@ -92,16 +112,16 @@ impl Server {
 
     /// Replaces the settings of a listener for new sessions; existing sessions keep theirs.
     pub(super) fn update_listener(&self, active: &mut ActiveListener, setup: ListenerSetup) {
-        let ListenerSetup { settings, requested, engine, sockets } = setup;
-        let name = engine.as_ref().map_or("inline", |engine| engine.name());
-        active.metrics = self.shared.metrics.listener(&settings.name, name);
+        let ListenerSetup { settings, selection, sockets } = setup;
+        active.metrics = self.shared.metrics.listener(&settings.name, selection.engine.name());
         active.stop_health_tasks.cancel();
         active.stop_health_tasks = self.shared.stop_accepting.child_token();
         active.backends =
             Arc::new(Backends::new(&settings, Some(&active.backends), Arc::clone(&self.backends_changed)));
         active.connection_limit.resize(settings.max_connections);
-        (active.settings, active.requested, active.engine) = (settings, requested, engine);
+        (active.settings, active.selection) = (settings, selection);
         self.spawn_health_tasks(active);
+        self.watch_inline(active);
         self.replace_contexts(active);
         // New sockets first: an address that is bound again always has a listening socket.
         self.start_sockets(active, sockets);
@@ -123,7 +143,9 @@ impl Server {
         let deadline = Instant::now() + active.settings.timeouts.drain;
         tracing::info!(target: target::LISTENER, listener = name, deadline = ?active.settings.timeouts.drain, "listener removed; its sessions may finish until the deadline");
         self.abort_at(deadline, active.abort);
+        self.reset_inline_at(deadline, &name);
         self.shared.metrics.forget_listener(&name);
-        self.removed.push(RemovedListener { name, deadline, metrics: active.metrics });
+        let (metrics, inline_counts) = (active.metrics, active.inline_counts);
+        self.removed.push(RemovedListener { name, deadline, metrics, inline_counts });
     }
 }

@@ -20,5 +20,5 @@ pub use self::{
     reload::{Changes, Prepared},
     settings::StartupSettings,
     startup::StartupState,
-    state::Server,
+    state::{Connections, Server},
 };

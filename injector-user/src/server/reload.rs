@@ -13,8 +13,8 @@ use super::{
     state::Server,
 };
 use crate::{
-    config::{Config, EngineChoice, Listener},
-    engine::{Engine, kernel},
+    config::{Config, Listener},
+    engine::select::{self, EngineSelection},
     telemetry::log::target,
 };
 
@@ -48,7 +48,7 @@ impl Server {
     /// When the server cannot serve it. Nothing has changed then.
     pub fn prepare(&self, config: Config) -> anyhow::Result<Prepared> {
         let requires_restart = self.settings.changed_sections(&config);
-        let Config { limits, stop, mut listeners, .. } = config;
+        let Config { limits, stop, listeners, .. } = config;
         let capacity = connection_capacity(self.settings.workers, &listeners, self.nofile);
         if capacity == 0 {
             bail!(
@@ -57,21 +57,16 @@ impl Server {
                 self.nofile
             );
         }
-        let mut engines = Vec::new();
-        for settings in &mut listeners {
-            let requested = settings.engine;
-            let engine =
-                self.resolve_engine(settings).with_context(|| format!("listener {:?}", settings.name))?;
-            engines.push((requested, engine));
-        }
-        self.reject_removed_inline(&listeners)?;
-        let setup = |(settings, (requested, engine)): (Listener, _)| {
+        // First, because binding changes something.
+        let selections: anyhow::Result<Vec<_>> =
+            listeners.iter().map(|settings| self.select_engines(settings)).collect();
+        let setup = |(settings, selection): (Listener, _)| {
             let sockets = self
                 .bind_new_addresses(&settings)
                 .with_context(|| format!("listener {:?}", settings.name))?;
-            Ok(ListenerSetup { settings, requested, engine, sockets })
+            Ok(ListenerSetup { settings, selection, sockets })
         };
-        let listeners: anyhow::Result<_> = listeners.into_iter().zip(engines).map(setup).collect();
+        let listeners: anyhow::Result<_> = listeners.into_iter().zip(selections?).map(setup).collect();
         Ok(Prepared {
             max_connections: limits.max_connections,
             stop_deadline: stop.deadline,
@@ -85,6 +80,9 @@ impl Server {
     pub fn apply(&mut self, prepared: Prepared) -> Changes {
         let Prepared { max_connections, stop_deadline, listeners, capacity, requires_restart } = prepared;
         let mut changes = Changes { requires_restart, ..Changes::default() };
+        // Releases the places of listeners that have ended.
+        self.refresh_metrics();
+        self.removed_listeners();
         let before = std::mem::take(&mut self.listeners);
         let mut before: BTreeMap<_, _> =
             before.into_iter().map(|active| (active.settings.name.clone(), active)).collect();
@@ -97,10 +95,14 @@ impl Server {
             let active = match before.remove(&name) {
                 None => {
                     changes.added.push(name);
+                    // Its connections from before it was removed keep their deadline.
+                    if let Some(reopened) = self.closed_to_inline.remove(&setup.settings.name) {
+                        reopened.set();
+                    }
                     self.start_listener(setup)
                 }
                 Some(mut active) => {
-                    if active.settings != setup.settings || active.requested != setup.requested {
+                    if active.settings != setup.settings {
                         changes.changed.push(name);
                         self.update_listener(&mut active, setup);
                     }
@@ -121,51 +123,17 @@ impl Server {
         changes
     }
 
-    /// The engine of a listener: the one that it has, unless the configuration asks for another.
-    /// Only a restart changes a listener to or from the inline engine.
-    fn resolve_engine(&self, listener: &mut Listener) -> anyhow::Result<Option<Arc<dyn Engine>>> {
+    /// The engines of a listener: those that it has, unless the configuration asks for others.
+    fn select_engines(&self, listener: &Listener) -> anyhow::Result<EngineSelection> {
         let before = self.listeners.iter().find(|active| active.settings.name == listener.name);
-        let was_inline = before.is_some_and(|active| active.engine.is_none());
-        let unchanged = before.is_some_and(|active| active.requested == listener.engine);
-        if was_inline && unchanged {
-            listener.engine = EngineChoice::Inline;
-            if let Some(active) = before
-                && (active.settings.bind != listener.bind || active.settings.receiver != listener.receiver)
-            {
-                bail!(
-                    "changing bind or receiver of an inline listener needs a restart (its connections survive it)"
-                );
-            }
-            kernel::check_inline_listener(&self.settings.inline, listener)?;
-            return Ok(None);
-        }
-        if was_inline || listener.engine == EngineChoice::Inline {
-            bail!("changing a listener to or from engine \"inline\" needs a restart");
-        }
-        if let Some(active) = before.filter(|_| unchanged) {
-            return Ok(active.engine.clone());
-        }
-        match self.probes.engine(listener.engine) {
-            Ok(engine) => Ok(Some(engine)),
-            Err(failure) => {
-                bail!(
-                    "engine {} was not loaded at startup ({failure}): restart the daemon to use it",
-                    listener.engine
-                )
-            }
-        }
-    }
-
-    fn reject_removed_inline(&self, listeners: &[Listener]) -> anyhow::Result<()> {
-        let gone = |active: &&ActiveListener| {
-            active.engine.is_none() && !listeners.iter().any(|listener| listener.name == active.settings.name)
+        let unchanged = |active: &&ActiveListener| {
+            active.settings.engine == listener.engine && active.settings.receiver == listener.receiver
         };
-        match self.listeners.iter().find(gone) {
-            Some(active) => {
-                bail!("listener {:?}: removing an inline listener needs a restart", active.settings.name)
-            }
-            None => Ok(()),
+        if let Some(active) = before.filter(unchanged) {
+            return Ok(active.selection.clone());
         }
+        select::select(listener, &self.probes)
+            .context("an engine that was not loaded at startup needs a restart of the daemon")
     }
 }
 

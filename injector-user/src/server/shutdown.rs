@@ -13,6 +13,10 @@ use crate::{session::registry::SessionRegistry, telemetry::log::target};
 /// How long sessions may take to end after they were aborted.
 const ABORT_GRACE: Duration = Duration::from_secs(3);
 
+/// Inline connections are reset once more after this time: the engine may not have followed a drain
+/// yet, and handshakes may have finished meanwhile.
+const INLINE_FOLLOWS: Duration = Duration::from_secs(1);
+
 impl Server {
     /// Stops accepting, lets sessions finish until the deadline or a second signal, then aborts the
     /// rest.
@@ -50,6 +54,20 @@ impl Server {
             aborted = count,
             "stopped: {completed} sessions completed, {count} aborted"
         );
+    }
+
+    /// Resets the inline connections of a listener that takes no new ones, at `deadline`. Those of
+    /// its name that are opened after it takes connections again are not affected.
+    pub(super) fn reset_inline_at(&mut self, deadline: Instant, listener: &str) {
+        let Some(usage) = self.inline_usage.clone() else { return };
+        let listener = listener.to_owned();
+        let reopened = self.closed_to_inline.entry(listener.clone()).or_default().clone();
+        tokio::spawn(async move {
+            for at in [deadline, deadline + INLINE_FOLLOWS] {
+                tokio::time::sleep_until(at.into()).await;
+                usage.reset(&listener, reopened.opened_before());
+            }
+        });
     }
 
     /// Aborts the sessions of a token at `deadline`.

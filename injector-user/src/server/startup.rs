@@ -1,6 +1,7 @@
 //! Starts the worker threads and the configured listeners.
 
 use std::{
+    collections::BTreeMap,
     hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     sync::Arc,
@@ -19,7 +20,7 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    engine::registry::EngineProbes,
+    engine::{registry::EngineProbes, usage::InlineUsage},
     listener::GlobalLimit,
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
@@ -40,6 +41,8 @@ pub struct StartupState {
     pub inherited: Vec<(SocketAddr, Socket)>,
     /// The results of the engines' self-tests.
     pub probes: EngineProbes,
+    /// The counts of the inline engine, if it runs.
+    pub inline_usage: Option<Arc<dyn InlineUsage>>,
     /// The limit of open files.
     pub nofile: u64,
     /// How many connections that limit allows.
@@ -63,6 +66,7 @@ impl Server {
             listeners,
             inherited,
             probes,
+            inline_usage,
             nofile,
             capacity,
         } = startup;
@@ -76,7 +80,11 @@ impl Server {
             stop_workers,
             acceptors,
             sessions: TaskTracker::new(),
-            limits: GlobalLimit::new(max_connections, capacity),
+            limits: GlobalLimit::new(
+                max_connections,
+                capacity,
+                inline_usage.as_ref().map(|usage| usage.all()),
+            ),
             pipes: Pipes::new(MAX_PIPES),
             backlog_total: backlog_total.clone(),
             metrics: metrics.clone(),
@@ -93,8 +101,10 @@ impl Server {
             shared,
             listeners: Vec::new(),
             removed: Vec::new(),
+            closed_to_inline: BTreeMap::new(),
             workers,
             backends_changed: Arc::default(),
+            inline_usage,
             inline_listeners: watch::Sender::default(),
         };
         server.listeners = listeners.into_iter().map(|setup| server.start_listener(setup)).collect();

@@ -1,18 +1,22 @@
 //! What a running server holds.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use socket2::Socket;
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    active_listener::{ActiveListener, RemovedListener},
+    active_listener::{ActiveListener, RemovedListener, Reopened},
     settings::StartupSettings,
     worker::Worker,
 };
 use crate::{
-    engine::{registry::EngineProbes, served_listener::ServedListener},
+    engine::{
+        registry::EngineProbes,
+        served_listener::ServedListener,
+        usage::{InlineConnection, InlineUsage},
+    },
     listener::GlobalLimit,
     net::splice_pipe::Pipes,
     session::registry::{SessionRegistry, Snapshot},
@@ -36,9 +40,13 @@ pub struct Server {
     pub(super) listeners: Vec<ActiveListener>,
     /// No longer configured, with sessions left.
     pub(super) removed: Vec<RemovedListener>,
+    /// The names that are draining or were removed, and take no new inline connections.
+    pub(super) closed_to_inline: BTreeMap<String, Reopened>,
     pub(super) workers: Vec<Worker>,
     /// Notified when a backend becomes eligible or stops being so.
     pub(super) backends_changed: Arc<Notify>,
+    /// The counts of the inline engine, if it runs.
+    pub(super) inline_usage: Option<Arc<dyn InlineUsage>>,
     /// The listeners that the inline engine serves.
     pub(super) inline_listeners: watch::Sender<Vec<ServedListener>>,
 }
@@ -61,6 +69,17 @@ pub(super) struct Shared {
     pub(super) run_id: u64,
 }
 
+/// Numbers of connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// Sessions of splice and relay.
+    pub sessions: usize,
+    /// Connections that the inline engine carries.
+    pub inline: usize,
+    /// The limit of both together.
+    pub max: usize,
+}
+
 impl Server {
     /// The listeners, in the order of the configuration.
     #[must_use]
@@ -68,13 +87,24 @@ impl Server {
         &self.listeners
     }
 
-    /// The removed listeners that still have sessions, with their number.
+    /// The removed listeners that still have connections, with their number.
     pub fn removed_listeners(&mut self) -> Vec<(&RemovedListener, u64)> {
-        self.removed.retain(|removed| removed.metrics.snapshot().active > 0);
-        self.removed.iter().map(|removed| (removed, removed.metrics.snapshot().active)).collect()
+        self.removed.retain(|removed| removed.connections() > 0);
+        self.removed.iter().map(|removed| (removed, removed.connections())).collect()
     }
 
-    /// All sessions of the terminating engines.
+    /// Brings the metrics of inline connections up to date, which are also in `injector status`.
+    pub fn refresh_metrics(&self) {
+        self.shared.metrics.refresh_connections();
+    }
+
+    /// All connections that the inline engine carries.
+    #[must_use]
+    pub fn inline_connections(&self) -> Vec<InlineConnection> {
+        self.inline_usage.as_ref().map(|usage| usage.connections()).unwrap_or_default()
+    }
+
+    /// All sessions of splice and relay.
     #[must_use]
     pub fn sessions(&self) -> Vec<Snapshot> {
         self.workers.iter().map(Worker::sessions).flat_map(SessionRegistry::snapshot).collect()
@@ -92,10 +122,18 @@ impl Server {
         &self.probes
     }
 
-    /// The number of sessions, and its limit.
+    /// The numbers of connections.
     #[must_use]
-    pub fn connections(&self) -> (usize, usize) {
-        (self.shared.limits.in_use(), self.max_connections.min(self.capacity))
+    pub fn connections(&self) -> Connections {
+        Connections {
+            sessions: self.shared.limits.sessions(),
+            inline: self.shared.limits.inline_connections(),
+            // Inline connections need no file descriptors.
+            max: match &self.inline_usage {
+                Some(_) => self.max_connections,
+                None => self.max_connections.min(self.capacity),
+            },
+        }
     }
 
     /// Bytes that the kernel holds for receivers that do not keep up.
@@ -125,6 +163,6 @@ impl Server {
 
     /// Exports the limit of connections as a metric.
     pub(super) fn publish_limits(&self) {
-        self.shared.metrics.set_max_connections(self.connections().1);
+        self.shared.metrics.set_max_connections(self.connections().max);
     }
 }

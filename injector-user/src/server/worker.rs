@@ -1,7 +1,7 @@
 //! Worker threads: each has its own runtime, listening sockets and hang-up monitor.
 //!
-//! The kernel distributes clients over the sockets (`SO_REUSEPORT`). A connection stays on the thread
-//! that accepted it, and wakes no other thread.
+//! The kernel distributes clients over the sockets (`SO_REUSEPORT`). A connection stays on the
+//! thread that accepted it, and wakes no other thread.
 
 use std::{io, pin::Pin, thread};
 
@@ -31,7 +31,8 @@ pub(super) struct Worker {
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Worker {
-    /// Starts a thread without acceptors. It runs until `stop_workers`; `acceptors` counts its acceptors.
+    /// Starts a thread without acceptors. It runs until `stop_workers`; `acceptors` counts its
+    /// acceptors.
     ///
     /// # Errors
     /// When the system has no thread or epoll instance left.
@@ -78,7 +79,8 @@ impl Worker {
 
     /// Runs an acceptor until its listener stops.
     pub(super) fn spawn_acceptor(&self, acceptor: Acceptor, socket: Socket) {
-        // Counted here, so that a shutdown also waits for an acceptor that the thread has not started.
+        // Counted here, so that a shutdown also waits for an acceptor that the thread has not
+        // started.
         let acceptor = self.acceptors.track_future(acceptor.run(socket));
         // The send cannot fail: the thread runs until all acceptors have ended.
         let _ = self.tasks.send(Box::pin(acceptor));
@@ -98,7 +100,8 @@ impl Worker {
     /// Waits until the thread has exited, which `stop_workers` causes.
     pub(super) fn join(self) {
         drop(self.tasks);
-        // An error means that the thread panicked: the message is in the log, and its connections ended.
+        // An error means that the thread panicked: the message is in the log, and its connections
+        // ended.
         let _ = self.thread.join();
     }
 }

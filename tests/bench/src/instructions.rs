@@ -30,7 +30,7 @@ pub const CEILINGS: [Ceiling; 4] = [
     // 30,405 to 30,724
     Ceiling { engine: "relay", per: Per::Session, max: 33_400 },
     // 2,967 to 2,994
-    Ceiling { engine: "relay", per: Per::Message, max: 3_200 },
+    Ceiling { engine: "relay", per: Per::Message, max: 3_300 },
     // 30,626 to 31,741
     Ceiling { engine: "splice", per: Per::Session, max: 34_500 },
     // 0 to 12: the kernel carries messages; what remains is the daemon's periodic activity.

@@ -19,7 +19,7 @@ use socket2::SockRef;
 
 use crate::frame::{Extra, Frame, forged_header};
 use crate::wire::{Direction, Fate, Side};
-use crate::wire_testbed::{self, SysctlGuard, WireTestbed};
+use crate::wire_testbed::{self, Forwarding, WireTestbed};
 
 /// Simultaneous connections.
 const BATCH: usize = 64;
@@ -35,9 +35,8 @@ pub(crate) fn segments(testbed: &WireTestbed, family: Family, connections: usize
 }
 
 fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng) -> anyhow::Result<()> {
-    // The programs must not depend on the kernel's window checks, which are disabled on Kubernetes
-    // nodes.
-    let _liberal = SysctlGuard::new(testbed.edge(), "net/netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    // So that those that pass the public address reach the program as packets to be forwarded.
+    let _forwarding = Forwarding::new(testbed.edge())?;
     let listener = testbed.backend(family)?;
     listener.set_nonblocking(true)?;
     let template = Frame::of_a_client(testbed, family)?;
@@ -56,6 +55,7 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
     let before = testbed.counted("invalid_segment").unwrap_or(0);
     let mut totals = Totals::default();
     let mut number = 0_u16;
+    let mut earlier: Vec<Client> = Vec::new();
     while usize::from(number) < connections {
         let mut batch: Vec<Client> = Vec::new();
         for _ in 0..BATCH {
@@ -105,8 +105,13 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
             }
         }
         std::thread::sleep(Duration::from_millis(20));
-        totals.count(&batch, &listener, testbed, family)?;
+        totals.honest += batch.iter().filter(|client| client.honest).count();
+        earlier.extend(batch);
+        totals.count(&earlier, &listener, testbed, family)?;
     }
+    // Those that the socket got take longer.
+    std::thread::sleep(Duration::from_millis(300));
+    totals.count(&earlier, &listener, testbed, family)?;
     let below = testbed.counted("invalid_segment").unwrap_or(0) - before;
     eprintln!("    {totals:?}, {below} segments dropped as invalid");
     // At least some connections must have worked.
@@ -114,7 +119,8 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
         totals.named > connections / 4 && totals.served > connections / 8,
         "too few get through: {totals:?}"
     );
-    ensure!(totals.renamed < connections / 20, "too many have other ports: {totals:?}");
+    // Those whose port a planted SYN has taken, and those that the socket got.
+    ensure!(totals.renamed < connections / 2, "too many have other ports: {totals:?}");
     ensure!(totals.served == totals.honest, "honest clients are not served: {totals:?}");
     ensure!(below > connections as u64 / 4, "too few tried: {below}");
     Ok(())
@@ -138,12 +144,11 @@ impl Totals {
     /// Checks everything that the backend has received.
     fn count(
         &mut self,
-        batch: &[Client],
+        clients: &[Client],
         listener: &TcpListener,
         testbed: &WireTestbed,
         family: Family,
     ) -> anyhow::Result<()> {
-        self.honest += batch.iter().filter(|client| client.honest).count();
         loop {
             let (mut stream, peer) = match listener.accept() {
                 Ok(accepted) => accepted,
@@ -154,13 +159,14 @@ impl Totals {
             let read = read_all(&mut stream)?;
             // The client's ports are free again.
             SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-            // NAT gives a client another port if its own is in use; then the header identifies the
-            // client to compare with.
+            // A client whose port is in use gets another one; then the header identifies the client to
+            // compare with.
             let is_named =
                 |client: &&Client| client.after_header(&read, family).is_ok_and(|rest| rest.is_some());
-            let of_port = batch.iter().find(|client| client.port == peer.port());
+            // The port may also be a renamed one's, of an earlier client.
+            let of_port = clients.iter().find(|client| client.port == peer.port());
             self.renamed += usize::from(of_port.is_none());
-            let Some(client) = of_port.or_else(|| batch.iter().find(is_named)) else {
+            let Some(client) = clients.iter().find(is_named).or(of_port) else {
                 ensure!(read.is_empty(), "FORGED: {peer} is not a client, and the backend read {read:02x?}");
                 continue;
             };

@@ -1,4 +1,4 @@
-//! What outlives the daemon, and what it sets up itself: NAT, devices, detaching.
+//! What outlives the daemon, and detaching.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -6,19 +6,20 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
-use injector_testbed::daemon::Injector;
+use injector_testbed::daemon::{Injector, OWN_DIRECTORY};
 use injector_testbed::netns::{EDGE_INSIDE, Family};
 
 use crate::Run;
-use crate::testbed::{Testbed, accept, backend_address, expect, own_header, pass, public_address};
+use crate::site::events;
+use crate::testbed::{Testbed, accept, expect, own_header, pass};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("close/both sides at once", both_at_once),
-    ("managed/NAT and devices", managed),
-    ("managed/nothing is left after detach", detached),
+    ("detach/nothing is left", detached),
+    ("detach/not while the daemon runs, unless forced", not_while_running),
     ("survives/daemon killed during a transfer", killed_in_transfer),
     ("survives/daemon killed during short sessions", killed_in_sessions),
-    ("survives/daemon replaced by another version", another_version),
+    ("survives/pins moved to another place", pins_moved),
 ];
 
 /// FINs that cross, each on its own processor: the program that comes second must see what the
@@ -48,7 +49,8 @@ fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
             let other = scope.spawn(|| finish(server, turn));
             finish(client, turn)?;
             other.join().map_err(|_| anyhow!("panicked"))?.context("the backend's end")
-        })?;
+        })
+        .with_context(|| format!("turn {turn}; {}", events(&injector).unwrap_or_default()))?;
     }
     eprintln!("    {CONNECTIONS} in {:.1?}", start.elapsed());
     let deadline = Instant::now() + HEARD;
@@ -62,16 +64,9 @@ fn both_at_once(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     }
 }
 
-/// The injector detects the devices and sets up its own NAT.
+/// All devices.
 fn config(testbed: &Testbed) -> String {
-    let [v4, v6] = [Family::V4, Family::V6].map(public_address);
-    let [b4, b6] = [Family::V4, Family::V6].map(backend_address);
-    format!(
-        "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[inline]\npin = \"{}\"\ntable = \"injector-test\"\n\n\
-         [[listener]]\nname = \"test\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"smtp\"\n\
-         engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n",
-        testbed.bpffs.path().display()
-    )
+    testbed.config_with("", "smtp", "")
 }
 
 /// Runs `injector inline detach` at the end of each trial.
@@ -83,13 +78,15 @@ struct Detached<'a> {
 impl<'a> Detached<'a> {
     fn new(testbed: &'a Testbed) -> anyhow::Result<Self> {
         let mut file = tempfile::NamedTempFile::new()?;
-        file.write_all(config(testbed).as_bytes())?;
+        // Unused by this command.
+        let config = config(testbed).replace(OWN_DIRECTORY, "/nonexistent");
+        file.write_all(config.as_bytes())?;
         Ok(Self { testbed, config: file })
     }
 
-    fn detach(&self) -> anyhow::Result<String> {
+    fn detach(&self, words: &[&str]) -> anyhow::Result<String> {
         let mut command = self.testbed.topology.edge.command(injector_testbed::daemon::binary()?);
-        command.args(["inline", "detach", "--config"]).arg(self.config.path());
+        command.args(["inline", "detach"]).args(words).arg("--config").arg(self.config.path());
         let output = command.output()?;
         let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         ensure!(output.status.success(), "injector inline detach: {printed}");
@@ -99,55 +96,41 @@ impl<'a> Detached<'a> {
 
 impl Drop for Detached<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.detach() {
+        if let Err(error) = self.detach(&["--force"]) {
             eprintln!("{error:#}");
         }
     }
-}
-
-fn joined(
-    testbed: &Testbed,
-    family: Family,
-    backend: &TcpListener,
-) -> anyhow::Result<(TcpStream, TcpStream)> {
-    let mut client = testbed.client(family)?;
-    let mut server = accept(backend)?;
-    own_header(&mut server, &client)?;
-    pass(&mut server, &mut client, b"220 hello\r\n")?;
-    pass(&mut client, &mut server, b"EHLO client\r\n")?;
-    Ok((client, server))
-}
-
-fn managed(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
-    let backend = testbed.backend(family)?;
-    let _detached = Detached::new(testbed)?;
-    let _injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
-    let (_client, server) = joined(testbed, family, &backend)?;
-    ensure!(
-        server.peer_addr()?.ip() == EDGE_INSIDE.of(family),
-        "the backend's peer is {}",
-        server.peer_addr()?
-    );
-    Ok(())
 }
 
 fn detached(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let backend = testbed.backend(family)?;
     let detached = Detached::new(testbed)?;
     let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
-    drop(joined(testbed, family, &backend)?);
+    let (_client, server) = testbed.joined(family, &backend)?;
+    let peer = server.peer_addr()?;
+    ensure!(peer.ip() == EDGE_INSIDE.of(family), "the backend's peer is {peer}");
     drop(injector);
-    let printed = detached.detach()?;
-    for what in ["client_in@outside", "backend_out@inside", "backend_in@inside", "FLOWS"] {
+    let printed = detached.detach(&[])?;
+    for what in ["outside", "inside", "FLOWS"] {
         ensure!(printed.contains(what), "{what} is not among what was removed: {printed}");
     }
-    let rules = testbed.topology.edge.command("nft").args(["list", "ruleset"]).output()?;
-    ensure!(rules.stdout.is_empty(), "{}", String::from_utf8_lossy(&rules.stdout));
-    for device in ["outside", "inside"] {
-        let shown = testbed.topology.edge.command("ip").args(["link", "show", "dev", device]).output()?;
-        ensure!(shown.status.success(), "{device} is gone");
-    }
-    ensure!(detached.detach()?.contains("nothing was left"), "a second time there was something");
+    let left = testbed.bpffs.path().join("v6");
+    ensure!(!left.exists(), "{} is left", left.display());
+    ensure!(detached.detach(&[])?.contains("nothing was left"), "a second time there was something");
+    Ok(())
+}
+
+/// What the running daemon needs is not taken from it by mistake. If it is, it attaches again.
+fn not_while_running(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let detached = Detached::new(testbed)?;
+    let _injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
+    let refused = detached.detach(&[]);
+    ensure!(refused.is_err(), "detached: {refused:?}");
+    drop(testbed.inlined(family, &backend)?);
+    detached.detach(&["--force"])?;
+    // By whichever engine.
+    drop(testbed.joined(family, &backend)?);
     Ok(())
 }
 
@@ -162,7 +145,7 @@ pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize
     let backend = testbed.backend(family)?;
     let _detached = Detached::new(testbed)?;
     let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
-    let (mut client, mut server) = joined(testbed, family, &backend)?;
+    let (mut client, mut server) = testbed.joined(family, &backend)?;
     let block: Vec<u8> = (0..251).cycle().take(1 << 20).collect();
     let (received, back) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
@@ -191,9 +174,9 @@ pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize
         }
         // SIGKILL.
         drop(injector);
-        let alone = joined(testbed, family, &backend).context("with no daemon");
+        let alone = testbed.joined(family, &backend).context("with no daemon");
         let again = Injector::start_next(&testbed.topology.edge, &config(testbed)).context("started again");
-        let second = joined(testbed, family, &backend).context("with the second daemon");
+        let second = testbed.joined(family, &backend).context("with the second daemon");
         let left = bulk - received.load(Ordering::Relaxed);
         // Whatever the result, the sender must not wait forever.
         back.store(true, Ordering::Relaxed);
@@ -208,35 +191,24 @@ pub(crate) fn killed_and_upgraded(testbed: &Testbed, family: Family, bulk: usize
     })
 }
 
-/// What a daemon of another version has left must not add a second header.
-fn another_version(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+/// Two programs would add two headers. The earlier daemon's maps are found wherever they are pinned,
+/// and its connections go on.
+fn pins_moved(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let backend = testbed.backend(family)?;
     let _detached = Detached::new(testbed)?;
     drop(Injector::start(&testbed.topology.edge, &config(testbed))?);
-    let pin = testbed.bpffs.path();
-    let versions = || -> anyhow::Result<Vec<String>> {
-        let names =
-            std::fs::read_dir(pin)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        // The file system has files of its own.
-        names.filter(|name| name.as_ref().is_ok_and(|name| !name.ends_with(".debug"))).collect()
-    };
-    let [current] = &versions()?[..] else { anyhow::bail!("not one version but {:?}", versions()?) };
-    std::fs::rename(pin.join(current), pin.join("v0"))?;
-    let injector = Injector::start(&testbed.topology.edge, &config(testbed))?;
-    drop(joined(testbed, family, &backend)?);
-    ensure!(versions()? == [current.clone()], "{:?} are left", versions()?);
+    let (mut client, mut server) = testbed.joined(family, &backend)?;
+    let pin = testbed.bpffs.path().display().to_string();
+    let moved = config(testbed).replace(&pin, &format!("{pin}/elsewhere"));
+    let injector = Injector::start(&testbed.topology.edge, &moved)?;
+    drop(testbed.joined(family, &backend)?);
+    pass(&mut server, &mut client, b"250 still here\r\n")?;
+    pass(&mut client, &mut server, b"NOOP\r\n")?;
     let log = injector.log();
-    // clsact filters are not among what is removed: they were replaced.
-    let removed = if testbed.topology.edge.run(injector_user::engine::inline::has_tcx)? {
-        "backend_out@inside"
-    } else {
-        "FLOWS"
-    };
-    ensure!(
-        log.contains("programs and maps of another version were removed") && log.contains(removed),
-        "{log}"
-    );
-    Ok(())
+    ensure!(log.contains("were taken over, with their connections"), "{log}");
+    drop(injector);
+    drop(Injector::start(&testbed.topology.edge, &config(testbed))?);
+    pass(&mut client, &mut server, b"QUIT\r\n")
 }
 
 /// No client of many sees an error while the daemon is killed and restarted.

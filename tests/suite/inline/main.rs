@@ -1,9 +1,9 @@
-//! The inline engine, packet by packet: real TCP on both sides, NAT by nftables, and faults that
-//! hit single packets.
+//! The inline engine, packet by packet: real TCP on both sides, and faults that hit single packets.
 //!
 //! Slow trials run only on request: `cargo test -p injector-suite --test inline -- --ignored`, as
 //! root.
 
+mod accelerator;
 mod arbitrary;
 mod attachment;
 mod basics;
@@ -14,9 +14,14 @@ mod identity;
 mod lifecycle;
 mod losses;
 mod offloads;
+mod packets;
+mod reload;
+mod site;
 mod tap;
 mod tcp;
 mod testbed;
+mod timeouts;
+mod topology;
 mod wire;
 mod wire_testbed;
 
@@ -47,11 +52,30 @@ fn main() {
                 run(&*shared.testbed()?, family)
             }));
         }
+        for (area, of_area) in
+            [("accelerator", accelerator::TRIALS), ("reload", reload::TRIALS), ("timeouts", timeouts::EACH)]
+        {
+            for (name, run) in of_area {
+                let name = format!("{area}/{}/{name}", family.name());
+                trials.push(trial(&shared, name, move |shared| run(&*shared.testbed()?, family)));
+            }
+        }
+    }
+    for (name, run) in accelerator::SLOW_TRIALS {
+        let name = format!("accelerator/ipv4/{name}");
+        trials.push(trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)));
+    }
+    for (name, run) in timeouts::TRIALS {
+        trials.push(trial(&shared, format!("timeouts/{name}"), |shared| run(&*shared.testbed()?)));
+    }
+    for (name, run) in topology::TRIALS {
+        trials.push(trial(&shared, format!("topology/{name}"), |_| run()));
     }
     let areas = [
         ("losses", losses::TRIALS),
         ("identity", identity::TRIALS),
         ("identity", cookies::TRIALS),
+        ("packets", packets::TRIALS),
         ("tcp", tcp::TRIALS),
         ("first bytes", first_bytes::TRIALS),
     ];
@@ -100,7 +124,11 @@ fn main() {
 
 /// A trial for an address family.
 type Run = fn(&Testbed, Family) -> anyhow::Result<()>;
-/// The same, with links that the test controls.
+/// A trial for both families at once.
+type BothRun = fn(&Testbed) -> anyhow::Result<()>;
+/// A trial with namespaces of its own.
+type SiteRun = fn() -> anyhow::Result<()>;
+/// A trial for an address family, with links that the test controls.
 type WireRun = fn(&WireTestbed, Family) -> anyhow::Result<()>;
 
 /// Every trial for both families.
@@ -122,21 +150,26 @@ const HEADERLESS: &[&str] = &[
     "reset by the backend",
     "refused by the backend",
     "path MTU discovery behind the edge",
+    "path MTU discovery in front of the client",
+    "a packet too long for the backend's link",
+    "a packet too long for the client's link",
+    "fragments and extension headers go to other ports alone",
     "sequence numbers wrap around, header lost",
     "one packet with the header",
     "a full packet, header sent ahead",
     "urgent data",
 ];
 
-/// Every packet's checksums must be correct, and a failure includes the last packets.
+/// Every packet's checksums must be correct, and a failure includes the last packets and the counters.
 fn on_wire(testbed: &WireTestbed, family: Family, run: WireRun) -> anyhow::Result<()> {
     checked(testbed, run(testbed, family))
 }
 
 fn checked(testbed: &WireTestbed, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
-    outcome
-        .and_then(|()| testbed.wire.sums().map(drop))
-        .map_err(|error| error.context(format!("last packets:\n{}\n", testbed.wire.trace())))
+    outcome.and_then(|()| testbed.wire.sums().map(drop)).map_err(|error| {
+        let events = site::events(&testbed.injector).unwrap_or_default();
+        error.context(format!("last packets:\n{}\nevents: {events}\n", testbed.wire.trace()))
+    })
 }
 
 /// Arbitrary segments of a number of clients, for both families.
@@ -171,9 +204,9 @@ impl Shared {
     fn wire_testbed(&mut self, layer: Layer) -> anyhow::Result<&WireTestbed> {
         let testbed = self.testbed()?;
         if self.wire_testbed.as_ref().is_none_or(|testbed| testbed.layer != layer) {
-            // Both have the same addresses.
+            // The namespaces have the same names.
             self.wire_testbed = None;
-            self.wire_testbed = Some(WireTestbed::new(&testbed, layer)?);
+            self.wire_testbed = Some(WireTestbed::new(&testbed.bpffs, layer)?);
         }
         self.wire_testbed.as_ref().ok_or_else(|| anyhow::anyhow!("just made"))
     }

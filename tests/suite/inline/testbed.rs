@@ -1,5 +1,5 @@
-//! The three namespaces, NAT rules of the test, an injector with the inline engine, and plain
-//! sockets on both sides.
+//! The three namespaces, an injector with the inline engine, and plain sockets on both sides. The
+//! edge does not forward.
 
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -8,10 +8,8 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail, ensure};
 use injector_common::proxy::{ParseError, parse};
 use injector_testbed::bpffs::BpfFs;
-use injector_testbed::daemon::Injector;
-use injector_testbed::netns::{
-    CLIENT, EDGE_INSIDE, Family, HostAddresses, MAIL, Netns, NetnsHandle, Topology, VIP_INLINE,
-};
+use injector_testbed::daemon::{ADMIN, BPF_EVENTS, Injector};
+use injector_testbed::netns::{CLIENT, Family, MAIL, Netns, NetnsHandle, Topology, VIP_INLINE};
 
 pub(crate) use injector_testbed::sockets::{LIMIT, accept, accept_within, expect, pass, patient};
 
@@ -31,18 +29,22 @@ pub(crate) struct Testbed {
 
 impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        Ok(Self { topology: Topology::new()?, bpffs: BpfFs::mount()? })
+        let topology = Topology::new()?;
+        topology.edge.sysctl("net/ipv4/ip_forward", "0")?;
+        topology.edge.sysctl("net/ipv6/conf/all/forwarding", "0")?;
+        Ok(Self { topology, bpffs: BpfFs::mount()? })
     }
 
-    /// An injector for both families, with this test's own NAT rules.
+    /// An injector for both families; `extra` are lines of `[inline]`.
     pub(crate) fn injector(&self, protocol: &str, extra: &str) -> anyhow::Result<InlineInjector> {
-        let nat = self.nat()?;
-        let injector = Injector::start(&self.topology.edge, &self.config(protocol, extra))?;
-        Ok(InlineInjector { injector, _attached: self.attached(), _nat: nat })
+        self.start(&self.config(protocol, extra))
     }
 
-    pub(crate) fn nat(&self) -> anyhow::Result<Nat> {
-        Nat::new(&self.topology.edge, "test-nat", VIP_INLINE, MAIL, EDGE_INSIDE)
+    /// An injector with this configuration, which has this testbed's pin.
+    pub(crate) fn start(&self, config: &str) -> anyhow::Result<InlineInjector> {
+        let attached = self.attached();
+        let injector = Injector::start(&self.topology.edge, config)?;
+        Ok(InlineInjector { injector, _attached: attached })
     }
 
     /// Detaches what injectors of [`Self::config`] leave.
@@ -51,13 +53,22 @@ impl Testbed {
     }
 
     pub(crate) fn config(&self, protocol: &str, extra: &str) -> String {
-        let [v4, v6] = [Family::V4, Family::V6].map(public_address);
-        let [b4, b6] = [Family::V4, Family::V6].map(backend_address);
+        self.config_with(&format!("devices = [\"outside\", \"inside\"]\n{extra}"), protocol, "")
+    }
+
+    /// A configuration with these lines of `[inline]`, and these lines and tables of the one listener.
+    pub(crate) fn config_with(&self, inline: &str, protocol: &str, listener: &str) -> String {
+        let [v4, v6] = Family::ALL.map(public_address);
+        let backends = if listener.contains("backends = ") {
+            String::new()
+        } else {
+            let [b4, b6] = Family::ALL.map(backend_address);
+            format!("backends = [\"{b4}\", \"{b6}\"]\n")
+        };
         format!(
-            "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
-             client_devices = [\"outside\"]\nbackend_devices = [\"inside\"]\n{extra}\n\n\
+            "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n{ADMIN}\n[inline]\npin = \"{}\"\n{inline}\n\n\
              [[listener]]\nname = \"test\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"{protocol}\"\n\
-             engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n",
+             engine = \"inline\"\n{backends}{listener}\n",
             self.bpffs.path().display()
         )
     }
@@ -69,11 +80,66 @@ impl Testbed {
 
     /// A client's connection to the public address.
     pub(crate) fn client(&self, family: Family) -> anyhow::Result<TcpStream> {
-        let connect = || TcpStream::connect_timeout(&public_address(family), LIMIT);
-        let client = self.topology.client.run(connect)?.context("connecting to the public address")?;
-        patient(&client)?;
-        Ok(client)
+        connect(&self.topology.client, public_address(family))
     }
+
+    /// A client and its connection at the backend, with the header read and both directions used.
+    pub(crate) fn joined(
+        &self,
+        family: Family,
+        backend: &TcpListener,
+    ) -> anyhow::Result<(TcpStream, TcpStream)> {
+        greeted(self.client(family)?, backend)
+    }
+
+    /// The same by inline, not by the socket.
+    pub(crate) fn inlined(
+        &self,
+        family: Family,
+        backend: &TcpListener,
+    ) -> anyhow::Result<(TcpStream, TcpStream)> {
+        let (client, server) = self.joined(family, backend)?;
+        ensure!(is_inline(&server)?, "served by the socket, from {}", server.peer_addr()?);
+        Ok((client, server))
+    }
+}
+
+/// A connection from a namespace.
+pub(crate) fn connect(netns: &Netns, address: SocketAddr) -> anyhow::Result<TcpStream> {
+    let connect = || TcpStream::connect_timeout(&address, LIMIT);
+    let client = netns.run(connect)?.with_context(|| format!("connecting to {address}"))?;
+    patient(&client)?;
+    Ok(client)
+}
+
+/// A client's connection at the backend, with the header read and both directions used.
+pub(crate) fn greeted(
+    mut client: TcpStream,
+    backend: &TcpListener,
+) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let mut server = accept(backend)?;
+    own_header(&mut server, &client)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")?;
+    pass(&mut client, &mut server, b"EHLO client\r\n")?;
+    Ok((client, server))
+}
+
+/// Whether inline has opened a backend's connection: it uses no source port of those that the host's
+/// sockets get (`net.ipv4.ip_local_port_range`).
+pub(crate) fn is_inline(server: &TcpStream) -> anyhow::Result<bool> {
+    Ok(!(32_768..=60_999).contains(&server.peer_addr()?.port()))
+}
+
+/// The count of this event in the program.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, and small")]
+pub(crate) fn counted(injector: &Injector, event: &str) -> anyhow::Result<u64> {
+    Ok(injector.metrics()?.sum(BPF_EVENTS, &[("event", event)]) as u64)
+}
+
+/// Checks that both ends of a connection still work.
+pub(crate) fn works(client: &mut TcpStream, server: &mut TcpStream) -> anyhow::Result<()> {
+    pass(client, server, b"NOOP\r\n")?;
+    pass(server, client, b"250 ok\r\n")
 }
 
 /// An injector whose programs are detached on drop.
@@ -82,7 +148,6 @@ pub(crate) struct InlineInjector {
     // Dropped in this order.
     pub(crate) injector: Injector,
     _attached: DetachOnDrop,
-    _nat: Nat,
 }
 
 impl std::ops::Deref for InlineInjector {
@@ -103,7 +168,7 @@ pub(crate) struct DetachOnDrop {
 
 impl Drop for DetachOnDrop {
     fn drop(&mut self) {
-        let removed = self.edge.run(|| injector_user::engine::inline::detach(&self.pin));
+        let removed = self.edge.run(|| injector_user::engine::inline::detach(&self.pin, true));
         if let Err(error) = removed.and_then(|removed| Ok(removed?)) {
             eprintln!("detaching: {error:#}");
         }
@@ -122,49 +187,6 @@ pub(crate) fn backend_address(family: Family) -> SocketAddr {
 
 pub(crate) fn client_ip(family: Family) -> IpAddr {
     CLIENT.of(family)
-}
-
-/// Destination NAT and masquerade, in a table of this test.
-#[derive(Debug)]
-pub(crate) struct Nat {
-    edge: NetnsHandle,
-    table: &'static str,
-}
-
-impl Nat {
-    /// From [`PORT`] and [`TLS_PORT`] of `vip` to [`BACKEND_PORT`] of `backend`, which sees
-    /// `inside` as its client.
-    pub(crate) fn new(
-        edge: &Netns,
-        table: &'static str,
-        vip: HostAddresses,
-        backend: HostAddresses,
-        inside: HostAddresses,
-    ) -> anyhow::Result<Self> {
-        let nat = Self { edge: edge.handle(), table };
-        let (v4, v6) = (vip.v4, vip.v6);
-        let (b4, b6) = (backend.v4, backend.v6);
-        let (e4, e6) = (inside.v4, inside.v6);
-        let ports = format!("{{ {PORT}, {TLS_PORT} }}");
-        nat.edge.nft(&format!(
-            "add table inet {table}; \
-             add chain inet {table} before {{ type nat hook prerouting priority -100; }}; \
-             add chain inet {table} after {{ type nat hook postrouting priority 100; }}; \
-             add rule inet {table} before ip daddr {v4} tcp dport {ports} dnat ip to {b4}:{BACKEND_PORT}; \
-             add rule inet {table} before ip6 daddr {v6} tcp dport {ports} dnat ip6 to [{b6}]:{BACKEND_PORT}; \
-             add rule inet {table} after ip daddr {b4} tcp dport {BACKEND_PORT} snat ip to {e4}; \
-             add rule inet {table} after ip6 daddr {b6} tcp dport {BACKEND_PORT} snat ip6 to {e6}"
-        ))?;
-        Ok(nat)
-    }
-}
-
-impl Drop for Nat {
-    fn drop(&mut self) {
-        if let Err(error) = self.edge.nft(&format!("delete table inet {}", self.table)) {
-            eprintln!("{error:#}");
-        }
-    }
 }
 
 /// Reads the header, which must be complete; returns the client that it names, and the client's

@@ -173,8 +173,8 @@ struct State {
     trace: VecDeque<Line>,
     wrong_sums: Vec<String>,
     segments: u64,
-    /// The sequence numbers in ICMP errors to the client.
-    quoted: Vec<u32>,
+    /// The sequence numbers in ICMP errors to the client and to the backend, and the link.
+    quoted: Vec<(Side, u32)>,
 }
 
 struct Shared {
@@ -247,10 +247,11 @@ impl Wire {
         Ok(std::mem::take(&mut state.segments))
     }
 
-    /// The sequence numbers of the segments that ICMP errors to the client have quoted since the
-    /// faults began.
-    pub(crate) fn quoted(&self) -> Vec<u32> {
-        self.shared.state().quoted.clone()
+    /// The sequence numbers of the segments that ICMP errors to the host of this link have quoted
+    /// since the faults began.
+    pub(crate) fn quoted(&self, link: Side) -> Vec<u32> {
+        let state = self.shared.state();
+        state.quoted.iter().filter(|(side, _)| *side == link).map(|(_, number)| *number).collect()
     }
 
     /// The last packets, and their fates.
@@ -408,9 +409,12 @@ fn judge(shared: &Shared, side: Side, direction: Direction, frame: &[u8]) -> Fat
     let (ip, tcp) = match &parsed {
         Ok(SlicedPacket { net: Some(ip), transport: Some(TransportSlice::Tcp(tcp)), .. }) => (ip, tcp),
         Ok(SlicedPacket { transport: Some(other), .. })
-            if (side, direction) == (Side::Client, Direction::ToClient) =>
+            if matches!(
+                (side, direction),
+                (Side::Client, Direction::ToClient) | (Side::Backend, Direction::ToBackend)
+            ) =>
         {
-            shared.state().quoted.extend(quoted(other));
+            shared.state().quoted.extend(quoted(other).map(|number| (side, number)));
             return Fate::Pass;
         }
         _ => return Fate::Pass,

@@ -1,19 +1,19 @@
-//! An injector between two links that the test controls (see [`crate::wire`]), beside the testbed's
-//! own devices and with its own addresses. It is created once for all trials of a kind.
+//! An injector between two links that the test controls (see [`crate::wire`]), in namespaces of its
+//! own. It is created once for all trials of a kind.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
+use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{BPF_EVENTS, Injector, Session};
 use injector_testbed::netns::{Family, HostAddresses, Netns, VIP_RELAY};
 use socket2::{Domain, Socket, Type};
 
 use crate::testbed::{
-    BACKEND_PORT, DetachOnDrop, LIMIT, Nat, PORT, TLS_PORT, Testbed, accept_within, expect, header, patient,
+    BACKEND_PORT, DetachOnDrop, LIMIT, PORT, TLS_PORT, accept_within, expect, header, patient,
 };
 use crate::wire::{Layer, Wire};
 
@@ -23,38 +23,37 @@ const OUTSIDE: HostAddresses =
     place(Ipv4Addr::new(198, 51, 101, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xcc, 0, 0, 0, 0, 1));
 const INSIDE: HostAddresses = place(Ipv4Addr::new(10, 26, 0, 1), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 1));
 const BACKEND: HostAddresses = place(Ipv4Addr::new(10, 26, 0, 2), Ipv6Addr::new(0xfd26, 0, 0, 0, 0, 0, 0, 2));
-/// An address of the edge that nothing else in this target uses.
 const VIP: HostAddresses = VIP_RELAY;
 
 const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> HostAddresses {
     HostAddresses { v4, v6 }
 }
 
+/// Namespaces of its own: a network namespace has one daemon with this engine.
 #[derive(Debug)]
 pub(crate) struct WireTestbed {
     // Dropped in this order.
     pub(crate) injector: Injector,
     _attached: DetachOnDrop,
-    _nat: Nat,
     pub(crate) wire: Wire,
     pub(crate) layer: Layer,
-    testbed: Arc<Testbed>,
+    client: Netns,
+    edge: Netns,
+    mail: Netns,
 }
 
 impl WireTestbed {
-    pub(crate) fn new(testbed: &Arc<Testbed>, layer: Layer) -> anyhow::Result<Self> {
-        let topology = &testbed.topology;
-        let ends = [
-            (&topology.client, "wire"),
-            (&topology.edge, "wire-outside"),
-            (&topology.edge, "wire-inside"),
-            (&topology.mail, "wire"),
-        ];
+    pub(crate) fn new(bpffs: &BpfFs, layer: Layer) -> anyhow::Result<Self> {
+        let (client, edge, mail) =
+            (Netns::new("wire-client")?, Netns::new("wire-edge")?, Netns::new("wire-mail")?);
+        let ends = [(&client, "wire"), (&edge, "wire-outside"), (&edge, "wire-inside"), (&mail, "wire")];
         let wire = Wire::new(ends, layer)?;
         for ((netns, device), place) in ends.into_iter().zip([CLIENT, OUTSIDE, INSIDE, BACKEND]) {
             netns.ip(&["address", "add", &format!("{}/24", place.v4), "dev", device])?;
             netns.ip(&["address", "add", &format!("{}/64", place.v6), "dev", device, "nodad"])?;
         }
+        edge.ip(&["address", "add", &format!("{}/32", VIP.v4), "dev", "lo"])?;
+        edge.ip(&["address", "add", &format!("{}/128", VIP.v6), "dev", "lo", "nodad"])?;
         // The public address, and for attempts to bypass it, the backend's own.
         for (to, via) in [
             (VIP.v4.to_string(), OUTSIDE.v4.to_string()),
@@ -62,20 +61,23 @@ impl WireTestbed {
             (BACKEND.v4.to_string(), OUTSIDE.v4.to_string()),
             (BACKEND.v6.to_string(), OUTSIDE.v6.to_string()),
         ] {
-            topology.client.ip(&["route", "replace", &to, "via", &via, "dev", "wire"])?;
+            client.ip(&["route", "replace", &to, "via", &via, "dev", "wire"])?;
         }
         // Packets to forged sources go to a link without a host.
         for (to, via) in
             [("203.0.0.0/16", CLIENT.v4.to_string()), ("2001:db8:ee::/64", CLIENT.v6.to_string())]
         {
-            topology.edge.ip(&["route", "replace", to, "via", &via, "dev", "wire-outside"])?;
+            edge.ip(&["route", "replace", to, "via", &via, "dev", "wire-outside"])?;
         }
-        let pin = testbed.bpffs.path().join("wire");
-        let nat = Nat::new(&topology.edge, "wire-nat", VIP, BACKEND, INSIDE)?;
-        let attached = DetachOnDrop { edge: topology.edge.handle(), pin: pin.clone() };
+        // What a backend answers to a client that reached it without the injector.
+        for via in [INSIDE.v4.to_string(), INSIDE.v6.to_string()] {
+            mail.ip(&["route", "add", "default", "via", &via])?;
+        }
+        let pin = bpffs.path().join("wire");
+        let attached = DetachOnDrop { edge: edge.handle(), pin: pin.clone() };
         let mut config = format!(
-            "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\nnat = \"external\"\npin = \"{}\"\n\
-             client_devices = [\"wire-outside\"]\nbackend_devices = [\"wire-inside\"]\n\n",
+            "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\npin = \"{}\"\n\
+             devices = [\"wire-outside\", \"wire-inside\"]\n\n",
             pin.display()
         );
         for (name, port, protocol) in [("wire", PORT, "smtp"), ("wire-tls", TLS_PORT, "imaps")] {
@@ -84,23 +86,24 @@ impl WireTestbed {
             write!(
                 config,
                 "[[listener]]\nname = \"{name}\"\nbind = [\"{v4}\", \"{v6}\"]\nprotocol = \"{protocol}\"\n\
-                 engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n\n"
+                 engine = \"inline\"\nbackends = [\"{b4}\", \"{b6}\"]\n\
+                 [listener.health]\neject_after = 0\n\n"
             )?;
         }
-        let injector = Injector::start(&topology.edge, &config)?;
-        Ok(Self { injector, _attached: attached, _nat: nat, wire, layer, testbed: Arc::clone(testbed) })
+        let injector = Injector::start(&edge, &config)?;
+        Ok(Self { injector, _attached: attached, wire, layer, client, edge, mail })
     }
 
     pub(crate) fn client_side(&self) -> &Netns {
-        &self.testbed.topology.client
+        &self.client
     }
 
     pub(crate) fn edge(&self) -> &Netns {
-        &self.testbed.topology.edge
+        &self.edge
     }
 
     pub(crate) fn backend_side(&self) -> &Netns {
-        &self.testbed.topology.mail
+        &self.mail
     }
 
     /// A backend that listens.
@@ -283,6 +286,32 @@ impl Drop for SysctlGuard<'_> {
     }
 }
 
+/// While this exists, the edge forwards packets.
+#[derive(Debug)]
+pub(crate) struct Forwarding<'a>(&'a Netns);
+
+impl<'a> Forwarding<'a> {
+    const KEYS: [&'static str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"];
+
+    pub(crate) fn new(edge: &'a Netns) -> anyhow::Result<Self> {
+        Self::KEYS.iter().try_for_each(|key| edge.sysctl(key, "1"))?;
+        Ok(Self(edge))
+    }
+}
+
+impl Drop for Forwarding<'_> {
+    fn drop(&mut self) {
+        // These keys set those of `lo` as well, which the daemon had set.
+        let own = ["net/ipv4/conf/lo/forwarding", "net/ipv6/conf/lo/forwarding"];
+        let off = Self::KEYS.iter().map(|key| (key, "0"));
+        for (key, value) in off.chain(own.iter().map(|key| (key, "1"))) {
+            if let Err(error) = self.0.sysctl(key, value) {
+                eprintln!("{error:#}");
+            }
+        }
+    }
+}
+
 /// Both sides of a connection through the injector, after the header.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -316,8 +345,15 @@ pub(crate) fn through(
         let mut seen = Vec::with_capacity(bytes);
         to.read_to_end(&mut seen).with_context(|| format!("receiving, after {} bytes", seen.len()))?;
         sending.join().map_err(|_| anyhow!("panicked"))?.context("sending")?;
-        ensure!(seen == sent, "{} bytes have come of {bytes}, or not the same", seen.len());
-        Ok(())
+        if seen == sent {
+            return Ok(());
+        }
+        if let Some(at) = seen.iter().zip(&sent).position(|(seen, sent)| seen != sent) {
+            let around = |bytes: &[u8]| bytes.iter().skip(at).take(64).copied().collect::<Vec<_>>();
+            let wrong = seen.iter().zip(&sent).filter(|(seen, sent)| seen != sent).count();
+            bail!("{wrong} wrong bytes, from {at} on: {:02x?}, not {:02x?}", around(&seen), around(&sent));
+        }
+        bail!("{} bytes have come of {bytes}", seen.len())
     })
 }
 

@@ -20,7 +20,7 @@ use injector_testbed::netns::{self, Family, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, 
 use injector_testbed::service::{IMAPS, MATRIX, SMTP, SUBMISSION};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use testbed::{Front, Kind, Nat, Shared, Testbed};
+use testbed::{Front, Kind, Shared, Testbed};
 
 /// The columns of the matrix; one line per engine.
 const FRONTS: [Front; 4] = [
@@ -31,16 +31,17 @@ const FRONTS: [Front; 4] = [
         name: "inline",
         engine: "inline",
         vip: VIP_INLINE,
-        kind: Kind::Inline { metrics_port: 9147, nat: Nat::Managed },
+        kind: Kind::Inline { metrics_port: 9147, kube_proxy: false },
     },
 ];
 
-/// Columns in their own testbed: a host has one inline engine.
-const EXTERNAL: [Front; 1] = [Front {
+/// Columns in their own testbed: a host has one inline engine. Beside kube-proxy's rules for the same
+/// addresses inline is first.
+const KUBE_PROXY: [Front; 1] = [Front {
     name: "inline-kube",
     engine: "inline",
     vip: VIP_INLINE,
-    kind: Kind::Inline { metrics_port: 9147, nat: Nat::KubeProxy },
+    kind: Kind::Inline { metrics_port: 9147, kube_proxy: true },
 }];
 
 fn main() {
@@ -50,7 +51,7 @@ fn main() {
     // A testbed is created by the first trial that needs it, and removed with the last: a process
     // has one at a time.
     let mut trials = shared_trials(&Arc::new(Shared::new(&FRONTS)));
-    trials.extend(columns(&Arc::new(Shared::new(&EXTERNAL)), &EXTERNAL));
+    trials.extend(columns(&Arc::new(Shared::new(&KUBE_PROXY)), &KUBE_PROXY));
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -32,17 +32,8 @@ pub(crate) enum Kind {
     HaProxy,
     /// A daemon, with metrics at this port of the edge's loopback.
     Injector { metrics_port: u16 },
-    /// A daemon with an engine that forwards packets.
-    Inline { metrics_port: u16, nat: Nat },
-}
-
-/// What translates addresses for the inline engine.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Nat {
-    /// The daemon.
-    Managed,
-    /// Rules like those of kube-proxy.
-    KubeProxy,
+    /// A daemon with an engine that forwards packets, beside rules like those of kube-proxy or not.
+    Inline { metrics_port: u16, kube_proxy: bool },
 }
 
 /// A running front.
@@ -129,19 +120,15 @@ impl Testbed {
                 let config = daemon::configuration(&forwards, front.engine, metrics);
                 Injector::start(edge, &config).map(Running::Injector)
             }
-            Kind::Inline { metrics_port, nat } => {
+            Kind::Inline { metrics_port, kube_proxy } => {
                 let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), metrics_port);
                 let bpffs = BpfFs::mount()?;
-                let nat = match nat {
-                    Nat::Managed => "managed",
-                    Nat::KubeProxy => {
-                        kube_proxy::write(edge, &forwards)?;
-                        "external"
-                    }
-                };
+                if kube_proxy {
+                    kube_proxy::write(edge, &forwards)?;
+                }
                 let listeners = daemon::configuration(&forwards, front.engine, metrics);
                 let pin = bpffs.path().display();
-                let config = format!("{listeners}\n[inline]\nnat = \"{nat}\"\npin = \"{pin}\"\n");
+                let config = format!("{listeners}\n[inline]\npin = \"{pin}\"\n");
                 Ok(Running::Inline { injector: Injector::start(edge, &config)?, _bpffs: bpffs })
             }
         }

@@ -21,7 +21,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/none is up, so all are tried", last_resort),
 ];
 
-pub(crate) const INLINE_TRIALS: &[(&str, Run)] = &[("backends/NAT follows health and the operator", inline)];
+pub(crate) const INLINE_TRIALS: &[(&str, Run)] =
+    &[("backends/inline follows health and the operator", inline)];
 
 const STANDARD_PORT: u16 = 12525;
 
@@ -211,33 +212,33 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut config = Config::new(engine);
     two(&mut config, "backup = true");
     let pin = testbed.bpffs.path().display();
-    config.top = format!("[inline]\npin = \"{pin}\"\ntable = \"injector-operate\"\n");
+    config.top = format!("[inline]\npin = \"{pin}\"\n");
     config.listener = format!("[listener.health]\ncheck = \"mail\"\nheader = \"local\"\n{QUICK}");
-    let injector = testbed.start(&config.text())?;
     let _detached = Detached { testbed, config: config.clone() };
+    let injector = testbed.start(&config.text())?;
     ensure!(answers(testbed, 4)? == [4, 0, 0]);
     let mut session = testbed.client()?;
     session.greeted()?;
     drop(first);
     stands(&injector, 0, "down")?;
-    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
     let _first = testbed.backend(0)?;
     stands(&injector, 0, "up")?;
-    wait_until("NAT", || testbed.who_answers(), |number| *number == 0)?;
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 0)?;
     injector.command(&["backend", "down", &backend_name(0)])?;
-    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 1)?;
     // A reload changes the backends; the session continues.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
     injector.command(&["reload"])?;
     ensure!(answers(testbed, 4)? == [0, 4, 0]);
-    // While draining, new clients are not forwarded, and the host resets them.
+    // While draining, the socket rejects new clients.
     injector.command(&["drain"])?;
-    wait_until("drained", || Ok(testbed.client().is_err()), |refused| *refused)?;
+    wait_until("drained", || testbed.client()?.line(), |line| line.starts_with("421 4.3.2"))?;
     session.talk()?;
     injector.command(&["resume"])?;
-    wait_until("NAT", || testbed.who_answers(), |number| *number == 1)?;
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 1)?;
     session.talk()?;
     session.quit()
 }

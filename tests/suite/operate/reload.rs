@@ -207,7 +207,7 @@ fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let (status, printed) = injector.try_command(&["reload"])?;
     ensure!(
         !status.success()
-            && printed.contains("changing a listener to or from engine \"inline\" needs a restart"),
+            && printed.contains("an engine that was not loaded at startup needs a restart of the daemon"),
         "{printed}"
     );
     testbed.who_answers()?;

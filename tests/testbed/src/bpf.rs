@@ -2,23 +2,32 @@
 //! them, for real failures of the real mechanism without a hook in the daemon, and counting their
 //! entries.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 
 /// Commands of bpf(2), include/uapi/linux/bpf.h.
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_FREEZE: libc::c_long = 22;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_SOCKHASH: u32 = 18;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_SK_MSG: u32 = 16;
+const BPF_TCX_INGRESS: u32 = 46;
 const BPF_SK_MSG_VERDICT: u32 = 7;
 
 /// A map of a running process.
@@ -38,6 +47,24 @@ impl DaemonMap {
             }
         }
         bail!("process {pid} has no map {name}")
+    }
+
+    /// The map that is pinned there.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn pinned(path: &Path) -> anyhow::Result<Self> {
+        let name = CString::new(path.as_os_str().as_encoded_bytes())?;
+        let map = descriptor(BPF_OBJ_GET, &mut Attributes::new().pointer(0, name.as_ptr().cast()));
+        Ok(Self(map.with_context(|| format!("opening {}", path.display()))?))
+    }
+
+    /// Its number of keys; exact only while the map does not change.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn entries(&self) -> anyhow::Result<usize> {
+        self.count(&self.info()?)
     }
 
     fn open(id: u32) -> anyhow::Result<Self> {
@@ -73,16 +100,7 @@ impl DaemonMap {
     }
 
     fn answer_messages(&self, action: u64) -> anyhow::Result<()> {
-        // r0 = action; exit
-        let program: [u64; 2] = [action << 32 | 0x00b7, 0x0095];
-        let licence = c"GPL";
-        let mut load = Attributes::new()
-            .u32(0, BPF_PROG_TYPE_SK_MSG)
-            .u32(4, 2)
-            .pointer(8, program.as_ptr().cast())
-            .pointer(16, licence.as_ptr().cast())
-            .u32(68, BPF_SK_MSG_VERDICT);
-        let program = descriptor(BPF_PROG_LOAD, &mut load).context("loading a program of our own")?;
+        let program = program(BPF_PROG_TYPE_SK_MSG, BPF_SK_MSG_VERDICT, action)?;
         let mut attach = Attributes::new().fd(0, &self.0).fd(4, &program).u32(8, BPF_SK_MSG_VERDICT);
         call(BPF_PROG_ATTACH, &mut attach).context("attaching a program of our own")?;
         Ok(())
@@ -182,6 +200,89 @@ pub fn map_entries(pid: u32) -> anyhow::Result<Vec<(String, usize)>> {
         }
     }
     Ok(entries)
+}
+
+/// A program that always returns this.
+fn program(kind: u32, attach_type: u32, answer: u64) -> anyhow::Result<OwnedFd> {
+    // r0 = answer; exit
+    let program: [u64; 2] = [answer << 32 | 0x00b7, 0x0095];
+    let licence = c"GPL";
+    let mut load = Attributes::new()
+        .u32(0, kind)
+        .u32(4, 2)
+        .pointer(8, program.as_ptr().cast())
+        .pointer(16, licence.as_ptr().cast())
+        .u32(68, attach_type);
+    descriptor(BPF_PROG_LOAD, &mut load).context("loading a program of our own")
+}
+
+/// A program of another tool at the tcx ingress of a device, in front of all others; detached on
+/// drop.
+#[derive(Debug)]
+pub struct ForeignProgram {
+    _link: OwnedFd,
+}
+
+impl ForeignProgram {
+    /// Attaches one that accepts every packet (`TC_ACT_OK`). Call it in the device's namespace.
+    ///
+    /// # Errors
+    /// As bpf(2), and when there is no such device.
+    pub fn accepting(device: &str) -> anyhow::Result<Self> {
+        const BPF_F_BEFORE: u32 = 1 << 3;
+        const TC_ACT_OK: u64 = 0;
+        let program = program(BPF_PROG_TYPE_SCHED_CLS, BPF_TCX_INGRESS, TC_ACT_OK)?;
+        let mut create = Attributes::new()
+            .fd(0, &program)
+            .u32(4, index(device)?)
+            .u32(8, BPF_TCX_INGRESS)
+            .u32(12, BPF_F_BEFORE);
+        let link = descriptor(BPF_LINK_CREATE, &mut create).context("attaching a program of our own")?;
+        Ok(Self { _link: link })
+    }
+}
+
+/// The ids of the links at the tcx ingress of a device, in the order in which their programs run.
+/// Call it in the device's namespace.
+///
+/// # Errors
+/// As bpf(2), and when there is no such device.
+pub fn tcx_links(device: &str) -> anyhow::Result<Vec<u32>> {
+    const MOST: usize = 64;
+    let (mut programs, mut links) = ([0_u32; MOST], [0_u32; MOST]);
+    let mut query = Attributes::new()
+        .u32(0, index(device)?)
+        .u32(4, BPF_TCX_INGRESS)
+        .pointer(16, programs.as_mut_ptr().cast_const().cast())
+        .u32(24, u32::try_from(MOST)?)
+        .pointer(40, links.as_mut_ptr().cast_const().cast());
+    match call(BPF_PROG_QUERY, &mut query) {
+        Ok(_) => {}
+        // Nothing was ever attached there.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        Err(error) => return Err(error).context("asking about tcx"),
+    }
+    let count = query.0.get(24..28).and_then(|count| count.try_into().ok()).map_or(0, u32::from_ne_bytes);
+    Ok(links.into_iter().take(usize::try_from(count)?).collect())
+}
+
+/// Detaches a link, as an administrator does.
+///
+/// # Errors
+/// As bpf(2).
+pub fn detach_link(id: u32) -> anyhow::Result<()> {
+    let link =
+        descriptor(BPF_LINK_GET_FD_BY_ID, &mut Attributes::new().u32(0, id)).context("opening a link")?;
+    call(BPF_LINK_DETACH, &mut Attributes::new().fd(0, &link)).context("detaching a link")?;
+    Ok(())
+}
+
+fn index(device: &str) -> anyhow::Result<u32> {
+    let name = CString::new(device)?;
+    // SAFETY: a string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    anyhow::ensure!(index != 0, "no device {device}: {}", io::Error::last_os_error());
+    Ok(index)
 }
 
 /// `union bpf_attr`.

@@ -7,9 +7,9 @@ use super::engine::Engine;
 use super::scenario::{Run, Transaction};
 
 /// Headers sent, by listener.
-const HEADERS_SENT: &str = "injector_headers_sent_total";
+pub(super) const HEADERS_SENT: &str = "injector_headers_sent_total";
 /// Connections accepted, by listener.
-const ACCEPTED: &str = "injector_connections_accepted_total";
+pub(super) const ACCEPTED: &str = "injector_connections_accepted_total";
 
 /// A statement, and the first observation that contradicts it.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ pub(super) fn carried(run: &Run) -> Carried {
 }
 
 /// By how much a counter grew; 0 if it went back.
-fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)]) -> u64 {
+pub(super) fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)]) -> u64 {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -79,12 +79,12 @@ fn moved(before: &Metrics, after: &Metrics, name: &str, labels: &[(&str, &str)])
     whole(after.sum(name, labels) - before.sum(name, labels))
 }
 
-fn assertion(text: &str, failure: Option<String>) -> Assertion {
+pub(super) fn assertion(text: &str, failure: Option<String>) -> Assertion {
     Assertion { text: text.to_owned(), failure }
 }
 
 /// `None` if both are equal, else the observed and the expected value.
-fn difference<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
+pub(super) fn difference<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, expected: T) -> Option<String> {
     (seen != expected).then(|| format!("{what}: {seen:?} instead of {expected:?}"))
 }
 
@@ -97,7 +97,7 @@ fn without_header(run: &Run) -> Option<String> {
     }
 }
 
-fn source(transaction: &Transaction) -> Option<String> {
+pub(super) fn source(transaction: &Transaction) -> Option<String> {
     let name = transaction.listener_name();
     match &transaction.visit.header {
         Ok(header) => difference(&name, header.source, Some(transaction.client)),
@@ -105,7 +105,7 @@ fn source(transaction: &Transaction) -> Option<String> {
     }
 }
 
-fn destination(transaction: &Transaction) -> Option<String> {
+pub(super) fn destination(transaction: &Transaction) -> Option<String> {
     let header = transaction.visit.header.as_ref().ok()?;
     difference(&transaction.listener_name(), header.destination, Some(transaction.listener))
 }
@@ -186,7 +186,7 @@ fn stopped(run: &Run) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::ExitStatus;
 
@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     /// A complete connection: 10 bytes to the backend, 20 to the client, 4 and 5 of them spliced.
-    fn transaction(service: Service) -> Transaction {
+    pub(in super::super) fn transaction(service: Service) -> Transaction {
         let client = "198.51.100.7:40000".parse().unwrap();
         let listener = "192.0.2.10:25".parse().unwrap();
         let header = Header { raw: vec![0; 28], source: Some(client), destination: Some(listener) };

@@ -46,15 +46,17 @@ struct Files {
 }
 
 impl Injector {
-    /// Starts the daemon on the edge and waits until it reports that it is ready.
+    /// Starts the daemon on the edge, with this configuration of inline, and waits until it reports
+    /// that it is ready.
     pub(super) async fn start(
         testbed: &Testbed,
         backend: &Backend,
         engine: Engine,
+        inline: &str,
         binary: &Path,
     ) -> Result<Self> {
         let files = Files::new()?;
-        fs::write(&files.config, config(testbed, backend, engine))?;
+        fs::write(&files.config, config(testbed, backend, engine) + inline)?;
         let child = spawn(testbed, binary, &files)?;
         let mut injector = Self { child, files };
         if let Err(error) = injector.wait_ready(testbed).await {

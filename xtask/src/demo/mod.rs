@@ -2,8 +2,9 @@
 //!
 //! As root the demo has three hosts, each a network namespace. Without root they are three sockets
 //! on loopback, and the engine is relay. In reading order: [`testbed`] has the hosts, [`injector`]
-//! the daemon between them, [`scenario`] sends and fetches one message, [`terminal`] and
-//! [`narration`] print it, and [`assertions`] decides whether the demo passes.
+//! the daemon between them, [`scenario`] sends and fetches one message, [`inline`] sends one through
+//! the inline engine and takes the backend down, [`terminal`] and [`narration`] print it, and
+//! [`assertions`] decides whether the demo passes.
 //!
 //! Everything that outlives a function call belongs to a value whose `Drop` removes it, and the
 //! whole demo is one future. A signal drops that future, so Ctrl-C, an error and the normal end
@@ -13,6 +14,7 @@ mod assertions;
 mod engine;
 mod header;
 mod injector;
+mod inline;
 mod narration;
 mod scenario;
 mod service;
@@ -22,12 +24,14 @@ mod testbed;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
+use injector_testbed::bpffs::BpfFs;
 use injector_testbed::demo_backend::{Backend, Config};
 use injector_testbed::netns;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::engine::Engine;
 use self::injector::Injector;
+use self::inline::Inline;
 use self::scenario::Run;
 use self::testbed::Testbed;
 use crate::{build, cargo, reported::AlreadyReported, setup};
@@ -111,46 +115,56 @@ fn interruption() -> Result<impl Future<Output = &'static str>> {
 async fn run_demo(args: &DemoArgs, engine: Engine, binary: PathBuf) -> Result<bool> {
     // Dropped from last to first: the daemon ends before the hosts that it runs on.
     let testbed = Testbed::new()?;
-    let account = Config::default().account;
     let config = Config {
         smtp: testbed.backends(service::SMTP),
         imap: testbed.backends(service::IMAP),
         ..Config::default()
     };
-    let backend = testbed.mail.run(Backend::start(config)).await??;
-    let mut injector = Injector::start(&testbed, &backend, engine, &binary).await?;
-    narration::introduction(&testbed, &injector, engine);
+    let backend = testbed.mail.run(Backend::start(config.clone())).await??;
+    // Beside the relay engine there is nothing to compare it with.
+    let bpffs = (engine == Engine::Splice).then(BpfFs::mount).transpose()?;
+    let inline = bpffs.as_ref().map(|bpffs| inline::configuration(&testbed, bpffs)).unwrap_or_default();
+    let mut injector = Injector::start(&testbed, &backend, engine, &inline, &binary).await?;
+    narration::introduction(&testbed, &injector, engine, bpffs.is_some());
 
-    let outcome = run_scenarios(&testbed, &backend, &mut injector, account).await;
+    let outcome = run_scenarios(&testbed, backend, config, &mut injector, bpffs.is_some()).await;
     if outcome.is_err() || args.verbose {
         narration::log(&injector);
     }
     if args.keep_logs {
         narration::kept(&injector.keep_files());
     }
-    let run = outcome?;
+    let (run, inline) = outcome?;
     narration::summary(&run);
-    let assertions = assertions::of(&run, engine);
-    Ok(narration::verdict(&assertions, &testbed, &run))
+    let mut assertions = assertions::of(&run, engine);
+    if let Some(inline) = &inline {
+        inline.print(&run.scenarios, &testbed);
+        assertions.extend(inline.assertions(&run.scenarios));
+    }
+    let beside = inline.map(|inline| inline.totals());
+    Ok(narration::verdict(&assertions, &testbed, &run, beside.as_deref()))
 }
 
 /// Runs the scenarios, and prints each as soon as it is over.
 async fn run_scenarios(
     testbed: &Testbed,
-    backend: &Backend,
+    backend: Backend,
+    config: Config,
     injector: &mut Injector,
-    account: (String, String),
-) -> Result<Run> {
-    let without_header = scenario::connect_without_header(testbed, backend).await?;
+    with_inline: bool,
+) -> Result<(Run, Option<Inline>)> {
+    let without_header = scenario::connect_without_header(testbed, &backend).await?;
     narration::without_header(&without_header);
     let before = injector.metrics(testbed).await?;
     let mut scenarios = Vec::new();
     for &family in testbed.families {
-        let scenario = scenario::run(testbed, backend, injector, family, &account).await?;
+        let scenario = scenario::run(testbed, &backend, injector, family, &config.account).await?;
         narration::scenario(&scenario, testbed);
         scenarios.push(scenario);
     }
     let after = injector.metrics(testbed).await?;
+    let inline =
+        if with_inline { Some(Inline::run(testbed, backend, config, injector).await?) } else { None };
     let stopped = injector.stop().await?;
-    Ok(Run { without_header, scenarios, before, after, stopped })
+    Ok((Run { without_header, scenarios, before, after, stopped }, inline))
 }

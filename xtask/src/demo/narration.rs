@@ -13,12 +13,12 @@ use super::engine::Engine;
 use super::header;
 use super::injector::Injector;
 use super::scenario::{Run, Scenario, Transaction};
-use super::service::{IMAP, SMTP};
+use super::service::{IMAP, INLINE, SMTP};
 use super::terminal::{Style, count, heading, hex, mark, row, styled, wrapped};
 use super::testbed::Testbed;
 
 /// The hosts and their addresses.
-pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engine) {
+pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engine, with_inline: bool) {
     println!(
         "{}",
         styled(
@@ -29,8 +29,9 @@ pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engin
     if !testbed.has_namespaces() {
         println!(
             "\n  Not root, so this is loopback and the relay engine. What cannot be shown this way: three hosts in\n  \
-             network namespaces of their own, and payload carried by the kernel. Over IPv6 even the client and\n  \
-             the edge have one address, ::1, and only their ports differ. Run it as root to see the rest."
+             network namespaces of their own, payload carried by the kernel, and the inline engine. Over IPv6\n  \
+             even the client and the edge have one address, ::1, and only their ports differ. Run it as root\n  \
+             to see the rest."
         );
     }
     let columns = |client: &str, edge: &str, mail: &str| println!("  {client:<22}{edge:<44}{mail}");
@@ -62,6 +63,10 @@ pub(super) fn introduction(testbed: &Testbed, injector: &Injector, engine: Engin
         injector.pid(),
         testbed.metrics()
     );
+    if with_inline {
+        let addresses = testbed.families.iter().map(|family| testbed.listener(INLINE, *family).to_string());
+        println!("  beside it engine inline, on {}", addresses.collect::<Vec<_>>().join(" and "));
+    }
 }
 
 /// The connection without a header.
@@ -93,7 +98,7 @@ pub(super) fn scenario(scenario: &Scenario, testbed: &Testbed) {
     }
 }
 
-fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
+pub(super) fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
     row("the client is", &transaction.client.to_string());
     let edge =
         if transaction.visit.peer.ip() == testbed.edge_ip(family) { "the edge" } else { "not the edge" };
@@ -108,7 +113,7 @@ fn addresses(transaction: &Transaction, testbed: &Testbed, family: Family) {
     row("the client in the header is", &format!("{}  {}", styled(Style::Cyan, &seen), mark(same)));
 }
 
-fn message(what: &str, sent: &[u8], arrived: &[u8]) {
+pub(super) fn message(what: &str, sent: &[u8], arrived: &[u8]) {
     let same = sent == arrived;
     let verdict = if same { "the same bytes as sent" } else { "NOT the bytes sent" };
     row(what, &format!("{} bytes, {verdict}  {}", count(arrived.len() as u64), mark(same)));
@@ -133,9 +138,14 @@ pub(super) fn summary(run: &Run) {
     metrics(&run.before, &run.after);
     heading("The daemon's access log");
     for transaction in run.transactions() {
-        for line in wrapped(&words(&transaction.line)) {
-            println!("{line}");
-        }
+        access_log_line(&transaction.line);
+    }
+}
+
+/// One line of the access log.
+pub(super) fn access_log_line(line: &Value) {
+    for line in wrapped(&words(line)) {
+        println!("{line}");
     }
 }
 
@@ -170,11 +180,17 @@ fn share(spliced: u64, relayed: u64) -> String {
 /// series.
 fn metrics(before: &Metrics, after: &Metrics) {
     heading("Metrics that changed, summed over listeners");
+    changes(before, after, |_| true);
+}
+
+/// The same, only those whose title is chosen.
+pub(super) fn changes(before: &Metrics, after: &Metrics, chosen: fn(&str) -> bool) {
     let mut changes = totals(after);
     for (title, earlier) in totals(before) {
         *changes.entry(title).or_default() -= earlier;
     }
-    for (title, change) in changes.into_iter().filter(|(_, change)| *change != 0.0) {
+    let changed = |(title, change): &(String, f64)| *change != 0.0 && chosen(title);
+    for (title, change) in changes.into_iter().filter(changed) {
         println!("  {:>12}  {title}", signed(change));
     }
 }
@@ -243,8 +259,8 @@ pub(super) fn kept(directory: &Path) {
     println!("\nThe daemon's configuration and log are kept in {}", directory.display());
 }
 
-/// Every assertion, and one line for all of them; true if all hold.
-pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run) -> bool {
+/// Every assertion, and one line for all of them, with what was shown beside; true if all hold.
+pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run, beside: Option<&str>) -> bool {
     heading("Assertions");
     for assertion in assertions {
         println!("  {} {}", mark(assertion.failure.is_none()), assertion.text);
@@ -263,6 +279,9 @@ pub(super) fn verdict(assertions: &[Assertion], testbed: &Testbed, run: &Run) ->
         let sums = format!("{connections} connections, {spliced} bytes spliced, {relayed} relayed");
         let text = format!("PASSED: all {} assertions hold; {sums}; {place}", assertions.len());
         println!("{}", styled(Style::Green, &text));
+        if let Some(beside) = beside {
+            println!("{}", styled(Style::Green, &format!("        beside them {beside}")));
+        }
     } else {
         println!(
             "{}",

@@ -21,7 +21,7 @@ use super::service::{IMAP, SMTP, Service};
 use super::testbed::Testbed;
 
 /// How long the backend may take to close a connection and record it.
-const TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The owner of the mailbox.
 const USER: &str = "demo";
@@ -112,30 +112,41 @@ pub(super) async fn run(
     family: Family,
     account: &(String, String),
 ) -> Result<Scenario> {
-    let sent = Message::new(&format!("demo-{}", family.name()), USER).bytes;
-    let smtp = send(testbed, backend, injector, family, &sent).await?;
-    let stored = backend.messages().pop().context("the backend has no message")?.content;
+    let Sent { sent, stored, transaction: smtp } = send(testbed, backend, injector, SMTP, family).await?;
     let (imap, fetched) = fetch(testbed, backend, injector, family, account).await?;
     Ok(Scenario { family, sent, stored, fetched, transactions: [smtp, imap] })
 }
 
-async fn send(
+/// A message that was sent.
+pub(super) struct Sent {
+    /// As sent.
+    pub(super) sent: Vec<u8>,
+    /// As the backend stored it.
+    pub(super) stored: Vec<u8>,
+    /// Its connection.
+    pub(super) transaction: Transaction,
+}
+
+/// Sends a message through the injector.
+pub(super) async fn send(
     testbed: &Testbed,
     backend: &Backend,
     injector: &mut Injector,
+    service: Service,
     family: Family,
-    message: &[u8],
-) -> Result<Transaction> {
+) -> Result<Sent> {
     let before = backend.visits().borrow().len();
-    let listener = testbed.listener(SMTP, family);
+    let listener = testbed.listener(service, family);
     let route = Route { from: Some(testbed.client_ip(family)), ..Route::to(listener) };
-    let message = message.to_vec();
+    let sent = Message::new(&format!("demo-{}", service.listener_name(family)), USER).bytes;
+    let message = sent.clone();
     let recipient = format!("{USER}@{DOMAIN}");
     let work = async move { client::send(&route, "sender@client.example.test", &recipient, &message).await };
     let client = testbed.client.run(work).await?.map_err(|error| with_refusals(error, backend, before))?;
     let visit = visit(backend, before).await?;
+    let stored = backend.messages().pop().context("the backend has no message")?.content;
     let line = injector.access_log_line(client).await?;
-    Ok(Transaction { service: SMTP, client, listener, visit, line })
+    Ok(Sent { sent, stored, transaction: Transaction { service, client, listener, visit, line } })
 }
 
 async fn fetch(

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
 use anyhow::{Context as _, Result};
-use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology, VIP_SPLICE};
+use injector_testbed::netns::{CLIENT, EDGE_INSIDE, Family, MAIL, Netns, Topology};
 use tokio::runtime::{Builder, Runtime};
 
 use super::service::Service;
@@ -92,7 +92,7 @@ impl Testbed {
             injector_testbed::demo_backend::Protocol::Smtp => self.ports.smtp,
             injector_testbed::demo_backend::Protocol::Imap => self.ports.imap,
         };
-        SocketAddr::new(self.or_loopback(VIP_SPLICE.of(family), family), port)
+        SocketAddr::new(self.or_loopback(service.address.of(family), family), port)
     }
 
     /// The backend's listen addresses of a service, by family; on loopback with any free port.

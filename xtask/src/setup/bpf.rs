@@ -31,10 +31,11 @@ impl BpfToolchain {
         self.core == Core::Built
     }
 
-    /// The crate that a stable compiler allows to use unstable features. The value `1` would make
-    /// aya-build pass `-Z build-std`, which needs a source that this compiler lacks.
+    /// The crates that a stable compiler allows to use unstable features: `inline` uses atomic intrinsics,
+    /// which `core` gives no other name on this target. The value `1` would make aya-build pass `-Z
+    /// build-std`, which needs a source that this compiler lacks.
     fn bootstrap(&self) -> Option<&'static str> {
-        (self.core == Core::Prebuilt).then_some("aya_ebpf")
+        (self.core == Core::Prebuilt).then_some("aya_ebpf,inline")
     }
 
     /// The lines that injector-user's build script reads.
@@ -58,7 +59,9 @@ mod tests {
         let mut toolchain =
             BpfToolchain { name: "bpf".into(), core: Core::Prebuilt, linker_dir: "/t/bin".into() };
         assert!(
-            toolchain.record().ends_with("TOOLCHAIN=bpf\nRUSTC_BOOTSTRAP=aya_ebpf\nBPF_LINKER_DIR=/t/bin\n")
+            toolchain
+                .record()
+                .ends_with("TOOLCHAIN=bpf\nRUSTC_BOOTSTRAP=aya_ebpf,inline\nBPF_LINKER_DIR=/t/bin\n")
         );
         toolchain.core = Core::Built;
         assert!(toolchain.record().contains("\nRUSTC_BOOTSTRAP=\n"), "a nightly needs none");

@@ -1,4 +1,4 @@
-//! The versions of HAProxy that the benchmark compares with, those of Debian 13 and Debian 12.
+//! The versions of HAProxy that the benchmark compares with, those of Debian unstable, 13 and 12.
 //!
 //! The system's own HAProxy is used if it has that version. Another one comes from this system's
 //! Debian archive, with all its libraries, the C library included, and is unpacked into the tool
@@ -21,7 +21,7 @@ use super::{
 };
 
 /// Series of HAProxy, and the Debian release that has it; the newest first.
-pub(super) const RELEASES: [(&str, &str); 2] = [("3.0", "trixie"), ("2.6", "bookworm")];
+pub(super) const RELEASES: [(&str, &str); 3] = [("3.2", "sid"), ("3.0", "trixie"), ("2.6", "bookworm")];
 
 /// The program of that series, if it runs.
 pub(super) fn find(cache: &Cache, series: &str) -> Option<Build> {
@@ -87,7 +87,10 @@ pub(super) fn fetch(cache: &Cache, series: &str, suite: &str) -> Result<()> {
     let tree = partial.path().join("tree");
     private_apt::unpack(&apt.downloaded(), &tree, &log)?;
     let command = in_prefix(&tree).context("the packages contain no HAProxy that can run")?;
-    ensure!(build(series, command).is_some(), "the downloaded HAProxy is not of series {series}");
+    ensure!(
+        build(series, command).is_some(),
+        "the HAProxy of Debian {suite} does not run here, or is no longer of series {series}"
+    );
     let place = folder(cache, series);
     if place.exists() {
         fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;

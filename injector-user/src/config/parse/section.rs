@@ -47,6 +47,8 @@ pub(crate) struct Section<'t> {
     diagnostics: &'t Diagnostics<'t>,
     /// Every field that was read; all others are unknown.
     known: RefCell<Vec<&'static str>>,
+    /// Fields of earlier versions, which suggestions never name.
+    former: RefCell<Vec<&'static str>>,
 }
 
 impl<'t> Section<'t> {
@@ -61,7 +63,15 @@ impl<'t> Section<'t> {
         listener: Option<String>,
         diagnostics: &'t Diagnostics<'t>,
     ) -> Self {
-        Self { table, at, prefix, listener, diagnostics, known: RefCell::default() }
+        Self {
+            table,
+            at,
+            prefix,
+            listener,
+            diagnostics,
+            known: RefCell::default(),
+            former: RefCell::default(),
+        }
     }
 
     /// Reports an error at `at`.
@@ -96,9 +106,9 @@ impl<'t> Section<'t> {
 
     /// Reports all fields that were not read.
     pub(crate) fn finish(self) {
-        let known = self.known.borrow();
+        let (known, former) = (self.known.borrow(), self.former.borrow());
         for (key, _) in self.table {
-            if !known.contains(&key.get_ref().as_ref()) {
+            if !known.contains(&key.get_ref().as_ref()) && !former.contains(&key.get_ref().as_ref()) {
                 self.unknown_field(key, &known);
             }
         }
@@ -116,6 +126,12 @@ impl<'t> Section<'t> {
     /// Whether the table has the field.
     pub(crate) fn has(&self, field: &str) -> bool {
         self.table.contains_key(field)
+    }
+
+    /// The value of a field of earlier versions. Another message than "unknown field" refuses it.
+    pub(crate) fn former(&self, field: &'static str) -> Option<Spanned<&'t DeValue<'t>>> {
+        self.former.borrow_mut().push(field);
+        self.table.get(field).map(|value| (value.span().start, value.get_ref()))
     }
 
     fn get(&self, field: &'static str) -> Option<Spanned<&'t DeValue<'t>>> {

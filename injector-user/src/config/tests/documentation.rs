@@ -32,11 +32,10 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(splice.enrolment.age, default.enrolment.age);
     assert_ne!(splice.header, default.header);
     let (inline, default) = (&config.inline, Inline::default());
-    assert_ne!((inline.nat, inline.attachment), (default.nat, default.attachment));
-    assert_ne!((inline.masquerade, inline.set_sysctls), (default.masquerade, default.set_sysctls));
-    assert_ne!((inline.flows, inline.idle), (default.flows, default.idle));
-    assert!(inline.table != default.table && inline.pin != default.pin);
-    assert!(!inline.client_devices.is_empty() && !inline.backend_devices.is_empty());
+    // Source addresses need the default of `source`.
+    assert!(!inline.source_addresses.is_empty() && !inline.devices.is_empty() && !inline.peers.is_empty());
+    assert_ne!((inline.flows, inline.attachment), (default.flows, default.attachment));
+    assert_ne!(inline.pin, default.pin);
     assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
     let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
     let default = Protocol::Imaps.timeouts();

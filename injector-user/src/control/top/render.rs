@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::model::{Rates, View, whole};
 use crate::control::{
-    show::{age, bytes},
+    show::{age, bytes, inline_part},
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
 
@@ -48,6 +48,7 @@ impl View {
             uptime_ms,
             readiness,
             connections,
+            inline_connections,
             max_connections,
             backlog_bytes,
             config,
@@ -60,7 +61,8 @@ impl View {
             Span::styled(readiness.clone(), Style::new().fg(color).bold()),
         ]);
         let second = Line::raw(format!(
-            "{connections} of {max_connections} connections, {} queued in the kernel   configuration {}",
+            "{connections} of {max_connections} connections{}, {} queued in the kernel   configuration {}",
+            inline_part(*inline_connections),
             bytes(*backlog_bytes),
             config.file.display()
         ));
@@ -101,6 +103,7 @@ impl View {
                 Cell::from(listener.engine.clone()),
                 Cell::from(state),
                 right(listener.active.to_string()),
+                right(listener.active_inline.to_string()),
                 right(rate(|rates| rates.accepted)),
                 right(rate(|rates| rates.rejected)),
                 right(flow(|rates| rates.to_backend)),
@@ -111,11 +114,12 @@ impl View {
             let selected = self.selected == Some(index);
             (cells, if selected { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() })
         };
-        const COLUMNS: [Column; 10] = [
+        const COLUMNS: [Column; 11] = [
             Column::text("LISTENER", 8, 16),
-            Column::text("ENGINE", 6, 8),
+            Column::text("ENGINE", 6, 13),
             Column::text("STATE", 8, 18),
             Column::number("ACTIVE", 8),
+            Column::number("INLINE", 7).optional(),
             Column::number("NEW/S", 9),
             Column::number("REJ/S", 9),
             Column::number("TO BACKEND", 12),

@@ -57,8 +57,8 @@ pub enum Verdict {
     ForgeryUntested,
     /// The backend is reached over loopback: every process on this host can send a header.
     Loopback,
-    /// Engine inline keeps the client's address.
-    ClientAddressed,
+    /// Engine inline connects from other addresses than the doctor.
+    InlineSource,
 }
 
 impl Verdict {
@@ -92,7 +92,7 @@ impl Verdict {
             Self::Unproven => "unproven",
             Self::ForgeryUntested => "forgery_untested",
             Self::Loopback => "loopback",
-            Self::ClientAddressed => "client_addressed",
+            Self::InlineSource => "inline_source",
         }
     }
 }

@@ -1,8 +1,7 @@
-//! The filters of a device's clsact qdisc, read by rtnetlink(7).
+//! The filters of a device's ingress hook, read by rtnetlink(7).
 //!
 //! aya removes filters by name alone, and names are the same in every version. To replace one, its
-//! priority and handle are needed. Of a message only the parts named here are read: other
-//! programs' filters must not be able to spoil the answer.
+//! priority and handle are needed.
 
 use std::io;
 
@@ -11,30 +10,52 @@ use aya::programs::{
     tc::{SchedClassifierLink, TcHandle},
 };
 use rtnetlink::{
-    packet_core::{
-        DecodeError, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
-        NlasIterator, parse_i32, parse_string,
-    },
+    packet_core::{DecodeError, parse_string, parse_u32},
     packet_route::{
         RouteNetlinkMessage,
-        link::LinkMessage,
         tc::{TcHandle as Parent, TcHeader, TcMessage},
     },
-    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-/// A BPF filter.
+use super::netlink::{attribute, dump, short};
+
+/// The upper half of the handles of the engine's filters, far from those that the kernel chooses.
+pub(super) const HANDLE: u16 = u16::from_be_bytes(*b"IN");
+
+/// `ETH_P_ALL`, in network order.
+pub(super) const ALL: u16 = 3_u16.to_be();
+
+/// A filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
     /// Lower ones run first.
     pub(super) priority: u16,
+    /// The protocol of its packets, in network order. All filters of a priority have the same.
+    pub(super) protocol: u16,
     /// Its number among those of its priority.
     pub(super) handle: u32,
+    /// Its classifier, for example `u32`.
+    pub(super) kind: String,
+    /// The rest, of a BPF filter.
+    pub(super) bpf: Option<BpfFilter>,
+}
+
+/// What only BPF filters have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct BpfFilter {
     /// The name that its owner gave it; aya gives it the program's name.
     pub(super) name: String,
+    /// The id of its program; 0 if the kernel does not say.
+    pub(super) program: u32,
 }
 
 impl Filter {
+    /// Whether this version's engine attached it, or another version with the same names.
+    pub(super) fn is_inline(&self) -> bool {
+        let ours = |bpf: &BpfFilter| matches!(bpf.name.as_str(), "inline" | "inline_raw");
+        self.handle >> 16 == u32::from(HANDLE) && self.bpf.as_ref().is_some_and(ours)
+    }
+
     /// The filter as an aya link. Dropping the link removes the filter.
     pub(super) fn link(&self, device: &str, direction: TcAttachType) -> io::Result<SchedClassifierLink> {
         SchedClassifierLink::attached(device, direction, self.priority, TcHandle::from(self.handle), None)
@@ -46,7 +67,8 @@ impl Filter {
     }
 }
 
-/// The BPF filters of a device, in the order in which the kernel lists them; none without clsact.
+/// The filters of a device's first chain, in the order in which they run; none without a qdisc for
+/// them.
 pub(super) fn list(index: u32, direction: TcAttachType) -> io::Result<Vec<Filter>> {
     let minor = match direction {
         TcAttachType::Ingress => Parent::MIN_INGRESS,
@@ -62,101 +84,46 @@ pub(super) fn list(index: u32, direction: TcAttachType) -> io::Result<Vec<Filter
         Ok(())
     });
     match asked {
-        // A kernel without classifiers may have tcx.
-        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Vec::new()),
+        // A kernel without classifiers may have tcx. Without a qdisc there are no filters.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) => Ok(Vec::new()),
         asked => asked.map(|()| filters),
     }
 }
 
-/// Index and name of every device of the network namespace, also of those that are down.
-pub(super) fn devices() -> io::Result<Vec<(u32, String)>> {
-    /// `IFLA_IFNAME`, and the length of struct ifinfomsg, before which the index is at 4.
-    const NAME: u16 = 3;
-    const HEADER: usize = 16;
-
-    let mut devices = Vec::new();
-    dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
-        let (header, attributes) = message.split_at_checked(HEADER).ok_or_else(short)?;
-        let index = parse_i32(&header[4..8])?;
-        if let (Ok(index), Some(name)) = (u32::try_from(index), attribute(attributes, NAME)?) {
-            devices.push((index, parse_string(&name)?));
-        }
-        Ok(())
-    })?;
-    Ok(devices)
-}
-
-/// One filter of a dump; `None` if it is not a BPF filter, or stands for a whole priority.
+/// One filter of a dump; `None` if the message stands for a whole priority, or the filter is in
+/// another chain than the first, where it runs only if a filter of the first says so.
 fn filter(message: &[u8]) -> Result<Option<Filter>, DecodeError> {
-    /// `TCA_KIND`, `TCA_OPTIONS`, `TCA_BPF_NAME`, and the length of struct tcmsg.
+    /// `TCA_KIND`, `TCA_OPTIONS`, `TCA_CHAIN`, `TCA_BPF_NAME`, `TCA_BPF_ID`, and the length of
+    /// struct tcmsg.
     const KIND: u16 = 1;
     const OPTIONS: u16 = 2;
+    const CHAIN: u16 = 11;
     const NAME: u16 = 7;
+    const ID: u16 = 11;
     const HEADER: usize = 20;
 
     let header = TcHeader::parse(message)?;
     let attributes = message.get(HEADER..).ok_or_else(short)?;
-    let kind = attribute(attributes, KIND)?;
-    if kind.as_deref() != Some(b"bpf\0") {
+    let Some(kind) = attribute(attributes, KIND)? else { return Ok(None) };
+    let kind = parse_string(&kind)?;
+    let options = attribute(attributes, OPTIONS)?;
+    let bpf = match (kind.as_str(), &options) {
+        ("bpf", Some(options)) => {
+            // One that was given as instructions has neither.
+            let name = attribute(options, NAME)?.map_or(Ok(String::new()), |name| parse_string(&name))?;
+            let program = attribute(options, ID)?.map_or(Ok(0), |id| parse_u32(&id))?;
+            Some(BpfFilter { name, program })
+        }
+        _ => None,
+    };
+    let handle: u32 = header.handle.into();
+    let chain = attribute(attributes, CHAIN)?.map_or(Ok(0), |chain| parse_u32(&chain))?;
+    if chain != 0 || (handle == 0 && options.is_none()) {
         return Ok(None);
     }
-    let Some(options) = attribute(attributes, OPTIONS)? else { return Ok(None) };
-    let Some(name) = attribute(&options, NAME)? else { return Ok(None) };
-    // The lower half is the protocol.
-    let priority = u16::try_from(header.info >> 16).unwrap_or_default();
-    Ok(Some(Filter { priority, handle: header.handle.into(), name: parse_string(&name)? }))
-}
-
-/// The value of the first attribute of a kind.
-fn attribute(attributes: &[u8], kind: u16) -> Result<Option<Vec<u8>>, DecodeError> {
-    for found in NlasIterator::new(attributes) {
-        let found = found?;
-        if found.kind() == kind {
-            return Ok(Some(found.value().to_vec()));
-        }
-    }
-    Ok(None)
-}
-
-fn short() -> DecodeError {
-    DecodeError::from("a message shorter than its header")
-}
-
-/// Requests a list, and passes on the payload of each message of the answer.
-fn dump(
-    request: RouteNetlinkMessage,
-    mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
-) -> io::Result<()> {
-    /// The kernel fills up to 32 KiB at once (netlink_dump, net/netlink/af_netlink.c).
-    const DATAGRAM: usize = 1 << 16;
-
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let mut request = NetlinkMessage::from(request);
-    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    request.finalize();
-    let mut bytes = vec![0; request.buffer_len()];
-    request.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
-    loop {
-        let mut datagram = Vec::with_capacity(DATAGRAM);
-        socket.recv(&mut datagram, 0)?;
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
-            match message.message_type() {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = message.payload().get(..4).ok_or_else(|| io::Error::other(short()))?;
-                    let code = parse_i32(code).map_err(io::Error::other)?;
-                    return Err(io::Error::from_raw_os_error(code.saturating_neg()));
-                }
-                _ => each(message.payload()).map_err(io::Error::other)?,
-            }
-            let len = usize::try_from(message.length()).map_err(io::Error::other)?;
-            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
+    let half = |bits: u32| u16::try_from(bits & 0xFFFF).unwrap_or_default();
+    let (priority, protocol) = (half(header.info >> 16), half(header.info));
+    Ok(Some(Filter { priority, protocol, handle, kind, bpf }))
 }
 
 #[cfg(test)]
@@ -172,25 +139,36 @@ mod tests {
         bytes
     }
 
-    fn message(kind: &[u8], options: &[u8]) -> Vec<u8> {
+    fn message(handle: u32, kind: &[u8], options: Option<&[u8]>) -> Vec<u8> {
         let mut bytes = vec![0, 0, 0, 0];
-        for word in [7_u32, 0x494E_0001, 0xFFFF_FFF2, 9 << 16 | 0x0300] {
+        for word in [7_u32, handle, 0xFFFF_FFF2, 9 << 16 | u32::from(ALL)] {
             bytes.extend(word.to_ne_bytes());
         }
         bytes.extend(attribute_of(1, kind));
-        bytes.extend(attribute_of(2, options));
+        bytes.extend(options.map(|options| attribute_of(2, options)).unwrap_or_default());
         bytes
     }
 
     #[test]
-    fn a_filter_is_parsed_to_priority_handle_and_name() {
-        let options = [attribute_of(11, &[1, 0, 0, 0]), attribute_of(7, b"client_in\0")].concat();
-        let expected = Filter { priority: 9, handle: 0x494E_0001, name: "client_in".to_owned() };
-        assert_eq!(filter(&message(b"bpf\0", &options)).unwrap(), Some(expected));
+    fn a_filter_is_parsed_to_priority_handle_name_and_program() {
+        let options = [attribute_of(11, &[5, 0, 0, 0]), attribute_of(7, b"inline\0")].concat();
+        let parsed = filter(&message(0x494E_0001, b"bpf\0", Some(&options))).unwrap().unwrap();
+        let bpf = BpfFilter { name: "inline".to_owned(), program: 5 };
+        let expected = Filter {
+            priority: 9,
+            protocol: ALL,
+            handle: 0x494E_0001,
+            kind: "bpf".to_owned(),
+            bpf: Some(bpf),
+        };
+        assert!(parsed == expected && parsed.is_inline(), "{parsed:?}");
+        // Another program may have the same name.
+        assert!(!filter(&message(1, b"bpf\0", Some(&options))).unwrap().unwrap().is_inline());
         // Another classifier may use the same attribute numbers for anything.
-        assert_eq!(filter(&message(b"flower\0", b"\x02\0\x07\0")).unwrap(), None);
+        let other = filter(&message(0x8000_0800, b"flower\0", Some(b"\x02\0\x07\0"))).unwrap().unwrap();
+        assert!(other.kind == "flower" && other.bpf.is_none() && !other.is_inline());
         // The kernel lists each priority before its filters, without options.
-        assert_eq!(filter(&message(b"bpf\0", &[])).unwrap(), None);
+        assert_eq!(filter(&message(0, b"bpf\0", None)).unwrap(), None);
         assert!(filter(&[0; 19]).is_err());
     }
 }

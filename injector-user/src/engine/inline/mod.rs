@@ -3,25 +3,42 @@
 //! It loads the programs, gives them the listeners and backends, attaches them to the devices and
 //! reads their events. Start reading in [`runner`].
 //!
-//! Packets do not pass the daemon: programs, maps and NAT rules stay when it exits, until
-//! [`detach`] removes them.
+//! Packets do not pass the daemon: programs and maps stay when it exits, until
+//! `injector inline detach` removes them.
 
-mod attach;
-mod attach_points;
-pub mod eligibility;
+pub mod attach;
+mod attachment;
+mod clsact;
+mod counts;
+pub mod detach;
+mod device_pins;
 mod filters;
 mod flow_tracker;
+mod installation;
 mod maps;
-pub mod nat;
-pub mod nat_sync;
+pub mod migrate;
+mod nat_rules;
+mod netlink;
+pub mod pins;
+mod places;
+mod plan;
+mod pool;
 mod programs;
+mod reset;
+mod route_lookups;
 pub mod routes;
 pub mod runner;
+mod selection;
 pub mod selftest;
-pub mod sysctl;
+mod service;
+mod sources;
+mod tables;
+mod tcx;
+mod usage;
 
 pub use self::{
-    attach::{AttachError, DetachError, Role, detach, has_tcx},
-    flow_tracker::{FlowTracker, ListenerInfo},
-    programs::{InlinePrograms, LoadError, addresses},
+    attach::{AttachError, Attached},
+    detach::{DetachError, detach},
+    flow_tracker::FlowTracker,
+    programs::{InlinePrograms, LoadError},
 };

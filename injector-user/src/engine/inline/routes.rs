@@ -1,34 +1,85 @@
-//! The interface towards a backend, all interfaces, and notifications of changes, by rtnetlink(7).
+//! The interfaces of this network namespace, and notifications of changes of routes and interfaces,
+//! by rtnetlink(7).
 //!
 //! A netlink socket belongs to the network namespace of the thread that opens it. No capability
 //! is needed.
 
-use std::{io, net::IpAddr, time::Duration};
+use std::{io, time::Duration};
 
-use futures_util::{
-    StreamExt, TryStreamExt,
-    stream::{BoxStream, Stream},
-};
+use futures_util::{StreamExt as _, stream::BoxStream};
 use rtnetlink::{
-    Handle, MulticastGroup, RouteMessageBuilder,
+    MulticastGroup,
+    packet_core::{DecodeError, parse_string, parse_u32},
     packet_route::{
-        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
-        route::{RouteAttribute, RouteMessage, RouteType},
+        RouteNetlinkMessage,
+        link::{LinkFlags, LinkLayerType, LinkMessage},
     },
 };
-use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
+
+use super::netlink::{attribute, dump, short};
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Interface {
-    /// The number in `ip link`. Another interface may get the number once this one is gone.
+    /// The number in `ip link`: its identity in this network namespace. Another interface may get
+    /// the number once this one is gone.
     pub index: u32,
     /// For example `eth0`. May change at any time.
     pub name: String,
     /// The format of its packets.
     pub kind: LinkKind,
+    /// Whether it is up.
+    pub up: bool,
+    /// Whether it is `lo`.
+    pub loopback: bool,
+    /// The bridge, bond or team that takes its packets, by index: they are the host's only once
+    /// they arrive there. A VRF takes none: packets are the host's at its members.
+    pub master: Option<u32>,
+}
+
+/// The interfaces of the calling thread's network namespace, by index, also those that are down.
+/// Blocks for a moment.
+///
+/// # Errors
+/// As netlink(7).
+pub fn interfaces() -> io::Result<Vec<Interface>> {
+    let mut interfaces = Vec::new();
+    dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
+        interfaces.extend(interface(message)?);
+        Ok(())
+    })?;
+    interfaces.sort();
+    Ok(interfaces)
+}
+
+/// One interface of a dump. Other attributes are not read: a newer kernel may format them
+/// otherwise.
+fn interface(message: &[u8]) -> Result<Option<Interface>, DecodeError> {
+    /// The length of struct ifinfomsg, `IFLA_IFNAME`, `IFLA_MASTER`, `IFLA_LINKINFO` and in it
+    /// `IFLA_INFO_SLAVE_KIND`.
+    const HEADER: usize = 16;
+    const NAME: u16 = 3;
+    const MASTER: u16 = 10;
+    const LINK_INFO: u16 = 18;
+    const PORT_KIND: u16 = 4;
+
+    let Some((header, attributes)) = message.split_at_checked(HEADER) else { return Err(short()) };
+    let [_, _, link0, link1, i0, i1, i2, i3, f0, f1, f2, f3, ..] = *header else { return Err(short()) };
+    let flags = LinkFlags::from_bits_retain(u32::from_ne_bytes([f0, f1, f2, f3]));
+    let Some(name) = attribute(attributes, NAME)? else { return Ok(None) };
+    let info = attribute(attributes, LINK_INFO)?.unwrap_or_default();
+    let in_vrf = attribute(&info, PORT_KIND)?.is_some_and(|kind| kind.starts_with(b"vrf"));
+    let master = attribute(attributes, MASTER)?.map(|index| parse_u32(&index)).transpose()?;
+    Ok(Some(Interface {
+        index: u32::from_ne_bytes([i0, i1, i2, i3]),
+        name: parse_string(&name)?,
+        kind: LinkKind::of(LinkLayerType::from(u16::from_ne_bytes([link0, link1]))),
+        up: flags.contains(LinkFlags::Up),
+        loopback: flags.contains(LinkFlags::Loopback),
+        master: master.filter(|_| !in_vrf),
+    }))
 }
 
 /// The first bytes of an interface's packets, as tc programs see them.
@@ -44,16 +95,6 @@ pub enum LinkKind {
 }
 
 impl LinkKind {
-    /// Bytes before the IP header; `None` if unknown.
-    #[must_use]
-    pub const fn header_len(self) -> Option<usize> {
-        match self {
-            Self::Ethernet => Some(14),
-            Self::Headerless => Some(0),
-            Self::Other(_) => None,
-        }
-    }
-
     fn of(link: LinkLayerType) -> Self {
         use LinkLayerType::{Ether, None, Ppp, Rawip, Sit, Tunnel, Tunnel6};
         match link {
@@ -64,162 +105,8 @@ impl LinkKind {
     }
 }
 
-/// Why the inline engine cannot serve a backend, as far as routes are concerned.
-#[derive(Debug, Error)]
-pub enum RouteError {
-    /// The backend is an address of this host, and the kernel does not forward to those.
-    #[error(
-        "{backend} is an address of this host: the inline engine only forwards, so it cannot serve backends on the \
-         host itself; use engine = \"splice\" for them"
-    )]
-    Local {
-        /// The backend's address.
-        backend: IpAddr,
-    },
-    /// No route, or one that rejects.
-    #[error("no route to {backend}: {error}")]
-    Unreachable {
-        /// As asked for.
-        backend: IpAddr,
-        /// The kernel's error.
-        error: io::Error,
-    },
-    /// A route that TCP cannot use.
-    #[error("the route to {backend} has type {kind}; TCP needs a unicast route")]
-    NotUnicast {
-        /// As asked for.
-        backend: IpAddr,
-        /// As `ip route` calls it.
-        kind: String,
-    },
-    /// The query failed, or its answer lacks a part.
-    #[error("rtnetlink, {question}: {error}")]
-    Netlink {
-        /// The query.
-        question: String,
-        /// The kernel's answer, or what is wrong with it.
-        error: String,
-    },
-}
-
-/// Queries to the kernel's routing tables.
-#[derive(Debug)]
-pub struct Routes {
-    handle: Handle,
-    _connection: AbortOnDropHandle<()>,
-}
-
-impl Routes {
-    /// Opens a socket in the calling thread's network namespace.
-    ///
-    /// # Errors
-    /// As socket(2).
-    ///
-    /// # Panics
-    /// Outside a tokio runtime.
-    pub fn open() -> io::Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        Ok(Self { handle, _connection: AbortOnDropHandle::new(tokio::spawn(connection)) })
-    }
-
-    /// The interface through which the host's own packets to `backend` leave. Ignores rules by
-    /// source, mark or incoming interface; of several next hops the kernel chooses one.
-    ///
-    /// # Errors
-    /// [`RouteError`]; `Local` also for what would leave by `lo`.
-    pub async fn towards(&self, backend: IpAddr) -> Result<Interface, RouteError> {
-        let backend = backend.to_canonical();
-        let route = self.route(backend).await?;
-        match route.header.kind {
-            RouteType::Unicast => {}
-            RouteType::Local => return Err(RouteError::Local { backend }),
-            RouteType::Unreachable | RouteType::BlackHole | RouteType::Prohibit | RouteType::Throw => {
-                let error = io::ErrorKind::NetworkUnreachable.into();
-                return Err(RouteError::Unreachable { backend, error });
-            }
-            kind => {
-                return Err(RouteError::NotUnicast { backend, kind: format!("{kind:?}").to_lowercase() });
-            }
-        }
-        let interface = route.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Oif(index) => Some(*index),
-            _ => None,
-        });
-        let question = || format!("route to {backend}");
-        let index = interface.ok_or_else(|| incomplete(question(), "no outgoing interface"))?;
-        let link = self.handle.link().get().match_index(index).execute();
-        let link = first(link, || format!("link {index}, by which {backend} is reached")).await?;
-        if link.header.flags.contains(LinkFlags::Loopback) {
-            return Err(RouteError::Local { backend });
-        }
-        interface_of(&link).ok_or_else(|| incomplete(question(), "an interface without a name"))
-    }
-
-    /// The interfaces that are up, without loopback, by index.
-    ///
-    /// # Errors
-    /// [`RouteError::Netlink`].
-    pub async fn interfaces(&self) -> Result<Vec<Interface>, RouteError> {
-        let links: Vec<LinkMessage> = (self.handle.link().get().execute().try_collect().await)
-            .map_err(|error| netlink("all links".to_owned(), &error))?;
-        let usable = |link: &&LinkMessage| {
-            link.header.flags.contains(LinkFlags::Up) && !link.header.flags.contains(LinkFlags::Loopback)
-        };
-        let mut interfaces: Vec<_> = links.iter().filter(usable).filter_map(interface_of).collect();
-        interfaces.sort();
-        Ok(interfaces)
-    }
-
-    async fn route(&self, backend: IpAddr) -> Result<RouteMessage, RouteError> {
-        let whole = if backend.is_ipv4() { 32 } else { 128 };
-        let request = RouteMessageBuilder::<IpAddr>::new().destination_prefix(backend, whole);
-        let request =
-            request.map_err(|error| incomplete(format!("route to {backend}"), &error.to_string()))?;
-        let answer = self.handle.route().get(request.build()).execute();
-        match std::pin::pin!(answer).try_next().await {
-            Ok(Some(route)) => Ok(route),
-            Ok(None) => Err(incomplete(format!("route to {backend}"), "no answer")),
-            // Without a route the kernel answers ENETUNREACH; for a rejecting route, the error that
-            // the sender would get.
-            Err(rtnetlink::Error::NetlinkError(error)) => {
-                Err(RouteError::Unreachable { backend, error: error.to_io() })
-            }
-            Err(error) => Err(netlink(format!("route to {backend}"), &error)),
-        }
-    }
-}
-
-async fn first<T>(
-    answers: impl Stream<Item = Result<T, rtnetlink::Error>>,
-    question: impl Fn() -> String,
-) -> Result<T, RouteError> {
-    let answer = std::pin::pin!(answers).try_next().await.map_err(|error| netlink(question(), &error))?;
-    answer.ok_or_else(|| incomplete(question(), "no answer"))
-}
-
-fn netlink(question: String, error: &rtnetlink::Error) -> RouteError {
-    let error = match error {
-        rtnetlink::Error::NetlinkError(error) => error.to_io().to_string(),
-        other => other.to_string(),
-    };
-    RouteError::Netlink { question, error }
-}
-
-fn incomplete(question: String, error: &str) -> RouteError {
-    RouteError::Netlink { question, error: error.to_owned() }
-}
-
-fn interface_of(link: &LinkMessage) -> Option<Interface> {
-    let name = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    })?;
-    let kind = LinkKind::of(link.header.link_layer_type);
-    Some(Interface { index: link.header.index, name, kind })
-}
-
-/// Notifies the caller of changes of links, addresses, routes or rules, so that it queries
-/// [`Routes`] again.
+/// Notifies the caller of changes of links, qdiscs, filters, addresses, routes or rules, so that it
+/// queries the kernel again.
 pub struct Changes {
     /// One item for each message; its content does not matter. Lost messages (ENOBUFS) are an item
     /// too.
@@ -231,13 +118,14 @@ pub struct Changes {
 
 /// Changes come in bursts: a link that goes down takes its routes along, a routing daemon writes
 /// thousands.
-const QUIET: Duration = Duration::from_millis(100);
-/// How long a burst may delay the caller.
-const LONGEST: Duration = Duration::from_secs(1);
+const QUIET: Duration = Duration::from_millis(20);
+/// How long a burst may delay the caller: packets that arrive on a new device meanwhile belong to
+/// no connection of the host's, which resets it.
+const LONGEST: Duration = Duration::from_millis(300);
 
 impl Changes {
     /// Subscribes to changes, in the calling thread's network namespace. A caller that subscribes
-    /// before it queries [`Routes`] misses no change.
+    /// before it queries the kernel misses no change.
     ///
     /// # Errors
     /// As socket(2) and bind(2).
@@ -247,6 +135,7 @@ impl Changes {
     pub fn watch() -> io::Result<Self> {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
+            MulticastGroup::Tc,
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
@@ -258,7 +147,7 @@ impl Changes {
         Ok(Self { messages: messages.map(|_| ()).boxed(), since: None, _connection: connection })
     }
 
-    /// Returns after a change, once nothing more has changed for 100 ms, or 1 s after the first
+    /// Returns after a change, once nothing more has changed for 20 ms, or 300 ms after the first
     /// change. Changes before the call count. Cancel safe: the next call reports what a dropped
     /// call received.
     ///
@@ -297,18 +186,49 @@ mod tests {
     use super::*;
 
     #[test]
-    fn link_kinds_give_the_offset_of_the_ip_header() {
+    fn link_kinds_give_the_format_of_packets() {
         let cases = [
-            (LinkLayerType::Ether, Some(14)),
-            (LinkLayerType::None, Some(0)),
-            (LinkLayerType::Tunnel, Some(0)),
-            (LinkLayerType::Ppp, Some(0)),
-            (LinkLayerType::Infiniband, None),
-            (LinkLayerType::Ipgre, None),
+            (LinkLayerType::Ether, LinkKind::Ethernet),
+            (LinkLayerType::None, LinkKind::Headerless),
+            (LinkLayerType::Tunnel, LinkKind::Headerless),
+            (LinkLayerType::Ppp, LinkKind::Headerless),
+            (LinkLayerType::Infiniband, LinkKind::Other(32)),
+            (LinkLayerType::Ipgre, LinkKind::Other(778)),
         ];
-        for (link, header_len) in cases {
-            assert_eq!(LinkKind::of(link).header_len(), header_len, "{link:?}");
+        for (link, kind) in cases {
+            assert_eq!(LinkKind::of(link), kind, "{link:?}");
         }
-        assert_eq!(LinkKind::of(LinkLayerType::Ipgre), LinkKind::Other(778));
+    }
+
+    #[test]
+    fn an_interface_is_read_from_its_message() {
+        let attribute = |kind: u16, value: &[u8]| {
+            let len = u16::try_from(4 + value.len()).unwrap();
+            let mut bytes = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            bytes.extend(value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        };
+        let message = |port_kind: &[u8]| {
+            // AF_UNSPEC, ARPHRD_ETHER, index 7, IFF_UP.
+            let mut bytes = [[0, 0].as_slice(), &1_u16.to_ne_bytes(), &7_u32.to_ne_bytes()].concat();
+            bytes.extend([1_u32.to_ne_bytes(), [0; 4]].concat());
+            bytes.extend(attribute(3, b"eth0\0"));
+            bytes.extend(attribute(10, &3_u32.to_ne_bytes()));
+            bytes.extend(attribute(18, &attribute(4, port_kind)));
+            bytes
+        };
+        let expected = Interface {
+            index: 7,
+            name: "eth0".to_owned(),
+            kind: LinkKind::Ethernet,
+            up: true,
+            loopback: false,
+            master: Some(3),
+        };
+        assert_eq!(interface(&message(b"bridge\0")).unwrap(), Some(expected.clone()));
+        let in_vrf = Interface { master: None, ..expected };
+        assert_eq!(interface(&message(b"vrf\0")).unwrap(), Some(in_vrf));
+        assert!(interface(&[0; 15]).is_err());
     }
 }

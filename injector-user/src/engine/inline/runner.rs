@@ -1,27 +1,45 @@
-//! Starts the inline engine for the listeners that use it, and follows changes of devices, routes,
-//! configuration and backend health.
+//! Starts the inline engine, and follows changes of devices, routes, configuration and backend
+//! health.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use anyhow::{Context as _, anyhow};
-use tokio::sync::{Notify, watch};
+use anyhow::Context as _;
+use tokio::{
+    sync::{
+        Notify,
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        watch,
+    },
+    time::MissedTickBehavior,
+};
 
 use super::{
-    attach::{self, Role},
-    attach_points::attach_points,
-    eligibility::{check_forwarding, checked_backends},
-    flow_tracker::{FlowTracker, ListenerInfo},
-    nat::{self, TableName},
-    nat_sync::{apply_dnat, fresh, remove_stale_nat, ruleset},
-    programs::{InlinePrograms, addresses},
-    routes::{Changes, Interface},
+    attach::{self, Attached},
+    flow_tracker::FlowTracker,
+    migrate::{self, Migration},
+    pins::{self, PinPaths},
+    programs::{self, InlinePrograms},
+    route_lookups,
+    routes::Changes,
+    sources::Sources,
+    usage::{EngineUsage, ResetRequest},
 };
 use crate::{
-    config::{EngineChoice, Inline as Settings, Listener, Nat},
-    engine::served_listener::ServedListener,
-    protocol::FirstSpeaker,
+    backend::Backend,
+    config::{Inline as Settings, Listener},
+    engine::{bpf::lock, served_listener::ServedListener, usage::InlineUsage},
     telemetry::{log::target, metrics::Metrics},
 };
+
+/// How often everything is looked at again that no notification announces: a backend's ejection
+/// that is over, another name of a backend, ports that the host uses.
+const REFRESH: Duration = attach::CHECK_INTERVAL;
+/// After how many of these the places of listeners that are gone are released, and an upgrade
+/// advances.
+const EVERY_FEW_TICKS: u32 = 2;
 
 /// The running engine.
 #[derive(Debug)]
@@ -30,169 +48,157 @@ pub struct InlineEngine {
     pub inline: Arc<InlinePrograms>,
     /// Its configuration.
     pub settings: Settings,
-    backends: Vec<SocketAddr>,
-    attached: BTreeSet<(Interface, Role)>,
+    attached: Attached,
+    migration: Migration,
+    sources: Sources,
+    /// Locked as long as the engine runs.
+    _pins: PinPaths,
+    /// What it serves now.
+    served: Arc<Mutex<Vec<ServedListener>>>,
+    ejected: Arc<Notify>,
+    resets: UnboundedSender<ResetRequest>,
+    reset_requests: Mutex<Option<UnboundedReceiver<ResetRequest>>>,
 }
 
-/// The listeners that the engine serves, in the order of their ids.
-fn inline_listeners(listeners: &[Listener]) -> Vec<&Listener> {
-    listeners.iter().filter(|listener| listener.engine == EngineChoice::Inline).collect()
+/// Why the engine cannot serve this listener on any host; `None` if it can.
+#[must_use]
+pub fn ineligibility(listener: &Listener) -> Option<String> {
+    programs::templates(listener).err()
 }
 
-/// Loads the programs, gives them the listeners, attaches them and sets up NAT. `None` if no
-/// listener is inline.
+/// Loads the programs and attaches them to the devices. `None` if there are no listeners: then, and
+/// on an error, the connections of an earlier daemon go on, and its programs open no new ones.
 ///
 /// # Errors
-/// When it cannot run here; each says what to do. What was attached before stays as it was.
-pub fn start(settings: &Settings, listeners: &[Listener]) -> anyhow::Result<Option<InlineEngine>> {
-    let listeners = inline_listeners(listeners);
+/// When it cannot run here; each says what to do.
+pub fn start(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<Option<InlineEngine>> {
     if listeners.is_empty() {
-        remove_stale_nat(settings);
+        stop_opening(settings);
         return Ok(None);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(start_engine(settings, &listeners)).context("engine \"inline\"").map(Some)
+    let started = start_engine(settings).context("engine \"inline\"");
+    if started.is_err() {
+        stop_opening(settings);
+    }
+    started.map(Some)
 }
 
-async fn start_engine(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<InlineEngine> {
-    let mut backends = Vec::new();
-    for listener in listeners {
-        let checked =
-            checked_backends(listener).map_err(|what| anyhow!("listener {:?}: {what}", listener.name))?;
-        backends.extend(checked);
-    }
-    // First everything that may fail and changes nothing.
-    let ruleset = match settings.nat {
-        Nat::Managed => {
-            let served: Vec<_> = listeners.iter().map(|listener| fresh(listener)).collect();
-            let ruleset = ruleset(settings, &served)?;
-            // Checks that nft exists and may be used.
-            ruleset.is_applied()?;
-            Some(ruleset)
-        }
-        Nat::External => None,
-    };
-    let points = attach_points(settings, &backends).await?;
-    check_forwarding(settings, listeners, &points)?;
-
-    let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
-    let inline = Arc::new(InlinePrograms::load(settings, count)?);
-    inline.serve(listeners)?;
-    let mut running =
-        InlineEngine { inline, settings: settings.clone(), backends, attached: BTreeSet::new() };
-    running.attach(points)?;
-    // After attaching, so that no packet passes without a program.
-    let removed = attach::remove_other_versions(&settings.pin)
-        .with_context(|| format!("removing another version's programs from {}", settings.pin.display()))?;
-    if !removed.is_empty() {
-        let what = removed.join(", ");
-        tracing::warn!(target: target::ENGINE_INLINE,
-            what,
-            "programs and maps of another version were removed; connections through them have ended"
-        );
-    }
-    if let Some(ruleset) = ruleset {
-        for chain in nat::chains_that_drop_forwarded().unwrap_or_default() {
-            tracing::warn!(target: target::ENGINE_INLINE,
-                family = chain.family,
-                table = chain.table,
-                chain = chain.chain,
-                "a firewall chain drops forwarded packets unless one of its rules accepts them: add a rule for connections to the backends"
-            );
-        }
-        let change = ruleset.apply()?;
-        tracing::info!(target: target::ENGINE_INLINE, table = settings.table, ?change, "NAT rules updated");
-    }
-    Ok(running)
+fn start_engine(settings: &Settings) -> anyhow::Result<InlineEngine> {
+    route_lookups::allow()?;
+    let mut pins = pins::prepare(settings)?;
+    let inline = Arc::new(InlinePrograms::load(settings, &pins.maps)?);
+    let migration = migrate::begin(&mut pins)?;
+    let mut attached =
+        Attached::new(settings, &pins, migration.programs()).context("identifying the network namespace")?;
+    // Each failure was logged; the other devices are served.
+    let _ = attached.update(&inline);
+    let (resets, reset_requests) = mpsc::unbounded_channel();
+    Ok(InlineEngine {
+        inline,
+        settings: settings.clone(),
+        attached,
+        migration,
+        sources: Sources::new(settings),
+        _pins: pins,
+        served: Arc::default(),
+        ejected: Arc::default(),
+        resets,
+        reset_requests: Mutex::new(Some(reset_requests)),
+    })
 }
 
-impl InlineEngine {
-    /// The tracker of the flows of these listeners.
-    #[must_use]
-    pub fn flow_tracker(&self, served: &[ServedListener], metrics: &Metrics) -> FlowTracker {
-        let listener_info = |served: &ServedListener| ListenerInfo {
-            name: served.listener.name.clone(),
-            expects_banner: served.listener.protocol.speaks_first() != FirstSpeaker::Unknown,
-            metrics: metrics.listener(&served.listener.name, "inline"),
-        };
-        let capacity = usize::try_from(self.settings.flows).unwrap_or(usize::MAX);
-        FlowTracker::new(served.iter().map(listener_info).collect(), self.settings.idle, capacity)
-    }
-
-    /// Attaches the programs where they are missing, and forgets devices that are gone.
-    fn attach(&mut self, points: BTreeSet<(Interface, Role)>) -> anyhow::Result<()> {
-        for (device, role) in points.difference(&self.attached) {
-            self.inline.attach(device, *role, self.settings.attachment)?;
-            tracing::info!(target: target::ENGINE_INLINE, device = device.name, ?role, "programs attached");
+/// Sends new connections to the sockets, if programs of an earlier daemon are still attached.
+fn stop_opening(settings: &Settings) {
+    match migrate::stop_opening(&settings.pin) {
+        Ok(places) if places.is_empty() => {}
+        Ok(places) => {
+            let places = places.join(", ");
+            tracing::info!(target: target::ENGINE_INLINE, places, "inline is not used: programs of an earlier daemon open no new connections, and serve those that they have. `injector inline detach` removes them");
         }
-        self.attached = points;
-        Ok(())
-    }
-
-    /// Follows devices, routes, the configuration and the backends' health until the runtime ends.
-    ///
-    /// # Errors
-    /// When the kernel does not tell of changes any more.
-    pub async fn run(
-        mut self,
-        mut served: watch::Receiver<Vec<ServedListener>>,
-        health: Arc<Notify>,
-    ) -> anyhow::Result<()> {
-        let mut changes = Changes::watch().context("listening to rtnetlink")?;
-        let mut routes_changed = true;
-        loop {
-            // Includes changes since the start.
-            if routes_changed {
-                match attach_points(&self.settings, &self.backends).await {
-                    Ok(points) => {
-                        if let Err(error) = self.attach(points) {
-                            tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "attaching programs to new interfaces failed; connections through them are not served");
-                        }
-                    }
-                    Err(error) => {
-                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "reading interfaces and routes failed; programs stay where they are")
-                    }
-                }
-            }
-            let now = served.borrow_and_update().clone();
-            if self.settings.nat == Nat::Managed && !now.is_empty() {
-                apply_dnat(&self.settings, now).await;
-            }
-            tokio::select! {
-                changed = changes.next() => {
-                    changed?;
-                    routes_changed = true;
-                }
-                () = health.notified() => routes_changed = false,
-                Ok(()) = served.changed() => {
-                    if let Err(error) = self.reload(&served.borrow().clone()) {
-                        tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "inline reload failed; the previous settings stay in effect");
-                    }
-                    routes_changed = true;
-                }
-            }
+        Err(error) => {
+            tracing::error!(target: target::ENGINE_INLINE, %error, "programs of an earlier daemon may still open connections; `injector inline detach` removes them");
         }
-    }
-
-    /// Gives the programs the new listeners and backends.
-    fn reload(&mut self, served: &[ServedListener]) -> anyhow::Result<()> {
-        let listeners: Vec<_> = served.iter().map(|served| &served.listener).collect();
-        self.inline.serve(&listeners)?;
-        let backends: Result<Vec<_>, _> = listeners.iter().map(|listener| addresses(listener)).collect();
-        self.backends = backends.map_err(anyhow::Error::msg)?.into_iter().flatten().collect();
-        Ok(())
     }
 }
 
 /// Removes everything that the engine left in the kernel, and returns what it removed.
 ///
 /// # Errors
-/// When the NAT table cannot be removed; then the programs stay. Otherwise what could not be
-/// removed.
-pub fn detach(settings: &Settings) -> anyhow::Result<Vec<String>> {
-    let table: TableName = settings.table.parse()?;
-    if settings.nat == Nat::Managed {
-        nat::remove(&table)?;
+/// When a daemon uses it and `force` is not set. Otherwise what could not be removed.
+pub fn detach(settings: &Settings, force: bool) -> anyhow::Result<Vec<String>> {
+    Ok(super::detach::detach(&settings.pin, force)?)
+}
+
+impl InlineEngine {
+    /// The counts that it shares with the other engines.
+    #[must_use]
+    pub fn usage(&self) -> Arc<dyn InlineUsage> {
+        Arc::new(EngineUsage { inline: Arc::clone(&self.inline), resets: self.resets.clone() })
     }
-    attach::detach(&settings.pin).with_context(|| format!("{}", settings.pin.display()))
+
+    /// The tracker of the connections; there is one.
+    #[must_use]
+    pub fn flow_tracker(&self, served: &[ServedListener], metrics: &Metrics) -> FlowTracker {
+        *lock(&self.served) = served.to_vec();
+        let requests = lock(&self.reset_requests).take();
+        let requests = requests.unwrap_or_else(|| mpsc::unbounded_channel().1);
+        FlowTracker::new(Arc::clone(&self.served), metrics.clone(), Arc::clone(&self.ejected), requests)
+    }
+
+    /// Has the program serve these listeners now.
+    ///
+    /// # Errors
+    /// When a map does not take it; [`Self::run`] tries again.
+    pub fn serve(&mut self, served: &[ServedListener]) -> Result<(), String> {
+        let backends = served.iter().flat_map(|served| served.backends.all()).flat_map(Backend::addresses);
+        self.sources.refresh(backends);
+        self.migration.serve(|| serve(&self.inline, served, &self.sources))
+    }
+
+    /// Follows devices, routes, the configuration and the backends' health until the runtime ends.
+    ///
+    /// # Errors
+    /// When the kernel sends no notifications of changes any more.
+    pub async fn run(
+        mut self,
+        mut served: watch::Receiver<Vec<ServedListener>>,
+        health: Arc<Notify>,
+    ) -> anyhow::Result<()> {
+        let mut changes = Changes::watch().context("listening to rtnetlink")?;
+        let mut refresh = tokio::time::interval(REFRESH);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut failing, mut ticks) = (None, 0_u32);
+        loop {
+            let now = served.borrow_and_update().clone();
+            let error = self.serve(&now).err();
+            if let Some(error) = error.as_ref().filter(|error| failing.as_ref() != Some(*error)) {
+                tracing::error!(target: target::ENGINE_INLINE, error, "inline does not follow a change of listeners or backends; it is tried again every few seconds");
+            }
+            failing = error;
+            *lock(&self.served) = now;
+            tokio::select! {
+                changed = changes.next() => {
+                    changed?;
+                    let _ = self.attached.update(&self.inline);
+                }
+                _ = refresh.tick() => {
+                    let _ = self.attached.update(&self.inline);
+                    route_lookups::allow_again();
+                    ticks = ticks.wrapping_add(1);
+                    if ticks.is_multiple_of(EVERY_FEW_TICKS) {
+                        self.inline.release_places(&lock(&self.served));
+                        self.migration.advance();
+                    }
+                }
+                () = health.notified() => {}
+                () = self.ejected.notified() => {}
+                Ok(()) = served.changed() => {}
+            }
+        }
+    }
+}
+
+fn serve(inline: &InlinePrograms, served: &[ServedListener], sources: &Sources) -> Result<(), String> {
+    inline.update_settings().map_err(|error| error.to_string())?;
+    inline.serve(served, &|backend| sources.towards(backend)).map_err(|error| error.to_string())
 }

@@ -14,12 +14,12 @@ use crate::{
         Engine,
         check::{Check, SelfTestReport},
         inline::{
-            eligibility,
             runner::{self, InlineEngine as Runner},
             selftest as inline_selftest,
         },
         served_listener::ServedListener,
         splice::{Splice, selftest as splice_selftest},
+        usage::InlineUsage,
     },
     os::poll,
     telemetry::{
@@ -38,22 +38,14 @@ pub fn test_inline() -> SelfTestReport {
     SelfTestReport::new(checks, programs)
 }
 
-/// Why the inline engine cannot serve each of these listeners; `None` where it can. Changes nothing.
+/// Why the inline engine cannot serve this listener on any host; `None` if it can. Changes nothing.
 #[must_use]
-pub fn inline_ineligibility(settings: &InlineSettings, listeners: &[&Listener]) -> Vec<Option<String>> {
-    eligibility::ineligible_reasons(settings, listeners)
+pub fn inline_ineligibility(listener: &Listener) -> Option<String> {
+    listener.inline_obstacle()
 }
 
-/// Whether the inline engine can serve a changed listener that it serves already.
-///
-/// # Errors
-/// Why not.
-pub fn check_inline_listener(settings: &InlineSettings, listener: &Listener) -> anyhow::Result<()> {
-    eligibility::check_reload(settings, listener)
-}
-
-/// Loads the programs of the splice engine for so many connections, and runs its self-test. The engine comes
-/// with the report unless loading failed.
+/// Loads the programs of the splice engine for so many connections, and runs its self-test. The
+/// engine comes with the report unless loading failed.
 #[must_use]
 pub fn test_splice(connections: u32, watermarks: &Watermarks) -> (SelfTestReport, Option<LoadedSplice>) {
     let start = Instant::now();
@@ -92,7 +84,8 @@ impl LoadedSplice {
         if self.0.works_without_capabilities() { Vec::new() } else { vec![Capability::CAP_BPF] }
     }
 
-    /// Starts the tasks that receive backlog events and the log of the programs, and exports their counters.
+    /// Starts the tasks that receive backlog events and the log of the programs, and exports their
+    /// counters.
     pub fn spawn_tasks(&self, metrics: &Metrics) {
         let events = Arc::clone(&self.0);
         tokio::spawn(async move {
@@ -121,13 +114,14 @@ async fn forward_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
     }
 }
 
-/// Starts the inline engine for the listeners that use it; `None` if there are none.
+/// Starts the inline engine for these listeners; `None` if there are none. Then, and on an error,
+/// the connections of an earlier daemon go on, and its programs open no new ones.
 ///
 /// # Errors
-/// When it cannot run here; each says what to do. What was attached before stays as it was.
+/// When it cannot run here; each says what to do.
 pub fn start_inline(
     settings: &InlineSettings,
-    listeners: &[Listener],
+    listeners: &[&Listener],
 ) -> anyhow::Result<Option<InlineEngine>> {
     Ok(runner::start(settings, listeners)?.map(InlineEngine))
 }
@@ -135,9 +129,9 @@ pub fn start_inline(
 /// Removes everything that the inline engine left in the kernel, and returns what that was.
 ///
 /// # Errors
-/// What could not be removed.
-pub fn detach_inline(settings: &InlineSettings) -> anyhow::Result<Vec<String>> {
-    runner::detach(settings)
+/// When a daemon uses it and `force` is not set; or what could not be removed.
+pub fn detach_inline(settings: &InlineSettings, force: bool) -> anyhow::Result<Vec<String>> {
+    runner::detach(settings, force)
 }
 
 /// The inline engine with its programs attached.
@@ -151,19 +145,27 @@ impl InlineEngine {
         vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
     }
 
-    /// Starts the tasks that follow its connections, the devices and routes, `listeners` and the backends'
-    /// `health`. The kernel forwards packets without them.
+    /// The counts of its connections, and how to reset them.
+    #[must_use]
+    pub fn usage(&self) -> Arc<dyn InlineUsage> {
+        self.0.usage()
+    }
+
+    /// Serves the listeners, and starts the tasks that follow its connections, the devices and
+    /// routes, `listeners` and the backends' `health`. The kernel forwards packets without them.
     pub fn spawn_tasks(
         self,
         metrics: &Metrics,
         listeners: watch::Receiver<Vec<ServedListener>>,
         health: Arc<Notify>,
     ) {
-        let Self(running) = self;
-        metrics.set_inline_max_flows(running.settings.flows);
+        let Self(mut running) = self;
+        metrics.set_inline_max_flows(running.inline.max_flows());
         metrics.watch_programs(Arc::clone(&running.inline) as Arc<dyn BpfCounters>);
         let flow_tracker = running.flow_tracker(&listeners.borrow(), metrics);
         let inline = Arc::clone(&running.inline);
+        // Before the daemon is ready. The task tries again, and reports the failure.
+        let _ = running.serve(&listeners.borrow());
         tokio::spawn(async move {
             if let Err(error) = flow_tracker.run(&inline).await {
                 tracing::error!(target: target::ENGINE_INLINE, %error, "inline event reader failed; inline connections are carried but no longer logged or counted");
@@ -171,7 +173,7 @@ impl InlineEngine {
         });
         tokio::spawn(async move {
             if let Err(error) = running.run(listeners, health).await {
-                tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "route monitor failed; until a restart, programs are not attached to new interfaces, and NAT does not follow health, drains and reloads");
+                tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "device monitor failed; until a restart, programs are not attached to new devices, and inline does not follow health, drains and reloads");
             }
         });
     }

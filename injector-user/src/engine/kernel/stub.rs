@@ -8,7 +8,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     config::{Inline as InlineSettings, Listener, Watermarks},
-    engine::{Engine, check::SelfTestReport, served_listener::ServedListener},
+    engine::{Engine, check::SelfTestReport, served_listener::ServedListener, usage::InlineUsage},
     telemetry::metrics::Metrics,
 };
 
@@ -23,18 +23,10 @@ pub fn test_inline() -> SelfTestReport {
     SelfTestReport::not_run(REASON)
 }
 
-/// The inline engine can serve none of these listeners.
+/// The inline engine can serve no listener.
 #[must_use]
-pub fn inline_ineligibility(_settings: &InlineSettings, listeners: &[&Listener]) -> Vec<Option<String>> {
-    vec![Some(REASON.to_owned()); listeners.len()]
-}
-
-/// There is no listener that the inline engine serves.
-///
-/// # Errors
-/// Always.
-pub fn check_inline_listener(_settings: &InlineSettings, _listener: &Listener) -> anyhow::Result<()> {
-    bail!(REASON)
+pub fn inline_ineligibility(_listener: &Listener) -> Option<String> {
+    Some(REASON.to_owned())
 }
 
 /// Loads nothing.
@@ -72,7 +64,7 @@ impl LoadedSplice {
 /// Never.
 pub fn start_inline(
     _settings: &InlineSettings,
-    _listeners: &[Listener],
+    _listeners: &[&Listener],
 ) -> anyhow::Result<Option<InlineEngine>> {
     Ok(None)
 }
@@ -81,7 +73,7 @@ pub fn start_inline(
 ///
 /// # Errors
 /// Always: this binary does not know what the engine leaves.
-pub fn detach_inline(_settings: &InlineSettings) -> anyhow::Result<Vec<String>> {
+pub fn detach_inline(_settings: &InlineSettings, _force: bool) -> anyhow::Result<Vec<String>> {
     bail!(REASON)
 }
 
@@ -93,6 +85,12 @@ impl InlineEngine {
     /// Never called.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn usage(&self) -> Arc<dyn InlineUsage> {
         match *self {}
     }
 

@@ -19,6 +19,11 @@ pub trait BpfCounters: Send + Sync + Debug {
     /// Program, event and count since the programs were loaded; each pair once. Called at every
     /// scrape.
     fn read(&self) -> Vec<(&'static str, &'static str, u64)>;
+
+    /// How many entries of the inline engine's flow map are in use.
+    fn flows(&self) -> u32 {
+        0
+    }
 }
 
 /// Collects the counters of all loaded programs, and the backlog.
@@ -49,6 +54,14 @@ impl Collector for BpfCollector {
         )?;
         ConstGauge::new(i64::try_from(backlog).unwrap_or(i64::MAX)).encode(gauge)?;
         let watched = self.counters.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let flows = watched.iter().map(|counters| counters.flows()).fold(0, u32::saturating_add);
+        let gauge = encoder.encode_descriptor(
+            "inline_flows",
+            "Entries of the inline engine's flow map in use, those of ended connections included",
+            None,
+            MetricType::Gauge,
+        )?;
+        ConstGauge::new(i64::from(flows)).encode(gauge)?;
         if watched.is_empty() {
             return Ok(());
         }

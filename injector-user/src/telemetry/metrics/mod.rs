@@ -5,6 +5,7 @@
 
 mod backends;
 mod bpf;
+mod connections;
 mod families;
 pub mod http;
 mod labels;
@@ -18,6 +19,7 @@ mod tests;
 pub use self::{
     backends::{BackendSample, BackendSource},
     bpf::BpfCounters,
+    connections::ConnectionCounts,
     http::Readiness,
     listener::{ActiveGuard, ListenerMetrics, ListenerSnapshot, RejectReason},
     registry::Metrics,

@@ -15,6 +15,7 @@ use prometheus_client::{
 use super::{
     backends::{BackendCollector, BackendSource},
     bpf::{BpfCollector, BpfCounters},
+    connections::{ConnectionCounts, ConnectionSources},
     families::Families,
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
@@ -31,6 +32,7 @@ struct Inner {
     families: Families,
     bpf: Arc<BpfCollector>,
     backends: Arc<BackendCollector>,
+    connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
     config_loaded: Gauge<f64, AtomicU64>,
@@ -124,6 +126,7 @@ impl Metrics {
             families,
             bpf,
             backends,
+            connections: ConnectionSources::default(),
             draining,
             reloads: results,
             config_loaded,
@@ -146,6 +149,23 @@ impl Metrics {
         self.0.backends.watch(listener, backends);
     }
 
+    /// Sets the source of a listener's connections with `engine`, to be read at every scrape.
+    /// Connections that were accepted before are not counted.
+    pub fn watch_connections(
+        &self,
+        listener: &str,
+        engine: &'static str,
+        source: impl Fn() -> ConnectionCounts + Send + Sync + 'static,
+    ) {
+        self.refresh_connections();
+        self.0.connections.watch(listener, engine, Box::new(source));
+    }
+
+    /// Reads the sources of [`Metrics::watch_connections`].
+    pub fn refresh_connections(&self) {
+        self.0.connections.refresh(&self.0.families);
+    }
+
     /// Sets whether a listener is draining.
     pub fn set_draining(&self, listener: &str, draining: bool) {
         self.0.draining.get_or_create(&ListenerLabels { listener: listener.into() }).set(i64::from(draining));
@@ -154,6 +174,7 @@ impl Metrics {
     /// Removes the gauges of a removed listener. Its counters stay.
     pub fn forget_listener(&self, listener: &str) {
         self.0.backends.forget(listener);
+        self.0.connections.forget(listener);
         self.0.draining.remove(&ListenerLabels { listener: listener.into() });
     }
 
@@ -211,6 +232,7 @@ impl Metrics {
     /// # Errors
     /// Never in practice: writing to a `String` cannot fail.
     pub fn encode(&self) -> Result<String, fmt::Error> {
+        self.refresh_connections();
         let mut text = String::new();
         text::encode(&mut text, &self.0.registry)?;
         Ok(text)

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -32,6 +32,10 @@ struct Counted;
 impl BpfCounters for Counted {
     fn read(&self) -> Vec<(&'static str, &'static str, u64)> {
         vec![("inject", "pushed", 3), ("verdict", "redirected", 5)]
+    }
+
+    fn flows(&self) -> u32 {
+        7
     }
 }
 
@@ -92,6 +96,7 @@ fn every_family_has_its_type_and_unit() {
         ("injector_header_to_first_byte_seconds", ("histogram", Some("seconds"))),
         ("injector_headers_failed", ("counter", None)),
         ("injector_headers_sent", ("counter", None)),
+        ("injector_inline_flows", ("gauge", None)),
         ("injector_inline_max_flows", ("gauge", None)),
         ("injector_listener_draining", ("gauge", None)),
         ("injector_max_connections", ("gauge", None)),
@@ -220,6 +225,38 @@ fn a_connection_is_active_until_its_guard_is_dropped() {
     assert_eq!(active(), 1.0);
     drop(two);
     assert_eq!(active(), 0.0);
+}
+
+#[test]
+fn connections_of_a_source_are_read_at_each_scrape() {
+    let (metrics, listener) = complete();
+    let counts = Arc::new(Mutex::new(ConnectionCounts { active: 1, accepted: 40 }));
+    let watch = || {
+        let counts = Arc::clone(&counts);
+        metrics.watch_connections("smtp", "inline", move || *counts.lock().unwrap());
+    };
+    let seen = || {
+        let active = sample(&metrics, r#"injector_connections_active{listener="smtp",engine="inline"}"#);
+        (active, sample(&metrics, r#"injector_connections_accepted_total{listener="smtp"}"#))
+    };
+    watch();
+    // What an earlier daemon has counted does not count again.
+    assert_eq!(seen(), (1.0, 0.0));
+    *counts.lock().unwrap() = ConnectionCounts { active: 3, accepted: 45 };
+    listener.accepted();
+    assert_eq!(seen(), (3.0, 6.0));
+    // Watched again by a reload: nothing is lost or counted twice.
+    counts.lock().unwrap().accepted = 47;
+    watch();
+    assert_eq!(seen(), (3.0, 8.0));
+    assert_eq!(listener.snapshot().accepted, 8);
+    // A removed listener is followed until its last connection has ended.
+    metrics.forget_listener("smtp");
+    counts.lock().unwrap().active = 1;
+    assert_eq!(seen().0, 1.0);
+    counts.lock().unwrap().active = 0;
+    assert_eq!(seen().0, 0.0);
+    assert_eq!(Arc::strong_count(&counts), 1);
 }
 
 #[test]

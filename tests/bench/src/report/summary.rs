@@ -30,6 +30,8 @@ pub struct Row {
     pub to_haproxy: Option<Spread>,
     /// The same to kernel NAT alone.
     pub to_nat: Option<Spread>,
+    /// The same to the direct route.
+    pub to_direct: Option<Spread>,
     /// What this system adds to kernel NAT in processor time, as a share of what the best HAProxy
     /// adds.
     pub cpu_share: Option<f64>,
@@ -100,6 +102,7 @@ fn row(record: &Record, workload: &str, system: &str, figures: &[Figure], haprox
         cells: figures.iter().map(|figure| cell(record, workload, system, figure)).collect(),
         to_haproxy: haproxy.and_then(to),
         to_nat: to(NAT),
+        to_direct: to(DIRECT),
         cpu_share: haproxy.and_then(|haproxy| cpu_share(record, workload, system, haproxy)),
         steal,
         failures: measurements().filter(|it| it.failed.is_some()).count(),
@@ -176,6 +179,7 @@ mod tests {
         let ours = section.rows.last().unwrap();
         assert!((ours.to_haproxy.unwrap().median - 1.5).abs() < 1e-9);
         assert!((ours.to_nat.unwrap().min - 0.75).abs() < 1e-9);
+        assert!((ours.to_direct.unwrap().max - 0.625).abs() < 1e-9);
         assert!((ours.cpu_share.unwrap() - 0.25).abs() < 1e-9, "adds 1 where HAProxy adds 4");
         let above = ours.cells[1].unwrap().above_direct.unwrap();
         assert!((above.median - 2.0).abs() < 1e-9);

@@ -1,6 +1,7 @@
 //! The tables in Markdown, which is readable in a terminal too.
 
 use std::fmt::Write as _;
+use std::iter;
 
 use super::digits;
 use super::summary::{Cell, Row, Section, sections};
@@ -25,9 +26,8 @@ pub fn full(record: &Record) -> String {
 /// The ratios alone: one line for each workload and system.
 #[must_use]
 pub fn ratios(record: &Record) -> String {
-    let mut rows = vec![
-        ["workload", "system", "", "", "to HAProxy's best", "to kernel NAT"].map(str::to_owned).to_vec(),
-    ];
+    let head = ["workload", "system", "", "", "to HAProxy's best", "to kernel NAT", "to direct"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
     for section in sections(record) {
         let Some(figure) = section.figures.first() else { continue };
         for row in &section.rows {
@@ -39,6 +39,7 @@ pub fn ratios(record: &Record) -> String {
                 figure.unit.clone(),
                 row.to_haproxy.as_ref().map(ratio).unwrap_or_default(),
                 row.to_nat.as_ref().map(ratio).unwrap_or_default(),
+                row.to_direct.as_ref().map(ratio).unwrap_or_default(),
             ]);
         }
     }
@@ -55,7 +56,8 @@ fn whole(section: &Section) -> Vec<Vec<String>> {
         }
     }
     let haproxy = section.haproxy.as_deref().unwrap_or("HAProxy's best");
-    head.extend([format!("to {haproxy}"), "to nat".to_owned(), "CPU share".to_owned(), "steal".to_owned()]);
+    let rest = ["to nat", "to direct", "CPU share", "steal"].map(str::to_owned);
+    head.extend(iter::once(format!("to {haproxy}")).chain(rest));
     let mut rows = vec![head];
     rows.extend(section.rows.iter().map(|row| line(row, &section.figures)));
     rows
@@ -72,6 +74,7 @@ fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
     }
     words.push(row.to_haproxy.as_ref().map(ratio).unwrap_or_default());
     words.push(row.to_nat.as_ref().map(ratio).unwrap_or_default());
+    words.push(row.to_direct.as_ref().map(ratio).unwrap_or_default());
     words.push(row.cpu_share.map(|share| format!("{share:.2}")).unwrap_or_default());
     words.push(format!("{:.1} %", row.steal * 100.0));
     words

@@ -3,7 +3,6 @@
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use injector_load::service::{ALL, PortKind};
@@ -15,15 +14,13 @@ use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
     BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
 };
-use injector_testbed::netns::{HostAddresses, NetnsHandle, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+use injector_testbed::netns::{HostAddresses, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
 
 /// How long the daemon may take to detach its programs and exit.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A placeholder for the directory of a BPF file system; each run of the inline engine has its own.
 const PIN: &str = "/sys/fs/bpf/injector-bench";
-/// The inline engine's NAT table.
-const TABLE: &str = "injector-bench";
 
 /// One engine, with tables that precede the listeners in its configuration.
 struct Engine {
@@ -63,11 +60,11 @@ pub(super) fn engines() -> Vec<System> {
             )
         },
         Engine {
-            tables: format!("[inline]\npin = \"{PIN}\"\ntable = \"{TABLE}\"\n\n"),
+            tables: format!("[inline]\npin = \"{PIN}\"\n\n"),
             ..Engine::new(
                 "inline",
                 VIP_INLINE,
-                "the injector, packets: kernel NAT forwards them, the header is added on the way",
+                "the injector, packets: a BPF program translates and forwards them, and adds the header",
             )
         },
         Engine::new("relay", VIP_RELAY, "the injector, user space copies the payload"),
@@ -116,16 +113,13 @@ fn system(engine: Engine) -> System {
             if !config.contains(PIN) {
                 return Ok(Box::new(Daemon {
                     injector: Some(Injector::start(edge, &config)?),
-                    leftovers: None,
+                    _bpffs: None,
                 }));
             }
             let bpffs = BpfFs::mount()?;
             let config = config.replace(PIN, &bpffs.path().display().to_string());
             let injector = Injector::start(edge, &config)?;
-            Ok(Box::new(Daemon {
-                injector: Some(injector),
-                leftovers: Some(InlineLeftovers { edge: edge.handle(), _bpffs: bpffs }),
-            }))
+            Ok(Box::new(Daemon { injector: Some(injector), _bpffs: Some(bpffs) }))
         }),
     }
 }
@@ -158,26 +152,8 @@ impl Engine {
 struct Daemon {
     /// `None` during shutdown.
     injector: Option<Injector>,
-    /// Dropped after it.
-    leftovers: Option<InlineLeftovers>,
-}
-
-/// What the inline engine leaves on the edge; removed so that the next system starts with a clean
-/// edge.
-#[derive(Debug)]
-struct InlineLeftovers {
-    edge: NetnsHandle,
-    /// Programs and maps are pinned here, and are removed with it.
-    _bpffs: BpfFs,
-}
-
-impl Drop for InlineLeftovers {
-    fn drop(&mut self) {
-        let removed = self.edge.run(|| Command::new("nft").args(["delete", "table", "inet", TABLE]).status());
-        if !removed.as_ref().is_ok_and(|status| status.as_ref().is_ok_and(ExitStatus::success)) {
-            eprintln!("bench: the table {TABLE} could not be removed: {removed:?}");
-        }
-    }
+    /// Dropped after it: programs and maps are pinned here, and are removed with it.
+    _bpffs: Option<BpfFs>,
 }
 
 impl RunningSystem for Daemon {
@@ -206,7 +182,6 @@ impl Drop for Daemon {
     /// In order, so that an engine with programs on interfaces detaches them.
     fn drop(&mut self) {
         let Some(injector) = self.injector.take() else { return };
-        let _leftovers = self.leftovers.take();
         let begun = Instant::now();
         match injector.stop() {
             Ok((status, log)) if !status.success() => {

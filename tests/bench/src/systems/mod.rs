@@ -132,11 +132,11 @@ pub fn all(programs: &Programs) -> Vec<System> {
     systems
 }
 
-/// Names of the systems that `--quick` compares: kernel NAT, the newest HAProxy as its developers
+/// Names of the systems that `--quick` compares: the direct route, kernel NAT, the newest HAProxy as its developers
 /// would configure it, and all engines of the injector.
 #[must_use]
 pub fn quick(programs: &Programs) -> Vec<String> {
-    let mut names = vec![NAT.to_owned()];
+    let mut names = vec![DIRECT.to_owned(), NAT.to_owned()];
     names.extend(best_haproxies(programs));
     names.extend(injector::engines().into_iter().map(|system| system.name));
     names

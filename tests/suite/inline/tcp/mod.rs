@@ -9,8 +9,8 @@ mod windows;
 
 use self::closes::{early_reset, half_close, refused, reset, same_ports, simultaneous_close};
 use self::options::{sack, syn_cookies, with};
-use self::path_mtu::path_mtu;
 pub(crate) use self::path_mtu::{forget_path_mtu, narrow_link};
+use self::path_mtu::{own_answer, path_mtu};
 pub(crate) use self::sequence_numbers::{WRAPPING_ISNS, five_gibibytes, transfer_from_isn};
 use self::sequence_numbers::{wrap, wrap_with_loss};
 use self::windows::{keepalive, zero_window};
@@ -45,7 +45,16 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("ports reused after a reset", |testbed, family| same_ports(testbed, family, true)),
     ("ports reused, TIME_WAIT at the backend", |testbed, family| same_ports(testbed, family, false)),
     ("keep-alive probes", keepalive),
-    ("path MTU discovery behind the edge", path_mtu),
+    ("path MTU discovery behind the edge", |testbed, family| path_mtu(testbed, family, Direction::ToBackend)),
+    ("path MTU discovery in front of the client", |testbed, family| {
+        path_mtu(testbed, family, Direction::ToClient)
+    }),
+    ("a packet too long for the backend's link", |testbed, family| {
+        own_answer(testbed, family, Direction::ToBackend)
+    }),
+    ("a packet too long for the client's link", |testbed, family| {
+        own_answer(testbed, family, Direction::ToClient)
+    }),
     ("sequence numbers wrap around", wrap),
     ("sequence numbers wrap around, header lost", wrap_with_loss),
 ];

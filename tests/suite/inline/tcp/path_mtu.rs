@@ -1,4 +1,4 @@
-//! A narrower link behind the edge.
+//! Narrower links than the edge's.
 
 use std::collections::HashSet;
 use std::net::Ipv4Addr;
@@ -12,54 +12,120 @@ use injector_testbed::netns::Family;
 
 use super::BYTES;
 use crate::wire::{Direction, Fate, Layer, Seen, Side};
-use crate::wire_testbed::{FirstSpeaker, WireTestbed, through};
+use crate::wire_testbed::{Connection, FirstSpeaker, WireTestbed, through};
 
-/// A router in front of a narrower link behind the edge sends ICMP errors: the client must get them
-/// with its own sequence numbers, accept them, and send less at once. (Linux accepts any number in
-/// flight; other systems need not.)
-pub(super) fn path_mtu(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    const MTU: u16 = 1300;
+const MTU: u16 = 1300;
+
+/// A router in front of a narrower link behind the edge, or in front of the client, sends ICMP errors:
+/// the sender must get them with its own sequence numbers, accept them, and send less at once. (Linux
+/// accepts any number in flight; other systems need not.)
+pub(super) fn path_mtu(testbed: &WireTestbed, family: Family, direction: Direction) -> anyhow::Result<()> {
     let answers = Arc::new(AtomicU32::new(0));
     let (count, layer) = (Arc::clone(&answers), testbed.layer);
+    let (near, far) = links(direction);
+    transfer(testbed, family, direction, move |seen| {
+        if seen.side == far { narrow(seen, (far, direction), layer, MTU, &count) } else { Fate::Pass }
+    })?;
+    let answers = answers.load(Ordering::Relaxed);
+    eprintln!("    {answers} packets were too big");
+    ensure!(answers > 0, "nothing was too big");
+    ensure!(!testbed.wire.quoted(near).is_empty(), "the sender got no ICMP error");
+    Ok(())
+}
+
+/// The edge's own device has become narrower since the handshake: it answers what is too long itself,
+/// though it does not forward.
+pub(super) fn own_answer(testbed: &WireTestbed, family: Family, direction: Direction) -> anyhow::Result<()> {
+    let before = testbed.counted("too_big")?;
+    let device = if direction == Direction::ToBackend { "wire-inside" } else { "wire-outside" };
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
+    let mtu = |mtu: &str| testbed.edge().ip(&["link", "set", device, "mtu", mtu]);
+    mtu("1300")?;
+    // Longer than a route is used.
+    std::thread::sleep(Duration::from_millis(1100));
+    let outcome = transfer_by(testbed, &connection, direction, |_| Fate::Pass);
+    mtu("1500")?;
+    outcome?;
+    ensure!(testbed.counted("too_big")? > before, "nothing was too big");
+    Ok(())
+}
+
+/// The link of the sender, and that of the receiver.
+fn links(direction: Direction) -> (Side, Side) {
+    match direction {
+        Direction::ToBackend => (Side::Client, Side::Backend),
+        Direction::ToClient => (Side::Backend, Side::Client),
+    }
+}
+
+fn transfer(
+    testbed: &WireTestbed,
+    family: Family,
+    direction: Direction,
+    faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static,
+) -> anyhow::Result<()> {
+    let connection = testbed.connection(family, FirstSpeaker::Server)?;
+    transfer_by(testbed, &connection, direction, faults)
+}
+
+/// The transfer is fast, and ICMP errors to the sender quote only numbers that it has sent.
+fn transfer_by(
+    testbed: &WireTestbed,
+    connection: &Connection,
+    direction: Direction,
+    mut faults: impl FnMut(&Seen<'_>) -> Fate + Send + 'static,
+) -> anyhow::Result<()> {
     let sent = Arc::new(Mutex::new(HashSet::new()));
     let sending = Arc::clone(&sent);
+    let (near, _) = links(direction);
     let _faulty = testbed.wire.faults(move |seen| {
-        if seen.at(Side::Client, Direction::ToBackend) && seen.is_data() {
+        if seen.at(near, direction) && seen.is_data() {
             sending.lock().unwrap_or_else(PoisonError::into_inner).insert(seen.tcp.sequence_number());
         }
-        narrow_link(seen, layer, MTU, &count)
+        faults(seen)
     });
-    let connection = testbed.connection(family, FirstSpeaker::Server)?;
+    for stream in [&connection.client, &connection.server] {
+        testbed.wire.watch(stream.local_addr()?.port());
+        testbed.wire.watch(stream.peer_addr()?.port());
+    }
     let start = Instant::now();
-    through(&connection.client, &connection.server, BYTES, 0)?;
+    let (from, to) = match direction {
+        Direction::ToBackend => (&connection.client, &connection.server),
+        Direction::ToClient => (&connection.server, &connection.client),
+    };
+    through(from, to, BYTES, 0)?;
     let took = start.elapsed();
-    let answers = answers.load(Ordering::Relaxed);
-    eprintln!("    1 MiB in {took:.0?}, {answers} packets were too big");
-    ensure!(answers > 0, "nothing was too big");
+    eprintln!("    1 MiB in {took:.0?}");
     ensure!(took < Duration::from_secs(2), "it took {took:?}");
-    let quoted = testbed.wire.quoted();
+    let quoted = testbed.wire.quoted(near);
     let sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
-    ensure!(!quoted.is_empty(), "the client got no ICMP error");
-    ensure!(quoted.iter().all(|number| sent.contains(number)), "of {quoted:?} the client has sent {sent:?}");
+    ensure!(quoted.iter().all(|number| sent.contains(number)), "of {quoted:?} the sender has sent {sent:?}");
     forget_path_mtu(testbed)
 }
 
 /// A narrower link behind the edge, whose router responds to packets that are too big, and counts
 /// them.
 pub(crate) fn narrow_link(seen: &Seen<'_>, layer: Layer, mtu: u16, answers: &AtomicU32) -> Fate {
+    narrow(seen, (Side::Backend, Direction::ToBackend), layer, mtu, answers)
+}
+
+fn narrow(seen: &Seen<'_>, at: (Side, Direction), layer: Layer, mtu: u16, answers: &AtomicU32) -> Fate {
     let too_big = seen.frame.len() - seen.ip_at > usize::from(mtu);
-    if !seen.at(Side::Backend, Direction::ToBackend) || !too_big {
+    if !seen.at(at.0, at.1) || !too_big {
         return Fate::Pass;
     }
     answers.fetch_add(1, Ordering::Relaxed);
     too_big_for(seen, layer, mtu).map_or(Fate::Drop, Fate::Answer)
 }
 
-/// The client stores the path MTU for ten minutes; other trials must start without it.
+/// Hosts store the path MTU for ten minutes; other trials must start without it.
 pub(crate) fn forget_path_mtu(testbed: &WireTestbed) -> anyhow::Result<()> {
     let flush = ["route", "flush", "cache"];
-    testbed.client_side().ip(&flush)?;
-    testbed.client_side().ip(&[&["-6"], &flush[..]].concat())
+    for netns in [testbed.client_side(), testbed.backend_side()] {
+        netns.ip(&flush)?;
+        netns.ip(&[&["-6"], &flush[..]].concat())?;
+    }
+    Ok(())
 }
 
 /// The router's ICMP error: RFC 792 and 1191, RFC 4443 section 3.2.

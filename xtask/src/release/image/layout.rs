@@ -43,7 +43,7 @@ pub(super) fn build(out: &Path, base: &Path, binary: &Path, time: Time, scratch:
     let root = bundle.join("rootfs");
     quietly(Command::new("cp").args(["-a", "--"]).arg(base.join(".")).arg(&root))?;
     date(&root, time)?;
-    umoci.repack(&bundle, "Debian: nftables and the C library")?;
+    umoci.repack(&bundle, "Debian: the C library")?;
     daemon(&root, binary)?;
     date(&root, time)?;
     umoci.repack(&bundle, "the injector")?;

@@ -1,5 +1,4 @@
-//! The image's files, from Debian's packages: the C library and `nft` with their needs, without a
-//! shell.
+//! The image's files, from Debian's packages: the C library and its needs, without a shell.
 
 use std::{
     fs,
@@ -16,8 +15,8 @@ use super::{
 };
 use crate::setup;
 
-/// `nft` for the NAT of engine "inline", the C library, and the library that Rust unwinds with.
-const PACKAGES: &str = "nftables,libc6,libgcc-s1";
+/// The C library, and the library that Rust unwinds with.
+const PACKAGES: &str = "libc6,libgcc-s1";
 
 /// The image's default user.
 pub(super) const USER: &str = "65532:65532";

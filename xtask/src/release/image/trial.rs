@@ -82,11 +82,8 @@ fn try_out(
 ) -> Result<()> {
     let file = scratch.join("injector.toml");
     let forwards = Family::ALL.map(|family| Forward::to_mail(case.vip, SMTP, family));
-    let mut text = daemon::configuration(&forwards, case.engine, METRICS.parse()?);
+    let text = daemon::configuration(&forwards, case.engine, METRICS.parse()?);
     let bpffs = (case.engine == "inline").then(BpfFs::mount).transpose()?;
-    if bpffs.is_some() {
-        text.push_str("\n[inline]\n");
-    }
     fs::write(&file, text)?;
     let network = Path::new("/run/netns").join(topology.edge.name());
     let parts = Parts {

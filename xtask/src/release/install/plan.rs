@@ -177,7 +177,7 @@ pub(crate) fn uninstall(
         steps.push(try_to(&["systemctl", "disable", "--now", "injector.socket", "injector.service"]));
     }
     if system != System::Tree {
-        // Programs, maps and NAT rules stay in the kernel, and only the program can remove them.
+        // Programs and maps stay in the kernel, and only the program can remove them.
         let program = layout.program();
         let program = program.to_string_lossy();
         let config = there(Path::new(CONFIG)) == There::Nothing;

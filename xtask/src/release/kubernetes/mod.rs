@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Below `deploy/kubernetes/overlays`; for each the chart has `ci/NAME-values.yaml`.
-const OVERLAYS: [&str; 4] = ["least-privilege", "privileged", "inline-external", "edge-metallb"];
+const OVERLAYS: [&str; 4] = ["least-privilege", "privileged", "inline", "edge-metallb"];
 
 /// The mail server's side of the example, which has no chart.
 const MAIL: &str = "mail";

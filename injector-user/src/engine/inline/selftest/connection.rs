@@ -2,7 +2,9 @@
 
 use std::{
     cell::Cell,
+    collections::HashMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Instant,
 };
 
 use aya::{
@@ -10,7 +12,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use injector_common::{
-    inline::{ACK, PSH, SYN},
+    inline::{ACK, Phase, PortRange, SYN, Settings, Timeouts, Usage},
     proxy,
 };
 
@@ -18,7 +20,9 @@ use super::segment::{Link, Segment};
 use crate::{
     config::Receiver,
     engine::inline::{
-        maps::{Maps, Services},
+        counts::set_limit,
+        maps::Maps,
+        plan::{Destination, InUse, Planner, Service},
         programs::{LoadError, load_programs, template},
     },
 };
@@ -34,79 +38,77 @@ pub(super) const PASS: u32 = u32::MAX;
 pub(super) const DROP: u32 = 2;
 pub(super) const REDIRECT: u32 = 7;
 
-/// The loopback device, over which a test run goes.
-pub(super) const LOOPBACK: u32 = 1;
-/// Some other device: a packet from it was forwarded.
-pub(super) const OTHER_DEVICE: u32 = 2;
+/// Room for connections: more than the checks open.
+const SLOTS: u32 = 1024;
 
 impl Programs {
     pub(super) fn load() -> Result<Self, LoadError> {
+        Self::with_room(SLOTS, &[EDGE])
+    }
+
+    /// With this number of entries in `CONNECTIONS`, and these hosts' addresses towards the backend.
+    pub(super) fn with_room(slots: u32, sources: &[u16]) -> Result<Self, LoadError> {
         let mut loader = EbpfLoader::new();
         loader
-            .map_max_entries("LISTENERS", 16)
-            .map_max_entries("BACKENDS", 16)
-            .map_max_entries("TEMPLATES", 4)
-            .map_max_entries("PENDING", 1024)
-            .map_max_entries("FLOWS", 1024)
+            .map_max_entries("FLOWS", 2 * slots)
+            .map_max_entries("CONNECTIONS", slots)
+            .map_max_entries("FREE_SLOTS", slots)
             .override_global("SELF_TEST", &1_u32, true);
         let (programs, maps) = load_programs(&mut loader)?;
+        let ports = PortRange::new(32_768, 60_999).unwrap_or_default();
+        maps.set_settings(&Settings { ports, max_pending: slots, slots })?;
         let both = |host: u16, port: u16| [false, true].map(|ipv6| place(ipv6, host, port));
-        let failed = |what| LoadError::Listener { listener: "self-test".to_owned(), what };
-        let mut services = Services { backends: both(BACKEND, 2525).to_vec(), ..Services::default() };
-        for (id, (port, waits)) in (0..).zip([(SERVER_FIRST, false), (CLIENT_FIRST, true)]) {
-            services.listen.extend(both(PUBLIC, port).map(|address| (address, id)));
-            for ipv6 in [false, true] {
-                services.templates.push(template(&Receiver::default(), ipv6, waits).map_err(failed)?);
-            }
+        let mut services = Vec::new();
+        for (id, (port, waits)) in (1..).zip([(SERVER_FIRST, false), (CLIENT_FIRST, true)]) {
+            let template = |ipv6| template(&Receiver::default(), ipv6, waits).map_err(LoadError::Host);
+            maps.set_templates(id, &[template(false)?, template(true)?])?;
+            set_limit(&maps, id, u32::MAX);
+            services.push(Service {
+                id,
+                bind: both(PUBLIC, port).to_vec(),
+                timeouts: Timeouts { idle: 60, half_closed: 60 },
+                destinations: [false, true].map(|ipv6| destination(ipv6, sources)).to_vec(),
+                proxy_ports: both(BACKEND, PROXY_PORT).to_vec(),
+            });
         }
-        maps.replace(&services)?;
+        set_limit(&maps, Usage::ALL, u32::MAX);
+        maps.write(&Planner::new(&InUse::default()).plan(&services, Instant::now()))?;
         Ok(Self { programs, maps })
     }
 
-    /// Runs a program once; `from` is the device on which the packet arrived, 0 if this host sent
-    /// it.
-    pub(super) fn run(
-        &self,
-        program: &str,
-        packet: &[u8],
-        from: u32,
-        mark: u32,
-    ) -> Result<RunResult, String> {
+    /// Runs a program once on a packet that has come in.
+    pub(super) fn run(&self, program: &str, packet: &[u8]) -> Result<RunResult, String> {
         let program: &SchedClassifier = self
             .programs
             .program(program)
             .ok_or_else(|| format!("no program {program}"))?
             .try_into()
             .map_err(|error| format!("{program}: {error}"))?;
-        // The beginning of struct __sk_buff, include/uapi/linux/bpf.h; the kernel assumes zero for
-        // the rest.
-        let mut context = [0_u8; 44];
-        for (field, value) in [(2, mark), (9, from), (10, LOOPBACK)] {
-            let place = context.get_mut(field * 4..field * 4 + 4).ok_or("no such field")?;
-            place.copy_from_slice(&value.to_ne_bytes());
-        }
-        // The kernel returns the whole structure of its own version, which must fit.
-        let (mut out, mut context_out) = (vec![0; 2048], [0_u8; 512]);
-        let ran = program.test_run(TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            ctx_out: Some(&mut context_out),
-            ..TestRunOptions::default()
-        });
+        let mut out = vec![0; 2048];
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::default() };
+        let ran = program.test_run(options);
         let ran = ran.map_err(|error| format!("BPF_PROG_TEST_RUN: {}", crate::engine::bpf::chain(&error)))?;
         out.truncate(usize::try_from(ran.data_size_out).map_err(|error| error.to_string())?);
-        let (words, _) = context_out.as_chunks::<4>();
-        let mark = words.get(2).copied().map_or(0, u32::from_ne_bytes);
-        Ok(RunResult { verdict: ran.return_value, packet: out, mark })
+        Ok(RunResult { verdict: ran.return_value, packet: out })
     }
+
+    /// Has the listeners lead nowhere.
+    pub(super) fn remove_listeners(&self) -> Result<(), String> {
+        self.maps.set_listeners(&HashMap::new()).map_err(|error| error.to_string())
+    }
+}
+
+fn destination(ipv6: bool, sources: &[u16]) -> Destination {
+    let address = place(ipv6, BACKEND, PROXY_PORT);
+    let sources = sources.iter().map(|host| place(ipv6, *host, 0).ip()).collect();
+    Destination { address, weight: 1, sources }
 }
 
 /// The result of running a program on a packet.
 pub(super) struct RunResult {
     pub(super) verdict: u32,
     pub(super) packet: Vec<u8>,
-    pub(super) mark: u32,
 }
 
 /// The hosts of a test, by the last part of their address.
@@ -119,9 +121,12 @@ pub(super) const BACKEND: u16 = 2;
 pub(super) const SERVER_FIRST: u16 = 25;
 pub(super) const CLIENT_FIRST: u16 = 993;
 
+/// The backend's port.
+pub(super) const PROXY_PORT: u16 = 2525;
+
 /// A test run reads the EtherType of a packet at Ethernet's offset, also for a program that expects
 /// no Ethernet. Addresses that begin with the EtherType have it there. No packet is sent to them.
-fn place(ipv6: bool, host: u16, port: u16) -> SocketAddr {
+pub(super) fn place(ipv6: bool, host: u16, port: u16) -> SocketAddr {
     let ip = if ipv6 {
         IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x86DD, 0, 0, 0, 0, host))
     } else {
@@ -136,11 +141,11 @@ pub(super) struct Connection<'a> {
     pub(super) programs: &'a Programs,
     pub(super) ipv6: bool,
     pub(super) link: Link,
-    /// The port of the client, and of the edge host towards the backend.
+    /// The port of the client. It is not one of the host's sockets, so the program keeps it.
     pub(super) port: u16,
     /// The listener's.
     pub(super) public: u16,
-    /// What the programs add to the client's sequence numbers: [`Flow::offset`], read from the SYN.
+    /// What the program adds to the client's sequence numbers: [`Flow::offset`], read from the SYN.
     pub(super) offset: Cell<u32>,
 }
 
@@ -165,8 +170,14 @@ impl<'a> Connection<'a> {
         number.wrapping_add(self.offset.get())
     }
 
-    pub(super) fn segment(&self, [source, destination]: [SocketAddr; 2], flags: u8) -> Segment {
-        let ethernet = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+    /// The same behind the header.
+    pub(super) fn behind_header(&self, number: u32) -> u32 {
+        self.backend_sequence(number).wrapping_add(self.header_len())
+    }
+
+    fn segment(&self, [source, destination]: [SocketAddr; 2], flags: u8) -> Segment {
+        // The loopback device has the address zero, and takes what is sent to that.
+        let ethernet = [[0; 6], [2, 0, 0, 0, 0, 2]];
         Segment {
             ethernet: (self.link == Link::Ethernet).then_some(ethernet),
             source,
@@ -180,22 +191,28 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// A segment from the client, before NAT.
+    /// A segment from the client; as if it acknowledged the backend's SYN.
     pub(super) fn client_segment(&self, flags: u8) -> Segment {
-        self.segment([self.client(), self.public()], flags)
+        let acknowledgement = if flags & ACK == 0 { 0 } else { FIRST_OF_BACKEND };
+        Segment { acknowledgement, ..self.segment([self.client(), self.public()], flags) }
     }
 
-    /// A segment from the client, after NAT.
-    pub(super) fn to_backend(&self, flags: u8) -> Segment {
-        let ends = [place(self.ipv6, EDGE, self.port), place(self.ipv6, BACKEND, 2525)];
-        let acknowledgement = FIRST_OF_BACKEND;
-        Segment { acknowledgement, ..self.segment(ends, flags) }
+    /// This segment of the client's as it leaves to the backend, with this sequence number.
+    pub(super) fn to_backend(&self, segment: &Segment, sequence: u32) -> Segment {
+        let (source, destination) = (place(self.ipv6, EDGE, self.port), self.backend());
+        Segment { source, destination, sequence, ..segment.clone() }
     }
 
     /// A segment from the backend.
     pub(super) fn backend_segment(&self, flags: u8, acknowledgement: u32) -> Segment {
-        let ends = [place(self.ipv6, BACKEND, 2525), place(self.ipv6, EDGE, self.port)];
+        let ends = [self.backend(), place(self.ipv6, EDGE, self.port)];
         Segment { sequence: FIRST_OF_BACKEND, acknowledgement, ..self.segment(ends, flags) }
+    }
+
+    /// This segment of the backend's as it leaves to the client, with this acknowledgement.
+    pub(super) fn to_client(&self, segment: &Segment, acknowledgement: u32) -> Segment {
+        let (source, destination) = (self.public(), self.client());
+        Segment { source, destination, acknowledgement, ..segment.clone() }
     }
 
     pub(super) fn client(&self) -> SocketAddr {
@@ -206,83 +223,67 @@ impl<'a> Connection<'a> {
         place(self.ipv6, PUBLIC, self.public)
     }
 
+    pub(super) fn backend(&self) -> SocketAddr {
+        place(self.ipv6, BACKEND, PROXY_PORT)
+    }
+
     pub(super) fn header_len(&self) -> u32 {
         if self.ipv6 { 52 } else { 28 }
     }
 
-    /// Runs the program for this kind of device over a packet that was forwarded.
-    pub(super) fn run(&self, program: &str, segment: &Segment) -> Result<RunResult, String> {
-        self.run_with(program, segment, OTHER_DEVICE, 0)
-    }
-
-    pub(super) fn run_with(
-        &self,
-        program: &str,
-        segment: &Segment,
-        from: u32,
-        mark: u32,
-    ) -> Result<RunResult, String> {
-        let variant = match self.link {
-            Link::Ethernet => program.to_owned(),
-            Link::Raw => format!("{program}_raw"),
+    /// Runs the program for this kind of device.
+    pub(super) fn run(&self, segment: &Segment) -> Result<RunResult, String> {
+        let program = match self.link {
+            Link::Ethernet => "inline",
+            Link::Raw => "inline_raw",
         };
-        let ran = self.programs.run(&variant, &segment.packet()?, from, mark);
-        ran.map_err(|fault| format!("{variant}: {fault}"))
+        let ran = self.programs.run(program, &segment.packet()?);
+        ran.map_err(|fault| format!("{program}: {fault}"))
     }
 
-    /// Checks that the program passes the segment on, in this form.
-    pub(super) fn expect_passed(
-        &self,
-        program: &str,
-        what: &str,
-        sent: &Segment,
-        expected: &Segment,
-    ) -> Result<(), String> {
-        let ran = self.run(program, sent)?;
-        self.expect_segment(&ran, PASS, program, what, expected)
-    }
-
-    pub(super) fn expect_segment(
-        &self,
-        ran: &RunResult,
-        verdict: u32,
-        program: &str,
-        what: &str,
-        segment: &Segment,
-    ) -> Result<(), String> {
-        if ran.verdict != verdict {
-            return Err(format!("{program} gave verdict {} for {what}", ran.verdict.cast_signed()));
+    /// The segment that a run has sent; an error if it has sent none.
+    pub(super) fn sent(&self, ran: &RunResult, what: &str) -> Result<Segment, String> {
+        if ran.verdict != REDIRECT {
+            return Err(format!("the program gave verdict {} for {what}", ran.verdict.cast_signed()));
         }
-        let seen = Segment::read(&ran.packet, self.link).map_err(|fault| format!("{what}: {fault}"))?;
-        if seen == *segment {
+        // Without a link-layer header the packet gets one, which the kernel takes away again.
+        let read = Segment::read(&ran.packet, Link::Ethernet);
+        let mut read = read.map_err(|fault| format!("{what}: {fault}"))?;
+        if self.link == Link::Raw {
+            read.ethernet = None;
+        }
+        Ok(read)
+    }
+
+    /// Checks that the program sends the segment on, in this form.
+    pub(super) fn expect(&self, what: &str, segment: &Segment, expected: &Segment) -> Result<(), String> {
+        let seen = self.sent(&self.run(segment)?, what)?;
+        if seen == *expected {
             return Ok(());
         }
-        Err(format!("{program} made {seen:?} of {what}, and should have made {segment:?}"))
+        Err(format!("the program made {seen:?} of {what}, and should have made {expected:?}"))
     }
 
-    /// Sends the SYN, up to `backend_out`.
+    /// Checks that the program gives this verdict.
+    pub(super) fn expect_verdict(&self, what: &str, segment: &Segment, verdict: u32) -> Result<(), String> {
+        let seen = self.run(segment)?.verdict;
+        if seen == verdict {
+            return Ok(());
+        }
+        Err(format!("the program gave verdict {} for {what}", seen.cast_signed()))
+    }
+
+    /// Sends the SYN.
     pub(super) fn open(&self) -> Result<(), String> {
-        let mut syn = self.client_segment(SYN);
-        syn.sequence = FIRST.wrapping_sub(1);
-        let mut forwarded = self.to_backend(SYN);
-        (forwarded.sequence, forwarded.acknowledgement) = (syn.sequence, 0);
-        let seen = self.run("client_in", &syn)?;
-        self.expect_segment(&seen, PASS, "client_in", "a SYN", &syn)?;
-        if seen.mark == 0 {
-            return Err("client_in does not mark a SYN with a token".to_owned());
+        let syn = Segment { sequence: FIRST.wrapping_sub(1), ..self.client_segment(SYN) };
+        let seen = self.sent(&self.run(&syn)?, "a SYN")?;
+        self.offset.set(seen.sequence.wrapping_sub(syn.sequence));
+        let expected = self.to_backend(&syn, seen.sequence);
+        if seen != expected {
+            return Err(format!("the program made {seen:?} of a SYN, and should have made {expected:?}"));
         }
-        let ran = self.run_with("backend_out", &forwarded, OTHER_DEVICE, seen.mark)?;
-        let left = Segment::read(&ran.packet, self.link)?;
-        self.offset.set(left.sequence.wrapping_sub(forwarded.sequence));
-        forwarded.sequence = left.sequence;
-        self.expect_segment(&ran, PASS, "backend_out", "a SYN that client_in has seen", &forwarded)?;
-        // The token is valid for one packet.
-        let again = self.run_with("backend_out", &forwarded, OTHER_DEVICE, seen.mark)?;
-        if again.verdict == DROP {
-            Ok(())
-        } else {
-            Err("backend_out accepts one token for two packets".to_owned())
-        }
+        // Sent again, it goes to the same backend with the same number.
+        self.expect("a SYN that is sent again", &syn, &expected)
     }
 
     /// Sends segments up to the backend's SYN-ACK, whose window shrinks by the header.
@@ -292,35 +293,42 @@ impl<'a> Connection<'a> {
         let answer = Segment { sequence: FIRST_OF_BACKEND.wrapping_sub(1), ..answer };
         let window = u32::from(WINDOW) - self.header_len();
         let window = u16::try_from(window).unwrap_or(0);
-        let smaller = Segment { window, acknowledgement: FIRST, ..answer.clone() };
-        self.expect_passed("backend_in", "a SYN-ACK", &answer, &smaller)
+        let smaller = Segment { window, ..self.to_client(&answer, FIRST) };
+        self.expect("a SYN-ACK", &answer, &smaller)
     }
 
     /// Sends segments up to the end of the handshake; returns the header that the program added.
     pub(super) fn establish(&self) -> Result<Vec<u8>, String> {
         self.accept()?;
-        let ack = self.to_backend(ACK);
-        let ran = self.run("backend_out", &ack)?;
-        let longer = Segment::read(&ran.packet, self.link)
-            .map_err(|fault| format!("the end of the handshake: {fault}"))?;
-        let header = longer.payload;
-        let (sequence, flags) = (self.backend_sequence(FIRST), longer.flags & PSH | ack.flags);
-        let expected = Segment { payload: header.clone(), sequence, flags, ..ack };
-        self.expect_segment(&ran, PASS, "backend_out", "the end of the handshake", &expected)?;
-        Ok(header)
+        let ack = self.client_segment(ACK);
+        let longer = self.sent(&self.run(&ack)?, "the end of the handshake")?;
+        let header = longer.payload.clone();
+        let expected = Segment {
+            payload: header.clone(),
+            flags: longer.flags | ACK,
+            ..self.to_backend(&ack, self.backend_sequence(FIRST))
+        };
+        if longer == expected {
+            return Ok(header);
+        }
+        Err(format!("the handshake ends with {longer:?}, and should with {expected:?}"))
     }
 
     /// Sends segments up to the backend's acknowledgement of the header, which the client must not
     /// receive.
     pub(super) fn acknowledge(&self) -> Result<(), String> {
         self.establish()?;
-        let ack = self.backend_segment(ACK, self.backend_sequence(FIRST.wrapping_add(self.header_len())));
-        let ran = self.run("backend_in", &ack)?;
-        if ran.verdict == DROP {
-            Ok(())
-        } else {
-            Err("backend_in passes the acknowledgement of the header to the client".to_owned())
-        }
+        let ack = self.backend_segment(ACK, self.behind_header(FIRST));
+        self.expect_verdict("the acknowledgement of the header", &ack, DROP)
+    }
+
+    /// How many connections of this client's port are in this phase.
+    pub(super) fn count(&self, phase: Phase) -> usize {
+        let own = |flow: &injector_common::inline::Flow| {
+            flow.client_side.tuple.read().1.port == self.port
+                && (flow.client_side.tuple.ipv6 != 0) == self.ipv6
+        };
+        self.programs.maps.flows_in(phase).filter(|(_, flow)| own(flow)).count()
     }
 
     /// Checks that these bytes are exactly the header of this connection's client.

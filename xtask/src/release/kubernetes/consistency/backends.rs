@@ -4,23 +4,30 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use super::{
     super::object::{Object, list},
-    config::{Config, Listener},
+    config::Config,
 };
 
 /// Every backend must be a PROXY port of the mail server, closed to all but the edge nodes.
-pub(super) fn check(config: &Config, objects: &[Object], mail: &[Object]) -> Vec<String> {
+pub(super) fn check(config: &Config, mail: &[Object]) -> Vec<String> {
     let mut faults = Vec::new();
     let (open, closed) = policy(mail);
     for listener in &config.listener {
         for backend in &listener.backends {
             let target = match backend.address().parse::<SocketAddr>() {
-                Ok(pod) => translated(objects, listener, u64::from(pod.port())),
+                Ok(pod) => Some((u64::from(pod.port()), true)),
                 Err(_) => served(mail, backend.address()),
             };
-            let Some(target) = target else {
+            let Some((target, headless)) = target else {
                 faults.push(format!("listener {}: no Service leads to {}", listener.name, backend.address()));
                 continue;
             };
+            if listener.engine == "inline" && !headless {
+                faults.push(format!(
+                    "listener {}: engine inline needs pods' own addresses: {} has a cluster IP",
+                    listener.name,
+                    backend.address()
+                ));
+            }
             if open.contains(&target) {
                 faults.push(format!("listener {}: other pods can reach port {target}", listener.name));
             }
@@ -35,24 +42,16 @@ pub(super) fn check(config: &Config, objects: &[Object], mail: &[Object]) -> Vec
     faults
 }
 
-/// The pod's port behind `NAME.NAMESPACE.svc.cluster.local:PORT`.
-fn served(mail: &[Object], address: &str) -> Option<u64> {
+/// The pod's port behind `NAME.NAMESPACE.svc.cluster.local:PORT`, and whether the name has the pods' own
+/// addresses.
+fn served(mail: &[Object], address: &str) -> Option<(u64, bool)> {
     let (name, port) = address.rsplit_once(':')?;
     let (name, namespace) = name.strip_suffix(".svc.cluster.local")?.split_once('.')?;
     let service =
         mail.iter().find(|it| it.kind() == "Service" && it.name() == name && it.namespace() == namespace)?;
     let port: u64 = port.parse().ok()?;
     let port = list(&service.0["spec"]["ports"]).iter().find(|it| it["port"] == port)?;
-    port["targetPort"].as_u64()
-}
-
-/// The pod's port that kube-proxy translates the listener's port to, if it is the expected one.
-fn translated(objects: &[Object], listener: &Listener, expected: u64) -> Option<u64> {
-    let port = u64::from(listener.bind.first()?.port());
-    let services =
-        objects.iter().filter(|it| it.kind() == "Service" && it.0["spec"]["type"] == "LoadBalancer");
-    let mut ports = services.flat_map(|service| list(&service.0["spec"]["ports"]));
-    ports.find(|it| it["port"] == port && it["targetPort"] == expected).map(|_| expected)
+    Some((port["targetPort"].as_u64()?, service.0["spec"]["clusterIP"] == "None"))
 }
 
 /// Ports of the mail pod that pods may reach, and ports that only listed addresses may reach.

@@ -44,7 +44,7 @@ pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>>
     faults.extend(rollout::check(&daemons.0));
     faults.extend(reload::check(pod, &config));
     faults.extend(services::check(objects, daemons));
-    faults.extend(backends::check(&config, objects, mail));
+    faults.extend(backends::check(&config, mail));
     Ok(faults)
 }
 

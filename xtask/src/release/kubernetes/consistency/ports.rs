@@ -6,17 +6,15 @@ use serde_json::Value;
 
 use super::{super::object::list, config::Config};
 
-/// The scheduler reserves the declared ports, so they must be those that the daemon opens. Engine
-/// inline opens none.
+/// The scheduler reserves the declared ports, so they must be those that the daemon opens.
 pub(super) fn check(daemon: &Value, config: &Config) -> Option<String> {
     let declared: BTreeSet<u64> = list(&daemon["ports"])
         .iter()
         .filter(|port| port["name"] != "metrics")
         .filter_map(|port| port["containerPort"].as_u64())
         .collect();
-    let opened = config.listener.iter().filter(|listener| listener.engine != "inline");
-    let opened: BTreeSet<u64> =
-        opened.flat_map(|listener| &listener.bind).map(|address| u64::from(address.port())).collect();
+    let opened = config.listener.iter().flat_map(|listener| &listener.bind);
+    let opened: BTreeSet<u64> = opened.map(|address| u64::from(address.port())).collect();
     (declared != opened)
         .then(|| format!("the pod declares the ports {declared:?}, the configuration opens {opened:?}"))
 }

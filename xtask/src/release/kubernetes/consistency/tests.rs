@@ -133,18 +133,17 @@ fn a_proxy_port_that_pods_reach_is_reported() {
 }
 
 #[test]
-fn inline_opens_no_port_and_needs_the_service_that_translates() {
-    let edge = EDGE
-        .replace(
-            "backends = [\"proxied.mail.svc.cluster.local:2525\"]",
-            "backends = [\"10.9.9.9:2525\"]\n    engine = \"inline\"",
-        )
-        .replace("[{name: smtp, containerPort: 25}, ", "[")
-        .replace("name: public, namespace: edge", "name: public, namespace: mail")
-        .replace("targetPort: smtp", "targetPort: 2525");
-    assert_eq!(faults_of(&edge, MAIL), [""; 0]);
-    let wrong = faults_of(&edge.replace("targetPort: 2525", "targetPort: 25"), MAIL);
-    assert_eq!(wrong, ["listener smtp: no Service leads to 10.9.9.9:2525"]);
+fn inline_needs_the_pods_own_addresses() {
+    let edge = EDGE.replace("local:2525\"]", "local:2525\"]\n    engine = \"inline\"");
+    assert_eq!(
+        faults_of(&edge, MAIL),
+        [
+            "listener smtp: engine inline needs pods' own addresses: proxied.mail.svc.cluster.local:2525 has a \
+             cluster IP"
+        ]
+    );
+    assert_eq!(faults_of(&edge, &MAIL.replace("spec: {ports", "spec: {clusterIP: None, ports")), [""; 0]);
+    assert_eq!(faults_of(&edge.replace("proxied.mail.svc.cluster.local", "10.9.9.9"), MAIL), [""; 0]);
 }
 
 #[test]

@@ -1,0 +1,100 @@
+//! Networks, such as `192.0.2.0/24`.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+/// An address and how many of its first bits count. The others are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+impl Network {
+    /// Its first address.
+    #[must_use]
+    pub const fn address(self) -> IpAddr {
+        self.address
+    }
+
+    /// How many of the address's first bits count: up to 32 for IPv4, up to 128 for IPv6.
+    #[must_use]
+    pub const fn prefix(self) -> u8 {
+        self.prefix
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const EXPECTED: &str = "must be a network, such as \"192.0.2.0/24\" or \"2001:db8::/64\"";
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| EXPECTED.to_owned())?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = match prefix {
+            None => bits,
+            Some(prefix) => match prefix.parse() {
+                Ok(prefix) if prefix <= bits => prefix,
+                _ => return Err(format!("the number of bits must be 0 to {bits}")),
+            },
+        };
+        let first = first_address(address, prefix);
+        if first != address {
+            return Err(format!(
+                "the address has bits beyond the first {prefix}: write \"{first}/{prefix}\""
+            ));
+        }
+        Ok(Self { address, prefix })
+    }
+}
+
+fn first_address(address: IpAddr, prefix: u8) -> IpAddr {
+    match address {
+        IpAddr::V4(ip) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
+            IpAddr::V4((ip.to_bits() & mask).into())
+        }
+        IpAddr::V6(ip) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            IpAddr::V6((ip.to_bits() & mask).into())
+        }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_has_no_bits_beyond_its_prefix() {
+        for (text, expected) in [
+            ("192.0.2.0/24", Ok("192.0.2.0/24")),
+            ("192.0.2.7", Ok("192.0.2.7/32")),
+            ("0.0.0.0/0", Ok("0.0.0.0/0")),
+            ("2001:db8::/32", Ok("2001:db8::/32")),
+            ("::/0", Ok("::/0")),
+            ("2001:db8::1", Ok("2001:db8::1/128")),
+            ("192.0.2.7/24", Err("write \"192.0.2.0/24\"")),
+            ("2001:db8::1/64", Err("write \"2001:db8::/64\"")),
+            ("192.0.2.0/33", Err("0 to 32")),
+            ("192.0.2.0/", Err("0 to 32")),
+            ("mail/24", Err("must be a network")),
+            ("", Err("must be a network")),
+        ] {
+            match (text.parse::<Network>(), expected) {
+                (Ok(network), Ok(expected)) => assert_eq!(network.to_string(), expected),
+                (Err(error), Err(expected)) => assert!(error.contains(expected), "{text}: {error}"),
+                (got, expected) => panic!("{text}: {got:?}, expected {expected:?}"),
+            }
+        }
+    }
+}

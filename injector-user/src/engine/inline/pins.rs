@@ -1,0 +1,226 @@
+//! Where maps and links are pinned, and who may use them.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use thiserror::Error;
+
+use super::{
+    device_pins::{self, namespace, pin_name},
+    installation::{self, Installation, Layout, VERSION},
+    maps::PINNED,
+};
+use crate::{config::Inline as Settings, os::bpf, telemetry::log::target};
+
+/// The folders for pins, locked for this process.
+#[derive(Debug)]
+pub struct PinPaths {
+    /// The maps.
+    pub maps: PathBuf,
+    /// The links to devices, or the programs of filters.
+    pub links: PathBuf,
+    /// What other daemons left attached, with maps of their own.
+    pub(super) others: Vec<Installation>,
+    _lock: Lock,
+}
+
+/// Why the pins cannot be used.
+#[derive(Debug, Error)]
+pub enum PinError {
+    /// Not in a BPF file system, or not writable.
+    #[error(
+        "{path}: {error}: inline.pin must be in a BPF file system (mount -t bpf bpf /sys/fs/bpf), and writable"
+    )]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The kernel's error.
+        error: io::Error,
+    },
+    /// Another process uses them.
+    #[error(
+        "another injector{} runs engine \"inline\" {place}: stop it first",
+        process.map(|process| format!(" (process {process})")).unwrap_or_default()
+    )]
+    Busy {
+        /// Its process id, if it is in the same PID namespace.
+        process: Option<i32>,
+        /// What it shares with this process.
+        place: String,
+    },
+    /// What is attached cannot be read.
+    #[error("reading what is attached to the devices: {0}")]
+    Read(io::Error),
+    /// An earlier injector's programs whose maps are out of reach.
+    #[error(
+        "program {program} of an earlier injector is attached to {device}, and its pins are in a BPF file system \
+         that this process does not see: both would serve the same connections. Run `injector inline detach` \
+         as root where they are visible, or here with CAP_SYS_ADMIN"
+    )]
+    Unreachable {
+        /// Its name.
+        program: String,
+        /// Where it is attached.
+        device: String,
+    },
+}
+
+/// The folder for pins of this layout.
+#[must_use]
+pub fn folder(pin: &Path) -> PathBuf {
+    pin.join(format!("v{VERSION}"))
+}
+
+/// Checks that pins can be made there. Changes nothing.
+///
+/// # Errors
+/// [`PinError::Folder`].
+pub fn check(pin: &Path) -> Result<(), PinError> {
+    let failed = |error| PinError::Folder { path: pin.to_owned(), error };
+    let there = pin.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    let found = rustix::fs::statfs(there).map_err(|error| failed(error.into()))?;
+    if found.f_type == libc::BPF_FS_MAGIC {
+        return Ok(());
+    }
+    Err(failed(io::Error::other(format!("{} is on another file system", there.display()))))
+}
+
+/// Makes the folders, locks them, and finds what other daemons left attached in this network
+/// namespace. Maps of this layout that are pinned elsewhere are taken over, with their connections.
+///
+/// # Errors
+/// [`PinError`]. Nothing that was attached has changed then.
+pub fn prepare(settings: &Settings) -> Result<PinPaths, PinError> {
+    check(&settings.pin)?;
+    let own = folder(&settings.pin);
+    let (maps, links) = (own.join("maps"), own.join("links"));
+    for folder in [&maps, &links] {
+        fs::create_dir_all(folder).map_err(|error| PinError::Folder { path: folder.clone(), error })?;
+    }
+    let lock = Lock::take(&settings.pin)?;
+    let mut others = Vec::new();
+    let mut has_maps = fs::read_dir(&maps).is_ok_and(|mut maps| maps.next().is_some());
+    let found = installation::find(&settings.pin).map_err(PinError::Read)?;
+    if !has_maps && !found.unreadable.is_empty() {
+        let devices = found.unreadable.join(", ");
+        tracing::warn!(target: target::ENGINE_INLINE, devices, "other BPF programs are attached, and this process may not read what they are (CAP_SYS_ADMIN). If they are an injector's whose pins were elsewhere, they may still open connections: remove them with `injector inline detach` as root");
+    }
+    for found in found.installations {
+        if found.folder.as_ref() == Some(&own) {
+            continue;
+        }
+        if let Some(root) =
+            found.folder.as_deref().and_then(Path::parent).filter(|root| *root != settings.pin)
+        {
+            // Nothing else holds it; a daemon that starts meanwhile finds the namespace locked.
+            drop(lock_folder(root)?);
+        }
+        if found.maps.is_empty() {
+            return Err(unreachable(&found));
+        }
+        if found.layout == Layout::Own && !has_maps {
+            take_over(&found, &maps, &links)
+                .map_err(|error| PinError::Folder { path: own.clone(), error })?;
+            has_maps = true;
+        } else {
+            others.push(found);
+        }
+    }
+    Ok(PinPaths { maps, links, others, _lock: lock })
+}
+
+/// Why an installation without maps cannot stay.
+fn unreachable(found: &Installation) -> PinError {
+    let (program, device) = match (found.filters.first(), found.links.first()) {
+        (Some(filter), _) => (filter.name().to_owned(), filter.device_name.clone()),
+        (None, Some(link)) => (format!("with id {}", link.program), link.device_name.clone()),
+        (None, None) => (String::new(), String::new()),
+    };
+    PinError::Unreachable { program, device }
+}
+
+/// Gives maps and links of this layout the configured place.
+fn take_over(found: &Installation, maps: &Path, links: &Path) -> io::Result<()> {
+    // Maps that are not pinned are for the programs' own use.
+    for (name, map) in found.maps.iter().filter(|(name, _)| PINNED.contains(&name.as_str())) {
+        bpf::pin(map.as_fd(), &maps.join(name))?;
+    }
+    let namespace = namespace()?;
+    for link in &found.links {
+        device_pins::replace_pin(link.link.as_fd(), &links.join(pin_name(namespace, link.device)))?;
+    }
+    found.remove_pins()?;
+    let from = found.place();
+    tracing::info!(target: target::ENGINE_INLINE, from, to = %maps.display(), "maps and links of an earlier injector were taken over, with their connections");
+    Ok(())
+}
+
+/// Held by the process that runs the engine in this network namespace and with these pins.
+#[derive(Debug)]
+pub(super) struct Lock {
+    _socket: UnixListener,
+    _folder: Option<OwnedFd>,
+}
+
+/// The name of the abstract socket that a daemon holds: such names belong to the network namespace,
+/// and are seen across containers that share it.
+const SOCKET: &[u8] = b"injector/engine.inline";
+
+impl Lock {
+    /// Takes it.
+    pub(super) fn take(pin: &Path) -> Result<Self, PinError> {
+        let namespace = Self::take_namespace()?;
+        Ok(Self { _folder: Some(lock_folder(pin)?), ..namespace })
+    }
+
+    /// The same; that of the network namespace alone if the folder does not exist.
+    pub(super) fn take_existing(pin: &Path) -> Result<Self, PinError> {
+        if pin.is_dir() { Self::take(pin) } else { Self::take_namespace() }
+    }
+
+    fn take_namespace() -> Result<Self, PinError> {
+        let failed = |error| PinError::Folder { path: PathBuf::from("abstract socket"), error };
+        let address = SocketAddr::from_abstract_name(SOCKET).map_err(failed)?;
+        let socket = UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                let place = "in this network namespace".to_owned();
+                PinError::Busy { process: process_of(&address), place }
+            }
+            _ => failed(error),
+        })?;
+        Ok(Self { _socket: socket, _folder: None })
+    }
+}
+
+/// The process that listens there.
+fn process_of(address: &SocketAddr) -> Option<i32> {
+    let stream = UnixStream::connect_addr(address).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    Some(peer.pid.as_raw_nonzero().get())
+}
+
+/// Locks a folder for pins, so that no daemon of another network namespace uses it too.
+fn lock_folder(pin: &Path) -> Result<OwnedFd, PinError> {
+    let failed = |error: rustix::io::Errno| PinError::Folder { path: pin.to_owned(), error: error.into() };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(pin, flags, Mode::empty()).map_err(failed)?;
+    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(folder),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let pin = pin.display();
+            let place = format!(
+                "with the pins in {pin}, perhaps in another network namespace (then set another inline.pin)"
+            );
+            Err(PinError::Busy { process: None, place })
+        }
+        Err(error) => Err(failed(error)),
+    }
+}

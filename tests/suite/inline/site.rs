@@ -7,7 +7,7 @@ use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{Family, HostAddresses, Netns};
 
-use crate::testbed::{BACKEND_PORT, DetachOnDrop, PORT, connect, counted, greeted, is_inline};
+use crate::testbed::{BACKEND_PORT, InlineInjector, PORT, connect, counted, greeted, is_inline};
 use crate::wire_testbed::through;
 
 /// Client, edge and mail host. The public address is on the edge's `lo`.
@@ -17,22 +17,6 @@ pub(crate) struct Site {
     pub(crate) edge: Netns,
     pub(crate) mail: Netns,
     bpffs: BpfFs,
-}
-
-/// A running injector; its programs are detached on drop.
-#[derive(Debug)]
-pub(crate) struct SiteInjector {
-    // Dropped in this order.
-    pub(crate) injector: Injector,
-    _attached: DetachOnDrop,
-}
-
-impl std::ops::Deref for SiteInjector {
-    type Target = Injector;
-
-    fn deref(&self) -> &Injector {
-        &self.injector
-    }
 }
 
 /// The address of a host on one of the links: `10.NET.0.HOST` and `fd00:NET::HOST`. Each link has its
@@ -104,9 +88,8 @@ impl Site {
     }
 
     /// A daemon with these backends; `inline` are lines of `[inline]`.
-    pub(crate) fn start(&self, backend: HostAddresses, inline: &str) -> anyhow::Result<SiteInjector> {
+    pub(crate) fn start(&self, backend: HostAddresses, inline: &str) -> anyhow::Result<InlineInjector> {
         let pin = self.bpffs.path();
-        let attached = DetachOnDrop { edge: self.edge.handle(), pin: pin.to_owned() };
         let [v4, v6] = Family::ALL.map(vip);
         let [b4, b6] = Family::ALL.map(|family| SocketAddr::new(backend.of(family), BACKEND_PORT));
         let config = format!(
@@ -115,7 +98,7 @@ impl Site {
              backends = [\"{b4}\", \"{b6}\"]\n",
             pin.display()
         );
-        Ok(SiteInjector { injector: Injector::start(&self.edge, &config)?, _attached: attached })
+        InlineInjector::start(&self.edge, pin, &config)
     }
 
     /// A client and its connection at the backend.

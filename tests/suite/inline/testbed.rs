@@ -3,7 +3,7 @@
 
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use injector_common::proxy::{ParseError, parse};
@@ -42,9 +42,7 @@ impl Testbed {
 
     /// An injector with this configuration, which has this testbed's pin.
     pub(crate) fn start(&self, config: &str) -> anyhow::Result<InlineInjector> {
-        let attached = self.attached();
-        let injector = Injector::start(&self.topology.edge, config)?;
-        Ok(InlineInjector { injector, _attached: attached })
+        InlineInjector::start(&self.topology.edge, self.bpffs.path(), config)
     }
 
     /// Detaches what injectors of [`Self::config`] leave.
@@ -148,6 +146,14 @@ pub(crate) struct InlineInjector {
     // Dropped in this order.
     pub(crate) injector: Injector,
     _attached: DetachOnDrop,
+}
+
+impl InlineInjector {
+    /// Starts it on this host, with this configuration and the pin that it has.
+    pub(crate) fn start(edge: &Netns, pin: &Path, config: &str) -> anyhow::Result<Self> {
+        let attached = DetachOnDrop { edge: edge.handle(), pin: pin.to_owned() };
+        Ok(Self { injector: Injector::start(edge, config)?, _attached: attached })
+    }
 }
 
 impl std::ops::Deref for InlineInjector {

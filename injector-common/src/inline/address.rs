@@ -83,6 +83,14 @@ impl Tuple {
         ((source as u32) << 16 | destination as u32).to_be()
     }
 
+    /// The source's port.
+    #[must_use]
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the half that is left")]
+    pub const fn source_port(&self) -> u16 {
+        (u32::from_be(self.ports) >> 16) as u16
+    }
+
     /// That of packets in the other direction.
     #[must_use]
     #[inline(always)]

@@ -113,16 +113,17 @@ const fn opening_ns(pressure: Pressure) -> u64 {
     }
 }
 
-/// How long an ended connection stays, so that segments that are sent again find it, and its ports rest (TIME_WAIT).
+/// How long an ended connection stays, so that segments that are sent again find it. While the backend is in TIME_WAIT, no other
+/// client's may have its port, which is why that time is not shortened.
 #[must_use]
 #[inline(always)]
-const fn time_wait_ns(pressure: Pressure) -> u64 {
-    match pressure {
-        Pressure::Low => 120 * SECOND,
-        Pressure::Medium => 30 * SECOND,
-        Pressure::High => 10 * SECOND,
+const fn ended_ns(pressure: Pressure, no_time_wait: bool) -> u64 {
+    match (pressure, no_time_wait) {
+        (Pressure::Low, _) | (_, false) => Flow::TIME_WAIT_NS,
+        (Pressure::Medium, true) => 30 * SECOND,
+        (Pressure::High, true) => 10 * SECOND,
         // New connections are worth more than retransmissions of old ones.
-        Pressure::Full => SECOND,
+        (Pressure::Full, true) => SECOND,
     }
 }
 
@@ -146,8 +147,9 @@ pub fn sweep(flow: &Flow, now_ns: u64, opening: Pressure, slots: Pressure) -> Sw
         Phase::Pending if flow.is(super::Flag::Refused) && silent > REFUSED_NS => Sweep::Abandon,
         Phase::Pending if silent > opening_ns(opening) => Sweep::Abandon,
         Phase::Pending => Sweep::Keep,
-        Phase::Established if flow.is(super::Flag::Superseded) => Sweep::Forget,
-        Phase::Established if flow.is_reset() => {
+        Phase::Established if flow.is(super::Flag::Replaced) => Sweep::Forget,
+        // The daemon has reset what the client had forgotten.
+        Phase::Established if flow.is_reset() || (flow.is(super::Flag::Superseded) && !flow.closed()) => {
             if silent > RESET_NS {
                 Sweep::Forget
             } else {
@@ -155,7 +157,7 @@ pub fn sweep(flow: &Flow, now_ns: u64, opening: Pressure, slots: Pressure) -> Sw
             }
         }
         Phase::Established if flow.closed() => {
-            if silent > time_wait_ns(slots) {
+            if silent > ended_ns(slots, flow.leaves_no_time_wait()) {
                 Sweep::Forget
             } else {
                 Sweep::Keep

@@ -126,11 +126,13 @@ pub enum Flag {
     Superseded,
     /// The sweep has found it silent for too long.
     Expired,
+    /// Another connection has the source port that it had towards the backend.
+    Replaced,
 }
 
 impl Flag {
     /// Places for all of them, and as many more as make whole words.
-    pub const PLACES: usize = (Self::Expired as usize + 1).next_multiple_of(4);
+    pub const PLACES: usize = (Self::Replaced as usize + 1).next_multiple_of(4);
 }
 
 impl Flow {
@@ -143,6 +145,9 @@ impl Flow {
 
     /// So much less is acknowledged where a cookie would fit: more than the slack on both sides, and less than any header.
     pub const LESS: u32 = 16;
+
+    /// How long the end that has finished first keeps a connection's addresses and ports (`TCP_TIMEWAIT_LEN`, include/net/tcp.h).
+    pub const TIME_WAIT_NS: u64 = 60_000_000_000;
 
     /// How long after a reset nothing passes that was under way before it.
     const REVIVE_AFTER_NS: u64 = 1_000_000_000;
@@ -207,6 +212,26 @@ impl Flow {
     #[inline(always)]
     pub const fn closed(&self) -> bool {
         (self.is(Flag::ClientFin) && self.is(Flag::BackendFin)) || self.is_reset()
+    }
+
+    /// Begins behind all that the backend may remember of the earlier connection from the same address and port: it takes a SYN in
+    /// TIME_WAIT only if its number is a later one (tcp_timewait_state_process, net/ipv4/tcp_minisocks.c; RFC 9293, section 3.6.1).
+    #[inline(always)]
+    pub fn follow(&mut self, earlier: &Self) {
+        let random = self.offset >> 2;
+        self.offset = (earlier.client_top + earlier.shift() + 1 + random) - self.first;
+    }
+
+    /// Whether the connection has ended and the backend remembers nothing of it, so that another client's may have its source port: it
+    /// was not the first to finish, or one side has reset it. In TIME_WAIT, a later number is not enough: the timestamps of two
+    /// clients have nothing in common, and the backend would take those of the other for old (PAWS).
+    #[must_use]
+    #[inline(always)]
+    pub fn leaves_no_time_wait(&self) -> bool {
+        let [client_first, backend_fin, client_rst, backend_rst] =
+            [Flag::ClientFirst, Flag::BackendFin, Flag::ClientRst, Flag::BackendRst]
+                .map(|flag| self.state[flag as usize]);
+        ((client_first & backend_fin != 0) && self.backend.is_acked()) || client_rst | backend_rst != 0
     }
 
     /// Whether this SYN is this connection's own, sent again.

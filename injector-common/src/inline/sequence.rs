@@ -74,6 +74,13 @@ impl SeqState {
         self.fin_sent != 0 && self.end == self.fin
     }
 
+    /// Whether the other side has acknowledged all of it.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_acked(&self) -> bool {
+        self.acked == self.end
+    }
+
     /// Whether a reset with this sequence number is one that the other side takes: it must have exactly the number that is
     /// expected next (RFC 5961, section 3.2). That is what was acknowledged last, or `end` where the acknowledgement is still
     /// under way. nf_conntrack believes the same two (nf_conntrack_tcp_packet, net/netfilter/nf_conntrack_proto_tcp.c).

@@ -473,6 +473,7 @@ fn slots_live_as_long_as_their_connections() {
     let timeouts = Timeouts { idle: 300, half_closed: 90 };
     let at = |phase: Phase, flags: &[Flag]| Flow { phase: phase as u64, timeouts, ..flow(flags) };
     let both = &[Flag::ClientFin, Flag::BackendFin][..];
+    let client_first = &[Flag::ClientFin, Flag::ClientFirst, Flag::BackendFin][..];
     for (flow, pressure, seconds, expected) in [
         (at(Free, &[]), High, 0, None),
         (at(Pending, &[]), Low, 60, Some(Sweep::Abandon)),
@@ -482,10 +483,20 @@ fn slots_live_as_long_as_their_connections() {
         (at(Established, &[]), High, 300, Some(Sweep::Expire)),
         (at(Established, &[Flag::ClientFin]), High, 90, Some(Sweep::Expire)),
         (at(Established, &[Flag::BackendFin]), High, 60, Some(Sweep::Expire)),
-        (at(Established, both), Low, 120, Some(Sweep::Forget)),
-        (at(Established, both), Medium, 30, Some(Sweep::Forget)),
-        (at(Established, both), High, 10, Some(Sweep::Forget)),
-        (at(Established, both), Full, 1, Some(Sweep::Forget)),
+        (at(Established, both), Low, 60, Some(Sweep::Forget)),
+        (at(Established, both), Medium, 60, Some(Sweep::Forget)),
+        (at(Established, both), Full, 60, Some(Sweep::Forget)),
+        (at(Established, client_first), Low, 60, Some(Sweep::Forget)),
+        (at(Established, client_first), Medium, 30, Some(Sweep::Forget)),
+        (at(Established, client_first), High, 10, Some(Sweep::Forget)),
+        (at(Established, client_first), Full, 1, Some(Sweep::Forget)),
+        (at(Established, &[Flag::Superseded]), Full, 10, Some(Sweep::Forget)),
+        (
+            at(Established, &[Flag::Superseded, Flag::ClientFin, Flag::BackendFin]),
+            Full,
+            60,
+            Some(Sweep::Forget),
+        ),
         (at(Established, &[Flag::BackendRst]), Low, 10, Some(Sweep::Forget)),
         (at(Established, &[Flag::ClientRst, Flag::ClientFin]), Low, 10, Some(Sweep::Forget)),
     ] {
@@ -497,7 +508,7 @@ fn slots_live_as_long_as_their_connections() {
         }
     }
     assert_eq!(sweep(&at(Removed, &[]), 0, Low, Low), Sweep::Release);
-    assert_eq!(sweep(&at(Established, &[Flag::Superseded]), 0, Low, Low), Sweep::Forget);
+    assert_eq!(sweep(&at(Established, &[Flag::Replaced]), 0, Low, Low), Sweep::Forget);
     assert_eq!(
         [0, 31, 32, 47, 48, 55, 56, 64].map(|used| Pressure::of(used, 64)),
         [Low, Low, Medium, Medium, High, High, Full, Full]

@@ -75,6 +75,7 @@ pub(super) fn answer_to_syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry
                     // The backend has forgotten it.
                     entry.established = 0;
                     earlier.set(Flag::Superseded);
+                    earlier.set(Flag::Replaced);
                     maps::count(Counter::Superseded);
                     maps::emit_end(slot, earlier);
                 }

@@ -63,6 +63,10 @@ fn establish(entry: &mut Entry, slot: u32, flow: &mut Flow) -> bool {
     let mut key = MaybeUninit::<Key>::uninit();
     let key = maps::reversed_key(&flow.backend_side.tuple, &mut key);
     if let Some(entry) = maps::entry(key) {
+        if let Some(earlier) = maps::connection(entry.established) {
+            earlier.set(Flag::Superseded);
+            earlier.set(Flag::Replaced);
+        }
         entry.established = slot;
         entry.pending = 0;
     }

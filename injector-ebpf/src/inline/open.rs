@@ -7,8 +7,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use injector_common::inline::{
-    Backend, Counter, Entry, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Settings, Template, Tuple,
-    Usage, mix, on_syn, port_hash, port_probe,
+    Backend, Counter, Entry, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Template, Tuple, Usage, mix,
+    on_syn, port_hash, port_probe,
 };
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
 };
 
 /// How many source ports are tried, and then again as ports of connections that have ended.
-const PROBES: u32 = 8;
+const PROBES: u32 = 10;
 
 /// A SYN, of which this entry is known.
 #[inline(never)]
@@ -99,8 +99,9 @@ fn open(
     let backend = maps::backend(table, client, packet.key.source.port).ok_or(Counter::NoBackend)?;
     let template = maps::template(listener.id, packet.ipv6).ok_or(Counter::NoBackend)?;
     let slot = maps::take_slot().ok_or(Counter::Full)?;
+    let earlier = entry.as_ref().map_or(0, |entry| entry.established);
     let filled = fill(skb, packet, slot, listener, backend, template).and_then(|flow| {
-        if claim_port(packet, slot, flow, backend, settings) { Ok(flow) } else { Err(Counter::NoPort) }
+        if claim_port(packet, slot, flow, backend, earlier) { Ok(flow) } else { Err(Counter::NoPort) }
     });
     match filled {
         Ok(flow) => publish(packet, slot, entry, flow),
@@ -174,32 +175,36 @@ fn fill(
     Ok(flow)
 }
 
-/// Takes the addresses and ports by which the backend answers.
+/// Takes the addresses and ports by which the backend answers. `own` is what the client has established before with the addresses
+/// and ports that it has now.
 #[inline(never)]
-fn claim_port(packet: &Packet, slot: u32, flow: &mut Flow, backend: &Backend, settings: &Settings) -> bool {
+fn claim_port(packet: &Packet, slot: u32, flow: &mut Flow, backend: &Backend, own: u32) -> bool {
+    let Some(settings) = maps::settings() else { return false };
     let claimed = Entry { origin: Entry::FROM_BACKEND, established: 0, pending: slot };
     let mut key = MaybeUninit::<Key>::uninit();
     let key = maps::reversed_key(&flow.backend_side.tuple, &mut key);
-    if backend.sources == 0 {
-        return claim(key, &claimed, Join::Any);
-    }
     let client = packet.tuple().source;
     let port = packet.key.source.port;
-    let ports = settings.ports;
-    // The client's own port, if it is one of ours.
-    key.destination.port = port;
-    let mut taken = ports.contains(port) && claim(key, &claimed, Join::Never);
-    if !taken {
-        let hash = port_hash(client, port);
-        let mut search = Search { key, claimed: &claimed, ports, hash, found: 0 };
-        // SAFETY: the function gets the search.
-        unsafe { bpf_loop(2 * PROBES, probe as *mut c_void, (&raw mut search).cast(), 0) };
-        taken = search.found != 0;
+    let mut search = Search {
+        key,
+        claimed: &claimed,
+        ports: settings.ports,
+        hash: port_hash(client, port),
+        keeps_port: (backend.sources == 0).into(),
+        own,
+        own_port: maps::connection(own).map_or(port, |flow| flow.backend_side.tuple.source_port()).into(),
+        client_port: port.into(),
+        taken: 0,
+        earlier: 0,
+    };
+    // SAFETY: the function gets the search.
+    unsafe { bpf_loop(2 * PROBES, probe as *mut c_void, (&raw mut search).cast(), 0) };
+    let (taken, earlier) = (search.taken, search.earlier);
+    flow.backend_side.tuple.ports = Tuple::ports(search.key.destination.port, backend.port);
+    if let Some(earlier) = maps::connection(earlier) {
+        flow.follow(earlier);
     }
-    if taken {
-        flow.backend_side.tuple.ports = Tuple::ports(key.destination.port, backend.port);
-    }
-    taken
+    taken != 0
 }
 
 /// A search for a source port.
@@ -208,18 +213,36 @@ struct Search<'a> {
     claimed: &'a Entry,
     ports: PortRange,
     hash: u32,
-    /// 1 when one was found, which is in the key.
-    found: u32,
+    /// 1 if only the client's own port will do.
+    keeps_port: u32,
+    /// The connection that the client has had before with the same port; 0 if none.
+    own: u32,
+    /// The port that it has towards the backend; the client's own if there is none.
+    own_port: u32,
+    /// The client's own port.
+    client_port: u32,
+    /// 1 when a port was found, which is in the key.
+    taken: u32,
+    /// The connection that had it before; 0 if none.
+    earlier: u32,
 }
 
-/// Tries one source port; 1 ends the search.
+/// Tries one source port: that of the client's earlier connection, then the client's own, then others; 1 ends the search.
 extern "C" fn probe(index: u32, search: *mut c_void) -> i64 {
     // SAFETY: the value that `claim_port` gave.
     let search = unsafe { &mut *search.cast::<Search<'_>>() };
-    search.key.destination.port = search.ports.port(port_probe(search.hash, index % PROBES));
-    let join = if index < PROBES { Join::Never } else { Join::Ended };
-    search.found = claim(search.key, search.claimed, join).into();
-    search.found.into()
+    let (port, join) = match index {
+        _ if search.keeps_port != 0 => (search.client_port, Join::Any),
+        0 if search.ports.contains(search.own_port as u16) => (search.own_port, Join::Own),
+        1 if search.ports.contains(search.client_port as u16) => (search.client_port, Join::Never),
+        _ => {
+            let port = search.ports.port(port_probe(search.hash, index % PROBES));
+            (port.into(), if index < PROBES { Join::Never } else { Join::Ended })
+        }
+    };
+    search.key.destination.port = port as u16;
+    claim(search, join);
+    i64::from(search.taken != 0 || join == Join::Any)
 }
 
 /// Which entry that is there already may be joined.
@@ -227,7 +250,9 @@ extern "C" fn probe(index: u32, search: *mut c_void) -> i64 {
 enum Join {
     /// None.
     Never,
-    /// One whose connection has ended.
+    /// That of the client's own earlier connection, if it has ended.
+    Own,
+    /// One whose connection has ended, and of which the backend remembers nothing.
     Ended,
     /// Any: the client's own addresses and ports are kept, and it may have begun anew.
     Any,
@@ -235,25 +260,31 @@ enum Join {
 
 /// Adds an entry, or joins the one that is there.
 #[inline(never)]
-fn claim(key: &Key, claimed: &Entry, join: Join) -> bool {
-    if maps::claim(key, claimed) {
-        return true;
+fn claim(search: &mut Search<'_>, join: Join) {
+    if maps::claim(search.key, search.claimed) {
+        search.taken = 1;
+        return;
     }
     if join == Join::Never {
-        return false;
+        return;
     }
-    let Some(entry) = maps::entry(key) else { return false };
-    if entry.origin != claimed.origin {
-        return false;
+    let Some(entry) = maps::entry(search.key) else { return };
+    if entry.origin != search.claimed.origin {
+        return;
     }
-    if join == Join::Ended {
-        let over = maps::connection(entry.established).is_some_and(|flow| flow.closed());
-        if !over || entry.pending != 0 {
-            return false;
+    let earlier = entry.established;
+    if join != Join::Any {
+        let Some(flow) = maps::connection(earlier) else { return };
+        let free = match join {
+            Join::Own => earlier == search.own && flow.closed(),
+            _ => flow.leaves_no_time_wait(),
+        };
+        if !free || entry.pending != 0 {
+            return;
         }
     }
-    entry.pending = claimed.pending;
-    true
+    entry.pending = search.claimed.pending;
+    (search.taken, search.earlier) = (1, earlier);
 }
 
 /// Takes the addresses and ports by which the client sends. What it has established under them goes on until the backend's answer to

@@ -10,7 +10,13 @@ use injector_testbed::netns::{EDGE_OUTSIDE, MAIL, Topology};
 
 /// Local ports of clients, so many that no client has to wait for one; the services' ports are
 /// below.
-const LOCAL_PORTS: &str = "10000 65000";
+pub const LOCAL_PORTS: &str = "10000 65000";
+
+/// Local ports of an edge whose program rewrites packets: the ports outside belong to the program.
+pub const FEW_LOCAL_PORTS: &str = "60000 65000";
+
+/// The setting.
+pub const LOCAL_PORT_RANGE: &str = "net/ipv4/ip_local_port_range";
 
 /// The namespaces and the server; removed on drop.
 #[derive(Debug)]
@@ -30,7 +36,7 @@ impl Testbed {
         // The direct route: through the edge, which only forwards.
         topology.client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
         for netns in [&topology.client, &topology.edge, &topology.mail] {
-            netns.sysctl("net/ipv4/ip_local_port_range", LOCAL_PORTS)?;
+            netns.sysctl(LOCAL_PORT_RANGE, LOCAL_PORTS)?;
             // For thousands of short sessions a second, from one address to one port.
             netns.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
             netns.sysctl("net/core/somaxconn", "16384")?;

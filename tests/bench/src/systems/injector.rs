@@ -9,7 +9,7 @@ use injector_load::service::{ALL, PortKind};
 
 use super::{Address, Counters, RunningSystem, System};
 use crate::mail_sink;
-use crate::testbed::mail;
+use crate::testbed::{FEW_LOCAL_PORTS, LOCAL_PORT_RANGE, mail};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
     BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
@@ -118,6 +118,7 @@ fn system(engine: Engine) -> System {
             }
             let bpffs = BpfFs::mount()?;
             let config = config.replace(PIN, &bpffs.path().display().to_string());
+            edge.sysctl(LOCAL_PORT_RANGE, FEW_LOCAL_PORTS)?;
             let injector = Injector::start(edge, &config)?;
             Ok(Box::new(Daemon { injector: Some(injector), _bpffs: Some(bpffs) }))
         }),

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use injector_load::service::{PortKind, Service};
 
 pub use self::haproxy::Build;
-use super::testbed::Testbed;
+use super::testbed::{LOCAL_PORT_RANGE, LOCAL_PORTS, Testbed};
 use injector_testbed::netns::HostAddresses;
 
 /// What a system counted itself during a measurement: names and values, as in the report.
@@ -94,6 +94,8 @@ impl System {
     /// # Errors
     /// When it does not start.
     pub fn start(&self, testbed: &Testbed) -> anyhow::Result<Box<dyn RunningSystem>> {
+        // The one before it may have had others.
+        testbed.topology.edge.sysctl(LOCAL_PORT_RANGE, LOCAL_PORTS)?;
         (self.start)(testbed)
     }
 }

@@ -2,7 +2,7 @@
 //! the same address, or refuses in the client's protocol.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,12 @@ use injector_testbed::bpf;
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{EDGE_OUTSIDE, Family, MAIL};
 use injector_testbed::wait::wait_until;
-use socket2::{Domain, Socket, Type};
 
 use crate::Run;
 use crate::lifecycle::{serve, session};
 use crate::testbed::{
-    BACKEND_PORT, LIMIT, PORT, Testbed, accept, backend_address, connect, counted, expect, greeted,
-    is_inline, own_header, public_address, works,
+    BACKEND_PORT, PORT, Testbed, accept, backend_address, connect, counted, expect, greeted, is_inline,
+    own_header, public_address, works,
 };
 use crate::wire_testbed::Forwarding;
 
@@ -31,7 +30,6 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("limit after 2,000 short sessions", limit_after_sessions),
     ("no room for another connection", full),
     ("connections of the host itself", own_connections),
-    ("source ports", source_ports),
     ("a wildcard address takes only what is addressed to this host", wildcard),
     ("a backend on this host", backend_here),
     ("a client's address towards backends", as_client),
@@ -306,34 +304,6 @@ fn own_connections(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     }
     crate::wire_testbed::through(&own, &server, 1 << 20, 0)?;
     crate::wire_testbed::through(&server, &own, 1 << 20, 0)
-}
-
-fn source_ports(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
-    let backend = testbed.backend(family)?;
-    let _injector = testbed.injector("smtp", "")?;
-    for _ in 0..30 {
-        testbed.inlined(family, &backend)?;
-    }
-    // The client's own port, if no socket of the host may have it.
-    for port in [2222, 61_234] {
-        let own = || {
-            let socket = Socket::new(Domain::for_address(public_address(family)), Type::STREAM, None)?;
-            let any: IpAddr = match family {
-                Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-                Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            socket.set_reuse_address(true)?;
-            socket.bind(&SocketAddr::new(any, port).into())?;
-            socket.connect_timeout(&public_address(family).into(), LIMIT)?;
-            std::io::Result::Ok(TcpStream::from(socket))
-        };
-        let client = testbed.topology.client.run(own)??;
-        let (client, server) = greeted(client, &backend)?;
-        let peer = server.peer_addr()?.port();
-        ensure!(peer == port, "from port {peer} in place of {port}");
-        drop((client, server));
-    }
-    Ok(())
 }
 
 /// What this host forwards to the same port of another host passes untouched.

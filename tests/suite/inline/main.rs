@@ -17,6 +17,7 @@ mod offloads;
 mod packets;
 mod reload;
 mod site;
+mod source_ports;
 mod tap;
 mod tcp;
 mod testbed;
@@ -52,9 +53,12 @@ fn main() {
                 run(&*shared.testbed()?, family)
             }));
         }
-        for (area, of_area) in
-            [("accelerator", accelerator::TRIALS), ("reload", reload::TRIALS), ("timeouts", timeouts::EACH)]
-        {
+        for (area, of_area) in [
+            ("accelerator", accelerator::TRIALS),
+            ("accelerator", source_ports::TRIALS),
+            ("reload", reload::TRIALS),
+            ("timeouts", timeouts::EACH),
+        ] {
             for (name, run) in of_area {
                 let name = format!("{area}/{}/{name}", family.name());
                 trials.push(trial(&shared, name, move |shared| run(&*shared.testbed()?, family)));

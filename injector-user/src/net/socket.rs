@@ -95,7 +95,6 @@ impl Endpoint {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         options::configure(&socket)?;
-        options::set_receive_buffer(&socket)?;
         options::disable_quickack(&socket)?;
         let socket = Arc::new(socket);
         let observer = observe(&socket);

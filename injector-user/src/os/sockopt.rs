@@ -81,6 +81,26 @@ pub fn rerun_data_ready(socket: &impl AsRawFd) -> io::Result<()> {
     set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)
 }
 
+/// Sets the size of the receive buffer, whatever `net.core.rmem_max` is (`SO_RCVBUFFORCE`).
+///
+/// # Errors
+/// As setsockopt(2): `EPERM` without `CAP_NET_ADMIN`.
+pub fn set_receive_buffer_force(socket: &impl AsRawFd, bytes: usize) -> io::Result<()> {
+    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, int(bytes))
+}
+
+/// Sets the largest receive window (`TCP_WINDOW_CLAMP`; tcp_set_window_clamp, net/ipv4/tcp.c).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn set_window_clamp(socket: &impl AsRawFd, bytes: usize) -> io::Result<()> {
+    set_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, int(bytes))
+}
+
+fn int(number: usize) -> libc::c_int {
+    libc::c_int::try_from(number).unwrap_or(libc::c_int::MAX)
+}
+
 fn set_int(
     socket: &impl AsRawFd,
     level: libc::c_int,

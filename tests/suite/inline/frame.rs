@@ -37,9 +37,18 @@ pub(crate) enum Extra {
     None,
     /// Options: of IPv4, or an IPv6 destination options header.
     Extension,
+    /// More IPv6 destination options headers than the program reads.
+    ManyExtensions,
 }
 
 const TCP: u8 = 6;
+/// An IPv6 destination options header.
+const OPTIONS: u8 = 60;
+
+/// Such a header with four bytes of padding (PadN; RFC 8200, section 4.2), and what follows it.
+const fn options(next: u8) -> [u8; 8] {
+    [next, 0, 1, 4, 0, 0, 0, 0]
+}
 
 impl Frame {
     /// A frame with the link-layer header of a client's frame.
@@ -78,9 +87,10 @@ impl Frame {
         match (self.source.ip(), self.extra) {
             (IpAddr::V4(_), extra) => self.ipv4(extra, 0, 0, &tcp),
             (IpAddr::V6(_), Extra::None) => self.ipv6(TCP, &tcp),
-            // PadN of four bytes (RFC 8200, section 4.2).
-            (IpAddr::V6(_), Extra::Extension) => {
-                self.ipv6(60, &[&[TCP, 0, 1, 4, 0, 0, 0, 0][..], &tcp].concat())
+            (IpAddr::V6(_), Extra::Extension) => self.ipv6(OPTIONS, &[&options(TCP), &tcp[..]].concat()),
+            (IpAddr::V6(_), Extra::ManyExtensions) => {
+                let headers = [options(OPTIONS).repeat(9), options(TCP).to_vec()].concat();
+                self.ipv6(OPTIONS, &[headers, tcp].concat())
             }
         }
     }

@@ -2,6 +2,7 @@
 //! distinguished from a forgery does not reach the backend.
 
 use std::io::{self, Write as _};
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -9,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use etherparse::{IpHeaders, TcpHeader};
+use injector_common::inline::{Address, Entry, Key};
+use injector_testbed::bpf::DaemonMap;
 use injector_testbed::daemon::Session;
 use injector_testbed::netns::Family;
 use socket2::{Domain, Socket, Type};
@@ -28,6 +31,7 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("a segment without a flow is dropped", without_flow),
     ("connections of the edge itself are left alone", own_of_the_edge),
     ("Fast Open goes to the socket", fast_open),
+    ("an entry that leads to another connection", wrong_entry),
 ];
 
 /// Before and after each SYN of a client, forged ones arrive with the same sequence number and
@@ -343,4 +347,59 @@ fn set_source(ip: &mut IpHeaders, host: u16) {
         IpHeaders::Ipv4(ip, _) => ip.source = Ipv4Addr::new(203, 0, high, low).octets(),
         IpHeaders::Ipv6(ip, _) => ip.source = Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, host).octets(),
     }
+}
+
+/// While the entries of two connections are exchanged, no packet of one passes as the other's.
+fn wrong_entry(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
+    let mut both = [
+        testbed.connection(family, FirstSpeaker::Server)?,
+        testbed.connection(family, FirstSpeaker::Server)?,
+    ];
+    let entries = DaemonMap::pinned(&testbed.pin().join("v6/maps/FLOWS"))?;
+    let pairs = entries.pairs(size_of::<Entry>())?;
+    let established = |value: &[u8]| value[offset_of!(Entry, established)..][..4].to_vec();
+    let slot = |client: &TcpStream| {
+        let port = client.local_addr()?.port().to_ne_bytes();
+        let at = offset_of!(Key, source) + offset_of!(Address, port);
+        let entry = pairs.iter().find(|(key, _)| key[at..][..2] == port);
+        anyhow::Ok(established(&entry.context("no entry")?.1))
+    };
+    let [one, other] = [slot(&both[0].client)?, slot(&both[1].client)?];
+    let mut exchanged = 0;
+    for (key, value) in &pairs {
+        let slot = established(value);
+        let slot = if slot == one {
+            &other
+        } else if slot == other {
+            &one
+        } else {
+            continue;
+        };
+        let mut value = value.clone();
+        value[offset_of!(Entry, established)..][..4].copy_from_slice(slot);
+        entries.set(key, &value)?;
+        exchanged += 1;
+    }
+    ensure!(exchanged == 4, "{exchanged} entries");
+    let (sender, passed) = mpsc::channel();
+    let watching = testbed.wire.faults(move |seen| {
+        if seen.at(Side::Backend, Direction::ToBackend) || seen.at(Side::Client, Direction::ToClient) {
+            let _ = sender.send(seen.source());
+        }
+        Fate::Pass
+    });
+    for connection in &mut both {
+        connection.client.write_all(b"client")?;
+        connection.server.write_all(b"server")?;
+    }
+    let passed = passed.recv_timeout(Duration::from_millis(50));
+    ensure!(passed.is_err(), "a packet of {passed:?} has passed");
+    drop(watching);
+    pairs.iter().try_for_each(|(key, value)| entries.set(key, value))?;
+    for connection in &mut both {
+        expect(&mut connection.server, b"client")?;
+        expect(&mut connection.client, b"server")?;
+        connection.finish(1000)?;
+    }
+    Ok(())
 }

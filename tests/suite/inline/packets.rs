@@ -12,7 +12,7 @@ use injector_testbed::netns::Family;
 use crate::WireRun;
 use crate::cookies;
 use crate::frame::{Extra, Frame};
-use crate::testbed::{BACKEND_PORT, accept, expect, header, patient};
+use crate::testbed::{BACKEND_PORT, LIMIT, accept, expect, header, patient};
 use crate::wire::{Direction, Fate, Seen, Side};
 use crate::wire_testbed::{self, FirstSpeaker, Forwarding, WireTestbed};
 
@@ -22,6 +22,9 @@ pub(crate) const TRIALS: &[(&str, WireRun)] = &[
     ("padded frames", padded),
     ("fragments and extension headers go to other ports alone", unreadable),
 ];
+
+/// A port of the backend's that is no PROXY port.
+const OTHER_PORT: u16 = BACKEND_PORT + 7;
 
 /// What `note` finds in every packet of a connection.
 fn noted<T: Send + 'static>(
@@ -113,7 +116,6 @@ fn padded(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
 /// SYNs that the program cannot read, to the backend's host: a host behind the edge may use whatever the
 /// edge forwards, except for PROXY ports.
 fn unreadable(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
-    const OTHER_PORT: u16 = BACKEND_PORT + 7;
     let _listener = testbed.backend(family)?;
     let other = std::net::SocketAddr::new(wire_testbed::backend(family).ip(), OTHER_PORT);
     let _other = testbed.backend_side().run(|| std::net::TcpListener::bind(other))??;
@@ -153,5 +155,40 @@ fn unreadable(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     }
     let dropped = testbed.counted("unreadable")? - before;
     ensure!(dropped == 4, "{dropped} were counted");
+    if family == Family::V6 {
+        let other = Frame { destination: other, ..template };
+        hidden(testbed, &other)?;
+    }
+    Ok(())
+}
+
+/// A PROXY port behind more headers than the program reads, after a packet whose port it has read.
+fn hidden(testbed: &WireTestbed, other: &Frame) -> anyhow::Result<()> {
+    const PACKETS: u16 = 16;
+    let before = testbed.counted("unreadable")?;
+    let (sender, answers) = std::sync::mpsc::channel();
+    let _watching = testbed.wire.faults(move |seen| {
+        if seen.at(Side::Backend, Direction::ToClient) && seen.is_syn_ack() {
+            let _ = sender.send(seen.tcp.source_port());
+        }
+        Fate::Pass
+    });
+    for number in 9600..9600 + PACKETS {
+        let mut source = other.source;
+        source.set_port(number);
+        let mut destination = other.destination;
+        destination.set_port(BACKEND_PORT);
+        let other = Frame { source, sequence: number.into(), ..other.clone() };
+        let hidden = Frame { destination, extra: Extra::ManyExtensions, ..other.clone() };
+        testbed.wire.watch(number);
+        for frame in [other, hidden] {
+            testbed.wire.inject(Side::Client, Direction::ToBackend, &frame.whole())?;
+        }
+        let answer = answers.recv_timeout(LIMIT)?;
+        ensure!(answer == OTHER_PORT, "port {answer} has answered");
+    }
+    ensure!(answers.recv_timeout(Duration::from_millis(100)).is_err(), "a PROXY port has answered");
+    let dropped = testbed.counted("unreadable")? - before;
+    ensure!(dropped == u64::from(PACKETS), "{dropped} were counted");
     Ok(())
 }

@@ -34,7 +34,7 @@ const fn place(v4: Ipv4Addr, v6: Ipv6Addr) -> HostAddresses {
 pub(crate) struct WireTestbed {
     // Dropped in this order.
     pub(crate) injector: Injector,
-    _attached: DetachOnDrop,
+    attached: DetachOnDrop,
     pub(crate) wire: Wire,
     pub(crate) layer: Layer,
     client: Netns,
@@ -91,7 +91,12 @@ impl WireTestbed {
             )?;
         }
         let injector = Injector::start(&edge, &config)?;
-        Ok(Self { injector, _attached: attached, wire, layer, client, edge, mail })
+        Ok(Self { injector, attached, wire, layer, client, edge, mail })
+    }
+
+    /// The directory of what is pinned.
+    pub(crate) fn pin(&self) -> &std::path::Path {
+        &self.attached.pin
     }
 
     pub(crate) fn client_side(&self) -> &Netns {

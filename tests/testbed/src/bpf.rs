@@ -11,6 +11,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 
 /// Commands of bpf(2), include/uapi/linux/bpf.h.
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -131,23 +133,56 @@ impl DaemonMap {
         })
     }
 
+    /// All keys, with their values of this size; complete only while the map does not change.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn pairs(&self, value_size: usize) -> anyhow::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let keys = self.keys(&self.info()?)?;
+        let pair = |key: Vec<u8>| {
+            let mut value = vec![0_u8; value_size];
+            let mut lookup = Attributes::new()
+                .fd(0, &self.0)
+                .pointer(8, key.as_ptr())
+                .pointer(16, value.as_mut_ptr().cast_const());
+            call(BPF_MAP_LOOKUP_ELEM, &mut lookup).context("reading a map")?;
+            Ok((key, value))
+        };
+        keys.into_iter().map(pair).collect()
+    }
+
+    /// Sets the value of a key.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn set(&self, key: &[u8], value: &[u8]) -> anyhow::Result<()> {
+        let mut update =
+            Attributes::new().fd(0, &self.0).pointer(8, key.as_ptr()).pointer(16, value.as_ptr());
+        call(BPF_MAP_UPDATE_ELEM, &mut update).context("changing a map")?;
+        Ok(())
+    }
+
     /// The number of keys; exact only while the map does not change.
     fn count(&self, info: &Info) -> anyhow::Result<usize> {
+        Ok(self.keys(info)?.len())
+    }
+
+    fn keys(&self, info: &Info) -> anyhow::Result<Vec<Vec<u8>>> {
         let (mut key, mut next) = (vec![0_u8; info.key_size], vec![0_u8; info.key_size]);
-        let mut count = 0;
+        let mut keys = Vec::new();
         // A concurrent change of the map may restart the iteration.
-        while count <= info.most {
-            let from = if count == 0 { std::ptr::null() } else { key.as_ptr() };
+        while keys.len() <= info.most {
+            let from = if keys.is_empty() { std::ptr::null() } else { key.as_ptr() };
             let mut step =
                 Attributes::new().fd(0, &self.0).pointer(8, from).pointer(16, next.as_mut_ptr().cast_const());
             match call(BPF_MAP_GET_NEXT_KEY, &mut step) {
-                Ok(_) => count += 1,
+                Ok(_) => keys.push(next.clone()),
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
                 Err(error) => return Err(error).with_context(|| format!("walking BPF map {}", info.name)),
             }
             std::mem::swap(&mut key, &mut next);
         }
-        Ok(count)
+        Ok(keys)
     }
 }
 

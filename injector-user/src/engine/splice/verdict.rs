@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::Splice;
 use crate::{
     engine::{Backlog, BacklogNotify, ResumeOutcome},
-    net::socket::Endpoint,
+    net::{options, socket::Endpoint},
     os::sockopt::{self, TcpInfo},
 };
 
@@ -114,6 +114,8 @@ impl EnrolledFlow {
             written: AtomicU64::new(0),
             notify,
         };
+        // A smaller window is only slower.
+        let _ = options::open_spliced_window(source);
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;

@@ -10,7 +10,7 @@ use super::layout::CONFIG;
 /// The container's user and capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Privileges {
-    /// Root with only the DaemonSet's three capabilities. Kubernetes gives added capabilities only
+    /// Root with only the DaemonSet's four capabilities. Kubernetes gives added capabilities only
     /// to root, because it does not support ambient capabilities.
     DaemonSet,
     /// The image's own user without capabilities, for engine "relay".
@@ -18,7 +18,8 @@ pub(super) enum Privileges {
 }
 
 /// The DaemonSet's `securityContext.capabilities.add`, all others dropped.
-pub(super) const CAPABILITIES: [&str; 3] = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"];
+pub(super) const CAPABILITIES: [&str; 4] =
+    ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_PERFMON"];
 
 /// The parts of a container other than the image.
 #[derive(Debug, Clone, Copy)]

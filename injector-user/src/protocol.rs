@@ -62,6 +62,8 @@ pub struct DefaultTimeouts {
     pub header_wait: Duration,
     /// Idle time of the open direction after one side has sent its FIN.
     pub half_closed: Duration,
+    /// How long a client may stay after its backend has finished and every byte was delivered.
+    pub client_fin: Duration,
     /// Time for a peer to acknowledge data.
     pub user_timeout: Duration,
     /// Idle time before the first keepalive probe.
@@ -210,6 +212,18 @@ impl Protocol {
                 // reply to the data.
                 Self::Smtp | Self::Submission | Self::Submissions => minutes(11),
                 Self::Imap | Self::Imaps | Self::Pop3 | Self::Pop3s | Self::Sieve => minutes(1),
+                Self::Plain => minutes(5),
+            },
+            client_fin: match self {
+                // A server of these finishes by closing: it reads nothing more.
+                Self::Smtp
+                | Self::Submission
+                | Self::Submissions
+                | Self::Imap
+                | Self::Imaps
+                | Self::Pop3
+                | Self::Pop3s
+                | Self::Sieve => seconds(15),
                 Self::Plain => minutes(5),
             },
             user_timeout: minutes(5),

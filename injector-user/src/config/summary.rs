@@ -53,17 +53,21 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "  health       {}", health(&listener.health))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
     let timeouts = &listener.timeouts;
-    let [connect, idle, half_closed, wait, user_timeout, keepalive, drain] = [
+    let [connect, idle, half_closed, client_fin, wait, user_timeout, keepalive, drain] = [
         timeouts.connect,
         timeouts.idle,
         timeouts.half_closed,
+        timeouts.client_fin,
         timeouts.header_wait,
         timeouts.user_timeout,
         timeouts.keepalive,
         timeouts.drain,
     ]
     .map(humantime::format_duration);
-    write!(out, "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}")?;
+    write!(
+        out,
+        "  timeouts     connect {connect}, idle {idle}, half-closed {half_closed}, client FIN {client_fin}"
+    )?;
     match listener.protocol.speaks_first() {
         FirstSpeaker::Server => writeln!(out)?,
         FirstSpeaker::Client | FirstSpeaker::Unknown => {

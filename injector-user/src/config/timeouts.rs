@@ -22,6 +22,8 @@ pub struct Timeouts {
     pub header_wait: Duration,
     /// Idle time of the open direction after one side has sent its FIN.
     pub half_closed: Duration,
+    /// How long a client may stay after its backend has finished and every byte was delivered.
+    pub client_fin: Duration,
     /// How long a peer may leave data or keepalive probes unacknowledged, or its window closed.
     pub user_timeout: Duration,
     /// Idle time before the first keepalive probe; whole seconds, 1 to 32767.
@@ -37,6 +39,7 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
         idle: default.idle,
         header_wait: default.header_wait,
         half_closed: default.half_closed,
+        client_fin: default.client_fin,
         user_timeout: default.user_timeout,
         keepalive: default.keepalive,
         drain: default.drain,
@@ -50,6 +53,7 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
     set("connect", &mut timeouts.connect);
     set("idle", &mut timeouts.idle);
     set("half_closed", &mut timeouts.half_closed);
+    set("client_fin", &mut timeouts.client_fin);
     set("user_timeout", &mut timeouts.user_timeout);
     set("drain", &mut timeouts.drain);
     if let Some((at, keepalive)) = section.duration("keepalive", Zero::Rejected) {

@@ -110,6 +110,12 @@ impl Direction {
         self.close != CloseState::Open
     }
 
+    /// Whether nothing is written until the first bytes are known.
+    #[must_use]
+    pub(super) fn is_awaiting_check(&self) -> bool {
+        self.awaiting_check
+    }
+
     /// `count` bytes were read from the source; they are pending now.
     pub(super) fn read(&mut self, count: usize) {
         debug_assert!(self.close == CloseState::Open && self.path == DataPath::Relayed);

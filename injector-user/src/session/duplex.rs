@@ -1,5 +1,8 @@
 //! Forwards both directions of a connection, from the header to the close.
 
+mod close;
+mod timeouts;
+
 use std::{
     future::poll_fn,
     io,
@@ -15,6 +18,7 @@ use super::{
     context::Context,
     direction::NextAction,
     enrolment::Enrolment,
+    fin_wait::FinWait,
     half_duplex::HalfDuplex,
     registry::SessionHandle,
     step::{DirectionIo, ForwardError, StepOutcome},
@@ -29,10 +33,6 @@ use crate::{
 
 /// How often the counters of a long connection are updated.
 const ACCOUNTING_INTERVAL: Duration = Duration::from_secs(5);
-
-/// How long a peer may take to acknowledge the last bytes that it was sent. Then a reset informs it
-/// that its own last bytes were not delivered.
-const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How many steps a connection makes between two polls of its timer if there is always a step to
 /// make.
@@ -56,6 +56,10 @@ pub(super) struct Duplex {
     closed: PeerClosed,
     /// Whether the kernel detects a dead backend. It detects a dead client from the accept on.
     timeouts_set: bool,
+    /// Set once one side has finished.
+    fin_wait: Option<Box<FinWait>>,
+    /// The timer knows of the client's held bytes.
+    prefix_held: bool,
     /// Counts the steps.
     steps: u8,
 }
@@ -70,17 +74,6 @@ struct PeerClosed {
     /// returns an end of file without a reason.
     client_error: Option<io::Error>,
     backend_error: Option<io::Error>,
-}
-
-/// How a connection was closed.
-#[derive(Debug)]
-pub(super) struct CloseOutcome {
-    pub(super) reason: CloseReason,
-    pub(super) error: Option<io::Error>,
-    pub(super) to_backend: Bytes,
-    pub(super) to_client: Bytes,
-    /// The client's socket, still open if the client can be rejected in its own protocol.
-    pub(super) client: Option<Endpoint>,
 }
 
 impl Duplex {
@@ -108,6 +101,8 @@ impl Duplex {
             backend_finished_first: false,
             closed: PeerClosed::default(),
             timeouts_set: false,
+            fin_wait: None,
+            prefix_held: false,
             steps: 0,
         }
     }
@@ -123,6 +118,9 @@ impl Duplex {
             ACCOUNTING_INTERVAL.min(self.idle_limit()).min(self.context.timeouts.user_timeout / 2);
         self.session.schedule(first_check);
         loop {
+            if self.left_unspoken() {
+                return (CloseReason::ClientClosed, None);
+            }
             if let Err(failure) = self.enrol_and_set_interest() {
                 return failure;
             }
@@ -134,6 +132,7 @@ impl Duplex {
                 };
                 return (reason, None);
             }
+            self.schedule_new_timeouts();
             let step = poll_fn(|task| self.poll_step(task)).await;
             match self.classify_hangup(step) {
                 Step::ToBackend(Ok(StepOutcome::Resumed))
@@ -199,11 +198,11 @@ impl Duplex {
                     if let Err(failure) = self.check_backlog() {
                         return self.close_reason(failure, CloseReason::Overload, CloseReason::Overload);
                     }
-                    if let Some(reason) = self.idle_timeout_reason() {
+                    if let Some(reason) = self.expired() {
                         return (reason, None);
                     }
-                    let left = (self.last_activity() + self.idle_limit()).duration_since(Instant::now());
-                    self.session.schedule(ACCOUNTING_INTERVAL.min(left));
+                    self.release_held_prefix();
+                    self.session.schedule(self.next_check());
                 }
             }
         }
@@ -218,6 +217,7 @@ impl Duplex {
         if steps.is_multiple_of(STEPS_PER_TIMER_POLL) && self.session.poll_timer(task).is_ready() {
             return Poll::Ready(Step::TimerFired);
         }
+        let holds_fin = self.holds_fin();
         let Self { context, session, client, backend, to_backend, to_client, closed, .. } = self;
         // A socket that user space reads needs no such poll: its reads report the close, after the
         // last byte.
@@ -237,7 +237,9 @@ impl Duplex {
         }
         let (up, down) = both_directions(context, client, backend);
         for upstream in [steps.is_multiple_of(2), !steps.is_multiple_of(2)] {
-            let step = if upstream {
+            let step = if upstream && holds_fin {
+                Poll::Pending
+            } else if upstream {
                 to_backend.poll_step(task, up).map(Step::ToBackend)
             } else {
                 to_client.poll_step(task, down).map(Step::ToClient)
@@ -247,41 +249,6 @@ impl Duplex {
             }
         }
         session.poll_timer(task).map(|()| Step::TimerFired)
-    }
-
-    /// Closes both sockets.
-    pub(super) async fn close(mut self, reason: CloseReason, error: Option<io::Error>) -> CloseOutcome {
-        self.update_counters();
-        let (to_backend, to_client) = self.counted;
-        let (client_truncated, backend_truncated) =
-            (self.to_backend.is_truncated(), self.to_client.is_truncated());
-        let Self { client, backend, to_backend: up, to_client: down, .. } = self;
-        // The directions must leave the kernel's maps before their sockets close.
-        drop((up, down));
-        let mut open_client = None;
-        match reason {
-            CloseReason::NoBanner => {
-                backend.reset();
-                open_client = Some(client);
-            }
-            // A peer whose last bytes were not delivered gets a reset, after the last bytes that it
-            // was sent.
-            _ if reason.clean() => {
-                for (endpoint, truncated) in [(client, client_truncated), (backend, backend_truncated)] {
-                    if truncated {
-                        endpoint.wait_acked(LINGER_TIMEOUT).await;
-                        endpoint.reset();
-                    }
-                }
-            }
-            // After a loss, or a possible one, neither side may take what it received for complete.
-            // But each gets what there was: the last bytes may still be held back for the FIN.
-            _ => {
-                backend.push_and_reset();
-                client.push_and_reset();
-            }
-        }
-        CloseOutcome { reason, error, to_backend, to_client, client: open_client }
     }
 
     /// Enrols the directions for which it is time, and sets the events to wait for on both sockets.
@@ -318,27 +285,6 @@ impl Duplex {
             .set_interest(client_interest, monitor)
             .and_then(|()| backend.set_interest(backend_interest, monitor))
             .map_err(|error| (CloseReason::Internal, Some(error)))
-    }
-
-    /// Makes the kernel detect a dead backend. A short session does not need these four system
-    /// calls. Bytes that were sent before count as well, because the kernel compares the age of the
-    /// oldest unacknowledged one (tcp_write_timeout, net/ipv4/tcp_timer.c).
-    fn set_backend_timeouts(&mut self) {
-        if self.timeouts_set {
-            return;
-        }
-        self.timeouts_set = true;
-        let timeouts = &self.context.timeouts;
-        if let Err(error) = self.backend.set_peer_timeouts(timeouts.user_timeout, timeouts.keepalive) {
-            let listener = &*self.context.listener;
-            tracing::warn!(
-                target: target::SESSION,
-                listener,
-                %error,
-                "cannot set TCP user timeout on the backend socket; only the idle timeout detects a \
-                 dead backend"
-            );
-        }
     }
 
     fn is_finished(&self) -> bool {
@@ -425,28 +371,6 @@ impl Duplex {
             && !self.client_finished()
             && self.context.expects_banner;
         (if header_refused { CloseReason::NoBanner } else { reason }, error)
-    }
-
-    fn idle_limit(&self) -> Duration {
-        let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
-        let timeouts = &self.context.timeouts;
-        if half_closed { timeouts.half_closed } else { timeouts.idle }
-    }
-
-    fn idle_timeout_reason(&self) -> Option<CloseReason> {
-        if self.last_activity().elapsed() < self.idle_limit() {
-            return None;
-        }
-        let half_closed = self.to_backend.source_ended() || self.to_client.source_ended();
-        Some(if half_closed { CloseReason::HalfClosed } else { CloseReason::Idle })
-    }
-
-    /// When payload was last forwarded, in user space or in the kernel.
-    fn last_activity(&self) -> Instant {
-        let spliced = self.to_backend.last_spliced_ns().max(self.to_client.last_spliced_ns());
-        let since = crate::os::clock::monotonic_ns().saturating_sub(spliced);
-        let spliced = Instant::now().checked_sub(Duration::from_nanos(since));
-        spliced.map_or(self.last_relayed, |spliced| spliced.max(self.last_relayed))
     }
 
     /// Updates the byte counters.

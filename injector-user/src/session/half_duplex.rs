@@ -1,6 +1,8 @@
 //! One direction of a connection: carries out the actions of [`Direction`] as reads, writes and
 //! enrolments.
 
+mod read;
+
 use std::{
     io,
     task::{self, Poll, ready},
@@ -15,30 +17,20 @@ use super::{
     context::Context,
     direction::{DataPath, Direction, NextAction},
     enrolment::{Enrolment, should_enrol},
-    pending_write::{PendingWrite, write_through},
+    pending_write::PendingWrite,
     step::{DirectionIo, ForwardError, StepOutcome},
 };
 use crate::{
     engine::{ResumeOutcome, SplicedDirection},
-    net::{
-        socket::{Endpoint, RETRY_DELAY},
-        splice_pipe::Pipe,
-    },
+    net::socket::Endpoint,
     os::sockopt,
     telemetry::{backlog::BacklogShare, outcome::Bytes},
 };
 
 /// The longest pause between two checks whether a finished direction was delivered.
 const MAX_DELIVERY_BACKOFF: Duration = Duration::from_millis(4);
-/// After this many spurious ends of file in a row, a millisecond apart, the next counts as a reset.
-const MAX_SPURIOUS_EOFS: u32 = 2000;
 /// The longest pause between two checks whether a target has caught up.
 const MAX_DRAIN_BACKOFF: Duration = Duration::from_millis(16);
-
-/// A read of at least this size is bulk data, which a pipe forwards faster than a buffer.
-const BULK_SIZE: usize = 16 * 1024;
-/// After this many bulk reads in a row, the next read goes through a pipe.
-const MIN_BULK_READS: u32 = 2;
 
 /// One direction of a connection.
 ///
@@ -58,6 +50,9 @@ pub(super) struct HalfDuplex {
     spliced_state: Option<Box<SplicedState>>,
     /// The engine has refused the direction, or never enrols.
     splice_disabled: bool,
+    /// The client's first bytes, which were forwarded although they begin like a PROXY header: no
+    /// more came in time. The check continues with what follows.
+    released_prefix: Option<Box<[u8]>>,
     /// Abandoned before its end: the source's peer believes that bytes were delivered that were
     /// not.
     truncated: bool,
@@ -86,13 +81,13 @@ impl HalfDuplex {
     pub(super) fn new(read: u64, pending: BytesMut, awaiting_check: bool, context: &Context) -> Self {
         Self {
             direction: Direction::new(read, pending.len(), awaiting_check),
-            pending_write: (!pending.is_empty())
-                .then(|| Box::new(PendingWrite { bytes: pending, pipe: None })),
+            pending_write: (!pending.is_empty()).then(|| Box::new(PendingWrite::new(pending))),
             piped: 0,
             bulk_reads: 0,
             messages: u32::from(read > 0),
             spliced_state: None,
             splice_disabled: false,
+            released_prefix: None,
             truncated: false,
             backoff: Backoff::default(),
             backlog_share: context.backlog_total.share(),
@@ -116,6 +111,24 @@ impl HalfDuplex {
     /// space.
     pub(super) fn has_read_nothing(&self) -> bool {
         self.direction.read_bytes() == 0
+    }
+
+    /// How long bytes have been held that may be the start of a forged header.
+    pub(super) fn held_for(&self) -> Option<Duration> {
+        let pending_write = self.pending_write.as_ref().filter(|_| self.direction.is_awaiting_check())?;
+        Some(pending_write.since.elapsed())
+    }
+
+    /// Forwards the bytes that were held. What follows is still checked together with them.
+    pub(super) fn release_prefix(&mut self) {
+        self.released_prefix =
+            self.pending_write.as_ref().map(|pending_write| (&*pending_write.bytes).into());
+        self.direction.check_passed();
+    }
+
+    /// Whether the kernel has forwarded payload of this direction.
+    pub(super) fn was_spliced(&self) -> bool {
+        self.spliced_state.is_some()
     }
 
     /// Gives up the direction, because the target accepts nothing any more.
@@ -187,7 +200,7 @@ impl HalfDuplex {
     /// is returned once; after it the direction stays in user space.
     pub(super) fn enrol(&mut self, io: DirectionIo<'_>, age: impl FnOnce() -> Duration) -> Enrolment {
         let DirectionIo { context, source, target } = io;
-        if self.splice_disabled || !self.direction.can_splice() {
+        if self.splice_disabled || self.released_prefix.is_some() || !self.direction.can_splice() {
             return Enrolment::NotNow;
         }
         if !should_enrol(&context.enrolment, self.messages.into(), self.direction.read_bytes(), age) {
@@ -262,90 +275,6 @@ impl HalfDuplex {
             NextAction::Finished => return Poll::Pending,
         }
         Poll::Ready(Ok(StepOutcome::Other))
-    }
-
-    fn poll_read(
-        &mut self,
-        task: &mut task::Context<'_>,
-        io: DirectionIo<'_>,
-    ) -> Poll<Result<StepOutcome, ForwardError>> {
-        let DirectionIo { context, source, target } = io;
-        if self.is_bulk()
-            && let Some((pipe, count)) =
-                ready!(source.poll_fill(task, &context.pipes)).map_err(ForwardError::Source)?
-        {
-            return Poll::Ready(self.forward_pipe(pipe, count, target));
-        }
-        let Self { direction, pending_write, messages, bulk_reads, spliced_state, .. } = self;
-        let outcome = source.poll_read(task, |payload| {
-            if payload.is_empty() {
-                return None;
-            }
-            direction.read(payload.len());
-            if payload.len() >= BULK_SIZE {
-                *bulk_reads += 1;
-            } else {
-                (*bulk_reads, *messages) = (0, messages.saturating_add(1));
-            }
-            if let Some(spliced_state) = spliced_state {
-                spliced_state.spurious_eofs = 0;
-            }
-            // If the FIN follows, the payload leaves in one segment with it.
-            let fin_follows = spliced_state.is_none() && source.fin_follows();
-            Some(write_through(direction, pending_write, payload, fin_follows, target))
-        });
-        match ready!(outcome).map_err(ForwardError::Source)? {
-            Some(Some(outcome)) => Poll::Ready(outcome),
-            Some(None) if self.eof_is_fin(source) => {
-                self.direction.source_finished();
-                Poll::Ready(Ok(StepOutcome::Other))
-            }
-            Some(None) if !self.eof_is_spurious(source) => {
-                Poll::Ready(Err(ForwardError::Source(io::ErrorKind::ConnectionReset.into())))
-            }
-            Some(None) | None => {
-                self.backoff.start(RETRY_DELAY, task);
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Whether to read through a pipe. Never after the source was enrolled: what `verdict` passes
-    /// is on a list of its own, which splice(2) does not read (tcp_splice_read, net/ipv4/tcp.c).
-    fn is_bulk(&self) -> bool {
-        self.bulk_reads >= MIN_BULK_READS && self.spliced_state.is_none() && self.direction.can_splice()
-    }
-
-    /// Writes what was just read into a pipe, as far as the target accepts it now.
-    fn forward_pipe(
-        &mut self,
-        mut pipe: Pipe,
-        count: usize,
-        target: &Endpoint,
-    ) -> Result<StepOutcome, ForwardError> {
-        self.direction.read(count);
-        self.piped += count as u64;
-        if count < BULK_SIZE {
-            self.bulk_reads = 0;
-        }
-        let drained = target.try_drain(&mut pipe);
-        if pipe.held() > 0 {
-            self.pending_write.get_or_insert_default().pipe = Some(pipe);
-        }
-        self.direction.wrote(drained.map_err(ForwardError::Target)?);
-        Ok(StepOutcome::Read)
-    }
-
-    /// Whether an end of file comes too early. On a socket that was enrolled, recv(2) returns 0
-    /// after the FIN although a kernel worker has not yet queued the bytes before it
-    /// (tcp_bpf_recvmsg_parser, net/ipv4/tcp_bpf.c).
-    fn eof_is_spurious(&mut self, source: &Endpoint) -> bool {
-        let Some(spliced_state) = &mut self.spliced_state else { return false };
-        let Ok(info) = sockopt::tcp_info(source) else { return false };
-        let redirected = spliced_state.spliced.flow().map_or(0, |flow| flow.redirected);
-        spliced_state.spurious_eofs += 1;
-        info.bytes_received > self.direction.read_bytes() + redirected + 1
-            && spliced_state.spurious_eofs < MAX_SPURIOUS_EOFS
     }
 
     fn spliced(&self) -> Result<&dyn SplicedDirection, ForwardError> {

@@ -23,6 +23,7 @@ mod context;
 mod direction;
 mod duplex;
 mod enrolment;
+mod fin_wait;
 mod half_duplex;
 #[cfg(test)]
 mod model;

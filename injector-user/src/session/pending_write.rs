@@ -3,6 +3,7 @@
 use std::{
     io,
     task::{self, Poll, ready},
+    time::Instant,
 };
 
 use bytes::{Buf as _, BytesMut};
@@ -15,14 +16,20 @@ use super::{
 use crate::net::{socket::Endpoint, splice_pipe::Pipe};
 
 /// Payload that the target has not accepted yet. It is never empty between two steps.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct PendingWrite {
     pub(super) bytes: BytesMut,
     /// Follows the bytes.
     pub(super) pipe: Option<Pipe>,
+    /// Since when there is something pending.
+    pub(super) since: Instant,
 }
 
 impl PendingWrite {
+    pub(super) fn new(bytes: BytesMut) -> Self {
+        Self { bytes, pipe: None, since: Instant::now() }
+    }
+
     pub(super) fn poll_write(
         &mut self,
         task: &mut task::Context<'_>,
@@ -73,10 +80,46 @@ pub(super) fn write_through(
         }
     };
     if written < all.len() {
-        let mut rest =
-            earlier.unwrap_or_else(|| Box::new(PendingWrite { bytes: payload.into(), pipe: None }));
+        let mut rest = earlier.unwrap_or_else(|| Box::new(PendingWrite::new(payload.into())));
         rest.bytes.advance(written);
         *pending_write = Some(rest);
     }
     Ok(StepOutcome::Read)
+}
+
+/// Checks `payload` for a forged header of which `prefix` was forwarded. What may still become one
+/// is the next prefix.
+pub(super) fn check_behind(
+    prefix: Box<[u8]>,
+    payload: &[u8],
+    next: &mut Option<Box<[u8]>>,
+) -> Result<(), ForwardError> {
+    let all = [&prefix, payload].concat();
+    match forgery(&all) {
+        Forgery::Yes => return Err(ForwardError::Forged),
+        Forgery::Undecided => *next = Some(all.into()),
+        Forgery::No => {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forged_header_is_found_behind_a_released_prefix() {
+        let signature = b"\r\n\r\n\0\r\nQUIT\n\x21";
+        for at in 1..signature.len() - 1 {
+            let (first, rest) = signature.split_at(at);
+            let mut next = None;
+            let forged = check_behind(first.into(), rest, &mut next);
+            assert!(matches!(forged, Err(ForwardError::Forged)) && next.is_none(), "{first:?}");
+        }
+        let mut next = None;
+        check_behind(b"\r".as_slice().into(), b"\n", &mut next).unwrap();
+        assert_eq!(next.as_deref(), Some(&b"\r\n"[..]));
+        check_behind(next.take().unwrap(), b"EHLO client\r\n", &mut next).unwrap();
+        assert_eq!(next, None);
+    }
 }

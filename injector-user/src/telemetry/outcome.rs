@@ -26,6 +26,8 @@ pub enum CloseReason {
     Idle,
     /// One side had sent its FIN, and the other sent nothing for the half-closed timeout.
     HalfClosed,
+    /// The backend had finished and every byte was delivered, and the client did not finish in time.
+    ClientFin,
     /// The client sent a PROXY header of its own.
     Forged,
     /// Sending the header ahead of the payload failed.
@@ -50,7 +52,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// All reasons.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::ClientClosed,
         Self::BackendClosed,
         Self::ClientReset,
@@ -60,6 +62,7 @@ impl CloseReason {
         Self::NoBanner,
         Self::Idle,
         Self::HalfClosed,
+        Self::ClientFin,
         Self::Forged,
         Self::HeaderFailed,
         Self::Lost,
@@ -85,6 +88,7 @@ impl CloseReason {
             Self::NoBanner => "no_banner",
             Self::Idle => "idle",
             Self::HalfClosed => "half_closed",
+            Self::ClientFin => "client_fin",
             Self::Forged => "forged_header",
             Self::HeaderFailed => "header_failed",
             Self::Lost => "lost",

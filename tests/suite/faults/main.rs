@@ -11,6 +11,7 @@ mod peer_timeouts;
 mod rejections;
 mod retransmissions;
 mod segment_counts;
+mod session_ends;
 mod shutdown;
 mod stalled_readers;
 mod startup;
@@ -47,7 +48,8 @@ fn main() {
             .chain(shutdown::TRIALS)
             .chain(connection_limits::TRIALS)
             .chain(stalled_readers::TRIALS)
-            .chain(peer_timeouts::TRIALS);
+            .chain(peer_timeouts::TRIALS)
+            .chain(session_ends::TRIALS);
         for (name, run) in each {
             trials.push(trial(&testbed, format!("{engine}/{name}"), move |testbed| run(testbed, engine)));
         }

@@ -21,7 +21,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+pub(crate) enum Side {
     Client,
     Backend,
 }
@@ -37,7 +37,7 @@ impl Side {
 
 /// While this exists, no packet leaves the namespace towards an address, not even an
 /// acknowledgement.
-struct Silence<'a> {
+pub(crate) struct Silence<'a> {
     netns: &'a Netns,
     route: String,
 }
@@ -49,7 +49,7 @@ impl<'a> Silence<'a> {
         Ok(Self { netns, route })
     }
 
-    fn of_side(testbed: &'a Testbed, side: Side) -> anyhow::Result<Self> {
+    pub(crate) fn of_side(testbed: &'a Testbed, side: Side) -> anyhow::Result<Self> {
         match side {
             Side::Client => Self::of(&testbed.topology.client, VIP_SPLICE.of(Family::V4)),
             Side::Backend => Self::of(&testbed.topology.mail, EDGE_INSIDE.of(Family::V4)),

@@ -43,6 +43,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.timeouts.idle, default.idle);
     assert_ne!(listener.timeouts.header_wait, default.header_wait);
     assert_ne!(listener.timeouts.half_closed, default.half_closed);
+    assert_ne!(listener.timeouts.client_fin, default.client_fin);
     assert_ne!(listener.timeouts.user_timeout, default.user_timeout);
     assert_ne!(listener.timeouts.keepalive, default.keepalive);
     assert_ne!(listener.timeouts.drain, default.drain);

@@ -72,6 +72,7 @@ fn the_example_has_the_documented_meaning() {
             idle: default.idle,
             header_wait: default.header_wait,
             half_closed: default.half_closed,
+            client_fin: default.client_fin,
             user_timeout: default.user_timeout,
             keepalive: default.keepalive,
             drain: default.drain,

@@ -7,7 +7,7 @@ use std::{fmt, net::IpAddr};
 pub enum Host {
     /// As written.
     Ip(IpAddr),
-    /// A DNS name in lower case, without the final dot.
+    /// A DNS name in lower case, with the final dot if it is written.
     Name(String),
 }
 

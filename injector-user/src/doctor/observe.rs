@@ -315,6 +315,8 @@ async fn wait_for_close(stream: &mut TcpStream) {
 
 fn server_name(target: &Target) -> ServerName<'static> {
     let host = target.backend.rsplit_once(':').map_or(target.backend.as_str(), |(host, _)| host);
+    // Without the final dot of an absolute name (RFC 6066, section 3).
+    let host = host.strip_suffix('.').unwrap_or(host);
     ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(target.address.ip()))
 }
 

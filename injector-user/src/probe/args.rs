@@ -149,7 +149,7 @@ impl ProbeArgs {
     /// The name that the server's certificate must have.
     #[must_use]
     pub fn tls_name_of<'a>(&'a self, server: &'a Server) -> &'a str {
-        self.tls_name.as_deref().unwrap_or(&server.host)
+        self.tls_name.as_deref().unwrap_or_else(|| server.certificate_name())
     }
 }
 
@@ -160,6 +160,14 @@ pub struct Server {
     pub host: String,
     /// Its port.
     pub port: u16,
+}
+
+impl Server {
+    /// The host without the final dot of an absolute name, which TLS does not have (RFC 6066,
+    /// section 3).
+    fn certificate_name(&self) -> &str {
+        self.host.strip_suffix('.').unwrap_or(&self.host)
+    }
 }
 
 impl FromStr for Server {
@@ -307,6 +315,16 @@ mod tests {
         }
         for text in ["mx.example", ":25", "mx.example:0", "mx.example:smtp", "::1:25", "[::1]", "[]:25"] {
             text.parse::<Server>().expect_err(text);
+        }
+    }
+
+    #[test]
+    fn a_certificate_has_no_final_dot() {
+        for text in ["mx.example.:25", "mx.example:25"] {
+            let server: Server = text.parse().unwrap();
+            // The name is looked up as written.
+            assert_eq!(server.to_string(), text);
+            assert_eq!(server.certificate_name(), "mx.example");
         }
     }
 

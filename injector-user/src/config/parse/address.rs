@@ -72,7 +72,14 @@ pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
         return Err(format!("an IPv6 address must be in brackets: write \"[{host}]:{port}\""));
     }
     require_port(port)?;
-    Ok((Host::Name(host_name(host)?), port))
+    Ok((Host::Name(name_to_resolve(host)?), port))
+}
+
+/// A host name in lower case, with its final dot. The dot makes it absolute: the resolver's search
+/// list is for names without it (resolv.conf(5)), and could answer with another host.
+fn name_to_resolve(text: &str) -> Result<String, String> {
+    let name = host_name(text)?;
+    Ok(if text.ends_with('.') { format!("{name}.") } else { name })
 }
 
 fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
@@ -139,7 +146,10 @@ pub(crate) fn is_loop(bind: SocketAddr, host: &Host, port: u16) -> bool {
             let ip = ip.to_canonical();
             ip == bind || (ip.is_loopback() && covers(bind, ip))
         }
-        Host::Name(name) => name == "localhost" && (bind.is_loopback() || bind.is_unspecified()),
+        Host::Name(name) => {
+            name.strip_suffix('.').unwrap_or(name) == "localhost"
+                && (bind.is_loopback() || bind.is_unspecified())
+        }
     }
 }
 
@@ -174,6 +184,44 @@ mod tests {
         ] {
             assert_eq!(socket_address(text, Some(25)), Err(expected.to_owned()), "{text}");
         }
+    }
+
+    #[test]
+    fn an_address_of_either_family_stands_before_a_port() {
+        for (node, bound) in [
+            ("192.0.2.1", "192.0.2.1:9145"),
+            ("fd24::1", "[fd24::1]:9145"),
+            ("2001:db8:1:2:3:4:5:6", "[2001:db8:1:2:3:4:5:6]:9145"),
+            ("[fd24::1]", "[fd24::1]:9145"),
+        ] {
+            let address = parse_flag_address(&format!("{node}:9145"));
+            assert_eq!(address.map(|it| it.to_string()), Ok(bound.to_owned()), "{node}");
+        }
+        for (text, advice) in [
+            ("2001:db8::9145", "the port is missing: write \"[2001:db8::9145]:9145\""),
+            ("fd24::1:99999", "must be an IP address and a port"),
+            ("9145", "must be an IP address and a port"),
+            (":9145", "the address is missing"),
+        ] {
+            let error = parse_flag_address(text).unwrap_err();
+            assert!(error.starts_with(advice), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_backends_name_keeps_its_final_dot() {
+        for (text, name) in [
+            ("Mail.Internal.:2525", "mail.internal."),
+            ("mail.internal:2525", "mail.internal"),
+            ("mail:2525", "mail"),
+            ("mail.:2525", "mail."),
+        ] {
+            assert_eq!(backend(text), Ok((Host::Name(name.to_owned()), 2525)), "{text}");
+        }
+        assert_eq!(backend(".:2525"), Err("\".\" is not a host name".to_owned()));
+        assert_eq!(backend("mail..:2525"), Err("\"mail..\" is not a host name".to_owned()));
+        // A name in a TLV or in TLS has none (RFC 6066, section 3).
+        assert_eq!(host_name("Mail.Internal."), Ok("mail.internal".to_owned()));
     }
 
     #[test]

@@ -59,6 +59,7 @@ fn a_backend_must_not_be_the_listener_itself() {
     for (bind, backend) in [
         ("192.0.2.10:25", "192.0.2.10:25"),
         ("127.0.0.1:25", "localhost:25"),
+        ("127.0.0.1:25", "localhost.:25"),
         ("0.0.0.0:25", "127.0.0.9:25"),
         ("[::]:25", "[::1]:25"),
         ("[::]:25", "localhost:25"),

@@ -33,7 +33,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a health check failed.
 #[derive(Debug, Error)]
-pub(super) enum CheckError {
+pub enum CheckError {
     /// The check did not finish in time.
     #[error("{stage}: no reply within {within:?}")]
     Timeout {

@@ -1,4 +1,5 @@
-//! Connects to a backend: tries the addresses of all backends in order until one accepts.
+//! Connects to a backend: tries the backends in order, and the addresses of each side by side, until
+//! one accepts.
 
 use std::{
     io,
@@ -7,10 +8,12 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use thiserror::Error;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
+    addresses::RETRY_AFTER,
     pool::Backends,
     state::{Backend, SessionGuard},
 };
@@ -18,6 +21,10 @@ use crate::{
     net::{socket::Endpoint, syn::ObserveSyn},
     telemetry::log::target,
 };
+
+/// How long an address of a backend may take before the next one is tried beside it: the
+/// "Connection Attempt Delay" of RFC 8305, section 5.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// A connection to a backend.
 #[derive(Debug)]
@@ -66,68 +73,149 @@ pub enum Unreachable {
 }
 
 impl Backends {
-    /// Connects to the first address that accepts, while `observe` reads its SYN. All addresses
-    /// share the time `within`: each attempt gets an equal part of the rest.
+    /// Connects to the first backend that accepts, while `observe` reads its SYN. The backends share
+    /// the time `within`: each gets an equal part of the rest.
     ///
     /// # Errors
-    /// [`Unreachable`], after all addresses failed.
+    /// [`Unreachable`], after all addresses of all backends failed.
     pub async fn connect(
         &self,
         within: Duration,
         observe: &ObserveSyn<'_>,
     ) -> Result<BackendConnection, Unreachable> {
         let deadline = Instant::now() + within;
-        let order = self.order();
+        let mut order = self.order();
         if order.is_empty() {
             return Err(Unreachable::AllDisabled);
         }
-        let mut addresses = addresses(&order);
-        if addresses.is_empty() {
-            // The name had no address when it was last resolved.
+        if order.iter().all(|backend| backend.addresses().is_empty()) {
+            // The names had no address when they were last resolved.
             let _ = timeout(within, self.resolve()).await;
-            addresses = self::addresses(&order);
         }
+        order.retain(|backend| !backend.addresses().is_empty());
         let mut worst = Unreachable::Unresolved;
-        let mut failing: Option<&Backend> = None;
-        for (left, (backend, address)) in
-            (1..=u32::try_from(addresses.len()).unwrap_or(1)).rev().zip(addresses)
-        {
-            // All addresses of the previous backend have failed.
-            if let Some(failing) = failing.filter(|failing| !Arc::ptr_eq(&failing.state, &backend.state)) {
-                self.failed(failing);
-            }
+        for (left, backend) in (1..=u32::try_from(order.len()).unwrap_or(1)).rev().zip(order) {
             let share = deadline.saturating_duration_since(Instant::now()) / left;
-            let failed = match timeout(share, Endpoint::connect(address, observe)).await {
-                Ok(Ok(endpoint)) => {
+            match self.connect_to(backend, share, observe).await {
+                Ok((address, endpoint)) => {
                     return Ok(BackendConnection { endpoint, address, session: self.reached(backend) });
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    Unreachable::Refused { address, error }
+                Err(failed) => {
+                    if failed.counts_as_failure() {
+                        self.failed(backend);
+                    }
+                    worst = most_specific(worst, failed);
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
-                    Unreachable::Timeout { address, within: share }
-                }
-                Ok(Err(error)) => Unreachable::Other { address, error },
-                Err(_) => Unreachable::Timeout { address, within: share },
-            };
-            tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next one, if any");
-            failing = failed.counts_as_failure().then_some(backend);
-            worst = most_specific(worst, failed);
-        }
-        if let Some(failing) = failing {
-            self.failed(failing);
+            }
         }
         Err(worst)
     }
 
+    /// Connects to the address of a backend that accepts first. The next address is tried when one
+    /// has failed, or has not answered for [`ATTEMPT_DELAY`] (RFC 8305, section 5).
+    async fn connect_to(
+        &self,
+        backend: &Backend,
+        within: Duration,
+        observe: &ObserveSyn<'_>,
+    ) -> Result<(SocketAddr, Endpoint), Unreachable> {
+        let deadline = Instant::now() + within;
+        let order = backend.state.addresses().order(std::time::Instant::now());
+        // Each of them is tried, also within a short time.
+        let delay = ATTEMPT_DELAY.min(within / u32::try_from(order.len()).unwrap_or(1).max(1));
+        let attempt = |address| async move { (address, Endpoint::connect(address, observe).await) };
+        let mut attempts = FuturesUnordered::new();
+        // The addresses of the attempts, in the order of their start.
+        let mut pending: Vec<SocketAddr> = Vec::new();
+        let mut order = order.into_iter();
+        let mut worst = Unreachable::Unresolved;
+        loop {
+            match order.next() {
+                Some(address) => {
+                    pending.push(address);
+                    attempts.push(attempt(address));
+                }
+                None if pending.is_empty() => return Err(worst),
+                None => {}
+            }
+            let until = if order.len() > 0 { deadline.min(Instant::now() + delay) } else { deadline };
+            match timeout_at(until, attempts.next()).await {
+                Ok(Some((address, Ok(endpoint)))) => {
+                    let overtaken = pending.iter().take_while(|pending| **pending != address);
+                    overtaken.for_each(|slower| self.note_address_failed(backend, *slower));
+                    self.note_address_connected(backend, address);
+                    return Ok((address, endpoint));
+                }
+                Ok(Some((address, Err(error)))) => {
+                    pending.retain(|pending| *pending != address);
+                    worst = most_specific(worst, self.attempt_failed(backend, address, within, Some(error)));
+                }
+                Ok(None) => {}
+                Err(_) if Instant::now() < deadline => {}
+                Err(_) => {
+                    for address in pending {
+                        worst = most_specific(worst, self.attempt_failed(backend, address, within, None));
+                    }
+                    return Err(worst);
+                }
+            }
+        }
+    }
+
+    /// Records a failed attempt; `error` is `None` if it had no answer.
+    fn attempt_failed(
+        &self,
+        backend: &Backend,
+        address: SocketAddr,
+        within: Duration,
+        error: Option<io::Error>,
+    ) -> Unreachable {
+        let failed = match error {
+            Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Unreachable::Refused { address, error }
+            }
+            Some(error) if error.kind() != io::ErrorKind::TimedOut => Unreachable::Other { address, error },
+            _ => Unreachable::Timeout { address, within },
+        };
+        tracing::debug!(target: target::BACKEND, listener = self.listener, error = %failed, "connecting to a backend address failed; trying the next one, if any");
+        if failed.counts_as_failure() {
+            self.note_address_failed(backend, address);
+        }
+        failed
+    }
+
+    fn note_address_failed(&self, backend: &Backend, address: SocketAddr) {
+        let new = backend.state.addresses().failed(address, std::time::Instant::now());
+        if new && backend.addresses().len() > 1 {
+            tracing::warn!(target: target::BACKEND, listener = self.listener, backend = %backend.configured, %address, retry_after = ?RETRY_AFTER, "one of the backend's addresses does not accept connections; new connections go to its other addresses first");
+            self.changed.notify_one();
+        }
+    }
+
+    fn note_address_connected(&self, backend: &Backend, address: SocketAddr) {
+        let new = backend.state.addresses().connected(address);
+        if new && backend.addresses().len() > 1 {
+            tracing::info!(target: target::BACKEND, listener = self.listener, backend = %backend.configured, %address, "the backend's address accepts connections again");
+            self.changed.notify_one();
+        }
+    }
+
     /// Records that a connection of the inline engine was refused at this address.
     pub fn note_refused(&self, address: SocketAddr) {
-        self.with_address(address).for_each(|backend| self.failed(backend));
+        for backend in self.with_address(address) {
+            self.note_address_failed(backend, address);
+            if backend.failing_addresses().len() == backend.addresses().len() {
+                self.failed(backend);
+            }
+        }
     }
 
     /// Records that this address accepted a connection of the inline engine.
     pub fn note_connected(&self, address: SocketAddr) {
-        self.with_address(address).for_each(|backend| backend.state.health().connected());
+        for backend in self.with_address(address) {
+            self.note_address_connected(backend, address);
+            backend.state.health().connected();
+        }
     }
 
     fn with_address(&self, address: SocketAddr) -> impl Iterator<Item = &Backend> {
@@ -150,14 +238,6 @@ impl Backends {
             tracing::warn!(target: target::HEALTH, listener = self.listener, backend = %name, duration = ?time, "backend ejected after failed connections; it receives none until the time is over");
         }
     }
-}
-
-fn addresses<'a>(order: &[&'a Backend]) -> Vec<(&'a Backend, SocketAddr)> {
-    let of = |backend: &&'a Backend| {
-        let backend = *backend;
-        backend.addresses().into_iter().map(move |address| (backend, address))
-    };
-    order.iter().flat_map(of).collect()
 }
 
 impl Unreachable {
@@ -188,6 +268,7 @@ fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
 
 #[cfg(test)]
 mod tests {
+    use super::super::HealthState;
     use super::*;
     use crate::{config::Config, net::syn::no_observer};
 
@@ -239,5 +320,91 @@ mod tests {
             .await
             .unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
+    }
+
+    /// A backend with these addresses, as if its name had resolved to them.
+    fn resolved(addresses: &[SocketAddr]) -> Backends {
+        let backends = backends("\"nowhere.invalid:25\"");
+        backends.all[0].state.addresses().replace(addresses.to_vec());
+        backends
+    }
+
+    /// An address that answers no SYN: a socket whose accept queue is full.
+    async fn silent() -> (socket2::Socket, Vec<tokio::net::TcpStream>, SocketAddr) {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.listen(0).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        let mut queued = Vec::new();
+        while let Ok(Ok(stream)) =
+            timeout(Duration::from_millis(50), tokio::net::TcpStream::connect(address)).await
+        {
+            queued.push(stream);
+        }
+        (socket, queued, address)
+    }
+
+    #[tokio::test]
+    async fn a_silent_address_costs_the_first_connection_alone_and_not_the_timeout() {
+        let (_socket, _queued, silent) = silent().await;
+        let (_listener, good) = listening().await;
+        let backends = resolved(&[silent, good]);
+        let connect = async || {
+            let start = Instant::now();
+            let connection = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+            (connection.address, start.elapsed())
+        };
+        let (address, took) = connect().await;
+        assert_eq!(address, good);
+        assert!(took >= ATTEMPT_DELAY && took < Duration::from_secs(2), "{took:?}");
+        assert_eq!(backends.all()[0].failing_addresses(), [silent]);
+        for _ in 0..4 {
+            let (address, took) = connect().await;
+            assert_eq!(address, good);
+            assert!(took < ATTEMPT_DELAY, "{took:?}");
+        }
+        assert_eq!(backends.all()[0].health_state(), HealthState::Up);
+    }
+
+    #[tokio::test]
+    async fn the_last_address_is_tried_within_a_short_time_too() {
+        let (_socket, _queued, silent) = silent().await;
+        let (_listener, good) = listening().await;
+        let backends = resolved(&[silent, good]);
+        assert_eq!(backends.connect(ATTEMPT_DELAY / 2, &no_observer).await.unwrap().address, good);
+    }
+
+    #[tokio::test]
+    async fn connections_are_spread_over_the_addresses_of_a_name() {
+        let (_one, first) = listening().await;
+        let (_other, second) = listening().await;
+        let backends = resolved(&[first, refusing().await, second]);
+        let mut counts = [0; 2];
+        for _ in 0..9 {
+            let address = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap().address;
+            counts[usize::from(address == second)] += 1;
+        }
+        assert!(counts.iter().all(|count| *count >= 4), "{counts:?}");
+    }
+
+    #[tokio::test]
+    async fn a_backend_fails_when_all_of_its_addresses_have() {
+        let addresses = [refusing().await, refusing().await];
+        let backends = resolved(&addresses);
+        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
+        assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
+        assert_eq!(backends.all()[0].failing_addresses(), addresses);
+        // By connections of the inline engine: one address alone ejects nothing.
+        let (_listener, good) = listening().await;
+        let backends = resolved(&[good, addresses[0]]);
+        (0..100).for_each(|_| backends.note_refused(addresses[0]));
+        assert_eq!(backends.all()[0].health_state(), HealthState::Up);
+        assert_eq!(backends.all()[0].usable_addresses(false), [good]);
+        (0..100).for_each(|_| backends.note_refused(good));
+        assert_eq!(backends.all()[0].health_state(), HealthState::Ejected);
+        backends.note_connected(good);
+        assert_eq!(backends.all()[0].usable_addresses(false), [good]);
+        assert_eq!(backends.all()[0].health_state(), HealthState::Up);
     }
 }

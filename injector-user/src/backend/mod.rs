@@ -1,16 +1,19 @@
 //! Backends: resolving their names, choosing one by health and weight, and connecting to it.
 
+mod addresses;
 mod balance;
 mod checker;
 mod connect;
 mod health;
+mod lookup;
 mod pool;
 mod resolver;
 mod state;
 
 pub use self::{
+    checker::CheckError,
     connect::{BackendConnection, Unreachable},
     health::{AdminState, HealthState},
-    pool::Backends,
+    pool::{Backends, try_once},
     state::{Backend, BackendStats, SessionGuard},
 };

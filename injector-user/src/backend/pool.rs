@@ -1,18 +1,22 @@
 //! The backends of a listener, and which of them get connections.
 
 use std::{
+    io,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError, RwLock, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    addresses::Addresses,
     balance::{self, SmoothWeightedRoundRobin},
-    checker,
+    checker::{self, CheckError},
     health::AdminState,
+    lookup::lookup,
     state::{Backend, BackendState, BackendStats},
 };
 use crate::{
@@ -32,7 +36,7 @@ pub struct Backends {
     pub(super) all: Vec<Backend>,
     round_robin: Mutex<SmoothWeightedRoundRobin>,
     /// Notified when the eligible backends may have changed, except by an ejection.
-    changed: Arc<Notify>,
+    pub(super) changed: Arc<Notify>,
 }
 
 impl BackendSource for Backends {
@@ -69,10 +73,12 @@ impl Backends {
                     Host::Ip(ip) => vec![SocketAddr::new(ip, configured.port)],
                     Host::Name(_) => Vec::new(),
                 };
-                Arc::new(BackendState { addresses: RwLock::new(addresses), ..BackendState::default() })
+                let addresses = Mutex::new(Addresses::new(addresses));
+                Arc::new(BackendState { addresses, ..BackendState::default() })
             });
             if listener.health.check.is_none() {
                 state.health().unchecked();
+                state.addresses().unchecked();
             }
             Backend { configured: configured.clone(), state }
         };
@@ -138,18 +144,18 @@ impl Backends {
         }
     }
 
-    /// A name with several addresses is healthy if one of them is.
+    /// Checks all addresses of a name. It is healthy if one of them is, and connections avoid the
+    /// others.
     async fn check(&self, backend: &Backend, plan: &Check) {
         if backend.addresses().is_empty() {
             self.resolve().await;
         }
-        let mut outcome = Err("the name has no address".to_owned());
-        for address in backend.addresses() {
-            outcome = checker::check(address, plan).await.map_err(|error| format!("{address}: {error}"));
-            if outcome.is_ok() {
-                break;
-            }
+        let checks = backend.addresses().into_iter().map(|address| check_address(address, plan));
+        let results = join_all(checks).await;
+        for (address, result) in &results {
+            self.note_checked(backend, *address, result);
         }
+        let outcome = outcome(&results);
         let counters = &backend.state.counters;
         let count = if outcome.is_ok() { &counters.passed } else { &counters.failed };
         count.fetch_add(1, Ordering::Relaxed);
@@ -172,6 +178,22 @@ impl Backends {
         }
     }
 
+    fn note_checked(&self, backend: &Backend, address: SocketAddr, result: &Result<(), CheckError>) {
+        let changed = backend.state.addresses().checked(address, result.is_ok());
+        let several = backend.addresses().len() > 1;
+        let (listener, name) = (&self.listener, &backend.configured);
+        match result {
+            Err(error) if changed && several => {
+                tracing::warn!(target: target::HEALTH, listener, backend = %name, %address, %error, "a health check of one of the backend's addresses failed; new connections go to its other addresses first");
+            }
+            Ok(()) if changed && several => {
+                tracing::info!(target: target::HEALTH, listener, backend = %name, %address, "health checks of the backend's address pass again");
+            }
+            _ => return,
+        }
+        self.changed.notify_one();
+    }
+
     /// The backends to try, in order.
     pub(super) fn order(&self) -> Vec<&Backend> {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
@@ -181,4 +203,37 @@ impl Backends {
         order.extend(reserve);
         order.into_iter().filter_map(|index| self.all.get(index)).collect()
     }
+}
+
+/// Resolves a backend that no listener may have, and checks each of its addresses once, as the
+/// listener says; without health checks, whether it accepts a connection.
+///
+/// # Errors
+/// When its name cannot be resolved.
+pub async fn try_once(
+    listener: &Listener,
+    configured: &config::Backend,
+) -> io::Result<Vec<(SocketAddr, Result<(), CheckError>)>> {
+    let plan = listener.health.check.unwrap_or(Check::connecting(listener.timeouts.connect));
+    let addresses = match &configured.host {
+        Host::Ip(ip) => vec![SocketAddr::new(*ip, configured.port)],
+        Host::Name(name) => lookup(name, configured.port).await?,
+    };
+    Ok(join_all(addresses.into_iter().map(|address| check_address(address, &plan))).await)
+}
+
+async fn check_address(address: SocketAddr, plan: &Check) -> (SocketAddr, Result<(), CheckError>) {
+    (address, checker::check(address, plan).await)
+}
+
+/// The result of a check of all addresses of a backend: passed if one of them has passed.
+fn outcome(results: &[(SocketAddr, Result<(), CheckError>)]) -> Result<(), String> {
+    let mut outcome = Err("the name has no address".to_owned());
+    for (address, result) in results {
+        match result {
+            Ok(()) => return Ok(()),
+            Err(error) => outcome = Err(format!("{address}: {error}")),
+        }
+    }
+    outcome
 }

@@ -3,12 +3,14 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use super::{
+    addresses::Addresses,
     balance::Candidate,
     health::{Health, HealthState},
 };
@@ -25,7 +27,9 @@ pub struct Backend {
 #[derive(Debug, Default)]
 pub(super) struct BackendState {
     /// The addresses that its name last resolved to.
-    pub(super) addresses: RwLock<Vec<SocketAddr>>,
+    pub(super) addresses: Mutex<Addresses>,
+    /// Whether its name could not be resolved the last time.
+    pub(super) unresolved: AtomicBool,
     pub(super) health: Mutex<Health>,
     pub(super) counters: Counters,
 }
@@ -69,8 +73,8 @@ impl BackendState {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
-        self.addresses.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn addresses(&self) -> MutexGuard<'_, Addresses> {
+        self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -84,13 +88,26 @@ impl Backend {
     /// The addresses that its name last resolved to.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.state.addresses()
+        self.state.addresses().all().collect()
+    }
+
+    /// Those of its addresses that failed when they were last tried, by a connection or a check.
+    /// They are tried after all others.
+    #[must_use]
+    pub fn failing_addresses(&self) -> Vec<SocketAddr> {
+        self.state.addresses().failing(Instant::now())
+    }
+
+    /// Its addresses of one family that do not fail; all of the family if all of them fail.
+    #[must_use]
+    pub fn usable_addresses(&self, ipv6: bool) -> Vec<SocketAddr> {
+        self.state.addresses().usable(ipv6, Instant::now())
     }
 
     /// Whether it gets connections, and why.
     #[must_use]
     pub fn health_state(&self) -> HealthState {
-        self.state.health().health_state(std::time::Instant::now())
+        self.state.health().health_state(Instant::now())
     }
 
     /// Its counters.

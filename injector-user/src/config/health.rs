@@ -36,6 +36,22 @@ pub struct Check {
     pub fall: u32,
 }
 
+impl Check {
+    /// One check, within this time: whether the backend accepts a connection.
+    #[must_use]
+    pub const fn connecting(timeout: Duration) -> Self {
+        Self {
+            protocol: None,
+            port: None,
+            header: CheckHeader::None,
+            interval: timeout,
+            timeout,
+            rise: 1,
+            fall: 1,
+        }
+    }
+}
+
 /// The header that a check sends first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CheckHeader {

@@ -11,6 +11,7 @@ pub(super) fn status() -> Status {
         backup,
         state,
         addresses: Vec::new(),
+        failing_addresses: Vec::new(),
         active: 2,
         sessions: 70,
         checks_passed: 40,

@@ -109,6 +109,11 @@ fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt
     if *ejections > 0 {
         write!(out, ", ejected {ejections} times")?;
     }
+    if let failing @ [_, ..] = backend.failing_addresses.as_slice() {
+        let all = backend.addresses.len();
+        let failing: Vec<_> = failing.iter().map(ToString::to_string).collect();
+        write!(out, ", {} of {all} addresses fail ({})", failing.len(), failing.join(", "))?;
+    }
     writeln!(out)
 }
 

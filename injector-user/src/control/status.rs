@@ -81,6 +81,7 @@ fn backend_status(backend: &Backend) -> BackendStatus {
         backup: backend.configured().backup,
         state: backend.health_state(),
         addresses: backend.addresses(),
+        failing_addresses: backend.failing_addresses(),
         active: stats.active,
         sessions: stats.sessions,
         checks_passed: stats.passed,

@@ -203,6 +203,9 @@ pub struct BackendStatus {
     pub state: HealthState,
     /// The addresses of its name.
     pub addresses: Vec<SocketAddr>,
+    /// Those of them that failed when they were last tried. They are tried after all others.
+    #[serde(default)]
+    pub failing_addresses: Vec<SocketAddr>,
     /// Current sessions.
     pub active: u64,
     /// Sessions so far.

@@ -2,8 +2,10 @@
 //! checks, ejection, and the protocols of systemd. Real sockets at both ends, in namespaces.
 
 mod backends;
+mod bind;
 mod drain;
 mod load;
+mod names;
 mod reload;
 mod systemd;
 mod testbed;
@@ -35,6 +37,12 @@ fn main() {
     }
     for (name, run) in backends::INLINE_TRIALS {
         trials.push(trial(&testbed, format!("inline/{name}"), |testbed| run(testbed, "inline")));
+    }
+    for (name, run) in names::TRIALS {
+        trials.push(trial(&testbed, format!("names/{name}"), |testbed| run(testbed, "relay")));
+    }
+    for (name, run) in bind::TRIALS {
+        trials.push(trial(&testbed, format!("bind/{name}"), |testbed| run(testbed, "relay")));
     }
     for (name, run) in systemd::TRIALS {
         trials.push(trial(&testbed, format!("systemd/{name}"), |testbed| run(testbed, "relay")));

@@ -39,7 +39,7 @@ pub(super) fn service(
             // Backups are taken for a family as soon as no other backend of it is up.
             let eligible = backends.eligible(|backend| backend.addresses().iter().any(of_family));
             for backend in eligible.into_iter().filter(|backend| backend.health_state().is_up()) {
-                for address in backend.addresses().into_iter().filter(of_family) {
+                for address in backend.usable_addresses(ipv6) {
                     let sources = match towards(address) {
                         TowardsBackend::From(sources) => sources,
                         TowardsBackend::AsClient => Vec::new(),

@@ -216,7 +216,19 @@ fn reject_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketA
     let what = if other.address == address {
         format!("already taken by {} in line {line}", other.owner)
     } else {
-        format!("overlaps {:?} of {} in line {line}", other.address.to_string(), other.owner)
+        let overlaps = format!("overlaps {:?} of {} in line {line}", other.address.to_string(), other.owner);
+        format!("{overlaps}: {}", overlap_advice(other.address, address))
     };
     section.report_field(at, "bind", &format!(" {text:?}: {what}"));
+}
+
+/// What to write instead of two different addresses that overlap.
+fn overlap_advice(one: SocketAddr, other: SocketAddr) -> String {
+    let (all, part) = if address::accepts(one, other) { (one, other) } else { (other, one) };
+    if !all.ip().is_unspecified() {
+        return "they are the same IPv4 address; write one of them".to_owned();
+    }
+    let families = if all.is_ipv6() { "IPv4 and IPv6" } else { "IPv4" };
+    let (all, part) = (all.to_string(), part.to_string());
+    format!("{all:?} takes connections to every {families} address, so leave {part:?} out")
 }

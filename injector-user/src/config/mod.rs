@@ -24,7 +24,10 @@ mod timeouts;
 
 use std::{fs, path::Path};
 
-pub(crate) use self::parse::section::MAX_CONNECTIONS;
+pub(crate) use self::parse::{
+    address::{accepts, overlap},
+    section::MAX_CONNECTIONS,
+};
 use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,

@@ -1,6 +1,9 @@
 //! The output of `injector check`: the effective configuration, with all defaults.
 
-use std::fmt::{self, Write as _};
+use std::{
+    fmt::{self, Write as _},
+    net::SocketAddr,
+};
 
 use super::{
     Backend, CheckHeader, Config, Health, Host, Inline, Limits, Listener, ProxyVersion, Receiver, Source,
@@ -44,7 +47,8 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
 
 fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "{} ({}, engine {})", listener.name, listener.protocol, listener.engine)?;
-    writeln!(out, "  listens on   {}", join(&listener.bind))?;
+    let bind: Vec<_> = listener.bind.iter().map(|address| bind(*address)).collect();
+    writeln!(out, "  listens on   {}", bind.join(", "))?;
     let resolves = listener.backends.iter().any(|backend| matches!(backend.host, Host::Name(_)));
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
@@ -100,6 +104,14 @@ fn write_inline(out: &mut String, inline: &Inline) -> fmt::Result {
         return Ok(());
     }
     writeln!(out, "inline: {} may connect to backends through this host", join(&inline.peers))
+}
+
+fn bind(address: SocketAddr) -> String {
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        format!("{address} (IPv4 and IPv6)")
+    } else {
+        address.to_string()
+    }
 }
 
 fn backend(backend: &Backend) -> String {

@@ -122,11 +122,26 @@ fn serves_inline(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<R
     }
 }
 
-/// Selects the engines of a listener, after the engines were started.
+/// Selects the engines of a listener, after the engines were started, and logs them.
 ///
 /// # Errors
 /// Why the engine that was requested by name cannot run.
 pub fn select(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<EngineSelection> {
+    let (selection, reason) = decide(listener, probes)?;
+    log(listener, &selection, &reason);
+    Ok(selection)
+}
+
+/// Logs the engines of a listener with the reason of [`decide`].
+pub fn log(listener: &Listener, selection: &EngineSelection, reason: &str) {
+    tracing::info!(target: target::ENGINE, listener = listener.name, engine = selection.label(), reason, "engine selected");
+}
+
+/// The engines of a listener, after the engines were started, and the reason.
+///
+/// # Errors
+/// Why the engine that was requested by name cannot run.
+pub fn decide(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<(EngineSelection, String)> {
     let inline = serves_inline(listener, probes)?;
     let engine = probes.engine(listener.engine).map_err(|failure| {
         anyhow::anyhow!(
@@ -149,6 +164,5 @@ pub fn select(listener: &Listener, probes: &EngineProbes) -> anyhow::Result<Engi
             format!("auto: not splice: {failure}; not inline: {why}")
         }
     };
-    tracing::info!(target: target::ENGINE, listener = listener.name, engine = selection.label(), reason, "engine selected");
-    Ok(selection)
+    Ok((selection, reason))
 }

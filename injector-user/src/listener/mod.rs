@@ -11,7 +11,7 @@ mod reserve_fd;
 pub use self::{
     acceptor::Acceptor,
     admission::{AdmissionPolicy, GlobalLimit, SocketOwner},
-    bind::{BindError, adopt, bind, bind_reuseport},
+    bind::{BindError, Neighbours, adopt, bind, bind_reuseport, lacks_ipv4, listen},
     connection_limit::{ConnectionLimit, ConnectionPermit},
     fd_budget::{connection_capacity, required_fds},
 };

@@ -1,9 +1,10 @@
 //! Starts, updates and removes single listeners.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
     active_listener::{ActiveListener, ListenerSetup, RemovedListener},
+    listen_sockets::serves,
     state::Server,
     worker::Worker,
 };
@@ -110,8 +111,14 @@ impl Server {
         }
     }
 
-    /// Replaces the settings of a listener for new sessions; existing sessions keep theirs.
-    pub(super) fn update_listener(&self, active: &mut ActiveListener, setup: ListenerSetup) {
+    /// Replaces the settings of a listener for new sessions; existing sessions keep theirs. `binds`
+    /// are the addresses of all listeners.
+    pub(super) fn update_listener(
+        &mut self,
+        active: &mut ActiveListener,
+        setup: ListenerSetup,
+        binds: &[SocketAddr],
+    ) {
         let ListenerSetup { settings, selection, sockets } = setup;
         active.metrics = self.shared.metrics.listener(&settings.name, selection.engine.name());
         active.stop_health_tasks.cancel();
@@ -125,21 +132,21 @@ impl Server {
         self.replace_contexts(active);
         // New sockets first: an address that is bound again always has a listening socket.
         self.start_sockets(active, sockets);
-        active.sockets.retain(|address, sockets| {
-            let keep = active.settings.bind.contains(address);
-            if !keep {
-                tracing::info!(target: target::LISTENER, listener = active.settings.name, %address, "no longer listening");
-                sockets.stop_accepting.cancel();
-            }
-            keep
-        });
+        let bind = &active.settings.bind;
+        let unused: Vec<_> = active.sockets.extract_if(.., |address, _| !serves(bind, *address)).collect();
+        for (address, sockets) in unused {
+            self.close_sockets(&active.settings.name, address, sockets, binds);
+        }
     }
 
-    /// Closes the sockets of a listener; its sessions may continue until the drain deadline.
-    pub(super) fn remove_listener(&mut self, active: ActiveListener) {
-        active.sockets.values().for_each(|sockets| sockets.stop_accepting.cancel());
-        active.stop_health_tasks.cancel();
+    /// Closes the sockets of a listener; its sessions may continue until the drain deadline. `binds`
+    /// are the addresses of all other listeners.
+    pub(super) fn remove_listener(&mut self, active: ActiveListener, binds: &[SocketAddr]) {
         let name = active.settings.name;
+        for (address, sockets) in active.sockets {
+            self.close_sockets(&name, address, sockets, binds);
+        }
+        active.stop_health_tasks.cancel();
         let deadline = Instant::now() + active.settings.timeouts.drain;
         tracing::info!(target: target::LISTENER, listener = name, deadline = ?active.settings.timeouts.drain, "listener removed; its sessions may finish until the deadline");
         self.abort_at(deadline, active.abort);

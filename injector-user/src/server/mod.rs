@@ -16,8 +16,8 @@ mod worker;
 
 pub use self::{
     active_listener::{ActiveListener, BoundSockets, DrainState, ListenerSetup, RemovedListener},
-    listen_sockets::{bind, connection_capacity, listen_socket_count},
-    reload::{Changes, Prepared},
+    listen_sockets::{bind, connection_capacity, listen_socket_count, uses_inherited},
+    reload::{Changes, Prepared, Rehearsal},
     settings::StartupSettings,
     startup::StartupState,
     state::{Connections, Server},

@@ -100,6 +100,7 @@ impl Server {
             capacity,
             shared,
             listeners: Vec::new(),
+            closing: Vec::new(),
             removed: Vec::new(),
             closed_to_inline: BTreeMap::new(),
             workers,

@@ -1,6 +1,11 @@
 //! What a running server holds.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use socket2::Socket;
 use tokio::sync::{Notify, watch};
@@ -38,6 +43,8 @@ pub struct Server {
     pub(super) shared: Shared,
     /// In the order of the configuration.
     pub(super) listeners: Vec<ActiveListener>,
+    /// Addresses whose sockets are being closed, and until when at most.
+    pub(super) closing: Vec<(SocketAddr, Instant)>,
     /// No longer configured, with sessions left.
     pub(super) removed: Vec<RemovedListener>,
     /// The names that are draining or were removed, and take no new inline connections.

@@ -1,9 +1,12 @@
 //! Reloading the configuration of a running injector.
 
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use anyhow::{Context as _, ensure};
 use injector_testbed::daemon::Injector;
+use injector_testbed::netns::VIP_RELAY;
 use injector_testbed::wait::wait_until;
 
 use crate::Run;
@@ -14,6 +17,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("reload/listeners are added and removed", come_and_go),
     ("reload/an address moves to another listener", renamed),
     ("reload/a port below 1024, after capabilities were dropped", low_port),
+    ("reload/from all addresses to one and back, under load", all_addresses),
+    ("reload/a dry run changes nothing", dry_run),
     ("reload/an invalid file changes nothing", mistake),
     ("reload/a port in use changes nothing", port_in_use),
     ("reload/by SIGHUP", by_signal),
@@ -136,6 +141,100 @@ fn mistake(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Clients of the one address notice nothing.
+fn all_addresses(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let one = Config::new(engine).text();
+    let all = |address: &str| one.replace(&bind_of(PORT), &format!("\"{address}:{PORT}\""));
+    let other = SocketAddr::new(IpAddr::V4(VIP_RELAY.v4), PORT);
+    let injector = testbed.start(&one)?;
+    ensure!(testbed.connect(other).is_err(), "somebody listens there already");
+    let (over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| -> anyhow::Result<()> {
+        let serve = || -> anyhow::Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                testbed.who_answers()?;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(serve)).collect();
+        let change = || -> anyhow::Result<()> {
+            for config in [&all("0.0.0.0"), &all("[::]")] {
+                let printed = reload(&injector, config)?;
+                ensure!(printed == "changed: test\n", "{printed}");
+                let mut client = testbed.connect(other)?;
+                client.greeted()?;
+                client.quit()?;
+                reload(&injector, &one)?;
+                // At once, while the sockets for all addresses are still open.
+                reload(&injector, config)?;
+                reload(&injector, &one)?;
+                wait_until("listening", || Ok(testbed.connect(other).is_ok()), |listens| !listens)?;
+            }
+            Ok(())
+        };
+        let changed = change();
+        over.store(true, Ordering::Relaxed);
+        for client in clients {
+            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        changed
+    })?;
+    let done = done.into_inner();
+    ensure!(done > 20, "{done} sessions");
+    let sessions = injector.metrics()?.sum("injector_connections_rejected_total", &[]);
+    ensure!(sessions < 0.5, "{sessions} rejected");
+    // And from all addresses at the start.
+    drop(injector);
+    let injector = testbed.start(&all("[::]"))?;
+    testbed.who_answers()?;
+    reload(&injector, &one)?;
+    testbed.who_answers()?;
+    Ok(())
+}
+
+fn dry_run(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let mut config = Config::new(engine);
+    let injector = testbed.start(&config.text())?;
+    let before = injector.status()?["listeners"].clone();
+    config.listener = "max_connections = 7\n".to_owned();
+    let backends = format!("\"{}\", \"{}\"", backend_name(0), backend_name(1));
+    let more = another("more", engine, &bind_of(PORT + 1), &backends);
+    injector.rewrite(&(config.text() + &more))?;
+    let printed = injector.command(&["reload", "--dry-run"])?;
+    for expected in [
+        format!("test: would be changed, engine {engine}\n  {}  answers\n", backend_name(0)),
+        format!("more: would be added, engine {engine}\n  {}  answers\n", backend_name(0)),
+        format!("  {}  connecting: Connection refused", backend_name(1)),
+        "the reload would be accepted; nothing was changed\n".to_owned(),
+    ] {
+        ensure!(printed.contains(&expected), "no {expected:?} in {printed}");
+    }
+    ensure!(testbed.client_at(PORT + 1).is_err(), "it listens there");
+    ensure!(injector.status()?["listeners"] == before, "something changed");
+    let reloads = injector.metrics()?.sum("injector_config_reloads_total", &[]);
+    ensure!(reloads < 0.5, "{reloads}");
+    // A port in use, and a removed listener.
+    let taken = testbed.topology.edge.run(|| std::net::TcpListener::bind(("0.0.0.0", PORT + 2)))??;
+    let other = another("other", engine, &bind_of(PORT + 2), &backends);
+    injector.rewrite(&config.text().replace("name = \"test\"", "name = \"new\""))?;
+    let printed = injector.command(&["reload", "--dry-run"])?;
+    ensure!(printed.contains("would be removed: test\n"), "{printed}");
+    injector.rewrite(&(config.text() + &other))?;
+    let (status, printed) = injector.try_command(&["reload", "--dry-run"])?;
+    ensure!(!status.success() && printed.contains("other: would be rejected: cannot listen on"), "{printed}");
+    ensure!(printed.contains("test: would be changed"), "{printed}");
+    drop(taken);
+    injector.rewrite("nonsense")?;
+    let (status, printed) = injector.try_command(&["reload", "--dry-run"])?;
+    ensure!(!status.success() && printed.contains("would be rejected: "), "{printed}");
+    ensure!(injector.status()?["config"]["reload_error"].is_null());
+    testbed.who_answers()?;
+    Ok(())
+}
+
 /// The second of two new addresses cannot be bound: the first is not opened either.
 fn port_in_use(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _server = testbed.backend(0)?;
@@ -218,16 +317,19 @@ fn watching(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
     let injector = testbed.start(&config.text())?;
-    let mut watching = injector.watching()?;
-    // Longer than the first read of the file takes.
-    std::thread::sleep(Duration::from_millis(500));
+    // Before the file is watched.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;
-    let found = wait_until("the backend", || testbed.who_answers(), |number| *number == 1);
+    let mut watching = injector.watching()?;
+    let found = wait_until("the backend", || testbed.who_answers(), |number| *number == 1).and_then(|_| {
+        config.backends = format!("\"{}\"", backend_name(0));
+        injector.rewrite(&config.text())?;
+        wait_until("the backend", || testbed.who_answers(), |number| *number == 0)
+    });
     watching.kill()?;
     let output = watching.wait_with_output().context("injector reload --watch")?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     found.with_context(|| printed.clone())?;
-    ensure!(printed == "changed: test\n", "{printed}");
+    ensure!(printed == "changed: test\nchanged: test\n", "{printed}");
     Ok(())
 }

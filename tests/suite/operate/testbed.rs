@@ -52,7 +52,10 @@ impl Testbed {
     }
 
     pub(crate) fn client_at(&self, port: u16) -> anyhow::Result<Client> {
-        let address = SocketAddr::new(VIP_SPLICE.of(Family::V4), port);
+        self.connect(SocketAddr::new(VIP_SPLICE.of(Family::V4), port))
+    }
+
+    pub(crate) fn connect(&self, address: SocketAddr) -> anyhow::Result<Client> {
         let stream = self.topology.client.run(|| TcpStream::connect_timeout(&address, LIMIT))??;
         Client::new(stream)
     }

@@ -121,14 +121,19 @@ pub(crate) fn host_name(text: &str) -> Result<String, String> {
     Ok(name)
 }
 
-/// Whether a socket bound to one address would accept connections to the other. `[::]` includes
-/// IPv4, and an IPv4-mapped address is that IPv4 address.
-pub(crate) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
-    if one.port() != other.port() || one.port() == 0 {
+/// Whether a socket bound to `bound` accepts connections to `address`. `[::]` includes IPv4, and an
+/// IPv4-mapped address is that IPv4 address. Port 0 stands for a port that no other socket has.
+pub(crate) fn accepts(bound: SocketAddr, address: SocketAddr) -> bool {
+    if bound.port() != address.port() || bound.port() == 0 {
         return false;
     }
-    let (one, other) = (one.ip().to_canonical(), other.ip().to_canonical());
-    one == other || covers(one, other) || covers(other, one)
+    let (bound, address) = (bound.ip().to_canonical(), address.ip().to_canonical());
+    bound == address || covers(bound, address)
+}
+
+/// Whether one of the two addresses accepts connections to the other.
+pub(crate) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    accepts(one, other) || accepts(other, one)
 }
 
 fn covers(wildcard: IpAddr, other: IpAddr) -> bool {

@@ -27,20 +27,39 @@ fn names_have_a_restricted_alphabet_and_are_unique() {
 }
 
 #[test]
+fn another_name_of_a_protocol_is_answered_with_its_own() {
+    for (other, meant) in
+        [("smtps", "submissions"), ("SMTPS", "submissions"), ("ManageSieve", "sieve"), ("imap4", "imap")]
+    {
+        assert_diagnostics(
+            &with("protocol", &format!("protocol = {other:?}")),
+            &[&format!(
+                "f.toml:4:12: listener \"smtp\": protocol {other:?}: did you mean {meant:?}? must be one of smtp, \
+                 submission, submissions, imap, imaps, pop3, pop3s, sieve, plain"
+            )],
+        );
+    }
+}
+
+#[test]
 fn bind_addresses_must_not_overlap() {
-    for (one, other) in [
-        ("0.0.0.0:25", "192.0.2.10:25"),
-        ("192.0.2.10:25", "0.0.0.0:25"),
-        ("[::]:25", "0.0.0.0:25"),
-        ("[::]:25", "192.0.2.10:25"),
-        ("[2001:db8::10]:25", "[::]:25"),
-        ("192.0.2.10:25", "[::ffff:192.0.2.10]:25"),
+    const V4: &str = "\"0.0.0.0:25\" takes connections to every IPv4 address, so leave";
+    const BOTH: &str = "\"[::]:25\" takes connections to every IPv4 and IPv6 address, so leave";
+    let same = "they are the same IPv4 address; write one of them";
+    for (one, other, advice) in [
+        ("0.0.0.0:25", "192.0.2.10:25", format!("{V4} \"192.0.2.10:25\" out")),
+        ("192.0.2.10:25", "0.0.0.0:25", format!("{V4} \"192.0.2.10:25\" out")),
+        ("[::]:25", "0.0.0.0:25", format!("{BOTH} \"0.0.0.0:25\" out")),
+        ("0.0.0.0:25", "[::]:25", format!("{BOTH} \"0.0.0.0:25\" out")),
+        ("[::]:25", "192.0.2.10:25", format!("{BOTH} \"192.0.2.10:25\" out")),
+        ("[2001:db8::10]:25", "[::]:25", format!("{BOTH} \"[2001:db8::10]:25\" out")),
+        ("192.0.2.10:25", "[::ffff:192.0.2.10]:25", same.to_owned()),
     ] {
         let second = LISTENER.replace("smtp\"\nbind", "mx\"\nbind").replace("192.0.2.10:25", other);
         assert_diagnostics(
             &format!("{}\n{second}", with("bind", &format!("bind = [{one:?}]"))),
             &[&format!(
-                "f.toml:8:9: listener \"mx\": bind {other:?}: overlaps {one:?} of listener \"smtp\" in line 3"
+                "f.toml:8:9: listener \"mx\": bind {other:?}: overlaps {one:?} of listener \"smtp\" in line 3: {advice}"
             )],
         );
     }

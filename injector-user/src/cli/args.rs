@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::{
-    config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration},
+    config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration, parse_flag_address},
     control::wire::BackendAction,
 };
 
@@ -289,7 +289,7 @@ pub struct RunArgs {
     pub log_level: Option<LogLevel>,
 
     /// Address of /metrics, /healthz and /readyz [file: metrics.listen; default: none]
-    #[arg(long, env = "INJECTOR_METRICS_LISTEN", value_name = "IP:PORT")]
+    #[arg(long, env = "INJECTOR_METRICS_LISTEN", value_name = "IP:PORT", value_parser = parse_flag_address)]
     pub metrics_listen: Option<SocketAddr>,
 
     /// Maximum number of concurrent connections [file: limits.max_connections; default: 10000]
@@ -377,6 +377,26 @@ mod tests {
         ] {
             let words = ["injector", "run", "--config", "f"].iter().chain(&flags);
             Cli::try_parse_from(words).expect_err(&flags.join(" "));
+        }
+    }
+
+    /// The manifests put a node's address, of either family, in front of the port.
+    #[test]
+    fn metrics_listen_on_the_address_that_kubernetes_substitutes() {
+        for manifest in [
+            include_str!("../../../deploy/kubernetes/base/daemonset.yaml"),
+            include_str!("../../../deploy/helm/injector/templates/daemonset.yaml"),
+        ] {
+            let line = manifest.lines().find(|line| line.contains("value: $(NODE_ADDRESS)")).unwrap();
+            let value = line.trim().trim_start_matches("value: ");
+            let value = value.replace("{{ .Values.metrics.port }}", "9145");
+            for address in ["192.0.2.1", "fd24::1", "2001:db8:1:2:3:4:5:6"] {
+                let value = value.replace("$(NODE_ADDRESS)", address);
+                let words = ["injector", "run", "--config", "f", "--metrics-listen", &value];
+                let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+                let expected = std::net::SocketAddr::new(address.parse().unwrap(), 9145);
+                assert_eq!(args.metrics_listen, Some(expected), "{value}");
+            }
         }
     }
 

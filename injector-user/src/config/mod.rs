@@ -41,6 +41,7 @@ pub use self::{
     metrics::Metrics,
     network::Network,
     parse::{
+        address::parse_flag_address,
         diagnostic::{ConfigError, Diagnostic},
         duration::{DurationError, parse_duration},
     },

@@ -49,6 +49,16 @@ pub(crate) fn socket_address(text: &str, standard_port: Option<u16>) -> Result<S
     ))
 }
 
+/// Parses an address to bind from a flag or a variable. An IPv6 address needs no brackets there:
+/// Kubernetes puts a node's address without them in front of a port, as in `$(NODE_ADDRESS):9145`.
+pub fn parse_flag_address(text: &str) -> Result<SocketAddr, String> {
+    let unbracketed = || {
+        let (host, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(host.parse::<Ipv6Addr>().ok()?.into(), port.parse().ok()?))
+    };
+    unbracketed().map_or_else(|| socket_address(text, Some(9145)), Ok)
+}
+
 /// Parses a backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error
 /// suggests what to write.
 pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {

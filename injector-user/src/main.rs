@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
     cli::{self, Cli, Command, InlineCommand, completions, man, selftest},
-    config::{self, Config},
     doctor,
 };
 use mimalloc::MiMalloc;
@@ -29,7 +28,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => cli::run::run(args)?,
-        Command::Check(args) => print!("{}", config::summary(&Config::load(&args.config)?)),
+        Command::Check(args) => cli::check::run(&args)?,
         Command::Selftest(args) => selftest::run(&args),
         Command::Doctor(args) => return Ok(doctor::run(&args)),
         #[cfg(feature = "probe")]

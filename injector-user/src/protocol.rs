@@ -94,6 +94,28 @@ impl Protocol {
         Self::Plain,
     ];
 
+    /// Names that others use: service names of IANA and their former ones, and those of mail servers
+    /// and clients. The configuration does not take them, and suggests the protocol.
+    pub const OTHER_NAMES: [(&'static str, Self); 16] = [
+        ("esmtp", Self::Smtp),
+        ("msa", Self::Submission),
+        ("smtp-submission", Self::Submission),
+        // The registry's name of port 465 until RFC 8314, section 7.3.
+        ("smtps", Self::Submissions),
+        ("ssmtp", Self::Submissions),
+        ("urd", Self::Submissions),
+        ("imap2", Self::Imap),
+        ("imap4", Self::Imap),
+        ("imap4s", Self::Imaps),
+        ("simap", Self::Imaps),
+        ("pop", Self::Pop3),
+        ("pop-3", Self::Pop3),
+        ("pops", Self::Pop3s),
+        ("spop3", Self::Pop3s),
+        ("managesieve", Self::Sieve),
+        ("tcp", Self::Plain),
+    ];
+
     /// The name in the configuration, in logs and in labels.
     pub const fn name(self) -> &'static str {
         match self {
@@ -330,5 +352,11 @@ mod tests {
     fn names_are_distinct() {
         let names: std::collections::BTreeSet<_> = Protocol::ALL.map(Protocol::name).into_iter().collect();
         assert_eq!(names.len(), Protocol::ALL.len());
+        for (other, protocol) in Protocol::OTHER_NAMES {
+            assert!(
+                !names.contains(other),
+                "{other} is the name of a protocol, not another one of {protocol}"
+            );
+        }
     }
 }

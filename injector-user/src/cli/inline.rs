@@ -33,7 +33,7 @@ fn settings(pin: Option<&Path>, file: Option<&Path>) -> Result<Inline, ConfigErr
     let Some(file) = file else { return Ok(Inline::default()) };
     match Config::load(file) {
         Ok(config) => Ok(config.inline),
-        Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+        Err(ConfigError::Read { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
             let inline = Inline::default();
             eprintln!(
                 "{} does not exist; trying the built-in value of inline.pin, {} (--pin names another)",

@@ -139,8 +139,10 @@ fn read(
 ) -> Option<Listener> {
     section.set_listener(format!("#{number}"));
     let name = name(&mut section, names);
-    let protocol = section
-        .required("protocol", |section, field| section.choice(field, &Protocol::ALL.map(|p| (p.name(), p))));
+    let protocol = section.required("protocol", |section, field| {
+        let other_names = Protocol::OTHER_NAMES.map(|(other, protocol)| (other, protocol.name()));
+        section.choice_or_other_name(field, &Protocol::ALL.map(|p| (p.name(), p)), &other_names)
+    });
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
     let backends = backend::read_all(&section, &bind);

@@ -15,6 +15,7 @@ mod metrics;
 mod network;
 mod parse;
 mod receiver;
+mod remarks;
 mod splice;
 mod stop;
 mod summary;
@@ -46,6 +47,7 @@ pub use self::{
         duration::{DurationError, parse_duration},
     },
     receiver::{CustomTlv, ProxyVersion, Receiver, UNIQUE_ID_LEN},
+    remarks::remarks,
     splice::{EnrolmentPolicy, HeaderMethod, Splice, Watermarks},
     stop::Stop,
     summary::summary,
@@ -89,7 +91,7 @@ impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text =
-            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+            fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
         Self::parse(&text, &path.display().to_string())
     }
 

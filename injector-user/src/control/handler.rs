@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::AdminState,
-    config::{Config, ConfigError},
+    config::{self, Config, ConfigError, Listener},
     os::systemd,
     server::{Changes, Server},
     telemetry::{
@@ -117,9 +117,18 @@ impl Control {
         status(server, config, readiness, self.0.started.elapsed())
     }
 
+    /// What a reload would do, and the listeners whose backends are still to be tried.
+    fn rehearse(&self, server: &Server) -> (DryRun, Vec<Listener>) {
+        match (self.0.source)() {
+            Ok(config) => dry_run::rehearse(server, config),
+            Err(error) => (DryRun { error: Some(error.to_string()), ..DryRun::default() }, Vec::new()),
+        }
+    }
+
     fn reload(&self, server: &mut Server) -> anyhow::Result<Changes> {
         systemd::reloading();
-        let result = (self.0.source)().map_err(anyhow::Error::from).and_then(|config| server.prepare(config));
+        let config = (self.0.source)().map_err(anyhow::Error::from);
+        let result = config.inspect(log_remarks).and_then(|config| server.prepare(config));
         let result = result.map(|prepared| server.apply(prepared));
         systemd::ready("serving");
         self.0.metrics.config_reloaded(result.is_ok());
@@ -139,6 +148,13 @@ impl Control {
             }
         }
         result
+    }
+}
+
+/// Logs what in the configuration is valid and probably a mistake.
+pub fn log_remarks(config: &Config) {
+    for remark in config::remarks(config) {
+        tracing::warn!(target: target::CONFIG, remark, "the configuration is valid, and this is probably a mistake");
     }
 }
 

@@ -15,7 +15,7 @@ mod watch_file;
 pub mod wire;
 
 pub use self::{
-    handler::{ConfigSource, Control},
+    handler::{ConfigSource, Control, log_remarks},
     socket::{ControlSocket, SocketError},
     watch_file::watch,
     wire::{Reply, Request},

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use self::signals::{Event, Signals};
 use crate::{
     config::Config,
-    control::{ConfigSource, Control, ControlSocket, Request},
+    control::{self, ConfigSource, Control, ControlSocket, Request},
     engine::{kernel::InlineEngine, registry::EngineProbes, select},
     listener,
     os::systemd,
@@ -36,6 +36,7 @@ use crate::{
 /// # Errors
 /// When the daemon cannot start; the message states what to do.
 pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Result<()> {
+    control::log_remarks(&config);
     let Config { metrics, admin, limits, splice, inline, stop, log, listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
 

@@ -84,14 +84,13 @@ pub enum LogError {
     },
     /// Another subscriber is active: logging was started twice.
     #[error("logging is already initialized: {0}")]
-    Taken(#[from] TryInitError),
+    Taken(TryInitError),
 }
 
 /// Starts logging for the process, to standard error. To be called once, before threads start.
 pub fn init(log: &Log) -> Result<(), LogError> {
     let filter = filter(log, env::var(FILTER_VARIABLE).ok().as_deref())?;
-    subscriber(log.format, filter, io::stderr).try_init()?;
-    Ok(())
+    subscriber(log.format, filter, io::stderr).try_init().map_err(LogError::Taken)
 }
 
 /// The filter: `directives` if present, otherwise the configured level for the daemon's own

@@ -337,6 +337,24 @@ impl<'t> Section<'t> {
         self.choose(field, text, choices)
     }
 
+    /// As [`Section::choice`]. For one of `other_names` the report suggests the word beside it.
+    pub(crate) fn choice_or_other_name<T: Copy>(
+        &self,
+        field: &'static str,
+        choices: &[(&'static str, T)],
+        other_names: &[(&'static str, &'static str)],
+    ) -> Option<T> {
+        let text = self.string(field)?;
+        let meant = other_names.iter().find(|(other, _)| text.1.eq_ignore_ascii_case(other));
+        match meant {
+            Some((_, meant)) => {
+                self.unknown_choice(text.0, field, text.1, Some(meant), &words(choices));
+                None
+            }
+            None => self.choose(field, text, choices),
+        }
+    }
+
     /// As [`Section::choice`], for a string that has been read already.
     pub(crate) fn choose<T: Copy>(
         &self,
@@ -346,14 +364,18 @@ impl<'t> Section<'t> {
     ) -> Option<T> {
         let found = choices.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
         if found.is_none() {
-            self.unknown_choice(at, field, text, &choices.iter().map(|(word, _)| *word).collect::<Vec<_>>());
+            let words = words(choices);
+            self.unknown_choice(at, field, text, closest(text, words.iter().copied()), &words);
         }
         found
     }
 
-    fn unknown_choice(&self, at: usize, field: &str, text: &str, words: &[&str]) {
-        let advice = closest(text, words.iter().copied());
-        let advice = advice.map(|meant| format!("did you mean {meant:?}? ")).unwrap_or_default();
+    fn unknown_choice(&self, at: usize, field: &str, text: &str, meant: Option<&str>, words: &[&str]) {
+        let advice = meant.map(|meant| format!("did you mean {meant:?}? ")).unwrap_or_default();
         self.report_field(at, field, &format!(" {text:?}: {advice}must be one of {}", words.join(", ")));
     }
+}
+
+fn words<T>(choices: &[(&'static str, T)]) -> Vec<&'static str> {
+    choices.iter().map(|(word, _)| *word).collect()
 }

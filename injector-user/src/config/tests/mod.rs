@@ -98,9 +98,10 @@ fn the_shutdown_deadline_may_be_zero() {
 
 #[test]
 fn a_file_that_cannot_be_read_is_named() {
-    let error = Config::load(Path::new("/nonexistent/injector.toml")).unwrap_err().to_string();
+    let error = Config::load(Path::new("/nonexistent/injector.toml")).unwrap_err();
     assert_eq!(
-        error,
+        // As `injector` prints it, with all causes.
+        format!("{:#}", anyhow::Error::from(error)),
         "cannot read the configuration /nonexistent/injector.toml: No such file or directory (os error 2)"
     );
 }

@@ -22,7 +22,7 @@ pub enum DetachError {
     Running(PinError),
     /// What is attached cannot be read.
     #[error("reading what is attached to the devices: {0}")]
-    Read(#[from] io::Error),
+    Read(io::Error),
     /// Something stays.
     #[error("not removed: {}; removed: {}", failures.join("; "), list_or_nothing(removed))]
     Left {
@@ -65,7 +65,7 @@ pub fn detach(pin: &Path, force: bool) -> Result<Vec<String>, DetachError> {
         lock => lock.ok(),
     };
     let mut removal = Removal::default();
-    for found in installation::find(pin)?.installations {
+    for found in installation::find(pin).map_err(DetachError::Read)?.installations {
         remove(&mut removal, &found);
     }
     match nat_rules::delete() {
@@ -73,7 +73,7 @@ pub fn detach(pin: &Path, force: bool) -> Result<Vec<String>, DetachError> {
         Err(error) => removal.failures.push(format!("NAT tables: {error}")),
     }
     // What is attached by links and filters that could not be removed, and what the search missed.
-    for left in installation::find(pin)?.installations {
+    for left in installation::find(pin).map_err(DetachError::Read)?.installations {
         for name in left.attached() {
             removal.failures.push(format!("{name} is still attached"));
         }

@@ -59,7 +59,7 @@ pub enum MigrateError {
     },
     /// The rules of layout 5.
     #[error("removing the NAT rules of an earlier injector: {0}")]
-    Nat(#[from] NatError),
+    Nat(NatError),
 }
 
 /// The upgrade in progress.
@@ -247,7 +247,7 @@ fn stop(installation: &Installation, replaced: bool) -> Result<(), MigrateError>
     if installation.layout == Layout::V5 {
         // The rules first: these programs drop a connection that the rules lead to a backend past
         // the listeners.
-        nat_rules::flush()?;
+        nat_rules::flush().map_err(MigrateError::Nat)?;
     }
     clear("LISTENERS").map_err(failed)?;
     if installation.layout == Layout::V5 && replaced {

@@ -26,7 +26,7 @@ pub enum NatError {
     Refused(String),
     /// It could not be run.
     #[error("cannot run nft: {0}")]
-    Run(#[from] io::Error),
+    Run(io::Error),
 }
 
 /// Removes the rules of all tables of layout 5. Established connections are translated as before:
@@ -80,7 +80,7 @@ fn run(args: &[&str], input: &str) -> Result<String, NatError> {
         start(args, input)
     };
     thread::scope(|scope| scope.spawn(inside).join())
-        .unwrap_or_else(|_| Err(io::Error::other("the thread that ran it panicked").into()))
+        .unwrap_or_else(|_| Err(NatError::Run(io::Error::other("the thread that ran it panicked"))))
 }
 
 fn start(args: &[&str], input: &str) -> Result<String, NatError> {
@@ -90,14 +90,14 @@ fn start(args: &[&str], input: &str) -> Result<String, NatError> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = match command.spawn() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            child => child?,
+            child => child.map_err(NatError::Run)?,
         };
         let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
-        let output = child.wait_with_output()?;
+        let output = child.wait_with_output().map_err(NatError::Run)?;
         if !output.status.success() {
             return Err(NatError::Refused(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
         }
-        written?;
+        written.map_err(NatError::Run)?;
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(NatError::Missing)

@@ -1,0 +1,69 @@
+//! What is valid and probably a mistake. Pure.
+
+use super::{Config, Listener};
+use crate::protocol::Protocol;
+
+/// What probably is a mistake, one line each. `injector check` prints it, and the daemon logs it.
+#[must_use]
+pub fn remarks(config: &Config) -> Vec<String> {
+    config.listeners.iter().flat_map(standard_ports).collect()
+}
+
+/// Backends on a port where servers expect no header: they read it as a command of the client.
+fn standard_ports(listener: &Listener) -> Vec<String> {
+    let remark = |backend: &super::Backend| {
+        let standard = |protocol: &Protocol| protocol.standard_port() == Some(backend.port);
+        let protocol = Protocol::ALL.into_iter().find(standard)?;
+        Some(format!(
+            "listener {:?}: backends {:?}: {} is the standard port of {protocol}, where other hosts connect without a \
+             header; the backend needs a port of its own that requires the header, such as {}",
+            listener.name,
+            backend.to_string(),
+            backend.port,
+            proxy_port(backend.port),
+        ))
+    };
+    listener.backends.iter().filter_map(remark).collect()
+}
+
+/// The port that the documentation uses beside a standard port.
+const fn proxy_port(standard: u16) -> u16 {
+    match standard {
+        25 => 2525,
+        465 => 4465,
+        587 => 5587,
+        other => other + 10_000,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::EXAMPLE;
+
+    fn remarks_on(backend: &str) -> Vec<String> {
+        remarks(&Config::parse(&EXAMPLE.replace("mail.internal:2525", backend), "f.toml").unwrap())
+    }
+
+    #[test]
+    fn a_backend_on_a_standard_port_is_remarked_on() {
+        for (backend, protocol, other) in [
+            ("mail.internal:25", "smtp", 2525),
+            ("192.0.2.20:465", "submissions", 4465),
+            ("[2001:db8::20]:993", "imaps", 10993),
+            ("mail.internal:4190", "sieve", 14190),
+        ] {
+            let port = backend.rsplit_once(':').unwrap().1;
+            assert_eq!(
+                remarks_on(backend),
+                [format!(
+                    "listener \"smtp\": backends {backend:?}: {port} is the standard port of {protocol}, where other \
+                     hosts connect without a header; the backend needs a port of its own that requires the header, \
+                     such as {other}"
+                )]
+            );
+        }
+        assert_eq!(remarks_on("mail.internal:2525"), [""; 0]);
+        assert_eq!(remarks_on("mail.internal:10993"), [""; 0]);
+    }
+}

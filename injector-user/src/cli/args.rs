@@ -212,9 +212,16 @@ pub struct ReloadArgs {
     #[command(flatten)]
     pub control: ControlArgs,
 
-    /// Watch this file and reload on change
+    /// Watch this file, and reload now and on change
     #[arg(long, env = "INJECTOR_WATCH", value_name = "FILE", conflicts_with = "json")]
     pub watch: Option<PathBuf>,
+
+    /// Change nothing, and print what a reload would do to each listener
+    ///
+    /// The running injector reads the file, selects engines, binds the new addresses, resolves the names of
+    /// backends and checks the backends. Fails if the reload would be rejected.
+    #[arg(long, env = "INJECTOR_DRY_RUN", conflicts_with = "watch")]
+    pub dry_run: bool,
 }
 
 /// Arguments of `injector top`.

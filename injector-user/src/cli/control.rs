@@ -2,6 +2,8 @@
 
 use std::{thread, time::Duration};
 
+use anyhow::ensure;
+
 use super::args::{BackendArgs, ControlArgs, DrainArgs, ReloadArgs, ResumeArgs, SessionsArgs, TopArgs};
 use crate::control::{
     self, Request, client, top,
@@ -16,7 +18,7 @@ const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// # Errors
 /// When the daemon does not answer.
 pub fn status(args: &ControlArgs) -> anyhow::Result<()> {
-    send(args, &Request::Status)
+    send(args, &Request::Status).map(drop)
 }
 
 /// Prints the sessions of the daemon.
@@ -24,7 +26,7 @@ pub fn status(args: &ControlArgs) -> anyhow::Result<()> {
 /// # Errors
 /// When the daemon does not answer.
 pub fn sessions(args: SessionsArgs) -> anyhow::Result<()> {
-    send(&args.control, &Request::Sessions { listener: args.listener, limit: args.limit })
+    send(&args.control, &Request::Sessions { listener: args.listener, limit: args.limit }).map(drop)
 }
 
 /// Drains listeners, and waits for the end of their sessions if asked to.
@@ -55,7 +57,7 @@ pub fn drain(args: &DrainArgs) -> anyhow::Result<()> {
 /// # Errors
 /// When the daemon does not answer or rejects the command.
 pub fn resume(args: ResumeArgs) -> anyhow::Result<()> {
-    send(&args.control, &Request::Resume { listener: args.listener })
+    send(&args.control, &Request::Resume { listener: args.listener }).map(drop)
 }
 
 /// Disables or enables a backend.
@@ -64,17 +66,23 @@ pub fn resume(args: ResumeArgs) -> anyhow::Result<()> {
 /// When the daemon does not answer or rejects the command.
 pub fn backend(args: BackendArgs) -> anyhow::Result<()> {
     let BackendArgs { control, action, listener, backend } = args;
-    send(&control, &Request::Backend { action, listener, backend })
+    send(&control, &Request::Backend { action, listener, backend }).map(drop)
 }
 
-/// Reloads the configuration, once or whenever the file changes.
+/// Reloads the configuration, once or whenever the file changes; or shows what a reload would do.
 ///
 /// # Errors
-/// When the daemon does not answer or rejects the configuration.
+/// When the daemon does not answer, or rejects or would reject the configuration.
 pub fn reload(args: &ReloadArgs) -> anyhow::Result<()> {
     match &args.watch {
         Some(file) => Ok(control::watch(&args.control.at.socket, file)?),
-        None => send(&args.control, &Request::Reload),
+        None if args.dry_run => {
+            let answer = send(&args.control, &Request::DryRun)?;
+            let rejected = matches!(&answer, Answer::DryRun(dry_run) if dry_run.is_rejected());
+            ensure!(!rejected, "the reload would be rejected");
+            Ok(())
+        }
+        None => send(&args.control, &Request::Reload).map(drop),
     }
 }
 
@@ -90,13 +98,13 @@ pub fn top(args: &TopArgs) -> anyhow::Result<()> {
     top::run(&args.at.socket, args.interval)
 }
 
-/// Sends a request and prints the answer.
-fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<()> {
+/// Sends a request, prints the answer and returns it.
+fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<Answer> {
     let answer = client::send(&args.at.socket, request)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&answer)?);
     } else {
         print!("{}", client::show(&answer));
     }
-    Ok(())
+    Ok(answer)
 }

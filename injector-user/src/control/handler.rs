@@ -9,8 +9,9 @@ use std::{
 use tokio::sync::{Mutex, watch};
 
 use super::{
+    dry_run,
     status::{sessions, status},
-    wire::{Answer, BackendAction, ConfigStatus, Reloaded, Reply, Request, Status},
+    wire::{Answer, BackendAction, ConfigStatus, DryRun, Reloaded, Reply, Request, Status},
 };
 use crate::{
     backend::AdminState,
@@ -66,11 +67,12 @@ impl Control {
 
     /// Carries out a request.
     pub async fn answer(&self, request: Request) -> Reply {
-        let mut server = self.0.server.lock().await;
-        let Some(server) = server.as_mut() else {
+        let mut guard = self.0.server.lock().await;
+        let Some(server) = guard.as_mut() else {
             return Reply::Error("the injector is stopping".to_owned());
         };
-        let answer = match request {
+        let mut to_try = Vec::new();
+        let mut answer = match request {
             Request::Status => Ok(Answer::Status(Box::new(self.status(server)))),
             Request::Sessions { listener, limit } => {
                 Ok(Answer::Sessions(sessions(server, listener.as_deref(), limit)))
@@ -86,9 +88,18 @@ impl Control {
                     .map(|listeners| Answer::BackendSet { listeners })
             }
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
+            Request::DryRun => {
+                let (dry_run, listeners) = self.rehearse(server);
+                to_try = listeners;
+                Ok(Answer::DryRun(dry_run))
+            }
         };
         let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
         self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
+        drop(guard);
+        if let Ok(Answer::DryRun(dry_run)) = &mut answer {
+            dry_run::try_backends(dry_run, &to_try).await;
+        }
         match answer {
             Ok(answer) => Reply::Ok(answer),
             Err(error) => Reply::Error(format!("{error:#}")),

@@ -4,6 +4,7 @@
 //! socket's mode (0600) protects it: a process that can open it can send every command.
 
 pub mod client;
+mod dry_run;
 #[cfg(test)]
 mod fixtures;
 mod handler;

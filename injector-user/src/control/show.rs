@@ -5,8 +5,9 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use super::wire::{
-    Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status,
+use super::{
+    dry_run,
+    wire::{Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status},
 };
 
 /// The answer as text, with a line end.
@@ -24,6 +25,7 @@ pub fn show(answer: &Answer) -> String {
             writeln!(out, "backend state changed for {}", listeners.join(", "))
         }
         Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
+        Answer::DryRun(dry_run) => dry_run::write(&mut out, dry_run),
     };
     out
 }

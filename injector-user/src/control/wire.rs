@@ -42,6 +42,8 @@ pub enum Request {
     },
     /// Reload the configuration.
     Reload,
+    /// Report what a reload would do, and change nothing.
+    DryRun,
 }
 
 /// The state that an operator gives a backend.
@@ -91,6 +93,8 @@ pub enum Answer {
     },
     /// To [`Request::Reload`].
     Reloaded(Reloaded),
+    /// To [`Request::DryRun`].
+    DryRun(DryRun),
 }
 
 /// What a reload changed.
@@ -104,6 +108,76 @@ pub struct Reloaded {
     pub removed: Vec<String>,
     /// Sections whose changes need a restart.
     pub restart_needed_for: Vec<String>,
+}
+
+/// What a reload would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DryRun {
+    /// Why the whole configuration would be rejected. Then the rest is empty.
+    pub error: Option<String>,
+    /// In the order of the new configuration.
+    pub listeners: Vec<ListenerDryRun>,
+    /// Listeners that are no longer configured.
+    pub removed: Vec<String>,
+    /// Sections whose changes need a restart.
+    pub restart_needed_for: Vec<String>,
+    /// What is valid and probably a mistake.
+    pub warnings: Vec<String>,
+}
+
+impl DryRun {
+    /// Whether the reload would be rejected. Backends that do not answer are no reason.
+    #[must_use]
+    pub fn is_rejected(&self) -> bool {
+        self.error.is_some() || self.listeners.iter().any(|listener| listener.error.is_some())
+    }
+}
+
+/// What a reload would do to a listener.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerDryRun {
+    /// Its name.
+    pub name: String,
+    /// Whether it changes.
+    pub change: ListenerChange,
+    /// Its engines, as in [`ListenerStatus::engine`].
+    pub engine: Option<String>,
+    /// Why the reload would be rejected: an engine or an address.
+    pub error: Option<String>,
+    /// Its backends, as the daemon reaches them now.
+    pub backends: Vec<BackendDryRun>,
+}
+
+/// How a reload changes a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ListenerChange {
+    /// It is new.
+    Added,
+    /// It has other settings.
+    Changed,
+    /// It stays as it is.
+    Unchanged,
+}
+
+/// A backend, as the daemon reaches it now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendDryRun {
+    /// Its configured address.
+    pub name: String,
+    /// Why its name has no address.
+    pub error: Option<String>,
+    /// Its addresses.
+    pub addresses: Vec<AddressDryRun>,
+}
+
+/// An address of a backend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressDryRun {
+    /// The address.
+    pub address: SocketAddr,
+    /// Why its check failed.
+    pub error: Option<String>,
 }
 
 /// The state of the daemon.

@@ -81,6 +81,9 @@ impl Edge {
                 self.seed ^= self.seed >> 17;
                 self.seed ^= self.seed << 5;
                 flow.open(syn.first, syn.listener, &template, self.seed, self.now_ns);
+                if let Some(earlier) = &self.established {
+                    flow.follow(earlier);
+                }
                 self.pending = Some(flow);
             }
         }

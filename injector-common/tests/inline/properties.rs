@@ -47,6 +47,28 @@ proptest! {
         testbed.newcomer_is_served(number)?;
     }
 
+    /// A backend in TIME_WAIT takes a SYN only if its number is behind all that it has acknowledged (RFC 9293, section 3.6.1).
+    #[test]
+    fn a_connection_from_the_same_port_begins_behind_the_earlier_one(
+        earlier in (any::<u32>(), any::<u32>(), 28_u32..232, 0_u32..1 << 30),
+        later in (any::<u32>(), any::<u32>()),
+    ) {
+        let (first, offset, header_len, sent) = earlier;
+        let earlier = Flow {
+            first: SeqNumber(first),
+            client_top: SeqNumber(first) + sent,
+            offset,
+            header_len,
+            ..Flow::default()
+        };
+        let (first, offset) = later;
+        let mut later = Flow { first: SeqNumber(first), offset, ..Flow::default() };
+        later.follow(&earlier);
+        let received = earlier.client_top + earlier.shift();
+        let ahead = (later.first + later.offset) - received;
+        prop_assert!((1..=1 << 30).contains(&ahead), "{ahead} ahead");
+    }
+
     /// P5: a sender that does not know the numbers neither ends a connection nor moves what the end is judged by.
     #[test]
     fn who_does_not_know_the_numbers_ends_nothing(

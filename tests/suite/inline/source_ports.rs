@@ -97,6 +97,10 @@ fn again(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     ensure!(ports.iter().all(|port| *port == ports[0]), "{ports:?}");
     let opened = counted(&injector, "opened")?;
     ensure!(opened == SESSIONS as u64, "{opened} opened");
+    // A client whose SYN is answered by an acknowledgement resets that, and sends the SYN again soon
+    // (tcp_rcv_synsent_state_process, net/ipv4/tcp_input.c).
+    let repeated = counted(&injector, "syn_repeated")?;
+    ensure!(repeated == 0, "{repeated} SYNs were sent again");
     Ok(())
 }
 
@@ -117,6 +121,8 @@ fn none_left(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
         at_once(start).with_context(|| format!("session {session}, from port {port}"))?;
         inline += u64::from(PORTS.contains(&port));
     }
+    let repeated = counted(&injector, "syn_repeated")?;
+    ensure!(repeated == 0, "{repeated} SYNs were sent again");
     let left = counted(&injector, "to_socket_no_port")?;
     ensure!(left > 200 && inline > 700, "{inline} by inline, {left} found no port");
     ensure!(inline + left == SESSIONS, "{inline} by inline, {left} found no port");

@@ -3,6 +3,8 @@
 //!
 //! This is a pure table. The injector never parses the protocols.
 
+mod replies;
+
 use std::{fmt, time::Duration};
 
 /// The protocol of a listener (`protocol = "…"`).
@@ -48,6 +50,14 @@ pub enum Rejection {
     BackendUnavailable,
     /// The injector is shutting down.
     Stopping,
+    /// The operator has ended the session.
+    EndedByOperator,
+}
+
+impl Rejection {
+    /// All of them.
+    pub const ALL: [Self; 4] =
+        [Self::TooManyConnections, Self::BackendUnavailable, Self::Stopping, Self::EndedByOperator];
 }
 
 /// The timeouts of a listener that sets none.
@@ -156,7 +166,7 @@ impl Protocol {
     /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section
     ///   1.3).
     pub const fn rejection_line(self, why: Rejection) -> Option<&'static [u8]> {
-        use Rejection::{BackendUnavailable, Stopping, TooManyConnections};
+        use Rejection::{BackendUnavailable, EndedByOperator, Stopping, TooManyConnections};
         let line: &'static str = match (self, why) {
             (Self::Smtp | Self::Submission, TooManyConnections) => {
                 "421 4.3.2 Too many connections, try again later\r\n"
@@ -166,6 +176,16 @@ impl Protocol {
             }
             (Self::Smtp | Self::Submission, Stopping) => {
                 "421 4.3.2 Service shutting down, try again later\r\n"
+            }
+            (Self::Smtp | Self::Submission, EndedByOperator) => {
+                "421 4.3.2 Connection closed by the administrator, try again later\r\n"
+            }
+            (Self::Imap, EndedByOperator) => "* BYE Connection closed by the administrator\r\n",
+            (Self::Pop3, EndedByOperator) => {
+                "-ERR [SYS/TEMP] Connection closed by the administrator, try again later\r\n"
+            }
+            (Self::Sieve, EndedByOperator) => {
+                "BYE (TRYLATER) \"Connection closed by the administrator, try again later\"\r\n"
             }
             (Self::Imap, TooManyConnections) => "* BYE Too many connections, try again later\r\n",
             (Self::Imap, BackendUnavailable) => {
@@ -288,13 +308,10 @@ impl fmt::Display for Protocol {
 mod tests {
     use super::*;
 
-    const REFUSALS: [Rejection; 3] =
-        [Rejection::TooManyConnections, Rejection::BackendUnavailable, Rejection::Stopping];
-
     #[test]
     fn a_protocol_has_a_refusal_line_exactly_if_its_server_speaks_first() {
         for protocol in Protocol::ALL {
-            for why in REFUSALS {
+            for why in Rejection::ALL {
                 assert_eq!(
                     protocol.rejection_line(why).is_some(),
                     protocol.speaks_first() == FirstSpeaker::Server,
@@ -315,7 +332,7 @@ mod tests {
             other => panic!("{other} has no rejection line"),
         };
         for protocol in Protocol::ALL {
-            for why in REFUSALS {
+            for why in Rejection::ALL {
                 let Some(line) = protocol.rejection_line(why) else { continue };
                 let line = std::str::from_utf8(line).unwrap();
                 assert!(line.is_ascii() && line.len() <= 512, "{line:?}");

@@ -14,6 +14,11 @@ pub(super) struct Candidate {
 }
 
 impl Candidate {
+    /// Whether it can get connections now.
+    pub(super) fn is_eligible(self) -> bool {
+        self.is_selectable() && self.up
+    }
+
     fn is_selectable(self) -> bool {
         !self.disabled && self.weight > 0
     }

@@ -58,6 +58,12 @@ pub enum CheckError {
         /// The line, truncated.
         reply: String,
     },
+    /// The server answered the check's header as commands.
+    #[error("the header: the server answered it as commands ({reply:?}): this is not a PROXY port")]
+    HeaderMisread {
+        /// The line, truncated.
+        reply: String,
+    },
     /// TLS is not available.
     #[error("TLS: {0}")]
     Tls(#[from] &'static rustls::Error),
@@ -85,7 +91,14 @@ pub(super) async fn check(address: SocketAddr, check: &Check) -> Result<(), Chec
             Err(elapsed) => Err(timed_out(stage)(elapsed)),
         };
     close(&mut stream).await;
-    outcome
+    match outcome {
+        Err(CheckError::UnexpectedReply { reply, .. })
+            if check.tries_the_header() && protocol.misreads_header(reply.as_bytes(), false) =>
+        {
+            Err(CheckError::HeaderMisread { reply })
+        }
+        outcome => outcome,
+    }
 }
 
 async fn run_check(
@@ -300,6 +313,22 @@ mod tests {
         let (result, received) = server("220 mx\r\n", "221 bye\r\n", plan).await;
         assert!(result.is_ok(), "{result:?}");
         assert_eq!(received, "\r\n\r\n\0\r\nQUIT\n \0\0\0QUIT\r\n");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_reads_the_header_as_commands_is_recognized() {
+        for (header, expected) in [
+            (
+                CheckHeader::Local,
+                "the header: the server answered it as commands (\"500 5.5.2 Error: bad syntax\")",
+            ),
+            (CheckHeader::None, "the quit command: unexpected reply \"500 5.5.2 Error: bad syntax\""),
+        ] {
+            let plan = Check { header, ..plan(Some(Protocol::Smtp)) };
+            let greeting = "220 mail ESMTP\r\n500 5.5.2 Error: bad syntax\r\n";
+            let error = server(greeting, "221 bye\r\n", plan).await.0.unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
     }
 
     #[tokio::test]

@@ -62,6 +62,15 @@ pub enum Unreachable {
         /// The time that the attempt had.
         within: Duration,
     },
+    /// Every source port of this host is in use towards this address.
+    #[error(
+        "{address}: no source port of this host is left: widen net.ipv4.ip_local_port_range, or give the \
+         listener more source_addresses"
+    )]
+    NoSourcePorts {
+        /// The last address.
+        address: SocketAddr,
+    },
     /// Any other error, such as no route.
     #[error("{address}: {error}")]
     Other {
@@ -174,6 +183,12 @@ impl Backends {
             Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 Unreachable::Refused { address, error }
             }
+            // Nothing was bound to an address before (__inet_hash_connect,
+            // net/ipv4/inet_hashtables.c).
+            Some(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+                self.warn_of_source_ports(backend, address);
+                Unreachable::NoSourcePorts { address }
+            }
             Some(error) if error.kind() != io::ErrorKind::TimedOut => Unreachable::Other { address, error },
             _ => Unreachable::Timeout { address, within },
         };
@@ -218,7 +233,14 @@ impl Backends {
         }
     }
 
-    fn with_address(&self, address: SocketAddr) -> impl Iterator<Item = &Backend> {
+    fn warn_of_source_ports(&self, backend: &Backend, address: SocketAddr) {
+        if let Some(count) = self.source_ports_warning.allow(std::time::Instant::now()) {
+            let backend = &backend.configured;
+            tracing::warn!(target: target::BACKEND, listener = self.listener, %backend, %address, count, "no source port of this host is left towards the backend; clients are rejected, or get another backend: widen net.ipv4.ip_local_port_range, or give the listener more source_addresses");
+        }
+    }
+
+    pub(super) fn with_address(&self, address: SocketAddr) -> impl Iterator<Item = &Backend> {
         self.all().iter().filter(move |backend| backend.addresses().contains(&address))
     }
 
@@ -249,19 +271,20 @@ impl Unreachable {
             Self::Other { error, .. } => {
                 matches!(error.kind(), HostUnreachable | NetworkUnreachable | ConnectionReset)
             }
-            Self::Unresolved | Self::AllDisabled => false,
+            Self::Unresolved | Self::AllDisabled | Self::NoSourcePorts { .. } => false,
         }
     }
 }
 
 /// The more specific of two errors. A timeout outranks a refusal, because it shows a network
-/// failure.
+/// failure. A failure of this host outranks both.
 fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
     let rank = |error: &Unreachable| match error {
         Unreachable::Unresolved | Unreachable::AllDisabled => 0,
         Unreachable::Other { .. } => 1,
         Unreachable::Refused { .. } => 2,
         Unreachable::Timeout { .. } => 3,
+        Unreachable::NoSourcePorts { .. } => 4,
     };
     if rank(&other) >= rank(&one) { other } else { one }
 }

@@ -114,8 +114,15 @@ impl Health {
     /// that time, one more failure is enough to eject it again.
     pub(super) fn failed(&mut self, now: Instant, ejection: &Ejection) -> Option<Duration> {
         self.failures = self.failures.saturating_add(1);
-        let after = ejection.after?;
-        if self.failures < after || self.ejected(now) {
+        if self.failures < ejection.after? {
+            return None;
+        }
+        self.eject(now, ejection)
+    }
+
+    /// Ejects the backend at once. Returns the ejection time if it was not ejected before.
+    pub(super) fn eject(&mut self, now: Instant, ejection: &Ejection) -> Option<Duration> {
+        if ejection.after.is_none() || self.ejected(now) {
             return None;
         }
         self.ejected_until = Some(now + ejection.time);

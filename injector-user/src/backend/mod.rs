@@ -6,6 +6,7 @@ mod checker;
 mod connect;
 mod health;
 mod lookup;
+mod misread;
 mod pool;
 mod resolver;
 mod state;

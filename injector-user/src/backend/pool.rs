@@ -24,6 +24,7 @@ use crate::{
     telemetry::{
         log::target,
         metrics::{BackendSample, BackendSource},
+        rate_limit::RateLimit,
     },
 };
 
@@ -37,12 +38,14 @@ pub struct Backends {
     round_robin: Mutex<SmoothWeightedRoundRobin>,
     /// Notified when the eligible backends may have changed, except by an ejection.
     pub(super) changed: Arc<Notify>,
+    pub(super) source_ports_warning: RateLimit,
+    pub(super) misread_warning: RateLimit,
 }
 
 impl BackendSource for Backends {
     fn sample(&self) -> Vec<BackendSample> {
         let sample = |backend: &Backend| {
-            let BackendStats { active, sessions, passed, failed, ejections } = backend.stats();
+            let BackendStats { active, sessions, passed, failed, ejections, misread } = backend.stats();
             BackendSample {
                 name: backend.configured().to_string(),
                 up: backend.health_state().is_up(),
@@ -51,6 +54,8 @@ impl BackendSource for Backends {
                 checks_passed: passed,
                 checks_failed: failed,
                 ejections,
+                misread,
+                misreads_header: backend.misreads_header(),
             }
         };
         self.all.iter().map(sample).collect()
@@ -89,7 +94,13 @@ impl Backends {
             all: listener.backends.iter().map(backend).collect(),
             round_robin: Mutex::default(),
             changed,
+            source_ports_warning: RateLimit::default(),
+            misread_warning: RateLimit::default(),
         }
+    }
+
+    pub(super) fn notify_changed(&self) {
+        self.changed.notify_one();
     }
 
     /// All backends, in the order of the configuration.
@@ -154,6 +165,11 @@ impl Backends {
         let results = join_all(checks).await;
         for (address, result) in &results {
             self.note_checked(backend, *address, result);
+            match result {
+                Err(CheckError::HeaderMisread { reply }) => self.note_misread(*address, reply),
+                Ok(()) if plan.tries_the_header() => self.note_greeted(*address),
+                _ => {}
+            }
         }
         let outcome = outcome(&results);
         let counters = &backend.state.counters;

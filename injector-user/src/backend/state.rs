@@ -32,6 +32,8 @@ pub(super) struct BackendState {
     pub(super) unresolved: AtomicBool,
     pub(super) health: Mutex<Health>,
     pub(super) counters: Counters,
+    /// It answered the last header that it answered at all as commands.
+    pub(super) misreads: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -41,6 +43,7 @@ pub(super) struct Counters {
     pub(super) passed: AtomicU64,
     pub(super) failed: AtomicU64,
     pub(super) ejections: AtomicU64,
+    pub(super) misread: AtomicU64,
 }
 
 /// The counters of a backend at one moment.
@@ -56,6 +59,8 @@ pub struct BackendStats {
     pub failed: u64,
     /// Ejections because connections failed.
     pub ejections: u64,
+    /// Headers that it answered as commands.
+    pub misread: u64,
 }
 
 /// Counts as one of the backend's sessions until it is dropped.
@@ -110,13 +115,19 @@ impl Backend {
         self.state.health().health_state(Instant::now())
     }
 
+    /// Whether it answered its last header as commands.
+    #[must_use]
+    pub fn misreads_header(&self) -> bool {
+        self.state.misreads.load(Ordering::Relaxed)
+    }
+
     /// Its counters.
     #[must_use]
     pub fn stats(&self) -> BackendStats {
-        let Counters { active, sessions, passed, failed, ejections } = &self.state.counters;
-        let [active, sessions, passed, failed, ejections] =
-            [active, sessions, passed, failed, ejections].map(|count| count.load(Ordering::Relaxed));
-        BackendStats { active, sessions, passed, failed, ejections }
+        let Counters { active, sessions, passed, failed, ejections, misread } = &self.state.counters;
+        let [active, sessions, passed, failed, ejections, misread] =
+            [active, sessions, passed, failed, ejections, misread].map(|count| count.load(Ordering::Relaxed));
+        BackendStats { active, sessions, passed, failed, ejections, misread }
     }
 
     pub(super) fn candidate(&self) -> Candidate {

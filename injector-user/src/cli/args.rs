@@ -85,7 +85,8 @@ pub enum Command {
     Inline(InlineCommand),
     /// Show the state of a running injector: listeners, backends, configuration
     Status(ControlArgs),
-    /// List the sessions of a running injector (engines splice and relay)
+    /// List the sessions of a running injector, or end some
+    #[command(args_conflicts_with_subcommands = true)]
     Sessions(SessionsArgs),
     /// Reject new clients (they get a temporary failure); existing sessions may finish
     ///
@@ -145,6 +146,10 @@ pub struct ControlArgs {
 /// Arguments of `injector sessions`.
 #[derive(Clone, Debug, Args)]
 pub struct SessionsArgs {
+    /// What to do with sessions, other than to list them.
+    #[command(subcommand)]
+    pub command: Option<SessionsCommand>,
+
     /// The control socket, and the format of the reply
     #[command(flatten)]
     pub control: ControlArgs,
@@ -155,6 +160,43 @@ pub struct SessionsArgs {
     /// Limit to the N oldest
     #[arg(long, env = "INJECTOR_LIMIT", value_name = "N")]
     pub limit: Option<usize>,
+}
+
+/// The commands of `injector sessions`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum SessionsCommand {
+    /// End one session, or all of a client's address or network
+    ///
+    /// In clear text the client gets a temporary failure of its protocol (421, * BYE, -ERR) where one may follow what
+    /// it was sent; otherwise its connection is reset, as are those of inline. The backend's connection is reset. The
+    /// client may connect again.
+    #[command(after_long_help = END_EXAMPLES)]
+    End(EndSessionsArgs),
+}
+
+const END_EXAMPLES: &str = "\
+Examples:
+  End one session that `injector sessions` lists
+    $ injector sessions end 1742
+
+  End all sessions of a client, then those of a network on one listener
+    $ injector sessions end 198.51.100.7
+    $ injector sessions end 2001:db8::/64 --listener smtp";
+
+/// Arguments of `injector sessions end`.
+#[derive(Clone, Debug, Args)]
+pub struct EndSessionsArgs {
+    /// The control socket, and the format of the reply
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// An ID of `injector sessions`, a client's address with or without port, or a network
+    #[arg(value_name = "ID|ADDRESS")]
+    pub target: String,
+
+    /// Only of this listener
+    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
+    pub listener: Option<String>,
 }
 
 /// Arguments of `injector drain`.

@@ -4,7 +4,10 @@ use std::{thread, time::Duration};
 
 use anyhow::ensure;
 
-use super::args::{BackendArgs, ControlArgs, DrainArgs, ReloadArgs, ResumeArgs, SessionsArgs, TopArgs};
+use super::args::{
+    BackendArgs, ControlArgs, DrainArgs, EndSessionsArgs, ReloadArgs, ResumeArgs, SessionsArgs,
+    SessionsCommand, TopArgs,
+};
 use crate::control::{
     self, Request, client, top,
     wire::{Answer, ListenerStatus},
@@ -21,11 +24,14 @@ pub fn status(args: &ControlArgs) -> anyhow::Result<()> {
     send(args, &Request::Status).map(drop)
 }
 
-/// Prints the sessions of the daemon.
+/// Prints the sessions of the daemon, or ends some.
 ///
 /// # Errors
 /// When the daemon does not answer.
 pub fn sessions(args: SessionsArgs) -> anyhow::Result<()> {
+    if let Some(SessionsCommand::End(EndSessionsArgs { control, target, listener })) = args.command {
+        return send(&control, &Request::EndSessions { target, listener }).map(drop);
+    }
     send(&args.control, &Request::Sessions { listener: args.listener, limit: args.limit }).map(drop)
 }
 

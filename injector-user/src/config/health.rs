@@ -141,6 +141,14 @@ fn consecutive(section: &Section<'_>, field: &'static str, min: u64) -> Option<S
     Some((at, u32::try_from(given).ok()?))
 }
 
+impl Check {
+    /// Whether the check sends a header to the port that also gets the clients' headers.
+    #[must_use]
+    pub fn tries_the_header(&self) -> bool {
+        self.header == CheckHeader::Local && self.port.is_none()
+    }
+}
+
 /// Without a check, its settings have no effect.
 fn reject_without_check(section: &Section<'_>) {
     for field in ["port", "protocol", "header", "interval", "timeout", "rise", "fall"] {

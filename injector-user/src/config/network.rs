@@ -23,6 +23,23 @@ impl Network {
     }
 }
 
+impl Network {
+    /// What counts as one source of connections: an IPv4 address, or the first 64 bits of an IPv6
+    /// address.
+    #[must_use]
+    pub fn of_source(address: IpAddr) -> Self {
+        let address = address.to_canonical();
+        let prefix = if address.is_ipv4() { 32 } else { 64 };
+        Self { address: first_address(address, prefix), prefix }
+    }
+
+    /// Whether the address is in it. An IPv4 address is not in an IPv6 network.
+    #[must_use]
+    pub fn contains(self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.address.is_ipv4() && first_address(address, self.prefix) == self.address
+    }
+}
+
 impl FromStr for Network {
     type Err = String;
 

@@ -17,6 +17,8 @@ pub(super) fn status() -> Status {
         checks_passed: 40,
         checks_failed: 1,
         ejections: 0,
+        headers_misread: 0,
+        misreads_header: false,
     };
     let smtp = ListenerStatus {
         name: "smtp".to_owned(),
@@ -68,6 +70,7 @@ pub(super) fn status() -> Status {
 /// One session of each listener.
 pub(super) fn sessions() -> Sessions {
     let row = SessionRow {
+        id: "17".to_owned(),
         listener: "smtp".to_owned(),
         engine: "splice".to_owned(),
         client: "198.51.100.7:40000".parse().unwrap(),

@@ -10,7 +10,7 @@ use tokio::sync::{Mutex, watch};
 
 use super::{
     dry_run,
-    status::{sessions, status},
+    status::{end_sessions, sessions, status},
     wire::{Answer, BackendAction, ConfigStatus, DryRun, Reloaded, Reply, Request, Status},
 };
 use crate::{
@@ -77,6 +77,8 @@ impl Control {
             Request::Sessions { listener, limit } => {
                 Ok(Answer::Sessions(sessions(server, listener.as_deref(), limit)))
             }
+            Request::EndSessions { target, listener } => end_sessions(server, &target, listener.as_deref())
+                .map(|count| Answer::SessionsEnded { count }),
             Request::Drain { listener, deadline_ms } => server
                 .drain(listener.as_deref(), deadline_ms.map(Duration::from_millis))
                 .map(|listeners| Answer::Drained { listeners }),

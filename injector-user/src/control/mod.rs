@@ -11,6 +11,7 @@ mod handler;
 mod show;
 mod socket;
 mod status;
+mod target;
 pub mod top;
 mod watch_file;
 pub mod wire;

@@ -18,6 +18,8 @@ pub fn show(answer: &Answer) -> String {
     let _ = match answer {
         Answer::Status(status) => write_status(&mut out, status),
         Answer::Sessions(sessions) => write_sessions(&mut out, sessions),
+        Answer::SessionsEnded { count: 1 } => writeln!(out, "1 session ended"),
+        Answer::SessionsEnded { count } => writeln!(out, "{count} sessions ended"),
         Answer::Drained { listeners } => writeln!(out, "draining: {}", listeners.join(", ")),
         Answer::Resumed { listeners } if listeners.is_empty() => writeln!(out, "no listener was draining"),
         Answer::Resumed { listeners } => writeln!(out, "accepting again: {}", listeners.join(", ")),
@@ -116,18 +118,24 @@ fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt
         let failing: Vec<_> = failing.iter().map(ToString::to_string).collect();
         write!(out, ", {} of {all} addresses fail ({})", failing.len(), failing.join(", "))?;
     }
+    if backend.headers_misread > 0 {
+        write!(out, ", {} headers read as commands", backend.headers_misread)?;
+    }
+    if backend.misreads_header {
+        write!(out, ": NOT A PROXY PORT")?;
+    }
     writeln!(out)
 }
 
 fn write_sessions(out: &mut String, sessions: &Sessions) -> fmt::Result {
-    const TITLES: [&str; 8] =
-        ["LISTENER", "ENGINE", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
-    let rows: Vec<[String; 8]> = sessions.rows.iter().map(cells).collect();
+    const TITLES: [&str; 9] =
+        ["ID", "LISTENER", "ENGINE", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
+    let rows: Vec<[String; 9]> = sessions.rows.iter().map(cells).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
         cells.chain(TITLES.get(column).map(|title| title.len())).max().unwrap_or_default()
     };
-    let widths: [usize; 8] = std::array::from_fn(width);
+    let widths: [usize; 9] = std::array::from_fn(width);
     for row in std::iter::once(&TITLES.map(str::to_owned)).chain(&rows) {
         let line: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         writeln!(out, "{}", line.join("  ").trim_end())?;
@@ -139,8 +147,9 @@ fn write_sessions(out: &mut String, sessions: &Sessions) -> fmt::Result {
     Ok(())
 }
 
-fn cells(row: &SessionRow) -> [String; 8] {
+fn cells(row: &SessionRow) -> [String; 9] {
     [
+        row.id.clone(),
         row.listener.clone(),
         row.engine.clone(),
         row.client.to_string(),
@@ -245,6 +254,8 @@ mod tests {
             restart_needed_for: vec!["log".to_owned()],
         };
         let answers = [
+            Answer::SessionsEnded { count: 1 },
+            Answer::SessionsEnded { count: 23 },
             Answer::Drained { listeners: names() },
             Answer::Resumed { listeners: names() },
             Answer::Resumed { listeners: Vec::new() },
@@ -258,6 +269,7 @@ mod tests {
     #[test]
     fn session_without_a_backend_has_a_dash() {
         let row = SessionRow {
+            id: "i1f".to_owned(),
             listener: "imaps".to_owned(),
             engine: "splice".to_owned(),
             client: "[2001:db8::7]:40000".parse().unwrap(),
@@ -272,9 +284,19 @@ mod tests {
         assert_eq!(lines.len(), 3, "{text}");
         assert_eq!(
             lines[1],
-            "imaps     splice  [2001:db8::7]:40000  [2001:db8::10]:993  -        900ms  12 B        2.0 KiB"
+            "i1f  imaps     splice  [2001:db8::7]:40000  [2001:db8::10]:993  -        900ms  12 B        2.0 KiB"
         );
         assert_eq!(lines[2], "and 2 more");
+    }
+
+    #[test]
+    fn a_port_that_reads_headers_as_commands_is_named() {
+        let listeners = status().listeners;
+        let mut backend = listeners.iter().flat_map(|listener| &listener.backends).next().unwrap().clone();
+        (backend.headers_misread, backend.misreads_header) = (12, true);
+        let mut out = String::new();
+        write_backend(&mut out, &backend, 0).unwrap();
+        assert!(out.ends_with(", 12 headers read as commands: NOT A PROXY PORT\n"), "{out}");
     }
 
     #[test]

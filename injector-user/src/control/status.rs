@@ -2,15 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use super::wire::{
-    BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, RemovedListenerStatus, SessionRow, Sessions,
-    Status,
+use anyhow::bail;
+
+use super::{
+    target::{SessionId, SessionTarget},
+    wire::{
+        BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, RemovedListenerStatus, SessionRow,
+        Sessions, Status,
+    },
 };
 use crate::{
     backend::Backend,
     engine::usage::InlineConnection,
     server::{ActiveListener, Server},
     session::registry::Snapshot,
+    telemetry::log::target,
 };
 
 /// The state of the daemon, whose configuration, readiness and uptime the caller knows.
@@ -87,6 +93,8 @@ fn backend_status(backend: &Backend) -> BackendStatus {
         checks_passed: stats.passed,
         checks_failed: stats.failed,
         ejections: stats.ejections,
+        headers_misread: stats.misread,
+        misreads_header: backend.misreads_header(),
     }
 }
 
@@ -101,8 +109,28 @@ pub(super) fn sessions(server: &Server, listener: Option<&str>, limit: Option<us
     Sessions { count, rows: all }
 }
 
+/// Ends the sessions that `target` names, of one listener or of all. Returns their number.
+///
+/// # Errors
+/// When `target` is not an id, an address or a network, or no session matches.
+pub(super) fn end_sessions(server: &Server, target: &str, listener: Option<&str>) -> anyhow::Result<u64> {
+    let wanted: SessionTarget = target.parse().map_err(anyhow::Error::msg)?;
+    let of_listener = |name: &str| listener.is_none_or(|wanted| wanted == name);
+    let count = server.end_sessions(
+        |id, client, name| of_listener(name) && wanted.matches(SessionId::Session(id), client),
+        |it| of_listener(&it.listener) && wanted.matches(SessionId::Inline(it.id), it.client),
+    );
+    if count == 0 {
+        let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));
+        bail!("no session{which} matches {target:?}; `injector sessions` lists them");
+    }
+    tracing::info!(target: target::CONTROL, count, listener, "sessions ended by the operator");
+    Ok(count as u64)
+}
+
 fn session_row(session: Snapshot) -> SessionRow {
     SessionRow {
+        id: SessionId::Session(session.id).to_string(),
         listener: session.listener.to_string(),
         engine: session.engine.to_owned(),
         client: session.client,
@@ -116,6 +144,7 @@ fn session_row(session: Snapshot) -> SessionRow {
 
 fn inline_row(connection: InlineConnection) -> SessionRow {
     SessionRow {
+        id: SessionId::Inline(connection.id).to_string(),
         listener: connection.listener.to_string(),
         engine: "inline".to_owned(),
         client: connection.client,

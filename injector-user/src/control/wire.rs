@@ -19,6 +19,13 @@ pub enum Request {
         /// The maximum number of sessions; the oldest are listed.
         limit: Option<usize>,
     },
+    /// End sessions.
+    EndSessions {
+        /// An id, an address or a network.
+        target: String,
+        /// Only of this listener.
+        listener: Option<String>,
+    },
     /// Reject new clients.
     Drain {
         /// Only this listener.
@@ -76,6 +83,11 @@ pub enum Answer {
     Status(Box<Status>),
     /// To [`Request::Sessions`].
     Sessions(Sessions),
+    /// To [`Request::EndSessions`].
+    SessionsEnded {
+        /// How many.
+        count: u64,
+    },
     /// To [`Request::Drain`].
     Drained {
         /// Their names.
@@ -290,6 +302,12 @@ pub struct BackendStatus {
     pub checks_failed: u64,
     /// How often it was ejected because connections failed.
     pub ejections: u64,
+    /// Headers that it answered as commands.
+    #[serde(default)]
+    pub headers_misread: u64,
+    /// It answered the last one so: its port does not expect a header.
+    #[serde(default)]
+    pub misreads_header: bool,
 }
 
 /// A listener that is no longer configured.
@@ -315,6 +333,9 @@ pub struct Sessions {
 /// A session of splice or relay, or a connection that inline carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRow {
+    /// Its id, for `sessions end`.
+    #[serde(default)]
+    pub id: String,
     /// The listener's name.
     pub listener: String,
     /// The engine that forwards its data.

@@ -56,6 +56,14 @@ impl Evidence<'_> {
                 ),
                 vec![advice::allow_injector(self.target)],
             ),
+            Outcome::NoSourcePorts => Finding::fault(
+                Verdict::NoSourcePorts,
+                format!(
+                    "cannot connect to {address}: every source port of this host is in use towards it, by sessions or in \
+                     TIME_WAIT; widen net.ipv4.ip_local_port_range"
+                ),
+                Vec::new(),
+            ),
             Outcome::Unreachable(why) => Finding::fault(
                 Verdict::Unreachable,
                 format!("cannot connect to {address}: {why}"),

@@ -159,6 +159,8 @@ pub enum Outcome {
     Refused,
     /// No answer to the SYN.
     NoAnswer,
+    /// Every source port of this host is in use towards the address.
+    NoSourcePorts,
     /// The connection failed for another reason, such as no route.
     Unreachable(String),
     /// The server greeted, and read nothing of what was sent as a command.
@@ -253,7 +255,10 @@ impl Observation {
     /// The connection could not be made.
     #[must_use]
     pub const fn failed_to_connect(&self) -> bool {
-        matches!(self.outcome, Outcome::Refused | Outcome::NoAnswer | Outcome::Unreachable(_))
+        matches!(
+            self.outcome,
+            Outcome::Refused | Outcome::NoAnswer | Outcome::NoSourcePorts | Outcome::Unreachable(_)
+        )
     }
 
     /// The server closed without sending a byte, and did not wait for a header.

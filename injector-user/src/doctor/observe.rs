@@ -68,6 +68,9 @@ pub(super) async fn observe(
             let outcome = match failed {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Outcome::Refused,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Outcome::NoAnswer,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::AddrNotAvailable && step.from.is_none() => {
+                    Outcome::NoSourcePorts
+                }
                 Ok(Err(error)) => Outcome::Unreachable(error.to_string()),
                 _ => Outcome::NoAnswer,
             };

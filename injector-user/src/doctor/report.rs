@@ -245,6 +245,7 @@ const fn outcome_code(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::Refused => "refused",
         Outcome::NoAnswer => "no_answer",
+        Outcome::NoSourcePorts => "no_source_ports",
         Outcome::Unreachable(_) => "unreachable",
         Outcome::Greeted(_) => "greeted",
         Outcome::Misunderstood { .. } => "misunderstood",

@@ -25,6 +25,9 @@ pub trait InlineUsage: Debug + Send + Sync {
     /// once.
     fn reset(&self, listener: &str, opened_before: Instant);
 
+    /// Ends these connections, by [`InlineConnection::id`]. Returns at once.
+    fn end(&self, ids: Vec<u64>);
+
     /// The established connections, for `injector sessions`.
     fn connections(&self) -> Vec<InlineConnection> {
         Vec::new()
@@ -55,6 +58,8 @@ pub trait UsageCounts: Debug + Send + Sync {
 /// A connection that inline carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InlineConnection {
+    /// When its first packet came, in nanoseconds of `CLOCK_MONOTONIC`: distinct.
+    pub id: u64,
     /// The listener's name.
     pub listener: Arc<str>,
     /// The client's address.

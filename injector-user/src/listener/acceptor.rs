@@ -69,6 +69,8 @@ impl Acceptor {
                 Ok(client) => {
                     let context = self.owner.policy().context();
                     self.limit.0.exhaustion_warning.log(&context.listener, address);
+                    let reason = RejectReason::NoDescriptors;
+                    self.limit.0.rejection_log.log(&context, client.peer, &client.socket, reason);
                     reject_without_fd(&context, client);
                     reserve.refill(socket.get_ref());
                 }
@@ -123,12 +125,7 @@ impl Acceptor {
     fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, rejection: Rejection) {
         let context = Arc::clone(context);
         context.metrics.rejected(reason);
-        tracing::debug!(
-            target: target::LISTENER,
-            listener = &*context.listener,
-            reason = reason.name(),
-            "connection rejected"
-        );
+        self.limit.0.rejection_log.log(&context, client.peer, &client.socket, reason);
         let permit = Arc::clone(&self.limit.0.rejections).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };

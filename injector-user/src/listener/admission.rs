@@ -9,9 +9,14 @@ use tokio::sync::Semaphore;
 
 use super::{
     connection_limit::{ConnectionLimit, ConnectionPermit},
+    rejections::RejectionLog,
     reserve_fd::FdExhaustionWarning,
 };
-use crate::{engine::usage::UsageCounts, session::Context, telemetry::metrics::RejectReason};
+use crate::{
+    engine::usage::UsageCounts,
+    session::{Context, registry::SessionRegistry},
+    telemetry::metrics::RejectReason,
+};
 
 /// How many clients are rejected in their protocol at the same time; more are reset.
 const MAX_PROTOCOL_REJECTIONS: usize = 256;
@@ -27,18 +32,26 @@ pub(super) struct Shared {
     fds_are_tighter: AtomicBool,
     pub(super) rejections: Arc<Semaphore>,
     pub(super) exhaustion_warning: FdExhaustionWarning,
+    pub(super) rejection_log: RejectionLog,
 }
 
 impl GlobalLimit {
     /// At most `connections`, and at most `capacity` sessions, for which there are file descriptors.
-    /// `inline` has the connections of the inline engine, which needs no descriptors.
+    /// `inline` has the connections of the inline engine, which needs no descriptors. `registries` are
+    /// those of the workers.
     #[must_use]
-    pub fn new(connections: usize, capacity: usize, inline: Option<Arc<dyn UsageCounts>>) -> Self {
+    pub fn new(
+        connections: usize,
+        capacity: usize,
+        inline: Option<Arc<dyn UsageCounts>>,
+        registries: Vec<SessionRegistry>,
+    ) -> Self {
         let limit = Self(Arc::new(Shared {
             connections: ConnectionLimit::new(Some(connections), inline),
             fds_are_tighter: AtomicBool::new(false),
             rejections: Arc::new(Semaphore::new(MAX_PROTOCOL_REJECTIONS)),
             exhaustion_warning: FdExhaustionWarning::default(),
+            rejection_log: RejectionLog::new(registries),
         }));
         limit.resize(connections, capacity);
         limit
@@ -143,7 +156,7 @@ mod tests {
 
     #[test]
     fn the_reject_reason_is_the_tighter_limit() {
-        assert_eq!(GlobalLimit::new(10, 400, None).reason(), RejectReason::TooManyConnections);
-        assert_eq!(GlobalLimit::new(10_000, 400, None).reason(), RejectReason::NoDescriptors);
+        assert_eq!(GlobalLimit::new(10, 400, None, Vec::new()).reason(), RejectReason::TooManyConnections);
+        assert_eq!(GlobalLimit::new(10_000, 400, None, Vec::new()).reason(), RejectReason::NoDescriptors);
     }
 }

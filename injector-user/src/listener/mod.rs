@@ -6,6 +6,7 @@ mod admission;
 mod bind;
 mod connection_limit;
 mod fd_budget;
+mod rejections;
 mod reserve_fd;
 
 pub use self::{

@@ -1,18 +1,10 @@
 //! A file descriptor in reserve, for the moment when no other is left.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{io, net::SocketAddr, time::Instant};
 
 use socket2::Socket;
 
-use crate::telemetry::log::target;
-
-/// The shortest time between two warnings.
-const WARNING_INTERVAL: Duration = Duration::from_secs(10);
+use crate::telemetry::{log::target, rate_limit::RateLimit};
 
 /// A file descriptor in reserve. Without one a client could not even be rejected when descriptors
 /// are exhausted: clients would wait in the accept queue until they time out.
@@ -42,16 +34,15 @@ impl ReserveFd {
 /// Warns that file descriptors are exhausted, with limited frequency.
 #[derive(Debug, Default)]
 pub(super) struct FdExhaustionWarning {
-    last_warning: Mutex<Option<Instant>>,
+    rate: RateLimit,
 }
 
 impl FdExhaustionWarning {
     pub(super) fn log(&self, listener: &str, address: Option<SocketAddr>) {
-        let mut last_warning = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
-        if last_warning.is_none_or(|last_warning| last_warning.elapsed() >= WARNING_INTERVAL) {
-            *last_warning = Some(Instant::now());
+        if let Some(count) = self.rate.allow(Instant::now()) {
             tracing::warn!(target: target::LISTENER,
                 listener,
+                count,
                 address = address.map(tracing::field::display),
                 "no file descriptors left; new connections are rejected: raise the open-file limit (LimitNOFILE= in \
                  systemd, ulimit -n) or lower limits.max_connections"

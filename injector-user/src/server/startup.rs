@@ -84,6 +84,7 @@ impl Server {
                 max_connections,
                 capacity,
                 inline_usage.as_ref().map(|usage| usage.all()),
+                workers.iter().map(|worker| worker.sessions().clone()).collect(),
             ),
             pipes: Pipes::new(MAX_PIPES),
             backlog_total: backlog_total.clone(),

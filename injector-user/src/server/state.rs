@@ -117,6 +117,22 @@ impl Server {
         self.workers.iter().map(Worker::sessions).flat_map(SessionRegistry::snapshot).collect()
     }
 
+    /// Ends sessions, by number, client and listener, and inline connections. Returns their number.
+    pub fn end_sessions(
+        &self,
+        session: impl Fn(u64, SocketAddr, &str) -> bool,
+        inline: impl Fn(&InlineConnection) -> bool,
+    ) -> usize {
+        let sessions: usize = self.workers.iter().map(|worker| worker.sessions().end(&session)).sum();
+        let connections = self.inline_connections().into_iter().filter(|connection| inline(connection));
+        let ids: Vec<_> = connections.map(|connection| connection.id).collect();
+        let inline = ids.len();
+        if let (Some(usage), 1..) = (&self.inline_usage, inline) {
+            usage.end(ids);
+        }
+        sessions + inline
+    }
+
     /// How long sessions may continue after a shutdown began.
     #[must_use]
     pub fn stop_deadline(&self) -> Duration {

@@ -90,7 +90,7 @@ impl Duplex {
         let now = Instant::now();
         Self {
             to_backend: HalfDuplex::new(read, pending, awaiting_check, &context),
-            to_client: HalfDuplex::new(0, BytesMut::new(), false, &context),
+            to_client: HalfDuplex::new(0, BytesMut::new(), false, &context).with_server(context.protocol),
             context,
             session,
             client,
@@ -145,7 +145,12 @@ impl Duplex {
                 {
                     return (CloseReason::BackendReset, None);
                 }
-                Step::ToBackend(Ok(outcome)) => self.record_outcome(outcome),
+                Step::ToBackend(Ok(outcome)) => {
+                    if outcome == StepOutcome::Read {
+                        self.to_client.client_spoke();
+                    }
+                    self.record_outcome(outcome);
+                }
                 Step::ToClient(Ok(outcome)) => {
                     self.record_first_byte(outcome);
                     self.record_outcome(outcome);
@@ -192,6 +197,7 @@ impl Duplex {
                     return self.close_reason(failure, CloseReason::BackendReset, CloseReason::ClientReset);
                 }
                 Step::TimerFired if self.context.abort.is_cancelled() => return (CloseReason::Aborted, None),
+                Step::TimerFired if self.session.is_ended() => return (CloseReason::EndedByOperator, None),
                 Step::TimerFired => {
                     self.set_backend_timeouts();
                     self.update_counters();
@@ -365,6 +371,7 @@ impl Duplex {
             ForwardError::Lost(error) => (CloseReason::Lost, Some(error)),
             ForwardError::Forged => (CloseReason::Forged, None),
             ForwardError::Overload => (CloseReason::Overload, None),
+            ForwardError::HeaderMisread(line) => (CloseReason::HeaderMisread, Some(io::Error::other(line))),
         };
         let header_refused = reason == CloseReason::BackendReset
             && self.to_client.has_read_nothing()

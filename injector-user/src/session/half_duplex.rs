@@ -15,6 +15,7 @@ use super::{
     backlog::{BackpressureAction, decide_backpressure},
     backoff::Backoff,
     context::Context,
+    dialogue::{ServerLines, is_text},
     direction::{DataPath, Direction, NextAction},
     enrolment::{Enrolment, should_enrol},
     pending_write::PendingWrite,
@@ -24,6 +25,7 @@ use crate::{
     engine::{ResumeOutcome, SplicedDirection},
     net::socket::Endpoint,
     os::sockopt,
+    protocol::{FirstSpeaker, Protocol},
     telemetry::{backlog::BacklogShare, outcome::Bytes},
 };
 
@@ -53,6 +55,10 @@ pub(super) struct HalfDuplex {
     /// The client's first bytes, which were forwarded although they begin like a PROXY header: no
     /// more came in time. The check continues with what follows.
     released_prefix: Option<Box<[u8]>>,
+    /// Every payload that was not bulk was text, and so may this one be: not TLS.
+    is_text: bool,
+    /// The lines of a server that speaks first, in clear text.
+    server: Option<Box<ServerLines>>,
     /// Abandoned before its end: the source's peer believes that bytes were delivered that were
     /// not.
     truncated: bool,
@@ -79,6 +85,7 @@ impl HalfDuplex {
     /// A direction of which `read` bytes were read before and `pending` is not yet written. While
     /// it is `awaiting_check`, the first bytes are checked for a forged header.
     pub(super) fn new(read: u64, pending: BytesMut, awaiting_check: bool, context: &Context) -> Self {
+        let is_text = is_text(&pending);
         Self {
             direction: Direction::new(read, pending.len(), awaiting_check),
             pending_write: (!pending.is_empty()).then(|| Box::new(PendingWrite::new(pending))),
@@ -88,6 +95,8 @@ impl HalfDuplex {
             spliced_state: None,
             splice_disabled: false,
             released_prefix: None,
+            is_text,
+            server: None,
             truncated: false,
             backoff: Backoff::default(),
             backlog_share: context.backlog_total.share(),
@@ -111,6 +120,33 @@ impl HalfDuplex {
     /// space.
     pub(super) fn has_read_nothing(&self) -> bool {
         self.direction.read_bytes() == 0
+    }
+
+    /// Reads the lines of the source, a server, if it speaks first.
+    pub(super) fn with_server(mut self, protocol: Protocol) -> Self {
+        if protocol.speaks_first() == FirstSpeaker::Server {
+            self.server = Some(Box::new(ServerLines::new(protocol)));
+        }
+        self
+    }
+
+    /// The client has sent a byte.
+    pub(super) fn client_spoke(&mut self) {
+        if let Some(server) = &mut self.server {
+            server.client_spoke();
+        }
+    }
+
+    /// Whether everything that user space has read is text, and it has read everything.
+    pub(super) fn is_text(&self) -> bool {
+        self.is_text && !self.was_spliced()
+    }
+
+    /// Whether the target may get a line of the injector behind what it was sent.
+    pub(super) fn may_be_followed(&self) -> bool {
+        self.pending_write.is_none()
+            && !self.was_spliced()
+            && self.server.as_ref().is_some_and(|server| server.may_be_followed())
     }
 
     /// How long bytes have been held that may be the start of a forged header.

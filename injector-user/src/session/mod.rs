@@ -20,6 +20,7 @@
 mod backlog;
 mod backoff;
 mod context;
+mod dialogue;
 mod direction;
 mod duplex;
 mod enrolment;
@@ -40,7 +41,10 @@ use socket2::Socket;
 use tokio::time::{Instant, timeout};
 
 pub use self::context::Context;
-use self::{duplex::Duplex, registry::Registration};
+use self::{
+    duplex::Duplex,
+    registry::{Registration, SessionHandle},
+};
 use crate::{
     backend::{self, BackendConnection, Unreachable},
     config::{HeaderMethod, UNIQUE_ID_LEN},
@@ -120,6 +124,7 @@ async fn connect_and_send_header(
     info: &mut ConnectionInfo,
 ) -> Result<Duplex, (CloseReason, Option<String>)> {
     // Connect a backend.
+    let session_handle = info.registration.handle();
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
     let connecting = context.backends.connect(context.timeouts.connect, &observe);
     let connected = tokio::select! {
@@ -128,6 +133,10 @@ async fn connect_and_send_header(
         () = context.abort.cancelled() => {
             reject(client, context.protocol, Rejection::Stopping).await;
             return Err((CloseReason::Aborted, None));
+        }
+        () = session_handle.ended() => {
+            reject(client, context.protocol, Rejection::EndedByOperator).await;
+            return Err((CloseReason::EndedByOperator, None));
         }
     };
     let BackendConnection { endpoint: backend, address, session } = match connected {
@@ -141,7 +150,7 @@ async fn connect_and_send_header(
     info.backend = Some(session);
 
     // Send the header, with the client's first bytes where the client speaks first.
-    let preamble = match read_preamble(context, &client, &backend).await {
+    let preamble = match read_preamble(context, &session_handle, &client, &backend).await {
         Ok(preamble) => preamble,
         Err((reason, error)) => {
             if reason != CloseReason::ClientClosed {
@@ -169,7 +178,7 @@ async fn connect_and_send_header(
     pending.advance(sent.payload);
     Ok(Duplex::new(
         Arc::clone(context),
-        info.registration.handle(),
+        session_handle,
         client,
         backend,
         read,
@@ -182,9 +191,18 @@ async fn connect_and_send_header(
 async fn close(established: Box<Established>, reason: CloseReason, error: Option<io::Error>) {
     let Established { info, duplex } = *established;
     let context = duplex.context();
+    if let Some(address) = info.registration.backend() {
+        match (reason, &error) {
+            (CloseReason::HeaderMisread, Some(error)) => {
+                context.backends.note_misread(address, &error.to_string());
+            }
+            _ if duplex.was_greeted() => context.backends.note_greeted(address),
+            _ => {}
+        }
+    }
     let outcome = duplex.close(reason, error).await;
-    if let Some(client) = outcome.client {
-        reject(client, context.protocol, Rejection::BackendUnavailable).await;
+    if let Some((client, why)) = outcome.client {
+        reject(client, context.protocol, why).await;
     }
     let reason = outcome.reason.refine(outcome.error.as_ref());
     let error = outcome.error.map(|error| error.to_string());
@@ -229,6 +247,7 @@ struct ClientPreamble {
 /// together. If they do not arrive in time, the header is sent alone.
 async fn read_preamble(
     context: &Context,
+    session: &SessionHandle,
     client: &Endpoint,
     backend: &Endpoint,
 ) -> Result<ClientPreamble, (CloseReason, Option<io::Error>)> {
@@ -244,6 +263,7 @@ async fn read_preamble(
             read = timeout(left, client.read(|bytes| { payload.extend_from_slice(bytes); bytes.len() })) => read,
             error = backend.closed() => return Err((CloseReason::NoBanner, error)),
             () = context.abort.cancelled() => return Err((CloseReason::Aborted, None)),
+            () = session.ended() => return Err((CloseReason::EndedByOperator, None)),
         };
         match read {
             Err(_elapsed) => return Ok(preamble),
@@ -318,6 +338,7 @@ fn connect_failure(error: &Unreachable) -> CloseReason {
         Unreachable::Unresolved => CloseReason::BackendUnresolved,
         Unreachable::Refused { .. } => CloseReason::BackendRefused,
         Unreachable::Timeout { .. } => CloseReason::ConnectTimeout,
+        Unreachable::NoSourcePorts { .. } => CloseReason::NoSourcePorts,
         // No file descriptor was left for the socket: that is not the backend's failure.
         Unreachable::Other { error, .. }
             if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>

@@ -3,10 +3,11 @@
 
 use std::{
     collections::HashMap,
+    future::poll_fn,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -17,18 +18,21 @@ use tokio::time::MissedTickBehavior;
 use super::timer::{SessionTimer, TICK};
 use crate::os::clock::monotonic_ns;
 
+/// The number of the next session, of all workers.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
 /// The sessions of a worker. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct SessionRegistry(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    next: AtomicU64,
     records: Mutex<HashMap<u64, Arc<SessionRecord>>>,
 }
 
 #[derive(Debug)]
 struct SessionRecord {
+    id: u64,
     listener: Arc<str>,
     engine: &'static str,
     client: SocketAddr,
@@ -37,6 +41,8 @@ struct SessionRecord {
     backend: OnceLock<SocketAddr>,
     to_backend: AtomicU64,
     to_client: AtomicU64,
+    /// The operator has ended it.
+    ended: AtomicBool,
     timer: SessionTimer,
 }
 
@@ -45,7 +51,6 @@ struct SessionRecord {
 #[derive(Debug)]
 pub struct Registration {
     registry: SessionRegistry,
-    id: u64,
     record: Arc<SessionRecord>,
 }
 
@@ -56,6 +61,8 @@ pub struct SessionHandle(Arc<SessionRecord>);
 /// What is known of a session now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
+    /// Its number, of all sessions since the start of the daemon.
+    pub id: u64,
     /// The listener's name.
     pub listener: Arc<str>,
     /// The engine's name.
@@ -85,7 +92,9 @@ impl SessionRegistry {
         client: SocketAddr,
         local: SocketAddr,
     ) -> Registration {
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let record = Arc::new(SessionRecord {
+            id,
             listener: Arc::clone(listener),
             engine,
             client,
@@ -94,11 +103,11 @@ impl SessionRegistry {
             backend: OnceLock::new(),
             to_backend: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
             timer: SessionTimer::new(),
         });
-        let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         self.records().insert(id, Arc::clone(&record));
-        Registration { registry: self.clone(), id, record }
+        Registration { registry: self.clone(), record }
     }
 
     /// All sessions, in no order.
@@ -108,6 +117,7 @@ impl SessionRegistry {
         // end.
         let records: Vec<_> = self.records().values().cloned().collect();
         let snapshot = |record: Arc<SessionRecord>| Snapshot {
+            id: record.id,
             listener: Arc::clone(&record.listener),
             engine: record.engine,
             client: record.client,
@@ -118,6 +128,20 @@ impl SessionRegistry {
             to_client: record.to_client.load(Ordering::Relaxed),
         };
         records.into_iter().map(snapshot).collect()
+    }
+
+    /// Ends these sessions, by number, client and listener. Returns how many there are.
+    pub fn end(&self, which: impl Fn(u64, SocketAddr, &str) -> bool) -> usize {
+        let all: Vec<_> = self.records().values().cloned().collect();
+        let chosen = all.iter().filter(|record| which(record.id, record.client, &record.listener));
+        let end = |record: &Arc<SessionRecord>| {
+            record.ended.store(true, Ordering::Release);
+            // Without the lock: a woken session may end at once.
+            if let Some(waker) = record.timer.fire() {
+                waker.wake();
+            }
+        };
+        chosen.map(end).count()
     }
 
     /// Fires the timers that are due, until the future is dropped.
@@ -200,6 +224,19 @@ impl SessionHandle {
         self.0.timer.poll_timer(task)
     }
 
+    /// Whether the operator has ended the session.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.0.ended.load(Ordering::Acquire)
+    }
+
+    /// Resolves when the operator ends the session. For one that has no other use of its timer.
+    pub async fn ended(&self) {
+        while !self.is_ended() {
+            poll_fn(|task| self.poll_timer(task)).await;
+        }
+    }
+
     /// Records how much payload has passed so far.
     pub fn set_bytes(&self, to_backend: u64, to_client: u64) {
         self.0.to_backend.store(to_backend, Ordering::Relaxed);
@@ -209,14 +246,12 @@ impl SessionHandle {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.registry.records().remove(&self.id);
+        self.registry.records().remove(&self.record.id);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
-
     use super::*;
 
     #[test]
@@ -241,6 +276,27 @@ mod tests {
         assert_eq!(registry.snapshot().len(), 1);
         drop(first);
         assert_eq!(registry.snapshot(), []);
+    }
+
+    #[tokio::test]
+    async fn chosen_sessions_are_ended() {
+        let registry = SessionRegistry::default();
+        let register = |client: &str| {
+            registry.register(
+                &"smtp".into(),
+                "relay",
+                client.parse().unwrap(),
+                "192.0.2.10:25".parse().unwrap(),
+            )
+        };
+        let (first, second) = (register("192.0.2.1:40000"), register("192.0.2.2:40000"));
+        let (chosen, other) = (first.handle(), second.handle());
+        let waiting = tokio::spawn(async move { chosen.ended().await });
+        tokio::task::yield_now().await;
+        assert_eq!(registry.end(|_, client, listener| client == first.client() && listener == "smtp"), 1);
+        waiting.await.unwrap();
+        assert!(first.handle().is_ended() && !other.is_ended());
+        assert_eq!(registry.end(|id, _, _| id == u64::MAX), 0);
     }
 
     #[tokio::test]

@@ -39,6 +39,8 @@ pub(super) enum ForwardError {
     Lost(io::Error),
     /// The source sent a PROXY header of its own.
     Forged,
+    /// The source, a backend, has answered the header as commands with this line.
+    HeaderMisread(String),
     /// All connections together have too much backlog, and this direction has a part of it.
     Overload,
 }

@@ -3,8 +3,9 @@
 //! Standard output belongs to the output of commands (`check`, `selftest`). systemd and Kubernetes
 //! collect both.
 //!
-//! Above DEBUG, a client's address appears only in the access log line of its connection, so that
-//! all other lines can be kept and shared.
+//! Above DEBUG, a client's address appears only in the access log line of its connection, and in the
+//! warning of a limit that is reached, as the busiest source. All other lines can be kept and
+//! shared.
 //!
 //! Crates that log through `log` (aya-log does, for the BPF programs) are included.
 

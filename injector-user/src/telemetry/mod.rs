@@ -4,3 +4,4 @@ pub mod backlog;
 pub mod log;
 pub mod metrics;
 pub mod outcome;
+pub mod rate_limit;

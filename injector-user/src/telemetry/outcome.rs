@@ -22,6 +22,8 @@ pub enum CloseReason {
     BackendTimedOut,
     /// The backend closed or reset before its first byte: it rejected the header or failed.
     NoBanner,
+    /// The backend answered the header as commands: its port does not expect one.
+    HeaderMisread,
     /// No byte was forwarded in either direction for the idle timeout.
     Idle,
     /// One side had sent its FIN, and the other sent nothing for the half-closed timeout.
@@ -40,10 +42,14 @@ pub enum CloseReason {
     BackendRefused,
     /// No address of the backend answered in time.
     ConnectTimeout,
+    /// No source port of this host is left towards the backend.
+    NoSourcePorts,
     /// The backend could not be reached for another reason, such as no route.
     BackendUnreachable,
     /// The backend's name has no address.
     BackendUnresolved,
+    /// The operator ended the session.
+    EndedByOperator,
     /// All connections together had too much backlog in the kernel, and this one had a part of it.
     Overload,
     /// The daemon itself failed, for instance for want of descriptors.
@@ -52,7 +58,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// All reasons.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 23] = [
         Self::ClientClosed,
         Self::BackendClosed,
         Self::ClientReset,
@@ -60,6 +66,7 @@ impl CloseReason {
         Self::ClientTimedOut,
         Self::BackendTimedOut,
         Self::NoBanner,
+        Self::HeaderMisread,
         Self::Idle,
         Self::HalfClosed,
         Self::ClientFin,
@@ -67,8 +74,10 @@ impl CloseReason {
         Self::HeaderFailed,
         Self::Lost,
         Self::Aborted,
+        Self::EndedByOperator,
         Self::BackendRefused,
         Self::ConnectTimeout,
+        Self::NoSourcePorts,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
         Self::Overload,
@@ -86,6 +95,7 @@ impl CloseReason {
             Self::ClientTimedOut => "client_timed_out",
             Self::BackendTimedOut => "backend_timed_out",
             Self::NoBanner => "no_banner",
+            Self::HeaderMisread => "header_misread",
             Self::Idle => "idle",
             Self::HalfClosed => "half_closed",
             Self::ClientFin => "client_fin",
@@ -93,8 +103,10 @@ impl CloseReason {
             Self::HeaderFailed => "header_failed",
             Self::Lost => "lost",
             Self::Aborted => "aborted",
+            Self::EndedByOperator => "ended_by_operator",
             Self::BackendRefused => "backend_refused",
             Self::ConnectTimeout => "connect_timeout",
+            Self::NoSourcePorts => "no_source_ports",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
             Self::Overload => "overload",

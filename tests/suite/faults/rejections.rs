@@ -2,12 +2,15 @@
 //! counted by reason.
 
 use std::io::{ErrorKind, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 
 use anyhow::ensure;
+use injector_testbed::daemon::Injector;
 
 use crate::Run;
-use crate::testbed::{Ending, Testbed, accept, accept_with_header, counted, ended, ending, finished, pass};
+use crate::testbed::{
+    Ending, Testbed, accept, accept_with_header, client_ip, counted, ended, ending, finished, pass,
+};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backend refuses/smtp", |testbed, engine| backend_refuses(testbed, engine, "smtp", Some("421 4.3.2 "))),
@@ -19,6 +22,9 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backend closes before its banner", backend_closes_early),
     ("backend resets before its banner", backend_resets_early),
     ("the next backend is tried", next_backend),
+    ("the header is read as commands", header_misread),
+    ("the header is read as commands, after the banner", header_misread_later),
+    ("no source port is left", no_source_port),
     ("too many connections", too_many),
     ("forged header/v2", |testbed, engine| {
         forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)
@@ -114,15 +120,85 @@ fn next_backend(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A standard port: it answers the lines of the header. The client gets a temporary failure alone.
+fn header_misread(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", DEFAULT_ENROLMENT)?;
+    let mut client = testbed.client()?;
+    let mut server = accept(&backend)?;
+    server.write_all(b"220 mail ESMTP\r\n500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n")?;
+    check_misread(&injector, &mut client)
+}
+
+fn header_misread_later(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", DEFAULT_ENROLMENT)?;
+    let mut client = testbed.client()?;
+    let mut server = accept(&backend)?;
+    pass(&mut server, &mut client, b"220 mail ESMTP\r\n")?;
+    server.write_all(b"502 5.5.2 Error: command not recognized\r\n")?;
+    check_misread(&injector, &mut client)
+}
+
+/// After this many messages, the kernel forwards: its bytes are not seen.
+const DEFAULT_ENROLMENT: &str = "\n\n[splice]\n";
+
+fn check_misread(injector: &Injector, client: &mut TcpStream) -> anyhow::Result<()> {
+    let line = b"421 4.3.2 Mail service not available, try again later\r\n";
+    let (seen, expected) = (ending(client)?, Ending::Fin(line.to_vec()));
+    ensure!(seen == expected, "{seen:?} in place of {expected:?}");
+    let session = ended(injector, "header_misread")?;
+    ensure!(session.field("error").is_some_and(|error| error.starts_with("50")), "{session:?}");
+    counted(injector, "injector_connections_rejected_total", &[("reason", "header_misread")], 1.0)?;
+    counted(injector, "injector_backend_headers_misread_total", &[], 1.0)?;
+    let log = injector.log();
+    ensure!(log.contains("port 12500 is not a PROXY port"), "{log}");
+    let (status, detail) = injector.readiness()?;
+    ensure!(status == 200 && detail.contains("reads the PROXY header as commands"), "{status} {detail}");
+    Ok(())
+}
+
+/// Every port of the edge host is in use towards the backend.
+fn no_source_port(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    const RANGE: &str = "net.ipv4.ip_local_port_range";
+    let backend = testbed.backend()?;
+    let injector = testbed.injector(engine, "smtp", "")?;
+    testbed.topology.edge.sysctl(RANGE, "40000 40003")?;
+    let hold = || -> anyhow::Result<()> {
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            held.push((testbed.client()?, accept_with_header(&backend)?));
+        }
+        refused(testbed, Some("421 4.3.2 "))?;
+        let session = ended(&injector, "no_source_ports")?;
+        let error = session.field("error").unwrap_or_default();
+        ensure!(error.contains("no source port of this host is left"), "{session:?}");
+        counted(&injector, "injector_connections_rejected_total", &[("reason", "no_source_ports")], 1.0)
+    };
+    let outcome = hold();
+    testbed.topology.edge.sysctl(RANGE, "32768 60999")?;
+    outcome
+}
+
 fn too_many(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let backend = testbed.backend()?;
-    let injector = testbed.injector(engine, "smtp", "\n\n[limits]\nmax_connections = 1")?;
+    let limit = "\n\n[limits]\nmax_connections = 1\n\n[log]\nlevel = \"debug\"";
+    let injector = testbed.injector(engine, "smtp", limit)?;
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 one\r\n")?;
     refused(testbed, Some("421 4.3.2 Too many"))?;
     counted(&injector, "injector_connections_rejected_total", &[("reason", "too_many_connections")], 1.0)?;
     counted(&injector, "injector_connections_active", &[], 1.0)?;
+    let log = injector.log();
+    let has = |level: &str, text: &str| {
+        let level = format!("\"level\":\"{level}\"");
+        log.lines().any(|line| line.contains(&level) && line.contains(text))
+    };
+    let busiest = format!("\"busiest_source\":\"{}/32\",\"sessions_of_source\":1", client_ip());
+    ensure!(has("WARN", &busiest), "{log}");
+    let rejected = format!("\"message\":\"connection rejected\",\"client\":\"{}:", client_ip());
+    ensure!(has("DEBUG", &rejected), "{log}");
     drop((client, server));
     finished(&injector, 1)?;
     // The connection limit has capacity again.

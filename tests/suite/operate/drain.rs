@@ -16,6 +16,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("drain/waits for sessions", waits),
     ("drain/without sessions", without_sessions),
     ("sessions/are listed", listed),
+    ("sessions/end by id, address and network", ended_by_operator),
     ("top/one page", page),
 ];
 
@@ -58,7 +59,7 @@ fn deadline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut after = testbed.client()?;
     after.greeted()?;
     before.talk()?;
-    before.ends()?;
+    before.ends(engine)?;
     let took = start.elapsed();
     ensure!((Duration::from_millis(700)..Duration::from_secs(4)).contains(&took), "{took:?}");
     after.talk()?;
@@ -100,7 +101,7 @@ fn earlier(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     client.talk()?;
     let start = Instant::now();
     injector.command(&["drain", "--deadline", "300ms"])?;
-    client.ends()?;
+    client.ends(engine)?;
     ensure!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     Ok(())
 }
@@ -113,7 +114,7 @@ fn waits(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     injector.command(&["drain", "--deadline", "700ms", "--wait"])?;
     ensure!(start.elapsed() > Duration::from_millis(600), "{:?}", start.elapsed());
-    client.ends()?;
+    client.ends(engine)?;
     injector.sessions_within(1)?;
     Ok(())
 }
@@ -140,10 +141,46 @@ fn listed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(answer["sessions"]["count"] == 1, "{answer:#}");
     ensure!(row["backend"] == backend_name(0) && row["engine"] == engine, "{answer:#}");
     let text = injector.command(&["sessions"])?;
-    ensure!(text.lines().count() == 2 && text.starts_with("LISTENER"), "{text}");
+    ensure!(text.lines().count() == 2 && text.starts_with("ID "), "{text}");
     client.quit()?;
     let gone = |text: &String| text.lines().count() == 1;
     wait_until("sessions", || injector.command(&["sessions"]), gone)?;
+    Ok(())
+}
+
+fn ended_by_operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let injector = testbed.start(&Config::new(engine).text())?;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let mut client = testbed.client()?;
+        client.greeted()?;
+        clients.push(client);
+    }
+    let listed: serde_json::Value = serde_json::from_str(&injector.command(&["sessions", "--json"])?)?;
+    let rows = listed["sessions"]["rows"].as_array().cloned().unwrap_or_default();
+    let address = clients[0].address()?;
+    let row = rows.iter().find(|row| row["client"] == address.to_string());
+    let id = row.and_then(|row| row["id"].as_str()).unwrap_or_default().to_owned();
+    for (target, ended) in
+        [(id.clone(), 1), (clients[1].address()?.to_string(), 1), (format!("{}/32", address.ip()), 2)]
+    {
+        let printed = injector.command(&["sessions", "end", &target, "--json"])?;
+        let answer: serde_json::Value = serde_json::from_str(&printed)?;
+        ensure!(answer["sessions_ended"]["count"] == ended, "{target}: {answer}");
+        for client in clients.drain(..ended) {
+            client.ends(engine)?;
+        }
+    }
+    for session in injector.sessions_within(4)? {
+        ensure!(session.field("reason").as_deref() == Some("ended_by_operator"), "{session:?}");
+    }
+    for (target, said) in [(id.as_str(), "no session matches"), ("smtp", "give an ID of `injector sessions`")]
+    {
+        let (status, printed) = injector.try_command(&["sessions", "end", target])?;
+        ensure!(!status.success() && printed.contains(said), "{printed}");
+    }
+    testbed.who_answers()?;
     Ok(())
 }
 

@@ -77,7 +77,7 @@ fn come_and_go(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         status["removed_listeners"][0]["name"] == "more" && status["removed_listeners"][0]["sessions"] == 1,
         "{status:#}"
     );
-    client.ends()?;
+    client.ends(engine)?;
     let aborted = injector.sessions_within(1)?;
     ensure!(aborted[0].field("reason").as_deref() == Some("aborted"), "{aborted:?}");
     wait_until(

@@ -17,6 +17,7 @@ fn describe_outcome(one: &Observation) -> String {
     match &one.outcome {
         Outcome::Refused => "connection refused".to_owned(),
         Outcome::NoAnswer => format!("no answer {after}"),
+        Outcome::NoSourcePorts => "no source port of this host is left".to_owned(),
         Outcome::Unreachable(why) => why.clone(),
         Outcome::Greeted(greeting) => {
             let line: String = greeting.line.chars().take(60).collect();

@@ -9,6 +9,8 @@ pub enum Verdict {
     NotListening,
     /// No answer to the SYN.
     NoAnswer,
+    /// Every source port of this host is in use towards the address.
+    NoSourcePorts,
     /// No route, or the like.
     Unreachable,
     /// A name without an address.
@@ -68,6 +70,7 @@ impl Verdict {
         match self {
             Self::NotListening => "not_listening",
             Self::NoAnswer => "no_answer",
+            Self::NoSourcePorts => "no_source_ports",
             Self::Unreachable => "unreachable",
             Self::NoAddress => "no_address",
             Self::NoProxy => "no_proxy",

@@ -5,7 +5,7 @@
 //! own.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex},
@@ -118,7 +118,7 @@ impl FlowTracker {
                     tokio::time::sleep(COALESCE).await;
                 }
                 _ = scan.tick() => self.scan(inline).await,
-                Some(request) = resets.recv() => self.reset_listener(inline, &request).await,
+                Some(request) = resets.recv() => self.reset_requested(inline, &request).await,
             }
         }
     }
@@ -287,17 +287,31 @@ impl FlowTracker {
         known.is_some_and(|known| known.created_ns == flow.created_ns && !known.ended)
     }
 
-    /// Resets the connections of a listener, at the deadline of a drain or after it was removed.
-    async fn reset_listener(&self, inline: &InlinePrograms, request: &ResetRequest) {
-        let places = lock(&inline.listeners).places.of(&request.listener);
-        let due = |flow: &Flow| is_due(flow, &places, request.opened_before_ns);
+    /// Resets the connections of a listener, at the deadline of a drain or after it was removed, or
+    /// those that the operator has ended.
+    async fn reset_requested(&self, inline: &InlinePrograms, request: &ResetRequest) {
+        let places = match request {
+            ResetRequest::Listener { listener, .. } => lock(&inline.listeners).places.of(listener),
+            ResetRequest::Ended(_) => Vec::new(),
+        };
+        let (due, reason): (Box<dyn Fn(&Flow) -> bool + Send + Sync>, _) = match request {
+            ResetRequest::Listener { opened_before_ns, .. } => {
+                let opened_before_ns = *opened_before_ns;
+                (Box::new(move |flow| is_due(flow, &places, opened_before_ns)), CloseReason::Aborted)
+            }
+            ResetRequest::Ended(ids) => {
+                let ids: HashSet<u64> = ids.iter().copied().collect();
+                (Box::new(move |flow| ids.contains(&flow.created_ns)), CloseReason::EndedByOperator)
+            }
+        };
         // Handshakes first: those that finish meanwhile are found among the established ones.
         for (slot, _) in inline.maps.flows_in(Phase::Pending).filter(|(_, flow)| due(flow)) {
             inline.maps.abandon_handshake(slot);
         }
         let mut flows = Vec::new();
-        for (slot, flow) in inline.maps.flows_in(Phase::Established).filter(|(_, flow)| due(flow)) {
-            self.ended(inline, slot, &flow, CloseReason::Aborted);
+        let established = inline.maps.flows_in(Phase::Established);
+        for (slot, flow) in established.filter(|(_, flow)| is_open(flow) && due(flow)) {
+            self.ended(inline, slot, &flow, reason);
             inline.maps.abandon(slot);
             flows.push(flow);
             if flows.len().is_multiple_of(SCAN_SLICE) {
@@ -305,8 +319,15 @@ impl FlowTracker {
             }
         }
         if !flows.is_empty() {
-            let (listener, count) = (&request.listener, flows.len());
-            tracing::info!(target: target::ENGINE_INLINE, listener, count, "inline connections reset: their deadline is over");
+            let count = flows.len();
+            match request {
+                ResetRequest::Listener { listener, .. } => {
+                    tracing::info!(target: target::ENGINE_INLINE, listener, count, "inline connections reset: their deadline is over");
+                }
+                ResetRequest::Ended(_) => {
+                    tracing::info!(target: target::ENGINE_INLINE, count, "inline connections reset: the operator has ended them");
+                }
+            }
             self.reset(flows, &[End::Client, End::Backend]);
         }
     }
@@ -346,16 +367,20 @@ fn name(inline: &InlinePrograms, flow: &Flow) -> Option<String> {
 
 /// Whether a request to reset the connections of these places is for this one.
 fn is_due(flow: &Flow, places: &[u32], opened_before_ns: u64) -> bool {
-    places.contains(&flow.listener)
-        && flow.created_ns < opened_before_ns
-        && !flow.closed()
-        && !flow.is(Flag::Superseded)
+    places.contains(&flow.listener) && flow.created_ns < opened_before_ns && is_open(flow)
+}
+
+/// Whether it has neither ended nor been given up.
+fn is_open(flow: &Flow) -> bool {
+    !flow.closed() && !flow.is(Flag::Superseded)
 }
 
 /// When it ended: with its last packet, unless the daemon has ended it now.
 fn end_ns(flow: &Flow, reason: CloseReason) -> u64 {
     match reason {
-        CloseReason::Idle | CloseReason::HalfClosed | CloseReason::Aborted => clock::monotonic_ns(),
+        CloseReason::Idle | CloseReason::HalfClosed | CloseReason::Aborted | CloseReason::EndedByOperator => {
+            clock::monotonic_ns()
+        }
         _ => flow.last_ns,
     }
 }

@@ -21,12 +21,18 @@ use crate::{
     os::clock,
 };
 
-/// A request to reset the connections of a listener.
+/// A request to reset connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ResetRequest {
-    pub(super) listener: String,
-    /// Those that were opened before this time, `CLOCK_MONOTONIC`.
-    pub(super) opened_before_ns: u64,
+pub(super) enum ResetRequest {
+    /// Those of a listener.
+    Listener {
+        /// Its name.
+        listener: String,
+        /// Those that were opened before this time, `CLOCK_MONOTONIC`.
+        opened_before_ns: u64,
+    },
+    /// Those that were opened at these times: the operator has ended them.
+    Ended(Vec<u64>),
 }
 
 /// What the server sees of the engine.
@@ -58,7 +64,11 @@ impl InlineUsage for EngineUsage {
         let ago = u64::try_from(opened_before.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let opened_before_ns = clock::monotonic_ns().saturating_sub(ago);
         // Without a receiver the daemon ends.
-        let _ = self.resets.send(ResetRequest { listener: listener.to_owned(), opened_before_ns });
+        let _ = self.resets.send(ResetRequest::Listener { listener: listener.to_owned(), opened_before_ns });
+    }
+
+    fn end(&self, ids: Vec<u64>) {
+        let _ = self.resets.send(ResetRequest::Ended(ids));
     }
 
     fn connections(&self) -> Vec<InlineConnection> {
@@ -67,6 +77,7 @@ impl InlineUsage for EngineUsage {
             let name = lock(&self.inline.listeners).places.name(flow.listener).map(Arc::from)?;
             let (client, local) = endpoints(&flow.addresses)?;
             Some(InlineConnection {
+                id: flow.created_ns,
                 listener: name,
                 client,
                 local,

@@ -5,6 +5,7 @@ use std::{io, time::Duration};
 use super::Duplex;
 use crate::{
     net::socket::Endpoint,
+    protocol::Rejection,
     telemetry::outcome::{Bytes, CloseReason},
 };
 
@@ -20,7 +21,7 @@ pub(in crate::session) struct CloseOutcome {
     pub(in crate::session) to_backend: Bytes,
     pub(in crate::session) to_client: Bytes,
     /// The client's socket, still open if the client can be rejected in its own protocol.
-    pub(in crate::session) client: Option<Endpoint>,
+    pub(in crate::session) client: Option<(Endpoint, Rejection)>,
 }
 
 impl Duplex {
@@ -35,15 +36,16 @@ impl Duplex {
         let (client_truncated, backend_truncated) =
             (self.to_backend.is_truncated(), self.to_client.is_truncated());
         let left_unspoken = self.left_unspoken();
+        let rejection = self.rejection(reason);
         let Self { client, backend, to_backend: up, to_client: down, .. } = self;
         // The directions must leave the kernel's maps before their sockets close.
         drop((up, down));
-        let mut open_client = None;
+        if let Some(why) = rejection {
+            backend.reset();
+            let client = Some((client, why));
+            return CloseOutcome { reason, error, to_backend, to_client, client };
+        }
         match reason {
-            CloseReason::NoBanner => {
-                backend.reset();
-                open_client = Some(client);
-            }
             // The client has every byte and the FIN: its socket closes without a reset. The backend
             // must not take a FIN for the end of what the client would have sent.
             CloseReason::ClientFin => backend.reset(),
@@ -65,6 +67,24 @@ impl Duplex {
                 client.push_and_reset();
             }
         }
-        CloseOutcome { reason, error, to_backend, to_client, client: open_client }
+        CloseOutcome { reason, error, to_backend, to_client, client: None }
+    }
+
+    /// The message that the client gets before its connection is closed, where one may follow what
+    /// it has got: in clear text, after a complete reply. `None`: no message.
+    fn rejection(&self, reason: CloseReason) -> Option<Rejection> {
+        let why = match reason {
+            CloseReason::NoBanner => return Some(Rejection::BackendUnavailable),
+            CloseReason::HeaderMisread => Rejection::BackendUnavailable,
+            CloseReason::Aborted => Rejection::Stopping,
+            CloseReason::EndedByOperator => Rejection::EndedByOperator,
+            _ => return None,
+        };
+        (self.to_backend.is_text() && self.to_client.may_be_followed()).then_some(why)
+    }
+
+    /// Whether the backend has sent something that is not an answer to the header.
+    pub(in crate::session) fn was_greeted(&self) -> bool {
+        !self.to_client.has_read_nothing()
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     io,
     task::{self, Poll, ready},
+    time::Instant,
 };
 
 use bytes::BytesMut;
@@ -15,6 +16,7 @@ use crate::{
     },
     os::sockopt,
     session::{
+        dialogue,
         pending_write::{PendingWrite, check_behind, write_through},
         step::{DirectionIo, ForwardError, StepOutcome},
     },
@@ -41,8 +43,17 @@ impl HalfDuplex {
         {
             return Poll::Ready(self.forward_pipe(pipe, count, target));
         }
-        let Self { direction, pending_write, messages, bulk_reads, spliced_state, released_prefix, .. } =
-            self;
+        let Self {
+            direction,
+            pending_write,
+            messages,
+            bulk_reads,
+            spliced_state,
+            released_prefix,
+            is_text,
+            server,
+            ..
+        } = self;
         let outcome = source.poll_read(task, |payload| {
             if payload.is_empty() {
                 return None;
@@ -53,9 +64,15 @@ impl HalfDuplex {
             {
                 return Some(Err(error));
             }
+            if let Some(server) = server
+                && let Some(line) = server.read(payload, Instant::now())
+            {
+                return Some(Err(ForwardError::HeaderMisread(line)));
+            }
             if payload.len() >= BULK_SIZE {
                 *bulk_reads += 1;
             } else {
+                *is_text = *is_text && dialogue::is_text(payload);
                 (*bulk_reads, *messages) = (0, messages.saturating_add(1));
             }
             if let Some(spliced_state) = spliced_state {
@@ -96,6 +113,9 @@ impl HalfDuplex {
     ) -> Result<StepOutcome, ForwardError> {
         self.direction.read(count);
         self.piped += count as u64;
+        if let Some(server) = &mut self.server {
+            server.skip();
+        }
         if count < BULK_SIZE {
             self.bulk_reads = 0;
         }

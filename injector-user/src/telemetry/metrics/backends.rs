@@ -29,6 +29,10 @@ pub struct BackendSample {
     pub checks_failed: u64,
     /// Ejections because connections failed.
     pub ejections: u64,
+    /// Headers that it answered as commands.
+    pub misread: u64,
+    /// It answered the last one so.
+    pub misreads_header: bool,
 }
 
 /// A source of the metrics of a listener's backends.
@@ -48,6 +52,18 @@ impl BackendCollector {
 
     pub(super) fn forget(&self, listener: &str) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(listener);
+    }
+}
+
+impl BackendCollector {
+    /// The backends that read the header as commands, with their listeners.
+    pub(super) fn misreading(&self) -> Vec<(String, String)> {
+        let watched = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let of = |(listener, backends): (String, Arc<dyn BackendSource>)| {
+            let misreading = backends.sample().into_iter().filter(|sample| sample.misreads_header);
+            misreading.map(|sample| (listener.clone(), sample.name)).collect::<Vec<_>>()
+        };
+        watched.into_iter().flat_map(of).collect()
     }
 }
 
@@ -79,9 +95,10 @@ impl Collector for BackendCollector {
             let active = i64::try_from(backend.active).unwrap_or(i64::MAX);
             ConstGauge::new(active).encode(family.encode_family(&labels)?)?;
         }
-        let counters: [(&str, &str, Count); 2] = [
+        let counters: [(&str, &str, Count); 3] = [
             ("backend_sessions", "Connections that reached the backend", |it| it.sessions),
             ("backend_ejections", "Ejections of the backend because connections failed", |it| it.ejections),
+            ("backend_headers_misread", "Headers that the backend answered as commands", |it| it.misread),
         ];
         for (metric, help, count) in counters {
             let mut family = encoder.encode_descriptor(metric, help, None, MetricType::Counter)?;

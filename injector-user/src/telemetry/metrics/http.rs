@@ -68,9 +68,9 @@ pub async fn serve(
 
 fn router(metrics: Metrics, readiness: watch::Receiver<Readiness>) -> Router {
     Router::new()
-        .route("/metrics", get(exposition).with_state(metrics))
+        .route("/metrics", get(exposition).with_state(metrics.clone()))
         .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready).with_state(readiness))
+        .route("/readyz", get(ready).with_state((readiness, metrics)))
 }
 
 async fn exposition(State(metrics): State<Metrics>) -> Response {
@@ -80,13 +80,18 @@ async fn exposition(State(metrics): State<Metrics>) -> Response {
     }
 }
 
-async fn ready(State(readiness): State<watch::Receiver<Readiness>>) -> Response {
+async fn ready(State((readiness, metrics)): State<(watch::Receiver<Readiness>, Metrics)>) -> Response {
     let readiness = *readiness.borrow();
     let status = match readiness {
         Readiness::Ready => StatusCode::OK,
         Readiness::Starting | Readiness::Draining | Readiness::Stopping => StatusCode::SERVICE_UNAVAILABLE,
     };
-    (status, format!("{readiness}\n")).into_response()
+    let mut body = format!("{readiness}\n");
+    for (listener, backend) in metrics.misreading_backends() {
+        body +=
+            &format!("{listener}: backend {backend} reads the PROXY header as commands: not a PROXY port\n");
+    }
+    (status, body).into_response()
 }
 
 #[cfg(test)]

@@ -27,6 +27,10 @@ pub enum RejectReason {
     BackendUnresolved,
     /// The backend closed before its first byte.
     NoBanner,
+    /// The backend answered the header as commands.
+    HeaderMisread,
+    /// No source port is left towards the backend.
+    NoSourcePorts,
     /// The client sent a PROXY header of its own.
     ForgedHeader,
     /// The daemon is shutting down.
@@ -37,7 +41,7 @@ pub enum RejectReason {
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
@@ -45,6 +49,8 @@ impl RejectReason {
         Self::BackendUnreachable,
         Self::BackendUnresolved,
         Self::NoBanner,
+        Self::HeaderMisread,
+        Self::NoSourcePorts,
         Self::ForgedHeader,
         Self::Stopping,
         Self::Draining,
@@ -61,6 +67,8 @@ impl RejectReason {
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
             Self::NoBanner => "no_banner",
+            Self::HeaderMisread => "header_misread",
+            Self::NoSourcePorts => "no_source_ports",
             Self::ForgedHeader => "forged_header",
             Self::Stopping => "stopping",
             Self::Draining => "draining",
@@ -75,6 +83,8 @@ impl RejectReason {
             CloseReason::BackendUnreachable => Some(Self::BackendUnreachable),
             CloseReason::BackendUnresolved => Some(Self::BackendUnresolved),
             CloseReason::NoBanner => Some(Self::NoBanner),
+            CloseReason::HeaderMisread => Some(Self::HeaderMisread),
+            CloseReason::NoSourcePorts => Some(Self::NoSourcePorts),
             CloseReason::Forged => Some(Self::ForgedHeader),
             _ => None,
         }

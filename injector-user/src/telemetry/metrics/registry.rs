@@ -149,6 +149,12 @@ impl Metrics {
         self.0.backends.watch(listener, backends);
     }
 
+    /// The backends that read the header as commands, with their listeners.
+    #[must_use]
+    pub fn misreading_backends(&self) -> Vec<(String, String)> {
+        self.0.backends.misreading()
+    }
+
     /// Sets the source of a listener's connections with `engine`, to be read at every scrape.
     /// Connections that were accepted before are not counted.
     pub fn watch_connections(

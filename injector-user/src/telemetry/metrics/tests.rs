@@ -22,6 +22,8 @@ impl BackendSource for OneBackend {
             checks_passed: 0,
             checks_failed: 0,
             ejections: 0,
+            misread: 0,
+            misreads_header: false,
         }]
     }
 }
@@ -78,6 +80,7 @@ fn every_family_has_its_type_and_unit() {
         ("injector_backend_active", ("gauge", None)),
         ("injector_backend_checks", ("counter", None)),
         ("injector_backend_ejections", ("counter", None)),
+        ("injector_backend_headers_misread", ("counter", None)),
         ("injector_backend_sessions", ("counter", None)),
         ("injector_backend_up", ("gauge", None)),
         ("injector_backlog_bytes", ("gauge", Some("bytes"))),
@@ -267,8 +270,15 @@ fn a_close_before_the_backend_spoke_also_counts_as_rejected() {
         let labels = format!("listener=\"smtp\",engine=\"relay\",reason=\"{reason}\"");
         assert_eq!(sample(&metrics, &format!("injector_connections_closed_total{{{labels}}}")), 1.0);
     }
-    let refusals =
-        ["backend_refused", "connect_timeout", "backend_unreachable", "backend_unresolved", "no_banner"];
+    let refusals = [
+        "backend_refused",
+        "connect_timeout",
+        "no_source_ports",
+        "backend_unreachable",
+        "backend_unresolved",
+        "no_banner",
+        "header_misread",
+    ];
     for reason in RejectReason::ALL.map(RejectReason::name) {
         let series = format!("injector_connections_rejected_total{{listener=\"smtp\",reason=\"{reason}\"}}");
         let expected = refusals.contains(&reason) || reason == "forged_header";

@@ -62,6 +62,10 @@ pub(super) fn cases() -> Vec<Case> {
             ..case("refused", Smtp, vec![seen(Probe::NoHeader, Outcome::Refused, 0)])
         },
         Case {
+            codes: &["no_source_ports"],
+            ..case("no source port", Smtp, vec![seen(Probe::NoHeader, Outcome::NoSourcePorts, 0)])
+        },
+        Case {
             codes: &["no_answer"],
             advice: &["ip saddr 10.25.0.1 tcp dport 2525 accept"],
             ..case("dropped", Smtp, vec![seen(Probe::NoHeader, Outcome::NoAnswer, 50)])

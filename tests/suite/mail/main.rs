@@ -9,6 +9,7 @@ mod checks;
 mod external;
 mod intra_cluster;
 mod kube_proxy;
+mod other_receivers;
 mod receivers;
 mod shutdown;
 mod testbed;
@@ -44,6 +45,17 @@ const KUBE_PROXY: [Front; 1] = [Front {
     kind: Kind::Inline { metrics_port: 9147, kube_proxy: true },
 }];
 
+type Run = fn() -> anyhow::Result<()>;
+
+/// Receivers with a testbed of their own.
+const OTHER_RECEIVERS: [(&str, Run); 5] = [
+    ("exim", other_receivers::exim),
+    ("opensmtpd", other_receivers::opensmtpd),
+    ("nginx", other_receivers::nginx),
+    ("haproxy", other_receivers::haproxy),
+    ("aiosmtpd", other_receivers::aiosmtpd),
+];
+
 fn main() {
     let mut arguments = Arguments::from_args();
     // Server logs are read from their position at the start of a trial: one trial at a time.
@@ -52,6 +64,7 @@ fn main() {
     // has one at a time.
     let mut trials = shared_trials(&Arc::new(Shared::new(&FRONTS)));
     trials.extend(columns(&Arc::new(Shared::new(&KUBE_PROXY)), &KUBE_PROXY));
+    trials.extend(OTHER_RECEIVERS.map(|(name, run)| alone(name, run)));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -100,6 +113,16 @@ fn columns(shared: &Arc<Shared>, fronts: &'static [Front]) -> Vec<Trial> {
         }
     }
     trials
+}
+
+/// A trial that makes its own testbed.
+fn alone(name: &str, run: Run) -> Trial {
+    Trial::ignorable_test(format!("receiver/{name}, as documented"), move || {
+        if let Some(reason) = netns::unavailable() {
+            return Ok(Completion::ignored_with(reason));
+        }
+        run().map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:#}")))
+    })
 }
 
 /// A trial that is ignored without root; a failure includes what the servers and the injector

@@ -16,8 +16,9 @@ use tempfile::TempDir;
 
 use crate::certificate::Certificate;
 use crate::log_file::{LogFile, Mark};
-use crate::netns::{self, EDGE_INSIDE, Family, MAIL, Netns};
+use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
+use crate::receivers;
 use crate::service::{IMAPS, POP3S};
 
 /// The password of every user.
@@ -57,7 +58,8 @@ impl Dovecot {
         let sockets =
             Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
         let sockets: Vec<_> = sockets.into_iter().flatten().collect();
-        Self::start_with(netns, |dir| dovecot_conf(dir, certificate) + more, &sockets)
+        let documented = receivers::documented("Dovecot 2.3")?;
+        Self::start_with(netns, |dir| dovecot_conf(dir, certificate, &documented) + more, &sockets)
     }
 
     /// Starts Dovecot with this configuration, made for its directory, and waits until it listens.
@@ -145,7 +147,8 @@ fn ensure_version() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn dovecot_conf(dir: &Path, certificate: &Certificate) -> String {
+/// The settings of `docs/receivers.md`, and what they leave out.
+fn dovecot_conf(dir: &Path, certificate: &Certificate, documented: &str) -> String {
     format!(
         "base_dir = {dir}/run
 state_dir = {dir}/state
@@ -155,7 +158,7 @@ listen = *, ::
 ssl = required
 ssl_cert = <{chain}
 ssl_key = <{key}
-haproxy_trusted_networks = {edge4} {edge6}
+{documented}
 login_log_format_elements = user=<%u> method=%m rip=%r rport=%b lip=%l lport=%a mpid=%e %c
 auth_mechanisms = plain login
 mail_location = maildir:~/Maildir
@@ -185,15 +188,6 @@ service imap-login {{
   inet_listener imap {{
     port = 0
   }}
-  inet_listener imaps {{
-    port = {imaps}
-    ssl = yes
-  }}
-  inet_listener imaps_proxied {{
-    port = {imaps_proxied}
-    ssl = yes
-    haproxy = yes
-  }}
 }}
 service pop3-login {{
   inet_listener pop3 {{
@@ -213,13 +207,9 @@ service pop3-login {{
         dir = dir.display(),
         chain = certificate.chain.display(),
         key = certificate.key.display(),
-        edge4 = EDGE_INSIDE.v4,
-        edge6 = EDGE_INSIDE.v6,
         mailboxes = mailboxes(dir).display(),
         auth = auth_socket(dir).display(),
         lmtp = lmtp_socket(dir).display(),
-        imaps = IMAPS.standard,
-        imaps_proxied = IMAPS.proxied,
         pop3s = POP3S.standard,
         pop3s_proxied = POP3S.proxied,
     )

@@ -3,7 +3,7 @@
 //!
 //! The targets of `tests/suite` combine these modules; `xtask demo` uses [`netns`] as well. In
 //! reading order: [`netns`] creates the three networks, [`mail_host`] starts [`postfix`] and
-//! [`dovecot`] in one, [`haproxy`] or the [`daemon`] under test runs in the next, and
+//! [`dovecot`] in one, [`receivers`] are other servers there, [`haproxy`] or the [`daemon`] under test runs in the next, and
 //! [`mail_client`] sends and fetches [`message`]s in the last.
 
 pub mod bpf;
@@ -11,6 +11,7 @@ pub mod bpffs;
 pub mod certificate;
 pub mod daemon;
 pub mod demo_backend;
+pub mod documentation;
 pub mod dovecot;
 pub mod forward;
 pub mod haproxy;
@@ -22,7 +23,9 @@ pub mod metrics;
 pub mod netns;
 pub mod postfix;
 pub mod process;
+pub mod receivers;
 pub mod resource_usage;
 pub mod service;
 pub mod sockets;
+pub mod tools;
 pub mod wait;

@@ -49,14 +49,37 @@ pub fn send(
     message: &Message,
 ) -> anyhow::Result<String> {
     netns
-        .run(|| send_here(server, security, user, message))?
+        .run(|| {
+            let login = (security != Security::Plain).then_some(user);
+            let reply = send_here(server, security, user, login, message)?;
+            let queue_id = reply.split_once("queued as ").map(|(_, id)| id.trim().to_owned());
+            queue_id.with_context(|| format!("no queue id in: {reply}"))
+        })?
         .with_context(|| format!("cannot send a message to {}", server.address))
 }
 
+/// Sends a message to `user`, without a login, to a server of any kind.
+///
+/// # Errors
+/// When any command fails.
+pub fn send_without_login(
+    netns: &Netns,
+    server: Server<'_>,
+    security: Security,
+    user: &str,
+    message: &Message,
+) -> anyhow::Result<()> {
+    netns
+        .run(|| send_here(server, security, user, None, message).map(drop))?
+        .with_context(|| format!("cannot send a message to {}", server.address))
+}
+
+/// Returns the reply to the message.
 fn send_here(
     server: Server<'_>,
     security: Security,
     user: &str,
+    login: Option<&str>,
     message: &Message,
 ) -> anyhow::Result<String> {
     let hello = ClientId::Domain("client.example.test".to_owned());
@@ -66,8 +89,8 @@ fn send_here(
     if security == Security::StartTls {
         connection.starttls(&tls, &hello)?;
     }
-    if security != Security::Plain {
-        let credentials = Credentials::new(user.to_owned(), PASSWORD.to_owned());
+    if let Some(login) = login {
+        let credentials = Credentials::new(login.to_owned(), PASSWORD.to_owned());
         connection.auth(&[Mechanism::Plain], &credentials)?;
     }
     let sender = "sender@client.example.test".parse()?;
@@ -76,9 +99,7 @@ fn send_here(
     let text = message.bytes.strip_suffix(b"\r\n").context("a message has to end with CRLF")?;
     let response = connection.send(&envelope, text)?;
     connection.quit()?;
-    let text = response.message().collect::<Vec<_>>().join(" ");
-    let queue_id = text.split_once("queued as ").map(|(_, id)| id.trim().to_owned());
-    queue_id.with_context(|| format!("no queue id in: {text}"))
+    Ok(response.message().collect::<Vec<_>>().join(" "))
 }
 
 fn tls_parameters(authority_pem: &str) -> anyhow::Result<TlsParameters> {

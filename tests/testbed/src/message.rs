@@ -27,20 +27,7 @@ impl Message {
     /// duplicated or moved byte is detected.
     #[must_use]
     pub fn new(id: &str, user: &str) -> Self {
-        let mut bytes = format!(
-            "{FIRST_HEADER}: {id}\r\n\
-             From: <sender@client.example.test>\r\n\
-             To: <{user}@{DOMAIN}>\r\n\
-             Subject: {id}\r\n\
-             Date: Thu, 01 Jan 2026 00:00:00 +0000\r\n\
-             Message-ID: <{id}@client.example.test>\r\n\
-             MIME-Version: 1.0\r\n\
-             Content-Type: text/plain; charset=iso-8859-1\r\n\
-             Content-Transfer-Encoding: 8bit\r\n\
-             \r\n\
-             {id}\r\n"
-        )
-        .into_bytes();
+        let mut bytes = Self::begin(id, user, "8bit");
         for line in ["", ".", "..", "...", ". ", ".\t.", "From me", "QUIT", "* BYE", ")"] {
             bytes.extend_from_slice(line.as_bytes());
             bytes.extend_from_slice(b"\r\n");
@@ -53,6 +40,30 @@ impl Message {
             bytes.extend_from_slice(b"\r\n");
         }
         Self { id: id.to_owned(), bytes }
+    }
+
+    /// A message of a few lines in US-ASCII, for servers that do not support 8BITMIME.
+    #[must_use]
+    pub fn short(id: &str, user: &str) -> Self {
+        Self { id: id.to_owned(), bytes: Self::begin(id, user, "7bit") }
+    }
+
+    /// The header, and a line.
+    fn begin(id: &str, user: &str, encoding: &str) -> Vec<u8> {
+        format!(
+            "{FIRST_HEADER}: {id}\r\n\
+             From: <sender@client.example.test>\r\n\
+             To: <{user}@{DOMAIN}>\r\n\
+             Subject: {id}\r\n\
+             Date: Thu, 01 Jan 2026 00:00:00 +0000\r\n\
+             Message-ID: <{id}@client.example.test>\r\n\
+             MIME-Version: 1.0\r\n\
+             Content-Type: text/plain; charset=iso-8859-1\r\n\
+             Content-Transfer-Encoding: {encoding}\r\n\
+             \r\n\
+             {id}\r\n"
+        )
+        .into_bytes()
     }
 
     /// Whether a fetched message has this one's id.

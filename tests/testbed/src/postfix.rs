@@ -21,7 +21,8 @@ use crate::log_file::{LogFile, Mark};
 use crate::message::DOMAIN;
 use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
-use crate::service::{MATRIX, SMTP};
+use crate::receivers;
+use crate::service::{MATRIX, SMTP, SUBMISSIONS};
 
 /// A running Postfix; stopped on drop.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl Postfix {
         let sockets =
             Family::ALL.map(|family| ports.iter().map(move |port| SocketAddr::new(MAIL.of(family), *port)));
         let sockets: Vec<_> = sockets.into_iter().flatten().collect();
-        Self::start_with(netns, "postfix", |dir| main_cf(dir, neighbours), &master_cf(), &sockets)
+        Self::start_with(netns, "postfix", |dir| main_cf(dir, neighbours), &master_cf()?, &sockets)
     }
 
     /// Starts Postfix with this `main.cf`, made for its directory, and this `master.cf`, and waits
@@ -206,24 +207,20 @@ postscreen_upstream_proxy_timeout = 5s
     )
 }
 
-/// Services that accept mail from the network, then Postfix's own (the list of its `master.cf`,
-/// unchrooted).
-fn master_cf() -> String {
-    let proxied = "-o smtpd_upstream_proxy_protocol=haproxy";
-    let submission = "-o smtpd_sasl_auth_enable=yes \
-                      -o smtpd_recipient_restrictions=permit_sasl_authenticated,reject";
-    let starttls = "-o smtpd_tls_security_level=encrypt";
-    let wrapper = "-o smtpd_tls_wrappermode=yes";
-    format!(
-        "25 inet n - n - - smtpd -o syslog_name=postfix/25
-{postscreen} inet n - n - 1 postscreen -o syslog_name=postfix/{postscreen} \
-             -o postscreen_upstream_proxy_protocol=haproxy
-smtpd pass - - n - - smtpd -o syslog_name=postfix/{postscreen}
-465 inet n - n - - smtpd -o syslog_name=postfix/465 {wrapper} {submission}
-4465 inet n - n - - smtpd -o syslog_name=postfix/4465 {wrapper} {submission} {proxied}
-587 inet n - n - - smtpd -o syslog_name=postfix/587 {starttls} {submission}
-5587 inet n - n - - smtpd -o syslog_name=postfix/5587 {starttls} {submission} {proxied}
-dnsblog unix - - n - 0 dnsblog
+/// The services of `docs/receivers.md`, the standard ports that it leaves out, and Postfix's own.
+fn master_cf() -> anyhow::Result<String> {
+    Ok(format!(
+        "{}465 inet n - n - - smtpd -o syslog_name=postfix/465 -o smtpd_sasl_auth_enable=yes \
+             -o smtpd_tls_wrappermode=yes
+587 inet n - n - - smtpd -o syslog_name=postfix/587 -o smtpd_sasl_auth_enable=yes \
+             -o smtpd_tls_security_level=encrypt
+{OWN_SERVICES}",
+        receivers::documented("Postfix")?
+    ))
+}
+
+/// Postfix's own services (the list of its `master.cf`, unchrooted).
+const OWN_SERVICES: &str = "dnsblog unix - - n - 0 dnsblog
 tlsproxy unix - - n - 0 tlsproxy
 pickup unix n - n 60 1 pickup
 cleanup unix n - n - 0 cleanup
@@ -240,12 +237,29 @@ proxywrite unix - - n - 1 proxymap
 showq unix n - n - - showq
 error unix - - n - - error
 retry unix - - n - - error
+discard unix - - n - - discard
 lmtp unix - - n - - lmtp
 anvil unix - - n - 1 anvil
 postlog unix-dgram n - n - 1 postlogd
-",
-        postscreen = SMTP.proxied,
-    )
+";
+
+/// A Postfix that listens only on 25 and, in TLS, on 465, requires no login, and discards what it
+/// accepts: for a receiver in front of it.
+///
+/// # Errors
+/// As [`Postfix::start`].
+pub fn start_standard_ports(netns: &Netns, certificate: &Certificate) -> anyhow::Result<Postfix> {
+    let none = Path::new("none");
+    let neighbours = Neighbours { lmtp_socket: none, auth_socket: none, certificate };
+    let main_cf = |dir: &Path| format!("{}virtual_transport = discard:\n", main_cf(dir, neighbours));
+    let master_cf = format!(
+        "25 inet n - n - - smtpd
+465 inet n - n - - smtpd -o smtpd_tls_wrappermode=yes
+{OWN_SERVICES}"
+    );
+    let sockets = [SMTP, SUBMISSIONS]
+        .map(|service| Family::ALL.map(|family| SocketAddr::new(MAIL.of(family), service.standard)));
+    Postfix::start_with(netns, "postfix", main_cf, &master_cf, &sockets.concat())
 }
 
 /// `data_directory` must belong to `mail_owner`; Postfix does not ensure that itself.

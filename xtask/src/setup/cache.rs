@@ -1,15 +1,14 @@
 //! The folder of the tools that setup installs: outside `target/`, so that all clones share it.
 
 use std::{
-    env,
-    ffi::OsString,
     fs::{self, File, TryLockError},
     io::Write as _,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
+use injector_testbed::tools;
 
 /// The tool cache: one folder per tool, version and LLVM major, the logs, and the file that the
 /// build script reads.
@@ -19,12 +18,9 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    /// `$INJECTOR_TOOLS`, else `$XDG_CACHE_HOME/injector/tools`, else `~/.cache/injector/tools`.
-    /// Creates nothing.
+    /// The cache that the environment names ([`tools::folder`]). Creates nothing.
     pub(super) fn locate() -> Result<Self> {
-        let folder =
-            folder(env::var_os("INJECTOR_TOOLS"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"))?;
-        Ok(Self { folder })
+        Ok(Self { folder: tools::folder()? })
     }
 
     /// The folder of one tool.
@@ -111,23 +107,6 @@ pub(super) fn replace(finished: &Path, place: &Path) -> Result<()> {
 
 const PARTIAL: &str = ".partial-";
 
-/// The cache's folder, by the same rule as in `injector-user/build.rs`. A build script runs in
-/// another folder than xtask, so the path must be absolute. The XDG specification ignores relative
-/// paths.
-fn folder(tools: Option<OsString>, xdg_cache: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
-    if let Some(tools) = tools.filter(|path| !path.is_empty()).map(PathBuf::from) {
-        if !tools.is_absolute() {
-            bail!("INJECTOR_TOOLS={} must be an absolute path", tools.display());
-        }
-        return Ok(tools);
-    }
-    let absolute = |path: Option<OsString>| path.map(PathBuf::from).filter(|path| path.is_absolute());
-    absolute(xdg_cache)
-        .or_else(|| absolute(home).map(|home| home.join(".cache")))
-        .map(|cache| cache.join(Path::new("injector/tools")))
-        .context("no folder for tools: set INJECTOR_TOOLS, XDG_CACHE_HOME or HOME")
-}
-
 /// A cache of its own, for a test.
 #[cfg(test)]
 pub(super) fn scratch() -> (tempfile::TempDir, Cache) {
@@ -139,30 +118,6 @@ pub(super) fn scratch() -> (tempfile::TempDir, Cache) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn chosen(tools: &str, xdg: &str, home: &str) -> Result<PathBuf> {
-        let set = |value: &str| (value != "unset").then(|| OsString::from(value));
-        folder(set(tools), set(xdg), set(home))
-    }
-
-    #[test]
-    fn the_most_specific_variable_decides() {
-        for (tools, xdg, home, expected) in [
-            ("/t", "/x", "/h", "/t"),
-            ("unset", "/x", "/h", "/x/injector/tools"),
-            ("", "/x", "/h", "/x/injector/tools"),
-            ("unset", "relative", "/h", "/h/.cache/injector/tools"),
-            ("unset", "unset", "/h", "/h/.cache/injector/tools"),
-        ] {
-            assert_eq!(chosen(tools, xdg, home).unwrap(), Path::new(expected), "{tools} {xdg} {home}");
-        }
-    }
-
-    #[test]
-    fn missing_and_relative_folders_are_rejected() {
-        assert!(chosen("here", "/x", "/h").unwrap_err().to_string().contains("INJECTOR_TOOLS=here"));
-        assert!(chosen("unset", "unset", "unset").is_err());
-    }
 
     fn cache() -> (tempfile::TempDir, Cache) {
         let temporary = tempfile::tempdir().unwrap();

@@ -15,6 +15,8 @@ pub(super) enum Missing {
     Linker { llvm: u32 },
     /// A version of HAProxy, from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
+    /// A mail server that cannot be installed beside Postfix.
+    Receiver { package: &'static str, server: &'static str },
     /// One of Debian's kernels.
     Kernel(kernels::Wanted),
     /// cargo-deb, which can be built here.
@@ -39,6 +41,9 @@ impl std::fmt::Display for Missing {
             }
             Self::HaProxy { series, suite } => {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: for the benchmark")
+            }
+            Self::Receiver { package, server } => {
+                write!(f, "package {package}, unpacked beside the system: {server} behind the injector")
             }
             Self::Kernel(wanted) => write!(f, "Debian's kernel {wanted}: trials in other kernels"),
             Self::Kubernetes => f.write_str(

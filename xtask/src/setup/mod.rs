@@ -19,6 +19,7 @@ mod linker;
 mod missing;
 mod packages;
 mod private_apt;
+mod receivers;
 mod survey;
 mod toolchain;
 mod wheel;

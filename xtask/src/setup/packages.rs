@@ -57,7 +57,7 @@ pub(super) fn can_make_environments() -> bool {
 /// tool, Debian package, what it is needed for, groups
 const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail]),
-    ("nginx", "nginx", "a proxy to compare with in the benchmark", &[Group::Bench]),
+    ("nginx", "nginx", "a receiver; a proxy to compare with in the benchmark", &[Group::Mail, Group::Bench]),
     ("postfix", "postfix", "postscreen and smtpd behind the injector", &[Group::Mail]),
     ("dovecot", "dovecot-core", "IMAP behind the injector", &[Group::Mail]),
     ("haproxy", "haproxy", "a second receiver, and a sender to compare with", &[Group::Mail]),
@@ -136,7 +136,19 @@ const FILES: &[(&[&str], &str, &str, &[Group])] = &[
         "mounting the root file system in other kernels",
         &[Group::Kernels],
     ),
-    (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Bench]),
+    (NGINX_STREAM, "libnginx-mod-stream", "connections through nginx", &[Group::Mail, Group::Bench]),
+    (
+        &["/usr/lib/nginx/modules/ngx_mail_module.so", "/usr/lib64/nginx/modules/ngx_mail_module.so"],
+        "libnginx-mod-mail",
+        "SMTP through nginx",
+        &[Group::Mail],
+    ),
+    (
+        &["/usr/lib/python3/dist-packages/aiosmtpd"],
+        "python3-aiosmtpd",
+        "a receiver in Python",
+        &[Group::Mail],
+    ),
     (
         &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"],
         "ca-certificates",

@@ -12,7 +12,7 @@ use super::{
     group::Group,
     haproxy, kernels, kubernetes, linker,
     missing::Missing,
-    packages,
+    packages, receivers,
     toolchain::{self, CompilerSource, Core, Link, NIGHTLY},
     wheel::{self, Wheel},
 };
@@ -35,6 +35,9 @@ pub(super) fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Resul
     survey.tools(packages::tools(groups));
     if groups.contains(&Group::Bench) {
         survey.haproxies(cache);
+    }
+    if groups.contains(&Group::Mail) {
+        survey.receivers(cache);
     }
     if groups.contains(&Group::Kernels) {
         survey.kernels(cache);
@@ -82,6 +85,16 @@ impl Survey {
             match haproxy::find(cache, series) {
                 Some(build) => self.present.push(format!("HAProxy {}", build.version)),
                 None => self.missing.push(Missing::HaProxy { series, suite }),
+            }
+        }
+    }
+
+    fn receivers(&mut self, cache: &Cache) {
+        for (package, server) in receivers::PACKAGES {
+            if receivers::is_present(cache, package) {
+                self.present.push(format!("{server}: {package} in the tool cache"));
+            } else {
+                self.missing.push(Missing::Receiver { package, server });
             }
         }
     }

@@ -221,6 +221,16 @@ impl Protocol {
         }
     }
 
+    /// A command that does nothing, which a server that serves the client accepts at any time.
+    /// `None` where no receiver is known to greet a client that it then refuses to serve. RFC 5321,
+    /// section 4.1.1.9; also before STARTTLS where that is required (RFC 3207, section 4).
+    pub const fn noop_command(self) -> Option<&'static [u8]> {
+        match self {
+            Self::Smtp | Self::Submission | Self::Submissions => Some(b"NOOP\r\n"),
+            _ => None,
+        }
+    }
+
     /// The timeouts for a listener that sets none.
     ///
     /// Idle is longer than any pause that the protocol allows, so that the server's own limit comes
@@ -282,7 +292,23 @@ impl Protocol {
         }
     }
 
-    /// The standard port, used only in messages (RFC 5321, 6409, 8314, 9051, 1939, 5804).
+    /// The port that the documentation gives to the listener that requires a header.
+    pub const fn alternative_port(self) -> Option<u16> {
+        match self {
+            Self::Smtp => Some(2525),
+            Self::Submission => Some(5587),
+            Self::Submissions => Some(4465),
+            Self::Imap => Some(10143),
+            Self::Imaps => Some(10993),
+            Self::Pop3 => Some(10110),
+            Self::Pop3s => Some(10995),
+            Self::Sieve => Some(14190),
+            Self::Plain => None,
+        }
+    }
+
+    /// The standard port, used only in messages and by the doctor (RFC 5321, 6409, 8314, 9051, 1939,
+    /// 5804).
     pub const fn standard_port(self) -> Option<u16> {
         match self {
             Self::Smtp => Some(25),

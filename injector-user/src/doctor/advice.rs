@@ -1,6 +1,6 @@
 //! The line to change, in the syntax of the server's own configuration.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{
     observation::{Family, Target},
@@ -31,8 +31,25 @@ impl Change {
 const POSTSCREEN_SETTING: &str = "  -o postscreen_upstream_proxy_protocol=haproxy";
 const SMTPD_SETTING: &str = "  -o smtpd_upstream_proxy_protocol=haproxy";
 
-/// Makes the server expect a header on this port.
+/// Makes the server expect a header: on this port or, if other clients use this port, on one that
+/// only the injector uses.
 pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
+    match target.protocol.alternative_port() {
+        Some(port) if target.is_on_standard_port() && !server.is_by_sender() => {
+            let host = target.backend.rsplit_once(':').map_or(target.backend.as_str(), |(host, _)| host);
+            let backend = format!("{host}:{port}");
+            let own = Change::own(target, "backends", &format!("backends = [\"{backend}\"]"));
+            let address = SocketAddr::new(target.address.ip(), port);
+            let moved = Target { address, backend, ..target.clone() };
+            let mut changes = expect_header_here(&moved, server);
+            changes.push(own);
+            changes
+        }
+        _ => expect_header_here(target, server),
+    }
+}
+
+fn expect_header_here(target: &Target, server: Server) -> Vec<Change> {
     let port = target.address.port();
     let postscreen = || {
         Change::new(
@@ -68,7 +85,11 @@ pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
             _ => vec![dovecot_listener(target), trust_injector(target)],
         },
         Server::Exim => {
-            vec![Change::new("Exim, main configuration", &[&format!("hosts_proxy = {}", source(target))])]
+            // By default `:` separates the items of an Exim list, those of an IPv6 address too.
+            vec![Change::new(
+                "Exim, main configuration, in addition to the addresses already listed, after another ;",
+                &[&format!("hosts_proxy = <; {}", source(target))],
+            )]
         }
         Server::OpenSmtpd => {
             vec![Change::new("OpenSMTPD, smtpd.conf", &[&format!("listen on … port {port} proxy-v2")])]
@@ -84,6 +105,20 @@ pub(super) fn expect_header(target: &Target, server: Server) -> Vec<Change> {
             Change::own(target, "[listener.receiver]", "version = \"v1\""),
         ],
     }
+}
+
+/// Takes the header from the ports of other clients.
+pub(super) fn header_on_one_port(target: &Target, server: Server) -> Vec<Change> {
+    if !server.is_postfix() {
+        return Vec::new();
+    }
+    let main_cf = Change::new(
+        "Postfix, main.cf: it applies to the standard ports too, so it belongs into master.cf alone",
+        &["smtpd_upstream_proxy_protocol =", "postscreen_upstream_proxy_protocol ="],
+    );
+    let mut changes = vec![main_cf];
+    changes.extend(expect_header(target, server));
+    changes
 }
 
 /// Adds a service on a port on which nothing listens.

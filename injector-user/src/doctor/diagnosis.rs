@@ -23,7 +23,8 @@ use crate::{config::ProxyVersion, protocol::Protocol};
 /// to this port; the firewall rule needs them.
 #[must_use]
 pub fn findings(target: &Target, all: &[Observation], injectors: &[IpAddr]) -> Vec<Finding> {
-    let seen = Evidence { target, all, server: server::identify(target, all) };
+    let of_backend: Vec<_> = all.iter().filter(|one| one.step.probe.is_to_backend()).cloned().collect();
+    let seen = Evidence { target, all: &of_backend, server: server::identify(target, all) };
     if target.untrusted {
         return seen.findings_for_untrusted_host();
     }
@@ -34,6 +35,7 @@ pub fn findings(target: &Target, all: &[Observation], injectors: &[IpAddr]) -> V
         Some(finding) => vec![finding],
         None => seen.findings_after_accepted_header(injectors),
     };
+    findings.extend(seen.standard_port_fault(all));
     findings.extend(seen.tls_finding());
     findings
 }
@@ -137,7 +139,13 @@ impl Evidence<'_> {
                 Verdict::Mute,
                 format!(
                     "{address} accepts a header and sends nothing: it waits for a client that speaks first, as in TLS, or \
-                     for another service behind it"
+                     for another service behind it{}",
+                    if target.is_tls() {
+                        ". OpenSMTPD does so in implicit TLS whenever it reads a header and a ClientHello together: \
+                         use STARTTLS there"
+                    } else {
+                        ""
+                    }
                 ),
                 self.changes_if_mute(),
             ),
@@ -198,7 +206,7 @@ impl Evidence<'_> {
             Server::Smtpd => message.push_str("; it is smtpd, which ignores postscreen_upstream_proxy_protocol"),
             _ => {}
         }
-        if self.target.protocol.standard_port() == Some(address.port()) {
+        if self.target.is_on_standard_port() && !self.server.is_by_sender() {
             message.push_str(
                 "; other clients, such as webmail, use this port without a header: give the injector a port of its own",
             );
@@ -316,6 +324,27 @@ impl Evidence<'_> {
         })
     }
 
+    /// A header is a setting of single services. On the port that other clients use it is a fault,
+    /// except in servers that expect it by the sender's address.
+    fn standard_port_fault(&self, all: &[Observation]) -> Option<Finding> {
+        let header = |one: &&Observation| matches!(one.step.probe, Probe::StandardPort { header: Some(_) });
+        let answered = all.iter().filter(header).any(Observation::answered);
+        if !answered || self.server.is_by_sender() {
+            return None;
+        }
+        let bare = all.iter().find(|one| one.step.probe == Probe::StandardPort { header: None })?;
+        let standard = bare.step.probe.destination(self.target);
+        Some(Finding::fault(
+            Verdict::StandardPort,
+            format!(
+                "{standard} requires a header too ({}): webmail, probes and all other clients, which send none, are \
+                 rejected or wait",
+                describe(bare)
+            ),
+            advice::header_on_one_port(self.target, self.server),
+        ))
+    }
+
     fn findings_for_untrusted_host(&self) -> Vec<Finding> {
         let Target { address, source, .. } = self.target;
         let Some(believed) = self.all.iter().find(|one| one.answered()) else { return Vec::new() };
@@ -337,7 +366,7 @@ impl Evidence<'_> {
 
     fn tls_finding(&self) -> Option<Finding> {
         let alert = self.all.iter().find_map(|one| match &one.outcome {
-            Outcome::Alert(name) if one.answered() => Some(name),
+            Outcome::Alert(name) if one.answered() && !one.step.probe.is_bare() => Some(name),
             _ => None,
         })?;
         Some(Finding::note(

@@ -102,6 +102,24 @@ async fn run_actions<S: Stream>(
     action
 }
 
+/// Sends a command that does nothing, and reads its reply. A greeting alone does not show that the
+/// server serves the client: Exim greets one whose header is missing or unusable, and then refuses
+/// all its commands but QUIT (`proxy_session_failed` in `src/smtp_in.c`).
+pub(super) async fn probe_service<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
+    let Some(command) = protocol.noop_command() else { return };
+    let before = said.len();
+    let reply = async {
+        let _ = stream.write_all(command).await;
+        let _ = stream.flush().await;
+        let replied = |said: &[u8]| said.get(before..).is_some_and(|new| new.contains(&b'\n'));
+        while !replied(said) && said.len() < MAX_REPLY_BYTES && matches!(read(stream, said).await, Read::More)
+        {
+        }
+    };
+    // A server that does not reply is classified by what it sent before.
+    let _ = timeout(CLOSE_TIMEOUT, reply).await;
+}
+
 pub(super) async fn quit<S: Stream>(stream: &mut S, said: &mut Vec<u8>, protocol: Protocol) {
     if let Some(goodbye) = protocol.quit_command() {
         let _ = stream.write_all(goodbye).await;

@@ -83,6 +83,12 @@ impl Target {
         *crc32c || *unique_id || authority.is_some() || noop.is_some() || !custom.is_empty()
     }
 
+    /// Whether the backend's port is the one of the protocol, which other clients use.
+    #[must_use]
+    pub fn is_on_standard_port(&self) -> bool {
+        self.protocol.standard_port() == Some(self.address.port())
+    }
+
     /// The version that the listener does not use.
     #[must_use]
     pub const fn other_version(&self) -> ProxyVersion {
@@ -119,6 +125,35 @@ pub enum Probe {
         /// The client in it.
         client: Client,
     },
+    /// To the standard port of the protocol on the same host, which other clients use: nothing (in
+    /// TLS, a ClientHello), or the listener's header.
+    StandardPort {
+        /// The family of the addresses in the header.
+        header: Option<Family>,
+    },
+}
+
+impl Probe {
+    /// Where it goes.
+    #[must_use]
+    pub fn destination(self, target: &Target) -> SocketAddr {
+        match (self, target.protocol.standard_port()) {
+            (Self::StandardPort { .. }, Some(port)) => SocketAddr::new(target.address.ip(), port),
+            _ => target.address,
+        }
+    }
+
+    /// Whether it has no header.
+    #[must_use]
+    pub const fn is_bare(self) -> bool {
+        matches!(self, Self::NoHeader | Self::Tls | Self::StandardPort { header: None })
+    }
+
+    /// Whether it goes to the backend's own port.
+    #[must_use]
+    pub const fn is_to_backend(self) -> bool {
+        !matches!(self, Self::StandardPort { .. })
+    }
 }
 
 /// A client address that is not this host's.
@@ -165,7 +200,8 @@ pub enum Outcome {
     Unreachable(String),
     /// The server greeted, and read nothing of what was sent as a command.
     Greeted(Greeting),
-    /// The server greeted, and read the header as commands.
+    /// The server greeted, and answered with an error: it read the header as commands or, without
+    /// one, refuses all commands.
     Misunderstood {
         /// How it greeted.
         greeting: Greeting,
@@ -293,6 +329,8 @@ impl fmt::Display for Probe {
             Self::Claim { version, family, client } => {
                 f.pad(&format!("header {version}, client {}", client.ip(*family)))
             }
+            Self::StandardPort { header: None } => f.pad("standard port, without a header"),
+            Self::StandardPort { header: Some(family) } => f.pad(&format!("standard port, header, {family}")),
         }
     }
 }
@@ -314,6 +352,10 @@ impl Probe {
                     Client::Documentation => "documentation",
                 };
                 format!("header_{version}_{}_{client}", family.to_string().to_lowercase())
+            }
+            Self::StandardPort { header: None } => "standard_port".to_owned(),
+            Self::StandardPort { header: Some(family) } => {
+                format!("standard_port_header_{}", family.to_string().to_lowercase())
             }
         }
     }

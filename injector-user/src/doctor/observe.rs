@@ -16,6 +16,7 @@ use std::{
 
 use injector_common::proxy::EncodeError;
 use rustls::pki_types::ServerName;
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpSocket, TcpStream},
@@ -25,7 +26,7 @@ use tokio::{
 use super::{
     dialect::{Dialect, GreetingState, Response, readable},
     dialogue::{Action, Script},
-    exchange::{CLOSE_TIMEOUT, Read, Stream, Terms, quit, read, read_to_end, run_script},
+    exchange::{CLOSE_TIMEOUT, Read, Stream, Terms, probe_service, quit, read, read_to_end, run_script},
     header_addresses::HeaderAddresses,
     observation::{Client, Dialogue, Family, Greeting, Observation, Outcome, Probe, Step, Target},
 };
@@ -61,8 +62,9 @@ pub(super) async fn observe(
     timeouts: Timeouts,
 ) -> Observation {
     let begun = Instant::now();
+    let destination = step.probe.destination(target);
     let limit = if step.from.is_some() { timeouts.connect.min(FILTERED_TIMEOUT) } else { timeouts.connect };
-    let stream = match timeout(limit, connect(target.address, step.from)).await {
+    let stream = match timeout(limit, connect(destination, step.from)).await {
         Ok(Ok(stream)) => stream,
         failed => {
             let outcome = match failed {
@@ -126,7 +128,7 @@ pub async fn claim_localhost(
 const fn claimed_client(probe: Probe) -> Option<IpAddr> {
     match probe {
         Probe::Claim { family, client, .. } => Some(client.ip(family)),
-        Probe::NoHeader | Probe::Tls | Probe::Header { .. } => None,
+        Probe::NoHeader | Probe::Tls | Probe::Header { .. } | Probe::StandardPort { .. } => None,
     }
 }
 
@@ -173,8 +175,12 @@ async fn run_probe(
         header(target, probe, addresses, port).map_err(|error| format!("header: {error}"))?
     {
         // In one write: servers reject a header that arrives in pieces. The read below reports an
-        // error.
-        let _ = stream.write_all(header.as_bytes()).await;
+        // error. In TLS together with the ClientHello, as the injector sends it.
+        let _ = if target.is_tls() {
+            SockRef::from(&stream).send_with_flags(header.as_bytes(), libc::MSG_MORE).map(drop)
+        } else {
+            stream.write_all(header.as_bytes()).await
+        };
     }
     if target.is_tls() && probe != Probe::NoHeader {
         return Ok(run_in_tls(target, stream, session).await);
@@ -191,7 +197,10 @@ fn header(
     port: u16,
 ) -> Result<Option<EncodedHeader>, EncodeError> {
     let (version, tlvs, (source, destination)) = match probe {
-        Probe::NoHeader | Probe::Tls => return Ok(None),
+        Probe::NoHeader | Probe::Tls | Probe::StandardPort { header: None } => return Ok(None),
+        Probe::StandardPort { header: Some(family) } => {
+            (target.receiver.version, true, addresses.of(family, port))
+        }
         Probe::Header { version, family, tlvs } => (version, tlvs, addresses.of(family, port)),
         Probe::Claim { version, family, client } => {
             (version, true, addresses.with_client(client, family, port))
@@ -281,7 +290,10 @@ async fn run_session<S: Stream>(stream: &mut S, session: Session) -> (Outcome, D
                 let terms = Terms { protocol, server: session.server, timeout: session.answer };
                 dialogue = run_script(stream, &mut said, begun, terms).await;
             }
-            None => quit(stream, &mut said, protocol).await,
+            None => {
+                probe_service(stream, &mut said, protocol).await;
+                quit(stream, &mut said, protocol).await;
+            }
         },
         // The server closes; a client that closes first after a header harms an smtpd.
         GreetingState::Rejected | GreetingState::Strange => {
@@ -379,8 +391,12 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(600)).await;
                 stream.write_all(part.as_bytes()).await.unwrap();
             }
-            while !received.ends_with(b"QUIT\r\n") && stream.read_buf(&mut received).await.unwrap_or(0) > 0 {}
-            stream.write_all(b"221 2.0.0 Bye\r\n").await.unwrap();
+            for (command, reply) in [("NOOP\r\n", "250 2.0.0 Ok\r\n"), ("QUIT\r\n", "221 2.0.0 Bye\r\n")] {
+                while !received.ends_with(command.as_bytes())
+                    && stream.read_buf(&mut received).await.unwrap_or(0) > 0
+                {}
+                stream.write_all(reply.as_bytes()).await.unwrap();
+            }
             received
         });
         let second = Duration::from_secs(5);
@@ -397,7 +413,7 @@ mod tests {
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-mail".to_owned(), teaser: true }));
         let received = String::from_utf8(received).unwrap();
         assert!(received.starts_with("PROXY TCP4 10.25.0.1 192.0.2.10 "), "{received:?}");
-        assert!(received.ends_with(" 25\r\nQUIT\r\n"), "{received:?}");
+        assert!(received.ends_with(" 25\r\nNOOP\r\nQUIT\r\n"), "{received:?}");
     }
 
     #[tokio::test]
@@ -405,7 +421,34 @@ mod tests {
         let (seen, received) = observed(Protocol::Smtp, Probe::NoHeader, &["220-a\r\n220 b\r\n"]).await;
         assert_eq!(seen.outcome, Outcome::Greeted(Greeting { line: "220-a".to_owned(), teaser: false }));
         assert!(seen.after >= Duration::from_millis(600), "{seen:?}");
-        assert_eq!(received, b"QUIT\r\n");
+        assert_eq!(received, b"NOOP\r\nQUIT\r\n");
+    }
+
+    /// Exim 4.96 without the header that it expects.
+    #[tokio::test]
+    async fn a_server_that_greets_and_refuses_commands_has_not_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = Target { address: listener.local_addr().unwrap(), ..target(Protocol::Smtp) };
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut received = Vec::new();
+            for reply in [
+                "220 mail ESMTP Exim 4.96\r\n",
+                "503 Command refused, required Proxy negotiation failed\r\n",
+                "221 mail closing connection\r\n",
+            ] {
+                stream.write_all(reply.as_bytes()).await.unwrap();
+                stream.read_buf(&mut received).await.unwrap();
+            }
+        });
+        let second = Duration::from_secs(5);
+        let step = Step { probe: Probe::NoHeader, from: None };
+        let addresses = HeaderAddresses::new(None, &[], &[]);
+        let seen = observe(&target, step, &addresses, Timeouts { connect: second, answer: second }).await;
+        assert!(
+            matches!(&seen.outcome, Outcome::Misunderstood { complaint, .. } if complaint.starts_with("503"))
+        );
+        assert!(!seen.answered(), "{seen:?}");
     }
 
     #[tokio::test]

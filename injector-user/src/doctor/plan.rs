@@ -8,7 +8,8 @@ use crate::{config::ProxyVersion, protocol::Protocol};
 pub fn next(target: &Target, seen: &[Observation]) -> Option<Step> {
     // If this host cannot connect, more probes find nothing more. Its other addresses may be
     // filtered, as they should be.
-    if seen.iter().any(|observation| observation.failed_to_connect() && observation.step.from.is_none()) {
+    let of_backend = |one: &&Observation| one.step.from.is_none() && one.step.probe.is_to_backend();
+    if seen.iter().filter(of_backend).any(Observation::failed_to_connect) {
         return None;
     }
     wanted(target, seen).into_iter().find(|step| !seen.iter().any(|observation| observation.step == *step))
@@ -49,6 +50,7 @@ fn wanted(target: &Target, seen: &[Observation]) -> Vec<Step> {
                 }
             }
             steps.extend(claims(target, seen, family));
+            steps.extend(standard_port(target, seen, family));
         }
         None => {
             steps.push(here(header(target.other_version(), Family::V4)));
@@ -78,6 +80,19 @@ fn claims(target: &Target, seen: &[Observation], family: Family) -> Vec<Step> {
     let mut steps = vec![localhost];
     if seen.iter().any(allowed) {
         steps.push(claim(Client::Documentation));
+    }
+    steps
+}
+
+/// Whether the standard port, which other clients use, requires a header too.
+fn standard_port(target: &Target, seen: &[Observation], family: Family) -> Vec<Step> {
+    if target.is_on_standard_port() || target.protocol.standard_port().is_none() {
+        return Vec::new();
+    }
+    let bare = here(Probe::StandardPort { header: None });
+    let mut steps = vec![bare];
+    if seen.iter().any(|one| one.step == bare && !one.failed_to_connect() && !one.answered()) {
+        steps.push(here(Probe::StandardPort { header: Some(family) }));
     }
     steps
 }
@@ -146,15 +161,16 @@ mod tests {
     fn greets_with_header(step: Step) -> Outcome {
         match step.probe {
             Probe::Header { .. } | Probe::Claim { .. } => Outcome::Greeted(Greeting::default()),
+            Probe::StandardPort { header: None } => Outcome::Greeted(Greeting::default()),
             _ => closed(),
         }
     }
 
     #[test]
-    fn a_correct_backend_gets_three_probes_one_per_other_source_and_localhost() {
+    fn a_correct_backend_gets_three_probes_one_per_other_source_localhost_and_the_standard_port() {
         let mut smtp = target(Protocol::Smtp);
         let three = ["silence", "header_v2_ipv4", "header_v2_ipv6"];
-        let localhost = ["header_v2_ipv4_localhost"];
+        let localhost = ["header_v2_ipv4_localhost", "standard_port"];
         assert_eq!(walk(&smtp, greets_with_header), [&three[..], &localhost].concat());
         smtp.other_sources = OTHERS.to_vec();
         let filtered = |step: Step| match step.from {
@@ -169,13 +185,31 @@ mod tests {
     }
 
     #[test]
+    fn a_standard_port_that_does_not_answer_gets_a_header() {
+        let answers = |standard: fn() -> Outcome| {
+            move |step: Step| match step.probe {
+                Probe::StandardPort { header: None } => standard(),
+                _ => greets_with_header(step),
+            }
+        };
+        let smtp = target(Protocol::Smtp);
+        assert_eq!(
+            walk(&smtp, answers(|| Outcome::Silent))[4..],
+            ["standard_port", "standard_port_header_ipv4"]
+        );
+        assert_eq!(walk(&smtp, answers(|| Outcome::Refused))[4..], ["standard_port"]);
+        let on_it = Target { address: "10.25.0.2:25".parse().unwrap(), ..target(Protocol::Smtp) };
+        assert_eq!(walk(&on_it, greets_with_header).len(), 4);
+    }
+
+    #[test]
     fn permissions_of_localhost_are_tested_for_another_client() {
         let relays = |_| Some(Dialogue::Relay(Relay::Accepted(String::new())));
         let both = ["header_v2_ipv4_localhost", "header_v2_ipv4_documentation"];
         let smtp = target(Protocol::Smtp);
-        assert_eq!(walk_with(&smtp, greets_with_header, relays)[3..], both);
+        assert_eq!(walk_with(&smtp, greets_with_header, relays)[3..5], both);
         let refuses = |_| Some(Dialogue::Relay(Relay::Refused(String::new())));
-        assert_eq!(walk_with(&smtp, greets_with_header, refuses)[3..], both[..1]);
+        assert_eq!(walk_with(&smtp, greets_with_header, refuses)[3..4], both[..1]);
         let untrusted = Target { untrusted: true, ..target(Protocol::Smtp) };
         assert_eq!(walk_with(&untrusted, greets_with_header, relays)[1..], both);
         // The server rejects headers with IPv4 addresses.
@@ -183,7 +217,7 @@ mod tests {
             Probe::Header { family: Family::V4, .. } => closed(),
             _ => greets_with_header(step),
         };
-        assert_eq!(walk(&smtp, ipv6_only).pop().as_deref(), Some("header_v2_ipv6_localhost"));
+        assert!(walk(&smtp, ipv6_only).contains(&"header_v2_ipv6_localhost".to_owned()));
     }
 
     #[test]
@@ -191,7 +225,7 @@ mod tests {
         let mut smtp = target(Protocol::Smtp);
         smtp.other_sources = OTHERS.to_vec();
         let names = walk(&smtp, greets_with_header);
-        assert_eq!(names[3..], ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4_localhost"]);
+        assert_eq!(names[3..5], ["header_v2_ipv4 from 192.0.2.1", "header_v2_ipv4_localhost"]);
     }
 
     #[test]

@@ -47,6 +47,21 @@ impl fmt::Display for Server {
     }
 }
 
+impl Server {
+    /// Whether it expects a header by the sender's address, on all ports. Other clients then use the
+    /// same ports without one.
+    #[must_use]
+    pub const fn is_by_sender(self) -> bool {
+        matches!(self, Self::Exim | Self::Stalwart | Self::Haraka)
+    }
+
+    /// Whether it is Postfix.
+    #[must_use]
+    pub const fn is_postfix(self) -> bool {
+        matches!(self, Self::Postscreen | Self::Smtpd | Self::Postfix)
+    }
+}
+
 /// The reply of Postfix's smtpd to a missing or unusable header (smtpd_peer_from_haproxy in
 /// `src/smtpd/smtpd_haproxy.c`).
 pub const SMTPD_NO_HEADER: &str = "Server local error";
@@ -61,7 +76,9 @@ const DOVECOT_HEADER_TIMEOUT: std::ops::Range<Duration> =
 /// Identifies the server by all observations.
 #[must_use]
 pub fn identify(target: &Target, seen: &[Observation]) -> Server {
-    by_text(target, seen).or_else(|| by_timing(target, seen)).unwrap_or(Server::Unknown)
+    // Another program may have the standard port.
+    let seen: Vec<_> = seen.iter().filter(|one| one.step.probe.is_to_backend()).cloned().collect();
+    by_text(target, &seen).or_else(|| by_timing(target, &seen)).unwrap_or(Server::Unknown)
 }
 
 fn by_text(target: &Target, seen: &[Observation]) -> Option<Server> {

@@ -3,6 +3,8 @@
 
 mod doctor_run;
 mod dovecot;
+mod other_trials;
+mod others;
 mod postfix;
 mod receivers;
 mod testbed;
@@ -21,7 +23,8 @@ fn main() {
     // but each trial has its own ports.
     arguments.test_threads.get_or_insert(8);
     let shared: Shared = Arc::default();
-    let trials = trials::ALL.iter().map(|(name, run)| trial(&shared, name, *run)).collect();
+    let all = other_trials::ALL.iter().chain(trials::ALL);
+    let trials = all.map(|(name, run)| trial(&shared, name, *run)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(shared);
     conclusion.exit();

@@ -1,6 +1,6 @@
 //! Postfix with a service for each fault, and another one without IPv6.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
@@ -52,6 +52,13 @@ pub(crate) const STANDARD_OPEN: u16 = 2527;
 pub(crate) const OPEN_RELAY: u16 = 2528;
 /// Its smtpd that defers every recipient, as greylisting does.
 pub(crate) const GREYLISTED: u16 = 2529;
+
+/// The address of the Postfix that has the setting in `main.cf`; it has 25 there.
+pub(crate) const EVERYWHERE: Ipv4Addr = Ipv4Addr::new(10, 25, 0, 3);
+/// Its port for the injector.
+pub(crate) const EVERYWHERE_SMTPD: u16 = 2541;
+/// The address of a Postfix that has only 25, without the setting.
+pub(crate) const BARE: Ipv4Addr = Ipv4Addr::new(10, 25, 0, 4);
 
 const STOCK: [u16; 8] = [
     STANDARD_POSTSCREEN,
@@ -147,6 +154,32 @@ pub(crate) fn start_ipv4(netns: &Netns) -> anyhow::Result<Postfix> {
     );
     let sockets = [IPV4_POSTSCREEN, IPV4_SMTPD].map(|port| SocketAddr::new(MAIL.v4.into(), port));
     Postfix::start_with(netns, "postfix4", |dir| main_cf(dir, "ipv4", NO_NETWORKS), &master_cf, &sockets)
+}
+
+/// The setting reaches every smtpd.
+pub(crate) fn start_setting_everywhere(netns: &Netns) -> anyhow::Result<Postfix> {
+    let setting = SMTPD_PROXY.trim_start_matches("-o ");
+    let services = format!("{EVERYWHERE_SMTPD} inet n - n - - smtpd {SMTPD_PROXY}\n");
+    start_at(netns, "everywhere", EVERYWHERE, &services, setting)
+}
+
+/// Nothing expects a header.
+pub(crate) fn start_bare(netns: &Netns) -> anyhow::Result<Postfix> {
+    start_at(netns, "bare", BARE, "", "")
+}
+
+/// A Postfix at an address of its own, with 25 and these services.
+fn start_at(
+    netns: &Netns,
+    role: &str,
+    address: Ipv4Addr,
+    services: &str,
+    setting: &str,
+) -> anyhow::Result<Postfix> {
+    let more = format!("{NO_NETWORKS}inet_interfaces = {address}\n{setting}\n");
+    let master_cf = format!("25 inet n - n - - smtpd\n{services}{OWN_SERVICES}");
+    let sockets = [SocketAddr::new(address.into(), 25)];
+    Postfix::start_with(netns, role, |dir| main_cf(dir, "all", &more), &master_cf, &sockets)
 }
 
 fn main_cf(dir: &Path, protocols: &str, more: &str) -> String {

@@ -70,7 +70,7 @@ fn serve(mut stream: TcpStream, port: u16) -> Option<()> {
     for line in BufReader::new(stream.try_clone().ok()?).lines() {
         let line = line.ok()?;
         let answer = match line.split([' ', ':']).next()? {
-            "EHLO" | "MAIL" | "RSET" => "250 2.0.0 Ok\r\n",
+            "EHLO" | "MAIL" | "NOOP" | "RSET" => "250 2.0.0 Ok\r\n",
             "RCPT" => "554 5.7.1 Relay access denied\r\n",
             "QUIT" => "221 2.0.0 Bye\r\n",
             _ => "500 5.5.2 What?\r\n",

@@ -6,10 +6,11 @@ use injector_testbed::dovecot::Dovecot;
 use injector_testbed::log_file::Mark;
 use injector_testbed::netns::{self, EDGE_INSIDE, EDGE_OUTSIDE, Topology};
 use injector_testbed::postfix::Postfix;
+use injector_testbed::receivers::Receiver;
 use tempfile::TempDir;
 
 use crate::receivers::Receivers;
-use crate::{dovecot, postfix, receivers};
+use crate::{dovecot, others, postfix, receivers};
 
 /// No server listens there.
 pub(crate) const NOTHING: u16 = 2590;
@@ -34,6 +35,11 @@ const SHUT: &[u16] = &[
     postfix::GREYLISTED,
     dovecot::TRUSTING_IMAP,
     dovecot::TRUSTING_POP3,
+    postfix::EVERYWHERE_SMTPD,
+    others::EXIM[0],
+    others::EXIM[1],
+    others::OPENSMTPD,
+    others::OPENSMTPD_TLS,
     receivers::V1_ONLY,
     receivers::V2_ONLY,
     receivers::OPTIONAL,
@@ -47,6 +53,9 @@ pub(crate) struct Testbed {
     pub(crate) postfix: Postfix,
     ipv4_postfix: Postfix,
     pub(crate) standard_postfix: Postfix,
+    pub(crate) setting_everywhere: Postfix,
+    _bare_postfix: Postfix,
+    _others: [Receiver; 3],
     _dovecot: Dovecot,
     _trusting_dovecot: Dovecot,
     pub(crate) distrustful_dovecot: Dovecot,
@@ -62,12 +71,18 @@ impl Testbed {
         client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
         client.ip(&["route", "add", "fd25::/64", "via", &EDGE_OUTSIDE.v6.to_string()])?;
         mail.nft(&firewall())?;
+        for address in [postfix::EVERYWHERE, postfix::BARE] {
+            mail.ip(&["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
+        }
         let dir = netns::scratch_dir("certificate")?;
         let certificate = Certificate::new(dir.path())?;
         Ok(Self {
             postfix: postfix::start(mail, &certificate)?,
             ipv4_postfix: postfix::start_ipv4(mail)?,
             standard_postfix: postfix::start_standard(mail, &certificate)?,
+            setting_everywhere: postfix::start_setting_everywhere(mail)?,
+            _bare_postfix: postfix::start_bare(mail)?,
+            _others: others::start(mail, &certificate)?,
             _dovecot: dovecot::start(mail, &certificate)?,
             _trusting_dovecot: dovecot::start_trusting_localhost(mail, &certificate)?,
             distrustful_dovecot: dovecot::start_distrustful(mail, &certificate)?,
@@ -79,7 +94,7 @@ impl Testbed {
 
     /// Checks that no smtpd or postscreen died because of the doctor.
     pub(crate) fn nothing_died(&self) -> anyhow::Result<()> {
-        for postfix in [&self.postfix, &self.ipv4_postfix, &self.standard_postfix] {
+        for postfix in [&self.postfix, &self.ipv4_postfix, &self.standard_postfix, &self.setting_everywhere] {
             let log = postfix.log().since(Mark::default());
             let died = log.lines().find(|line| {
                 ["fatal:", "panic:", "killed by signal", "bad command startup"]

@@ -13,7 +13,7 @@ use crate::doctor_run::{DoctorRun, Listener, configuration, listener, run, run_j
 use crate::testbed::{DROPPED, NOTHING, Testbed};
 use crate::{dovecot, postfix, receivers};
 
-type Run = fn(&Testbed) -> anyhow::Result<()>;
+pub(crate) type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 pub(crate) const ALL: &[(&str, Run)] = &[
     ("postfix/no setting on smtpd, then with it", no_setting_on_smtpd),
@@ -49,16 +49,16 @@ fn at(family: Family, port: u16) -> String {
     SocketAddr::new(MAIL.of(family), port).to_string()
 }
 
-fn ipv4(port: u16) -> String {
+pub(crate) fn ipv4(port: u16) -> String {
     at(Family::V4, port)
 }
 
-fn both(port: u16) -> Vec<String> {
+pub(crate) fn both(port: u16) -> Vec<String> {
     Family::ALL.map(|family| at(family, port)).to_vec()
 }
 
 /// One listener, examined from the edge.
-fn one(testbed: &Testbed, protocol: &'static str, port: u16) -> anyhow::Result<DoctorRun> {
+pub(crate) fn one(testbed: &Testbed, protocol: &'static str, port: u16) -> anyhow::Result<DoctorRun> {
     run_json(&testbed.topology.edge, &[listener("l", protocol, &[ipv4(port)])], &[])
 }
 
@@ -75,8 +75,9 @@ fn fine(testbed: &Testbed) -> anyhow::Result<()> {
     seen.expect(&[])?;
     let servers = ["Postfix, postscreen", "Postfix, smtpd", "Postfix, smtpd", "Dovecot", "Dovecot"];
     ensure!(seen.servers() == servers.map(|server| [server; 2]).concat(), "{:?}", seen.servers());
-    // Four connections, and one from each of three other addresses of the edge.
-    ensure!(seen.connections() == 10 * 7, "{} connections", seen.connections());
+    // Four connections, one from each of three other addresses of the edge, and one to the standard
+    // port.
+    ensure!(seen.connections() == 10 * 8, "{} connections", seen.connections());
     // The firewall reset those from other hosts: per family one without data and three with a
     // header.
     let log = testbed.postfix.log();
@@ -352,7 +353,7 @@ fn untrusted(testbed: &Testbed) -> anyhow::Result<()> {
 }
 
 /// A server reloads some time after the signal.
-fn patiently(
+pub(crate) fn patiently(
     run_json: impl Fn() -> anyhow::Result<DoctorRun>,
     done: impl Fn(&DoctorRun) -> bool,
 ) -> anyhow::Result<DoctorRun> {

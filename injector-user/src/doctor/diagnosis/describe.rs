@@ -25,6 +25,9 @@ fn describe_outcome(one: &Observation) -> String {
             let teaser = if greeting.teaser { ", the rest" } else { "" };
             format!("{tls}\"{line}{more}\"{teaser} {after}")
         }
+        Outcome::Misunderstood { complaint, .. } if one.step.probe.is_bare() => {
+            format!("{tls}greets and refuses commands: {complaint:?}")
+        }
         Outcome::Misunderstood { complaint, .. } => format!("{tls}read as commands: {complaint:?}"),
         Outcome::Rejected(said) => format!("{tls}{said:?} {after}"),
         Outcome::Strange(said) => format!("{said:?} {after}"),

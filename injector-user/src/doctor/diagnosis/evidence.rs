@@ -36,6 +36,11 @@ impl Evidence<'_> {
     /// The server answers without a header.
     pub(super) fn answers_without_header(&self) -> bool {
         let bare = if self.target.is_tls() { Probe::Tls } else { Probe::NoHeader };
-        self.of(bare).is_some_and(Observation::answered)
+        let Some(bare) = self.of(bare).filter(|one| one.answered()) else { return false };
+        // Behind a header the same ClientHello leads to a session: then an alert is about what the
+        // server read in place of the header. Exim sends one.
+        let has_session =
+            |family| self.configured(family).is_some_and(|with_header| with_header.tls.is_some());
+        bare.tls.is_some() || !Family::ALL.into_iter().any(has_session)
     }
 }

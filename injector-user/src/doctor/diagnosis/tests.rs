@@ -213,3 +213,46 @@ fn wants_v2_is_the_reverse_of_wants_v1() {
     let (codes, lines) = judged(&smtp, &all);
     assert_eq!((codes, lines), (vec!["wants_v2".to_owned()], "version = \"v2\"".to_owned()));
 }
+
+/// Webmail and probes use the port as well: the injector gets another one.
+#[test]
+fn the_advice_for_a_standard_port_leaves_it_as_it_is() {
+    let on = |protocol: Protocol| {
+        let port = protocol.standard_port().unwrap();
+        let address = std::net::SocketAddr::new("10.25.0.2".parse().unwrap(), port);
+        Target { address, backend: format!("mail.internal:{port}"), ..target(protocol) }
+    };
+    let no_proxy = |protocol| {
+        let bare = if target(protocol).is_tls() { Probe::Tls } else { Probe::NoHeader };
+        judged(
+            &on(protocol),
+            &[seen(bare, greeted("* OK ready"), 0), seen(V2_4, closed(), 0), seen(V2_6, closed(), 0)],
+        )
+    };
+    for (protocol, service) in [
+        (Protocol::Smtp, "2525 inet n - n - 1 postscreen"),
+        (Protocol::Submission, "5587 inet n - n - - smtpd"),
+        (Protocol::Submissions, "4465 inet n - n - - smtpd"),
+        (Protocol::Imaps, "    port = 10993"),
+        (Protocol::Sieve, "    port = 14190"),
+    ] {
+        let (codes, lines) = no_proxy(protocol);
+        assert_eq!(codes, ["no_proxy"], "{protocol}");
+        let own = format!("backends = [\"mail.internal:{}\"]", protocol.alternative_port().unwrap());
+        assert!(lines.contains(service) && lines.contains(&own), "{protocol}:\n{lines}");
+        let standard = on(protocol).address.port();
+        let starts = |line: &str| {
+            line.starts_with(&format!("{standard} inet")) || line.ends_with(&format!("= {standard}"))
+        };
+        assert!(!lines.lines().any(starts), "{protocol}:\n{lines}");
+    }
+    let (_, lines) = judged(&on(Protocol::Smtp), &[seen(Probe::NoHeader, Outcome::Refused, 0)]);
+    assert!(lines.contains("2525 inet") && !lines.contains("\n25 inet"), "{lines}");
+    // Exim expects a header by sender: the port may stay.
+    let exim = [
+        seen(Probe::NoHeader, greeted(cases::EXIM), 0),
+        seen(V2_4, misunderstood(cases::EXIM, "500 unrecognized command"), 0),
+        seen(V2_6, misunderstood(cases::EXIM, "500 unrecognized command"), 0),
+    ];
+    assert_eq!(judged(&on(Protocol::Smtp), &exim).1, "hosts_proxy = <; 10.25.0.1");
+}

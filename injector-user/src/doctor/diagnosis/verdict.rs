@@ -61,6 +61,8 @@ pub enum Verdict {
     Loopback,
     /// Engine inline connects from other addresses than the doctor.
     InlineSource,
+    /// The standard port requires a header too.
+    StandardPort,
 }
 
 impl Verdict {
@@ -96,6 +98,7 @@ impl Verdict {
             Self::ForgeryUntested => "forgery_untested",
             Self::Loopback => "loopback",
             Self::InlineSource => "inline_source",
+            Self::StandardPort => "standard_port",
         }
     }
 }

@@ -14,6 +14,12 @@ pub(super) const V2_6: Probe = Probe::Header { version: ProxyVersion::V2, family
 pub(super) const V1_4: Probe = Probe::Header { version: ProxyVersion::V1, family: Family::V4, tlvs: true };
 pub(super) const PLAIN: Probe = Probe::Header { version: ProxyVersion::V2, family: Family::V4, tlvs: false };
 
+pub(super) const STANDARD: Probe = Probe::StandardPort { header: None };
+pub(super) const STANDARD_4: Probe = Probe::StandardPort { header: Some(Family::V4) };
+
+pub(super) const EXIM: &str = "220 mail.example.test ESMTP Exim 4.96";
+/// The answer of Exim 4.96 to a client whose header is missing.
+pub(super) const EXIM_NO_HEADER: &str = "503 Command refused, required Proxy negotiation failed";
 pub(super) const BANNER: &str = "220 mail.example.test ESMTP Postfix";
 pub(super) const TEASER: &str = "220-mail.example.test ESMTP Postfix";
 pub(super) const SMTPD: &str = "421 4.3.0 mail.example.test Server local error";
@@ -307,6 +313,87 @@ pub(super) fn cases() -> Vec<Case> {
                     seen(V2_4, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
                     seen(V2_6, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
                     seen(V1_4, Outcome::Alert("UnexpectedMessage".to_owned()), 0),
+                ],
+            )
+        },
+        case(
+            "Exim that expects a header",
+            Smtp,
+            vec![
+                seen(Probe::NoHeader, misunderstood(EXIM, EXIM_NO_HEADER), 30),
+                seen(V2_4, greeted(EXIM), 0),
+                seen(V2_6, greeted(EXIM), 0),
+                filtered(),
+                // By sender: so does its standard port.
+                seen(STANDARD, misunderstood(EXIM, EXIM_NO_HEADER), 30),
+                seen(STANDARD_4, greeted(EXIM), 0),
+            ],
+        ),
+        case(
+            "Exim in TLS",
+            Submissions,
+            vec![
+                seen(Probe::Tls, Outcome::Alert("ProtocolVersion".to_owned()), 30),
+                in_tls(V2_4, EXIM),
+                in_tls(V2_6, EXIM),
+                filtered(),
+            ],
+        ),
+        Case {
+            codes: &["no_proxy"],
+            advice: &["hosts_proxy = <; 10.25.0.1"],
+            ..case(
+                "Exim that does not know the edge",
+                Smtp,
+                vec![
+                    seen(Probe::NoHeader, greeted(EXIM), 0),
+                    seen(V2_4, misunderstood(EXIM, "500 unrecognized command"), 0),
+                    seen(V2_6, misunderstood(EXIM, "500 unrecognized command"), 0),
+                    seen(V1_4, misunderstood(EXIM, "500 unrecognized command"), 0),
+                ],
+            )
+        },
+        Case {
+            codes: &["standard_port"],
+            advice: &[
+                "smtpd_upstream_proxy_protocol =\n",
+                "2525 inet n - n - - smtpd\n  -o smtpd_upstream_proxy_protocol=haproxy",
+            ],
+            ..case(
+                "Postfix with the setting in main.cf",
+                Submission,
+                vec![
+                    seen(Probe::NoHeader, away(SMTPD), 50),
+                    seen(V2_4, greeted(BANNER), 1),
+                    seen(V2_6, greeted(BANNER), 1),
+                    filtered(),
+                    seen(STANDARD, away(SMTPD), 50),
+                    seen(STANDARD_4, greeted(BANNER), 1),
+                ],
+            )
+        },
+        case(
+            "a standard port of another server",
+            Submission,
+            vec![
+                seen(Probe::NoHeader, away(SMTPD), 50),
+                seen(V2_4, greeted(BANNER), 1),
+                seen(V2_6, greeted(BANNER), 1),
+                filtered(),
+                seen(STANDARD, away("421 4.7.0 too many connections"), 0),
+                seen(STANDARD_4, away("421 4.7.0 too many connections"), 0),
+            ],
+        ),
+        Case {
+            codes: &["mute"],
+            ..case(
+                "OpenSMTPD in TLS",
+                Submissions,
+                vec![
+                    seen(Probe::Tls, Outcome::Silent, 100),
+                    seen(V2_4, Outcome::Silent, 100),
+                    seen(V1_4, closed(), 0),
+                    seen(Probe::NoHeader, Outcome::Silent, 100),
                 ],
             )
         },

@@ -83,7 +83,9 @@ pub(crate) fn configuration_is_valid() -> anyhow::Result<()> {
     let file = workspace().join("deploy/injector.toml");
     let output = Command::new(daemon::binary()?).args(["check", "--config"]).arg(&file).output()?;
     let printed = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && complaints.is_empty(), "{complaints}");
+    ensure!(!printed.to_lowercase().contains("warning"), "{printed}");
     for listener in ["smtp", "submissions", "submission", "imaps"] {
         ensure!(printed.contains(listener), "no listener {listener} in\n{printed}");
     }

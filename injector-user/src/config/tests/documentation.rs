@@ -119,3 +119,26 @@ fn the_documentation_names_every_field() {
     }
     assert_eq!(documented, real);
 }
+
+/// The installed file is complete, and reads like the documentation.
+#[test]
+fn the_installed_configuration_has_both_families_and_checks() {
+    let text = include_str!("../../../../deploy/injector.toml");
+    let config = Config::parse(text, "deploy/injector.toml").unwrap_or_else(|error| panic!("{error}"));
+    let operations = include_str!("../../../../docs/operations.md");
+    assert_eq!(config.listeners.len(), 4);
+    for listener in &config.listeners {
+        let name = &listener.name;
+        let standard = listener.protocol.standard_port();
+        let families: BTreeSet<_> = listener.bind.iter().map(std::net::SocketAddr::is_ipv4).collect();
+        assert_eq!(families.len(), 2, "{name}");
+        assert!(listener.bind.iter().all(|address| Some(address.port()) == standard), "{name}");
+        assert!(listener.bind.iter().any(|address| operations.contains(&address.ip().to_string())), "{name}");
+        let check = listener.health.check.as_ref().unwrap_or_else(|| panic!("{name} has no check"));
+        assert_eq!((check.port, check.protocol.is_some()), (standard, true), "{name}");
+        for backend in &listener.backends {
+            assert!(operations.contains(&backend.host.to_string()), "{name}: {backend}");
+            assert_eq!(Some(backend.port), listener.protocol.alternative_port(), "{name}");
+        }
+    }
+}

@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::{Seek as _, Write as _},
+    process::Command,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -284,4 +286,28 @@ fn a_close_before_the_backend_spoke_also_counts_as_rejected() {
         let expected = refusals.contains(&reason) || reason == "forged_header";
         assert_eq!(sample(&metrics, &series), f64::from(u8::from(expected)), "{reason}");
     }
+}
+
+/// The search in "first five minutes": samples that are not zero, and no comments.
+#[test]
+fn the_documented_search_prints_only_what_was_counted() {
+    let page = include_str!("../../../../docs/operations.md");
+    let (_, rest) = page.split_once("/metrics \\| ").unwrap();
+    let (command, _) = rest.split_once('`').unwrap();
+    let found = |metrics: &Metrics| {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(metrics.encode().unwrap().as_bytes()).unwrap();
+        file.rewind().unwrap();
+        let mut shell = Command::new("sh");
+        let output = shell.args(["-c", &command.replace("\\|", "|")]).stdin(file).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (metrics, listener) = complete();
+    assert_eq!(found(&metrics), [""; 0]);
+    listener.rejected(RejectReason::ALL[0]);
+    listener.header_failed();
+    let found = found(&metrics);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found[0].starts_with("injector_connections_rejected_total{"), "{found:?}");
+    assert!(found[1].starts_with("injector_headers_failed_total{"), "{found:?}");
 }

@@ -97,11 +97,11 @@ impl Backends {
         if order.is_empty() {
             return Err(Unreachable::AllDisabled);
         }
-        if order.iter().all(|backend| backend.addresses().is_empty()) {
+        if !order.iter().any(|backend| backend.has_address()) {
             // The names had no address when they were last resolved.
-            let _ = timeout(within, self.resolve()).await;
+            let _ = timeout(within, self.resolve_now()).await;
         }
-        order.retain(|backend| !backend.addresses().is_empty());
+        order.retain(|backend| backend.has_address());
         let mut worst = Unreachable::Unresolved;
         for (left, backend) in (1..=u32::try_from(order.len()).unwrap_or(1)).rev().zip(order) {
             let share = deadline.saturating_duration_since(Instant::now()) / left;
@@ -159,7 +159,7 @@ impl Backends {
                     pending.retain(|pending| *pending != address);
                     worst = most_specific(worst, self.attempt_failed(backend, address, within, Some(error)));
                 }
-                Ok(None) => {}
+                Ok(None) => return Err(worst),
                 Err(_) if Instant::now() < deadline => {}
                 Err(_) => {
                     for address in pending {
@@ -292,6 +292,8 @@ fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
 #[cfg(test)]
 mod tests {
     use super::super::HealthState;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
     use crate::{config::Config, net::syn::no_observer};
 
@@ -328,27 +330,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_is_resolved_on_demand() {
+    async fn a_connection_waits_for_the_first_addresses() {
         let (_listener, good) = listening().await;
-        let backends = backends(&format!("\"localhost:{}\"", good.port()));
+        let backends = Arc::new(backends(&format!("\"localhost:{}\"", good.port())));
         assert_eq!(backends.all()[0].addresses(), []);
+        let stop = CancellationToken::new();
+        tokio::spawn(Arc::clone(&backends).run(stop.clone()));
+        let _stop = stop.drop_guard();
         let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn a_name_without_address_is_unresolved() {
-        let error = backends("\"nowhere.invalid:25\"")
-            .connect(Duration::from_secs(5), &no_observer)
-            .await
-            .unwrap_err();
+        let backends = Arc::new(backends("\"nowhere.invalid:25\""));
+        let stop = CancellationToken::new();
+        tokio::spawn(Arc::clone(&backends).run(stop.clone()));
+        let _stop = stop.drop_guard();
+        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
     }
 
     /// A backend with these addresses, as if its name had resolved to them.
     fn resolved(addresses: &[SocketAddr]) -> Backends {
         let backends = backends("\"nowhere.invalid:25\"");
-        backends.all[0].state.addresses().replace(addresses.to_vec());
+        backends.all[0].set_addresses(addresses);
         backends
     }
 

@@ -36,6 +36,10 @@ pub struct Backends {
     pub(super) resolve_interval: Duration,
     pub(super) all: Vec<Backend>,
     round_robin: Mutex<SmoothWeightedRoundRobin>,
+    /// Asks the resolver for addresses now.
+    pub(super) resolve_now: Notify,
+    /// Notified when the resolver has tried.
+    pub(super) resolved: Notify,
     /// Notified when the eligible backends may have changed, except by an ejection.
     pub(super) changed: Arc<Notify>,
     pub(super) source_ports_warning: RateLimit,
@@ -93,6 +97,8 @@ impl Backends {
             resolve_interval: listener.resolve_interval,
             all: listener.backends.iter().map(backend).collect(),
             round_robin: Mutex::default(),
+            resolve_now: Notify::new(),
+            resolved: Notify::new(),
             changed,
             source_ports_warning: RateLimit::default(),
             misread_warning: RateLimit::default(),
@@ -158,8 +164,8 @@ impl Backends {
     /// Checks all addresses of a name. It is healthy if one of them is, and connections avoid the
     /// others.
     async fn check(&self, backend: &Backend, plan: &Check) {
-        if backend.addresses().is_empty() {
-            self.resolve().await;
+        if !backend.has_address() {
+            self.resolve_now().await;
         }
         let checks = backend.addresses().into_iter().map(|address| check_address(address, plan));
         let results = join_all(checks).await;

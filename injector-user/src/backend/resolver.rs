@@ -2,6 +2,9 @@
 
 use std::{io, net::SocketAddr, sync::atomic::Ordering};
 
+use futures_util::future::join_all;
+use tokio::time::timeout;
+
 use super::{addresses::Resolved, lookup::lookup, pool::Backends, state::Backend};
 use crate::{
     config::{self, Host},
@@ -9,23 +12,32 @@ use crate::{
 };
 
 impl Backends {
+    /// Resolves all names at each interval, and when [`Self::resolve_now`] asks for it. One lookup of
+    /// a name runs at a time: it occupies a thread until the C library gives up.
     pub(super) async fn run_resolver(&self) {
-        if self.all.iter().all(|backend| matches!(backend.configured.host, Host::Ip(_))) {
+        let named = |backend: &Backend| matches!(backend.configured.host, Host::Name(_));
+        if !self.all.iter().any(named) {
             return;
         }
         loop {
-            self.resolve().await;
-            tokio::time::sleep(self.resolve_interval).await;
+            join_all(self.all.iter().map(|backend| self.resolve(backend))).await;
+            self.resolved.notify_waiters();
+            let _ = timeout(self.resolve_interval, self.resolve_now.notified()).await;
         }
     }
 
-    pub(super) async fn resolve(&self) {
-        for backend in &self.all {
-            let config::Backend { host: Host::Name(name), port, .. } = &backend.configured else { continue };
-            match lookup(name, *port).await {
-                Ok(addresses) => self.note_resolved(backend, addresses),
-                Err(error) => self.note_unresolved(backend, &error),
-            }
+    /// Waits until the resolver has tried all names again, or for the first time.
+    pub(super) async fn resolve_now(&self) {
+        let resolved = self.resolved.notified();
+        self.resolve_now.notify_one();
+        resolved.await;
+    }
+
+    async fn resolve(&self, backend: &Backend) {
+        let config::Backend { host: Host::Name(name), port, .. } = &backend.configured else { return };
+        match lookup(name, *port).await {
+            Ok(addresses) => self.note_resolved(backend, addresses),
+            Err(error) => self.note_unresolved(backend, &error),
         }
     }
 

@@ -96,6 +96,17 @@ impl Backend {
         self.state.addresses().all().collect()
     }
 
+    /// Whether its name has resolved to an address.
+    pub(super) fn has_address(&self) -> bool {
+        self.state.addresses().all().next().is_some()
+    }
+
+    /// As if its name had resolved to these.
+    #[cfg(test)]
+    pub(crate) fn set_addresses(&self, addresses: &[SocketAddr]) {
+        self.state.addresses().replace(addresses.to_vec());
+    }
+
     /// Those of its addresses that failed when they were last tried, by a connection or a check.
     /// They are tried after all others.
     #[must_use]

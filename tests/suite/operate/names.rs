@@ -18,6 +18,7 @@ use crate::testbed::{BACKEND_PORTS, Config, Testbed};
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a final dot keeps the search list out", final_dot),
     ("rotated answers are not logged, other addresses are", rotated),
+    ("a name server that does not answer is asked once at a time", silent_name_server),
     ("an address that does not answer costs the first client a moment", dead_address),
 ];
 
@@ -46,6 +47,8 @@ struct NameServer {
     thread: Option<thread::JoinHandle<()>>,
     /// The names that it was asked for.
     asked: Arc<Mutex<Vec<String>>>,
+    /// It answers nothing.
+    silent: Arc<AtomicBool>,
     /// The addresses of `mail.internal`, rotated by one with each answer.
     addresses: Arc<Mutex<Vec<Ipv4Addr>>>,
 }
@@ -56,15 +59,18 @@ impl NameServer {
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         let over = Arc::new(AtomicBool::new(false));
         let (asked, addresses) = (Arc::default(), Arc::new(Mutex::new(addresses.to_vec())));
-        let mut server = Self { over, thread: None, asked, addresses };
-        let (over, asked, addresses) =
-            (Arc::clone(&server.over), Arc::clone(&server.asked), Arc::clone(&server.addresses));
+        let mut server = Self { over, thread: None, asked, silent: Arc::default(), addresses };
+        let (over, silent) = (Arc::clone(&server.over), Arc::clone(&server.silent));
+        let (asked, addresses) = (Arc::clone(&server.asked), Arc::clone(&server.addresses));
         let thread = thread::spawn(move || {
             let mut query = [0; 512];
             while !over.load(Ordering::Relaxed) {
                 let Ok((len, from)) = socket.recv_from(&mut query) else { continue };
                 let Some((name, kind, end)) = question(&query[..len]) else { continue };
                 asked.lock().unwrap_or_else(PoisonError::into_inner).push(name.clone());
+                if silent.load(Ordering::Relaxed) {
+                    continue;
+                }
                 let mut addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
                 let found = match name.as_str() {
                     "mail.internal" if kind == 1 => {
@@ -154,6 +160,33 @@ fn final_dot(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         |asked| asked.contains(&"mail.internal.example.test".to_owned()),
     )
     .map(drop)
+}
+
+/// Each lookup occupies a thread for seconds: clients must not begin their own.
+fn silent_name_server(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _server = testbed.backend(0)?;
+    let names = NameServer::start(testbed, &[MAIL.v4])?;
+    names.silent.store(true, Ordering::Relaxed);
+    let mut config = named(engine, "mail.internal.");
+    config.listener = "[listener.timeouts]\nconnect = \"200ms\"\n".to_owned();
+    let _injector = start(testbed, &[resolv_conf()], &config)?;
+    thread::scope(|scope| -> anyhow::Result<()> {
+        let client = || -> anyhow::Result<()> {
+            let line = testbed.client()?.line()?;
+            ensure!(line.starts_with("421 4.3.2 Mail service not available"), "{line:?}");
+            Ok(())
+        };
+        let clients: Vec<_> = (0..20).map(|_| scope.spawn(client)).collect();
+        for client in clients {
+            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        Ok(())
+    })?;
+    // For A and AAAA.
+    let asked = names.asked().len();
+    ensure!(asked <= 4, "asked {asked} times for one name");
+    names.silent.store(false, Ordering::Relaxed);
+    wait_until("the backend", || testbed.who_answers(), |number| *number == 0).map(drop)
 }
 
 fn rotated(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {

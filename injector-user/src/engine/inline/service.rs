@@ -139,6 +139,22 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_a_name_that_fail_are_left_out() {
+        let served = served("\"mail.internal:2525\"");
+        let addresses = ["10.0.0.1:2525", "10.0.0.2:2525", "[fd00::1]:2525"].map(|it| it.parse().unwrap());
+        served.backends.all()[0].set_addresses(&addresses);
+        assert_eq!(destinations(&served).len(), 3);
+        served.backends.note_refused(addresses[0]);
+        assert_eq!(destinations(&served), strings(&[("10.0.0.2:2525", 1), ("[fd00::1]:2525", 1)]));
+        // The last one of a family stays.
+        served.backends.note_refused(addresses[2]);
+        assert_eq!(destinations(&served), strings(&[("10.0.0.2:2525", 1), ("[fd00::1]:2525", 1)]));
+        assert_eq!(service(1, &served, &towards).proxy_ports.len(), 3);
+        served.backends.note_connected(addresses[0]);
+        assert_eq!(destinations(&served).len(), 3);
+    }
+
+    #[test]
     fn a_draining_listener_has_no_backends() {
         let served = ServedListener { draining: true, ..served("\"10.0.0.1:2525\"") };
         assert_eq!(destinations(&served), []);

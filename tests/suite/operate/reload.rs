@@ -191,6 +191,10 @@ fn all_addresses(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     testbed.who_answers()?;
     reload(&injector, &one)?;
     testbed.who_answers()?;
+    // Elsewhere, and back while the sockets for all addresses are still open.
+    reload(&injector, &one.replace(&bind_of(PORT), &bind_of(PORT + 1)))?;
+    reload(&injector, &all("[::]"))?;
+    testbed.who_answers()?;
     Ok(())
 }
 

@@ -19,14 +19,12 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
+use super::reply::{Lines, MAX_REPLY, Reply, ReplyError};
 use crate::{
     config::{Check, CheckHeader},
     net::tls,
     protocol::{FirstSpeaker, Protocol},
 };
-
-/// More than any greeting has (RFC 5321, section 4.5.3.1.5: 512 bytes a line).
-const MAX_REPLY: usize = 16 * 1024;
 
 /// How long the server may take to close after the quit command.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -63,6 +61,12 @@ pub enum CheckError {
     HeaderMisread {
         /// The line, truncated.
         reply: String,
+    },
+    /// The reply has no end within [`MAX_REPLY`].
+    #[error("{stage}: the reply is longer than {MAX_REPLY} bytes: is this the port of a mail server?")]
+    ReplyTooLong {
+        /// The step that the reply belongs to.
+        stage: &'static str,
     },
     /// TLS is not available.
     #[error("TLS: {0}")]
@@ -142,30 +146,22 @@ struct Expectations {
     quit_reply: Lines,
 }
 
-/// Prefixes of the lines of one reply.
-struct Lines {
-    /// Of the last line.
-    last: &'static [&'static str],
-    /// Of the lines that may precede it.
-    before: &'static [&'static str],
-}
-
-const fn expectations(protocol: Protocol) -> Option<Expectations> {
+const fn expectations(protocol: Protocol) -> Option<&'static Expectations> {
     Some(match protocol {
-        Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Expectations {
+        Protocol::Smtp | Protocol::Submission | Protocol::Submissions => &Expectations {
             greeting: Lines { last: &["220 "], before: &["220-"] },
             quit_reply: Lines { last: &["221 "], before: &["221-"] },
         },
-        Protocol::Imap | Protocol::Imaps => Expectations {
+        Protocol::Imap | Protocol::Imaps => &Expectations {
             greeting: Lines { last: &["* OK", "* PREAUTH"], before: &[] },
             quit_reply: Lines { last: &["a OK"], before: &["* "] },
         },
-        Protocol::Pop3 | Protocol::Pop3s => Expectations {
+        Protocol::Pop3 | Protocol::Pop3s => &Expectations {
             greeting: Lines { last: &["+OK"], before: &[] },
             quit_reply: Lines { last: &["+OK"], before: &[] },
         },
         // Capabilities, one per line (RFC 5804, section 1.7).
-        Protocol::Sieve => Expectations {
+        Protocol::Sieve => &Expectations {
             greeting: Lines { last: &["OK"], before: &["\""] },
             quit_reply: Lines { last: &["OK", "BYE"], before: &[] },
         },
@@ -197,47 +193,25 @@ async fn exchange(
 /// Reads one reply; fails with the first line that does not match.
 async fn expect_reply(
     stream: &mut (impl AsyncBufRead + Unpin),
-    lines: &Lines,
+    lines: &'static Lines,
     stage: &'static str,
 ) -> Result<(), CheckError> {
-    let mut read_bytes = 0;
+    let mut reply = Reply::new(lines);
     loop {
-        let mut line = Vec::new();
-        let read = read_line(stream, &mut line, MAX_REPLY - read_bytes).await;
-        read.map_err(|error| CheckError::Io { stage, error })?;
-        read_bytes += line.len();
-        let text = String::from_utf8_lossy(&line);
-        let begins = |starts: &[&str]| starts.iter().any(|start| text.starts_with(start));
-        if begins(lines.last) {
-            return Ok(());
-        }
-        if !begins(lines.before) {
-            let reply = text.trim_end().chars().take(80).collect();
-            return Err(CheckError::UnexpectedReply { stage, reply });
-        }
-    }
-}
-
-/// Reads one line with its end, at most `limit` bytes.
-async fn read_line(
-    stream: &mut (impl AsyncBufRead + Unpin),
-    line: &mut Vec<u8>,
-    limit: usize,
-) -> io::Result<()> {
-    loop {
-        let bytes = stream.fill_buf().await?;
+        let bytes = stream.fill_buf().await.map_err(|error| CheckError::Io { stage, error })?;
         if bytes.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
+            let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection");
+            return Err(CheckError::Io { stage, error });
         }
-        let end = bytes.iter().position(|byte| *byte == b'\n');
-        let len = end.map_or(bytes.len(), |end| end + 1);
-        line.extend_from_slice(bytes.get(..len).unwrap_or_default());
-        stream.consume(len);
-        if end.is_some() {
-            return Ok(());
-        }
-        if line.len() >= limit {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the line has no end"));
+        let len = bytes.len();
+        match reply.push(bytes) {
+            Ok(None) => stream.consume(len),
+            Ok(Some(used)) => {
+                stream.consume(used);
+                return Ok(());
+            }
+            Err(ReplyError::Unexpected(reply)) => return Err(CheckError::UnexpectedReply { stage, reply }),
+            Err(ReplyError::TooLong) => return Err(CheckError::ReplyTooLong { stage }),
         }
     }
 }
@@ -340,6 +314,22 @@ mod tests {
         ] {
             let error = server(greeting, answer, plan(Some(Protocol::Smtp))).await.0.unwrap_err();
             assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_greeting_without_end_fails_the_check() {
+        let line = "x".repeat(9000);
+        for greeting in [
+            // More than the limit in two lines that could precede the last one.
+            format!("220-{line}\r\n220-{line}\r\n220 mx\r\n"),
+            format!("220-{line}{line}\r\n220 mx\r\n"),
+            line.repeat(2),
+        ] {
+            let (result, received) = server(greeting.leak(), "221 bye\r\n", plan(Some(Protocol::Smtp))).await;
+            let error = result.unwrap_err().to_string();
+            assert!(error.starts_with("the greeting: the reply is longer than 16384 bytes"), "{error}");
+            assert_eq!(received, "");
         }
     }
 

@@ -8,6 +8,7 @@ mod health;
 mod lookup;
 mod misread;
 mod pool;
+mod reply;
 mod resolver;
 mod state;
 

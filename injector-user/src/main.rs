@@ -39,6 +39,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Drain(args) => cli::control::drain(&args)?,
         Command::Resume(args) => cli::control::resume(args)?,
         Command::Backend(args) => cli::control::backend(args)?,
+        Command::LogLevel(args) => cli::control::log_level(args)?,
         Command::Reload(args) => cli::control::reload(&args)?,
         Command::Top(args) => cli::control::top(&args)?,
         Command::Completions(args) => completions::print(Cli::command(), args.shell)?,

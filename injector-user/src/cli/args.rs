@@ -98,6 +98,12 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Disable or enable a backend
     Backend(BackendArgs),
+    /// Log at another level, until the next reload
+    ///
+    /// The levels replace those of an earlier command. `injector reload` returns to log.level of the file, or to
+    /// INJECTOR_LOG.
+    #[command(after_long_help = LOG_LEVEL_EXAMPLES)]
+    LogLevel(LogLevelArgs),
     /// Reload the configuration of a running injector
     ///
     /// The file is checked first; an invalid file changes nothing. Sessions continue; sessions of removed listeners
@@ -119,6 +125,14 @@ Examples:
   Drain one listener, then accept clients again
     $ injector drain smtp
     $ injector resume smtp";
+
+const LOG_LEVEL_EXAMPLES: &str = "\
+Examples:
+  Each step of sessions and health checks; everything else as configured
+    $ injector log-level session=debug health=debug
+
+  Back to the configuration
+    $ injector reload";
 
 /// The control socket of a running injector.
 #[derive(Clone, Debug, Args)]
@@ -245,6 +259,18 @@ pub struct BackendArgs {
     /// Only for this listener
     #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
     pub listener: Option<String>,
+}
+
+/// Arguments of `injector log-level`.
+#[derive(Clone, Debug, Args)]
+pub struct LogLevelArgs {
+    /// The control socket, and the format of the reply
+    #[command(flatten)]
+    pub control: ControlArgs,
+
+    /// error, warn, info, debug or trace, of all log targets or of one, such as session=debug
+    #[arg(required = true, value_name = "LEVEL|TARGET=LEVEL")]
+    pub levels: Vec<String>,
 }
 
 /// Arguments of `injector reload`.

@@ -5,7 +5,7 @@ use std::{thread, time::Duration};
 use anyhow::ensure;
 
 use super::args::{
-    BackendArgs, ControlArgs, DrainArgs, EndSessionsArgs, ReloadArgs, ResumeArgs, SessionsArgs,
+    BackendArgs, ControlArgs, DrainArgs, EndSessionsArgs, LogLevelArgs, ReloadArgs, ResumeArgs, SessionsArgs,
     SessionsCommand, TopArgs,
 };
 use crate::control::{
@@ -73,6 +73,14 @@ pub fn resume(args: ResumeArgs) -> anyhow::Result<()> {
 pub fn backend(args: BackendArgs) -> anyhow::Result<()> {
     let BackendArgs { control, action, listener, backend } = args;
     send(&control, &Request::Backend { action, listener, backend }).map(drop)
+}
+
+/// Changes what is logged, until the next reload.
+///
+/// # Errors
+/// When the daemon does not answer or rejects the command.
+pub fn log_level(args: LogLevelArgs) -> anyhow::Result<()> {
+    send(&args.control, &Request::LogLevel { levels: args.levels }).map(drop)
 }
 
 /// Reloads the configuration, once or whenever the file changes; or shows what a reload would do.

@@ -14,8 +14,8 @@ use crate::{config::Config, control::ConfigSource, daemon, telemetry::log};
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let (file, load) = config_source(args)?;
     let config = load()?;
-    log::init(&config.log)?;
-    daemon::run(config, file, load)
+    let logging = log::init(&config.log)?;
+    daemon::run(config, file, load, &logging)
 }
 
 /// Loads the file, now and at every reload, with the overrides of the command line. Messages have its

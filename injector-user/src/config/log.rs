@@ -1,5 +1,7 @@
 //! `[log]`
 
+use std::fmt;
+
 use super::parse::section::Section;
 
 /// `[log]`
@@ -50,6 +52,12 @@ impl LogLevel {
         ("trace", Self::Trace),
     ];
 
+    /// The level of this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::CHOICES.into_iter().find(|(choice, _)| *choice == name).map(|(_, level)| level)
+    }
+
     /// The same level in the terms of `tracing`.
     pub const fn tracing(self) -> tracing::Level {
         match self {
@@ -59,6 +67,13 @@ impl LogLevel {
             Self::Debug => tracing::Level::DEBUG,
             Self::Trace => tracing::Level::TRACE,
         }
+    }
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::CHOICES.iter().find(|(_, level)| level == self).map_or("", |(name, _)| name);
+        f.pad(name)
     }
 }
 

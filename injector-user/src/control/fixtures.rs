@@ -45,6 +45,7 @@ pub(super) fn status() -> Status {
         uptime_ms: 3_723_000,
         readiness: "ready".to_owned(),
         config: ConfigStatus { file: "/etc/i.toml".into(), loaded_at: 0, reload_error: None },
+        log_level: "info".to_owned(),
         connections: 3,
         inline_connections: 1,
         max_connections: 10_000,

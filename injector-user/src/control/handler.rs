@@ -15,11 +15,11 @@ use super::{
 };
 use crate::{
     backend::AdminState,
-    config::{self, Config, ConfigError, Listener},
+    config::{self, Config, ConfigError, Listener, LogLevel},
     os::systemd,
     server::{Changes, Server},
     telemetry::{
-        log::target,
+        log::{LevelChange, Logging, target},
         metrics::{Metrics, Readiness},
     },
 };
@@ -37,19 +37,24 @@ struct Shared {
     source: ConfigSource,
     file: PathBuf,
     metrics: Metrics,
+    logging: Logging,
+    /// The configured level of the log.
+    log_level: StdMutex<LogLevel>,
     ready: watch::Sender<Readiness>,
     started: Instant,
     config_status: StdMutex<ConfigStatus>,
 }
 
 impl Control {
-    /// `source` loads `file`, from which the configuration of `server` came.
+    /// `source` loads `file`, from which the configuration of `server` came, and the log with its
+    /// configured level.
     #[must_use]
     pub fn new(
         server: Server,
         file: PathBuf,
         source: ConfigSource,
         metrics: Metrics,
+        (logging, log_level): (Logging, LogLevel),
         ready: watch::Sender<Readiness>,
     ) -> Self {
         let config_status =
@@ -59,6 +64,8 @@ impl Control {
             source,
             file,
             metrics,
+            logging,
+            log_level: StdMutex::new(log_level),
             ready,
             started: Instant::now(),
             config_status: StdMutex::new(config_status),
@@ -89,6 +96,7 @@ impl Control {
                 set_backend_state(server, action, listener.as_deref(), &backend)
                     .map(|listeners| Answer::BackendSet { listeners })
             }
+            Request::LogLevel { levels } => self.set_log_level(&levels),
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
             Request::DryRun => {
                 let (dry_run, listeners) = self.rehearse(server);
@@ -127,7 +135,15 @@ impl Control {
     fn status(&self, server: &mut Server) -> Status {
         let config = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let readiness = self.0.ready.borrow().to_string();
-        status(server, config, readiness, self.0.started.elapsed())
+        status(server, config, self.0.logging.levels(), readiness, self.0.started.elapsed())
+    }
+
+    fn set_log_level(&self, levels: &[String]) -> anyhow::Result<Answer> {
+        let changes: Result<Vec<LevelChange>, _> = levels.iter().map(|level| level.parse()).collect();
+        let configured = *self.0.log_level.lock().unwrap_or_else(PoisonError::into_inner);
+        let levels = self.0.logging.set_levels(configured, &changes?);
+        tracing::info!(target: target::CONTROL, levels, "log level changed by the operator, until the next reload");
+        Ok(Answer::LogLevelSet { levels })
     }
 
     /// What a reload would do, and the listeners whose backends are still to be tried.
@@ -141,8 +157,15 @@ impl Control {
     fn reload(&self, server: &mut Server) -> anyhow::Result<Changes> {
         systemd::reloading();
         let config = (self.0.source)().map_err(anyhow::Error::from);
-        let result = config.inspect(log_remarks).and_then(|config| server.prepare(config));
-        let result = result.map(|prepared| server.apply(prepared));
+        let result = config.inspect(log_remarks).and_then(|config| {
+            let level = config.log.level;
+            Ok((server.prepare(config)?, level))
+        });
+        let result = result.map(|(prepared, level)| {
+            *self.0.log_level.lock().unwrap_or_else(PoisonError::into_inner) = level;
+            self.0.logging.reset_levels(level);
+            server.apply(prepared)
+        });
         systemd::ready("serving");
         self.0.metrics.config_reloaded(result.is_ok());
         let mut config_status = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner);

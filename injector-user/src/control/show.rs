@@ -26,6 +26,7 @@ pub fn show(answer: &Answer) -> String {
         Answer::BackendSet { listeners } => {
             writeln!(out, "backend state changed for {}", listeners.join(", "))
         }
+        Answer::LogLevelSet { levels } => writeln!(out, "log level until the next reload: {levels}"),
         Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
         Answer::DryRun(dry_run) => dry_run::write(&mut out, dry_run),
     };
@@ -45,6 +46,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     if let Some(reason) = reload_error {
         writeln!(out, "  last reload failed: {}", reason.replace('\n', "\n    "))?;
     }
+    writeln!(out, "log level {}", status.log_level)?;
     writeln!(
         out,
         "{connections} of {max_connections} connections{}, {} queued in the kernel for slow receivers",
@@ -245,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_drain_resume_backend_and_reload() {
+    fn answers_of_drain_resume_backend_log_level_and_reload() {
         let names = || vec!["smtp".to_owned(), "imap".to_owned()];
         let reloaded = Reloaded {
             added: vec!["imaps".to_owned()],
@@ -260,6 +262,7 @@ mod tests {
             Answer::Resumed { listeners: names() },
             Answer::Resumed { listeners: Vec::new() },
             Answer::BackendSet { listeners: names() },
+            Answer::LogLevelSet { levels: "info,session=debug".to_owned() },
             Answer::Reloaded(Reloaded::default()),
             Answer::Reloaded(reloaded),
         ];

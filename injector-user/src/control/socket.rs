@@ -15,7 +15,10 @@ use tokio::{
 };
 
 use super::{handler::Control, wire::Reply};
-use crate::telemetry::log::target;
+use crate::telemetry::{
+    log::target,
+    operator_connections::{ACCEPT_RETRY_DELAY, OperatorConnections},
+};
 
 /// Only the daemon's user and root may connect.
 const MODE: u32 = 0o600;
@@ -23,6 +26,9 @@ const MODE: u32 = 0o600;
 const MAX_REQUEST_BYTES: u64 = 64 * 1024;
 /// How long a client may take to send its request, and to receive the reply.
 const IO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection may take: longer than both, and than every command (a dry run tries
+/// backends for 20 s).
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Why the control socket cannot be opened.
 #[derive(Debug, Error)]
@@ -97,19 +103,21 @@ impl ControlSocket {
     /// When the runtime cannot poll the socket.
     pub async fn serve(self, control: Control) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
+        let mut connections = OperatorConnections::default();
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let control = control.clone();
-                    tokio::spawn(async move {
+                    let exchange = async move {
                         if let Err(error) = handle(stream, &control).await {
                             tracing::debug!(target: target::CONTROL, %error, "control connection failed");
                         }
-                    });
+                    };
+                    connections.serve(EXCHANGE_TIMEOUT, exchange).await;
                 }
                 Err(error) => {
                     tracing::debug!(target: target::CONTROL, %error, "accepting a control connection failed; retrying");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 }
             }
         }

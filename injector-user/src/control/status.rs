@@ -19,10 +19,11 @@ use crate::{
     telemetry::log::target,
 };
 
-/// The state of the daemon, whose configuration, readiness and uptime the caller knows.
+/// The state of the daemon, whose configuration, log level, readiness and uptime the caller knows.
 pub(super) fn status(
     server: &mut Server,
     config: ConfigStatus,
+    log_level: String,
     readiness: String,
     uptime: Duration,
 ) -> Status {
@@ -43,6 +44,7 @@ pub(super) fn status(
         uptime_ms: millis(uptime),
         readiness,
         config,
+        log_level,
         connections: (connections.sessions + connections.inline) as u64,
         inline_connections: connections.inline as u64,
         max_connections: connections.max as u64,

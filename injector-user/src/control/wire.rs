@@ -47,6 +47,11 @@ pub enum Request {
         /// Its configured address.
         backend: String,
     },
+    /// Log at other levels until the next reload.
+    LogLevel {
+        /// `LEVEL` or `TARGET=LEVEL`; they replace those of an earlier request.
+        levels: Vec<String>,
+    },
     /// Reload the configuration.
     Reload,
     /// Report what a reload would do, and change nothing.
@@ -102,6 +107,11 @@ pub enum Answer {
     BackendSet {
         /// The names of the listeners that have the backend.
         listeners: Vec<String>,
+    },
+    /// To [`Request::LogLevel`].
+    LogLevelSet {
+        /// What is logged now.
+        levels: String,
     },
     /// To [`Request::Reload`].
     Reloaded(Reloaded),
@@ -205,6 +215,9 @@ pub struct Status {
     pub readiness: String,
     /// The configuration in effect.
     pub config: ConfigStatus,
+    /// What is logged: a level, and targets with a level of their own.
+    #[serde(default)]
+    pub log_level: String,
     /// Connections of all engines.
     pub connections: u64,
     /// Those of them that the inline engine carries.

@@ -9,7 +9,7 @@ mod privileges;
 mod signals;
 mod watchdog;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use socket2::Socket;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::signals::{Event, Signals};
 use crate::{
-    config::Config,
+    config::{Config, LogLevel},
     control::{self, ConfigSource, Control, ControlSocket, Request},
     engine::{kernel::InlineEngine, registry::EngineProbes, select},
     listener,
@@ -26,16 +26,19 @@ use crate::{
     server::{ListenerSetup, Server, StartupSettings, StartupState},
     telemetry::{
         backlog::BacklogTotal,
-        log::target,
+        log::{Logging, target},
         metrics::{Metrics, Readiness, http},
     },
 };
+
+/// How long tasks may take to end once no session is left.
+const EXIT_GRACE: Duration = Duration::from_secs(1);
 
 /// Runs the daemon until a signal stops it. `source` reads `file` again for a reload.
 ///
 /// # Errors
 /// When the daemon cannot start; the message states what to do.
-pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Result<()> {
+pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Logging) -> anyhow::Result<()> {
     control::log_remarks(&config);
     let Config { metrics, admin, limits, splice, inline, stop, log, listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
@@ -52,11 +55,19 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Resul
     let selections: anyhow::Result<Vec<_>> =
         listeners.iter().map(|listener| select::select(listener, &probes)).collect();
     privileges::drop_capabilities(&probes, inline_engine.as_ref());
+    let _log_thread = logging.start_thread().context("starting the thread that writes the log")?;
 
     let listeners = listeners.into_iter().zip(selections?).zip(sockets);
     let setup = |((settings, selection), sockets)| ListenerSetup { settings, selection, sockets };
     let startup = StartupState {
-        settings: StartupSettings { metrics, admin, workers: limits.workers, splice, inline, log },
+        settings: StartupSettings {
+            metrics,
+            admin,
+            workers: limits.workers,
+            splice,
+            inline,
+            log_format: log.format,
+        },
         max_connections: limits.max_connections,
         stop_deadline: stop.deadline,
         listeners: listeners.map(setup).collect(),
@@ -69,7 +80,12 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource) -> anyhow::Resul
     let operator = OperatorSockets { metrics: metrics_socket, control: control_socket };
     // One thread for everything except connections, which the worker threads serve.
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    runtime.context("starting the runtime")?.block_on(serve(startup, inline_engine, operator, file, source))
+    let runtime = runtime.context("starting the runtime")?;
+    let configured = (file, source, (logging.clone(), log.level));
+    let result = runtime.block_on(serve(startup, inline_engine, operator, configured));
+    // Not by dropping it: that waits for a name that is being resolved, however long this takes.
+    runtime.shutdown_timeout(EXIT_GRACE);
+    result
 }
 
 /// The sockets on which the operator reaches the daemon.
@@ -82,8 +98,7 @@ async fn serve(
     startup: StartupState,
     inline_engine: Option<InlineEngine>,
     operator: OperatorSockets,
-    file: PathBuf,
-    source: ConfigSource,
+    (file, source, log): (PathBuf, ConfigSource, (Logging, LogLevel)),
 ) -> anyhow::Result<()> {
     // First, because a signal during startup must not end the process without a shutdown.
     let mut signals = Signals::install()?;
@@ -93,6 +108,7 @@ async fn serve(
     let backlog_total = BacklogTotal::default();
     engine_metrics::observe(&metrics, &startup.probes);
     metrics.watch_backlog(backlog_total.clone());
+    metrics.watch_log(log.0.clone());
     let stop_metrics = CancellationToken::new();
     if let Some(socket) = operator.metrics {
         let socket = tokio::net::TcpListener::from_std(socket.into()).context("metrics.listen")?;
@@ -109,7 +125,7 @@ async fn serve(
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
 
-    let control = Control::new(server, file, source, metrics, ready);
+    let control = Control::new(server, file, source, metrics, log, ready);
     if let Some(socket) = operator.control {
         tokio::spawn(serve_control(socket, control.clone()));
     }

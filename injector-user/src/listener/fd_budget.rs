@@ -1,9 +1,10 @@
 //! How many connections the file descriptors allow.
 
-use crate::net::splice_pipe::MAX_PIPES;
+use crate::{net::splice_pipe::MAX_PIPES, telemetry::operator_connections::MAX_OPERATOR_CONNECTIONS};
 
-/// File descriptors of the daemon itself: maps, programs, devices, metrics, logs, pipes.
-const DAEMON_FDS: u64 = 128 + 2 * MAX_PIPES as u64;
+/// File descriptors of the daemon itself: maps, programs, devices, logs, pipes, and what connects to
+/// the metrics' address and to the control socket.
+const DAEMON_FDS: u64 = 96 + 2 * MAX_OPERATOR_CONNECTIONS as u64 + 2 * MAX_PIPES as u64;
 /// A listening socket and its reserve descriptor.
 const FDS_PER_LISTEN_SOCKET: u64 = 2;
 /// Epoll instances, their wake-ups and the hang-up monitor.

@@ -1,6 +1,6 @@
 //! Settings of a running server that only a restart changes.
 
-use crate::config::{Admin, Config, Inline, Log, Metrics, Splice};
+use crate::config::{Admin, Config, Inline, LogFormat, Metrics, Splice};
 
 /// The parts of the configuration that take effect only at startup.
 #[derive(Clone, Debug)]
@@ -15,8 +15,8 @@ pub struct StartupSettings {
     pub splice: Splice,
     /// How the inline engine uses the host.
     pub inline: Inline,
-    /// What is logged, and how.
-    pub log: Log,
+    /// The format of log lines.
+    pub log_format: LogFormat,
 }
 
 impl StartupSettings {
@@ -28,7 +28,7 @@ impl StartupSettings {
             ("limits.workers", config.limits.workers != self.workers),
             ("splice", config.splice != self.splice),
             ("inline", config.inline != self.inline),
-            ("log", config.log != self.log),
+            ("log.format", config.log.format != self.log_format),
         ];
         sections.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
     }

@@ -14,6 +14,7 @@ mod segment_counts;
 mod session_ends;
 mod shutdown;
 mod stalled_readers;
+mod stalls;
 mod startup;
 mod testbed;
 mod transfers;
@@ -59,6 +60,9 @@ fn main() {
     }
     for (name, run) in startup::TRIALS {
         trials.push(trial(&testbed, format!("start/{name}"), run));
+    }
+    for (name, run) in stalls::TRIALS {
+        trials.push(trial(&testbed, format!("stalls/{name}"), run));
     }
     for (name, run) in engine_selection::TRIALS {
         trials.push(trial(&testbed, format!("start/{name}"), run));

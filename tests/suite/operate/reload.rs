@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, ensure};
-use injector_testbed::daemon::Injector;
+use injector_testbed::daemon::{ADMIN, Injector};
 use injector_testbed::netns::VIP_RELAY;
 use injector_testbed::wait::wait_until;
 
@@ -25,6 +25,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("reload/limits", limits),
     ("reload/changes that need a restart are reported", restart),
     ("reload/watching a file", watching),
+    ("reload/the log's level, and by command", log_level),
 ];
 
 /// The output of `injector reload`.
@@ -300,9 +301,11 @@ fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _server = testbed.backend(0)?;
     let mut config = Config::new(engine);
     let injector = testbed.start(&config.text())?;
-    config.top = "[log]\nlevel = \"debug\"\n[limits]\nworkers = 7\n".to_owned();
-    let printed = reload(&injector, &config.text())?;
-    ensure!(printed.ends_with("needs a restart: limits.workers, log\n"), "{printed}");
+    // The daemon logs JSON, by a variable of its environment.
+    config.top = "[admin]\nsocket = \"/run/other\"\n[limits]\nworkers = 7\n".to_owned();
+    let text = config.text().replacen(ADMIN, "", 1);
+    let printed = reload(&injector, &text)?;
+    ensure!(printed.ends_with("needs a restart: admin, limits.workers\n"), "{printed}");
     // An engine that was not loaded at startup cannot be selected later.
     let mut other = Config::new("inline");
     other.listener = String::new();
@@ -315,6 +318,49 @@ fn restart(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     );
     testbed.who_answers()?;
     Ok(())
+}
+
+fn log_level(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let mut config = Config::new(engine);
+    let injector = testbed.start(&config.text())?;
+    injector.command(&["drain"])?;
+    // A rejected client is a line at debug, of target `listener`.
+    let rejected = || -> anyhow::Result<usize> {
+        let line = testbed.client()?.line()?;
+        ensure!(line.starts_with("421 "), "{line:?}");
+        Ok(details(&injector))
+    };
+    ensure!(rejected()? == 0);
+    // By command, of one target, until the next reload.
+    let printed = injector.command(&["log-level", "listener=debug"])?;
+    ensure!(printed == "log level until the next reload: info,listener=debug\n", "{printed}");
+    ensure!(injector.status()?["log_level"] == "info,listener=debug");
+    rejected()?;
+    wait_until("lines at debug", || Ok(details(&injector)), |count| *count == 1)?;
+    injector.command(&["reload"])?;
+    ensure!(injector.status()?["log_level"] == "info");
+    rejected()?;
+    // A mistake changes nothing.
+    let (status, printed) = injector.try_command(&["log-level", "sessions=debug"])?;
+    ensure!(
+        !status.success() && printed.contains("\"sessions\" is not a log target: use one of access"),
+        "{printed}"
+    );
+    // By the file.
+    config.top = "[log]\nlevel = \"debug\"\n".to_owned();
+    let printed = reload(&injector, &config.text())?;
+    ensure!(printed == "no changes\n", "{printed}");
+    ensure!(injector.status()?["log_level"] == "debug");
+    rejected()?;
+    wait_until("lines at debug", || Ok(details(&injector)), |count| *count > 1)?;
+    let listener = injector.log().lines().filter(|line| line.contains("connection rejected")).count();
+    ensure!(listener == 2, "{}", injector.log());
+    Ok(())
+}
+
+/// Lines at debug.
+fn details(injector: &Injector) -> usize {
+    injector.log().lines().filter(|line| line.contains("\"level\":\"DEBUG\"")).count()
 }
 
 fn watching(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {

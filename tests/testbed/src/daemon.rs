@@ -219,6 +219,12 @@ impl Injector {
         self.log.since(Mark::default())
     }
 
+    /// Its control socket, with [`ADMIN`] in its configuration.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        self.dir.path().join("admin.sock")
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -241,7 +247,7 @@ impl Injector {
     pub fn try_command(&self, words: &[&str]) -> anyhow::Result<(ExitStatus, String)> {
         let mut command = Command::new(binary()?);
         forget_settings(&mut command);
-        command.args(words).env("INJECTOR_SOCKET", self.dir.path().join("admin.sock"));
+        command.args(words).env("INJECTOR_SOCKET", self.admin_socket());
         let output = command.output()?;
         let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         Ok((output.status, printed))
@@ -265,7 +271,7 @@ impl Injector {
         let mut command = Command::new(binary()?);
         forget_settings(&mut command);
         command.args(["reload", "--watch"]).arg(self.dir.path().join("injector.toml"));
-        command.env("INJECTOR_SOCKET", self.dir.path().join("admin.sock"));
+        command.env("INJECTOR_SOCKET", self.admin_socket());
         Ok(command.stdout(Stdio::piped()).spawn()?)
     }
 

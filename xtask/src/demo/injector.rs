@@ -202,7 +202,9 @@ async fn get(testbed: &Testbed, path: &'static str) -> Result<(u16, String)> {
     let request = async move {
         let mut stream = TcpStream::connect(address).await?;
         // HTTP/1.0: the answer is not chunked and ends with the connection.
-        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes()).await?;
+        let accept = "application/openmetrics-text; version=1.0.0";
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: {accept}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         anyhow::Ok(answer)

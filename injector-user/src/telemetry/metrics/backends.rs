@@ -53,6 +53,17 @@ impl BackendCollector {
     pub(super) fn forget(&self, listener: &str) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(listener);
     }
+
+    /// The listeners that have backends, of which none is up.
+    pub(super) fn without_backend(&self) -> Vec<String> {
+        let watched = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let none_is_up = |backends: &dyn BackendSource| {
+            let all = backends.sample();
+            !all.is_empty() && all.iter().all(|backend| !backend.up)
+        };
+        let down = watched.iter().filter(|(_, backends)| none_is_up(&***backends));
+        down.map(|(listener, _)| listener.clone()).collect()
+    }
 }
 
 impl BackendCollector {

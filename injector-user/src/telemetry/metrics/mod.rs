@@ -6,10 +6,12 @@
 mod backends;
 mod bpf;
 mod connections;
+mod exposition;
 mod families;
 pub mod http;
 mod labels;
 mod listener;
+mod log;
 #[cfg(test)]
 mod observability;
 mod registry;

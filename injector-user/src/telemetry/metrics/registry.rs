@@ -19,8 +19,9 @@ use super::{
     families::Families,
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
+    log::LogCollector,
 };
-use crate::telemetry::backlog::BacklogTotal;
+use crate::telemetry::{backlog::BacklogTotal, log::Logging};
 
 /// All metrics of the process. Clones share them.
 #[derive(Clone, Debug)]
@@ -32,6 +33,7 @@ struct Inner {
     families: Families,
     bpf: Arc<BpfCollector>,
     backends: Arc<BackendCollector>,
+    log: Arc<LogCollector>,
     connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
@@ -119,6 +121,8 @@ impl Metrics {
         );
         let backends = Arc::new(BackendCollector::default());
         injector.register_collector(Box::new(Arc::clone(&backends)));
+        let log = Arc::new(LogCollector::default());
+        injector.register_collector(Box::new(Arc::clone(&log)));
         let bpf = Arc::new(BpfCollector::default());
         injector.register_collector(Box::new(Arc::clone(&bpf)));
         Self(Arc::new(Inner {
@@ -126,6 +130,7 @@ impl Metrics {
             families,
             bpf,
             backends,
+            log,
             connections: ConnectionSources::default(),
             draining,
             reloads: results,
@@ -153,6 +158,17 @@ impl Metrics {
     #[must_use]
     pub fn misreading_backends(&self) -> Vec<(String, String)> {
         self.0.backends.misreading()
+    }
+
+    /// Sets the log, whose dropped lines are counted at every scrape.
+    pub fn watch_log(&self, logging: Logging) {
+        self.0.log.watch(logging);
+    }
+
+    /// The listeners of which no backend is up, by name.
+    #[must_use]
+    pub fn listeners_without_backend(&self) -> Vec<String> {
+        self.0.backends.without_backend()
     }
 
     /// Sets the source of a listener's connections with `engine`, to be read at every scrape.

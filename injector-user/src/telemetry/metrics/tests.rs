@@ -104,6 +104,7 @@ fn every_family_has_its_type_and_unit() {
         ("injector_inline_flows", ("gauge", None)),
         ("injector_inline_max_flows", ("gauge", None)),
         ("injector_listener_draining", ("gauge", None)),
+        ("injector_log_lines_dropped", ("counter", None)),
         ("injector_max_connections", ("gauge", None)),
         ("injector_plane_changes", ("counter", None)),
         ("injector_selftest_check", ("gauge", None)),

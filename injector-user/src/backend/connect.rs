@@ -132,7 +132,7 @@ impl Backends {
         let order = backend.state.addresses().order(std::time::Instant::now());
         // Each of them is tried, also within a short time.
         let delay = ATTEMPT_DELAY.min(within / u32::try_from(order.len()).unwrap_or(1).max(1));
-        let attempt = |address| async move { (address, Endpoint::connect(address, observe).await) };
+        let attempt = |address| async move { (address, self.connect_from_any(address, observe).await) };
         let mut attempts = FuturesUnordered::new();
         // The addresses of the attempts, in the order of their start.
         let mut pending: Vec<SocketAddr> = Vec::new();
@@ -171,6 +171,19 @@ impl Backends {
         }
     }
 
+    /// Connects from the next source address, or if its ports are in use or this host lacks it, from
+    /// another one.
+    async fn connect_from_any(&self, address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Endpoint> {
+        let mut last = io::ErrorKind::AddrNotAvailable.into();
+        for source in self.sources.towards(address) {
+            match Endpoint::connect_from(source, address, observe).await {
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => last = error,
+                result => return result,
+            }
+        }
+        Err(last)
+    }
+
     /// Records a failed attempt; `error` is `None` if it had no answer.
     fn attempt_failed(
         &self,
@@ -183,8 +196,7 @@ impl Backends {
             Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 Unreachable::Refused { address, error }
             }
-            // Nothing was bound to an address before (__inet_hash_connect,
-            // net/ipv4/inet_hashtables.c).
+            // Of connect(2), not of bind(2) (__inet_hash_connect, net/ipv4/inet_hashtables.c).
             Some(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
                 self.warn_of_source_ports(backend, address);
                 Unreachable::NoSourcePorts { address }

@@ -10,6 +10,7 @@ mod misread;
 mod pool;
 mod reply;
 mod resolver;
+mod source;
 mod state;
 
 pub use self::{

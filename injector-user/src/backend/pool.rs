@@ -17,6 +17,7 @@ use super::{
     checker::{self, CheckError},
     health::AdminState,
     lookup::lookup,
+    source::SourceAddresses,
     state::{Backend, BackendState, BackendStats},
 };
 use crate::{
@@ -42,6 +43,7 @@ pub struct Backends {
     pub(super) resolved: Notify,
     /// Notified when the eligible backends may have changed, except by an ejection.
     pub(super) changed: Arc<Notify>,
+    pub(super) sources: SourceAddresses,
     pub(super) source_ports_warning: RateLimit,
     pub(super) misread_warning: RateLimit,
 }
@@ -100,6 +102,7 @@ impl Backends {
             resolve_now: Notify::new(),
             resolved: Notify::new(),
             changed,
+            sources: SourceAddresses::new(&listener.source_addresses),
             source_ports_warning: RateLimit::default(),
             misread_warning: RateLimit::default(),
         }

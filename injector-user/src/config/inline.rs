@@ -1,15 +1,13 @@
 //! `[inline]`
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    path::PathBuf,
-};
+use std::{net::IpAddr, path::PathBuf};
 
 use toml::de::DeValue;
 
 use super::{
     network::Network,
     parse::section::{Section, Spanned},
+    source_addresses::{self, Loopback},
 };
 
 /// `[inline]`
@@ -166,33 +164,16 @@ fn refuse_former_fields(section: &Section<'_>) {
 }
 
 fn source_addresses(section: &Section<'_>, source: Source, texts: &[Spanned<&str>]) -> Vec<IpAddr> {
-    const FIELD: &str = "source_addresses";
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for (at, text) in texts {
-        let refused = |why: &str| section.report_field(*at, FIELD, &format!(" {text:?}: {why}"));
-        match text.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
-            Err(_) => refused("must be an IP address, such as \"192.0.2.10\" or \"2001:db8::10\""),
-            Ok(ip) if !is_unicast(ip) => {
-                refused("must be an address of this host that backends can answer to");
-            }
-            Ok(ip) if addresses.contains(&ip) => refused("is there twice"),
-            Ok(ip) => addresses.push(ip),
-        }
-    }
     if source == Source::Client
         && let Some((at, _)) = texts.first()
     {
         section.report_field(
             *at,
-            FIELD,
+            source_addresses::FIELD,
             ": source = \"client\" keeps the client's address: remove one of the two",
         );
     }
-    addresses
-}
-
-fn is_unicast(ip: IpAddr) -> bool {
-    !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && ip != Ipv4Addr::BROADCAST
+    source_addresses::read(section, texts, Loopback::Refused)
 }
 
 /// The kernel's rule (dev_valid_name, net/core/dev.c).

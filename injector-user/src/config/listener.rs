@@ -1,6 +1,11 @@
 //! `[[listener]]`: each one alone, then all of them together.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use super::{
     backend::{self, Backend},
@@ -10,6 +15,7 @@ use super::{
         section::{Section, Spanned, Zero},
     },
     receiver::{self, Receiver},
+    source_addresses::{self, Loopback},
     timeouts::{self, Timeouts},
 };
 use crate::protocol::{FirstSpeaker, Protocol};
@@ -73,6 +79,9 @@ pub struct Listener {
     pub backends: Vec<Backend>,
     /// Health checks and ejection.
     pub health: Health,
+    /// Source addresses of connections to backends, by turns. For a family that has none, the address
+    /// that the route prefers.
+    pub source_addresses: Vec<IpAddr>,
     /// How often the names of backends are resolved again.
     pub resolve_interval: Duration,
     /// The limit of concurrent connections of this listener, besides
@@ -146,6 +155,8 @@ fn read(
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
     let backends = backend::read_all(&section, &bind);
+    let source_addresses = section.strings(source_addresses::FIELD).unwrap_or_default();
+    let source_addresses = source_addresses::read(&section, &source_addresses, Loopback::Allowed);
     let resolve_interval = section.duration("resolve_interval", Zero::Rejected);
     let max_connections = section.count("max_connections");
     // Without a valid protocol the rest is still checked, against the least restrictive protocol.
@@ -166,6 +177,7 @@ fn read(
         engine: engine.map_or_else(EngineChoice::default, |(_, engine)| engine),
         backends,
         health,
+        source_addresses,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
         max_connections,
         timeouts,

@@ -16,6 +16,7 @@ mod network;
 mod parse;
 mod receiver;
 mod remarks;
+mod source_addresses;
 mod splice;
 mod stop;
 mod summary;

@@ -54,6 +54,9 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
     let backends: Vec<_> = listener.backends.iter().map(backend).collect();
     writeln!(out, "  backends     {}{resolves}", backends.join(", "))?;
+    if !listener.source_addresses.is_empty() {
+        writeln!(out, "  connects by  {}", join(&listener.source_addresses))?;
+    }
     writeln!(out, "  health       {}", health(&listener.health))?;
     writeln!(out, "  header       {}", header(&listener.receiver))?;
     let timeouts = &listener.timeouts;

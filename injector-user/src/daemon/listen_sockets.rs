@@ -8,6 +8,7 @@ use socket2::Socket;
 use crate::{
     config::Listener,
     listener::{self, Neighbours},
+    net::source,
     server::{self, BoundSockets},
     telemetry::log::target,
 };
@@ -15,13 +16,14 @@ use crate::{
 /// Listens on the addresses of all listeners, and warns about sockets of systemd that no listener uses.
 ///
 /// # Errors
-/// When an address cannot be bound; the message states what to do.
+/// When an address cannot be bound, or this host lacks a source address; the message states what to do.
 pub(super) fn bind_all(
     listeners: &[Listener],
     workers: usize,
     inherited: &[(SocketAddr, Socket)],
 ) -> anyhow::Result<Vec<BoundSockets>> {
     let bind = |listener: &Listener| {
+        source::check(&listener.source_addresses).with_context(|| format!("listener {:?}", listener.name))?;
         let bind = |address: &SocketAddr| {
             let sockets = server::bind(*address, Neighbours::None, inherited, workers, listener)?;
             listener::listen(*address, &sockets)?;

@@ -274,7 +274,10 @@ fn assemble(
             name: listener.name.clone(),
             protocol: listener.protocol,
             version: listener.receiver.version,
-            findings: inline_source_finding(listener, &config.inline).into_iter().collect(),
+            findings: source_finding(listener)
+                .into_iter()
+                .chain(inline_source_finding(listener, &config.inline))
+                .collect(),
             backends: backends.collect(),
         }
     });
@@ -289,6 +292,22 @@ fn injector_addresses(cases: &[Case], port: u16) -> Vec<IpAddr> {
 
 fn no_address_finding(name: &str, why: &str) -> Finding {
     Finding::fault(Verdict::NoAddress, format!("{name} has no address: {why}"), Vec::new())
+}
+
+/// Connections to backends may have other source addresses than the doctor's probes.
+fn source_finding(listener: &Listener) -> Option<Finding> {
+    if listener.source_addresses.is_empty() {
+        return None;
+    }
+    let addresses: Vec<_> = listener.source_addresses.iter().map(ToString::to_string).collect();
+    Some(Finding::note(
+        Verdict::SourceAddresses,
+        format!(
+            "splice and relay connect from source_addresses ({}): the backend's list of trusted addresses must contain \
+             all of them, and the doctor has connected from the address that the route prefers",
+            addresses.join(", ")
+        ),
+    ))
 }
 
 /// The connections of engine inline may have other source addresses than the doctor's probes.

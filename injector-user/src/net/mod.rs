@@ -3,6 +3,7 @@
 pub mod hangup;
 pub mod options;
 pub mod socket;
+pub mod source;
 pub mod splice_pipe;
 pub mod syn;
 pub mod tls;

@@ -7,7 +7,7 @@ mod write;
 use std::{
     future::poll_fn,
     io,
-    net::{Shutdown, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
         Arc,
@@ -23,7 +23,7 @@ use tokio::io::{Interest as Readiness, Ready, unix::AsyncFd};
 use crate::{
     net::{
         hangup::{HangupMonitor, HangupRegistration},
-        options,
+        options, source,
         syn::{ObserveSyn, parse_isn},
     },
     os::{poll, sockopt},
@@ -92,10 +92,26 @@ impl Endpoint {
     /// # Errors
     /// As connect(2).
     pub async fn connect(address: SocketAddr, observe: &ObserveSyn<'_>) -> io::Result<Self> {
+        Self::connect_from(None, address, observe).await
+    }
+
+    /// The same, from an address of this host.
+    ///
+    /// # Errors
+    /// As connect(2); when this host lacks the address, an error without a number and of the kind
+    /// `AddrNotAvailable`.
+    pub async fn connect_from(
+        source: Option<IpAddr>,
+        address: SocketAddr,
+        observe: &ObserveSyn<'_>,
+    ) -> io::Result<Self> {
         let stream = Type::STREAM.nonblocking();
         let socket = Socket::new(Domain::for_address(address), stream, Some(Protocol::TCP))?;
         options::configure(&socket)?;
         options::disable_quickack(&socket)?;
+        if let Some(source) = source {
+            source::bind(&socket, source)?;
+        }
         let socket = Arc::new(socket);
         let observer = observe(&socket);
         match socket.connect(&address.into()) {

@@ -111,6 +111,15 @@ fn set_int(
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) })
 }
 
+/// Makes bind(2) with port 0 leave the choice of the port to connect(2)
+/// (`IP_BIND_ADDRESS_NO_PORT`, also of IPv6 sockets).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn bind_address_no_port(socket: &impl AsRawFd) -> io::Result<()> {
+    set_int(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
 /// Makes a listening socket keep the network and TCP headers of each SYN for [`saved_syn`]
 /// (`TCP_SAVE_SYN`, Linux 4.3).
 ///

@@ -16,6 +16,7 @@ use crate::{
     config::{Config, Listener},
     engine::select::{self, EngineSelection},
     listener,
+    net::source,
     telemetry::log::target,
 };
 
@@ -66,8 +67,9 @@ impl Server {
         let selections: anyhow::Result<Vec<_>> =
             listeners.iter().map(|settings| self.select_engines(settings)).collect();
         let setup = |(settings, selection): (Listener, _)| {
-            let sockets = self
-                .bind_new_addresses(&settings)
+            let sockets = source::check(&settings.source_addresses)
+                .map_err(anyhow::Error::from)
+                .and_then(|()| self.bind_new_addresses(&settings))
                 .with_context(|| format!("listener {:?}", settings.name))?;
             Ok(ListenerSetup { settings, selection, sockets })
         };
@@ -99,6 +101,7 @@ impl Server {
         let mut bound = Vec::new();
         let mut rehearse = |settings: &Listener| {
             let (selection, _) = self.decide_engines(settings)?;
+            source::check(&settings.source_addresses)?;
             bound.push(self.bind_new_addresses(settings)?);
             Ok(selection)
         };

@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 
 use anyhow::ensure;
 use injector_testbed::daemon::Injector;
+use injector_testbed::netns::EDGE_INSIDE;
 
 use crate::Run;
 use crate::testbed::{
@@ -25,6 +26,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("the header is read as commands", header_misread),
     ("the header is read as commands, after the banner", header_misread_later),
     ("no source port is left", no_source_port),
+    ("source addresses take turns", source_addresses),
     ("too many connections", too_many),
     ("forged header/v2", |testbed, engine| {
         forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)
@@ -160,7 +162,7 @@ fn check_misread(injector: &Injector, client: &mut TcpStream) -> anyhow::Result<
 
 /// Every port of the edge host is in use towards the backend.
 fn no_source_port(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
-    const RANGE: &str = "net.ipv4.ip_local_port_range";
+    const RANGE: &str = "net/ipv4/ip_local_port_range";
     let backend = testbed.backend()?;
     let injector = testbed.injector(engine, "smtp", "")?;
     testbed.topology.edge.sysctl(RANGE, "40000 40003")?;
@@ -177,6 +179,35 @@ fn no_source_port(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     };
     let outcome = hold();
     testbed.topology.edge.sysctl(RANGE, "32768 60999")?;
+    outcome
+}
+
+/// With a second source address there are twice as many.
+fn source_addresses(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    const RANGE: &str = "net/ipv4/ip_local_port_range";
+    let backend = testbed.backend()?;
+    let (first, second) = (EDGE_INSIDE.v4, "10.25.0.9");
+    let edge = &testbed.topology.edge;
+    edge.ip(&["addr", "add", &format!("{second}/32"), "dev", "lo"])?;
+    testbed.topology.mail.ip(&["route", "add", second, "via", &first.to_string()])?;
+    let serve = || -> anyhow::Result<()> {
+        let _injector =
+            testbed.injector(engine, "smtp", &format!("source_addresses = [\"{first}\", \"{second}\"]"))?;
+        edge.sysctl(RANGE, "40000 40003")?;
+        let mut held = Vec::new();
+        for _ in 0..8 {
+            held.push((testbed.client()?, accept_with_header(&backend)?));
+        }
+        let sources: Vec<_> =
+            held.iter().map(|(_, (server, ..))| server.peer_addr()).collect::<Result<_, _>>()?;
+        let from = |ip: &str| sources.iter().filter(|source| source.ip().to_string() == ip).count();
+        ensure!((from(&first.to_string()), from(second)) == (4, 4), "{sources:?}");
+        refused(testbed, Some("421 4.3.2 "))
+    };
+    let outcome = serve();
+    edge.sysctl(RANGE, "32768 60999")?;
+    testbed.topology.mail.ip(&["route", "del", second])?;
+    edge.ip(&["addr", "del", &format!("{second}/32"), "dev", "lo"])?;
     outcome
 }
 

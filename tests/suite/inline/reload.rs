@@ -18,6 +18,7 @@ use crate::wire_testbed::Forwarding;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("listeners come and go", come_and_go),
+    ("a connection is ended by the operator", ended_by_operator),
     ("another address", another_address),
     ("another header", another_header),
     ("another backend", another_backend),
@@ -73,6 +74,28 @@ fn come_and_go(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let broken = || Ok(works(&mut more.0, &mut more.1).is_err());
     wait_until("the reset", broken, |broken| *broken)?;
     works(&mut before.0, &mut before.1)
+}
+
+fn ended_by_operator(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let injector = testbed.start(&testbed.config("smtp", ""))?;
+    let mut ended = testbed.inlined(family, &backend)?;
+    let mut other = testbed.inlined(family, &backend)?;
+    let address = ended.0.local_addr()?.to_string();
+    let listed: serde_json::Value = serde_json::from_str(&injector.command(&["sessions", "--json"])?)?;
+    let mut rows = listed["sessions"]["rows"].as_array().into_iter().flatten();
+    let row = rows.find(|row| row["client"] == address).context("not listed")?;
+    let id = row["id"].as_str().context("no id")?;
+    let printed = injector.command(&["sessions", "end", id])?;
+    ensure!(printed == "1 session ended\n", "{printed}");
+    let broken = || Ok(works(&mut ended.0, &mut ended.1).is_err());
+    wait_until("the reset", broken, |broken| *broken)?;
+    let is_logged = || {
+        let sessions = injector.sessions()?;
+        Ok(sessions.iter().any(|session| session.field("reason").as_deref() == Some("ended_by_operator")))
+    };
+    wait_until("the log line", is_logged, |logged| *logged)?;
+    works(&mut other.0, &mut other.1)
 }
 
 fn another_address(testbed: &Testbed, family: Family) -> anyhow::Result<()> {

@@ -49,6 +49,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.timeouts.drain, default.drain);
     assert_ne!(listener.engine, EngineChoice::default());
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
+    assert!(!listener.source_addresses.is_empty());
     assert!(listener.max_connections.is_some());
     assert!(listener.backends.iter().any(|backend| backend.weight != 1));
     assert!(listener.backends.iter().any(|backend| backend.backup));

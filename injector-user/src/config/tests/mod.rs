@@ -65,6 +65,7 @@ fn the_example_has_the_documented_meaning() {
             backup: false,
         }],
         health: Health::default(),
+        source_addresses: Vec::new(),
         resolve_interval: Duration::from_secs(15),
         max_connections: None,
         timeouts: Timeouts {

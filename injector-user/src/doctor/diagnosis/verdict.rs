@@ -59,6 +59,8 @@ pub enum Verdict {
     ForgeryUntested,
     /// The backend is reached over loopback: every process on this host can send a header.
     Loopback,
+    /// Splice and relay connect from other addresses than the doctor.
+    SourceAddresses,
     /// Engine inline connects from other addresses than the doctor.
     InlineSource,
     /// The standard port requires a header too.
@@ -97,6 +99,7 @@ impl Verdict {
             Self::Unproven => "unproven",
             Self::ForgeryUntested => "forgery_untested",
             Self::Loopback => "loopback",
+            Self::SourceAddresses => "source_addresses",
             Self::InlineSource => "inline_source",
             Self::StandardPort => "standard_port",
         }

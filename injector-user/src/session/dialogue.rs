@@ -60,8 +60,9 @@ impl ServerLines {
             return Some(String::from_utf8_lossy(&line).trim_end().chars().take(80).collect());
         }
         let ends_at_line = payload.ends_with(b"\n");
-        self.reply_ended = ends_at_line
-            && last_line(payload, self.at_line_start).is_some_and(|line| self.protocol.ends_reply(line));
+        // Before the client has asked for something, there is no message to be in the middle of.
+        let ends_reply = |line| self.greeting.is_some() || self.protocol.ends_reply(line);
+        self.reply_ended = ends_at_line && last_line(payload, self.at_line_start).is_some_and(ends_reply);
         self.at_line_start = ends_at_line;
         None
     }
@@ -147,7 +148,7 @@ mod tests {
                 let mut lines = ServerLines::new(protocol);
                 for piece in &pieces {
                     if lines.read(piece, Instant::now()).is_none() {
-                        prop_assert!(!lines.may_be_followed() || piece.ends_with(b"\r\n"));
+                        prop_assert!(!lines.may_be_followed() || piece.ends_with(b"\n"));
                     }
                 }
             }
@@ -188,6 +189,16 @@ mod tests {
         assert!(!lines.may_be_followed());
         assert_eq!(lines.read(b"the end\r\n250 ok\r\n", now), None);
         assert!(lines.may_be_followed());
+    }
+
+    #[test]
+    fn a_line_may_follow_any_line_of_a_greeting() {
+        let (mut lines, now) = (ServerLines::new(Protocol::Imap), Instant::now());
+        assert_eq!(lines.read(b"hello there\r\n", now), None);
+        assert!(lines.may_be_followed());
+        lines.client_spoke();
+        assert_eq!(lines.read(b"hello there\r\n", now), None);
+        assert!(!lines.may_be_followed());
     }
 
     #[test]

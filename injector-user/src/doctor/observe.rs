@@ -431,14 +431,15 @@ mod tests {
         let target = Target { address: listener.local_addr().unwrap(), ..target(Protocol::Smtp) };
         tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut received = Vec::new();
-            for reply in [
-                "220 mail ESMTP Exim 4.96\r\n",
-                "503 Command refused, required Proxy negotiation failed\r\n",
-                "221 mail closing connection\r\n",
-            ] {
-                stream.write_all(reply.as_bytes()).await.unwrap();
-                stream.read_buf(&mut received).await.unwrap();
+            stream.write_all(b"220 mail ESMTP Exim 4.96\r\n").await.unwrap();
+            loop {
+                let mut command = Vec::new();
+                stream.read_buf(&mut command).await.unwrap();
+                if command == b"QUIT\r\n" {
+                    break stream.write_all(b"221 mail closing connection\r\n").await.unwrap();
+                }
+                let refusal = b"503 Command refused, required Proxy negotiation failed\r\n";
+                stream.write_all(refusal).await.unwrap();
             }
         });
         let second = Duration::from_secs(5);

@@ -207,6 +207,14 @@ mod tests {
         assert!(!lacks_ipv4("[::1]:0".parse().unwrap(), &socket).unwrap());
     }
 
+    /// With `ipv6-only`, `ListenStream=[::]:25` would refuse IPv4.
+    #[test]
+    fn the_socket_unit_accepts_both_families() {
+        let unit = include_str!("../../../deploy/systemd/injector.socket");
+        let settings: Vec<_> = unit.lines().filter(|line| line.starts_with("BindIPv6Only=")).collect();
+        assert_eq!(settings, ["BindIPv6Only=both"]);
+    }
+
     #[test]
     fn an_address_is_bound_beside_own_sockets_for_all_addresses_and_the_other_way_round() {
         for (first, second) in [("[::]", "127.0.0.1"), ("127.0.0.1", "[::]"), ("0.0.0.0", "127.0.0.1")] {

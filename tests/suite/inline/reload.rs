@@ -25,6 +25,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("to another engine and back", another_engine),
     ("PROXY ports of another engine's listener", proxy_ports),
     ("a listener under another name", renamed),
+    ("listeners in another order, after a restart", reordered),
 ];
 
 fn reload(injector: &Injector, config: &str) -> anyhow::Result<String> {
@@ -210,6 +211,38 @@ fn renamed(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     ensure!(printed == "added: other\nremoved: test\n", "{printed}");
     becomes_inline(testbed, public_address(family), &backend)?;
     works(&mut client, &mut server)?;
+    drop((client, server));
+    let listener = || {
+        let sessions = injector.sessions()?;
+        let own = sessions.iter().find(|session| session.client() == Some(address));
+        Ok(own.and_then(|session| session.field("listener")))
+    };
+    let name = wait_until("the log line", listener, Option::is_some)?;
+    ensure!(name.as_deref() == Some("test"), "{name:?}");
+    Ok(())
+}
+
+/// Connections belong to the listener's name, not to its position in the file.
+fn reordered(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let config = testbed.config("smtp", "");
+    let (top, test) = config.split_once("[[listener]]").context("no listener")?;
+    let elsewhere = |text: String, family| {
+        text.replace(&public_address(family).to_string(), &at(family, PORT + 1).to_string())
+    };
+    let other = test.replace("name = \"test\"", "name = \"first\"");
+    let other = Family::ALL.into_iter().fold(other, elsewhere);
+    let _attached = testbed.attached();
+    let injector =
+        Injector::start(&testbed.topology.edge, &format!("{top}[[listener]]{test}[[listener]]{other}"))?;
+    let (mut client, mut server) = testbed.inlined(family, &backend)?;
+    let address = client.local_addr()?;
+    injector.stop()?;
+    let injector =
+        Injector::start(&testbed.topology.edge, &format!("{top}[[listener]]{other}[[listener]]{test}"))?;
+    works(&mut client, &mut server)?;
+    let listed = injector.command(&["sessions", "test"])?;
+    ensure!(listed.contains(&address.to_string()), "{listed}");
     drop((client, server));
     let listener = || {
         let sessions = injector.sessions()?;

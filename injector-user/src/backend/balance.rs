@@ -1,5 +1,7 @@
 //! The order in which the backends of a listener are tried for a connection. Pure.
 
+use std::{cmp::Ordering, net::IpAddr};
+
 /// The properties of a backend that determine the order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
@@ -11,6 +13,10 @@ pub(super) struct Candidate {
     pub up: bool,
     /// Whether the operator has disabled it.
     pub disabled: bool,
+    /// Its open sessions.
+    pub active: u64,
+    /// The hash of its name, which is the same on every edge host.
+    pub hash: u64,
 }
 
 impl Candidate {
@@ -22,6 +28,55 @@ impl Candidate {
     fn is_selectable(self) -> bool {
         !self.disabled && self.weight > 0
     }
+
+    /// Compares two candidates by the sessions that each would have for its weight.
+    fn compare_load(&self, other: &Self) -> Ordering {
+        let load = |it: &Self, of: &Self| u128::from(it.active + 1) * u128::from(of.weight);
+        load(self, other).cmp(&load(other, self))
+    }
+
+    /// Its score for a client: the highest gets the client (weighted rendezvous hashing; Schindelhauer and Schomaker, SPAA 2005). A
+    /// backend that leaves or comes moves no client between the others.
+    #[expect(clippy::cast_precision_loss, reason = "a random number")]
+    fn score(&self, client: u64) -> f64 {
+        let random = (mix(self.hash ^ client) as f64 + 1.0) / (u64::MAX as f64 + 2.0);
+        f64::from(self.weight) / -random.ln()
+    }
+}
+
+/// Orders candidates by their score for the client with this address.
+pub(super) fn by_source(candidates: &[Candidate], order: &mut [usize], client: IpAddr) {
+    let client = match client {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let client = stable_hash(&client.octets(), 0);
+    let score = |index: &usize| candidates.get(*index).map_or(0.0, |it| it.score(client));
+    order.sort_by(|one, other| score(other).total_cmp(&score(one)));
+}
+
+/// Orders candidates by their load; those with the same load keep their order.
+pub(super) fn by_load(candidates: &[Candidate], order: &mut [usize]) {
+    let of = |index: &usize| candidates.get(*index);
+    order.sort_by(|one, other| match (of(one), of(other)) {
+        (Some(one), Some(other)) => one.compare_load(other),
+        _ => Ordering::Equal,
+    });
+}
+
+/// FNV-1a of these bytes behind a seed, mixed. Not the standard library's hash, which may change between versions: all edge hosts must
+/// have the same one.
+pub(crate) fn stable_hash(bytes: &[u8], seed: u64) -> u64 {
+    let start = 0xCBF2_9CE4_8422_2325 ^ seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3);
+    mix(bytes.iter().fold(start, fold))
+}
+
+/// The finalizer of SplitMix64.
+const fn mix(mut word: u64) -> u64 {
+    word = (word ^ word >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    word = (word ^ word >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    word ^ word >> 31
 }
 
 /// The candidates that get new connections, by index in the given order: the primaries that are up;
@@ -84,7 +139,8 @@ impl SmoothWeightedRoundRobin {
 mod tests {
     use super::*;
 
-    const PLAIN: Candidate = Candidate { weight: 1, backup: false, up: true, disabled: false };
+    const PLAIN: Candidate =
+        Candidate { weight: 1, backup: false, up: true, disabled: false, active: 0, hash: 0 };
     const DOWN: Candidate = Candidate { up: false, ..PLAIN };
     const DISABLED: Candidate = Candidate { up: false, disabled: true, ..PLAIN };
     const BACKUP: Candidate = Candidate { backup: true, ..PLAIN };
@@ -161,5 +217,60 @@ mod tests {
         candidates[1].up = true;
         let back: Vec<_> = (0..6).map(|_| next(&candidates)).collect();
         assert_eq!(back.iter().filter(|index| **index == 1).count(), 3, "{back:?}");
+    }
+
+    fn named(count: u64) -> Vec<Candidate> {
+        (0..count).map(|number| Candidate { hash: stable_hash(&number.to_le_bytes(), 0), ..PLAIN }).collect()
+    }
+
+    fn of_source(candidates: &[Candidate], client: u32) -> Vec<usize> {
+        let mut order = eligible(candidates);
+        by_source(candidates, &mut order, IpAddr::V4(client.into()));
+        order
+    }
+
+    #[test]
+    fn the_backend_with_the_fewest_sessions_for_its_weight_is_first() {
+        let of = |load: &[(u64, u32)]| {
+            let candidate =
+                |(active, weight): &(u64, u32)| Candidate { active: *active, weight: *weight, ..PLAIN };
+            let candidates: Vec<_> = load.iter().map(candidate).collect();
+            let mut order = eligible(&candidates);
+            by_load(&candidates, &mut order);
+            order
+        };
+        assert_eq!(of(&[(3, 1), (2, 1), (4, 1)]), [1, 0, 2]);
+        assert_eq!(of(&[(3, 1), (3, 4), (3, 2)]), [1, 2, 0]);
+        assert_eq!(of(&[(1, 1), (1, 1)]), [0, 1]);
+        // Ten sessions at weight 1 and a hundred at weight 10 differ by what the next one adds.
+        assert_eq!(of(&[(10, 1), (100, 10)]), [1, 0]);
+        assert_eq!(of(&[(u64::MAX - 1, 1000), (0, 1)]), [1, 0]);
+    }
+
+    #[test]
+    fn a_client_keeps_its_backend_and_its_second_one() {
+        let candidates = named(5);
+        for client in 0..500 {
+            let order = of_source(&candidates, client);
+            assert_eq!(order, of_source(&candidates, client));
+            let mut without = candidates.clone();
+            without[order[0]].up = false;
+            assert_eq!(of_source(&without, client), order[1..]);
+        }
+        // An IPv4 address is the same whatever socket it came by.
+        let ipv4 = std::net::Ipv4Addr::new(192, 0, 2, 7);
+        let (mut one, mut other) = (eligible(&candidates), eligible(&candidates));
+        by_source(&candidates, &mut one, ipv4.into());
+        by_source(&candidates, &mut other, ipv4.to_ipv6_mapped().into());
+        assert_eq!(one, other);
+    }
+
+    #[test]
+    fn clients_spread_by_weight() {
+        let mut candidates = named(3);
+        candidates[1].weight = 2;
+        let mut hits = [0; 3];
+        (0..8000).for_each(|client| hits[of_source(&candidates, client)[0]] += 1);
+        assert!((1800..2200).contains(&hits[0]) && (3700..4300).contains(&hits[1]), "{hits:?}");
     }
 }

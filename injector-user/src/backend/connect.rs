@@ -3,8 +3,8 @@
 
 use std::{
     io,
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
+    net::{IpAddr, SocketAddr},
+    sync::atomic::Ordering,
     time::Duration,
 };
 
@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::{
     addresses::RETRY_AFTER,
     pool::Backends,
+    queue::NoPlace,
     state::{Backend, SessionGuard},
 };
 use crate::{
@@ -71,6 +72,9 @@ pub enum Unreachable {
         /// The last address.
         address: SocketAddr,
     },
+    /// All that could be tried have as many sessions as they may.
+    #[error("every backend has reached its max_connections, and {0}")]
+    Full(NoPlace),
     /// Any other error, such as no route.
     #[error("{address}: {error}")]
     Other {
@@ -83,31 +87,48 @@ pub enum Unreachable {
 
 impl Backends {
     /// Connects to the first backend that accepts, while `observe` reads its SYN. The backends share
-    /// the time `within`: each gets an equal part of the rest.
+    /// the time `within`: each gets an equal part of the rest. While all of them have as many sessions
+    /// as they may, the client waits in the listener's queue.
     ///
     /// # Errors
-    /// [`Unreachable`], after all addresses of all backends failed.
+    /// [`Unreachable`], after all addresses of all backends failed, or without a place.
     pub async fn connect(
         &self,
+        client: IpAddr,
         within: Duration,
         observe: &ObserveSyn<'_>,
     ) -> Result<BackendConnection, Unreachable> {
+        let attempt = || self.connect_unless_full(client, within, observe);
+        self.queue.wait(attempt).await.unwrap_or_else(|no_place| Err(Unreachable::Full(no_place)))
+    }
+
+    /// The same, without waiting: `None` if every backend that could be tried has as many sessions as
+    /// it may.
+    async fn connect_unless_full(
+        &self,
+        client: IpAddr,
+        within: Duration,
+        observe: &ObserveSyn<'_>,
+    ) -> Option<Result<BackendConnection, Unreachable>> {
         let deadline = Instant::now() + within;
-        let mut order = self.order();
+        let mut order = self.order(client);
         if order.is_empty() {
-            return Err(Unreachable::AllDisabled);
+            return Some(Err(Unreachable::AllDisabled));
         }
         if !order.iter().any(|backend| backend.has_address()) {
             // The names had no address when they were last resolved.
             let _ = timeout(within, self.resolve_now()).await;
         }
         order.retain(|backend| backend.has_address());
-        let mut worst = Unreachable::Unresolved;
+        let (mut worst, mut tried) = (Unreachable::Unresolved, order.is_empty());
         for (left, backend) in (1..=u32::try_from(order.len()).unwrap_or(1)).rev().zip(order) {
+            let Some(session) = backend.reserve(&self.queue.released) else { continue };
+            tried = true;
             let share = deadline.saturating_duration_since(Instant::now()) / left;
             match self.connect_to(backend, share, observe).await {
                 Ok((address, endpoint)) => {
-                    return Ok(BackendConnection { endpoint, address, session: self.reached(backend) });
+                    self.reached(backend);
+                    return Some(Ok(BackendConnection { endpoint, address, session }));
                 }
                 Err(failed) => {
                     if failed.counts_as_failure() {
@@ -117,7 +138,7 @@ impl Backends {
                 }
             }
         }
-        Err(worst)
+        tried.then_some(Err(worst))
     }
 
     /// Connects to the address of a backend that accepts first. The next address is tried when one
@@ -256,12 +277,9 @@ impl Backends {
         self.all().iter().filter(move |backend| backend.addresses().contains(&address))
     }
 
-    fn reached(&self, backend: &Backend) -> SessionGuard {
-        let state = &backend.state;
-        state.health().connected();
-        state.counters.active.fetch_add(1, Ordering::Relaxed);
-        state.counters.sessions.fetch_add(1, Ordering::Relaxed);
-        SessionGuard(Arc::clone(state))
+    fn reached(&self, backend: &Backend) {
+        backend.state.health().connected();
+        backend.state.counters.sessions.fetch_add(1, Ordering::Relaxed);
     }
 
     fn failed(&self, backend: &Backend) {
@@ -283,7 +301,7 @@ impl Unreachable {
             Self::Other { error, .. } => {
                 matches!(error.kind(), HostUnreachable | NetworkUnreachable | ConnectionReset)
             }
-            Self::Unresolved | Self::AllDisabled | Self::NoSourcePorts { .. } => false,
+            Self::Unresolved | Self::AllDisabled | Self::NoSourcePorts { .. } | Self::Full(_) => false,
         }
     }
 }
@@ -292,7 +310,7 @@ impl Unreachable {
 /// failure. A failure of this host outranks both.
 fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
     let rank = |error: &Unreachable| match error {
-        Unreachable::Unresolved | Unreachable::AllDisabled => 0,
+        Unreachable::Unresolved | Unreachable::AllDisabled | Unreachable::Full(_) => 0,
         Unreachable::Other { .. } => 1,
         Unreachable::Refused { .. } => 2,
         Unreachable::Timeout { .. } => 3,
@@ -303,6 +321,8 @@ fn most_specific(one: Unreachable, other: Unreachable) -> Unreachable {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::HealthState;
     use tokio_util::sync::CancellationToken;
 
@@ -314,6 +334,12 @@ mod tests {
             "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\nbackends = [{list}]\n"
         );
         Backends::new(&Config::parse(&text, "test.toml").unwrap().listeners[0], None, Arc::default())
+    }
+
+    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
+
+    async fn connect(backends: &Backends) -> Result<BackendConnection, Unreachable> {
+        backends.connect(CLIENT, Duration::from_secs(5), &no_observer).await
     }
 
     async fn listening() -> (tokio::net::TcpListener, SocketAddr) {
@@ -330,14 +356,14 @@ mod tests {
     async fn the_next_address_is_tried_after_a_refusal() {
         let (_listener, good) = listening().await;
         let backends = backends(&format!("\"{}\", \"{good}\"", refusing().await));
-        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+        let backend = connect(&backends).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
     #[tokio::test]
     async fn refusals_of_all_addresses_are_reported_as_refused() {
         let backends = backends(&format!("\"{}\"", refusing().await));
-        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
+        let error = connect(&backends).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
     }
 
@@ -349,7 +375,7 @@ mod tests {
         let stop = CancellationToken::new();
         tokio::spawn(Arc::clone(&backends).run(stop.clone()));
         let _stop = stop.drop_guard();
-        let backend = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+        let backend = connect(&backends).await.unwrap();
         assert_eq!(backend.address, good);
     }
 
@@ -359,7 +385,7 @@ mod tests {
         let stop = CancellationToken::new();
         tokio::spawn(Arc::clone(&backends).run(stop.clone()));
         let _stop = stop.drop_guard();
-        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
+        let error = connect(&backends).await.unwrap_err();
         assert!(matches!(error, Unreachable::Unresolved), "{error}");
     }
 
@@ -393,7 +419,7 @@ mod tests {
         let backends = resolved(&[silent, good]);
         let connect = async || {
             let start = Instant::now();
-            let connection = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap();
+            let connection = connect(&backends).await.unwrap();
             (connection.address, start.elapsed())
         };
         let (address, took) = connect().await;
@@ -413,7 +439,7 @@ mod tests {
         let (_socket, _queued, silent) = silent().await;
         let (_listener, good) = listening().await;
         let backends = resolved(&[silent, good]);
-        assert_eq!(backends.connect(ATTEMPT_DELAY / 2, &no_observer).await.unwrap().address, good);
+        assert_eq!(backends.connect(CLIENT, ATTEMPT_DELAY / 2, &no_observer).await.unwrap().address, good);
     }
 
     #[tokio::test]
@@ -423,7 +449,7 @@ mod tests {
         let backends = resolved(&[first, refusing().await, second]);
         let mut counts = [0; 2];
         for _ in 0..9 {
-            let address = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap().address;
+            let address = connect(&backends).await.unwrap().address;
             counts[usize::from(address == second)] += 1;
         }
         assert!(counts.iter().all(|count| *count >= 4), "{counts:?}");
@@ -433,7 +459,7 @@ mod tests {
     async fn a_backend_fails_when_all_of_its_addresses_have() {
         let addresses = [refusing().await, refusing().await];
         let backends = resolved(&addresses);
-        let error = backends.connect(Duration::from_secs(5), &no_observer).await.unwrap_err();
+        let error = connect(&backends).await.unwrap_err();
         assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
         assert_eq!(backends.all()[0].failing_addresses(), addresses);
         // By connections of the inline engine: one address alone ejects nothing.
@@ -447,5 +473,93 @@ mod tests {
         backends.note_connected(good);
         assert_eq!(backends.all()[0].usable_addresses(false), [good]);
         assert_eq!(backends.all()[0].health_state(), HealthState::Up);
+    }
+
+    /// A backend with one place, and settings of its listener.
+    async fn one_place(settings: &str) -> (tokio::net::TcpListener, Arc<Backends>) {
+        let (listener, address) = listening().await;
+        let list = format!("{{ address = \"{address}\", max_connections = 1 }}]\n{settings}\n#");
+        (listener, Arc::new(backends(&list)))
+    }
+
+    fn spawn(backends: &Arc<Backends>) -> tokio::task::JoinHandle<Result<BackendConnection, Unreachable>> {
+        let backends = Arc::clone(backends);
+        tokio::spawn(async move { connect(&backends).await })
+    }
+
+    async fn waiting(backends: &Backends, count: usize) {
+        while backends.queue.len() != count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn clients_wait_for_a_place_and_get_it_in_their_order() {
+        let (_listener, backends) = one_place("max_queue = 2").await;
+        let first = connect(&backends).await.unwrap();
+        let second = spawn(&backends);
+        waiting(&backends, 1).await;
+        let third = spawn(&backends);
+        waiting(&backends, 2).await;
+        let error = connect(&backends).await.unwrap_err();
+        assert!(matches!(error, Unreachable::Full(NoPlace::QueueFull)), "{error}");
+        drop(first);
+        let second = second.await.unwrap().unwrap();
+        assert_eq!((backends.queue.len(), third.is_finished()), (1, false));
+        assert_eq!(backends.all()[0].stats().active, 1);
+        drop(second);
+        drop(third.await.unwrap().unwrap());
+        assert_eq!((backends.queue.len(), backends.all()[0].stats().active), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_client_waits_no_longer_than_it_may() {
+        let (_listener, backends) = one_place("[listener.timeouts]\nqueue = \"20ms\"").await;
+        let _first = connect(&backends).await.unwrap();
+        let error = connect(&backends).await.unwrap_err();
+        assert!(matches!(error, Unreachable::Full(NoPlace::TimedOut)), "{error}");
+        assert_eq!(backends.queue.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_gives_its_turn_to_the_next() {
+        let (_listener, backends) = one_place("").await;
+        let first = connect(&backends).await.unwrap();
+        let leaving = spawn(&backends);
+        waiting(&backends, 1).await;
+        let second = spawn(&backends);
+        waiting(&backends, 2).await;
+        leaving.abort();
+        waiting(&backends, 1).await;
+        drop(first);
+        assert!(timeout(Duration::from_secs(5), second).await.unwrap().unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_failed_attempt_gives_its_place_back() {
+        let address = refusing().await;
+        let backends = backends(&format!("{{ address = \"{address}\", max_connections = 1 }}"));
+        for _ in 0..3 {
+            let error = connect(&backends).await.unwrap_err();
+            assert!(matches!(error, Unreachable::Refused { .. }), "{error}");
+        }
+        assert_eq!(backends.all()[0].stats().active, 0);
+    }
+
+    #[tokio::test]
+    async fn what_one_backend_has_no_place_for_goes_to_the_next_and_at_last_to_the_backup() {
+        let (_one, one) = listening().await;
+        let (_two, two) = listening().await;
+        let (_backup, backup) = listening().await;
+        let backends = backends(&format!(
+            "{{ address = \"{one}\", max_connections = 1 }}, {{ address = \"{two}\", max_connections = 1 }}, \
+             {{ address = \"{backup}\", backup = true }}"
+        ));
+        let mut connections = Vec::new();
+        for expected in [one, two, backup, backup] {
+            let connection = connect(&backends).await.unwrap();
+            assert_eq!(connection.address, expected);
+            connections.push(connection);
+        }
     }
 }

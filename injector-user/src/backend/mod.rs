@@ -8,11 +8,13 @@ mod health;
 mod lookup;
 mod misread;
 mod pool;
+mod queue;
 mod reply;
 mod resolver;
 mod source;
 mod state;
 
+pub(crate) use self::balance::stable_hash;
 pub use self::{
     checker::CheckError,
     connect::{BackendConnection, Unreachable},

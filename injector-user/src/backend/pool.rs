@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
@@ -17,11 +17,12 @@ use super::{
     checker::{self, CheckError},
     health::AdminState,
     lookup::lookup,
+    queue::Queue,
     source::SourceAddresses,
     state::{Backend, BackendState, BackendStats},
 };
 use crate::{
-    config::{self, Check, Host, Listener},
+    config::{self, Balance, Check, Host, Listener},
     telemetry::{
         log::target,
         metrics::{BackendSample, BackendSource},
@@ -36,11 +37,13 @@ pub struct Backends {
     pub(super) health: config::Health,
     pub(super) resolve_interval: Duration,
     pub(super) all: Vec<Backend>,
+    balance: Balance,
     round_robin: Mutex<SmoothWeightedRoundRobin>,
     /// Asks the resolver for addresses now.
     pub(super) resolve_now: Notify,
     /// Notified when the resolver has tried.
     pub(super) resolved: Notify,
+    pub(super) queue: Queue,
     /// Notified when the eligible backends may have changed, except by an ejection.
     pub(super) changed: Arc<Notify>,
     pub(super) sources: SourceAddresses,
@@ -65,6 +68,10 @@ impl BackendSource for Backends {
             }
         };
         self.all.iter().map(sample).collect()
+    }
+
+    fn queued(&self) -> usize {
+        self.queue.len()
     }
 }
 
@@ -91,16 +98,19 @@ impl Backends {
                 state.health().unchecked();
                 state.addresses().unchecked();
             }
-            Backend { configured: configured.clone(), state }
+            let hash = balance::stable_hash(configured.to_string().as_bytes(), 0);
+            Backend { configured: configured.clone(), hash, state }
         };
         Self {
             listener: listener.name.clone(),
             health: listener.health,
             resolve_interval: listener.resolve_interval,
             all: listener.backends.iter().map(backend).collect(),
+            balance: listener.balance,
             round_robin: Mutex::default(),
             resolve_now: Notify::new(),
             resolved: Notify::new(),
+            queue: Queue::new(listener, before.map(|before| &before.queue)),
             changed,
             sources: SourceAddresses::new(&listener.source_addresses),
             source_ports_warning: RateLimit::default(),
@@ -219,12 +229,19 @@ impl Backends {
         self.changed.notify_one();
     }
 
-    /// The backends to try, in order.
-    pub(super) fn order(&self) -> Vec<&Backend> {
+    /// The backends to try for this client, in order.
+    pub(super) fn order(&self, client: IpAddr) -> Vec<&Backend> {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
         let mut order = balance::eligible(&candidates);
         let reserve = balance::fallbacks(&candidates, &order);
-        self.round_robin.lock().unwrap_or_else(PoisonError::into_inner).rotate(&candidates, &mut order);
+        let mut round_robin = self.round_robin.lock().unwrap_or_else(PoisonError::into_inner);
+        round_robin.rotate(&candidates, &mut order);
+        drop(round_robin);
+        match self.balance {
+            Balance::Weighted => {}
+            Balance::LeastConnections => balance::by_load(&candidates, &mut order),
+            Balance::Source => balance::by_source(&candidates, &mut order, client),
+        }
         order.extend(reserve);
         order.into_iter().filter_map(|index| self.all.get(index)).collect()
     }

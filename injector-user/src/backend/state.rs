@@ -9,6 +9,8 @@ use std::{
     time::Instant,
 };
 
+use tokio::sync::Notify;
+
 use super::{
     addresses::Addresses,
     balance::Candidate,
@@ -20,6 +22,8 @@ use crate::config;
 #[derive(Clone, Debug)]
 pub struct Backend {
     pub(super) configured: config::Backend,
+    /// The hash of its name.
+    pub(super) hash: u64,
     pub(super) state: Arc<BackendState>,
 }
 
@@ -65,11 +69,16 @@ pub struct BackendStats {
 
 /// Counts as one of the backend's sessions until it is dropped.
 #[derive(Debug)]
-pub struct SessionGuard(pub(super) Arc<BackendState>);
+pub struct SessionGuard {
+    state: Arc<BackendState>,
+    /// Notified on drop: a client may wait for the place.
+    released: Arc<Notify>,
+}
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
-        self.0.counters.active.fetch_sub(1, Ordering::Relaxed);
+        self.state.counters.active.fetch_sub(1, Ordering::Relaxed);
+        self.released.notify_one();
     }
 }
 
@@ -141,6 +150,15 @@ impl Backend {
         BackendStats { active, sessions, passed, failed, ejections, misread }
     }
 
+    /// A place for one more session; `None` if the backend has as many as it may.
+    pub(super) fn reserve(&self, released: &Arc<Notify>) -> Option<SessionGuard> {
+        let limit = self.configured.max_connections.map_or(u64::MAX, |limit| limit as u64);
+        let more = |active: u64| (active < limit).then_some(active + 1);
+        let active = &self.state.counters.active;
+        active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(SessionGuard { state: Arc::clone(&self.state), released: Arc::clone(released) })
+    }
+
     pub(super) fn candidate(&self) -> Candidate {
         let health_state = self.health_state();
         Candidate {
@@ -148,6 +166,8 @@ impl Backend {
             backup: self.configured.backup,
             up: health_state.is_up(),
             disabled: health_state == HealthState::ForcedDown,
+            active: self.state.counters.active.load(Ordering::Relaxed),
+            hash: self.hash,
         }
     }
 }

@@ -22,6 +22,38 @@ pub struct Backend {
     pub weight: u32,
     /// Whether it gets connections only while no primary backend is available.
     pub backup: bool,
+    /// The limit of its concurrent sessions from this daemon.
+    pub max_connections: Option<usize>,
+}
+
+/// Which of the backends that are up gets the next connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// In turn, in proportion to the weights.
+    #[default]
+    Weighted,
+    /// The one with the fewest sessions for its weight.
+    LeastConnections,
+    /// The same one for each client's address, while it is up.
+    Source,
+}
+
+impl Balance {
+    pub(super) const CHOICES: [(&'static str, Self); 3] = [
+        ("weighted", Self::Weighted),
+        ("least_connections", Self::LeastConnections),
+        ("source", Self::Source),
+    ];
+
+    /// The name in the configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Weighted => "weighted",
+            Self::LeastConnections => "least_connections",
+            Self::Source => "source",
+        }
+    }
 }
 
 impl Backend {
@@ -42,15 +74,17 @@ pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backe
     let entries = section.required("backends", |section, field| section.entries(field)).unwrap_or_default();
     let mut backends: Vec<Backend> = Vec::new();
     for entry in entries {
-        let (at, text, weight, backup) = match entry {
-            Entry::Text((at, text)) => (at, text, 1, false),
+        let (at, text, weight, backup, max_connections) = match entry {
+            Entry::Text((at, text)) => (at, text, 1, false, None),
             Entry::Table(table) => {
                 let address = table.required("address", |table, field| table.string(field));
                 let weight = table.integer("weight", 0, u64::from(Backend::MAX_WEIGHT));
                 let backup = table.flag("backup").is_some_and(|(_, backup)| backup);
+                let max_connections = table.count("max_connections");
                 table.finish();
                 let Some((at, text)) = address else { continue };
-                (at, text, weight.and_then(|(_, weight)| u32::try_from(weight).ok()).unwrap_or(1), backup)
+                let weight = weight.and_then(|(_, weight)| u32::try_from(weight).ok()).unwrap_or(1);
+                (at, text, weight, backup, max_connections)
             }
         };
         let (host, port) = match address::backend(text) {
@@ -68,7 +102,7 @@ pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backe
                 format!(" {text:?}: points back at this listener (bind \"{bind}\"): connections would loop");
             section.report_field(at, "backends", &message);
         }
-        backends.push(Backend { host, port, weight, backup });
+        backends.push(Backend { host, port, weight, backup, max_connections });
     }
     if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
         let message = ": at least one non-backup backend with weight > 0 is required";

@@ -8,11 +8,11 @@ use std::{
 };
 
 use super::{
-    backend::{self, Backend},
+    backend::{self, Backend, Balance},
     health::{self, Health},
     parse::{
         address,
-        section::{Section, Spanned, Zero},
+        section::{MAX_CONNECTIONS, Section, Spanned, Zero},
     },
     receiver::{self, Receiver},
     source_addresses::{self, Loopback},
@@ -21,6 +21,8 @@ use super::{
 use crate::protocol::{FirstSpeaker, Protocol};
 
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(15);
+
+const MAX_QUEUE: usize = 100;
 
 /// Which engine moves the bytes of a listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -77,6 +79,10 @@ pub struct Listener {
     pub engine: EngineChoice,
     /// At least one, with distinct addresses. At least one primary has a weight above 0.
     pub backends: Vec<Backend>,
+    /// Which backend gets the next connection.
+    pub balance: Balance,
+    /// How many clients may wait for a backend that has reached its `max_connections`.
+    pub max_queue: usize,
     /// Health checks and ejection.
     pub health: Health,
     /// Source addresses of connections to backends, by turns. For a family that has none, the address
@@ -97,7 +103,7 @@ impl Listener {
     /// Why inline can serve no connection of this listener; `None` if it can.
     #[must_use]
     pub fn inline_obstacle(&self) -> Option<String> {
-        self.receiver.inline_obstacle()
+        inline_obstacle(self.balance, &self.backends, &self.receiver)
     }
 
     /// Whether engine inline sends the header together with the client's first bytes. It does if
@@ -163,12 +169,14 @@ fn read(
     let timeouts =
         timeouts::read(section.section("timeouts"), protocol.unwrap_or(Protocol::Plain), protocol.is_some());
     let receiver = receiver::read(section.section("receiver"));
+    let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
+    let balance = balance(&section).unwrap_or_default();
+    let max_queue = section.integer("max_queue", 0, MAX_CONNECTIONS as u64);
     if let Some((at, EngineChoice::Inline)) = engine
-        && let Some(obstacle) = receiver.inline_obstacle()
+        && let Some(obstacle) = inline_obstacle(balance, &backends, &receiver)
     {
         section.report_field(at, "engine", &format!(" \"inline\": {obstacle}"));
     }
-    let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     section.finish();
     Some(Listener {
         name: name?,
@@ -180,9 +188,26 @@ fn read(
         source_addresses,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
         max_connections,
+        balance,
+        max_queue: max_queue.map_or(MAX_QUEUE, |(_, count)| usize::try_from(count).unwrap_or(MAX_QUEUE)),
         timeouts,
         receiver,
     })
+}
+
+fn inline_obstacle(balance: Balance, backends: &[Backend], receiver: &Receiver) -> Option<String> {
+    if balance != Balance::Weighted {
+        return Some(format!("balance = \"{}\" needs splice or relay", balance.name()));
+    }
+    if backends.iter().any(|backend| backend.max_connections.is_some()) {
+        return Some("max_connections of a backend needs splice or relay".to_owned());
+    }
+    receiver.inline_obstacle()
+}
+
+fn balance(section: &Section<'_>) -> Option<Balance> {
+    let balance = section.string("balance")?;
+    section.choose("balance", balance, &Balance::CHOICES)
 }
 
 fn name(section: &mut Section<'_>, names: &mut BTreeMap<String, usize>) -> Option<String> {

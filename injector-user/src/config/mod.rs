@@ -33,7 +33,7 @@ pub(crate) use self::parse::{
 use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,
-    backend::Backend,
+    backend::{Backend, Balance},
     health::{Check, CheckHeader, Ejection, Health},
     host::Host,
     inline::{Attachment, Inline, Source},

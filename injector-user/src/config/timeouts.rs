@@ -10,11 +10,16 @@ const MAX_HEADER_WAIT: Duration = Duration::from_secs(3);
 /// `MAX_TCP_KEEPIDLE`, include/net/tcp.h.
 const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
+/// Half a minute after it connected, an SMTP client still waits for its greeting (RFC 5321, section 4.5.3.2.1: 5 minutes).
+const QUEUE: Duration = Duration::from_secs(30);
+
 /// `[listener.timeouts]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
     /// For all attempts to connect to a backend together.
     pub connect: Duration,
+    /// How long a client waits for a backend that has reached its `max_connections`.
+    pub queue: Duration,
     /// Idle time in both directions.
     pub idle: Duration,
     /// How long the header waits for the client's first bytes before it is sent alone; below 3 s.
@@ -36,6 +41,7 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
     let default = protocol.timeouts();
     let mut timeouts = Timeouts {
         connect: default.connect,
+        queue: QUEUE,
         idle: default.idle,
         header_wait: default.header_wait,
         half_closed: default.half_closed,
@@ -51,6 +57,7 @@ pub(super) fn read(section: Option<Section<'_>>, protocol: Protocol, protocol_kn
         }
     };
     set("connect", &mut timeouts.connect);
+    set("queue", &mut timeouts.queue);
     set("idle", &mut timeouts.idle);
     set("half_closed", &mut timeouts.half_closed);
     set("client_fin", &mut timeouts.client_fin);

@@ -126,7 +126,8 @@ async fn connect_and_send_header(
     // Connect a backend.
     let session_handle = info.registration.handle();
     let observe = |socket: &Arc<Socket>| context.engine.observe_syn(socket);
-    let connecting = context.backends.connect(context.timeouts.connect, &observe);
+    let peer = info.registration.client().ip();
+    let connecting = context.backends.connect(peer, context.timeouts.connect, &observe);
     let connected = tokio::select! {
         connected = connecting => connected,
         _ = client.closed() => return Err((CloseReason::ClientReset, None)),
@@ -142,7 +143,11 @@ async fn connect_and_send_header(
     let BackendConnection { endpoint: backend, address, session } = match connected {
         Ok(reached) => reached,
         Err(error) => {
-            reject(client, context.protocol, Rejection::BackendUnavailable).await;
+            let why = match error {
+                Unreachable::Full(_) => Rejection::TooManyConnections,
+                _ => Rejection::BackendUnavailable,
+            };
+            reject(client, context.protocol, why).await;
             return Err((connect_failure(&error), Some(error.to_string())));
         }
     };
@@ -339,6 +344,7 @@ fn connect_failure(error: &Unreachable) -> CloseReason {
         Unreachable::Refused { .. } => CloseReason::BackendRefused,
         Unreachable::Timeout { .. } => CloseReason::ConnectTimeout,
         Unreachable::NoSourcePorts { .. } => CloseReason::NoSourcePorts,
+        Unreachable::Full(_) => CloseReason::BackendFull,
         // No file descriptor was left for the socket: that is not the backend's failure.
         Unreachable::Other { error, .. }
             if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>

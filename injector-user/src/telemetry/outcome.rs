@@ -50,6 +50,8 @@ pub enum CloseReason {
     BackendUnresolved,
     /// The operator ended the session.
     EndedByOperator,
+    /// Every backend has as many sessions as it may, and the client has waited in vain.
+    BackendFull,
     /// All connections together had too much backlog in the kernel, and this one had a part of it.
     Overload,
     /// The daemon itself failed, for instance for want of descriptors.
@@ -58,7 +60,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// All reasons.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::ClientClosed,
         Self::BackendClosed,
         Self::ClientReset,
@@ -80,6 +82,7 @@ impl CloseReason {
         Self::NoSourcePorts,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
+        Self::BackendFull,
         Self::Overload,
         Self::Internal,
     ];
@@ -109,6 +112,7 @@ impl CloseReason {
             Self::NoSourcePorts => "no_source_ports",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
+            Self::BackendFull => "backend_full",
             Self::Overload => "overload",
             Self::Internal => "internal",
         }

@@ -3,10 +3,12 @@
 
 use std::io::{ErrorKind, Write};
 use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::EDGE_INSIDE;
+use injector_testbed::wait::wait_until;
 
 use crate::Run;
 use crate::testbed::{
@@ -28,6 +30,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("no source port is left", no_source_port),
     ("source addresses take turns", source_addresses),
     ("too many connections", too_many),
+    ("a full backend", full_backend),
     ("forged header/v2", |testbed, engine| {
         forged(testbed, engine, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", 64)
     }),
@@ -236,6 +239,33 @@ fn too_many(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 two\r\n")
+}
+
+/// One client waits until the backend has a place, the next one does not wait, and the last one waits in vain.
+fn full_backend(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    const QUEUE: Duration = Duration::from_millis(600);
+    let backend = testbed.backend()?;
+    let extra = "backends = [{ address = \"10.25.0.2:12500\", max_connections = 1 }]\nmax_queue = 1\n\
+                 [listener.timeouts]\nqueue = \"600ms\"";
+    let injector = testbed.injector(engine, "smtp", extra)?;
+    let mut first = testbed.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut first, b"220 first\r\n")?;
+    let mut second = testbed.client()?;
+    wait_until(
+        "the queue",
+        || Ok(injector.metrics()?.sum("injector_backend_queue", &[])),
+        |queue| *queue > 0.5,
+    )?;
+    refused(testbed, Some("421 4.3.2 Too many"))?;
+    drop((first, server));
+    let (mut server, header, _) = accept_with_header(&backend)?;
+    ensure!(header.source == second.local_addr()?, "{header:?}");
+    pass(&mut server, &mut second, b"220 second\r\n")?;
+    let start = Instant::now();
+    refused(testbed, Some("421 4.3.2 Too many"))?;
+    ensure!(start.elapsed() >= QUEUE, "refused after {:?}", start.elapsed());
+    counted(&injector, "injector_connections_rejected_total", &[("reason", "backend_full")], 2.0)
 }
 
 /// The backend reads the injector's header and nothing from the client, which is reset.

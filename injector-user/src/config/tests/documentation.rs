@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, time::Duration};
 use super::{LISTENER, and, diagnostics, with};
 use crate::{
     config::{
-        CheckHeader, Config, EngineChoice, Health, Inline, Limits, LogFormat, LogLevel, Receiver, Splice,
-        Stop,
+        Balance, CheckHeader, Config, EngineChoice, Health, Inline, Limits, LogFormat, LogLevel, Receiver,
+        Splice, Stop,
     },
     protocol::Protocol,
 };
@@ -53,6 +53,10 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert!(listener.max_connections.is_some());
     assert!(listener.backends.iter().any(|backend| backend.weight != 1));
     assert!(listener.backends.iter().any(|backend| backend.backup));
+    assert!(listener.backends.iter().any(|backend| backend.max_connections.is_some()));
+    assert_ne!(listener.balance, Balance::default());
+    assert_ne!(listener.max_queue, 100);
+    assert_ne!(listener.timeouts.queue, Duration::from_secs(30));
     let health = listener.health;
     assert_ne!(health.ejection.after, Health::default().ejection.after);
     assert_ne!(health.ejection.time, Health::default().ejection.time);

@@ -6,6 +6,8 @@
 
 use injector_common::inline::BackendTable;
 
+use crate::backend::stable_hash;
+
 /// A backend of a table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Member {
@@ -38,8 +40,8 @@ pub(super) fn backend_table(members: &[Member]) -> Option<BackendTable> {
         index: member.index,
         weight: u64::from(member.weight),
         due: heaviest,
-        next: below(hash(&member.identity, 1), SIZE),
-        step: below(hash(&member.identity, 2), SIZE - 1) + 1,
+        next: below(stable_hash(member.identity.as_bytes(), 1), SIZE),
+        step: below(stable_hash(member.identity.as_bytes(), 2), SIZE - 1) + 1,
     };
     let mut turns: Vec<_> = members.iter().map(turn).collect();
     let mut taken = [false; SIZE];
@@ -70,17 +72,6 @@ pub(super) fn backend_table(members: &[Member]) -> Option<BackendTable> {
 
 fn below(hash: u64, limit: usize) -> usize {
     usize::try_from(hash % limit as u64).unwrap_or(0)
-}
-
-/// FNV-1a, mixed by the finalizer of SplitMix64. Not the standard library's hash, which may change
-/// between versions.
-fn hash(identity: &str, seed: u64) -> u64 {
-    let start = 0xCBF2_9CE4_8422_2325 ^ seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
-    let mut hash = identity.bytes().fold(start, fold);
-    hash = (hash ^ (hash >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    hash ^ (hash >> 31)
 }
 
 #[cfg(test)]
@@ -122,7 +113,7 @@ mod tests {
     #[test]
     fn the_table_is_the_same_in_every_version() {
         let clients = clients(&members(&[1, 1, 2]));
-        let sum = clients.iter().fold(0, |sum, identity| hash(identity, sum));
+        let sum = clients.iter().fold(0, |sum, identity| stable_hash(identity.as_bytes(), sum));
         assert_eq!(sum, 4_868_279_513_777_521_941);
     }
 

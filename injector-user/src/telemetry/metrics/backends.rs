@@ -39,6 +39,9 @@ pub struct BackendSample {
 pub trait BackendSource: fmt::Debug + Send + Sync {
     /// All backends, in the order of the configuration. Called at every scrape.
     fn sample(&self) -> Vec<BackendSample>;
+
+    /// How many clients wait for a backend. Called at every scrape.
+    fn queued(&self) -> usize;
 }
 
 /// Collects the backends of each listener.
@@ -105,6 +108,12 @@ impl Collector for BackendCollector {
             let labels = [("listener", *listener), ("backend", backend.name.as_str())];
             let active = i64::try_from(backend.active).unwrap_or(i64::MAX);
             ConstGauge::new(active).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Clients that wait because every backend has max_connections sessions";
+        let mut family = encoder.encode_descriptor("backend_queue", help, None, MetricType::Gauge)?;
+        for (listener, backends) in &watched {
+            let queued = i64::try_from(backends.queued()).unwrap_or(i64::MAX);
+            ConstGauge::new(queued).encode(family.encode_family(&[("listener", listener.as_str())])?)?;
         }
         let counters: [(&str, &str, Count); 3] = [
             ("backend_sessions", "Connections that reached the backend", |it| it.sessions),

@@ -254,6 +254,10 @@ mod tests {
             };
             self.0.iter().map(sample).collect()
         }
+
+        fn queued(&self) -> usize {
+            0
+        }
     }
 
     #[tokio::test]

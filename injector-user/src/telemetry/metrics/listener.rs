@@ -25,6 +25,8 @@ pub enum RejectReason {
     BackendUnreachable,
     /// The backend's name has no address.
     BackendUnresolved,
+    /// Every backend has as many sessions as it may, and the client has waited in vain.
+    BackendFull,
     /// The backend closed before its first byte.
     NoBanner,
     /// The backend answered the header as commands.
@@ -41,13 +43,14 @@ pub enum RejectReason {
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
         Self::ConnectTimeout,
         Self::BackendUnreachable,
         Self::BackendUnresolved,
+        Self::BackendFull,
         Self::NoBanner,
         Self::HeaderMisread,
         Self::NoSourcePorts,
@@ -66,6 +69,7 @@ impl RejectReason {
             Self::ConnectTimeout => "connect_timeout",
             Self::BackendUnreachable => "backend_unreachable",
             Self::BackendUnresolved => "backend_unresolved",
+            Self::BackendFull => "backend_full",
             Self::NoBanner => "no_banner",
             Self::HeaderMisread => "header_misread",
             Self::NoSourcePorts => "no_source_ports",
@@ -82,6 +86,7 @@ impl RejectReason {
             CloseReason::ConnectTimeout => Some(Self::ConnectTimeout),
             CloseReason::BackendUnreachable => Some(Self::BackendUnreachable),
             CloseReason::BackendUnresolved => Some(Self::BackendUnresolved),
+            CloseReason::BackendFull => Some(Self::BackendFull),
             CloseReason::NoBanner => Some(Self::NoBanner),
             CloseReason::HeaderMisread => Some(Self::HeaderMisread),
             CloseReason::NoSourcePorts => Some(Self::NoSourcePorts),

@@ -28,6 +28,10 @@ impl BackendSource for OneBackend {
             misreads_header: false,
         }]
     }
+
+    fn queued(&self) -> usize {
+        0
+    }
 }
 
 #[derive(Debug)]
@@ -83,6 +87,7 @@ fn every_family_has_its_type_and_unit() {
         ("injector_backend_checks", ("counter", None)),
         ("injector_backend_ejections", ("counter", None)),
         ("injector_backend_headers_misread", ("counter", None)),
+        ("injector_backend_queue", ("gauge", None)),
         ("injector_backend_sessions", ("counter", None)),
         ("injector_backend_up", ("gauge", None)),
         ("injector_backlog_bytes", ("gauge", Some("bytes"))),
@@ -279,6 +284,7 @@ fn a_close_before_the_backend_spoke_also_counts_as_rejected() {
         "no_source_ports",
         "backend_unreachable",
         "backend_unresolved",
+        "backend_full",
         "no_banner",
         "header_misread",
     ];

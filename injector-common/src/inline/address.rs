@@ -86,7 +86,6 @@ impl Tuple {
     /// The source's port.
     #[must_use]
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the half that is left")]
     pub const fn source_port(&self) -> u16 {
         (u32::from_be(self.ports) >> 16) as u16
     }

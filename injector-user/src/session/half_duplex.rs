@@ -348,7 +348,7 @@ impl HalfDuplex {
                 spliced.pause(source).map_err(ForwardError::Lost)?
             }
             BackpressureAction::Continue if !backlog.paused => {
-                spliced.grant(backlog.queued).map_err(ForwardError::Lost)?;
+                spliced.grant(source, backlog.queued).map_err(ForwardError::Lost)?;
                 return Ok(StepOutcome::Other);
             }
             BackpressureAction::Continue | BackpressureAction::Pause => {}

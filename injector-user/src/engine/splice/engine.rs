@@ -77,8 +77,8 @@ impl SplicedDirection for verdict::EnrolledFlow {
         self.backlog(target)
     }
 
-    fn grant(&self, queued: u64) -> io::Result<()> {
-        self.grant(queued)
+    fn grant(&self, source: &Endpoint, queued: u64) -> io::Result<()> {
+        self.grant(source, queued)
     }
 
     fn pause(&self, source: &Endpoint) -> io::Result<()> {

@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -18,7 +18,10 @@ use thiserror::Error;
 use super::Splice;
 use crate::{
     engine::{Backlog, BacklogNotify, ResumeOutcome},
-    net::{options, socket::Endpoint},
+    net::{
+        options::{self, SPLICED_WINDOWS},
+        socket::Endpoint,
+    },
     os::sockopt::{self, TcpInfo},
 };
 
@@ -86,6 +89,8 @@ pub struct EnrolledFlow {
     /// resume.
     written: AtomicU64,
     notify: Arc<BacklogNotify>,
+    /// The receive window of the source.
+    window: AtomicUsize,
 }
 
 impl EnrolledFlow {
@@ -113,9 +118,10 @@ impl EnrolledFlow {
             base,
             written: AtomicU64::new(0),
             notify,
+            window: AtomicUsize::new(*SPLICED_WINDOWS.start()),
         };
         // A smaller window is only slower.
-        let _ = options::open_spliced_window(source);
+        let _ = options::open_spliced_window(source, *SPLICED_WINDOWS.start());
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
@@ -156,12 +162,19 @@ impl EnrolledFlow {
         Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
 
-    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue.
-    /// Never after [`EnrolledFlow::pause`].
+    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue. The
+    /// target has kept up, so the source's window grows, as autotuning would have it grow where user
+    /// space reads. Never after [`EnrolledFlow::pause`].
     ///
     /// # Errors
     /// When the map refuses.
-    pub fn grant(&self, queued: u64) -> io::Result<()> {
+    pub fn grant(&self, source: &Endpoint, queued: u64) -> io::Result<()> {
+        let window = self.window.load(Ordering::Relaxed);
+        if window < *SPLICED_WINDOWS.end() {
+            self.window.store(2 * window, Ordering::Relaxed);
+            // A smaller window is only slower.
+            let _ = options::open_spliced_window(source, 2 * window);
+        }
         self.set_credit(Credit::up_to(queued + self.splice.credit))
     }
 

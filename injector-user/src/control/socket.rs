@@ -1,12 +1,17 @@
 //! The daemon's end of the control socket.
 
 use std::{
-    fs, io,
-    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use thiserror::Error;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -34,10 +39,15 @@ const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(40);
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Another daemon listens there.
-    #[error("{path}: another injector already listens on this socket: give each its own (admin.socket)")]
+    #[error(
+        "{path}: another injector{} runs with this admin.socket: stop it first, or give each its own",
+        process.map(|process| format!(" (process {process})")).unwrap_or_default()
+    )]
     InUse {
         /// The socket.
         path: PathBuf,
+        /// The other daemon, once it listens.
+        process: Option<i32>,
     },
     /// A file of another type exists there.
     #[error("{path}: the file exists and is not a socket: remove it, or use another path (admin.socket)")]
@@ -60,6 +70,7 @@ pub enum SocketError {
 pub struct ControlSocket {
     listener: std::os::unix::net::UnixListener,
     path: PathBuf,
+    _lock: Lock,
 }
 
 impl ControlSocket {
@@ -76,10 +87,12 @@ impl ControlSocket {
             if !existing.file_type().is_socket() {
                 return Err(SocketError::NotASocket { path: path.to_owned() });
             }
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(SocketError::InUse { path: path.to_owned() });
+            // A daemon of an earlier version has no lock.
+            if let Some(process) = process_at(path) {
+                return Err(SocketError::InUse { path: path.to_owned(), process: Some(process) });
             }
         }
+        let lock = Lock::take(path)?;
         // The socket gets its name after its mode, so that no other user can connect in between.
         let temporary = path.with_extension(format!("{}.new", std::process::id()));
         let open = || {
@@ -94,7 +107,7 @@ impl ControlSocket {
             let _ = fs::remove_file(&temporary);
             failed(error)
         })?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener, path: path.to_owned(), _lock: lock })
     }
 
     /// Serves requests until the runtime ends.
@@ -131,6 +144,57 @@ impl Drop for ControlSocket {
     }
 }
 
+/// The process that listens on a socket.
+fn process_at(path: &Path) -> Option<i32> {
+    let stream = std::os::unix::net::UnixStream::connect(path).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    Some(peer.pid.as_raw_nonzero().get())
+}
+
+/// Held as long as the daemon runs, so that of two that start at once one gets the socket. The kernel
+/// releases it when the process ends in any way. The file is removed on drop.
+#[derive(Debug)]
+struct Lock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl Lock {
+    /// Takes the lock of a socket, in a file beside it.
+    fn take(socket: &Path) -> Result<Self, SocketError> {
+        let mut path = socket.to_owned().into_os_string();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let failed = |error| SocketError::Io { path: path.clone(), error };
+        loop {
+            let mut options = File::options();
+            let options = options.write(true).create(true).truncate(false).mode(MODE);
+            let file = options.open(&path).map_err(failed)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(SocketError::InUse { path: socket.to_owned(), process: process_at(socket) });
+                }
+                Err(error) => return Err(failed(error.into())),
+            }
+            // A daemon that has just ended may have removed the file between the two calls.
+            let locked = file.metadata().map_err(failed)?;
+            if fs::metadata(&path)
+                .is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino()))
+            {
+                return Ok(Self { _file: file, path });
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // While it is locked.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 /// Reads one request and writes its reply.
 async fn handle(mut stream: UnixStream, control: &Control) -> io::Result<()> {
     let mut line = Vec::new();
@@ -158,10 +222,33 @@ mod tests {
         let path = dir.path().join("run/admin.sock");
         let socket = ControlSocket::open(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
-        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-        assert!(matches!(ControlSocket::open(&path), Err(SocketError::InUse { .. })));
+        let files = || fs::read_dir(path.parent().unwrap()).unwrap().count();
+        // With its lock.
+        assert_eq!(files(), 2);
+        let error = ControlSocket::open(&path).unwrap_err().to_string();
+        let own = format!("another injector (process {}) runs with this admin.socket", std::process::id());
+        assert!(error.contains(&own), "{error}");
         drop(socket);
-        assert!(!path.exists());
+        assert_eq!(files(), 0);
+    }
+
+    #[test]
+    fn of_two_daemons_that_start_at_once_one_gets_the_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        // It holds the lock, and does not listen yet.
+        let lock = Lock::take(&path).unwrap();
+        let error = ControlSocket::open(&path).unwrap_err();
+        assert!(matches!(error, SocketError::InUse { process: None, .. }), "{error}");
+        drop(lock);
+        // Killed: the file is left, and not locked.
+        fs::write(dir.path().join("admin.sock.lock"), "").unwrap();
+        let opened = std::thread::scope(|scope| {
+            let start = || scope.spawn(|| ControlSocket::open(&path));
+            let started: Vec<_> = (0..8).map(|_| start()).collect();
+            started.into_iter().map(|started| started.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(opened.iter().filter(|opened| opened.is_ok()).count(), 1);
     }
 
     #[test]

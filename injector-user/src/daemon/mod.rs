@@ -43,10 +43,11 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let Config { metrics, admin, limits, splice, inline, stop, log, listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
 
+    // First, because its error names the process if another daemon runs with this configuration.
+    let control_socket = admin.as_ref().map(|it| ControlSocket::open(&it.socket)).transpose()?;
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = listen_sockets::bind_all(&listeners, limits.workers, &inherited)?;
     let metrics_socket = metrics.map(|it| listener::bind(it.listen)).transpose().context("metrics.listen")?;
-    let control_socket = admin.as_ref().map(|it| ControlSocket::open(&it.socket)).transpose()?;
     let mut probes = EngineProbes::not_run("not used by any listener");
     let connections = limits.max_connections.min(open_files.capacity);
     select::test_splice(&splice.watermarks, connections, &listeners, &mut probes);
@@ -54,7 +55,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let inline_engine = select::start_inline(&inline, &listeners, &mut probes)?;
     let selections: anyhow::Result<Vec<_>> =
         listeners.iter().map(|listener| select::select(listener, &probes)).collect();
-    privileges::drop_capabilities(&probes, inline_engine.as_ref());
+    privileges::drop_privileges(&probes, inline_engine.as_ref(), &file, admin.as_ref());
     let _log_thread = logging.start_thread().context("starting the thread that writes the log")?;
 
     let listeners = listeners.into_iter().zip(selections?).zip(sockets);

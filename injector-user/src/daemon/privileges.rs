@@ -1,19 +1,44 @@
-//! Drops the capabilities that only startup needs.
+//! Gives up what only startup needs. What follows (reloads, new connections, new devices, the exit)
+//! works with the rest.
+
+use std::{fs::File, path::Path};
 
 use caps::Capability;
 
 use crate::{
+    config::Admin,
     engine::{
         kernel::{InlineEngine, LoadedSplice},
         registry::EngineProbes,
     },
-    os::capabilities,
+    os::{
+        capabilities,
+        landlock::{self, Directories, Enforced},
+    },
     telemetry::log::target,
 };
 
-/// Drops every capability except those that the kernel engines need at run time, and the one to
-/// bind ports below 1024, which a reload may add.
-pub(super) fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
+/// Keeps the capabilities that the kernel engines need at run time, the one to bind ports below
+/// 1024, which a reload may add, and the files that are used later. No later program gets more. What
+/// the kernel refuses is logged: the daemon runs without it.
+pub(super) fn drop_privileges(
+    probes: &EngineProbes,
+    inline: Option<&InlineEngine>,
+    config: &Path,
+    admin: Option<&Admin>,
+) {
+    // First, because Landlock needs it.
+    if let Err(error) = capabilities::set_no_new_privs() {
+        tracing::warn!(target: target::DAEMON, %error, "no_new_privs cannot be set; a program that an attacker started could gain privileges");
+    }
+    restrict_files(inline, config, admin);
+    drop_capabilities(probes, inline);
+    if let Err(error) = File::open(config) {
+        tracing::warn!(target: target::DAEMON, file = %config.display(), %error, "the configuration cannot be read any more without the capabilities of root, so reloads will fail: make the file and its directory readable for the user that the injector runs as");
+    }
+}
+
+fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
     keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());
     keep.extend(probes.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
@@ -21,6 +46,28 @@ pub(super) fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEng
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
         Err(error) => {
             tracing::warn!(target: target::DAEMON, %error, "dropping capabilities failed; the daemon may keep more than it needs");
+        }
+    }
+}
+
+fn restrict_files(inline: Option<&InlineEngine>, config: &Path, admin: Option<&Admin>) {
+    let directories = Directories {
+        read: landlock::directories_of(config),
+        write: inline.map(InlineEngine::directories).unwrap_or_default(),
+        // The control socket, at the exit.
+        remove: admin.and_then(|admin| admin.socket.parent()).map(Path::to_owned).into_iter().collect(),
+    };
+    let Directories { read, write, remove } = &directories;
+    match landlock::restrict(&directories) {
+        Ok(Enforced::No) => {
+            tracing::info!(target: target::DAEMON, "files are not restricted: the kernel, or a filter of system calls, does not allow Landlock");
+        }
+        Ok(enforced) => {
+            let partly = enforced == Enforced::Partly;
+            tracing::info!(target: target::DAEMON, ?read, ?write, ?remove, partly, "files restricted by Landlock to these directories and to reading the system's settings");
+        }
+        Err(error) => {
+            tracing::warn!(target: target::DAEMON, %error, "files are not restricted: Landlock failed");
         }
     }
 }

@@ -7,25 +7,50 @@ use std::{io, net::SocketAddr};
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 
-use crate::{config::Timeouts, net::options};
+use crate::{
+    config::Timeouts,
+    net::options,
+    os::listening::{self, Process},
+};
 
 /// The length of the accept queue; the kernel caps it at net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;
 
 /// Opening a listening socket failed.
 #[derive(Debug, Error)]
-#[error("cannot listen on {address}: {error}{}", advice(.error))]
+#[error("cannot listen on {address}: {error}{advice}")]
 pub struct BindError {
     address: SocketAddr,
     error: io::Error,
+    advice: String,
 }
 
-fn advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => ": another program listens there; `ss -ltnp` names it",
-        io::ErrorKind::AddrNotAvailable => ": no interface of this machine has the address; add it first",
-        io::ErrorKind::PermissionDenied => ": ports below 1024 need CAP_NET_BIND_SERVICE, or root",
-        _ => "",
+impl BindError {
+    fn new(address: SocketAddr, error: io::Error) -> Self {
+        let advice = match error.kind() {
+            io::ErrorKind::AddrInUse => in_use(listening::process_at(address)),
+            io::ErrorKind::AddrNotAvailable => {
+                ": no interface of this machine has the address; add it first".to_owned()
+            }
+            io::ErrorKind::PermissionDenied => {
+                ": ports below 1024 need CAP_NET_BIND_SERVICE, or root".to_owned()
+            }
+            _ => String::new(),
+        };
+        Self { address, error, advice }
+    }
+}
+
+/// The name of this program's processes.
+const OWN_NAME: &str = "injector";
+
+fn in_use(by: Option<Process>) -> String {
+    match by {
+        Some(Process { pid, name }) if name == OWN_NAME => {
+            format!(": another injector listens there (process {pid}): stop it first")
+        }
+        Some(process) => format!(": another program listens there: {process}"),
+        None => ": another program listens there; `ss -ltnp` names it".to_owned(),
     }
 }
 
@@ -39,7 +64,7 @@ pub fn bind(address: SocketAddr) -> Result<Socket, BindError> {
         socket.listen(LISTEN_BACKLOG)?;
         Ok(socket)
     };
-    bind().map_err(|error| BindError { address, error })
+    bind().map_err(|error| BindError::new(address, error))
 }
 
 /// Who may listen already on an address that is to be bound.
@@ -83,7 +108,7 @@ pub fn bind_reuseport(
         }
         Ok(sockets)
     };
-    bind().map_err(|error| BindError { address, error })
+    bind().map_err(|error| BindError::new(address, error))
 }
 
 /// Listens on sockets that were bound or adopted for `address`. From here on they get clients.
@@ -98,7 +123,7 @@ pub fn listen(address: SocketAddr, sockets: &[Socket]) -> Result<(), BindError> 
         }
         options::disable_quickack(socket)
     };
-    sockets.iter().try_for_each(listen).map_err(|error| BindError { address, error })
+    sockets.iter().try_for_each(listen).map_err(|error| BindError::new(address, error))
 }
 
 fn bound_socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
@@ -132,7 +157,7 @@ pub fn adopt(
         options::set_peer_timeouts(socket, timeouts.user_timeout, timeouts.keepalive)?;
         (0..workers).map(|_| socket.try_clone()).collect::<io::Result<_>>()
     };
-    ready().map_err(|error| BindError { address, error })
+    ready().map_err(|error| BindError::new(address, error))
 }
 
 /// Whether a socket bound to `[::]` accepts no IPv4 connections. The option cannot be changed any
@@ -168,7 +193,19 @@ mod tests {
     fn a_port_in_use_is_named_with_advice() {
         let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let error = bind(occupied.local_addr().unwrap()).unwrap_err().to_string();
-        assert!(error.contains("another program listens there"), "{error}");
+        let own = format!("(process {})", std::process::id());
+        assert!(error.contains("another program listens there: ") && error.ends_with(&own), "{error}");
+    }
+
+    #[test]
+    fn another_injector_is_called_so() {
+        let process = |name: &str| Some(Process { pid: 7, name: name.to_owned() });
+        assert_eq!(
+            in_use(process("injector")),
+            ": another injector listens there (process 7): stop it first"
+        );
+        assert_eq!(in_use(process("master")), ": another program listens there: master (process 7)");
+        assert_eq!(in_use(None), ": another program listens there; `ss -ltnp` names it");
     }
 
     #[test]

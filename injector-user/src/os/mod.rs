@@ -5,6 +5,8 @@ pub mod bpf;
 pub mod capabilities;
 pub mod clock;
 pub mod epoll;
+pub mod landlock;
+pub mod listening;
 #[cfg(feature = "bpf")]
 pub mod mmap;
 pub mod poll;

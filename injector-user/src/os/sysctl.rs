@@ -2,7 +2,9 @@
 
 use std::{fs, io, path::PathBuf};
 
-fn path(key: &str) -> PathBuf {
+/// The file of `key`.
+#[must_use]
+pub fn path(key: &str) -> PathBuf {
     PathBuf::from("/proc/sys").join(key)
 }
 

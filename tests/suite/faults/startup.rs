@@ -1,10 +1,11 @@
 //! A daemon that cannot start, or not as configured: one clear error, and the next engine where
 //! there is one.
 
+use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, ensure};
-use injector_testbed::daemon::binary;
+use injector_testbed::daemon::{ADMIN, OWN_DIRECTORY, binary};
 
 use crate::testbed::{Testbed, accept_with_header, config, pass, public_address};
 
@@ -13,6 +14,7 @@ type Start = fn(&Testbed) -> anyhow::Result<()>;
 pub(crate) const TRIALS: &[(&str, Start)] = &[
     ("an error in the file is reported with its line", mistake),
     ("a port in use", port_in_use),
+    ("a second daemon names the first", second_daemon),
     ("an address of another machine", foreign_address),
     ("without capabilities: auto selects relay, and mail passes", auto_without_capabilities),
     ("without capabilities: splice reports what is missing", splice_without_capabilities),
@@ -66,8 +68,37 @@ fn port_in_use(testbed: &Testbed) -> anyhow::Result<()> {
         testbed,
         &[],
         &config("relay", "smtp", ""),
-        &["listener \"test\"", "192.0.2.10:2500", "another program listens there"],
+        &[
+            "listener \"test\"",
+            "192.0.2.10:2500",
+            "another program listens there: ",
+            &format!("(process {})", std::process::id()),
+        ],
     )
+}
+
+/// A second daemon names the first one, and disturbs nothing of it.
+fn second_daemon(testbed: &Testbed) -> anyhow::Result<()> {
+    let admin = format!("\n\n{ADMIN}");
+    let injector = testbed.injector("relay", "smtp", &admin)?;
+    let process = format!("(process {})", injector.pid());
+    let own = injector.admin_socket();
+    let own = own.parent().and_then(Path::to_str).context("no directory")?;
+    let same = config("relay", "smtp", &admin).replace(OWN_DIRECTORY, own);
+    fails(
+        testbed,
+        &[],
+        &same,
+        &["another injector ", &process, "runs with this admin.socket: stop it first"],
+    )?;
+    // Without commands, it is the address that both want.
+    let elsewhere = config("relay", "smtp", "");
+    fails(testbed, &[], &elsewhere, &["192.0.2.10:2500", "another injector listens there ", &process])?;
+    injector.status()?;
+    let backend = testbed.backend()?;
+    let mut client = testbed.client()?;
+    let (mut server, ..) = accept_with_header(&backend)?;
+    pass(&mut server, &mut client, b"220 hello\r\n")
 }
 
 fn foreign_address(testbed: &Testbed) -> anyhow::Result<()> {
@@ -198,7 +229,15 @@ fn capabilities_dropped(testbed: &Testbed) -> anyhow::Result<()> {
         let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).context("no CapPrm")?;
         // CAP_NET_BIND_SERVICE: a reloaded configuration may have other ports below 1024.
         ensure!(u64::from_str_radix(permitted.trim(), 16)? == 1 << 10, "a thread has {permitted}");
+        // What it could execute gets nothing back.
+        for (field, value) in
+            [("CapBnd:", "0000000000000000"), ("CapAmb:", "0000000000000000"), ("NoNewPrivs:", "1")]
+        {
+            let seen = status.lines().find_map(|line| line.strip_prefix(field)).context(field)?.trim();
+            ensure!(seen == value, "{field} is {seen} in {status}");
+        }
     }
+    ensure!(injector.log().contains("files restricted by Landlock"), "{}", injector.log());
     let mut client = testbed.client()?;
     let (mut server, ..) = accept_with_header(&backend)?;
     pass(&mut server, &mut client, b"220 hello\r\n")?;

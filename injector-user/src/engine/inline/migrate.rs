@@ -11,7 +11,7 @@ use std::{
     collections::HashSet,
     io,
     os::fd::AsFd as _,
-    path::Path,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -146,6 +146,13 @@ impl Migration {
     #[must_use]
     pub fn programs(&self) -> HashSet<u32> {
         self.old.iter().flat_map(|old| old.installation.programs()).collect()
+    }
+
+    /// The directories that have the folders of their pins, which are removed with the last
+    /// connection.
+    pub fn directories(&self) -> impl Iterator<Item = PathBuf> {
+        let folders = self.old.iter().filter_map(|old| old.installation.folder.as_ref());
+        folders.filter_map(|folder| Some(folder.parent()?.to_owned()))
     }
 
     /// Gives the new program its listeners by `serve`, and then takes them from the old programs,

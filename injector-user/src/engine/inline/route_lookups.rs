@@ -4,12 +4,17 @@
 //! it forwards (net/core/filter.c). No packet is forwarded because of that: what comes in by `lo`
 //! is addressed to this host.
 
-use std::{fs, io};
+use std::{fs, io, path::PathBuf};
 
 use crate::{os::sysctl, telemetry::log::target};
 
 const IPV4: &str = "net/ipv4/conf/lo/forwarding";
 const IPV6: &str = "net/ipv6/conf/lo/forwarding";
+
+/// The directories of the settings that it writes.
+pub(super) fn directories() -> impl Iterator<Item = PathBuf> {
+    [IPV4, IPV6].into_iter().filter_map(|key| Some(sysctl::path(key).parent()?.to_owned()))
+}
 
 /// Allows route look-ups. IPv6 connections are left to the sockets where that would cost the host
 /// its default route.

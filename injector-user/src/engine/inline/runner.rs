@@ -2,6 +2,7 @@
 //! health.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -134,6 +135,13 @@ impl InlineEngine {
     #[must_use]
     pub fn usage(&self) -> Arc<dyn InlineUsage> {
         Arc::new(EngineUsage { inline: Arc::clone(&self.inline), resets: self.resets.clone() })
+    }
+
+    /// The directories in which it makes and removes files while it runs.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
+        let own = std::iter::once(self.settings.pin.clone());
+        own.chain(route_lookups::directories()).chain(self.migration.directories()).collect()
     }
 
     /// The tracker of the connections; there is one.

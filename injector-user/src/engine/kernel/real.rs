@@ -1,6 +1,7 @@
 //! The engines, with their BPF programs in the binary.
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -143,6 +144,13 @@ impl InlineEngine {
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
         vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
+    }
+
+    /// The directories in which it makes and removes files at run time: pins, and settings of the
+    /// network.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.0.directories()
     }
 
     /// The counts of its connections, and how to reset them.

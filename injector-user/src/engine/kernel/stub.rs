@@ -1,6 +1,6 @@
 //! No engine: the binary was built without the feature `bpf`.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::bail;
 use caps::Capability;
@@ -85,6 +85,12 @@ impl InlineEngine {
     /// Never called.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
         match *self {}
     }
 

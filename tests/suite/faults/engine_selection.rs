@@ -19,6 +19,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("inline/the programs pass the self-test", programs),
     ("inline/selftest, log and metrics agree", reports_agree),
     ("inline/selftest without capabilities", selftest_without_capabilities),
+    ("inline/a second daemon with the same pins names the first", same_pins),
     ("auto/inline in front of splice", auto_routed),
     ("auto/splice for a backend on the host", auto_local),
     ("auto/splice where pinning is impossible", auto_without_pins),
@@ -265,6 +266,16 @@ fn back_to_sockets(testbed: &Testbed) -> anyhow::Result<()> {
     serves(testbed, &injector, "splice")?;
     pass(&mut client, &mut server, b"QUIT\r\n")?;
     pass(&mut server, &mut client, b"221 bye\r\n")
+}
+
+/// Of two daemons with the same pins, the second starts nothing and names the first.
+fn same_pins(testbed: &Testbed) -> anyhow::Result<()> {
+    let pinned = Pins::new(testbed)?;
+    let injector = pinned.start("inline", "")?;
+    let other = pinned.config("inline", "").replace(":2500", ":2600").replace(":9145", ":9146");
+    let process = format!("another injector (process {}) runs engine \"inline\"", injector.pid());
+    fails(testbed, &[], &other, &[&process, "stop it first"])?;
+    serves(testbed, &injector, "inline")
 }
 
 /// A listener leaves inline and comes back, while a connection of inline continues.

@@ -14,7 +14,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -26,7 +26,10 @@ use crate::{
         options, source,
         syn::{ObserveSyn, parse_isn},
     },
-    os::{poll, sockopt},
+    os::{
+        poll,
+        sockopt::{self, TcpInfo},
+    },
 };
 
 /// The events of a socket that the session waits for.
@@ -261,17 +264,22 @@ impl Endpoint {
         self.socket.shutdown(Shutdown::Write)
     }
 
-    /// Waits until the peer has acknowledged all data or the connection is gone, at most for
-    /// `timeout`.
+    /// Waits until the peer has acknowledged all data, or has acknowledged nothing for `timeout`, or
+    /// the connection is gone.
     pub async fn wait_acked(&self, timeout: Duration) {
-        let acknowledged = async {
-            let mut pause = Duration::from_millis(1);
-            while sockopt::unacknowledged(&self.socket).is_ok_and(|bytes| bytes > 0) {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_millis(50));
+        let (mut left, mut since) = (u64::MAX, Instant::now());
+        let mut pause = Duration::from_millis(1);
+        // The queue of a connection that has failed stays as it was.
+        while sockopt::tcp_info(&self.socket).is_ok_and(|info| info.state != TcpInfo::CLOSE) {
+            match sockopt::unacknowledged(&self.socket) {
+                Ok(0) | Err(_) => return,
+                Ok(bytes) if bytes < left => (left, since) = (bytes, Instant::now()),
+                Ok(_) if since.elapsed() >= timeout => return,
+                Ok(_) => {}
             }
-        };
-        let _ = tokio::time::timeout(timeout, acknowledged).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
     }
 
     /// As [`options::set_peer_timeouts`].
@@ -349,6 +357,33 @@ mod tests {
         assert_eq!(ours.try_write_more(b"no header").unwrap(), 9);
         ours.reset();
         assert_eq!(peer.read(&mut seen).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_is_waited_for_and_a_failed_connection_is_not() {
+        const PATIENCE: Duration = Duration::from_millis(400);
+        let (ours, mut peer) = pair().await;
+        while ours.try_write(&[7; 1 << 16]).unwrap() > 0 {}
+        let reading = tokio::spawn(async move {
+            let mut buffer = vec![0; 1 << 20];
+            tokio::time::sleep(PATIENCE / 2).await;
+            while peer.read(&mut buffer).await.unwrap() > 0 {
+                tokio::time::sleep(PATIENCE / 4).await;
+            }
+        });
+        ours.finish().unwrap();
+        ours.wait_acked(PATIENCE).await;
+        assert_eq!(sockopt::unacknowledged(&ours).unwrap(), 0);
+        drop(ours);
+        reading.await.unwrap();
+
+        let (ours, peer) = pair().await;
+        while ours.try_write(&[7; 1 << 16]).unwrap() > 0 {}
+        peer.set_zero_linger().unwrap();
+        drop(peer);
+        let began = Instant::now();
+        ours.wait_acked(Duration::from_secs(20)).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     }
 
     #[tokio::test]

@@ -20,6 +20,8 @@ pub struct TcpInfo {
 impl TcpInfo {
     /// `TCP_ESTABLISHED`, include/net/tcp_states.h.
     pub const ESTABLISHED: u8 = 1;
+    /// `TCP_CLOSE`: the connection has ended or failed.
+    pub const CLOSE: u8 = 7;
     /// `TCP_CLOSE_WAIT`: the peer has sent its FIN, this side has not.
     pub const CLOSE_WAIT: u8 = 8;
 }

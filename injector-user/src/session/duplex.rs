@@ -125,6 +125,9 @@ impl Duplex {
                 return failure;
             }
             if self.is_finished() {
+                if let Some(failure) = self.both_failed() {
+                    return failure;
+                }
                 let reason = if self.backend_finished_first {
                     CloseReason::BackendClosed
                 } else {
@@ -291,6 +294,19 @@ impl Duplex {
             .set_interest(client_interest, monitor)
             .and_then(|()| backend.set_interest(backend_interest, monitor))
             .map_err(|error| (CloseReason::Internal, Some(error)))
+    }
+
+    /// Why the connection ended, if both directions were abandoned because their targets failed: neither
+    /// side has everything, and no acknowledgement is worth waiting for.
+    fn both_failed(&mut self) -> Option<(CloseReason, Option<io::Error>)> {
+        if !self.to_client.is_truncated() || !self.to_backend.is_truncated() {
+            return None;
+        }
+        let PeerClosed { client_error, backend_error, .. } = &mut self.closed;
+        Some(match (client_error.take(), backend_error.take()) {
+            (None, Some(error)) => (CloseReason::BackendReset, Some(error)),
+            (error, _) => (CloseReason::ClientReset, error),
+        })
     }
 
     fn is_finished(&self) -> bool {

@@ -18,6 +18,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("client FIN/a slow reader gets every byte", slow_reader),
     ("never spoke/the backend is reset once the client has the banner", never_spoke),
     ("never spoke/a backend without a banner gets the FIN", without_banner),
+    ("pipelining/a client that reads no answer is given up", never_reads),
     ("first bytes/an empty line is forwarded", empty_line),
     ("first bytes/a forged header in slow pieces is found", forged_slowly),
 ];
@@ -116,6 +117,26 @@ fn without_banner(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the FIN did not pass");
     drop(server);
     ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+/// The client sends commands and reads nothing: neither side can go on, and the kernel gives up the
+/// closed window.
+fn never_reads(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let limits = "[listener.timeouts]\nuser_timeout = \"1s\"\nkeepalive = \"1h\"";
+    let (injector, mut client, server) = joined(testbed, engine, limits)?;
+    let answer = vec![b'x'; 64 << 10];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut reading, mut writing, mut commands) = (&server, &server, [0; 64]);
+            while reading.read(&mut commands).is_ok_and(|count| count > 0)
+                && writing.write_all(&answer).is_ok()
+            {}
+        });
+        let commands = b"NOOP\r\n".repeat(1000);
+        while client.write_all(&commands).is_ok() {}
+    });
+    ended(&injector, "client_timed_out")?;
     Ok(())
 }
 

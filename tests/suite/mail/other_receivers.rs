@@ -1,13 +1,14 @@
 //! Mail through the injector to receivers other than Postfix and Dovecot, each with the settings of
 //! `docs/receivers.md`: relay and splice, clients and receivers of both families, and the client's
-//! address in the receiver's own log.
+//! address in the receiver's own log. Then the doctor examines the receiver.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, ensure};
 use injector_testbed::certificate::Certificate;
-use injector_testbed::daemon::Injector;
+use injector_testbed::daemon::{self, Injector};
 use injector_testbed::mail_client::{self, Server};
 use injector_testbed::message::Message;
 use injector_testbed::netns::{
@@ -16,6 +17,8 @@ use injector_testbed::netns::{
 use injector_testbed::postfix;
 use injector_testbed::receivers::{self, Receiver};
 use injector_testbed::service::{SMTP, SUBMISSION, SUBMISSIONS, Service};
+use injector_testbed::wait::wait_until;
+use serde_json::Value;
 
 use crate::external::LIMIT;
 
@@ -24,68 +27,85 @@ const ENGINES: [(&str, HostAddresses); 2] = [("relay", VIP_RELAY), ("splice", VI
 /// SMTP with STARTTLS, for servers that offer it on the port in clear text.
 const STARTTLS: Service = Service { proxied: SMTP.proxied, ..SUBMISSION };
 
-/// How the receiver's log names a client.
-type LogLine = fn(IpAddr) -> String;
+/// What a receiver is tried with, and what it must show.
+struct Case<'a> {
+    services: &'a [Service],
+    /// Other headers than the default.
+    headers: [Option<Settings>; 2],
+    /// How its log names a client.
+    line: fn(IpAddr) -> String,
+    /// What the doctor reports if no firewall closes the port.
+    faults: &'a [&'a str],
+}
+
+/// A receiver with the documented settings trusts every host, unless it has a list of its own.
+const FORGEABLE: &[&str] = &["forgeable"];
 
 pub(crate) fn exim() -> anyhow::Result<()> {
-    run(
-        &[SMTP, STARTTLS, SUBMISSIONS],
-        |ip| format!("[{ip}]:"),
-        |netns, certificate| {
-            let ports = [SMTP.proxied, SUBMISSIONS.proxied];
-            receivers::exim::start(netns, certificate, &receivers::documented("Exim")?, ports)
-        },
-    )
+    let case = Case {
+        services: &[SMTP, STARTTLS, SUBMISSIONS],
+        headers: [Some(V1), Some(TLVS)],
+        line: |ip| format!("[{ip}]:"),
+        faults: &[],
+    };
+    run(&case, |netns, certificate| {
+        let ports = [SMTP.proxied, SUBMISSIONS.proxied];
+        receivers::exim::start(netns, certificate, &receivers::documented("Exim")?, ports)
+    })
 }
 
 /// It supports only v2. TLS is left out: that of Debian 12's OpenSMTPD fails without a proxy too.
 pub(crate) fn opensmtpd() -> anyhow::Result<()> {
-    run_with(
-        &[SMTP],
-        &[TLVS],
-        |ip| format!("connected address={}", literal(ip)),
-        |netns, certificate| {
-            let listeners = receivers::documented("OpenSMTPD")?;
-            receivers::opensmtpd::start(netns, certificate, &listeners, &[SMTP.standard, SMTP.proxied])
-        },
-    )
+    let case = Case {
+        services: &[SMTP],
+        headers: [None, Some(TLVS)],
+        line: |ip| format!("connected address={}", literal(ip)),
+        faults: FORGEABLE,
+    };
+    run(&case, |netns, certificate| {
+        let listeners = receivers::documented("OpenSMTPD")?;
+        receivers::opensmtpd::start(netns, certificate, &listeners, &[SMTP.standard, SMTP.proxied])
+    })
 }
 
 pub(crate) fn aiosmtpd() -> anyhow::Result<()> {
-    run(
-        &[SMTP, STARTTLS],
-        |ip| format!("client [{ip}]:"),
-        |netns, certificate| {
-            receivers::aiosmtpd::start(netns, certificate, &receivers::documented("aiosmtpd")?, SMTP.proxied)
-        },
-    )
+    let case = Case {
+        services: &[SMTP, STARTTLS],
+        headers: [Some(V1), Some(TLVS)],
+        line: |ip| format!("client [{ip}]:"),
+        faults: FORGEABLE,
+    };
+    run(&case, |netns, certificate| {
+        receivers::aiosmtpd::start(netns, certificate, &receivers::documented("aiosmtpd")?, SMTP.proxied)
+    })
 }
 
 pub(crate) fn haproxy() -> anyhow::Result<()> {
-    run_before_postfix(
-        &[SMTP, STARTTLS, SUBMISSIONS],
-        &[V1, TLVS],
-        |ip| format!("client [{ip}]:"),
-        |netns, _| {
-            let ports = [SMTP.proxied, SUBMISSIONS.proxied];
-            receivers::haproxy::start(netns, &receivers::documented("HAProxy")?, &ports)
-        },
-    )
+    let case = Case {
+        services: &[SMTP, STARTTLS, SUBMISSIONS],
+        headers: [Some(V1), Some(TLVS)],
+        line: |ip| format!("client [{ip}]:"),
+        faults: &[],
+    };
+    run_before_postfix(&case, |netns, _| {
+        let ports = [SMTP.proxied, SUBMISSIONS.proxied];
+        receivers::haproxy::start(netns, &receivers::documented("HAProxy")?, &ports)
+    })
 }
 
 /// Both blocks of the documentation; `mail` has the ports of the matrix, `stream` others.
 pub(crate) fn nginx() -> anyhow::Result<()> {
-    let streams = [Service { proxied: 2626, standard: 26, ..SMTP }];
-    let services = [&[SMTP, SUBMISSIONS][..], &streams].concat();
-    run_before_postfix(
-        &services,
-        &[V1, SHORT_TLVS],
-        |ip| format!(" [{ip}]"),
-        |netns, certificate| {
-            let ports: Vec<_> = services.iter().map(|service| service.proxied).collect();
-            receivers::nginx::start(netns, certificate, &receivers::documented("nginx")?, &ports)
-        },
-    )
+    let services = [SMTP, SUBMISSIONS, Service { proxied: 2626, standard: 26, ..SMTP }];
+    let case = Case {
+        services: &services,
+        headers: [Some(V1), Some(SHORT_TLVS)],
+        line: |ip| format!(" [{ip}]"),
+        faults: FORGEABLE,
+    };
+    run_before_postfix(&case, |netns, certificate| {
+        let ports = services.map(|service| service.proxied);
+        receivers::nginx::start(netns, certificate, &receivers::documented("nginx")?, &ports)
+    })
 }
 
 fn literal(ip: IpAddr) -> String {
@@ -94,24 +114,14 @@ fn literal(ip: IpAddr) -> String {
 
 /// For a receiver that passes mail on to Postfix at the standard ports of its own host.
 fn run_before_postfix(
-    services: &[Service],
-    headers: &[Settings],
-    line: LogLine,
+    case: &Case<'_>,
     start: impl FnOnce(&Netns, &Certificate) -> anyhow::Result<Receiver>,
 ) -> anyhow::Result<()> {
     let mut postfix = None;
-    run_with(services, headers, line, |netns, certificate| {
+    run(case, |netns, certificate| {
         postfix = Some(postfix::start_standard_ports(netns, certificate)?);
         start(netns, certificate)
     })
-}
-
-fn run(
-    services: &[Service],
-    line: LogLine,
-    start: impl FnOnce(&Netns, &Certificate) -> anyhow::Result<Receiver>,
-) -> anyhow::Result<()> {
-    run_with(services, &[V1, TLVS], line, start)
 }
 
 /// A listener's other settings, with a name.
@@ -134,17 +144,15 @@ const SHORT_TLVS: Settings = (
      [listener.health]\ncheck = \"mail\"\nheader = \"local\"\ninterval = \"1s\"\n",
 );
 
-fn run_with(
-    services: &[Service],
-    headers: &[Settings],
-    line: LogLine,
+fn run(
+    case: &Case<'_>,
     start: impl FnOnce(&Netns, &Certificate) -> anyhow::Result<Receiver>,
 ) -> anyhow::Result<()> {
     let topology = Topology::new().context("no namespaces")?;
     let dir = netns::scratch_dir("certificate")?;
     let certificate = Certificate::new(dir.path())?;
     let receiver = start(&topology.mail, &certificate)?;
-    let listeners = listeners(services, headers);
+    let listeners = listeners(case);
     let injector = Injector::start(&topology.edge, &configuration(&listeners))?;
     let mut failures = Vec::new();
     let tried = listeners.len() * Family::ALL.len();
@@ -156,8 +164,9 @@ fn run_with(
             let message = Message::short(&listener.name, "user");
             let security = listener.service.security;
             let sent = mail_client::send_without_login(&topology.client, server, security, "user", &message);
-            let seen = sent
-                .and_then(|()| receiver.log().wait_for(mark, &[&line(CLIENT.of(client))], LIMIT).map(drop));
+            let seen = sent.and_then(|()| {
+                receiver.log().wait_for(mark, &[&(case.line)(CLIENT.of(client))], LIMIT).map(drop)
+            });
             let name = format!("{}, client {}", listener.name, client.name());
             failures.extend(seen.err().map(|error| format!("{name}: {error:#}")));
         }
@@ -165,15 +174,41 @@ fn run_with(
     let count = failures.len();
     ensure!(count == 0, "{count} of {tried} failed:\n{}\n{}", failures.join("\n"), injector.log());
     injector.sessions_within(tried)?;
-    checks_pass(&injector)
+    checks_pass(&injector)?;
+    let found = faults(&topology.edge, case.services[0])?;
+    ensure!(found == case.faults, "the doctor found {found:?}, expected {:?}", case.faults);
+    Ok(())
 }
 
-/// The checks began with the daemon.
+/// The faults that the doctor finds at the receiver, which no firewall closes.
+fn faults(edge: &Netns, service: Service) -> anyhow::Result<Vec<String>> {
+    let dir = netns::scratch_dir("doctor")?;
+    let file = dir.path().join("injector.toml");
+    let (engine, vip) = ENGINES[0];
+    let port = service.standard;
+    let name = "doctor".to_owned();
+    let listener = Listener { name, engine, vip, port, service, backend: Family::V4, more: "" };
+    fs::write(&file, configuration(&[listener]))?;
+    let mut command = edge.command(daemon::binary()?);
+    // A receiver that waits for a header says nothing before that.
+    command.arg("doctor").arg("--config").arg(&file).args(["--json", "--timeout", "1s"]);
+    let output = command.output()?;
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("the doctor printed {}", String::from_utf8_lossy(&output.stderr)))?;
+    let findings = report.pointer("/listeners/0/backends/0/addresses/0/findings").and_then(Value::as_array);
+    let faults = findings.context("no findings")?.iter().filter(|one| one["fault"] == true);
+    Ok(faults.filter_map(|one| one["verdict"].as_str().map(str::to_owned)).collect())
+}
+
+/// Waits for the first check.
 fn checks_pass(injector: &Injector) -> anyhow::Result<()> {
-    let metrics = injector.metrics()?;
-    let count = |result| metrics.sum("injector_backend_checks_total", &[("result", result)]);
-    let (passed, failed) = (count("passed"), count("failed"));
-    ensure!(passed > 0.0 && failed == 0.0, "{passed} checks passed and {failed} failed: {}", injector.log());
+    let counts = || {
+        let metrics = injector.metrics()?;
+        Ok(["passed", "failed"]
+            .map(|result| metrics.sum("injector_backend_checks_total", &[("result", result)])))
+    };
+    let [passed, failed] = wait_until("checks", counts, |counts| *counts != [0.0, 0.0])?;
+    ensure!(failed == 0.0, "{passed} checks passed and {failed} failed: {}", injector.log());
     Ok(())
 }
 
@@ -190,11 +225,11 @@ struct Listener {
 }
 
 /// Listeners of both engines, each with one backend of either family, and one for each other header.
-fn listeners(services: &[Service], headers: &[Settings]) -> Vec<Listener> {
+fn listeners(case: &Case<'_>) -> Vec<Listener> {
     let mut all = Vec::new();
     for (engine, vip) in ENGINES {
         for backend in Family::ALL {
-            for service in services.iter().copied() {
+            for service in case.services.iter().copied() {
                 // One port for each family of the backend.
                 let port = if backend == Family::V4 { service.standard } else { service.standard + 10_000 };
                 let name = format!("{engine}-{port}-to-{}", backend.name());
@@ -202,10 +237,10 @@ fn listeners(services: &[Service], headers: &[Settings]) -> Vec<Listener> {
             }
         }
     }
-    for ((name, more), port) in headers.iter().zip(30_000..) {
+    for ((name, more), port) in case.headers.iter().flatten().zip(30_000..) {
         let name = format!("header-{name}");
         let (engine, vip) = ENGINES[0];
-        all.push(Listener { name, engine, vip, port, service: services[0], backend: Family::V4, more });
+        all.push(Listener { name, engine, vip, port, service: case.services[0], backend: Family::V4, more });
     }
     all
 }

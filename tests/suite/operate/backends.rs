@@ -203,6 +203,10 @@ fn last_resort(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     for number in [0, 1] {
         stands(&injector, number, "down")?;
     }
+    let ready = injector.readiness()?;
+    ensure!(ready == (200, "ready\n".to_owned()), "{ready:?}");
+    let ready = injector.readiness_with_backends()?;
+    ensure!(ready == (503, "no backend is up: test\n".to_owned()), "{ready:?}");
     ensure!(answers(testbed, 4)? == [2, 2, 0]);
     Ok(())
 }

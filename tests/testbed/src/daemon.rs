@@ -292,6 +292,14 @@ impl Injector {
         self.netns.run(|| metrics::get(self.metrics, "/readyz"))?
     }
 
+    /// The response of `/readyz?backends`.
+    ///
+    /// # Errors
+    /// When it does not respond.
+    pub fn readiness_with_backends(&self) -> anyhow::Result<(u16, String)> {
+        self.netns.run(|| metrics::get(self.metrics, "/readyz?backends"))?
+    }
+
     /// Sends SIGHUP.
     ///
     /// # Errors

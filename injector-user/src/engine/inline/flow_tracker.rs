@@ -75,6 +75,9 @@ struct Known {
     ended: bool,
 }
 
+/// Whether a connection is to be reset.
+type IsDue = Box<dyn Fn(&Flow) -> bool + Send + Sync>;
+
 impl FlowTracker {
     pub(super) fn new(
         served: Arc<Mutex<Vec<ServedListener>>>,
@@ -294,7 +297,7 @@ impl FlowTracker {
             ResetRequest::Listener { listener, .. } => lock(&inline.listeners).places.of(listener),
             ResetRequest::Ended(_) => Vec::new(),
         };
-        let (due, reason): (Box<dyn Fn(&Flow) -> bool + Send + Sync>, _) = match request {
+        let (due, reason): (IsDue, _) = match request {
             ResetRequest::Listener { opened_before_ns, .. } => {
                 let opened_before_ns = *opened_before_ns;
                 (Box::new(move |flow| is_due(flow, &places, opened_before_ns)), CloseReason::Aborted)

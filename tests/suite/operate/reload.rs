@@ -326,7 +326,7 @@ fn log_level(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let mut config = Config::new(engine);
     let injector = testbed.start(&config.text())?;
     injector.command(&["drain"])?;
-    // A rejected client is a line at debug, of target `listener`.
+    // A rejected client is a line at debug, of target `access`.
     let rejected = || -> anyhow::Result<usize> {
         let line = testbed.client()?.line()?;
         ensure!(line.starts_with("421 "), "{line:?}");
@@ -334,9 +334,9 @@ fn log_level(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     };
     ensure!(rejected()? == 0);
     // By command, of one target, until the next reload.
-    let printed = injector.command(&["log-level", "listener=debug"])?;
-    ensure!(printed == "log level until the next reload: info,listener=debug\n", "{printed}");
-    ensure!(injector.status()?["log_level"] == "info,listener=debug");
+    let printed = injector.command(&["log-level", "access=debug"])?;
+    ensure!(printed == "log level until the next reload: info,access=debug\n", "{printed}");
+    ensure!(injector.status()?["log_level"] == "info,access=debug");
     rejected()?;
     wait_until("lines at debug", || Ok(details(&injector)), |count| *count == 1)?;
     injector.command(&["reload"])?;

@@ -121,6 +121,9 @@ impl Duplex {
     /// backend is reset. It has got nothing but the header, and a FIN would leave the connection in
     /// TIME_WAIT on this host, which takes a source port for a minute.
     pub(super) fn left_unspoken(&self) -> bool {
+        if !self.finished_unspoken() {
+            return false;
+        }
         let backend_waits = match self.context.protocol.speaks_first() {
             FirstSpeaker::Server => !self.to_client.has_read_nothing(),
             FirstSpeaker::Client => self.to_client.has_read_nothing(),
@@ -132,7 +135,7 @@ impl Duplex {
             NextAction::Finished => self.to_client.is_truncated(),
             _ => false,
         };
-        self.finished_unspoken() && backend_waits && written && !self.to_client.was_spliced()
+        backend_waits && written && !self.to_client.was_spliced()
     }
 
     fn finished_unspoken(&self) -> bool {

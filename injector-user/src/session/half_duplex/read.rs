@@ -65,7 +65,7 @@ impl HalfDuplex {
                 return Some(Err(error));
             }
             if let Some(server) = server
-                && let Some(line) = server.read(payload, Instant::now())
+                && let Some(line) = server.read(payload, Instant::now)
             {
                 return Some(Err(ForwardError::HeaderMisread(line)));
             }

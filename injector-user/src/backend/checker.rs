@@ -62,7 +62,7 @@ pub enum CheckError {
         /// The line, truncated.
         reply: String,
     },
-    /// The reply has no end within [`MAX_REPLY`].
+    /// The reply has no end within `MAX_REPLY` bytes.
     #[error("{stage}: the reply is longer than {MAX_REPLY} bytes: is this the port of a mail server?")]
     ReplyTooLong {
         /// The step that the reply belongs to.

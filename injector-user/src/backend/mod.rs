@@ -14,6 +14,7 @@ mod resolver;
 mod source;
 mod state;
 
+#[cfg(feature = "bpf")]
 pub(crate) use self::balance::stable_hash;
 pub use self::{
     checker::CheckError,

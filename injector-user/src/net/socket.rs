@@ -361,18 +361,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_reader_is_waited_for_and_a_failed_connection_is_not() {
-        const PATIENCE: Duration = Duration::from_millis(400);
+        const LIMIT: Duration = Duration::from_millis(400);
         let (ours, mut peer) = pair().await;
         while ours.try_write(&[7; 1 << 16]).unwrap() > 0 {}
         let reading = tokio::spawn(async move {
             let mut buffer = vec![0; 1 << 20];
-            tokio::time::sleep(PATIENCE / 2).await;
+            tokio::time::sleep(LIMIT / 2).await;
             while peer.read(&mut buffer).await.unwrap() > 0 {
-                tokio::time::sleep(PATIENCE / 4).await;
+                tokio::time::sleep(LIMIT / 4).await;
             }
         });
         ours.finish().unwrap();
-        ours.wait_acked(PATIENCE).await;
+        ours.wait_acked(LIMIT).await;
         assert_eq!(sockopt::unacknowledged(&ours).unwrap(), 0);
         drop(ours);
         reading.await.unwrap();

@@ -1,4 +1,4 @@
-//! Landlock: what files the process may use from now on, whoever it runs as (landlock(7), since
+//! Landlock: what files the process may use from now on, whatever user it runs as (landlock(7), since
 //! Linux 5.13).
 //!
 //! Rules belong to threads and are inherited, so this runs before the runtime starts any.

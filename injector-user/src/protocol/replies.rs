@@ -79,7 +79,7 @@ mod tests {
     use Protocol::{Imap, Plain, Pop3, Sieve, Smtp, Submission};
 
     #[test]
-    fn answers_to_the_header_are_told_from_greetings_and_rejections() {
+    fn answers_to_the_header_are_distinguished_from_greetings_and_rejections() {
         for (protocol, line, first, misread) in [
             (Smtp, "220 mail ESMTP Postfix", true, false),
             (Smtp, "220-mail ESMTP", true, false),

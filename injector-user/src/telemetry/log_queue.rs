@@ -17,7 +17,7 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::log::target;
+use super::target;
 
 /// How many bytes of lines wait: ten thousand lines of the access log.
 const MAX_QUEUED: usize = 4 << 20;
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stalled_reader_delays_nobody_and_what_does_not_fit_is_counted() {
+    fn a_stalled_reader_delays_no_thread_and_what_does_not_fit_is_counted() {
         let (mut queue, allow, written) = stalled();
         let thread = queue.start().unwrap();
         wait_until(|| queue.state().writer.is_none());

@@ -7,3 +7,4 @@ pub mod metrics;
 pub mod operator_connections;
 pub mod outcome;
 pub mod rate_limit;
+pub mod target;

@@ -1,4 +1,4 @@
-//! What is not mail delays no session: scrapers and commands that hang, a log that nobody reads,
+//! What is not mail delays no session: scrapers and commands that hang, a log that is not read,
 //! a name server that does not answer.
 
 use std::ffi::CString;
@@ -22,7 +22,7 @@ type Start = fn(&Testbed) -> anyhow::Result<()>;
 pub(crate) const TRIALS: &[(&str, Start)] = &[
     ("idle connections to metrics and commands take no descriptors of mail", idle_connections),
     ("scrapers and commands that do not read", no_reader),
-    ("a log that nobody reads", unread_log),
+    ("a log that is not read", unread_log),
     ("a name server that does not answer", silent_name_server),
 ];
 
@@ -112,7 +112,7 @@ fn unread_log(testbed: &Testbed) -> anyhow::Result<()> {
     let name = CString::new(pipe.as_os_str().as_bytes())?;
     // SAFETY: the name ends with a zero byte, and the call keeps no pointer.
     ensure!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) } == 0, "{}", std::io::Error::last_os_error());
-    // For both, so that opening it waits for nobody.
+    // For both, so that opening it does not wait.
     let mut reader = File::options().read(true).write(true).open(&pipe)?;
     // SAFETY: the descriptor is open, and the argument is a number.
     let size = unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };

@@ -24,7 +24,10 @@ pub(crate) struct Testbed {
 
 impl Testbed {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        Ok(Self { topology: Topology::new()? })
+        let topology = Topology::new()?;
+        // The receive buffers that Linux had before 6.16; since then they grow to 32 MiB.
+        topology.edge.sysctl("net/ipv4/tcp_rmem", "4096 131072 6291456")?;
+        Ok(Self { topology })
     }
 
     /// A backend that listens at [`BACKEND_PORT`].

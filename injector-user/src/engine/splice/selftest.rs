@@ -21,11 +21,11 @@ use crate::{
 };
 
 /// The longest that one check may take.
-const CHECK_TIMEOUT: Duration = Duration::from_millis(400);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest that the check with a slow reader may take.
-const SLOW_READER_TIMEOUT: Duration = Duration::from_millis(1200);
+const SLOW_READER_TIMEOUT: Duration = Duration::from_secs(4);
 /// The longest that all checks may take: the daemon serves no client before their end.
-const TOTAL_TIMEOUT: Duration = Duration::from_millis(1800);
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Runs all checks. The engine may be used if all passed.
 pub async fn run(splice: &Arc<Splice>) -> Vec<Check> {

@@ -86,12 +86,13 @@ pub trait SplicedDirection: Debug + Send + Sync {
     /// When the counts are lost; the caller must reset the connection.
     fn backlog(&self, target: &Endpoint) -> io::Result<Backlog>;
 
-    /// Extends the kernel's credit after a check in which [`Backlog::queued`] was `queued`, and
-    /// what `source` may send without an answer. Never after [`SplicedDirection::pause`].
+    /// Extends the kernel's credit after a check in which [`Backlog::queued`] was `queued`, and where
+    /// `target` keeps up, what `source` may send without an answer. Never after
+    /// [`SplicedDirection::pause`].
     ///
     /// # Errors
     /// When the kernel refuses; the caller must reset the connection.
-    fn grant(&self, source: &Endpoint, queued: u64) -> io::Result<()>;
+    fn grant(&self, source: &Endpoint, target: &Endpoint, queued: u64) -> io::Result<()>;
 
     /// Leaves what `source` receives from now on to user space, so that TCP closes the window.
     ///

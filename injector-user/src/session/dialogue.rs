@@ -11,6 +11,10 @@ const HEADER_ANSWER_TIME: Duration = Duration::from_secs(10);
 /// More than any greeting's line has (RFC 5321, section 4.5.3.1.5).
 const MAX_LINE: usize = 1024;
 
+/// More than any greeting has. What a server sends beyond it, before the client has spoken, is not
+/// read line by line.
+const MAX_GREETING: usize = 4096;
+
 /// The lines of the server, as far as they matter.
 #[derive(Debug)]
 pub(super) struct ServerLines {
@@ -29,6 +33,8 @@ struct Greeting {
     line: Vec<u8>,
     /// When the first line was complete.
     greeted: Option<Instant>,
+    /// How many bytes were sent.
+    seen: usize,
 }
 
 impl ServerLines {
@@ -74,6 +80,9 @@ impl Greeting {
         if self.greeted.is_some_and(late) {
             return None;
         }
+        let left = MAX_GREETING.saturating_sub(self.seen);
+        self.seen = self.seen.saturating_add(payload.len());
+        let payload = payload.get(..left).unwrap_or(payload);
         for piece in payload.split_inclusive(|byte| *byte == b'\n') {
             let room = MAX_LINE.saturating_sub(self.line.len()).min(piece.len());
             self.line.extend_from_slice(piece.get(..room).unwrap_or_default());
@@ -204,5 +213,12 @@ mod tests {
     #[test]
     fn tls_is_not_text() {
         assert!(is_text(b"EHLO client\r\n\tM\xc3\xbcller") && !is_text(b"\x16\x03\x01\x02\x00"));
+    }
+
+    #[test]
+    fn what_follows_a_greeting_of_4096_bytes_is_no_answer() {
+        let mut lines = ServerLines::new(Protocol::Smtp);
+        assert_eq!(lines.read(&[b'x'; MAX_GREETING], Instant::now), None);
+        assert_eq!(lines.read(b"\r\n500 5.5.2 what?\r\n", Instant::now), None);
     }
 }

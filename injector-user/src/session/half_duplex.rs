@@ -245,7 +245,9 @@ impl HalfDuplex {
         if self.spliced_state.is_some() {
             return self.propose_resume(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
         }
-        if !source.recv_drained() {
+        // What a fast source has on its way would wait in the kernel for a target that does not keep up.
+        let keeps_up = || sockopt::unacknowledged(target).is_ok_and(|bytes| bytes <= context.watermarks.low);
+        if !source.recv_drained() || !keeps_up() {
             return Enrolment::NotNow;
         }
         let read = self.direction.read_bytes();
@@ -348,7 +350,7 @@ impl HalfDuplex {
                 spliced.pause(source).map_err(ForwardError::Lost)?
             }
             BackpressureAction::Continue if !backlog.paused => {
-                spliced.grant(source, backlog.queued).map_err(ForwardError::Lost)?;
+                spliced.grant(source, target, backlog.queued).map_err(ForwardError::Lost)?;
                 return Ok(StepOutcome::Other);
             }
             BackpressureAction::Continue | BackpressureAction::Pause => {}

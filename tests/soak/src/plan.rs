@@ -266,6 +266,11 @@ impl Plan {
     }
 
     fn settle_ending(&mut self, rng: &mut ChaCha8Rng) {
+        // A client that finishes without a byte, where the server speaks first, has the backend reset.
+        let finishes = matches!(self.ending, Ending::ClosesFirst(Side::Client) | Ending::Together);
+        if finishes && matches!(self.opening, Opening::Server { .. }) {
+            self.up.len = self.up.len.max(1);
+        }
         match self.ending {
             Ending::ClosesFirst(first) => {
                 let prefix = self.prefix(first.other()).len() as u64;

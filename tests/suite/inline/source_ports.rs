@@ -5,12 +5,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use injector_testbed::netns::Family;
+use injector_testbed::netns::{Family, MAIL};
 use injector_testbed::wait::wait_until;
 use socket2::{Domain, Socket, Type};
 
 use crate::Run;
-use crate::testbed::{LIMIT, Testbed, accept, counted, expect, greeted, own_header, patient, public_address};
+use crate::testbed::{
+    BACKEND_PORT, LIMIT, Testbed, accept, counted, expect, greeted, own_header, patient, public_address,
+};
 use crate::wire_testbed::SysctlGuard;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
@@ -53,6 +55,14 @@ fn source_ports(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A backend at a port that no other trial uses, which therefore remembers no connection, and the
+/// configuration for it.
+fn own_backend(testbed: &Testbed, family: Family, port: u16) -> anyhow::Result<(TcpListener, String)> {
+    let address = SocketAddr::new(MAIL.of(family), port);
+    let backend = testbed.topology.mail.run(|| TcpListener::bind(address))??;
+    Ok((backend, testbed.config_with("", "smtp", &format!("backends = [\"{address}\"]\n"))))
+}
+
 /// A session that the backend ends: it keeps the addresses and ports in TIME_WAIT. Returns the port
 /// from which it came to the backend.
 fn ended_by_backend(mut client: TcpStream, backend: &TcpListener) -> anyhow::Result<u16> {
@@ -78,10 +88,11 @@ fn at_once(start: Instant) -> anyhow::Result<()> {
 /// The client gets the same port towards the backend, and the backend does not take it for the
 /// connection that it remembers.
 fn again(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
-    const CLIENT_PORT: u16 = 40_404;
+    /// No socket gets it by itself.
+    const CLIENT_PORT: u16 = 20_404;
     const SESSIONS: usize = 12;
-    let backend = testbed.backend(family)?;
-    let injector = testbed.injector("smtp", "")?;
+    let (backend, config) = own_backend(testbed, family, BACKEND_PORT + 20)?;
+    let injector = testbed.start(&config)?;
     // Only the sequence number makes a SYN newer than a connection in TIME_WAIT.
     let _numbers = SysctlGuard::new(&testbed.topology.client, "net/ipv4/tcp_timestamps", "0")?;
     let mut ports = Vec::new();
@@ -109,10 +120,10 @@ fn none_left(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     const SESSIONS: u64 = 1300;
     /// The host's sockets may have all others: the program accepts no fewer than 1,024.
     const PORTS: std::ops::Range<u16> = 1024..2048;
-    let backend = testbed.backend(family)?;
+    let (backend, config) = own_backend(testbed, family, BACKEND_PORT + 21)?;
     let range = format!("{} 65535", PORTS.end);
     let _few = SysctlGuard::new(&testbed.topology.edge, "net/ipv4/ip_local_port_range", &range)?;
-    let injector = testbed.injector("smtp", "")?;
+    let injector = testbed.start(&config)?;
     let mut inline = 0;
     for session in 0..SESSIONS {
         let start = Instant::now();

@@ -77,8 +77,8 @@ impl SplicedDirection for verdict::EnrolledFlow {
         self.backlog(target)
     }
 
-    fn grant(&self, source: &Endpoint, queued: u64) -> io::Result<()> {
-        self.grant(source, queued)
+    fn grant(&self, source: &Endpoint, target: &Endpoint, queued: u64) -> io::Result<()> {
+        self.grant(source, target, queued)
     }
 
     fn pause(&self, source: &Endpoint) -> io::Result<()> {

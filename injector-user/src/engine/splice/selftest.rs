@@ -140,7 +140,7 @@ async fn slow_reader(splice: &Arc<Splice>) -> io::Result<String> {
     let (mut target, mut reader) = pair_with_small_buffers().await?;
     let spliced = EnrolledFlow::enrol(splice, &source, &target, 0).map_err(io::Error::other)?;
     // Credit for the whole payload, because no session checks the backlog here.
-    spliced.grant(&source, SIZE as u64)?;
+    spliced.grant(&source, &target, SIZE as u64)?;
     for endpoint in [&mut source, &mut target] {
         endpoint.set_interest(Interest { read: false, write: false }, &monitor)?;
     }

@@ -76,6 +76,10 @@ pub fn map_update_reason(error: &io::Error) -> &'static str {
     }
 }
 
+/// With no more than this in its send queue, a target keeps up: half of what is redirected between two
+/// grants.
+const FEW_UNACKNOWLEDGED: u64 = 64 << 10;
+
 /// One direction of a connection that the kernel forwards. Dropping it removes the direction from
 /// the kernel, and the kernel discards what is still queued for the target, so drop it only after
 /// [`EnrolledFlow::delivered`], or to reset.
@@ -121,7 +125,7 @@ impl EnrolledFlow {
             window: AtomicUsize::new(*SPLICED_WINDOWS.start()),
         };
         // A smaller window is only slower.
-        let _ = options::open_spliced_window(source, *SPLICED_WINDOWS.start());
+        let _ = options::set_spliced_window(source, *SPLICED_WINDOWS.start());
         maps.set_credit(source.cookie(), Credit::up_to(splice.credit)).map_err(failed("CREDIT"))?;
         maps.add_target(source.cookie(), target).map_err(failed("TARGETS"))?;
         maps.add_source(source.cookie(), source).map_err(failed("VERDICT"))?;
@@ -162,18 +166,19 @@ impl EnrolledFlow {
         Ok(Backlog { bytes: flow.redirected.saturating_sub(queued), queued, paused: flow.passing != 0 })
     }
 
-    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue. The
-    /// target has kept up, so the source's window grows, as autotuning would have it grow where user
-    /// space reads. Never after [`EnrolledFlow::pause`].
+    /// Extends the program's credit; `queued` bytes of this flow are in the target's send queue. If the
+    /// target has acknowledged nearly all of them, the source's window grows, as autotuning would have
+    /// it grow where user space reads. A target that does not keep up would only have more to wait for
+    /// it. Never after [`EnrolledFlow::pause`].
     ///
     /// # Errors
     /// When the map refuses.
-    pub fn grant(&self, source: &Endpoint, queued: u64) -> io::Result<()> {
+    pub fn grant(&self, source: &Endpoint, target: &Endpoint, queued: u64) -> io::Result<()> {
         let window = self.window.load(Ordering::Relaxed);
-        if window < *SPLICED_WINDOWS.end() {
+        if window < *SPLICED_WINDOWS.end() && sockopt::unacknowledged(target)? <= FEW_UNACKNOWLEDGED {
             self.window.store(2 * window, Ordering::Relaxed);
             // A smaller window is only slower.
-            let _ = options::open_spliced_window(source, 2 * window);
+            let _ = options::set_spliced_window(source, 2 * window);
         }
         self.set_credit(Credit::up_to(queued + self.splice.credit))
     }

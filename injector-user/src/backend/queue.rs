@@ -18,7 +18,8 @@ use tokio::{
 
 use crate::config::Listener;
 
-/// The clients of one listener that wait for a backend, first come, first served.
+/// The clients of one listener that wait for a backend. They are notified in the order in which they
+/// began to wait, but one that comes just as a session ends may be quicker.
 #[derive(Debug)]
 pub(super) struct Queue {
     /// Notified when a session of a backend ends.

@@ -34,6 +34,11 @@ const MAX_DELIVERY_BACKOFF: Duration = Duration::from_millis(4);
 /// The longest pause between two checks whether a target has caught up.
 const MAX_DRAIN_BACKOFF: Duration = Duration::from_millis(16);
 
+/// Whether the target has acknowledged most of what was written to it.
+fn keeps_up(context: &Context, target: &Endpoint) -> io::Result<bool> {
+    Ok(sockopt::unacknowledged(target)? <= context.watermarks.low)
+}
+
 /// One direction of a connection.
 ///
 /// Most connections are idle, so state that exists seldom is on the heap.
@@ -246,8 +251,7 @@ impl HalfDuplex {
             return self.propose_resume(context, target).map_or_else(Enrolment::Lost, |()| Enrolment::NotNow);
         }
         // What a fast source has on its way would wait in the kernel for a target that does not keep up.
-        let keeps_up = || sockopt::unacknowledged(target).is_ok_and(|bytes| bytes <= context.watermarks.low);
-        if !source.recv_drained() || !keeps_up() {
+        if !source.recv_drained() || !keeps_up(context, target).unwrap_or(false) {
             return Enrolment::NotNow;
         }
         let read = self.direction.read_bytes();
@@ -275,7 +279,7 @@ impl HalfDuplex {
     fn propose_resume(&mut self, context: &Context, target: &Endpoint) -> io::Result<()> {
         let Some(spliced_state) = &mut self.spliced_state else { return Ok(()) };
         let read = self.direction.read_bytes();
-        if read == spliced_state.proposed_at || sockopt::unacknowledged(target)? > context.watermarks.low {
+        if read == spliced_state.proposed_at || !keeps_up(context, target)? {
             return Ok(());
         }
         spliced_state.proposed_at = read;

@@ -5,6 +5,7 @@
 //! in tests.
 #![no_std]
 
+pub mod guard;
 pub mod inline;
 #[cfg(feature = "user")]
 mod pod;

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::{inline, splice};
+use crate::{guard, inline, splice};
 
 /// Implements `Pod` for types whose layout zerocopy has checked.
 macro_rules! pod {
@@ -17,6 +17,11 @@ macro_rules! pod {
 const fn plain<T: FromBytes + IntoBytes>() {}
 
 pod!(
+    guard::Ban,
+    guard::Rate,
+    guard::SourceCounts,
+    guard::SourceKey,
+    guard::SourceLimits,
     inline::Address,
     inline::Backend,
     inline::BackendTable,

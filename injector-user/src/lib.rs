@@ -7,6 +7,7 @@ pub mod control;
 pub mod daemon;
 pub mod doctor;
 pub mod engine;
+pub mod guard;
 pub mod header;
 pub mod listener;
 pub mod net;

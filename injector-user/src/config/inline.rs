@@ -83,17 +83,7 @@ pub(super) fn read(section: Section<'_>) -> Inline {
     if let Some(addresses) = section.strings("source_addresses") {
         inline.source_addresses = source_addresses(&section, inline.source, &addresses);
     }
-    for (at, text) in section.strings("devices").unwrap_or_default() {
-        if is_device_name(text) {
-            inline.devices.push(text.to_owned());
-        } else {
-            section.report_field(
-                at,
-                "devices",
-                &format!(" {text:?}: must be the name of a device, such as \"eth0\""),
-            );
-        }
-    }
+    inline.devices = device_names(&section);
     for (at, text) in section.strings("peers").unwrap_or_default() {
         match text.parse() {
             Ok(network) => inline.peers.push(network),
@@ -174,6 +164,23 @@ fn source_addresses(section: &Section<'_>, source: Source, texts: &[Spanned<&str
         );
     }
     source_addresses::read(section, texts, Loopback::Refused)
+}
+
+/// The field `devices`.
+pub(super) fn device_names(section: &Section<'_>) -> Vec<String> {
+    let mut devices = Vec::new();
+    for (at, text) in section.strings("devices").unwrap_or_default() {
+        if is_device_name(text) {
+            devices.push(text.to_owned());
+        } else {
+            section.report_field(
+                at,
+                "devices",
+                &format!(" {text:?}: must be the name of a device, such as \"eth0\""),
+            );
+        }
+    }
+    devices
 }
 
 /// The kernel's rule (dev_valid_name, net/core/dev.c).

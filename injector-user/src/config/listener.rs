@@ -9,6 +9,7 @@ use std::{
 
 use super::{
     backend::{self, Backend, Balance},
+    guard::{self, PerSource},
     health::{self, Health},
     parse::{
         address,
@@ -93,6 +94,8 @@ pub struct Listener {
     /// The limit of concurrent connections of this listener, besides
     /// [`super::Limits::max_connections`].
     pub max_connections: Option<usize>,
+    /// Limits on each source, besides those over all listeners.
+    pub per_source: PerSource,
     /// All greater than zero, except `header_wait`.
     pub timeouts: Timeouts,
     /// The header format that the backend expects.
@@ -171,6 +174,7 @@ fn read(
     let receiver = receiver::read(section.section("receiver"));
     let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     let balance = balance(&section).unwrap_or_default();
+    let per_source = section.section("guard").map(guard::read_listener).unwrap_or_default();
     let max_queue = section.integer("max_queue", 0, MAX_CONNECTIONS as u64);
     if let Some((at, EngineChoice::Inline)) = engine
         && let Some(obstacle) = inline_obstacle(balance, &backends, &receiver)
@@ -188,6 +192,7 @@ fn read(
         source_addresses,
         resolve_interval: resolve_interval.map_or(RESOLVE_INTERVAL, |(_, interval)| interval),
         max_connections,
+        per_source,
         balance,
         max_queue: max_queue.map_or(MAX_QUEUE, |(_, count)| usize::try_from(count).unwrap_or(MAX_QUEUE)),
         timeouts,

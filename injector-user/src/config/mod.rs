@@ -5,6 +5,7 @@
 
 mod admin;
 mod backend;
+mod guard;
 mod health;
 mod host;
 mod inline;
@@ -34,6 +35,7 @@ use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,
     backend::{Backend, Balance},
+    guard::{Guard, PerSource, Xdp},
     health::{Check, CheckHeader, Ejection, Health},
     host::Host,
     inline::{Attachment, Inline, Source},
@@ -80,6 +82,8 @@ pub struct Config {
     pub splice: Splice,
     /// How the inline engine uses the host.
     pub inline: Inline,
+    /// Bans and limits on sources; `None` if there are none.
+    pub guard: Option<Guard>,
     /// How the daemon shuts down.
     pub stop: Stop,
     /// Format and level of the log.
@@ -120,10 +124,11 @@ fn read(root: Section<'_>) -> Option<Config> {
     let limits = root.section("limits").map(limits::read).unwrap_or_default();
     let splice = root.section("splice").map(splice::read).unwrap_or_default();
     let inline = root.section("inline").map(inline::read).unwrap_or_default();
+    let guard = root.section("guard").map(guard::read);
     let stop = root.section("stop").map(stop::read).unwrap_or_default();
     let log = root.section("log").map(log::read).unwrap_or_default();
     let listeners = listener::read_all(&root, metrics);
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
-    Some(Config { metrics, admin, limits, splice, inline, stop, log, listeners: listeners? })
+    Some(Config { metrics, admin, limits, splice, inline, guard, stop, log, listeners: listeners? })
 }

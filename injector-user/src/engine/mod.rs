@@ -1,6 +1,7 @@
 //! The engines: how the bytes of a connection are forwarded. The trait [`Engine`] is the part of an
 //! engine that a session uses; the life of a connection is the same in every engine.
 
+pub mod bans;
 #[cfg(feature = "bpf")]
 pub mod bpf;
 pub mod check;

@@ -17,7 +17,7 @@ use syn::{
 use crate::cargo;
 
 /// The modules of `injector-user`, bottom to top: each may import from those before it.
-const ORDER: [&str; 18] = [
+const ORDER: [&str; 19] = [
     "protocol",
     "config",
     "telemetry",
@@ -26,6 +26,7 @@ const ORDER: [&str; 18] = [
     "header",
     "backend",
     "engine",
+    "guard",
     "session",
     "listener",
     "server",

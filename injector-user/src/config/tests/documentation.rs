@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, time::Duration};
 use super::{LISTENER, and, diagnostics, with};
 use crate::{
     config::{
-        Balance, CheckHeader, Config, EngineChoice, Health, Inline, Limits, LogFormat, LogLevel, Receiver,
-        Splice, Stop,
+        Balance, CheckHeader, Config, EngineChoice, Guard, Health, Inline, Limits, LogFormat, LogLevel,
+        PerSource, Receiver, Splice, Stop,
     },
     protocol::Protocol,
 };
@@ -36,6 +36,19 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert!(!inline.source_addresses.is_empty() && !inline.devices.is_empty() && !inline.peers.is_empty());
     assert_ne!((inline.flows, inline.attachment), (default.flows, default.attachment));
     assert_ne!(inline.pin, default.pin);
+    let (guard, default) = (config.guard.as_ref().unwrap(), Guard::default());
+    for networks in [&guard.deny, &guard.allow] {
+        assert!(!networks.is_empty());
+    }
+    for files in [&guard.deny_files, &guard.allow_files] {
+        assert!(!files.is_empty());
+    }
+    assert!(!guard.devices.is_empty());
+    assert_ne!((guard.max_bans, guard.xdp), (default.max_bans, default.xdp));
+    assert_ne!(guard.pin, default.pin);
+    assert_ne!(guard.source_prefix_ipv4, default.source_prefix_ipv4);
+    assert_ne!(guard.source_prefix_ipv6, default.source_prefix_ipv6);
+    assert!(is_limited(guard.per_source));
     assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
     let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
     let default = Protocol::Imaps.timeouts();
@@ -51,6 +64,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
     assert!(!listener.source_addresses.is_empty());
     assert!(listener.max_connections.is_some());
+    assert!(is_limited(listener.per_source));
     assert!(listener.backends.iter().any(|backend| backend.weight != 1));
     assert!(listener.backends.iter().any(|backend| backend.backup));
     assert!(listener.backends.iter().any(|backend| backend.max_connections.is_some()));
@@ -70,6 +84,10 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert!(receiver.crc32c && receiver.unique_id && receiver.authority.is_some() && receiver.noop.is_some());
     assert_eq!(receiver.custom.len(), 2);
     assert_ne!(receiver.max_header, Receiver::default().max_header);
+}
+
+fn is_limited(limits: PerSource) -> bool {
+    limits.max_connections.is_some() && limits.max_rate.is_some() && limits.burst.is_some()
 }
 
 /// The reference lists exactly the keys that exist, each once. A heading with a code span
@@ -96,7 +114,7 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = BTreeSet::new();
-    for section in ["metrics", "admin", "limits", "splice", "inline", "stop", "log"] {
+    for section in ["metrics", "admin", "limits", "splice", "inline", "guard", "stop", "log"] {
         let listen = match section {
             "metrics" => "listen = \"127.0.0.1:1\"\n",
             "admin" => "socket = \"/run/x\"\n",
@@ -110,6 +128,7 @@ fn the_documentation_names_every_field() {
     real.extend(known(&with("backends", backend)).iter().map(|field| format!("listener.backends.{field}")));
     for (section, needed) in [
         ("[listener.timeouts]", ""),
+        ("[listener.guard]", ""),
         ("[listener.health]", ""),
         ("[listener.receiver]", ""),
         ("[[listener.receiver.custom]]", "kind = 0xE0\nvalue = \"x\""),
@@ -119,7 +138,13 @@ fn the_documentation_names_every_field() {
         real.extend(fields.iter().map(|field| format!("{path}.{field}")));
     }
     // The tables themselves are headings.
-    for table in ["listener.timeouts", "listener.health", "listener.receiver", "listener.receiver.custom"] {
+    for table in [
+        "listener.timeouts",
+        "listener.guard",
+        "listener.health",
+        "listener.receiver",
+        "listener.receiver.custom",
+    ] {
         assert!(real.remove(table), "{table} is no longer a field");
     }
     assert_eq!(documented, real);

@@ -71,6 +71,7 @@ fn the_example_has_the_documented_meaning() {
         source_addresses: Vec::new(),
         resolve_interval: Duration::from_secs(15),
         max_connections: None,
+        per_source: PerSource::default(),
         timeouts: Timeouts {
             connect: default.connect,
             queue: Duration::from_secs(30),

@@ -1,0 +1,49 @@
+//! Bans.
+
+/// A banned address (map `BANNED_ADDRESSES`) or network (map `BANNED_NETWORKS`).
+///
+/// Of networks one inside the other, the kernel finds the smallest only: whoever writes the maps gives it the latest end of all
+/// that it is in.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ban {
+    /// When it ends, in nanoseconds of `CLOCK_BOOTTIME` ([`Ban::FOREVER`] if never).
+    pub until_ns: u64,
+    /// Who wants it, for a daemon that finds it: bits that only the daemon knows.
+    pub origins: u32,
+    /// Makes the size a multiple of eight.
+    pub reserved: u32,
+}
+
+impl Ban {
+    /// The end of a ban that does not end.
+    pub const FOREVER: u64 = u64::MAX;
+
+    /// Whether it holds now.
+    #[must_use]
+    #[inline(always)]
+    pub const fn holds(&self, now_ns: u64) -> bool {
+        now_ns < self.until_ns
+    }
+}
+
+/// What the lists say of a source address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// It is in a network that may never be banned.
+    pub allowed: bool,
+    /// The end of the address's own ban; 0 if there is none.
+    pub address_until_ns: u64,
+    /// The end of the ban of the smallest banned network that it is in; 0 if there is none.
+    pub network_until_ns: u64,
+}
+
+impl Listed {
+    /// Whether nothing of this source may pass.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_banned(&self, now_ns: u64) -> bool {
+        !self.allowed && (now_ns < self.address_until_ns || now_ns < self.network_until_ns)
+    }
+}

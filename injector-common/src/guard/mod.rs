@@ -1,0 +1,9 @@
+//! The guard: which sources may open connections. Its decisions are the same in BPF programs and in the daemon.
+
+mod ban;
+mod counter;
+mod source;
+
+pub use ban::{Ban, Listed};
+pub use counter::Counter;
+pub use source::{Rate, SourceCounts, SourceKey, SourceLimits, Verdict, admit, mask};

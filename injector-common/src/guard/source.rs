@@ -1,0 +1,160 @@
+//! Limits per source: open connections, and new ones a second.
+
+/// A source of connections and what its connections are counted of.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SourceKey {
+    /// Its address, of which only the first bits count ([`mask`]): IPv6 in network order, IPv4 mapped into it.
+    pub ip: [u32; 4],
+    /// The listener ([`inline::Listener::id`](crate::inline::Listener::id)); 0 for all together.
+    pub listener: u32,
+}
+
+/// The first bits of an address. `prefix` counts from the start of the mapped address: 128 for all of an IPv4 address.
+#[must_use]
+#[inline(always)]
+pub const fn mask(ip: [u32; 4], prefix: u8) -> [u32; 4] {
+    const fn word(word: u32, bits: u32) -> u32 {
+        if bits >= 32 {
+            word
+        } else if bits == 0 {
+            0
+        } else {
+            word & (u32::MAX << (32 - bits)).to_be()
+        }
+    }
+    let prefix = prefix as u32;
+    let [w0, w1, w2, w3] = ip;
+    [
+        word(w0, prefix),
+        word(w1, prefix.saturating_sub(32)),
+        word(w2, prefix.saturating_sub(64)),
+        word(w3, prefix.saturating_sub(96)),
+    ]
+}
+
+/// The limits on each source.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SourceLimits {
+    /// Open connections; 0 if unlimited.
+    pub connections: u32,
+    /// New connections that may come at once; 0 if unlimited.
+    pub burst: u32,
+    /// The time in which one more new connection is allowed, in nanoseconds.
+    pub interval_ns: u64,
+}
+
+/// The connections that a source has open.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SourceCounts {
+    /// Handshakes of engine inline that are not finished: its address is not proven.
+    pub pending: u32,
+    /// Established with engine inline.
+    pub established: u32,
+    /// Sessions of the other engines.
+    pub sessions: u32,
+}
+
+/// How much of its rate a source has used: the generic cell rate algorithm (ITU-T I.371, annex A).
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// The theoretical arrival time of the next connection, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub arrival_ns: u64,
+}
+
+impl Rate {
+    /// The state after one more connection now; `None` if it comes too early.
+    #[must_use]
+    #[inline(always)]
+    pub const fn take(self, limits: &SourceLimits, now_ns: u64) -> Option<Self> {
+        if limits.burst == 0 {
+            return Some(self);
+        }
+        let from = if self.arrival_ns > now_ns { self.arrival_ns } else { now_ns };
+        let ahead = from - now_ns;
+        let tolerance = limits.interval_ns.saturating_mul((limits.burst - 1) as u64);
+        if ahead > tolerance {
+            return None;
+        }
+        Some(Self { arrival_ns: from.saturating_add(limits.interval_ns) })
+    }
+}
+
+/// What becomes of another connection of a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is admitted.
+    Pass,
+    /// It has too many open connections.
+    TooManyConnections,
+    /// It opens connections too fast.
+    TooFast,
+}
+
+/// Decides about another connection of a source. At a SYN, `counts` include handshakes; at accept, where the address is proven, they
+/// do not: who sends SYNs in another's name must not shut it out.
+#[must_use]
+#[inline(always)]
+pub const fn admit(limits: &SourceLimits, counts: &SourceCounts, rate: Rate, now_ns: u64) -> Verdict {
+    let open = counts.pending.saturating_add(counts.established).saturating_add(counts.sessions);
+    if limits.connections != 0 && open >= limits.connections {
+        Verdict::TooManyConnections
+    } else if rate.take(limits, now_ns).is_none() {
+        Verdict::TooFast
+    } else {
+        Verdict::Pass
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_bits_count() {
+        let ip = [
+            0x2001_0DB8_u32.to_be(),
+            0x0001_0002_u32.to_be(),
+            0xAABB_CCDD_u32.to_be(),
+            0x0102_0304_u32.to_be(),
+        ];
+        assert_eq!(mask(ip, 128), ip);
+        assert_eq!(mask(ip, 64), [ip[0], ip[1], 0, 0]);
+        assert_eq!(mask(ip, 48), [ip[0], 0x0001_0000_u32.to_be(), 0, 0]);
+        assert_eq!(mask(ip, 0), [0; 4]);
+        assert_eq!(mask(ip, 120), [ip[0], ip[1], ip[2], 0x0102_0300_u32.to_be()]);
+    }
+
+    #[test]
+    fn a_burst_passes_and_then_one_each_interval() {
+        let limits = SourceLimits { connections: 0, burst: 3, interval_ns: 10 };
+        let mut rate = Rate::default();
+        let mut admitted = 0;
+        for now in 100..200 {
+            // Two tries at each moment.
+            for _ in 0..2 {
+                if let Some(next) = rate.take(&limits, now) {
+                    (rate, admitted) = (next, admitted + 1);
+                }
+            }
+        }
+        assert_eq!(admitted, 3 + 9);
+    }
+
+    #[test]
+    fn zero_is_no_limit() {
+        let full = SourceCounts { pending: u32::MAX, established: u32::MAX, sessions: u32::MAX };
+        assert_eq!(admit(&SourceLimits::default(), &full, Rate { arrival_ns: u64::MAX }, 0), Verdict::Pass);
+        let limits = SourceLimits { connections: 2, ..SourceLimits::default() };
+        let open = |established, sessions| SourceCounts { pending: 0, established, sessions };
+        assert_eq!(admit(&limits, &open(1, 0), Rate::default(), 0), Verdict::Pass);
+        assert_eq!(admit(&limits, &open(1, 1), Rate::default(), 0), Verdict::TooManyConnections);
+    }
+}

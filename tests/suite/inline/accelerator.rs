@@ -34,6 +34,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a backend on this host", backend_here),
     ("a client's address towards backends", as_client),
     ("forwarding of the host is turned off", forwarding_off),
+    ("the host's firewall is named, if it would refuse clients", firewall),
 ];
 
 /// Trials that take seconds: for one family.
@@ -391,4 +392,26 @@ fn forwarding_off(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
         bail!("bytes in place of an end");
     }
     Ok(())
+}
+
+/// A chain with rules is named; one without is not.
+fn firewall(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let edge = &testbed.topology.edge;
+    let (filled, empty) = (format!("filled{family:?}"), format!("empty{family:?}"));
+    for table in [&filled, &empty] {
+        edge.nft(&format!(
+            "add table inet {table}; add chain inet {table} bans {{ type filter hook input priority 0; }}"
+        ))?;
+    }
+    edge.nft(&format!("add rule inet {filled} bans ip saddr 203.0.113.0/24 drop"))?;
+    let observe = || {
+        let injector = testbed.start(&testbed.config("smtp", ""))?;
+        let named = |table: &str| format!("bans of table inet {table} (hook input)");
+        wait_until("the warning", || Ok(injector.log()), |log| log.contains(&named(&filled)))?;
+        ensure!(!injector.log().contains(&named(&empty)), "a chain without rules: {}", injector.log());
+        Ok(())
+    };
+    let outcome = observe();
+    edge.nft(&format!("delete table inet {filled}; delete table inet {empty}"))?;
+    outcome
 }

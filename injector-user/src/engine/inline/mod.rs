@@ -18,6 +18,7 @@ mod installation;
 mod maps;
 pub mod migrate;
 mod nat_rules;
+mod netfilter;
 mod netlink;
 pub mod pins;
 mod places;

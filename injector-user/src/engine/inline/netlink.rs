@@ -1,4 +1,4 @@
-//! rtnetlink(7) by blocking requests.
+//! netlink(7) by blocking requests.
 //!
 //! Of an answer only the parts that are needed are read: attributes that other programs or newer
 //! kernels put into it must not be able to spoil it.
@@ -29,22 +29,31 @@ pub(super) fn short() -> DecodeError {
     DecodeError::from("a message shorter than its header")
 }
 
-/// Requests a list, and passes on the payload of each message of the answer.
+/// Requests a list from rtnetlink(7), and passes on the payload of each message of the answer.
 pub(super) fn dump(
     request: RouteNetlinkMessage,
-    mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
+    each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
 ) -> io::Result<()> {
-    /// The kernel fills up to 32 KiB at once (netlink_dump, net/netlink/af_netlink.c).
-    const DATAGRAM: usize = 1 << 16;
-
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.connect(&SocketAddr::new(0, 0))?;
     let mut request = NetlinkMessage::from(request);
     request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
+    exchange(NETLINK_ROUTE, &bytes, each)
+}
+
+/// Sends a request for a list, and passes on the payload of each message of the answer.
+pub(super) fn exchange(
+    protocol: isize,
+    request: &[u8],
+    mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
+) -> io::Result<()> {
+    /// The kernel fills up to 32 KiB at once (netlink_dump, net/netlink/af_netlink.c).
+    const DATAGRAM: usize = 1 << 16;
+
+    let socket = Socket::new(protocol)?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.send(request, 0)?;
     loop {
         let mut datagram = Vec::with_capacity(DATAGRAM);
         socket.recv(&mut datagram, 0)?;

@@ -21,6 +21,7 @@ use super::{
     attach::{self, Attached},
     flow_tracker::FlowTracker,
     migrate::{self, Migration},
+    netfilter::Firewall,
     pins::{self, PinPaths},
     programs::{self, InlinePrograms},
     route_lookups,
@@ -41,6 +42,8 @@ const REFRESH: Duration = attach::CHECK_INTERVAL;
 /// After how many of these the places of listeners that are gone are released, and an upgrade
 /// advances.
 const EVERY_FEW_TICKS: u32 = 2;
+/// After how many of these the host's firewall is looked at.
+const FIREWALL_TICKS: u32 = 5;
 
 /// The running engine.
 #[derive(Debug)]
@@ -176,6 +179,7 @@ impl InlineEngine {
         let mut refresh = tokio::time::interval(REFRESH);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut failing, mut ticks) = (None, 0_u32);
+        let mut firewall = Firewall::default();
         loop {
             let now = served.borrow_and_update().clone();
             let error = self.serve(&now).err();
@@ -192,6 +196,9 @@ impl InlineEngine {
                 _ = refresh.tick() => {
                     let _ = self.attached.update(&self.inline);
                     route_lookups::allow_again();
+                    if ticks.is_multiple_of(FIREWALL_TICKS) {
+                        firewall.warn_of_new_chains();
+                    }
                     ticks = ticks.wrapping_add(1);
                     if ticks.is_multiple_of(EVERY_FEW_TICKS) {
                         self.inline.release_places(&lock(&self.served));

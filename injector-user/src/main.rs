@@ -38,7 +38,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Sessions(args) => cli::control::sessions(args)?,
         Command::Drain(args) => cli::control::drain(&args)?,
         Command::Resume(args) => cli::control::resume(args)?,
-        Command::Backend(args) => cli::control::backend(args)?,
+        Command::Backend(command) => cli::control::backend(command)?,
         Command::LogLevel(args) => cli::control::log_level(args)?,
         Command::Reload(args) => cli::control::reload(&args)?,
         Command::Top(args) => cli::control::top(&args)?,

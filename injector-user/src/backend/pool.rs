@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -99,7 +99,8 @@ impl Backends {
                 state.addresses().unchecked();
             }
             let hash = balance::stable_hash(configured.to_string().as_bytes(), 0);
-            Backend { configured: configured.clone(), hash, state }
+            let weight = Arc::new(configured.weight.into());
+            Backend { configured: configured.clone(), weight, hash, state }
         };
         Self {
             listener: listener.name.clone(),
@@ -147,6 +148,53 @@ impl Backends {
         tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, ?forced, "backend state set by the operator");
         self.changed.notify_one();
         true
+    }
+
+    /// Whether a backend may have this weight while the others keep theirs, by the rule of the
+    /// configuration ([`config::PRIMARY_REQUIRED`]).
+    #[must_use]
+    pub fn may_have_weight(&self, name: &str, weight: u32) -> bool {
+        let weight = |backend: &Backend| match backend.configured.to_string() == name {
+            true => weight,
+            false => backend.weight(),
+        };
+        config::has_primary(self.all.iter().map(|backend| (backend.configured.backup, weight(backend))))
+    }
+
+    /// Sets the weight of a backend until the next reload, by its name in the configuration. `false` if
+    /// no backend has that name.
+    #[must_use]
+    pub fn set_weight(&self, name: &str, weight: u32) -> bool {
+        let Some(backend) = self.all.iter().find(|backend| backend.configured.to_string() == name) else {
+            return false;
+        };
+        backend.weight.store(weight, Ordering::Relaxed);
+        self.reset_round_robin();
+        tracing::info!(target: target::HEALTH, listener = self.listener, backend = name, weight, configured = backend.configured.weight, "weight of the backend set by the operator, until the next reload");
+        self.changed.notify_one();
+        true
+    }
+
+    /// Gives all backends their configured weights again.
+    pub fn reset_weights(&self) {
+        for backend in &self.all {
+            let configured = backend.configured.weight;
+            if backend.weight.swap(configured, Ordering::Relaxed) != configured {
+                self.reset_round_robin();
+                tracing::info!(target: target::HEALTH, listener = self.listener, backend = %backend.configured, weight = configured, "the backend has its configured weight again");
+                self.changed.notify_one();
+            }
+        }
+    }
+
+    /// Forgets who had how much of its share: with other weights this would keep one backend in front,
+    /// or behind, for as many connections as the former weights were high.
+    fn reset_round_robin(&self) {
+        *self.round_robin() = SmoothWeightedRoundRobin::default();
+    }
+
+    fn round_robin(&self) -> MutexGuard<'_, SmoothWeightedRoundRobin> {
+        self.round_robin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Resolves names at each interval and runs the health checks, until `stop`. If resolving
@@ -234,9 +282,7 @@ impl Backends {
         let candidates: Vec<_> = self.all.iter().map(Backend::candidate).collect();
         let mut order = balance::eligible(&candidates);
         let reserve = balance::fallbacks(&candidates, &order);
-        let mut round_robin = self.round_robin.lock().unwrap_or_else(PoisonError::into_inner);
-        round_robin.rotate(&candidates, &mut order);
-        drop(round_robin);
+        self.round_robin().rotate(&candidates, &mut order);
         match self.balance {
             Balance::Weighted => {}
             Balance::LeastConnections => balance::by_load(&candidates, &mut order),
@@ -278,4 +324,65 @@ fn outcome(results: &[(SocketAddr, Result<(), CheckError>)]) -> Result<(), Strin
         }
     }
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn backends(list: &str) -> Backends {
+        let text = format!(
+            "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\nbackends = [{list}]\n"
+        );
+        Backends::new(&Config::parse(&text, "test.toml").unwrap().listeners[0], None, Arc::default())
+    }
+
+    const ONE: &str = "192.0.2.1:25";
+    const TWO: &str = "192.0.2.2:25";
+
+    /// How many of so many connections would go to the second backend.
+    fn to_the_second(backends: &Backends, connections: usize) -> usize {
+        let first = |_: &usize| backends.order([198, 51, 100, 7].into())[0].configured.to_string() == TWO;
+        (0..connections).filter(first).count()
+    }
+
+    #[test]
+    fn a_weight_of_the_operator_counts_at_once_and_until_the_reset() {
+        let backends = backends(&format!("{{ address = \"{ONE}\", weight = 1000 }}, \"{TWO}\""));
+        // In the middle of a round, in which the second backend has waited long.
+        assert_eq!(to_the_second(&backends, 450), 0);
+        assert!(backends.set_weight(ONE, 1) && !backends.set_weight("192.0.2.3:25", 1));
+        assert_eq!(to_the_second(&backends, 10), 5);
+        assert!(backends.set_weight(TWO, 3));
+        assert_eq!(to_the_second(&backends, 40), 30);
+        assert!(backends.set_weight(ONE, 0));
+        assert_eq!(to_the_second(&backends, 10), 10);
+        backends.reset_weights();
+        assert_eq!(backends.all().iter().map(Backend::weight).collect::<Vec<_>>(), [1000, 1]);
+        assert_eq!(to_the_second(&backends, 10), 0);
+    }
+
+    #[tokio::test]
+    async fn a_changed_weight_is_announced() {
+        let backends = backends(&format!("\"{ONE}\", \"{TWO}\""));
+        let announced = async || {
+            tokio::time::timeout(Duration::from_millis(10), backends.changed.notified()).await.is_ok()
+        };
+        assert!(backends.set_weight(ONE, 2) && announced().await);
+        backends.reset_weights();
+        assert!(announced().await);
+        backends.reset_weights();
+        assert!(!announced().await);
+    }
+
+    #[test]
+    fn one_primary_keeps_a_weight() {
+        let backends = backends(&format!("\"{ONE}\", {{ address = \"{TWO}\", backup = true }}"));
+        assert!(!backends.may_have_weight(ONE, 0));
+        assert!(backends.may_have_weight(ONE, 1) && backends.may_have_weight(TWO, 0));
+        let backends = self::backends(&format!("\"{ONE}\", \"{TWO}\""));
+        assert!(backends.may_have_weight(ONE, 0) && backends.set_weight(ONE, 0));
+        assert!(!backends.may_have_weight(TWO, 0) && backends.may_have_weight(TWO, 1000));
+    }
 }

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -22,6 +22,8 @@ use crate::config;
 #[derive(Clone, Debug)]
 pub struct Backend {
     pub(super) configured: config::Backend,
+    /// The configured weight, or the operator's, which lasts until the next reload.
+    pub(super) weight: Arc<AtomicU32>,
     /// The hash of its name.
     pub(super) hash: u64,
     pub(super) state: Arc<BackendState>,
@@ -99,6 +101,12 @@ impl Backend {
         &self.configured
     }
 
+    /// Its share of new connections now.
+    #[must_use]
+    pub fn weight(&self) -> u32 {
+        self.weight.load(Ordering::Relaxed)
+    }
+
     /// The addresses that its name last resolved to.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
@@ -162,7 +170,7 @@ impl Backend {
     pub(super) fn candidate(&self) -> Candidate {
         let health_state = self.health_state();
         Candidate {
-            weight: self.configured.weight,
+            weight: self.weight(),
             backup: self.configured.backup,
             up: health_state.is_up(),
             disabled: health_state == HealthState::ForcedDown,

@@ -6,10 +6,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{
-    config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration, parse_flag_address},
-    control::wire::BackendAction,
-};
+pub use self::backend::{BackendArgs, BackendCommand, BackendWeightArgs};
+use crate::config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration, parse_flag_address};
+
+mod backend;
 
 /// Prepends a PROXY protocol header with the client's real address to mail connections and lets the kernel
 /// forward the data.
@@ -96,8 +96,9 @@ pub enum Command {
     Drain(DrainArgs),
     /// Accept new clients again after `drain`
     Resume(ResumeArgs),
-    /// Disable or enable a backend
-    Backend(BackendArgs),
+    /// Disable or enable a backend, or change its weight
+    #[command(subcommand)]
+    Backend(BackendCommand),
     /// Log at another level, until the next reload
     ///
     /// The levels replace those of an earlier command. `injector reload` returns to log.level of the file, or to
@@ -240,24 +241,6 @@ pub struct ResumeArgs {
     pub control: ControlArgs,
 
     /// Only this listener
-    pub listener: Option<String>,
-}
-
-/// Arguments of `injector backend`.
-#[derive(Clone, Debug, Args)]
-pub struct BackendArgs {
-    /// The control socket, and the format of the reply
-    #[command(flatten)]
-    pub control: ControlArgs,
-
-    /// New state
-    pub action: BackendAction,
-
-    /// The backend as in the configuration, such as mail.internal:2525
-    pub backend: String,
-
-    /// Only for this listener
-    #[arg(long, env = "INJECTOR_LISTENER", value_name = "NAME")]
     pub listener: Option<String>,
 }
 

@@ -5,12 +5,12 @@ use std::{thread, time::Duration};
 use anyhow::ensure;
 
 use super::args::{
-    BackendArgs, ControlArgs, DrainArgs, EndSessionsArgs, LogLevelArgs, ReloadArgs, ResumeArgs, SessionsArgs,
-    SessionsCommand, TopArgs,
+    BackendArgs, BackendCommand, BackendWeightArgs, ControlArgs, DrainArgs, EndSessionsArgs, LogLevelArgs,
+    ReloadArgs, ResumeArgs, SessionsArgs, SessionsCommand, TopArgs,
 };
 use crate::control::{
     self, Request, client, top,
-    wire::{Answer, ListenerStatus},
+    wire::{Answer, BackendAction, ListenerStatus},
 };
 
 /// How often `drain --wait` asks whether sessions are left.
@@ -66,12 +66,21 @@ pub fn resume(args: ResumeArgs) -> anyhow::Result<()> {
     send(&args.control, &Request::Resume { listener: args.listener }).map(drop)
 }
 
-/// Disables or enables a backend.
+/// Disables or enables a backend, or changes its weight.
 ///
 /// # Errors
 /// When the daemon does not answer or rejects the command.
-pub fn backend(args: BackendArgs) -> anyhow::Result<()> {
-    let BackendArgs { control, action, listener, backend } = args;
+pub fn backend(command: BackendCommand) -> anyhow::Result<()> {
+    let (args, action) = match command {
+        BackendCommand::Up(args) => (args, BackendAction::Up),
+        BackendCommand::Down(args) => (args, BackendAction::Down),
+        BackendCommand::Auto(args) => (args, BackendAction::Auto),
+        BackendCommand::Weight(BackendWeightArgs { of, weight }) => {
+            let BackendArgs { control, listener, backend } = of;
+            return send(&control, &Request::BackendWeight { weight, listener, backend }).map(drop);
+        }
+    };
+    let BackendArgs { control, listener, backend } = args;
     send(&control, &Request::Backend { action, listener, backend }).map(drop)
 }
 

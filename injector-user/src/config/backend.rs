@@ -61,6 +61,15 @@ impl Backend {
     pub const MAX_WEIGHT: u32 = 1000;
 }
 
+/// What the backends of a listener must have among them.
+pub const PRIMARY_REQUIRED: &str = "at least one non-backup backend with weight > 0 is required";
+
+/// Whether one of these backends meets [`PRIMARY_REQUIRED`]: of each, whether it is a backup, and its
+/// weight.
+pub fn has_primary(mut backends: impl Iterator<Item = (bool, u32)>) -> bool {
+    backends.any(|(backup, weight)| !backup && weight > 0)
+}
+
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
@@ -104,9 +113,9 @@ pub(super) fn read_all(section: &Section<'_>, binds: &[SocketAddr]) -> Vec<Backe
         }
         backends.push(Backend { host, port, weight, backup, max_connections });
     }
-    if !backends.is_empty() && !backends.iter().any(|backend| !backend.backup && backend.weight > 0) {
-        let message = ": at least one non-backup backend with weight > 0 is required";
-        section.report_field(section.at(), "backends", message);
+    let roles = backends.iter().map(|backend| (backend.backup, backend.weight));
+    if !backends.is_empty() && !has_primary(roles) {
+        section.report_field(section.at(), "backends", &format!(": {PRIMARY_REQUIRED}"));
     }
     backends
 }

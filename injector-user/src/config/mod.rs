@@ -34,7 +34,7 @@ pub(crate) use self::parse::{
 use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,
-    backend::{Backend, Balance},
+    backend::{Backend, Balance, PRIMARY_REQUIRED, has_primary},
     guard::{Guard, PerSource, Xdp},
     health::{Check, CheckHeader, Ejection, Health},
     host::Host,

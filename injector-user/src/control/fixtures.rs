@@ -8,6 +8,7 @@ pub(super) fn status() -> Status {
     let backend = |name: &str, state, backup| BackendStatus {
         name: name.to_owned(),
         weight: 3,
+        configured_weight: None,
         backup,
         state,
         addresses: Vec::new(),

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use anyhow::ensure;
 use tokio::sync::{Mutex, watch};
 
 use super::{
@@ -17,7 +18,7 @@ use crate::{
     backend::AdminState,
     config::{self, Config, ConfigError, Listener, LogLevel},
     os::systemd,
-    server::{Changes, Server},
+    server::{ActiveListener, Changes, Server},
     telemetry::{
         log::{LevelChange, Logging, target},
         metrics::{Metrics, Readiness},
@@ -95,6 +96,10 @@ impl Control {
             Request::Backend { action, listener, backend } => {
                 set_backend_state(server, action, listener.as_deref(), &backend)
                     .map(|listeners| Answer::BackendSet { listeners })
+            }
+            Request::BackendWeight { weight, listener, backend } => {
+                set_backend_weight(server, weight, listener.as_deref(), &backend)
+                    .map(|listeners| Answer::BackendWeightSet { listeners, weight })
             }
             Request::LogLevel { levels } => self.set_log_level(&levels),
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
@@ -212,22 +217,59 @@ fn set_backend_state(
         BackendAction::Down => AdminState::Down,
         BackendAction::Auto => AdminState::Auto,
     };
+    let listeners = listeners_with(server, listener, backend)?;
+    let set = listeners.iter().filter(|active| active.backends.set_admin_state(backend, admin_state));
+    Ok(set.map(|active| active.settings.name.clone()).collect())
+}
+
+/// Sets the weight of a backend in one listener, or in all listeners that have it; in none if one
+/// of them would have no primary backend left.
+fn set_backend_weight(
+    server: &Server,
+    weight: u32,
+    listener: Option<&str>,
+    backend: &str,
+) -> anyhow::Result<Vec<String>> {
+    let max = config::Backend::MAX_WEIGHT;
+    ensure!(weight <= max, "weight {weight}: must be 0 to {max}");
+    let listeners = listeners_with(server, listener, backend)?;
+    for active in &listeners {
+        let name = &active.settings.name;
+        ensure!(
+            active.backends.may_have_weight(backend, weight),
+            "listener {name:?}: {}; `injector drain` rejects new clients, and `injector backend down` \
+             disables a backend",
+            config::PRIMARY_REQUIRED
+        );
+    }
+    let set = listeners.iter().filter(|active| active.backends.set_weight(backend, weight));
+    Ok(set.map(|active| active.settings.name.clone()).collect())
+}
+
+/// The listeners that have this backend, of one name or of all.
+///
+/// # Errors
+/// When there is none.
+fn listeners_with<'a>(
+    server: &'a Server,
+    listener: Option<&str>,
+    backend: &str,
+) -> anyhow::Result<Vec<&'a ActiveListener>> {
     let of = || {
         server.listeners().iter().filter(|active| listener.is_none_or(|name| active.settings.name == name))
     };
-    let set: Vec<_> = of()
-        .filter(|active| active.backends.set_admin_state(backend, admin_state))
-        .map(|active| active.settings.name.clone())
-        .collect();
-    if set.is_empty() {
-        let mut all: Vec<_> =
-            of().flat_map(|active| active.backends.all()).map(|it| it.configured().to_string()).collect();
+    let names = |active: &ActiveListener| {
+        active.backends.all().iter().map(|it| it.configured().to_string()).collect::<Vec<_>>()
+    };
+    let with: Vec<_> = of().filter(|active| names(active).iter().any(|name| name == backend)).collect();
+    if with.is_empty() {
+        let mut all: Vec<_> = of().flat_map(names).collect();
         all.sort_unstable();
         all.dedup();
         let which = listener.map_or(String::new(), |name| format!(" of listener {name:?}"));
         anyhow::bail!("no backend is named {backend:?}{which}; configured backends: {}", all.join(", "));
     }
-    Ok(set)
+    Ok(with)
 }
 
 /// Seconds since 1970.

@@ -26,6 +26,9 @@ pub fn show(answer: &Answer) -> String {
         Answer::BackendSet { listeners } => {
             writeln!(out, "backend state changed for {}", listeners.join(", "))
         }
+        Answer::BackendWeightSet { listeners, weight } => {
+            writeln!(out, "weight {weight} until the next reload for {}", listeners.join(", "))
+        }
         Answer::LogLevelSet { levels } => writeln!(out, "log level until the next reload: {levels}"),
         Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
         Answer::DryRun(dry_run) => dry_run::write(&mut out, dry_run),
@@ -104,10 +107,21 @@ pub(super) fn inline_part(connections: u64) -> String {
     if connections == 0 { String::new() } else { format!(" ({connections} inline)") }
 }
 
+/// Its weight, or that it is a backup; beside a weight that the operator changed, the configured one.
+#[must_use]
+pub(super) fn role(backend: &BackendStatus) -> String {
+    let BackendStatus { weight, .. } = backend;
+    match (backend.backup, backend.configured_weight) {
+        (false, None) => format!("weight {weight}"),
+        (false, Some(configured)) => format!("weight {weight} (file: {configured})"),
+        (true, None) => "backup".to_owned(),
+        (true, Some(configured)) => format!("backup, weight {weight} (file: {configured})"),
+    }
+}
+
 fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt::Result {
-    let BackendStatus { name, weight, active, sessions, checks_passed, checks_failed, ejections, .. } =
-        backend;
-    let role = if backend.backup { "backup".to_owned() } else { format!("weight {weight}") };
+    let BackendStatus { name, active, sessions, checks_passed, checks_failed, ejections, .. } = backend;
+    let role = role(backend);
     write!(out, "  {name:width$}  {}, {role}, {active} active, {sessions} sessions", backend.state.name())?;
     if checks_passed + checks_failed > 0 {
         write!(out, ", checks {checks_passed} passed {checks_failed} failed")?;
@@ -262,6 +276,7 @@ mod tests {
             Answer::Resumed { listeners: names() },
             Answer::Resumed { listeners: Vec::new() },
             Answer::BackendSet { listeners: names() },
+            Answer::BackendWeightSet { listeners: names(), weight: 3 },
             Answer::LogLevelSet { levels: "info,session=debug".to_owned() },
             Answer::Reloaded(Reloaded::default()),
             Answer::Reloaded(reloaded),
@@ -300,6 +315,18 @@ mod tests {
         let mut out = String::new();
         write_backend(&mut out, &backend, 0).unwrap();
         assert!(out.ends_with(", 12 headers read as commands: NOT A PROXY PORT\n"), "{out}");
+    }
+
+    #[test]
+    fn a_weight_of_the_operator_stands_beside_the_configured_one() {
+        let mut backend = status().listeners[1].backends[0].clone();
+        let mut with = |backup, weight, configured_weight| {
+            (backend.backup, backend.weight, backend.configured_weight) = (backup, weight, configured_weight);
+            role(&backend)
+        };
+        assert_eq!(with(false, 0, Some(3)), "weight 0 (file: 3)");
+        assert_eq!(with(true, 0, Some(1)), "backup, weight 0 (file: 1)");
+        assert_eq!([with(false, 3, None), with(true, 3, None)], ["weight 3", "backup"]);
     }
 
     #[test]

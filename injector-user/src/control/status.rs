@@ -85,7 +85,8 @@ fn backend_status(backend: &Backend) -> BackendStatus {
     let stats = backend.stats();
     BackendStatus {
         name: backend.configured().to_string(),
-        weight: backend.configured().weight,
+        weight: backend.weight(),
+        configured_weight: Some(backend.configured().weight).filter(|weight| *weight != backend.weight()),
         backup: backend.configured().backup,
         state: backend.health_state(),
         addresses: backend.addresses(),

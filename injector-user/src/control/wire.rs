@@ -47,6 +47,15 @@ pub enum Request {
         /// Its configured address.
         backend: String,
     },
+    /// Change a backend's share of new connections until the next reload.
+    BackendWeight {
+        /// 0 to 1000.
+        weight: u32,
+        /// Only of this listener.
+        listener: Option<String>,
+        /// Its configured address.
+        backend: String,
+    },
     /// Log at other levels until the next reload.
     LogLevel {
         /// `LEVEL` or `TARGET=LEVEL`; they replace those of an earlier request.
@@ -59,14 +68,14 @@ pub enum Request {
 }
 
 /// The state that an operator gives a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BackendAction {
-    /// Enable it regardless of its health checks
+    /// Enable it regardless of its health checks.
     Up,
-    /// Disable it: no new connections, established ones continue
+    /// Disable it: no new connections, established ones continue.
     Down,
-    /// Let its health checks decide again
+    /// Let its health checks decide again.
     Auto,
 }
 
@@ -107,6 +116,13 @@ pub enum Answer {
     BackendSet {
         /// The names of the listeners that have the backend.
         listeners: Vec<String>,
+    },
+    /// To [`Request::BackendWeight`].
+    BackendWeightSet {
+        /// The names of the listeners that have the backend.
+        listeners: Vec<String>,
+        /// Its weight now.
+        weight: u32,
     },
     /// To [`Request::LogLevel`].
     LogLevelSet {
@@ -296,6 +312,9 @@ pub struct BackendStatus {
     pub name: String,
     /// Its share of the connections.
     pub weight: u32,
+    /// Its share by the configuration, if the operator has changed it.
+    #[serde(default)]
+    pub configured_weight: Option<u32>,
     /// Whether it is used only when no other backend is eligible.
     pub backup: bool,
     /// Its health.

@@ -161,6 +161,8 @@ impl Server {
                     if active.settings != setup.settings {
                         changes.changed.push(name);
                         self.update_listener(&mut active, setup, &binds);
+                    } else {
+                        active.backends.reset_weights();
                     }
                     active
                 }

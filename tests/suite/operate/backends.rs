@@ -18,6 +18,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("backends/checked by tcp", tcp_check),
     ("backends/ejected when connections fail", ejected),
     ("backends/the operator disables one", operator),
+    ("backends/the operator changes weights", weights_of_the_operator),
     ("backends/none is up, so all are tried", last_resort),
 ];
 
@@ -193,6 +194,42 @@ fn operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Sets a backend's weight; checks that the answer names the listener.
+fn set_weight(injector: &Injector, number: usize, weight: &str) -> anyhow::Result<()> {
+    let printed = injector.command(&["backend", "weight", &backend_name(number), weight])?;
+    ensure!(printed == format!("weight {weight} until the next reload for test\n"), "{printed}");
+    Ok(())
+}
+
+fn weights_of_the_operator(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let _servers = [testbed.backend(0)?, testbed.backend(1)?];
+    let mut config = Config::new(engine);
+    two(&mut config, "weight = 3");
+    let injector = testbed.start(&config.text())?;
+    let mut session = testbed.client()?;
+    let number = session.greeted()?;
+    set_weight(&injector, 0, "9")?;
+    ensure!(answers(testbed, 12)? == [9, 3, 0], "at once");
+    set_weight(&injector, number, "0")?;
+    let seen = answers(testbed, 6)?;
+    ensure!(seen[1 - number] == 6, "{seen:?}");
+    session.talk()?;
+    session.quit()?;
+    let (status, printed) =
+        injector.try_command(&["backend", "weight", &backend_name(1 - number), "0", "--listener", "test"])?;
+    ensure!(!status.success() && printed.contains("at least one non-backup backend"), "{printed}");
+    let (status, printed) = injector.try_command(&["backend", "weight", &backend_name(0), "1001"])?;
+    ensure!(!status.success() && printed.contains("1001 is not in 0..=1000"), "{printed}");
+    let (status, printed) = injector.try_command(&["backend", "weight", "mail:25", "1"])?;
+    ensure!(!status.success() && printed.contains("no backend is named \"mail:25\""), "{printed}");
+    let printed = injector.command(&["status"])?;
+    ensure!(printed.contains(", weight 0 (file: "), "{printed}");
+    // The file is the same: the listener is unchanged.
+    injector.command(&["reload"])?;
+    ensure!(answers(testbed, 8)? == [2, 6, 0], "after a reload");
+    Ok(())
+}
+
 fn last_resort(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut config = Config::new(engine);
@@ -232,6 +269,18 @@ fn inline(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     wait_until("the backend", || testbed.who_answers(), |number| *number == 0)?;
     injector.command(&["backend", "down", &backend_name(0)])?;
     wait_until("the backend", || testbed.who_answers(), |number| *number == 1)?;
+    // With other weights the tables are other ones; the session continues.
+    config.backends = format!("\"{}\", \"{}\"", backend_name(0), backend_name(1));
+    injector.rewrite(&config.text())?;
+    injector.command(&["reload"])?;
+    injector.command(&["backend", "auto", &backend_name(0)])?;
+    let both = |seen: &[usize; 3]| seen[0] >= 4 && seen[1] >= 4;
+    wait_until("both backends", || answers(testbed, 24), both)?;
+    set_weight(&injector, 1, "0")?;
+    wait_until("weight 0", || answers(testbed, 8), |seen| seen[0] == 8)?;
+    set_weight(&injector, 1, "7")?;
+    wait_until("weight 7", || answers(testbed, 24), |seen| seen[0] < seen[1])?;
+    session.talk()?;
     // A reload changes the backends; the session continues.
     config.backends = format!("\"{}\"", backend_name(1));
     injector.rewrite(&config.text())?;

@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::model::{Rates, View, whole};
 use crate::control::{
-    show::{age, bytes, inline_part},
+    show::{age, bytes, inline_part, role},
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
 
@@ -137,8 +137,7 @@ impl View {
         };
         let row = |(listener, backend): (String, BackendStatus)| {
             let color = if backend.state.is_up() { Color::Green } else { Color::Red };
-            let role =
-                if backend.backup { "backup".to_owned() } else { format!("weight {}", backend.weight) };
+            let role = role(&backend);
             let cells = vec![
                 Cell::from(listener),
                 Cell::from(backend.name),
@@ -156,7 +155,7 @@ impl View {
             Column::text("LISTENER", 6, 16),
             Column::text("BACKEND", 21, 30),
             Column::text("STATE", 7, 12),
-            Column::text("ROLE", 8, 12),
+            Column::text("ROLE", 8, 20),
             Column::number("ACTIVE", 8),
             Column::number("SESSIONS", 11),
             Column::number("PASSED", 9).optional(),

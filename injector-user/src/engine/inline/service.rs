@@ -45,7 +45,7 @@ pub(super) fn service(
                         TowardsBackend::AsClient => Vec::new(),
                         TowardsBackend::Local | TowardsBackend::Unreachable(_) => continue,
                     };
-                    destinations.push(Destination { address, weight: backend.configured().weight, sources });
+                    destinations.push(Destination { address, weight: backend.weight(), sources });
                 }
             }
         }

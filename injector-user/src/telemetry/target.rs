@@ -19,6 +19,8 @@ pub const ENGINE: &str = "engine";
 pub const ENGINE_SPLICE: &str = "engine.splice";
 /// The inline engine.
 pub const ENGINE_INLINE: &str = "engine.inline";
+/// Bans, lists of them, and limits per source.
+pub const GUARD: &str = "guard";
 /// Loading and reloading the configuration.
 pub const CONFIG: &str = "config";
 /// The control socket.
@@ -29,7 +31,7 @@ pub const METRICS: &str = "metrics";
 pub const DAEMON: &str = "daemon";
 
 /// All of them.
-pub const ALL: [&str; 13] = [
+pub const ALL: [&str; 14] = [
     ACCESS,
     SESSION,
     LISTENER,
@@ -39,6 +41,7 @@ pub const ALL: [&str; 13] = [
     ENGINE,
     ENGINE_SPLICE,
     ENGINE_INLINE,
+    GUARD,
     CONFIG,
     CONTROL,
     METRICS,

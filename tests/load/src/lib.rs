@@ -9,11 +9,12 @@
 //!
 //! In reading order: [`service`] defines what is spoken on which port, [`server`] responds,
 //! [`client`] executes a [`job`] and prints its [`job::JobOutcome`], and [`cpu`] reads the
-//! processor time of the whole machine.
+//! processor time of the whole machine. Beside all that, [`flood`] sends SYNs that are forged.
 
 pub mod client;
 pub mod cpu;
 mod descriptors;
+pub mod flood;
 pub mod job;
 pub mod latency;
 #[cfg(test)]

@@ -2,11 +2,13 @@
 //! them, for real failures of the real mechanism without a hook in the daemon, and counting their
 //! entries.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 
@@ -17,6 +19,8 @@ const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
@@ -198,15 +202,96 @@ struct Info {
 /// # Errors
 /// When the process has exited.
 pub fn map_ids(pid: u32) -> anyhow::Result<Vec<u32>> {
-    let mut ids: Vec<u32> = Vec::new();
+    Ok(descriptors_with(pid, "map_id")?.into_keys().collect())
+}
+
+/// The memory of all maps that a process has open, in bytes (`memlock`, bpftool-map(8)).
+///
+/// # Errors
+/// When the process has exited.
+pub fn map_memory(pid: u32) -> anyhow::Result<u64> {
+    Ok(descriptors_with(pid, "map_id")?.values().filter_map(|info| field(info, "memlock")).sum())
+}
+
+/// The BPF objects that a process has open, by the id in this field of their description in
+/// `/proc/PID/fdinfo`.
+fn descriptors_with(pid: u32, id: &str) -> anyhow::Result<BTreeMap<u32, String>> {
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
         // A descriptor may have been closed meanwhile.
         let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
-        ids.extend(info.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse::<u32>().ok()));
+        if let Some(id) = field(&info, id) {
+            found.insert(u32::try_from(id)?, info);
+        }
     }
-    ids.sort_unstable();
-    ids.dedup();
-    Ok(ids)
+    Ok(found)
+}
+
+/// The number in a line `NAME: NUMBER`.
+fn field(info: &str, name: &str) -> Option<u64> {
+    let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().parse().ok()
+}
+
+/// A program of a running process.
+#[derive(Debug)]
+pub struct Program(OwnedFd);
+
+/// What running a program gave.
+#[derive(Clone, Copy, Debug)]
+pub struct Ran {
+    /// What it returned.
+    pub answer: u32,
+    /// The mean time of one run.
+    pub duration: Duration,
+}
+
+impl Program {
+    /// The program called `name` that the process `pid` has open, or has attached by a link.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn of(pid: u32, name: &str) -> anyhow::Result<Self> {
+        for id in descriptors_with(pid, "prog_id")?.into_keys() {
+            let program = descriptor(BPF_PROG_GET_FD_BY_ID, &mut Attributes::new().u32(0, id));
+            let program = Self(program.with_context(|| format!("opening BPF program {id}"))?);
+            if program.name()? == name {
+                return Ok(program);
+            }
+        }
+        bail!("process {pid} has no program {name}")
+    }
+
+    fn name(&self) -> anyhow::Result<String> {
+        /// Size of `struct bpf_prog_info` up to and including the name, and its offset.
+        const INFO: u32 = 80;
+        const NAME: usize = 64;
+        let mut info = [0_u8; INFO as usize];
+        let mut query =
+            Attributes::new().fd(0, &self.0).u32(4, INFO).pointer(8, info.as_mut_ptr().cast_const());
+        call(BPF_OBJ_GET_INFO_BY_FD, &mut query).context("asking about a program")?;
+        let name = info.get(NAME..).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
+        Ok(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Runs it this often with a packet, which belongs to the loopback device of the calling
+    /// thread's namespace.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn test_run(&self, packet: &[u8], times: u32) -> anyhow::Result<Ran> {
+        let mut run = Attributes::new()
+            .fd(0, &self.0)
+            .u32(8, u32::try_from(packet.len())?)
+            .pointer(16, packet.as_ptr())
+            .u32(32, times);
+        call(BPF_PROG_TEST_RUN, &mut run).context("running a program")?;
+        let [answer, nanos] = [4, 36].map(|at| {
+            let bytes = run.0.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u32::from_ne_bytes)
+        });
+        Ok(Ran { answer, duration: Duration::from_nanos(nanos.into()) })
+    }
 }
 
 /// Whether a map with this id still exists, whatever holds it.
@@ -390,5 +475,20 @@ mod tests {
         assert_eq!(mine(), Some(3));
         assert!(map_ids(own).unwrap().into_iter().all(|id| map_exists(id).unwrap()));
         assert!(!map_exists(u32::MAX).unwrap());
+        assert!(map_memory(own).unwrap() > 0);
+    }
+
+    #[test]
+    fn a_program_of_this_process_is_run() {
+        const BPF_PROG_TYPE_XDP: u32 = 6;
+        const XDP_DROP: u64 = 1;
+        let Ok(_program) = program(BPF_PROG_TYPE_XDP, 0, XDP_DROP) else {
+            eprintln!("skipped: may not load BPF programs");
+            return;
+        };
+        // It has no name.
+        let found = Program::of(std::process::id(), "").unwrap();
+        assert_eq!(found.test_run(&[0; 64], 10).unwrap().answer, 1);
+        assert!(Program::of(std::process::id(), "guard").is_err());
     }
 }

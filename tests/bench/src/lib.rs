@@ -3,11 +3,16 @@
 //! In reading order: [`systems`] are compared, [`workloads`] are what they carry, on a [`testbed`]
 //! with the load generator's two processes ([`load_process`]). [`run`] measures every system with
 //! every workload, repeatedly, into a [`record`], and [`report`] renders it, with the arithmetic of
-//! [`stats`]. Apart from all that, [`instructions`] are counted, not timed.
+//! [`stats`]. Apart from all that, [`instructions`] are counted, not
+//! timed, and [`ban_costs`] are measured by running programs without packets on the wire.
 
+pub mod attacker;
+pub mod ban_costs;
+pub mod bans;
 pub mod instructions;
 pub mod load_process;
 pub mod mail_sink;
+pub mod netstat;
 pub mod record;
 pub mod report;
 pub mod spinners;
@@ -55,12 +60,53 @@ pub struct Options {
     pub noisy: bool,
     /// Keep the processors out of idle states.
     pub spinners: bool,
-    /// Compare rules of enrolment instead of engines.
-    pub enrolment: bool,
+    /// What is compared.
+    pub comparison: Comparison,
     /// Programs that were found on this machine.
     pub programs: Programs,
     /// The machine, with the versions that the caller knows.
     pub machine: Machine,
+}
+
+/// What is compared: which systems and workloads there are besides those of every comparison.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Comparison {
+    /// Engines, proxies and routes.
+    #[default]
+    Engines,
+    /// Rules of enrolment of the splice engine.
+    Enrolment,
+    /// Engines without and with the guard, with clean traffic.
+    Guard,
+    /// The same during a flood of SYNs.
+    Flood {
+        /// SYNs per second.
+        rate: f64,
+    },
+}
+
+impl Comparison {
+    fn systems(self, programs: &Programs) -> Vec<System> {
+        let mut systems = systems::all(programs);
+        // The engines are part of these, beside their variants.
+        let variants = match self {
+            Self::Engines => Vec::new(),
+            Self::Enrolment => systems::enrolments(),
+            Self::Guard => systems::guarded(),
+            Self::Flood { .. } => systems::flooded(),
+        };
+        systems.retain(|system| variants.iter().all(|variant| variant.name != system.name));
+        systems.extend(variants);
+        systems
+    }
+
+    fn workloads(self) -> Vec<Box<dyn Workload>> {
+        let mut workloads = workloads::all();
+        if let Self::Flood { rate } = self {
+            workloads.push(workloads::flood(rate));
+        }
+        workloads
+    }
 }
 
 /// The systems and workloads of a run.
@@ -71,11 +117,8 @@ pub type Selection = (Vec<System>, Vec<Box<dyn Workload>>);
 /// # Errors
 /// When no system or workload has such a name.
 pub fn select(options: &Options) -> anyhow::Result<Selection> {
-    let mut systems = systems::all(&options.programs);
-    if options.enrolment {
-        systems.extend(systems::enrolments());
-    }
-    let workloads = workloads::all();
+    let systems = options.comparison.systems(&options.programs);
+    let workloads = options.comparison.workloads();
     let systems =
         select_by_name(systems, &options.systems, |system| system.name.clone()).context("--only")?;
     let workloads =
@@ -122,9 +165,7 @@ pub fn run(
     let total = options.repeats * systems.len() * workloads.len();
     for repeat in 0..options.repeats {
         for workload in &workloads {
-            for turn in 0..systems.len() {
-                // The system that is first in one repeat comes later in the next.
-                let system = &systems[(turn + repeat) % systems.len()];
+            for system in order(repeat, systems.len()).map(|at| &systems[at]) {
                 let measurement = measure(system, workload.as_ref(), repeat, options.seconds);
                 let number = record.measurements.len() + 1;
                 let text = format!("[{number}/{total}] {}", line(workload.as_ref(), &measurement));
@@ -139,12 +180,23 @@ pub fn run(
     Ok(record)
 }
 
+/// The order in which systems take turns in a repeat. The one that is first in a repeat comes later
+/// in the next, and every other repeat goes through them backwards, so that none always follows the
+/// same one.
+fn order(repeat: usize, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |turn| {
+        let at = (turn + repeat) % count;
+        if repeat.is_multiple_of(2) { at } else { count - 1 - at }
+    })
+}
+
 fn begin(options: &Options, systems: &[System], workloads: &[Box<dyn Workload>], others: Cpu) -> Record {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let system = |system: &System| SystemInfo {
         name: system.name.clone(),
         about: system.about.clone(),
         config: system.config.clone(),
+        baseline: system.baseline.clone(),
     };
     Record {
         started: since.map_or(0, |since| since.as_secs()),
@@ -180,7 +232,10 @@ fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64
         system: system.name.clone(),
         ..Measurement::default()
     };
-    let started = Testbed::new().and_then(|testbed| Ok((system.start(&testbed)?, testbed)));
+    let started = Testbed::new().and_then(|mut testbed| {
+        workload.prepare(&mut testbed)?;
+        Ok((system.start(&testbed)?, testbed))
+    });
     // The system is dropped before its testbed.
     let (mut testbed, mut running) = match started {
         Ok((running, testbed)) => (testbed, running),
@@ -242,6 +297,19 @@ mod tests {
     }
 
     #[test]
+    fn every_system_has_its_turn_in_every_repeat() {
+        for repeat in 0..10 {
+            let mut turns: Vec<_> = order(repeat, 4).collect();
+            turns.sort_unstable();
+            assert_eq!(turns, [0, 1, 2, 3]);
+        }
+        assert_eq!(order(0, 3).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(order(1, 3).collect::<Vec<_>>(), [1, 0, 2]);
+        assert_eq!(order(2, 3).collect::<Vec<_>>(), [2, 0, 1]);
+        assert_eq!(order(0, 0).count(), 0);
+    }
+
+    #[test]
     fn peers_have_distinct_names() {
         let build = |series: &str| systems::Build {
             series: series.to_owned(),
@@ -252,15 +320,27 @@ mod tests {
             haproxies: vec![build("3.0"), build("2.6")],
             nginx: Some(("nginx".into(), "/usr/lib/nginx/modules".into())),
         };
-        let options = Options { programs, enrolment: true, ..Options::default() };
-        let (systems, _) = select(&options).unwrap();
-        let mut names: Vec<_> = systems.iter().map(|system| system.name.as_str()).collect();
-        let count = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), count);
-        for name in [systems::DIRECT, systems::NAT, "haproxy-3.0-splice-2t", "nginx", "splice", "relay"] {
-            assert!(names.contains(&name), "{name}");
+        for comparison in [
+            Comparison::Engines,
+            Comparison::Enrolment,
+            Comparison::Guard,
+            Comparison::Flood { rate: 1000.0 },
+        ] {
+            let options = Options { programs: programs.clone(), comparison, ..Options::default() };
+            let (systems, workloads) = select(&options).unwrap();
+            let mut names: Vec<_> = systems.iter().map(|system| system.name.as_str()).collect();
+            let count = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), count, "{comparison:?}");
+            for name in [systems::DIRECT, systems::NAT, "haproxy-3.0-splice-2t", "nginx", "splice", "relay"] {
+                assert!(names.contains(&name), "{comparison:?}: {name}");
+            }
+            for baseline in systems.iter().filter_map(|system| system.baseline.as_deref()) {
+                assert!(names.contains(&baseline), "{comparison:?}: {baseline}");
+            }
+            let floods = workloads.iter().filter(|workload| workload.name() == "syn-flood-1000").count();
+            assert_eq!(floods, usize::from(comparison == Comparison::Flood { rate: 1000.0 }));
         }
     }
 }

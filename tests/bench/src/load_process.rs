@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use injector_load::flood::{self, Flood, FloodOutcome};
 use injector_load::job::{Job, JobOutcome, ServerCounts};
 use injector_load::{client, server};
 
@@ -16,13 +17,13 @@ use injector_testbed::netns::{CLIENT, MAIL, Netns};
 /// The first argument with which the calling program runs itself as client or server.
 pub const ARGUMENT: &str = "load-end";
 
-/// How long the server may take to start or to answer.
+/// How long server and attacker may take to start or to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How much longer than its job a client may take.
 const SLACK: Duration = Duration::from_secs(30);
 
-/// Runs as client or server, according to the arguments after [`ARGUMENT`].
+/// Runs as client, server or attacker, according to the arguments after [`ARGUMENT`].
 ///
 /// # Errors
 /// When the arguments are invalid, or the process fails.
@@ -31,7 +32,8 @@ pub fn run(arguments: &[String]) -> anyhow::Result<()> {
     match arguments[..] {
         ["server", address, client] => server::run(address.parse()?, client.parse()?),
         ["client", job] => client::run(job),
-        _ => bail!("not a client or server: {arguments:?}"),
+        ["flood", flood] => flood::run(flood),
+        _ => bail!("not a client, server or attacker: {arguments:?}"),
     }
 }
 
@@ -107,6 +109,29 @@ impl LoadServer {
     /// When the server has exited.
     pub fn take_counts(&mut self) -> anyhow::Result<ServerCounts> {
         self.0.send("take")?;
+        Ok(serde_json::from_str(&self.0.receive(TIMEOUT)?)?)
+    }
+}
+
+/// A flood, from the attacker's namespace; ends on drop.
+#[derive(Debug)]
+pub struct FloodProcess(ChildProcess);
+
+impl FloodProcess {
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(netns: &Netns, flood: &Flood) -> anyhow::Result<Self> {
+        let line = serde_json::to_string(flood)?;
+        Ok(Self(ChildProcess::start("flood", netns, &[&line])?))
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// When it could not send, or does not answer.
+    pub fn end(mut self) -> anyhow::Result<FloodOutcome> {
+        // If it has ended by itself, its outcome can be read all the same.
+        let _ = self.0.send("end");
         Ok(serde_json::from_str(&self.0.receive(TIMEOUT)?)?)
     }
 }

@@ -72,6 +72,9 @@ pub struct SystemInfo {
     pub about: String,
     /// Its configuration.
     pub config: String,
+    /// Name of the system that it is compared with, if it is a variant of one.
+    #[serde(default)]
+    pub baseline: Option<String>,
 }
 
 /// A workload in the report.

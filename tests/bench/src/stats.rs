@@ -35,19 +35,74 @@ impl Spread {
     }
 }
 
+/// The change of a figure against a baseline: 0.01 is one percent more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change {
+    /// The median of the changes within each repeat.
+    pub median: f64,
+    /// From here
+    pub low: f64,
+    /// to here: the interval that contains the true median with a probability of 95 %, or, with
+    /// too few repeats for that, all changes.
+    pub high: f64,
+    /// Whether there were repeats enough.
+    pub confident: bool,
+}
+
+impl Change {
+    /// `None` if no repeat has both.
+    #[must_use]
+    pub fn of(ours: &[Sample], baseline: &[Sample]) -> Option<Self> {
+        let mut changes = pairs(ours, baseline, |ours, baseline| ours / baseline - 1.0);
+        changes.sort_by(f64::total_cmp);
+        let Spread { median, min, max } = Spread::of(&changes)?;
+        let without = outside_of_interval(changes.len());
+        let (low, high) = match without.and_then(|without| changes.get(without..changes.len() - without)) {
+            Some([low, .., high]) => (*low, *high),
+            _ => (min, max),
+        };
+        Some(Self { median, low, high, confident: without.is_some() })
+    }
+}
+
+/// How many of so many sorted values may be left out at each end so that the rest spans the median
+/// of what they were drawn from with a probability of at least 95 %, whatever its distribution; `None`
+/// if even all of them do not. Each value is above that median with a probability of one half (sign
+/// test).
+fn outside_of_interval(count: usize) -> Option<usize> {
+    const TAIL: f64 = 0.025;
+    // The probability that exactly `left` values are below the median.
+    let mut exactly = 0.5_f64.powi(i32::try_from(count).ok()?);
+    let (mut at_most, mut left) = (exactly, 0_usize);
+    if at_most > TAIL {
+        return None;
+    }
+    loop {
+        #[expect(clippy::cast_precision_loss, reason = "repeats")]
+        let factor = (count - left) as f64 / (left + 1) as f64;
+        exactly *= factor;
+        if at_most + exactly > TAIL {
+            return Some(left);
+        }
+        (at_most, left) = (at_most + exactly, left + 1);
+    }
+}
+
 /// A value of one repeat.
 pub type Sample = (usize, f64);
 
 /// `combine(ours, theirs)` within each repeat that has both.
 #[must_use]
 pub fn pairwise(ours: &[Sample], theirs: &[Sample], combine: impl Fn(f64, f64) -> f64) -> Option<Spread> {
+    Spread::of(&pairs(ours, theirs, combine))
+}
+
+fn pairs(ours: &[Sample], theirs: &[Sample], combine: impl Fn(f64, f64) -> f64) -> Vec<f64> {
     let partner = |repeat| theirs.iter().find(|(other, _)| *other == repeat).map(|(_, value)| *value);
-    let combined: Vec<f64> = ours
-        .iter()
+    ours.iter()
         .filter_map(|(repeat, value)| partner(*repeat).map(|other| combine(*value, other)))
         .filter(|value| value.is_finite())
-        .collect();
-    Spread::of(&combined)
+        .collect()
 }
 
 /// The ratio to a reference.
@@ -88,6 +143,28 @@ mod tests {
         let ratio = ratio(&ours, &theirs).unwrap();
         assert!(near(ratio.median, 1.5) && near(ratio.min, 1.5) && near(ratio.max, 1.6));
         assert!(near(above(&ours, &theirs).unwrap().max, 60.0));
+    }
+
+    #[test]
+    fn the_interval_leaves_out_what_the_sign_test_allows() {
+        // Tables of the sign test, two-sided, 5 %.
+        let table = [(5, None), (6, Some(0)), (8, Some(0)), (9, Some(1)), (15, Some(3)), (30, Some(9))];
+        for (count, left_out) in table {
+            assert_eq!(outside_of_interval(count), left_out, "{count}");
+        }
+        assert_eq!(outside_of_interval(0), None);
+    }
+
+    #[test]
+    fn a_change_has_an_interval_once_there_are_repeats_enough() {
+        let baseline: Vec<Sample> = (0..15).map(|repeat| (repeat, 100.0)).collect();
+        let ours: Vec<Sample> = (0_u8..15).map(|repeat| (repeat.into(), 92.0 + f64::from(repeat))).collect();
+        let change = Change::of(&ours, &baseline).unwrap();
+        assert!(near(change.median, -0.01) && change.confident, "{change:?}");
+        assert!(near(change.low, -0.05) && near(change.high, 0.03), "{change:?}");
+        let few = Change::of(&ours[..3], &baseline).unwrap();
+        assert!(near(few.low, -0.08) && near(few.high, -0.06) && !few.confident, "{few:?}");
+        assert_eq!(Change::of(&ours, &[]), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use injector_load::job::{Job, JobOutcome};
 
+use super::attacker::Attacker;
 use super::load_process::{LoadClient, LoadServer};
 use injector_testbed::netns::{EDGE_OUTSIDE, MAIL, Topology};
 
@@ -24,6 +25,8 @@ pub struct Testbed {
     // Before the namespaces: fields are dropped in this order.
     /// The load generator's server.
     pub server: LoadServer,
+    /// Whoever floods the edge, with workloads that need it.
+    pub attacker: Option<Attacker>,
     /// Client, edge, mail.
     pub topology: Topology,
 }
@@ -43,7 +46,7 @@ impl Testbed {
             netns.sysctl("net/ipv4/tcp_max_syn_backlog", "16384")?;
         }
         let server = LoadServer::start(&topology.mail)?;
-        Ok(Self { server, topology })
+        Ok(Self { server, attacker: None, topology })
     }
 
     /// Executes a job with a new client.

@@ -44,6 +44,10 @@ pub const HEADERS_SENT: &str = "injector_headers_sent_total";
 pub const HEADERS_FAILED: &str = "injector_headers_failed_total";
 /// Events of the programs, by `program` and `event`.
 pub const BPF_EVENTS: &str = "injector_bpf_events_total";
+/// Bans in force, by origin.
+pub const GUARD_BANS: &str = "injector_guard_bans";
+/// Packets of banned sources that programs dropped, by hook.
+pub const GUARD_DROPPED_PACKETS: &str = "injector_guard_dropped_packets_total";
 /// The message of the log line of a finished connection.
 pub const CONNECTION_CLOSED: &str = "connection closed";
 

@@ -8,22 +8,73 @@ use super::charts::Chart;
 use super::table;
 use crate::record::Record;
 
-const BEGIN: &str = "<!-- results: written by `cargo xtask bench --write-docs`, do not edit -->";
-const END: &str = "<!-- end of results -->";
-
-/// Puts the results of a run into the page; `folder` is the folder of its charts, relative to the
-/// page.
-///
-/// # Errors
-/// When the page has no marks.
-pub fn insert(page: &str, record: &Record, charts: &[Chart], folder: &str) -> anyhow::Result<String> {
-    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("the page has no line {BEGIN}"))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("the page has no line {END}"))?;
-    let results = results(record, charts, folder);
-    Ok(format!("{before}{BEGIN}\n\n{results}\n{END}{after}"))
+/// A part of the page that the benchmark writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// Its name in the marks.
+    name: &'static str,
+    /// The command that writes it.
+    command: &'static str,
 }
 
-fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
+/// The comparison of systems.
+pub const RESULTS: Part = Part { name: "results", command: "cargo xtask bench --write-docs" };
+/// What the guard costs clean traffic.
+pub const GUARD: Part = Part { name: "guard", command: "cargo xtask bench --guard --write-docs" };
+/// Good sessions during a flood.
+pub const FLOOD: Part = Part { name: "flood", command: "cargo xtask bench --flood --write-docs" };
+/// What bans cost.
+pub const BANS: Part = Part { name: "bans", command: "cargo xtask bench --bans --write-docs" };
+
+impl Part {
+    /// Replaces this part of a page.
+    ///
+    /// # Errors
+    /// When the page lacks its marks.
+    pub fn insert(self, page: &str, text: &str) -> anyhow::Result<String> {
+        let begin = format!("<!-- {}: written by `{}`, do not edit -->", self.name, self.command);
+        let end = format!("<!-- end of {} -->", self.name);
+        let (before, rest) =
+            page.split_once(&begin).with_context(|| format!("the page has no line {begin}"))?;
+        let (_, after) = rest.split_once(&end).with_context(|| format!("the page has no line {end}"))?;
+        Ok(format!("{before}{begin}\n\n{text}\n{end}{after}"))
+    }
+}
+
+/// The text of [`RESULTS`]; `folder` is the folder of its charts, relative to the page.
+#[must_use]
+pub fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
+    let mut text = properties(record);
+    text.push_str("\n## Systems\n\n");
+    for system in &record.systems {
+        let _ = writeln!(text, "- **{}**: {}", system.name, system.about);
+    }
+    text.push_str("\n## Figures\n\n");
+    for chart in charts {
+        let _ = writeln!(text, "![{workload}]({folder}/{workload}.svg)", workload = chart.workload);
+    }
+    text.push('\n');
+    text.push_str(&table::full(record));
+    text.push_str("\n## Configurations\n\n");
+    for system in record.systems.iter().filter(|system| !system.config.is_empty()) {
+        let _ = writeln!(
+            text,
+            "<details><summary>{}</summary>\n\n```\n{}\n```\n\n</details>\n",
+            system.name,
+            system.config.trim_end()
+        );
+    }
+    text
+}
+
+/// The text of [`GUARD`] or [`FLOOD`].
+#[must_use]
+pub fn tables(record: &Record) -> String {
+    format!("{}\n{}", properties(record), table::full(record).trim_end_matches('\n')) + "\n"
+}
+
+/// When and where a run took place.
+fn properties(record: &Record) -> String {
     let (machine, settings) = (&record.machine, &record.settings);
     let mut text = String::new();
     let mut row = |name: &str, value: String| {
@@ -50,25 +101,6 @@ fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
             settings.background_after * 100.0
         ),
     );
-    text.push_str("\n## Systems\n\n");
-    for system in &record.systems {
-        let _ = writeln!(text, "- **{}**: {}", system.name, system.about);
-    }
-    text.push_str("\n## Figures\n\n");
-    for chart in charts {
-        let _ = writeln!(text, "![{workload}]({folder}/{workload}.svg)", workload = chart.workload);
-    }
-    text.push('\n');
-    text.push_str(&table::full(record));
-    text.push_str("\n## Configurations\n\n");
-    for system in record.systems.iter().filter(|system| !system.config.is_empty()) {
-        let _ = writeln!(
-            text,
-            "<details><summary>{}</summary>\n\n```\n{}\n```\n\n</details>\n",
-            system.name,
-            system.config.trim_end()
-        );
-    }
     text
 }
 
@@ -79,15 +111,34 @@ mod tests {
 
     #[test]
     fn only_what_is_between_the_marks_changes() {
-        let page = format!("# Head\n\n{BEGIN}\nold\n{END}\n\ntail\n");
-        let system =
-            SystemInfo { name: "splice".into(), about: "an engine".into(), config: "x = 1\n".into() };
+        let marks = |part: Part, inside: &str| {
+            format!(
+                "<!-- {}: written by `{}`, do not edit -->\n{inside}\n<!-- end of {} -->\n",
+                part.name, part.command, part.name
+            )
+        };
+        let page = format!("# Head\n\n{}\n{}\ntail\n", marks(RESULTS, "old"), marks(GUARD, "kept"));
+        let system = SystemInfo {
+            name: "splice".into(),
+            about: "an engine".into(),
+            config: "x = 1\n".into(),
+            baseline: None,
+        };
         let record = Record { systems: vec![system], ..Record::default() };
         let charts = [Chart { workload: "bulk".into(), svg: String::new() }];
-        let new = insert(&page, &record, &charts, "benchmarks").unwrap();
-        assert!(new.starts_with("# Head\n\n") && new.ends_with("\n\ntail\n"));
+        let text = results(&record, &charts, "benchmarks");
+        let new = RESULTS.insert(&page, &text).unwrap();
+        assert!(new.starts_with("# Head\n\n") && new.ends_with("\ntail\n") && new.contains("kept"));
         assert!(!new.contains("old") && new.contains("**splice**") && new.contains("(benchmarks/bulk.svg)"));
-        assert_eq!(insert(&new, &record, &charts, "benchmarks").unwrap(), new, "again is the same");
-        assert!(insert("# Head\n", &record, &charts, "x").is_err());
+        assert_eq!(RESULTS.insert(&new, &text).unwrap(), new, "again is the same");
+        assert!(FLOOD.insert(&page, &text).unwrap_err().to_string().contains("--flood"));
+    }
+
+    #[test]
+    fn the_page_has_all_parts() {
+        let page = include_str!("../../../../docs/benchmarks.md");
+        for part in [RESULTS, GUARD, FLOOD, BANS] {
+            assert!(part.insert(page, "").is_ok(), "{}", part.name);
+        }
     }
 }

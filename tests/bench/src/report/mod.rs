@@ -37,6 +37,11 @@ pub fn digits(value: f64) -> String {
     format!("{}{rest}", thousands(whole))
 }
 
+/// A whole number.
+pub(crate) fn whole(number: u32) -> String {
+    thousands(&number.to_string())
+}
+
 /// `12345` as `12,345`.
 fn thousands(whole: &str) -> String {
     let (sign, figures) = whole.split_at(usize::from(whole.starts_with('-')));

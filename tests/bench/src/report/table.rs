@@ -6,7 +6,7 @@ use std::iter;
 use super::digits;
 use super::summary::{Cell, Row, Section, sections};
 use crate::record::{Figure, Record};
-use crate::stats::Spread;
+use crate::stats::{Change, Spread};
 
 /// All workloads with all figures.
 #[must_use]
@@ -46,11 +46,12 @@ pub fn ratios(record: &Record) -> String {
     format!("{}{}", align(&rows), failures(record))
 }
 
-/// One workload.
+/// One workload, without the columns that no system has a value in.
 fn whole(section: &Section) -> Vec<Vec<String>> {
     let mut head = vec!["system".to_owned()];
     for figure in &section.figures {
         head.push(figure.unit.clone());
+        head.push("to guard off".to_owned());
         if figure.above_direct {
             head.push("above direct".to_owned());
         }
@@ -60,7 +61,17 @@ fn whole(section: &Section) -> Vec<Vec<String>> {
     head.extend(iter::once(format!("to {haproxy}")).chain(rest));
     let mut rows = vec![head];
     rows.extend(section.rows.iter().map(|row| line(row, &section.figures)));
-    rows
+    without_blank_columns(&rows)
+}
+
+/// A table without the columns that are blank below the first row.
+fn without_blank_columns(rows: &[Vec<String>]) -> Vec<Vec<String>> {
+    let blank = |column: usize| rows.iter().skip(1).all(|row| row.get(column).is_none_or(String::is_empty));
+    let keep = |row: &Vec<String>| {
+        let words = row.iter().enumerate().filter(|(column, _)| !blank(*column));
+        words.map(|(_, word)| word.clone()).collect()
+    };
+    rows.iter().map(keep).collect()
 }
 
 fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
@@ -68,6 +79,7 @@ fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
     let mut words = vec![format!("{}{failed}", row.system)];
     for (figure, cell) in figures.iter().zip(&row.cells) {
         words.push(cell.map(|cell| spread(&cell.value)).unwrap_or_default());
+        words.push(cell.and_then(|cell| cell.change).map(|it| change(&it)).unwrap_or_default());
         if figure.above_direct {
             words.push(cell.and_then(above).unwrap_or_default());
         }
@@ -90,6 +102,13 @@ fn spread(value: &Spread) -> String {
 
 fn ratio(value: &Spread) -> String {
     format!("{:.2} ({:.2} to {:.2})", value.median, value.min, value.max)
+}
+
+fn change(change: &Change) -> String {
+    let [median, low, high] =
+        [change.median, change.low, change.high].map(|share| format!("{:+.1}", share * 100.0));
+    let what = if change.confident { "95 %: " } else { "" };
+    format!("{median} % ({what}{low} to {high})")
 }
 
 /// What the systems counted themselves, over all repeats: it shows which ones spliced.
@@ -132,7 +151,7 @@ fn failures(record: &Record) -> String {
 }
 
 /// A Markdown table with aligned columns; the first row is the header.
-pub(super) fn align(rows: &[Vec<String>]) -> String {
+pub(crate) fn align(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|word| word.chars().count()).max().unwrap_or(0)
@@ -163,6 +182,20 @@ mod tests {
     fn columns_are_aligned() {
         let rows = [["a", "long"], ["four", "µ"]].map(|row| row.map(str::to_owned).to_vec());
         assert_eq!(align(&rows), "| a    | long |\n|------|------|\n| four | µ    |\n");
+    }
+
+    #[test]
+    fn a_blank_column_is_left_out() {
+        let rows =
+            [["a", "b", "c"], ["1", "", ""], ["2", "", "3"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(without_blank_columns(&rows), [["a", "c"], ["1", ""], ["2", "3"]]);
+    }
+
+    #[test]
+    fn a_change_reads_in_percent() {
+        let few = Change { median: -0.0042, low: -0.01, high: 0.002, confident: false };
+        assert_eq!(change(&few), "-0.4 % (-1.0 to +0.2)");
+        assert_eq!(change(&Change { confident: true, ..few }), "-0.4 % (95 %: -1.0 to +0.2)");
     }
 
     #[test]

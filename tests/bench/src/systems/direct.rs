@@ -15,6 +15,7 @@ pub(super) fn system() -> System {
         about: "the edge only forwards between the networks".to_owned(),
         port_kind: PortKind::Bare,
         config: String::new(),
+        baseline: None,
         address: Address::Mail,
         start: Box::new(|_| Ok(Box::new(NoProcess))),
     }

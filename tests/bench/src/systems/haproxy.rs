@@ -67,6 +67,7 @@ fn system(build: &Build, forwarding: Forwarding, word: &str, threads: usize) -> 
         about: format!("HAProxy {}, {splicing}, nbthread {threads}", build.version),
         port_kind: PortKind::Header,
         config: configuration(forwarding, threads, Path::new("DIR")),
+        baseline: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(HaProxy::start(testbed, &copy, forwarding, threads)?))),
     }

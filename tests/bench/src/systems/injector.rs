@@ -2,75 +2,99 @@
 //! of enrolment.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use injector_load::service::{ALL, PortKind};
 
-use super::{Address, Counters, RunningSystem, System};
-use crate::mail_sink;
-use crate::testbed::{FEW_LOCAL_PORTS, LOCAL_PORT_RANGE, mail};
+use super::{Address, Counters, GUARD_DROPPED, RunningSystem, System};
+use crate::testbed::{FEW_LOCAL_PORTS, LOCAL_PORT_RANGE, Testbed, mail};
+use crate::{bans, mail_sink};
+use tempfile::TempDir;
+
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
-    BYTES, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED, SPLICED,
+    BYTES, GUARD_BANS, GUARD_DROPPED_PACKETS, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED,
+    SPLICED,
 };
-use injector_testbed::netns::{HostAddresses, VIP_INLINE, VIP_RELAY, VIP_SPLICE};
+use injector_testbed::netns::{HostAddresses, VIP_INLINE, VIP_RELAY, VIP_SPLICE, scratch_dir};
 
 /// How long the daemon may take to detach its programs and exit.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// A placeholder for the directory of a BPF file system; each run of the inline engine has its own.
-const PIN: &str = "/sys/fs/bpf/injector-bench";
+/// A placeholder for the directory of a BPF file system; each run has its own.
+pub(super) const PIN: &str = "/sys/fs/bpf/injector-bench";
+
+/// A placeholder for the file with bans; each run has its own.
+pub(super) const DENY_FILE: &str = "/run/injector-bench/deny.txt";
+
+/// How long the daemon may take to read its bans.
+const BANS_LIMIT: Duration = Duration::from_secs(60);
 
 /// One engine, with tables that precede the listeners in its configuration.
-struct Engine {
-    name: String,
+pub(super) struct Engine {
+    pub(super) name: String,
     /// Value of `engine =`.
-    engine: &'static str,
+    pub(super) engine: &'static str,
     /// The address on which it listens.
-    vip: HostAddresses,
+    pub(super) vip: HostAddresses,
     /// Additional tables of the configuration.
-    tables: String,
-    about: String,
+    pub(super) tables: String,
+    /// Bans of others, in [`DENY_FILE`].
+    pub(super) bans: u32,
+    /// The system that it is compared with.
+    pub(super) baseline: Option<String>,
+    pub(super) about: String,
 }
 
 impl Engine {
     /// With the daemon's defaults.
     fn new(engine: &'static str, vip: HostAddresses, about: &str) -> Self {
-        Self { name: engine.to_owned(), engine, vip, tables: String::new(), about: about.to_owned() }
+        Self {
+            name: engine.to_owned(),
+            engine,
+            vip,
+            tables: String::new(),
+            bans: 0,
+            baseline: None,
+            about: about.to_owned(),
+        }
     }
 }
 
-/// All engines, with the daemon's defaults. To add an engine, add an entry here; tables that it
+/// All engines, with the daemon's defaults. To add an engine, add it to [`engine`]; tables that it
 /// needs in the configuration go into [`Engine::tables`].
 pub(super) fn engines() -> Vec<System> {
-    [
-        Engine::new(
+    let splice_send = Engine {
+        name: "splice-send".to_owned(),
+        tables: "[splice]\nheader = \"send\"\n\n".to_owned(),
+        about: "the same, the header sent by user space instead of a program".to_owned(),
+        ..engine("splice")
+    };
+    [engine("splice"), splice_send, engine("inline"), engine("relay")].map(Engine::system).into()
+}
+
+/// An engine, with the daemon's defaults. `name` is `splice`, `inline` or `relay`.
+pub(super) fn engine(name: &str) -> Engine {
+    match name {
+        "splice" => Engine::new(
             "splice",
             VIP_SPLICE,
             "the injector, sockmap: the kernel carries the payload between two sockets",
         ),
-        Engine {
-            name: "splice-send".to_owned(),
-            tables: "[splice]\nheader = \"send\"\n\n".to_owned(),
-            ..Engine::new(
-                "splice",
-                VIP_SPLICE,
-                "the same, the header sent by user space instead of a program",
-            )
-        },
-        Engine {
-            tables: format!("[inline]\npin = \"{PIN}\"\n\n"),
+        "inline" => Engine {
+            tables: format!("[inline]\npin = \"{PIN}/inline\"\n\n"),
             ..Engine::new(
                 "inline",
                 VIP_INLINE,
                 "the injector, packets: a BPF program translates and forwards them, and adds the header",
             )
         },
-        Engine::new("relay", VIP_RELAY, "the injector, user space copies the payload"),
-    ]
-    .map(system)
-    .into()
+        _ => Engine::new("relay", VIP_RELAY, "the injector, user space copies the payload"),
+    }
 }
 
 /// The splice engine, each direction enrolled after a number of payloads. Bytes alone never enrol
@@ -81,6 +105,8 @@ pub(super) fn enrolments() -> Vec<System> {
         name: format!("splice-{name}"),
         engine: "splice",
         vip: VIP_SPLICE,
+        bans: 0,
+        baseline: None,
         tables: format!("[splice]\nenrol_after_messages = {messages}\nenrol_after_bytes = {bytes}\n\n"),
         about: format!("the injector, sockmap, enrolled {about}"),
     };
@@ -96,36 +122,44 @@ pub(super) fn enrolments() -> Vec<System> {
         after(NEVER, 1 << 20, "after-1m", "after 1 MiB"),
         after(NEVER, NEVER, "never", "never"),
     ]
-    .map(system)
+    .map(Engine::system)
     .into()
 }
 
-fn system(engine: Engine) -> System {
-    let config = engine.configuration();
-    System {
-        name: engine.name.clone(),
-        about: engine.about.clone(),
-        port_kind: PortKind::Header,
-        config: config.clone(),
-        address: Address::Edge(engine.vip),
-        start: Box::new(move |testbed| {
-            let edge = &testbed.topology.edge;
-            if !config.contains(PIN) {
-                return Ok(Box::new(Daemon {
-                    injector: Some(Injector::start(edge, &config)?),
-                    _bpffs: None,
-                }));
-            }
-            let bpffs = BpfFs::mount()?;
-            let config = config.replace(PIN, &bpffs.path().display().to_string());
-            edge.sysctl(LOCAL_PORT_RANGE, FEW_LOCAL_PORTS)?;
-            let injector = Injector::start(edge, &config)?;
-            Ok(Box::new(Daemon { injector: Some(injector), _bpffs: Some(bpffs) }))
-        }),
-    }
-}
-
 impl Engine {
+    pub(super) fn system(self) -> System {
+        let config = self.configuration();
+        System {
+            name: self.name.clone(),
+            about: self.about.clone(),
+            port_kind: PortKind::Header,
+            config: config.clone(),
+            baseline: self.baseline.clone(),
+            address: Address::Edge(self.vip),
+            start: Box::new(move |testbed| Ok(Box::new(self.start(testbed, config.clone())?))),
+        }
+    }
+
+    fn start(&self, testbed: &Testbed, mut config: String) -> anyhow::Result<Daemon> {
+        let edge = &testbed.topology.edge;
+        if self.engine == "inline" {
+            edge.sysctl(LOCAL_PORT_RANGE, FEW_LOCAL_PORTS)?;
+        }
+        let bpffs = config.contains(PIN).then(BpfFs::mount).transpose()?;
+        if let Some(bpffs) = &bpffs {
+            config = config.replace(PIN, &bpffs.path().display().to_string());
+        }
+        let lists = config.contains(DENY_FILE).then(|| scratch_dir("bans")).transpose()?;
+        if let Some(lists) = &lists {
+            let file = lists.path().join("deny.txt");
+            fs::write(&file, bans::list(self.bans))?;
+            config = config.replace(DENY_FILE, &file.display().to_string());
+        }
+        let daemon = Daemon { injector: Some(Injector::start(edge, &config)?), _bpffs: bpffs, _lists: lists };
+        daemon.await_bans(self.bans)?;
+        Ok(daemon)
+    }
+
     fn configuration(&self) -> String {
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 9145));
         // No draining after a measurement; and, as with HAProxy, no log line per connection.
@@ -155,6 +189,24 @@ struct Daemon {
     injector: Option<Injector>,
     /// Dropped after it: programs and maps are pinned here, and are removed with it.
     _bpffs: Option<BpfFs>,
+    /// The directory of [`DENY_FILE`].
+    _lists: Option<TempDir>,
+}
+
+impl Daemon {
+    /// Waits until so many bans are in force.
+    fn await_bans(&self, count: u32) -> anyhow::Result<()> {
+        let Some(injector) = &self.injector else { return Ok(()) };
+        let deadline = Instant::now() + BANS_LIMIT;
+        loop {
+            let bans = injector.metrics()?.sum(GUARD_BANS, &[]);
+            if bans >= f64::from(count) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{bans} of {count} bans are in force after {BANS_LIMIT:?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
 }
 
 impl RunningSystem for Daemon {
@@ -169,13 +221,17 @@ impl RunningSystem for Daemon {
     fn counters(&mut self) -> anyhow::Result<Counters> {
         let Some(injector) = &self.injector else { return Ok(Counters::new()) };
         let metrics = injector.metrics()?;
-        Ok(Counters::from([
+        let mut counters = Counters::from([
             ("bytes spliced".to_owned(), metrics.sum(BYTES, &[(PLANE, SPLICED)])),
             ("bytes piped".to_owned(), metrics.sum(BYTES, &[(PLANE, PIPED)])),
             ("bytes relayed".to_owned(), metrics.sum(BYTES, &[(PLANE, RELAYED)])),
             ("headers sent".to_owned(), metrics.sum(HEADERS_SENT, &[])),
             ("headers failed".to_owned(), metrics.sum(HEADERS_FAILED, &[])),
-        ]))
+        ]);
+        if metrics.has(GUARD_DROPPED_PACKETS) {
+            counters.insert(GUARD_DROPPED.to_owned(), metrics.sum(GUARD_DROPPED_PACKETS, &[]));
+        }
+        Ok(counters)
     }
 }
 

@@ -7,6 +7,7 @@
 //! engine or setting of the injector takes one line.
 
 mod direct;
+mod guard;
 mod haproxy;
 mod injector;
 mod nat;
@@ -59,6 +60,8 @@ pub struct System {
     pub port_kind: PortKind,
     /// Its configuration, for the report.
     pub config: String,
+    /// Name of the system that it is compared with, if it is a variant of one.
+    pub baseline: Option<String>,
     /// Where clients connect.
     address: Address,
     start: Start,
@@ -119,6 +122,8 @@ pub struct Programs {
 pub const DIRECT: &str = "direct";
 /// The name of kernel NAT alone.
 pub const NAT: &str = "nat";
+/// Among [`Counters`]: packets that the guard's programs dropped.
+pub const GUARD_DROPPED: &str = "packets dropped by the guard";
 /// The prefix of the names of all HAProxy configurations.
 pub const HAPROXY: &str = "haproxy";
 
@@ -158,6 +163,18 @@ pub fn for_enrolment(programs: &Programs) -> Vec<String> {
 fn best_haproxies(programs: &Programs) -> Vec<String> {
     let systems = programs.haproxies.first().map(haproxy::systems).unwrap_or_default();
     systems.into_iter().map(|system| system.name).filter(|name| name.contains("-splice-")).collect()
+}
+
+/// The engines without and with the guard, for what it costs clean traffic; see [`System::baseline`].
+#[must_use]
+pub fn guarded() -> Vec<System> {
+    guard::clean()
+}
+
+/// The engines without and with the guard, for floods.
+#[must_use]
+pub fn flooded() -> Vec<System> {
+    guard::flooded()
 }
 
 /// The splice engine with other rules of enrolment, for choosing the default.

@@ -23,6 +23,7 @@ pub(super) fn system() -> System {
         about: "nftables: destination NAT and masquerade, no header".to_owned(),
         port_kind: PortKind::Bare,
         config: rules.clone(),
+        baseline: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(Table::load(&testbed.topology.edge, &rules)?))),
     }

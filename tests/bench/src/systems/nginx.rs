@@ -24,6 +24,7 @@ pub(super) fn system(program: &Path, modules: &Path) -> System {
             .to_owned(),
         port_kind: PortKind::Header,
         config: configuration(&modules, Path::new("DIR")),
+        baseline: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(Nginx::start(testbed, &program, &modules)?))),
     }

@@ -6,6 +6,7 @@ mod idle;
 mod mail;
 mod round_trips;
 mod short_sessions;
+mod syn_flood;
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -30,6 +31,14 @@ pub trait Workload {
 
     /// What is measured; ratios and charts use the first.
     fn figures(&self) -> Vec<Figure>;
+
+    /// Changes the testbed before the system starts on it.
+    ///
+    /// # Errors
+    /// When the testbed cannot be changed.
+    fn prepare(&self, _testbed: &mut Testbed) -> anyhow::Result<()> {
+        Ok(())
+    }
 
     /// Runs it once.
     ///
@@ -73,12 +82,21 @@ pub fn all() -> Vec<Box<dyn Workload>> {
     workloads
 }
 
+/// Good sessions during a flood of this many SYNs per second.
+#[must_use]
+pub fn flood(rate: f64) -> Box<dyn Workload> {
+    syn_flood::workload(rate)
+}
+
 /// The workloads of `--quick`: one for each way in which a system can be slow.
 pub const QUICK: [&str; 4] = ["bulk-up-16", "bulk-down-16", "round-trips-32", "short-sessions"];
 
 /// The workloads for choosing rules of enrolment.
 pub const ENROLMENT: [&str; 5] =
     ["bulk-up-16", "bulk-down-16", "round-trips-32", "short-sessions", "smtp-dialogue"];
+
+/// The workloads for what the guard costs clean traffic.
+pub const GUARD: [&str; 1] = ["short-sessions"];
 
 /// How long the server may take to count the last connection.
 const SETTLE: Duration = Duration::from_millis(30);
@@ -161,7 +179,7 @@ mod tests {
         unique.sort();
         unique.dedup();
         assert_eq!(unique.len(), names.len(), "{names:?}");
-        for name in QUICK.iter().chain(&ENROLMENT) {
+        for name in QUICK.iter().chain(&ENROLMENT).chain(&GUARD) {
             assert!(names.iter().any(|other| other == name), "{name}");
         }
         for workload in all() {

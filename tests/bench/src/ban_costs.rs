@@ -1,0 +1,240 @@
+//! What bans cost: the time until all of a list are in force, the memory that they take, and the
+//! time per packet in the daemon's own programs, by `BPF_PROG_TEST_RUN`.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use etherparse::PacketBuilder;
+use injector_load::service::SHORT;
+use injector_testbed::bpf::{Program, map_memory};
+use injector_testbed::bpffs::BpfFs;
+use injector_testbed::daemon::{GUARD_BANS, Injector};
+use injector_testbed::netns::{CLIENT, VIP_RELAY, scratch_dir};
+use injector_testbed::resource_usage::Memory;
+
+use super::bans;
+use super::report::table::align;
+use super::report::{digits, whole};
+use super::stats::Spread;
+use super::testbed::{Testbed, mail};
+
+/// How many bans are measured unless the caller says so, as arguments.
+pub const COUNTS: [&str; 4] = ["0", "1000", "100000", "1000000"];
+
+/// How long the daemon may take until all bans are in force.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs of a program for one time, in one system call, and how often that is repeated; the median
+/// counts.
+const RUNS: u32 = 200_000;
+const REPEATS: usize = 5;
+
+/// The programs, by the names that the kernel knows them by.
+const PROGRAMS: [&str; 2] = ["guard", "guard_xdp"];
+
+/// What this many bans cost.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct BanCost {
+    /// Addresses and networks in the list.
+    pub bans: u32,
+    /// Seconds from the start of the daemon until all are in force.
+    pub seconds: f64,
+    /// Memory of the daemon when all are in force (`VmRSS`), in bytes.
+    pub daemon: u64,
+    /// Memory of its BPF maps, as the kernel reports it, in bytes.
+    pub maps: u64,
+    /// Time per packet.
+    pub packets: Vec<PacketCost>,
+}
+
+/// What a packet costs in a program.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct PacketCost {
+    /// The program's name.
+    pub program: String,
+    /// Whose packet.
+    pub source: String,
+    /// Whether the program drops it.
+    pub dropped: bool,
+    /// Nanoseconds.
+    pub nanos: f64,
+}
+
+/// Whose packets are measured: a client without a ban, and the first banned address and network of
+/// the list.
+fn sources(count: u32) -> Vec<(&'static str, Ipv4Addr)> {
+    let mut sources = vec![("not banned", CLIENT.v4)];
+    let address = bans::first(|ban| ban.parse().ok(), count);
+    let network =
+        bans::first(|ban| ban.strip_suffix(".0/24").and_then(|net| format!("{net}.9").parse().ok()), count);
+    sources.extend(address.map(|address| ("banned address", address)));
+    sources.extend(network.map(|address| ("in a banned network", address)));
+    sources
+}
+
+/// Measures each number of bans, and calls `on_cost` with each result.
+///
+/// # Errors
+/// When the daemon does not start, its programs cannot be run, or a packet meets the wrong fate.
+pub fn run(counts: &[u32], on_cost: &mut dyn FnMut(&BanCost)) -> anyhow::Result<Vec<BanCost>> {
+    let measure = |count: &u32| {
+        let cost = measure(*count).with_context(|| format!("{count} bans"))?;
+        on_cost(&cost);
+        Ok(cost)
+    };
+    counts.iter().map(measure).collect()
+}
+
+fn measure(count: u32) -> anyhow::Result<BanCost> {
+    ensure!(count <= bans::MAX, "at most {} bans", bans::MAX);
+    let testbed = Testbed::new()?;
+    let (bpffs, lists) = (BpfFs::mount()?, scratch_dir("bans")?);
+    let list = lists.path().join("deny.txt");
+    fs::write(&list, bans::list(count))?;
+    let begun = Instant::now();
+    let injector = Injector::start(&testbed.topology.edge, &configuration(count, bpffs.path(), &list))?;
+    while injector.metrics()?.sum(GUARD_BANS, &[]) < f64::from(count) {
+        ensure!(begun.elapsed() < LIMIT, "not all are in force after {LIMIT:?}; logged:\n{}", injector.log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    let (daemon, maps) = (Memory::now(injector.pid()).daemon, map_memory(injector.pid())?);
+    let packets = testbed.topology.edge.run(|| packets(injector.pid(), count))??;
+    let (status, log) = injector.stop()?;
+    ensure!(status.success(), "the injector ended with {status} and logged:\n{log}");
+    Ok(BanCost { bans: count, seconds, daemon, maps, packets })
+}
+
+/// In the edge's namespace, where the programs find the listener.
+fn packets(daemon: u32, count: u32) -> anyhow::Result<Vec<PacketCost>> {
+    let mut costs = Vec::new();
+    for name in PROGRAMS {
+        let program = Program::of(daemon, name)?;
+        for (source, address) in sources(count) {
+            let packet = syn(address)?;
+            let mut times = Vec::with_capacity(REPEATS);
+            let mut answer = 0;
+            for _ in 0..REPEATS {
+                let ran = program.test_run(&packet, RUNS)?;
+                answer = ran.answer;
+                times.push(nanos(ran.duration));
+            }
+            let dropped = [TC_DROP, XDP_DROP].contains(&(name.ends_with("xdp"), answer));
+            ensure!(dropped == (address != CLIENT.v4), "{name} returns {answer} for {source}");
+            let median = Spread::of(&times).map(|spread| spread.median).unwrap_or_default();
+            costs.push(PacketCost { program: name.into(), source: source.into(), dropped, nanos: median });
+        }
+    }
+    Ok(costs)
+}
+
+/// Whether by XDP, and what a program returns for a packet to drop: `TC_ACT_SHOT`, `XDP_DROP`.
+const TC_DROP: (bool, u32) = (false, 2);
+const XDP_DROP: (bool, u32) = (true, 1);
+
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds of less than a second")]
+fn nanos(duration: Duration) -> f64 {
+    duration.as_nanos() as f64
+}
+
+fn syn(source: Ipv4Addr) -> anyhow::Result<Vec<u8>> {
+    const HARDWARE: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    let builder = PacketBuilder::ethernet2(HARDWARE, HARDWARE)
+        .ipv4(source.octets(), VIP_RELAY.v4.octets(), 60)
+        .tcp(40_000, SHORT.port, 1, 64_240)
+        .syn();
+    let mut frame = Vec::new();
+    builder.write(&mut frame, &[])?;
+    Ok(frame)
+}
+
+/// A listener for the guard to protect, and the list. XDP is generic, so that its program is loaded.
+fn configuration(count: u32, pin: &Path, list: &Path) -> String {
+    let bind = SocketAddr::new(IpAddr::V4(VIP_RELAY.v4), SHORT.port);
+    format!(
+        "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[stop]\ndeadline = \"0s\"\n\n\
+         [guard]\npin = \"{}/guard\"\nxdp = \"generic\"\ndeny_files = [\"{}\"]\nmax_bans = {}\n\n\
+         [[listener]]\nname = \"short\"\nbind = [\"{bind}\"]\nprotocol = \"{}\"\nengine = \"relay\"\n\
+         backends = [\"{}\"]\n",
+        pin.display(),
+        list.display(),
+        count.max(1),
+        SHORT.protocol,
+        mail(SHORT.port)
+    )
+}
+
+/// A table in Markdown.
+#[must_use]
+pub fn table(costs: &[BanCost]) -> String {
+    let columns: Vec<_> = PROGRAMS
+        .iter()
+        .flat_map(|program| sources(u32::MAX).into_iter().map(move |(source, _)| (*program, source)))
+        .collect();
+    let mut head = ["bans", "s until in force", "MiB, daemon", "MiB, maps"].map(str::to_owned).to_vec();
+    head.extend(columns.iter().map(|(program, source)| format!("ns, {program}, {source}")));
+    let mebibytes = |bytes: u64| digits(f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)) / 1024.0);
+    let row = |cost: &BanCost| {
+        let mut words =
+            vec![whole(cost.bans), digits(cost.seconds), mebibytes(cost.daemon), mebibytes(cost.maps)];
+        words.extend(columns.iter().map(|(program, source)| {
+            let found = cost.packets.iter().find(|it| it.program == *program && it.source == *source);
+            found.map(|found| digits(found.nanos)).unwrap_or_default()
+        }));
+        words
+    };
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ =
+        write!(text, "{}", align(&std::iter::once(head).chain(costs.iter().map(row)).collect::<Vec<_>>()));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_of_each_kind_is_found_in_the_list() {
+        let list = bans::list(1000);
+        let [(_, client), (_, address), (_, inside)] = sources(1000)[..] else { panic!("three sources") };
+        assert!(!list.contains(&client.to_string()));
+        assert!(list.lines().any(|ban| ban == address.to_string()));
+        let [a, b, c, _] = inside.octets();
+        assert!(list.lines().any(|ban| ban == format!("{a}.{b}.{c}.0/24")));
+        assert_eq!(sources(0).len(), 1);
+    }
+
+    #[test]
+    fn a_row_has_what_was_measured() {
+        let packet = |program: &str, source: &str, nanos| PacketCost {
+            program: program.into(),
+            source: source.into(),
+            dropped: false,
+            nanos,
+        };
+        let cost = BanCost {
+            bans: 1_000_000,
+            seconds: 1.5,
+            daemon: 100 << 20,
+            maps: 50 << 20,
+            packets: vec![packet("guard", "not banned", 80.0), packet("guard_xdp", "banned address", 60.0)],
+        };
+        let table = table(&[cost]);
+        let row = table.lines().last().unwrap().split('|').map(str::trim).collect::<Vec<_>>();
+        assert_eq!(row[1..7], ["1,000,000", "1.50", "100", "50.0", "80.0", ""], "{table}");
+        assert_eq!(row[9], "60.0", "{table}");
+    }
+
+    #[test]
+    fn the_configuration_is_toml() {
+        let text = configuration(7, Path::new("/p"), Path::new("/l/deny.txt"));
+        let config: toml::Table = text.parse().unwrap();
+        assert_eq!(config["guard"]["max_bans"].as_integer(), Some(7));
+    }
+}

@@ -1,0 +1,144 @@
+//! The injector's engines with and without the guard.
+
+use super::System;
+use super::injector::{DENY_FILE, Engine, PIN, engine};
+use crate::attacker;
+
+/// The engines that are compared.
+const ENGINES: [&str; 3] = ["relay", "splice", "inline"];
+
+/// Bans of others in the systems called `…+guard-100k`.
+const MANY: u32 = 100_000;
+
+/// More than any source of the testbed has, so that limits are looked up and never reached.
+const UNREACHED: Variant = Variant::Limits { connections: 1_000_000, rate: 1_000_000 };
+
+/// Twice what the good client of a flood needs.
+const CLOSE: Variant = Variant::Limits { connections: 100, rate: 200 };
+
+/// A way to configure the guard.
+#[derive(Clone, Copy, Debug)]
+enum Variant {
+    /// Without limits and bans.
+    On,
+    /// With bans of others.
+    ManyBans,
+    /// With limits on each source: open connections, and new ones per second.
+    Limits { connections: u32, rate: u32 },
+    /// With the attacker's networks banned, and `guard.xdp` of this value.
+    Banned { xdp: &'static str },
+}
+
+impl Variant {
+    /// What follows the engine's name.
+    fn suffix(self) -> String {
+        match self {
+            Self::On => "guard".to_owned(),
+            Self::ManyBans => "guard-100k".to_owned(),
+            Self::Limits { .. } => "guard-limits".to_owned(),
+            Self::Banned { xdp: "off" } => "ban-tc".to_owned(),
+            Self::Banned { xdp } => format!("ban-xdp-{xdp}"),
+        }
+    }
+
+    fn about(self) -> String {
+        match self {
+            Self::On => "with the guard, without bans and limits".to_owned(),
+            Self::ManyBans => format!("with the guard and {MANY} bans of others"),
+            Self::Limits { connections, rate } => {
+                format!(
+                    "with the guard and limits on each source: {connections} connections, {rate} new ones per second"
+                )
+            }
+            Self::Banned { xdp: "off" } => {
+                "with the attacker's networks banned, at the device's ingress".to_owned()
+            }
+            Self::Banned { xdp } => {
+                format!("with the attacker's networks banned, by XDP ({xdp}) and at the device's ingress")
+            }
+        }
+    }
+
+    /// The tables of the configuration.
+    fn table(self) -> String {
+        let own = match self {
+            Self::On => String::new(),
+            Self::ManyBans => format!("deny_files = [\"{DENY_FILE}\"]\n"),
+            Self::Limits { connections, rate } => format!(
+                "max_connections_per_source = {connections}\nmax_rate_per_source = {rate}\n\
+                 burst_per_source = {rate}\n"
+            ),
+            Self::Banned { .. } => format!("deny = {:?}\n", attacker::networks()),
+        };
+        let xdp = if let Self::Banned { xdp } = self { xdp } else { "off" };
+        format!("[guard]\npin = \"{PIN}/guard\"\nxdp = \"{xdp}\"\n{own}\n")
+    }
+
+    const fn bans(self) -> u32 {
+        if let Self::ManyBans = self { MANY } else { 0 }
+    }
+}
+
+/// Each engine without the guard and with it, for what it costs clean traffic. Those with the guard
+/// are compared with their engine.
+pub(super) fn clean() -> Vec<System> {
+    variants(&[Variant::On, Variant::ManyBans, UNREACHED], true)
+}
+
+/// Each engine without the guard and with all that may help against a flood.
+pub(super) fn flooded() -> Vec<System> {
+    let banned = ["off", "generic", "native"].map(|xdp| Variant::Banned { xdp });
+    variants(&[&[CLOSE][..], &banned].concat(), false)
+}
+
+/// Engines as they are, each followed by its variants.
+fn variants(variants: &[Variant], compared: bool) -> Vec<System> {
+    let of_engine = |name: &'static str| {
+        let with = move |&variant: &Variant| {
+            let plain = engine(name);
+            Engine {
+                name: format!("{name}+{}", variant.suffix()),
+                about: format!("{name} {}", variant.about()),
+                tables: format!("{}{}", plain.tables, variant.table()),
+                bans: variant.bans(),
+                baseline: compared.then(|| name.to_owned()),
+                ..plain
+            }
+        };
+        std::iter::once(engine(name)).chain(variants.iter().map(with)).map(Engine::system)
+    };
+    ENGINES.into_iter().flat_map(of_engine).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_engine_is_followed_by_its_variants() {
+        let names: Vec<_> = clean().into_iter().map(|system| system.name).collect();
+        assert_eq!(names[..4], ["relay", "relay+guard", "relay+guard-100k", "relay+guard-limits"]);
+        assert_eq!(names.len(), 12);
+        for system in clean() {
+            let engine = system.name.split_once('+').map(|(engine, _)| engine.to_owned());
+            assert_eq!(system.baseline, engine, "{}", system.name);
+        }
+    }
+
+    #[test]
+    fn only_variants_have_a_guard_and_each_has_its_own() {
+        for systems in [clean(), flooded()] {
+            let mut configs: Vec<_> = systems.iter().map(|system| system.config.clone()).collect();
+            for system in &systems {
+                let config: toml::Table = system.config.parse().unwrap();
+                assert_eq!(config.contains_key("guard"), system.name.contains('+'), "{}", system.name);
+            }
+            configs.sort();
+            configs.dedup();
+            assert_eq!(configs.len(), systems.len());
+        }
+        let banned = flooded().into_iter().find(|system| system.name == "inline+ban-xdp-native").unwrap();
+        assert!(banned.config.contains("deny = [\"198.18.0.0/16\", \"198.19.0.0/16\"]"), "{}", banned.config);
+        assert!(banned.config.contains("xdp = \"native\""), "{}", banned.config);
+    }
+}

@@ -19,6 +19,7 @@ const fn plain<T: FromBytes + IntoBytes>() {}
 pod!(
     guard::Ban,
     guard::Rate,
+    guard::Settings,
     guard::SourceCounts,
     guard::SourceKey,
     guard::SourceLimits,

@@ -2,8 +2,11 @@
 
 mod ban;
 mod counter;
+pub mod packet;
+mod settings;
 mod source;
 
 pub use ban::{Ban, Listed};
 pub use counter::Counter;
+pub use settings::Settings;
 pub use source::{Rate, SourceCounts, SourceKey, SourceLimits, Verdict, admit, mask};

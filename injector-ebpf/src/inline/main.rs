@@ -9,6 +9,10 @@
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "atomic instructions have no other name on this target")]
 
+#[path = "../bans.rs"]
+mod bans;
+#[path = "../mem.rs"]
+mod mem;
 #[path = "../object.rs"]
 mod object;
 
@@ -18,7 +22,6 @@ mod forward;
 mod header;
 mod icmp;
 mod maps;
-mod mem;
 mod open;
 mod options;
 mod packet;

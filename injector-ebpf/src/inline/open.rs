@@ -6,13 +6,16 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_prandom_u32, bpf_loop},
     programs::TcContext,
 };
-use injector_common::inline::{
-    Backend, Counter, Entry, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Template, Tuple, Usage, mix,
-    on_syn, port_hash, port_probe,
+use injector_common::{
+    guard,
+    inline::{
+        Backend, Counter, Entry, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Template, Tuple, Usage,
+        mix, on_syn, port_hash, port_probe,
+    },
 };
 
 use super::{
-    DROP, NEXT, forward, maps,
+    DROP, NEXT, bans, forward, maps,
     maps::Count,
     mem, options,
     packet::{Link, Packet},
@@ -30,6 +33,10 @@ pub(super) fn syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry: Option<&
     };
     if any && !route::is_local(skb, &packet.tuple()) {
         return super::without_connection(packet);
+    }
+    if bans::is_banned(&packet.source()) {
+        bans::count(guard::Counter::Inline);
+        return DROP;
     }
     packet.read_syn(listener.id);
     let syn = &packet.syn;

@@ -21,7 +21,7 @@ use network_types::{
 
 use seq_macro::seq;
 
-use super::mem;
+use super::{bans, mem};
 
 /// Where things stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const SEQUENCE: usize = 4;
@@ -348,6 +348,13 @@ impl Packet {
         } else {
             Tuple { source: [words[3], 0, 0, 0], destination: [words[4], 0, 0, 0], ports, ipv6: 0 }
         }
+    }
+
+    /// The source's address as bans have it.
+    #[inline(always)]
+    pub(super) fn source(&self) -> [u32; 4] {
+        let words = &self.words;
+        if self.ipv6 { [words[2], words[3], words[4], words[5]] } else { bans::mapped(words[3]) }
     }
 
     /// The hop limit, or time to live.

@@ -1,0 +1,68 @@
+//! Which packets are for a listener.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{
+    bindings::bpf_fib_lookup as Lookup, btf_maps::HashMap, helpers::generated::bpf_fib_lookup,
+    macros::btf_map,
+};
+use injector_common::{guard::packet::TCP, inline::Address};
+
+use super::{Ends, bans, frame::Frame, mem};
+
+/// The addresses of listeners, which may be unspecified; with port 0 their hosts.
+#[btf_map]
+static GUARDED: HashMap<Address, u32, 4096> = HashMap::new();
+
+/// Whether a listener is at the packet's destination. With port 0, whether any port of its host has one.
+#[inline(always)]
+pub(super) fn is_at<F: Frame>(frame: &F, ends: &Ends, port: u16) -> bool {
+    let mut address = MaybeUninit::<Address>::uninit();
+    // SAFETY: the value's own place; zeroed, it is one.
+    let address = unsafe {
+        mem::zero(address.as_mut_ptr());
+        address.assume_init_mut()
+    };
+    address.port = port;
+    if !ends.ipv6 {
+        address.set_mapped(0);
+    }
+    // A listener of all addresses: but a packet may be for another host, to which this one forwards it.
+    if GUARDED.get_ptr(&*address).is_some() && !is_forwarded(frame, ends) {
+        return true;
+    }
+    address.set(if ends.ipv6 { ends.destination } else { bans::mapped(ends.destination[0]) });
+    GUARDED.get_ptr(&*address).is_some()
+}
+
+/// Whether this host would forward the packet.
+#[inline(always)]
+fn is_forwarded<F: Frame>(frame: &F, ends: &Ends) -> bool {
+    /// `AF_INET`, `AF_INET6`
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    /// What bpf_fib_lookup returns for a route to another host (include/uapi/linux/bpf.h): found; one that tunnels; one whose neighbour is
+    /// not known; one with a smaller MTU.
+    const FORWARDED: [i64; 4] = [0, 6, 7, 8];
+
+    let mut request = MaybeUninit::<Lookup>::uninit();
+    // SAFETY: the value's own place; zeroed, it is a request.
+    let request = unsafe {
+        mem::zero(request.as_mut_ptr());
+        request.assume_init_mut()
+    };
+    request.l4_protocol = TCP;
+    request.ifindex = frame.device();
+    if ends.ipv6 {
+        request.family = AF_INET6;
+        request.__bindgen_anon_3.ipv6_src = ends.source;
+        request.__bindgen_anon_4.ipv6_dst = ends.destination;
+    } else {
+        request.family = AF_INET;
+        request.__bindgen_anon_3.ipv4_src = ends.source[0];
+        request.__bindgen_anon_4.ipv4_dst = ends.destination[0];
+    }
+    // SAFETY: the program's own context, and a value of this size.
+    let result = unsafe { bpf_fib_lookup(frame.context(), request, size_of::<Lookup>() as i32, 0) };
+    FORWARDED.contains(&result)
+}

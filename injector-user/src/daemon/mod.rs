@@ -20,7 +20,11 @@ use self::signals::{Event, Signals};
 use crate::{
     config::{Config, LogLevel},
     control::{self, ConfigSource, Control, ControlSocket, Request},
-    engine::{kernel::InlineEngine, registry::EngineProbes, select},
+    engine::{
+        kernel::{self, InlineEngine, KernelGuard},
+        registry::EngineProbes,
+        select,
+    },
     listener,
     os::systemd,
     server::{ListenerSetup, Server, StartupSettings, StartupState},
@@ -52,10 +56,20 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let connections = limits.max_connections.min(open_files.capacity);
     select::test_splice(&splice.watermarks, connections, &listeners, &mut probes);
     // After the sockets, because they get what the inline engine does not take.
-    let inline_engine = select::start_inline(&inline, &listeners, &mut probes)?;
+    let mut kernel_guard = kernel::start_guard(guard.as_ref(), inline.attachment)?;
+    let inline_engine = select::start_inline(&inline, &listeners, kernel_guard.as_ref(), &mut probes)?;
+    if let Some(guard) = &mut kernel_guard {
+        guard.attach();
+    }
     let selections: anyhow::Result<Vec<_>> =
         listeners.iter().map(|listener| select::select(listener, &probes)).collect();
-    privileges::drop_privileges(&probes, inline_engine.as_ref(), &file, admin.as_ref());
+    privileges::drop_privileges(
+        &probes,
+        inline_engine.as_ref(),
+        kernel_guard.as_ref(),
+        &file,
+        admin.as_ref(),
+    );
     let _log_thread = logging.start_thread().context("starting the thread that writes the log")?;
 
     let listeners = listeners.into_iter().zip(selections?).zip(sockets);
@@ -70,7 +84,6 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
             log_format: log.format,
         },
         max_connections: limits.max_connections,
-        guard,
         stop_deadline: stop.deadline,
         listeners: listeners.map(setup).collect(),
         inherited,
@@ -84,7 +97,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.context("starting the runtime")?;
     let configured = (file, source, (logging.clone(), log.level));
-    let result = runtime.block_on(serve(startup, inline_engine, operator, configured));
+    let result = runtime.block_on(serve(startup, (inline_engine, kernel_guard), operator, configured));
     // Not by dropping it: that waits for a name that is being resolved, however long this takes.
     runtime.shutdown_timeout(EXIT_GRACE);
     result
@@ -98,7 +111,7 @@ struct OperatorSockets {
 
 async fn serve(
     startup: StartupState,
-    inline_engine: Option<InlineEngine>,
+    (inline_engine, kernel_guard): (Option<InlineEngine>, Option<KernelGuard>),
     operator: OperatorSockets,
     (file, source, log): (PathBuf, ConfigSource, (Logging, LogLevel)),
 ) -> anyhow::Result<()> {
@@ -121,6 +134,9 @@ async fn serve(
     if let Some(inline_engine) = inline_engine {
         let (listeners, health) = server.inline_updates();
         inline_engine.spawn_tasks(&metrics, listeners, health);
+    }
+    if let Some(guard) = kernel_guard {
+        guard.spawn_tasks(server.listen_addresses());
     }
     // Ready means that each worker has started its acceptors.
     ensure!(server.check_liveness().await, "a worker thread exited during startup");

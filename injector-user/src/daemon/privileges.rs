@@ -1,14 +1,17 @@
 //! Gives up what only startup needs. What follows (reloads, new connections, new devices, the exit)
 //! works with the rest.
 
-use std::{fs::File, path::Path};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use caps::Capability;
 
 use crate::{
     config::Admin,
     engine::{
-        kernel::{InlineEngine, LoadedSplice},
+        kernel::{InlineEngine, KernelGuard, LoadedSplice},
         registry::EngineProbes,
     },
     os::{
@@ -24,6 +27,7 @@ use crate::{
 pub(super) fn drop_privileges(
     probes: &EngineProbes,
     inline: Option<&InlineEngine>,
+    guard: Option<&KernelGuard>,
     config: &Path,
     admin: Option<&Admin>,
 ) {
@@ -31,16 +35,19 @@ pub(super) fn drop_privileges(
     if let Err(error) = capabilities::set_no_new_privs() {
         tracing::warn!(target: target::DAEMON, %error, "no_new_privs cannot be set; a program that an attacker started could gain privileges");
     }
-    restrict_files(inline, config, admin);
-    drop_capabilities(probes, inline);
+    let mut write = inline.map(InlineEngine::directories).unwrap_or_default();
+    write.extend(guard.map(KernelGuard::directories).unwrap_or_default());
+    restrict_files(write, config, admin);
+    drop_capabilities(probes, inline, guard);
     if let Err(error) = File::open(config) {
         tracing::warn!(target: target::DAEMON, file = %config.display(), %error, "the configuration cannot be read any more without the capabilities of root, so reloads will fail: make the file and its directory readable for the user that the injector runs as");
     }
 }
 
-fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
+fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>, guard: Option<&KernelGuard>) {
     let mut keep = vec![Capability::CAP_NET_BIND_SERVICE];
     keep.extend(inline.map(InlineEngine::capabilities).unwrap_or_default());
+    keep.extend(guard.map(KernelGuard::capabilities).unwrap_or_default());
     keep.extend(probes.splice_engine().map(LoadedSplice::capabilities).unwrap_or_default());
     match capabilities::drop_all_except(&keep) {
         Ok(kept) => tracing::info!(target: target::DAEMON, ?kept, "capabilities dropped"),
@@ -50,10 +57,10 @@ fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>) {
     }
 }
 
-fn restrict_files(inline: Option<&InlineEngine>, config: &Path, admin: Option<&Admin>) {
+fn restrict_files(write: Vec<PathBuf>, config: &Path, admin: Option<&Admin>) {
     let directories = Directories {
         read: landlock::directories_of(config),
-        write: inline.map(InlineEngine::directories).unwrap_or_default(),
+        write,
         // The control socket, at the exit.
         remove: admin.and_then(|admin| admin.socket.parent()).map(Path::to_owned).into_iter().collect(),
     };

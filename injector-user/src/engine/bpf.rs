@@ -37,6 +37,14 @@ pub enum LoadError {
         /// The cause.
         error: MapError,
     },
+    /// A pinned map that cannot be used.
+    #[error("map {map}: {error}")]
+    Pin {
+        /// Its name.
+        map: &'static str,
+        /// The kernel's error.
+        error: std::io::Error,
+    },
     /// A map whose memory the daemon cannot map.
     #[error("map {map}: mapping its memory failed: {error}; memory-mapped arrays need Linux 5.5")]
     Memory {

@@ -8,6 +8,6 @@
 mod imp;
 
 pub use imp::{
-    InlineEngine, LoadedSplice, NOT_BUILT, detach_inline, inline_ineligibility, start_inline, test_inline,
-    test_splice,
+    InlineEngine, KernelGuard, LoadedSplice, NOT_BUILT, detach_guard, detach_inline, inline_ineligibility,
+    start_guard, start_inline, test_inline, test_splice,
 };

@@ -1,10 +1,14 @@
 //! The engines: how the bytes of a connection are forwarded. The trait [`Engine`] is the part of an
 //! engine that a session uses; the life of a connection is the same in every engine.
 
+#[cfg(feature = "bpf")]
+pub mod attach;
 pub mod bans;
 #[cfg(feature = "bpf")]
 pub mod bpf;
 pub mod check;
+#[cfg(feature = "bpf")]
+pub mod guard;
 #[cfg(feature = "bpf")]
 pub mod inline;
 pub mod kernel;

@@ -12,7 +12,7 @@ use crate::{
     engine::{
         Engine,
         check::Check,
-        kernel::{self, InlineEngine},
+        kernel::{self, InlineEngine, KernelGuard},
         registry::EngineProbes,
     },
     telemetry::log::target,
@@ -72,6 +72,7 @@ pub fn test_splice(
 pub fn start_inline(
     settings: &InlineSettings,
     listeners: &[Listener],
+    guard: Option<&KernelGuard>,
     probes: &mut EngineProbes,
 ) -> anyhow::Result<Option<InlineEngine>> {
     if listeners.iter().any(|listener| listener.engine.may_be_inline()) {
@@ -85,7 +86,7 @@ pub fn start_inline(
         }
     }
     let start = Instant::now();
-    let engine = match kernel::start_inline(settings, &served) {
+    let engine = match kernel::start_inline(settings, &served, guard) {
         Ok(engine) => engine,
         Err(error) => {
             let reason = format!("{error:#}");

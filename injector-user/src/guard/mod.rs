@@ -1,9 +1,5 @@
 //! The guard: banned sources and limits on each source, in front of every engine.
 
-mod handle;
 pub mod origin;
-mod prefix_map;
-mod table;
 
-pub use handle::{Applied, Guard, Protection, Snapshot};
-pub use origin::{ListedBan, Origin, WantedBan};
+pub use origin::Origin;

@@ -4,15 +4,20 @@ use std::{
     ffi::CString,
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
 };
 
+mod map;
+
+pub use map::ByteMap;
+
 /// The commands that are used here (enum bpf_cmd, include/uapi/linux/bpf.h).
 mod command {
     pub(super) const MAP_LOOKUP_ELEM: u32 = 1;
+    pub(super) const MAP_UPDATE_ELEM: u32 = 2;
     pub(super) const MAP_DELETE_ELEM: u32 = 3;
     pub(super) const MAP_GET_NEXT_KEY: u32 = 4;
     pub(super) const OBJ_PIN: u32 = 6;
@@ -21,6 +26,7 @@ mod command {
     pub(super) const MAP_GET_FD_BY_ID: u32 = 14;
     pub(super) const OBJ_GET_INFO_BY_FD: u32 = 15;
     pub(super) const PROG_QUERY: u32 = 16;
+    pub(super) const MAP_UPDATE_BATCH: u32 = 26;
     pub(super) const LINK_CREATE: u32 = 28;
     pub(super) const LINK_UPDATE: u32 = 29;
     pub(super) const LINK_GET_FD_BY_ID: u32 = 30;
@@ -135,17 +141,36 @@ pub fn tcx_programs(device: u32, egress: bool) -> io::Result<Vec<TcxProgram>> {
         .collect())
 }
 
-/// Attaches a program to the ingress of a device, before all others that are attached by tcx. Not by
-/// the device's name, which may be another's by now.
+/// Where a tcx program runs among the others of its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before all others.
+    First,
+    /// Right behind the program with this id.
+    After(u32),
+    /// Behind all others.
+    Last,
+}
+
+/// Attaches a program to the ingress of a device by tcx. Not by the device's name, which may be
+/// another's by now.
 ///
 /// # Errors
-/// As bpf(2).
-pub fn attach_first(program: BorrowedFd<'_>, device: u32) -> io::Result<OwnedFd> {
-    /// `BPF_F_BEFORE` without a program or link: before all.
+/// As bpf(2): `ENOENT` if the program that it is to run behind is not there.
+pub fn attach_tcx(program: BorrowedFd<'_>, device: u32, place: Place) -> io::Result<OwnedFd> {
+    /// `BPF_F_BEFORE` and `BPF_F_AFTER`; without a program or link: before, or behind all.
     const BEFORE: u32 = 1 << 3;
+    const AFTER: u32 = 1 << 4;
+    /// `BPF_F_ID`: the other program is given by its id.
+    const BY_ID: u32 = 1 << 5;
 
+    let (flags, other) = match place {
+        Place::First => (BEFORE, 0),
+        Place::After(other) => (AFTER | BY_ID, other),
+        Place::Last => (AFTER, 0),
+    };
     let mut attr = Attr::new();
-    attr.word(0, descriptor(program)).word(4, device).word(8, TCX[0]).word(12, BEFORE);
+    attr.word(0, descriptor(program)).word(4, device).word(8, TCX[0]).word(12, flags).word(16, other);
     // SAFETY: no pointers; the call returns a new descriptor.
     unsafe { attr.open(command::LINK_CREATE) }
 }
@@ -267,99 +292,6 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
         max_entries,
         name: name(&info, NAME),
     })
-}
-
-/// A map whose entries are bytes: its layout need not be known.
-#[derive(Debug)]
-pub struct ByteMap {
-    map: OwnedFd,
-    info: MapInfo,
-}
-
-impl ByteMap {
-    /// The map of this descriptor.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn new(map: OwnedFd) -> io::Result<Self> {
-        Ok(Self { info: map_info(map.as_fd())?, map })
-    }
-
-    /// What the kernel says about it.
-    #[must_use]
-    pub const fn info(&self) -> &MapInfo {
-        &self.info
-    }
-
-    /// All keys. Keys that come or go meanwhile may be missing.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn keys(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut keys = std::collections::HashSet::new();
-        let mut key: Option<Vec<u8>> = None;
-        // An iteration whose key is removed meanwhile starts again: up to a limit.
-        for _ in 0..u64::from(self.info.max_entries).saturating_mul(4).max(64) {
-            let Some(next) = self.next_key(key.as_deref())? else { break };
-            keys.insert(next.clone());
-            key = Some(next);
-        }
-        Ok(keys.into_iter().collect())
-    }
-
-    fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
-        let mut next = vec![0_u8; self.info.key_size];
-        let mut attr = Attr::new();
-        attr.word(0, descriptor(self.map.as_fd())).pointer(16, next.as_mut_ptr());
-        if let Some(key) = key {
-            self.check(key)?;
-            attr.pointer(8, key.as_ptr());
-        }
-        // SAFETY: both keys have the map's length.
-        match unsafe { attr.call(command::MAP_GET_NEXT_KEY) } {
-            Ok(_) => Ok(Some(next)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The value of a key; `None` if there is none.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        self.check(key)?;
-        let mut value = vec![0_u8; self.info.value_size];
-        let mut attr = Attr::new();
-        attr.word(0, descriptor(self.map.as_fd())).pointer(8, key.as_ptr()).pointer(16, value.as_mut_ptr());
-        // SAFETY: key and value have the map's lengths.
-        match unsafe { attr.call(command::MAP_LOOKUP_ELEM) } {
-            Ok(_) => Ok(Some(value)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Removes all entries.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn clear(&self) -> io::Result<()> {
-        for key in self.keys()? {
-            let mut attr = Attr::new();
-            attr.word(0, descriptor(self.map.as_fd())).pointer(8, key.as_ptr());
-            // SAFETY: the key has the map's length.
-            match unsafe { attr.call(command::MAP_DELETE_ELEM) } {
-                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn check(&self, key: &[u8]) -> io::Result<()> {
-        if key.len() == self.info.key_size { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
 }
 
 fn by_id(command: u32, id: u32) -> io::Result<OwnedFd> {

@@ -1,6 +1,7 @@
-//! Publishes to the inline engine which listeners it serves.
+//! Publishes to the programs which listeners there are: to the inline engine those that it serves, to the
+//! guard the addresses of all.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use tokio::sync::{Notify, watch};
 
@@ -30,6 +31,19 @@ impl Server {
                 .map(served)
                 .collect(),
         );
+    }
+
+    /// The addresses of all listeners, with every later change.
+    #[must_use]
+    pub fn listen_addresses(&self) -> watch::Receiver<Vec<SocketAddr>> {
+        self.listen_addresses.subscribe()
+    }
+
+    /// Publishes them.
+    pub(super) fn publish_addresses(&self) {
+        let addresses =
+            self.listeners.iter().flat_map(|active| active.settings.bind.iter().copied()).collect();
+        self.listen_addresses.send_replace(addresses);
     }
 }
 

@@ -20,9 +20,8 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    config::Guard,
     engine::{registry::EngineProbes, usage::InlineUsage},
-    listener::{GlobalLimit, SourceRules},
+    listener::GlobalLimit,
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
 };
@@ -34,8 +33,6 @@ pub struct StartupState {
     pub settings: StartupSettings,
     /// The operator's limit of connections over all listeners.
     pub max_connections: usize,
-    /// Bans, and limits on each source.
-    pub guard: Option<Guard>,
     /// How long sessions may continue after a shutdown began.
     pub stop_deadline: Duration,
     /// In the order of the configuration.
@@ -65,7 +62,6 @@ impl Server {
         let StartupState {
             settings,
             max_connections,
-            guard,
             stop_deadline,
             listeners,
             inherited,
@@ -87,7 +83,6 @@ impl Server {
             limits: GlobalLimit::new(
                 max_connections,
                 capacity,
-                overall(guard.as_ref()),
                 inline_usage.as_ref().map(|usage| usage.all()),
                 workers.iter().map(|worker| worker.sessions().clone()).collect(),
             ),
@@ -99,7 +94,6 @@ impl Server {
         let mut server = Self {
             settings,
             max_connections,
-            guard,
             stop_deadline,
             probes,
             inherited,
@@ -114,15 +108,12 @@ impl Server {
             backends_changed: Arc::default(),
             inline_usage,
             inline_listeners: watch::Sender::default(),
+            listen_addresses: watch::Sender::default(),
         };
         server.listeners = listeners.into_iter().map(|setup| server.start_listener(setup)).collect();
         server.publish_limits();
         server.publish_to_inline();
+        server.publish_addresses();
         Ok(server)
     }
-}
-
-/// The limits on each source over all listeners.
-pub(super) fn overall(guard: Option<&Guard>) -> SourceRules {
-    SourceRules::new(guard, guard.map(|guard| guard.per_source).unwrap_or_default())
 }

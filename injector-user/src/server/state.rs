@@ -17,7 +17,6 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    config::Guard,
     engine::{
         registry::EngineProbes,
         served_listener::ServedListener,
@@ -35,8 +34,6 @@ pub struct Server {
     pub(super) settings: StartupSettings,
     /// The operator's limit of connections over all listeners.
     pub(super) max_connections: usize,
-    /// Bans, and limits on each source.
-    pub(super) guard: Option<Guard>,
     pub(super) stop_deadline: Duration,
     pub(super) probes: EngineProbes,
     pub(super) inherited: Vec<(SocketAddr, Socket)>,
@@ -59,6 +56,8 @@ pub struct Server {
     pub(super) inline_usage: Option<Arc<dyn InlineUsage>>,
     /// The listeners that the inline engine serves.
     pub(super) inline_listeners: watch::Sender<Vec<ServedListener>>,
+    /// The addresses of all listeners.
+    pub(super) listen_addresses: watch::Sender<Vec<SocketAddr>>,
 }
 
 /// What all listeners share.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use injector_testbed::netns::{Family, MAIL, Netns};
-use injector_user::engine::inline::routes::{self, Changes, LinkKind};
+use injector_user::engine::attach::routes::{self, Changes, LinkKind};
 use tokio::time::timeout;
 
 use crate::testbed::Testbed;

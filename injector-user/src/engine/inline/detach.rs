@@ -7,9 +7,12 @@ use thiserror::Error;
 use super::{
     installation::{self, Installation, entries, remove_folder},
     nat_rules,
-    pins::{Lock, PinError},
+    pins::{LOCK, PinError},
 };
-use crate::{engine::bpf::chain, os::bpf};
+use crate::{
+    engine::{attach::lock::Lock, bpf::chain},
+    os::bpf,
+};
 use std::os::fd::AsFd as _;
 
 /// Why something that the engine left was not removed.
@@ -60,7 +63,7 @@ impl Removal {
 /// # Errors
 /// What could not be removed; everything else is. Nothing is, unless `force`, while a daemon runs.
 pub fn detach(pin: &Path, force: bool) -> Result<Vec<String>, DetachError> {
-    let _lock = match Lock::take_existing(pin) {
+    let _lock = match Lock::take_existing(&LOCK, pin).map_err(PinError::from) {
         Err(error @ PinError::Busy { .. }) if !force => return Err(DetachError::Running(error)),
         lock => lock.ok(),
     };

@@ -14,11 +14,14 @@ use std::{
 use aya::programs::TcAttachType;
 use injector_common::inline::{Entry, Flow, Key};
 
-use super::{
-    filters::{self, Filter},
-    routes,
+use super::attach::SET;
+use crate::{
+    engine::attach::{
+        filters::{self, Filter},
+        routes,
+    },
+    os::bpf::{self, Object},
 };
-use crate::os::bpf::{self, Object};
 
 /// The layout of the maps. Maps of another layout are in another folder.
 pub(super) const VERSION: u32 = 6;
@@ -225,7 +228,7 @@ fn attached() -> io::Result<(Vec<Tcx>, Vec<FoundFilter>)> {
 
 fn is_ours(filter: &Filter) -> bool {
     let v5 = filter.bpf.as_ref().is_some_and(|bpf| PROGRAMS_V5.contains(&bpf.name.as_str()));
-    v5 || filter.is_inline()
+    v5 || filter.is_of(&SET)
 }
 
 /// Reads a folder `v<layout>`, and takes what is attached by its pins out of the lists.

@@ -24,9 +24,9 @@ use zerocopy::FromBytes as _;
 use super::{
     installation::{self, Installation, Layout},
     nat_rules::{self, NatError},
-    pins::{Lock, PinPaths},
+    pins::{LOCK, PinPaths},
 };
-use crate::{os::bpf::ByteMap, telemetry::log::target};
+use crate::{engine::attach::lock::Lock, os::bpf::ByteMap, telemetry::log::target};
 
 /// How often [`Migration::advance`] should be called.
 pub const INTERVAL: Duration = Duration::from_secs(5);
@@ -132,7 +132,7 @@ pub fn stop_opening(pin: &Path) -> Result<Vec<String>, MigrateError> {
     if !found.iter().any(Installation::is_attached) {
         return Ok(stopped);
     }
-    let Ok(_lock) = Lock::take_existing(pin) else { return Ok(stopped) };
+    let Ok(_lock) = Lock::take_existing(&LOCK, pin) else { return Ok(stopped) };
     for installation in found.into_iter().filter(Installation::is_attached) {
         let place = installation.place();
         stop(&installation, false)?;

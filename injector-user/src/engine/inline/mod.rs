@@ -6,20 +6,15 @@
 //! Packets do not pass the daemon: programs and maps stay when it exits, until
 //! `injector inline detach` removes them.
 
-pub mod attach;
-mod attachment;
-mod clsact;
+mod attach;
 mod counts;
 pub mod detach;
-mod device_pins;
-mod filters;
 mod flow_tracker;
 mod installation;
 mod maps;
 pub mod migrate;
 mod nat_rules;
 mod netfilter;
-mod netlink;
 pub mod pins;
 mod places;
 mod plan;
@@ -27,18 +22,15 @@ mod pool;
 mod programs;
 mod reset;
 mod route_lookups;
-pub mod routes;
 pub mod runner;
-mod selection;
 pub mod selftest;
 mod service;
 mod sources;
 mod tables;
-mod tcx;
 mod usage;
 
 pub use self::{
-    attach::{AttachError, Attached},
+    attach::SET,
     detach::{DetachError, detach},
     flow_tracker::FlowTracker,
     programs::{InlinePrograms, LoadError},

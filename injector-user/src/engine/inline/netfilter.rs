@@ -8,7 +8,7 @@ use rtnetlink::{
     sys::protocols::NETLINK_NETFILTER,
 };
 
-use super::netlink::{attribute, exchange, short};
+use crate::engine::attach::netlink::{attribute, exchange, short};
 use crate::telemetry::log::target;
 
 /// A base chain of nftables that sees clients' packets before a socket does, and has rules. Those of

@@ -2,23 +2,25 @@
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        linux::net::SocketAddrExt as _,
-        unix::net::{SocketAddr, UnixListener, UnixStream},
-    },
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
 use thiserror::Error;
 
 use super::{
-    device_pins::{self, namespace, pin_name},
     installation::{self, Installation, Layout, VERSION},
     maps::PINNED,
 };
-use crate::{config::Inline as Settings, os::bpf, telemetry::log::target};
+use crate::{
+    config::Inline as Settings,
+    engine::attach::{
+        device_pins::{self, namespace, pin_name},
+        lock::{Lock, LockError, Name, lock_folder},
+    },
+    os::bpf,
+    telemetry::log::target,
+};
 
 /// The folders for pins, locked for this process.
 #[derive(Debug)]
@@ -105,7 +107,7 @@ pub fn prepare(settings: &Settings) -> Result<PinPaths, PinError> {
     for folder in [&maps, &links] {
         fs::create_dir_all(folder).map_err(|error| PinError::Folder { path: folder.clone(), error })?;
     }
-    let lock = Lock::take(&settings.pin)?;
+    let lock = Lock::take(&LOCK, &settings.pin)?;
     let mut others = Vec::new();
     let mut has_maps = fs::read_dir(&maps).is_ok_and(|mut maps| maps.next().is_some());
     let found = installation::find(&settings.pin).map_err(PinError::Read)?;
@@ -121,7 +123,7 @@ pub fn prepare(settings: &Settings) -> Result<PinPaths, PinError> {
             found.folder.as_deref().and_then(Path::parent).filter(|root| *root != settings.pin)
         {
             // Nothing else holds it; a daemon that starts meanwhile finds the namespace locked.
-            drop(lock_folder(root)?);
+            drop(lock_folder(&LOCK, root)?);
         }
         if found.maps.is_empty() {
             return Err(unreachable(&found));
@@ -163,64 +165,14 @@ fn take_over(found: &Installation, maps: &Path, links: &Path) -> io::Result<()> 
     Ok(())
 }
 
-/// Held by the process that runs the engine in this network namespace and with these pins.
-#[derive(Debug)]
-pub(super) struct Lock {
-    _socket: UnixListener,
-    _folder: Option<OwnedFd>,
-}
+/// The lock of the engine.
+pub(super) const LOCK: Name = Name { socket: b"injector/engine.inline", setting: "inline.pin" };
 
-/// The name of the abstract socket that a daemon holds: such names belong to the network namespace,
-/// and are seen across containers that share it.
-const SOCKET: &[u8] = b"injector/engine.inline";
-
-impl Lock {
-    /// Takes it.
-    pub(super) fn take(pin: &Path) -> Result<Self, PinError> {
-        let namespace = Self::take_namespace()?;
-        Ok(Self { _folder: Some(lock_folder(pin)?), ..namespace })
-    }
-
-    /// The same; that of the network namespace alone if the folder does not exist.
-    pub(super) fn take_existing(pin: &Path) -> Result<Self, PinError> {
-        if pin.is_dir() { Self::take(pin) } else { Self::take_namespace() }
-    }
-
-    fn take_namespace() -> Result<Self, PinError> {
-        let failed = |error| PinError::Folder { path: PathBuf::from("abstract socket"), error };
-        let address = SocketAddr::from_abstract_name(SOCKET).map_err(failed)?;
-        let socket = UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                let place = "in this network namespace".to_owned();
-                PinError::Busy { process: process_of(&address), place }
-            }
-            _ => failed(error),
-        })?;
-        Ok(Self { _socket: socket, _folder: None })
-    }
-}
-
-/// The process that listens there.
-fn process_of(address: &SocketAddr) -> Option<i32> {
-    let stream = UnixStream::connect_addr(address).ok()?;
-    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
-    Some(peer.pid.as_raw_nonzero().get())
-}
-
-/// Locks a folder for pins, so that no daemon of another network namespace uses it too.
-fn lock_folder(pin: &Path) -> Result<OwnedFd, PinError> {
-    let failed = |error: rustix::io::Errno| PinError::Folder { path: pin.to_owned(), error: error.into() };
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(pin, flags, Mode::empty()).map_err(failed)?;
-    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(folder),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let pin = pin.display();
-            let place = format!(
-                "with the pins in {pin}, perhaps in another network namespace (then set another inline.pin)"
-            );
-            Err(PinError::Busy { process: None, place })
+impl From<LockError> for PinError {
+    fn from(error: LockError) -> Self {
+        match error {
+            LockError::Busy { process, place } => Self::Busy { process, place },
+            LockError::Folder { path, error } => Self::Folder { path, error },
         }
-        Err(error) => Err(failed(error)),
     }
 }

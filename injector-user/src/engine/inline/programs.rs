@@ -28,6 +28,7 @@ use crate::{
     engine::{
         bpf::{self, lock, reports},
         check::ProgramReport,
+        guard::maps::SHARED,
         served_listener::ServedListener,
     },
     header::EncodedHeader,
@@ -74,11 +75,11 @@ pub enum LoadError {
 impl InlinePrograms {
     /// Loads the programs, with the maps that are pinned in this folder if there are any, and
     /// starts the sweep. The listeners of an earlier daemon stay until the first
-    /// `InlinePrograms::serve`.
+    /// `InlinePrograms::serve`. The guard's maps are pinned in `bans`.
     ///
     /// # Errors
     /// [`LoadError`]: typically missing CAP_BPF or CAP_NET_ADMIN.
-    pub fn load(settings: &Settings, pins: &Path) -> Result<Self, LoadError> {
+    pub fn load(settings: &Settings, pins: &Path, bans: Option<&Path>) -> Result<Self, LoadError> {
         let mut loader = EbpfLoader::new();
         let slots = settings.flows.saturating_add(1);
         loader
@@ -87,6 +88,11 @@ impl InlinePrograms {
             .map_max_entries("FREE_SLOTS", slots);
         for map in maps::PINNED {
             loader.map_pin_path(map, pins.join(map));
+        }
+        if let Some(bans) = bans {
+            for map in SHARED {
+                loader.map_pin_path(map, bans.join(map));
+            }
         }
         let (programs, maps) = load_programs(&mut loader)?;
         if maps.slots() != slots {

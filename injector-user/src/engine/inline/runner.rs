@@ -2,7 +2,7 @@
 //! health.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -18,21 +18,25 @@ use tokio::{
 };
 
 use super::{
-    attach::{self, Attached},
+    attach::SET,
     flow_tracker::FlowTracker,
     migrate::{self, Migration},
     netfilter::Firewall,
     pins::{self, PinPaths},
     programs::{self, InlinePrograms},
     route_lookups,
-    routes::Changes,
     sources::Sources,
     usage::{EngineUsage, ResetRequest},
 };
 use crate::{
     backend::Backend,
     config::{Inline as Settings, Listener},
-    engine::{bpf::lock, served_listener::ServedListener, usage::InlineUsage},
+    engine::{
+        attach::{self, Attached, routes::Changes},
+        bpf::lock,
+        served_listener::ServedListener,
+        usage::InlineUsage,
+    },
     telemetry::{log::target, metrics::Metrics},
 };
 
@@ -71,31 +75,37 @@ pub fn ineligibility(listener: &Listener) -> Option<String> {
 }
 
 /// Loads the programs and attaches them to the devices. `None` if there are no listeners: then, and
-/// on an error, the connections of an earlier daemon go on, and its programs open no new ones.
+/// on an error, the connections of an earlier daemon go on, and its programs open no new ones. `bans`
+/// are the pins of the guard's maps.
 ///
 /// # Errors
 /// When it cannot run here; each says what to do.
-pub fn start(settings: &Settings, listeners: &[&Listener]) -> anyhow::Result<Option<InlineEngine>> {
+pub fn start(
+    settings: &Settings,
+    listeners: &[&Listener],
+    bans: Option<&Path>,
+) -> anyhow::Result<Option<InlineEngine>> {
     if listeners.is_empty() {
         stop_opening(settings);
         return Ok(None);
     }
-    let started = start_engine(settings).context("engine \"inline\"");
+    let started = start_engine(settings, bans).context("engine \"inline\"");
     if started.is_err() {
         stop_opening(settings);
     }
     started.map(Some)
 }
 
-fn start_engine(settings: &Settings) -> anyhow::Result<InlineEngine> {
+fn start_engine(settings: &Settings, bans: Option<&Path>) -> anyhow::Result<InlineEngine> {
     route_lookups::allow()?;
     let mut pins = pins::prepare(settings)?;
-    let inline = Arc::new(InlinePrograms::load(settings, &pins.maps)?);
+    let inline = Arc::new(InlinePrograms::load(settings, &pins.maps, bans)?);
     let migration = migrate::begin(&mut pins)?;
-    let mut attached =
-        Attached::new(settings, &pins, migration.programs()).context("identifying the network namespace")?;
+    let devices = (settings.attachment, settings.devices.as_slice());
+    let mut attached = Attached::new(&SET, devices, pins.links.clone(), migration.programs())
+        .context("identifying the network namespace")?;
     // Each failure was logged; the other devices are served.
-    let _ = attached.update(&inline);
+    let _ = attached.update(&mut lock(&inline.programs));
     let (resets, reset_requests) = mpsc::unbounded_channel();
     Ok(InlineEngine {
         inline,
@@ -191,10 +201,10 @@ impl InlineEngine {
             tokio::select! {
                 changed = changes.next() => {
                     changed?;
-                    let _ = self.attached.update(&self.inline);
+                    let _ = self.attached.update(&mut lock(&self.inline.programs));
                 }
                 _ = refresh.tick() => {
-                    let _ = self.attached.update(&self.inline);
+                    let _ = self.attached.update(&mut lock(&self.inline.programs));
                     route_lookups::allow_again();
                     if ticks.is_multiple_of(FIREWALL_TICKS) {
                         firewall.warn_of_new_chains();

@@ -1,7 +1,8 @@
 //! The engines, with their BPF programs in the binary.
 
 use std::{
-    path::PathBuf,
+    net::SocketAddr,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,10 +11,12 @@ use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Inline as InlineSettings, Listener, Watermarks},
+    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Watermarks},
     engine::{
         Engine,
+        bans::BanMaps,
         check::{Check, SelfTestReport},
+        guard::{detach, runner as guard_runner},
         inline::{
             runner::{self, InlineEngine as Runner},
             selftest as inline_selftest,
@@ -116,15 +119,18 @@ async fn forward_log(logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
 }
 
 /// Starts the inline engine for these listeners; `None` if there are none. Then, and on an error,
-/// the connections of an earlier daemon go on, and its programs open no new ones.
+/// the connections of an earlier daemon go on, and its programs open no new ones. It drops SYNs of
+/// sources that the guard bans.
 ///
 /// # Errors
 /// When it cannot run here; each says what to do.
 pub fn start_inline(
     settings: &InlineSettings,
     listeners: &[&Listener],
+    guard: Option<&KernelGuard>,
 ) -> anyhow::Result<Option<InlineEngine>> {
-    Ok(runner::start(settings, listeners)?.map(InlineEngine))
+    let bans = guard.map(|guard| guard.0.map_pins());
+    Ok(runner::start(settings, listeners, bans)?.map(InlineEngine))
 }
 
 /// Removes everything that the inline engine left in the kernel, and returns what that was.
@@ -133,6 +139,64 @@ pub fn start_inline(
 /// When a daemon uses it and `force` is not set; or what could not be removed.
 pub fn detach_inline(settings: &InlineSettings, force: bool) -> anyhow::Result<Vec<String>> {
     runner::detach(settings, force)
+}
+
+/// Loads the guard's programs. Without `settings`, removes what an earlier daemon's guard left.
+///
+/// # Errors
+/// When another daemon uses them. Where they cannot be loaded, that is logged, and there are none.
+pub fn start_guard(
+    settings: Option<&GuardSettings>,
+    attachment: Attachment,
+) -> anyhow::Result<Option<KernelGuard>> {
+    Ok(guard_runner::start(settings, attachment)?.map(KernelGuard))
+}
+
+/// Removes everything that the guard left in the kernel, and returns what that was.
+///
+/// # Errors
+/// When a daemon uses it and `force` is not set; or what could not be removed.
+pub fn detach_guard(pin: &Path, force: bool) -> anyhow::Result<Vec<String>> {
+    Ok(detach::detach(pin, force)?)
+}
+
+/// The guard's programs, with their maps.
+#[derive(Debug)]
+pub struct KernelGuard(guard_runner::Guard);
+
+impl KernelGuard {
+    /// The maps with bans.
+    #[must_use]
+    pub fn maps(&self) -> Arc<dyn BanMaps> {
+        self.0.maps()
+    }
+
+    /// Attaches the programs to the devices. After the inline engine's, which are to be in front.
+    pub fn attach(&mut self) {
+        self.0.attach();
+    }
+
+    /// The capabilities that it needs at run time: to attach programs to devices that appear later.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
+    }
+
+    /// The directories in which it makes and removes files at run time: pins.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.0.directories()
+    }
+
+    /// Guards these addresses, and starts the task that follows them and the devices.
+    pub fn spawn_tasks(self, mut addresses: watch::Receiver<Vec<SocketAddr>>) {
+        self.0.guard_addresses(&addresses.borrow_and_update());
+        tokio::spawn(async move {
+            if let Err(error) = self.0.run(addresses).await {
+                tracing::error!(target: target::GUARD, %error, "device monitor failed; until a restart, banned sources are not dropped on new devices and for new listeners");
+            }
+        });
+    }
 }
 
 /// The inline engine with its programs attached.

@@ -1,15 +1,21 @@
 //! No engine: the binary was built without the feature `bpf`.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::bail;
 use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Inline as InlineSettings, Listener, Watermarks},
-    engine::{Engine, check::SelfTestReport, served_listener::ServedListener, usage::InlineUsage},
-    telemetry::metrics::Metrics,
+    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Watermarks},
+    engine::{
+        Engine, bans::BanMaps, check::SelfTestReport, served_listener::ServedListener, usage::InlineUsage,
+    },
+    telemetry::{log::target, metrics::Metrics},
 };
 
 const REASON: &str = "this binary was built without BPF (--no-default-features)";
@@ -65,6 +71,7 @@ impl LoadedSplice {
 pub fn start_inline(
     _settings: &InlineSettings,
     _listeners: &[&Listener],
+    _guard: Option<&KernelGuard>,
 ) -> anyhow::Result<Option<InlineEngine>> {
     Ok(None)
 }
@@ -75,6 +82,62 @@ pub fn start_inline(
 /// Always: this binary does not know what the engine leaves.
 pub fn detach_inline(_settings: &InlineSettings, _force: bool) -> anyhow::Result<Vec<String>> {
     bail!(REASON)
+}
+
+/// Loads nothing.
+///
+/// # Errors
+/// Never.
+pub fn start_guard(
+    settings: Option<&GuardSettings>,
+    _attachment: Attachment,
+) -> anyhow::Result<Option<KernelGuard>> {
+    if settings.is_some() {
+        tracing::warn!(target: target::GUARD, reason = REASON, "the guard drops no packets; listeners reset connections of banned sources instead");
+    }
+    Ok(None)
+}
+
+/// Removes nothing.
+///
+/// # Errors
+/// Always: this binary does not know what the guard leaves.
+pub fn detach_guard(_pin: &Path, _force: bool) -> anyhow::Result<Vec<String>> {
+    bail!(REASON)
+}
+
+/// There is none.
+#[derive(Debug)]
+pub enum KernelGuard {}
+
+impl KernelGuard {
+    /// Never called.
+    #[must_use]
+    pub fn maps(&self) -> Arc<dyn BanMaps> {
+        match *self {}
+    }
+
+    /// Never called.
+    pub fn attach(&mut self) {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
+        match *self {}
+    }
+
+    /// Never called.
+    pub fn spawn_tasks(self, _addresses: watch::Receiver<Vec<SocketAddr>>) {
+        match self {}
+    }
 }
 
 /// There is none.

@@ -39,15 +39,11 @@ pub enum RejectReason {
     Stopping,
     /// The operator drains the listener.
     Draining,
-    /// The source has as many connections open as one may.
-    SourceConnections,
-    /// The source opens connections too fast.
-    SourceRate,
 }
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 13] = [
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
@@ -61,8 +57,6 @@ impl RejectReason {
         Self::ForgedHeader,
         Self::Stopping,
         Self::Draining,
-        Self::SourceConnections,
-        Self::SourceRate,
     ];
 
     /// The name in logs and labels.
@@ -82,8 +76,6 @@ impl RejectReason {
             Self::ForgedHeader => "forged_header",
             Self::Stopping => "stopping",
             Self::Draining => "draining",
-            Self::SourceConnections => "source_connections",
-            Self::SourceRate => "source_rate",
         }
     }
 

@@ -17,59 +17,67 @@ use rtnetlink::{
     },
 };
 
-use super::netlink::{attribute, dump, short};
-
-/// The upper half of the handles of the engine's filters, far from those that the kernel chooses.
-pub(super) const HANDLE: u16 = u16::from_be_bytes(*b"IN");
+use super::{
+    ProgramSet,
+    netlink::{attribute, dump, short},
+};
 
 /// `ETH_P_ALL`, in network order.
-pub(super) const ALL: u16 = 3_u16.to_be();
+pub(in crate::engine) const ALL: u16 = 3_u16.to_be();
 
 /// A filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Filter {
+pub(in crate::engine) struct Filter {
     /// Lower ones run first.
-    pub(super) priority: u16,
+    pub(in crate::engine) priority: u16,
     /// The protocol of its packets, in network order. All filters of a priority have the same.
-    pub(super) protocol: u16,
+    pub(in crate::engine) protocol: u16,
     /// Its number among those of its priority.
-    pub(super) handle: u32,
+    pub(in crate::engine) handle: u32,
     /// Its classifier, for example `u32`.
-    pub(super) kind: String,
+    pub(in crate::engine) kind: String,
     /// The rest, of a BPF filter.
-    pub(super) bpf: Option<BpfFilter>,
+    pub(in crate::engine) bpf: Option<BpfFilter>,
 }
 
 /// What only BPF filters have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct BpfFilter {
+pub(in crate::engine) struct BpfFilter {
     /// The name that its owner gave it; aya gives it the program's name.
-    pub(super) name: String,
+    pub(in crate::engine) name: String,
     /// The id of its program; 0 if the kernel does not say.
-    pub(super) program: u32,
+    pub(in crate::engine) program: u32,
 }
 
 impl Filter {
-    /// Whether this version's engine attached it, or another version with the same names.
-    pub(super) fn is_inline(&self) -> bool {
-        let ours = |bpf: &BpfFilter| matches!(bpf.name.as_str(), "inline" | "inline_raw");
-        self.handle >> 16 == u32::from(HANDLE) && self.bpf.as_ref().is_some_and(ours)
+    /// Whether it is one of the set, of this version or another one with the same names.
+    pub(in crate::engine) fn is_of(&self, set: &ProgramSet) -> bool {
+        let ours = |bpf: &BpfFilter| set.programs.contains(&bpf.name.as_str());
+        self.handle >> 16 == u32::from(set.handle) && self.bpf.as_ref().is_some_and(ours)
     }
 
     /// The filter as an aya link. Dropping the link removes the filter.
-    pub(super) fn link(&self, device: &str, direction: TcAttachType) -> io::Result<SchedClassifierLink> {
+    pub(in crate::engine) fn link(
+        &self,
+        device: &str,
+        direction: TcAttachType,
+    ) -> io::Result<SchedClassifierLink> {
         SchedClassifierLink::attached(device, direction, self.priority, TcHandle::from(self.handle), None)
     }
 
     /// Removes it.
-    pub(super) fn remove(&self, device: &str, direction: TcAttachType) -> Result<(), ProgramError> {
+    pub(in crate::engine) fn remove(
+        &self,
+        device: &str,
+        direction: TcAttachType,
+    ) -> Result<(), ProgramError> {
         self.link(device, direction).map_err(ProgramError::IOError)?.detach()
     }
 }
 
 /// The filters of a device's first chain, in the order in which they run; none without a qdisc for
 /// them.
-pub(super) fn list(index: u32, direction: TcAttachType) -> io::Result<Vec<Filter>> {
+pub(in crate::engine) fn list(index: u32, direction: TcAttachType) -> io::Result<Vec<Filter>> {
     let minor = match direction {
         TcAttachType::Ingress => Parent::MIN_INGRESS,
         TcAttachType::Egress => Parent::MIN_EGRESS,
@@ -129,6 +137,7 @@ fn filter(message: &[u8]) -> Result<Option<Filter>, DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::inline::SET;
 
     /// An attribute, padded.
     fn attribute_of(kind: u16, value: &[u8]) -> Vec<u8> {
@@ -161,12 +170,12 @@ mod tests {
             kind: "bpf".to_owned(),
             bpf: Some(bpf),
         };
-        assert!(parsed == expected && parsed.is_inline(), "{parsed:?}");
+        assert!(parsed == expected && parsed.is_of(&SET), "{parsed:?}");
         // Another program may have the same name.
-        assert!(!filter(&message(1, b"bpf\0", Some(&options))).unwrap().unwrap().is_inline());
+        assert!(!filter(&message(1, b"bpf\0", Some(&options))).unwrap().unwrap().is_of(&SET));
         // Another classifier may use the same attribute numbers for anything.
         let other = filter(&message(0x8000_0800, b"flower\0", Some(b"\x02\0\x07\0"))).unwrap().unwrap();
-        assert!(other.kind == "flower" && other.bpf.is_none() && !other.is_inline());
+        assert!(other.kind == "flower" && other.bpf.is_none() && !other.is_of(&SET));
         // The kernel lists each priority before its filters, without options.
         assert_eq!(filter(&message(0, b"bpf\0", None)).unwrap(), None);
         assert!(filter(&[0; 19]).is_err());

@@ -15,7 +15,7 @@ use rtnetlink::{
 };
 
 /// The value of the first attribute of a kind.
-pub(super) fn attribute(attributes: &[u8], kind: u16) -> Result<Option<Vec<u8>>, DecodeError> {
+pub(in crate::engine) fn attribute(attributes: &[u8], kind: u16) -> Result<Option<Vec<u8>>, DecodeError> {
     for found in NlasIterator::new(attributes) {
         let found = found?;
         if found.kind() == kind {
@@ -25,12 +25,12 @@ pub(super) fn attribute(attributes: &[u8], kind: u16) -> Result<Option<Vec<u8>>,
     Ok(None)
 }
 
-pub(super) fn short() -> DecodeError {
+pub(in crate::engine) fn short() -> DecodeError {
     DecodeError::from("a message shorter than its header")
 }
 
 /// Requests a list from rtnetlink(7), and passes on the payload of each message of the answer.
-pub(super) fn dump(
+pub(in crate::engine) fn dump(
     request: RouteNetlinkMessage,
     each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
 ) -> io::Result<()> {
@@ -43,7 +43,7 @@ pub(super) fn dump(
 }
 
 /// Sends a request for a list, and passes on the payload of each message of the answer.
-pub(super) fn exchange(
+pub(in crate::engine) fn exchange(
     protocol: isize,
     request: &[u8],
     mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,

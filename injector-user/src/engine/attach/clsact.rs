@@ -14,9 +14,10 @@ use aya::programs::{
 };
 
 use super::{
+    Position, ProgramSet,
     attachment::{Change, Failure},
     device_pins,
-    filters::{self, ALL, Filter, HANDLE},
+    filters::{self, ALL, Filter},
 };
 use crate::os::bpf;
 
@@ -32,9 +33,23 @@ enum Place {
 }
 
 /// Decides the place among the filters of a device, in their order, of which `is_own` are the
-/// program's: in front of all, if that is possible. Of one priority the newest BPF filter runs
-/// first, and another classifier's priority cannot be shared.
-fn place(filters: &[Filter], is_own: impl Fn(&Filter) -> bool) -> Place {
+/// program's: in front of all, if that is possible and wanted. Of one priority the newest BPF filter
+/// runs first, and another classifier's priority cannot be shared.
+fn place(filters: &[Filter], set: &ProgramSet, is_own: impl Fn(&Filter) -> bool) -> Place {
+    let at = |priority| {
+        let first = u32::from(set.handle) << 16 | 1;
+        let used = |handle: &u32| filters.iter().any(|filter| filter.handle == *handle);
+        let handle = (first..).find(|handle| !used(handle)).unwrap_or(first);
+        Place::At { priority, handle }
+    };
+    if set.position == Position::AfterFirst {
+        if let Some(own) = filters.iter().find(|filter| is_own(filter)) {
+            return Place::Here(own.clone());
+        }
+        let free = |priority: &u16| filters.iter().all(|filter| filter.priority != *priority);
+        // The first priority is left to the program that is to be in front.
+        return at((2..=u16::MAX).find(free).unwrap_or(u16::MAX));
+    }
     let own = |priority: u16| filters.iter().find(|filter| is_own(filter) && filter.priority == priority);
     if let Some(first) = filters.first().filter(|first| is_own(first)) {
         return Place::Here(first.clone());
@@ -51,23 +66,18 @@ fn place(filters: &[Filter], is_own: impl Fn(&Filter) -> bool) -> Place {
     let blocked = lowest.is_some_and(|lowest| lowest < priority);
     match own(priority).filter(|_| blocked) {
         Some(own) => Place::Here(own.clone()),
-        None => {
-            let first = u32::from(HANDLE) << 16 | 1;
-            let used = |handle: &u32| filters.iter().any(|filter| filter.handle == *handle);
-            let handle = (first..).find(|handle| !used(handle)).unwrap_or(first);
-            Place::At { priority, handle }
-        }
+        None => at(priority),
     }
 }
 
-/// Has the program run before all other filters of the device, as far as that is possible. A filter
+/// Has the program run at its position among the filters of the device, as far as that is possible. A filter
 /// of an earlier daemon is replaced between two packets. Filters of the programs in `others` belong
 /// to another daemon's maps.
-pub(super) fn ensure(
+pub(in crate::engine) fn ensure(
     program: &mut SchedClassifier,
     device: (u32, &str),
     pin: &Path,
-    others: &HashSet<u32>,
+    (set, others): (&ProgramSet, &HashSet<u32>),
     may_move: bool,
 ) -> Result<Change, Failure> {
     let (index, name) = device;
@@ -75,11 +85,11 @@ pub(super) fn ensure(
     add_qdisc(name)?;
     let runs = |filter: &Filter| filter.bpf.as_ref().is_some_and(|bpf| bpf.program == own);
     let is_own = |filter: &Filter| {
-        filter.is_inline() && filter.bpf.as_ref().is_some_and(|bpf| !others.contains(&bpf.program))
+        filter.is_of(set) && filter.bpf.as_ref().is_some_and(|bpf| !others.contains(&bpf.program))
     };
     let present = filters::list(index, INGRESS)?;
     let had = present.iter().find(|filter| is_own(filter));
-    let place = match (place(&present, is_own), had) {
+    let place = match (place(&present, set, is_own), had) {
         (Place::At { .. }, Some(own)) if !may_move => Place::Here(own.clone()),
         (place, _) => place,
     };
@@ -111,6 +121,9 @@ pub(super) fn ensure(
         device_pins::detach(pin)?;
         fs::rename(beside, pin)?;
     }
+    if set.position == Position::AfterFirst {
+        return Ok(change);
+    }
     // Programs that are attached by tcx run before all filters.
     let mut tcx = bpf::tcx_programs(index, false).unwrap_or_default().into_iter();
     let tcx = tcx.any(|program| !others.contains(&program.program));
@@ -119,10 +132,14 @@ pub(super) fn ensure(
 }
 
 /// Adds a filter with the program, and returns it.
-pub(super) fn add(program: &mut SchedClassifier, device: (u32, &str)) -> Result<Filter, Failure> {
+pub(in crate::engine) fn add(
+    program: &mut SchedClassifier,
+    device: (u32, &str),
+    set: &ProgramSet,
+) -> Result<Filter, Failure> {
     let (index, name) = device;
     add_qdisc(name)?;
-    let Place::At { priority, handle } = place(&filters::list(index, INGRESS)?, |_| false) else {
+    let Place::At { priority, handle } = place(&filters::list(index, INGRESS)?, set, |_| false) else {
         return Err("no place for a filter".into());
     };
     attach(program, name, priority, handle)?;
@@ -158,11 +175,16 @@ fn pin_program(program: &SchedClassifier, own: u32, pin: &Path) -> Result<Option
     Ok(Some(device_pins::pin_beside(program.fd()?.as_fd(), pin)?))
 }
 
-/// Removes the filters of this version, but of the programs in `others`; `false` if there are none.
-pub(super) fn remove(index: u32, name: &str, others: &HashSet<u32>) -> Result<bool, Failure> {
+/// Removes the filters of the set, but of the programs in `others`; `false` if there are none.
+pub(in crate::engine) fn remove(
+    index: u32,
+    name: &str,
+    set: &ProgramSet,
+    others: &HashSet<u32>,
+) -> Result<bool, Failure> {
     let mut found = filters::list(index, INGRESS)?;
     let is_other = |filter: &Filter| filter.bpf.as_ref().is_some_and(|bpf| others.contains(&bpf.program));
-    found.retain(|filter| filter.is_inline() && !is_other(filter));
+    found.retain(|filter| filter.is_of(set) && !is_other(filter));
     for filter in &found {
         filter.remove(name, INGRESS)?;
     }
@@ -172,8 +194,9 @@ pub(super) fn remove(index: u32, name: &str, others: &HashSet<u32>) -> Result<bo
 #[cfg(test)]
 mod tests {
     use super::{super::filters::BpfFilter, *};
+    use crate::engine::inline::SET;
 
-    const OWN: u32 = (HANDLE as u32) << 16 | 1;
+    const OWN: u32 = (SET.handle as u32) << 16 | 1;
 
     fn filter(priority: u16, kind: &str, handle: u32) -> Filter {
         let bpf = BpfFilter { name: "inline".to_owned(), program: 7 };
@@ -206,8 +229,35 @@ mod tests {
             (vec![u32s(1), filter(2, "bpf", OWN)], Place::Here(filter(2, "bpf", OWN))),
             (vec![u32s(1), lower], at(2, OWN + 1)),
         ] {
-            let own = |filter: &Filter| filter.is_inline();
-            assert_eq!(place(&filters, own), expected, "{filters:?}");
+            let own = |filter: &Filter| filter.is_of(&SET);
+            assert_eq!(place(&filters, &SET, own), expected, "{filters:?}");
         }
+    }
+
+    #[test]
+    fn a_program_that_may_be_behind_leaves_the_first_priority_free() {
+        const BEHIND: ProgramSet = ProgramSet {
+            programs: ["guard", "guard_raw"],
+            position: Position::AfterFirst,
+            handle: 7,
+            log: |_| {},
+        };
+        let own = Filter {
+            bpf: Some(BpfFilter { name: "guard".to_owned(), program: 8 }),
+            ..filter(2, "bpf", 7 << 16 | 1)
+        };
+        let at = |priority| Place::At { priority, handle: 7 << 16 | 1 };
+        for (filters, expected) in [
+            (vec![], at(2)),
+            (vec![filter(1, "bpf", OWN)], at(2)),
+            (vec![filter(2, "u32", 1), filter(3, "bpf", 1)], at(4)),
+            // It does not move.
+            (vec![filter(1, "u32", 1), own.clone()], Place::Here(own.clone())),
+        ] {
+            assert_eq!(place(&filters, &BEHIND, |filter| filter.is_of(&BEHIND)), expected, "{filters:?}");
+        }
+        // Nor does it keep another one from being in front.
+        let first = place(&[own], &SET, |filter| filter.is_of(&SET));
+        assert_eq!(first, Place::At { priority: 1, handle: OWN });
     }
 }

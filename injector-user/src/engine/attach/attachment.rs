@@ -1,10 +1,10 @@
 //! What attaching the program to a device has changed, or why it failed.
 
-pub(super) type Failure = Box<dyn std::error::Error + Send + Sync>;
+pub(in crate::engine) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// What attaching has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub(in crate::engine) enum Change {
     /// Nothing.
     None,
     /// The program was not there.

@@ -9,22 +9,22 @@ use std::{
 use crate::os::bpf::{self, Object};
 
 /// The name of a device's pin. Namespaces may share a BPF file system.
-pub(super) fn pin_name(namespace: u64, device: u32) -> String {
+pub(in crate::engine) fn pin_name(namespace: u64, device: u32) -> String {
     format!("{namespace}-{device}")
 }
 
 /// The inode of the calling thread's network namespace.
-pub(super) fn namespace() -> io::Result<u64> {
+pub(in crate::engine) fn namespace() -> io::Result<u64> {
     Ok(rustix::fs::stat("/proc/thread-self/ns/net")?.st_ino)
 }
 
 /// Pins an object in the place of what was pinned there.
-pub(super) fn replace_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
+pub(in crate::engine) fn replace_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
     fs::rename(pin_beside(object, pin)?, pin)
 }
 
 /// Pins an object under a name beside the one that it is to get.
-pub(super) fn pin_beside(object: BorrowedFd<'_>, pin: &Path) -> io::Result<PathBuf> {
+pub(in crate::engine) fn pin_beside(object: BorrowedFd<'_>, pin: &Path) -> io::Result<PathBuf> {
     // A BPF file system allows no dots in names.
     let mut new = pin.to_owned().into_os_string();
     new.push("-new");
@@ -38,7 +38,7 @@ pub(super) fn pin_beside(object: BorrowedFd<'_>, pin: &Path) -> io::Result<PathB
 }
 
 /// Removes the pin, and detaches the link if it is one; `false` if there is none.
-pub(super) fn remove(pin: &Path) -> io::Result<bool> {
+pub(in crate::engine) fn remove(pin: &Path) -> io::Result<bool> {
     detach(pin)?;
     match fs::remove_file(pin) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -48,7 +48,7 @@ pub(super) fn remove(pin: &Path) -> io::Result<bool> {
 
 /// Detaches the link that is pinned there, if one is. The kernel does that itself for a link
 /// without pins, but later.
-pub(super) fn detach(pin: &Path) -> io::Result<()> {
+pub(in crate::engine) fn detach(pin: &Path) -> io::Result<()> {
     match bpf::open_pin(pin) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Ok(object) if bpf::object(object.as_fd())? == Some(Object::Link) => bpf::detach_link(object.as_fd()),

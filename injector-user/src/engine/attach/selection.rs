@@ -14,7 +14,7 @@ use super::routes::{Interface, LinkKind};
 
 /// The devices that the configuration names, by their identity: a device that is renamed stays.
 #[derive(Debug, Default)]
-pub(super) struct Selection {
+pub(in crate::engine) struct Selection {
     /// The names in the configuration; none for all devices.
     names: Vec<String>,
     /// The devices that have or had one of the names.
@@ -23,24 +23,24 @@ pub(super) struct Selection {
 
 /// What belongs where.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct AttachPoints {
+pub(in crate::engine) struct AttachPoints {
     /// The devices that need the program.
-    pub(super) attach: Vec<Interface>,
+    pub(in crate::engine) attach: Vec<Interface>,
     /// The devices that keep it if they have it: besides the former, those that are down, and ports
     /// of a bridge that has no program.
-    pub(super) keep: BTreeSet<u32>,
+    pub(in crate::engine) keep: BTreeSet<u32>,
     /// Names in the configuration that no device has, or whose packets cannot be read, and why.
-    pub(super) unusable: Vec<(String, String)>,
+    pub(in crate::engine) unusable: Vec<(String, String)>,
 }
 
 impl Selection {
     /// All devices, if there are no names.
-    pub(super) const fn new(names: Vec<String>) -> Self {
+    pub(in crate::engine) const fn new(names: Vec<String>) -> Self {
         Self { names, indices: BTreeSet::new() }
     }
 
     /// Decides which devices get the program.
-    pub(super) fn points(&mut self, interfaces: &[Interface]) -> AttachPoints {
+    pub(in crate::engine) fn points(&mut self, interfaces: &[Interface]) -> AttachPoints {
         self.update(interfaces);
         let readable = |interface: &&Interface| {
             !interface.loopback && !matches!(interface.kind, LinkKind::Other(_)) && self.has(interface)

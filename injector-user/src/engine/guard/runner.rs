@@ -1,0 +1,145 @@
+//! Starts the guard's programs, and follows the devices.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use aya::Ebpf;
+use tokio::{sync::watch, time::MissedTickBehavior};
+
+use super::{
+    attach::SET,
+    detach,
+    maps::Maps,
+    pins::{self, PinError, Pins},
+    programs,
+};
+use crate::{
+    config::{Attachment, Guard as Settings},
+    engine::{
+        attach::{Attached, CHECK_INTERVAL, routes::Changes},
+        bans::BanMaps,
+    },
+    telemetry::log::target,
+};
+
+/// The guard's programs with their maps.
+pub struct Guard {
+    maps: Arc<Maps>,
+    programs: Ebpf,
+    attached: Attached,
+    pin: PathBuf,
+    pins: Pins,
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guard").field("maps", &self.maps).field("pins", &self.pins).finish_non_exhaustive()
+    }
+}
+
+/// Loads the programs, with the maps of an earlier daemon if there are any: its bans hold meanwhile.
+/// Without `settings`, removes what an earlier daemon left.
+///
+/// # Errors
+/// When another daemon uses them. Where they cannot be loaded, that is logged, and there are none: then
+/// listeners reset the connections of banned sources.
+pub fn start(settings: Option<&Settings>, attachment: Attachment) -> anyhow::Result<Option<Guard>> {
+    let Some(settings) = settings else {
+        remove_left(&Settings::default().pin);
+        return Ok(None);
+    };
+    let started = load(settings, attachment);
+    match started {
+        Ok(guard) => Ok(Some(guard)),
+        Err(error) if matches!(error.downcast_ref(), Some(PinError::Busy { .. })) => {
+            Err(error.context("[guard]"))
+        }
+        Err(error) => {
+            tracing::warn!(target: target::GUARD, error = format!("{error:#}"), "the guard's programs cannot be loaded; listeners reset connections of banned sources instead");
+            Ok(None)
+        }
+    }
+}
+
+fn load(settings: &Settings, attachment: Attachment) -> anyhow::Result<Guard> {
+    let pins = pins::prepare(&settings.pin)?;
+    let (programs, maps) = programs::load(settings, &pins.maps)?;
+    let devices = (attachment, settings.devices.as_slice());
+    let attached = Attached::new(&SET, devices, pins.links.clone(), std::collections::HashSet::new())
+        .context("identifying the network namespace")?;
+    Ok(Guard { maps, programs, attached, pin: settings.pin.clone(), pins })
+}
+
+/// Removes what a daemon with a guard left, now that there is none.
+fn remove_left(pin: &Path) {
+    match detach::detach(pin, false) {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => {
+            let removed = removed.join(", ");
+            tracing::info!(target: target::GUARD, removed, "no [guard] is configured: what an earlier daemon's guard left was removed, and its bans are lifted");
+        }
+        Err(error) => {
+            tracing::warn!(target: target::GUARD, %error, "no [guard] is configured, and an earlier daemon's may still drop packets; `injector guard detach` removes it");
+        }
+    }
+}
+
+impl Guard {
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> Arc<dyn BanMaps> {
+        Arc::clone(&self.maps) as Arc<dyn BanMaps>
+    }
+
+    /// Where the maps are pinned that engine inline's programs ask.
+    #[must_use]
+    pub fn map_pins(&self) -> &Path {
+        &self.pins.maps
+    }
+
+    /// The directories in which it makes and removes files while it runs.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
+        vec![self.pin.clone()]
+    }
+
+    /// Attaches the programs to the devices that need them. Each failure is logged.
+    pub fn attach(&mut self) {
+        let _ = self.attached.update(&mut self.programs);
+    }
+
+    /// Tells the programs the addresses of all listeners.
+    pub fn guard_addresses(&self, addresses: &[SocketAddr]) {
+        if let Err(error) = self.maps.set_guarded(addresses) {
+            tracing::error!(target: target::GUARD, error = format!("{error:#}"), "the programs do not know all listeners; those reset connections of banned sources instead");
+        }
+    }
+
+    /// Follows devices and the addresses of listeners until the runtime ends.
+    ///
+    /// # Errors
+    /// When the kernel sends no notifications of changes any more.
+    pub async fn run(mut self, mut addresses: watch::Receiver<Vec<SocketAddr>>) -> io::Result<()> {
+        let mut changes = Changes::watch()?;
+        let mut refresh = tokio::time::interval(CHECK_INTERVAL);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = changes.next() => {
+                    changed?;
+                    self.attach();
+                }
+                _ = refresh.tick() => self.attach(),
+                Ok(()) = addresses.changed() => {
+                    let now = addresses.borrow_and_update().clone();
+                    self.guard_addresses(&now);
+                }
+            }
+        }
+    }
+}

@@ -70,7 +70,7 @@ pub enum Sweep {
 }
 
 /// How much of a resource is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pressure {
     /// Less than half of it.
     Low,

@@ -516,6 +516,27 @@ fn slots_live_as_long_as_their_connections() {
 }
 
 #[test]
+fn handshakes_leave_soon_if_they_take_the_room_of_connections() {
+    use super::Pressure::*;
+    let usage =
+        |pending, established, limit| Usage { pending, established, sessions: 4, limit, ..Usage::default() };
+    for (pending, established, limit, expected) in [
+        (31, 0, 68, Low),
+        (32, 0, 68, Medium),
+        (48, 0, 68, High),
+        (64, 0, 68, Full),
+        // Connections leave less room.
+        (16, 32, 68, Medium),
+        (1, 64, 68, Full),
+        (0, 200, 68, Full),
+    ] {
+        let usage = usage(pending, established, limit);
+        assert_eq!(usage.pressure_of_handshakes(), expected, "{usage:?}");
+    }
+    assert!(Low < Medium && Medium < High && High < Full);
+}
+
+#[test]
 fn a_limit_counts_what_all_engines_have() {
     let usage = Usage { pending: 1, established: 2, sessions: 3, limit: 7, ..Usage::default() };
     assert!(usage.has_room() && !Usage { limit: 6, ..usage }.has_room());

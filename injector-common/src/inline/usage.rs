@@ -1,5 +1,7 @@
 //! How many connections there are.
 
+use super::Pressure;
+
 /// Connections of a listener (map `USAGE`, at [`Listener::id`](super::Listener::id)); at 0 those of all. The daemon reads and writes it in
 /// memory, without a system call. Limits hold for the connections of all engines together.
 #[repr(C)]
@@ -52,6 +54,15 @@ impl Usage {
     #[inline(always)]
     pub const fn has_room(&self) -> bool {
         self.pending.saturating_add(self.established).saturating_add(self.sessions) < self.limit
+    }
+
+    /// How much of the room that connections leave is taken by handshakes. A flood of SYNs takes it all, and then clients that exist
+    /// go to the sockets: what is not finished has to leave soon.
+    #[must_use]
+    #[inline(always)]
+    pub const fn pressure_of_handshakes(&self) -> Pressure {
+        let connections = self.established.saturating_add(self.sessions);
+        Pressure::of(self.pending, self.limit.saturating_sub(connections))
     }
 }
 

@@ -73,7 +73,7 @@ extern "C" fn tick(_map: *mut c_void, _key: *mut u32, timer: *mut Timer) -> i32 
         let mut part = Part {
             first,
             now_ns: maps::now(),
-            opening: Pressure::of(all.pending, settings.max_pending),
+            opening: Pressure::of(all.pending, settings.max_pending).max(all.pressure_of_handshakes()),
             slots: Pressure::of(all.slots, settings.slots),
         };
         // SAFETY: the function gets this value back.
@@ -98,7 +98,7 @@ extern "C" fn visit(index: u32, part: *mut c_void) -> i64 {
     let part = unsafe { &*part.cast::<Part>() };
     let slot = part.first + index;
     let Some(flow) = maps::connection(slot) else { return 0 };
-    match sweep(flow, part.now_ns, part.opening, part.slots) {
+    match sweep(flow, part.now_ns, opening(flow, part), part.slots) {
         Sweep::Keep => {}
         Sweep::Release => {
             // A packet that was under way may have had it count again.
@@ -130,6 +130,17 @@ extern "C" fn visit(index: u32, part: *mut c_void) -> i64 {
         }
     }
     0
+}
+
+/// The pressure on a handshake: that on its listener may be higher than that on all.
+#[inline(always)]
+fn opening(flow: &Flow, part: &Part) -> Pressure {
+    match maps::usage(flow.listener) {
+        Some(usage) if flow.phase == Phase::Pending as u64 => {
+            part.opening.max(usage.pressure_of_handshakes())
+        }
+        _ => part.opening,
+    }
 }
 
 /// Takes a connection out of `FLOWS`. Its slot becomes free in the next round.

@@ -1,6 +1,6 @@
 //! What the map `FLOWS` says of a packet's addresses.
 
-use super::Flow;
+use super::{Flow, Timeouts};
 
 /// Which connection a packet with these addresses belongs to (map `FLOWS`, by [`Key`](super::Key)). Each connection has two
 /// entries, one for each direction.
@@ -133,8 +133,9 @@ const RESET_NS: u64 = 10 * SECOND;
 /// How long a refused handshake stays, and counts as one that is open: the client's next SYN goes to the socket because of it.
 const REFUSED_NS: u64 = 4 * SECOND;
 
-/// How long the client of a backend that has finished may be silent.
-const BACKEND_FINISHED: u32 = 60;
+/// How long, in seconds, both sides may be silent while the client has not acknowledged all of a backend that has finished: the
+/// backend sends it again meanwhile, unless it has given up.
+const UNDELIVERED: u32 = 60;
 
 /// Decides what the sweep does with a slot. `opening` is the pressure on handshakes, `slots` that on the map.
 #[must_use]
@@ -173,13 +174,26 @@ impl Flow {
     #[must_use]
     #[inline(always)]
     pub const fn timeout(&self) -> u32 {
-        let half_closed = self.timeouts.half_closed;
+        let Timeouts { idle, half_closed, client_fin } = self.timeouts;
+        let of_client = if self.is_delivered() { client_fin } else { UNDELIVERED };
         if self.is(super::Flag::BackendFin) {
-            if half_closed < BACKEND_FINISHED { half_closed } else { BACKEND_FINISHED }
+            if half_closed < of_client { half_closed } else { of_client }
         } else if self.is(super::Flag::ClientFin) {
             half_closed
         } else {
-            self.timeouts.idle
+            idle
         }
+    }
+
+    /// Whether it is over because the client stays after the backend has finished, once it is silent for too long.
+    #[must_use]
+    #[inline(always)]
+    pub const fn waits_for_client_fin(&self) -> bool {
+        self.is_delivered() && self.timeouts.client_fin <= self.timeouts.half_closed
+    }
+
+    /// Whether the backend has finished, and the client has acknowledged all of it.
+    const fn is_delivered(&self) -> bool {
+        self.is(super::Flag::BackendFin) && self.backend.is_acked()
     }
 }

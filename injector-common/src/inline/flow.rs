@@ -51,6 +51,8 @@ pub struct Flow {
     pub timeouts: Timeouts,
     /// The client's window as in its last segment before the header was acknowledged.
     pub window: u32,
+    /// Makes what follows start on a word's boundary.
+    pub reserved: u32,
     /// What has happened: a byte for each [`Flag`], not a bit, so that processors that set two of them at the same time lose
     /// neither.
     pub state: [u8; Flag::PLACES],

@@ -22,6 +22,8 @@ pub struct Timeouts {
     pub idle: u32,
     /// Once one side has finished.
     pub half_closed: u32,
+    /// Once the backend has finished and the client has acknowledged all of it. Not longer than `half_closed`.
+    pub client_fin: u32,
 }
 
 /// A backend (map `BACKENDS`, at an index that the tables contain).

@@ -77,8 +77,8 @@ impl SeqState {
     /// Whether the other side has acknowledged all of it.
     #[must_use]
     #[inline(always)]
-    pub fn is_acked(&self) -> bool {
-        self.acked == self.end
+    pub const fn is_acked(&self) -> bool {
+        self.acked.0 == self.end.0
     }
 
     /// Whether a reset with this sequence number is one that the other side takes: it must have exactly the number that is

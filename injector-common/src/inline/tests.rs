@@ -470,7 +470,7 @@ fn a_syn_that_gets_no_answer_goes_to_the_socket() {
 #[test]
 fn slots_live_as_long_as_their_connections() {
     use super::{Phase::*, Pressure::*};
-    let timeouts = Timeouts { idle: 300, half_closed: 90 };
+    let timeouts = Timeouts { idle: 300, half_closed: 90, client_fin: 15 };
     let at = |phase: Phase, flags: &[Flag]| Flow { phase: phase as u64, timeouts, ..flow(flags) };
     let both = &[Flag::ClientFin, Flag::BackendFin][..];
     let client_first = &[Flag::ClientFin, Flag::ClientFirst, Flag::BackendFin][..];
@@ -482,7 +482,7 @@ fn slots_live_as_long_as_their_connections() {
         (at(Pending, &[Flag::Refused]), Low, 4, Some(Sweep::Abandon)),
         (at(Established, &[]), High, 300, Some(Sweep::Expire)),
         (at(Established, &[Flag::ClientFin]), High, 90, Some(Sweep::Expire)),
-        (at(Established, &[Flag::BackendFin]), High, 60, Some(Sweep::Expire)),
+        (at(Established, &[Flag::BackendFin]), High, 15, Some(Sweep::Expire)),
         (at(Established, both), Low, 60, Some(Sweep::Forget)),
         (at(Established, both), Medium, 60, Some(Sweep::Forget)),
         (at(Established, both), Full, 60, Some(Sweep::Forget)),
@@ -513,6 +513,28 @@ fn slots_live_as_long_as_their_connections() {
         [0, 31, 32, 47, 48, 55, 56, 64].map(|used| Pressure::of(used, 64)),
         [Low, Low, Medium, Medium, High, High, Full, Full]
     );
+}
+
+#[test]
+fn a_client_has_its_time_to_finish_once_all_of_the_backend_was_delivered() {
+    // Timeouts half_closed and client_fin, whether the client has acknowledged all, and the expected timeout and whether it is
+    // for the client's FIN.
+    for (half_closed, client_fin, delivered, expected) in [
+        (660, 15, true, (15, true)),
+        (660, 15, false, (60, false)),
+        (660, 300, true, (300, true)),
+        (10, 15, true, (10, false)),
+        (10, 15, false, (10, false)),
+    ] {
+        let timeouts = Timeouts { idle: 7, half_closed, client_fin };
+        let mut flow = Flow { timeouts, ..flow(&[Flag::BackendFin]) };
+        flow.backend.acked = if delivered { flow.backend.end } else { flow.backend.end - 1 };
+        assert_eq!((flow.timeout(), flow.waits_for_client_fin()), expected, "{timeouts:?} {delivered}");
+        flow.state[Flag::BackendFin as usize] = 0;
+        assert_eq!((flow.timeout(), flow.waits_for_client_fin()), (7, false));
+        flow.set(Flag::ClientFin);
+        assert_eq!((flow.timeout(), flow.waits_for_client_fin()), (half_closed, false));
+    }
 }
 
 #[test]

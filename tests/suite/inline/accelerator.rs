@@ -270,7 +270,7 @@ fn detached(testbed: &Testbed, family: Family, way: Way) -> anyhow::Result<()> {
             let links = ["outside", "inside"].map(bpf::tcx_links).into_iter();
             links.collect::<anyhow::Result<Vec<_>>>()?.concat().into_iter().try_for_each(bpf::detach_link)
         })??,
-        Way::Pins => std::fs::remove_dir_all(testbed.bpffs.path().join("v6"))?,
+        Way::Pins => std::fs::remove_dir_all(testbed.bpffs.path().join("v7"))?,
         Way::Qdisc => {
             for device in ["outside", "inside"] {
                 let status = edge.command("tc").args(["qdisc", "del", "dev", device, "clsact"]).status()?;

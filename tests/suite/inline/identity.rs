@@ -360,7 +360,7 @@ fn exchanged_entries(testbed: &WireTestbed, family: Family) -> anyhow::Result<()
         testbed.connection(family, FirstSpeaker::Server)?,
         testbed.connection(family, FirstSpeaker::Server)?,
     ];
-    let entries = DaemonMap::pinned(&testbed.pin().join("v6/maps/FLOWS"))?;
+    let entries = DaemonMap::pinned(&testbed.pin().join("v7/maps/FLOWS"))?;
     let pairs = entries.pairs(size_of::<Entry>())?;
     let established = |value: &[u8]| value[offset_of!(Entry, established)..][..4].to_vec();
     let slot = |client: &TcpStream| {

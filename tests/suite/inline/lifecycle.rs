@@ -114,7 +114,7 @@ fn detached(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     for what in ["outside", "inside", "FLOWS"] {
         ensure!(printed.contains(what), "{what} is not among what was removed: {printed}");
     }
-    let left = testbed.bpffs.path().join("v6");
+    let left = testbed.bpffs.path().join("v7");
     ensure!(!left.exists(), "{} is left", left.display());
     ensure!(detached.detach(&[])?.contains("nothing was left"), "a second time there was something");
     Ok(())

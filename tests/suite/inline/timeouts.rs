@@ -20,6 +20,7 @@ pub(crate) const TRIALS: &[(&str, BothRun)] = &[
     ("half-closed by the client", |testbed| half_closed(testbed, Vanishes::No)),
     ("the client vanishes after the backend's FIN", |testbed| half_closed(testbed, Vanishes::AfterFin)),
     ("the client vanishes before the backend's FIN", |testbed| half_closed(testbed, Vanishes::BeforeFin)),
+    ("the client stays after the backend's FIN", client_fin),
     ("handshakes that are never finished", |testbed| {
         unfinished(testbed, "flows = 32", "", "to_socket_pending_full")
     }),
@@ -56,7 +57,7 @@ fn logged(injector: &Injector, count: usize, reason: &str) -> anyhow::Result<()>
 
 /// The pinned map of connections has this many entries, at most.
 fn entries(testbed: &Testbed) -> anyhow::Result<usize> {
-    DaemonMap::pinned(&testbed.bpffs.path().join("v6/maps/FLOWS"))?.entries()
+    DaemonMap::pinned(&testbed.bpffs.path().join("v7/maps/FLOWS"))?.entries()
 }
 
 fn no_entries(testbed: &Testbed) -> anyhow::Result<()> {
@@ -161,6 +162,27 @@ fn half_closed(testbed: &Testbed, vanishes: Vanishes) -> anyhow::Result<()> {
     eprintln!("    {:.1?}", start.elapsed());
     drop(gone);
     Ok(())
+}
+
+/// A client that has everything, and neither finishes nor vanishes.
+fn client_fin(testbed: &Testbed) -> anyhow::Result<()> {
+    let limits = "[listener.timeouts]\nidle = \"10m\"\nhalf_closed = \"10m\"\nclient_fin = \"1s\"\n";
+    let injector = testbed.start(&testbed.config_with("", "smtp", limits))?;
+    let mut open = Vec::new();
+    for family in Family::ALL {
+        let (mut client, server) = testbed.inlined(family, &testbed.backend(family)?)?;
+        server.shutdown(Shutdown::Write)?;
+        ensure!(client.read(&mut [0; 8])? == 0, "bytes in place of an end");
+        open.push((client, server));
+    }
+    let start = Instant::now();
+    for (client, server) in open {
+        is_reset(&server, start).context("the backend")?;
+        // It has read the end before.
+        wait_until("the client's reset", || Ok(client.take_error()?), Option::is_some)?;
+    }
+    logged(&injector, 2, "client_fin")?;
+    no_entries(testbed)
 }
 
 /// As many as there is room for, by the limit that `counter` names. They leave sooner then, and

@@ -381,9 +381,11 @@ fn is_open(flow: &Flow) -> bool {
 /// When it ended: with its last packet, unless the daemon has ended it now.
 fn end_ns(flow: &Flow, reason: CloseReason) -> u64 {
     match reason {
-        CloseReason::Idle | CloseReason::HalfClosed | CloseReason::Aborted | CloseReason::EndedByOperator => {
-            clock::monotonic_ns()
-        }
+        CloseReason::Idle
+        | CloseReason::HalfClosed
+        | CloseReason::ClientFin
+        | CloseReason::Aborted
+        | CloseReason::EndedByOperator => clock::monotonic_ns(),
         _ => flow.last_ns,
     }
 }
@@ -409,7 +411,9 @@ fn close_reason(flow: &Flow, expects_banner: bool) -> CloseReason {
 
 /// Why the connection was silent for too long.
 fn expiry_reason(flow: &Flow) -> CloseReason {
-    if flow.is(Flag::ClientFin) || flow.is(Flag::BackendFin) {
+    if flow.waits_for_client_fin() {
+        CloseReason::ClientFin
+    } else if flow.is(Flag::ClientFin) || flow.is(Flag::BackendFin) {
         CloseReason::HalfClosed
     } else {
         CloseReason::Idle
@@ -449,9 +453,12 @@ mod tests {
     }
 
     #[test]
-    fn silence_has_two_reasons() {
+    fn silence_has_three_reasons() {
         assert_eq!(expiry_reason(&flow(&[], 5)), CloseReason::Idle);
-        assert_eq!(expiry_reason(&flow(&[Flag::BackendFin], 5)), CloseReason::HalfClosed);
+        assert_eq!(expiry_reason(&flow(&[Flag::BackendFin], 5)), CloseReason::ClientFin);
+        let mut undelivered = flow(&[Flag::BackendFin], 5);
+        undelivered.backend.end = undelivered.backend.acked + 1;
+        assert_eq!(expiry_reason(&undelivered), CloseReason::HalfClosed);
         assert_eq!(expiry_reason(&flow(&[Flag::ClientFin], 5)), CloseReason::HalfClosed);
     }
 

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// The layout of the maps. Maps of another layout are in another folder.
-pub(super) const VERSION: u32 = 6;
+pub(super) const VERSION: u32 = 7;
 
 /// Programs of this layout, and of those that have the same names.
 const PROGRAMS: [&str; 2] = ["inline", "inline_raw"];

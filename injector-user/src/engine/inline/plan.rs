@@ -265,7 +265,7 @@ mod tests {
                 format!("198.51.100.{id}:25").parse().unwrap(),
                 format!("[2001:db8:1::{id}]:25").parse().unwrap(),
             ],
-            timeouts: Timeouts { idle: 300, half_closed: 60 },
+            timeouts: Timeouts { idle: 300, half_closed: 60, client_fin: 15 },
             destinations: destinations.iter().map(|it| destination(it)).collect(),
             proxy_ports: destinations.iter().map(|it| it.parse().unwrap()).collect(),
         }

@@ -9,7 +9,11 @@ use std::{
 use injector_common::inline::{Timeouts, Usage};
 
 use super::plan::{Destination, Service};
-use crate::{backend::Backend, config::Listener, engine::served_listener::ServedListener};
+use crate::{
+    backend::Backend,
+    config::{self, Listener},
+    engine::served_listener::ServedListener,
+};
 
 /// How connections to a backend leave this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +80,8 @@ fn timeouts(listener: &Listener) -> Timeouts {
     let seconds = |duration: Duration| {
         u32::try_from(duration.as_secs() + u64::from(duration.subsec_nanos() > 0)).unwrap_or(u32::MAX)
     };
-    Timeouts { idle: seconds(listener.timeouts.idle), half_closed: seconds(listener.timeouts.half_closed) }
+    let config::Timeouts { idle, half_closed, client_fin, .. } = listener.timeouts;
+    Timeouts { idle: seconds(idle), half_closed: seconds(half_closed), client_fin: seconds(client_fin) }
 }
 
 #[cfg(test)]
@@ -95,7 +100,7 @@ mod tests {
     fn served(backends: &str) -> ServedListener {
         let text = format!(
             "[[listener]]\nname = \"a\"\nbind = [\"192.0.2.10:25\", \"[2001:db8::10]:25\"]\nprotocol = \"smtp\"\n\
-             backends = [{backends}]\n[listener.timeouts]\nidle = \"1500ms\"\n"
+             backends = [{backends}]\n[listener.timeouts]\nidle = \"1500ms\"\nclient_fin = \"3s\"\n"
         );
         let listener = Config::parse(&text, "test.toml").unwrap().listeners.remove(0);
         let backends = Arc::new(Backends::new(&listener, None, Arc::default()));
@@ -124,7 +129,8 @@ mod tests {
         let served = served("{ address = \"10.0.0.1:2525\", weight = 3 }, \"[fd00::1]:2525\"");
         assert_eq!(destinations(&served), strings(&[("10.0.0.1:2525", 3), ("[fd00::1]:2525", 1)]));
         let service = service(1, &served, &towards);
-        assert_eq!((service.timeouts.idle, service.bind.len(), service.proxy_ports.len()), (2, 2, 2));
+        assert_eq!(service.timeouts, Timeouts { idle: 2, half_closed: 660, client_fin: 3 });
+        assert_eq!((service.bind.len(), service.proxy_ports.len()), (2, 2));
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl Programs {
             services.push(Service {
                 id,
                 bind: both(PUBLIC, port).to_vec(),
-                timeouts: Timeouts { idle: 60, half_closed: 60 },
+                timeouts: Timeouts { idle: 60, half_closed: 60, client_fin: 60 },
                 destinations: [false, true].map(|ipv6| destination(ipv6, sources)).to_vec(),
                 proxy_ports: both(BACKEND, PROXY_PORT).to_vec(),
             });

@@ -52,12 +52,22 @@ pub enum Rejection {
     Stopping,
     /// The operator has ended the session.
     EndedByOperator,
+    /// The client's network has as many connections open as one may.
+    SourceConnections,
+    /// The client's network opens connections too fast.
+    SourceRate,
 }
 
 impl Rejection {
     /// All of them.
-    pub const ALL: [Self; 4] =
-        [Self::TooManyConnections, Self::BackendUnavailable, Self::Stopping, Self::EndedByOperator];
+    pub const ALL: [Self; 6] = [
+        Self::TooManyConnections,
+        Self::BackendUnavailable,
+        Self::Stopping,
+        Self::EndedByOperator,
+        Self::SourceConnections,
+        Self::SourceRate,
+    ];
 }
 
 /// The timeouts of a listener that sets none.
@@ -157,7 +167,8 @@ impl Protocol {
     ///
     /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections
     ///   3.8 and 4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463,
-    ///   section 3.4). Senders queue and retry.
+    ///   section 3.4); 4.7.0, of security or policy, for what only this source may not (section 3.8).
+    ///   Senders queue and retry.
     /// - IMAP: `BYE` in place of the greeting refuses the connection (RFC 3501 and RFC 9051,
     ///   section 7.1.5); `UNAVAILABLE`: a subsystem is down for now (RFC 5530, section 3; RFC 9051,
     ///   section 7.1).
@@ -166,7 +177,9 @@ impl Protocol {
     /// - ManageSieve: `BYE` is allowed at any time (RFC 5804, section 1.2), `TRYLATER` (section
     ///   1.3).
     pub const fn rejection_line(self, why: Rejection) -> Option<&'static [u8]> {
-        use Rejection::{BackendUnavailable, EndedByOperator, Stopping, TooManyConnections};
+        use Rejection::{
+            BackendUnavailable, EndedByOperator, SourceConnections, SourceRate, Stopping, TooManyConnections,
+        };
         let line: &'static str = match (self, why) {
             (Self::Smtp | Self::Submission, TooManyConnections) => {
                 "421 4.3.2 Too many connections, try again later\r\n"
@@ -204,6 +217,30 @@ impl Protocol {
                 "BYE (TRYLATER) \"Mail service not available, try again later\"\r\n"
             }
             (Self::Sieve, Stopping) => "BYE (TRYLATER) \"Service shutting down, try again later\"\r\n",
+            (Self::Smtp | Self::Submission, SourceConnections) => {
+                "421 4.7.0 Too many connections from your network, try again later\r\n"
+            }
+            (Self::Smtp | Self::Submission, SourceRate) => {
+                "421 4.7.0 Too many new connections from your network, try again later\r\n"
+            }
+            (Self::Imap, SourceConnections) => {
+                "* BYE Too many connections from your network, try again later\r\n"
+            }
+            (Self::Imap, SourceRate) => {
+                "* BYE Too many new connections from your network, try again later\r\n"
+            }
+            (Self::Pop3, SourceConnections) => {
+                "-ERR [SYS/TEMP] Too many connections from your network, try again later\r\n"
+            }
+            (Self::Pop3, SourceRate) => {
+                "-ERR [SYS/TEMP] Too many new connections from your network, try again later\r\n"
+            }
+            (Self::Sieve, SourceConnections) => {
+                "BYE (TRYLATER) \"Too many connections from your network, try again later\"\r\n"
+            }
+            (Self::Sieve, SourceRate) => {
+                "BYE (TRYLATER) \"Too many new connections from your network, try again later\"\r\n"
+            }
             (Self::Submissions | Self::Imaps | Self::Pop3s | Self::Plain, _) => return None,
         };
         Some(line.as_bytes())
@@ -350,8 +387,11 @@ mod tests {
     #[test]
     fn refusals_are_one_line_of_the_protocol() {
         // RFC 5321 section 4.5.3.1.5 and RFC 2449 section 4 limit a line to 512 bytes with CRLF.
-        let start = |protocol| match protocol {
-            Protocol::Smtp | Protocol::Submission => "421 4.3.2 ",
+        let start = |protocol, why| match protocol {
+            Protocol::Smtp | Protocol::Submission => match why {
+                Rejection::SourceConnections | Rejection::SourceRate => "421 4.7.0 ",
+                _ => "421 4.3.2 ",
+            },
             Protocol::Imap => "* BYE ",
             Protocol::Pop3 => "-ERR [SYS/TEMP] ",
             Protocol::Sieve => "BYE (TRYLATER) \"",
@@ -362,7 +402,7 @@ mod tests {
                 let Some(line) = protocol.rejection_line(why) else { continue };
                 let line = std::str::from_utf8(line).unwrap();
                 assert!(line.is_ascii() && line.len() <= 512, "{line:?}");
-                assert!(line.starts_with(start(protocol)), "{line:?}");
+                assert!(line.starts_with(start(protocol, why)), "{line:?}");
                 assert_eq!(line.find("\r\n"), Some(line.len() - 2), "{line:?}");
                 let quotes = if protocol == Protocol::Sieve { 2 } else { 0 };
                 assert_eq!(line.matches('"').count(), quotes, "{line:?}");

@@ -2,6 +2,8 @@
 
 use std::{num::NonZeroU32, path::PathBuf};
 
+use injector_common::guard::SourceLimits;
+
 use super::{
     inline::device_names,
     network::Network,
@@ -64,6 +66,21 @@ pub struct PerSource {
     pub burst: Option<NonZeroU32>,
 }
 
+impl PerSource {
+    /// As the decisions take them. A burst that is not set is what a second allows.
+    #[must_use]
+    pub fn limits(self) -> SourceLimits {
+        const SECOND_NS: u64 = 1_000_000_000;
+
+        let connections = self.max_connections.map_or(0, NonZeroU32::get);
+        let Some(rate) = self.max_rate else {
+            return SourceLimits { connections, ..SourceLimits::default() };
+        };
+        let burst = self.burst.unwrap_or(rate).get();
+        SourceLimits { connections, burst, interval_ns: SECOND_NS / u64::from(rate.get()) }
+    }
+}
+
 /// Where bans are dropped by XDP, besides the ingress of devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Xdp {
@@ -112,11 +129,19 @@ pub(super) fn read_listener(section: Section<'_>) -> PerSource {
 
 fn per_source(section: &Section<'_>) -> PerSource {
     let most = MAX_CONNECTIONS as u64;
-    let number = |field| number(section, field, 1, most).and_then(NonZeroU32::new);
+    let number = |field| {
+        let (at, number) = section.integer(field, 1, most)?;
+        Some((at, u32::try_from(number).ok().and_then(NonZeroU32::new)?))
+    };
+    let without_at = |number: Option<(usize, NonZeroU32)>| number.map(|(_, number)| number);
+    let (max_rate, burst) = (number("max_rate_per_source"), number("burst_per_source"));
+    if let (Some((at, _)), false) = (burst, section.has("max_rate_per_source")) {
+        section.report_field(at, "burst_per_source", ": has no effect without max_rate_per_source");
+    }
     PerSource {
-        max_connections: number("max_connections_per_source"),
-        max_rate: number("max_rate_per_source"),
-        burst: number("burst_per_source"),
+        max_connections: without_at(number("max_connections_per_source")),
+        max_rate: without_at(max_rate),
+        burst: without_at(burst),
     }
 }
 

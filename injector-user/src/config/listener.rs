@@ -144,7 +144,7 @@ pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>)
     let listeners: Vec<_> = sections
         .into_iter()
         .enumerate()
-        .map(|(index, section)| read(section, index + 1, &mut names, &mut bound))
+        .map(|(index, section)| read(section, index + 1, root.has("guard"), &mut names, &mut bound))
         .collect();
     listeners.into_iter().collect()
 }
@@ -152,6 +152,7 @@ pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>)
 fn read(
     mut section: Section<'_>,
     number: usize,
+    has_guard: bool,
     names: &mut BTreeMap<String, usize>,
     bound: &mut Vec<Bound>,
 ) -> Option<Listener> {
@@ -174,7 +175,14 @@ fn read(
     let receiver = receiver::read(section.section("receiver"));
     let health = health::read(section.section("health"), protocol.unwrap_or(Protocol::Plain), &receiver);
     let balance = balance(&section).unwrap_or_default();
-    let per_source = section.section("guard").map(guard::read_listener).unwrap_or_default();
+    let limits = section.section("guard");
+    if let Some(limits) = limits.as_ref().filter(|_| !has_guard) {
+        section.report(
+            limits.at(),
+            "[listener.guard] has no effect without [guard]: add a table [guard], which may be empty",
+        );
+    }
+    let per_source = limits.map(guard::read_listener).unwrap_or_default();
     let max_queue = section.integer("max_queue", 0, MAX_CONNECTIONS as u64);
     if let Some((at, EngineChoice::Inline)) = engine
         && let Some(obstacle) = inline_obstacle(balance, &backends, &receiver)

@@ -29,8 +29,33 @@ impl Network {
     #[must_use]
     pub fn of_source(address: IpAddr) -> Self {
         let address = address.to_canonical();
-        let prefix = if address.is_ipv4() { 32 } else { 64 };
+        Self::around(address, if address.is_ipv4() { 32 } else { 64 })
+    }
+
+    /// The network of an address and its first `prefix` bits. More bits than the address has count as
+    /// all of them.
+    #[must_use]
+    pub fn around(address: IpAddr, prefix: u8) -> Self {
+        let prefix = prefix.min(bits(address));
         Self { address: first_address(address, prefix), prefix }
+    }
+
+    /// The network that has only this address.
+    #[must_use]
+    pub const fn host(address: IpAddr) -> Self {
+        Self { address, prefix: bits(address) }
+    }
+
+    /// Whether it has one address only.
+    #[must_use]
+    pub const fn is_host(self) -> bool {
+        self.prefix == bits(self.address)
+    }
+
+    /// Whether all of `other` is in it.
+    #[must_use]
+    pub fn contains_network(self, other: Self) -> bool {
+        self.prefix <= other.prefix && self.contains(other.address)
     }
 
     /// Whether the address is in it. An IPv4 address is not in an IPv6 network.
@@ -50,7 +75,7 @@ impl FromStr for Network {
             None => (text, None),
         };
         let address: IpAddr = address.parse().map_err(|_| EXPECTED.to_owned())?;
-        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let bits = bits(address);
         let prefix = match prefix {
             None => bits,
             Some(prefix) => match prefix.parse() {
@@ -66,6 +91,10 @@ impl FromStr for Network {
         }
         Ok(Self { address, prefix })
     }
+}
+
+const fn bits(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 fn first_address(address: IpAddr, prefix: u8) -> IpAddr {

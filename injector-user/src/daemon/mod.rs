@@ -84,6 +84,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
             log_format: log.format,
         },
         max_connections: limits.max_connections,
+        guard,
         stop_deadline: stop.deadline,
         listeners: listeners.map(setup).collect(),
         inherited,

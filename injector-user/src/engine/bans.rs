@@ -23,7 +23,8 @@ pub trait BanMaps: Debug + Send + Sync {
     /// When a map is full or the kernel refuses; what was written before stays.
     fn write(&self, changes: &[BanChange]) -> anyhow::Result<()>;
 
-    /// What the maps contain: bans of an earlier daemon. Those that are over are removed.
+    /// What the maps contain: bans of an earlier daemon. Those that are over are in it as well, because
+    /// the kernel's lookup finds them in place of a larger network's.
     ///
     /// # Errors
     /// As bpf(2).

@@ -11,6 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use injector_common::guard::{Rate, SourceCounts};
+
+use crate::config::Network;
+
 /// The counts of the inline engine, which its program and the daemon share in memory.
 pub trait InlineUsage: Debug + Send + Sync {
     /// The counts of the listener with this name. Reserves a place for it, unless it has one: a name
@@ -35,7 +39,7 @@ pub trait InlineUsage: Debug + Send + Sync {
 }
 
 /// The counts of one listener, or of all: `injector_common::inline::Usage` at its place in the map.
-/// Nothing here is a system call.
+/// Nothing here is a system call, except what concerns one source.
 pub trait UsageCounts: Debug + Send + Sync {
     /// Connections that inline carries: established, and not yet ended.
     fn established(&self) -> u32;
@@ -53,6 +57,17 @@ pub trait UsageCounts: Debug + Send + Sync {
     /// it is called for the first time, that of an earlier daemon holds, or inline opens no
     /// connection.
     fn set_limit(&self, limit: u32);
+
+    /// What inline counts of this source, and its rate. A system call; only for a source with limits.
+    fn of_source(&self, source: Network) -> (SourceCounts, Rate) {
+        let _ = source;
+        Default::default()
+    }
+
+    /// Sets how many sessions of other engines this source has. As [`UsageCounts::of_source`].
+    fn set_sessions_of_source(&self, source: Network, sessions: u32) {
+        let _ = (source, sessions);
+    }
 }
 
 /// A connection that inline carries.

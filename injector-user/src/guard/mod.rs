@@ -1,5 +1,9 @@
 //! The guard: banned sources and limits on each source, in front of every engine.
 
+mod handle;
 pub mod origin;
+mod prefix_map;
+mod table;
 
-pub use origin::Origin;
+pub use handle::{Applied, Guard, Protection, Snapshot};
+pub use origin::{ListedBan, Origin, WantedBan};

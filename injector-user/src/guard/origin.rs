@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::prefix_map::Tag;
 use crate::config::Network;
 
 /// Who wants a ban. Each has its own; a source is banned while one of them wants it.
@@ -37,6 +38,10 @@ impl Origin {
     }
 }
 
+impl Tag for Origin {
+    const FIRST: Self = Self::List;
+}
+
 /// A ban that an origin wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WantedBan {
@@ -46,4 +51,13 @@ pub struct WantedBan {
     pub until_ns: u64,
     /// Why, in a few words. Shared by all of the same reason.
     pub reason: Arc<str>,
+}
+
+/// A ban in the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedBan {
+    /// Who wants it.
+    pub origin: Origin,
+    /// Whom, until when and why.
+    pub ban: WantedBan,
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read as _},
-    net::{Shutdown, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -14,11 +14,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     admission::{AdmissionPolicy, ConnectionPermits, GlobalLimit, SocketOwner},
+    rejections::Refusal,
     reserve_fd::{ReserveFd, is_fd_exhaustion},
 };
 use crate::{
     net::socket::Endpoint,
-    os::poll,
+    os::{clock, poll},
     protocol::Rejection,
     session::{self, Context},
     telemetry::{log::target, metrics::RejectReason},
@@ -69,8 +70,8 @@ impl Acceptor {
                 Ok(client) => {
                     let context = self.owner.policy().context();
                     self.limit.0.exhaustion_warning.log(&context.listener, address);
-                    let reason = RejectReason::NoDescriptors;
-                    self.limit.0.rejection_log.log(&context, client.peer, &client.socket, reason);
+                    let refusal = Refusal::from(RejectReason::NoDescriptors);
+                    self.limit.0.rejection_log.log(&context, client.peer, &client.socket, refusal);
                     reject_without_fd(&context, client);
                     reserve.refill(socket.get_ref());
                 }
@@ -95,7 +96,7 @@ impl Acceptor {
         let context = self.owner.policy().context();
         while let Ok(client) = accept_now(socket.get_ref()) {
             context.metrics.accepted();
-            self.reject(&context, client, RejectReason::Stopping, Rejection::Stopping);
+            self.reject(&context, client, RejectReason::Stopping.into());
         }
     }
 
@@ -104,11 +105,11 @@ impl Acceptor {
         let context = policy.context();
         context.metrics.accepted();
         if policy.draining.load(Ordering::Relaxed) {
-            return self.reject(&context, client, RejectReason::Draining, Rejection::Stopping);
+            return self.reject(&context, client, RejectReason::Draining.into());
         }
-        let permits = match self.acquire_permits(&policy) {
+        let permits = match self.acquire_permits(&policy, client.peer.ip()) {
             Ok(permits) => permits,
-            Err(reason) => return self.reject(&context, client, reason, Rejection::TooManyConnections),
+            Err(refusal) => return self.reject(&context, client, refusal),
         };
         let active = context.metrics.active();
         // On the heap, because a future is copied nine times on its way into a task and out of it.
@@ -116,17 +117,27 @@ impl Acceptor {
         self.sessions.spawn(Box::pin(session));
     }
 
-    fn acquire_permits(&self, policy: &AdmissionPolicy) -> Result<ConnectionPermits, RejectReason> {
+    /// The limits on its source come first: what one source has too many of is no shortage for others.
+    fn acquire_permits(
+        &self,
+        policy: &AdmissionPolicy,
+        client: IpAddr,
+    ) -> Result<ConnectionPermits, Refusal> {
+        let own_source = policy.source_limit.try_acquire(client, clock::monotonic_ns)?;
+        let source = self.limit.0.sources.try_acquire(client, clock::monotonic_ns)?;
         let own = policy.listener_limit.try_acquire().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
-        Ok(ConnectionPermits { _total: total, _own: own })
+        Ok(ConnectionPermits { _total: total, _own: own, _source: [own_source, source] })
     }
 
-    fn reject(&self, context: &Arc<Context>, client: Accepted, reason: RejectReason, rejection: Rejection) {
+    fn reject(&self, context: &Arc<Context>, client: Accepted, refusal: Refusal) {
         let context = Arc::clone(context);
-        context.metrics.rejected(reason);
-        self.limit.0.rejection_log.log(&context, client.peer, &client.socket, reason);
-        let permit = Arc::clone(&self.limit.0.rejections).try_acquire_owned();
+        let rejection = refusal.rejection();
+        context.metrics.rejected(refusal.reason);
+        self.limit.0.rejection_log.log(&context, client.peer, &client.socket, refusal);
+        let of_source = refusal.of_source.is_some();
+        let limit = if of_source { &self.limit.0.source_rejections } else { &self.limit.0.rejections };
+        let permit = Arc::clone(limit).try_acquire_owned();
         self.sessions.spawn(async move {
             let Ok(client) = Endpoint::accepted(client.socket) else { return };
             match permit {

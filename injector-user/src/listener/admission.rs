@@ -11,6 +11,7 @@ use super::{
     connection_limit::{ConnectionLimit, ConnectionPermit},
     rejections::RejectionLog,
     reserve_fd::FdExhaustionWarning,
+    source_limit::{SourceLimit, SourcePermit, SourceRules},
 };
 use crate::{
     engine::usage::UsageCounts,
@@ -21,6 +22,9 @@ use crate::{
 /// How many clients are rejected in their protocol at the same time; more are reset.
 const MAX_PROTOCOL_REJECTIONS: usize = 256;
 
+/// The same of clients whose source is at its limit: one source must not take the places of others.
+const MAX_SOURCE_REJECTIONS: usize = 64;
+
 /// The limit on connections over all listeners.
 #[derive(Clone, Debug)]
 pub struct GlobalLimit(pub(super) Arc<Shared>);
@@ -30,26 +34,32 @@ pub(super) struct Shared {
     pub(super) connections: Arc<ConnectionLimit>,
     /// Whether file descriptors run out before the operator's limit is reached.
     fds_are_tighter: AtomicBool,
+    /// The limits on each source over all listeners.
+    pub(super) sources: Arc<SourceLimit>,
     pub(super) rejections: Arc<Semaphore>,
+    pub(super) source_rejections: Arc<Semaphore>,
     pub(super) exhaustion_warning: FdExhaustionWarning,
     pub(super) rejection_log: RejectionLog,
 }
 
 impl GlobalLimit {
     /// At most `connections`, and at most `capacity` sessions, for which there are file descriptors.
-    /// `inline` has the connections of the inline engine, which needs no descriptors. `registries` are
+    /// `sources` are the limits on each source. `inline` has the connections of the inline engine, which needs no descriptors. `registries` are
     /// those of the workers.
     #[must_use]
     pub fn new(
         connections: usize,
         capacity: usize,
+        sources: SourceRules,
         inline: Option<Arc<dyn UsageCounts>>,
         registries: Vec<SessionRegistry>,
     ) -> Self {
         let limit = Self(Arc::new(Shared {
-            connections: ConnectionLimit::new(Some(connections), inline),
+            connections: ConnectionLimit::new(Some(connections), inline.clone()),
+            sources: SourceLimit::new(sources, inline),
             fds_are_tighter: AtomicBool::new(false),
             rejections: Arc::new(Semaphore::new(MAX_PROTOCOL_REJECTIONS)),
+            source_rejections: Arc::new(Semaphore::new(MAX_SOURCE_REJECTIONS)),
             exhaustion_warning: FdExhaustionWarning::default(),
             rejection_log: RejectionLog::new(registries),
         }));
@@ -62,6 +72,11 @@ impl GlobalLimit {
         self.0.connections.resize(Some(connections));
         self.0.connections.resize_sessions(capacity);
         self.0.fds_are_tighter.store(capacity < connections, Ordering::Relaxed);
+    }
+
+    /// Changes the limits on each source.
+    pub fn set_source_rules(&self, rules: SourceRules) {
+        self.0.sources.set_rules(rules);
     }
 
     /// The number of sessions.
@@ -94,15 +109,22 @@ pub struct AdmissionPolicy {
     context: RwLock<Arc<Context>>,
     /// The listener's own limit.
     pub(super) listener_limit: Arc<ConnectionLimit>,
+    /// The listener's own limits on each source.
+    pub(super) source_limit: Arc<SourceLimit>,
     /// Every connection is rejected.
     pub(super) draining: AtomicBool,
 }
 
 impl AdmissionPolicy {
-    /// Admits connections up to `listener_limit`.
+    /// Admits connections up to `listener_limit` and, of each source, up to `source_limit`.
     #[must_use]
-    pub fn new(context: Arc<Context>, listener_limit: Arc<ConnectionLimit>) -> Self {
-        Self { context: RwLock::new(context), listener_limit, draining: AtomicBool::new(false) }
+    pub fn new(
+        context: Arc<Context>,
+        listener_limit: Arc<ConnectionLimit>,
+        source_limit: Arc<SourceLimit>,
+    ) -> Self {
+        let draining = AtomicBool::new(false);
+        Self { context: RwLock::new(context), listener_limit, source_limit, draining }
     }
 
     /// Sets the context of the connections that are admitted from now on.
@@ -148,15 +170,24 @@ impl SocketOwner {
 pub(super) struct ConnectionPermits {
     pub(super) _total: ConnectionPermit,
     pub(super) _own: ConnectionPermit,
+    pub(super) _source: SourcePermits,
 }
+
+/// Those of the listener and of the daemon.
+pub(super) type SourcePermits = [SourcePermit; 2];
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PerSource;
 
     #[test]
     fn the_reject_reason_is_the_tighter_limit() {
-        assert_eq!(GlobalLimit::new(10, 400, None, Vec::new()).reason(), RejectReason::TooManyConnections);
-        assert_eq!(GlobalLimit::new(10_000, 400, None, Vec::new()).reason(), RejectReason::NoDescriptors);
+        let of = |max| {
+            let sources = SourceRules::new(None, PerSource::default());
+            GlobalLimit::new(max, 400, sources, None, Vec::new()).reason()
+        };
+        assert_eq!(of(10), RejectReason::TooManyConnections);
+        assert_eq!(of(10_000), RejectReason::NoDescriptors);
     }
 }

@@ -8,6 +8,7 @@ mod connection_limit;
 mod fd_budget;
 mod rejections;
 mod reserve_fd;
+mod source_limit;
 
 pub use self::{
     acceptor::Acceptor,
@@ -15,4 +16,5 @@ pub use self::{
     bind::{BindError, Neighbours, adopt, bind, bind_reuseport, lacks_ipv4, listen},
     connection_limit::{ConnectionLimit, ConnectionPermit},
     fd_budget::{connection_capacity, required_fds},
+    source_limit::{SourceLimit, SourceRules},
 };

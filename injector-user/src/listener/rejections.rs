@@ -8,11 +8,45 @@ use std::{
 
 use socket2::Socket;
 
+use super::source_limit::SourceRefusal;
 use crate::{
     config::Network,
+    protocol::Rejection,
     session::{Context, registry::SessionRegistry},
     telemetry::{log::target, metrics::RejectReason, rate_limit::RateLimit},
 };
+
+/// Why a client is rejected at its accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) reason: RejectReason,
+    /// Its source is at a limit.
+    pub(super) of_source: Option<SourceRefusal>,
+}
+
+impl From<RejectReason> for Refusal {
+    fn from(reason: RejectReason) -> Self {
+        Self { reason, of_source: None }
+    }
+}
+
+impl From<SourceRefusal> for Refusal {
+    fn from(refusal: SourceRefusal) -> Self {
+        Self { reason: refusal.reason, of_source: Some(refusal) }
+    }
+}
+
+impl Refusal {
+    /// What the client is told.
+    pub(super) const fn rejection(self) -> Rejection {
+        match self.reason {
+            RejectReason::Stopping | RejectReason::Draining => Rejection::Stopping,
+            RejectReason::SourceConnections => Rejection::SourceConnections,
+            RejectReason::SourceRate => Rejection::SourceRate,
+            _ => Rejection::TooManyConnections,
+        }
+    }
+}
 
 /// Logs rejected clients.
 #[derive(Debug)]
@@ -20,15 +54,17 @@ pub(super) struct RejectionLog {
     /// The sessions of all workers.
     registries: Vec<SessionRegistry>,
     rate: RateLimit,
+    source_rate: RateLimit,
 }
 
 impl RejectionLog {
     pub(super) fn new(registries: Vec<SessionRegistry>) -> Self {
-        Self { registries, rate: RateLimit::default() }
+        Self { registries, rate: RateLimit::default(), source_rate: RateLimit::default() }
     }
 
     /// Logs a client at debug. At a limit also warns, with limited frequency.
-    pub(super) fn log(&self, context: &Context, client: SocketAddr, socket: &Socket, reason: RejectReason) {
+    pub(super) fn log(&self, context: &Context, client: SocketAddr, socket: &Socket, refusal: Refusal) {
+        let reason = refusal.reason;
         let local = socket.local_addr().ok().and_then(|address| address.as_socket());
         let listener = &*context.listener;
         tracing::debug!(
@@ -39,6 +75,20 @@ impl RejectionLog {
             reason = reason.name(),
             "connection rejected"
         );
+        if let Some(SourceRefusal { source, limit, .. }) = refusal.of_source
+            && let Some(count) = self.source_rate.allow(Instant::now())
+        {
+            tracing::warn!(
+                target: target::LISTENER,
+                listener,
+                count,
+                %source,
+                reason = reason.name(),
+                limit,
+                "connections are rejected because their source is at its limit: if it may have more, raise \
+                 max_connections_per_source or max_rate_per_source, or add it to guard.allow"
+            );
+        }
         if reason == RejectReason::TooManyConnections
             && let Some(count) = self.rate.allow(Instant::now())
         {

@@ -14,7 +14,7 @@ use crate::{
     backend::Backends,
     config::Listener,
     engine::{select::EngineSelection, usage::UsageCounts},
-    listener::{AdmissionPolicy, ConnectionLimit, SocketOwner},
+    listener::{AdmissionPolicy, ConnectionLimit, SocketOwner, SourceLimit},
     telemetry::metrics::{ListenerMetrics, ListenerSnapshot},
 };
 
@@ -50,6 +50,7 @@ pub struct ActiveListener {
     /// One for each worker.
     pub(super) policies: Vec<Arc<AdmissionPolicy>>,
     pub(super) connection_limit: Arc<ConnectionLimit>,
+    pub(super) source_limit: Arc<SourceLimit>,
     /// The counts of its inline connections, if the inline engine runs.
     pub(super) inline_counts: Option<Arc<dyn UsageCounts>>,
     /// Its counters for inline, if it has used it.

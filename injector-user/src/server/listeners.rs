@@ -11,7 +11,7 @@ use super::{
 use crate::{
     backend::Backends,
     engine::usage::UsageCounts,
-    listener::{AdmissionPolicy, ConnectionLimit},
+    listener::{AdmissionPolicy, ConnectionLimit, SourceLimit, SourceRules},
     protocol::FirstSpeaker,
     session::Context,
     telemetry::{log::target, metrics::ConnectionCounts},
@@ -28,6 +28,10 @@ impl Server {
         let mut active = ActiveListener {
             backends: Arc::new(Backends::new(&settings, None, Arc::clone(&self.backends_changed))),
             connection_limit: ConnectionLimit::new(settings.max_connections, inline_counts.clone()),
+            source_limit: SourceLimit::new(
+                SourceRules::new(self.guard.as_ref(), settings.per_source),
+                inline_counts.clone(),
+            ),
             inline_counts,
             inline_metrics: None,
             drain: None,
@@ -46,7 +50,10 @@ impl Server {
         active.policies = self
             .session_contexts(&active)
             .into_iter()
-            .map(|it| Arc::new(AdmissionPolicy::new(it, Arc::clone(&active.connection_limit))))
+            .map(|it| {
+                let limits = (Arc::clone(&active.connection_limit), Arc::clone(&active.source_limit));
+                Arc::new(AdmissionPolicy::new(it, limits.0, limits.1))
+            })
             .collect();
         self.start_sockets(&mut active, sockets);
         active

@@ -10,12 +10,13 @@ use anyhow::{Context as _, ensure};
 use super::{
     active_listener::{ActiveListener, ListenSockets, ListenerSetup},
     listen_sockets::{connection_capacity, serves},
+    startup::overall,
     state::Server,
 };
 use crate::{
-    config::{Config, Listener},
+    config::{Config, Guard, Listener},
     engine::select::{self, EngineSelection},
-    listener,
+    listener::{self, SourceRules},
     net::source,
     telemetry::log::target,
 };
@@ -24,6 +25,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Prepared {
     max_connections: usize,
+    guard: Option<Guard>,
     stop_deadline: Duration,
     listeners: Vec<ListenerSetup>,
     capacity: usize,
@@ -61,7 +63,7 @@ impl Server {
     /// When the server cannot serve it. Nothing has changed then.
     pub fn prepare(&self, config: Config) -> anyhow::Result<Prepared> {
         let requires_restart = self.settings.changed_sections(&config);
-        let Config { limits, stop, listeners, .. } = config;
+        let Config { limits, guard, stop, listeners, .. } = config;
         let capacity = self.capacity_for(&listeners)?;
         // First, because binding changes something.
         let selections: anyhow::Result<Vec<_>> =
@@ -83,6 +85,7 @@ impl Server {
         }
         Ok(Prepared {
             max_connections: limits.max_connections,
+            guard,
             stop_deadline: stop.deadline,
             listeners,
             capacity,
@@ -133,7 +136,8 @@ impl Server {
 
     /// Makes a prepared configuration effective for new sessions.
     pub fn apply(&mut self, prepared: Prepared) -> Changes {
-        let Prepared { max_connections, stop_deadline, listeners, capacity, requires_restart } = prepared;
+        let Prepared { max_connections, guard, stop_deadline, listeners, capacity, requires_restart } =
+            prepared;
         let mut changes = Changes { requires_restart, ..Changes::default() };
         // Releases the places of listeners that have ended.
         self.refresh_metrics();
@@ -146,6 +150,8 @@ impl Server {
         (self.max_connections, self.stop_deadline, self.capacity) =
             (max_connections, stop_deadline, capacity);
         self.shared.limits.resize(max_connections, capacity);
+        self.shared.limits.set_source_rules(overall(guard.as_ref()));
+        self.guard = guard;
         for setup in listeners {
             let name = setup.settings.name.clone();
             let active = match before.remove(&name) {
@@ -164,6 +170,9 @@ impl Server {
                     } else {
                         active.backends.reset_weights();
                     }
+                    // `[guard]` may have changed, which is not the listener's own.
+                    let per_source = active.settings.per_source;
+                    active.source_limit.set_rules(SourceRules::new(self.guard.as_ref(), per_source));
                     active
                 }
             };

@@ -20,8 +20,9 @@ use super::{
     worker::Worker,
 };
 use crate::{
+    config::Guard,
     engine::{registry::EngineProbes, usage::InlineUsage},
-    listener::GlobalLimit,
+    listener::{GlobalLimit, SourceRules},
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
 };
@@ -33,6 +34,8 @@ pub struct StartupState {
     pub settings: StartupSettings,
     /// The operator's limit of connections over all listeners.
     pub max_connections: usize,
+    /// Bans, and limits on each source.
+    pub guard: Option<Guard>,
     /// How long sessions may continue after a shutdown began.
     pub stop_deadline: Duration,
     /// In the order of the configuration.
@@ -62,6 +65,7 @@ impl Server {
         let StartupState {
             settings,
             max_connections,
+            guard,
             stop_deadline,
             listeners,
             inherited,
@@ -83,6 +87,7 @@ impl Server {
             limits: GlobalLimit::new(
                 max_connections,
                 capacity,
+                overall(guard.as_ref()),
                 inline_usage.as_ref().map(|usage| usage.all()),
                 workers.iter().map(|worker| worker.sessions().clone()).collect(),
             ),
@@ -94,6 +99,7 @@ impl Server {
         let mut server = Self {
             settings,
             max_connections,
+            guard,
             stop_deadline,
             probes,
             inherited,
@@ -116,4 +122,9 @@ impl Server {
         server.publish_addresses();
         Ok(server)
     }
+}
+
+/// The limits on each source over all listeners.
+pub(super) fn overall(guard: Option<&Guard>) -> SourceRules {
+    SourceRules::new(guard, guard.map(|guard| guard.per_source).unwrap_or_default())
 }

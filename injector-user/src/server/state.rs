@@ -17,6 +17,7 @@ use super::{
     worker::Worker,
 };
 use crate::{
+    config::Guard,
     engine::{
         registry::EngineProbes,
         served_listener::ServedListener,
@@ -34,6 +35,8 @@ pub struct Server {
     pub(super) settings: StartupSettings,
     /// The operator's limit of connections over all listeners.
     pub(super) max_connections: usize,
+    /// Bans, and limits on each source.
+    pub(super) guard: Option<Guard>,
     pub(super) stop_deadline: Duration,
     pub(super) probes: EngineProbes,
     pub(super) inherited: Vec<(SocketAddr, Socket)>,

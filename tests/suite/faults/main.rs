@@ -13,6 +13,7 @@ mod retransmissions;
 mod segment_counts;
 mod session_ends;
 mod shutdown;
+mod source_limits;
 mod stalled_readers;
 mod stalls;
 mod startup;
@@ -48,6 +49,7 @@ fn main() {
             .chain(segment_counts::TRIALS)
             .chain(shutdown::TRIALS)
             .chain(connection_limits::TRIALS)
+            .chain(source_limits::TRIALS)
             .chain(stalled_readers::TRIALS)
             .chain(peer_timeouts::TRIALS)
             .chain(session_ends::TRIALS);

@@ -128,7 +128,7 @@ fn the_documentation_names_every_field() {
     real.extend(known(&with("backends", backend)).iter().map(|field| format!("listener.backends.{field}")));
     for (section, needed) in [
         ("[listener.timeouts]", ""),
-        ("[listener.guard]", ""),
+        ("[listener.guard]", "[guard]"),
         ("[listener.health]", ""),
         ("[listener.receiver]", ""),
         ("[[listener.receiver.custom]]", "kind = 0xE0\nvalue = \"x\""),

@@ -27,10 +27,7 @@ use crate::{
         bans::{BanChange, BanMaps},
         bpf::{LoadError, lock, take_map},
     },
-    os::{
-        bpf::{self, ByteMap},
-        clock,
-    },
+    os::bpf::{self, ByteMap},
     telemetry::log::target,
 };
 
@@ -191,14 +188,13 @@ impl BanMaps for Maps {
     }
 
     fn read(&self) -> anyhow::Result<Vec<(Network, Ban)>> {
-        let now = clock::boottime_ns();
         let bans = lock(&self.bans);
         let mut found = Vec::new();
         for map in [&bans.addresses, &bans.networks] {
             for key in map.keys()? {
                 let Some(value) = map.get(&key)? else { continue };
                 match (network(&key), Ban::read_from_bytes(&value)) {
-                    (Some(network), Ok(ban)) if ban.holds(now) => found.push((network, ban)),
+                    (Some(network), Ok(ban)) => found.push((network, ban)),
                     // It would hide the ban of a larger network.
                     _ => map.remove(&key)?,
                 }

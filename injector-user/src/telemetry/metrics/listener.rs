@@ -39,11 +39,15 @@ pub enum RejectReason {
     Stopping,
     /// The operator drains the listener.
     Draining,
+    /// The source has as many connections open as one may.
+    SourceConnections,
+    /// The source opens connections too fast.
+    SourceRate,
 }
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
@@ -57,6 +61,8 @@ impl RejectReason {
         Self::ForgedHeader,
         Self::Stopping,
         Self::Draining,
+        Self::SourceConnections,
+        Self::SourceRate,
     ];
 
     /// The name in logs and labels.
@@ -76,6 +82,8 @@ impl RejectReason {
             Self::ForgedHeader => "forged_header",
             Self::Stopping => "stopping",
             Self::Draining => "draining",
+            Self::SourceConnections => "source_connections",
+            Self::SourceRate => "source_rate",
         }
     }
 

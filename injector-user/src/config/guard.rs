@@ -5,6 +5,7 @@ use std::{num::NonZeroU32, path::PathBuf};
 use injector_common::guard::SourceLimits;
 
 use super::{
+    crowdsec::{self, CrowdSec},
     inline::device_names,
     network::Network,
     parse::section::{MAX_CONNECTIONS, Section},
@@ -35,6 +36,8 @@ pub struct Guard {
     pub xdp: Xdp,
     /// The directory in a BPF file system for the pins that outlive the daemon.
     pub pin: PathBuf,
+    /// The CrowdSec LAPI whose decisions are bans too, if any.
+    pub crowdsec: Option<CrowdSec>,
 }
 
 impl Default for Guard {
@@ -51,6 +54,7 @@ impl Default for Guard {
             devices: Vec::new(),
             xdp: Xdp::default(),
             pin: PathBuf::from("/sys/fs/bpf/injector-guard"),
+            crowdsec: None,
         }
     }
 }
@@ -116,6 +120,7 @@ pub(super) fn read(section: Section<'_>) -> Guard {
     guard.devices = device_names(&section);
     guard.xdp = section.choice("xdp", &Xdp::CHOICES).unwrap_or_default();
     guard.pin = section.path("pin").unwrap_or(guard.pin);
+    guard.crowdsec = section.section("crowdsec").and_then(crowdsec::read);
     section.finish();
     guard
 }

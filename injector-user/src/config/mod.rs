@@ -5,6 +5,7 @@
 
 mod admin;
 mod backend;
+mod crowdsec;
 mod guard;
 mod health;
 mod host;
@@ -35,6 +36,7 @@ use self::parse::{diagnostic::Diagnostics, section::Section};
 pub use self::{
     admin::Admin,
     backend::{Backend, Balance, PRIMARY_REQUIRED, has_primary},
+    crowdsec::{Captcha, CrowdSec},
     guard::{Guard, PerSource, Xdp},
     health::{Check, CheckHeader, Ejection, Health},
     host::Host,

@@ -6,7 +6,18 @@ use crate::protocol::Protocol;
 /// What probably is a mistake, one line each. `injector check` prints it, and the daemon logs it.
 #[must_use]
 pub fn remarks(config: &Config) -> Vec<String> {
-    config.listeners.iter().flat_map(standard_ports).collect()
+    config.listeners.iter().flat_map(standard_ports).chain(crowdsec(config)).collect()
+}
+
+/// A CrowdSec API key that others on the network can read.
+fn crowdsec(config: &Config) -> Option<String> {
+    let crowdsec = config.guard.as_ref()?.crowdsec.as_ref()?;
+    crowdsec.sends_key_in_clear().then(|| {
+        format!(
+            "guard.crowdsec: url {:?}: the API key crosses the network in clear text; use https:// and ca_file",
+            crowdsec.url
+        )
+    })
 }
 
 /// Backends on a port where servers expect no header: they read it as a command of the client.
@@ -65,5 +76,21 @@ mod tests {
         }
         assert_eq!(remarks_on("mail.internal:2525"), [""; 0]);
         assert_eq!(remarks_on("mail.internal:10993"), [""; 0]);
+    }
+
+    #[test]
+    fn an_api_key_in_clear_text_is_remarked_on() {
+        let remarks_with = |url: &str| {
+            let crowdsec = format!("[guard.crowdsec]\nurl = \"{url}\"\napi_key_file = \"/k\"\n\n");
+            remarks(&Config::parse(&format!("{crowdsec}{EXAMPLE}"), "f.toml").unwrap())
+        };
+        assert_eq!(
+            remarks_with("http://lapi.example:8080"),
+            [
+                "guard.crowdsec: url \"http://lapi.example:8080\": the API key crosses the network in clear text; use \
+              https:// and ca_file"
+            ]
+        );
+        assert_eq!(remarks_with("http://127.0.0.1:8080"), [""; 0]);
     }
 }

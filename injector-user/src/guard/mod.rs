@@ -1,5 +1,7 @@
 //! The guard: banned sources and limits on each source, in front of every engine.
 
+#[cfg_attr(not(feature = "crowdsec"), path = "crowdsec_stub.rs")]
+pub mod crowdsec;
 mod handle;
 pub mod origin;
 mod prefix_map;

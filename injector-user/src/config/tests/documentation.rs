@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, time::Duration};
 use super::{LISTENER, and, diagnostics, with};
 use crate::{
     config::{
-        Balance, CheckHeader, Config, EngineChoice, Guard, Health, Inline, Limits, LogFormat, LogLevel,
-        PerSource, Receiver, Splice, Stop,
+        Balance, Captcha, CheckHeader, Config, EngineChoice, Guard, Health, Inline, Limits, LogFormat,
+        LogLevel, PerSource, Receiver, Splice, Stop,
     },
     protocol::Protocol,
 };
@@ -49,6 +49,11 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(guard.source_prefix_ipv4, default.source_prefix_ipv4);
     assert_ne!(guard.source_prefix_ipv6, default.source_prefix_ipv6);
     assert!(is_limited(guard.per_source));
+    let crowdsec = guard.crowdsec.as_ref().unwrap();
+    assert!(crowdsec.ca_file.is_some() && !crowdsec.usage_metrics);
+    assert!(!crowdsec.origins.is_empty() && !crowdsec.scenarios_containing.is_empty());
+    assert_ne!(crowdsec.interval, Duration::from_secs(10));
+    assert_ne!(crowdsec.captcha, Captcha::default());
     assert_ne!((config.log.format, config.log.level), (LogFormat::default(), LogLevel::default()));
     let listener = config.listeners.iter().find(|listener| listener.name == "imaps").unwrap();
     let default = Protocol::Imaps.timeouts();
@@ -123,6 +128,9 @@ fn the_documentation_names_every_field() {
         let fields = known(&format!("[{section}]\nzzzzzzzz = 1\n{listen}{LISTENER}"));
         real.extend(fields.iter().map(|field| format!("{section}.{field}")));
     }
+    let crowdsec = "url = \"http://x\"\napi_key_file = \"/k\"\n";
+    let fields = known(&format!("[guard.crowdsec]\nzzzzzzzz = 1\n{crowdsec}{LISTENER}"));
+    real.extend(fields.iter().map(|field| format!("guard.crowdsec.{field}")));
     real.extend(known(&and("zzzzzzzz = 1")).iter().map(|field| format!("listener.{field}")));
     let backend = "backends = [{ address = \"mail.internal:2525\", zzzzzzzz = 1 }]";
     real.extend(known(&with("backends", backend)).iter().map(|field| format!("listener.backends.{field}")));
@@ -139,6 +147,7 @@ fn the_documentation_names_every_field() {
     }
     // The tables themselves are headings.
     for table in [
+        "guard.crowdsec",
         "listener.timeouts",
         "listener.guard",
         "listener.health",

@@ -22,6 +22,11 @@ pub(super) struct ReasonLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct IgnoredLabels {
+    pub(super) reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ClosedLabels {
     pub(super) listener: Arc<str>,
     pub(super) engine: &'static str,

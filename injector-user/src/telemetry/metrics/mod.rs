@@ -6,6 +6,7 @@
 mod backends;
 mod bpf;
 mod connections;
+mod crowdsec;
 mod exposition;
 mod families;
 pub mod http;
@@ -22,6 +23,7 @@ pub use self::{
     backends::{BackendSample, BackendSource},
     bpf::BpfCounters,
     connections::ConnectionCounts,
+    crowdsec::CrowdSecMetrics,
     http::Readiness,
     listener::{ActiveGuard, ListenerMetrics, ListenerSnapshot, RejectReason},
     registry::Metrics,

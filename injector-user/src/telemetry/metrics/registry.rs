@@ -16,6 +16,7 @@ use super::{
     backends::{BackendCollector, BackendSource},
     bpf::{BpfCollector, BpfCounters},
     connections::{ConnectionCounts, ConnectionSources},
+    crowdsec::CrowdSecMetrics,
     families::Families,
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
@@ -34,6 +35,7 @@ struct Inner {
     bpf: Arc<BpfCollector>,
     backends: Arc<BackendCollector>,
     log: Arc<LogCollector>,
+    crowdsec: CrowdSecMetrics,
     connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
@@ -123,6 +125,8 @@ impl Metrics {
         injector.register_collector(Box::new(Arc::clone(&backends)));
         let log = Arc::new(LogCollector::default());
         injector.register_collector(Box::new(Arc::clone(&log)));
+        let crowdsec = CrowdSecMetrics::default();
+        injector.register_collector(Box::new(crowdsec.clone()));
         let bpf = Arc::new(BpfCollector::default());
         injector.register_collector(Box::new(Arc::clone(&bpf)));
         Self(Arc::new(Inner {
@@ -131,6 +135,7 @@ impl Metrics {
             bpf,
             backends,
             log,
+            crowdsec,
             connections: ConnectionSources::default(),
             draining,
             reloads: results,
@@ -163,6 +168,12 @@ impl Metrics {
     /// Sets the log, whose dropped lines are counted at every scrape.
     pub fn watch_log(&self, logging: Logging) {
         self.0.log.watch(logging);
+    }
+
+    /// The metrics of the CrowdSec feed.
+    #[must_use]
+    pub fn crowdsec(&self) -> CrowdSecMetrics {
+        self.0.crowdsec.clone()
     }
 
     /// The listeners of which no backend is up, by name.

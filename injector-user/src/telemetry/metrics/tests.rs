@@ -58,6 +58,7 @@ pub(super) fn complete() -> (Metrics, ListenerMetrics) {
     metrics.set_max_connections(10);
     metrics.set_draining("smtp", false);
     metrics.watch_backends("smtp", Arc::new(OneBackend));
+    metrics.crowdsec().enable(&["scope"]);
     let listener = metrics.listener("smtp", "relay");
     listener.enrolment_failed("not_established");
     (metrics, listener)
@@ -104,6 +105,10 @@ fn every_family_has_its_type_and_unit() {
         ("injector_enrolment_failures", ("counter", None)),
         ("injector_enrolments", ("counter", None)),
         ("injector_header_to_first_byte_seconds", ("histogram", Some("seconds"))),
+        ("injector_guard_crowdsec_failures", ("counter", None)),
+        ("injector_guard_crowdsec_ignored", ("counter", None)),
+        ("injector_guard_crowdsec_last_success_timestamp_seconds", ("gauge", Some("seconds"))),
+        ("injector_guard_crowdsec_up", ("gauge", None)),
         ("injector_headers_failed", ("counter", None)),
         ("injector_headers_sent", ("counter", None)),
         ("injector_inline_flows", ("gauge", None)),

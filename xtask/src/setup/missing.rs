@@ -15,7 +15,7 @@ pub(super) enum Missing {
     Linker { llvm: u32 },
     /// A version of HAProxy, from another Debian release.
     HaProxy { series: &'static str, suite: &'static str },
-    /// A mail server that cannot be installed beside Postfix.
+    /// A server of the tests that is not installed: a mail server beside Postfix, CrowdSec, fail2ban.
     Receiver { package: &'static str, server: &'static str },
     /// One of Debian's kernels.
     Kernel(kernels::Wanted),
@@ -43,7 +43,7 @@ impl std::fmt::Display for Missing {
                 write!(f, "HAProxy {series}, as Debian {suite} has it: for the benchmark")
             }
             Self::Receiver { package, server } => {
-                write!(f, "package {package}, unpacked beside the system: {server} behind the injector")
+                write!(f, "package {package}, unpacked beside the system: {server} with the injector")
             }
             Self::Kernel(wanted) => write!(f, "Debian's kernel {wanted}: trials in other kernels"),
             Self::Kubernetes => f.write_str(

@@ -1,7 +1,13 @@
-//! Mail servers that Debian does not let one install beside Postfix: their packages are unpacked into
-//! the tool cache, and the tests lay them over `/usr` for the server alone.
+//! Servers of the tests whose packages are not installed but unpacked into the tool cache. Mail servers,
+//! because Debian does not let one install them beside Postfix; the tests lay them over `/usr` for the
+//! server alone. CrowdSec and fail2ban, because their packages would start them and register this
+//! machine.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use injector_testbed::tools;
@@ -13,7 +19,12 @@ use super::{
 };
 
 /// Debian's packages, with the names of the servers.
-pub(super) const PACKAGES: [(&str, &str); 2] = [("exim4-daemon-heavy", "Exim"), ("opensmtpd", "OpenSMTPD")];
+pub(super) const PACKAGES: [(&str, &str); 4] = [
+    ("exim4-daemon-heavy", "Exim"),
+    ("opensmtpd", "OpenSMTPD"),
+    ("crowdsec", "CrowdSec"),
+    ("fail2ban", "fail2ban"),
+];
 
 fn folder(cache: &Cache, package: &str) -> PathBuf {
     cache.tool(&tools::receiver(package))
@@ -21,7 +32,11 @@ fn folder(cache: &Cache, package: &str) -> PathBuf {
 
 /// Whether the package was unpacked.
 pub(super) fn is_present(cache: &Cache, package: &str) -> bool {
-    folder(cache, package).join("usr/sbin").is_dir()
+    has_programs(&folder(cache, package))
+}
+
+fn has_programs(tree: &Path) -> bool {
+    ["usr/sbin", "usr/bin"].iter().any(|programs| tree.join(programs).is_dir())
 }
 
 /// Downloads and unpacks a package and what this system lacks for it. Changes nothing outside the
@@ -53,7 +68,7 @@ pub(super) fn fetch(cache: &Cache, package: &str) -> Result<()> {
     }
     let tree = partial.path().join("tree");
     private_apt::unpack(&archives, &tree, &log)?;
-    ensure!(tree.join("usr/sbin").is_dir(), "{package} contains no server");
+    ensure!(has_programs(&tree), "{package} contains no server");
     cache::replace(&tree, &folder(cache, package))
 }
 

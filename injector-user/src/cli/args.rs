@@ -6,10 +6,14 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-pub use self::backend::{BackendArgs, BackendCommand, BackendWeightArgs};
+pub use self::{
+    backend::{BackendArgs, BackendCommand, BackendWeightArgs},
+    bans::{BanArgs, BansArgs, UnbanArgs},
+};
 use crate::config::{EngineChoice, LogFormat, LogLevel, MAX_CONNECTIONS, parse_duration, parse_flag_address};
 
 mod backend;
+mod bans;
 
 /// Prepends a PROXY protocol header with the client's real address to mail connections and lets the kernel
 /// forward the data.
@@ -99,6 +103,19 @@ pub enum Command {
     /// Disable or enable a backend, or change its weight
     #[command(subcommand)]
     Backend(BackendCommand),
+    /// Ban an address or a network: its packets are dropped, and its sessions end
+    ///
+    /// A ban outlives a restart of the injector. Without --for it does not end by itself. A ban of what is banned
+    /// already gets the new end and reason. Addresses of backends, of this host and of its gateways, and networks of
+    /// guard.allow cannot be banned. Needs a [guard] table in the configuration.
+    #[command(after_long_help = bans::EXAMPLES)]
+    Ban(BanArgs),
+    /// Lift a ban of `injector ban`
+    ///
+    /// Exits with 0 also if there was none. Prints which lists or decisions of CrowdSec still ban it.
+    Unban(UnbanArgs),
+    /// List the bans, in the order of addresses
+    Bans(BansArgs),
     /// Log at another level, until the next reload
     ///
     /// The levels replace those of an earlier command. `injector reload` returns to log.level of the file, or to

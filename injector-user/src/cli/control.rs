@@ -122,7 +122,7 @@ pub fn top(args: &TopArgs) -> anyhow::Result<()> {
 }
 
 /// Sends a request, prints the answer and returns it.
-fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<Answer> {
+pub(super) fn send(args: &ControlArgs, request: &Request) -> anyhow::Result<Answer> {
     let answer = client::send(&args.at.socket, request)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&answer)?);

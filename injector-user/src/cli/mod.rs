@@ -1,6 +1,7 @@
 //! The command line: arguments, and the commands that are not a module of their own.
 
 pub mod args;
+pub mod bans;
 pub mod check;
 pub mod completions;
 pub mod control;

@@ -34,6 +34,8 @@ pub struct Guard {
     pub devices: Vec<String>,
     /// Where bans are dropped by XDP.
     pub xdp: Xdp,
+    /// The file in which bans of `injector ban` survive a restart of the host.
+    pub state: Option<PathBuf>,
     /// The directory in a BPF file system for the pins that outlive the daemon.
     pub pin: PathBuf,
     /// The CrowdSec LAPI whose decisions are bans too, if any.
@@ -53,6 +55,7 @@ impl Default for Guard {
             source_prefix_ipv6: 64,
             devices: Vec::new(),
             xdp: Xdp::default(),
+            state: None,
             pin: PathBuf::from("/sys/fs/bpf/injector-guard"),
             crowdsec: None,
         }
@@ -119,6 +122,7 @@ pub(super) fn read(section: Section<'_>) -> Guard {
     guard.source_prefix_ipv6 = prefix("source_prefix_ipv6", 128, guard.source_prefix_ipv6);
     guard.devices = device_names(&section);
     guard.xdp = section.choice("xdp", &Xdp::CHOICES).unwrap_or_default();
+    guard.state = section.path("state");
     guard.pin = section.path("pin").unwrap_or(guard.pin);
     guard.crowdsec = section.section("crowdsec").and_then(crowdsec::read);
     section.finish();
@@ -166,6 +170,14 @@ fn networks(section: &Section<'_>, field: &'static str) -> Vec<Network> {
 }
 
 fn files(section: &Section<'_>, field: &'static str) -> Vec<PathBuf> {
-    let texts = section.strings(field).unwrap_or_default();
-    texts.into_iter().map(|(_, text)| PathBuf::from(text)).collect()
+    let mut files = Vec::new();
+    for (at, text) in section.strings(field).unwrap_or_default() {
+        let file = PathBuf::from(text);
+        if file.is_absolute() {
+            files.push(file);
+        } else {
+            section.report_field(at, field, &format!(" {text:?}: must be an absolute path"));
+        }
+    }
+    files
 }

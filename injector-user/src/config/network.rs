@@ -74,7 +74,16 @@ impl FromStr for Network {
             Some((address, prefix)) => (address, Some(prefix)),
             None => (text, None),
         };
+        if let Some((without, _)) = address.split_once('%') {
+            return Err(format!("an address with a zone is of this host's link only: write \"{without}\""));
+        }
         let address: IpAddr = address.parse().map_err(|_| EXPECTED.to_owned())?;
+        // What is compared with networks is never in this form.
+        if let IpAddr::V4(ipv4) = address.to_canonical()
+            && address.is_ipv6()
+        {
+            return Err(format!("an IPv4 address in IPv6: write \"{ipv4}\""));
+        }
         let bits = bits(address);
         let prefix = match prefix {
             None => bits,
@@ -133,6 +142,9 @@ mod tests {
             ("2001:db8::1/64", Err("write \"2001:db8::/64\"")),
             ("192.0.2.0/33", Err("0 to 32")),
             ("192.0.2.0/", Err("0 to 32")),
+            ("2001:DB8::/32", Ok("2001:db8::/32")),
+            ("::ffff:192.0.2.7", Err("write \"192.0.2.7\"")),
+            ("fe80::1%eth0", Err("write \"fe80::1\"")),
             ("mail/24", Err("must be a network")),
             ("", Err("must be a network")),
         ] {

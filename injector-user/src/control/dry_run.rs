@@ -13,6 +13,7 @@ use super::wire::{AddressDryRun, BackendDryRun, DryRun, ListenerChange, Listener
 use crate::{
     backend::{self, CheckError},
     config::{self, Config, Listener},
+    guard::lists,
     server::{Rehearsal, Server},
 };
 
@@ -22,7 +23,8 @@ const BACKENDS_TIMEOUT: Duration = Duration::from_secs(20);
 /// What the server would do with a configuration, and the listeners whose backends [`try_backends`]
 /// is to try.
 pub(super) fn rehearse(server: &Server, config: Config) -> (DryRun, Vec<Listener>) {
-    let warnings = config::remarks(&config);
+    let mut warnings = config::remarks(&config);
+    warnings.extend(unreadable_lists(&config));
     let rehearsal = match server.rehearse(config) {
         Ok(rehearsal) => rehearsal,
         Err(error) => return (DryRun { error: Some(format!("{error:#}")), ..DryRun::default() }, Vec::new()),
@@ -52,6 +54,13 @@ pub(super) fn rehearse(server: &Server, config: Config) -> (DryRun, Vec<Listener
     }
     let restart_needed_for = requires_restart.into_iter().map(str::to_owned).collect();
     (DryRun { error: None, listeners: results, removed, restart_needed_for, warnings }, settings)
+}
+
+/// The list files that cannot be read. The reload does not depend on them, because they are followed.
+fn unreadable_lists(config: &Config) -> Vec<String> {
+    let Some(guard) = &config.guard else { return Vec::new() };
+    let files = guard.deny_files.iter().chain(&guard.allow_files);
+    files.filter_map(|file| lists::read(file).err()).collect()
 }
 
 /// Resolves and checks the backends of all listeners.

@@ -51,6 +51,7 @@ pub(super) fn status() -> Status {
         inline_connections: 1,
         max_connections: 10_000,
         backlog_bytes: 0,
+        guard: None,
         engines: vec![EngineStatus { name: "splice".to_owned(), failure: None }],
         listeners: vec![
             ListenerStatus {

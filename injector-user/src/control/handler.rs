@@ -1,6 +1,8 @@
 //! Carries out the commands of the operator.
 
 use std::{
+    collections::BTreeSet,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex as StdMutex, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -10,13 +12,14 @@ use anyhow::ensure;
 use tokio::sync::{Mutex, watch};
 
 use super::{
-    dry_run,
+    bans, dry_run,
     status::{end_sessions, sessions, status},
     wire::{Answer, BackendAction, ConfigStatus, DryRun, Reloaded, Reply, Request, Status},
 };
 use crate::{
     backend::AdminState,
     config::{self, Config, ConfigError, Listener, LogLevel},
+    guard,
     os::systemd,
     server::{ActiveListener, Changes, Server},
     telemetry::{
@@ -35,6 +38,7 @@ pub struct Control(Arc<Shared>);
 struct Shared {
     /// `None` once the daemon shuts down.
     server: Mutex<Option<Server>>,
+    guard: Option<guard::Service>,
     source: ConfigSource,
     file: PathBuf,
     metrics: Metrics,
@@ -51,7 +55,7 @@ impl Control {
     /// configured level.
     #[must_use]
     pub fn new(
-        server: Server,
+        (server, guard): (Server, Option<guard::Service>),
         file: PathBuf,
         source: ConfigSource,
         metrics: Metrics,
@@ -62,6 +66,7 @@ impl Control {
             ConfigStatus { file: file.clone(), loaded_at: unix_seconds(), reload_error: None };
         Self(Arc::new(Shared {
             server: Mutex::new(Some(server)),
+            guard,
             source,
             file,
             metrics,
@@ -75,8 +80,8 @@ impl Control {
 
     /// Carries out a request.
     pub async fn answer(&self, request: Request) -> Reply {
-        let mut guard = self.0.server.lock().await;
-        let Some(server) = guard.as_mut() else {
+        let mut locked = self.0.server.lock().await;
+        let Some(server) = locked.as_mut() else {
             return Reply::Error("the injector is stopping".to_owned());
         };
         let mut to_try = Vec::new();
@@ -102,6 +107,11 @@ impl Control {
                     .map(|listeners| Answer::BackendWeightSet { listeners, weight })
             }
             Request::LogLevel { levels } => self.set_log_level(&levels),
+            Request::Ban { network, duration_ms, reason, force } => {
+                bans::ban(server, self.guard(), &network, duration_ms, reason, force).await
+            }
+            Request::Unban { network } => bans::unban(self.guard(), &network).await,
+            Request::Bans { origin, limit } => bans::list(self.guard(), origin, limit),
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
             Request::DryRun => {
                 let (dry_run, listeners) = self.rehearse(server);
@@ -111,7 +121,7 @@ impl Control {
         };
         let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
         self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
-        drop(guard);
+        drop(locked);
         if let Ok(Answer::DryRun(dry_run)) = &mut answer {
             dry_run::try_backends(dry_run, &to_try).await;
         }
@@ -119,6 +129,23 @@ impl Control {
             Ok(answer) => Reply::Ok(answer),
             Err(error) => Reply::Error(format!("{error:#}")),
         }
+    }
+
+    /// Ends the sessions of sources that are banned now.
+    pub async fn end_banned_sessions(&self) {
+        if let (Some(server), Some(guard)) = (self.0.server.lock().await.as_ref(), self.guard()) {
+            bans::end_sessions(server, guard.guard());
+        }
+    }
+
+    /// The addresses of all backends, as last resolved.
+    pub async fn backend_addresses(&self) -> BTreeSet<IpAddr> {
+        let server = self.0.server.lock().await;
+        server.as_ref().map(Server::backend_addresses).unwrap_or_default()
+    }
+
+    fn guard(&self) -> Option<&guard::Service> {
+        self.0.guard.as_ref()
     }
 
     /// Takes the server, to shut it down. Requests are rejected from here on.
@@ -140,7 +167,11 @@ impl Control {
     fn status(&self, server: &mut Server) -> Status {
         let config = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let readiness = self.0.ready.borrow().to_string();
-        status(server, config, self.0.logging.levels(), readiness, self.0.started.elapsed())
+        let guard = self.guard().map(bans::status);
+        Status {
+            guard,
+            ..status(server, config, self.0.logging.levels(), readiness, self.0.started.elapsed())
+        }
     }
 
     fn set_log_level(&self, levels: &[String]) -> anyhow::Result<Answer> {
@@ -163,12 +194,15 @@ impl Control {
         systemd::reloading();
         let config = (self.0.source)().map_err(anyhow::Error::from);
         let result = config.inspect(log_remarks).and_then(|config| {
-            let level = config.log.level;
-            Ok((server.prepare(config)?, level))
+            let (level, guard) = (config.log.level, config.guard.clone());
+            Ok((server.prepare(config)?, level, guard))
         });
-        let result = result.map(|(prepared, level)| {
+        let result = result.map(|(prepared, level, lists)| {
             *self.0.log_level.lock().unwrap_or_else(PoisonError::into_inner) = level;
             self.0.logging.reset_levels(level);
+            if let (Some(guard), Some(lists)) = (self.guard(), lists) {
+                guard.set_lists(&lists);
+            }
             server.apply(prepared)
         });
         systemd::ready("serving");

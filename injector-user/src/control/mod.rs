@@ -3,6 +3,7 @@
 //! A connection carries one line of JSON with the [`Request`] and one with the [`Reply`]. Only the
 //! socket's mode (0600) protects it: a process that can open it can send every command.
 
+mod bans;
 pub mod client;
 mod dry_run;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    dry_run,
+    bans, dry_run,
     wire::{Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status},
 };
 
@@ -29,6 +29,7 @@ pub fn show(answer: &Answer) -> String {
         Answer::BackendWeightSet { listeners, weight } => {
             writeln!(out, "weight {weight} until the next reload for {}", listeners.join(", "))
         }
+        Answer::Banned { .. } | Answer::Unbanned { .. } | Answer::Bans(_) => bans::write(&mut out, answer),
         Answer::LogLevelSet { levels } => writeln!(out, "log level until the next reload: {levels}"),
         Answer::Reloaded(reloaded) => write_reloaded(&mut out, reloaded),
         Answer::DryRun(dry_run) => dry_run::write(&mut out, dry_run),
@@ -61,6 +62,9 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
             None => writeln!(out, "engine {}: available", engine.name)?,
             Some(failure) => writeln!(out, "engine {}: {failure}", engine.name)?,
         }
+    }
+    if let Some(guard) = &status.guard {
+        bans::write_status(out, guard)?;
     }
     for listener in &status.listeners {
         writeln!(out)?;
@@ -146,17 +150,31 @@ fn write_backend(out: &mut String, backend: &BackendStatus, width: usize) -> fmt
 fn write_sessions(out: &mut String, sessions: &Sessions) -> fmt::Result {
     const TITLES: [&str; 9] =
         ["ID", "LISTENER", "ENGINE", "CLIENT", "TO", "BACKEND", "AGE", "TO BACKEND", "TO CLIENT"];
-    let rows: Vec<[String; 9]> = sessions.rows.iter().map(cells).collect();
+    write_table(out, TITLES, &sessions.rows.iter().map(cells).collect::<Vec<_>>())?;
+    write_more(out, sessions.count, sessions.rows.len())
+}
+
+/// Writes rows below their titles, in columns.
+pub(super) fn write_table<const N: usize>(
+    out: &mut String,
+    titles: [&str; N],
+    rows: &[[String; N]],
+) -> fmt::Result {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
-        cells.chain(TITLES.get(column).map(|title| title.len())).max().unwrap_or_default()
+        cells.chain(titles.get(column).map(|title| title.len())).max().unwrap_or_default()
     };
-    let widths: [usize; 9] = std::array::from_fn(width);
-    for row in std::iter::once(&TITLES.map(str::to_owned)).chain(&rows) {
+    let widths: [usize; N] = std::array::from_fn(width);
+    for row in std::iter::once(&titles.map(str::to_owned)).chain(rows) {
         let line: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         writeln!(out, "{}", line.join("  ").trim_end())?;
     }
-    let more = sessions.count.saturating_sub(sessions.rows.len() as u64);
+    Ok(())
+}
+
+/// Writes how many rows are left out.
+pub(super) fn write_more(out: &mut String, count: u64, shown: usize) -> fmt::Result {
+    let more = count.saturating_sub(shown as u64);
     if more > 0 {
         writeln!(out, "and {more} more")?;
     }

@@ -54,6 +54,7 @@ pub(super) fn status(
             engine("splice", probes.splice.failure()),
             engine("relay", None),
         ],
+        guard: None,
         listeners: server.listeners().iter().map(listener_status).collect(),
         removed_listeners,
     }

@@ -1,6 +1,6 @@
 //! Requests and replies on the control socket, in JSON.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +61,30 @@ pub enum Request {
         /// `LEVEL` or `TARGET=LEVEL`; they replace those of an earlier request.
         levels: Vec<String>,
     },
+    /// Ban a source.
+    Ban {
+        /// An address or a network.
+        network: String,
+        /// How long; without end if not given.
+        duration_ms: Option<u64>,
+        /// Why.
+        reason: Option<String>,
+        /// Also a very large network.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Lift a ban of [`Request::Ban`].
+    Unban {
+        /// An address or a network.
+        network: String,
+    },
+    /// List the bans.
+    Bans {
+        /// Only of this origin.
+        origin: Option<BanOrigin>,
+        /// The maximum number of bans.
+        limit: Option<usize>,
+    },
     /// Reload the configuration.
     Reload,
     /// Report what a reload would do, and change nothing.
@@ -77,6 +101,19 @@ pub enum BackendAction {
     Down,
     /// Let its health checks decide again.
     Auto,
+}
+
+/// Who wants a ban.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+pub enum BanOrigin {
+    /// guard.deny, or a file of guard.deny_files
+    List,
+    /// `injector ban`
+    Command,
+    /// A decision of CrowdSec
+    CrowdSec,
 }
 
 /// The reply to a request.
@@ -129,6 +166,28 @@ pub enum Answer {
         /// What is logged now.
         levels: String,
     },
+    /// To [`Request::Ban`].
+    Banned {
+        /// Whom.
+        network: String,
+        /// It was banned by command before: the ban has the new end and reason.
+        renewed: bool,
+        /// When it ends, in seconds since 1970; never if not given.
+        until: Option<u64>,
+        /// How many sessions of the source were ended.
+        sessions_ended: u64,
+    },
+    /// To [`Request::Unban`].
+    Unbanned {
+        /// Whom.
+        network: String,
+        /// Whether exactly this network was banned by command.
+        was_banned: bool,
+        /// Bans that still hold for all of it.
+        remaining: Vec<BanRow>,
+    },
+    /// To [`Request::Bans`].
+    Bans(Bans),
     /// To [`Request::Reload`].
     Reloaded(Reloaded),
     /// To [`Request::DryRun`].
@@ -245,10 +304,69 @@ pub struct Status {
     pub backlog_bytes: u64,
     /// The engines, and whether they can run here.
     pub engines: Vec<EngineStatus>,
+    /// Bans, if there is a `[guard]`.
+    #[serde(default)]
+    pub guard: Option<GuardStatus>,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// Listeners that are no longer configured, with sessions left.
     pub removed_listeners: Vec<RemovedListenerStatus>,
+}
+
+/// Bans, in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardStatus {
+    /// Bans of `guard.deny` and of list files.
+    pub list: u64,
+    /// Bans by `injector ban`.
+    pub command: u64,
+    /// Bans by CrowdSec.
+    pub crowdsec: u64,
+    /// How many addresses and networks may be banned.
+    pub max_bans: u64,
+    /// Why bans are not enforced in the kernel, or not all of them.
+    pub kernel_failure: Option<String>,
+    /// Packets dropped in the kernel, by hook.
+    pub dropped_packets: BTreeMap<String, u64>,
+    /// The list files.
+    pub lists: Vec<ListFileStatus>,
+}
+
+/// A file with networks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListFileStatus {
+    /// The file.
+    pub file: PathBuf,
+    /// How many networks of it are in effect.
+    pub networks: u64,
+    /// When it was last read, in seconds since 1970.
+    pub read_at: Option<u64>,
+    /// Why it cannot be read now.
+    pub error: Option<String>,
+}
+
+/// Bans.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bans {
+    /// Their number, listed or not.
+    pub count: u64,
+    /// In the order of addresses.
+    pub rows: Vec<BanRow>,
+}
+
+/// A ban.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BanRow {
+    /// Whom.
+    pub network: String,
+    /// Who wants it.
+    pub origin: BanOrigin,
+    /// When it ends, in seconds since 1970; never if not given.
+    pub until: Option<u64>,
+    /// The time that is left.
+    pub remaining_ms: Option<u64>,
+    /// Why.
+    pub reason: String,
 }
 
 /// The configuration in effect.

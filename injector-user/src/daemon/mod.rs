@@ -2,6 +2,7 @@
 //!
 //! Opening sockets and loading programs needs capabilities. Serving connections does not.
 
+mod bans;
 mod engine_metrics;
 mod listen_sockets;
 mod open_files;
@@ -9,7 +10,7 @@ mod privileges;
 mod signals;
 mod watchdog;
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use socket2::Socket;
@@ -25,7 +26,7 @@ use crate::{
         registry::EngineProbes,
         select,
     },
-    listener,
+    guard, listener,
     os::systemd,
     server::{ListenerSetup, Server, StartupSettings, StartupState},
     telemetry::{
@@ -69,8 +70,11 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
         kernel_guard.as_ref(),
         &file,
         admin.as_ref(),
+        guard.as_ref(),
     );
     let _log_thread = logging.start_thread().context("starting the thread that writes the log")?;
+    let bans =
+        guard.as_ref().map(|guard| bans::start(guard, kernel_guard.as_ref(), &inline.peers)).transpose()?;
 
     let listeners = listeners.into_iter().zip(selections?).zip(sockets);
     let setup = |((settings, selection), sockets)| ListenerSetup { settings, selection, sockets };
@@ -81,10 +85,12 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
             workers: limits.workers,
             splice,
             inline,
+            guard: guard.clone(),
             log_format: log.format,
         },
         max_connections: limits.max_connections,
         guard,
+        bans: bans.as_ref().map(|bans| bans.guard().clone()),
         stop_deadline: stop.deadline,
         listeners: listeners.map(setup).collect(),
         inherited,
@@ -98,7 +104,11 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.context("starting the runtime")?;
     let configured = (file, source, (logging.clone(), log.level));
-    let result = runtime.block_on(serve(startup, (inline_engine, kernel_guard), operator, configured));
+    let engines = (inline_engine, kernel_guard);
+    let result = runtime.block_on(serve(startup, engines, bans.clone(), operator, configured));
+    if let Some(bans) = bans {
+        bans.stop();
+    }
     // Not by dropping it: that waits for a name that is being resolved, however long this takes.
     runtime.shutdown_timeout(EXIT_GRACE);
     result
@@ -113,6 +123,7 @@ struct OperatorSockets {
 async fn serve(
     startup: StartupState,
     (inline_engine, kernel_guard): (Option<InlineEngine>, Option<KernelGuard>),
+    bans: Option<guard::Service>,
     operator: OperatorSockets,
     (file, source, log): (PathBuf, ConfigSource, (Logging, LogLevel)),
 ) -> anyhow::Result<()> {
@@ -144,7 +155,13 @@ async fn serve(
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
 
-    let control = Control::new(server, file, source, metrics, log, ready);
+    if let Some(bans) = &bans {
+        metrics.watch_guard(Arc::new(bans.clone()));
+    }
+    let control = Control::new((server, bans.clone()), file, source, metrics, log, ready);
+    if let Some(bans) = bans {
+        tokio::spawn(bans::follow(control.clone(), bans));
+    }
     if let Some(socket) = operator.control {
         tokio::spawn(serve_control(socket, control.clone()));
     }

@@ -9,7 +9,7 @@ use std::{
 use caps::Capability;
 
 use crate::{
-    config::Admin,
+    config::{Admin, Guard},
     engine::{
         kernel::{InlineEngine, KernelGuard, LoadedSplice},
         registry::EngineProbes,
@@ -27,18 +27,19 @@ use crate::{
 pub(super) fn drop_privileges(
     probes: &EngineProbes,
     inline: Option<&InlineEngine>,
-    guard: Option<&KernelGuard>,
+    kernel_guard: Option<&KernelGuard>,
     config: &Path,
     admin: Option<&Admin>,
+    guard: Option<&Guard>,
 ) {
     // First, because Landlock needs it.
     if let Err(error) = capabilities::set_no_new_privs() {
         tracing::warn!(target: target::DAEMON, %error, "no_new_privs cannot be set; a program that an attacker started could gain privileges");
     }
     let mut write = inline.map(InlineEngine::directories).unwrap_or_default();
-    write.extend(guard.map(KernelGuard::directories).unwrap_or_default());
-    restrict_files(write, config, admin);
-    drop_capabilities(probes, inline, guard);
+    write.extend(kernel_guard.map(KernelGuard::directories).unwrap_or_default());
+    restrict_files(write, config, admin, guard);
+    drop_capabilities(probes, inline, kernel_guard);
     if let Err(error) = File::open(config) {
         tracing::warn!(target: target::DAEMON, file = %config.display(), %error, "the configuration cannot be read any more without the capabilities of root, so reloads will fail: make the file and its directory readable for the user that the injector runs as");
     }
@@ -57,9 +58,15 @@ fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>, guard
     }
 }
 
-fn restrict_files(write: Vec<PathBuf>, config: &Path, admin: Option<&Admin>) {
+fn restrict_files(mut write: Vec<PathBuf>, config: &Path, admin: Option<&Admin>, guard: Option<&Guard>) {
+    let lists = guard.into_iter().flat_map(|guard| guard.deny_files.iter().chain(&guard.allow_files));
+    let mut read = landlock::directories_of(config);
+    read.extend(lists.flat_map(|file| landlock::directories_of(file)));
+    read.sort_unstable();
+    read.dedup();
+    write.extend(guard.and_then(|guard| guard.state.as_ref()?.parent()).map(Path::to_owned));
     let directories = Directories {
-        read: landlock::directories_of(config),
+        read,
         write,
         // The control socket, at the exit.
         remove: admin.and_then(|admin| admin.socket.parent()).map(Path::to_owned).into_iter().collect(),

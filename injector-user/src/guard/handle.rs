@@ -250,7 +250,7 @@ impl Guard {
         self.0.maps.as_ref().map(|maps| maps.dropped(by))
     }
 
-    /// Changes after which other sources may be banned than before.
+    /// Changes after which other sources may be banned than before, except by command.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.0.changed.subscribe()
@@ -301,7 +301,8 @@ impl Guard {
             let affected = self.table().affected(changed);
             self.note(self.write(maps.as_ref(), &affected));
         }
-        if applied.added > 0 {
+        // Who gives a command ends the sessions.
+        if applied.added > 0 && origin != Origin::Command {
             self.0.changed.send_modify(|count| *count += 1);
         }
         applied

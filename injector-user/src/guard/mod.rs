@@ -3,9 +3,14 @@
 #[cfg_attr(not(feature = "crowdsec"), path = "crowdsec_stub.rs")]
 pub mod crowdsec;
 mod handle;
+pub mod lists;
 pub mod origin;
 mod prefix_map;
+mod service;
+mod state;
 mod table;
 
 pub use handle::{Applied, Guard, Protection, Snapshot};
+pub use lists::ListStatus;
 pub use origin::{ListedBan, Origin, WantedBan};
+pub use service::{BanCommand, BanError, MAX_BAN, Service, Unbanned, dropped};

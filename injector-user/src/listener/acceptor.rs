@@ -18,6 +18,7 @@ use super::{
     reserve_fd::{ReserveFd, is_fd_exhaustion},
 };
 use crate::{
+    guard::Guard,
     net::socket::Endpoint,
     os::{clock, poll},
     protocol::Rejection,
@@ -104,6 +105,10 @@ impl Acceptor {
         let policy = self.owner.policy();
         let context = policy.context();
         context.metrics.accepted();
+        let is_banned = |bans: &Guard| bans.is_banned(client.peer.ip());
+        if self.limit.0.bans.as_ref().is_some_and(is_banned) {
+            return self.reset(&context, &client, RejectReason::Banned);
+        }
         if policy.draining.load(Ordering::Relaxed) {
             return self.reject(&context, client, RejectReason::Draining.into());
         }
@@ -128,6 +133,14 @@ impl Acceptor {
         let own = policy.listener_limit.try_acquire().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
         Ok(ConnectionPermits { _total: total, _own: own, _source: [own_source, source] })
+    }
+
+    /// Rejects a client without a byte.
+    fn reset(&self, context: &Context, client: &Accepted, reason: RejectReason) {
+        context.metrics.rejected(reason);
+        self.limit.0.rejection_log.log(context, client.peer, &client.socket, reason.into());
+        // An error means that the client has closed already.
+        let _ = client.socket.set_linger(Some(Duration::ZERO));
     }
 
     fn reject(&self, context: &Arc<Context>, client: Accepted, refusal: Refusal) {

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     engine::usage::UsageCounts,
+    guard::Guard,
     session::{Context, registry::SessionRegistry},
     telemetry::metrics::RejectReason,
 };
@@ -34,6 +35,8 @@ pub(super) struct Shared {
     pub(super) connections: Arc<ConnectionLimit>,
     /// Whether file descriptors run out before the operator's limit is reached.
     fds_are_tighter: AtomicBool,
+    /// Whose connections are reset.
+    pub(super) bans: Option<Guard>,
     /// The limits on each source over all listeners.
     pub(super) sources: Arc<SourceLimit>,
     pub(super) rejections: Arc<Semaphore>,
@@ -44,18 +47,19 @@ pub(super) struct Shared {
 
 impl GlobalLimit {
     /// At most `connections`, and at most `capacity` sessions, for which there are file descriptors.
-    /// `sources` are the limits on each source. `inline` has the connections of the inline engine, which needs no descriptors. `registries` are
-    /// those of the workers.
+    /// `bans` and `sources` are the bans and the limits on each source. `inline` has the connections of
+    /// the inline engine, which needs no descriptors. `registries` are those of the workers.
     #[must_use]
     pub fn new(
         connections: usize,
         capacity: usize,
-        sources: SourceRules,
+        (bans, sources): (Option<Guard>, SourceRules),
         inline: Option<Arc<dyn UsageCounts>>,
         registries: Vec<SessionRegistry>,
     ) -> Self {
         let limit = Self(Arc::new(Shared {
             connections: ConnectionLimit::new(Some(connections), inline.clone()),
+            bans,
             sources: SourceLimit::new(sources, inline),
             fds_are_tighter: AtomicBool::new(false),
             rejections: Arc::new(Semaphore::new(MAX_PROTOCOL_REJECTIONS)),
@@ -185,7 +189,7 @@ mod tests {
     fn the_reject_reason_is_the_tighter_limit() {
         let of = |max| {
             let sources = SourceRules::new(None, PerSource::default());
-            GlobalLimit::new(max, 400, sources, None, Vec::new()).reason()
+            GlobalLimit::new(max, 400, (None, sources), None, Vec::new()).reason()
         };
         assert_eq!(of(10), RejectReason::TooManyConnections);
         assert_eq!(of(10_000), RejectReason::NoDescriptors);

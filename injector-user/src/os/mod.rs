@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod capabilities;
 pub mod clock;
 pub mod epoll;
+pub mod gateways;
 pub mod landlock;
 pub mod listening;
 #[cfg(feature = "bpf")]

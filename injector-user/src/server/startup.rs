@@ -22,6 +22,7 @@ use super::{
 use crate::{
     config::Guard,
     engine::{registry::EngineProbes, usage::InlineUsage},
+    guard,
     listener::{GlobalLimit, SourceRules},
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
@@ -36,6 +37,8 @@ pub struct StartupState {
     pub max_connections: usize,
     /// Bans, and limits on each source.
     pub guard: Option<Guard>,
+    /// The table of bans, if there is a guard.
+    pub bans: Option<guard::Guard>,
     /// How long sessions may continue after a shutdown began.
     pub stop_deadline: Duration,
     /// In the order of the configuration.
@@ -66,6 +69,7 @@ impl Server {
             settings,
             max_connections,
             guard,
+            bans,
             stop_deadline,
             listeners,
             inherited,
@@ -87,7 +91,7 @@ impl Server {
             limits: GlobalLimit::new(
                 max_connections,
                 capacity,
-                overall(guard.as_ref()),
+                (bans, overall(guard.as_ref())),
                 inline_usage.as_ref().map(|usage| usage.all()),
                 workers.iter().map(|worker| worker.sessions().clone()).collect(),
             ),

@@ -1,8 +1,8 @@
 //! What a running server holds.
 
 use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -114,6 +114,13 @@ impl Server {
     #[must_use]
     pub fn inline_connections(&self) -> Vec<InlineConnection> {
         self.inline_usage.as_ref().map(|usage| usage.connections()).unwrap_or_default()
+    }
+
+    /// The addresses of all backends, as last resolved.
+    #[must_use]
+    pub fn backend_addresses(&self) -> BTreeSet<IpAddr> {
+        let backends = self.listeners.iter().flat_map(|active| active.backends.all());
+        backends.flat_map(|backend| backend.addresses()).map(|address| address.ip().to_canonical()).collect()
     }
 
     /// All sessions of splice and relay.

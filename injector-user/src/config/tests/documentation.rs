@@ -45,7 +45,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     }
     assert!(!guard.devices.is_empty());
     assert_ne!((guard.max_bans, guard.xdp), (default.max_bans, default.xdp));
-    assert_ne!(guard.pin, default.pin);
+    assert_ne!((&guard.pin, &guard.state), (&default.pin, &default.state));
     assert_ne!(guard.source_prefix_ipv4, default.source_prefix_ipv4);
     assert_ne!(guard.source_prefix_ipv6, default.source_prefix_ipv6);
     assert!(is_limited(guard.per_source));

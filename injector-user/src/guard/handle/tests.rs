@@ -219,10 +219,10 @@ fn a_snapshot_counts_all_and_lists_some() {
 fn each_change_that_bans_is_announced() {
     let guard = Guard::new(None, 10);
     let mut changes = guard.changes();
-    guard.change(Origin::Command, vec![forever("192.0.2.1")], Vec::new());
+    guard.change(Origin::List, vec![forever("192.0.2.1")], Vec::new());
     assert!(changes.has_changed().unwrap());
     changes.mark_unchanged();
-    guard.change(Origin::Command, vec![forever("192.0.2.1")], vec![network("192.0.2.9")]);
+    guard.change(Origin::List, vec![forever("192.0.2.1")], vec![network("192.0.2.9")]);
     assert!(!changes.has_changed().unwrap(), "banned before");
 }
 

@@ -13,6 +13,8 @@ use crate::telemetry::outcome::{Bytes, CloseReason};
 /// Why a connection was rejected: the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RejectReason {
+    /// Its source is banned.
+    Banned,
     /// The configured limit is reached.
     TooManyConnections,
     /// No file descriptors are left.
@@ -47,7 +49,8 @@ pub enum RejectReason {
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
+        Self::Banned,
         Self::TooManyConnections,
         Self::NoDescriptors,
         Self::BackendRefused,
@@ -69,6 +72,7 @@ impl RejectReason {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Banned => "banned",
             Self::TooManyConnections => "too_many_connections",
             Self::NoDescriptors => "no_descriptors",
             Self::BackendRefused => "backend_refused",

@@ -9,6 +9,7 @@ mod connections;
 mod crowdsec;
 mod exposition;
 mod families;
+mod guard;
 pub mod http;
 mod labels;
 mod listener;
@@ -24,6 +25,7 @@ pub use self::{
     bpf::BpfCounters,
     connections::ConnectionCounts,
     crowdsec::CrowdSecMetrics,
+    guard::{GuardSample, GuardSource, ListSample},
     http::Readiness,
     listener::{ActiveGuard, ListenerMetrics, ListenerSnapshot, RejectReason},
     registry::Metrics,

@@ -18,6 +18,7 @@ use super::{
     connections::{ConnectionCounts, ConnectionSources},
     crowdsec::CrowdSecMetrics,
     families::Families,
+    guard::{GuardCollector, GuardSource},
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
     log::LogCollector,
@@ -36,6 +37,7 @@ struct Inner {
     backends: Arc<BackendCollector>,
     log: Arc<LogCollector>,
     crowdsec: CrowdSecMetrics,
+    guard: Arc<GuardCollector>,
     connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
@@ -127,6 +129,8 @@ impl Metrics {
         injector.register_collector(Box::new(Arc::clone(&log)));
         let crowdsec = CrowdSecMetrics::default();
         injector.register_collector(Box::new(crowdsec.clone()));
+        let guard = Arc::new(GuardCollector::default());
+        injector.register_collector(Box::new(Arc::clone(&guard)));
         let bpf = Arc::new(BpfCollector::default());
         injector.register_collector(Box::new(Arc::clone(&bpf)));
         Self(Arc::new(Inner {
@@ -136,6 +140,7 @@ impl Metrics {
             backends,
             log,
             crowdsec,
+            guard,
             connections: ConnectionSources::default(),
             draining,
             reloads: results,
@@ -174,6 +179,11 @@ impl Metrics {
     #[must_use]
     pub fn crowdsec(&self) -> CrowdSecMetrics {
         self.0.crowdsec.clone()
+    }
+
+    /// Sets the guard, to be read at every scrape.
+    pub fn watch_guard(&self, guard: Arc<dyn GuardSource>) {
+        self.0.guard.watch(guard);
     }
 
     /// The listeners of which no backend is up, by name.

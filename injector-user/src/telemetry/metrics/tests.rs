@@ -35,6 +35,21 @@ impl BackendSource for OneBackend {
 }
 
 #[derive(Debug)]
+struct OneList;
+
+impl GuardSource for OneList {
+    fn sample(&self) -> GuardSample {
+        let list = ListSample { file: "/etc/deny.txt".to_owned(), networks: 3, failed: false, read_at: None };
+        GuardSample {
+            bans: vec![("list", 3)],
+            dropped: vec![("tc", 5)],
+            lists: vec![list],
+            ..GuardSample::default()
+        }
+    }
+}
+
+#[derive(Debug)]
 struct Counted;
 
 impl BpfCounters for Counted {
@@ -57,6 +72,7 @@ pub(super) fn complete() -> (Metrics, ListenerMetrics) {
     metrics.set_check("splice", "slow_reader", false, took);
     metrics.set_max_connections(10);
     metrics.set_draining("smtp", false);
+    metrics.watch_guard(Arc::new(OneList));
     metrics.watch_backends("smtp", Arc::new(OneBackend));
     metrics.crowdsec().enable(&["scope"]);
     let listener = metrics.listener("smtp", "relay");
@@ -104,6 +120,14 @@ fn every_family_has_its_type_and_unit() {
         ("injector_engine_available", ("gauge", None)),
         ("injector_enrolment_failures", ("counter", None)),
         ("injector_enrolments", ("counter", None)),
+        ("injector_guard_bans", ("gauge", None)),
+        ("injector_guard_bans_rejected", ("counter", None)),
+        ("injector_guard_dropped_packets", ("counter", None)),
+        ("injector_guard_kernel_behind", ("gauge", None)),
+        ("injector_guard_list_failed", ("gauge", None)),
+        ("injector_guard_list_networks", ("gauge", None)),
+        ("injector_guard_list_read_timestamp_seconds", ("gauge", Some("seconds"))),
+        ("injector_guard_max_bans", ("gauge", None)),
         ("injector_header_to_first_byte_seconds", ("histogram", Some("seconds"))),
         ("injector_guard_crowdsec_failures", ("counter", None)),
         ("injector_guard_crowdsec_ignored", ("counter", None)),

@@ -1,0 +1,440 @@
+//! What keeps the table of bans up to date: list files, the addresses that are protected, the state
+//! file, and the operator's commands. One thread does the slow work, off the workers and the runtime.
+
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use injector_common::guard::{Ban, Counter};
+
+use super::{
+    handle::{Guard, Protection},
+    lists::{FollowedFile, ListStatus},
+    origin::{ListedBan, Origin, WantedBan},
+    state::{self, Now},
+};
+use crate::{
+    config::{self, Network},
+    os::{clock, gateways},
+    telemetry::{
+        log::target,
+        metrics::{GuardSample, GuardSource, ListSample},
+    },
+};
+
+/// How often files, addresses and ends are looked at.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// The shortest prefixes that `injector ban` takes without `--force`.
+const MIN_PREFIX_IPV4: u8 = 16;
+const MIN_PREFIX_IPV6: u8 = 19;
+
+/// The longest ban with an end.
+pub const MAX_BAN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The longest reason, in bytes.
+const MAX_REASON: usize = 200;
+
+/// The guard at work. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Service(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    guard: Guard,
+    max_bans: u32,
+    state: Option<PathBuf>,
+    inputs: Mutex<Inputs>,
+    /// Wakes the thread before its time.
+    wake: Condvar,
+    files: Mutex<Vec<ListStatus>>,
+}
+
+/// What the thread works from.
+#[derive(Debug, Default)]
+struct Inputs {
+    lists: Lists,
+    peers: Vec<Network>,
+    backends: BTreeSet<IpAddr>,
+    /// The thread is to look at once.
+    is_new: bool,
+    /// Commands have changed bans that the state file has not got.
+    is_unsaved: bool,
+    is_stopped: bool,
+}
+
+/// The lists of the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Lists {
+    deny: Vec<Network>,
+    deny_files: Vec<PathBuf>,
+    allow: Vec<Network>,
+    allow_files: Vec<PathBuf>,
+}
+
+impl Lists {
+    fn of(settings: &config::Guard) -> Self {
+        let config::Guard { deny, deny_files, allow, allow_files, .. } = settings.clone();
+        Self { deny, deny_files, allow, allow_files }
+    }
+}
+
+/// A ban by command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BanCommand {
+    /// Whom.
+    pub network: Network,
+    /// How long; `None` if without end.
+    pub duration: Option<Duration>,
+    /// Why.
+    pub reason: String,
+    /// Also a very large network.
+    pub force: bool,
+}
+
+/// Why a ban was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BanError {
+    /// It would have no effect.
+    #[error("{0} cannot be banned: {1}")]
+    Protected(Network, Protection),
+    /// It is most likely a mistake.
+    #[error("{0} has more addresses than /{1}: if it is meant, add --force")]
+    TooWide(Network, u8),
+    /// The table is full.
+    #[error(
+        "no room for another ban: guard.max_bans is {0}; raise it and restart the injector, or lift other bans"
+    )]
+    Full(u32),
+    /// Not a time that makes sense.
+    #[error("a ban lasts more than 0 and at most ten years, or has no end")]
+    Duration,
+    /// The log and the state file have it in one line.
+    #[error("the reason must be one line of at most {MAX_REASON} bytes")]
+    Reason,
+}
+
+/// What lifting a ban did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unbanned {
+    /// Whether a command had banned exactly this network.
+    pub was_banned: bool,
+    /// What else bans the whole network still.
+    pub remaining: Vec<ListedBan>,
+}
+
+impl Service {
+    /// Begins to follow the lists of `settings`. `peers` are the networks of `inline.peers`.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn start(guard: Guard, settings: &config::Guard, peers: &[Network]) -> io::Result<Self> {
+        let inputs = Inputs { lists: Lists::of(settings), peers: peers.to_vec(), ..Inputs::default() };
+        let service = Self(Arc::new(Shared {
+            guard,
+            max_bans: settings.max_bans,
+            state: settings.state.clone(),
+            inputs: Mutex::new(inputs),
+            wake: Condvar::new(),
+            files: Mutex::default(),
+        }));
+        service.load_state();
+        let mut follower = Follower::new(service.clone());
+        // Before the first connection, because bans of an earlier daemon are in effect.
+        follower.protect();
+        thread::Builder::new().name("guard".to_owned()).spawn(move || follower.run())?;
+        Ok(service)
+    }
+
+    /// The table of bans.
+    #[must_use]
+    pub fn guard(&self) -> &Guard {
+        &self.0.guard
+    }
+
+    /// The capacity of the table.
+    #[must_use]
+    pub fn max_bans(&self) -> u32 {
+        self.0.max_bans
+    }
+
+    /// Follows the lists of a new configuration from now on.
+    pub fn set_lists(&self, settings: &config::Guard) {
+        self.update(|inputs| inputs.lists = Lists::of(settings));
+    }
+
+    /// Sets the addresses of the backends, which are protected.
+    pub fn set_backends(&self, addresses: BTreeSet<IpAddr>) {
+        if self.inputs().backends != addresses {
+            self.update(|inputs| inputs.backends = addresses);
+        }
+    }
+
+    /// The state of the list files.
+    #[must_use]
+    pub fn lists(&self) -> Vec<ListStatus> {
+        self.0.files.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bans a network by command. Returns whether it was banned by command before. May take long: not
+    /// for a task.
+    ///
+    /// # Errors
+    /// [`BanError`].
+    pub fn ban(&self, command: BanCommand) -> Result<bool, BanError> {
+        let BanCommand { network, duration, reason, force } = command;
+        if duration.is_some_and(|time| time.is_zero() || time > MAX_BAN) {
+            return Err(BanError::Duration);
+        }
+        if reason.len() > MAX_REASON || reason.chars().any(char::is_control) {
+            return Err(BanError::Reason);
+        }
+        let least = if network.address().is_ipv4() { MIN_PREFIX_IPV4 } else { MIN_PREFIX_IPV6 };
+        if network.prefix() < least && !force {
+            return Err(BanError::TooWide(network, least));
+        }
+        let guard = self.guard();
+        if let Some(protection) = guard.protection(network) {
+            return Err(BanError::Protected(network, protection));
+        }
+        let end = |time: Duration| clock::boottime_ns() + u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let until_ns = duration.map_or(Ban::FOREVER, end);
+        let was_banned = guard.has(Origin::Command, network);
+        let ban = WantedBan { network, until_ns, reason: reason.into() };
+        if guard.change(Origin::Command, vec![ban], Vec::new()).full > 0 {
+            return Err(BanError::Full(self.0.max_bans));
+        }
+        self.update(|inputs| inputs.is_unsaved = true);
+        Ok(was_banned)
+    }
+
+    /// Lifts the ban of a network by command. May take long: not for a task.
+    #[must_use]
+    pub fn unban(&self, network: Network) -> Unbanned {
+        let was_banned = self.guard().change(Origin::Command, Vec::new(), vec![network]).removed > 0;
+        if was_banned {
+            self.update(|inputs| inputs.is_unsaved = true);
+        }
+        Unbanned { was_banned, remaining: self.guard().bans_around(network) }
+    }
+
+    /// Ends the thread, and saves the bans of commands. For the daemon's exit.
+    pub fn stop(&self) {
+        self.update(|inputs| inputs.is_stopped = true);
+        self.save_state();
+    }
+
+    fn inputs(&self) -> MutexGuard<'_, Inputs> {
+        self.0.inputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Inputs)) {
+        let mut inputs = self.inputs();
+        change(&mut inputs);
+        inputs.is_new = true;
+        self.0.wake.notify_one();
+    }
+
+    fn load_state(&self) {
+        let Some(path) = &self.0.state else { return };
+        match state::load(path, now()) {
+            Ok(Some((bans, bad))) => {
+                let count = bans.len();
+                self.guard().replace(Origin::Command, bans);
+                tracing::info!(target: target::GUARD, file = %path.display(), count, "bans of commands continue");
+                if bad > 0 {
+                    tracing::warn!(target: target::GUARD, file = %path.display(), bad, "lines of the state file are not bans, and are dropped");
+                }
+            }
+            Ok(None) => self.inputs().is_unsaved = true,
+            Err(error) => {
+                tracing::error!(target: target::GUARD, file = %path.display(), %error, "the state file cannot be read; of the bans by command, those that are still in the kernel continue");
+            }
+        }
+    }
+
+    fn save_state(&self) {
+        let Some(path) = &self.0.state else { return };
+        if !std::mem::take(&mut self.inputs().is_unsaved) {
+            return;
+        }
+        let bans = self.guard().snapshot(Some(Origin::Command), usize::MAX).bans;
+        let bans: Vec<_> = bans.into_iter().map(|listed| listed.ban).collect();
+        if let Err(error) = state::save(path, &bans, now()) {
+            tracing::error!(target: target::GUARD, file = %path.display(), %error, "the state file cannot be written; bans by command are lost when the host restarts");
+        }
+    }
+}
+
+impl GuardSource for Service {
+    fn sample(&self) -> GuardSample {
+        let guard = self.guard();
+        let list = |status: ListStatus| ListSample {
+            file: status.file.display().to_string(),
+            networks: status.networks,
+            failed: status.error.is_some(),
+            read_at: status.read_at,
+        };
+        GuardSample {
+            bans: Origin::ALL.map(|origin| (origin.name(), guard.count(origin))).to_vec(),
+            max_bans: self.0.max_bans,
+            dropped: dropped(guard),
+            rejected_full: guard.rejected_full(),
+            is_behind: guard.is_behind(),
+            lists: self.lists().into_iter().map(list).collect(),
+        }
+    }
+}
+
+/// Packets dropped in the kernel, by hook; empty if bans are not in the kernel.
+#[must_use]
+pub fn dropped(guard: &Guard) -> Vec<(&'static str, u64)> {
+    Counter::ALL.into_iter().filter_map(|by| Some((by.label(), guard.dropped(by)?))).collect()
+}
+
+fn now() -> Now {
+    Now { wall: SystemTime::now(), boottime_ns: clock::boottime_ns() }
+}
+
+/// The thread's own state.
+struct Follower {
+    service: Service,
+    deny: Vec<FollowedFile>,
+    allow: Vec<FollowedFile>,
+    /// The lists whose bans are in the table.
+    applied: Option<Lists>,
+    /// What is protected, as the guard has it.
+    protected: Vec<(Network, Protection)>,
+}
+
+impl fmt::Debug for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Follower").finish_non_exhaustive()
+    }
+}
+
+impl Follower {
+    fn new(service: Service) -> Self {
+        Self { service, deny: Vec::new(), allow: Vec::new(), applied: None, protected: Vec::new() }
+    }
+
+    fn run(mut self) {
+        loop {
+            self.protect();
+            self.apply_deny();
+            self.publish();
+            self.service.guard().maintain();
+            self.service.save_state();
+            let inputs = self.service.inputs();
+            let waited = self.service.0.wake.wait_timeout_while(inputs, INTERVAL, |inputs| !inputs.is_new);
+            let (mut inputs, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            inputs.is_new = false;
+            if inputs.is_stopped {
+                return;
+            }
+        }
+    }
+
+    /// Brings up to date what may not be banned.
+    fn protect(&mut self) {
+        let (lists, mut protected) = {
+            let inputs = self.service.inputs();
+            let hosts = inputs.backends.iter().map(|address| (Network::host(*address), Protection::Backend));
+            let peers = inputs.peers.iter().map(|network| (*network, Protection::InlinePeer));
+            (inputs.lists.clone(), hosts.chain(peers).collect::<Vec<_>>())
+        };
+        follow(&mut self.allow, &lists.allow_files);
+        for file in &mut self.allow {
+            refresh(file, "guard.allow_files");
+        }
+        let files = self.allow.iter().filter_map(FollowedFile::networks).flatten();
+        protected.extend(lists.allow.iter().chain(files).map(|network| (*network, Protection::Allow)));
+        // Without them, what was known before stays.
+        if let Ok(own) = if_addrs::get_if_addrs() {
+            protected.extend(own.iter().map(|it| (Network::host(it.ip()), Protection::OwnAddress)));
+        }
+        protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
+        protected.sort_unstable();
+        protected.dedup_by_key(|(network, _)| *network);
+        if protected != self.protected {
+            self.service.guard().set_protected(&protected);
+            self.protected = protected;
+        }
+    }
+
+    /// Brings the bans of the lists up to date.
+    fn apply_deny(&mut self) {
+        let lists = self.service.inputs().lists.clone();
+        follow(&mut self.deny, &lists.deny_files);
+        let mut changed = false;
+        for file in &mut self.deny {
+            changed |= refresh(file, "guard.deny_files");
+        }
+        if !changed && self.applied.as_ref() == Some(&lists) {
+            return;
+        }
+        let ban = |reason: &Arc<str>, network: &Network| WantedBan {
+            network: *network,
+            until_ns: Ban::FOREVER,
+            reason: Arc::clone(reason),
+        };
+        let reason: Arc<str> = "guard.deny".into();
+        let mut bans: Vec<_> = lists.deny.iter().map(|network| ban(&reason, network)).collect();
+        for file in &self.deny {
+            let reason: Arc<str> = file.path().display().to_string().into();
+            bans.extend(file.networks().unwrap_or_default().iter().map(|network| ban(&reason, network)));
+        }
+        let guard = self.service.guard();
+        let is_complete = self.deny.iter().all(|file| file.networks().is_some());
+        let applied = if is_complete {
+            guard.replace(Origin::List, bans)
+        } else {
+            // What an earlier daemon read from a file that cannot be read now stays.
+            guard.change(Origin::List, bans, Vec::new())
+        };
+        self.applied = Some(lists);
+        tracing::info!(target: target::GUARD, added = applied.added, removed = applied.removed, protected = applied.protected, "lists of bans applied");
+        if applied.full > 0 {
+            tracing::error!(target: target::GUARD, count = applied.full, max_bans = self.service.max_bans(), "networks of the lists are not banned, because guard.max_bans is reached: raise it and restart the injector");
+        }
+    }
+
+    fn publish(&self) {
+        let files = self.deny.iter().chain(&self.allow).map(FollowedFile::status).collect();
+        *self.service.0.files.lock().unwrap_or_else(PoisonError::into_inner) = files;
+    }
+}
+
+/// Makes `files` those of the configuration. Files that stay keep what is known of them.
+fn follow(files: &mut Vec<FollowedFile>, paths: &[PathBuf]) {
+    let mut before = std::mem::take(files);
+    for path in paths {
+        let known = before.iter().position(|file| file.path() == path);
+        files.push(known.map_or_else(|| FollowedFile::new(path.clone()), |at| before.swap_remove(at)));
+    }
+}
+
+/// Reads a file if it has changed, and logs what became of it. Whether other networks are in effect.
+fn refresh(file: &mut FollowedFile, list: &str) -> bool {
+    let (networks, error) = (file.networks().map(<[_]>::len), file.error().map(str::to_owned));
+    if !file.refresh() {
+        return false;
+    }
+    let path = file.path().display();
+    match file.error() {
+        Some(error) => {
+            tracing::error!(target: target::GUARD, list, file = %path, error, in_effect = networks.unwrap_or(0), "a list cannot be read; what it said before stays in effect");
+        }
+        None => {
+            let networks = file.networks().map_or(0, <[_]>::len);
+            tracing::info!(target: target::GUARD, list, file = %path, networks, was_unreadable = error.is_some(), "list read");
+        }
+    }
+    file.error().is_none()
+}

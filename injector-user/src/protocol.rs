@@ -258,6 +258,16 @@ impl Protocol {
         }
     }
 
+    /// Whether a client ends its session with this line, in clear text: [`Self::quit_command`] in any case, and with any tag.
+    pub fn is_quit(self, line: &[u8]) -> bool {
+        let words = |line: &'_ [u8]| -> (usize, Vec<u8>) {
+            let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+            let last = words.next_back().unwrap_or_default().to_ascii_uppercase();
+            (words.count(), last)
+        };
+        self.quit_command().is_some_and(|quit| words(line) == words(quit))
+    }
+
     /// A command that does nothing, which a server that serves the client accepts at any time.
     /// `None` where no receiver is known to greet a client that it then refuses to serve. RFC 5321,
     /// section 4.1.1.9; also before STARTTLS where that is required (RFC 3207, section 4).

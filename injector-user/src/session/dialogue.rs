@@ -109,6 +109,12 @@ fn last_line(payload: &[u8], at_line_start: bool) -> Option<&[u8]> {
     }
 }
 
+/// Whether a client's payload ends with the command that ends the session. A line that began in an
+/// earlier payload is not recognized.
+pub(super) fn ends_with_quit(protocol: Protocol, payload: &[u8]) -> bool {
+    payload.ends_with(b"\n") && last_line(payload, true).is_some_and(|line| protocol.is_quit(line))
+}
+
 /// Whether a client's payload can be text: it does not begin with control characters other than those
 /// of text. The first bytes of TLS are `0x16 0x03` (RFC 8446, section 5.1).
 pub(super) fn is_text(payload: &[u8]) -> bool {
@@ -208,6 +214,29 @@ mod tests {
         lines.client_spoke();
         assert_eq!(lines.read(b"hello there\r\n", || now), None);
         assert!(!lines.may_be_followed());
+    }
+
+    #[test]
+    fn a_client_ends_its_session_with_the_last_line() {
+        use Protocol::{Imap, Pop3, Sieve, Smtp};
+        for (protocol, payload, expected) in [
+            (Smtp, "QUIT\r\n", true),
+            (Smtp, "quit \n", true),
+            (Smtp, "DATA\r\n.\r\nQUIT\r\n", true),
+            (Pop3, "RETR 1\r\nQuit\r\n", true),
+            (Imap, "a17 LOGOUT\r\n", true),
+            (Imap, "LOGOUT\r\n", false),
+            (Imap, "a17 UID LOGOUT\r\n", false),
+            (Sieve, "logout\r\n", true),
+            (Smtp, "QUIT", false),
+            (Smtp, "QUIT\r\nNOOP\r\n", false),
+            (Smtp, "VRFY QUIT\r\n", false),
+            (Smtp, "\r\n", false),
+            (Smtp, "", false),
+            (Protocol::Plain, "QUIT\r\n", false),
+        ] {
+            assert_eq!(ends_with_quit(protocol, payload.as_bytes()), expected, "{protocol} {payload:?}");
+        }
     }
 
     #[test]

@@ -89,7 +89,8 @@ impl Duplex {
     ) -> Self {
         let now = Instant::now();
         Self {
-            to_backend: HalfDuplex::new(read, pending, awaiting_check, &context),
+            to_backend: HalfDuplex::new(read, pending, awaiting_check, &context)
+                .with_client(context.protocol),
             to_client: HalfDuplex::new(0, BytesMut::new(), false, &context).with_server(context.protocol),
             context,
             session,

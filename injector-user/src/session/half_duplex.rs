@@ -64,6 +64,10 @@ pub(super) struct HalfDuplex {
     is_text: bool,
     /// The lines of a server that speaks first, in clear text.
     server: Option<Box<ServerLines>>,
+    /// The protocol of a client that sends commands in clear text.
+    commands: Option<Protocol>,
+    /// The last payload that user space read ended with the command that ends the session.
+    has_quit: bool,
     /// Abandoned before its end: the source's peer believes that bytes were delivered that were
     /// not.
     truncated: bool,
@@ -102,6 +106,8 @@ impl HalfDuplex {
             released_prefix: None,
             is_text,
             server: None,
+            commands: None,
+            has_quit: false,
             truncated: false,
             backoff: Backoff::default(),
             backlog_share: context.backlog_total.share(),
@@ -133,6 +139,18 @@ impl HalfDuplex {
             self.server = Some(Box::new(ServerLines::new(protocol)));
         }
         self
+    }
+
+    /// Looks for the command of the source, a client, that ends the session, if the server speaks first.
+    pub(super) fn with_client(mut self, protocol: Protocol) -> Self {
+        self.commands = (protocol.speaks_first() == FirstSpeaker::Server).then_some(protocol);
+        self
+    }
+
+    /// Whether the source, a client, has ended the session by a command. Not known of what the kernel
+    /// forwarded.
+    pub(super) fn has_quit(&self) -> bool {
+        self.has_quit
     }
 
     /// The client has sent a byte.

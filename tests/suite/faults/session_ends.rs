@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use injector_testbed::daemon::Injector;
 
 use crate::Run;
 use crate::peer_timeouts::{Side, Silence};
@@ -18,6 +19,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("client FIN/a slow reader gets every byte", slow_reader),
     ("never spoke/the backend is reset once the client has the banner", never_spoke),
     ("never spoke/a backend without a banner gets the FIN", without_banner),
+    ("quit/the backend closes first", backend_closes_first),
+    ("quit/a backend that waits for the FIN gets it", backend_waits_for_fin),
     ("pipelining/a client that reads no answer is given up", never_reads),
     ("first bytes/an empty line is forwarded", empty_line),
     ("first bytes/a forged header in slow pieces is found", forged_slowly),
@@ -96,6 +99,48 @@ fn never_spoke(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         "the client did not get the banner"
     );
     ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend's connection was not reset");
+    ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+/// The client sends its last command and its FIN at once. In user space, at the backend.
+fn quitting(testbed: &Testbed, engine: &str) -> anyhow::Result<(Injector, TcpStream, TcpStream)> {
+    let (injector, mut client, mut server) = joined(testbed, engine, "")?;
+    client.write_all(b"QUIT\r\n")?;
+    client.shutdown(Shutdown::Write)?;
+    let mut command = [0; 6];
+    server.read_exact(&mut command)?;
+    ensure!(&command == b"QUIT\r\n", "{command:?}");
+    Ok((injector, client, server))
+}
+
+/// Otherwise the edge host would keep the connection in TIME_WAIT.
+fn backend_closes_first(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = quitting(testbed, engine)?;
+    // What the kernel has forwarded is not known.
+    if engine == "relay" {
+        nothing_comes(&mut server, Duration::from_millis(200))?;
+    }
+    server.write_all(b"221 bye\r\n")?;
+    server.shutdown(Shutdown::Write)?;
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend did not get the client's FIN");
+    ensure!(
+        ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()),
+        "the client did not get the answer"
+    );
+    ended(&injector, "client_closed")?;
+    Ok(())
+}
+
+fn backend_waits_for_fin(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    let (injector, mut client, mut server) = quitting(testbed, engine)?;
+    ensure!(ending(&mut server)? == Ending::Fin(Vec::new()), "the backend did not get the client's FIN");
+    server.write_all(b"221 bye\r\n")?;
+    drop(server);
+    ensure!(
+        ending(&mut client)? == Ending::Fin(b"221 bye\r\n".to_vec()),
+        "the client did not get the answer"
+    );
     ended(&injector, "client_closed")?;
     Ok(())
 }

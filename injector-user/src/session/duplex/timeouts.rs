@@ -16,6 +16,10 @@ use crate::{
 /// forges one sends it in one piece; a bare line end begins like one, too.
 const PREFIX_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long a server may take to close after the client's QUIT or LOGOUT, until it gets the client's
+/// FIN as well.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(1);
+
 impl Duplex {
     /// Makes the kernel detect a dead backend. A short session does not need these four system
     /// calls. Bytes that were sent before count as well, because the kernel compares the age of the
@@ -62,6 +66,9 @@ impl Duplex {
         if let Some(fin_wait) = &self.fin_wait {
             next = next.min(fin_wait.next_check());
         }
+        if let (Some(limit), Some(fin_wait)) = (self.fin_hold(), &self.fin_wait) {
+            next = next.min(limit.saturating_sub(fin_wait.age(StdInstant::now())));
+        }
         if let Some(held) = self.to_backend.held_for() {
             next = next.min(PREFIX_TIMEOUT.saturating_sub(held));
         }
@@ -105,16 +112,30 @@ impl Duplex {
         fin_wait.is_over(StdInstant::now(), unacknowledged, active, limit)
     }
 
-    /// Whether the client has finished without a byte, and has yet to get the banner. Until then the
-    /// backend gets no FIN: an early end terminates Postfix's smtpd up to 3.10 while it reads the
-    /// header.
+    /// Whether the backend gets no FIN yet, although the client has finished.
     pub(super) fn holds_fin(&self) -> bool {
-        let limit = self.context.timeouts.client_fin;
-        self.finished_unspoken()
-            && self.context.protocol.speaks_first() == FirstSpeaker::Server
-            && !self.to_client.source_ended()
-            && (self.to_client.has_read_nothing() || self.to_client.next_action() == NextAction::Write)
-            && self.fin_wait.as_ref().is_none_or(|it| it.age(StdInstant::now()) < limit)
+        let age = self.fin_wait.as_ref().map_or(Duration::ZERO, |it| it.age(StdInstant::now()));
+        self.fin_hold().is_some_and(|limit| age < limit)
+    }
+
+    /// For how long the backend gets no FIN after the client has finished, unless the backend finishes
+    /// before; `None` if there is no reason to wait.
+    ///
+    /// - The client has finished without a byte, and has yet to get the banner: an early end terminates
+    ///   Postfix's smtpd up to 3.10 while it reads the header.
+    /// - The client has ended the session by a command: the server closes by itself. If the injector
+    ///   did so first, the connection would stay in TIME_WAIT on this host, which takes a source port
+    ///   for a minute.
+    fn fin_hold(&self) -> Option<Duration> {
+        if self.to_backend.next_action() != NextAction::SendFin || self.to_client.source_ended() {
+            return None;
+        }
+        if !self.to_backend.has_read_nothing() {
+            return self.to_backend.has_quit().then_some(QUIT_TIMEOUT);
+        }
+        let awaits_banner = self.context.protocol.speaks_first() == FirstSpeaker::Server
+            && (self.to_client.has_read_nothing() || self.to_client.next_action() == NextAction::Write);
+        awaits_banner.then_some(self.context.timeouts.client_fin)
     }
 
     /// Whether the client has finished without a byte and has what the backend has sent. Then the

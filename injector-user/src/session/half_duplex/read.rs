@@ -52,6 +52,8 @@ impl HalfDuplex {
             released_prefix,
             is_text,
             server,
+            commands,
+            has_quit,
             ..
         } = self;
         let outcome = source.poll_read(task, |payload| {
@@ -69,6 +71,7 @@ impl HalfDuplex {
             {
                 return Some(Err(ForwardError::HeaderMisread(line)));
             }
+            *has_quit = commands.is_some_and(|protocol| dialogue::ends_with_quit(protocol, payload));
             if payload.len() >= BULK_SIZE {
                 *bulk_reads += 1;
             } else {
@@ -78,8 +81,8 @@ impl HalfDuplex {
             if let Some(spliced_state) = spliced_state {
                 spliced_state.spurious_eofs = 0;
             }
-            // If the FIN follows, the payload leaves in one segment with it.
-            let fin_follows = spliced_state.is_none() && source.fin_follows();
+            // If the FIN follows, the payload leaves in one segment with it, unless the FIN is held back.
+            let fin_follows = !*has_quit && spliced_state.is_none() && source.fin_follows();
             Some(write_through(direction, pending_write, payload, fin_follows, target))
         });
         match ready!(outcome).map_err(ForwardError::Source)? {

@@ -25,7 +25,8 @@ impl Candidate {
         self.is_selectable() && self.up
     }
 
-    fn is_selectable(self) -> bool {
+    /// Whether it can get connections while no other is up.
+    pub(super) fn is_selectable(self) -> bool {
         !self.disabled && self.weight > 0
     }
 

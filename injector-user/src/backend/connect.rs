@@ -98,37 +98,26 @@ impl Backends {
         within: Duration,
         observe: &ObserveSyn<'_>,
     ) -> Result<BackendConnection, Unreachable> {
-        let attempt = || self.connect_unless_full(client, within, observe);
-        self.queue.wait(attempt).await.unwrap_or_else(|no_place| Err(Unreachable::Full(no_place)))
-    }
-
-    /// The same, without waiting: `None` if every backend that could be tried has as many sessions as
-    /// it may.
-    async fn connect_unless_full(
-        &self,
-        client: IpAddr,
-        within: Duration,
-        observe: &ObserveSyn<'_>,
-    ) -> Option<Result<BackendConnection, Unreachable>> {
-        let deadline = Instant::now() + within;
-        let mut order = self.order(client);
-        if order.is_empty() {
-            return Some(Err(Unreachable::AllDisabled));
-        }
-        if !order.iter().any(|backend| backend.has_address()) {
+        let start = Instant::now();
+        if !self.all().iter().any(|backend| backend.has_address() && backend.candidate().is_selectable()) {
             // The names had no address when they were last resolved.
             let _ = timeout(within, self.resolve_now()).await;
         }
-        order.retain(|backend| backend.has_address());
-        let (mut worst, mut tried) = (Unreachable::Unresolved, order.is_empty());
+        let within = within.saturating_sub(start.elapsed());
+        let reserve = || self.reserve(client);
+        let (session, order) =
+            self.queue.wait(reserve).await.unwrap_or_else(|no_place| Err(Unreachable::Full(no_place)))?;
+        let mut reserved = Some(session);
+        let deadline = Instant::now() + within;
+        let mut worst = Unreachable::Unresolved;
         for (left, backend) in (1..=u32::try_from(order.len()).unwrap_or(1)).rev().zip(order) {
-            let Some(session) = backend.reserve(&self.queue.released) else { continue };
-            tried = true;
+            let session = reserved.take().or_else(|| backend.reserve(&self.queue.released));
+            let Some(session) = session else { continue };
             let share = deadline.saturating_duration_since(Instant::now()) / left;
             match self.connect_to(backend, share, observe).await {
                 Ok((address, endpoint)) => {
                     self.reached(backend);
-                    return Some(Ok(BackendConnection { endpoint, address, session }));
+                    return Ok(BackendConnection { endpoint, address, session });
                 }
                 Err(failed) => {
                     if failed.counts_as_failure() {
@@ -138,7 +127,24 @@ impl Backends {
                 }
             }
         }
-        tried.then_some(Err(worst))
+        Err(worst)
+    }
+
+    /// A place at the first backend that has one, of those to try for this client; with that backend and
+    /// those behind it. `None` if each of them has as many sessions as it may.
+    fn reserve(&self, client: IpAddr) -> Option<Result<(SessionGuard, Vec<&Backend>), Unreachable>> {
+        let mut order = self.order(client);
+        if order.is_empty() {
+            return Some(Err(Unreachable::AllDisabled));
+        }
+        order.retain(|backend| backend.has_address());
+        if order.is_empty() {
+            return Some(Err(Unreachable::Unresolved));
+        }
+        let place =
+            |(index, backend): (usize, &&Backend)| Some((index, backend.reserve(&self.queue.released)?));
+        let (index, session) = order.iter().enumerate().find_map(place)?;
+        Some(Ok((session, order.split_off(index))))
     }
 
     /// Connects to the address of a backend that accepts first. The next address is tried when one

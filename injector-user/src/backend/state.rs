@@ -80,7 +80,8 @@ pub struct SessionGuard {
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.state.counters.active.fetch_sub(1, Ordering::Relaxed);
-        self.released.notify_one();
+        // Clients from before a reload and those from after it wait for the same backend.
+        self.released.notify_waiters();
     }
 }
 

@@ -16,6 +16,7 @@ pub(super) fn system() -> System {
         port_kind: PortKind::Bare,
         config: String::new(),
         baseline: None,
+        bans_attacker_at: None,
         address: Address::Mail,
         start: Box::new(|_| Ok(Box::new(NoProcess))),
     }

@@ -74,6 +74,16 @@ impl Variant {
         format!("[guard]\npin = \"{PIN}/guard\"\nxdp = \"{xdp}\"\n{own}\n")
     }
 
+    /// Engine inline asks the same lists itself, before the program at the ingress.
+    fn bans_attacker_at(self, engine: &str) -> Option<&'static str> {
+        match self {
+            Self::Banned { xdp: "off" } if engine == "inline" => Some("inline"),
+            Self::Banned { xdp: "off" } => Some("tc"),
+            Self::Banned { .. } => Some("xdp"),
+            Self::On | Self::ManyBans | Self::Limits { .. } => None,
+        }
+    }
+
     const fn bans(self) -> u32 {
         if let Self::ManyBans = self { MANY } else { 0 }
     }
@@ -102,6 +112,7 @@ fn variants(variants: &[Variant], compared: bool) -> Vec<System> {
                 tables: format!("{}{}", plain.tables, variant.table()),
                 bans: variant.bans(),
                 baseline: compared.then(|| name.to_owned()),
+                bans_attacker_at: variant.bans_attacker_at(name),
                 ..plain
             }
         };
@@ -140,5 +151,7 @@ mod tests {
         let banned = flooded().into_iter().find(|system| system.name == "inline+ban-xdp-native").unwrap();
         assert!(banned.config.contains("deny = [\"198.18.0.0/16\", \"198.19.0.0/16\"]"), "{}", banned.config);
         assert!(banned.config.contains("xdp = \"native\""), "{}", banned.config);
+        let hooks: Vec<_> = flooded().into_iter().filter_map(|system| system.bans_attacker_at).collect();
+        assert_eq!(hooks, ["tc", "xdp", "xdp", "tc", "xdp", "xdp", "inline", "xdp", "xdp"]);
     }
 }

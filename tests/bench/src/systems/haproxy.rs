@@ -68,6 +68,7 @@ fn system(build: &Build, forwarding: Forwarding, word: &str, threads: usize) -> 
         port_kind: PortKind::Header,
         config: configuration(forwarding, threads, Path::new("DIR")),
         baseline: None,
+        bans_attacker_at: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(HaProxy::start(testbed, &copy, forwarding, threads)?))),
     }

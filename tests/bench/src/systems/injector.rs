@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use injector_load::service::{ALL, PortKind};
 
-use super::{Address, Counters, GUARD_DROPPED, RunningSystem, System};
+use super::{Address, Counters, HOOKS, RunningSystem, System, dropped_at};
 use crate::testbed::{FEW_LOCAL_PORTS, LOCAL_PORT_RANGE, Testbed, mail};
 use crate::{bans, mail_sink};
 use tempfile::TempDir;
@@ -47,6 +47,8 @@ pub(super) struct Engine {
     pub(super) bans: u32,
     /// The system that it is compared with.
     pub(super) baseline: Option<String>,
+    /// See [`System::bans_attacker_at`].
+    pub(super) bans_attacker_at: Option<&'static str>,
     pub(super) about: String,
 }
 
@@ -60,6 +62,7 @@ impl Engine {
             tables: String::new(),
             bans: 0,
             baseline: None,
+            bans_attacker_at: None,
             about: about.to_owned(),
         }
     }
@@ -107,6 +110,7 @@ pub(super) fn enrolments() -> Vec<System> {
         vip: VIP_SPLICE,
         bans: 0,
         baseline: None,
+        bans_attacker_at: None,
         tables: format!("[splice]\nenrol_after_messages = {messages}\nenrol_after_bytes = {bytes}\n\n"),
         about: format!("the injector, sockmap, enrolled {about}"),
     };
@@ -135,6 +139,7 @@ impl Engine {
             port_kind: PortKind::Header,
             config: config.clone(),
             baseline: self.baseline.clone(),
+            bans_attacker_at: self.bans_attacker_at,
             address: Address::Edge(self.vip),
             start: Box::new(move |testbed| Ok(Box::new(self.start(testbed, config.clone())?))),
         }
@@ -229,7 +234,8 @@ impl RunningSystem for Daemon {
             ("headers failed".to_owned(), metrics.sum(HEADERS_FAILED, &[])),
         ]);
         if metrics.has(GUARD_DROPPED_PACKETS) {
-            counters.insert(GUARD_DROPPED.to_owned(), metrics.sum(GUARD_DROPPED_PACKETS, &[]));
+            let dropped = |hook| metrics.sum(GUARD_DROPPED_PACKETS, &[("hook", hook)]);
+            counters.extend(HOOKS.map(|hook| (dropped_at(hook), dropped(hook))));
         }
         Ok(counters)
     }

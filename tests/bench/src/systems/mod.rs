@@ -62,6 +62,9 @@ pub struct System {
     pub config: String,
     /// Name of the system that it is compared with, if it is a variant of one.
     pub baseline: Option<String>,
+    /// The hook at which it drops the packets of a flood, if it bans the attacker: the label of the
+    /// guard's metric.
+    pub bans_attacker_at: Option<&'static str>,
     /// Where clients connect.
     address: Address,
     start: Start,
@@ -122,8 +125,15 @@ pub struct Programs {
 pub const DIRECT: &str = "direct";
 /// The name of kernel NAT alone.
 pub const NAT: &str = "nat";
-/// Among [`Counters`]: packets that the guard's programs dropped.
-pub const GUARD_DROPPED: &str = "packets dropped by the guard";
+/// Hooks of the guard: labels of its metric.
+pub const HOOKS: [&str; 3] = ["xdp", "tc", "inline"];
+
+/// The name among [`Counters`] of the packets that the guard dropped at a hook.
+#[must_use]
+pub fn dropped_at(hook: &str) -> String {
+    format!("packets dropped by the guard, {hook}")
+}
+
 /// The prefix of the names of all HAProxy configurations.
 pub const HAPROXY: &str = "haproxy";
 

@@ -24,6 +24,7 @@ pub(super) fn system() -> System {
         port_kind: PortKind::Bare,
         config: rules.clone(),
         baseline: None,
+        bans_attacker_at: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(Table::load(&testbed.topology.edge, &rules)?))),
     }

@@ -25,6 +25,7 @@ pub(super) fn system(program: &Path, modules: &Path) -> System {
         port_kind: PortKind::Header,
         config: configuration(&modules, Path::new("DIR")),
         baseline: None,
+        bans_attacker_at: None,
         address: Address::Edge(VIP_HAPROXY),
         start: Box::new(move |testbed| Ok(Box::new(Nginx::start(testbed, &program, &modules)?))),
     }

@@ -10,7 +10,7 @@ use super::{Measured, MeasurementContext, SETTLE, Workload, figure, float};
 use crate::attacker::{Attacker, set_default_backlog};
 use crate::netstat::TcpCounts;
 use crate::record::Figure;
-use crate::systems::GUARD_DROPPED;
+use crate::systems::{HOOKS, dropped_at};
 use crate::testbed::Testbed;
 
 /// Good sessions per second.
@@ -19,6 +19,9 @@ const GOOD_RATE: f64 = 100.0;
 /// The flood begins before the good sessions and lasts longer: they may take two seconds to end,
 /// and their process time to start.
 const LONGER: f64 = 10.0;
+
+/// The share of the SYNs that a ban of the attacker must drop where it should.
+const MIN_DROPPED: f64 = 0.99;
 
 /// Clock ticks a second in `/proc/PID/stat` (USER_HZ, 100 on every architecture Rust runs on).
 const TICKS: f64 = 100.0;
@@ -84,11 +87,19 @@ impl Workload for SynFlood {
         let served = context.testbed.server.take_counts()?;
         ensure!(served.bad_headers == 0, "{} connections arrived without a header", served.bad_headers);
         ensure!(flood.sent > 0, "no SYN was sent");
+        if let Some(hook) = context.system.bans_attacker_at {
+            let dropped = counted.guard_at(hook);
+            ensure!(
+                dropped >= MIN_DROPPED * float(flood.sent),
+                "{dropped} of {} SYNs were dropped at hook {hook}: the ban has no effect",
+                flood.sent
+            );
+        }
         let a_second = |count: f64| count / flood.seconds;
         let mut figures: std::collections::BTreeMap<_, _> = [
             ("served", share_served(&outcome) * 100.0),
             ("syns", flood.rate()),
-            ("guard", a_second(counted.guard)),
+            ("guard", a_second(counted.guard.iter().sum())),
             ("cookies", a_second(float(counted.tcp.cookies_sent))),
             ("dropped", a_second(float(counted.tcp.dropped))),
             ("each", outcome.cpu.busy() / outcome.seconds / flood.rate() * 1e9),
@@ -117,26 +128,30 @@ fn share_served(outcome: &JobOutcome) -> f64 {
 #[derive(Clone, Copy, Debug)]
 struct Counts {
     tcp: TcpCounts,
-    /// Packets that the guard's programs dropped.
-    guard: f64,
+    /// Packets that the guard's programs dropped, for each of [`HOOKS`].
+    guard: [f64; HOOKS.len()],
     /// Processor time of the system's processes, in seconds.
     daemon: f64,
 }
 
 impl Counts {
     fn now(context: &mut MeasurementContext<'_>) -> anyhow::Result<Self> {
-        let pids = context.running.pids();
+        let (pids, own) = (context.running.pids(), context.running.counters()?);
         Ok(Self {
             tcp: TcpCounts::of(&context.testbed.topology.edge)?,
-            guard: context.running.counters()?.get(GUARD_DROPPED).copied().unwrap_or_default(),
+            guard: HOOKS.map(|hook| own.get(&dropped_at(hook)).copied().unwrap_or_default()),
             daemon: pids.into_iter().map(processor_time).sum::<anyhow::Result<f64>>()?,
         })
+    }
+
+    fn guard_at(&self, hook: &str) -> f64 {
+        HOOKS.iter().position(|other| *other == hook).map_or(0.0, |at| self.guard[at])
     }
 
     fn since(self, earlier: Self) -> Self {
         Self {
             tcp: self.tcp.since(earlier.tcp),
-            guard: self.guard - earlier.guard,
+            guard: std::array::from_fn(|at| self.guard[at] - earlier.guard[at]),
             daemon: self.daemon - earlier.daemon,
         }
     }

@@ -41,7 +41,7 @@ pub(crate) struct BenchArgs {
     /// Compare enrolment policies of the splice engine instead of engines
     #[arg(long, conflicts_with = "quick")]
     enrolment: bool,
-    /// Compare engines without and with the guard, with clean traffic
+    /// Compare each engine with the guard with itself without, in turn, with clean traffic
     #[arg(long, conflicts_with_all = ["quick", "enrolment"])]
     guard: bool,
     /// Compare engines without and with the guard while forged SYNs flood the edge host, this many
@@ -84,7 +84,7 @@ pub(crate) struct BenchArgs {
     /// Number of repeats [default: 5, quick: 3, flood: 3, guard: 15]
     #[arg(long, value_name = "COUNT")]
     repeats: Option<usize>,
-    /// Seconds for one measurement [default: 3, quick: 1, flood: 5, guard: 1]
+    /// Seconds for one measurement [default: 3, quick: 1, flood: 5, guard: 4]
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<f64>,
     /// Keep the processors out of idle states with a spinner of lowest priority on each
@@ -280,7 +280,7 @@ fn options(args: &BenchArgs) -> Result<Options> {
         Comparison::Engines if args.quick => (systems::quick(&programs), own(&workloads::QUICK), 3, 1.0),
         Comparison::Engines => (Vec::new(), Vec::new(), 5, 3.0),
         Comparison::Enrolment => (systems::for_enrolment(&programs), own(&workloads::ENROLMENT), 5, 3.0),
-        Comparison::Guard => (all_names(systems::guarded()), own(&workloads::GUARD), 15, 1.0),
+        Comparison::Guard => (all_names(systems::guarded()), vec![workloads::in_turn().name()], 15, 4.0),
         Comparison::Flood { rate } => {
             (all_names(systems::flooded()), vec![workloads::flood(rate).name()], 3, 5.0)
         }

@@ -76,9 +76,9 @@ pub enum Comparison {
     Engines,
     /// Rules of enrolment of the splice engine.
     Enrolment,
-    /// Engines without and with the guard, with clean traffic.
+    /// Engines with the guard, each in turn with itself without, with clean traffic.
     Guard,
-    /// The same during a flood of SYNs.
+    /// Engines without and with the guard during a flood of SYNs.
     Flood {
         /// SYNs per second.
         rate: f64,
@@ -102,8 +102,10 @@ impl Comparison {
 
     fn workloads(self) -> Vec<Box<dyn Workload>> {
         let mut workloads = workloads::all();
-        if let Self::Flood { rate } = self {
-            workloads.push(workloads::flood(rate));
+        match self {
+            Self::Engines | Self::Enrolment => {}
+            Self::Guard => workloads.push(workloads::in_turn()),
+            Self::Flood { rate } => workloads.push(workloads::flood(rate)),
         }
         workloads
     }
@@ -196,7 +198,6 @@ fn begin(options: &Options, systems: &[System], workloads: &[Box<dyn Workload>],
         name: system.name.clone(),
         about: system.about.clone(),
         config: system.config.clone(),
-        baseline: system.baseline.clone(),
     };
     Record {
         started: since.map_or(0, |since| since.as_secs()),
@@ -335,9 +336,6 @@ mod tests {
             assert_eq!(names.len(), count, "{comparison:?}");
             for name in [systems::DIRECT, systems::NAT, "haproxy-3.0-splice-2t", "nginx", "splice", "relay"] {
                 assert!(names.contains(&name), "{comparison:?}: {name}");
-            }
-            for baseline in systems.iter().filter_map(|system| system.baseline.as_deref()) {
-                assert!(names.contains(&baseline), "{comparison:?}: {baseline}");
             }
             let floods = workloads.iter().filter(|workload| workload.name() == "syn-flood-1000").count();
             assert_eq!(floods, usize::from(comparison == Comparison::Flood { rate: 1000.0 }));

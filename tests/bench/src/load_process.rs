@@ -162,6 +162,19 @@ impl LoadClient {
         Ok(())
     }
 
+    /// Stops all its threads (SIGSTOP), or lets them go on (SIGCONT).
+    ///
+    /// # Errors
+    /// When it has exited.
+    pub fn stop(&self, stop: bool) -> anyhow::Result<()> {
+        let pid = i32::try_from(self.process.child.id())?;
+        let signal = if stop { libc::SIGSTOP } else { libc::SIGCONT };
+        // SAFETY: kill touches no memory; the child is not waited for yet, so its pid is its own.
+        let result = unsafe { libc::kill(pid, signal) };
+        ensure!(result == 0, "cannot stop the client: {}", std::io::Error::last_os_error());
+        Ok(())
+    }
+
     /// Makes the client close its idle connections.
     ///
     /// # Errors

@@ -72,9 +72,6 @@ pub struct SystemInfo {
     pub about: String,
     /// Its configuration.
     pub config: String,
-    /// Name of the system that it is compared with, if it is a variant of one.
-    #[serde(default)]
-    pub baseline: Option<String>,
 }
 
 /// A workload in the report.
@@ -99,6 +96,9 @@ pub struct Figure {
     pub more_is_better: bool,
     /// Whether the direct route's share is to be subtracted.
     pub above_direct: bool,
+    /// Whether it is a change in percent, to be reported with its interval.
+    #[serde(default)]
+    pub change: bool,
 }
 
 /// The result of one system in one repeat of one workload.

@@ -35,29 +35,29 @@ impl Spread {
     }
 }
 
-/// The change of a figure against a baseline: 0.01 is one percent more.
+/// A median with the interval that contains what it estimates.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Change {
-    /// The median of the changes within each repeat.
+pub struct Estimate {
+    /// The median of the values.
     pub median: f64,
     /// From here
     pub low: f64,
     /// to here: the interval that contains the true median with a probability of 95 %, or, with
-    /// too few repeats for that, all changes.
+    /// too few values for that, all values.
     pub high: f64,
-    /// Whether there were repeats enough.
+    /// Whether there were values enough.
     pub confident: bool,
 }
 
-impl Change {
-    /// `None` if no repeat has both.
+impl Estimate {
+    /// `None` if there are no values.
     #[must_use]
-    pub fn of(ours: &[Sample], baseline: &[Sample]) -> Option<Self> {
-        let mut changes = pairs(ours, baseline, |ours, baseline| ours / baseline - 1.0);
-        changes.sort_by(f64::total_cmp);
-        let Spread { median, min, max } = Spread::of(&changes)?;
-        let without = outside_of_interval(changes.len());
-        let (low, high) = match without.and_then(|without| changes.get(without..changes.len() - without)) {
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let Spread { median, min, max } = Spread::of(values)?;
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let without = outside_of_interval(sorted.len());
+        let (low, high) = match without.and_then(|without| sorted.get(without..sorted.len() - without)) {
             Some([low, .., high]) => (*low, *high),
             _ => (min, max),
         };
@@ -94,15 +94,13 @@ pub type Sample = (usize, f64);
 /// `combine(ours, theirs)` within each repeat that has both.
 #[must_use]
 pub fn pairwise(ours: &[Sample], theirs: &[Sample], combine: impl Fn(f64, f64) -> f64) -> Option<Spread> {
-    Spread::of(&pairs(ours, theirs, combine))
-}
-
-fn pairs(ours: &[Sample], theirs: &[Sample], combine: impl Fn(f64, f64) -> f64) -> Vec<f64> {
     let partner = |repeat| theirs.iter().find(|(other, _)| *other == repeat).map(|(_, value)| *value);
-    ours.iter()
+    let combined: Vec<f64> = ours
+        .iter()
         .filter_map(|(repeat, value)| partner(*repeat).map(|other| combine(*value, other)))
         .filter(|value| value.is_finite())
-        .collect()
+        .collect();
+    Spread::of(&combined)
 }
 
 /// The ratio to a reference.
@@ -156,15 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn a_change_has_an_interval_once_there_are_repeats_enough() {
-        let baseline: Vec<Sample> = (0..15).map(|repeat| (repeat, 100.0)).collect();
-        let ours: Vec<Sample> = (0_u8..15).map(|repeat| (repeat.into(), 92.0 + f64::from(repeat))).collect();
-        let change = Change::of(&ours, &baseline).unwrap();
-        assert!(near(change.median, -0.01) && change.confident, "{change:?}");
-        assert!(near(change.low, -0.05) && near(change.high, 0.03), "{change:?}");
-        let few = Change::of(&ours[..3], &baseline).unwrap();
-        assert!(near(few.low, -0.08) && near(few.high, -0.06) && !few.confident, "{few:?}");
-        assert_eq!(Change::of(&ours, &[]), None);
+    fn an_estimate_has_an_interval_once_there_are_values_enough() {
+        let values: Vec<f64> = (0_u8..15).map(f64::from).collect();
+        let estimate = Estimate::of(&values).unwrap();
+        assert!(near(estimate.median, 7.0) && estimate.confident, "{estimate:?}");
+        assert!(near(estimate.low, 3.0) && near(estimate.high, 11.0), "{estimate:?}");
+        let few = Estimate::of(&values[..3]).unwrap();
+        assert!(near(few.low, 0.0) && near(few.high, 2.0) && !few.confident, "{few:?}");
+        assert_eq!(Estimate::of(&[]), None);
     }
 
     #[test]

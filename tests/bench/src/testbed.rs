@@ -35,7 +35,18 @@ impl Testbed {
     /// # Errors
     /// When not root, or the namespaces cannot be made.
     pub fn new() -> anyhow::Result<Self> {
-        let topology = Topology::new()?;
+        Self::on(Topology::new()?)
+    }
+
+    /// A second one, beside one made by [`Self::new`].
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn second() -> anyhow::Result<Self> {
+        Self::on(Topology::named("second")?)
+    }
+
+    fn on(topology: Topology) -> anyhow::Result<Self> {
         // The direct route: through the edge, which only forwards.
         topology.client.ip(&["route", "add", "10.25.0.0/24", "via", &EDGE_OUTSIDE.v4.to_string()])?;
         for netns in [&topology.client, &topology.edge, &topology.mail] {

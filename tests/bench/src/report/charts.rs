@@ -124,8 +124,13 @@ mod tests {
 
     #[test]
     fn a_chart_has_a_bar_for_each_measured_system() {
-        let figure =
-            Figure { key: "rate".into(), unit: "x < y".into(), more_is_better: true, above_direct: false };
+        let figure = Figure {
+            key: "rate".into(),
+            unit: "x < y".into(),
+            more_is_better: true,
+            above_direct: false,
+            change: false,
+        };
         let workload = WorkloadInfo { name: "bulk".into(), about: String::new(), figures: vec![figure] };
         let system = |name: &str| SystemInfo { name: name.into(), ..SystemInfo::default() };
         let measurement = |system: &str, rate: f64| Measurement {

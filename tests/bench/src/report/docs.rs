@@ -118,12 +118,8 @@ mod tests {
             )
         };
         let page = format!("# Head\n\n{}\n{}\ntail\n", marks(RESULTS, "old"), marks(GUARD, "kept"));
-        let system = SystemInfo {
-            name: "splice".into(),
-            about: "an engine".into(),
-            config: "x = 1\n".into(),
-            baseline: None,
-        };
+        let system =
+            SystemInfo { name: "splice".into(), about: "an engine".into(), config: "x = 1\n".into() };
         let record = Record { systems: vec![system], ..Record::default() };
         let charts = [Chart { workload: "bulk".into(), svg: String::new() }];
         let text = results(&record, &charts, "benchmarks");

@@ -1,7 +1,7 @@
 //! The figures of a run, summarised: medians, spread, and ratios to the references.
 
-use crate::record::{Figure, Record, SystemInfo};
-use crate::stats::{self, Change, Spread};
+use crate::record::{Figure, Record};
+use crate::stats::{self, Estimate, Spread};
 use crate::systems::{DIRECT, HAPROXY, NAT};
 
 /// The section of one workload.
@@ -49,9 +49,8 @@ pub struct Cell {
     /// The difference to the direct route within each repeat, where it was measured and makes
     /// sense.
     pub above_direct: Option<Spread>,
-    /// The change against the system's baseline: of the first figure, and of those that have the
-    /// direct route subtracted.
-    pub change: Option<Change>,
+    /// The same values as an estimate, where the figure is a change.
+    pub estimate: Option<Estimate>,
 }
 
 /// Summarises a run.
@@ -66,7 +65,8 @@ pub fn sections(record: &Record) -> Vec<Section> {
 
 fn section(record: &Record, workload: &str, about: &str, figures: &[Figure]) -> Section {
     let haproxy = best_haproxy(record, workload, figures.first());
-    let rows = record.systems.iter().map(|system| row(record, workload, system, figures, haproxy.as_deref()));
+    let rows =
+        record.systems.iter().map(|system| row(record, workload, &system.name, figures, haproxy.as_deref()));
     Section {
         workload: workload.to_owned(),
         about: about.to_owned(),
@@ -92,8 +92,7 @@ fn best_haproxy(record: &Record, workload: &str, figure: Option<&Figure>) -> Opt
     best.map(|(name, _)| name.to_owned())
 }
 
-fn row(record: &Record, workload: &str, info: &SystemInfo, figures: &[Figure], haproxy: Option<&str>) -> Row {
-    let system = info.name.as_str();
+fn row(record: &Record, workload: &str, system: &str, figures: &[Figure], haproxy: Option<&str>) -> Row {
     let first = figures.first().map(|figure| figure.key.as_str()).unwrap_or_default();
     let ours = record.samples(workload, system, first);
     let to = |reference: &str| stats::ratio(&ours, &record.samples(workload, reference, first));
@@ -102,10 +101,7 @@ fn row(record: &Record, workload: &str, info: &SystemInfo, figures: &[Figure], h
     let steal = measurements().map(|it| it.cpu.stolen()).fold(0.0, f64::max);
     Row {
         system: system.to_owned(),
-        cells: figures
-            .iter()
-            .map(|figure| cell(record, workload, info, figure, figure.key == first))
-            .collect(),
+        cells: figures.iter().map(|figure| cell(record, workload, system, figure)).collect(),
         to_haproxy: haproxy.and_then(to),
         to_nat: to(NAT),
         to_direct: to(DIRECT),
@@ -115,16 +111,13 @@ fn row(record: &Record, workload: &str, info: &SystemInfo, figures: &[Figure], h
     }
 }
 
-fn cell(record: &Record, workload: &str, info: &SystemInfo, figure: &Figure, first: bool) -> Option<Cell> {
-    let system = info.name.as_str();
+fn cell(record: &Record, workload: &str, system: &str, figure: &Figure) -> Option<Cell> {
     let samples = record.samples(workload, system, &figure.key);
     let values: Vec<_> = samples.iter().map(|sample| sample.1).collect();
     let direct = || stats::above(&samples, &record.samples(workload, DIRECT, &figure.key));
     let above_direct = if figure.above_direct && system != DIRECT { direct() } else { None };
-    let baseline = info.baseline.as_deref().filter(|_| first || figure.above_direct);
-    let change =
-        baseline.and_then(|baseline| Change::of(&samples, &record.samples(workload, baseline, &figure.key)));
-    Spread::of(&values).map(|value| Cell { value, above_direct, change })
+    let estimate = figure.change.then(|| Estimate::of(&values)).flatten();
+    Spread::of(&values).map(|value| Cell { value, above_direct, estimate })
 }
 
 /// `(system - nat) / (haproxy - nat)` of the machine's time, as medians; `None` for the references
@@ -146,7 +139,13 @@ mod tests {
     use crate::record::{Measurement, SystemInfo, WorkloadInfo};
 
     fn figure(key: &str, more_is_better: bool) -> Figure {
-        Figure { key: key.into(), unit: "u".into(), more_is_better, above_direct: key == "cpu" }
+        Figure {
+            key: key.into(),
+            unit: "u".into(),
+            more_is_better,
+            above_direct: key == "cpu",
+            change: false,
+        }
     }
 
     /// Two repeats of `system: (rate, cpu)`; in the second the machine is half as fast.
@@ -195,18 +194,6 @@ mod tests {
         assert!((above.median - 2.0).abs() < 1e-9);
         assert!(ours.cells[0].unwrap().above_direct.is_none());
         assert!(section.rows[0].cpu_share.is_none() && section.rows[1].cpu_share.is_none());
-    }
-
-    #[test]
-    fn a_variant_is_compared_with_its_baseline() {
-        let mut record = record(&[("ours", 4.0, 2.0), ("ours+guard", 3.0, 3.0)], true);
-        record.systems[1].baseline = Some("ours".to_owned());
-        let sections = sections(&record);
-        let [plain, variant] = &sections[0].rows[..] else { panic!("two rows") };
-        assert!(plain.cells.iter().flatten().all(|cell| cell.change.is_none()));
-        let changes: Vec<_> =
-            variant.cells.iter().flatten().map(|cell| cell.change.unwrap().median).collect();
-        assert!((changes[0] + 0.25).abs() < 1e-9 && (changes[1] - 0.5).abs() < 1e-9, "{changes:?}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::iter;
 use super::digits;
 use super::summary::{Cell, Row, Section, sections};
 use crate::record::{Figure, Record};
-use crate::stats::{Change, Spread};
+use crate::stats::{Estimate, Spread};
 
 /// All workloads with all figures.
 #[must_use]
@@ -51,7 +51,6 @@ fn whole(section: &Section) -> Vec<Vec<String>> {
     let mut head = vec!["system".to_owned()];
     for figure in &section.figures {
         head.push(figure.unit.clone());
-        head.push("to guard off".to_owned());
         if figure.above_direct {
             head.push("above direct".to_owned());
         }
@@ -78,8 +77,8 @@ fn line(row: &Row, figures: &[Figure]) -> Vec<String> {
     let failed = if row.failures > 0 { format!(" ({} failed)", row.failures) } else { String::new() };
     let mut words = vec![format!("{}{failed}", row.system)];
     for (figure, cell) in figures.iter().zip(&row.cells) {
-        words.push(cell.map(|cell| spread(&cell.value)).unwrap_or_default());
-        words.push(cell.and_then(|cell| cell.change).map(|it| change(&it)).unwrap_or_default());
+        let word = |cell: Cell| cell.estimate.as_ref().map_or_else(|| spread(&cell.value), change);
+        words.push(cell.map(word).unwrap_or_default());
         if figure.above_direct {
             words.push(cell.and_then(above).unwrap_or_default());
         }
@@ -104,11 +103,11 @@ fn ratio(value: &Spread) -> String {
     format!("{:.2} ({:.2} to {:.2})", value.median, value.min, value.max)
 }
 
-fn change(change: &Change) -> String {
-    let [median, low, high] =
-        [change.median, change.low, change.high].map(|share| format!("{:+.1}", share * 100.0));
-    let what = if change.confident { "95 %: " } else { "" };
-    format!("{median} % ({what}{low} to {high})")
+/// A change in percent.
+fn change(estimate: &Estimate) -> String {
+    let Estimate { median, low, high, confident } = estimate;
+    let what = if *confident { "95 %: " } else { "" };
+    format!("{median:+.1} % ({what}{low:+.1} to {high:+.1})")
 }
 
 /// What the systems counted themselves, over all repeats: it shows which ones spliced.
@@ -193,9 +192,9 @@ mod tests {
 
     #[test]
     fn a_change_reads_in_percent() {
-        let few = Change { median: -0.0042, low: -0.01, high: 0.002, confident: false };
+        let few = Estimate { median: -0.42, low: -1.0, high: 0.2, confident: false };
         assert_eq!(change(&few), "-0.4 % (-1.0 to +0.2)");
-        assert_eq!(change(&Change { confident: true, ..few }), "-0.4 % (95 %: -1.0 to +0.2)");
+        assert_eq!(change(&Estimate { confident: true, ..few }), "-0.4 % (95 %: -1.0 to +0.2)");
     }
 
     #[test]

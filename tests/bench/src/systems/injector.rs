@@ -45,8 +45,6 @@ pub(super) struct Engine {
     pub(super) tables: String,
     /// Bans of others, in [`DENY_FILE`].
     pub(super) bans: u32,
-    /// The system that it is compared with.
-    pub(super) baseline: Option<String>,
     /// See [`System::bans_attacker_at`].
     pub(super) bans_attacker_at: Option<&'static str>,
     pub(super) about: String,
@@ -61,7 +59,6 @@ impl Engine {
             vip,
             tables: String::new(),
             bans: 0,
-            baseline: None,
             bans_attacker_at: None,
             about: about.to_owned(),
         }
@@ -109,7 +106,6 @@ pub(super) fn enrolments() -> Vec<System> {
         engine: "splice",
         vip: VIP_SPLICE,
         bans: 0,
-        baseline: None,
         bans_attacker_at: None,
         tables: format!("[splice]\nenrol_after_messages = {messages}\nenrol_after_bytes = {bytes}\n\n"),
         about: format!("the injector, sockmap, enrolled {about}"),
@@ -138,7 +134,7 @@ impl Engine {
             about: self.about.clone(),
             port_kind: PortKind::Header,
             config: config.clone(),
-            baseline: self.baseline.clone(),
+            baseline: None,
             bans_attacker_at: self.bans_attacker_at,
             address: Address::Edge(self.vip),
             start: Box::new(move |testbed| Ok(Box::new(self.start(testbed, config.clone())?))),

@@ -60,8 +60,8 @@ pub struct System {
     pub port_kind: PortKind,
     /// Its configuration, for the report.
     pub config: String,
-    /// Name of the system that it is compared with, if it is a variant of one.
-    pub baseline: Option<String>,
+    /// The system that it is compared with, if it is a variant of one.
+    pub baseline: Option<Box<System>>,
     /// The hook at which it drops the packets of a flood, if it bans the attacker: the label of the
     /// guard's metric.
     pub bans_attacker_at: Option<&'static str>,
@@ -175,7 +175,7 @@ fn best_haproxies(programs: &Programs) -> Vec<String> {
     systems.into_iter().map(|system| system.name).filter(|name| name.contains("-splice-")).collect()
 }
 
-/// The engines without and with the guard, for what it costs clean traffic; see [`System::baseline`].
+/// The engines with the guard, for what it costs clean traffic; each has a [`System::baseline`].
 #[must_use]
 pub fn guarded() -> Vec<System> {
     guard::clean()

@@ -24,8 +24,19 @@ impl Topology {
     /// # Errors
     /// As [`Netns::new`], and when the kernel has no veth.
     pub fn new() -> anyhow::Result<Self> {
-        let topology =
-            Self { client: Netns::new("client")?, edge: Netns::new("edge")?, mail: Netns::new("mail")? };
+        Self::of(["client", "edge", "mail"].map(Netns::new))
+    }
+
+    /// As [`Self::new`]. A process can have one with each name, beside one without.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        Self::of(["client", "edge", "mail"].map(|role| Netns::new(&format!("{role}-{name}"))))
+    }
+
+    fn of([client, edge, mail]: [anyhow::Result<Netns>; 3]) -> anyhow::Result<Self> {
+        let topology = Self { client: client?, edge: edge?, mail: mail? };
         let Self { client, edge, mail } = &topology;
         join((client, "eth0"), (edge, "outside"))?;
         join((edge, "inside"), (mail, "eth0"))?;

@@ -2,6 +2,7 @@
 //! checks, ejection, and the protocols of systemd. Real sockets at both ends, in namespaces.
 
 mod backends;
+mod bans;
 mod bind;
 mod drain;
 mod load;
@@ -31,6 +32,7 @@ fn main() {
     let mut trials = Vec::new();
     for engine in ENGINES {
         let each = reload::TRIALS.iter().chain(drain::TRIALS).chain(backends::TRIALS).chain(load::TRIALS);
+        let each = each.chain(bans::TRIALS);
         for (name, run) in each {
             trials.push(trial(&testbed, format!("{engine}/{name}"), move |testbed| run(testbed, engine)));
         }
@@ -40,6 +42,9 @@ fn main() {
     }
     for (name, run) in names::TRIALS {
         trials.push(trial(&testbed, format!("names/{name}"), |testbed| run(testbed, "relay")));
+    }
+    for (name, run) in bans::RELAY_TRIALS {
+        trials.push(trial(&testbed, format!("bans/{name}"), |testbed| run(testbed, "relay")));
     }
     for (name, run) in bind::TRIALS {
         trials.push(trial(&testbed, format!("bind/{name}"), |testbed| run(testbed, "relay")));

@@ -208,6 +208,13 @@ fn end(until: Option<u64>) -> String {
     )
 }
 
+/// How many sources are banned, and what that has dropped.
+#[must_use]
+pub(super) fn bans_part(status: &GuardStatus) -> String {
+    let dropped: u64 = status.dropped_packets.values().sum();
+    format!(", {} bans, {dropped} packets dropped", status.list + status.command + status.crowdsec)
+}
+
 /// The numbers of bans as text.
 pub(super) fn write_status(out: &mut String, status: &GuardStatus) -> fmt::Result {
     let GuardStatus { list, command, crowdsec, max_bans, kernel_failure, dropped_packets, lists } = status;

@@ -13,6 +13,7 @@ use ratatui::{
 
 use super::model::{Rates, View, whole};
 use crate::control::{
+    bans::bans_part,
     show::{age, bytes, inline_part, role},
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
@@ -52,6 +53,7 @@ impl View {
             max_connections,
             backlog_bytes,
             config,
+            guard,
             ..
         } = &self.now.status;
         let color = if readiness == "ready" { Color::Green } else { Color::Yellow };
@@ -61,9 +63,10 @@ impl View {
             Span::styled(readiness.clone(), Style::new().fg(color).bold()),
         ]);
         let second = Line::raw(format!(
-            "{connections} of {max_connections} connections{}, {} queued in the kernel   configuration {}",
+            "{connections} of {max_connections} connections{}, {} queued in the kernel{}   configuration {}",
             inline_part(*inline_connections),
             bytes(*backlog_bytes),
+            guard.as_ref().map(bans_part).unwrap_or_default(),
             config.file.display()
         ));
         let third = match (&self.error, &config.reload_error) {

@@ -1,6 +1,8 @@
 //! Answers of a daemon, for tests.
 
-use super::wire::{BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, SessionRow, Sessions, Status};
+use super::wire::{
+    BackendStatus, ConfigStatus, EngineStatus, GuardStatus, ListenerStatus, SessionRow, Sessions, Status,
+};
 use crate::backend::HealthState;
 
 /// Two listeners, of which one is draining and one has two backends.
@@ -51,7 +53,13 @@ pub(super) fn status() -> Status {
         inline_connections: 1,
         max_connections: 10_000,
         backlog_bytes: 0,
-        guard: None,
+        guard: Some(GuardStatus {
+            list: 1900,
+            command: 3,
+            max_bans: 262_144,
+            dropped_packets: [("tc".to_owned(), 512), ("inline".to_owned(), 40)].into(),
+            ..GuardStatus::default()
+        }),
         engines: vec![EngineStatus { name: "splice".to_owned(), failure: None }],
         listeners: vec![
             ListenerStatus {

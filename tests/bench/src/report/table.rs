@@ -1,5 +1,6 @@
 //! The tables in Markdown, which is readable in a terminal too.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::iter;
 
@@ -122,11 +123,13 @@ fn all_counters(record: &Record) -> String {
                     .iter()
                     .filter(|it| it.workload == workload.name && it.system == system.name)
             };
-            let Some(keys) = ours().map(|it| &it.counters).find(|counters| !counters.is_empty()) else {
+            // A measurement may lack a counter that another has.
+            let keys: BTreeSet<_> = ours().flat_map(|it| it.counters.keys()).collect();
+            if keys.is_empty() {
                 continue;
-            };
+            }
             let sum = |key: &String| ours().filter_map(|it| it.counters.get(key)).sum::<f64>();
-            let words: Vec<_> = keys.keys().map(|key| format!("{key} {}", digits(sum(key)))).collect();
+            let words: Vec<_> = keys.into_iter().map(|key| format!("{key} {}", digits(sum(key)))).collect();
             rows.push(vec![workload.name.clone(), system.name.clone(), words.join(", ")]);
         }
     }

@@ -19,6 +19,8 @@ const CLOSE: Variant = Variant::Limits { connections: 100, rate: 200 };
 /// A way to configure the guard.
 #[derive(Clone, Copy, Debug)]
 enum Variant {
+    /// Not at all, like its baseline: how far a measurement of equals is from zero.
+    Off,
     /// Without limits and bans.
     On,
     /// With bans of others.
@@ -33,6 +35,7 @@ impl Variant {
     /// What follows the engine's name.
     fn suffix(self) -> String {
         match self {
+            Self::Off => "nothing".to_owned(),
             Self::On => "guard".to_owned(),
             Self::ManyBans => "guard-100k".to_owned(),
             Self::Limits { .. } => "guard-limits".to_owned(),
@@ -43,6 +46,7 @@ impl Variant {
 
     fn about(self) -> String {
         match self {
+            Self::Off => "without the guard, like what it is compared with".to_owned(),
             Self::On => "with the guard, without bans and limits".to_owned(),
             Self::ManyBans => format!("with the guard and {MANY} bans of others"),
             Self::Limits { connections, rate } => {
@@ -62,6 +66,7 @@ impl Variant {
     /// The tables of the configuration.
     fn table(self) -> String {
         let own = match self {
+            Self::Off => return String::new(),
             Self::On => String::new(),
             Self::ManyBans => format!("deny_files = [\"{DENY_FILE}\"]\n"),
             Self::Limits { connections, rate } => format!(
@@ -80,7 +85,7 @@ impl Variant {
             Self::Banned { xdp: "off" } if engine == "inline" => Some("inline"),
             Self::Banned { xdp: "off" } => Some("tc"),
             Self::Banned { .. } => Some("xdp"),
-            Self::On | Self::ManyBans | Self::Limits { .. } => None,
+            Self::Off | Self::On | Self::ManyBans | Self::Limits { .. } => None,
         }
     }
 
@@ -102,10 +107,10 @@ impl Variant {
     }
 }
 
-/// Each engine with the guard, for what it costs clean traffic.
+/// Each engine with the guard, for what it costs clean traffic, and as it is, for comparison.
 pub(super) fn clean() -> Vec<System> {
     let of_engine = |name| {
-        [Variant::On, Variant::ManyBans, UNREACHED].map(|variant| {
+        [Variant::Off, Variant::On, Variant::ManyBans, UNREACHED].map(|variant| {
             let baseline = Some(Box::new(engine(name).system()));
             System { baseline, ..variant.with(name).system() }
         })
@@ -130,19 +135,21 @@ mod tests {
     #[test]
     fn every_variant_is_compared_with_its_engine() {
         let names: Vec<_> = clean().into_iter().map(|system| system.name).collect();
-        assert_eq!(names[..3], ["relay+guard", "relay+guard-100k", "relay+guard-limits"]);
-        assert_eq!(names.len(), 9);
+        assert_eq!(names[..4], ["relay+nothing", "relay+guard", "relay+guard-100k", "relay+guard-limits"]);
+        assert_eq!(names.len(), 12);
         for system in clean() {
             let (engine, _) = system.name.split_once('+').unwrap();
             let baseline = system.baseline.unwrap();
             assert_eq!(baseline.name, engine);
-            assert!(!baseline.config.contains("[guard]") && system.config.contains("[guard]"));
+            assert!(!baseline.config.contains("[guard]"));
+            assert_eq!(system.config == baseline.config, system.name.ends_with("+nothing"));
         }
     }
 
     #[test]
     fn only_variants_have_a_guard_and_each_has_its_own() {
-        for systems in [clean(), flooded()] {
+        for mut systems in [clean(), flooded()] {
+            systems.retain(|system| !system.name.ends_with("+nothing"));
             let mut configs: Vec<_> = systems.iter().map(|system| system.config.clone()).collect();
             for system in &systems {
                 let config: toml::Table = system.config.parse().unwrap();

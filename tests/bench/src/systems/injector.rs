@@ -17,9 +17,10 @@ use tempfile::TempDir;
 
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
-    BYTES, GUARD_BANS, GUARD_DROPPED_PACKETS, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED,
-    SPLICED,
+    BPF_EVENTS, BYTES, GUARD_BANS, GUARD_DROPPED_PACKETS, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED,
+    PLANE, RELAYED, SPLICED,
 };
+use injector_testbed::metrics::Metrics;
 use injector_testbed::netns::{HostAddresses, VIP_INLINE, VIP_RELAY, VIP_SPLICE, scratch_dir};
 
 /// How long the daemon may take to detach its programs and exit.
@@ -233,8 +234,24 @@ impl RunningSystem for Daemon {
             let dropped = |hook| metrics.sum(GUARD_DROPPED_PACKETS, &[("hook", hook)]);
             counters.extend(HOOKS.map(|hook| (dropped_at(hook), dropped(hook))));
         }
+        counters.extend(syns_of_inline(&metrics));
         Ok(counters)
     }
+}
+
+/// What has become of clients' SYNs in engine inline's program.
+fn syns_of_inline(metrics: &Metrics) -> impl Iterator<Item = (String, f64)> {
+    let fate = |event: &&str| {
+        ["opened", "established", "abandoned"].contains(event) || event.starts_with("to_socket_")
+    };
+    metrics.samples().iter().filter(|sample| sample.name == BPF_EVENTS && sample.value > 0.0).filter_map(
+        move |sample| {
+            let label =
+                |name| sample.labels.iter().find(|label| label.0 == name).map(|label| label.1.as_str());
+            let event = label("event").filter(fate).filter(|_| label("program") == Some("inline"))?;
+            Some((format!("inline: {event}"), sample.value))
+        },
+    )
 }
 
 impl Drop for Daemon {
@@ -265,6 +282,20 @@ mod tests {
             assert_eq!(system.config.matches("[[listener]]").count(), ALL.len() + 1, "{}", system.name);
             assert!(system.config.parse::<toml::Table>().is_ok(), "{}", system.config);
         }
+    }
+
+    #[test]
+    fn the_fate_of_syns_is_counted() {
+        let text = "injector_bpf_events_total{program=\"inline\",event=\"opened\"} 5\n\
+                    injector_bpf_events_total{program=\"inline\",event=\"to_socket_limit\"} 7\n\
+                    injector_bpf_events_total{program=\"inline\",event=\"to_socket_full\"} 0\n\
+                    injector_bpf_events_total{program=\"inline\",event=\"appended\"} 5\n\
+                    injector_bpf_events_total{program=\"verdict\",event=\"established\"} 5\n# EOF\n";
+        let counted: Vec<_> = syns_of_inline(&Metrics::parse(text).unwrap()).collect();
+        assert_eq!(
+            counted,
+            [("inline: opened".to_owned(), 5.0), ("inline: to_socket_limit".to_owned(), 7.0)]
+        );
     }
 
     #[test]

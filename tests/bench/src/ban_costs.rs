@@ -14,7 +14,7 @@ use injector_load::service::SHORT;
 use injector_testbed::bpf::{Program, map_memory};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{GUARD_BANS, Injector};
-use injector_testbed::netns::{CLIENT, VIP_RELAY, scratch_dir};
+use injector_testbed::netns::{CLIENT, Netns, VIP_RELAY, scratch_dir};
 use injector_testbed::resource_usage::Memory;
 
 use super::bans;
@@ -35,7 +35,12 @@ const RUNS: u32 = 200_000;
 const REPEATS: usize = 5;
 
 /// The programs, by the names that the kernel knows them by.
-const PROGRAMS: [&str; 2] = ["guard", "guard_xdp"];
+const PROGRAMS: [&str; 2] = [INGRESS, DRIVER];
+const INGRESS: &str = "guard";
+const DRIVER: &str = "guard_xdp";
+
+/// How many bans are tried to see whether all are in force.
+const SAMPLE: u32 = 500;
 
 /// What this many bans cost.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
@@ -69,10 +74,9 @@ pub struct PacketCost {
 /// the list.
 fn sources(count: u32) -> Vec<(&'static str, Ipv4Addr)> {
     let mut sources = vec![("not banned", CLIENT.v4)];
+    let network = bans::first(|ban| ban.contains('/').then(|| bans::address(ban)).flatten(), count);
     let address = bans::first(|ban| ban.parse().ok(), count);
-    let network =
-        bans::first(|ban| ban.strip_suffix(".0/24").and_then(|net| format!("{net}.9").parse().ok()), count);
-    sources.extend(address.map(|address| ("banned address", address)));
+    sources.extend(address.map(|address| ("a banned address", address)));
     sources.extend(network.map(|address| ("in a banned network", address)));
     sources
 }
@@ -90,6 +94,48 @@ pub fn run(counts: &[u32], on_cost: &mut dyn FnMut(&BanCost)) -> anyhow::Result<
     counts.iter().map(measure).collect()
 }
 
+/// Waits until so many bans are in force for the listener at this address: the daemon has them all,
+/// and the program at the ingress drops the packets of a sample.
+pub(crate) fn await_in_force(
+    injector: &Injector,
+    edge: &Netns,
+    listener: Ipv4Addr,
+    count: u32,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    let mut left = bans::sample(count, SAMPLE);
+    loop {
+        let known = injector.metrics()?.sum(GUARD_BANS, &[]) >= f64::from(count);
+        if known {
+            edge.run(|| drop_in_force(injector.pid(), listener, &mut left))??;
+        }
+        if known && left.is_empty() {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "not all of {count} bans are in force after {LIMIT:?}; logged:\n{}",
+            injector.log()
+        );
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Removes the addresses whose packets are dropped.
+fn drop_in_force(daemon: u32, listener: Ipv4Addr, left: &mut Vec<Ipv4Addr>) -> anyhow::Result<()> {
+    if left.is_empty() {
+        return Ok(());
+    }
+    let program = Program::of(daemon, INGRESS)?;
+    while let Some(address) = left.last() {
+        if program.test_run(&syn(*address, listener)?, 1)?.answer != TC_DROP {
+            break;
+        }
+        left.pop();
+    }
+    Ok(())
+}
+
 fn measure(count: u32) -> anyhow::Result<BanCost> {
     ensure!(count <= bans::MAX, "at most {} bans", bans::MAX);
     let testbed = Testbed::new()?;
@@ -98,10 +144,7 @@ fn measure(count: u32) -> anyhow::Result<BanCost> {
     fs::write(&list, bans::list(count))?;
     let begun = Instant::now();
     let injector = Injector::start(&testbed.topology.edge, &configuration(count, bpffs.path(), &list))?;
-    while injector.metrics()?.sum(GUARD_BANS, &[]) < f64::from(count) {
-        ensure!(begun.elapsed() < LIMIT, "not all are in force after {LIMIT:?}; logged:\n{}", injector.log());
-        thread::sleep(Duration::from_millis(20));
-    }
+    await_in_force(&injector, &testbed.topology.edge, VIP_RELAY.v4, count)?;
     let seconds = begun.elapsed().as_secs_f64();
     let (daemon, maps) = (Memory::now(injector.pid()).daemon, map_memory(injector.pid())?);
     let packets = testbed.topology.edge.run(|| packets(injector.pid(), count))??;
@@ -116,7 +159,7 @@ fn packets(daemon: u32, count: u32) -> anyhow::Result<Vec<PacketCost>> {
     for name in PROGRAMS {
         let program = Program::of(daemon, name)?;
         for (source, address) in sources(count) {
-            let packet = syn(address)?;
+            let packet = syn(address, VIP_RELAY.v4)?;
             let mut times = Vec::with_capacity(REPEATS);
             let mut answer = 0;
             for _ in 0..REPEATS {
@@ -124,8 +167,11 @@ fn packets(daemon: u32, count: u32) -> anyhow::Result<Vec<PacketCost>> {
                 answer = ran.answer;
                 times.push(nanos(ran.duration));
             }
-            let dropped = [TC_DROP, XDP_DROP].contains(&(name.ends_with("xdp"), answer));
-            ensure!(dropped == (address != CLIENT.v4), "{name} returns {answer} for {source}");
+            let dropped = answer == if name == DRIVER { XDP_DROP } else { TC_DROP };
+            ensure!(
+                dropped == (address != CLIENT.v4),
+                "{name} returns {answer} for a packet whose source is {source}"
+            );
             let median = Spread::of(&times).map(|spread| spread.median).unwrap_or_default();
             costs.push(PacketCost { program: name.into(), source: source.into(), dropped, nanos: median });
         }
@@ -133,19 +179,21 @@ fn packets(daemon: u32, count: u32) -> anyhow::Result<Vec<PacketCost>> {
     Ok(costs)
 }
 
-/// Whether by XDP, and what a program returns for a packet to drop: `TC_ACT_SHOT`, `XDP_DROP`.
-const TC_DROP: (bool, u32) = (false, 2);
-const XDP_DROP: (bool, u32) = (true, 1);
+/// What programs return for a packet to drop: `TC_ACT_SHOT`, `XDP_DROP`.
+const TC_DROP: u32 = 2;
+const XDP_DROP: u32 = 1;
 
 #[expect(clippy::cast_precision_loss, reason = "nanoseconds of less than a second")]
 fn nanos(duration: Duration) -> f64 {
     duration.as_nanos() as f64
 }
 
-fn syn(source: Ipv4Addr) -> anyhow::Result<Vec<u8>> {
-    const HARDWARE: [u8; 6] = [2, 0, 0, 0, 0, 1];
-    let builder = PacketBuilder::ethernet2(HARDWARE, HARDWARE)
-        .ipv4(source.octets(), VIP_RELAY.v4.octets(), 60)
+fn syn(source: Ipv4Addr, listener: Ipv4Addr) -> anyhow::Result<Vec<u8>> {
+    /// The loopback device's: the program leaves frames for others alone.
+    const TO: [u8; 6] = [0; 6];
+    const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    let builder = PacketBuilder::ethernet2(FROM, TO)
+        .ipv4(source.octets(), listener.octets(), 60)
         .tcp(40_000, SHORT.port, 1, 64_240)
         .syn();
     let mut frame = Vec::new();
@@ -223,7 +271,7 @@ mod tests {
             seconds: 1.5,
             daemon: 100 << 20,
             maps: 50 << 20,
-            packets: vec![packet("guard", "not banned", 80.0), packet("guard_xdp", "banned address", 60.0)],
+            packets: vec![packet("guard", "not banned", 80.0), packet("guard_xdp", "a banned address", 60.0)],
         };
         let table = table(&[cost]);
         let row = table.lines().last().unwrap().split('|').map(str::trim).collect::<Vec<_>>();

@@ -32,6 +32,21 @@ pub(crate) fn first<T>(accept: impl Fn(&str) -> Option<T>, count: u32) -> Option
     (0..count.min(OF)).find_map(|number| accept(&ban(number)))
 }
 
+/// An address that a ban of IPv4 is about: the banned one, or one in the banned network.
+pub(crate) fn address(ban: &str) -> Option<Ipv4Addr> {
+    match ban.split_once('/') {
+        None => ban.parse().ok(),
+        Some((network, _)) => network.parse().ok().map(|network: Ipv4Addr| (u32::from(network) | 9).into()),
+    }
+}
+
+/// Addresses of bans from the whole list of so many, at most this many, the last one included.
+pub(crate) fn sample(count: u32, most: u32) -> Vec<Ipv4Addr> {
+    let step = (count / most.max(1)).max(1);
+    let numbers = (0..count).rev().step_by(step as usize);
+    numbers.filter_map(|number| address(&ban(number))).collect()
+}
+
 fn ban(number: u32) -> String {
     let spread = |bits: u32| (number / OF).wrapping_mul(SPREAD) & ((1 << bits) - 1);
     match number % OF {
@@ -55,5 +70,17 @@ mod tests {
         assert_eq!((of("/24"), of("/64")), (1 << 16, 1 << 16));
         assert!(all.iter().all(|ban| ["11.", "12.", "2a0a:"].iter().any(|start| ban.starts_with(start))));
         assert_eq!(list(3).lines().count(), 3);
+    }
+
+    #[test]
+    fn a_sample_is_from_the_whole_list() {
+        assert_eq!(address("11.2.3.4"), Some(Ipv4Addr::new(11, 2, 3, 4)));
+        assert_eq!(address("12.2.3.0/24"), Some(Ipv4Addr::new(12, 2, 3, 9)));
+        assert_eq!(address("2a0a::/64"), None);
+        let sampled = sample(100_000, 100);
+        assert!((80..=101).contains(&sampled.len()), "{}", sampled.len());
+        assert_eq!(Some(sampled[0]), address(&ban(99_999)));
+        assert!(sample(0, 100).is_empty());
+        assert_eq!(sample(4, 100).len(), 3, "one of them is of IPv6");
     }
 }

@@ -4,21 +4,20 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use injector_load::service::{ALL, PortKind};
 
 use super::{Address, Counters, HOOKS, RunningSystem, System, dropped_at};
+use crate::ban_costs::await_in_force;
 use crate::testbed::{FEW_LOCAL_PORTS, LOCAL_PORT_RANGE, Testbed, mail};
 use crate::{bans, mail_sink};
 use tempfile::TempDir;
 
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{
-    BPF_EVENTS, BYTES, GUARD_BANS, GUARD_DROPPED_PACKETS, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED,
-    PLANE, RELAYED, SPLICED,
+    BPF_EVENTS, BYTES, GUARD_DROPPED_PACKETS, HEADERS_FAILED, HEADERS_SENT, Injector, PIPED, PLANE, RELAYED,
+    SPLICED,
 };
 use injector_testbed::metrics::Metrics;
 use injector_testbed::netns::{HostAddresses, VIP_INLINE, VIP_RELAY, VIP_SPLICE, scratch_dir};
@@ -31,9 +30,6 @@ pub(super) const PIN: &str = "/sys/fs/bpf/injector-bench";
 
 /// A placeholder for the file with bans; each run has its own.
 pub(super) const DENY_FILE: &str = "/run/injector-bench/deny.txt";
-
-/// How long the daemon may take to read its bans.
-const BANS_LIMIT: Duration = Duration::from_secs(60);
 
 /// One engine, with tables that precede the listeners in its configuration.
 pub(super) struct Engine {
@@ -157,9 +153,9 @@ impl Engine {
             fs::write(&file, bans::list(self.bans))?;
             config = config.replace(DENY_FILE, &file.display().to_string());
         }
-        let daemon = Daemon { injector: Some(Injector::start(edge, &config)?), _bpffs: bpffs, _lists: lists };
-        daemon.await_bans(self.bans)?;
-        Ok(daemon)
+        let injector = Injector::start(edge, &config)?;
+        await_in_force(&injector, edge, self.vip.v4, self.bans)?;
+        Ok(Daemon { injector: Some(injector), _bpffs: bpffs, _lists: lists })
     }
 
     fn configuration(&self) -> String {
@@ -193,22 +189,6 @@ struct Daemon {
     _bpffs: Option<BpfFs>,
     /// The directory of [`DENY_FILE`].
     _lists: Option<TempDir>,
-}
-
-impl Daemon {
-    /// Waits until so many bans are in force.
-    fn await_bans(&self, count: u32) -> anyhow::Result<()> {
-        let Some(injector) = &self.injector else { return Ok(()) };
-        let deadline = Instant::now() + BANS_LIMIT;
-        loop {
-            let bans = injector.metrics()?.sum(GUARD_BANS, &[]);
-            if bans >= f64::from(count) {
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "{bans} of {count} bans are in force after {BANS_LIMIT:?}");
-            thread::sleep(Duration::from_millis(50));
-        }
-    }
 }
 
 impl RunningSystem for Daemon {

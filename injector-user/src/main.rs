@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 use injector_user::{
-    cli::{self, Cli, Command, InlineCommand, completions, man, selftest},
+    cli::{self, Cli, Command, GuardCommand, InlineCommand, completions, man, selftest},
     doctor,
 };
 use mimalloc::MiMalloc;
@@ -33,7 +33,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => return Ok(doctor::run(&args)),
         #[cfg(feature = "probe")]
         Command::Probe(args) => return injector_user::probe::run(&args),
-        Command::Inline(InlineCommand::Detach(args)) => cli::inline::detach(&args)?,
+        Command::Inline(InlineCommand::Detach(args)) => cli::detach::inline(&args)?,
+        Command::Guard(GuardCommand::Detach(args)) => cli::detach::guard(&args)?,
         Command::Status(args) => cli::control::status(&args)?,
         Command::Sessions(args) => cli::control::sessions(args)?,
         Command::Drain(args) => cli::control::drain(&args)?,

@@ -4,15 +4,33 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{
     bindings::bpf_fib_lookup as Lookup, btf_maps::HashMap, helpers::generated::bpf_fib_lookup,
-    macros::btf_map,
+    macros::btf_map, programs::XdpContext,
 };
 use injector_common::{guard::packet::TCP, inline::Address};
 
-use super::{Ends, bans, frame::Frame, mem};
+use super::{
+    Ends, bans,
+    frame::{self, Frame},
+    mem,
+};
 
 /// The addresses of listeners, which may be unspecified; with port 0 their hosts.
 #[btf_map]
 static GUARDED: HashMap<Address, u32, 4096> = HashMap::new();
+
+/// The Ethernet addresses of devices, by index.
+#[btf_map]
+static GUARD_DEVICES: HashMap<u32, [u16; 4], 1024> = HashMap::new();
+
+/// Whether the frame is for its device, and not for another one behind it: a container's, or a virtual machine's.
+#[inline(always)]
+pub(super) fn is_own(frame: &XdpContext) -> bool {
+    let Some(address) = GUARD_DEVICES.get_ptr(frame.device()) else { return false };
+    // SAFETY: a map value.
+    let [a, b, c, _] = unsafe { *address };
+    // The destination stands first.
+    frame::half(frame, 0) == Some(a) && frame::half(frame, 2) == Some(b) && frame::half(frame, 4) == Some(c)
+}
 
 /// Whether a listener is at the packet's destination. With port 0, whether any port of its host has one.
 #[inline(always)]

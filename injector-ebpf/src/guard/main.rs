@@ -44,6 +44,12 @@ const TAG: usize = 4;
 #[unsafe(no_mangle)]
 static SELF_TEST: u32 = 0;
 
+#[inline(always)]
+fn is_self_test() -> bool {
+    // SAFETY: a constant of the loaded program.
+    unsafe { (&raw const SELF_TEST).read_volatile() != 0 }
+}
+
 #[classifier]
 fn guard(skb: TcContext) -> i32 {
     at_ingress::<{ EthHdr::LEN }>(&skb)
@@ -76,7 +82,7 @@ fn guard_xdp(frame: XdpContext) -> u32 {
 
 #[inline(always)]
 fn at_driver<const IP: usize>(frame: &XdpContext, kind: u16) -> u32 {
-    if is_banned::<_, IP>(frame, kind) {
+    if is_banned::<_, IP>(frame, kind) && (is_self_test() || listener::is_own(frame)) {
         bans::count(Counter::Xdp);
         return xdp_action::XDP_DROP;
     }
@@ -95,10 +101,8 @@ fn at_ingress<const IP: usize>(skb: &TcContext) -> i32 {
         let skb = &*skb.skb.skb;
         (skb.pkt_type, skb.vlan_present, skb.vlan_tci, skb.protocol as u16)
     };
-    // SAFETY: a constant of the loaded program.
-    let self_test = unsafe { (&raw const SELF_TEST).read_volatile() != 0 };
     // A tagged packet is that of the VLAN's device; without a number the tag is a priority only.
-    if (to != FOR_THIS_DEVICE && !self_test) || (tagged != 0 && tag & VLAN_NUMBER != 0) {
+    if (to != FOR_THIS_DEVICE && !is_self_test()) || (tagged != 0 && tag & VLAN_NUMBER != 0) {
         return NEXT;
     }
     if is_banned::<_, IP>(skb, kind) {

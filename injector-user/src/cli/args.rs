@@ -87,6 +87,9 @@ pub enum Command {
     /// Remove what engine "inline" leaves in the kernel
     #[command(subcommand)]
     Inline(InlineCommand),
+    /// Remove what the guard leaves in the kernel
+    #[command(subcommand)]
+    Guard(GuardCommand),
     /// Show the state of a running injector: listeners, backends, configuration
     Status(ControlArgs),
     /// List the sessions of a running injector, or end some
@@ -316,6 +319,33 @@ pub enum InlineCommand {
     /// Programs and maps outlive the daemon, so that connections continue while it restarts. Stop the daemon first,
     /// because it attaches the programs again. Connections through the engine break.
     Detach(DetachArgs),
+}
+
+/// The commands of `injector guard`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum GuardCommand {
+    /// Detach the programs from all devices, and remove their maps
+    ///
+    /// Programs and maps outlive the daemon, so that bans hold while it restarts. Stop the daemon first, because it
+    /// attaches the programs again. All bans are lifted.
+    Detach(GuardDetachArgs),
+}
+
+/// Arguments of `injector guard detach`.
+#[derive(Clone, Debug, Args)]
+pub struct GuardDetachArgs {
+    /// The configuration file (TOML) that the daemon ran with; only guard.pin of it counts
+    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// The directory of the pins, in place of guard.pin of the file
+    #[arg(long, env = "INJECTOR_PIN", value_name = "DIRECTORY")]
+    pub pin: Option<PathBuf>,
+
+    /// Detach although a daemon uses the programs: listeners reset connections of banned sources from then on,
+    /// and it may attach the programs again
+    #[arg(long, env = "INJECTOR_FORCE")]
+    pub force: bool,
 }
 
 /// Arguments of `injector inline detach`.

@@ -5,10 +5,10 @@ pub mod bans;
 pub mod check;
 pub mod completions;
 pub mod control;
-pub mod inline;
+pub mod detach;
 pub mod man;
 mod overrides;
 pub mod run;
 pub mod selftest;
 
-pub use self::args::{Cli, Command, InlineCommand};
+pub use self::args::{Cli, Command, GuardCommand, InlineCommand};

@@ -9,5 +9,5 @@ mod imp;
 
 pub use imp::{
     InlineEngine, KernelGuard, LoadedSplice, NOT_BUILT, detach_guard, detach_inline, inline_ineligibility,
-    start_guard, start_inline, test_inline, test_splice,
+    start_guard, start_inline, test_guard, test_inline, test_splice,
 };

@@ -35,8 +35,9 @@ mod command {
 
 /// `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS` (enum bpf_attach_type).
 const TCX: [u32; 2] = [46, 47];
-/// `BPF_LINK_TYPE_TCX`.
+/// `BPF_LINK_TYPE_TCX`, and `BPF_LINK_TYPE_XDP`.
 const LINK_TCX: u32 = 11;
+const LINK_XDP: u32 = 6;
 /// More programs than a device has room for (`BPF_MPROG_MAX`, include/linux/bpf_mprog.h).
 const MAX_PROGRAMS: usize = 64;
 /// A program with more maps is not ours.
@@ -175,6 +176,33 @@ pub fn attach_tcx(program: BorrowedFd<'_>, device: u32, place: Place) -> io::Res
     unsafe { attr.open(command::LINK_CREATE) }
 }
 
+/// Where an XDP program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the device's driver.
+    Native,
+    /// In the kernel, before a packet is handled.
+    Generic,
+}
+
+/// Attaches an XDP program to a device, by its index.
+///
+/// # Errors
+/// As bpf(2): `EBUSY` or `EEXIST` if there is another program, `EOPNOTSUPP` if the driver has no XDP,
+/// `EINVAL` before Linux 5.9.
+pub fn attach_xdp(program: BorrowedFd<'_>, device: u32, mode: XdpMode) -> io::Result<OwnedFd> {
+    /// `BPF_XDP` (enum bpf_attach_type), `XDP_FLAGS_SKB_MODE` and `XDP_FLAGS_DRV_MODE`.
+    const XDP: u32 = 37;
+    const SKB_MODE: u32 = 1 << 1;
+    const DRV_MODE: u32 = 1 << 2;
+
+    let flags = if mode == XdpMode::Native { DRV_MODE } else { SKB_MODE };
+    let mut attr = Attr::new();
+    attr.word(0, descriptor(program)).word(4, device).word(8, XDP).word(12, flags);
+    // SAFETY: no pointers; the call returns a new descriptor.
+    unsafe { attr.open(command::LINK_CREATE) }
+}
+
 /// Replaces a link's program, between two packets.
 ///
 /// # Errors
@@ -250,9 +278,21 @@ pub fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// As bpf(2).
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<Option<LinkInfo>> {
+    link_info_of(LINK_TCX, link)
+}
+
+/// The same of an XDP link.
+///
+/// # Errors
+/// As bpf(2).
+pub fn xdp_link_info(link: BorrowedFd<'_>) -> io::Result<Option<LinkInfo>> {
+    link_info_of(LINK_XDP, link)
+}
+
+fn link_info_of(expected: u32, link: BorrowedFd<'_>) -> io::Result<Option<LinkInfo>> {
     let info = info(link, [0; INFO_WORDS])?;
     let [kind, id, program, _, device, ..] = words(&info);
-    Ok((kind == LINK_TCX).then_some(LinkInfo { id, program, device }))
+    Ok((kind == expected).then_some(LinkInfo { id, program, device }))
 }
 
 /// What the kernel says about a program.

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "bpf")]
 pub mod bpf;
+#[cfg(feature = "bpf")]
+pub mod bpffs;
 pub mod capabilities;
 pub mod clock;
 pub mod epoll;

@@ -360,6 +360,25 @@ impl ForeignProgram {
         let link = descriptor(BPF_LINK_CREATE, &mut create).context("attaching a program of our own")?;
         Ok(Self { _link: link })
     }
+
+    /// Attaches an XDP program that passes every packet. Call it in the device's namespace.
+    ///
+    /// # Errors
+    /// As bpf(2), and when there is no such device.
+    pub fn passing_xdp(device: &str) -> anyhow::Result<Self> {
+        const BPF_PROG_TYPE_XDP: u32 = 6;
+        const BPF_XDP: u32 = 37;
+        const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
+        const XDP_PASS: u64 = 2;
+        let program = program(BPF_PROG_TYPE_XDP, BPF_XDP, XDP_PASS)?;
+        let mut create = Attributes::new()
+            .fd(0, &program)
+            .u32(4, index(device)?)
+            .u32(8, BPF_XDP)
+            .u32(12, XDP_FLAGS_SKB_MODE);
+        let link = descriptor(BPF_LINK_CREATE, &mut create).context("attaching a program of our own")?;
+        Ok(Self { _link: link })
+    }
 }
 
 /// The ids of the links at the tcx ingress of a device, in the order in which their programs run.

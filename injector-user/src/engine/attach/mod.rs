@@ -139,6 +139,7 @@ pub struct Attached {
     attachment: Attachment,
     selection: Selection,
     devices: BTreeMap<u32, Device>,
+    selected: Vec<Interface>,
     /// Programs of other daemons' maps, which stay as they are.
     others: HashSet<u32>,
     unusable: Vec<(String, String)>,
@@ -188,6 +189,7 @@ impl Attached {
             attachment,
             selection: Selection::new(devices.to_vec()),
             devices: BTreeMap::new(),
+            selected: Vec::new(),
             others,
             unusable: Vec::new(),
             reported: Vec::new(),
@@ -237,7 +239,13 @@ impl Attached {
         self.report(&failures);
         errors.extend(failures);
         self.devices.retain(|index, _| points.keep.contains(index));
+        self.selected = points.attach;
         if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    /// The devices that are to have the program, as of the last update.
+    pub(in crate::engine) fn selected(&self) -> &[Interface] {
+        &self.selected
     }
 
     fn ensure(&mut self, programs: &mut Ebpf, interface: &Interface, tcx: bool) -> Result<(), Failure> {

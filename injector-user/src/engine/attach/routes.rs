@@ -37,6 +37,12 @@ pub struct Interface {
     /// The bridge, bond or team that takes its packets, by index: they are the host's only once
     /// they arrive there. A VRF takes none: packets are the host's at its members.
     pub master: Option<u32>,
+    /// Its Ethernet address.
+    pub hardware_address: Option<[u8; 6]>,
+    /// The bus of the hardware that it is, such as `pci`, or `virtio`. Only Linux 5.14 and later name it.
+    pub bus: Option<String>,
+    /// The id of its XDP program.
+    pub xdp: Option<u32>,
 }
 
 /// The interfaces of the calling thread's network namespace, by index, also those that are down.
@@ -64,6 +70,11 @@ fn interface(message: &[u8]) -> Result<Option<Interface>, DecodeError> {
     const MASTER: u16 = 10;
     const LINK_INFO: u16 = 18;
     const PORT_KIND: u16 = 4;
+    /// `IFLA_ADDRESS`, `IFLA_PARENT_DEV_BUS_NAME`, `IFLA_XDP` and in it `IFLA_XDP_PROG_ID`.
+    const ADDRESS: u16 = 1;
+    const BUS: u16 = 57;
+    const XDP: u16 = 43;
+    const XDP_PROGRAM: u16 = 4;
 
     let Some((header, attributes)) = message.split_at_checked(HEADER) else { return Err(short()) };
     let [_, _, link0, link1, i0, i1, i2, i3, f0, f1, f2, f3, ..] = *header else { return Err(short()) };
@@ -72,13 +83,19 @@ fn interface(message: &[u8]) -> Result<Option<Interface>, DecodeError> {
     let info = attribute(attributes, LINK_INFO)?.unwrap_or_default();
     let in_vrf = attribute(&info, PORT_KIND)?.is_some_and(|kind| kind.starts_with(b"vrf"));
     let master = attribute(attributes, MASTER)?.map(|index| parse_u32(&index)).transpose()?;
+    let kind = LinkKind::of(LinkLayerType::from(u16::from_ne_bytes([link0, link1])));
+    let hardware_address = attribute(attributes, ADDRESS)?.and_then(|address| address.try_into().ok());
+    let xdp = attribute(attributes, XDP)?.unwrap_or_default();
     Ok(Some(Interface {
         index: u32::from_ne_bytes([i0, i1, i2, i3]),
         name: parse_string(&name)?,
-        kind: LinkKind::of(LinkLayerType::from(u16::from_ne_bytes([link0, link1]))),
+        kind,
         up: flags.contains(LinkFlags::Up),
         loopback: flags.contains(LinkFlags::Loopback),
         master: master.filter(|_| !in_vrf),
+        hardware_address: hardware_address.filter(|_| kind == LinkKind::Ethernet),
+        bus: attribute(attributes, BUS)?.map(|bus| parse_string(&bus)).transpose()?,
+        xdp: attribute(&xdp, XDP_PROGRAM)?.map(|id| parse_u32(&id)).transpose()?,
     }))
 }
 
@@ -216,6 +233,9 @@ mod tests {
             bytes.extend(attribute(3, b"eth0\0"));
             bytes.extend(attribute(10, &3_u32.to_ne_bytes()));
             bytes.extend(attribute(18, &attribute(4, port_kind)));
+            bytes.extend(attribute(1, &[2, 0, 0, 0, 0, 7]));
+            bytes.extend(attribute(57, b"pci\0"));
+            bytes.extend(attribute(43, &attribute(4, &9_u32.to_ne_bytes())));
             bytes
         };
         let expected = Interface {
@@ -225,6 +245,9 @@ mod tests {
             up: true,
             loopback: false,
             master: Some(3),
+            hardware_address: Some([2, 0, 0, 0, 0, 7]),
+            bus: Some("pci".to_owned()),
+            xdp: Some(9),
         };
         assert_eq!(interface(&message(b"bridge\0")).unwrap(), Some(expected.clone()));
         let in_vrf = Interface { master: None, ..expected };

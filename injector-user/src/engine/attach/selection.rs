@@ -98,6 +98,9 @@ mod tests {
             up: true,
             loopback: false,
             master: None,
+            hardware_address: None,
+            bus: None,
+            xdp: None,
         }
     }
 

@@ -60,7 +60,7 @@ pub fn detach(pin: &Path, force: bool) -> Result<Vec<String>, DetachError> {
         note(format!("filter of {}", interface.name), outcome.map_err(|error| error.to_string()));
     }
     for folder in folders {
-        for part in ["links", "xdp", "maps"].map(|part| folder.join(part)) {
+        for part in fs::read_dir(&folder).into_iter().flatten().flatten().map(|part| part.path()) {
             for entry in fs::read_dir(&part).into_iter().flatten().flatten() {
                 let path = entry.path();
                 note(

@@ -31,11 +31,12 @@ use crate::{
     telemetry::log::target,
 };
 
-const ADDRESSES: &str = "BANNED_ADDRESSES";
+pub(super) const ADDRESSES: &str = "BANNED_ADDRESSES";
 const NETWORKS: &str = "BANNED_NETWORKS";
 const ALLOWED: &str = "GUARD_ALLOWED";
 const GUARDED: &str = "GUARDED";
 const SETTINGS: &str = "GUARD_SETTINGS";
+const DEVICES: &str = "GUARD_DEVICES";
 
 /// Those that engine inline's programs use, too.
 pub(in crate::engine) const SHARED: [&str; 5] = [ADDRESSES, NETWORKS, ALLOWED, SETTINGS, "GUARD_COUNTERS"];
@@ -49,6 +50,7 @@ pub(super) struct Maps {
     bans: Mutex<Bans>,
     allowed: Mutex<ByteMap>,
     guarded: Mutex<ByteMap>,
+    devices: Mutex<ByteMap>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -95,9 +97,15 @@ impl Maps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
         let open = |map| byte_map(programs, map);
         let bans = Bans { addresses: open(ADDRESSES)?, networks: open(NETWORKS)?, settings: open(SETTINGS)? };
-        let (allowed, guarded) = (Mutex::new(open(ALLOWED)?), Mutex::new(open(GUARDED)?));
+        let [allowed, guarded, devices] = [open(ALLOWED)?, open(GUARDED)?, open(DEVICES)?].map(Mutex::new);
         let counters = take_map(programs, "GUARD_COUNTERS")?;
-        Ok(Self { bans: Mutex::new(bans), allowed, guarded, counters })
+        Ok(Self { bans: Mutex::new(bans), allowed, guarded, devices, counters })
+    }
+
+    /// Tells the program at the driver which packets are this device's own, and not for another one behind it.
+    pub(super) fn set_device(&self, index: u32, hardware_address: [u8; 6]) -> io::Result<()> {
+        let [a, b, c, d, e, f] = hardware_address;
+        lock(&self.devices).insert(&index.to_ne_bytes(), &[a, b, c, d, e, f, 0, 0])
     }
 
     /// Moves the bans of maps that were set aside.

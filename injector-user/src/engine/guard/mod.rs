@@ -11,3 +11,4 @@ mod pins;
 mod programs;
 pub mod runner;
 pub mod selftest;
+mod xdp;

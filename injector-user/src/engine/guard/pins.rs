@@ -7,7 +7,14 @@ use std::{
 
 use thiserror::Error;
 
-use crate::engine::attach::lock::{Lock, LockError, Name};
+use super::maps::ADDRESSES as BANNED;
+use crate::{
+    engine::attach::{
+        device_pins::namespace,
+        lock::{Lock, LockError, Name},
+    },
+    os::bpffs,
+};
 
 /// The lock of the guard.
 pub(super) const LOCK: Name = Name { socket: b"injector/guard", setting: "guard.pin" };
@@ -22,6 +29,8 @@ const LAYOUTS: &str = "layout";
 pub(super) struct Pins {
     /// The maps.
     pub(super) maps: PathBuf,
+    /// The folder of this layout.
+    pub(super) folder: PathBuf,
     /// The links to devices, or the programs of filters.
     pub(super) links: PathBuf,
     _lock: Lock,
@@ -83,7 +92,43 @@ pub(super) fn prepare(pin: &Path) -> Result<Pins, PinError> {
         fs::create_dir_all(part).map_err(failed(part))?;
     }
     let lock = Lock::take(&LOCK, pin)?;
-    Ok(Pins { maps, links, _lock: lock })
+    Ok(Pins { maps, folder, links, _lock: lock })
+}
+
+/// The folders for pins, wherever they are, by which a guard has attached programs in this network namespace.
+pub(super) fn in_use_here() -> io::Result<Vec<PathBuf>> {
+    /// How deep in a BPF file system a pin folder may be.
+    const MAX_DEPTH: u32 = 6;
+
+    let own = format!("{}-", namespace()?);
+    let mut found = Vec::new();
+    let mut folders: Vec<_> = bpffs::mounts().into_iter().map(|root| (root, 0)).collect();
+    while let Some((folder, depth)) = folders.pop() {
+        if is_used_by(&folder, &own) {
+            found.push(folder);
+        } else if depth < MAX_DEPTH {
+            folders.extend(subfolders(&folder).map(|inside| (inside, depth + 1)));
+        }
+    }
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+/// Whether a guard has pinned links under a folder whose names begin like this.
+fn is_used_by(folder: &Path, own: &str) -> bool {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_own = |link: fs::DirEntry| link.file_name().to_str().is_some_and(|name| name.starts_with(own));
+    folders(folder)
+        .unwrap_or_default()
+        .iter()
+        .any(|layout| layout.join("maps").join(BANNED).exists() && entries(&layout.join("links")).any(is_own))
+}
+
+fn subfolders(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.filter(is_folder).map(|entry| entry.path())
 }
 
 /// The folders that daemons left under this one, of any layout.

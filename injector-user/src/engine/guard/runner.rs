@@ -13,10 +13,11 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 
 use super::{
     attach::SET,
-    detach,
+    detach::{self, DetachError},
     maps::Maps,
     pins::{self, PinError, Pins},
     programs,
+    xdp::Drivers,
 };
 use crate::{
     config::{Attachment, Guard as Settings},
@@ -32,6 +33,7 @@ pub struct Guard {
     maps: Arc<Maps>,
     programs: Ebpf,
     attached: Attached,
+    drivers: Drivers,
     pin: PathBuf,
     pins: Pins,
 }
@@ -50,7 +52,7 @@ impl fmt::Debug for Guard {
 /// listeners reset the connections of banned sources.
 pub fn start(settings: Option<&Settings>, attachment: Attachment) -> anyhow::Result<Option<Guard>> {
     let Some(settings) = settings else {
-        remove_left(&Settings::default().pin);
+        remove_left();
         return Ok(None);
     };
     let started = load(settings, attachment);
@@ -72,17 +74,32 @@ fn load(settings: &Settings, attachment: Attachment) -> anyhow::Result<Guard> {
     let devices = (attachment, settings.devices.as_slice());
     let attached = Attached::new(&SET, devices, pins.links.clone(), std::collections::HashSet::new())
         .context("identifying the network namespace")?;
-    Ok(Guard { maps, programs, attached, pin: settings.pin.clone(), pins })
+    let drivers = Drivers::new(settings.xdp, &pins.folder)?;
+    Ok(Guard { maps, programs, attached, drivers, pin: settings.pin.clone(), pins })
 }
 
 /// Removes what a daemon with a guard left, now that there is none.
-fn remove_left(pin: &Path) {
+fn remove_left() {
+    let left = match pins::in_use_here() {
+        Ok(left) => left,
+        Err(error) => {
+            tracing::debug!(target: target::GUARD, %error, "it is not known what an earlier daemon's guard left");
+            return;
+        }
+    };
+    for pin in left {
+        remove(&pin);
+    }
+}
+
+fn remove(pin: &Path) {
     match detach::detach(pin, false) {
-        Ok(removed) if removed.is_empty() => {}
         Ok(removed) => {
             let removed = removed.join(", ");
             tracing::info!(target: target::GUARD, removed, "no [guard] is configured: what an earlier daemon's guard left was removed, and its bans are lifted");
         }
+        // Another daemon, with a guard.
+        Err(DetachError::Running(_)) => {}
         Err(error) => {
             tracing::warn!(target: target::GUARD, %error, "no [guard] is configured, and an earlier daemon's may still drop packets; `injector guard detach` removes it");
         }
@@ -111,6 +128,7 @@ impl Guard {
     /// Attaches the programs to the devices that need them. Each failure is logged.
     pub fn attach(&mut self) {
         let _ = self.attached.update(&mut self.programs);
+        self.drivers.update(&mut self.programs, &self.maps, self.attached.selected());
     }
 
     /// Tells the programs the addresses of all listeners.

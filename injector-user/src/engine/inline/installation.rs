@@ -20,7 +20,10 @@ use crate::{
         filters::{self, Filter},
         routes,
     },
-    os::bpf::{self, Object},
+    os::{
+        bpf::{self, Object},
+        bpffs,
+    },
 };
 
 /// The layout of the maps. Maps of another layout are in another folder.
@@ -351,8 +354,7 @@ fn maps_of(program: u32) -> io::Result<Option<(Layout, BTreeMap<String, OwnedFd>
 fn folders(configured: &Path) -> Vec<PathBuf> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    for root in std::iter::once(configured.to_owned()).chain(bpf_mounts(&mounts)) {
+    for root in std::iter::once(configured.to_owned()).chain(bpffs::mounts()) {
         let mut folders = vec![(root, 0)];
         while let Some((folder, depth)) = folders.pop() {
             let Ok(metadata) = fs::symlink_metadata(&folder) else { continue };
@@ -372,23 +374,6 @@ fn folders(configured: &Path) -> Vec<PathBuf> {
 
 /// How deep in a BPF file system a pin folder may be.
 const MAX_DEPTH: u32 = 6;
-
-/// The mount points of BPF file systems, of /proc/self/mountinfo.
-fn bpf_mounts(mountinfo: &str) -> Vec<PathBuf> {
-    let mount = |line: &str| {
-        let (mount, file_system) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4)?;
-        file_system.starts_with("bpf ").then(|| PathBuf::from(unescape(point)))
-    };
-    mountinfo.lines().filter_map(mount).collect()
-}
-
-/// Blanks are written as `\040` (mangle, fs/seq_file.c).
-fn unescape(path: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(path.to_owned(), |path, (code, character)| path.replace(code, character))
-}
 
 /// The layout's number in a folder's name.
 fn version(folder: &Path) -> Option<u32> {
@@ -414,17 +399,6 @@ pub(super) fn remove_folder(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bpf_file_systems_are_found_among_the_mounts() {
-        let mounts = "\
-24 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-31 24 0:26 / /sys/fs/bpf rw,nosuid shared:9 - bpf bpf rw,mode=700
-40 24 0:40 /injector /run/my\\040pins rw - bpf bpf rw
-41 24 0:41 / /bpf rw - tmpfs bpf rw
-";
-        assert_eq!(bpf_mounts(mounts), [PathBuf::from("/sys/fs/bpf"), PathBuf::from("/run/my pins")]);
-    }
 
     #[test]
     fn folders_are_named_by_their_layout() {

@@ -16,7 +16,7 @@ use crate::{
         Engine,
         bans::BanMaps,
         check::{Check, SelfTestReport},
-        guard::{detach, runner as guard_runner},
+        guard::{detach, runner as guard_runner, selftest as guard_selftest},
         inline::{
             runner::{self, InlineEngine as Runner},
             selftest as inline_selftest,
@@ -139,6 +139,13 @@ pub fn start_inline(
 /// When a daemon uses it and `force` is not set; or what could not be removed.
 pub fn detach_inline(settings: &InlineSettings, force: bool) -> anyhow::Result<Vec<String>> {
     runner::detach(settings, force)
+}
+
+/// Runs the self-test of the guard's programs, with maps of its own.
+#[must_use]
+pub fn test_guard() -> SelfTestReport {
+    let (checks, programs) = guard_selftest::run();
+    SelfTestReport::new(checks, programs)
 }
 
 /// Loads the guard's programs. Without `settings`, removes what an earlier daemon's guard left.

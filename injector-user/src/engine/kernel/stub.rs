@@ -84,6 +84,12 @@ pub fn detach_inline(_settings: &InlineSettings, _force: bool) -> anyhow::Result
     bail!(REASON)
 }
 
+/// Runs nothing.
+#[must_use]
+pub fn test_guard() -> SelfTestReport {
+    SelfTestReport::not_run(REASON)
+}
+
 /// Loads nothing.
 ///
 /// # Errors

@@ -1,0 +1,202 @@
+//! What the programs drop, with and without a daemon, and what is left of them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{bail, ensure};
+use injector_testbed::bpf::ForeignProgram;
+use injector_testbed::daemon::Injector;
+use injector_testbed::netns::{Family, MAIL};
+use injector_user::os::clock::boottime_ns;
+
+use crate::Run;
+use crate::testbed::{ANY_PORT, Answer, FOREVER, OVER, Testbed, client, listeners, unused, wait_for};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("a ban drops SYNs of all engines' listeners, and nothing else", banned),
+    ("bans hold and end without the daemon", without_daemon),
+    ("XDP, generic", |testbed| xdp(testbed, "generic", "xdpgeneric")),
+    ("XDP, native", |testbed| xdp(testbed, "native", "xdp")),
+    ("XDP, another program in its place", xdp_taken),
+    ("a listener of all addresses, and packets for other hosts", unspecified),
+    ("devices that come later", later_device),
+    ("a second daemon is refused", second_daemon),
+    ("another size keeps the bans", resized),
+    ("nothing is left", nothing_left),
+];
+
+const ENGINES: [&str; 3] = ["splice", "relay", "inline"];
+/// Where the engine does not matter.
+const RELAY: [&str; 1] = ["relay"];
+
+fn banned(testbed: &Testbed) -> anyhow::Result<()> {
+    let _injector = testbed.start(&ENGINES, "")?;
+    for family in Family::ALL {
+        let listeners = listeners(&ENGINES, family);
+        let (address, whole) = (client(family), if family == Family::V4 { 32 } else { 128 });
+        testbed.expect("no ban", &listeners, Answer::Accepted)?;
+        let before = testbed.dropped()?;
+        testbed.ban(address, whole, FOREVER)?;
+        testbed.expect("an address", &listeners, Answer::Dropped)?;
+        let after = testbed.dropped()?;
+        // One SYN, or its repetition, to each.
+        ensure!(after[0] == before[0], "XDP dropped, although auto does not use it on veth");
+        ensure!(after[1] >= before[1] + 2, "the ingress dropped {before:?} and {after:?}");
+        ensure!(after[2] > before[2], "inline dropped {before:?} and {after:?}");
+        testbed.ban(address, whole, OVER)?;
+        testbed.expect("a ban that is over", &listeners, Answer::Accepted)?;
+        let network = match address {
+            IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & !0xFF).into(),
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        };
+        testbed.ban(network, if family == Family::V4 { 24 } else { 64 }, FOREVER)?;
+        testbed.expect("a network", &listeners, Answer::Dropped)?;
+        testbed.allow(address)?;
+        testbed.expect("allowed in a banned network", &listeners, Answer::Accepted)?;
+    }
+    Ok(())
+}
+
+fn without_daemon(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.start(&RELAY, "")?;
+    let address = client(Family::V4);
+    testbed.ban(address, 32, FOREVER)?;
+    // Dropping it kills it.
+    drop(injector);
+    let listeners = listeners(&RELAY, Family::V4);
+    testbed.expect("a ban without a daemon", &listeners, Answer::Dropped)?;
+    let soon = boottime_ns() + 300_000_000;
+    testbed.ban(address, 32, soon)?;
+    // The SYN that is repeated finds no listener.
+    testbed.expect("the end of a ban", &listeners, Answer::Refused)?;
+    ensure!(boottime_ns() >= soon, "the ban ended too early");
+    Ok(())
+}
+
+fn xdp(testbed: &Testbed, setting: &str, shown: &str) -> anyhow::Result<()> {
+    let injector = testbed.start(&ENGINES, &format!("xdp = \"{setting}\""))?;
+    let link = testbed.link("outside")?;
+    ensure!(link.contains(&format!(" {shown} ")), "ip link: {link}\n{}", injector.log());
+    for family in Family::ALL {
+        let listeners = listeners(&ENGINES, family);
+        testbed.expect("no ban", &listeners, Answer::Accepted)?;
+        testbed.ban(client(family), if family == Family::V4 { 32 } else { 128 }, FOREVER)?;
+        let before = testbed.dropped()?;
+        testbed.expect("an address", &listeners, Answer::Dropped)?;
+        let after = testbed.dropped()?;
+        ensure!(after[0] >= before[0] + 3, "XDP dropped {before:?} and {after:?}");
+        ensure!(after[1..] == before[1..], "packets came past XDP: {before:?} and {after:?}");
+    }
+    // Once it is no longer configured, it goes.
+    drop(injector);
+    let _injector = testbed.start(&RELAY, "xdp = \"off\"")?;
+    let link = testbed.link("outside")?;
+    ensure!(!link.contains("xdp"), "ip link: {link}");
+    Ok(())
+}
+
+fn xdp_taken(testbed: &Testbed) -> anyhow::Result<()> {
+    let foreign = testbed.topology.edge.run(|| ForeignProgram::passing_xdp("outside"))??;
+    let injector = testbed.start(&RELAY, "xdp = \"generic\"")?;
+    let log = injector.log();
+    ensure!(log.contains("another XDP program is attached to it: id"), "{log}");
+    testbed.ban(client(Family::V4), 32, FOREVER)?;
+    let before = testbed.dropped()?;
+    testbed.expect("an address", &listeners(&RELAY, Family::V4), Answer::Dropped)?;
+    let after = testbed.dropped()?;
+    ensure!(after[0] == before[0] && after[1] > before[1], "dropped {before:?} and {after:?}");
+    drop(foreign);
+    drop(injector);
+    Ok(())
+}
+
+/// `0.0.0.0` stands for the addresses of this host, not for those of hosts behind it.
+fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
+    for xdp in ["off", "generic"] {
+        let config = testbed.config(&RELAY, &format!("xdp = \"{xdp}\""));
+        let [relay] = listeners(&RELAY, Family::V4)[..] else { bail!("one listener") };
+        let config = config.replace(&relay.to_string(), &format!("0.0.0.0:{ANY_PORT}"));
+        let _injector = Injector::start(&testbed.topology.edge, &config)?;
+        let own = SocketAddr::new(unused(Family::V4), ANY_PORT);
+        let behind = SocketAddr::new(MAIL.of(Family::V4), ANY_PORT);
+        testbed.ban(client(Family::V4), 32, OVER)?;
+        testbed.expect("no ban", &[own, behind], Answer::Accepted)?;
+        testbed.ban(client(Family::V4), 32, FOREVER)?;
+        // The next hop need not be known.
+        testbed.topology.edge.ip(&["neigh", "flush", "dev", "inside"])?;
+        let seen = testbed.answers(&[(own, Answer::Dropped), (behind, Answer::Accepted)])?;
+        ensure!(
+            seen == [Answer::Dropped, Answer::Accepted],
+            "xdp {xdp}: this host and the one behind it are {seen:?}"
+        );
+    }
+    Ok(())
+}
+
+fn later_device(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.start(&ENGINES, "")?;
+    let edge = &testbed.topology.edge;
+    edge.ip(&["link", "add", "late", "type", "veth", "peer", "name", "later"])?;
+    edge.ip(&["link", "set", "late", "up"])?;
+    // Those of inline and of the guard.
+    wait_for("the programs of a new device", || Ok(testbed.programs("late")? == 2))?;
+    edge.ip(&["link", "set", "late", "down"])?;
+    edge.ip(&["link", "set", "late", "name", "renamed"])?;
+    edge.ip(&["link", "set", "renamed", "up"])?;
+    ensure!(testbed.programs("renamed")? == 2, "a device that was renamed has other programs");
+    let pins = || Ok::<_, anyhow::Error>(std::fs::read_dir(testbed.pin().join("layout1/links"))?.count());
+    let before = pins()?;
+    edge.ip(&["link", "del", "renamed"])?;
+    wait_for("the pin of a device that is gone", || Ok(pins()? == before - 1))?;
+    drop(injector);
+    Ok(())
+}
+
+fn second_daemon(testbed: &Testbed) -> anyhow::Result<()> {
+    let _injector = testbed.start(&RELAY, "")?;
+    let other = testbed.config(&RELAY, "").replace("9145", "9146").replace(":2500\"", ":2501\"");
+    let Err(refused) = Injector::start(&testbed.topology.edge, &other) else {
+        bail!("a second guard was started")
+    };
+    let refused = format!("{refused:#}");
+    ensure!(refused.contains("has [guard] in this network namespace: stop it first"), "{refused}");
+    ensure!(testbed.detach().is_err(), "what a daemon uses was removed");
+    Ok(())
+}
+
+fn resized(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.start(&RELAY, "max_bans = 1000")?;
+    testbed.ban(client(Family::V4), 32, FOREVER)?;
+    drop(injector);
+    let _injector = testbed.start(&RELAY, "max_bans = 2000")?;
+    testbed.expect("a ban of the smaller map", &listeners(&RELAY, Family::V4), Answer::Dropped)?;
+    let maps = testbed.pin().join("layout1/maps");
+    ensure!(!maps.join("BANNED_ADDRESSES-old").exists(), "the former map is left");
+    Ok(())
+}
+
+fn nothing_left(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.start(&RELAY, "xdp = \"generic\"")?;
+    ensure!(testbed.link("outside")?.contains("xdpgeneric"), "no XDP");
+    let with = testbed.programs("outside")?;
+    drop(injector);
+    let printed = testbed.detach()?;
+    for what in ["BANNED_ADDRESSES", "links", "xdp-generic"] {
+        ensure!(printed.contains(what), "{what} is not among what was removed: {printed}");
+    }
+    let without = testbed.programs("outside")?;
+    ensure!(without + 1 == with, "{with} programs before, and {without} after");
+    let link = testbed.link("outside")?;
+    ensure!(!link.contains("xdp"), "ip link: {link}");
+    ensure!(!testbed.pin().exists(), "{} is left", testbed.pin().display());
+    ensure!(testbed.detach()?.contains("nothing was left"), "a second time there was something");
+    // The same when a daemon starts without [guard].
+    drop(testbed.start(&RELAY, "")?);
+    let config = testbed.config(&RELAY, "");
+    let (before, after) = config.split_once("[guard]").unwrap_or_default();
+    let (_, listeners) = after.split_once("\n\n").unwrap_or_default();
+    let injector = Injector::start(&testbed.topology.edge, &format!("{before}\n{listeners}"))?;
+    let log = injector.log();
+    ensure!(log.contains("what an earlier daemon's guard left was removed"), "{log}");
+    ensure!(!testbed.pin().exists() && testbed.programs("outside")? == without, "something is left");
+    Ok(())
+}

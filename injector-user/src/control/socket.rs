@@ -19,7 +19,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::{handler::Control, wire::Reply};
+use super::{
+    handler::Control,
+    wire::{Reply, Request},
+};
 use crate::telemetry::{
     log::target,
     operator_connections::{ACCEPT_RETRY_DELAY, OperatorConnections},
@@ -122,7 +125,8 @@ impl ControlSocket {
                 Ok((stream, _)) => {
                     let control = control.clone();
                     let exchange = async move {
-                        if let Err(error) = handle(stream, &control).await {
+                        let answer = async |request| control.answer(request).await;
+                        if let Err(error) = handle(stream, IO_TIMEOUT, answer).await {
                             tracing::debug!(target: target::CONTROL, %error, "control connection failed");
                         }
                     };
@@ -195,21 +199,25 @@ impl Drop for Lock {
     }
 }
 
-/// Reads one request and writes its reply.
-async fn handle(mut stream: UnixStream, control: &Control) -> io::Result<()> {
+/// Reads one request and writes its reply. The client may take `io_timeout` for each.
+async fn handle(
+    mut stream: UnixStream,
+    io_timeout: Duration,
+    answer: impl AsyncFnOnce(Request) -> Reply,
+) -> io::Result<()> {
     let mut line = Vec::new();
     let read_request = async {
         let (read, _) = stream.split();
         BufReader::new(read.take(MAX_REQUEST_BYTES)).read_until(b'\n', &mut line).await
     };
-    timeout(IO_TIMEOUT, read_request).await??;
+    timeout(io_timeout, read_request).await??;
     let reply = match serde_json::from_slice(&line) {
-        Ok(request) => control.answer(request).await,
+        Ok(request) => answer(request).await,
         Err(error) => Reply::Error(format!("not understood: {error}")),
     };
     let mut text = serde_json::to_vec(&reply)?;
     text.push(b'\n');
-    timeout(IO_TIMEOUT, stream.write_all(&text)).await?
+    timeout(io_timeout, stream.write_all(&text)).await?
 }
 
 #[cfg(test)]
@@ -249,6 +257,26 @@ mod tests {
             started.into_iter().map(|started| started.join().unwrap()).collect::<Vec<_>>()
         });
         assert_eq!(opened.iter().filter(|opened| opened.is_ok()).count(), 1);
+    }
+
+    /// Handles a client that has sent this, and that reads nothing. The answer takes more than a socket's
+    /// buffers.
+    async fn handled(sent: &[u8]) -> io::Result<()> {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        client.write_all(sent).await.unwrap();
+        let answer = async |_| Reply::Error("x".repeat(8 << 20));
+        let handled = handle(server, Duration::from_millis(20), answer);
+        timeout(Duration::from_secs(10), handled).await.expect("the client holds the connection")
+    }
+
+    #[tokio::test]
+    async fn a_client_that_sends_or_reads_nothing_is_given_up() {
+        for sent in [&b""[..], b"{\"command\"", b"{\"command\":\"status\"}\n", b"nonsense\n"] {
+            let outcome = handled(sent).await;
+            let timed_out = outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
+            // The answer to nonsense is short.
+            assert_eq!(timed_out, sent != b"nonsense\n", "{outcome:?}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, ensure};
 use injector_testbed::daemon::{ADMIN, OWN_DIRECTORY, binary};
+use injector_testbed::netns::scratch_dir;
 
 use crate::testbed::{Testbed, accept_with_header, config, pass, public_address};
 
@@ -23,6 +24,7 @@ pub(crate) const TRIALS: &[(&str, Start)] = &[
     ("selftest with CAP_BPF and CAP_NET_ADMIN alone", selftest_with_two_capabilities),
     ("selftest without capabilities", selftest_without_capabilities),
     ("capabilities are dropped", capabilities_dropped),
+    ("files elsewhere are out of reach", files_elsewhere),
 ];
 
 /// Runs a command on the edge until it exits.
@@ -246,5 +248,28 @@ fn capabilities_dropped(testbed: &Testbed) -> anyhow::Result<()> {
     drop((client, server));
     let sessions = crate::testbed::finished(&injector, 1)?;
     ensure!(sessions[0].number("spliced_to_backend") == Some(6), "{sessions:?}");
+    Ok(())
+}
+
+/// A reload reads a file in the configuration's directory, and none elsewhere that a link leads to:
+/// Landlock denies it.
+fn files_elsewhere(testbed: &Testbed) -> anyhow::Result<()> {
+    let injector = testbed.injector("relay", "smtp", &format!("\n\n{ADMIN}"))?;
+    let socket = injector.admin_socket();
+    let file = socket.parent().context("no directory")?.join("injector.toml");
+    let elsewhere = scratch_dir("elsewhere")?;
+    let copy = elsewhere.path().join("injector.toml");
+    std::fs::copy(&file, &copy)?;
+    let replace = |target: &Path| -> anyhow::Result<()> {
+        let link = file.with_extension("new");
+        std::os::unix::fs::symlink(target, &link)?;
+        Ok(std::fs::rename(&link, &file)?)
+    };
+    std::fs::copy(&file, file.with_file_name("beside.toml"))?;
+    replace(Path::new("beside.toml"))?;
+    injector.command(&["reload"])?;
+    replace(&copy)?;
+    let (status, printed) = injector.try_command(&["reload"])?;
+    ensure!(!status.success() && printed.contains("Permission denied"), "{printed}");
     Ok(())
 }

@@ -28,7 +28,7 @@ const PROGRAM: &str = "/usr/local/bin/injector";
 const METRICS: &str = "127.0.0.1:9145";
 
 /// How long a server's log line or a delivery may take.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// One listener of each engine.
 #[derive(Clone, Copy, Debug)]

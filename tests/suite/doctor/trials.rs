@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use injector_testbed::log_file::Mark;
 use injector_testbed::netns::{Family, MAIL};
+use injector_testbed::sockets::LIMIT;
 
 use crate::doctor_run::{DoctorRun, Listener, configuration, listener, run, run_json};
 use crate::testbed::{DROPPED, NOTHING, Testbed};
@@ -141,7 +142,7 @@ fn smtpd_setting_behind_postscreen(testbed: &Testbed) -> anyhow::Result<()> {
     ensure!(!seen.lines().join("\n").contains("smtpd_upstream"), "{:?}", seen.lines());
     // Postfix logs the same once the connection is accepted.
     let ignored = "ignoring non-empty smtpd_upstream_proxy_protocol setting behind postscreen";
-    testbed.postfix.log().wait_for(Mark::default(), &[ignored], Duration::from_secs(5))?;
+    testbed.postfix.log().wait_for(Mark::default(), &[ignored], LIMIT)?;
     // Now postscreen remembers the edge and passes it untested: both lines are suggested. With
     // these probes that may take one more connection, because postscreen does not pass a client
     // that spoke early at once.
@@ -248,9 +249,9 @@ fn relays_for_localhost(testbed: &Testbed) -> anyhow::Result<()> {
     // Postfix took the client of both recipients from the header.
     let service = format!("postfix/{port}/smtpd[");
     let log = testbed.standard_postfix.log();
-    log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], Duration::from_secs(5))?;
+    log.wait_for(Mark::default(), &[&service, ": client=unknown[127.0.0.1]"], LIMIT)?;
     let refused = "RCPT from unknown[192.0.2.1]: 454 4.7.1 <relay-test@example.com>: Relay access denied";
-    log.wait_for(Mark::default(), &[&service, refused], Duration::from_secs(5))?;
+    log.wait_for(Mark::default(), &[&service, refused], LIMIT)?;
 
     postfix::set(&testbed.topology.mail, &testbed.standard_postfix, port, SETTING)?;
     patiently(|| one(testbed, "submission", port), |seen| seen.findings().is_empty())?.expect(&[])?;
@@ -336,11 +337,7 @@ fn untrusted(testbed: &Testbed) -> anyhow::Result<()> {
     seen.advises("haproxy_trusted_networks = 10.25.0.1")?;
     seen.advises("haproxy_trusted_networks = fd25::1")?;
     let dovecot = &testbed.distrustful_dovecot;
-    dovecot.log().wait_for(
-        Mark::default(),
-        &["haproxy: Client not trusted (rip=10.25.0.1)"],
-        Duration::from_secs(5),
-    )?;
+    dovecot.log().wait_for(Mark::default(), &["haproxy: Client not trusted (rip=10.25.0.1)"], LIMIT)?;
 
     let name = "haproxy_trusted_networks = ";
     let mut addresses: Vec<_> =
@@ -357,7 +354,7 @@ pub(crate) fn patiently(
     run_json: impl Fn() -> anyhow::Result<DoctorRun>,
     done: impl Fn(&DoctorRun) -> bool,
 ) -> anyhow::Result<DoctorRun> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + LIMIT;
     loop {
         thread::sleep(Duration::from_millis(300));
         let seen = run_json()?;

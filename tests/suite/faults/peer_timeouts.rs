@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use injector_testbed::netns::{EDGE_INSIDE, Family, Netns, VIP_SPLICE};
+use injector_testbed::sockets::LIMIT;
 
 use crate::Run;
 use crate::testbed::{Ending, Testbed, ended, ending};
@@ -96,7 +97,7 @@ fn with_data(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()> 
     let silence = Silence::of_side(testbed, side)?;
     let start = Instant::now();
     remaining.write_all(&pattern(61, 10_000))?;
-    check_reset(&mut remaining, start, Duration::from_millis(900), Duration::from_secs(4))?;
+    check_reset(&mut remaining, start, Duration::from_millis(900), LIMIT)?;
     let session = ended(&injector, side.end())?;
     ensure!(session.field("error").is_some(), "{session:?}");
     drop(silence);
@@ -113,7 +114,7 @@ fn while_idle(testbed: &Testbed, engine: &str, side: Side) -> anyhow::Result<()>
     std::thread::sleep(Duration::from_millis(2500));
     ensure!(injector.sessions()?.is_empty(), "given up although it answers");
     let silence = Silence::of_side(testbed, side)?;
-    check_reset(&mut remaining, Instant::now(), Duration::from_millis(500), Duration::from_secs(6))?;
+    check_reset(&mut remaining, Instant::now(), Duration::from_millis(500), LIMIT)?;
     ended(&injector, side.end())?;
     drop(silence);
     drop(gone);

@@ -134,7 +134,7 @@ fn unread_log(testbed: &Testbed) -> anyhow::Result<()> {
     injector.ask_to_stop()?;
     let (status, _) = injector.wait_stopped()?;
     ensure!(
-        status.success() && start.elapsed() < Duration::from_secs(5),
+        status.success() && start.elapsed() < Duration::from_secs(20),
         "{status} after {:?}",
         start.elapsed()
     );
@@ -149,7 +149,7 @@ fn read_until(reader: &mut File, complete: impl Fn(&str) -> bool) -> anyhow::Res
         if complete(&text) {
             return Ok(text);
         }
-        ensure!(start.elapsed() < Duration::from_secs(10), "only this is in the log: {text}");
+        ensure!(start.elapsed() < Duration::from_secs(30), "only this is in the log: {text}");
         let mut ready = libc::pollfd { fd: reader.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: `ready` is one entry, which lives during the call.
         if unsafe { libc::poll(&raw mut ready, 1, 100) } > 0 {
@@ -164,7 +164,7 @@ fn read_until(reader: &mut File, complete: impl Fn(&str) -> bool) -> anyhow::Res
 fn silent_name_server(testbed: &Testbed) -> anyhow::Result<()> {
     let dir = scratch_dir("stalls")?;
     let server = testbed.topology.mail.run(|| UdpSocket::bind((MAIL.v4, 53)))??;
-    server.set_read_timeout(Some(Duration::from_secs(10)))?;
+    server.set_read_timeout(Some(Duration::from_secs(30)))?;
     let resolv = dir.path().join("resolv.conf");
     std::fs::write(&resolv, format!("nameserver {}\noptions timeout:30 attempts:5\n", MAIL.of(Family::V4)))?;
     let script = format!("mount --bind {} /etc/resolv.conf && eval \"$0\"", resolv.display());
@@ -181,7 +181,7 @@ fn silent_name_server(testbed: &Testbed) -> anyhow::Result<()> {
     injector.ask_to_stop()?;
     let (status, log) = injector.wait_stopped()?;
     ensure!(
-        status.success() && start.elapsed() < Duration::from_secs(5),
+        status.success() && start.elapsed() < Duration::from_secs(20),
         "{status} after {:?}: {log}",
         start.elapsed()
     );

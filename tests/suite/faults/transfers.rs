@@ -5,10 +5,12 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use injector_testbed::sockets::{AT_ONCE, LIMIT};
 use injector_testbed::wait::wait_until;
 use socket2::SockRef;
 
 use crate::Run;
+use crate::peer_timeouts::{Side, Silence};
 use crate::testbed::{Ending, Testbed, accept_with_header, ended, ending, expect, finished, pass};
 
 /// Enough to fill every buffer on the way many times.
@@ -39,8 +41,10 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 ];
 
 /// Trials that only the splice engine has.
-pub(crate) const SPLICE_TRIALS: &[(&str, Run)] =
-    &[("transfer/by the kernel when it pays off", enrolled_when_it_pays)];
+pub(crate) const SPLICE_TRIALS: &[(&str, Run)] = &[
+    ("transfer/by the kernel when it pays off", enrolled_when_it_pays),
+    ("transfer/by the kernel once the backend keeps up", enrolled_once_it_keeps_up),
+];
 
 /// A client and a backend that have exchanged their first messages.
 pub(crate) fn joined(
@@ -157,6 +161,34 @@ fn enrolled_when_it_pays(testbed: &Testbed, _engine: &str) -> anyhow::Result<()>
         ensure!((carried("spliced_to_client") > 0) == (messages > ENROL_AFTER), "{session:?}");
         drop(injector);
     }
+    Ok(())
+}
+
+/// The backend acknowledges nothing while it is time to enrol the direction.
+fn enrolled_once_it_keeps_up(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
+    const MESSAGES: usize = 20;
+    let marks = "\n\n[splice]\nlow_water = 2000\nenrol_after_messages = 15";
+    let (injector, mut client, mut server) = joined(testbed, engine, marks)?;
+    let enrolled = || Ok(injector.metrics()?.sum("injector_enrolments_total", &[]));
+    let silence = Silence::of_side(testbed, Side::Backend)?;
+    let mut sent = Vec::new();
+    for number in 0..MESSAGES {
+        let message = pattern(number, 500);
+        client.write_all(&message)?;
+        sent.extend(message);
+        // Each is read alone.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let early = enrolled()?;
+    ensure!(early < 0.5, "{early} directions were enrolled although the backend acknowledges nothing");
+    drop(silence);
+    expect(&mut server, &sent)?;
+    // With a message of the client's after the backend's acknowledgement.
+    let next = || {
+        pass(&mut client, &mut server, b"NOOP\r\n")?;
+        enrolled()
+    };
+    wait_until("enrolments", next, |enrolled| *enrolled > 0.5)?;
     Ok(())
 }
 
@@ -335,7 +367,7 @@ fn stalled_reader_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> 
     let start = Instant::now();
     reset(server)?;
     ensure!(matches!(ending(&mut client)?, Ending::Reset(_)), "the sender saw a clean end");
-    ensure!(start.elapsed() < Duration::from_millis(200), "after {:?}", start.elapsed());
+    ensure!(start.elapsed() < AT_ONCE, "after {:?}", start.elapsed());
     ended(&injector, "backend_reset")?;
     Ok(())
 }
@@ -364,7 +396,7 @@ fn backend_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     reset(server)?;
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "the client saw a clean end");
-    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ensure!(start.elapsed() < AT_ONCE, "after {:?}", start.elapsed());
     ended(&injector, "backend_reset")?;
     Ok(())
 }
@@ -375,7 +407,7 @@ fn client_resets(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     reset(client)?;
     ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "the backend saw a clean end");
-    ensure!(start.elapsed() < Duration::from_millis(100), "after {:?}", start.elapsed());
+    ensure!(start.elapsed() < AT_ONCE, "after {:?}", start.elapsed());
     ended(&injector, "client_reset")?;
     Ok(())
 }
@@ -386,7 +418,7 @@ fn idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     ensure!(ending(&mut client)? == Ending::Reset(Vec::new()), "no reset");
     let after = start.elapsed();
-    ensure!(after > Duration::from_millis(300) && after < Duration::from_secs(2), "after {after:?}");
+    ensure!(after > Duration::from_millis(300) && after < LIMIT, "after {after:?}");
     ensure!(ending(&mut server)? == Ending::Reset(Vec::new()), "no reset at the backend");
     ended(&injector, "idle")?;
     Ok(())
@@ -415,7 +447,7 @@ fn half_closed_idle(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ended(&injector, "half_closed")?;
     let after = start.elapsed();
     // The first check is after five seconds at the latest: until then the idle timeout applies.
-    ensure!(after < Duration::from_secs(7), "after {after:?}");
+    ensure!(after < LIMIT, "after {after:?}");
     drop(client);
     Ok(())
 }

@@ -14,6 +14,7 @@ use injector_common::inline::{Address, Entry, Key};
 use injector_testbed::bpf::DaemonMap;
 use injector_testbed::daemon::Session;
 use injector_testbed::netns::Family;
+use injector_testbed::sockets::AT_ONCE;
 use socket2::{Domain, Socket, Type};
 
 use crate::WireRun;
@@ -281,7 +282,7 @@ fn fast_open(testbed: &WireTestbed, family: Family) -> anyhow::Result<()> {
     wire_testbed::through(&server, &client, 10_000, 0)?;
     let left = testbed.counted("to_socket_syn")? - before;
     ensure!(left == 1, "{left} SYNs with data were left to the socket");
-    ensure!(took < Duration::from_millis(500), "it took {took:?}");
+    ensure!(took < AT_ONCE, "it took {took:?}");
     eprintln!("    early data after {took:.0?}");
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, ensure};
 use injector_testbed::daemon::{Injector, OWN_DIRECTORY};
 use injector_testbed::netns::{EDGE_INSIDE, Family};
+use injector_testbed::sockets::LIMIT;
 
 use crate::Run;
 use crate::site::events;
@@ -263,7 +264,7 @@ pub(crate) fn serve(backend: &TcpListener, over: &AtomicBool) -> anyhow::Result<
             Err(error) => return Err(error.into()),
         };
         server.set_nonblocking(false)?;
-        server.set_read_timeout(Some(Duration::from_secs(5)))?;
+        server.set_read_timeout(Some(LIMIT))?;
         let mut seen = [0; 12];
         server.read_exact(&mut seen)?;
         ensure!(seen == *b"\r\n\r\n\0\r\nQUIT\n", "no header but {seen:02x?}");

@@ -2,10 +2,11 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use injector_testbed::netns::{Family, MAIL};
+use injector_testbed::sockets::AT_ONCE;
 use injector_testbed::wait::wait_until;
 use socket2::{Domain, Socket, Type};
 
@@ -81,7 +82,7 @@ fn ended_by_backend(mut client: TcpStream, backend: &TcpListener) -> anyhow::Res
 /// A lost SYN is sent again after a second.
 fn at_once(start: Instant) -> anyhow::Result<()> {
     let took = start.elapsed();
-    ensure!(took < Duration::from_millis(900), "it took {took:?}");
+    ensure!(took < AT_ONCE, "it took {took:?}");
     Ok(())
 }
 

@@ -43,7 +43,7 @@ fn is_reset(mut stream: &TcpStream, since: Instant) -> anyhow::Result<()> {
         outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
         "{outcome:?} after {took:?}"
     );
-    ensure!((900..3500).contains(&took.as_millis()), "after {took:?}");
+    ensure!((900..10_000).contains(&took.as_millis()), "after {took:?}");
     Ok(())
 }
 

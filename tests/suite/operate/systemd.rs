@@ -26,7 +26,7 @@ struct NotifySocket {
 impl NotifySocket {
     /// Waits for a line.
     fn expect(&mut self, line: &str) -> anyhow::Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + LIMIT;
         while Instant::now() < deadline {
             if let Some(at) = self.received.iter().position(|received| received.starts_with(line)) {
                 self.received.drain(..=at);

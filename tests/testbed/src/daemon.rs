@@ -21,6 +21,7 @@ use crate::log_file::{LogFile, Mark};
 use crate::metrics::{self, Metrics};
 use crate::netns::{self, Netns, NetnsHandle};
 use crate::process::{POLL, Process};
+use crate::sockets::LIMIT;
 
 /// Payload bytes, by [`DIRECTION`] and [`PLANE`].
 pub const BYTES: &str = "injector_bytes_total";
@@ -58,7 +59,7 @@ const BINARY_VARIABLE: &str = "INJECTOR_BIN";
 const NEXT_BINARY_VARIABLE: &str = "INJECTOR_NEXT_BIN";
 
 /// How long the daemon may take to become ready.
-const START_LIMIT: Duration = Duration::from_secs(10);
+const START_LIMIT: Duration = LIMIT;
 
 /// How long the daemon may take to exit; this covers its own drain deadline.
 const STOP_LIMIT: Duration = Duration::from_secs(60);

@@ -20,6 +20,7 @@ use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
 use crate::receivers;
 use crate::service::{IMAPS, POP3S};
+use crate::sockets::LIMIT;
 
 /// The password of every user.
 pub const PASSWORD: &str = "correct-horse";
@@ -86,7 +87,7 @@ impl Dovecot {
         command.arg("-F").arg("-c").arg(&config);
         let output = dir.path().join("master.out");
         let mut master = Process::start("dovecot", netns, command, &output)?;
-        master.wait_listening(netns, sockets, Duration::from_secs(10)).with_context(|| {
+        master.wait_listening(netns, sockets, LIMIT).with_context(|| {
             let printed = fs::read_to_string(&output).unwrap_or_default();
             format!("Dovecot printed:\n{printed}{}", log.since(Mark::default()))
         })?;

@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Context;
 use tempfile::TempDir;
@@ -12,6 +11,7 @@ use tempfile::TempDir;
 use crate::forward::Forward;
 use crate::netns::{self, Netns};
 use crate::process::Process;
+use crate::sockets::LIMIT;
 
 /// A running HAProxy; stopped on drop.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl HaProxy {
         let mut process = Process::start("haproxy", netns, command, &log).context("(install haproxy)")?;
         let sockets: Vec<_> = forwards.iter().map(|forward| forward.bind).collect();
         process
-            .wait_listening(netns, &sockets, Duration::from_secs(10))
+            .wait_listening(netns, &sockets, LIMIT)
             .with_context(|| format!("HAProxy printed:\n{}", fs::read_to_string(&log).unwrap_or_default()))?;
         Ok(Self { _process: process, log, _dir: dir })
     }

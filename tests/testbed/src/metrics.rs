@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
+use crate::sockets::LIMIT;
+
 /// How long the daemon may take to respond.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = LIMIT;
 
 /// One sample: `name{label="value",…} number`.
 #[derive(Clone, Debug, PartialEq)]

@@ -23,6 +23,7 @@ use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
 use crate::receivers;
 use crate::service::{MATRIX, SMTP, SUBMISSIONS};
+use crate::sockets::LIMIT;
 
 /// A running Postfix; stopped on drop.
 #[derive(Debug)]
@@ -89,7 +90,7 @@ impl Postfix {
         command.arg("-d").arg("-c").arg(&config).process_group(0);
         let mut master = Process::start("postfix", netns, command, &dir.path().join("master.out"))?;
         master
-            .wait_listening(netns, sockets, Duration::from_secs(10))
+            .wait_listening(netns, sockets, LIMIT)
             .with_context(|| format!("Postfix logged:\n{}", log.since(Mark::default())))?;
         Ok(Self { _master: master, log, dir })
     }

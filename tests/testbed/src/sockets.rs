@@ -9,8 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use injector_common::proxy::{ParseError, Parsed, parse};
 
-/// Longer waits mean that something hangs.
-pub const LIMIT: Duration = Duration::from_secs(10);
+/// Longer waits mean that something hangs: long enough for a machine that is busy with other things,
+/// since a wait ends with what it waits for.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// At once: no timer has expired. The shortest one that matters is TCP's first retransmission of a SYN,
+/// after a second.
+pub const AT_ONCE: Duration = Duration::from_millis(900);
 
 /// Sets the time limit of reads and writes to [`LIMIT`], and disables Nagle's algorithm.
 ///

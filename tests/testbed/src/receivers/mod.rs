@@ -12,7 +12,6 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::Context;
 use tempfile::TempDir;
@@ -21,6 +20,7 @@ use crate::documentation;
 use crate::log_file::{LogFile, Mark};
 use crate::netns::{self, Family, MAIL, Netns};
 use crate::process::Process;
+use crate::sockets::LIMIT;
 
 /// A running receiver; stopped on drop.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ impl Receiver {
         let mut process = Process::start(name, netns, command, output.path())?;
         let sockets = Family::ALL.map(|family| ports.iter().map(move |port| (MAIL.of(family), *port).into()));
         let sockets: Vec<SocketAddr> = sockets.into_iter().flatten().collect();
-        process.wait_listening(netns, &sockets, Duration::from_secs(10)).with_context(|| {
+        process.wait_listening(netns, &sockets, LIMIT).with_context(|| {
             format!("{name} printed:\n{}{}", output.since(Mark::default()), log.since(Mark::default()))
         })?;
         Ok(Self { _process: process, log, _dir: dir })

@@ -1,12 +1,14 @@
 //! The guard: which sources may open connections. Its decisions are the same in BPF programs and in the daemon.
 
 mod ban;
+mod count_word;
 mod counter;
 pub mod packet;
 mod settings;
 mod source;
 
 pub use ban::{Ban, Listed};
+pub use count_word::{CountWord, Counted, Enter};
 pub use counter::Counter;
 pub use settings::Settings;
 pub use source::{Rate, SourceCounts, SourceKey, SourceLimits, Verdict, admit, mask};

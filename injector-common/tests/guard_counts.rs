@@ -33,7 +33,8 @@ enum Step {
     Hold,
     Establish,
     Leave,
-    Bury(usize, u64),
+    Check(usize),
+    Bury(usize),
     Remove,
     Done,
 }
@@ -157,12 +158,14 @@ impl World {
             Step::Leave => {
                 let element = (*table)?;
                 let what = processor.counted.take().unwrap();
-                let after = CountWord(world.words[element].wrapping_add(CountWord::leave(what)));
-                world.words[element] = after.0;
-                if after.is_zero() { Step::Bury(element, after.0) } else { Step::LookUp }
+                world.words[element] = world.words[element].wrapping_add(CountWord::leave(what));
+                Step::Check(element)
             }
-            Step::Bury(element, zero) => {
-                let won = world.words[element] == zero;
+            // By now it may be another's.
+            Step::Check(element) if world.words[element] == own.0 => Step::Bury(element),
+            Step::Check(_) => Step::LookUp,
+            Step::Bury(element) => {
+                let won = world.words[element] == own.0;
                 if won && without != Without::Death {
                     world.words[element] = CountWord::DEAD.0;
                 }
@@ -175,7 +178,7 @@ impl World {
                 Step::LookUp
             }
         };
-        let ends = matches!(self.processors[number].step, Step::Leave | Step::Bury(..) | Step::Remove);
+        let ends = matches!(self.processors[number].step, Step::Check(_) | Step::Bury(_) | Step::Remove);
         if ends && processor.step == Step::LookUp {
             processor.left -= 1;
             if processor.left == 0 {

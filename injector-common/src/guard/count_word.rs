@@ -5,7 +5,7 @@
 //!
 //! - entering: find the element; if its word is the source's, exchange it for one more. If there is no element, insert a dead
 //!   one; who succeeds makes it alive, with one. If the word is dead or another's, try again.
-//! - moving, leaving: what is counted keeps the element, so one addition does it. Who finds the counts zero then exchanges the word for
+//! - moving, leaving: what is counted keeps the element, so one addition does it. Who then finds the counts zero exchanges the word for
 //!   [`CountWord::DEAD`]; who succeeds, and nobody else, removes the element.
 //!
 //! `tests/guard_counts.rs` tries every interleaving of several processors.
@@ -38,6 +38,77 @@ pub enum Enter {
     Retry,
     /// Nothing: the source has as many connections as it may.
     Full,
+}
+
+impl Counted {
+    /// What has this number, of which a BPF function gets and returns words only.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of(number: u64) -> Self {
+        if number == Self::Pending as u64 { Self::Pending } else { Self::Established }
+    }
+}
+
+/// Where a connection counts ([`Flow::source`](crate::inline::Flow::source)), and as what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourcePlaces(pub u64);
+
+impl SourcePlaces {
+    const OWN: u64 = 1;
+    const ALL: u64 = 2;
+    const ESTABLISHED: u64 = 4;
+
+    /// Nowhere yet.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of(what: Counted) -> Self {
+        match what {
+            Counted::Pending => Self(0),
+            Counted::Established => Self(Self::ESTABLISHED),
+        }
+    }
+
+    /// Also among those of its listener.
+    #[must_use]
+    #[inline(always)]
+    pub const fn with_own(self) -> Self {
+        Self(self.0 | Self::OWN)
+    }
+
+    /// Also among those of all listeners.
+    #[must_use]
+    #[inline(always)]
+    pub const fn with_all(self) -> Self {
+        Self(self.0 | Self::ALL)
+    }
+
+    /// The same, as an established connection.
+    #[must_use]
+    #[inline(always)]
+    pub const fn established(self) -> Self {
+        Self(self.0 | Self::ESTABLISHED)
+    }
+
+    /// Whether it counts among those of its listener.
+    #[must_use]
+    #[inline(always)]
+    pub const fn has_own(self) -> bool {
+        self.0 & Self::OWN != 0
+    }
+
+    /// Whether it counts among those of all listeners.
+    #[must_use]
+    #[inline(always)]
+    pub const fn has_all(self) -> bool {
+        self.0 & Self::ALL != 0
+    }
+
+    /// As what it counts.
+    #[must_use]
+    #[inline(always)]
+    pub const fn what(self) -> Counted {
+        if self.0 & Self::ESTABLISHED != 0 { Counted::Established } else { Counted::Pending }
+    }
 }
 
 impl CountWord {
@@ -102,13 +173,6 @@ impl CountWord {
         SourceCounts { pending: self.pending(), established: self.established(), sessions }
     }
 
-    /// Whether nothing is counted, of a word that is not dead.
-    #[must_use]
-    #[inline(always)]
-    pub const fn is_zero(self) -> bool {
-        self.0 & !Self::OWNER == 0 && self.0 != Self::DEAD.0
-    }
-
     /// Decides about one more in `self`, the word that was found for the source whose empty word is `own`. `most` is the limit less what the
     /// other engines have; `u32::MAX` if there is none.
     #[must_use]
@@ -134,7 +198,7 @@ mod tests {
     #[test]
     fn a_word_counts_both_kinds_and_says_whose_it_is() {
         let own = CountWord::of(&KEY);
-        assert!(own.is_zero() && !CountWord::DEAD.is_zero());
+        assert_ne!(own, CountWord::DEAD);
         let word = own.with(Counted::Pending).with(Counted::Pending);
         assert_eq!((word.pending(), word.established()), (2, 0));
         let word = CountWord(word.0.wrapping_add(CountWord::ESTABLISH));
@@ -144,6 +208,20 @@ mod tests {
             .into_iter()
             .fold(word, |word, what| CountWord(word.0.wrapping_add(CountWord::leave(what))));
         assert_eq!(left, own);
+    }
+
+    #[test]
+    fn places_say_where_and_as_what_a_connection_counts() {
+        let none = SourcePlaces::of(Counted::Pending);
+        let both = none.with_own().with_all();
+        assert!(both.has_own() && both.has_all() && !none.has_all() && !none.with_all().has_own());
+        assert_eq!((both.what(), both.established().what()), (Counted::Pending, Counted::Established));
+        assert_eq!(SourcePlaces::of(Counted::Established).with_own().with_all(), both.established());
+        // What counts nowhere is zero, as in a flow that is new.
+        assert_eq!(none, SourcePlaces(0));
+        for what in [Counted::Pending, Counted::Established] {
+            assert_eq!(Counted::of(what as u64), what);
+        }
     }
 
     #[test]

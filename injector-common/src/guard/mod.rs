@@ -8,7 +8,7 @@ mod settings;
 mod source;
 
 pub use ban::{Ban, Listed};
-pub use count_word::{CountWord, Counted, Enter};
+pub use count_word::{CountWord, Counted, Enter, SourcePlaces};
 pub use counter::Counter;
 pub use settings::Settings;
 pub use source::{Rate, SourceCounts, SourceKey, SourceLimits, Verdict, admit, mask};

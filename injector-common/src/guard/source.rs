@@ -43,8 +43,18 @@ pub struct SourceLimits {
     pub connections: u32,
     /// New connections that may come at once; 0 if unlimited.
     pub burst: u32,
-    /// The time in which one more new connection is allowed, in nanoseconds.
+    /// The time in which one more new connection is allowed, in nanoseconds: up to a second, so that no product with a count of 32 bits
+    /// overflows (programs have no multiplication that saturates).
     pub interval_ns: u64,
+}
+
+impl SourceLimits {
+    /// Whether there is any.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_set(&self) -> bool {
+        self.connections != 0 || self.burst != 0
+    }
 }
 
 /// The connections that a source has open.
@@ -79,11 +89,28 @@ impl Rate {
         }
         let from = if self.arrival_ns > now_ns { self.arrival_ns } else { now_ns };
         let ahead = from - now_ns;
-        let tolerance = limits.interval_ns.saturating_mul((limits.burst - 1) as u64);
+        let tolerance = limits.interval_ns.wrapping_mul((limits.burst - 1) as u64);
         if ahead > tolerance {
             return None;
         }
         Some(Self { arrival_ns: from.saturating_add(limits.interval_ns) })
+    }
+
+    /// Whether one more comes too early, once `handshakes` that are under way have used the rate.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_exceeded(self, limits: &SourceLimits, handshakes: u32, now_ns: u64) -> bool {
+        let from = if self.arrival_ns > now_ns { self.arrival_ns } else { now_ns };
+        let arrival_ns = from.saturating_add(limits.interval_ns.wrapping_mul(handshakes as u64));
+        Self { arrival_ns }.take(limits, now_ns).is_none()
+    }
+
+    /// The state after one more connection, which is there though it may have come too early.
+    #[must_use]
+    #[inline(always)]
+    pub const fn used(self, limits: &SourceLimits, now_ns: u64) -> Self {
+        let from = if self.arrival_ns > now_ns { self.arrival_ns } else { now_ns };
+        Self { arrival_ns: from.saturating_add(limits.interval_ns) }
     }
 }
 
@@ -146,6 +173,21 @@ mod tests {
             }
         }
         assert_eq!(admitted, 3 + 9);
+    }
+
+    #[test]
+    fn handshakes_under_way_use_the_rate() {
+        let limits = SourceLimits { connections: 0, burst: 3, interval_ns: 10 };
+        assert!(!Rate::default().is_exceeded(&limits, 2, 100));
+        assert!(Rate::default().is_exceeded(&limits, 3, 100));
+        let mut rate = Rate::default();
+        for handshakes in [1, 0] {
+            rate = rate.used(&limits, 100);
+            assert!(
+                !rate.is_exceeded(&limits, handshakes, 100) && rate.is_exceeded(&limits, handshakes + 1, 100)
+            );
+        }
+        assert!(!Rate::default().is_exceeded(&SourceLimits::default(), u32::MAX, 0));
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub enum Counter {
     NoBackend,
     /// A SYN left to the socket: a limit on connections is reached.
     Limit,
+    /// A SYN left to the socket: a limit on its source is reached.
+    SourceLimit,
     /// A SYN left to the socket: too many handshakes are unfinished.
     PendingFull,
     /// A SYN left to the socket: `CONNECTIONS` or `FLOWS` is full.
@@ -83,11 +85,12 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::Opened,
         Self::SynRepeated,
         Self::NoBackend,
         Self::Limit,
+        Self::SourceLimit,
         Self::PendingFull,
         Self::Full,
         Self::NoRoute,
@@ -131,6 +134,7 @@ impl Counter {
             Self::SynRepeated => "syn_repeated",
             Self::NoBackend => "to_socket_no_backend",
             Self::Limit => "to_socket_limit",
+            Self::SourceLimit => "to_socket_source_limit",
             Self::PendingFull => "to_socket_pending_full",
             Self::Full => "to_socket_full",
             Self::NoRoute => "to_socket_no_route",

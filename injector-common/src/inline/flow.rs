@@ -37,6 +37,10 @@ pub struct Flow {
     pub phase: u64,
     /// 1 while it counts in [`Usage::established`](super::Usage::established).
     pub counted: u64,
+    /// Where it counts among the connections of its source: [`SourcePlaces`](crate::guard::SourcePlaces).
+    pub source: u64,
+    /// The source: of the client's address, mapped into IPv6, the bits that count. All zero if it was never counted.
+    pub source_ip: [u32; 4],
     /// The sequence number of the client's first byte.
     pub first: SeqNumber,
     /// What is added to the client's numbers towards the backend, besides the header's length: random, and never shown to the client. Without

@@ -1,6 +1,7 @@
 //! How many connections there are.
 
 use super::Pressure;
+use crate::guard::SourceLimits;
 
 /// Connections of a listener (map `USAGE`, at [`Listener::id`](super::Listener::id)); at 0 those of all. The daemon reads and writes it in
 /// memory, without a system call. Limits hold for the connections of all engines together.
@@ -18,8 +19,12 @@ pub struct Usage {
     pub limit: u32,
     /// Of all: how many slots of `CONNECTIONS` are not free, those of ended connections included. Written by the program.
     pub slots: u32,
-    /// Makes what follows start on a word's boundary.
-    pub reserved: u32,
+    /// Of all: which bits of an IPv4 address are its source. Written by the daemon, as what follows.
+    pub source_mask_ipv4: u32,
+    /// The same of an IPv6 address.
+    pub source_mask_ipv6: [u32; 4],
+    /// The limits on each source.
+    pub source_limits: SourceLimits,
     /// Opened since the map was made. Written by the program.
     pub accepted: u64,
     /// The listener's name, for a daemon that finds connections of an earlier one; all zero if the place is free. Written by the daemon.
@@ -34,7 +39,9 @@ impl Default for Usage {
             sessions: 0,
             limit: 0,
             slots: 0,
-            reserved: 0,
+            source_mask_ipv4: 0,
+            source_mask_ipv6: [0; 4],
+            source_limits: SourceLimits::default(),
             accepted: 0,
             name: [0; Self::NAME_LEN],
         }

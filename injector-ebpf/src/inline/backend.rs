@@ -12,7 +12,7 @@ use injector_common::{
 use super::{
     DROP, NEXT, forward, header, icmp, maps, options,
     packet::{Failed, Link, Packet},
-    route,
+    route, source,
 };
 
 /// A packet with the addresses by which a backend answers.
@@ -194,7 +194,9 @@ fn account(slot: u32, flow: &mut Flow, packet: &Packet) {
     flow.note_from_backend(&packet.segment, maps::now);
     if was_reset && !flow.is_reset() {
         // It was none: the connection goes on.
-        maps::set_counted(flow, true);
+        if maps::set_counted(flow, true) {
+            source::enter_again(flow);
+        }
     }
     maps::emit_end(slot, flow);
 }

@@ -12,6 +12,7 @@ use super::{
     DROP, MARK_REST, NEXT, forward, header, icmp, maps,
     maps::Count,
     packet::{Failed, Link, Packet},
+    source,
 };
 
 /// A packet with the addresses of a client's connection.
@@ -50,6 +51,7 @@ fn establish(entry: &mut Entry, slot: u32, flow: &mut Flow) -> bool {
     }
     maps::change(flow.listener, Count::Pending, false);
     maps::set_counted(flow, true);
+    source::establish(flow);
     maps::accepted(flow.listener);
     maps::count(Counter::Established);
     let earlier = entry.established;

@@ -26,6 +26,7 @@ mod open;
 mod options;
 mod packet;
 mod route;
+mod source;
 mod sweep;
 
 use aya_ebpf::{helpers::generated::bpf_skb_vlan_pop, macros::classifier, programs::TcContext};

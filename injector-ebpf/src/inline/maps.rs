@@ -16,7 +16,7 @@ use injector_common::inline::{
     Listener, MAX_BACKENDS, Phase, Settings, Template, Tuple, Usage,
 };
 
-use super::{mem, packet::Packet};
+use super::{mem, packet::Packet, source};
 
 /// Placeholder: the daemon sets the real size.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -326,15 +326,20 @@ pub(super) fn move_on(flow: &mut Flow, from: Phase, to: Phase) -> bool {
     unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(&raw mut flow.phase, from as u64, to as u64) }.1
 }
 
-/// Has a connection count as established, or no longer.
+/// Has a connection count as established, or no longer; `false` if it did so before.
 #[inline(always)]
-pub(super) fn set_counted(flow: &mut Flow, counts: bool) {
+pub(super) fn set_counted(flow: &mut Flow, counts: bool) -> bool {
     const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
     // SAFETY: a word of a map value.
     let before = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.counted, counts.into()) };
-    if before != u64::from(counts) {
+    let changes = before != u64::from(counts);
+    if changes {
         change(flow.listener, Count::Established, counts);
     }
+    if !counts {
+        source::leave(flow);
+    }
+    changes
 }
 
 /// The key of packets in the other direction.

@@ -19,7 +19,7 @@ use super::{
     maps::Count,
     mem, options,
     packet::{Link, Packet},
-    route,
+    route, source,
 };
 
 /// How many source ports are tried, and then again as ports of connections that have ended.
@@ -108,7 +108,14 @@ fn open(
     let slot = maps::take_slot().ok_or(Counter::Full)?;
     let earlier = entry.as_ref().map_or(0, |entry| entry.established);
     let filled = fill(skb, packet, slot, listener, backend, template).and_then(|flow| {
-        if claim_port(packet, slot, flow, backend, earlier) { Ok(flow) } else { Err(Counter::NoPort) }
+        if !source::enter(flow, own, all) {
+            return Err(Counter::SourceLimit);
+        }
+        if claim_port(packet, slot, flow, backend, earlier) {
+            return Ok(flow);
+        }
+        source::leave(flow);
+        Err(Counter::NoPort)
     });
     match filled {
         Ok(flow) => publish(packet, slot, entry, flow),
@@ -130,6 +137,7 @@ fn publish(
     if !claim_client(slot, entry, packet) {
         let mut key = MaybeUninit::<Key>::uninit();
         maps::leave(maps::reversed_key(&flow.backend_side.tuple, &mut key), slot);
+        source::leave(flow);
         // Another processor may have found it meanwhile: the sweep makes it free.
         flow.phase = Phase::Removed as u64;
         return Err(Counter::Full);

@@ -16,7 +16,7 @@ use injector_common::inline::{
     Counter, Event, Flag, Flow, Key, Phase, Pressure, Settings, Sweep, Usage, sweep,
 };
 
-use super::{maps, maps::Count};
+use super::{maps, maps::Count, source};
 
 /// How many are looked at each time.
 const PART: u32 = 2048;
@@ -109,6 +109,7 @@ extern "C" fn visit(index: u32, part: *mut c_void) -> i64 {
         Sweep::Abandon => {
             if maps::move_on(flow, Phase::Pending, Phase::Removed) {
                 maps::change(flow.listener, Count::Pending, false);
+                source::leave(flow);
                 maps::count(Counter::Abandoned);
                 remove(slot, flow);
             }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use injector_common::guard::{Rate, SourceCounts};
+use injector_common::guard::{Rate, SourceCounts, SourceLimits};
 
 use crate::config::Network;
 
@@ -57,6 +57,11 @@ pub trait UsageCounts: Debug + Send + Sync {
     /// it is called for the first time, that of an earlier daemon holds, or inline opens no
     /// connection.
     fn set_limit(&self, limit: u32);
+
+    /// Sets the limits on each source, and how many bits of an IPv4 and of an IPv6 address are one.
+    fn set_source_limits(&self, limits: SourceLimits, prefixes: [u8; 2]) {
+        let _ = (limits, prefixes);
+    }
 
     /// What inline counts of this source, and its rate. A system call; only for a source with limits.
     fn of_source(&self, source: Network) -> (SourceCounts, Rate) {

@@ -110,18 +110,24 @@ impl SourceLimit {
     /// The limits of `rules`. `inline` has the connections of the inline engine.
     #[must_use]
     pub fn new(rules: SourceRules, inline: Option<Arc<dyn UsageCounts>>) -> Arc<Self> {
-        Arc::new(Self {
-            active: AtomicBool::new(is_limited(rules.limits)),
-            rules: RwLock::new(Arc::new(rules)),
+        let limit = Self {
+            active: AtomicBool::new(false),
+            rules: RwLock::new(Arc::new(rules.clone())),
             hasher: RandomState::new(),
             shards: Default::default(),
             inline,
-        })
+        };
+        limit.set_rules(rules);
+        Arc::new(limit)
     }
 
     /// Changes the limits. Existing sessions stay; one that was not counted before is not counted now.
     pub fn set_rules(&self, rules: SourceRules) {
-        let active = is_limited(rules.limits);
+        let active = rules.limits.is_set();
+        if let Some(inline) = &self.inline {
+            let (ipv4, ipv6) = rules.prefixes;
+            inline.set_source_limits(rules.limits, [ipv4, ipv6]);
+        }
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
         self.active.store(active, Ordering::Relaxed);
     }
@@ -200,10 +206,6 @@ impl SourceLimit {
     }
 }
 
-fn is_limited(limits: SourceLimits) -> bool {
-    limits.connections != 0 || limits.burst != 0
-}
-
 /// Remembers the rate of a source. If too many are remembered, forgets those at rest, which say
 /// nothing; if that is not enough, also a quarter of the others, those that come to rest first.
 fn remember(rates: &mut HashMap<Network, Rate>, source: Network, rate: Rate, now_ns: u64) {
@@ -232,7 +234,7 @@ mod tests {
 
     /// The inline engine's counts, of one source.
     #[derive(Debug, Default)]
-    struct Inline(Mutex<(SourceCounts, Rate)>);
+    struct Inline(Mutex<(SourceCounts, Rate, Option<(SourceLimits, [u8; 2])>)>);
 
     impl UsageCounts for Inline {
         fn established(&self) -> u32 {
@@ -249,8 +251,13 @@ mod tests {
 
         fn set_limit(&self, _: u32) {}
 
+        fn set_source_limits(&self, limits: SourceLimits, prefixes: [u8; 2]) {
+            self.0.lock().unwrap().2 = Some((limits, prefixes));
+        }
+
         fn of_source(&self, _: Network) -> (SourceCounts, Rate) {
-            *self.0.lock().unwrap()
+            let inline = self.0.lock().unwrap();
+            (inline.0, inline.1)
         }
 
         fn set_sessions_of_source(&self, _: Network, sessions: u32) {
@@ -397,7 +404,7 @@ mod tests {
         let take = || limit.try_acquire(ip("192.0.2.1"), || 0);
         // Handshakes prove nothing.
         let counts = SourceCounts { pending: 100, established: 2, sessions: 0 };
-        *inline.0.lock().unwrap() = (counts, Rate::default());
+        inline.0.lock().unwrap().0 = counts;
         let held = take().unwrap();
         assert_eq!(inline.0.lock().unwrap().0.sessions, 1);
         assert_eq!(reason(take()), Some(RejectReason::SourceConnections));
@@ -405,6 +412,10 @@ mod tests {
         assert_eq!(inline.0.lock().unwrap().0.sessions, 0);
         inline.0.lock().unwrap().1 = Rate { arrival_ns: 4 * SECOND };
         assert_eq!(reason(take()), Some(RejectReason::SourceRate));
+        let published = || inline.0.lock().unwrap().2.unwrap();
+        assert_eq!(published(), (SourceLimits { connections: 3, burst: 4, interval_ns: SECOND }, [32, 64]));
+        limit.set_rules(rules(0, 0, 0));
+        assert_eq!(published(), (SourceLimits::default(), [32, 64]));
     }
 
     #[test]

@@ -4,15 +4,21 @@ use std::{
     collections::BTreeMap,
     mem::offset_of,
     sync::{
-        Arc, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
-use injector_common::inline::Usage;
+use injector_common::{
+    guard::{Rate, SourceCounts, SourceLimits},
+    inline::Usage,
+};
 
 use super::{maps::Maps, places::Places};
-use crate::engine::usage::UsageCounts;
+use crate::{
+    config::Network,
+    engine::{bpf::lock, usage::UsageCounts},
+};
 
 /// The counts of one listener, which may have several places: see [`super::places`].
 #[derive(Debug)]
@@ -22,6 +28,7 @@ pub(super) struct ListenerCounts {
     places: AtomicU64,
     sessions: AtomicU32,
     limit: AtomicU32,
+    source_limits: Mutex<SourceLimits>,
     /// What was accepted on former places, less what others had accepted on the present ones;
     /// modulo 2^64.
     accepted_before: AtomicU64,
@@ -45,6 +52,7 @@ impl ListenerCounts {
             places: AtomicU64::new(mask(places)),
             sessions: AtomicU32::new(0),
             limit: AtomicU32::new(0),
+            source_limits: Mutex::default(),
             accepted_before: AtomicU64::new(0),
         }
     }
@@ -79,6 +87,25 @@ impl UsageCounts for ListenerCounts {
         self.limit.store(limit, Ordering::Relaxed);
         self.places().for_each(|id| set_limit(&self.maps, id, limit));
     }
+
+    fn set_source_limits(&self, limits: SourceLimits, _: [u8; 2]) {
+        *lock(&self.source_limits) = limits;
+        self.places().for_each(|id| set_source_limits(&self.maps, id, limits));
+    }
+
+    fn of_source(&self, source: Network) -> (SourceCounts, Rate) {
+        let add = |(all, rate): (SourceCounts, Rate), (counts, of_place): (SourceCounts, Rate)| {
+            let pending = all.pending.saturating_add(counts.pending);
+            let established = all.established.saturating_add(counts.established);
+            let arrival_ns = rate.arrival_ns.max(of_place.arrival_ns);
+            (SourceCounts { pending, established, sessions: 0 }, Rate { arrival_ns })
+        };
+        self.places().map(|id| self.maps.by_source.read(source, id)).fold(Default::default(), add)
+    }
+
+    fn set_sessions_of_source(&self, source: Network, sessions: u32) {
+        self.maps.by_source.set_sessions(source, sessions, || self.places());
+    }
 }
 
 /// The counts of all listeners.
@@ -111,11 +138,33 @@ impl UsageCounts for TotalCounts {
     fn set_limit(&self, limit: u32) {
         set_limit(&self.0, Usage::ALL, limit);
     }
+
+    fn set_source_limits(&self, limits: SourceLimits, prefixes: [u8; 2]) {
+        set_source_limits(&self.0, Usage::ALL, limits);
+        self.0.set_source_prefixes(prefixes);
+    }
+
+    fn of_source(&self, source: Network) -> (SourceCounts, Rate) {
+        self.0.by_source.read(source, Usage::ALL)
+    }
+
+    fn set_sessions_of_source(&self, source: Network, sessions: u32) {
+        self.0.by_source.set_sessions(source, sessions, || [Usage::ALL]);
+    }
 }
 
 /// Sets the limit of a listener, or of all.
 pub(super) fn set_limit(maps: &Maps, id: u32, limit: u32) {
     store(maps, id, offset_of!(Usage, limit), limit);
+}
+
+/// Sets the limits on each source of a listener, or of all.
+fn set_source_limits(maps: &Maps, id: u32, limits: SourceLimits) {
+    const AT: usize = offset_of!(Usage, source_limits);
+
+    maps.set_usage_word(id, AT + offset_of!(SourceLimits, interval_ns), limits.interval_ns);
+    store(maps, id, AT + offset_of!(SourceLimits, connections), limits.connections);
+    store(maps, id, AT + offset_of!(SourceLimits, burst), limits.burst);
 }
 
 fn load(maps: &Maps, id: u32, offset: usize) -> u32 {
@@ -148,6 +197,7 @@ pub(super) fn clear_sessions(maps: &Maps) {
     for id in 0..Usage::COUNT {
         store(maps, id, offset_of!(Usage, sessions), 0);
     }
+    maps.by_source.clear_sessions();
 }
 
 /// Makes the counts of each listener, by name, those of all its places. Connections on a former
@@ -164,6 +214,7 @@ pub(super) fn sync(maps: &Maps, places: &Places, counted: &BTreeMap<String, Weak
             store(maps, *id, offset_of!(Usage, sessions), sessions);
             let limit = if limit == u32::MAX { limit } else { limit.saturating_sub(others) };
             set_limit(maps, *id, limit);
+            set_source_limits(maps, *id, *lock(&usage.source_limits));
         }
         let (before, now) = (usage.places.load(Ordering::Relaxed), mask(&ids_of_name));
         if before != now {
@@ -171,7 +222,10 @@ pub(super) fn sync(maps: &Maps, places: &Places, counted: &BTreeMap<String, Weak
             let left = ids(before & !now).map(accepted).fold(0, u64::wrapping_add);
             let joined = ids(now & !before).map(accepted).fold(0, u64::wrapping_add);
             usage.accepted_before.fetch_add(left.wrapping_sub(joined), Ordering::Relaxed);
-            usage.places.store(now, Ordering::Release);
+            let (left, joined) =
+                (ids(before & !now).collect::<Vec<_>>(), ids(now & !before).collect::<Vec<_>>());
+            let switch = || usage.places.store(now, Ordering::Release);
+            maps.by_source.move_sessions(ids(before).next(), &joined, &left, switch);
         }
     }
 }

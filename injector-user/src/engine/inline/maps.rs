@@ -19,14 +19,18 @@ use aya::{
         lpm_trie::{Key as LpmKey, LpmTrie},
     },
 };
-use injector_common::inline::{
-    Address, Backend, BackendTable, Counter, Flag, Flow, HeaderAddresses, Listener, Phase, Settings,
-    Template, Tuple, Usage,
+use injector_common::{
+    guard,
+    inline::{
+        Address, Backend, BackendTable, Counter, Flag, Flow, HeaderAddresses, Listener, Phase, Settings,
+        Template, Tuple, Usage,
+    },
 };
 
 use super::{
     places::Found,
     plan::{InUse, Plan, map_address},
+    source_maps::SourceMaps,
 };
 use crate::{
     config::Network,
@@ -35,7 +39,7 @@ use crate::{
 };
 
 /// The maps that this daemon's program shares with the next daemon's.
-pub(super) const PINNED: [&str; 15] = [
+pub(super) const PINNED: [&str; 18] = [
     "FLOWS",
     "CONNECTIONS",
     "FREE_SLOTS",
@@ -51,6 +55,9 @@ pub(super) const PINNED: [&str; 15] = [
     "COUNTERS",
     "EVENTS",
     "TIMER",
+    "SOURCE_COUNTS",
+    "SOURCE_SESSIONS",
+    "SOURCE_RATES",
 ];
 
 pub(super) struct Maps {
@@ -64,6 +71,7 @@ pub(super) struct Maps {
     settings: Mutex<Array<MapData, Settings>>,
     free_slots: Mutex<Queue<MapData, u32>>,
     counters: PerCpuArray<MapData, u64>,
+    pub(super) by_source: SourceMaps,
     connections: MmapRecords<Flow>,
     usage: MmapRecords<Usage>,
     /// Kept open because programs that are loaded later refer to the maps by their descriptors.
@@ -108,6 +116,7 @@ impl Maps {
             settings: Mutex::new(take::<Array<_, _>>(programs, "SETTINGS")?),
             free_slots: Mutex::new(take::<Queue<_, _>>(programs, "FREE_SLOTS")?),
             counters: take(programs, "COUNTERS")?,
+            by_source: SourceMaps::take(programs)?,
             connections,
             usage,
             _mapped: [connections_map, usage_map],
@@ -246,6 +255,25 @@ impl Maps {
     /// A count of a listener, or of all, by its offset in [`Usage`].
     pub(super) fn usage_field(&self, id: u32, offset: usize) -> Option<&AtomicU32> {
         self.usage.field(usize::try_from(id).ok()?, offset)
+    }
+
+    /// Writes a word of a listener, or of all, by its offset in [`Usage`].
+    pub(super) fn set_usage_word(&self, id: u32, offset: usize, value: u64) {
+        if let Some(word) = usize::try_from(id).ok().and_then(|id| self.usage.word(id, offset)) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Writes how many bits of an IPv4 and of an IPv6 address are one source.
+    pub(super) fn set_source_prefixes(&self, [ipv4, ipv6]: [u8; 2]) {
+        let [.., mask_ipv4] = guard::mask([u32::MAX; 4], 96 + ipv4.min(32));
+        let masks = [mask_ipv4].into_iter().chain(guard::mask([u32::MAX; 4], ipv6));
+        let offsets = (offset_of!(Usage, source_mask_ipv4)..).step_by(size_of::<u32>());
+        for (at, mask) in offsets.zip(masks) {
+            if let Some(word) = self.usage_field(Usage::ALL, at) {
+                word.store(mask, Ordering::Relaxed);
+            }
+        }
     }
 
     /// The counts of a listener, or of all.

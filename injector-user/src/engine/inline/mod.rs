@@ -25,6 +25,7 @@ mod route_lookups;
 pub mod runner;
 pub mod selftest;
 mod service;
+mod source_maps;
 mod sources;
 mod tables;
 mod usage;

@@ -85,7 +85,9 @@ impl InlinePrograms {
         loader
             .map_max_entries("FLOWS", slots.saturating_mul(2))
             .map_max_entries("CONNECTIONS", slots)
-            .map_max_entries("FREE_SLOTS", slots);
+            .map_max_entries("FREE_SLOTS", slots)
+            .map_max_entries("SOURCE_COUNTS", slots)
+            .map_max_entries("SOURCE_SESSIONS", slots);
         for map in maps::PINNED {
             loader.map_pin_path(map, pins.join(map));
         }

@@ -1,0 +1,245 @@
+//! Limits per source: what each source has, by listener and over all of them.
+//!
+//! A connection counts from its SYN on. `Flow::source` has where, so that it leaves exactly once, whoever ends it.
+
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg};
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{HashMap, LruHashMap},
+    macros::btf_map,
+};
+use injector_common::{
+    guard::{CountWord, Counted, Enter, Rate, SourceKey, SourceLimits, SourcePlaces},
+    inline::{Flow, Usage},
+};
+
+use super::maps;
+
+const SIZED_BY_THE_DAEMON: usize = 1;
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+/// `BPF_NOEXIST`
+const NOEXIST: u64 = 1;
+const MAPPED: u32 = 0xFFFF_u32.to_be();
+const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
+
+/// How often entering is tried, while other processors change the same count or remove it.
+const ATTEMPTS: u32 = 4;
+
+/// Of how many sources the rate is remembered.
+const RATES: usize = 16_384;
+
+/// Connections of each source, as a [`CountWord`].
+#[btf_map]
+static SOURCE_COUNTS: HashMap<SourceKey, u64, SIZED_BY_THE_DAEMON, NO_PREALLOC> = HashMap::new();
+
+/// Sessions of the other engines. Written by the daemon.
+#[btf_map]
+static SOURCE_SESSIONS: HashMap<SourceKey, u32, SIZED_BY_THE_DAEMON, NO_PREALLOC> = HashMap::new();
+
+/// How much of its rate each source has used.
+#[btf_map]
+static SOURCE_RATES: LruHashMap<SourceKey, Rate, RATES> = LruHashMap::new();
+
+/// Counts the handshake of a flow that no entry names yet; `false` if that exceeds a limit.
+#[inline(always)]
+pub(super) fn enter(flow: &mut Flow, own: &Usage, all: &Usage) -> bool {
+    if !own.source_limits.is_set() && !all.source_limits.is_set() {
+        return true;
+    }
+    enter_each(flow, Counted::Pending as u64)
+}
+
+/// The backend has revived a connection that was taken for reset: it counts again, whatever the limits.
+#[inline(always)]
+pub(super) fn enter_again(flow: &mut Flow) {
+    // Mapped or global.
+    if flow.source_ip[2] | flow.source_ip[0] != 0 {
+        // Whoever ends it meanwhile may have found nothing to leave: the sweep does, before the slot is free.
+        enter_each(flow, Counted::Established as u64);
+    }
+}
+
+#[inline(never)]
+fn enter_each(flow: &mut Flow, what: u64) -> bool {
+    let (Some(own), Some(all)) = (maps::usage(flow.listener), maps::usage(Usage::ALL)) else { return true };
+    let client = &flow.client_side.tuple.destination;
+    if matches!(Counted::of(what), Counted::Pending) {
+        flow.source_ip = if flow.client_side.tuple.ipv6 != 0 {
+            let mask = &all.source_mask_ipv6;
+            [client[0] & mask[0], client[1] & mask[1], client[2] & mask[2], client[3] & mask[3]]
+        } else {
+            [0, 0, MAPPED, client[0] & all.source_mask_ipv4]
+        };
+    }
+    let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };
+    let mut places = SourcePlaces::of(Counted::of(what));
+    if own.source_limits.is_set() {
+        if !count(&key, &own.source_limits, what) {
+            return false;
+        }
+        places = places.with_own();
+    }
+    if all.source_limits.is_set() {
+        key.listener = Usage::ALL;
+        if !count(&key, &all.source_limits, what) {
+            if places.has_own() {
+                key.listener = flow.listener;
+                uncount(&key, what);
+            }
+            return false;
+        }
+        places = places.with_all();
+    }
+    // SAFETY: a word of a map value.
+    let before = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.source, places.0) };
+    if before != 0 {
+        // It has not yet left as what it was.
+        leave_each(flow, before);
+    }
+    true
+}
+
+/// The connection counts no more.
+#[inline(always)]
+pub(super) fn leave(flow: &mut Flow) {
+    if flow.source != 0 {
+        // SAFETY: a word of a map value.
+        let places = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.source, 0) };
+        leave_each(flow, places);
+    }
+}
+
+#[inline(never)]
+fn leave_each(flow: &Flow, places: u64) {
+    let places = SourcePlaces(places);
+    let what = places.what() as u64;
+    let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };
+    if places.has_own() {
+        uncount(&key, what);
+    }
+    if places.has_all() {
+        key.listener = Usage::ALL;
+        uncount(&key, what);
+    }
+}
+
+/// The client has answered the backend: its address is proven, and its rate is used.
+#[inline(always)]
+pub(super) fn establish(flow: &mut Flow) {
+    if flow.source != 0 {
+        establish_each(flow);
+    }
+}
+
+#[inline(never)]
+fn establish_each(flow: &mut Flow) {
+    let places = SourcePlaces(flow.source);
+    let (Some(own), Some(all)) = (maps::usage(flow.listener), maps::usage(Usage::ALL)) else { return };
+    let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };
+    if places.has_own() {
+        move_on(&key, &own.source_limits);
+    }
+    if places.has_all() {
+        key.listener = Usage::ALL;
+        move_on(&key, &all.source_limits);
+    }
+    flow.source = places.established().0;
+}
+
+/// Counts one more of a source; `false` if it has as many as it may, or comes too fast.
+#[inline(never)]
+fn count(key: &SourceKey, limits: &SourceLimits, what: u64) -> bool {
+    let what = Counted::of(what);
+    let handshake = matches!(what, Counted::Pending);
+    // SAFETY: map values; a wrong one, of an element that is used again, is another moment's.
+    let (sessions, rate) = unsafe {
+        (SOURCE_SESSIONS.get(key).copied().unwrap_or(0), SOURCE_RATES.get(key).copied().unwrap_or_default())
+    };
+    let most = match limits.connections {
+        0 => u32::MAX,
+        _ if !handshake => u32::MAX,
+        limit => limit.saturating_sub(sessions),
+    };
+    let now_ns = maps::now();
+    let own = CountWord::of(key);
+    for _ in 0..ATTEMPTS {
+        if let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) {
+            // SAFETY: a word of a map value.
+            let before = CountWord(unsafe { word.read_volatile() });
+            match before.enter(own, what, most) {
+                Enter::Retry => continue,
+                Enter::Full => return false,
+                Enter::Exchange(after) => {
+                    if handshake && rate.is_exceeded(limits, before.pending(), now_ns) {
+                        return false;
+                    }
+                    // SAFETY: as above.
+                    if unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, before.0, after.0) }.1 {
+                        return true;
+                    }
+                }
+            }
+            continue;
+        }
+        if most == 0 || (handshake && rate.is_exceeded(limits, 0, now_ns)) {
+            return false;
+        }
+        // Dead until it is in the map; then it is this processor's to begin.
+        if SOURCE_COUNTS.insert(key, &CountWord::DEAD.0, NOEXIST).is_ok() {
+            let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) else { return false };
+            // SAFETY: as above.
+            let _ = unsafe { atomic_xchg::<u64, RELAXED>(word, own.with(what).0) };
+            return true;
+        }
+    }
+    false
+}
+
+/// Counts one less of a source, which was counted.
+#[inline(never)]
+fn uncount(key: &SourceKey, what: u64) {
+    let what = Counted::of(what);
+    let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) else { return };
+    // SAFETY: a word of a map value, which stays the source's as long as something is counted.
+    let _ = unsafe { atomic_xadd::<u64, u64, RELAXED>(word, CountWord::leave(what)) };
+    let zero = CountWord::of(key).0;
+    // By now it may be another's, whose word differs.
+    // SAFETY: as above.
+    let is_zero = unsafe { word.read_volatile() } == zero;
+    // SAFETY: as above.
+    if is_zero && unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, zero, CountWord::DEAD.0) }.1 {
+        let _ = SOURCE_COUNTS.remove(key);
+    }
+}
+
+/// A counted handshake is finished.
+#[inline(never)]
+fn move_on(key: &SourceKey, limits: &SourceLimits) {
+    if let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) {
+        // SAFETY: as in `uncount`.
+        let _ = unsafe { atomic_xadd::<u64, u64, RELAXED>(word, CountWord::ESTABLISH) };
+    }
+    if limits.burst == 0 {
+        return;
+    }
+    let now_ns = maps::now();
+    let Some(rate) = SOURCE_RATES.get_ptr_mut(key) else {
+        if let Some(rate) = Rate::default().take(limits, now_ns) {
+            let _ = SOURCE_RATES.insert(key, &rate, NOEXIST);
+        }
+        return;
+    };
+    // SAFETY: a word of a map value.
+    let before = Rate { arrival_ns: unsafe { (&raw const (*rate).arrival_ns).read_volatile() } };
+    let after = before.used(limits, now_ns);
+    // What another processor has just used is not used again.
+    // SAFETY: as above.
+    let _ = unsafe {
+        atomic_cxchg::<u64, RELAXED, RELAXED>(
+            &raw mut (*rate).arrival_ns,
+            before.arrival_ns,
+            after.arrival_ns,
+        )
+    };
+}

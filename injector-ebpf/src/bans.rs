@@ -48,6 +48,12 @@ pub(super) fn count(counter: Counter) {
     }
 }
 
+/// Whether no ban and no limit concerns this source.
+#[inline(always)]
+pub(super) fn is_allowed(source: &[u32; 4]) -> bool {
+    GUARD_ALLOWED.get(&lpm_trie::Key::new(128, *source)).is_some()
+}
+
 /// Whether nothing of this source may pass.
 #[inline(always)]
 pub(super) fn is_banned(source: &[u32; 4]) -> bool {
@@ -67,7 +73,7 @@ pub(super) fn is_banned(source: &[u32; 4]) -> bool {
     if listed.address_until_ns == 0 && listed.network_until_ns == 0 {
         return false;
     }
-    listed.allowed = GUARD_ALLOWED.get(&lpm_trie::Key::new(128, *source)).is_some();
+    listed.allowed = is_allowed(source);
     // SAFETY: takes nothing.
     listed.is_banned(unsafe { bpf_ktime_get_boot_ns() })
 }

@@ -14,13 +14,12 @@ use injector_common::{
     inline::{Flow, Usage},
 };
 
-use super::maps;
+use super::{bans, maps};
 
 const SIZED_BY_THE_DAEMON: usize = 1;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 /// `BPF_NOEXIST`
 const NOEXIST: u64 = 1;
-const MAPPED: u32 = 0xFFFF_u32.to_be();
 const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 
 /// How often entering is tried, while other processors change the same count or remove it.
@@ -65,11 +64,15 @@ fn enter_each(flow: &mut Flow, what: u64) -> bool {
     let (Some(own), Some(all)) = (maps::usage(flow.listener), maps::usage(Usage::ALL)) else { return true };
     let client = &flow.client_side.tuple.destination;
     if matches!(Counted::of(what), Counted::Pending) {
-        flow.source_ip = if flow.client_side.tuple.ipv6 != 0 {
+        let ipv6 = flow.client_side.tuple.ipv6 != 0;
+        if bans::is_allowed(&if ipv6 { *client } else { bans::mapped(client[0]) }) {
+            return true;
+        }
+        flow.source_ip = if ipv6 {
             let mask = &all.source_mask_ipv6;
             [client[0] & mask[0], client[1] & mask[1], client[2] & mask[2], client[3] & mask[3]]
         } else {
-            [0, 0, MAPPED, client[0] & all.source_mask_ipv4]
+            bans::mapped(client[0] & all.source_mask_ipv4)
         };
     }
     let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };

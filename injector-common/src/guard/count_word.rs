@@ -117,9 +117,9 @@ impl CountWord {
 
     /// For each of the two counts.
     const BITS: u32 = 20;
-    const MASK: u64 = (1 << Self::BITS) - 1;
     /// The most that is counted of each.
-    pub const MAX: u32 = Self::MASK as u32;
+    pub const MAX: u32 = (1 << Self::BITS) - 1;
+    const MASK: u64 = Self::MAX as u64;
     const OWNER: u64 = !(Self::MASK << Self::BITS | Self::MASK);
 
     /// That of a source with nothing counted. Two sources may have the same owner's bits; then they are told apart only as long as none of
@@ -153,7 +153,6 @@ impl CountWord {
     /// Handshakes.
     #[must_use]
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "masked")]
     pub const fn pending(self) -> u32 {
         (self.0 & Self::MASK) as u32
     }
@@ -161,7 +160,6 @@ impl CountWord {
     /// Established connections.
     #[must_use]
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "masked")]
     pub const fn established(self) -> u32 {
         (self.0 >> Self::BITS & Self::MASK) as u32
     }

@@ -18,6 +18,7 @@ use injector_testbed::netns::Family;
 use socket2::SockRef;
 
 use crate::frame::{Extra, Frame, forged_header};
+use crate::source_limits::counts_are_exact;
 use crate::wire::{Direction, Fate, Side};
 use crate::wire_testbed::{self, Forwarding, WireTestbed};
 
@@ -112,6 +113,7 @@ fn run(testbed: &WireTestbed, family: Family, connections: usize, rng: &mut Rng)
     // Those that the socket got take longer.
     std::thread::sleep(Duration::from_millis(300));
     totals.count(&earlier, &listener, testbed, family)?;
+    counts_are_exact(testbed.pin())?;
     let below = testbed.counted("invalid_segment").unwrap_or(0) - before;
     eprintln!("    {totals:?}, {below} segments dropped as invalid");
     // At least some connections must have worked.

@@ -17,6 +17,7 @@ mod offloads;
 mod packets;
 mod reload;
 mod site;
+mod source_limits;
 mod source_ports;
 mod tap;
 mod tcp;
@@ -56,6 +57,7 @@ fn main() {
         for (area, of_area) in [
             ("accelerator", accelerator::TRIALS),
             ("accelerator", source_ports::TRIALS),
+            ("accelerator", source_limits::TRIALS),
             ("reload", reload::TRIALS),
             ("timeouts", timeouts::EACH),
         ] {
@@ -68,6 +70,12 @@ fn main() {
     for (name, run) in accelerator::SLOW_TRIALS {
         let name = format!("accelerator/ipv4/{name}");
         trials.push(trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)));
+    }
+    for (name, run) in source_limits::SLOW_TRIALS {
+        let name = format!("accelerator/ipv4/{name}");
+        trials.push(
+            trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)).with_ignored_flag(true),
+        );
     }
     for (name, run) in timeouts::TRIALS {
         trials.push(trial(&shared, format!("timeouts/{name}"), |shared| run(&*shared.testbed()?)));

@@ -77,7 +77,8 @@ impl WireTestbed {
         let attached = DetachOnDrop { edge: edge.handle(), pin: pin.clone() };
         let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\npin = \"{}\"\n\
-             devices = [\"wire-outside\", \"wire-inside\"]\n\n",
+             devices = [\"wire-outside\", \"wire-inside\"]\n\n\
+             [guard]\nmax_connections_per_source = 1000000\nmax_rate_per_source = 1000000\n\n",
             pin.display()
         );
         for (name, port, protocol) in [("wire", PORT, "smtp"), ("wire-tls", TLS_PORT, "imaps")] {

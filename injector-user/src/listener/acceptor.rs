@@ -128,8 +128,9 @@ impl Acceptor {
         policy: &AdmissionPolicy,
         client: IpAddr,
     ) -> Result<ConnectionPermits, Refusal> {
-        let own_source = policy.source_limit.try_acquire(client, clock::monotonic_ns)?;
-        let source = self.limit.0.sources.try_acquire(client, clock::monotonic_ns)?;
+        let is_allowed = |client| self.limit.0.bans.as_ref().is_some_and(|bans| bans.is_allowed(client));
+        let own_source = policy.source_limit.try_acquire(client, is_allowed, clock::monotonic_ns)?;
+        let source = self.limit.0.sources.try_acquire(client, is_allowed, clock::monotonic_ns)?;
         let own = policy.listener_limit.try_acquire().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
         Ok(ConnectionPermits { _total: total, _own: own, _source: [own_source, source] })

@@ -30,32 +30,21 @@ pub struct SourceRules {
     limits: SourceLimits,
     /// How many bits of an IPv4 and of an IPv6 address are one source.
     prefixes: (u8, u8),
-    /// Networks without limit.
-    allow: Vec<Network>,
 }
 
 impl SourceRules {
-    /// These limits, with the sources and exemptions of `[guard]`. Without `[guard]` there is no limit.
+    /// These limits, with the sources of `[guard]`. Without `[guard]` there is no limit.
     #[must_use]
     pub fn new(guard: Option<&Guard>, limits: PerSource) -> Self {
         let Some(guard) = guard else {
-            return Self { limits: SourceLimits::default(), prefixes: (32, 64), allow: Vec::new() };
+            return Self { limits: SourceLimits::default(), prefixes: (32, 64) };
         };
-        Self {
-            limits: limits.limits(),
-            prefixes: (guard.source_prefix_ipv4, guard.source_prefix_ipv6),
-            allow: guard.allow.clone(),
-        }
+        Self { limits: limits.limits(), prefixes: (guard.source_prefix_ipv4, guard.source_prefix_ipv6) }
     }
 
     fn source(&self, client: IpAddr) -> Network {
         let ((ipv4, ipv6), client) = (self.prefixes, client.to_canonical());
         Network::around(client, if client.is_ipv4() { ipv4 } else { ipv6 })
-    }
-
-    fn exempts(&self, client: IpAddr) -> bool {
-        let client = client.to_canonical();
-        self.allow.iter().any(|network| network.contains(client))
     }
 }
 
@@ -133,10 +122,11 @@ impl SourceLimit {
     }
 
     /// Takes a permit for a session of this client, now, in nanoseconds of `CLOCK_MONOTONIC`. The rate
-    /// counts every connection that gets one.
+    /// counts every connection that gets one. No limit concerns a client that `is_allowed`.
     pub(super) fn try_acquire(
         self: &Arc<Self>,
         client: IpAddr,
+        is_allowed: impl FnOnce(IpAddr) -> bool,
         now_ns: impl FnOnce() -> u64,
     ) -> Result<SourcePermit, SourceRefusal> {
         let uncounted = SourcePermit { _counted: None };
@@ -144,7 +134,7 @@ impl SourceLimit {
             return Ok(uncounted);
         }
         let rules = Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner));
-        if rules.exempts(client) {
+        if is_allowed(client.to_canonical()) {
             return Ok(uncounted);
         }
         let (limits, source, now_ns) = (&rules.limits, rules.source(client), now_ns());
@@ -234,7 +224,14 @@ mod tests {
 
     /// The inline engine's counts, of one source.
     #[derive(Debug, Default)]
-    struct Inline(Mutex<(SourceCounts, Rate, Option<(SourceLimits, [u8; 2])>)>);
+    struct Inline(Mutex<OfSource>);
+
+    #[derive(Debug, Default)]
+    struct OfSource {
+        counts: SourceCounts,
+        rate: Rate,
+        published: Option<(SourceLimits, [u8; 2])>,
+    }
 
     impl UsageCounts for Inline {
         fn established(&self) -> u32 {
@@ -252,16 +249,16 @@ mod tests {
         fn set_limit(&self, _: u32) {}
 
         fn set_source_limits(&self, limits: SourceLimits, prefixes: [u8; 2]) {
-            self.0.lock().unwrap().2 = Some((limits, prefixes));
+            self.0.lock().unwrap().published = Some((limits, prefixes));
         }
 
         fn of_source(&self, _: Network) -> (SourceCounts, Rate) {
             let inline = self.0.lock().unwrap();
-            (inline.0, inline.1)
+            (inline.counts, inline.rate)
         }
 
         fn set_sessions_of_source(&self, _: Network, sessions: u32) {
-            self.0.lock().unwrap().0.sessions = sessions;
+            self.0.lock().unwrap().counts.sessions = sessions;
         }
     }
 
@@ -271,8 +268,16 @@ mod tests {
             max_rate: NonZeroU32::new(rate),
             burst: NonZeroU32::new(burst),
         };
-        let allow = vec!["203.0.113.0/24".parse().unwrap(), "2001:db8:a::/48".parse().unwrap()];
-        SourceRules::new(Some(&Guard { allow, ..Guard::default() }), limits)
+        SourceRules::new(Some(&Guard::default()), limits)
+    }
+
+    /// Takes a permit, for a client that is not in a network that is allowed.
+    fn take(
+        limit: &Arc<SourceLimit>,
+        client: IpAddr,
+        now_ns: impl FnOnce() -> u64,
+    ) -> Result<SourcePermit, SourceRefusal> {
+        limit.try_acquire(client, |_| false, now_ns)
     }
 
     fn limit(connections: u32, rate: u32, burst: u32) -> Arc<SourceLimit> {
@@ -297,32 +302,32 @@ mod tests {
     #[test]
     fn a_source_has_its_limit_and_leaves_others_alone() {
         let limit = limit(2, 0, 0);
-        let take = |text| limit.try_acquire(ip(text), || 0);
-        let held = [take("192.0.2.1"), take("::ffff:192.0.2.1")];
+        let of = |text| take(&limit, ip(text), || 0);
+        let held = [of("192.0.2.1"), of("::ffff:192.0.2.1")];
         assert!(held.iter().all(Result::is_ok));
         let source = "192.0.2.1/32".parse().unwrap();
         let refusal = SourceRefusal { reason: RejectReason::SourceConnections, source, limit: 2 };
-        assert_eq!(take("192.0.2.1").unwrap_err(), refusal);
-        let other = take("192.0.2.2");
+        assert_eq!(of("192.0.2.1").unwrap_err(), refusal);
+        let other = of("192.0.2.2");
         assert!(other.is_ok() && entries(&limit) == (2, 0));
         drop((held, other));
-        assert!(take("192.0.2.1").is_ok());
+        assert!(of("192.0.2.1").is_ok());
         assert_eq!(entries(&limit), (0, 0));
     }
 
     #[test]
     fn an_ipv6_network_of_64_bits_is_one_source() {
         let limit = limit(1, 0, 0);
-        let held = limit.try_acquire(ip("2001:db8::1"), || 0).unwrap();
-        assert_eq!(reason(limit.try_acquire(ip("2001:db8::2"), || 0)), Some(RejectReason::SourceConnections));
-        assert_eq!(reason(limit.try_acquire(ip("2001:db8:0:1::1"), || 0)), None);
+        let held = take(&limit, ip("2001:db8::1"), || 0).unwrap();
+        assert_eq!(reason(take(&limit, ip("2001:db8::2"), || 0)), Some(RejectReason::SourceConnections));
+        assert_eq!(reason(take(&limit, ip("2001:db8:0:1::1"), || 0)), None);
         drop(held);
     }
 
     #[test]
     fn the_rate_of_a_source_has_a_burst() {
         let limit = limit(0, 2, 3);
-        let at = |ns| reason(limit.try_acquire(ip("192.0.2.1"), || ns));
+        let at = |ns| reason(take(&limit, ip("192.0.2.1"), || ns));
         let fast = Some(RejectReason::SourceRate);
         assert_eq!([0, 0, 0, 0].map(at), [None, None, None, fast]);
         assert_eq!([SECOND / 2 - 1, SECOND / 2, SECOND / 2].map(at), [fast, None, fast]);
@@ -334,38 +339,45 @@ mod tests {
     #[test]
     fn the_burst_is_the_rate_unless_it_is_set() {
         let limit = limit(0, 5, 0);
-        let admitted = (0..20).filter(|_| limit.try_acquire(ip("192.0.2.1"), || 0).is_ok()).count();
+        let admitted = (0..20).filter(|_| take(&limit, ip("192.0.2.1"), || 0).is_ok()).count();
         assert_eq!(admitted, 5);
     }
 
     #[test]
     fn a_connection_that_is_refused_does_not_count() {
         let limit = limit(1, 1, 2);
-        let held = limit.try_acquire(ip("192.0.2.1"), || 0).unwrap();
+        let held = take(&limit, ip("192.0.2.1"), || 0).unwrap();
         for _ in 0..10 {
-            assert_eq!(
-                reason(limit.try_acquire(ip("192.0.2.1"), || 0)),
-                Some(RejectReason::SourceConnections)
-            );
+            assert_eq!(reason(take(&limit, ip("192.0.2.1"), || 0)), Some(RejectReason::SourceConnections));
         }
         drop(held);
-        assert_eq!(reason(limit.try_acquire(ip("192.0.2.1"), || 0)), None);
+        assert_eq!(reason(take(&limit, ip("192.0.2.1"), || 0)), None);
     }
 
     #[test]
     fn allowed_networks_and_limits_that_are_not_set_count_nothing() {
         let limited = limit(1, 1, 1);
+        let allow = ["203.0.113.0/24", "2001:db8:a::/48"].map(|text| text.parse::<Network>().unwrap());
+        let is_allowed = |client| allow.iter().any(|network| network.contains(client));
         let held: Vec<_> = ["203.0.113.7", "::ffff:203.0.113.7", "2001:db8:a::1"]
             .iter()
             .cycle()
             .take(30)
-            .map(|text| limited.try_acquire(ip(text), || 0).unwrap())
+            .map(|text| limited.try_acquire(ip(text), is_allowed, || 0).unwrap())
             .collect();
         assert_eq!(entries(&limited), (0, 0));
         drop(held);
         let unlimited = limit(0, 0, 0);
         let held: Vec<_> = (0..30)
-            .map(|_| unlimited.try_acquire(ip("192.0.2.1"), || panic!("no clock is read")).unwrap())
+            .map(|_| {
+                unlimited
+                    .try_acquire(
+                        ip("192.0.2.1"),
+                        |_| panic!("nothing is asked"),
+                        || panic!("no clock is read"),
+                    )
+                    .unwrap()
+            })
             .collect();
         assert_eq!(entries(&unlimited), (0, 0));
         drop(held);
@@ -375,24 +387,24 @@ mod tests {
     fn without_guard_nothing_is_limited() {
         let one = PerSource { max_connections: NonZeroU32::new(1), ..PerSource::default() };
         let limit = SourceLimit::new(SourceRules::new(None, one), None);
-        let held = [0; 3].map(|_| limit.try_acquire(ip("192.0.2.1"), || 0));
+        let held = [0; 3].map(|_| take(&limit, ip("192.0.2.1"), || 0));
         assert!(held.iter().all(Result::is_ok));
     }
 
     #[test]
     fn a_reload_changes_limits_and_sources_while_sessions_exist() {
         let limit = limit(3, 0, 0);
-        let take = |text| limit.try_acquire(ip(text), || 0);
-        let held = [take("192.0.2.1").unwrap(), take("192.0.2.1").unwrap()];
+        let of = |text| take(&limit, ip(text), || 0);
+        let held = [of("192.0.2.1").unwrap(), of("192.0.2.1").unwrap()];
         limit.set_rules(rules(1, 0, 0));
-        assert_eq!(reason(take("192.0.2.1")), Some(RejectReason::SourceConnections));
+        assert_eq!(reason(of("192.0.2.1")), Some(RejectReason::SourceConnections));
         // Other sources: those from before are counted as they were, and leave as they came.
         let wider = SourceRules { prefixes: (24, 64), ..rules(1, 0, 0) };
         limit.set_rules(wider);
-        let of_network = take("192.0.2.1").unwrap();
-        assert_eq!(reason(take("192.0.2.9")), Some(RejectReason::SourceConnections));
+        let of_network = of("192.0.2.1").unwrap();
+        assert_eq!(reason(of("192.0.2.9")), Some(RejectReason::SourceConnections));
         limit.set_rules(rules(0, 0, 0));
-        let uncounted = take("192.0.2.1").unwrap();
+        let uncounted = of("192.0.2.1").unwrap();
         drop((held, of_network, uncounted));
         assert_eq!(entries(&limit), (0, 0));
     }
@@ -401,18 +413,18 @@ mod tests {
     fn sessions_and_inline_connections_share_the_limit() {
         let inline = Arc::new(Inline::default());
         let limit = SourceLimit::new(rules(3, 1, 4), Some(Arc::clone(&inline) as Arc<dyn UsageCounts>));
-        let take = || limit.try_acquire(ip("192.0.2.1"), || 0);
+        let another = || take(&limit, ip("192.0.2.1"), || 0);
         // Handshakes prove nothing.
         let counts = SourceCounts { pending: 100, established: 2, sessions: 0 };
-        inline.0.lock().unwrap().0 = counts;
-        let held = take().unwrap();
-        assert_eq!(inline.0.lock().unwrap().0.sessions, 1);
-        assert_eq!(reason(take()), Some(RejectReason::SourceConnections));
+        inline.0.lock().unwrap().counts = counts;
+        let held = another().unwrap();
+        assert_eq!(inline.0.lock().unwrap().counts.sessions, 1);
+        assert_eq!(reason(another()), Some(RejectReason::SourceConnections));
         drop(held);
-        assert_eq!(inline.0.lock().unwrap().0.sessions, 0);
-        inline.0.lock().unwrap().1 = Rate { arrival_ns: 4 * SECOND };
-        assert_eq!(reason(take()), Some(RejectReason::SourceRate));
-        let published = || inline.0.lock().unwrap().2.unwrap();
+        assert_eq!(inline.0.lock().unwrap().counts.sessions, 0);
+        inline.0.lock().unwrap().rate = Rate { arrival_ns: 4 * SECOND };
+        assert_eq!(reason(another()), Some(RejectReason::SourceRate));
+        let published = || inline.0.lock().unwrap().published.unwrap();
         assert_eq!(published(), (SourceLimits { connections: 3, burst: 4, interval_ns: SECOND }, [32, 64]));
         limit.set_rules(rules(0, 0, 0));
         assert_eq!(published(), (SourceLimits::default(), [32, 64]));
@@ -425,7 +437,7 @@ mod tests {
         for number in 0..1_000_000_u32 {
             let client = IpAddr::from((0x0A00_0000 + number % 300_000).to_be_bytes());
             let now = u64::from(number) * 1000;
-            held.push_back(limit.try_acquire(client, || now).unwrap());
+            held.push_back(take(&limit, client, || now).unwrap());
             if held.len() > 50 {
                 held.pop_front();
             }
@@ -472,7 +484,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..20_000 {
-                        if let Ok(permit) = limit.try_acquire(ip("192.0.2.1"), || 0) {
+                        if let Ok(permit) = take(&limit, ip("192.0.2.1"), || 0) {
                             let now = open.fetch_add(1, Ordering::SeqCst) + 1;
                             most.fetch_max(now, Ordering::SeqCst);
                             open.fetch_sub(1, Ordering::SeqCst);
@@ -500,7 +512,7 @@ mod tests {
                     0 | 1 => {
                         let open = held.iter().filter(|(of, permit)| *of == client && permit._counted.is_some());
                         let full = most != 0 && open.count() >= most as usize;
-                        let taken = limit.try_acquire(IpAddr::from([192, 0, 2, client]), || 0);
+                        let taken = take(&limit, IpAddr::from([192, 0, 2, client]), || 0);
                         prop_assert_eq!(taken.is_err(), full);
                         held.extend(taken.ok().map(|permit| (client, permit)));
                     }

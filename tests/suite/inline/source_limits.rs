@@ -20,6 +20,7 @@ use crate::lifecycle::{serve, session};
 use crate::testbed::{
     InlineInjector, LIMIT, Testbed, client_ip, counted, header, is_inline, patient, public_address, works,
 };
+use crate::wire_testbed::SysctlGuard;
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("source/both engines together, and after a kill", together),
@@ -295,6 +296,8 @@ fn short_sessions(testbed: &Testbed, family: Family, sessions: usize) -> anyhow:
     let limit = "[listener.guard]\nmax_connections_per_source = 8\n";
     let (injector, _) =
         start(testbed, limit, "max_connections_per_source = 8\nmax_rate_per_source = 1000000\n")?;
+    // More than the client has ports, each of which a new connection may have after a second.
+    let _reuse = SysctlGuard::new(&testbed.topology.client, "net/ipv4/tcp_tw_reuse", "1")?;
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let serving: Vec<_> = (0..2).map(|_| scope.spawn(|| serve(&backend, &over))).collect();

@@ -49,7 +49,7 @@ impl SourceMaps {
         let mut map = lock(&self.sessions);
         for listener in places() {
             let key = key(source, listener);
-            let written = if sessions == 0 { map.remove(&key) } else { map.insert(&key, sessions, 0) };
+            let written = if sessions == 0 { map.remove(&key) } else { map.insert(key, sessions, 0) };
             drop(written);
         }
     }
@@ -72,7 +72,7 @@ impl SourceMaps {
         let all: Vec<(SourceKey, u32)> = map.iter().filter_map(Result::ok).collect();
         for (key, sessions) in all.into_iter().filter(|(key, _)| Some(key.listener) == from) {
             for listener in joined {
-                drop(map.insert(&SourceKey { listener: *listener, ..key }, sessions, 0));
+                drop(map.insert(SourceKey { listener: *listener, ..key }, sessions, 0));
             }
         }
         switch();

@@ -142,7 +142,7 @@ impl World {
                 Step::Hold
             }
             Step::Hold => {
-                if processor.left % 2 == 0 {
+                if processor.left.is_multiple_of(2) {
                     Step::Establish
                 } else {
                     Step::Leave

@@ -2,8 +2,7 @@
 
 /// A banned address (map `BANNED_ADDRESSES`) or network (map `BANNED_NETWORKS`).
 ///
-/// Of networks one inside the other, the kernel finds the smallest only: whoever writes the maps gives it the latest end of all
-/// that it is in.
+/// Of networks one inside the other, the kernel finds the smallest only: the daemon gives it the latest end of all that it is in.
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -56,7 +56,7 @@ impl Default for Guard {
             devices: Vec::new(),
             xdp: Xdp::default(),
             state: None,
-            pin: PathBuf::from("/sys/fs/bpf/injector-guard"),
+            pin: PathBuf::from("/sys/fs/bpf/injector/guard"),
             crowdsec: None,
         }
     }

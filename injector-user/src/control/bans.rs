@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow};
 use injector_common::guard::Ban;
 
 use super::{
-    show,
+    text::{age, write_more, write_table},
     wire::{Answer, BanOrigin, BanRow, Bans, GuardStatus, ListFileStatus},
 };
 use crate::{
@@ -173,12 +173,12 @@ pub(super) fn write(out: &mut String, answer: &Answer) -> fmt::Result {
         }
         Answer::Bans(bans) => {
             let cells = |row: &BanRow| {
-                let left = row.remaining_ms.map_or_else(|| "-".to_owned(), show::age);
+                let left = row.remaining_ms.map_or_else(|| "-".to_owned(), age);
                 [row.network.clone(), name(row.origin).to_owned(), left, row.reason.clone()]
             };
             let rows: Vec<_> = bans.rows.iter().map(cells).collect();
-            show::write_table(out, ["NETWORK", "ORIGIN", "LEFT", "REASON"], &rows)?;
-            show::write_more(out, bans.count, rows.len())
+            write_table(out, ["NETWORK", "ORIGIN", "LEFT", "REASON"], &rows)?;
+            write_more(out, bans.count, rows.len())
         }
         _ => Ok(()),
     }

@@ -13,6 +13,7 @@ mod show;
 mod socket;
 mod status;
 mod target;
+mod text;
 pub mod top;
 mod watch_file;
 pub mod wire;

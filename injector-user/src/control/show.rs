@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     bans, dry_run,
+    text::{age, bytes, write_more, write_table},
     wire::{Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status},
 };
 
@@ -154,33 +155,6 @@ fn write_sessions(out: &mut String, sessions: &Sessions) -> fmt::Result {
     write_more(out, sessions.count, sessions.rows.len())
 }
 
-/// Writes rows below their titles, in columns.
-pub(super) fn write_table<const N: usize>(
-    out: &mut String,
-    titles: [&str; N],
-    rows: &[[String; N]],
-) -> fmt::Result {
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
-        cells.chain(titles.get(column).map(|title| title.len())).max().unwrap_or_default()
-    };
-    let widths: [usize; N] = std::array::from_fn(width);
-    for row in std::iter::once(&titles.map(str::to_owned)).chain(rows) {
-        let line: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        writeln!(out, "{}", line.join("  ").trim_end())?;
-    }
-    Ok(())
-}
-
-/// Writes how many rows are left out.
-pub(super) fn write_more(out: &mut String, count: u64, shown: usize) -> fmt::Result {
-    let more = count.saturating_sub(shown as u64);
-    if more > 0 {
-        writeln!(out, "and {more} more")?;
-    }
-    Ok(())
-}
-
 fn cells(row: &SessionRow) -> [String; 9] {
     [
         row.id.clone(),
@@ -211,37 +185,6 @@ fn write_reloaded(out: &mut String, reloaded: &Reloaded) -> fmt::Result {
         writeln!(out, "needs a restart: {}", restart_needed_for.join(", "))?;
     }
     Ok(())
-}
-
-/// A duration in its two largest units.
-#[must_use]
-pub(super) fn age(millis: u64) -> String {
-    let seconds = millis / 1000;
-    if seconds == 0 {
-        return format!("{millis}ms");
-    }
-    let text = humantime::format_duration(Duration::from_secs(seconds)).to_string();
-    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
-}
-
-/// A number of bytes with its unit.
-#[must_use]
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-pub(super) fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let mut scaled = bytes as f64;
-    let mut unit = "";
-    for next in UNITS {
-        if scaled < 1024.0 {
-            break;
-        }
-        scaled /= 1024.0;
-        unit = next;
-    }
-    format!("{scaled:.1} {unit}")
 }
 
 #[cfg(test)]

@@ -54,6 +54,8 @@ struct Shared {
     /// Wakes the thread before its time.
     wake: Condvar,
     files: Mutex<Vec<ListStatus>>,
+    /// Held while the state file is written: the exit waits for that.
+    saving: Mutex<()>,
 }
 
 /// What the thread works from.
@@ -143,6 +145,7 @@ impl Service {
             inputs: Mutex::new(inputs),
             wake: Condvar::new(),
             files: Mutex::default(),
+            saving: Mutex::default(),
         }));
         service.load_state();
         let mut follower = Follower::new(service.clone());
@@ -215,7 +218,6 @@ impl Service {
     }
 
     /// Lifts the ban of a network by command. May take long: not for a task.
-    #[must_use]
     pub fn unban(&self, network: Network) -> Unbanned {
         let was_banned = self.guard().change(Origin::Command, Vec::new(), vec![network]).removed > 0;
         if was_banned {
@@ -261,6 +263,7 @@ impl Service {
 
     fn save_state(&self) {
         let Some(path) = &self.0.state else { return };
+        let _saving = self.0.saving.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::take(&mut self.inputs().is_unsaved) {
             return;
         }
@@ -438,3 +441,7 @@ fn refresh(file: &mut FollowedFile, list: &str) -> bool {
     }
     file.error().is_none()
 }
+
+#[cfg(test)]
+#[path = "service/tests.rs"]
+mod tests;

@@ -5,10 +5,11 @@ use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use injector_testbed::daemon::{GUARD_BANS, GUARD_DROPPED_PACKETS, Injector};
+use injector_testbed::daemon::{self, GUARD_BANS, GUARD_DROPPED_PACKETS, Injector};
 use injector_testbed::netns::{CLIENT, EDGE_OUTSIDE, Family, MAIL, VIP_SPLICE};
 use injector_testbed::wait::wait_until;
 use serde_json::Value;
@@ -32,7 +33,7 @@ pub(crate) const RELAY_TRIALS: &[(&str, Run)] = &[
 ];
 
 /// How long an answer to a SYN may take; the next SYN comes after a second.
-const PATIENCE: Duration = Duration::from_millis(500);
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A guard whose programs see no packet of a client, so that only the daemon decides.
 const ONLY_AT_ACCEPT: &str = "devices = [\"lo\"]";
@@ -91,12 +92,13 @@ enum Answer {
 
 fn answer(testbed: &Testbed) -> anyhow::Result<Answer> {
     let address = SocketAddr::new(VIP_SPLICE.of(Family::V4), PORT);
-    let mut stream = match testbed.topology.client.run(|| TcpStream::connect_timeout(&address, PATIENCE))? {
-        Ok(stream) => stream,
-        Err(error) if error.kind() == ErrorKind::TimedOut => return Ok(Answer::Dropped),
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Answer::Reset),
-        Err(error) => return Err(error.into()),
-    };
+    let mut stream =
+        match testbed.topology.client.run(|| TcpStream::connect_timeout(&address, CONNECT_TIMEOUT))? {
+            Ok(stream) => stream,
+            Err(error) if error.kind() == ErrorKind::TimedOut => return Ok(Answer::Dropped),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Answer::Reset),
+            Err(error) => return Err(error.into()),
+        };
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut greeting = [0; 64];
     match stream.read(&mut greeting) {
@@ -206,6 +208,15 @@ fn refused(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     is_refused(&["192.0.2.7/24"], "write \"192.0.2.0/24\"")?;
     is_refused(&["192.0.2.7", "--for", "0s"], "longer than 0")?;
     is_refused(&["192.0.2.7", "--reason", "two\nlines"], "one line")?;
+    // Not from where the operator is logged in.
+    let from_ssh = |words: &[&str]| -> anyhow::Result<bool> {
+        let mut command = Command::new(daemon::binary()?);
+        command.args(words).env("INJECTOR_SOCKET", injector.admin_socket());
+        command.env("SSH_CONNECTION", "203.0.113.9 50022 198.51.100.1 22").env_remove("SSH_CLIENT");
+        Ok(command.output()?.status.success())
+    };
+    ensure!(!from_ssh(&["ban", "203.0.113.0/24"])?, "the operator banned itself");
+    ensure!(from_ssh(&["ban", "203.0.113.8"])? && from_ssh(&["ban", "203.0.113.0/24", "--force"])?);
     // A network may contain them: they stay reachable.
     injector.command(&["ban", "10.0.0.0/8", "--force"])?;
     expect(testbed, Answer::Served)?;
@@ -227,10 +238,12 @@ fn files(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let injector = testbed.start(&site.config(engine, &lines))?;
     let listed = || Ok(injector.status()?["guard"]["list"].clone());
     wait_until("the list", listed, |count| *count == 1)?;
-    expect(testbed, Answer::Served)?;
+    let mut session = testbed.client()?;
+    session.greeted()?;
     let start = Instant::now();
     replace(&deny, "192.0.2.0/24\n198.51.100.0/24 # the client\n")?;
     becomes(testbed, Answer::Reset)?;
+    session.ends(engine)?;
     println!("a changed list was in effect after {:?}", start.elapsed());
     // A bad list changes nothing, and is named with its lines.
     replace(&deny, "192.0.2.0/24\nmail.example\n192.0.2.7/24\n")?;

@@ -14,7 +14,8 @@ use ratatui::{
 use super::model::{Rates, View, whole};
 use crate::control::{
     bans::bans_part,
-    show::{age, bytes, inline_part, role},
+    show::{inline_part, role},
+    text::{age, bytes},
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},
 };
 

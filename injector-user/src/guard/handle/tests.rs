@@ -377,7 +377,7 @@ fn a_big_change_does_not_keep_a_worker_waiting() {
         (asked, longest, took)
     });
     println!("{bans} bans: replaced half in {took:?}; {asked} questions meanwhile, the longest {longest:?}");
-    assert!(longest < took / 2, "{longest:?} of {took:?}");
+    assert!(longest < took / 8, "{longest:?} of {took:?}");
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Creates an authority and a certificate for [`MAIL_NAME`], in `dir`.
+    /// Creates an authority and a certificate for [`MAIL_NAME`] and 127.0.0.1, in `dir`.
     ///
     /// # Errors
     /// When the files cannot be written.
@@ -33,7 +33,7 @@ impl Certificate {
         authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
 
-        let mut mail = CertificateParams::new([MAIL_NAME.to_owned()])?;
+        let mut mail = CertificateParams::new([MAIL_NAME.to_owned(), "127.0.0.1".to_owned()])?;
         mail.distinguished_name.push(DnType::CommonName, MAIL_NAME);
         let mail_key = KeyPair::generate()?;
         let mail = mail.signed_by(&mail_key, &authority)?;

@@ -9,10 +9,12 @@
 pub mod bpf;
 pub mod bpffs;
 pub mod certificate;
+pub mod crowdsec;
 pub mod daemon;
 pub mod demo_backend;
 pub mod documentation;
 pub mod dovecot;
+pub mod fail2ban;
 pub mod forward;
 pub mod haproxy;
 pub mod log_file;

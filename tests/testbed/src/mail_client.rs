@@ -74,6 +74,22 @@ pub fn send_without_login(
         .with_context(|| format!("cannot send a message to {}", server.address))
 }
 
+/// Logs in, and no more. The error has the server's answer.
+///
+/// # Errors
+/// When the server rejects the password, or before.
+pub fn log_in(
+    netns: &Netns,
+    server: Server<'_>,
+    security: Security,
+    user: &str,
+    password: &str,
+) -> anyhow::Result<()> {
+    let log_in =
+        || -> anyhow::Result<_> { Ok(connect_here(server, security, Some((user, password)))?.quit()?) };
+    netns.run(log_in)?.map(drop).with_context(|| format!("cannot log in at {}", server.address))
+}
+
 /// Returns the reply to the message.
 fn send_here(
     server: Server<'_>,
@@ -82,17 +98,7 @@ fn send_here(
     login: Option<&str>,
     message: &Message,
 ) -> anyhow::Result<String> {
-    let hello = ClientId::Domain("client.example.test".to_owned());
-    let tls = tls_parameters(server.authority_pem)?;
-    let at_once = (security == Security::ImplicitTls).then_some(&tls);
-    let mut connection = SmtpConnection::connect(server.address, Some(TIMEOUT), &hello, at_once, None)?;
-    if security == Security::StartTls {
-        connection.starttls(&tls, &hello)?;
-    }
-    if let Some(login) = login {
-        let credentials = Credentials::new(login.to_owned(), PASSWORD.to_owned());
-        connection.auth(&[Mechanism::Plain], &credentials)?;
-    }
+    let mut connection = connect_here(server, security, login.map(|user| (user, PASSWORD)))?;
     let sender = "sender@client.example.test".parse()?;
     let envelope = Envelope::new(Some(sender), vec![format!("{user}@{DOMAIN}").parse()?])?;
     // lettre ends every message with CRLF and a dot, whether it ends with CRLF or not.
@@ -100,6 +106,26 @@ fn send_here(
     let response = connection.send(&envelope, text)?;
     connection.quit()?;
     Ok(response.message().collect::<Vec<_>>().join(" "))
+}
+
+/// A connection, after the login if there is one.
+fn connect_here(
+    server: Server<'_>,
+    security: Security,
+    login: Option<(&str, &str)>,
+) -> anyhow::Result<SmtpConnection> {
+    let hello = ClientId::Domain("client.example.test".to_owned());
+    let tls = tls_parameters(server.authority_pem)?;
+    let at_once = (security == Security::ImplicitTls).then_some(&tls);
+    let mut connection = SmtpConnection::connect(server.address, Some(TIMEOUT), &hello, at_once, None)?;
+    if security == Security::StartTls {
+        connection.starttls(&tls, &hello)?;
+    }
+    if let Some((user, password)) = login {
+        let credentials = Credentials::new(user.to_owned(), password.to_owned());
+        connection.auth(&[Mechanism::Plain], &credentials)?;
+    }
+    Ok(connection)
 }
 
 fn tls_parameters(authority_pem: &str) -> anyhow::Result<TlsParameters> {

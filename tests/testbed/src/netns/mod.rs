@@ -103,10 +103,7 @@ impl Netns {
     /// The child is killed when the *thread* that spawned it ends: for anything that lives longer,
     /// use [`Self::spawn`].
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).arg(program);
-        die_with_parent(&mut command);
-        command
+        self.handle().command(program)
     }
 
     /// Starts a command made by [`Self::command`] that runs until it is stopped or this process
@@ -177,6 +174,14 @@ pub struct NetnsHandle {
 }
 
 impl NetnsHandle {
+    /// As [`Netns::command`].
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(program);
+        die_with_parent(&mut command);
+        command
+    }
+
     /// As [`Netns::nft`].
     ///
     /// # Errors

@@ -142,6 +142,7 @@ async fn serve(
         tokio::spawn(http::serve(socket, metrics.clone(), readiness, stop_metrics.clone()));
     }
 
+    let guard_settings = startup.guard.clone();
     let server = Server::start(startup, &metrics, &backlog_total)?;
     if let Some(inline_engine) = inline_engine {
         let (listeners, health) = server.inline_updates();
@@ -150,14 +151,15 @@ async fn serve(
     if let Some(guard) = kernel_guard {
         guard.spawn_tasks(server.listen_addresses());
     }
+    if let (Some(bans), Some(settings)) = (&bans, &guard_settings) {
+        metrics.watch_guard(Arc::new(bans.clone()));
+        bans.start_crowdsec(settings, metrics.crowdsec()).context("guard.crowdsec")?;
+    }
     // Ready means that each worker has started its acceptors.
     ensure!(server.check_liveness().await, "a worker thread exited during startup");
     ready.send_replace(Readiness::Ready);
     metrics.config_loaded();
 
-    if let Some(bans) = &bans {
-        metrics.watch_guard(Arc::new(bans.clone()));
-    }
     let control = Control::new((server, bans.clone()), file, source, metrics, log, ready);
     if let Some(bans) = bans {
         tokio::spawn(bans::follow(control.clone(), bans));

@@ -3,6 +3,7 @@
 
 use std::{
     fs::File,
+    iter,
     path::{Path, PathBuf},
 };
 
@@ -60,6 +61,8 @@ fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>, guard
 
 fn restrict_files(mut write: Vec<PathBuf>, config: &Path, admin: Option<&Admin>, guard: Option<&Guard>) {
     let lists = guard.into_iter().flat_map(|guard| guard.deny_files.iter().chain(&guard.allow_files));
+    let crowdsec = guard.and_then(|guard| guard.crowdsec.as_ref()).into_iter();
+    let lists = lists.chain(crowdsec.flat_map(|it| iter::once(&it.api_key_file).chain(&it.ca_file)));
     let mut read = landlock::directories_of(config);
     read.extend(lists.flat_map(|file| landlock::directories_of(file)));
     read.sort_unstable();

@@ -6,7 +6,7 @@ use std::{
     fmt, io,
     net::IpAddr,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     thread,
     time::{Duration, SystemTime},
 };
@@ -14,6 +14,7 @@ use std::{
 use injector_common::guard::{Ban, Counter};
 
 use super::{
+    crowdsec::Feed,
     handle::{Guard, Protection},
     lists::{FollowedFile, ListStatus},
     origin::{ListedBan, Origin, WantedBan},
@@ -24,7 +25,7 @@ use crate::{
     os::{clock, gateways},
     telemetry::{
         log::target,
-        metrics::{GuardSample, GuardSource, ListSample},
+        metrics::{CrowdSecMetrics, GuardSample, GuardSource, ListSample},
     },
 };
 
@@ -56,6 +57,7 @@ struct Shared {
     files: Mutex<Vec<ListStatus>>,
     /// Held while the state file is written: the exit waits for that.
     saving: Mutex<()>,
+    crowdsec: OnceLock<Feed>,
 }
 
 /// What the thread works from.
@@ -146,6 +148,7 @@ impl Service {
             wake: Condvar::new(),
             files: Mutex::default(),
             saving: Mutex::default(),
+            crowdsec: OnceLock::new(),
         }));
         service.load_state();
         let mut follower = Follower::new(service.clone());
@@ -167,9 +170,25 @@ impl Service {
         self.0.max_bans
     }
 
-    /// Follows the lists of a new configuration from now on.
+    /// Begins to follow the decisions of CrowdSec, if the settings have it; decisions of an earlier
+    /// daemon are no longer bans if they do not.
+    ///
+    /// # Errors
+    /// When the system has no thread left, or this build has no CrowdSec.
+    pub fn start_crowdsec(&self, settings: &config::Guard, metrics: CrowdSecMetrics) -> io::Result<()> {
+        let max_bans = usize::try_from(self.0.max_bans).unwrap_or(usize::MAX);
+        let feed = Feed::start(settings.crowdsec.clone(), self.guard().clone(), max_bans, metrics)?;
+        // There is one service, which is started once.
+        let _ = self.0.crowdsec.set(feed);
+        Ok(())
+    }
+
+    /// Follows the lists and the LAPI of a new configuration from now on.
     pub fn set_lists(&self, settings: &config::Guard) {
         self.update(|inputs| inputs.lists = Lists::of(settings));
+        if let Some(feed) = self.0.crowdsec.get() {
+            feed.configure(settings.crowdsec.clone());
+        }
     }
 
     /// Sets the addresses of the backends, which are protected.

@@ -67,7 +67,8 @@ impl Feed {
         Ok(Self(sender))
     }
 
-    /// Follows another LAPI, or the same in another way, or none. Does not block.
+    /// Follows another LAPI, or the same in another way, or none. Does not block. The same settings only
+    /// make it ask now.
     pub fn configure(&self, settings: Option<CrowdSec>) {
         // The thread ends with this handle only.
         let _ = self.0.send(settings);
@@ -132,6 +133,7 @@ impl Follower {
             let answer = Client::new(settings, self.timeouts).and_then(|client| client.decisions(&rules));
             // What the old settings brought is not wanted any more.
             match inbox.try_recv() {
+                Ok(next) if next.as_ref() == Some(settings) => {}
                 Ok(next) => return Next::Configure(next),
                 Err(TryRecvError::Disconnected) => return Next::End,
                 Err(TryRecvError::Empty) => {}
@@ -156,6 +158,7 @@ impl Follower {
                 }
             }
             match inbox.recv_timeout(schedule.delay(fastrand::f64())) {
+                Ok(next) if next.as_ref() == Some(settings) => {}
                 Ok(next) => return Next::Configure(next),
                 Err(RecvTimeoutError::Disconnected) => return Next::End,
                 Err(RecvTimeoutError::Timeout) => {}

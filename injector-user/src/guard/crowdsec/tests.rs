@@ -112,6 +112,11 @@ struct Bench {
 
 impl Bench {
     fn start(lapi: &Lapi, change: impl FnOnce(&mut CrowdSec)) -> Self {
+        Self::start_within(lapi, Duration::from_millis(300), change)
+    }
+
+    /// With a limit for each answer.
+    fn start_within(lapi: &Lapi, limit: Duration, change: impl FnOnce(&mut CrowdSec)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let api_key_file = directory.path().join("key");
         fs::write(&api_key_file, "right\n").unwrap();
@@ -128,8 +133,7 @@ impl Bench {
         change(&mut settings);
         let table = Guard::new(None, 100);
         let metrics = crate::telemetry::metrics::Metrics::new();
-        let short = Duration::from_millis(300);
-        let timeouts = Timeouts { resolve: LIMIT, connect: LIMIT, head: short, body: short };
+        let timeouts = Timeouts { resolve: LIMIT, connect: LIMIT, head: limit, body: limit };
         let follower =
             Follower { table: table.clone(), max_bans: 100, metrics: metrics.crowdsec(), timeouts };
         let feed = Feed::start_with(Some(settings.clone()), follower).unwrap();
@@ -273,6 +277,56 @@ fn a_renewed_key_needs_no_reload() {
     assert_eq!(bench.bans(), [""; 0]);
     fs::write(&file, "right").unwrap();
     wait("a ban", || bench.bans() == ["192.0.2.1"]);
+}
+
+/// The key is for this LAPI alone.
+#[test]
+fn a_redirect_is_not_followed() {
+    let other = Lapi::start(|_, _, stream| {
+        respond(stream, "200 OK", &format!("{{{}}}", list("new", &["192.0.2.1"])));
+    });
+    let address = other.address;
+    let lapi = Lapi::start(move |_, _, stream| {
+        respond(stream, &format!("302 Found\r\nLocation: http://{address}/v1/decisions/stream"), "");
+    });
+    let bench = Bench::start(&lapi, |_| {});
+    wait("a failure", || bench.failures() >= 1.0);
+    assert!(other.requests().is_empty() && bench.bans().is_empty());
+}
+
+/// A reload while a request is under way: its answer belongs to settings that are no more.
+#[test]
+fn an_answer_to_old_settings_is_dropped() {
+    let (asked, gate) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(())));
+    let (count, closed) = (Arc::clone(&asked), gate.lock().unwrap());
+    let wait_open = Arc::clone(&gate);
+    let lapi = Lapi::start(move |_, _, stream| {
+        *count.lock().unwrap() += 1;
+        drop(wait_open.lock().unwrap());
+        respond(stream, "200 OK", &format!("{{{}}}", list("new", &["192.0.2.1"])));
+    });
+    let bench = Bench::start_within(&lapi, LIMIT, |_| {});
+    wait("a request", || *asked.lock().unwrap() == 1);
+    bench.feed.configure(None);
+    let changes = bench.table.changes();
+    drop(closed);
+    wait("the end of the metrics", || !bench.metrics.encode().unwrap().contains("crowdsec"));
+    assert!(!changes.has_changed().unwrap() && bench.bans().is_empty());
+}
+
+/// A reload that changes something else.
+#[test]
+fn the_same_settings_again_need_no_full_answer() {
+    let lapi = Lapi::start(|_, request, stream| {
+        let new = if request.asks_for_all() { list("new", &["192.0.2.1"]) } else { list("new", &[]) };
+        respond(stream, "200 OK", &format!("{{{new}}}"));
+    });
+    let bench = Bench::start(&lapi, |settings| settings.interval = LIMIT);
+    wait("a ban", || bench.bans() == ["192.0.2.1"]);
+    bench.feed.configure(Some(bench.settings.clone()));
+    wait("a second request", || lapi.requests().len() == 2);
+    assert!(!lapi.requests()[1].asks_for_all());
+    assert_eq!(bench.bans(), ["192.0.2.1"]);
 }
 
 #[test]

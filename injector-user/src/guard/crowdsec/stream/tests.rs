@@ -165,6 +165,14 @@ fn many_reasons_and_origins_share_memory() {
     let answer = read(text.as_bytes(), &Rules { max_kept: 1000, ..rules(true) }).unwrap();
     assert_eq!(answer.origins[0].len(), MAX_ORIGINS + 1);
     assert_eq!(answer.origins[0]["other"], [900 - MAX_ORIGINS as u64, 0]);
+    // Each entry with a reason of its own.
+    let count = u32::try_from(MAX_REASONS).unwrap() + 100;
+    let entries: Vec<_> =
+        (0..count).map(|at| entry("192.0.2.1").replace("by hand", &format!("s{at}"))).collect();
+    let many = Rules { max_kept: 10_000, max_entries: 10_000, ..rules(true) };
+    let answer = read(format!(r#"{{"new":[{}]}}"#, entries.join(",")).as_bytes(), &many).unwrap();
+    let reasons: HashSet<_> = answer.new.iter().map(|new| &new.reason).collect();
+    assert_eq!((answer.new.len(), reasons.len()), (MAX_REASONS + 100, MAX_REASONS + 1));
     let long = entry("192.0.2.1").replace("by hand", &format!("\\u0007{}", "y".repeat(500)));
     let answer = read(format!(r#"{{"new":[{long}]}}"#).as_bytes(), &rules(true)).unwrap();
     assert_eq!(answer.new[0].reason.chars().count(), MAX_REASON);

@@ -26,6 +26,7 @@ pub fn heading(record: &Record) -> String {
 #[must_use]
 pub fn digits(value: f64) -> String {
     let decimals = match value.abs() {
+        0.0 => 0,
         size if size >= 100.0 => 0,
         size if size >= 10.0 => 1,
         size if size >= 1.0 => 2,
@@ -68,6 +69,7 @@ mod tests {
             (12.345, "12.3"),
             (1.234, "1.23"),
             (0.01234, "0.012"),
+            (0.0, "0"),
             (-1234.0, "-1,234"),
             (-123.0, "-123"),
         ] {

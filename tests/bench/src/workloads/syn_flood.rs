@@ -88,12 +88,7 @@ impl Workload for SynFlood {
         ensure!(served.bad_headers == 0, "{} connections arrived without a header", served.bad_headers);
         ensure!(flood.sent > 0, "no SYN was sent");
         if let Some(hook) = context.system.bans_attacker_at {
-            let dropped = counted.guard_at(hook);
-            ensure!(
-                dropped >= MIN_DROPPED * float(flood.sent),
-                "{dropped} of {} SYNs were dropped at hook {hook}: the ban has no effect",
-                flood.sent
-            );
+            check_ban(hook, &counted.guard, flood.sent)?;
         }
         let a_second = |count: f64| count / flood.seconds;
         let mut figures: std::collections::BTreeMap<_, _> = [
@@ -116,6 +111,16 @@ impl Workload for SynFlood {
         }
         Ok(Measured { figures, cpu: outcome.cpu })
     }
+}
+
+/// Checks that a ban of the attacker has dropped its SYNs at this hook, and not elsewhere.
+fn check_ban(hook: &str, dropped: &[f64; HOOKS.len()], sent: u64) -> anyhow::Result<()> {
+    let dropped = HOOKS.iter().position(|other| *other == hook).map_or(0.0, |at| dropped[at]);
+    ensure!(
+        dropped >= MIN_DROPPED * float(sent),
+        "{dropped} of {sent} SYNs were dropped at hook {hook}: the ban has no effect there"
+    );
+    Ok(())
 }
 
 /// The share of good sessions that completed within two seconds after the last began, 0 to 1.
@@ -142,10 +147,6 @@ impl Counts {
             guard: HOOKS.map(|hook| own.get(&dropped_at(hook)).copied().unwrap_or_default()),
             daemon: pids.into_iter().map(processor_time).sum::<anyhow::Result<f64>>()?,
         })
-    }
-
-    fn guard_at(&self, hook: &str) -> f64 {
-        HOOKS.iter().position(|other| *other == hook).map_or(0.0, |at| self.guard[at])
     }
 
     fn since(self, earlier: Self) -> Self {
@@ -181,6 +182,16 @@ mod tests {
         let outcome = JobOutcome { sessions: 60, unfinished: 15, failures: 5, ..JobOutcome::default() };
         assert!((share_served(&outcome) - 0.75).abs() < 1e-9);
         assert!(share_served(&JobOutcome::default()).abs() < 1e-9, "nothing was served");
+    }
+
+    #[test]
+    fn a_ban_must_drop_at_its_hook() {
+        let [xdp, tc, inline] = HOOKS;
+        let dropped = [0.0, 995.0, 5.0];
+        assert!(check_ban(tc, &dropped, 1000).is_ok());
+        assert!(check_ban(tc, &dropped, 1006).is_err(), "too few");
+        assert!(check_ban(xdp, &dropped, 1000).is_err(), "another hook did");
+        assert!(check_ban(inline, &dropped, 1000).is_err());
     }
 
     #[test]

@@ -69,15 +69,15 @@ fn answer(backend: &TcpListener, banner: Banner, over: &AtomicBool) -> anyhow::R
         };
         stream.set_nonblocking(false)?;
         patient(&stream)?;
-        stream.read_exact(&mut [0; 28])?;
-        match banner {
-            Banner::Welcome => stream.write_all(b"220 hello\r\n")?,
+        // The client detects any error here; it may also have gone.
+        let answered = stream.read_exact(&mut [0; 28]).and_then(|()| match banner {
+            Banner::Welcome => stream.write_all(b"220 hello\r\n"),
             Banner::Refusal => {
                 stream.write_all(b"554 no service for you\r\n")?;
-                stream.shutdown(Shutdown::Write)?;
+                stream.shutdown(Shutdown::Write)
             }
-        }
-        open.push(stream);
+        });
+        open.push((stream, answered));
     }
     Ok(())
 }

@@ -155,9 +155,12 @@ fn try_out(package: &Path) -> Result<()> {
         script("conffiles").lines().any(|line| line == "/etc/injector/injector.toml"),
         "the configuration is not a conffile"
     );
-    for (name, part) in
-        [("postinst", "systemd-sysusers"), ("postinst", "systemd-tmpfiles"), ("prerm", "inline detach")]
-    {
+    for (name, part) in [
+        ("postinst", "systemd-sysusers"),
+        ("postinst", "systemd-tmpfiles"),
+        ("prerm", "guard detach"),
+        ("prerm", "inline detach"),
+    ] {
         ensure!(script(name).contains(part), "{name} has no {part}:\n{}", script(name));
     }
     let unit = fs::read_to_string(place("usr/lib/systemd/system/injector.service"))?;

@@ -181,8 +181,10 @@ pub(crate) fn uninstall(
         let program = layout.program();
         let program = program.to_string_lossy();
         let config = there(Path::new(CONFIG)) == There::Nothing;
-        let detach: &[&str] = &[&program, "inline", "detach", "--config", CONFIG];
-        steps.push(try_to(if config { &detach[..3] } else { detach }));
+        for part in ["guard", "inline"] {
+            let detach: &[&str] = &[&program, part, "detach", "--config", CONFIG];
+            steps.push(try_to(if config { &detach[..3] } else { detach }));
+        }
         // Folders that tmpfiles.d/injector.conf created.
         let made = ["/sys/fs/bpf/injector", "/run/injector-bpf/injector", "/run/injector-bpf"];
         steps.push(try_to(&[&["rmdir", "--ignore-fail-on-non-empty"], &made[..]].concat()));
@@ -347,6 +349,7 @@ mod tests {
         let steps = lines(&uninstall(&layout(), &manifest, &|path| look(path, None), System::Systemd, false));
         let place = |part: &str| steps.iter().position(|line| line.contains(part)).unwrap();
         assert!(place("disable --now") < place("inline detach --config /etc/injector/injector.toml"));
+        assert!(place("guard detach") < place("remove         /usr/local/bin/injector"));
         assert!(place("inline detach") < place("remove         /usr/local/bin/injector"));
     }
 }

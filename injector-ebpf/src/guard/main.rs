@@ -82,7 +82,7 @@ fn guard_xdp(frame: XdpContext) -> u32 {
 
 #[inline(always)]
 fn at_driver<const IP: usize>(frame: &XdpContext, kind: u16) -> u32 {
-    if is_banned::<_, IP>(frame, kind) && (is_self_test() || listener::is_own(frame)) {
+    if is_banned::<_, IP>(frame, kind) && listener::is_own(frame) {
         bans::count(Counter::Xdp);
         return xdp_action::XDP_DROP;
     }

@@ -22,6 +22,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a second daemon is refused", second_daemon),
     ("another size keeps the bans", resized),
     ("nothing is left", nothing_left),
+    ("the self-test passes", self_test),
 ];
 
 const ENGINES: [&str; 3] = ["splice", "relay", "inline"];
@@ -198,5 +199,16 @@ fn nothing_left(testbed: &Testbed) -> anyhow::Result<()> {
     let log = injector.log();
     ensure!(log.contains("what an earlier daemon's guard left was removed"), "{log}");
     ensure!(!testbed.pin().exists() && testbed.programs("outside")? == without, "something is left");
+    Ok(())
+}
+
+fn self_test(testbed: &Testbed) -> anyhow::Result<()> {
+    let mut command = testbed.topology.edge.command(injector_testbed::daemon::binary()?);
+    let output = command.args(["selftest", "--json"]).output()?;
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let guard = &report["guard"];
+    ensure!(guard["failure"].is_null(), "{guard:#}");
+    let count = |what: &str| guard[what].as_array().map_or(0, Vec::len);
+    ensure!((count("checks"), count("programs")) == (6, 3), "{guard:#}");
     Ok(())
 }

@@ -118,7 +118,7 @@ mod tests {
     }
 
     proptest! {
-        /// So that whoever walks the headers comes to an end.
+        /// So that a walk along the headers comes to an end.
         #[test]
         fn each_header_leads_further(kind: u8, at in 40_usize..4096, header: [u8; 4]) {
             if let Content::Tcp(next) | Content::Extension(_, next) = extension(kind, at, header) {

@@ -26,8 +26,8 @@ const BACKEND_PORT: u16 = 12500;
 
 /// How long an answer to a SYN may take that is expected, and one that is not: the SYN is repeated after a
 /// second.
-const PATIENCE: Duration = Duration::from_secs(3);
-const SHORT_PATIENCE: Duration = Duration::from_millis(400);
+const TIMEOUT: Duration = Duration::from_secs(3);
+const SHORT_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// The engines, and where their listeners are.
 const ALL: [(&str, HostAddresses); 3] =
@@ -233,8 +233,8 @@ pub(crate) fn unused(family: Family) -> IpAddr {
 }
 
 fn answer(address: SocketAddr, expected: Answer) -> anyhow::Result<Answer> {
-    let patience = if expected == Answer::Dropped { SHORT_PATIENCE } else { PATIENCE };
-    match TcpStream::connect_timeout(&address, patience) {
+    let timeout = if expected == Answer::Dropped { SHORT_TIMEOUT } else { TIMEOUT };
+    match TcpStream::connect_timeout(&address, timeout) {
         Ok(_) => Ok(Answer::Accepted),
         Err(error) => match error.kind() {
             ErrorKind::TimedOut => Ok(Answer::Dropped),

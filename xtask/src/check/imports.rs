@@ -10,7 +10,7 @@ use std::{
 };
 
 use syn::{
-    Attribute, Item, ItemUse, UseTree, Visibility,
+    Attribute, Item, ItemMod, ItemUse, UseTree, Visibility,
     visit::{self, Visit},
 };
 
@@ -40,10 +40,11 @@ const ORDER: [&str; 19] = [
 ];
 
 /// The crates, with the name by which a binary of the same package imports the library.
-const CRATES: [(&str, &str); 10] = [
+const CRATES: [(&str, &str); 11] = [
     ("injector-common/src", "injector_common"),
     ("injector-ebpf/src/splice", ""),
     ("injector-ebpf/src/inline", ""),
+    ("injector-ebpf/src/guard", ""),
     ("injector-user/src", "injector_user"),
     ("tests/testbed/src", "injector_testbed"),
     ("tests/load/src", "injector_load"),
@@ -63,6 +64,8 @@ struct Source {
     imports: BTreeSet<Module>,
     /// What it re-exports: the name and where that comes from.
     reexports: BTreeMap<String, Module>,
+    /// The modules that it takes from another folder (`#[path]`).
+    outside: BTreeSet<String>,
 }
 
 /// The files of one crate by their module paths.
@@ -103,6 +106,9 @@ impl Crate {
             self.files.get_key_value(module)
         })?;
         let depth = home(module).len();
+        if path.get(depth).is_some_and(|name| source.outside.contains(name)) {
+            return None;
+        }
         let through = path.get(depth).and_then(|name| source.reexports.get(name));
         match through {
             Some(origin) if origin.as_slice() != path => self.file_of(origin),
@@ -232,6 +238,13 @@ impl<'a> Visit<'a> for Reader {
         }
     }
 
+    fn visit_item_mod(&mut self, item: &'a ItemMod) {
+        if item.attrs.iter().any(|attribute| attribute.path().is_ident("path")) {
+            self.source.outside.insert(item.ident.to_string());
+        }
+        visit::visit_item_mod(self, item);
+    }
+
     fn visit_item_use(&mut self, item: &'a ItemUse) {
         let reexport = !matches!(item.vis, Visibility::Inherited);
         self.tree(&item.tree, &mut Vec::new(), reexport);
@@ -267,7 +280,7 @@ fn sources(folder: &str) -> Vec<PathBuf> {
 
 #[test]
 fn the_modules_of_the_daemon_import_one_way() {
-    let (folder, name) = CRATES[3];
+    let (folder, name) = CRATES[4];
     let daemon = Crate::read(folder, name);
     let rank = |module: &Module| {
         let top = module.first().map_or("lib", String::as_str);

@@ -46,9 +46,7 @@ impl Part {
 pub fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
     let mut text = properties(record);
     text.push_str("\n## Systems\n\n");
-    for system in &record.systems {
-        let _ = writeln!(text, "- **{}**: {}", system.name, system.about);
-    }
+    text.push_str(&systems(record));
     text.push_str("\n## Figures\n\n");
     for chart in charts {
         let _ = writeln!(text, "![{workload}]({folder}/{workload}.svg)", workload = chart.workload);
@@ -70,7 +68,18 @@ pub fn results(record: &Record, charts: &[Chart], folder: &str) -> String {
 /// The text of [`GUARD`] or [`FLOOD`].
 #[must_use]
 pub fn tables(record: &Record) -> String {
-    format!("{}\n{}", properties(record), table::full(record).trim_end_matches('\n')) + "\n"
+    let tables = table::full(record);
+    format!("{}\n{}\n{}\n", properties(record), systems(record), tables.trim_end_matches('\n'))
+}
+
+/// A line for each system.
+fn systems(record: &Record) -> String {
+    let mut text = String::new();
+    for system in &record.systems {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "- **{}**: {}", system.name, system.about);
+    }
+    text
 }
 
 /// When and where a run took place.
@@ -127,6 +136,8 @@ mod tests {
         assert!(new.starts_with("# Head\n\n") && new.ends_with("\ntail\n") && new.contains("kept"));
         assert!(!new.contains("old") && new.contains("**splice**") && new.contains("(benchmarks/bulk.svg)"));
         assert_eq!(RESULTS.insert(&new, &text).unwrap(), new, "again is the same");
+        let tables = tables(&record);
+        assert!(tables.contains("- **splice**: an engine") && tables.ends_with('\n'), "{tables}");
         assert!(FLOOD.insert(&page, &text).unwrap_err().to_string().contains("--flood"));
     }
 

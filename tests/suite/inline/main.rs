@@ -71,6 +71,9 @@ fn main() {
         let name = format!("accelerator/ipv4/{name}");
         trials.push(trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)));
     }
+    let (name, run) = source_limits::ABANDONED;
+    let name = format!("accelerator/ipv4/{name}");
+    trials.push(trial(&shared, name, move |shared| run(&*shared.testbed()?, Family::V4)));
     for (name, run) in source_limits::SLOW_TRIALS {
         let name = format!("accelerator/ipv4/{name}");
         trials.push(

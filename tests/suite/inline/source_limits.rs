@@ -33,6 +33,9 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     }),
 ];
 
+/// For one family: it takes the time after which the program forgets a handshake.
+pub(crate) const ABANDONED: (&str, Run) = ("source/a handshake that comes to nothing", abandoned);
+
 /// For one family, and only on request.
 pub(crate) const SLOW_TRIALS: &[(&str, Run)] =
     &[("source/nothing is left of 100,000 short sessions", |testbed, family| {
@@ -320,6 +323,19 @@ fn short_sessions(testbed: &Testbed, family: Family, sessions: usize) -> anyhow:
     let open = (0..8).map(|_| testbed.inlined(family, &backend)).collect::<anyhow::Result<Vec<_>>>()?;
     refused(testbed, family)?;
     drop(open);
+    Ok(())
+}
+
+/// The backend refuses the SYN: the handshake counts until the program forgets it, and then no more.
+fn abandoned(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let limit = "[listener.guard]\nmax_connections_per_source = 8\n[listener.health]\neject_after = 0\n";
+    let (injector, _) = start(testbed, limit, "max_connections_per_source = 8\n")?;
+    let line = told(testbed.client(family)?)?;
+    ensure!(line.starts_with("421 4.3.2 "), "{line:?}");
+    ensure!(counted(&injector, "opened")? > 0, "the program has not opened it");
+    ensure!(entries(testbed.bpffs.path(), "SOURCE_COUNTS")? == 2, "the handshake is not counted");
+    no_entries(testbed)?;
+    ensure!(counted(&injector, "abandoned")? > 0, "not by the sweep");
     Ok(())
 }
 

@@ -149,10 +149,14 @@ impl DaemonMap {
                 .fd(0, &self.0)
                 .pointer(8, key.as_ptr())
                 .pointer(16, value.as_mut_ptr().cast_const());
-            call(BPF_MAP_LOOKUP_ELEM, &mut lookup).context("reading a map")?;
-            Ok((key, value))
+            match call(BPF_MAP_LOOKUP_ELEM, &mut lookup) {
+                Ok(_) => Ok(Some((key, value))),
+                // Removed meanwhile, for instance by the sweep.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+                Err(error) => Err(error).context("reading a map"),
+            }
         };
-        keys.into_iter().map(pair).collect()
+        keys.into_iter().filter_map(|key| pair(key).transpose()).collect()
     }
 
     /// Sets the value of a key.

@@ -1,12 +1,12 @@
 //! Reloading the configuration of a running injector.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, ensure};
 use injector_testbed::daemon::{ADMIN, Injector};
-use injector_testbed::netns::VIP_RELAY;
+use injector_testbed::netns::{VIP_RELAY, VIP_SPLICE};
 use injector_testbed::wait::wait_until;
 
 use crate::Run;
@@ -219,7 +219,7 @@ fn dry_run(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ] {
         ensure!(printed.contains(&expected), "no {expected:?} in {printed}");
     }
-    ensure!(testbed.client_at(PORT + 1).is_err(), "it listens there");
+    never_listens(testbed, &injector, PORT + 1)?;
     ensure!(injector.status()?["listeners"] == before, "something changed");
     let reloads = injector.metrics()?.sum("injector_config_reloads_total", &[]);
     ensure!(reloads < 0.5, "{reloads}");
@@ -239,6 +239,28 @@ fn dry_run(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     ensure!(!status.success() && printed.contains("would be rejected: "), "{printed}");
     ensure!(injector.status()?["config"]["reload_error"].is_null());
     testbed.who_answers()?;
+    Ok(())
+}
+
+/// Dry runs bind the port, and no connection to it is accepted meanwhile.
+fn never_listens(testbed: &Testbed, injector: &Injector, port: u16) -> anyhow::Result<()> {
+    let address = SocketAddr::new(IpAddr::V4(VIP_SPLICE.v4), port);
+    let (over, accepted) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let connect = || {
+        while !over.load(Ordering::Relaxed) {
+            accepted.fetch_add(usize::from(TcpStream::connect(address).is_ok()), Ordering::Relaxed);
+        }
+    };
+    thread::scope(|scope| {
+        let connecting = scope.spawn(|| testbed.topology.edge.run(connect));
+        let reload = || injector.command(&["reload", "--dry-run"]).map(drop);
+        let reloaded = (0..20).try_for_each(|_| reload());
+        over.store(true, Ordering::Relaxed);
+        connecting.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        reloaded
+    })?;
+    let accepted = accepted.into_inner();
+    ensure!(accepted == 0, "a dry run listens: {accepted} connections were accepted");
     Ok(())
 }
 

@@ -16,7 +16,7 @@ const EDGE_DEVICE: &str = "hostile";
 const HARDWARE: HardwareAddress = HardwareAddress([2, 0, 0, 0, 0, 2]);
 const EDGE_HARDWARE: HardwareAddress = HardwareAddress([2, 0, 0, 0, 0, 1]);
 /// Where the edge's answers go: to no device, so that the attacker's host does nothing for them.
-const NOBODY: HardwareAddress = HardwareAddress([2, 0, 0, 0, 0, 3]);
+const UNUSED: HardwareAddress = HardwareAddress([2, 0, 0, 0, 0, 3]);
 
 /// The next hop towards the forged sources, and the edge's address on the same network
 /// (RFC 5737, TEST-NET-3).
@@ -42,8 +42,8 @@ impl Attacker {
         edge.ip(&["link", "set", EDGE_DEVICE, "up"])?;
         netns.ip(&["link", "set", DEVICE, "up"])?;
         edge.ip(&["address", "add", &format!("{EDGE_ADDRESS}/24"), "dev", EDGE_DEVICE])?;
-        let (via, nobody) = (ADDRESS.to_string(), NOBODY.to_string());
-        edge.ip(&["neigh", "add", &via, "lladdr", &nobody, "nud", "permanent", "dev", EDGE_DEVICE])?;
+        let (via, unused) = (ADDRESS.to_string(), UNUSED.to_string());
+        edge.ip(&["neigh", "add", &via, "lladdr", &unused, "nud", "permanent", "dev", EDGE_DEVICE])?;
         edge.ip(&["route", "add", &format!("{SOURCES}/{SOURCE_PREFIX}"), "via", &via])?;
         Ok(Self(netns))
     }

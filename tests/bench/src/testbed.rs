@@ -25,7 +25,7 @@ pub struct Testbed {
     // Before the namespaces: fields are dropped in this order.
     /// The load generator's server.
     pub server: LoadServer,
-    /// Whoever floods the edge, with workloads that need it.
+    /// The attacker that floods the edge, with workloads that need it.
     pub attacker: Option<Attacker>,
     /// Client, edge, mail.
     pub topology: Topology,

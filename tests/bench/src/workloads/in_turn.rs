@@ -79,7 +79,7 @@ impl Workload for InTurn {
         let (mut totals, mut changes) = ([Turn::default(); 2], [Vec::new(), Vec::new()]);
         let begun = Cpu::now()?;
         for round in 0..WARM_UP + rounds(context.seconds) {
-            // Whoever is first in one round is second in the next.
+            // The one that is first in a round is second in the next.
             let mut turns = [Turn::default(); 2];
             for at in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
                 let (client, server) = &mut both[at];

@@ -113,18 +113,18 @@ impl Table {
     /// in `changed`: they themselves, and the networks in them.
     pub(super) fn affected(&self, mut changed: Vec<Network>) -> Vec<Network> {
         changed.sort_unstable();
-        let mut affected = Vec::with_capacity(changed.len());
+        let mut inner = Vec::new();
         let mut around: Option<Network> = None;
-        for network in changed {
-            affected.push(network);
-            if !network.is_host() && !around.is_some_and(|around| around.contains_network(network)) {
-                affected.extend(self.bans.within(network).map(|(inner, ..)| inner));
+        for network in changed.iter().copied().filter(|network| !network.is_host()) {
+            if !around.is_some_and(|around| around.contains_network(network)) {
+                inner.extend(self.bans.within(network).map(|(inner, ..)| inner));
                 around = Some(network);
             }
         }
-        affected.sort_unstable();
-        affected.dedup();
-        affected
+        changed.append(&mut inner);
+        changed.sort_unstable();
+        changed.dedup();
+        changed
     }
 
     /// The networks that an origin wants banned, in order.

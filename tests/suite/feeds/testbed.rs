@@ -117,6 +117,8 @@ fn session(address: SocketAddr, limit: Duration) -> anyhow::Result<bool> {
     stream.set_read_timeout(Some(limit))?;
     let mut banner = [0; 4];
     match stream.read_exact(&mut banner) {
+        // A ban that came after the accept ends the session by the protocol's words.
+        Ok(()) if &banner == b"421 " => Ok(false),
         Ok(()) => {
             ensure!(&banner == b"220 ", "greeted with {banner:?}");
             let _ = stream.write_all(b"QUIT\r\n");

@@ -130,8 +130,11 @@ fn together(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     };
     refused(testbed, family)?;
     // SIGKILL: the session is gone, inline's connections are not.
+    let sessions = || entries(testbed.bpffs.path(), "SOURCE_SESSIONS");
+    ensure!(sessions()? == 1, "the session is not the program's to see");
     drop(injector);
     let again = Injector::start_next(&testbed.topology.edge, &config).context("started again")?;
+    ensure!(sessions()? == 0, "the session of the killed daemon counts");
     drop(relayed);
     works(&mut first.0, &mut first.1)?;
     becomes(testbed, family, &backend, true)?;

@@ -74,6 +74,17 @@ pub struct PerSource {
 }
 
 impl PerSource {
+    /// With fewer connections than these in all, a source may have them all by default.
+    const FEW_CONNECTIONS: usize = 16;
+
+    /// The same, with a limit on open connections: if none is set, half of `places`, so that one source
+    /// cannot take them all.
+    #[must_use]
+    pub fn or_half_of(self, places: usize) -> Self {
+        let half = u32::try_from(places / 2).ok().filter(|_| places >= Self::FEW_CONNECTIONS);
+        Self { max_connections: self.max_connections.or(half.and_then(NonZeroU32::new)), ..self }
+    }
+
     /// As the decisions take them. A burst that is not set is what a second allows.
     #[must_use]
     pub fn limits(self) -> SourceLimits {

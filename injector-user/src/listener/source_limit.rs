@@ -33,13 +33,12 @@ pub struct SourceRules {
 }
 
 impl SourceRules {
-    /// These limits, with the sources of `[guard]`. Without `[guard]` there is no limit.
+    /// These limits, with the sources of `[guard]`.
     #[must_use]
     pub fn new(guard: Option<&Guard>, limits: PerSource) -> Self {
-        let Some(guard) = guard else {
-            return Self { limits: SourceLimits::default(), prefixes: (32, 64) };
-        };
-        Self { limits: limits.limits(), prefixes: (guard.source_prefix_ipv4, guard.source_prefix_ipv6) }
+        let default = Guard::default();
+        let Guard { source_prefix_ipv4, source_prefix_ipv6, .. } = guard.unwrap_or(&default);
+        Self { limits: limits.limits(), prefixes: (*source_prefix_ipv4, *source_prefix_ipv6) }
     }
 
     fn source(&self, client: IpAddr) -> Network {
@@ -384,11 +383,15 @@ mod tests {
     }
 
     #[test]
-    fn without_guard_nothing_is_limited() {
-        let one = PerSource { max_connections: NonZeroU32::new(1), ..PerSource::default() };
-        let limit = SourceLimit::new(SourceRules::new(None, one), None);
-        let held = [0; 3].map(|_| take(&limit, ip("192.0.2.1"), || 0));
-        assert!(held.iter().all(Result::is_ok));
+    fn by_default_one_source_gets_half_of_all_places_if_they_are_not_few() {
+        let of = |limits: PerSource, places| limits.or_half_of(places).limits().connections;
+        assert_eq!([15, 16, 41, 10_000].map(|places| of(PerSource::default(), places)), [0, 8, 20, 5000]);
+        assert_eq!(of(PerSource { max_connections: NonZeroU32::new(30), ..PerSource::default() }, 40), 30);
+        // Without [guard], too.
+        let limit = SourceLimit::new(SourceRules::new(None, PerSource::default().or_half_of(16)), None);
+        let held = [0; 9].map(|_| take(&limit, ip("192.0.2.1"), || 0));
+        assert_eq!(held.iter().filter(|held| held.is_ok()).count(), 8);
+        assert!(take(&limit, ip("192.0.2.2"), || 0).is_ok());
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl Server {
         (self.max_connections, self.stop_deadline, self.capacity) =
             (max_connections, stop_deadline, capacity);
         self.shared.limits.resize(max_connections, capacity);
-        self.shared.limits.set_source_rules(overall(guard.as_ref()));
+        self.shared.limits.set_source_rules(overall(guard.as_ref(), max_connections.min(capacity)));
         self.guard = guard;
         for setup in listeners {
             let name = setup.settings.name.clone();

@@ -91,7 +91,7 @@ impl Server {
             limits: GlobalLimit::new(
                 max_connections,
                 capacity,
-                (bans, overall(guard.as_ref())),
+                (bans, overall(guard.as_ref(), max_connections.min(capacity))),
                 inline_usage.as_ref().map(|usage| usage.all()),
                 workers.iter().map(|worker| worker.sessions().clone()).collect(),
             ),
@@ -128,7 +128,8 @@ impl Server {
     }
 }
 
-/// The limits on each source over all listeners.
-pub(super) fn overall(guard: Option<&Guard>) -> SourceRules {
-    SourceRules::new(guard, guard.map(|guard| guard.per_source).unwrap_or_default())
+/// The limits on each source over all listeners, which have so many places.
+pub(super) fn overall(guard: Option<&Guard>, places: usize) -> SourceRules {
+    let limits = guard.map(|guard| guard.per_source).unwrap_or_default();
+    SourceRules::new(guard, limits.or_half_of(places))
 }

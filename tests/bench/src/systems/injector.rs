@@ -162,7 +162,8 @@ impl Engine {
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 9145));
         // No draining after a measurement; and, as with HAProxy, no log line per connection.
         let mut text = format!(
-            "[metrics]\nlisten = \"{metrics}\"\n\n[log]\nlevel = \"warn\"\n\n[stop]\ndeadline = \"0s\"\n\n{}",
+            "[metrics]\nlisten = \"{metrics}\"\n\n[log]\nlevel = \"warn\"\n\n[limits]\nmax_connections = 20000\n\n\
+             [stop]\ndeadline = \"0s\"\n\n{}",
             self.tables
         );
         let services = ALL.iter().map(|service| (service.name, service.protocol, service.port));

@@ -6,7 +6,7 @@
 //! - entering: find the element; if its word is the source's, exchange it for one more. If there is no element, insert a dead
 //!   one; who succeeds makes it alive, with one. If the word is dead or another's, try again.
 //! - moving, leaving: what is counted keeps the element, so one addition does it. Who then finds the counts zero exchanges the word for
-//!   [`CountWord::DEAD`]; who succeeds, and nobody else, removes the element.
+//!   [`CountWord::DEAD`]; who succeeds, and no other, removes the element.
 //!
 //! `tests/guard_counts.rs` tries every interleaving of several processors.
 
@@ -122,7 +122,7 @@ impl CountWord {
     const MASK: u64 = Self::MAX as u64;
     const OWNER: u64 = !(Self::MASK << Self::BITS | Self::MASK);
 
-    /// That of a source with nothing counted. Two sources may have the same owner's bits; then they are told apart only as long as none of
+    /// That of a source with nothing counted. Two sources may have the same owner's bits; then they are distinct only as long as none of
     /// their elements is removed and used again within the moment between two instructions.
     #[must_use]
     #[inline(always)]

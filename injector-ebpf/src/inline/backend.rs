@@ -10,7 +10,7 @@ use injector_common::{
 };
 
 use super::{
-    DROP, NEXT, forward, header, icmp, maps, options,
+    DROP, NEXT, established, forward, header, icmp, maps, options,
     packet::{Failed, Link, Packet},
     route, source,
 };
@@ -77,7 +77,7 @@ pub(super) fn answer_to_syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry
                     earlier.set(Flag::Superseded);
                     earlier.set(Flag::Replaced);
                     maps::count(Counter::Superseded);
-                    maps::emit_end(slot, earlier);
+                    established::emit_end(slot, earlier);
                 }
                 flow
             }
@@ -194,11 +194,11 @@ fn account(slot: u32, flow: &mut Flow, packet: &Packet) {
     flow.note_from_backend(&packet.segment, maps::now);
     if was_reset && !flow.is_reset() {
         // It was none: the connection goes on.
-        if maps::set_counted(flow, true) {
+        if established::set_counted(flow, true) {
             source::enter_again(flow);
         }
     }
-    maps::emit_end(slot, flow);
+    established::emit_end(slot, flow);
 }
 
 /// The backend asks for the client's first byte, which is the header's.

@@ -9,7 +9,7 @@ use injector_common::{
 };
 
 use super::{
-    DROP, MARK_REST, NEXT, forward, header, icmp, maps,
+    DROP, MARK_REST, NEXT, established, forward, header, icmp, maps,
     maps::Count,
     packet::{Failed, Link, Packet},
     source,
@@ -50,7 +50,7 @@ fn establish(entry: &mut Entry, slot: u32, flow: &mut Flow) -> bool {
         return flow.phase == Phase::Established as u64;
     }
     maps::change(flow.listener, Count::Pending, false);
-    maps::set_counted(flow, true);
+    established::set_counted(flow, true);
     source::establish(flow);
     maps::accepted(flow.listener);
     maps::count(Counter::Established);
@@ -60,7 +60,7 @@ fn establish(entry: &mut Entry, slot: u32, flow: &mut Flow) -> bool {
     if let Some(earlier_flow) = maps::connection(earlier) {
         earlier_flow.set(Flag::Superseded);
         maps::count(Counter::Superseded);
-        maps::emit_end(earlier, earlier_flow);
+        established::emit_end(earlier, earlier_flow);
     }
     let mut key = MaybeUninit::<Key>::uninit();
     let key = maps::reversed_key(&flow.backend_side.tuple, &mut key);
@@ -152,7 +152,7 @@ fn pass<L: Link>(skb: &TcContext, packet: &mut Packet, slot: u32, flow: &mut Flo
                 flow.to_backend.bytes += u64::from(segment.payload);
                 flow.note_from_client(&segment, maps::now);
             }
-            maps::emit_end(slot, flow);
+            established::emit_end(slot, flow);
             redirected
         }
         Err(counter) => {

@@ -18,6 +18,7 @@ mod object;
 
 mod backend;
 mod client;
+mod established;
 mod forward;
 mod header;
 mod icmp;

@@ -1,7 +1,7 @@
 //! The maps of the inline engine, behind functions. They are pinned, and outlive the program and the daemon.
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
     mem::MaybeUninit,
 };
 
@@ -16,7 +16,7 @@ use injector_common::inline::{
     Listener, MAX_BACKENDS, Phase, Settings, Template, Tuple, Usage,
 };
 
-use super::{mem, packet::Packet, source};
+use super::{mem, packet::Packet};
 
 /// Placeholder: the daemon sets the real size.
 const SIZED_BY_THE_DAEMON: usize = 1;
@@ -326,22 +326,6 @@ pub(super) fn move_on(flow: &mut Flow, from: Phase, to: Phase) -> bool {
     unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(&raw mut flow.phase, from as u64, to as u64) }.1
 }
 
-/// Has a connection count as established, or no longer; `false` if it did so before.
-#[inline(always)]
-pub(super) fn set_counted(flow: &mut Flow, counts: bool) -> bool {
-    const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
-    // SAFETY: a word of a map value.
-    let before = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.counted, counts.into()) };
-    let changes = before != u64::from(counts);
-    if changes {
-        change(flow.listener, Count::Established, counts);
-    }
-    if !counts {
-        source::leave(flow);
-    }
-    changes
-}
-
 /// The key of packets in the other direction.
 #[inline(always)]
 pub(super) fn reversed_key<'a>(tuple: &Tuple, key: &'a mut MaybeUninit<Key>) -> &'a mut Key {
@@ -359,19 +343,6 @@ pub(super) fn reversed_key<'a>(tuple: &Tuple, key: &'a mut MaybeUninit<Key>) -> 
 pub(super) fn words_mut(addresses: &mut HeaderAddresses) -> &mut [u32; HeaderAddresses::IPV6 / 4] {
     // SAFETY: as many bytes, at the start of a value that is aligned to four.
     unsafe { &mut *(&raw mut addresses.bytes).cast() }
-}
-
-/// Notifies the daemon of the connection's end, once. The notification may come with a packet after the
-/// last FIN: when both sides finish at the same moment, programs on two processors may each see one FIN
-/// only, and the packet that acknowledges the FINs sees both.
-#[inline(always)]
-pub(super) fn emit_end(slot: u32, flow: &mut Flow) {
-    if (flow.closed() || flow.is(Flag::Superseded)) && !flow.is(Flag::EndReported) {
-        flow.set(Flag::EndReported);
-        set_counted(flow, false);
-        count(Counter::Ended);
-        emit_event(Event::ENDED, slot, flow);
-    }
 }
 
 /// Sends the daemon an event.

@@ -1,6 +1,6 @@
 //! Limits per source: what each source has, by listener and over all of them.
 //!
-//! A connection counts from its SYN on. `Flow::source` has where, so that it leaves exactly once, whoever ends it.
+//! A connection counts from its SYN on. `Flow::source` has where, so that it leaves exactly once, whatever ends it.
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg};
 
@@ -54,7 +54,7 @@ pub(super) fn enter(flow: &mut Flow, own: &Usage, all: &Usage) -> bool {
 pub(super) fn enter_again(flow: &mut Flow) {
     // Mapped or global.
     if flow.source_ip[2] | flow.source_ip[0] != 0 {
-        // Whoever ends it meanwhile may have found nothing to leave: the sweep does, before the slot is free.
+        // What ends it meanwhile may have found nothing to leave: the sweep does, before the slot is free.
         enter_each(flow, Counted::Established as u64);
     }
 }

@@ -16,7 +16,7 @@ use injector_common::inline::{
     Counter, Event, Flag, Flow, Key, Phase, Pressure, Settings, Sweep, Usage, sweep,
 };
 
-use super::{maps, maps::Count, source};
+use super::{established, maps, maps::Count, source};
 
 /// How many are looked at each time.
 const PART: u32 = 2048;
@@ -102,7 +102,7 @@ extern "C" fn visit(index: u32, part: *mut c_void) -> i64 {
         Sweep::Keep => {}
         Sweep::Release => {
             // A packet that was under way may have had it count again.
-            maps::set_counted(flow, false);
+            established::set_counted(flow, false);
             flow.phase = Phase::Free as u64;
             maps::return_slot(slot);
         }
@@ -116,14 +116,14 @@ extern "C" fn visit(index: u32, part: *mut c_void) -> i64 {
         }
         Sweep::Forget => {
             if maps::move_on(flow, Phase::Established, Phase::Removed) {
-                maps::set_counted(flow, false);
+                established::set_counted(flow, false);
                 remove(slot, flow);
             }
         }
         Sweep::Expire => {
             if maps::move_on(flow, Phase::Established, Phase::Removed) {
                 flow.set(Flag::Expired);
-                maps::set_counted(flow, false);
+                established::set_counted(flow, false);
                 maps::count(Counter::Expired);
                 maps::emit_event(Event::EXPIRED, slot, flow);
                 remove(slot, flow);

@@ -22,20 +22,19 @@ use crate::{
 
 /// Bans a source, and ends its sessions.
 pub(super) async fn ban(
-    server: &Server,
     service: Option<&Service>,
     network: &str,
     duration_ms: Option<u64>,
     reason: Option<String>,
     force: bool,
+    end_banned_sessions: impl Future<Output = usize>,
 ) -> anyhow::Result<Answer> {
     let service = configured(service)?.clone();
     let network = parse(network)?;
     let duration = duration_ms.map(Duration::from_millis);
     let command = BanCommand { network, duration, reason: reason.unwrap_or_default(), force };
-    let banning = service.clone();
-    let renewed = tokio::task::spawn_blocking(move || banning.ban(command)).await??;
-    let sessions_ended = end_sessions(server, service.guard()) as u64;
+    let renewed = tokio::task::spawn_blocking(move || service.ban(command)).await??;
+    let sessions_ended = end_banned_sessions.await as u64;
     tracing::info!(target: target::GUARD, %network, duration = duration.map(tracing::field::debug), renewed, sessions_ended, "banned by command");
     let until = duration.map(|time| unix_seconds(SystemTime::now() + time));
     Ok(Answer::Banned { network: network.to_string(), renewed, until, sessions_ended })

@@ -80,6 +80,19 @@ impl Control {
 
     /// Carries out a request.
     pub async fn answer(&self, request: Request) -> Reply {
+        match request {
+            // Without the server: a change of bans may wait long for another one.
+            Request::Ban { network, duration_ms, reason, force } => {
+                let end = self.end_banned_sessions();
+                reply(bans::ban(self.guard(), &network, duration_ms, reason, force, end).await)
+            }
+            Request::Unban { network } => reply(bans::unban(self.guard(), &network).await),
+            Request::Bans { origin, limit } => reply(bans::list(self.guard(), origin, limit)),
+            request => self.answer_by_server(request).await,
+        }
+    }
+
+    async fn answer_by_server(&self, request: Request) -> Reply {
         let mut locked = self.0.server.lock().await;
         let Some(server) = locked.as_mut() else {
             return Reply::Error("the injector is stopping".to_owned());
@@ -107,11 +120,9 @@ impl Control {
                     .map(|listeners| Answer::BackendWeightSet { listeners, weight })
             }
             Request::LogLevel { levels } => self.set_log_level(&levels),
-            Request::Ban { network, duration_ms, reason, force } => {
-                bans::ban(server, self.guard(), &network, duration_ms, reason, force).await
+            Request::Ban { .. } | Request::Unban { .. } | Request::Bans { .. } => {
+                Err(anyhow::anyhow!("bans are answered without the server"))
             }
-            Request::Unban { network } => bans::unban(self.guard(), &network).await,
-            Request::Bans { origin, limit } => bans::list(self.guard(), origin, limit),
             Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
             Request::DryRun => {
                 let (dry_run, listeners) = self.rehearse(server);
@@ -125,16 +136,14 @@ impl Control {
         if let Ok(Answer::DryRun(dry_run)) = &mut answer {
             dry_run::try_backends(dry_run, &to_try).await;
         }
-        match answer {
-            Ok(answer) => Reply::Ok(answer),
-            Err(error) => Reply::Error(format!("{error:#}")),
-        }
+        reply(answer)
     }
 
-    /// Ends the sessions of sources that are banned now.
-    pub async fn end_banned_sessions(&self) {
-        if let (Some(server), Some(guard)) = (self.0.server.lock().await.as_ref(), self.guard()) {
-            bans::end_sessions(server, guard.guard());
+    /// Ends the sessions of sources that are banned now, and returns their number.
+    pub async fn end_banned_sessions(&self) -> usize {
+        match (self.0.server.lock().await.as_ref(), self.guard()) {
+            (Some(server), Some(guard)) => bans::end_sessions(server, guard.guard()),
+            _ => 0,
         }
     }
 
@@ -223,6 +232,13 @@ impl Control {
             }
         }
         result
+    }
+}
+
+fn reply(answer: anyhow::Result<Answer>) -> Reply {
+    match answer {
+        Ok(answer) => Reply::Ok(answer),
+        Err(error) => Reply::Error(format!("{error:#}")),
     }
 }
 

@@ -37,7 +37,7 @@ impl From<SourceRefusal> for Refusal {
 }
 
 impl Refusal {
-    /// What the client is told.
+    /// The reply to the client.
     pub(super) const fn rejection(self) -> Rejection {
         match self.reason {
             RejectReason::Stopping | RejectReason::Draining => Rejection::Stopping,

@@ -142,7 +142,7 @@ fn contend(testbed: &Testbed, engine: &str, banner: Banner, limits: &str) -> any
             if limits.ends_with("_per_source = 10") {
                 let rejected = [("reason", "source_connections")];
                 counted(&injector, "injector_connections_rejected_total", &rejected, f64::from(50))?;
-                ensure!(refused == 50, "{refused} were told why");
+                ensure!(refused == 50, "{refused} were given the reason");
                 let log = injector.log();
                 let named = format!(
                     "\"source\":\"{}/32\",\"reason\":\"source_connections\",\"limit\":10",
@@ -192,13 +192,13 @@ fn reload(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
         &format!("allow = [\"{}/24\"]", client_network()),
     )?;
     let exempt = [served(testbed, &backend)?, served(testbed, &backend)?];
-    load("", "max_connections_per_source = 1")?;
-    // Of all listeners together nothing was counted until now.
+    load("", "max_connections_per_source = 3")?;
+    // Of all listeners together those from before count, except the two that were allowed.
     let overall = served(testbed, &backend)?;
     refused(testbed, TOO_MANY)?;
     drop((uncounted, held, exempt, overall));
     active(&injector, 0.0)?;
-    let last = served(testbed, &backend)?;
+    let last = [served(testbed, &backend)?, served(testbed, &backend)?, served(testbed, &backend)?];
     refused(testbed, TOO_MANY)?;
     drop(last);
     counted(&injector, "injector_connections_rejected_total", &[("reason", "source_connections")], 4.0)

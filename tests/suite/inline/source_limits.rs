@@ -49,14 +49,14 @@ fn start(testbed: &Testbed, listener: &str, guard: &str) -> anyhow::Result<(Inli
     Ok((testbed.start(&config)?, config))
 }
 
-fn told(mut client: TcpStream) -> anyhow::Result<String> {
+fn reply(mut client: TcpStream) -> anyhow::Result<String> {
     let mut line = String::new();
     client.read_to_string(&mut line)?;
     Ok(line)
 }
 
 fn refused(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
-    let line = told(testbed.client(family)?)?;
+    let line = reply(testbed.client(family)?)?;
     ensure!(line == TOO_MANY, "{line:?}");
     Ok(())
 }
@@ -184,7 +184,7 @@ fn connect_from_other(family: Family) -> anyhow::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The first byte of what the client is told: of a banner, or of a refusal.
+/// The first byte of a banner or of a refusal.
 fn first_byte(client: &mut TcpStream) -> anyhow::Result<u8> {
     let mut byte = [0];
     client.read_exact(&mut byte)?;
@@ -338,7 +338,7 @@ fn short_sessions(testbed: &Testbed, family: Family, sessions: usize) -> anyhow:
 fn abandoned(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let limit = "[listener.guard]\nmax_connections_per_source = 8\n[listener.health]\neject_after = 0\n";
     let (injector, _) = start(testbed, limit, "max_connections_per_source = 8\n")?;
-    let line = told(testbed.client(family)?)?;
+    let line = reply(testbed.client(family)?)?;
     ensure!(line.starts_with("421 4.3.2 "), "{line:?}");
     ensure!(counted(&injector, "opened")? > 0, "the program has not opened it");
     ensure!(entries(testbed.bpffs.path(), "SOURCE_COUNTS")? == 2, "the handshake is not counted");

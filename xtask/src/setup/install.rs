@@ -18,10 +18,9 @@ use super::{
     wheel,
 };
 
-/// Installs until nothing is missing. One installation may show the next need (a compiler its
-/// LLVM), hence the rounds.
+/// Installs until nothing is missing, or what was installed is still missing. One installation may
+/// show the next need (a compiler its LLVM), hence a survey after each.
 pub(super) fn install(groups: &[Group], cache: &Cache) -> Result<Survey> {
-    const ROUNDS: usize = 6;
     let survey = survey::survey(groups, cache, false)?;
     if survey.missing.is_empty() {
         return finish(survey, cache);
@@ -32,16 +31,19 @@ pub(super) fn install(groups: &[Group], cache: &Cache) -> Result<Survey> {
         bail!("{why}");
     }
     let _lock = cache.lock()?;
-    for _ in 0..ROUNDS {
+    let mut before = Vec::new();
+    loop {
         let survey = survey::survey(groups, cache, true)?;
         if survey.missing.is_empty() {
             return finish(survey, cache);
         }
+        let missing: Vec<_> = survey.missing.iter().map(ToString::to_string).collect();
+        if missing == before {
+            bail!("still missing after it was installed: {}", missing.join("; "));
+        }
         install_next(&survey.missing, cache)?;
+        before = missing;
     }
-    let survey = survey::survey(groups, cache, false)?;
-    let left: Vec<_> = survey.missing.iter().map(ToString::to_string).collect();
-    bail!("still missing after everything was installed: {}", left.join("; "))
 }
 
 fn finish(survey: Survey, cache: &Cache) -> Result<Survey> {

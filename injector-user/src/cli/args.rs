@@ -110,7 +110,7 @@ pub enum Command {
     ///
     /// A ban outlives a restart of the injector. Without --for it does not end by itself. A ban of what is banned
     /// already gets the new end and reason. Addresses of backends, of this host and of its gateways, and networks of
-    /// guard.allow cannot be banned. Needs a [guard] table in the configuration.
+    /// guard.allow cannot be banned. The configuration must have a table `guard`.
     #[command(after_long_help = bans::EXAMPLES)]
     Ban(BanArgs),
     /// Lift a ban of `injector ban`

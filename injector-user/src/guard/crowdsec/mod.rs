@@ -3,8 +3,8 @@
 //! One thread asks and applies, at a low priority. While the LAPI is away, slow, or answers nonsense, the bans stay as they
 //! are and end by their own time. An answer is applied as a whole or not at all.
 //!
-//! Reading order: [`schedule`] says when to ask for what, [`client`] asks, [`stream`] reads the answer within limits,
-//! [`decision`] judges each entry, [`bans`] makes changes of the table of it, [`usage`] reports back.
+//! Reading order: `schedule` says when to ask for what, `client` asks, `stream` reads the answer within limits,
+//! `decision` judges each entry, `bans` makes changes of the table of it, `usage` reports back.
 
 mod bans;
 mod client;

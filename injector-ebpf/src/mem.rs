@@ -9,7 +9,14 @@
 /// `place` must be valid for writing.
 #[inline(always)]
 pub(super) unsafe fn zero<T>(place: *mut T) {
-    if align_of::<T>() >= 4 {
+    if align_of::<T>() >= 8 {
+        // LLVM unrolls the loop only if it is short.
+        let words = place.cast::<u64>();
+        for at in 0..size_of::<T>() / 8 {
+            // SAFETY: within the value, whose size is a multiple of its alignment.
+            unsafe { words.add(at).write_volatile(0) };
+        }
+    } else if align_of::<T>() >= 4 {
         let words = place.cast::<u32>();
         for at in 0..size_of::<T>() / 4 {
             // SAFETY: within the value, whose size is a multiple of its alignment.

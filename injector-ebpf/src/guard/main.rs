@@ -176,7 +176,7 @@ fn to_listener<F: Frame, const IP: usize>(frame: &F, content: Content, ends: &En
             None => return false,
         },
         Content::Portless => 0,
-        // More than anyone sends.
+        // More than senders have.
         Content::Extension(..) if F::READS_ALL => 0,
         Content::Extension(..) | Content::Other => return false,
     };

@@ -34,7 +34,7 @@ pub(super) fn syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry: Option<&
     if any && !route::is_local(skb, &packet.tuple()) {
         return super::without_connection(packet);
     }
-    if bans::is_banned(&packet.source()) {
+    if bans::is_banned(packet.source()) {
         bans::count(guard::Counter::Inline);
         return DROP;
     }

@@ -21,7 +21,7 @@ use network_types::{
 
 use seq_macro::seq;
 
-use super::{bans, mem};
+use super::mem;
 
 /// Where things stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const SEQUENCE: usize = 4;
@@ -352,9 +352,9 @@ impl Packet {
 
     /// The source's address as bans have it.
     #[inline(always)]
-    pub(super) fn source(&self) -> [u32; 4] {
-        let words = &self.words;
-        if self.ipv6 { [words[2], words[3], words[4], words[5]] } else { bans::mapped(words[3]) }
+    pub(super) fn source(&self) -> &[u32; 4] {
+        // SAFETY: as many bytes, aligned to four.
+        unsafe { &*(&raw const self.key.source.ip).cast() }
     }
 
     /// The hop limit, or time to live.

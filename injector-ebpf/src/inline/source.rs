@@ -2,11 +2,15 @@
 //!
 //! A connection counts from its SYN on. `Flow::source` has where, so that it leaves exactly once, whatever ends it.
 
-use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg};
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg},
+};
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{HashMap, LruHashMap},
+    helpers::generated::bpf_loop,
     macros::btf_map,
 };
 use injector_common::{
@@ -46,7 +50,8 @@ pub(super) fn enter(flow: &mut Flow, own: &Usage, all: &Usage) -> bool {
     if !own.source_limits.is_set() && !all.source_limits.is_set() {
         return true;
     }
-    enter_each(flow, Counted::Pending as u64)
+    // SAFETY: a map value.
+    unsafe { source_enter(flow, Counted::Pending as u64) != 0 }
 }
 
 /// The backend has revived a connection that was taken for reset: it counts again, whatever the limits.
@@ -55,11 +60,24 @@ pub(super) fn enter_again(flow: &mut Flow) {
     // Mapped or global.
     if flow.source_ip[2] | flow.source_ip[0] != 0 {
         // What ends it meanwhile may have found nothing to leave: the sweep does, before the slot is free.
-        enter_each(flow, Counted::Established as u64);
+        // SAFETY: a map value.
+        unsafe { source_enter(flow, Counted::Established as u64) };
     }
 }
 
+/// Counts it; 0 if that exceeds a limit. A function that the verifier follows once, not at each call, because its linkage is global.
+///
+/// # Safety
+/// `flow` must be null or a map value.
+#[unsafe(no_mangle)]
 #[inline(never)]
+unsafe extern "C" fn source_enter(flow: *mut Flow, what: u64) -> i64 {
+    // SAFETY: by the caller.
+    let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
+    enter_each(flow, what).into()
+}
+
+#[inline(always)]
 fn enter_each(flow: &mut Flow, what: u64) -> bool {
     let (Some(own), Some(all)) = (maps::usage(flow.listener), maps::usage(Usage::ALL)) else { return true };
     let client = &flow.client_side.tuple.destination;
@@ -68,11 +86,14 @@ fn enter_each(flow: &mut Flow, what: u64) -> bool {
         if bans::is_allowed(&if ipv6 { *client } else { bans::mapped(client[0]) }) {
             return true;
         }
+        // Read before it is known which is needed: LLVM would join two reads into one at a variable offset.
+        // SAFETY: a field of a map value.
+        let mask_ipv4 = unsafe { (&raw const all.source_mask_ipv4).read_volatile() };
         flow.source_ip = if ipv6 {
             let mask = &all.source_mask_ipv6;
             [client[0] & mask[0], client[1] & mask[1], client[2] & mask[2], client[3] & mask[3]]
         } else {
-            bans::mapped(client[0] & all.source_mask_ipv4)
+            bans::mapped(client[0] & mask_ipv4)
         };
     }
     let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };
@@ -107,10 +128,24 @@ fn enter_each(flow: &mut Flow, what: u64) -> bool {
 #[inline(always)]
 pub(super) fn leave(flow: &mut Flow) {
     if flow.source != 0 {
-        // SAFETY: a word of a map value.
-        let places = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.source, 0) };
-        leave_each(flow, places);
+        // SAFETY: a map value.
+        unsafe { source_leave(flow) };
     }
+}
+
+/// Counts it no more. Its linkage is global, too.
+///
+/// # Safety
+/// `flow` must be null or a map value.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn source_leave(flow: *mut Flow) -> i64 {
+    // SAFETY: by the caller.
+    let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
+    // SAFETY: a word of a map value.
+    let places = unsafe { atomic_xchg::<u64, RELAXED>(&raw mut flow.source, 0) };
+    leave_each(flow, places);
+    0
 }
 
 #[inline(never)]
@@ -131,11 +166,26 @@ fn leave_each(flow: &Flow, places: u64) {
 #[inline(always)]
 pub(super) fn establish(flow: &mut Flow) {
     if flow.source != 0 {
-        establish_each(flow);
+        // SAFETY: a map value.
+        unsafe { source_establish(flow) };
     }
 }
 
+/// Counts it as established. Its linkage is global, too.
+///
+/// # Safety
+/// `flow` must be null or a map value.
+#[unsafe(no_mangle)]
 #[inline(never)]
+unsafe extern "C" fn source_establish(flow: *mut Flow) -> i64 {
+    // SAFETY: by the caller.
+    if let Some(flow) = unsafe { flow.as_mut() } {
+        establish_each(flow);
+    }
+    0
+}
+
+#[inline(always)]
 fn establish_each(flow: &mut Flow) {
     let places = SourcePlaces(flow.source);
     let (Some(own), Some(all)) = (maps::usage(flow.listener), maps::usage(Usage::ALL)) else { return };
@@ -153,50 +203,70 @@ fn establish_each(flow: &mut Flow) {
 /// Counts one more of a source; `false` if it has as many as it may, or comes too fast.
 #[inline(never)]
 fn count(key: &SourceKey, limits: &SourceLimits, what: u64) -> bool {
-    let what = Counted::of(what);
-    let handshake = matches!(what, Counted::Pending);
     // SAFETY: map values; a wrong one, of an element that is used again, is another moment's.
     let (sessions, rate) = unsafe {
         (SOURCE_SESSIONS.get(key).copied().unwrap_or(0), SOURCE_RATES.get(key).copied().unwrap_or_default())
     };
     let most = match limits.connections {
         0 => u32::MAX,
-        _ if !handshake => u32::MAX,
+        _ if !matches!(Counted::of(what), Counted::Pending) => u32::MAX,
         limit => limit.saturating_sub(sessions),
     };
-    let now_ns = maps::now();
     let own = CountWord::of(key);
-    for _ in 0..ATTEMPTS {
-        if let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) {
-            // SAFETY: a word of a map value.
-            let before = CountWord(unsafe { word.read_volatile() });
-            match before.enter(own, what, most) {
-                Enter::Retry => continue,
-                Enter::Full => return false,
-                Enter::Exchange(after) => {
-                    if handshake && rate.is_exceeded(limits, before.pending(), now_ns) {
-                        return false;
-                    }
-                    // SAFETY: as above.
-                    if unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, before.0, after.0) }.1 {
-                        return true;
-                    }
-                }
-            }
-            continue;
+    let mut entry = Entry { key, limits, rate, own, what, most, counted: 0 };
+    // SAFETY: the function gets the entry.
+    unsafe { bpf_loop(ATTEMPTS, attempt as *mut c_void, (&raw mut entry).cast(), 0) };
+    entry.counted != 0
+}
+
+/// A connection that is about to be counted. Small: functions that call each other have 512 bytes of stack together
+/// (check_max_stack_depth, kernel/bpf/verifier.c).
+struct Entry<'a> {
+    key: &'a SourceKey,
+    limits: &'a SourceLimits,
+    rate: Rate,
+    own: CountWord,
+    what: u64,
+    most: u32,
+    /// 1 when it was.
+    counted: u32,
+}
+
+/// Tries to count it; 1 if that needs not be tried again.
+extern "C" fn attempt(_: u32, entry: *mut c_void) -> i64 {
+    // SAFETY: the value that `count` gave.
+    let entry = unsafe { &mut *entry.cast::<Entry<'_>>() };
+    let what = Counted::of(entry.what);
+    let handshake = matches!(what, Counted::Pending);
+    if let Some(word) = SOURCE_COUNTS.get_ptr_mut(entry.key) {
+        // SAFETY: a word of a map value.
+        let before = CountWord(unsafe { word.read_volatile() });
+        let after = match before.enter(entry.own, what, entry.most) {
+            Enter::Retry => return 0,
+            Enter::Full => return 1,
+            Enter::Exchange(after) => after,
+        };
+        if handshake && entry.rate.is_exceeded(entry.limits, before.pending(), maps::now()) {
+            return 1;
         }
-        if most == 0 || (handshake && rate.is_exceeded(limits, 0, now_ns)) {
-            return false;
-        }
-        // Dead until it is in the map; then it is this processor's to begin.
-        if SOURCE_COUNTS.insert(key, &CountWord::DEAD.0, NOEXIST).is_ok() {
-            let Some(word) = SOURCE_COUNTS.get_ptr_mut(key) else { return false };
-            // SAFETY: as above.
-            let _ = unsafe { atomic_xchg::<u64, RELAXED>(word, own.with(what).0) };
-            return true;
-        }
+        // SAFETY: as above.
+        let exchanged = unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, before.0, after.0) }.1;
+        entry.counted = exchanged.into();
+        return exchanged.into();
     }
-    false
+    if entry.most == 0 || (handshake && entry.rate.is_exceeded(entry.limits, 0, maps::now())) {
+        return 1;
+    }
+    // Dead until it is in the map; then it is this processor's to begin.
+    if SOURCE_COUNTS.insert(entry.key, &CountWord::DEAD.0, NOEXIST).is_err() {
+        return 0;
+    }
+    if let Some(word) = SOURCE_COUNTS.get_ptr_mut(entry.key) {
+        // SAFETY: as above.
+        let _ = unsafe { atomic_xchg::<u64, RELAXED>(word, entry.own.with(what).0) };
+        entry.counted = 1;
+    }
+    1
 }
 
 /// Counts one less of a source, which was counted.

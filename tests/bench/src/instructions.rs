@@ -49,8 +49,8 @@ const FAR_BELOW: u64 = 85;
 /// unless that would save fewer instructions than this.
 const MIN_SAVING: u64 = 100;
 
-/// Precedes a system's configuration: all sessions on one thread, so that every run is the same.
-const ONE_WORKER: &str = "[limits]\nworkers = 1\n\n";
+/// All sessions on one thread, so that every run is the same: replaces the head of the table.
+const ONE_WORKER: [&str; 2] = ["[limits]\n", "[limits]\nworkers = 1\n"];
 
 /// Bytes of each request and of each response.
 const SIZE: usize = 64;
@@ -220,7 +220,9 @@ fn count(system: &System, per: Per, times: u64, daemon: &Path, file: &Path) -> a
     let mut testbed = Testbed::new()?;
     let out = format!("--callgrind-out-file={}", file.display());
     let valgrind = ["valgrind", "--quiet", "--tool=callgrind", &out];
-    let config = format!("{ONE_WORKER}{}", system.config);
+    let [limits, one_worker] = ONE_WORKER;
+    let config = system.config.replacen(limits, one_worker, 1);
+    ensure!(config.contains(one_worker), "no table [limits]: {config}");
     let start = || Injector::start_under(&testbed.topology.edge, &valgrind, daemon, &config);
     let injector = (1..STARTS).find_map(|_| start().ok()).map_or_else(start, Ok)?;
     let target = system.target(per.service());

@@ -377,9 +377,15 @@ impl Follower {
         }
         let files = self.allow.iter().filter_map(FollowedFile::networks).flatten();
         protected.extend(lists.allow.iter().chain(files).map(|network| (*network, Protection::Allow)));
-        // Without them, what was known before stays.
-        if let Ok(own) = if_addrs::get_if_addrs() {
-            protected.extend(own.iter().map(|it| (Network::host(it.ip()), Protection::OwnAddress)));
+        match if_addrs::get_if_addrs() {
+            Ok(own) => {
+                protected.extend(own.iter().map(|it| (Network::host(it.ip()), Protection::OwnAddress)))
+            }
+            // What was known before stays.
+            Err(_) => {
+                let is_own = |(_, protection): &&(Network, Protection)| *protection == Protection::OwnAddress;
+                protected.extend(self.protected.iter().filter(is_own));
+            }
         }
         protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
         protected.sort_unstable();

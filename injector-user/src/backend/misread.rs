@@ -43,15 +43,7 @@ impl Backends {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::{backend::HealthState, config::Config};
-
-    fn backends(list: &str) -> Backends {
-        let text = format!(
-            "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\nbackends = [{list}]\n"
-        );
-        Backends::new(&Config::parse(&text, "test.toml").unwrap().listeners[0], None, Arc::default())
-    }
+    use crate::backend::{HealthState, pool::tests::backends};
 
     #[test]
     fn a_backend_that_reads_headers_as_commands_is_marked_and_replaced() {

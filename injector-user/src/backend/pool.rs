@@ -327,11 +327,12 @@ fn outcome(results: &[(SocketAddr, Result<(), CheckError>)]) -> Result<(), Strin
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn backends(list: &str) -> Backends {
+    /// Those of a listener with this list.
+    pub(in crate::backend) fn backends(list: &str) -> Backends {
         let text = format!(
             "[[listener]]\nname = \"a\"\nbind = [\"127.0.0.1:1\"]\nprotocol = \"smtp\"\nbackends = [{list}]\n"
         );

@@ -126,8 +126,9 @@ fn unread_log(testbed: &Testbed) -> anyhow::Result<()> {
     injector.status()?;
     counted(&injector, "injector_log_lines_dropped_total", &[], 0.0)?;
     // All of it is there once it is read.
-    let text = read_until(&mut reader, |text| text.matches(CONNECTION_CLOSED).count() == count)?;
-    ensure!(text.contains("configuration reloaded"), "{text}");
+    read_until(&mut reader, |text| {
+        text.matches(CONNECTION_CLOSED).count() == count && text.contains("configuration reloaded")
+    })?;
     // The exit waits a second for the reader, and no longer.
     sessions(testbed, Duration::ZERO)?;
     let start = Instant::now();

@@ -22,7 +22,7 @@ use super::{
     state::{Backend, BackendState, BackendStats},
 };
 use crate::{
-    config::{self, Balance, Check, Host, Listener},
+    config::{self, Balance, Check, Destination, Listener},
     telemetry::{
         log::target,
         metrics::{BackendSample, BackendSource},
@@ -81,15 +81,13 @@ impl Backends {
     #[must_use]
     pub fn new(listener: &Listener, before: Option<&Self>, changed: Arc<Notify>) -> Self {
         let backend = |configured: &config::Backend| {
-            let same = |other: &&Backend| {
-                (&other.configured.host, other.configured.port) == (&configured.host, configured.port)
-            };
+            let same = |other: &&Backend| other.configured.destination == configured.destination;
             let state =
                 before.and_then(|before| before.all.iter().find(same)).map(|same| Arc::clone(&same.state));
             let state = state.unwrap_or_else(|| {
-                let addresses = match configured.host {
-                    Host::Ip(ip) => vec![SocketAddr::new(ip, configured.port)],
-                    Host::Name(_) => Vec::new(),
+                let addresses = match configured.destination {
+                    Destination::Address(address) => vec![address],
+                    Destination::Name { .. } | Destination::Service { .. } => Vec::new(),
                 };
                 let addresses = Mutex::new(Addresses::new(addresses));
                 Arc::new(BackendState { addresses, ..BackendState::default() })
@@ -303,9 +301,10 @@ pub async fn try_once(
     configured: &config::Backend,
 ) -> io::Result<Vec<(SocketAddr, Result<(), CheckError>)>> {
     let plan = listener.health.check.unwrap_or(Check::connecting(listener.timeouts.connect));
-    let addresses = match &configured.host {
-        Host::Ip(ip) => vec![SocketAddr::new(*ip, configured.port)],
-        Host::Name(name) => lookup(name, configured.port).await?,
+    let addresses = match &configured.destination {
+        Destination::Address(address) => vec![*address],
+        Destination::Name { name, port } => lookup(name, *port).await?,
+        Destination::Service { .. } => Vec::new(),
     };
     Ok(join_all(addresses.into_iter().map(|address| check_address(address, &plan))).await)
 }

@@ -6,16 +6,13 @@ use futures_util::future::join_all;
 use tokio::time::timeout;
 
 use super::{addresses::Resolved, lookup::lookup, pool::Backends, state::Backend};
-use crate::{
-    config::{self, Host},
-    telemetry::log::target,
-};
+use crate::{config::Destination, telemetry::log::target};
 
 impl Backends {
     /// Resolves all names at each interval, and when [`Self::resolve_now`] asks for it. One lookup of
     /// a name runs at a time: it occupies a thread until the C library gives up.
     pub(super) async fn run_resolver(&self) {
-        let named = |backend: &Backend| matches!(backend.configured.host, Host::Name(_));
+        let named = |backend: &Backend| matches!(backend.configured.destination, Destination::Name { .. });
         if !self.all.iter().any(named) {
             return;
         }
@@ -34,7 +31,7 @@ impl Backends {
     }
 
     async fn resolve(&self, backend: &Backend) {
-        let config::Backend { host: Host::Name(name), port, .. } = &backend.configured else { return };
+        let Destination::Name { name, port } = &backend.configured.destination else { return };
         match lookup(name, *port).await {
             Ok(addresses) => self.note_resolved(backend, addresses),
             Err(error) => self.note_unresolved(backend, &error),
@@ -42,7 +39,7 @@ impl Backends {
     }
 
     fn note_resolved(&self, backend: &Backend, addresses: Vec<SocketAddr>) {
-        let (listener, name) = (&self.listener, &backend.configured.host);
+        let (listener, name) = (&self.listener, backend.configured.destination.host());
         let again = backend.state.unresolved.swap(false, Ordering::Relaxed);
         let resolved = backend.state.addresses().replace(addresses.clone());
         match resolved {
@@ -62,7 +59,7 @@ impl Backends {
 
     /// Warns once, until the name resolves again.
     fn note_unresolved(&self, backend: &Backend, error: &io::Error) {
-        let (listener, name) = (&self.listener, &backend.configured.host);
+        let (listener, name) = (&self.listener, backend.configured.destination.host());
         if backend.state.unresolved.swap(true, Ordering::Relaxed) {
             tracing::debug!(target: target::RESOLVER, listener, backend = %name, %error, "resolving the backend's name still fails");
             return;

@@ -408,6 +408,14 @@ pub struct RunArgs {
     /// Engine of every listener, overriding the file [file: listener.engine; default: auto]
     #[arg(long, env = "INJECTOR_ENGINE", value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
+
+    /// Kubernetes node that the injector runs on [file: kubernetes.node; default: none]
+    #[arg(long, env = "INJECTOR_NODE", value_name = "NAME")]
+    pub node: Option<String>,
+
+    /// Zone of that node [file: kubernetes.zone; default: from an endpoint on the node]
+    #[arg(long, env = "INJECTOR_ZONE", value_name = "NAME")]
+    pub zone: Option<String>,
 }
 
 /// Arguments of `injector check`.

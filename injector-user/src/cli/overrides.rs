@@ -23,6 +23,14 @@ pub(super) fn apply(config: &mut Config, args: &RunArgs) {
     if let Some(engine) = args.engine {
         config.listeners.iter_mut().for_each(|listener| listener.engine = engine);
     }
+    // An empty variable is an unset one: a manifest may have no value for it.
+    for (value, setting) in
+        [(&args.node, &mut config.kubernetes.node), (&args.zone, &mut config.kubernetes.zone)]
+    {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            *setting = Some(value.clone());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -53,7 +61,7 @@ mod tests {
         assert_eq!(same, file);
 
         type Change = fn(&mut Config);
-        let cases: [(&[&str], Change); 6] = [
+        let cases: [(&[&str], Change); 9] = [
             (&["--log-format", "json"], |c| c.log.format = LogFormat::Json),
             (&["--log-level", "trace"], |c| c.log.level = LogLevel::Trace),
             (&["--metrics-listen", "[::1]:1"], |c| {
@@ -62,6 +70,9 @@ mod tests {
             (&["--max-connections", "7"], |c| c.limits.max_connections = 7),
             (&["--stop-deadline", "0s"], |c| c.stop.deadline = Duration::ZERO),
             (&["--engine", "relay"], |c| c.listeners[0].engine = EngineChoice::Relay),
+            (&["--node", "edge-1"], |c| c.kubernetes.node = Some("edge-1".to_owned())),
+            (&["--zone", "west"], |c| c.kubernetes.zone = Some("west".to_owned())),
+            (&["--zone", ""], |_| ()),
         ];
         for (flags, change) in cases {
             let (mut expected, mut got) = (file.clone(), file.clone());

@@ -6,10 +6,11 @@
 mod admin;
 mod backend;
 mod crowdsec;
+mod destination;
 mod guard;
 mod health;
-mod host;
 mod inline;
+mod kubernetes;
 mod limits;
 mod listener;
 mod log;
@@ -18,6 +19,7 @@ mod network;
 mod parse;
 mod receiver;
 mod remarks;
+mod service;
 mod source_addresses;
 mod splice;
 mod stop;
@@ -37,10 +39,11 @@ pub use self::{
     admin::Admin,
     backend::{Backend, Balance, PRIMARY_REQUIRED, has_primary},
     crowdsec::{Captcha, CrowdSec},
+    destination::Destination,
     guard::{Guard, PerSource, Xdp},
     health::{Check, CheckHeader, Ejection, Health},
-    host::Host,
     inline::{Attachment, Inline, Source},
+    kubernetes::Kubernetes,
     limits::Limits,
     listener::{EngineChoice, Listener},
     log::{Log, LogFormat, LogLevel},
@@ -53,6 +56,7 @@ pub use self::{
     },
     receiver::{CustomTlv, ProxyVersion, Receiver, UNIQUE_ID_LEN},
     remarks::remarks,
+    service::{ServicePort, ServiceRef},
     splice::{EnrolmentPolicy, HeaderMethod, Splice, Watermarks},
     stop::Stop,
     summary::summary,
@@ -84,6 +88,8 @@ pub struct Config {
     pub splice: Splice,
     /// How the inline engine uses the host.
     pub inline: Inline,
+    /// How Services of Kubernetes are followed.
+    pub kubernetes: Kubernetes,
     /// Bans and limits on sources; `None` if there are none.
     pub guard: Option<Guard>,
     /// How the daemon shuts down.
@@ -99,7 +105,17 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text =
             fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
-        Self::parse(&text, &path.display().to_string())
+        let config = Self::parse(&text, &path.display().to_string())?;
+        if let (Some(service), false) = (config.services().first(), cfg!(feature = "kubernetes")) {
+            return Err(ConfigError::NotBuilt { path: path.to_owned(), service: (*service).clone() });
+        }
+        Ok(config)
+    }
+
+    /// The Services of Kubernetes that are followed, each once.
+    #[must_use]
+    pub fn services(&self) -> Vec<&ServiceRef> {
+        kubernetes::services(&self.listeners)
     }
 
     /// Checks the text of a file. `file_name` only appears in messages.
@@ -126,11 +142,23 @@ fn read(root: Section<'_>) -> Option<Config> {
     let limits = root.section("limits").map(limits::read).unwrap_or_default();
     let splice = root.section("splice").map(splice::read).unwrap_or_default();
     let inline = root.section("inline").map(inline::read).unwrap_or_default();
+    let kubernetes = root.section("kubernetes").map(kubernetes::read).unwrap_or_default();
     let guard = root.section("guard").map(guard::read);
     let stop = root.section("stop").map(stop::read).unwrap_or_default();
     let log = root.section("log").map(log::read).unwrap_or_default();
     let listeners = listener::read_all(&root, metrics);
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
-    Some(Config { metrics, admin, limits, splice, inline, guard, stop, log, listeners: listeners? })
+    Some(Config {
+        metrics,
+        admin,
+        limits,
+        splice,
+        inline,
+        kubernetes,
+        guard,
+        stop,
+        log,
+        listeners: listeners?,
+    })
 }

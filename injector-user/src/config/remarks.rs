@@ -23,15 +23,16 @@ fn crowdsec(config: &Config) -> Option<String> {
 /// Backends on a port where servers expect no header: they read it as a command of the client.
 fn standard_ports(listener: &Listener) -> Vec<String> {
     let remark = |backend: &super::Backend| {
-        let standard = |protocol: &Protocol| protocol.standard_port() == Some(backend.port);
+        let port = backend.destination.port()?;
+        let standard = |protocol: &Protocol| protocol.standard_port() == Some(port);
         let protocol = Protocol::ALL.into_iter().find(standard)?;
         Some(format!(
             "listener {:?}: backends {:?}: {} is the standard port of {protocol}, where other hosts connect without a \
              header; the backend needs a port of its own that requires the header, such as {}",
             listener.name,
             backend.to_string(),
-            backend.port,
-            proxy_port(backend.port),
+            port,
+            proxy_port(port),
         ))
     };
     listener.backends.iter().filter_map(remark).collect()

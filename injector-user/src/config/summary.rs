@@ -6,7 +6,8 @@ use std::{
 };
 
 use super::{
-    Backend, CheckHeader, Config, Health, Host, Inline, Limits, Listener, ProxyVersion, Receiver, Source,
+    Backend, CheckHeader, Config, Destination, Health, Inline, Limits, Listener, ProxyVersion, Receiver,
+    Source,
 };
 use crate::protocol::FirstSpeaker;
 
@@ -49,7 +50,8 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "{} ({}, engine {})", listener.name, listener.protocol, listener.engine)?;
     let bind: Vec<_> = listener.bind.iter().map(|address| bind(*address)).collect();
     writeln!(out, "  listens on   {}", bind.join(", "))?;
-    let resolves = listener.backends.iter().any(|backend| matches!(backend.host, Host::Name(_)));
+    let resolves =
+        listener.backends.iter().any(|backend| matches!(backend.destination, Destination::Name { .. }));
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
     let backends: Vec<_> = listener.backends.iter().map(backend).collect();

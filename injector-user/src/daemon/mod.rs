@@ -45,7 +45,7 @@ const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// When the daemon cannot start; the message states what to do.
 pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Logging) -> anyhow::Result<()> {
     control::log_remarks(&config);
-    let Config { metrics, admin, limits, splice, inline, guard, stop, log, listeners } = config;
+    let Config { metrics, admin, limits, splice, inline, kubernetes, guard, stop, log, listeners } = config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
 
     // First, because its error names the process if another daemon runs with this configuration.
@@ -85,6 +85,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
             workers: limits.workers,
             splice,
             inline,
+            kubernetes,
             guard: guard.clone(),
             log_format: log.format,
         },

@@ -41,7 +41,7 @@ use self::{
     observe::Timeouts,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
-use crate::config::{Backend, Config, EngineChoice, Host, Inline, Listener, Source};
+use crate::config::{Backend, Config, Destination, EngineChoice, Inline, Listener, Source};
 
 /// Everything is fine.
 const EXIT_OK: u8 = 0;
@@ -175,11 +175,12 @@ async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeM
 }
 
 async fn resolve(backend: &Backend, within: Duration) -> Resolved {
-    let name = match &backend.host {
-        Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, backend.port)]),
-        Host::Name(name) => name,
+    let (name, port) = match &backend.destination {
+        Destination::Address(address) => return Ok(vec![*address]),
+        Destination::Name { name, port } => (name, *port),
+        Destination::Service { .. } => return Err("services of Kubernetes are not followed".to_owned()),
     };
-    match tokio::time::timeout(within, tokio::net::lookup_host((name.as_str(), backend.port))).await {
+    match tokio::time::timeout(within, tokio::net::lookup_host((name.as_str(), port))).await {
         Ok(Ok(found)) => {
             let mut addresses: Vec<_> = found.collect();
             addresses.sort_unstable();

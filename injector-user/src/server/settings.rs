@@ -1,6 +1,6 @@
 //! Settings of a running server that only a restart changes.
 
-use crate::config::{Admin, Config, Guard, Inline, LogFormat, Metrics, Splice};
+use crate::config::{Admin, Config, Guard, Inline, Kubernetes, LogFormat, Metrics, Splice};
 
 /// The parts of the configuration that take effect only at startup.
 #[derive(Clone, Debug)]
@@ -15,6 +15,8 @@ pub struct StartupSettings {
     pub splice: Splice,
     /// How the inline engine uses the host.
     pub inline: Inline,
+    /// How Services of Kubernetes are followed.
+    pub kubernetes: Kubernetes,
     /// The guard; its lists and limits are not part of what only a restart changes.
     pub guard: Option<Guard>,
     /// The format of log lines.
@@ -32,6 +34,7 @@ impl StartupSettings {
             ("limits.workers", config.limits.workers != self.workers),
             ("splice", config.splice != self.splice),
             ("inline", config.inline != self.inline),
+            ("kubernetes", config.kubernetes != self.kubernetes),
             ("guard", guard.0.is_some() != guard.1.is_some()),
             ("guard.max_bans", guard_differs(|before, after| before.max_bans != after.max_bans)),
             ("guard.devices", guard_differs(|before, after| before.devices != after.devices)),

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::section::{Section, Spanned};
-use crate::config::host::Host;
+use crate::config::destination::Destination;
 
 /// Reads `metrics.listen` and reports an invalid value.
 pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<Spanned<SocketAddr>> {
@@ -61,7 +61,7 @@ pub fn parse_flag_address(text: &str) -> Result<SocketAddr, String> {
 
 /// Parses a backend: `mail.internal:2525`, `192.0.2.20:2525` or `[2001:db8::20]:2525`. The error
 /// suggests what to write.
-pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
+pub(crate) fn backend(text: &str) -> Result<Destination, String> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return backend_address(address);
     }
@@ -82,7 +82,7 @@ pub(crate) fn backend(text: &str) -> Result<(Host, u16), String> {
         return Err(format!("an IPv6 address must be in brackets: write \"[{host}]:{port}\""));
     }
     require_port(port)?;
-    Ok((Host::Name(name_to_resolve(host)?), port))
+    Ok(Destination::Name { name: name_to_resolve(host)?, port })
 }
 
 /// A host name in lower case, with its final dot. The dot makes it absolute: the resolver's search
@@ -92,7 +92,7 @@ fn name_to_resolve(text: &str) -> Result<String, String> {
     Ok(if text.ends_with('.') { format!("{name}.") } else { name })
 }
 
-fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
+fn backend_address(address: SocketAddr) -> Result<Destination, String> {
     require_port(address.port())?;
     if address.ip().is_unspecified() {
         return Err(format!(
@@ -103,7 +103,7 @@ fn backend_address(address: SocketAddr) -> Result<(Host, u16), String> {
     if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) {
         return Err("link-local addresses with a zone are not supported: use a global address".to_owned());
     }
-    Ok((Host::Ip(address.ip()), address.port()))
+    Ok(Destination::Address(address))
 }
 
 fn require_port(port: u16) -> Result<(), String> {
@@ -151,20 +151,22 @@ fn covers(wildcard: IpAddr, other: IpAddr) -> bool {
 }
 
 /// Whether a connection to the backend certainly reaches the listener bound to `bind`.
-pub(crate) fn is_loop(bind: SocketAddr, host: &Host, port: u16) -> bool {
-    if bind.port() != port {
+pub(crate) fn is_loop(bind: SocketAddr, destination: &Destination) -> bool {
+    if destination.port() != Some(bind.port()) {
         return false;
     }
     let bind = bind.ip().to_canonical();
-    match host {
-        Host::Ip(ip) => {
-            let ip = ip.to_canonical();
+    match destination {
+        Destination::Address(address) => {
+            let ip = address.ip().to_canonical();
             ip == bind || (ip.is_loopback() && covers(bind, ip))
         }
-        Host::Name(name) => {
+        Destination::Name { name, .. } => {
             name.strip_suffix('.').unwrap_or(name) == "localhost"
                 && (bind.is_loopback() || bind.is_unspecified())
         }
+        // An endpoint may be this host's; the Service's owner answers for it.
+        Destination::Service { .. } => false,
     }
 }
 
@@ -231,7 +233,7 @@ mod tests {
             ("mail:2525", "mail"),
             ("mail.:2525", "mail."),
         ] {
-            assert_eq!(backend(text), Ok((Host::Name(name.to_owned()), 2525)), "{text}");
+            assert_eq!(backend(text), Ok(Destination::Name { name: name.to_owned(), port: 2525 }), "{text}");
         }
         assert_eq!(backend(".:2525"), Err("\".\" is not a host name".to_owned()));
         assert_eq!(backend("mail..:2525"), Err("\"mail..\" is not a host name".to_owned()));

@@ -2,6 +2,8 @@
 
 use std::{cell::RefCell, fmt, io, path::PathBuf};
 
+use crate::config::service::ServiceRef;
+
 /// Why a configuration could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -16,6 +18,18 @@ pub enum ConfigError {
     /// The file is invalid: all errors, in the order of the file, one per line.
     #[error("{}", join(.0))]
     Invalid(Vec<Diagnostic>),
+    /// The file names a Service of Kubernetes, which this build cannot follow.
+    #[error(
+        "{}: the service {service} cannot be followed: this injector was built without the feature `kubernetes`; \
+         use a build that has it, such as the container image, or write an address or a name",
+        path.display()
+    )]
+    NotBuilt {
+        /// The path as given.
+        path: PathBuf,
+        /// The first such Service.
+        service: ServiceRef,
+    },
     /// The file was rejected, but no check reported an error: a bug of the injector.
     #[error(
         "{file}: cannot parse the file and cannot tell why: please report this file as a bug of the injector"

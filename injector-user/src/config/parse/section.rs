@@ -134,8 +134,16 @@ impl<'t> Section<'t> {
         self.table.get(field).map(|value| (value.span().start, value.get_ref()))
     }
 
+    /// A value of more than one type.
+    pub(crate) fn value(&self, field: &'static str) -> Option<Spanned<&'t DeValue<'t>>> {
+        self.get(field)
+    }
+
     fn get(&self, field: &'static str) -> Option<Spanned<&'t DeValue<'t>>> {
-        self.known.borrow_mut().push(field);
+        let mut known = self.known.borrow_mut();
+        if !known.contains(&field) {
+            known.push(field);
+        }
         self.table.get(field).map(|value| (value.span().start, value.get_ref()))
     }
 

@@ -31,6 +31,9 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(splice.enrolment.bytes, default.enrolment.bytes);
     assert_ne!(splice.enrolment.age, default.enrolment.age);
     assert_ne!(splice.header, default.header);
+    let kubernetes = &config.kubernetes;
+    assert!(kubernetes.kubeconfig.is_some() && kubernetes.context.is_some());
+    assert!(kubernetes.node.is_some() && kubernetes.zone.is_some());
     let (inline, default) = (&config.inline, Inline::default());
     // Source addresses need the default of `source`.
     assert!(!inline.source_addresses.is_empty() && !inline.devices.is_empty() && !inline.peers.is_empty());
@@ -119,7 +122,7 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = BTreeSet::new();
-    for section in ["metrics", "admin", "limits", "splice", "inline", "guard", "stop", "log"] {
+    for section in ["metrics", "admin", "limits", "splice", "inline", "kubernetes", "guard", "stop", "log"] {
         let listen = match section {
             "metrics" => "listen = \"127.0.0.1:1\"\n",
             "admin" => "socket = \"/run/x\"\n",
@@ -176,8 +179,8 @@ fn the_installed_configuration_has_both_families_and_checks() {
         let check = listener.health.check.as_ref().unwrap_or_else(|| panic!("{name} has no check"));
         assert_eq!((check.port, check.protocol.is_some()), (standard, true), "{name}");
         for backend in &listener.backends {
-            assert!(operations.contains(&backend.host.to_string()), "{name}: {backend}");
-            assert_eq!(Some(backend.port), listener.protocol.alternative_port(), "{name}");
+            assert!(operations.contains(&backend.destination.host()), "{name}: {backend}");
+            assert_eq!(backend.destination.port(), listener.protocol.alternative_port(), "{name}");
         }
     }
 }

@@ -59,8 +59,7 @@ fn the_example_has_the_documented_meaning() {
         protocol: Protocol::Smtp,
         engine: EngineChoice::Auto,
         backends: vec![Backend {
-            host: Host::Name("mail.internal".to_owned()),
-            port: 2525,
+            destination: Destination::Name { name: "mail.internal".to_owned(), port: 2525 },
             weight: 1,
             backup: false,
             max_connections: None,

@@ -397,6 +397,10 @@ pub struct RunArgs {
     #[arg(long, env = "INJECTOR_METRICS_LISTEN", value_name = "IP:PORT", value_parser = parse_flag_address)]
     pub metrics_listen: Option<SocketAddr>,
 
+    /// Address of /healthz and /readyz alone [file: health.listen; default: none]
+    #[arg(long, env = "INJECTOR_HEALTH_LISTEN", value_name = "IP:PORT", value_parser = parse_flag_address)]
+    pub health_listen: Option<SocketAddr>,
+
     /// Maximum number of concurrent connections [file: limits.max_connections; default: 10000]
     #[arg(long, env = "INJECTOR_MAX_CONNECTIONS", value_name = "N", value_parser = connections)]
     pub max_connections: Option<usize>,
@@ -487,28 +491,36 @@ mod tests {
             ["--stop-deadline", "1year"],
             ["--engine", "kernel"],
             ["--metrics-listen", "9145"],
+            ["--health-listen", "9146"],
         ] {
             let words = ["injector", "run", "--config", "f"].iter().chain(&flags);
             Cli::try_parse_from(words).expect_err(&flags.join(" "));
         }
     }
 
-    /// The manifests put a node's address, of either family, in front of the port.
+    /// The manifests put a node's address, of either family, in front of the ports.
     #[test]
-    fn metrics_listen_on_the_address_that_kubernetes_substitutes() {
+    fn metrics_and_health_listen_on_the_address_that_kubernetes_substitutes() {
         for manifest in [
             include_str!("../../../deploy/kubernetes/base/daemonset.yaml"),
             include_str!("../../../deploy/helm/injector/templates/daemonset.yaml"),
         ] {
-            let line = manifest.lines().find(|line| line.contains("value: $(NODE_ADDRESS)")).unwrap();
-            let value = line.trim().trim_start_matches("value: ");
-            let value = value.replace("{{ .Values.metrics.port }}", "9145");
+            let value_of = |variable: &str| {
+                let mut lines = manifest.lines().skip_while(|line| !line.ends_with(variable));
+                let value = lines.nth(1).unwrap().trim().strip_prefix("value: ").unwrap();
+                value
+                    .replace("{{ .Values.metrics.port }}", "9145")
+                    .replace("{{ .Values.health.port }}", "9146")
+            };
+            let [metrics, health] = ["INJECTOR_METRICS_LISTEN", "INJECTOR_HEALTH_LISTEN"].map(value_of);
             for address in ["192.0.2.1", "fd24::1", "2001:db8:1:2:3:4:5:6"] {
-                let value = value.replace("$(NODE_ADDRESS)", address);
-                let words = ["injector", "run", "--config", "f", "--metrics-listen", &value];
+                let [metrics, health] = [&metrics, &health].map(|it| it.replace("$(NODE_ADDRESS)", address));
+                let flags = ["--metrics-listen", &metrics, "--health-listen", &health];
+                let words = ["injector", "run", "--config", "f"].iter().copied().chain(flags);
                 let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { panic!() };
-                let expected = std::net::SocketAddr::new(address.parse().unwrap(), 9145);
-                assert_eq!(args.metrics_listen, Some(expected), "{value}");
+                let expected = |port| Some(SocketAddr::new(address.parse().unwrap(), port));
+                assert_eq!(args.metrics_listen, expected(9145), "{metrics}");
+                assert_eq!(args.health_listen, expected(9146), "{health}");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! `injector run`: flags and environment variables override the file.
 
 use super::args::RunArgs;
-use crate::config::{Config, Metrics};
+use crate::config::{Config, HealthEndpoint, Metrics};
 
 /// Replaces values of the file by those of the command line and the environment.
 pub(super) fn apply(config: &mut Config, args: &RunArgs) {
@@ -13,6 +13,9 @@ pub(super) fn apply(config: &mut Config, args: &RunArgs) {
     }
     if let Some(listen) = args.metrics_listen {
         config.metrics = Some(Metrics { listen });
+    }
+    if let Some(listen) = args.health_listen {
+        config.health = Some(HealthEndpoint { listen });
     }
     if let Some(limit) = args.max_connections {
         config.limits.max_connections = limit;
@@ -61,11 +64,14 @@ mod tests {
         assert_eq!(same, file);
 
         type Change = fn(&mut Config);
-        let cases: [(&[&str], Change); 9] = [
+        let cases: [(&[&str], Change); 10] = [
             (&["--log-format", "json"], |c| c.log.format = LogFormat::Json),
             (&["--log-level", "trace"], |c| c.log.level = LogLevel::Trace),
             (&["--metrics-listen", "[::1]:1"], |c| {
                 c.metrics = Some(Metrics { listen: "[::1]:1".parse().unwrap() });
+            }),
+            (&["--health-listen", "[::1]:2"], |c| {
+                c.health = Some(HealthEndpoint { listen: "[::1]:2".parse().unwrap() });
             }),
             (&["--max-connections", "7"], |c| c.limits.max_connections = 7),
             (&["--stop-deadline", "0s"], |c| c.stop.deadline = Duration::ZERO),

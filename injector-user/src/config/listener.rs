@@ -125,8 +125,12 @@ struct Bound {
     owner: String,
 }
 
-/// Reads all listeners. `None` if one is invalid; the error has been reported.
-pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>) -> Option<Vec<Listener>> {
+/// Reads all listeners. `operator` are the operator's addresses, by their names in the file. `None` if
+/// a listener is invalid; the error has been reported.
+pub(super) fn read_all(
+    root: &Section<'_>,
+    operator: &[(&str, Option<Spanned<SocketAddr>>)],
+) -> Option<Vec<Listener>> {
     let Some(sections) = root.sections("listener") else {
         if !root.has("listener") {
             root.report(0, "no [[listener]]: at least one is needed");
@@ -137,10 +141,9 @@ pub(super) fn read_all(root: &Section<'_>, metrics: Option<Spanned<SocketAddr>>)
         root.report(0, "no [[listener]]: at least one is needed");
     }
     let mut names = BTreeMap::new();
-    let mut bound: Vec<Bound> = Vec::new();
-    if let Some((at, address)) = metrics {
-        bound.push(Bound { at, address, owner: "metrics.listen".to_owned() });
-    }
+    let operator = operator.iter().filter_map(|(owner, address)| Some((owner, (*address)?)));
+    let mut bound: Vec<Bound> =
+        operator.map(|(owner, (at, address))| Bound { at, address, owner: (*owner).to_owned() }).collect();
     let listeners: Vec<_> = sections
         .into_iter()
         .enumerate()

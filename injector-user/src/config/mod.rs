@@ -9,6 +9,7 @@ mod crowdsec;
 mod destination;
 mod guard;
 mod health;
+mod health_endpoint;
 mod inline;
 mod kubernetes;
 mod limits;
@@ -42,6 +43,7 @@ pub use self::{
     destination::Destination,
     guard::{Guard, PerSource, Xdp},
     health::{Check, CheckHeader, Ejection, Health},
+    health_endpoint::HealthEndpoint,
     inline::{Attachment, Inline, Source},
     kubernetes::Kubernetes,
     limits::Limits,
@@ -80,6 +82,8 @@ backends = ["mail.internal:2525"]
 pub struct Config {
     /// Where metrics and health are served, if anywhere.
     pub metrics: Option<Metrics>,
+    /// Where health alone is served, if anywhere.
+    pub health: Option<HealthEndpoint>,
     /// The control socket, if there is one.
     pub admin: Option<Admin>,
     /// Limits over all listeners.
@@ -138,6 +142,7 @@ impl Config {
 
 fn read(root: Section<'_>) -> Option<Config> {
     let metrics = root.section("metrics").and_then(metrics::read);
+    let health = root.section("health").and_then(|section| health_endpoint::read(section, metrics));
     let admin = root.section("admin").and_then(admin::read);
     let limits = root.section("limits").map(limits::read).unwrap_or_default();
     let splice = root.section("splice").map(splice::read).unwrap_or_default();
@@ -146,11 +151,13 @@ fn read(root: Section<'_>) -> Option<Config> {
     let guard = root.section("guard").map(guard::read);
     let stop = root.section("stop").map(stop::read).unwrap_or_default();
     let log = root.section("log").map(log::read).unwrap_or_default();
-    let listeners = listener::read_all(&root, metrics);
+    let listeners = listener::read_all(&root, &[("metrics.listen", metrics), ("health.listen", health)]);
     root.finish();
     let metrics = metrics.map(|(_, listen)| Metrics { listen });
+    let health = health.map(|(_, listen)| HealthEndpoint { listen });
     Some(Config {
         metrics,
+        health,
         admin,
         limits,
         splice,

@@ -40,6 +40,9 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
         Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen)?,
         None => writeln!(out, "no metrics (add [metrics] listen)")?,
     }
+    if let Some(health) = config.health {
+        writeln!(out, "health on http://{}/readyz", health.listen)?;
+    }
     match &config.admin {
         Some(admin) => writeln!(out, "control socket {}", admin.socket.display()),
         None => writeln!(out, "no control socket (add [admin] socket)"),

@@ -45,7 +45,8 @@ const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// When the daemon cannot start; the message states what to do.
 pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Logging) -> anyhow::Result<()> {
     control::log_remarks(&config);
-    let Config { metrics, admin, limits, splice, inline, kubernetes, guard, stop, log, listeners } = config;
+    let Config { metrics, health, admin, limits, splice, inline, kubernetes, guard, stop, log, listeners } =
+        config;
     let open_files = open_files::raise_limit(limits, &listeners)?;
 
     // First, because its error names the process if another daemon runs with this configuration.
@@ -53,6 +54,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let inherited = systemd::listen_sockets().context("taking over systemd's sockets")?;
     let sockets = listen_sockets::bind_all(&listeners, limits.workers, &inherited)?;
     let metrics_socket = metrics.map(|it| listener::bind(it.listen)).transpose().context("metrics.listen")?;
+    let health_socket = health.map(|it| listener::bind(it.listen)).transpose().context("health.listen")?;
     let mut probes = EngineProbes::not_run("not used by any listener");
     let connections = limits.max_connections.min(open_files.capacity);
     select::test_splice(&splice.watermarks, connections, &listeners, &mut probes);
@@ -81,6 +83,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
     let startup = StartupState {
         settings: StartupSettings {
             metrics,
+            health,
             admin,
             workers: limits.workers,
             splice,
@@ -100,7 +103,8 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
         nofile: open_files.nofile,
         capacity: open_files.capacity,
     };
-    let operator = OperatorSockets { metrics: metrics_socket, control: control_socket };
+    let operator =
+        OperatorSockets { metrics: metrics_socket, health: health_socket, control: control_socket };
     // One thread for everything except connections, which the worker threads serve.
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.context("starting the runtime")?;
@@ -118,6 +122,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
 /// The sockets on which the operator reaches the daemon.
 struct OperatorSockets {
     metrics: Option<Socket>,
+    health: Option<Socket>,
     control: Option<ControlSocket>,
 }
 
@@ -137,10 +142,19 @@ async fn serve(
     engine_metrics::observe(&metrics, &startup.probes);
     metrics.watch_backlog(backlog_total.clone());
     metrics.watch_log(log.0.clone());
-    let stop_metrics = CancellationToken::new();
+    let stop_http = CancellationToken::new();
+    let health = http::health(metrics.clone(), readiness);
     if let Some(socket) = operator.metrics {
         let socket = tokio::net::TcpListener::from_std(socket.into()).context("metrics.listen")?;
-        tokio::spawn(http::serve(socket, metrics.clone(), readiness, stop_metrics.clone()));
+        tokio::spawn(http::serve(
+            socket,
+            http::with_metrics(health.clone(), metrics.clone()),
+            stop_http.clone(),
+        ));
+    }
+    if let Some(socket) = operator.health {
+        let socket = tokio::net::TcpListener::from_std(socket.into()).context("health.listen")?;
+        tokio::spawn(http::serve(socket, health, stop_http.clone()));
     }
 
     let guard_settings = startup.guard.clone();
@@ -180,7 +194,7 @@ async fn serve(
         systemd::stopping(deadline);
         server.shutdown(deadline, signals.shutdown()).await;
     }
-    stop_metrics.cancel();
+    stop_http.cancel();
     Ok(())
 }
 

@@ -3,8 +3,8 @@
 use crate::{net::splice_pipe::MAX_PIPES, telemetry::operator_connections::MAX_OPERATOR_CONNECTIONS};
 
 /// File descriptors of the daemon itself: maps, programs, devices, logs, pipes, and what connects to
-/// the metrics' address and to the control socket.
-const DAEMON_FDS: u64 = 96 + 2 * MAX_OPERATOR_CONNECTIONS as u64 + 2 * MAX_PIPES as u64;
+/// the addresses of metrics and health and to the control socket.
+const DAEMON_FDS: u64 = 96 + 3 * MAX_OPERATOR_CONNECTIONS as u64 + 2 * MAX_PIPES as u64;
 /// A listening socket and its reserve descriptor.
 const FDS_PER_LISTEN_SOCKET: u64 = 2;
 /// Epoll instances, their wake-ups and the hang-up monitor.
@@ -35,10 +35,10 @@ mod tests {
 
     #[test]
     fn file_descriptors_limit_the_connections() {
-        for (nofile, connections) in [(0, 0), (192, 0), (200, 0), (201, 0), (202, 1), (20_200, 10_000)] {
+        for (nofile, connections) in [(0, 0), (208, 0), (216, 0), (217, 0), (218, 1), (20_216, 10_000)] {
             assert_eq!(connection_capacity(nofile, 1, 1), connections, "{nofile}");
         }
         // Eight addresses, two workers.
-        assert_eq!((required_fds(10_000, 16, 2), connection_capacity(20_236, 16, 2)), (20_236, 10_000));
+        assert_eq!((required_fds(10_000, 16, 2), connection_capacity(20_252, 16, 2)), (20_252, 10_000));
     }
 }

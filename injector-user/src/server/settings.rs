@@ -1,12 +1,14 @@
 //! Settings of a running server that only a restart changes.
 
-use crate::config::{Admin, Config, Guard, Inline, Kubernetes, LogFormat, Metrics, Splice};
+use crate::config::{Admin, Config, Guard, HealthEndpoint, Inline, Kubernetes, LogFormat, Metrics, Splice};
 
 /// The parts of the configuration that take effect only at startup.
 #[derive(Clone, Debug)]
 pub struct StartupSettings {
     /// Where metrics and health are served.
     pub metrics: Option<Metrics>,
+    /// Where health alone is served.
+    pub health: Option<HealthEndpoint>,
     /// Where the control socket is.
     pub admin: Option<Admin>,
     /// How many worker threads there are.
@@ -30,6 +32,7 @@ impl StartupSettings {
         let guard_differs = |differs: fn(&Guard, &Guard) -> bool| matches!(guard, (Some(before), Some(after)) if differs(before, after));
         let sections = [
             ("metrics", config.metrics != self.metrics),
+            ("health", config.health != self.health),
             ("admin", config.admin != self.admin),
             ("limits.workers", config.limits.workers != self.workers),
             ("splice", config.splice != self.splice),

@@ -23,15 +23,20 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 
 fn new_clients_rejected(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let server = testbed.backend(0)?;
-    let injector = testbed.start(&Config::new(engine).text())?;
+    let health = "127.0.0.1:9146".parse()?;
+    let top = format!("[health]\nlisten = \"{health}\"");
+    let injector = testbed.start(&Config { top, ..Config::new(engine) }.text())?;
     let mut client = testbed.client()?;
     client.greeted()?;
     ensure!(injector.readiness()? == (200, "ready\n".to_owned()));
+    ensure!(injector.get(health, "/readyz")? == injector.readiness()?);
+    ensure!(injector.get(health, "/metrics")?.0 == 404);
     let printed = injector.command(&["drain"])?;
     ensure!(printed == "draining: test\n", "{printed}");
     let line = testbed.client()?.line()?;
     ensure!(line == "421 4.3.2 Service shutting down, try again later", "{line:?}");
     ensure!(injector.readiness()? == (503, "draining\n".to_owned()));
+    ensure!(injector.get(health, "/readyz")? == injector.readiness()?);
     ensure!(injector.status()?["listeners"][0]["draining"] == true);
     ensure!(injector.metrics()?.sum("injector_listener_draining", &[]) > 0.5);
     client.talk()?;

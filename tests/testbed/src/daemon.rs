@@ -294,7 +294,15 @@ impl Injector {
     /// # Errors
     /// When it does not respond.
     pub fn readiness(&self) -> anyhow::Result<(u16, String)> {
-        self.netns.run(|| metrics::get(self.metrics, "/readyz"))?
+        self.get(self.metrics, "/readyz")
+    }
+
+    /// The response of a path at one of its addresses.
+    ///
+    /// # Errors
+    /// When it does not respond.
+    pub fn get(&self, address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
+        self.netns.run(|| metrics::get(address, path))?
     }
 
     /// The response of `/readyz?backends`.
@@ -302,7 +310,7 @@ impl Injector {
     /// # Errors
     /// When it does not respond.
     pub fn readiness_with_backends(&self) -> anyhow::Result<(u16, String)> {
-        self.netns.run(|| metrics::get(self.metrics, "/readyz?backends"))?
+        self.get(self.metrics, "/readyz?backends")
     }
 
     /// Sends SIGHUP.

@@ -5,9 +5,15 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use super::section::{Section, Spanned};
 use crate::config::destination::Destination;
 
-/// Reads `metrics.listen` and reports an invalid value.
-pub(crate) fn listen(section: &Section<'_>, at: usize, text: &str) -> Option<Spanned<SocketAddr>> {
-    match socket_address(text, Some(9145)) {
+/// Reads `listen` of an operator's address and reports an invalid value. The error suggests what to
+/// write, with `example_port` as the port.
+pub(crate) fn listen(
+    section: &Section<'_>,
+    at: usize,
+    text: &str,
+    example_port: u16,
+) -> Option<Spanned<SocketAddr>> {
+    match socket_address(text, Some(example_port)) {
         Ok(address) => Some((at, address)),
         Err(advice) => {
             section.report_field(at, "listen", &format!(" {text:?}: {advice}"));

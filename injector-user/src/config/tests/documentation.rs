@@ -18,7 +18,7 @@ fn the_documented_example_parses_and_sets_every_field() {
     let (_, rest) = document.split_once("<!-- complete example -->\n```toml\n").unwrap();
     let (text, _) = rest.split_once("```").unwrap();
     let config = Config::parse(text, "docs/config.md").unwrap_or_else(|error| panic!("{error}"));
-    assert!(config.metrics.is_some());
+    assert!(config.metrics.is_some() && config.health.is_some());
     assert!(config.admin.is_some());
     assert_ne!(config.limits, Limits::default());
     assert_ne!(config.stop, Stop::default());
@@ -122,9 +122,11 @@ fn the_documentation_names_every_field() {
         list.split(", ").map(str::to_owned).collect()
     };
     let mut real = BTreeSet::new();
-    for section in ["metrics", "admin", "limits", "splice", "inline", "kubernetes", "guard", "stop", "log"] {
+    for section in
+        ["metrics", "health", "admin", "limits", "splice", "inline", "kubernetes", "guard", "stop", "log"]
+    {
         let listen = match section {
-            "metrics" => "listen = \"127.0.0.1:1\"\n",
+            "metrics" | "health" => "listen = \"127.0.0.1:1\"\n",
             "admin" => "socket = \"/run/x\"\n",
             _ => "",
         };

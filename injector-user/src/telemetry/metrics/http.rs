@@ -60,14 +60,20 @@ impl fmt::Display for Readiness {
     }
 }
 
+/// `/healthz` and `/readyz`, for an address of probes alone.
+pub fn health(metrics: Metrics, readiness: watch::Receiver<Readiness>) -> Router {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready).with_state((readiness, metrics)))
+}
+
+/// These, and `/metrics`.
+pub fn with_metrics(health: Router, metrics: Metrics) -> Router {
+    health.route("/metrics", get(exposition).with_state(metrics))
+}
+
 /// Serves until `stop` is cancelled, and at most two seconds longer.
-pub async fn serve(
-    listener: TcpListener,
-    metrics: Metrics,
-    readiness: watch::Receiver<Readiness>,
-    stop: CancellationToken,
-) {
-    let app = router(metrics, readiness);
+pub async fn serve(listener: TcpListener, app: Router, stop: CancellationToken) {
     let mut connections = OperatorConnections::default();
     loop {
         let accepted = tokio::select! {
@@ -94,13 +100,6 @@ async fn exchange(stream: TcpStream, app: Router) {
     if let Err(error) = exchange.await {
         tracing::debug!(target: target::METRICS, %error, "a request failed");
     }
-}
-
-fn router(metrics: Metrics, readiness: watch::Receiver<Readiness>) -> Router {
-    Router::new()
-        .route("/metrics", get(exposition).with_state(metrics.clone()))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready).with_state((readiness, metrics)))
 }
 
 async fn exposition(State(metrics): State<Metrics>, headers: HeaderMap) -> Response {
@@ -171,11 +170,17 @@ mod tests {
     }
 
     async fn server() -> Server {
+        server_of(with_metrics).await
+    }
+
+    /// A server of the router that `complete` makes of the one for probes.
+    async fn server_of(complete: fn(Router, Metrics) -> Router) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (readiness, watched) = watch::channel(Readiness::Starting);
         let (metrics, stop) = (Metrics::new(), CancellationToken::new());
-        let serving = tokio::spawn(serve(listener, metrics.clone(), watched, stop.clone()));
+        let app = complete(health(metrics.clone(), watched), metrics.clone());
+        let serving = tokio::spawn(serve(listener, app, stop.clone()));
         Server { address, metrics, readiness, stop, serving }
     }
 
@@ -232,6 +237,19 @@ mod tests {
             let (head, body) = request(server.address, "GET", "/healthz").await;
             assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
             assert_eq!(body, "ok\n");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_for_probes_has_no_metrics() {
+        let server = server_of(|health, _| health).await;
+        server.readiness.send_replace(Readiness::Ready);
+        for (path, status) in
+            [("/healthz", "200"), ("/readyz", "200"), ("/readyz?backends", "200"), ("/metrics", "404")]
+        {
+            let (head, body) = request(server.address, "GET", path).await;
+            assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {head}");
+            assert!(!body.contains("injector_"), "{path}: {body}");
         }
     }
 

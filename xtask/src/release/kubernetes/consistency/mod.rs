@@ -4,7 +4,7 @@
 mod backends;
 mod config;
 mod deadlines;
-mod metrics;
+mod operator_ports;
 mod ports;
 mod references;
 mod reload;
@@ -39,7 +39,7 @@ pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>>
         faults.extend(references::check(object, objects));
     }
     faults.extend(ports::check(daemon, &config));
-    faults.extend(metrics::check(pod, daemon));
+    faults.extend(operator_ports::check(pod, daemon));
     faults.extend(deadlines::check(pod, daemon, &config));
     faults.extend(rollout::check(&daemons.0));
     faults.extend(reload::check(pod, &config));

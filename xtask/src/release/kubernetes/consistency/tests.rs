@@ -43,11 +43,12 @@ spec:
         - name: injector
           env:
             - {name: INJECTOR_CONFIG, value: /etc/injector/injector.toml}
-            - {name: INJECTOR_METRICS_LISTEN, value: "$(NODE):9145"}
-          ports: [{name: smtp, containerPort: 25}, {name: metrics, containerPort: 9145}]
-          startupProbe: {httpGet: {port: metrics}}
-          livenessProbe: {httpGet: {port: metrics}}
-          readinessProbe: {httpGet: {port: metrics}}
+            - {name: INJECTOR_METRICS_LISTEN, value: "$(NODE_ADDRESS):9145"}
+            - {name: INJECTOR_HEALTH_LISTEN, value: "$(NODE_ADDRESS):9146"}
+          ports: [{name: smtp, containerPort: 25}, {name: metrics, containerPort: 9145}, {name: health, containerPort: 9146}]
+          startupProbe: {httpGet: {port: health}}
+          livenessProbe: {httpGet: {port: health}}
+          readinessProbe: {httpGet: {port: health}}
           lifecycle: {preStop: {exec: {command: [injector, drain, --deadline, 240s]}}}
           volumeMounts: [{name: c, mountPath: /etc/injector}, {name: r, mountPath: /run/injector}]
         - name: reload
@@ -89,9 +90,15 @@ fn consistent_objects_have_no_faults() {
 fn every_inconsistency_is_reported() {
     for (from, to, expected) in [
         ("[::]:25", "[::]:26", "declares the ports {25}, the configuration opens {26}"),
-        (":9145\"}\n", ":9146\"}\n", "INJECTOR_METRICS_LISTEN has 9146"),
+        (":9145\"}\n", ":9147\"}\n", "INJECTOR_METRICS_LISTEN has $(NODE_ADDRESS):9147"),
+        ("S):9146\"}\n", "S):9147\"}\n", "INJECTOR_HEALTH_LISTEN has $(NODE_ADDRESS):9147"),
+        (
+            "$(NODE_ADDRESS):9145",
+            "[$(NODE_ADDRESS)]:9145",
+            "INJECTOR_METRICS_LISTEN has [$(NODE_ADDRESS)]:9145",
+        ),
         ("prometheus.io/port: \"9145\"", "prometheus.io/port: \"80\"", "prometheus.io/port is \"80\""),
-        ("readinessProbe: {httpGet: {port: metrics}}", "", "readinessProbe does not use"),
+        ("readinessProbe: {httpGet: {port: health}}", "", "readinessProbe does not use"),
         (
             "Seconds: 300",
             "Seconds: 270",

@@ -8,7 +8,6 @@
 mod checks;
 mod external;
 mod intra_cluster;
-mod kube_proxy;
 mod other_receivers;
 mod receivers;
 mod shutdown;

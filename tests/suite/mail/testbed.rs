@@ -9,12 +9,11 @@ use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{self, Injector};
 use injector_testbed::forward::Forward;
 use injector_testbed::haproxy::HaProxy;
+use injector_testbed::kube_proxy::{self, ServicePort};
 use injector_testbed::mail_client::Server;
 use injector_testbed::mail_host::{MailHost, Marks};
 use injector_testbed::netns::{Family, HostAddresses, Topology};
 use injector_testbed::service::{MATRIX, Service};
-
-use crate::kube_proxy;
 
 /// A column of the matrix: a proxy on the edge that sends a header.
 #[derive(Clone, Copy, Debug)]
@@ -124,7 +123,13 @@ impl Testbed {
                 let metrics = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), metrics_port);
                 let bpffs = BpfFs::mount()?;
                 if kube_proxy {
-                    kube_proxy::write(edge, &forwards)?;
+                    // Two identical endpoints; the rules choose one at random.
+                    let port = |forward: &Forward| ServicePort {
+                        external: forward.bind,
+                        endpoints: vec![forward.backend; 2],
+                    };
+                    let ports: Vec<_> = forwards.iter().map(port).collect();
+                    kube_proxy::write(edge, kube_proxy::Mode::Iptables, &ports)?;
                 }
                 let listeners = daemon::configuration(&forwards, front.engine, metrics);
                 let pin = bpffs.path().display();

@@ -17,6 +17,7 @@ pub mod dovecot;
 pub mod fail2ban;
 pub mod forward;
 pub mod haproxy;
+pub mod kube_proxy;
 pub mod log_file;
 pub mod mail_client;
 pub mod mail_host;

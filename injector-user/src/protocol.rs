@@ -56,17 +56,20 @@ pub enum Rejection {
     SourceConnections,
     /// The client's network opens connections too fast.
     SourceRate,
+    /// Translation on the way here has replaced the client's address.
+    TranslatedSource,
 }
 
 impl Rejection {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::TooManyConnections,
         Self::BackendUnavailable,
         Self::Stopping,
         Self::EndedByOperator,
         Self::SourceConnections,
         Self::SourceRate,
+        Self::TranslatedSource,
     ];
 }
 
@@ -167,7 +170,8 @@ impl Protocol {
     ///
     /// - SMTP: reply 421 may be given at any time by a service that must close (RFC 5321, sections
     ///   3.8 and 4.2.3), with status 4.3.2, system not accepting network messages (RFC 3463,
-    ///   section 3.4); 4.7.0, of security or policy, for what only this source may not (section 3.8).
+    ///   section 3.4); 4.7.0, of security or policy, for what only this source may not (section 3.8);
+    ///   4.3.5, system incorrectly configured (section 3.4), where the network lost the client's address.
     ///   Senders queue and retry.
     /// - IMAP: `BYE` in place of the greeting refuses the connection (RFC 3501 and RFC 9051,
     ///   section 7.1.5); `UNAVAILABLE`: a subsystem is down for now (RFC 5530, section 3; RFC 9051,
@@ -179,6 +183,7 @@ impl Protocol {
     pub const fn rejection_line(self, why: Rejection) -> Option<&'static [u8]> {
         use Rejection::{
             BackendUnavailable, EndedByOperator, SourceConnections, SourceRate, Stopping, TooManyConnections,
+            TranslatedSource,
         };
         let line: &'static str = match (self, why) {
             (Self::Smtp | Self::Submission, TooManyConnections) => {
@@ -240,6 +245,18 @@ impl Protocol {
             }
             (Self::Sieve, SourceRate) => {
                 "BYE (TRYLATER) \"Too many new connections from your network, try again later\"\r\n"
+            }
+            (Self::Smtp | Self::Submission, TranslatedSource) => {
+                "421 4.3.5 Your address was lost on the way here, try again later\r\n"
+            }
+            (Self::Imap, TranslatedSource) => {
+                "* BYE [UNAVAILABLE] Your address was lost on the way here, try again later\r\n"
+            }
+            (Self::Pop3, TranslatedSource) => {
+                "-ERR [SYS/TEMP] Your address was lost on the way here, try again later\r\n"
+            }
+            (Self::Sieve, TranslatedSource) => {
+                "BYE (TRYLATER) \"Your address was lost on the way here, try again later\"\r\n"
             }
             (Self::Submissions | Self::Imaps | Self::Pop3s | Self::Plain, _) => return None,
         };
@@ -400,6 +417,7 @@ mod tests {
         let start = |protocol, why| match protocol {
             Protocol::Smtp | Protocol::Submission => match why {
                 Rejection::SourceConnections | Rejection::SourceRate => "421 4.7.0 ",
+                Rejection::TranslatedSource => "421 4.3.5 ",
                 _ => "421 4.3.2 ",
             },
             Protocol::Imap => "* BYE ",

@@ -27,6 +27,8 @@ pub enum Counter {
     BadSyn,
     /// A SYN left to the socket: the backend has refused it, or not answered it twice.
     Unanswered,
+    /// A SYN left to the socket: translation on the way here has replaced the client's address.
+    TranslatedSource,
     /// The client has answered the backend: a connection.
     Established,
     /// A connection replaced by another one of the same addresses and ports.
@@ -85,7 +87,7 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in the order of their indices.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 39] = [
         Self::Opened,
         Self::SynRepeated,
         Self::NoBackend,
@@ -97,6 +99,7 @@ impl Counter {
         Self::NoPort,
         Self::BadSyn,
         Self::Unanswered,
+        Self::TranslatedSource,
         Self::Established,
         Self::Superseded,
         Self::Unreadable,
@@ -141,6 +144,7 @@ impl Counter {
             Self::NoPort => "to_socket_no_port",
             Self::BadSyn => "to_socket_syn",
             Self::Unanswered => "to_socket_unanswered",
+            Self::TranslatedSource => "to_socket_translated_source",
             Self::Established => "established",
             Self::Superseded => "superseded",
             Self::Unreadable => "unreadable",

@@ -59,6 +59,10 @@ static SOURCES: Array<[u32; 4], { MAX_BACKENDS as usize }> = Array::new();
 #[btf_map]
 static PROXY_PORTS: HashMap<Address, u32, { MAX_BACKENDS as usize * 2 }> = HashMap::new();
 
+/// Networks of addresses that are no client's own: a listener's id, and an address.
+#[btf_map]
+static TRANSLATED_SOURCES: LpmTrie<[u32; 5], u32, 2048> = LpmTrie::new();
+
 /// Networks from which PROXY ports may be reached through this host.
 #[btf_map]
 static PEERS: LpmTrie<[u8; 16], u32, 1024> = LpmTrie::new();
@@ -229,6 +233,13 @@ pub(super) fn is_proxy_port(address: &Address) -> bool {
 #[inline(always)]
 pub(super) fn is_peer(address: &Address) -> bool {
     PEERS.get(&lpm_trie::Key::new(128, address.ip)).is_some()
+}
+
+/// Whether translation has put this address, as bans have it, in place of the client's. A function of its own, for its stack.
+#[inline(never)]
+pub(super) fn is_translated(listener: u32, source: &[u32; 4]) -> bool {
+    let [a, b, c, d] = *source;
+    TRANSLATED_SOURCES.get(&lpm_trie::Key::new(160, [listener, a, b, c, d])).is_some()
 }
 
 /// The header of a listener for one family.

@@ -90,6 +90,9 @@ fn open(
     entry: Option<&mut Entry>,
     listener: &Listener,
 ) -> Result<&'static mut Flow, Counter> {
+    if maps::is_translated(listener.id, packet.source()) {
+        return Err(Counter::TranslatedSource);
+    }
     let settings = maps::settings().ok_or(Counter::NoBackend)?;
     let (own, all) = match (maps::usage(listener.id), maps::usage(Usage::ALL)) {
         (Some(own), Some(all)) => (own, all),

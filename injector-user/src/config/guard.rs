@@ -7,7 +7,7 @@ use injector_common::guard::SourceLimits;
 use super::{
     crowdsec::{self, CrowdSec},
     inline::device_names,
-    network::Network,
+    network::{self, Network},
     parse::section::{MAX_CONNECTIONS, Section},
 };
 
@@ -120,8 +120,8 @@ impl Xdp {
 
 pub(super) fn read(section: Section<'_>) -> Guard {
     let mut guard = Guard::default();
-    guard.deny = networks(&section, "deny");
-    guard.allow = networks(&section, "allow");
+    let networks = |field| network::read(&section, field).into_iter().map(|(_, network)| network).collect();
+    (guard.deny, guard.allow) = (networks("deny"), networks("allow"));
     guard.deny_files = files(&section, "deny_files");
     guard.allow_files = files(&section, "allow_files");
     guard.max_bans = number(&section, "max_bans", 1, 1 << 24).unwrap_or(guard.max_bans);
@@ -167,17 +167,6 @@ fn per_source(section: &Section<'_>) -> PerSource {
 
 fn number(section: &Section<'_>, field: &'static str, least: u64, most: u64) -> Option<u32> {
     section.integer(field, least, most).and_then(|(_, number)| u32::try_from(number).ok())
-}
-
-fn networks(section: &Section<'_>, field: &'static str) -> Vec<Network> {
-    let mut networks = Vec::new();
-    for (at, text) in section.strings(field).unwrap_or_default() {
-        match text.parse() {
-            Ok(network) => networks.push(network),
-            Err(advice) => section.report_field(at, field, &format!(" {text:?}: {advice}")),
-        }
-    }
-    networks
 }
 
 fn files(section: &Section<'_>, field: &'static str) -> Vec<PathBuf> {

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf};
 use toml::de::DeValue;
 
 use super::{
-    network::Network,
+    network::{self, Network},
     parse::section::{Section, Spanned},
     source_addresses::{self, Loopback},
 };
@@ -84,12 +84,7 @@ pub(super) fn read(section: Section<'_>) -> Inline {
         inline.source_addresses = source_addresses(&section, inline.source, &addresses);
     }
     inline.devices = device_names(&section);
-    for (at, text) in section.strings("peers").unwrap_or_default() {
-        match text.parse() {
-            Ok(network) => inline.peers.push(network),
-            Err(advice) => section.report_field(at, "peers", &format!(" {text:?}: {advice}")),
-        }
-    }
+    inline.peers = network::read(&section, "peers").into_iter().map(|(_, network)| network).collect();
     if let Some(pin) = section.path("pin") {
         inline.pin = pin;
     }

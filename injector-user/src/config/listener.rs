@@ -11,6 +11,7 @@ use super::{
     backend::{self, Backend, Balance},
     guard::{self, PerSource},
     health::{self, Health},
+    network::{self, Network},
     parse::{
         address,
         section::{MAX_CONNECTIONS, Section, Spanned, Zero},
@@ -18,6 +19,7 @@ use super::{
     receiver::{self, Receiver},
     source_addresses::{self, Loopback},
     timeouts::{self, Timeouts},
+    virtual_addresses,
 };
 use crate::protocol::{FirstSpeaker, Protocol};
 
@@ -74,6 +76,12 @@ pub struct Listener {
     pub name: String,
     /// At least one. No two listeners overlap. Port 0 lets the kernel choose.
     pub bind: Vec<SocketAddr>,
+    /// Addresses that are not this host's and whose packets come here, such as a load balancer's. No
+    /// socket has them: engine inline and the guard take packets to them with the ports of `bind`.
+    pub virtual_addresses: Vec<IpAddr>,
+    /// Networks of addresses that translation on the way here puts in place of the client's. Their
+    /// connections are refused.
+    pub translated_sources: Vec<Network>,
     /// The mail protocol.
     pub protocol: Protocol,
     /// The engine that forwards.
@@ -107,6 +115,11 @@ impl Listener {
     #[must_use]
     pub fn inline_obstacle(&self) -> Option<String> {
         inline_obstacle(self.balance, &self.backends, &self.receiver)
+    }
+
+    /// This virtual address with each port that the listener takes in its family.
+    pub fn virtual_sockets(&self, address: IpAddr) -> impl Iterator<Item = SocketAddr> {
+        virtual_addresses::sockets(&self.bind, address)
     }
 
     /// Whether engine inline sends the header together with the client's first bytes. It does if
@@ -167,6 +180,8 @@ fn read(
     });
     let engine = engine(&section);
     let bind = binds(&section, protocol, bound);
+    let virtual_addresses = virtual_addresses(&section, &bind, bound);
+    let translated_sources = translated_sources(&section);
     let backends = backend::read_all(&section, &bind);
     let source_addresses = section.strings(source_addresses::FIELD).unwrap_or_default();
     let source_addresses = source_addresses::read(&section, &source_addresses, Loopback::Allowed);
@@ -196,6 +211,8 @@ fn read(
     Some(Listener {
         name: name?,
         bind,
+        virtual_addresses,
+        translated_sources,
         protocol: protocol?,
         engine: engine.map_or_else(EngineChoice::default, |(_, engine)| engine),
         backends,
@@ -263,6 +280,39 @@ fn binds(section: &Section<'_>, protocol: Option<Protocol>, bound: &mut Vec<Boun
         }
     }
     addresses
+}
+
+/// Reads `virtual_addresses`. With a port, each belongs to one listener.
+fn virtual_addresses(section: &Section<'_>, bind: &[SocketAddr], bound: &mut Vec<Bound>) -> Vec<IpAddr> {
+    let texts = section.strings(virtual_addresses::FIELD).unwrap_or_default();
+    let read = virtual_addresses::read(section, &texts, bind);
+    for (at, ip) in &read {
+        for address in virtual_addresses::sockets(bind, *ip) {
+            let other = bound.iter().find(|other| {
+                other.address.ip().to_canonical() == *ip && other.address.port() == address.port()
+            });
+            if let Some(other) = other {
+                let (line, owner) = (section.line(other.at), &other.owner);
+                section.report_field(
+                    *at,
+                    virtual_addresses::FIELD,
+                    &format!(" \"{ip}\": {address} is already taken by {owner} in line {line}"),
+                );
+            }
+            bound.push(Bound { at: *at, address, owner: format!("listener {:?}", section.listener()) });
+        }
+    }
+    read.into_iter().map(|(_, ip)| ip).collect()
+}
+
+/// Reads `translated_sources`.
+fn translated_sources(section: &Section<'_>) -> Vec<Network> {
+    const FIELD: &str = "translated_sources";
+    let networks = network::read(section, FIELD);
+    for (at, network) in networks.iter().filter(|(_, network)| network.prefix() == 0) {
+        section.report_field(*at, FIELD, &format!(" \"{network}\": every client would be refused"));
+    }
+    networks.into_iter().map(|(_, network)| network).collect()
 }
 
 fn reject_overlap(section: &Section<'_>, at: usize, text: &str, address: SocketAddr, bound: &[Bound]) {

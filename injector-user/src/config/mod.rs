@@ -28,11 +28,12 @@ mod summary;
 #[cfg(test)]
 mod tests;
 mod timeouts;
+mod virtual_addresses;
 
 use std::{fs, path::Path};
 
 pub(crate) use self::parse::{
-    address::{accepts, overlap},
+    address::{accepted, accepts, overlap},
     section::MAX_CONNECTIONS,
 };
 use self::parse::{diagnostic::Diagnostics, section::Section};

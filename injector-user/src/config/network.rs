@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
+use super::parse::section::{Section, Spanned};
+
 /// An address and how many of its first bits count. The others are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Network {
@@ -58,11 +60,30 @@ impl Network {
         self.prefix <= other.prefix && self.contains(other.address)
     }
 
+    /// Whether one of the networks contains the address. An IPv4 address in IPv6 is that IPv4 address.
+    #[must_use]
+    pub fn any_contains(networks: &[Self], address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        networks.iter().any(|network| network.contains(address))
+    }
+
     /// Whether the address is in it. An IPv4 address is not in an IPv6 network.
     #[must_use]
     pub fn contains(self, address: IpAddr) -> bool {
         address.is_ipv4() == self.address.is_ipv4() && first_address(address, self.prefix) == self.address
     }
+}
+
+/// Reads a list of networks. Each invalid one is reported.
+pub(super) fn read(section: &Section<'_>, field: &'static str) -> Vec<Spanned<Network>> {
+    let mut networks = Vec::new();
+    for (at, text) in section.strings(field).unwrap_or_default() {
+        match text.parse::<Network>() {
+            Ok(network) => networks.push((at, network)),
+            Err(advice) => section.report_field(at, field, &format!(" {text:?}: {advice}")),
+        }
+    }
+    networks
 }
 
 impl FromStr for Network {

@@ -53,6 +53,12 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     writeln!(out, "{} ({}, engine {})", listener.name, listener.protocol, listener.engine)?;
     let bind: Vec<_> = listener.bind.iter().map(|address| bind(*address)).collect();
     writeln!(out, "  listens on   {}", bind.join(", "))?;
+    if !listener.virtual_addresses.is_empty() {
+        writeln!(out, "  virtual      {}", join(&listener.virtual_addresses))?;
+    }
+    if !listener.translated_sources.is_empty() {
+        writeln!(out, "  refuses      {} (translated sources)", join(&listener.translated_sources))?;
+    }
     let resolves =
         listener.backends.iter().any(|backend| matches!(backend.destination, Destination::Name { .. }));
     let interval = humantime::format_duration(listener.resolve_interval);

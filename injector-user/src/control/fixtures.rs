@@ -28,6 +28,7 @@ pub(super) fn status() -> Status {
         protocol: "smtp".to_owned(),
         engine: "splice".to_owned(),
         bind: vec!["192.0.2.10:25".parse().unwrap()],
+        virtual_addresses: vec!["198.51.100.10".parse().unwrap()],
         draining: false,
         abort_in_ms: None,
         active: 2,

@@ -85,8 +85,10 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
 
 fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
     let ListenerStatus { name, protocol, engine, active, accepted, rejected, headers_sent, .. } = listener;
-    let bind: Vec<_> = listener.bind.iter().map(ToString::to_string).collect();
-    write!(out, "{name} ({protocol}, engine {engine}) on {}", bind.join(", "))?;
+    let bind = listener.bind.iter().map(ToString::to_string);
+    let led_here = listener.virtual_addresses.iter().map(|address| format!("{address} (virtual)"));
+    let places: Vec<_> = bind.chain(led_here).collect();
+    write!(out, "{name} ({protocol}, engine {engine}) on {}", places.join(", "))?;
     match (listener.draining, listener.abort_in_ms) {
         (true, Some(left @ 1..)) => writeln!(out, ": draining, older sessions are aborted in {}", age(left))?,
         (true, _) => writeln!(out, ": draining")?,

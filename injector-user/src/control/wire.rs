@@ -1,6 +1,10 @@
 //! Requests and replies on the control socket, in JSON.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -400,6 +404,9 @@ pub struct ListenerStatus {
     pub engine: String,
     /// The addresses that it listens on.
     pub bind: Vec<SocketAddr>,
+    /// Addresses that are not this host's and lead to it.
+    #[serde(default)]
+    pub virtual_addresses: Vec<IpAddr>,
     /// Whether new clients are rejected.
     pub draining: bool,
     /// Time until sessions from before the drain are aborted.

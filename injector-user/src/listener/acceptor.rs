@@ -18,6 +18,7 @@ use super::{
     reserve_fd::{ReserveFd, is_fd_exhaustion},
 };
 use crate::{
+    config::Network,
     guard::Guard,
     net::socket::Endpoint,
     os::{clock, poll},
@@ -111,6 +112,9 @@ impl Acceptor {
         }
         if policy.draining.load(Ordering::Relaxed) {
             return self.reject(&context, client, RejectReason::Draining.into());
+        }
+        if Network::any_contains(&context.translated_sources, client.peer.ip()) {
+            return self.reject(&context, client, RejectReason::TranslatedSource.into());
         }
         let permits = match self.acquire_permits(&policy, client.peer.ip()) {
             Ok(permits) => permits,

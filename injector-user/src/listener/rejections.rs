@@ -43,6 +43,7 @@ impl Refusal {
             RejectReason::Stopping | RejectReason::Draining => Rejection::Stopping,
             RejectReason::SourceConnections => Rejection::SourceConnections,
             RejectReason::SourceRate => Rejection::SourceRate,
+            RejectReason::TranslatedSource => Rejection::TranslatedSource,
             _ => Rejection::TooManyConnections,
         }
     }
@@ -55,11 +56,13 @@ pub(super) struct RejectionLog {
     registries: Vec<SessionRegistry>,
     rate: RateLimit,
     source_rate: RateLimit,
+    translated_rate: RateLimit,
 }
 
 impl RejectionLog {
     pub(super) fn new(registries: Vec<SessionRegistry>) -> Self {
-        Self { registries, rate: RateLimit::default(), source_rate: RateLimit::default() }
+        let [rate, source_rate, translated_rate] = Default::default();
+        Self { registries, rate, source_rate, translated_rate }
     }
 
     /// Logs a client at debug. At a limit also warns, with limited frequency.
@@ -87,6 +90,20 @@ impl RejectionLog {
                 limit,
                 "connections are rejected because their source is at its limit: if it may have more, raise \
                  max_connections_per_source or max_rate_per_source, or add it to guard.allow"
+            );
+        }
+        if reason == RejectReason::TranslatedSource
+            && let Some(count) = self.translated_rate.allow(Instant::now())
+        {
+            tracing::warn!(
+                target: target::LISTENER,
+                listener,
+                count,
+                source = %client.ip(),
+                local = local.map(tracing::field::display),
+                "connections are refused because translation on the way here has replaced the client's address by \
+                 one of translated_sources: have the network keep it (externalTrafficPolicy: Local on the Service \
+                 that leads here)"
             );
         }
         if reason == RejectReason::TooManyConnections

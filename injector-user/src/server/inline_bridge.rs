@@ -6,7 +6,7 @@ use std::{net::SocketAddr, sync::Arc};
 use tokio::sync::{Notify, watch};
 
 use super::{active_listener::ActiveListener, state::Server};
-use crate::engine::served_listener::ServedListener;
+use crate::{config::accepted, engine::served_listener::ServedListener};
 
 impl Server {
     /// The listeners of the inline engine with every later change, and a notification when other
@@ -41,9 +41,12 @@ impl Server {
 
     /// Publishes them.
     pub(super) fn publish_addresses(&self) {
-        let addresses =
-            self.listeners.iter().flat_map(|active| active.settings.bind.iter().copied()).collect();
-        self.listen_addresses.send_replace(addresses);
+        let addresses = |active: &ActiveListener| {
+            let settings = &active.settings;
+            let of_virtual = settings.virtual_addresses.iter().flat_map(|ip| settings.virtual_sockets(*ip));
+            settings.bind.iter().flat_map(|bound| accepted(*bound)).chain(of_virtual).collect::<Vec<_>>()
+        };
+        self.listen_addresses.send_replace(self.listeners.iter().flat_map(addresses).collect());
     }
 }
 

@@ -90,6 +90,7 @@ impl Server {
         let context = |worker: &Worker| {
             Arc::new(Context {
                 listener: Arc::clone(&name),
+                translated_sources: listener.translated_sources.clone(),
                 protocol: listener.protocol,
                 expects_banner: listener.protocol.speaks_first() != FirstSpeaker::Unknown,
                 backends: Arc::clone(&active.backends),

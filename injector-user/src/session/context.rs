@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::registry::SessionRegistry;
 use crate::{
     backend::Backends,
-    config::{EnrolmentPolicy, HeaderMethod, Receiver, Timeouts, Watermarks},
+    config::{EnrolmentPolicy, HeaderMethod, Network, Receiver, Timeouts, Watermarks},
     engine::Engine,
     net::{hangup::HangupMonitor, splice_pipe::Pipes},
     protocol::Protocol,
@@ -19,6 +19,8 @@ use crate::{
 pub struct Context {
     /// The listener's name.
     pub listener: Arc<str>,
+    /// Networks of addresses that are no client's own: their connections are rejected at the accept.
+    pub translated_sources: Vec<Network>,
     /// The mail protocol.
     pub protocol: Protocol,
     /// Whether a backend that closes before its first byte has failed. In mail protocols the server

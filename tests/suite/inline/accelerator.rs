@@ -49,7 +49,7 @@ const QUICK_CHECK: &str = "[listener.health]\ncheck = \"tcp\"\ninterval = \"100m
                            fall = 2\neject_after = 0\n";
 
 /// The client gets this refusal, and the end.
-fn refused(mut client: TcpStream, text: &str) -> anyhow::Result<()> {
+pub(crate) fn refused(mut client: TcpStream, text: &str) -> anyhow::Result<()> {
     expect(&mut client, text.as_bytes())?;
     let mut rest = Vec::new();
     client.read_to_end(&mut rest).context("after the refusal")?;

@@ -8,6 +8,7 @@ mod arbitrary;
 mod attachment;
 mod basics;
 mod cookies;
+mod edges;
 mod first_bytes;
 mod frame;
 mod identity;
@@ -83,8 +84,10 @@ fn main() {
     for (name, run) in timeouts::TRIALS {
         trials.push(trial(&shared, format!("timeouts/{name}"), |shared| run(&*shared.testbed()?)));
     }
-    for (name, run) in topology::TRIALS {
-        trials.push(trial(&shared, format!("topology/{name}"), |_| run()));
+    for (area, of_area) in [("topology", topology::TRIALS), ("edges", edges::TRIALS)] {
+        for (name, run) in of_area {
+            trials.push(trial(&shared, format!("{area}/{name}"), |_| run()));
+        }
     }
     let areas = [
         ("losses", losses::TRIALS),

@@ -1,6 +1,6 @@
 //! Addresses as text, with a suggestion for each error.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::section::{Section, Spanned};
 use crate::config::destination::Destination;
@@ -145,6 +145,14 @@ pub(crate) fn accepts(bound: SocketAddr, address: SocketAddr) -> bool {
     }
     let (bound, address) = (bound.ip().to_canonical(), address.ip().to_canonical());
     bound == address || covers(bound, address)
+}
+
+/// The addresses to which a socket bound to `bound` accepts connections, the unspecified one of IPv4 for
+/// itself. None with port 0: the kernel chooses one.
+pub(crate) fn accepted(bound: SocketAddr) -> impl Iterator<Item = SocketAddr> {
+    let of_both = bound.is_ipv6() && bound.ip().is_unspecified();
+    let ipv4 = of_both.then(|| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bound.port()));
+    [Some(bound), ipv4].into_iter().flatten().filter(|address| address.port() != 0)
 }
 
 /// Whether one of the two addresses accepts connections to the other.

@@ -129,3 +129,39 @@ fn the_header_may_wait_for_less_than_3_seconds() {
     let config = Config::parse(&header_wait("plain", "2s 999ms"), "f.toml").unwrap();
     assert_eq!(config.listeners[0].timeouts.header_wait, Duration::from_millis(2999));
 }
+
+#[test]
+fn a_virtual_address_belongs_to_one_listener() {
+    let second = |listener: &str| {
+        format!(
+            "{LISTENER}virtual_addresses = [\"198.51.100.1\"]\n\n[[listener]]\nname = \"mx\"\nprotocol = \"smtp\"\nbackends = [\"mail.internal:2525\"]\n{listener}\n"
+        )
+    };
+    for (listener, error) in [
+        (
+            "bind = [\"192.0.2.11:25\"]\nvirtual_addresses = [\"198.51.100.1\"]",
+            "f.toml:13:22: listener \"mx\": virtual_addresses \"198.51.100.1\": 198.51.100.1:25 is already taken by \
+             listener \"smtp\" in line 6",
+        ),
+        (
+            "bind = [\"192.0.2.11:25\"]\nvirtual_addresses = [\"192.0.2.10\"]",
+            "f.toml:13:22: listener \"mx\": virtual_addresses \"192.0.2.10\": 192.0.2.10:25 is already taken by \
+             listener \"smtp\" in line 3",
+        ),
+        (
+            "bind = [\"198.51.100.1:25\"]",
+            "f.toml:12:9: listener \"mx\": bind \"198.51.100.1:25\": already taken by listener \"smtp\" in line 6",
+        ),
+    ] {
+        assert_diagnostics(&second(listener), &[error]);
+    }
+    let other_port = "bind = [\"192.0.2.11:26\"]\nvirtual_addresses = [\"198.51.100.1\", \"192.0.2.10\"]";
+    let config = Config::parse(&second(other_port), "f.toml").unwrap();
+    let sockets = |index: usize| -> Vec<String> {
+        let listener = &config.listeners[index];
+        let all = listener.virtual_addresses.iter().flat_map(|ip| listener.virtual_sockets(*ip));
+        all.map(|socket| socket.to_string()).collect()
+    };
+    assert_eq!(sockets(0), ["198.51.100.1:25"]);
+    assert_eq!(sockets(1), ["198.51.100.1:26", "192.0.2.10:26"]);
+}

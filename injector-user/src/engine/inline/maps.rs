@@ -3,6 +3,7 @@
 
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
+    hash::Hash,
     mem::offset_of,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
@@ -29,7 +30,7 @@ use injector_common::{
 
 use super::{
     places::Found,
-    plan::{InUse, Plan, map_address},
+    plan::{InUse, Plan, trie_prefix},
     source_maps::SourceMaps,
 };
 use crate::{
@@ -39,7 +40,7 @@ use crate::{
 };
 
 /// The maps that this daemon's program shares with the next daemon's.
-pub(super) const PINNED: [&str; 18] = [
+pub(super) const PINNED: [&str; 19] = [
     "FLOWS",
     "CONNECTIONS",
     "FREE_SLOTS",
@@ -49,6 +50,7 @@ pub(super) const PINNED: [&str; 18] = [
     "BACKENDS",
     "SOURCES",
     "PROXY_PORTS",
+    "TRANSLATED_SOURCES",
     "PEERS",
     "USAGE",
     "SETTINGS",
@@ -67,6 +69,7 @@ pub(super) struct Maps {
     backends: Mutex<Array<MapData, Backend>>,
     sources: Mutex<Array<MapData, [u32; 4]>>,
     proxy_ports: Mutex<HashMap<MapData, Address, u32>>,
+    translated_sources: Mutex<LpmTrie<MapData, [u32; 5], u32>>,
     peers: Mutex<LpmTrie<MapData, [u8; 16], u32>>,
     settings: Mutex<Array<MapData, Settings>>,
     free_slots: Mutex<Queue<MapData, u32>>,
@@ -112,6 +115,7 @@ impl Maps {
             backends: Mutex::new(take::<Array<_, _>>(programs, "BACKENDS")?),
             sources: Mutex::new(take::<Array<_, _>>(programs, "SOURCES")?),
             proxy_ports: Mutex::new(take::<HashMap<_, _, _>>(programs, "PROXY_PORTS")?),
+            translated_sources: Mutex::new(take::<LpmTrie<_, _, _>>(programs, "TRANSLATED_SOURCES")?),
             peers: Mutex::new(take::<LpmTrie<_, _, _>>(programs, "PEERS")?),
             settings: Mutex::new(take::<Array<_, _>>(programs, "SETTINGS")?),
             free_slots: Mutex::new(take::<Queue<_, _>>(programs, "FREE_SLOTS")?),
@@ -146,18 +150,9 @@ impl Maps {
     /// Makes these the networks that may connect to PROXY ports through this host.
     pub(super) fn set_peers(&self, networks: &[Network]) -> Result<(), LoadError> {
         let mut peers = lock(&self.peers);
-        let mut wanted = HashSet::new();
-        for network in networks {
-            let prefix = u32::from(network.prefix()) + if network.address().is_ipv4() { 96 } else { 0 };
-            let address = map_address(SocketAddr::new(network.address(), 0)).ip;
-            peers.insert(&LpmKey::new(prefix, address), 1, 0).map_err(failed("PEERS"))?;
-            wanted.insert((prefix, address));
-        }
-        let old: Vec<_> = peers.keys().filter_map(Result::ok).collect();
-        for key in old.into_iter().filter(|key| !wanted.contains(&(key.prefix_len(), key.data()))) {
-            peers.remove(&key).map_err(failed("PEERS"))?;
-        }
-        Ok(())
+        let wanted = networks.iter().map(|network| trie_prefix(*network)).collect();
+        extend_trie(&mut peers, "PEERS", &wanted)?;
+        keep_in_trie(&mut peers, "PEERS", &wanted)
     }
 
     /// Writes the headers of a place, which no connection has.
@@ -186,7 +181,11 @@ impl Maps {
         // PROXY ports are closed to others before a connection leads there, and opened after.
         let ports = || plan.proxy_ports.iter().map(|address| (*address, 1));
         insert(&mut lock(&self.proxy_ports), "PROXY_PORTS", ports())?;
+        // A listener takes no connection before its program knows whose it must not take.
+        let mut translated = lock(&self.translated_sources);
+        extend_trie(&mut translated, "TRANSLATED_SOURCES", &plan.translated_sources)?;
         self.set_listeners(&plan.listeners)?;
+        keep_in_trie(&mut translated, "TRANSLATED_SOURCES", &plan.translated_sources)?;
         keep(&mut lock(&self.proxy_ports), "PROXY_PORTS", |address| plan.proxy_ports.contains(address))
     }
 
@@ -345,6 +344,27 @@ fn keep<V: aya::Pod>(
         map.remove(&key).map_err(failed(name))?;
     }
     Ok(())
+}
+
+/// Adds networks: how many bits count, and the address. Those that are there stay.
+fn extend_trie<K: aya::Pod + Eq + Hash>(
+    map: &mut LpmTrie<MapData, K, u32>,
+    name: &'static str,
+    networks: &HashSet<(u32, K)>,
+) -> Result<(), LoadError> {
+    let mut keys = networks.iter().map(|(prefix, address)| LpmKey::new(*prefix, *address));
+    keys.try_for_each(|key| map.insert(&key, 1, 0)).map_err(failed(name))
+}
+
+/// Removes all other networks.
+fn keep_in_trie<K: aya::Pod + Eq + Hash>(
+    map: &mut LpmTrie<MapData, K, u32>,
+    name: &'static str,
+    wanted: &HashSet<(u32, K)>,
+) -> Result<(), LoadError> {
+    let is_wanted = |key: &LpmKey<K>| wanted.contains(&(key.prefix_len(), key.data()));
+    let old: Vec<_> = map.keys().filter_map(Result::ok).filter(|key| !is_wanted(key)).collect();
+    old.iter().try_for_each(|key| map.remove(key)).map_err(failed(name))
 }
 
 fn failed(map: &'static str) -> impl Fn(MapError) -> LoadError {

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     ops::Range,
     time::Instant,
 };
@@ -18,9 +18,14 @@ use super::{
     pool::{Full, Pool},
     tables::{self, Member},
 };
+use crate::config::{Network, accepted};
 
 /// How many addresses `LISTENERS` has room for.
 pub(super) const MAX_ADDRESSES: usize = 256;
+
+/// How many networks `TRANSLATED_SOURCES` gets at most. It has room for twice as many: those of a new
+/// plan join those of the last one.
+const MAX_TRANSLATED: usize = 1024;
 
 /// A listener, as the engine serves it now.
 #[derive(Clone, Debug)]
@@ -28,6 +33,10 @@ pub(super) struct Service {
     /// [`Listener::id`].
     pub(super) id: u32,
     pub(super) bind: Vec<SocketAddr>,
+    /// Addresses that no socket has.
+    pub(super) virtual_addresses: Vec<SocketAddr>,
+    /// Networks whose SYNs go to the socket, which refuses them.
+    pub(super) translated_sources: Vec<Network>,
     pub(super) timeouts: Timeouts,
     /// The backends that get new connections. None if the listener drains.
     pub(super) destinations: Vec<Destination>,
@@ -55,6 +64,8 @@ pub(super) struct Plan {
     pub(super) tables: Vec<(u32, BackendTable)>,
     /// All of `PROXY_PORTS`: backends, and their hosts with port 0.
     pub(super) proxy_ports: HashSet<Address>,
+    /// All of `TRANSLATED_SOURCES`.
+    pub(super) translated_sources: HashSet<TranslatedSource>,
     /// All of `LISTENERS`.
     pub(super) listeners: HashMap<Address, Listener>,
     /// Some listener got no table, because no place was left: what it means for it, in words.
@@ -66,8 +77,42 @@ impl Plan {
     pub(super) fn differs(&self, before: &Self) -> bool {
         let new = !self.sources.is_empty() || !self.backends.is_empty() || !self.tables.is_empty();
         new || self.proxy_ports != before.proxy_ports
+            || self.translated_sources != before.translated_sources
             || self.listeners != before.listeners
             || self.shortages != before.shortages
+    }
+}
+
+const NO_PLACE: &str =
+    "no free place for its backends; its new connections go to the sockets until one is free";
+const TOO_MANY_ADDRESSES: &str = "too many addresses of all listeners; its new connections go to the sockets";
+const TAKEN: &str = "another listener has one of its virtual addresses with the same port, and keeps it";
+const TOO_MANY_TRANSLATED: &str =
+    "too many translated_sources of all listeners; its new connections go to the sockets";
+
+impl Plan {
+    /// Whether there is room for the networks whose connections the listener refuses. They are entered.
+    fn refuse_translated(&mut self, service: &Service) -> bool {
+        let sources = service.translated_sources.iter().map(|it| translated_source(service.id, *it));
+        let fits = self.translated_sources.len() + service.translated_sources.len() <= MAX_TRANSLATED;
+        if fits {
+            self.translated_sources.extend(sources);
+        } else {
+            self.shortages.push((service.id, TOO_MANY_TRANSLATED));
+        }
+        fits
+    }
+
+    /// Has an address lead to a listener, if no other one has it.
+    fn lead(&mut self, address: SocketAddr, listener: &Listener) {
+        let address = map_address(address);
+        match self.listeners.get(&address) {
+            Some(other) if other.id != listener.id => self.shortages.push((listener.id, TAKEN)),
+            None if self.listeners.len() >= MAX_ADDRESSES => {
+                self.shortages.push((listener.id, TOO_MANY_ADDRESSES));
+            }
+            _ => drop(self.listeners.insert(address, *listener)),
+        }
     }
 }
 
@@ -102,33 +147,34 @@ impl Planner {
     pub(super) fn plan(&mut self, services: &[Service], now: Instant) -> Plan {
         let mut plan = Plan::default();
         let mut used = Used::default();
+        let mut listeners = Vec::new();
         for service in services {
             let mut tables = [0; 2];
-            for (ipv6, table) in [false, true].into_iter().zip(&mut tables) {
-                let of_family = |it: &&Destination| it.address.is_ipv6() == ipv6;
-                let destinations: Vec<_> = service.destinations.iter().filter(of_family).collect();
-                match self.table(&destinations, &mut used, &mut plan, now) {
-                    Ok(index) => *table = index,
-                    Err(Full) => plan.shortages.push((
-                        service.id,
-                        "no free place for its backends; its new connections go to the sockets until one is free",
-                    )),
+            if plan.refuse_translated(service) {
+                for (ipv6, table) in [false, true].into_iter().zip(&mut tables) {
+                    let of_family = |it: &&Destination| it.address.is_ipv6() == ipv6;
+                    let destinations: Vec<_> = service.destinations.iter().filter(of_family).collect();
+                    match self.table(&destinations, &mut used, &mut plan, now) {
+                        Ok(index) => *table = index,
+                        Err(Full) => plan.shortages.push((service.id, NO_PLACE)),
+                    }
                 }
             }
-            let listener = Listener { id: service.id, tables, timeouts: service.timeouts };
-            for bound in service.bind.iter().flat_map(|bound| addresses(*bound)) {
-                if plan.listeners.len() < MAX_ADDRESSES {
-                    plan.listeners.insert(map_address(bound), listener);
-                } else {
-                    plan.shortages.push((
-                        service.id,
-                        "too many addresses of all listeners; its new connections go to the sockets",
-                    ));
-                }
-            }
+            listeners.push((service, Listener { id: service.id, tables, timeouts: service.timeouts }));
             // With port 0 the host alone: fragments say no port.
             let hosts = service.proxy_ports.iter().map(|address| SocketAddr::new(address.ip(), 0));
             plan.proxy_ports.extend(service.proxy_ports.iter().copied().chain(hosts).map(map_address));
+        }
+        // What has a socket goes before what a Service says.
+        for (service, listener) in &listeners {
+            for address in service.bind.iter().flat_map(|bound| accepted(*bound)) {
+                plan.lead(address, listener);
+            }
+        }
+        for (service, listener) in &listeners {
+            for address in &service.virtual_addresses {
+                plan.lead(*address, listener);
+            }
         }
         self.tables.keep(&used.tables, now);
         self.backends.keep(&used.backends, now);
@@ -209,12 +255,23 @@ struct Used {
     sources: HashSet<Vec<IpAddr>>,
 }
 
-/// The addresses that a listen socket takes connections to: `[::]` is for IPv4 as well. None
-/// without a port, which the kernel chooses.
-fn addresses(bound: SocketAddr) -> impl Iterator<Item = SocketAddr> {
-    let of_both = bound.is_ipv6() && bound.ip().is_unspecified();
-    let ipv4 = of_both.then(|| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bound.port()));
-    [Some(bound), ipv4].into_iter().flatten().filter(|address| address.port() != 0)
+/// A key of `TRANSLATED_SOURCES`: how many bits count, and the listener's id before the address.
+pub(super) type TranslatedSource = (u32, [u32; 5]);
+
+fn translated_source(id: u32, network: Network) -> TranslatedSource {
+    let (prefix, ip) = trie_prefix(network);
+    let (words, _) = ip.as_chunks::<4>();
+    let mut key = [id, 0, 0, 0, 0];
+    for (word, bytes) in key.iter_mut().skip(1).zip(words) {
+        *word = u32::from_ne_bytes(*bytes);
+    }
+    (32 + prefix, key)
+}
+
+/// A network as the program's tries have it: IPv4 is mapped into IPv6.
+pub(super) fn trie_prefix(network: Network) -> (u32, [u8; 16]) {
+    let mapped = if network.address().is_ipv4() { 96 } else { 0 };
+    (u32::from(network.prefix()) + mapped, map_address(SocketAddr::new(network.address(), 0)).ip)
 }
 
 /// An address as the program's maps have it.
@@ -243,221 +300,4 @@ fn words(ip: IpAddr) -> [u32; 4] {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::{super::pool::REST, *};
-
-    fn ip(text: &str) -> IpAddr {
-        text.parse().unwrap()
-    }
-
-    fn destination(address: &str) -> Destination {
-        let address: SocketAddr = address.parse().unwrap();
-        let source = if address.is_ipv4() { "192.0.2.1" } else { "2001:db8::1" };
-        Destination { address, weight: 1, sources: vec![ip(source)] }
-    }
-
-    fn service(id: u32, destinations: &[&str]) -> Service {
-        Service {
-            id,
-            bind: vec![
-                format!("198.51.100.{id}:25").parse().unwrap(),
-                format!("[2001:db8:1::{id}]:25").parse().unwrap(),
-            ],
-            timeouts: Timeouts { idle: 300, half_closed: 60, client_fin: 15 },
-            destinations: destinations.iter().map(|it| destination(it)).collect(),
-            proxy_ports: destinations.iter().map(|it| it.parse().unwrap()).collect(),
-        }
-    }
-
-    /// The maps, as far as plans were written.
-    #[derive(Default)]
-    struct Written {
-        sources: HashMap<u32, [u32; 4]>,
-        backends: HashMap<u32, inline::Backend>,
-        tables: HashMap<u32, BackendTable>,
-        listeners: HashMap<Address, Listener>,
-        proxy_ports: HashSet<Address>,
-    }
-
-    impl Written {
-        fn write(&mut self, plan: Plan) {
-            assert_eq!(plan.shortages, []);
-            self.sources.extend(plan.sources);
-            self.backends.extend(plan.backends);
-            self.tables.extend(plan.tables);
-            (self.listeners, self.proxy_ports) = (plan.listeners, plan.proxy_ports);
-        }
-
-        /// Where clients of this address may go.
-        fn reachable(&self, address: &str) -> HashSet<SocketAddr> {
-            let address: SocketAddr = address.parse().unwrap();
-            let listener = self.listeners[&map_address(address)];
-            let table = listener.tables[usize::from(address.is_ipv6())];
-            if table == 0 {
-                return HashSet::new();
-            }
-            let entries = &self.tables[&table].backends[..BackendTable::SIZE as usize];
-            let backends = entries.iter().map(|index| {
-                let backend = self.backends[&u32::from(*index)];
-                assert_eq!(backend.sources, 1);
-                assert_ne!(self.sources[&backend.first_source], [0; 4]);
-                let bytes: Vec<u8> = backend.ip.iter().flat_map(|word| word.to_ne_bytes()).collect();
-                let ip = if address.is_ipv4() {
-                    IpAddr::from(<[u8; 4]>::try_from(&bytes[..4]).unwrap())
-                } else {
-                    IpAddr::from(<[u8; 16]>::try_from(&bytes[..]).unwrap())
-                };
-                SocketAddr::new(ip, backend.port)
-            });
-            backends.collect()
-        }
-    }
-
-    fn set(addresses: &[&str]) -> HashSet<SocketAddr> {
-        addresses.iter().map(|it| it.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn each_family_has_its_own_backends() {
-        let (mut planner, mut written, now) =
-            (Planner::new(&InUse::default()), Written::default(), Instant::now());
-        let both = service(1, &["10.0.0.1:2525", "10.0.0.2:2525", "[fd00::1]:2525"]);
-        written.write(planner.plan(&[both, service(2, &["[fd00::1]:2525"])], now));
-        assert_eq!(written.reachable("198.51.100.1:25"), set(&["10.0.0.1:2525", "10.0.0.2:2525"]));
-        assert_eq!(written.reachable("[2001:db8:1::1]:25"), set(&["[fd00::1]:2525"]));
-        assert_eq!(
-            written.proxy_ports,
-            set(&[
-                "10.0.0.1:2525",
-                "10.0.0.2:2525",
-                "[fd00::1]:2525",
-                "10.0.0.1:0",
-                "10.0.0.2:0",
-                "[fd00::1]:0"
-            ])
-            .into_iter()
-            .map(map_address)
-            .collect()
-        );
-        // No IPv4 backend: these clients go to the socket.
-        assert_eq!(written.reachable("198.51.100.2:25"), set(&[]));
-        // The same backends have the same table.
-        assert_eq!((written.tables.len(), written.backends.len(), written.sources.len()), (2, 3, 2));
-    }
-
-    #[test]
-    fn a_wildcard_of_ipv6_is_for_both_families() {
-        let (mut planner, mut written, now) =
-            (Planner::new(&InUse::default()), Written::default(), Instant::now());
-        let bind = ["[::]:25", "0.0.0.0:465", "[::]:0"].map(|it| it.parse().unwrap()).to_vec();
-        let service = Service { bind, ..service(1, &["10.0.0.1:2525", "[fd00::1]:2525"]) };
-        written.write(planner.plan(&[service], now));
-        assert_eq!(written.reachable("0.0.0.0:25"), set(&["10.0.0.1:2525"]));
-        assert_eq!(written.reachable("[::]:25"), set(&["[fd00::1]:2525"]));
-        assert_eq!(written.reachable("0.0.0.0:465"), set(&["10.0.0.1:2525"]));
-        assert_eq!(written.listeners.len(), 3);
-    }
-
-    #[test]
-    fn an_unchanged_listener_writes_nothing() {
-        let (mut planner, now) = (Planner::new(&InUse::default()), Instant::now());
-        let services = [service(1, &["10.0.0.1:2525", "10.0.0.2:2525"])];
-        let first = planner.plan(&services, now);
-        assert_eq!((first.tables.len(), first.backends.len(), first.sources.len()), (1, 2, 1));
-        let second = planner.plan(&services, now);
-        assert_eq!((second.tables.len(), second.backends.len(), second.sources.len()), (0, 0, 0));
-        assert_eq!(first.listeners, second.listeners);
-        assert_eq!(first.proxy_ports, second.proxy_ports);
-    }
-
-    #[test]
-    fn a_place_is_not_used_again_at_once() {
-        let (mut planner, mut now) = (Planner::new(&InUse::default()), Instant::now());
-        let mut last_used: HashMap<u32, Instant> = HashMap::new();
-        let mut reused = false;
-        for round in 0..64 {
-            let service = service(1, &[&format!("10.0.0.{round}:2525")]);
-            let plan = planner.plan(&[service], now);
-            for (index, _) in &plan.tables {
-                let last = last_used.get(index);
-                reused |= last.is_some();
-                assert!(last.is_none_or(|last| now.duration_since(*last) >= REST), "{round}");
-            }
-            let [listener] = &plan
-                .listeners
-                .values()
-                .map(|it| it.tables[0])
-                .collect::<HashSet<_>>()
-                .into_iter()
-                .collect::<Vec<_>>()[..]
-            else {
-                panic!("two tables")
-            };
-            now += Duration::from_millis(300);
-            last_used.insert(*listener, now);
-        }
-        assert!(reused);
-    }
-
-    #[test]
-    fn a_full_map_sends_connections_to_the_sockets_until_places_are_free() {
-        let (mut planner, now) = (Planner::new(&InUse::default()), Instant::now());
-        let backends = |net: u32| -> Vec<Destination> {
-            let address = |host: u32| destination(&format!("10.{net}.{}.{}:2525", host / 256, host % 256));
-            (0..MAX_BACKENDS - 10).map(address).collect()
-        };
-        let with = |net| Service { destinations: backends(net), ..service(1, &[]) };
-        assert_eq!(planner.plan(&[with(0)], now).shortages, []);
-        let full = planner.plan(&[with(1)], now);
-        assert_eq!(full.shortages.len(), 1);
-        assert!(full.listeners.values().all(|listener| listener.tables == [0, 0]));
-        let later = planner.plan(&[with(1)], now + REST);
-        assert_eq!(later.shortages, []);
-        assert!(later.listeners.values().all(|listener| listener.tables[0] != 0));
-    }
-
-    #[test]
-    fn places_of_an_earlier_daemon_stay_until_after_the_switch() {
-        let in_use =
-            InUse { tables: vec![1, 3], backends: vec![0], sources: std::iter::once(0..2).collect() };
-        let (mut planner, now) = (Planner::new(&in_use), Instant::now());
-        let first = planner.plan(&[service(1, &["10.0.0.1:2525"])], now + REST);
-        let indices = |plan: &Plan| {
-            let index = |(index, _): &(u32, BackendTable)| *index;
-            (plan.tables.iter().map(index).collect::<Vec<_>>(), plan.backends[0].0, plan.sources[0].0)
-        };
-        assert_eq!(indices(&first), (vec![2], 1, 2));
-        let second = planner.plan(&[service(1, &["10.0.0.2:2525"])], now + REST * 2);
-        assert_eq!(second.tables[0].0, 1);
-    }
-
-    #[test]
-    fn more_addresses_than_there_is_room_for() {
-        let (mut planner, now) = (Planner::new(&InUse::default()), Instant::now());
-        let all = || (1..=64).map(|id| service(id, &["10.0.0.1:2525"]));
-        let others = all().map(|mut service| {
-            service.bind.iter_mut().for_each(|address| address.set_port(587));
-            service
-        });
-        let services: Vec<_> = all().chain(others).collect();
-        let plan = planner.plan(&services, now);
-        assert_eq!((plan.listeners.len(), plan.shortages.len()), (MAX_ADDRESSES, 0));
-        let mut more = service(1, &[]);
-        more.bind = vec!["203.0.113.1:25".parse().unwrap(), "203.0.113.1:0".parse().unwrap()];
-        let plan = planner.plan(&[services, vec![more]].concat(), now);
-        assert_eq!((plan.listeners.len(), plan.shortages.len()), (MAX_ADDRESSES, 1));
-    }
-
-    #[test]
-    fn two_names_with_one_address_share_it() {
-        let (mut planner, now) = (Planner::new(&InUse::default()), Instant::now());
-        let mut twice = service(1, &["10.0.0.1:2525", "10.0.0.1:2525", "10.0.0.2:2525"]);
-        twice.destinations[2].weight = 2;
-        let plan = planner.plan(&[twice], now);
-        let table = plan.tables[0].1.backends;
-        let of = |index: u16| table[..BackendTable::SIZE as usize].iter().filter(|it| **it == index).count();
-        assert!(of(0).abs_diff(of(1)) <= 1, "{} {}", of(0), of(1));
-    }
-}
+mod tests;

@@ -57,6 +57,12 @@ pub(super) fn service(
     Service {
         id,
         bind: listener.bind.clone(),
+        virtual_addresses: listener
+            .virtual_addresses
+            .iter()
+            .flat_map(|ip| listener.virtual_sockets(*ip))
+            .collect(),
+        translated_sources: listener.translated_sources.clone(),
         timeouts: timeouts(listener),
         destinations,
         proxy_ports: all.collect(),
@@ -70,6 +76,8 @@ pub(super) fn protected(served: &ServedListener) -> Service {
         // No address leads to it.
         id: Usage::ALL,
         bind: Vec::new(),
+        virtual_addresses: Vec::new(),
+        translated_sources: Vec::new(),
         timeouts: timeouts(&served.listener),
         destinations: Vec::new(),
         proxy_ports: served.backends.all().iter().flat_map(Backend::addresses).collect(),

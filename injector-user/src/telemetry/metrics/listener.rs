@@ -45,11 +45,13 @@ pub enum RejectReason {
     SourceConnections,
     /// The source opens connections too fast.
     SourceRate,
+    /// Translation on the way here has replaced the client's address.
+    TranslatedSource,
 }
 
 impl RejectReason {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Banned,
         Self::TooManyConnections,
         Self::NoDescriptors,
@@ -66,6 +68,7 @@ impl RejectReason {
         Self::Draining,
         Self::SourceConnections,
         Self::SourceRate,
+        Self::TranslatedSource,
     ];
 
     /// The name in logs and labels.
@@ -88,6 +91,7 @@ impl RejectReason {
             Self::Draining => "draining",
             Self::SourceConnections => "source_connections",
             Self::SourceRate => "source_rate",
+            Self::TranslatedSource => "translated_source",
         }
     }
 

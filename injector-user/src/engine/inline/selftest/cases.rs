@@ -3,7 +3,7 @@
 use injector_common::inline::{ACK, PSH, Phase, RST, SYN};
 
 use super::{
-    connection::{CLIENT_FIRST, Connection, DROP, FIRST, PASS},
+    connection::{CLIENT_FIRST, Connection, DROP, FIRST, PASS, TRANSLATED, place},
     segment::Segment,
 };
 
@@ -127,6 +127,11 @@ pub(super) fn left_to_sockets(connection: &Connection<'_>) -> Result<(), String>
     connection.expect_verdict("a SYN with data", &data, PASS)?;
     let other = Connection { public: 26, ..connection.with_port(connection.port) };
     connection.expect_verdict("a SYN for another port", &other.client_segment(SYN), PASS)?;
+    let translated = Segment {
+        source: place(connection.ipv6, TRANSLATED, connection.port),
+        ..connection.client_segment(SYN)
+    };
+    connection.expect_verdict("a SYN of a translated source", &translated, PASS)?;
     // The backend refuses: the client receives nothing, and its next SYN goes to the socket.
     connection.open()?;
     let refusal = connection.backend_segment(RST | ACK, connection.backend_sequence(FIRST));

@@ -18,7 +18,7 @@ use injector_common::{
 
 use super::segment::{Link, Segment};
 use crate::{
-    config::Receiver,
+    config::{Network, Receiver},
     engine::inline::{
         counts::set_limit,
         maps::Maps,
@@ -66,6 +66,8 @@ impl Programs {
             services.push(Service {
                 id,
                 bind: both(PUBLIC, port).to_vec(),
+                virtual_addresses: Vec::new(),
+                translated_sources: both(TRANSLATED, 0).map(|address| Network::host(address.ip())).to_vec(),
                 timeouts: Timeouts { idle: 60, half_closed: 60, client_fin: 60 },
                 destinations: [false, true].map(|ipv6| destination(ipv6, sources)).to_vec(),
                 proxy_ports: both(BACKEND, PROXY_PORT).to_vec(),
@@ -116,6 +118,8 @@ pub(super) const CLIENT: u16 = 7;
 pub(super) const PUBLIC: u16 = 10;
 pub(super) const EDGE: u16 = 1;
 pub(super) const BACKEND: u16 = 2;
+/// Translation has put its address in place of a client's.
+pub(super) const TRANSLATED: u16 = 9;
 
 /// The ports of two listeners: in the one the server speaks first, in the other the client.
 pub(super) const SERVER_FIRST: u16 = 25;

@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod engine;
 pub mod guard;
 pub mod header;
+pub mod kubernetes;
 pub mod listener;
 pub mod net;
 pub mod os;

@@ -1,4 +1,4 @@
-//! Backends: resolving their names, choosing one by health and weight, and connecting to it.
+//! Backends: finding their addresses, choosing one by health and weight, and connecting to it.
 
 mod addresses;
 mod balance;
@@ -11,6 +11,7 @@ mod pool;
 mod queue;
 mod reply;
 mod resolver;
+mod service;
 mod source;
 mod state;
 

@@ -18,11 +18,13 @@ use super::{
     health::AdminState,
     lookup::lookup,
     queue::Queue,
+    service,
     source::SourceAddresses,
     state::{Backend, BackendState, BackendStats},
 };
 use crate::{
     config::{self, Balance, Check, Destination, Listener},
+    kubernetes::Watcher,
     telemetry::{
         log::target,
         metrics::{BackendSample, BackendSource},
@@ -195,9 +197,9 @@ impl Backends {
         self.round_robin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Resolves names at each interval and runs the health checks, until `stop`. If resolving
-    /// fails, the last addresses stay in use.
-    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+    /// Resolves names at each interval, follows Services, and runs the health checks, until `stop`. If
+    /// resolving fails, the last addresses stay in use.
+    pub async fn run(self: Arc<Self>, watcher: Watcher, stop: CancellationToken) {
         let checks = (0..self.all.len()).map(|index| {
             let backends = Arc::clone(&self);
             tokio::spawn(
@@ -206,7 +208,8 @@ impl Backends {
         });
         // The tasks end by themselves.
         checks.for_each(drop);
-        stop.run_until_cancelled(self.run_resolver()).await;
+        let addresses = async { tokio::join!(self.run_resolver(), self.follow_services(&watcher)) };
+        stop.run_until_cancelled(addresses).await;
     }
 
     async fn run_checks(&self, index: usize) {
@@ -223,7 +226,7 @@ impl Backends {
     /// Checks all addresses of a name. It is healthy if one of them is, and connections avoid the
     /// others.
     async fn check(&self, backend: &Backend, plan: &Check) {
-        if !backend.has_address() {
+        if !backend.has_address() && matches!(backend.configured.destination, Destination::Name { .. }) {
             self.resolve_now().await;
         }
         let checks = backend.addresses().into_iter().map(|address| check_address(address, plan));
@@ -291,20 +294,22 @@ impl Backends {
     }
 }
 
-/// Resolves a backend that no listener may have, and checks each of its addresses once, as the
+/// Finds the addresses of a backend that no listener may have, and checks each of them once, as the
 /// listener says; without health checks, whether it accepts a connection.
 ///
 /// # Errors
-/// When its name cannot be resolved.
+/// When its name cannot be resolved, or its Service has no endpoint for connections. Waits for the
+/// Kubernetes API without end.
 pub async fn try_once(
     listener: &Listener,
     configured: &config::Backend,
+    watcher: &Watcher,
 ) -> io::Result<Vec<(SocketAddr, Result<(), CheckError>)>> {
     let plan = listener.health.check.unwrap_or(Check::connecting(listener.timeouts.connect));
     let addresses = match &configured.destination {
         Destination::Address(address) => vec![*address],
         Destination::Name { name, port } => lookup(name, *port).await?,
-        Destination::Service { .. } => Vec::new(),
+        Destination::Service { service, port } => service::endpoints_now(watcher, service, port).await?,
     };
     Ok(join_all(addresses.into_iter().map(|address| check_address(address, &plan))).await)
 }
@@ -315,7 +320,7 @@ async fn check_address(address: SocketAddr, plan: &Check) -> (SocketAddr, Result
 
 /// The result of a check of all addresses of a backend: passed if one of them has passed.
 fn outcome(results: &[(SocketAddr, Result<(), CheckError>)]) -> Result<(), String> {
-    let mut outcome = Err("the name has no address".to_owned());
+    let mut outcome = Err("there is no address".to_owned());
     for (address, result) in results {
         match result {
             Ok(()) => return Ok(()),

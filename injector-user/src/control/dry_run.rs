@@ -12,8 +12,9 @@ use tokio::time::timeout;
 use super::wire::{AddressDryRun, BackendDryRun, DryRun, ListenerChange, ListenerDryRun};
 use crate::{
     backend::{self, CheckError},
-    config::{self, Config, Listener},
+    config::{self, Config, Destination, Listener},
     guard::lists,
+    kubernetes::Watcher,
     server::{Rehearsal, Server},
 };
 
@@ -64,9 +65,9 @@ fn unreadable_lists(config: &Config) -> Vec<String> {
 }
 
 /// Resolves and checks the backends of all listeners.
-pub(super) async fn try_backends(dry_run: &mut DryRun, listeners: &[Listener]) {
+pub(super) async fn try_backends(dry_run: &mut DryRun, listeners: &[Listener], watcher: &Watcher) {
     let all = join_all(listeners.iter().map(|listener| async move {
-        let tried = listener.backends.iter().map(|backend| try_backend(listener, backend));
+        let tried = listener.backends.iter().map(|backend| try_backend(listener, backend, watcher));
         join_all(tried).await
     }));
     for (result, backends) in dry_run.listeners.iter_mut().zip(all.await) {
@@ -74,9 +75,12 @@ pub(super) async fn try_backends(dry_run: &mut DryRun, listeners: &[Listener]) {
     }
 }
 
-async fn try_backend(listener: &Listener, configured: &config::Backend) -> BackendDryRun {
-    let tried = match timeout(BACKENDS_TIMEOUT, backend::try_once(listener, configured)).await {
+async fn try_backend(listener: &Listener, configured: &config::Backend, watcher: &Watcher) -> BackendDryRun {
+    let tried = match timeout(BACKENDS_TIMEOUT, backend::try_once(listener, configured, watcher)).await {
         Ok(Ok(addresses)) => Ok(addresses),
+        Ok(Err(error)) if matches!(configured.destination, Destination::Service { .. }) => {
+            Err(error.to_string())
+        }
         Ok(Err(error)) => Err(format!("the name cannot be resolved: {error}")),
         Err(_) => Err(format!("not finished within {BACKENDS_TIMEOUT:?}")),
     };

@@ -132,9 +132,10 @@ impl Control {
         };
         let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
         self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
+        let watcher = server.watcher().clone();
         drop(locked);
         if let Ok(Answer::DryRun(dry_run)) = &mut answer {
-            dry_run::try_backends(dry_run, &to_try).await;
+            dry_run::try_backends(dry_run, &to_try, &watcher).await;
         }
         reply(answer)
     }

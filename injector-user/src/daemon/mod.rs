@@ -26,7 +26,9 @@ use crate::{
         registry::EngineProbes,
         select,
     },
-    guard, listener,
+    guard,
+    kubernetes::Watcher,
+    listener,
     os::systemd,
     server::{ListenerSetup, Server, StartupSettings, StartupState},
     telemetry::{
@@ -71,6 +73,7 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
         inline_engine.as_ref(),
         kernel_guard.as_ref(),
         &file,
+        &kubernetes,
         admin.as_ref(),
         guard.as_ref(),
     );
@@ -88,13 +91,14 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
             workers: limits.workers,
             splice,
             inline,
-            kubernetes,
+            kubernetes: kubernetes.clone(),
             guard: guard.clone(),
             log_format: log.format,
         },
         max_connections: limits.max_connections,
         guard,
         bans: bans.as_ref().map(|bans| bans.guard().clone()),
+        watcher: Watcher::new(kubernetes),
         stop_deadline: stop.deadline,
         listeners: listeners.map(setup).collect(),
         inherited,
@@ -158,6 +162,7 @@ async fn serve(
     }
 
     let guard_settings = startup.guard.clone();
+    metrics.watch_services(Arc::new(startup.watcher.clone()));
     let server = Server::start(startup, &metrics, &backlog_total)?;
     if let Some(inline_engine) = inline_engine {
         let (listeners, health) = server.inline_updates();

@@ -10,11 +10,12 @@ use std::{
 use caps::Capability;
 
 use crate::{
-    config::{Admin, Guard},
+    config::{Admin, Guard, Kubernetes},
     engine::{
         kernel::{InlineEngine, KernelGuard, LoadedSplice},
         registry::EngineProbes,
     },
+    kubernetes::Watcher,
     os::{
         capabilities,
         landlock::{self, Directories, Enforced},
@@ -30,6 +31,7 @@ pub(super) fn drop_privileges(
     inline: Option<&InlineEngine>,
     kernel_guard: Option<&KernelGuard>,
     config: &Path,
+    kubernetes: &Kubernetes,
     admin: Option<&Admin>,
     guard: Option<&Guard>,
 ) {
@@ -39,7 +41,7 @@ pub(super) fn drop_privileges(
     }
     let mut write = inline.map(InlineEngine::directories).unwrap_or_default();
     write.extend(kernel_guard.map(KernelGuard::directories).unwrap_or_default());
-    restrict_files(write, config, admin, guard);
+    restrict_files(write, (config, Watcher::directories(kubernetes)), admin, guard);
     drop_capabilities(probes, inline, kernel_guard);
     if let Err(error) = File::open(config) {
         tracing::warn!(target: target::DAEMON, file = %config.display(), %error, "the configuration cannot be read any more without the capabilities of root, so reloads will fail: make the file and its directory readable for the user that the injector runs as");
@@ -59,11 +61,17 @@ fn drop_capabilities(probes: &EngineProbes, inline: Option<&InlineEngine>, guard
     }
 }
 
-fn restrict_files(mut write: Vec<PathBuf>, config: &Path, admin: Option<&Admin>, guard: Option<&Guard>) {
+fn restrict_files(
+    mut write: Vec<PathBuf>,
+    (config, credentials): (&Path, Vec<PathBuf>),
+    admin: Option<&Admin>,
+    guard: Option<&Guard>,
+) {
     let lists = guard.into_iter().flat_map(|guard| guard.deny_files.iter().chain(&guard.allow_files));
     let crowdsec = guard.and_then(|guard| guard.crowdsec.as_ref()).into_iter();
     let lists = lists.chain(crowdsec.flat_map(|it| iter::once(&it.api_key_file).chain(&it.ca_file)));
     let mut read = landlock::directories_of(config);
+    read.extend(credentials);
     read.extend(lists.flat_map(|file| landlock::directories_of(file)));
     read.sort_unstable();
     read.dedup();

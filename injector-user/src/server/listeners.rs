@@ -79,7 +79,9 @@ impl Server {
 
     /// Keeps its backends' health and addresses up to date, and exports them as metrics.
     fn spawn_health_tasks(&self, active: &ActiveListener) {
-        tokio::spawn(Arc::clone(&active.backends).run(active.stop_health_tasks.clone()));
+        tokio::spawn(
+            Arc::clone(&active.backends).run(self.watcher.clone(), active.stop_health_tasks.clone()),
+        );
         self.shared.metrics.watch_backends(&active.settings.name, active.backends.clone());
     }
 

@@ -23,6 +23,7 @@ use crate::{
     config::Guard,
     engine::{registry::EngineProbes, usage::InlineUsage},
     guard,
+    kubernetes::Watcher,
     listener::{GlobalLimit, SourceRules},
     net::splice_pipe::{MAX_PIPES, Pipes},
     telemetry::{backlog::BacklogTotal, metrics::Metrics},
@@ -39,6 +40,8 @@ pub struct StartupState {
     pub guard: Option<Guard>,
     /// The table of bans, if there is a guard.
     pub bans: Option<guard::Guard>,
+    /// Follows Services of Kubernetes.
+    pub watcher: Watcher,
     /// How long sessions may continue after a shutdown began.
     pub stop_deadline: Duration,
     /// In the order of the configuration.
@@ -70,6 +73,7 @@ impl Server {
             max_connections,
             guard,
             bans,
+            watcher,
             stop_deadline,
             listeners,
             inherited,
@@ -116,6 +120,7 @@ impl Server {
             closed_to_inline: BTreeMap::new(),
             workers,
             backends_changed: Arc::default(),
+            watcher,
             inline_usage,
             inline_listeners: watch::Sender::default(),
             listen_addresses: watch::Sender::default(),

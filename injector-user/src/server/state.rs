@@ -23,6 +23,7 @@ use crate::{
         served_listener::ServedListener,
         usage::{InlineConnection, InlineUsage},
     },
+    kubernetes::Watcher,
     listener::GlobalLimit,
     net::splice_pipe::Pipes,
     session::registry::{SessionRegistry, Snapshot},
@@ -55,6 +56,8 @@ pub struct Server {
     pub(super) workers: Vec<Worker>,
     /// Notified when a backend becomes eligible or stops being so.
     pub(super) backends_changed: Arc<Notify>,
+    /// Follows Services of Kubernetes.
+    pub(super) watcher: Watcher,
     /// The counts of the inline engine, if it runs.
     pub(super) inline_usage: Option<Arc<dyn InlineUsage>>,
     /// The listeners that the inline engine serves.
@@ -121,6 +124,12 @@ impl Server {
     pub fn backend_addresses(&self) -> BTreeSet<IpAddr> {
         let backends = self.listeners.iter().flat_map(|active| active.backends.all());
         backends.flat_map(|backend| backend.addresses()).map(|address| address.ip().to_canonical()).collect()
+    }
+
+    /// What follows Services of Kubernetes.
+    #[must_use]
+    pub fn watcher(&self) -> &Watcher {
+        &self.watcher
     }
 
     /// All sessions of splice and relay.

@@ -151,7 +151,8 @@ fn configured(level: LogLevel, variable: Option<&str>) -> Result<(EnvFilter, Str
 }
 
 /// The filter for a level and changes of it, and its text. The level is of the daemon's own targets.
-/// Libraries log at INFO at most, because loading the BPF programs writes hundreds of DEBUG lines.
+/// Libraries log at INFO at most, because loading the BPF programs writes hundreds of DEBUG lines. The
+/// client of Kubernetes does not: it repeats each failure that the target `kubernetes` explains once.
 fn changed(configured: LogLevel, changes: &[LevelChange]) -> (EnvFilter, String) {
     let everywhere = changes.iter().rev().find(|change| change.target.is_none());
     let level = everywhere.map_or(configured, |change| change.level);
@@ -162,7 +163,7 @@ fn changed(configured: LogLevel, changes: &[LevelChange]) -> (EnvFilter, String)
     };
     let own = target::ALL.iter().map(|target| format!("{target}={}", of(target)));
     let libraries = level.tracing().min(Level::INFO).to_string();
-    let directives: Vec<_> = std::iter::once(libraries).chain(own).collect();
+    let directives: Vec<_> = [libraries, "kube_client=off".to_owned()].into_iter().chain(own).collect();
     let named = changes.iter().filter(|change| change.target.is_some()).map(ToString::to_string);
     let text: Vec<_> = std::iter::once(level.to_string()).chain(named).collect();
     (EnvFilter::builder().parse_lossy(directives.join(",")), text.join(","))

@@ -13,6 +13,8 @@ pub const BACKEND: &str = "backend";
 pub const HEALTH: &str = "health";
 /// Names of backends and their addresses.
 pub const RESOLVER: &str = "resolver";
+/// Services of Kubernetes and their endpoints.
+pub const KUBERNETES: &str = "kubernetes";
 /// Self-tests and the choice of an engine.
 pub const ENGINE: &str = "engine";
 /// The splice engine.
@@ -31,13 +33,14 @@ pub const METRICS: &str = "metrics";
 pub const DAEMON: &str = "daemon";
 
 /// All of them.
-pub const ALL: [&str; 14] = [
+pub const ALL: [&str; 15] = [
     ACCESS,
     SESSION,
     LISTENER,
     BACKEND,
     HEALTH,
     RESOLVER,
+    KUBERNETES,
     ENGINE,
     ENGINE_SPLICE,
     ENGINE_INLINE,

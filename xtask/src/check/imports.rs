@@ -17,13 +17,14 @@ use syn::{
 use crate::cargo;
 
 /// The modules of `injector-user`, bottom to top: each may import from those before it.
-const ORDER: [&str; 19] = [
+const ORDER: [&str; 20] = [
     "protocol",
     "config",
     "telemetry",
     "os",
     "net",
     "header",
+    "kubernetes",
     "backend",
     "engine",
     "guard",

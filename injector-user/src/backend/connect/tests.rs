@@ -4,7 +4,11 @@ use super::super::HealthState;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::{config::Config, net::syn::no_observer};
+use crate::{
+    config::{Config, Kubernetes},
+    kubernetes::Watcher,
+    net::syn::no_observer,
+};
 
 fn backends(list: &str) -> Backends {
     let text = format!(
@@ -50,7 +54,7 @@ async fn a_connection_waits_for_the_first_addresses() {
     let backends = Arc::new(backends(&format!("\"localhost:{}\"", good.port())));
     assert_eq!(backends.all()[0].addresses(), []);
     let stop = CancellationToken::new();
-    tokio::spawn(Arc::clone(&backends).run(stop.clone()));
+    tokio::spawn(Arc::clone(&backends).run(Watcher::new(Kubernetes::default()), stop.clone()));
     let _stop = stop.drop_guard();
     let backend = connect(&backends).await.unwrap();
     assert_eq!(backend.address, good);
@@ -60,7 +64,7 @@ async fn a_connection_waits_for_the_first_addresses() {
 async fn a_name_without_address_is_unresolved() {
     let backends = Arc::new(backends("\"nowhere.invalid:25\""));
     let stop = CancellationToken::new();
-    tokio::spawn(Arc::clone(&backends).run(stop.clone()));
+    tokio::spawn(Arc::clone(&backends).run(Watcher::new(Kubernetes::default()), stop.clone()));
     let _stop = stop.drop_guard();
     let error = connect(&backends).await.unwrap_err();
     assert!(matches!(error, Unreachable::Unresolved), "{error}");

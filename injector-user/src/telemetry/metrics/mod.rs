@@ -17,6 +17,7 @@ mod log;
 #[cfg(test)]
 mod observability;
 mod registry;
+mod services;
 #[cfg(test)]
 mod tests;
 
@@ -29,4 +30,5 @@ pub use self::{
     http::Readiness,
     listener::{ActiveGuard, ListenerMetrics, ListenerSnapshot, RejectReason},
     registry::Metrics,
+    services::{ServiceSample, ServiceSource},
 };

@@ -22,6 +22,7 @@ use super::{
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
     log::LogCollector,
+    services::{ServiceCollector, ServiceSource},
 };
 use crate::telemetry::{backlog::BacklogTotal, log::Logging};
 
@@ -38,6 +39,7 @@ struct Inner {
     log: Arc<LogCollector>,
     crowdsec: CrowdSecMetrics,
     guard: Arc<GuardCollector>,
+    services: Arc<ServiceCollector>,
     connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
@@ -131,6 +133,8 @@ impl Metrics {
         injector.register_collector(Box::new(crowdsec.clone()));
         let guard = Arc::new(GuardCollector::default());
         injector.register_collector(Box::new(Arc::clone(&guard)));
+        let services = Arc::new(ServiceCollector::default());
+        injector.register_collector(Box::new(Arc::clone(&services)));
         let bpf = Arc::new(BpfCollector::default());
         injector.register_collector(Box::new(Arc::clone(&bpf)));
         Self(Arc::new(Inner {
@@ -141,6 +145,7 @@ impl Metrics {
             log,
             crowdsec,
             guard,
+            services,
             connections: ConnectionSources::default(),
             draining,
             reloads: results,
@@ -184,6 +189,11 @@ impl Metrics {
     /// Sets the guard, to be read at every scrape.
     pub fn watch_guard(&self, guard: Arc<dyn GuardSource>) {
         self.0.guard.watch(guard);
+    }
+
+    /// Sets what follows Services of Kubernetes, to be read at every scrape.
+    pub fn watch_services(&self, services: Arc<dyn ServiceSource>) {
+        self.0.services.watch(services);
     }
 
     /// The listeners of which no backend is up, by name.

@@ -50,6 +50,22 @@ impl GuardSource for OneList {
 }
 
 #[derive(Debug)]
+struct OneService;
+
+impl ServiceSource for OneService {
+    fn sample(&self) -> Vec<ServiceSample> {
+        vec![ServiceSample {
+            service: "mail/mailserver".to_owned(),
+            resource: "endpointslices",
+            up: true,
+            last_answer: None,
+            failures: 0,
+            endpoints: Some([("ready", 2), ("terminating", 0), ("not_ready", 0)]),
+        }]
+    }
+}
+
+#[derive(Debug)]
 struct Counted;
 
 impl BpfCounters for Counted {
@@ -73,6 +89,7 @@ pub(super) fn complete() -> (Metrics, ListenerMetrics) {
     metrics.set_max_connections(10);
     metrics.set_draining("smtp", false);
     metrics.watch_guard(Arc::new(OneList));
+    metrics.watch_services(Arc::new(OneService));
     metrics.watch_backends("smtp", Arc::new(OneBackend));
     metrics.crowdsec().enable(&["scope"]);
     let listener = metrics.listener("smtp", "relay");
@@ -137,6 +154,10 @@ fn every_family_has_its_type_and_unit() {
         ("injector_headers_sent", ("counter", None)),
         ("injector_inline_flows", ("gauge", None)),
         ("injector_inline_max_flows", ("gauge", None)),
+        ("injector_kubernetes_endpoints", ("gauge", None)),
+        ("injector_kubernetes_last_answer_timestamp_seconds", ("gauge", Some("seconds"))),
+        ("injector_kubernetes_watch_failures", ("counter", None)),
+        ("injector_kubernetes_watch_up", ("gauge", None)),
         ("injector_listener_draining", ("gauge", None)),
         ("injector_log_lines_dropped", ("counter", None)),
         ("injector_max_connections", ("gauge", None)),

@@ -327,40 +327,22 @@ pub enum GuardCommand {
     /// Detach the programs from all devices, and remove their maps
     ///
     /// Programs and maps outlive the daemon, so that bans hold while it restarts. Stop the daemon first, because it
-    /// attaches the programs again. All bans are lifted.
-    Detach(GuardDetachArgs),
+    /// attaches the programs again. All bans in the kernel are lifted.
+    Detach(DetachArgs),
 }
 
-/// Arguments of `injector guard detach`.
-#[derive(Clone, Debug, Args)]
-pub struct GuardDetachArgs {
-    /// The configuration file (TOML) that the daemon ran with; only guard.pin of it counts
-    #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-
-    /// The directory of the pins, in place of guard.pin of the file
-    #[arg(long, env = "INJECTOR_PIN", value_name = "DIRECTORY")]
-    pub pin: Option<PathBuf>,
-
-    /// Detach although a daemon uses the programs: listeners reset connections of banned sources from then on,
-    /// and it may attach the programs again
-    #[arg(long, env = "INJECTOR_FORCE")]
-    pub force: bool,
-}
-
-/// Arguments of `injector inline detach`.
+/// Arguments of `injector inline detach` and `injector guard detach`.
 #[derive(Clone, Debug, Args)]
 pub struct DetachArgs {
-    /// The configuration file (TOML) that the daemon ran with; only inline.pin of it counts
+    /// The configuration file (TOML) that the daemon ran with; only its directory of pins counts
     #[arg(long, env = "INJECTOR_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// The directory of the pins, in place of inline.pin of the file
+    /// The directory of the pins, in place of that in the file
     #[arg(long, env = "INJECTOR_PIN", value_name = "DIRECTORY")]
     pub pin: Option<PathBuf>,
 
-    /// Detach although a daemon uses the programs: its inline connections break, and it may attach
-    /// the programs again
+    /// Detach although a daemon uses the programs; it may attach them again
     #[arg(long, env = "INJECTOR_FORCE")]
     pub force: bool,
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::args::{DetachArgs, GuardDetachArgs};
+use super::args::DetachArgs;
 use crate::{
     config::{Config, ConfigError, Guard, Inline},
     engine::kernel,
@@ -27,7 +27,7 @@ pub fn inline(args: &DetachArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`inline`].
-pub fn guard(args: &GuardDetachArgs) -> anyhow::Result<()> {
+pub fn guard(args: &DetachArgs) -> anyhow::Result<()> {
     let pin = pin(args.pin.as_deref(), args.config.as_deref(), &GUARD)?;
     let removed = kernel::detach_guard(&pin, args.force)?;
     print(&removed, &GUARD, &pin);

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use tokio::sync::{Mutex, watch};
 
 use super::{
@@ -80,64 +80,70 @@ impl Control {
 
     /// Carries out a request.
     pub async fn answer(&self, request: Request) -> Reply {
+        reply(self.carry_out(request).await)
+    }
+
+    async fn carry_out(&self, request: Request) -> anyhow::Result<Answer> {
         match request {
             // Without the server: a change of bans may wait long for another one.
             Request::Ban { network, duration_ms, reason, force } => {
                 let end = self.end_banned_sessions();
-                reply(bans::ban(self.guard(), &network, duration_ms, reason, force, end).await)
+                bans::ban(self.guard(), &network, duration_ms, reason, force, end).await
             }
-            Request::Unban { network } => reply(bans::unban(self.guard(), &network).await),
-            Request::Bans { origin, limit } => reply(bans::list(self.guard(), origin, limit)),
-            request => self.answer_by_server(request).await,
+            Request::Unban { network } => bans::unban(self.guard(), &network).await,
+            Request::Bans { origin, limit } => bans::list(self.guard(), origin, limit),
+            Request::LogLevel { levels } => self.set_log_level(&levels),
+            Request::Status => {
+                self.with_server(|server| Ok(Answer::Status(Box::new(self.status(server))))).await
+            }
+            Request::Sessions { listener, limit } => {
+                let list = |server: &mut Server| Ok(sessions(server, listener.as_deref(), limit));
+                self.with_server(list).await.map(Answer::Sessions)
+            }
+            Request::EndSessions { target, listener } => {
+                let end = |server: &mut Server| end_sessions(server, &target, listener.as_deref());
+                self.with_server(end).await.map(|count| Answer::SessionsEnded { count })
+            }
+            Request::Drain { listener, deadline_ms } => {
+                let deadline = deadline_ms.map(Duration::from_millis);
+                let drain = |server: &mut Server| server.drain(listener.as_deref(), deadline);
+                self.with_server(drain).await.map(|listeners| Answer::Drained { listeners })
+            }
+            Request::Resume { listener } => {
+                let resume = |server: &mut Server| server.resume(listener.as_deref());
+                self.with_server(resume).await.map(|listeners| Answer::Resumed { listeners })
+            }
+            Request::Backend { action, listener, backend } => {
+                let set =
+                    |server: &mut Server| set_backend_state(server, action, listener.as_deref(), &backend);
+                self.with_server(set).await.map(|listeners| Answer::BackendSet { listeners })
+            }
+            Request::BackendWeight { weight, listener, backend } => {
+                let set =
+                    |server: &mut Server| set_backend_weight(server, weight, listener.as_deref(), &backend);
+                self.with_server(set).await.map(|listeners| Answer::BackendWeightSet { listeners, weight })
+            }
+            Request::Reload => {
+                self.with_server(|server| self.reload(server)).await.map(|it| Answer::Reloaded(reloaded(it)))
+            }
+            Request::DryRun => {
+                let rehearse = |server: &mut Server| Ok((self.rehearse(server), server.watcher().clone()));
+                let ((mut dry_run, to_try), watcher) = self.with_server(rehearse).await?;
+                // Without the server: backends answer when they like.
+                dry_run::try_backends(&mut dry_run, &to_try, &watcher).await;
+                Ok(Answer::DryRun(dry_run))
+            }
         }
     }
 
-    async fn answer_by_server(&self, request: Request) -> Reply {
+    /// Acts on the server, and publishes whether it is ready then.
+    async fn with_server<T>(&self, act: impl FnOnce(&mut Server) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let mut locked = self.0.server.lock().await;
-        let Some(server) = locked.as_mut() else {
-            return Reply::Error("the injector is stopping".to_owned());
-        };
-        let mut to_try = Vec::new();
-        let mut answer = match request {
-            Request::Status => Ok(Answer::Status(Box::new(self.status(server)))),
-            Request::Sessions { listener, limit } => {
-                Ok(Answer::Sessions(sessions(server, listener.as_deref(), limit)))
-            }
-            Request::EndSessions { target, listener } => end_sessions(server, &target, listener.as_deref())
-                .map(|count| Answer::SessionsEnded { count }),
-            Request::Drain { listener, deadline_ms } => server
-                .drain(listener.as_deref(), deadline_ms.map(Duration::from_millis))
-                .map(|listeners| Answer::Drained { listeners }),
-            Request::Resume { listener } => {
-                server.resume(listener.as_deref()).map(|listeners| Answer::Resumed { listeners })
-            }
-            Request::Backend { action, listener, backend } => {
-                set_backend_state(server, action, listener.as_deref(), &backend)
-                    .map(|listeners| Answer::BackendSet { listeners })
-            }
-            Request::BackendWeight { weight, listener, backend } => {
-                set_backend_weight(server, weight, listener.as_deref(), &backend)
-                    .map(|listeners| Answer::BackendWeightSet { listeners, weight })
-            }
-            Request::LogLevel { levels } => self.set_log_level(&levels),
-            Request::Ban { .. } | Request::Unban { .. } | Request::Bans { .. } => {
-                Err(anyhow::anyhow!("bans are answered without the server"))
-            }
-            Request::Reload => self.reload(server).map(|changes| Answer::Reloaded(reloaded(changes))),
-            Request::DryRun => {
-                let (dry_run, listeners) = self.rehearse(server);
-                to_try = listeners;
-                Ok(Answer::DryRun(dry_run))
-            }
-        };
+        let server = locked.as_mut().context("the injector is stopping")?;
+        let result = act(server);
         let readiness = if server.is_drained() { Readiness::Draining } else { Readiness::Ready };
         self.0.ready.send_if_modified(|now| std::mem::replace(now, readiness) != readiness);
-        let watcher = server.watcher().clone();
-        drop(locked);
-        if let Ok(Answer::DryRun(dry_run)) = &mut answer {
-            dry_run::try_backends(dry_run, &to_try, &watcher).await;
-        }
-        reply(answer)
+        result
     }
 
     /// Ends the sessions of sources that are banned now, and returns their number.

@@ -32,6 +32,9 @@ use crate::{
     },
 };
 
+/// What attaching programs to devices that appear later needs at run time.
+const TO_ATTACH: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+
 /// Why no engine of this binary can use BPF, where none can.
 pub const NOT_BUILT: Option<&str> = None;
 
@@ -186,7 +189,7 @@ impl KernelGuard {
     /// The capabilities that it needs at run time: to attach programs to devices that appear later.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
-        vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
+        TO_ATTACH.to_vec()
     }
 
     /// The directories in which it makes and removes files at run time: pins.
@@ -214,7 +217,7 @@ impl InlineEngine {
     /// The capabilities that it needs at run time: to attach programs to devices that appear later.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
-        vec![Capability::CAP_BPF, Capability::CAP_NET_ADMIN]
+        TO_ATTACH.to_vec()
     }
 
     /// The directories in which it makes and removes files at run time: pins, and settings of the

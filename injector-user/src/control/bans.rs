@@ -10,11 +10,11 @@ use injector_common::guard::Ban;
 
 use super::{
     text::{age, write_more, write_table},
-    wire::{Answer, BanOrigin, BanRow, Bans, GuardStatus, ListFileStatus},
+    wire::{Answer, BanOrigin, BanRow, Bans},
 };
 use crate::{
     config::Network,
-    guard::{self, BanCommand, Guard, ListedBan, Origin, Service},
+    guard::{BanCommand, Guard, ListedBan, Origin, Service},
     os::clock,
     server::Server,
     telemetry::log::target,
@@ -75,34 +75,6 @@ pub(super) fn end_sessions(server: &Server, guard: &Guard) -> usize {
     count
 }
 
-/// The numbers of bans, and what is wrong.
-pub(super) fn status(service: &Service) -> GuardStatus {
-    let guard = service.guard();
-    let dropped = guard::dropped(guard);
-    let kernel_failure = if guard.is_behind() {
-        Some("the kernel refused a change; it is tried again".to_owned())
-    } else if dropped.is_empty() {
-        Some("bans are not in the kernel; the daemon resets connections of banned sources".to_owned())
-    } else {
-        None
-    };
-    let file = |list: guard::ListStatus| ListFileStatus {
-        file: list.file,
-        networks: list.networks as u64,
-        read_at: list.read_at.map(unix_seconds),
-        error: list.error,
-    };
-    GuardStatus {
-        list: guard.count(Origin::List) as u64,
-        command: guard.count(Origin::Command) as u64,
-        crowdsec: guard.count(Origin::CrowdSec) as u64,
-        max_bans: service.max_bans().into(),
-        kernel_failure,
-        dropped_packets: dropped.into_iter().map(|(hook, count)| (hook.to_owned(), count)).collect(),
-        lists: service.lists().into_iter().map(file).collect(),
-    }
-}
-
 fn configured(service: Option<&Service>) -> anyhow::Result<&Service> {
     service.context("bans need a [guard] table in the configuration, which may be empty, and a restart")
 }
@@ -124,7 +96,7 @@ fn row(listed: &ListedBan) -> BanRow {
     }
 }
 
-fn unix_seconds(at: SystemTime) -> u64 {
+pub(super) fn unix_seconds(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
@@ -207,32 +179,6 @@ fn end(until: Option<u64>) -> String {
     )
 }
 
-/// How many sources are banned, and what that has dropped.
-#[must_use]
-pub(super) fn bans_part(status: &GuardStatus) -> String {
-    let dropped: u64 = status.dropped_packets.values().sum();
-    format!(", {} bans, {dropped} packets dropped", status.list + status.command + status.crowdsec)
-}
-
-/// The numbers of bans as text.
-pub(super) fn write_status(out: &mut String, status: &GuardStatus) -> fmt::Result {
-    let GuardStatus { list, command, crowdsec, max_bans, kernel_failure, dropped_packets, lists } = status;
-    let dropped: u64 = dropped_packets.values().sum();
-    writeln!(
-        out,
-        "guard: {} of {max_bans} bans ({list} by lists, {command} by command, {crowdsec} by CrowdSec), {dropped} packets dropped",
-        list + command + crowdsec
-    )?;
-    if let Some(failure) = kernel_failure {
-        writeln!(out, "  {failure}")?;
-    }
-    for list in lists.iter().filter(|list| list.error.is_some()) {
-        let error = list.error.as_deref().unwrap_or_default();
-        writeln!(out, "  list not read: {}", error.replace('\n', "\n    "))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,31 +231,6 @@ mod tests {
              192.0.2.0/24   list     -       /etc/deny.txt\n\
              2001:db8::/64  command  1m 30s  fail2ban postfix\n\
              and 1 more\n"
-        );
-    }
-
-    #[test]
-    fn the_status_names_lists_that_cannot_be_read() {
-        let list = |error: Option<&str>| ListFileStatus {
-            file: "/etc/deny.txt".into(),
-            networks: 3,
-            read_at: None,
-            error: error.map(str::to_owned),
-        };
-        let status = GuardStatus {
-            list: 3,
-            command: 1,
-            max_bans: 100,
-            dropped_packets: [("tc".to_owned(), 5), ("xdp".to_owned(), 2)].into(),
-            lists: vec![list(None), list(Some("/etc/deny.txt:3: \"x\": wrong"))],
-            ..GuardStatus::default()
-        };
-        let mut out = String::new();
-        write_status(&mut out, &status).unwrap();
-        assert_eq!(
-            out,
-            "guard: 4 of 100 bans (3 by lists, 1 by command, 0 by CrowdSec), 7 packets dropped\n  \
-             list not read: /etc/deny.txt:3: \"x\": wrong\n"
         );
     }
 }

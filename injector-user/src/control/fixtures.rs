@@ -1,7 +1,8 @@
 //! Answers of a daemon, for tests.
 
 use super::wire::{
-    BackendStatus, ConfigStatus, EngineStatus, GuardStatus, ListenerStatus, SessionRow, Sessions, Status,
+    BackendStatus, ConfigStatus, EngineStatus, GuardDeviceStatus, GuardStatus, ListenerStatus, SessionRow,
+    Sessions, Status,
 };
 use crate::backend::HealthState;
 
@@ -59,6 +60,12 @@ pub(super) fn status() -> Status {
             command: 3,
             max_bans: 262_144,
             dropped_packets: [("tc".to_owned(), 512), ("inline".to_owned(), 40)].into(),
+            devices: vec![GuardDeviceStatus {
+                name: "eth0".to_owned(),
+                ingress: Some("tcx".to_owned()),
+                xdp: Some("native".to_owned()),
+                ..GuardDeviceStatus::default()
+            }],
             ..GuardStatus::default()
         }),
         engines: vec![EngineStatus { name: "splice".to_owned(), failure: None }],

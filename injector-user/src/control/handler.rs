@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, watch};
 use super::{
     bans, dry_run,
     status::{end_sessions, sessions, status},
-    wire::{Answer, BackendAction, ConfigStatus, DryRun, Reloaded, Reply, Request, Status},
+    wire::{Answer, BackendAction, ConfigStatus, DryRun, GuardStatus, Reloaded, Reply, Request, Status},
 };
 use crate::{
     backend::AdminState,
@@ -183,7 +183,7 @@ impl Control {
     fn status(&self, server: &mut Server) -> Status {
         let config = self.0.config_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let readiness = self.0.ready.borrow().to_string();
-        let guard = self.guard().map(bans::status);
+        let guard = self.guard().map(GuardStatus::of);
         Status {
             guard,
             ..status(server, config, self.0.logging.levels(), readiness, self.0.started.elapsed())

@@ -8,6 +8,7 @@ pub mod client;
 mod dry_run;
 #[cfg(test)]
 mod fixtures;
+mod guard;
 mod handler;
 mod show;
 mod socket;

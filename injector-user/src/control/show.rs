@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    bans, dry_run,
+    bans, dry_run, guard,
     text::{age, bytes, write_more, write_table},
     wire::{Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status},
 };
@@ -65,7 +65,7 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         }
     }
     if let Some(guard) = &status.guard {
-        bans::write_status(out, guard)?;
+        guard::write_status(out, guard)?;
     }
     for listener in &status.listeners {
         writeln!(out)?;

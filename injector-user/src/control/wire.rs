@@ -1,13 +1,13 @@
 //! Requests and replies on the control socket, in JSON.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
 
+pub use super::guard::{GuardDeviceStatus, GuardStatus, ListFileStatus};
 use crate::backend::HealthState;
 
 /// A command to the daemon.
@@ -315,38 +315,6 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// Listeners that are no longer configured, with sessions left.
     pub removed_listeners: Vec<RemovedListenerStatus>,
-}
-
-/// Bans, in numbers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuardStatus {
-    /// Bans of `guard.deny` and of list files.
-    pub list: u64,
-    /// Bans by `injector ban`.
-    pub command: u64,
-    /// Bans by CrowdSec.
-    pub crowdsec: u64,
-    /// How many addresses and networks may be banned.
-    pub max_bans: u64,
-    /// Why bans are not enforced in the kernel, or not all of them.
-    pub kernel_failure: Option<String>,
-    /// Packets dropped in the kernel, by hook.
-    pub dropped_packets: BTreeMap<String, u64>,
-    /// The list files.
-    pub lists: Vec<ListFileStatus>,
-}
-
-/// A file with networks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ListFileStatus {
-    /// The file.
-    pub file: PathBuf,
-    /// How many networks of it are in effect.
-    pub networks: u64,
-    /// When it was last read, in seconds since 1970.
-    pub read_at: Option<u64>,
-    /// Why it cannot be read now.
-    pub error: Option<String>,
 }
 
 /// Bans.

@@ -24,7 +24,8 @@ pub(super) fn start(
 ) -> anyhow::Result<Service> {
     let max_bans = usize::try_from(settings.max_bans).unwrap_or(usize::MAX);
     let guard = Guard::new(kernel.map(KernelGuard::maps), max_bans);
-    Service::start(guard, settings, peers).context("starting the thread of the guard")
+    let attachment = kernel.map(KernelGuard::attachment);
+    Service::start(guard, settings, peers, attachment).context("starting the thread of the guard")
 }
 
 /// Ends the sessions of sources that are banned from now on, and protects the backends' addresses.

@@ -12,6 +12,7 @@ mod dialogue;
 mod exchange;
 #[cfg(test)]
 mod fixtures;
+mod guard;
 mod header_addresses;
 pub mod observation;
 mod observe;
@@ -117,7 +118,9 @@ async fn examine(config: Config, args: &DoctorArgs) -> anyhow::Result<Report> {
         );
     }
     let cases = observe_all(cases).await?;
-    Ok(assemble(&config, &addresses, &cases, args.untrusted))
+    // On another host, or for one listener, the guard is not what is asked about.
+    let guard = if args.untrusted || args.listener.is_some() { Vec::new() } else { guard::examine(&config) };
+    Ok(Report { guard, ..assemble(&config, &addresses, &cases, args.untrusted) })
 }
 
 /// One address of one listener, with what is needed to examine it.
@@ -282,7 +285,7 @@ fn assemble(
             backends: backends.collect(),
         }
     });
-    Report { listeners: listeners.collect(), untrusted }
+    Report { listeners: listeners.collect(), guard: Vec::new(), untrusted }
 }
 
 /// All addresses from which this host connects to this port.

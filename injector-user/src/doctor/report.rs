@@ -16,6 +16,8 @@ use crate::{config::ProxyVersion, protocol::Protocol};
 pub struct Report {
     /// In the order of the configuration.
     pub listeners: Vec<ListenerReport>,
+    /// Findings on the running daemon's guard.
+    pub guard: Vec<Finding>,
     /// Examined from a host that is not the injector's.
     pub untrusted: bool,
 }
@@ -76,12 +78,13 @@ impl AddressReport {
 impl Report {
     /// Everything found.
     fn findings(&self) -> impl Iterator<Item = &Finding> {
-        self.listeners.iter().flat_map(|listener| {
+        let of_listeners = self.listeners.iter().flat_map(|listener| {
             let backends = listener.backends.iter().flat_map(|backend| {
                 backend.findings.iter().chain(backend.addresses.iter().flat_map(|address| &address.findings))
             });
             listener.findings.iter().chain(backends)
-        })
+        });
+        self.guard.iter().chain(of_listeners)
     }
 
     /// How many faults there are.
@@ -103,6 +106,11 @@ impl Report {
             }
             let _ = writeln!(out);
         }
+        if !self.guard.is_empty() {
+            let _ = writeln!(out, "guard");
+            write_findings(&mut out, "  ", &self.guard);
+            let _ = writeln!(out);
+        }
         let addresses = self.listeners.iter().flat_map(|listener| &listener.backends);
         let addresses = addresses.map(|backend| backend.addresses.len()).sum();
         let _ = writeln!(
@@ -121,7 +129,12 @@ impl Report {
     #[must_use]
     pub fn json(&self) -> Value {
         let listeners: Vec<_> = self.listeners.iter().map(listener_json).collect();
-        json!({ "ok": self.faults() == 0, "untrusted": self.untrusted, "listeners": listeners })
+        json!({
+            "ok": self.faults() == 0,
+            "untrusted": self.untrusted,
+            "listeners": listeners,
+            "guard": findings_json(&self.guard),
+        })
     }
 }
 
@@ -261,7 +274,7 @@ const fn outcome_code(outcome: &Outcome) -> &'static str {
 mod tests {
     use super::*;
     use crate::doctor::{
-        diagnosis::findings,
+        diagnosis::{Verdict, findings},
         fixtures::{away, closed, dialogue, greeted, refuses_to_relay, relays, seen, target},
         observation::{Client, Family, Probe},
     };
@@ -313,6 +326,11 @@ mod tests {
                 listener(Protocol::Submission, false, relaying),
                 listener(Protocol::Imaps, false, untrusting),
             ],
+            guard: vec![Finding::fault(
+                Verdict::GuardIncomplete,
+                "eth0: no program at the ingress",
+                Vec::new(),
+            )],
             untrusted: false,
         }
     }
@@ -330,7 +348,11 @@ mod tests {
     #[test]
     fn text_from_an_untrusted_host_reports_closed_ports() {
         let reset = vec![seen(header(Family::V4), Outcome::NoAnswer, 20)];
-        let report = Report { listeners: vec![listener(Protocol::Smtp, true, reset)], untrusted: true };
+        let report = Report {
+            listeners: vec![listener(Protocol::Smtp, true, reset)],
+            guard: Vec::new(),
+            untrusted: true,
+        };
         insta::assert_snapshot!(report.text());
     }
 }

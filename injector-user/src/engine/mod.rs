@@ -9,6 +9,7 @@ pub mod bpf;
 pub mod check;
 #[cfg(feature = "bpf")]
 pub mod guard;
+pub mod guarded_device;
 #[cfg(feature = "bpf")]
 pub mod inline;
 pub mod kernel;

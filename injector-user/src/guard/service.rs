@@ -12,6 +12,7 @@ use std::{
 };
 
 use injector_common::guard::{Ban, Counter};
+use tokio::sync::watch;
 
 use super::{
     crowdsec::Feed,
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::{
     config::{self, Network},
+    engine::guarded_device::GuardAttachment,
     os::{clock, gateways},
     telemetry::{
         log::target,
@@ -58,6 +60,8 @@ struct Shared {
     /// Held while the state file is written: the exit waits for that.
     saving: Mutex<()>,
     crowdsec: OnceLock<Feed>,
+    /// `None` if bans are not in the kernel.
+    attachment: Option<watch::Receiver<GuardAttachment>>,
 }
 
 /// What the thread works from.
@@ -134,11 +138,17 @@ pub struct Unbanned {
 }
 
 impl Service {
-    /// Begins to follow the lists of `settings`. `peers` are the networks of `inline.peers`.
+    /// Begins to follow the lists of `settings`. `peers` are the networks of `inline.peers`, and
+    /// `attachment` is where the programs are attached, if there are any.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(guard: Guard, settings: &config::Guard, peers: &[Network]) -> io::Result<Self> {
+    pub fn start(
+        guard: Guard,
+        settings: &config::Guard,
+        peers: &[Network],
+        attachment: Option<watch::Receiver<GuardAttachment>>,
+    ) -> io::Result<Self> {
         let inputs = Inputs { lists: Lists::of(settings), peers: peers.to_vec(), ..Inputs::default() };
         let service = Self(Arc::new(Shared {
             guard,
@@ -149,6 +159,7 @@ impl Service {
             files: Mutex::default(),
             saving: Mutex::default(),
             crowdsec: OnceLock::new(),
+            attachment,
         }));
         service.load_state();
         let mut follower = Follower::new(service.clone());
@@ -196,6 +207,12 @@ impl Service {
         if self.inputs().backends != addresses {
             self.update(|inputs| inputs.backends = addresses);
         }
+    }
+
+    /// Where the programs are attached; `None` if bans are not in the kernel.
+    #[must_use]
+    pub fn attachment(&self) -> Option<GuardAttachment> {
+        Some(self.0.attachment.as_ref()?.borrow().clone())
     }
 
     /// The state of the list files.

@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::model::{Rates, View, whole};
 use crate::control::{
-    bans::bans_part,
+    guard::bans_part,
     show::{inline_part, role},
     text::{age, bytes},
     wire::{BackendStatus, ListenerStatus, SessionRow, Status},

@@ -65,6 +65,12 @@ pub enum Verdict {
     InlineSource,
     /// The standard port requires a header too.
     StandardPort,
+    /// The doctor could not ask the daemon about its guard.
+    GuardUnknown,
+    /// The daemon runs without the guard that is configured.
+    GuardOff,
+    /// The daemon's guard does not drop all packets of banned sources, or has not read a list.
+    GuardIncomplete,
 }
 
 impl Verdict {
@@ -102,6 +108,9 @@ impl Verdict {
             Self::SourceAddresses => "source_addresses",
             Self::InlineSource => "inline_source",
             Self::StandardPort => "standard_port",
+            Self::GuardUnknown => "guard_unknown",
+            Self::GuardOff => "guard_off",
+            Self::GuardIncomplete => "guard_incomplete",
         }
     }
 }

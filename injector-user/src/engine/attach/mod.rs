@@ -150,7 +150,8 @@ pub struct Attached {
 #[derive(Debug, Default)]
 struct Device {
     name: String,
-    attached: bool,
+    /// How the program was attached last.
+    way: Option<&'static str>,
     moved: Option<Instant>,
     behind: bool,
     error: Option<String>,
@@ -246,6 +247,21 @@ impl Attached {
     /// The devices that are to have the program, as of the last update.
     pub(in crate::engine) fn selected(&self) -> &[Interface] {
         &self.selected
+    }
+
+    /// How the program is attached to a device, or why it is not, as of the last update.
+    pub(in crate::engine) fn state(&self, device: u32) -> Result<&'static str, String> {
+        let known = self.devices.get(&device);
+        match known.map(|device| (device.way, device.error.clone())) {
+            Some((_, Some(error))) => Err(error),
+            Some((Some(way), None)) => Ok(way),
+            _ => Err("not attached yet".to_owned()),
+        }
+    }
+
+    /// The configured devices that cannot be used, and why, as of the last update.
+    pub(in crate::engine) fn unusable(&self) -> &[(String, String)] {
+        &self.unusable
     }
 
     fn ensure(&mut self, programs: &mut Ebpf, interface: &Interface, tcx: bool) -> Result<(), Failure> {
@@ -354,7 +370,7 @@ impl Device {
     fn note(&mut self, log: fn(&Notice<'_>), change: Change, tcx: bool) {
         let (device, way) = (self.name.as_str(), if tcx { "tcx" } else { "clsact" });
         match change {
-            Change::Attached if self.attached => log(&Notice::Reattached { device, way }),
+            Change::Attached if self.way.is_some() => log(&Notice::Reattached { device, way }),
             Change::Moved => log(&Notice::Moved { device, way }),
             Change::Attached | Change::Replaced => log(&Notice::Attached { device, way }),
             Change::Behind if !self.behind => log(&Notice::Behind { device, way }),
@@ -364,7 +380,7 @@ impl Device {
             self.moved = Some(Instant::now());
         }
         self.behind = change == Change::Behind;
-        (self.attached, self.error) = (true, None);
+        (self.way, self.error) = (Some(way), None);
     }
 }
 

@@ -88,6 +88,12 @@ pub(super) fn prepare(loader: &mut EbpfLoader<'_>, pins: &Path, max_bans: u32) -
     Ok(())
 }
 
+/// The pins that are missing of those that [`prepare`] made.
+pub(super) fn missing_pins(pins: &Path) -> Vec<PathBuf> {
+    let all = SHARED.into_iter().chain([GUARDED]).map(|name| pins.join(name));
+    all.filter(|pin| !pin.exists()).collect()
+}
+
 fn set_aside(pins: &Path, name: &str) -> PathBuf {
     pins.join(format!("{name}-old"))
 }

@@ -14,16 +14,17 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use super::{
     attach::SET,
     detach::{self, DetachError},
-    maps::Maps,
+    maps::{self, Maps},
     pins::{self, PinError, Pins},
     programs,
-    xdp::Drivers,
+    xdp::{Drivers, mode_name},
 };
 use crate::{
     config::{Attachment, Guard as Settings},
     engine::{
         attach::{Attached, CHECK_INTERVAL, routes::Changes},
         bans::BanMaps,
+        guarded_device::{GuardAttachment, GuardedDevice},
     },
     telemetry::log::target,
 };
@@ -34,6 +35,7 @@ pub struct Guard {
     programs: Ebpf,
     attached: Attached,
     drivers: Drivers,
+    attachment: watch::Sender<GuardAttachment>,
     pin: PathBuf,
     pins: Pins,
 }
@@ -75,7 +77,8 @@ fn load(settings: &Settings, attachment: Attachment) -> anyhow::Result<Guard> {
     let attached = Attached::new(&SET, devices, pins.links.clone(), std::collections::HashSet::new())
         .context("identifying the network namespace")?;
     let drivers = Drivers::new(settings.xdp, &pins.folder)?;
-    Ok(Guard { maps, programs, attached, drivers, pin: settings.pin.clone(), pins })
+    let (attachment, _) = watch::channel(GuardAttachment::default());
+    Ok(Guard { maps, programs, attached, drivers, attachment, pin: settings.pin.clone(), pins })
 }
 
 /// Removes what a daemon with a guard left, now that there is none.
@@ -129,6 +132,39 @@ impl Guard {
     pub fn attach(&mut self) {
         let _ = self.attached.update(&mut self.programs);
         self.drivers.update(&mut self.programs, &self.maps, self.attached.selected());
+        let now = self.current_attachment();
+        self.attachment.send_if_modified(|published| {
+            let newly_missing = published.missing_pins.is_empty() && !now.missing_pins.is_empty();
+            if newly_missing {
+                tracing::error!(target: target::GUARD, pins = ?now.missing_pins, "pins of the guard's maps were removed: the bans in them end with this daemon, unless a list or guard.state has them; find out what removes them");
+            }
+            let changed = *published != now;
+            *published = now;
+            changed
+        });
+    }
+
+    /// Where the programs are attached, from the first [`Self::attach`] on.
+    #[must_use]
+    pub fn attachment(&self) -> watch::Receiver<GuardAttachment> {
+        self.attachment.subscribe()
+    }
+
+    fn current_attachment(&self) -> GuardAttachment {
+        let selected = self.attached.selected().iter().map(|device| GuardedDevice {
+            name: device.name.clone(),
+            ingress: self.attached.state(device.index),
+            driver: self.drivers.state(device.index).map(|state| state.map(mode_name)),
+        });
+        let unusable = self.attached.unusable().iter().map(|(name, reason)| GuardedDevice {
+            name: name.clone(),
+            ingress: Err(reason.clone()),
+            driver: None,
+        });
+        GuardAttachment {
+            devices: selected.chain(unusable).collect(),
+            missing_pins: maps::missing_pins(&self.pins.maps),
+        }
     }
 
     /// Tells the programs the addresses of all listeners.

@@ -30,6 +30,14 @@ use crate::{
 /// The folders of pins: a link's mode is that of its whole life.
 const FOLDERS: [(&str, XdpMode); 2] = [("xdp-native", XdpMode::Native), ("xdp-generic", XdpMode::Generic)];
 
+/// The name of a mode, as `guard.xdp` has it.
+pub(super) const fn mode_name(mode: XdpMode) -> &'static str {
+    match mode {
+        XdpMode::Native => "native",
+        XdpMode::Generic => "generic",
+    }
+}
+
 /// The buses of virtual devices. Native XDP takes their segmentation offloads away, and with them speed.
 const VIRTUAL: [&str; 3] = ["virtio", "vmbus", "xen"];
 
@@ -39,8 +47,8 @@ pub(super) struct Drivers {
     setting: Xdp,
     folder: PathBuf,
     namespace: u64,
-    /// By index: what was logged last.
-    reported: BTreeMap<u32, String>,
+    /// By index: in which mode the program is attached, or why it is not, as of the last update.
+    devices: BTreeMap<u32, Result<XdpMode, String>>,
 }
 
 /// In which mode this device gets the program; `None` if it does not.
@@ -58,7 +66,7 @@ fn mode(setting: Xdp, device: &Interface) -> Option<XdpMode> {
 impl Drivers {
     /// None yet. Pins are in folders under this one.
     pub(super) fn new(setting: Xdp, folder: &Path) -> io::Result<Self> {
-        Ok(Self { setting, folder: folder.to_owned(), namespace: namespace()?, reported: BTreeMap::new() })
+        Ok(Self { setting, folder: folder.to_owned(), namespace: namespace()?, devices: BTreeMap::new() })
     }
 
     /// Attaches the program to those of the devices that are to have it, and removes it from all others.
@@ -69,7 +77,8 @@ impl Drivers {
             let wanted = devices.iter().filter(|device| mode(setting, device) == Some(of));
             self.remove_others(&self.folder.join(folder), &wanted.map(|device| device.index).collect());
         }
-        self.reported.retain(|index, _| devices.iter().any(|device| device.index == *index));
+        let wanted = |index: u32| devices.iter().any(|it| it.index == index && mode(setting, it).is_some());
+        self.devices.retain(|index, _| wanted(*index));
         for device in devices {
             let Some(mode) = mode(self.setting, device) else { continue };
             let attached = maps
@@ -77,28 +86,31 @@ impl Drivers {
                 .map_err(|error| error.to_string())
                 .and_then(|()| {
                     self.ensure(programs, device, mode).map_err(|error| self.explain(device, &error))
-                });
-            let (text, failed) = match attached {
-                Ok(()) => (format!("attached ({mode:?})"), false),
-                Err(text) => (text, true),
-            };
-            if self.reported.get(&device.index) == Some(&text) {
+                })
+                .map(|()| mode);
+            if self.devices.get(&device.index) == Some(&attached) {
                 continue;
             }
             let name = device.name.as_str();
-            match (failed, self.setting) {
-                (false, _) => {
+            match (&attached, self.setting) {
+                (Ok(mode), _) => {
                     tracing::info!(target: target::GUARD, device = name, ?mode, "XDP program attached: it drops packets of banned sources before the kernel handles them");
                 }
-                (true, Xdp::Auto) => {
-                    tracing::info!(target: target::GUARD, device = name, reason = text, "no XDP program on this device; packets of banned sources are dropped at its ingress");
+                (Err(reason), Xdp::Auto) => {
+                    tracing::info!(target: target::GUARD, device = name, reason, "no XDP program on this device; packets of banned sources are dropped at its ingress");
                 }
-                (true, _) => {
-                    tracing::error!(target: target::GUARD, device = name, error = text, "the XDP program could not be attached; packets of banned sources are dropped at the ingress of the device");
+                (Err(error), _) => {
+                    tracing::error!(target: target::GUARD, device = name, error, "the XDP program could not be attached; packets of banned sources are dropped at the ingress of the device");
                 }
             }
-            self.reported.insert(device.index, text);
+            self.devices.insert(device.index, attached);
         }
+    }
+
+    /// In which mode the program is attached to the driver of a device, or why it is not; `None` if it
+    /// is not to be there. As of the last update.
+    pub(super) fn state(&self, device: u32) -> Option<Result<XdpMode, String>> {
+        self.devices.get(&device).cloned()
     }
 
     fn explain(&self, device: &Interface, error: &ProgramError) -> String {

@@ -17,6 +17,7 @@ use crate::{
         bans::BanMaps,
         check::{Check, SelfTestReport},
         guard::{detach, runner as guard_runner, selftest as guard_selftest},
+        guarded_device::GuardAttachment,
         inline::{
             runner::{self, InlineEngine as Runner},
             selftest as inline_selftest,
@@ -179,6 +180,12 @@ impl KernelGuard {
     #[must_use]
     pub fn maps(&self) -> Arc<dyn BanMaps> {
         self.0.maps()
+    }
+
+    /// Where the programs are attached, from the first [`Self::attach`] on.
+    #[must_use]
+    pub fn attachment(&self) -> watch::Receiver<GuardAttachment> {
+        self.0.attachment()
     }
 
     /// Attaches the programs to the devices. After the inline engine's, which are to be in front.

@@ -13,7 +13,8 @@ use tokio::sync::{Notify, watch};
 use crate::{
     config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Watermarks},
     engine::{
-        Engine, bans::BanMaps, check::SelfTestReport, served_listener::ServedListener, usage::InlineUsage,
+        Engine, bans::BanMaps, check::SelfTestReport, guarded_device::GuardAttachment,
+        served_listener::ServedListener, usage::InlineUsage,
     },
     telemetry::{log::target, metrics::Metrics},
 };
@@ -120,6 +121,12 @@ impl KernelGuard {
     /// Never called.
     #[must_use]
     pub fn maps(&self) -> Arc<dyn BanMaps> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[must_use]
+    pub fn attachment(&self) -> watch::Receiver<GuardAttachment> {
         match *self {}
     }
 

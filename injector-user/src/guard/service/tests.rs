@@ -4,7 +4,7 @@ use super::*;
 
 fn service(settings: &config::Guard) -> Service {
     let max_bans = usize::try_from(settings.max_bans).unwrap();
-    Service::start(Guard::new(None, max_bans), settings, &["192.0.2.64/26".parse().unwrap()]).unwrap()
+    Service::start(Guard::new(None, max_bans), settings, &["192.0.2.64/26".parse().unwrap()], None).unwrap()
 }
 
 fn command(network: &str) -> BanCommand {

@@ -23,6 +23,8 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
 const UP: &str = "injector_guard_crowdsec_up";
 const FAILURES: &str = "injector_guard_crowdsec_failures_total";
 const IGNORED: &str = "injector_guard_crowdsec_ignored_total";
+/// The message about an LAPI without usage metrics.
+const NO_USAGE: &str = "this CrowdSec does not know usage metrics";
 /// The message about a failed request.
 const FAILED: &str = "no decisions of CrowdSec;";
 
@@ -44,6 +46,9 @@ fn decisions(testbed: &Testbed) -> anyhow::Result<()> {
     let injector = testbed.injector(&table("http", &key, ""))?;
     wait_up(&injector, true)?;
     ensure!(testbed.is_served(Family::V4)? && testbed.is_served(Family::V6)?, "banned without a decision");
+    // Debian's is older than usage metrics, and answers 404 to them. It is asked once, and nothing stops.
+    let unknown = || Ok(injector.log().matches(NO_USAGE).count());
+    wait_until(NO_USAGE, unknown, |times| *times == 1)?;
 
     let (v4, v6) = (CLIENT.v4.to_string(), CLIENT.v6.to_string());
     let started = Instant::now();
@@ -55,6 +60,9 @@ fn decisions(testbed: &Testbed) -> anyhow::Result<()> {
         from_end + (added - started)
     );
     ensure!(testbed.is_served(Family::V6)?, "another address is banned too");
+    let of_cscli =
+        || Ok(injector.metrics()?.sum("injector_guard_crowdsec_decisions", &[("origin", "cscli")]));
+    wait_until("the count of decisions", of_cscli, |count| *count == 1.0)?;
     lapi.cscli(&["decisions", "add", "-i", &v6, "-d", "10m"])?;
     testbed.wait_served(Family::V6, false, Instant::now())?;
     lapi.cscli(&["decisions", "delete", "-i", &v4])?;
@@ -85,6 +93,7 @@ fn decisions(testbed: &Testbed) -> anyhow::Result<()> {
     injector.command(&["reload"])?;
     testbed.wait_served(Family::V6, true, Instant::now())?;
     ensure!(injector.metrics()?.sum(FAILURES, &[]) == 0.0, "a request failed");
+    ensure!(unknown()? == 2, "usage metrics were sent {} times: once by each configuration", unknown()?);
     Ok(())
 }
 

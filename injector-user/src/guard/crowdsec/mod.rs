@@ -181,6 +181,7 @@ impl Follower {
             Applied::default()
         };
         usage.count(all, answer.origins);
+        self.metrics.set_decisions(usage.decisions());
         let Applied { added, removed, protected, full } = applied;
         self.metrics.ignored(Ignored::Full.label(), u64::try_from(full).unwrap_or(u64::MAX));
         let ignored: u64 = answer.ignored.iter().sum();

@@ -23,7 +23,7 @@ const MAX_REASONS: usize = 4096;
 /// The longest reason, in characters.
 const MAX_REASON: usize = 120;
 /// The most origins that are counted apart.
-const MAX_ORIGINS: usize = 64;
+pub(super) const MAX_ORIGINS: usize = 64;
 
 /// What an answer is asked for.
 #[derive(Clone, Copy, Debug)]
@@ -183,9 +183,14 @@ fn count(origins: &mut Origins, decision: &Decision, network: Network) {
         ("lists", Some(list)) => label(&format!("lists:{list}")),
         _ => label(origin),
     };
+    of_origin(origins, name)[usize::from(network.address().is_ipv6())] += 1;
+}
+
+/// The numbers of an origin. Beyond [`MAX_ORIGINS`], all others are one.
+pub(super) fn of_origin(origins: &mut Origins, name: String) -> &mut [u64; 2] {
     let is_new = !origins.contains_key(&name);
     let name = if is_new && origins.len() >= MAX_ORIGINS { "other".to_owned() } else { name };
-    origins.entry(name).or_default()[usize::from(network.address().is_ipv6())] += 1;
+    origins.entry(name).or_default()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::stream::Origins;
+use super::stream::{self, Origins};
 
 /// From one report to the next. CrowdSec recommends it, and asks for 15 minutes at least.
 const INTERVAL: Duration = Duration::from_secs(1800);
@@ -52,10 +52,15 @@ impl Usage {
             }
         }
         for (origin, [v4, v6]) in new {
-            let there = self.decisions.entry(origin).or_default();
+            let there = stream::of_origin(&mut self.decisions, origin);
             *there = [there[0] + v4, there[1] + v6];
         }
         self.decisions.retain(|_, count| *count != [0, 0]);
+    }
+
+    /// How many decisions of each origin are in effect, by what the LAPI has said of their ends.
+    pub(super) fn decisions(&self) -> Vec<(String, u64)> {
+        self.decisions.iter().map(|(origin, [v4, v6])| (origin.clone(), v4 + v6)).collect()
     }
 
     /// Whether a report is due. The first one is, so that the LAPI knows this bouncer's version.
@@ -134,6 +139,7 @@ mod tests {
         usage.count(true, [origins(&[("CAPI", 3, 1)]), Origins::new()]);
         usage.count(false, [origins(&[("cscli", 1, 0)]), origins(&[("CAPI", 1, 9), ("gone", 1, 1)])]);
         let report = usage.report(second(1800), Some(12), "6.1.0");
+        assert_eq!(usage.decisions(), [("CAPI".to_owned(), 2), ("cscli".to_owned(), 1)]);
         let expected = json!({
             "log_processors": [],
             "remediation_components": [{
@@ -155,6 +161,17 @@ mod tests {
             }],
         });
         assert_eq!(report, expected);
+    }
+
+    #[test]
+    fn origins_of_many_answers_are_limited_too() {
+        let mut usage = Usage::new(true, 0, 0);
+        for number in 0..3 * stream::MAX_ORIGINS {
+            usage.count(false, [origins(&[(&format!("lists:{number}"), 1, 0)]), Origins::new()]);
+        }
+        let decisions = usage.decisions();
+        assert_eq!(decisions.len(), stream::MAX_ORIGINS + 1);
+        assert_eq!(decisions.iter().map(|(_, count)| count).sum::<u64>(), 3 * stream::MAX_ORIGINS as u64);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
@@ -12,7 +12,12 @@ use std::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{TypedMetric, counter::Counter, family::Family, gauge::Gauge},
+    metrics::{
+        TypedMetric,
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+    },
     registry::Unit,
 };
 
@@ -29,6 +34,8 @@ struct Inner {
     last_success: Gauge<f64, AtomicU64>,
     failures: Counter,
     ignored: Family<IgnoredLabels, Counter>,
+    /// By their origin.
+    decisions: Mutex<Vec<(String, u64)>>,
 }
 
 impl CrowdSecMetrics {
@@ -60,6 +67,11 @@ impl CrowdSecMetrics {
         self.0.failures.inc();
     }
 
+    /// So many decisions of each origin are in effect.
+    pub fn set_decisions(&self, decisions: Vec<(String, u64)>) {
+        *self.0.decisions.lock().unwrap_or_else(PoisonError::into_inner) = decisions;
+    }
+
     /// Decisions did not become bans.
     pub fn ignored(&self, reason: &'static str, count: u64) {
         self.0.ignored.get_or_create(&IgnoredLabels { reason }).inc_by(count);
@@ -68,7 +80,7 @@ impl CrowdSecMetrics {
 
 impl Collector for CrowdSecMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let Inner { enabled, up, last_success, failures, ignored } = &*self.0;
+        let Inner { enabled, up, last_success, failures, ignored, decisions } = &*self.0;
         if !enabled.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -95,6 +107,14 @@ impl Collector for CrowdSecMetrics {
             help,
             None,
             Counter::<u64>::TYPE,
-        )?)
+        )?)?;
+        let help = "Decisions of CrowdSec that are bans, by their origin";
+        let name = "guard_crowdsec_decisions";
+        let mut family = encoder.encode_descriptor(name, help, None, Gauge::<i64>::TYPE)?;
+        for (origin, count) in &*decisions.lock().unwrap_or_else(PoisonError::into_inner) {
+            let count = ConstGauge::new(i64::try_from(*count).unwrap_or(i64::MAX));
+            count.encode(family.encode_family(&[("origin", origin.as_str())])?)?;
+        }
+        Ok(())
     }
 }

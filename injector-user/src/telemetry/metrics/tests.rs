@@ -92,6 +92,7 @@ pub(super) fn complete() -> (Metrics, ListenerMetrics) {
     metrics.watch_services(Arc::new(OneService));
     metrics.watch_backends("smtp", Arc::new(OneBackend));
     metrics.crowdsec().enable(&["scope"]);
+    metrics.crowdsec().set_decisions(vec![("CAPI".to_owned(), 3)]);
     let listener = metrics.listener("smtp", "relay");
     listener.enrolment_failed("not_established");
     (metrics, listener)
@@ -146,6 +147,7 @@ fn every_family_has_its_type_and_unit() {
         ("injector_guard_list_read_timestamp_seconds", ("gauge", Some("seconds"))),
         ("injector_guard_max_bans", ("gauge", None)),
         ("injector_header_to_first_byte_seconds", ("histogram", Some("seconds"))),
+        ("injector_guard_crowdsec_decisions", ("gauge", None)),
         ("injector_guard_crowdsec_failures", ("counter", None)),
         ("injector_guard_crowdsec_ignored", ("counter", None)),
         ("injector_guard_crowdsec_last_success_timestamp_seconds", ("gauge", Some("seconds"))),

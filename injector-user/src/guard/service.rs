@@ -394,16 +394,8 @@ impl Follower {
         }
         let files = self.allow.iter().filter_map(FollowedFile::networks).flatten();
         protected.extend(lists.allow.iter().chain(files).map(|network| (*network, Protection::Allow)));
-        match if_addrs::get_if_addrs() {
-            Ok(own) => {
-                protected.extend(own.iter().map(|it| (Network::host(it.ip()), Protection::OwnAddress)))
-            }
-            // What was known before stays.
-            Err(_) => {
-                let is_own = |(_, protection): &&(Network, Protection)| *protection == Protection::OwnAddress;
-                protected.extend(self.protected.iter().filter(is_own));
-            }
-        }
+        let own = if_addrs::get_if_addrs().map(|own| own.iter().map(|it| Network::host(it.ip())).collect());
+        protected.extend(own_addresses(own, &self.protected));
         protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
         protected.sort_unstable();
         protected.dedup_by_key(|(network, _)| *network);
@@ -453,6 +445,18 @@ impl Follower {
     fn publish(&self) {
         let files = self.deny.iter().chain(&self.allow).map(FollowedFile::status).collect();
         *self.service.0.files.lock().unwrap_or_else(PoisonError::into_inner) = files;
+    }
+}
+
+/// The addresses of this host, as found, or as they were protected before if they cannot be listed now.
+fn own_addresses(
+    found: io::Result<Vec<Network>>,
+    before: &[(Network, Protection)],
+) -> Vec<(Network, Protection)> {
+    let is_own = |(_, protection): &&(Network, Protection)| *protection == Protection::OwnAddress;
+    match found {
+        Ok(own) => own.into_iter().map(|network| (network, Protection::OwnAddress)).collect(),
+        Err(_) => before.iter().filter(is_own).copied().collect(),
     }
 }
 

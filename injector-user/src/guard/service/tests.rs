@@ -91,3 +91,13 @@ fn lists_and_the_state_file_are_followed() {
     assert!(left > 3_590_000_000_000 && left <= 3_600_000_000_000, "{left}");
     second.stop();
 }
+
+#[test]
+fn own_addresses_stay_protected_while_they_cannot_be_listed() {
+    let network = |text: &str| text.parse::<Network>().unwrap();
+    let own = |text: &str| (network(text), Protection::OwnAddress);
+    let before = [own("192.0.2.1"), (network("192.0.2.2"), Protection::Backend), own("2001:db8::1")];
+    assert_eq!(own_addresses(Ok(vec![network("192.0.2.3")]), &before), [own("192.0.2.3")]);
+    let failed = || Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+    assert_eq!(own_addresses(failed(), &before), [before[0], before[2]]);
+}

@@ -23,7 +23,7 @@ pub(crate) struct PackageArgs {
 }
 
 /// Files that the package must contain, below the root.
-const EXPECTED: [&str; 9] = [
+const EXPECTED: [&str; 11] = [
     "etc/injector/injector.toml",
     "usr/bin/injector",
     "usr/lib/systemd/system/injector.service",
@@ -32,6 +32,8 @@ const EXPECTED: [&str; 9] = [
     "usr/lib/tmpfiles.d/injector.conf",
     "usr/share/bash-completion/completions/injector",
     "usr/share/doc/injector/copyright",
+    "usr/share/doc/injector/fail2ban/action.d/injector.conf",
+    "usr/share/doc/injector/fail2ban/jail.d/injector.conf",
     "usr/share/man/man1/injector-run.1.gz",
 ];
 

@@ -5,6 +5,7 @@ mod build;
 mod cargo;
 mod check;
 mod demo;
+mod interruption;
 mod kernels;
 mod observe;
 mod release;

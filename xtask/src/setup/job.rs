@@ -7,50 +7,19 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cargo;
+use crate::{
+    cargo,
+    interruption::{Signals, is_interrupted},
+};
 
 /// How many of a failed command's last lines are shown.
 const SHOWN: usize = 25;
-
-/// Set by the first SIGINT, SIGTERM or SIGHUP.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn note(_signal: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
-}
-
-/// While it exists, interruptions end the job instead of this program.
-struct Signals {
-    before: [(libc::c_int, libc::sighandler_t); 3],
-}
-
-impl Signals {
-    fn take() -> Self {
-        let before = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(|signal| {
-            // SAFETY: the handler only stores to an atomic, which is async-signal-safe, and has the
-            // type that signal(2) wants. A handler, unlike SIG_IGN, is not inherited by the
-            // programs that are started.
-            (signal, unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) })
-        });
-        Self { before }
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        for (signal, handler) in self.before.iter().filter(|(_, handler)| *handler != libc::SIG_ERR) {
-            // SAFETY: the handler is the one that signal(2) itself returned for this signal.
-            unsafe { libc::signal(*signal, *handler) };
-        }
-    }
-}
 
 /// Runs a command, its output appended to a log.
 ///
@@ -72,7 +41,7 @@ pub(super) fn run(command: &mut Command, log: &Path) -> Result<()> {
         .spawn()
         .with_context(|| format!("cannot start `{name}`"))?;
     let status = wait(child).with_context(|| format!("waiting for `{name}`"))?;
-    if INTERRUPTED.load(Ordering::Relaxed) {
+    if is_interrupted() {
         bail!("interrupted; unfinished changes were undone");
     }
     if !status.success() {
@@ -87,7 +56,7 @@ fn wait(mut child: Child) -> Result<ExitStatus> {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if INTERRUPTED.load(Ordering::Relaxed) && !terminated {
+        if is_interrupted() && !terminated {
             terminated = true;
             terminate(&child);
         }

@@ -90,8 +90,12 @@ pub fn log_in(
     netns.run(log_in)?.map(drop).with_context(|| format!("cannot log in at {}", server.address))
 }
 
+/// As [`send`], from the namespace of the calling thread, with a login as that user if there is one.
 /// Returns the reply to the message.
-fn send_here(
+///
+/// # Errors
+/// When any command fails.
+pub fn send_here(
     server: Server<'_>,
     security: Security,
     user: &str,
@@ -163,7 +167,11 @@ pub fn read_inbox(
     mailbox.with_context(|| format!("cannot read the inbox of {user} at {}", server.address))
 }
 
-async fn read_inbox_here(server: Server<'_>, user: &str, append: &[&Message]) -> anyhow::Result<Mailbox> {
+/// As [`read_inbox`], from the namespace of the calling thread and without a limit of time.
+///
+/// # Errors
+/// When any command fails.
+pub async fn read_inbox_here(server: Server<'_>, user: &str, append: &[&Message]) -> anyhow::Result<Mailbox> {
     let tcp = TcpStream::connect(server.address).await?;
     let client = tcp.local_addr()?;
     let mut imap = async_imap::Client::new(secure(tcp, server.authority_pem).await?);

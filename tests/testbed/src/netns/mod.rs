@@ -174,6 +174,12 @@ pub struct NetnsHandle {
 }
 
 impl NetnsHandle {
+    /// The namespace with this name for `ip netns`, which another program made.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self { name: name.to_owned() }
+    }
+
     /// As [`Netns::command`].
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");

@@ -18,7 +18,7 @@ use super::{
 use crate::cargo;
 
 /// The image's name in its layout.
-pub(super) const TAG: &str = "latest";
+pub(crate) const TAG: &str = "latest";
 
 /// The configuration's path in the image.
 pub(super) const CONFIG: &str = "/etc/injector/injector.toml";

@@ -11,10 +11,11 @@ mod rootfs;
 mod source_time;
 mod trial;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
+pub(crate) use self::layout::TAG;
 use self::source_time::Time;
 use crate::{
     build,
@@ -42,13 +43,21 @@ pub(crate) fn run(args: &ImageArgs) -> Result<()> {
     let binary = build::daemon(true)?;
     let out = args.out.clone().unwrap_or_else(|| workspace().join("target/image"));
     let scratch = tempfile::Builder::new().prefix("inj-image-").tempdir()?;
-    let base = scratch.path().join("base");
-    let time = Time::of_source()?;
-    rootfs::debian(&base, time)?;
-    layout::build(&out, &base, &binary, time, scratch.path())?;
+    make(&out, &binary, scratch.path())?;
     println!("{}", layout::describe(&out)?);
     if args.run {
         trial::run(&out, scratch.path())?;
     }
     Ok(())
+}
+
+/// Makes the image of this daemon, in place of an older one.
+///
+/// # Errors
+/// When Debian's archive cannot be reached, or umoci fails.
+pub(crate) fn make(out: &Path, binary: &Path, scratch: &Path) -> Result<()> {
+    let base = scratch.join("base");
+    let time = Time::of_source()?;
+    rootfs::debian(&base, time)?;
+    layout::build(out, &base, binary, time, scratch)
 }

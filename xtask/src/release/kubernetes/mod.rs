@@ -3,7 +3,7 @@
 
 mod chart_parity;
 mod consistency;
-mod object;
+pub(crate) mod object;
 mod scan;
 mod schema;
 

@@ -5,14 +5,14 @@ use serde_json::Value;
 
 /// One object, as the API server would receive it.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Object(pub(super) Value);
+pub(crate) struct Object(pub(crate) Value);
 
 impl Object {
     /// All objects of a stream of YAML documents.
     ///
     /// # Errors
     /// When it is not YAML, or a document is not a Kubernetes object.
-    pub(super) fn parse(text: &str) -> Result<Vec<Self>> {
+    pub(crate) fn parse(text: &str) -> Result<Vec<Self>> {
         // YAML 1.1 reads a name such as `n` as "no"; it must stay a name.
         let options = serde_saphyr::options! { strict_booleans: true };
         let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
@@ -26,20 +26,20 @@ impl Object {
         Ok(objects)
     }
 
-    pub(super) fn kind(&self) -> &str {
+    pub(crate) fn kind(&self) -> &str {
         text(&self.0["kind"])
     }
 
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         text(&self.0["metadata"]["name"])
     }
 
-    pub(super) fn namespace(&self) -> &str {
+    pub(crate) fn namespace(&self) -> &str {
         text(&self.0["metadata"]["namespace"])
     }
 
     /// `DaemonSet injector/injector`, or without a namespace `Namespace injector`.
-    pub(super) fn id(&self) -> String {
+    pub(crate) fn id(&self) -> String {
         let namespace = self.namespace();
         let slash = if namespace.is_empty() { "" } else { "/" };
         format!("{} {namespace}{slash}{}", self.kind(), self.name())
@@ -47,22 +47,22 @@ impl Object {
 }
 
 /// The string, or an empty one if the value is not a string.
-pub(super) fn text(value: &Value) -> &str {
+pub(crate) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
 /// The elements of a list, or none if the value is not a list.
-pub(super) fn list(value: &Value) -> &[Value] {
+pub(crate) fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// The container of a pod that has this name.
-pub(super) fn container<'a>(pod: &'a Value, name: &str) -> Option<&'a Value> {
+pub(crate) fn container<'a>(pod: &'a Value, name: &str) -> Option<&'a Value> {
     list(&pod["spec"]["containers"]).iter().find(|container| container["name"] == name)
 }
 
 /// The value of a container's environment variable, empty if it is not set.
-pub(super) fn variable<'a>(container: &'a Value, name: &str) -> &'a str {
+pub(crate) fn variable<'a>(container: &'a Value, name: &str) -> &'a str {
     list(&container["env"])
         .iter()
         .find(|variable| variable["name"] == name)

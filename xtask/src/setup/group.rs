@@ -15,6 +15,8 @@ pub(crate) enum Group {
     Kernels,
     /// Validators of the manifests for Kubernetes
     Kubernetes,
+    /// A Kubernetes to start here, for `cargo xtask cluster`
+    Cluster,
     /// Prometheus and its exporters, for `cargo xtask observe`
     Observe,
     /// Tools that make the Debian package

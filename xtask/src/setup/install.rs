@@ -70,6 +70,7 @@ fn install_next(missing: &[Missing], cache: &Cache) -> Result<()> {
         Some(Missing::Receiver { package, .. }) => receivers::fetch(cache, package),
         Some(Missing::Kernel(wanted)) => kernels::fetch(cache, wanted),
         Some(Missing::Kubernetes) => kubernetes::install(cache),
+        Some(Missing::Cluster(part)) => part.install(cache),
         Some(Missing::CargoDeb) => cargo_deb::build(cache),
         Some(Missing::Wheel(wheel)) => wheel::install(cache, wheel),
         Some(Missing::Package { .. } | Missing::LinkerByHand { .. }) | None => Ok(()),

@@ -1,6 +1,6 @@
 //! Tools that are missing, and what they are needed for.
 
-use super::{cargo_deb, kernels, linker, wheel::Wheel};
+use super::{cargo_deb, cluster, kernels, linker, wheel::Wheel};
 
 /// A missing tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub(super) enum Missing {
     LinkerByHand { llvm: u32 },
     /// The validators of the manifests for Kubernetes.
     Kubernetes,
+    /// A part of what a cluster is started from.
+    Cluster(cluster::Part),
     /// A program that PyPI has.
     Wheel(&'static Wheel),
 }
@@ -49,6 +51,7 @@ impl std::fmt::Display for Missing {
             Self::Kubernetes => f.write_str(
                 "kubectl, helm, kubernetes-validate, checkov: validating the manifests for Kubernetes",
             ),
+            Self::Cluster(part) => write!(f, "{}: a cluster on this machine", part.name()),
             Self::Wheel(wheel) => write!(f, "{} {}: {}", wheel.program, wheel.version, wheel.why),
             Self::CargoDeb => write!(f, "cargo-deb {}: making the Debian package", cargo_deb::VERSION),
             Self::Link { name } => write!(f, "rustup toolchain `{name}`: a name for /usr/bin/rustc"),

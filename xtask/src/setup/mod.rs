@@ -8,6 +8,7 @@ mod apt;
 mod bpf;
 mod cache;
 mod cargo_deb;
+mod cluster;
 mod explain;
 mod group;
 mod haproxy;
@@ -32,6 +33,7 @@ use injector_bench::systems::Programs;
 use self::cache::Cache;
 pub(crate) use self::{
     bpf::BpfToolchain,
+    cluster::{KUBERNETES, MAIL_IMAGE, PAUSE_IMAGE, TAG as IMAGE_TAG, Tools as ClusterTools},
     group::Group,
     kernels::{DEFAULT as DEFAULT_KERNELS, Kernel, Wanted as WantedKernel},
     kubernetes::Tools as KubernetesTools,
@@ -102,6 +104,11 @@ pub(crate) fn virtiofsd() -> Result<PathBuf> {
 /// The validators of the manifests; they must be set up.
 pub(crate) fn kubernetes_tools() -> Result<KubernetesTools> {
     kubernetes::find(&Cache::locate()?).context("run `cargo xtask setup --only kubernetes` first")
+}
+
+/// What a cluster is started from; it must be set up.
+pub(crate) fn cluster_tools() -> Result<ClusterTools> {
+    cluster::find(&Cache::locate()?).context("run `cargo xtask setup --only cluster` first")
 }
 
 /// The address of this system's Debian archive.

@@ -56,7 +56,7 @@ pub(super) fn can_make_environments() -> bool {
 
 /// tool, Debian package, what it is needed for, groups
 const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
-    ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail]),
+    ("ip", "iproute2", "the network namespaces", &[Group::Demo, Group::Mail, Group::Cluster]),
     ("nginx", "nginx", "a receiver; a proxy to compare with in the benchmark", &[Group::Mail, Group::Bench]),
     ("postfix", "postfix", "postscreen and smtpd behind the injector", &[Group::Mail]),
     ("dovecot", "dovecot-core", "IMAP behind the injector", &[Group::Mail]),
@@ -91,8 +91,16 @@ const PROGRAMS: &[(&str, &str, &str, &[Group])] = &[
     ("qemu-system-x86_64", "qemu-system-x86", "booting other kernels", &[Group::Kernels]),
     ("modprobe", "kmod", "the modules of other kernels", &[Group::Kernels]),
     ("xz", "xz-utils", "unpacking the modules of other kernels", &[Group::Kernels]),
-    ("mmdebstrap", "mmdebstrap", "the image's files, from Debian's packages", &[Group::Image]),
-    ("umoci", "umoci", "the image itself (OCI)", &[Group::Image]),
+    (
+        "mmdebstrap",
+        "mmdebstrap",
+        "the image's files, from Debian's packages",
+        &[Group::Image, Group::Cluster],
+    ),
+    ("umoci", "umoci", "the image itself (OCI)", &[Group::Image, Group::Cluster]),
+    ("make", "make", "building Kubernetes", &[Group::Cluster]),
+    ("gcc", "gcc", "building what pods wait in", &[Group::Cluster]),
+    ("nsenter", "util-linux", "entering the nodes of a cluster", &[Group::Cluster]),
     ("runc", "runc", "running the image", &[Group::Image]),
 ];
 

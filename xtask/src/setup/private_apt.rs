@@ -36,8 +36,8 @@ impl PrivateApt {
             fs::create_dir_all(folder.join(inner))
                 .with_context(|| format!("cannot create {}", folder.display()))?;
         }
-        let source = format!("deb [signed-by={KEYRING}] {archive} {suite} main\n");
-        fs::write(folder.join("sources.list"), source)?;
+        let of = |kind: &str| format!("{kind} [signed-by={KEYRING}] {archive} {suite} main\n");
+        fs::write(folder.join("sources.list"), of("deb") + &of("deb-src"))?;
         fs::write(folder.join("status"), "")?;
         let set = |name: &str, path: &str| format!("{name}={}", folder.join(path).display());
         let settings = vec![

@@ -8,7 +8,7 @@ use super::{
     apt,
     bpf::BpfToolchain,
     cache::Cache,
-    cargo_deb,
+    cargo_deb, cluster,
     group::Group,
     haproxy, kernels, kubernetes, linker,
     missing::Missing,
@@ -44,6 +44,9 @@ pub(super) fn survey(groups: &[Group], cache: &Cache, may_update: bool) -> Resul
     }
     if groups.contains(&Group::Kubernetes) {
         survey.kubernetes(cache);
+    }
+    if groups.contains(&Group::Cluster) {
+        survey.cluster(cache);
     }
     if groups.contains(&Group::Package) {
         survey.cargo_deb(cache);
@@ -118,6 +121,16 @@ impl Survey {
         }
         self.python_environments();
         self.missing.push(Missing::Kubernetes);
+    }
+
+    fn cluster(&mut self, cache: &Cache) {
+        for part in cluster::Part::ALL {
+            if part.is_present(cache) {
+                self.present.push(part.name());
+            } else {
+                self.missing.push(Missing::Cluster(part));
+            }
+        }
     }
 
     /// pip needs a virtual environment, which Debian's python3 alone cannot make.

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod cargo;
 mod check;
+mod cluster;
 mod demo;
 mod interruption;
 mod kernels;
@@ -62,6 +63,8 @@ enum Verb {
     Bench(bench::BenchArgs),
     /// Boot Debian's kernels in virtual machines, and run self-tests and trials in them
     Kernels(kernels::KernelsArgs),
+    /// Start a Kubernetes cluster on this machine and run trials of the injector in it
+    Cluster(cluster::ClusterArgs),
     /// Check alerts and dashboard with Prometheus' tools, optionally in a live run
     Observe(observe::ObserveArgs),
     /// Run one end of the load generator in a namespace of the benchmark
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Kernels(args) => kernels::run(&args),
+        Verb::Cluster(args) => cluster::run(&args),
         Verb::Observe(args) => observe::run(&args),
         Verb::LoadEnd { arguments } => bench::end(&arguments),
         Verb::Kubernetes(args) => kubernetes::run(&args),

@@ -1,0 +1,150 @@
+//! The mail server in the cluster: its pod, where it runs, and its log.
+
+use std::{fs, net::Ipv4Addr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use injector_testbed::{
+    certificate::{Certificate, MAIL_NAME},
+    dovecot::PASSWORD,
+    message::DOMAIN,
+};
+use serde_json::{Value, json};
+
+use super::{machines::Cluster, plan::Node, wait::wait};
+use crate::{
+    cargo::workspace,
+    release::kubernetes::object::{list, text},
+    setup::{IMAGE_TAG, MAIL_IMAGE},
+};
+
+/// How long a pod may take to be ready.
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// The name of the file with the certificate's authority.
+const AUTHORITY: &str = "authority.pem";
+
+/// Starts the mail server on the node `worker`, its Services, and a webmail.
+///
+/// # Errors
+/// When a pod is not ready in time.
+pub(super) fn start(cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["create", "namespace", "mail"])?;
+    for namespace in ["mail", "default"] {
+        let account = ["-n", namespace, "get", "serviceaccount", "default"];
+        wait("service accounts", LIMIT, || Ok(cluster.kubectl(&account).ok()))?;
+    }
+    let folder = tempfile::tempdir()?;
+    let certificate = Certificate::new(folder.path())?;
+    fs::write(cluster.state.file(AUTHORITY), &certificate.authority_pem)?;
+    let named = |name: &str| json!({ "name": name, "namespace": "mail" });
+    let objects = [
+        json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": named("mailserver-start"),
+            "data": { "mail.sh": include_str!("mail.sh") } }),
+        json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": named("mailserver"),
+            "data": { "DOMAIN": DOMAIN, "NAME": MAIL_NAME, "PASSWORD": PASSWORD } }),
+        json!({ "apiVersion": "v1", "kind": "Secret", "metadata": named("mailserver-tls"), "stringData": {
+            "tls.crt": fs::read_to_string(&certificate.chain)?,
+            "tls.key": fs::read_to_string(&certificate.key)? } }),
+    ];
+    cluster.apply(&objects.map(|object| object.to_string()).join("\n---\n"))?;
+    cluster.apply(&include_str!("mail.yaml").replace("MAIL_IMAGE", &format!("{MAIL_IMAGE}:{IMAGE_TAG}")))?;
+    cluster.apply(&cluster.kustomize(&workspace().join("deploy/kubernetes/mail"))?)?;
+    wait_ready(cluster)?;
+    cluster.kubectl(&["wait", "--for=condition=Ready", "pod/webmail", "--timeout=60s"]).map(drop)
+}
+
+/// Waits until the mail server's only pod is the newest one, and ready.
+///
+/// # Errors
+/// After a while.
+pub(super) fn wait_ready(cluster: &Cluster) -> Result<()> {
+    let status = ["-n", "mail", "rollout", "status", "deployment/mailserver", "--timeout=90s"];
+    cluster.kubectl(&status).map(drop)
+}
+
+/// The authority of the mail server's certificate, PEM.
+pub(super) fn authority(cluster: &Cluster) -> Result<String> {
+    fs::read_to_string(cluster.state.file(AUTHORITY)).context("the mail server's certificate")
+}
+
+/// Lets the mail server run on this node alone; it moves if it is elsewhere.
+///
+/// # Errors
+/// When its pod is not ready there in time.
+pub(super) fn place(cluster: &Cluster, node: Node) -> Result<()> {
+    allow(cluster, &[node])?;
+    wait_ready(cluster)
+}
+
+/// Lets the mail server run on these nodes alone, without waiting.
+///
+/// # Errors
+/// When the API server refuses it.
+pub(super) fn allow(cluster: &Cluster, nodes: &[Node]) -> Result<()> {
+    let names: Vec<_> = nodes.iter().map(|node| node.name()).collect();
+    let on = json!([{ "matchExpressions": [
+        { "key": "kubernetes.io/hostname", "operator": "In", "values": names }] }]);
+    let affinity = json!({ "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": { "nodeSelectorTerms": on } } });
+    let patch = json!({ "spec": { "template": { "spec": { "affinity": affinity } } } }).to_string();
+    cluster.kubectl(&["-n", "mail", "patch", "deployment", "mailserver", "-p", &patch]).map(drop)
+}
+
+/// Where the mail server runs, and its pod's name and address.
+///
+/// # Errors
+/// When it does not run.
+pub(super) fn pod(cluster: &Cluster) -> Result<(Node, String, Ipv4Addr)> {
+    let pods = cluster.get(&["-n", "mail", "pods", "-l", "app.kubernetes.io/name=mailserver"])?;
+    let is_running =
+        |pod: &&Value| pod["status"]["phase"] == "Running" && pod["metadata"]["deletionTimestamp"].is_null();
+    let pod = list(&pods["items"]).iter().find(is_running).context("the mail server does not run")?;
+    let node = Node::named(text(&pod["spec"]["nodeName"])).context("a pod without a node")?;
+    let address = text(&pod["status"]["podIP"]).parse().context("a pod without an address")?;
+    Ok((node, text(&pod["metadata"]["name"]).to_owned(), address))
+}
+
+/// Ensures that the alternative ports have never logged a client with one of these addresses: a
+/// header with it would have been believed.
+///
+/// # Errors
+/// When there is one; with its line.
+pub(super) fn ensure_never_client(cluster: &Cluster, addresses: &[Ipv4Addr]) -> Result<()> {
+    for address in addresses {
+        for parts in [
+            ["postfix/proxied", ": client=", &format!("[{address}]")],
+            ["imap-login", "Login: ", &format!("rip={address},")],
+        ] {
+            let lines = log(cluster, &parts);
+            ensure!(lines.is_empty(), "the mail server logged {address} as a client: {}", lines.join("\n"));
+        }
+    }
+    Ok(())
+}
+
+/// The log lines of all its pods that have each of these texts. The kubelet writes them on the
+/// nodes, so they are found while the API server is away too.
+pub(super) fn log(cluster: &Cluster, parts: &[&str]) -> Vec<String> {
+    let files = Node::KUBELETS.into_iter().flat_map(|node| {
+        let pods = cluster.state.node(node).join("upper/var/log/pods");
+        entries(pods).into_iter().filter(|path| path.to_string_lossy().contains("/mail_mailserver-"))
+    });
+    let logs = files.flat_map(|pod| entries(pod.join("mail")));
+    let texts = logs.filter_map(|log| fs::read_to_string(log).ok());
+    let wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
+    texts.flat_map(|text| text.lines().filter(wanted).map(str::to_owned).collect::<Vec<_>>()).collect()
+}
+
+/// The first such line, which may be written within five seconds.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn wait_log(cluster: &Cluster, parts: &[&str]) -> Result<String> {
+    wait(&format!("a line with {parts:?} in the mail server's log"), Duration::from_secs(5), || {
+        Ok(log(cluster, parts).into_iter().next())
+    })
+}
+
+fn entries(folder: PathBuf) -> Vec<PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}

@@ -1,0 +1,96 @@
+//! Where a running cluster keeps its files.
+
+use std::{
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Cni, Node, ProxyMode};
+use crate::setup::ClusterTools;
+
+/// One for the whole machine: the names of namespaces and control groups are the machine's too. Not
+/// in `/tmp`, which may be in memory, and not on an overlay, which could not carry the nodes' own.
+const FOLDER: &str = "/var/tmp/inj-cluster";
+
+/// Held while a verb changes the cluster.
+const LOCK: &str = "/var/tmp/inj-cluster.lock";
+
+/// What a cluster was started with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Settings {
+    pub(super) proxy_mode: ProxyMode,
+    pub(super) cni: Cni,
+}
+
+/// The folders of a cluster.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    folder: PathBuf,
+    pub(super) tools: ClusterTools,
+    pub(super) settings: Settings,
+}
+
+impl State {
+    /// Creates the folder of a new cluster.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn create(tools: ClusterTools, settings: Settings) -> Result<Self> {
+        let folder = PathBuf::from(FOLDER);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {FOLDER}"))?;
+        fs::write(folder.join("settings.json"), serde_json::to_string(&settings)?)?;
+        Ok(Self { folder, tools, settings })
+    }
+
+    /// The folder of the running cluster; `None` if there is none.
+    pub(super) fn existing(tools: ClusterTools) -> Option<Self> {
+        let text = fs::read_to_string(Path::new(FOLDER).join("settings.json")).ok()?;
+        let settings = serde_json::from_str(&text).ok()?;
+        Some(Self { folder: FOLDER.into(), tools, settings })
+    }
+
+    pub(super) fn node(&self, node: Node) -> PathBuf {
+        self.folder.join(node.name())
+    }
+
+    pub(super) fn pki(&self) -> PathBuf {
+        self.folder.join("pki")
+    }
+
+    pub(super) fn kubeconfig(&self) -> PathBuf {
+        self.pki().join("admin.conf")
+    }
+
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+}
+
+/// Removes the folder.
+///
+/// # Errors
+/// When something in it is still mounted, for example.
+pub(super) fn remove() -> Result<()> {
+    match fs::remove_dir_all(FOLDER) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {FOLDER}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Locks the cluster until the file is dropped.
+///
+/// # Errors
+/// When another process holds the lock.
+pub(super) fn lock() -> Result<File> {
+    let file = File::create(LOCK).with_context(|| format!("cannot write {LOCK}"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another `cargo xtask cluster` is running"),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {LOCK}")),
+    }
+}

@@ -195,8 +195,34 @@ fn fill(
 
 /// Takes the addresses and ports by which the backend answers. `own` is what the client has established before with the addresses
 /// and ports that it has now.
-#[inline(never)]
+#[inline(always)]
 fn claim_port(packet: &Packet, slot: u32, flow: &mut Flow, backend: &Backend, own: u32) -> bool {
+    // SAFETY: map values.
+    unsafe { open_claim_port(packet, slot, flow, backend, own) != 0 }
+}
+
+/// The same; a function that the verifier follows once, not at each call, because its linkage is global.
+///
+/// # Safety
+/// The pointers must be null or map values.
+#[unsafe(no_mangle)]
+#[inline(never)]
+unsafe extern "C" fn open_claim_port(
+    packet: *const Packet,
+    slot: u32,
+    flow: *mut Flow,
+    backend: *const Backend,
+    own: u32,
+) -> i64 {
+    // SAFETY: by the caller.
+    match unsafe { (packet.as_ref(), flow.as_mut(), backend.as_ref()) } {
+        (Some(packet), Some(flow), Some(backend)) => search_port(packet, slot, flow, backend, own).into(),
+        _ => 0,
+    }
+}
+
+#[inline(always)]
+fn search_port(packet: &Packet, slot: u32, flow: &mut Flow, backend: &Backend, own: u32) -> bool {
     let Some(settings) = maps::settings() else { return false };
     let claimed = Entry { origin: Entry::FROM_BACKEND, established: 0, pending: slot };
     let mut key = MaybeUninit::<Key>::uninit();

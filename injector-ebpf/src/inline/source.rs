@@ -99,14 +99,14 @@ fn enter_each(flow: &mut Flow, what: u64) -> bool {
     let mut key = SourceKey { ip: flow.source_ip, listener: flow.listener };
     let mut places = SourcePlaces::of(Counted::of(what));
     if own.source_limits.is_set() {
-        if !count(&key, &own.source_limits, what) {
+        if !count(&key, what) {
             return false;
         }
         places = places.with_own();
     }
     if all.source_limits.is_set() {
         key.listener = Usage::ALL;
-        if !count(&key, &all.source_limits, what) {
+        if !count(&key, what) {
             if places.has_own() {
                 key.listener = flow.listener;
                 uncount(&key, what);
@@ -200,9 +200,32 @@ fn establish_each(flow: &mut Flow) {
     flow.source = places.established().0;
 }
 
-/// Counts one more of a source; `false` if it has as many as it may, or comes too fast.
+/// Counts one more of a source, of the listener in the key or of all; `false` if it has as many as it may, or comes too fast.
+#[inline(always)]
+fn count(key: &SourceKey, what: u64) -> bool {
+    // SAFETY: a reference.
+    unsafe { source_count(key, what) != 0 }
+}
+
+/// The same. Its linkage is global, too.
+///
+/// # Safety
+/// `key` must be null or valid.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn count(key: &SourceKey, limits: &SourceLimits, what: u64) -> bool {
+unsafe extern "C" fn source_count(key: *const SourceKey, what: u64) -> i64 {
+    if key.is_null() {
+        return 0;
+    }
+    // On this function's stack: Linux 6.1 takes no key that a global function was given.
+    // SAFETY: by the caller.
+    let key = unsafe { key.read_volatile() };
+    let Some(usage) = maps::usage(key.listener) else { return 0 };
+    count_within(&key, &usage.source_limits, what).into()
+}
+
+#[inline(always)]
+fn count_within(key: &SourceKey, limits: &SourceLimits, what: u64) -> bool {
     // SAFETY: map values; a wrong one, of an element that is used again, is another moment's.
     let (sessions, rate) = unsafe {
         (SOURCE_SESSIONS.get(key).copied().unwrap_or(0), SOURCE_RATES.get(key).copied().unwrap_or_default())

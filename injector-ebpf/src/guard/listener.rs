@@ -6,10 +6,10 @@ use aya_ebpf::{
     bindings::bpf_fib_lookup as Lookup, btf_maps::HashMap, helpers::generated::bpf_fib_lookup,
     macros::btf_map, programs::XdpContext,
 };
-use injector_common::{guard::packet::TCP, inline::Address};
+use injector_common::inline::Address;
 
 use super::{
-    Ends, bans,
+    Ends, bans, fib,
     frame::{self, Frame},
     mem,
 };
@@ -56,30 +56,14 @@ pub(super) fn is_at<F: Frame>(frame: &F, ends: &Ends, port: u16) -> bool {
 /// Whether this host would forward the packet.
 #[inline(always)]
 fn is_forwarded<F: Frame>(frame: &F, ends: &Ends) -> bool {
-    /// `AF_INET`, `AF_INET6`
-    const AF_INET: u8 = 2;
-    const AF_INET6: u8 = 10;
-    /// What bpf_fib_lookup returns for a route to another host (include/uapi/linux/bpf.h): found; one that tunnels; one whose neighbour is
-    /// not known; one with a smaller MTU.
-    const FORWARDED: [i64; 4] = [0, 6, 7, 8];
+    /// A route to another host; one that tunnels; one whose neighbour is not known; one with a smaller MTU.
+    const FORWARDED: [i64; 4] =
+        [fib::SUCCESS, fib::UNSUPPORTED_TUNNEL, fib::NO_NEIGHBOUR, fib::FRAGMENTATION_NEEDED];
 
     let mut request = MaybeUninit::<Lookup>::uninit();
-    // SAFETY: the value's own place; zeroed, it is a request.
-    let request = unsafe {
-        mem::zero(request.as_mut_ptr());
-        request.assume_init_mut()
-    };
-    request.l4_protocol = TCP;
-    request.ifindex = frame.device();
-    if ends.ipv6 {
-        request.family = AF_INET6;
-        request.__bindgen_anon_3.ipv6_src = ends.source;
-        request.__bindgen_anon_4.ipv6_dst = ends.destination;
-    } else {
-        request.family = AF_INET;
-        request.__bindgen_anon_3.ipv4_src = ends.source[0];
-        request.__bindgen_anon_4.ipv4_dst = ends.destination[0];
-    }
+    let Ends { source, destination, ipv6 } = ends;
+    // SAFETY: the value's own place.
+    let request = unsafe { fib::request(request.as_mut_ptr(), frame.device(), source, destination, *ipv6) };
     // SAFETY: the program's own context, and a value of this size.
     let result = unsafe { bpf_fib_lookup(frame.context(), request, size_of::<Lookup>() as i32, 0) };
     FORWARDED.contains(&result)

@@ -7,6 +7,9 @@
 
 #[path = "../bans.rs"]
 mod bans;
+#[path = "../fib.rs"]
+#[expect(dead_code, reason = "engine inline uses the rest")]
+mod fib;
 mod frame;
 mod listener;
 #[path = "../mem.rs"]

@@ -11,6 +11,9 @@
 
 #[path = "../bans.rs"]
 mod bans;
+#[path = "../fib.rs"]
+#[expect(dead_code, reason = "the guard's programs use the rest")]
+mod fib;
 #[path = "../mem.rs"]
 mod mem;
 #[path = "../object.rs"]

@@ -12,24 +12,15 @@ use injector_common::inline::{NextHop, Tuple};
 use network_types::eth::EthHdr;
 
 use super::{
-    mem,
-    packet::{Failed, Link, TCP},
+    fib,
+    packet::{Failed, Link},
 };
-
-/// `AF_INET`, `AF_INET6`
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 
 /// The loopback device. Routes are looked up as for packets of the host's own sockets, which a proxy's would be: policy rules and
 /// several next hops count as for those.
 const LOOPBACK: u32 = 1;
 
-/// What bpf_fib_lookup returns (include/uapi/linux/bpf.h): a route; a route whose neighbour is not known, which
-/// bpf_redirect_neigh resolves; and an address that is not forwarded to: local, among others.
-const SUCCESS: i64 = 0;
-const NO_NEIGHBOUR: i64 = 7;
-const NOT_FORWARDED: i64 = 4;
-/// None of those.
+/// What bpf_fib_lookup never returns.
 const UNASKED: i64 = -1;
 
 /// 1 in the self-test, which has no routes. Set by the loader.
@@ -47,7 +38,7 @@ pub(super) fn is_self_test() -> bool {
 #[inline(never)]
 pub(super) fn look_up(skb: &TcContext, tuple: &Tuple, hop: &mut NextHop, now_ns: u64) -> bool {
     if is_self_test() {
-        let family = if tuple.ipv6 != 0 { AF_INET6 } else { AF_INET };
+        let family = if tuple.ipv6 != 0 { fib::AF_INET6 } else { fib::AF_INET };
         *hop = NextHop {
             family: family.into(),
             address: tuple.destination,
@@ -58,7 +49,7 @@ pub(super) fn look_up(skb: &TcContext, tuple: &Tuple, hop: &mut NextHop, now_ns:
         return true;
     }
     let result = ask(skb, tuple);
-    if result != SUCCESS && result != NO_NEIGHBOUR {
+    if result != fib::SUCCESS && result != fib::NO_NEIGHBOUR {
         return false;
     }
     let Some(found) = LOOKUP.get(0) else { return false };
@@ -66,13 +57,13 @@ pub(super) fn look_up(skb: &TcContext, tuple: &Tuple, hop: &mut NextHop, now_ns:
     let (address, mtu) =
         unsafe { (found.__bindgen_anon_4.ipv6_dst, u32::from(found.__bindgen_anon_1.mtu_result)) };
     hop.family = found.family.into();
-    if found.family == AF_INET6 {
+    if found.family == fib::AF_INET6 {
         hop.address = address;
     } else {
         hop.address[0] = address[0];
     }
     hop.ifindex = found.ifindex;
-    hop.mtu = if result == SUCCESS { mtu } else { device_mtu(skb, found.ifindex) };
+    hop.mtu = if result == fib::SUCCESS { mtu } else { device_mtu(skb, found.ifindex) };
     hop.looked_up = NextHop::clock(now_ns);
     true
 }
@@ -80,7 +71,7 @@ pub(super) fn look_up(skb: &TcContext, tuple: &Tuple, hop: &mut NextHop, now_ns:
 /// Whether a packet to this address is for the host itself.
 #[inline(never)]
 pub(super) fn is_local(skb: &TcContext, tuple: &Tuple) -> bool {
-    ask(skb, tuple) == NOT_FORWARDED
+    ask(skb, tuple) == fib::NOT_FORWARDED
 }
 
 /// Where the kernel is asked, since the stack is small.
@@ -91,27 +82,14 @@ static LOOKUP: PerCpuArray<Lookup, 1> = PerCpuArray::new();
 #[inline(always)]
 fn ask(skb: &TcContext, tuple: &Tuple) -> i64 {
     let Some(request) = LOOKUP.get_ptr_mut(0) else { return UNASKED };
-    // SAFETY: a per-CPU slot; zeroed, it is a request.
-    let request = unsafe {
-        mem::zero(request);
-        &mut *request
-    };
-    request.l4_protocol = TCP;
-    request.ifindex = LOOPBACK;
+    let Tuple { source, destination, ipv6, .. } = tuple;
+    // SAFETY: a per-CPU slot.
+    let request = unsafe { fib::request(request, LOOPBACK, source, destination, *ipv6 != 0) };
     // A length has the kernel answer with the path's MTU.
     request.__bindgen_anon_1.tot_len = 1;
     let ports = tuple.ports.to_ne_bytes();
     request.sport = u16::from_ne_bytes([ports[0], ports[1]]);
     request.dport = u16::from_ne_bytes([ports[2], ports[3]]);
-    if tuple.ipv6 != 0 {
-        request.family = AF_INET6;
-        request.__bindgen_anon_3.ipv6_src = tuple.source;
-        request.__bindgen_anon_4.ipv6_dst = tuple.destination;
-    } else {
-        request.family = AF_INET;
-        request.__bindgen_anon_3.ipv4_src = tuple.source[0];
-        request.__bindgen_anon_4.ipv4_dst = tuple.destination[0];
-    }
     // SAFETY: the program's own context, and a value of this size.
     unsafe { bpf_fib_lookup(skb.as_ptr(), request, size_of::<Lookup>() as i32, 0) }
 }

@@ -13,6 +13,11 @@ const ATTEMPTS: u32 = 5;
 /// The line between two attempts.
 const SEPARATOR: &str = "-- attempt";
 
+/// How many instructions of a program the verifier may process. It gives up after 1,000,000
+/// (`BPF_COMPLEXITY_LIMIT_INSNS`, include/linux/bpf.h), and kernels differ in how often they process
+/// the same instruction.
+const MAX_INSTRUCTIONS: u64 = 300_000;
+
 /// With which capabilities the self-test runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Capabilities {
@@ -100,6 +105,13 @@ fn engine(name: &str, report: &Value) -> Option<Engine> {
             engine.programs.insert(name.to_owned(), count);
         }
     }
+    let costly = engine.programs.iter().filter(|(_, count)| **count > MAX_INSTRUCTIONS);
+    engine.failures.extend(costly.map(|(program, count)| {
+        format!(
+            "{name}: program {program}: the verifier processed {count} instructions, more than {MAX_INSTRUCTIONS}; \
+             what is called from several places can be a global function, which it follows once"
+        )
+    }));
     Some(engine)
 }
 
@@ -146,6 +158,16 @@ mod tests {
         assert_eq!(parse(&attempts(&[refused])).unwrap()[0].failures, ["inline: no BTF"]);
         let silent = r#"{ "inline": { "checks": [], "failure": null, "programs": [] } }"#;
         assert_eq!(parse(&attempts(&[silent])).unwrap()[0].failures, ["inline: no check was made"]);
+    }
+
+    #[test]
+    fn a_program_that_is_costly_to_verify_has_failed() {
+        let costly = REPORT.replace("2357", &(MAX_INSTRUCTIONS + 1).to_string());
+        let engines = parse(&attempts(&[&costly])).unwrap();
+        let [failure] = &engines[0].failures[..] else { panic!("{:?}", engines[0].failures) };
+        assert!(failure.starts_with("inline: program client_in: the verifier processed 300001"), "{failure}");
+        let most = REPORT.replace("2357", &MAX_INSTRUCTIONS.to_string());
+        assert!(parse(&attempts(&[&most])).unwrap()[0].failures.is_empty());
     }
 
     #[test]

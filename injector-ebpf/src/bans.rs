@@ -54,6 +54,12 @@ pub(super) fn is_allowed(source: &[u32; 4]) -> bool {
     GUARD_ALLOWED.get(&lpm_trie::Key::new(128, *source)).is_some()
 }
 
+/// Whether anything is banned. Engine inline, which asks about SYNs alone, need not know.
+#[inline(always)]
+pub(super) fn is_any() -> bool {
+    GUARD_SETTINGS.get(0).is_some_and(Settings::has_bans)
+}
+
 /// Whether nothing of this source may pass.
 #[inline(always)]
 pub(super) fn is_banned(source: &[u32; 4]) -> bool {

@@ -4,11 +4,13 @@ mod ban;
 mod count_word;
 mod counter;
 pub mod packet;
+mod ports;
 mod settings;
 mod source;
 
 pub use ban::{Ban, Listed};
 pub use count_word::{CountWord, Counted, Enter, SourcePlaces};
 pub use counter::Counter;
+pub use ports::{PORT_WORDS, port_bit};
 pub use settings::Settings;
 pub use source::{Rate, SourceCounts, SourceKey, SourceLimits, Verdict, admit, mask};

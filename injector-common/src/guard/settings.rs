@@ -10,3 +10,12 @@ pub struct Settings {
     /// 0 if no single address is banned.
     pub addresses: u32,
 }
+
+impl Settings {
+    /// Whether anything is banned.
+    #[must_use]
+    #[inline(always)]
+    pub const fn has_bans(&self) -> bool {
+        self.networks | self.addresses != 0
+    }
+}

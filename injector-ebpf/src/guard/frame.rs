@@ -7,7 +7,6 @@ use aya_ebpf::{
     helpers::generated::bpf_skb_pull_data,
     programs::{TcContext, XdpContext},
 };
-use injector_common::guard::packet::{IPV4_LEN, IPV6_LEN};
 
 /// Where a TCP header has the destination's port.
 const PORT: usize = 2;
@@ -26,8 +25,9 @@ pub(super) trait Frame {
     /// Reads bytes at any place.
     fn load<T>(&self, at: usize) -> Option<T>;
 
-    /// The port in the TCP header `at` bytes behind the start of the IP header, in network order.
-    fn port<const IP: usize>(&self, at: usize) -> Option<u16>;
+    /// The port in the TCP header `at` bytes behind the start of the IP header, in network order. Without options, the IP header has
+    /// `LEN` bytes.
+    fn port<const IP: usize, const LEN: usize>(&self, at: usize) -> Option<u16>;
 
     /// Its device.
     fn device(&self) -> u32;
@@ -56,8 +56,8 @@ impl Frame for TcContext {
     }
 
     #[inline(always)]
-    fn port<const IP: usize>(&self, at: usize) -> Option<u16> {
-        Self::load(self, IP + at + PORT).ok()
+    fn port<const IP: usize, const LEN: usize>(&self, at: usize) -> Option<u16> {
+        near_port::<_, IP, LEN>(self, at).or_else(|| Self::load(self, IP + at + PORT).ok())
     }
 
     #[inline(always)]
@@ -90,14 +90,9 @@ impl Frame for XdpContext {
         None
     }
 
-    /// At constant offsets alone: the verifier allows no others to a loader without CAP_PERFMON.
     #[inline(always)]
-    fn port<const IP: usize>(&self, at: usize) -> Option<u16> {
-        match at {
-            IPV4_LEN => half(self, IP + IPV4_LEN + PORT),
-            IPV6_LEN => half(self, IP + IPV6_LEN + PORT),
-            _ => None,
-        }
+    fn port<const IP: usize, const LEN: usize>(&self, at: usize) -> Option<u16> {
+        near_port::<_, IP, LEN>(self, at)
     }
 
     #[inline(always)]
@@ -109,6 +104,13 @@ impl Frame for XdpContext {
     fn context(&self) -> *mut c_void {
         self.as_ptr()
     }
+}
+
+/// The port right behind an IP header without options, where nearly all packets have it. At one constant offset: the verifier allows no
+/// other to a loader without CAP_PERFMON, and LLVM makes a variable one of two.
+#[inline(always)]
+fn near_port<F: Frame, const IP: usize, const LEN: usize>(frame: &F, at: usize) -> Option<u16> {
+    if at == LEN { half(frame, IP + LEN + PORT) } else { None }
 }
 
 /// Two bytes of the frame, at a constant offset.

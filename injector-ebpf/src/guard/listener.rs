@@ -3,10 +3,16 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::bpf_fib_lookup as Lookup, btf_maps::HashMap, helpers::generated::bpf_fib_lookup,
-    macros::btf_map, programs::XdpContext,
+    bindings::bpf_fib_lookup as Lookup,
+    btf_maps::{Array, HashMap},
+    helpers::generated::bpf_fib_lookup,
+    macros::btf_map,
+    programs::XdpContext,
 };
-use injector_common::inline::Address;
+use injector_common::{
+    guard::{PORT_WORDS, port_bit},
+    inline::Address,
+};
 
 use super::{
     Ends, bans, fib,
@@ -17,6 +23,10 @@ use super::{
 /// The addresses of listeners, which may be unspecified; with port 0 their hosts.
 #[btf_map]
 static GUARDED: HashMap<Address, u32, 4096> = HashMap::new();
+
+/// The ports of these addresses, as bits ([`port_bit`]); 0 is one of them. Most packets are for none, and are not looked at further.
+#[btf_map]
+static GUARDED_PORTS: Array<u64, PORT_WORDS> = Array::new();
 
 /// The Ethernet addresses of devices, by index.
 #[btf_map]
@@ -30,6 +40,13 @@ pub(super) fn is_own(frame: &XdpContext) -> bool {
     let [a, b, c, _] = unsafe { *address };
     // The destination stands first.
     frame::half(frame, 0) == Some(a) && frame::half(frame, 2) == Some(b) && frame::half(frame, 4) == Some(c)
+}
+
+/// Whether a listener has this port, at any address.
+#[inline(always)]
+pub(super) fn has_port(port: u16) -> bool {
+    let (word, bit) = port_bit(port);
+    GUARDED_PORTS.get(word).is_some_and(|word| word & bit != 0)
 }
 
 /// Whether a listener is at the packet's destination. With port 0, whether any port of its host has one.

@@ -116,8 +116,13 @@ fn at_ingress<const IP: usize>(skb: &TcContext) -> i32 {
 }
 
 /// Whether this packet is a banned source's, for a listener. Its IP header begins at `IP`, and its Ethernet type is `kind`.
+///
+/// What tells most packets apart comes first, and needs no hash: whether anything is banned, and the port.
 #[inline(always)]
 fn is_banned<F: Frame, const IP: usize>(frame: &F, kind: u16) -> bool {
+    if !bans::is_any() {
+        return false;
+    }
     match kind {
         IPV4 => {
             let Some(header) = frame::words::<F, IP, { packet::IPV4_LEN / 4 }>(frame) else { return false };
@@ -127,26 +132,23 @@ fn is_banned<F: Frame, const IP: usize>(frame: &F, kind: u16) -> bool {
                 u32::from_be(fragment) as u16,
                 (u32::from_be(protocol) >> 16) as u8,
             );
-            content != Content::Other
-                && bans::is_banned(&bans::mapped(source))
-                && to_listener::<F, IP>(
-                    frame,
-                    content,
-                    &Ends { source: [source, 0, 0, 0], destination: [destination, 0, 0, 0], ipv6: false },
-                )
+            let ends = Ends { source: [source, 0, 0, 0], destination: [destination, 0, 0, 0], ipv6: false };
+            port::<F, IP, { packet::IPV4_LEN }>(frame, content).is_some_and(|port| {
+                listener::has_port(port)
+                    && bans::is_banned(&bans::mapped(source))
+                    && listener::is_at(frame, &ends, port)
+            })
         }
         IPV6 => {
             let Some(header) = frame::words::<F, IP, { packet::IPV6_LEN / 4 }>(frame) else { return false };
             let [_, length, s0, s1, s2, s3, d0, d1, d2, d3] = header;
             let content = packet::ipv6((u32::from_be(length) >> 8) as u8);
-            let source = [s0, s1, s2, s3];
-            content != Content::Other
-                && bans::is_banned(&source)
-                && to_listener::<F, IP>(
-                    frame,
-                    content,
-                    &Ends { source, destination: [d0, d1, d2, d3], ipv6: true },
-                )
+            let ends = Ends { source: [s0, s1, s2, s3], destination: [d0, d1, d2, d3], ipv6: true };
+            port::<F, IP, { packet::IPV6_LEN }>(frame, content).is_some_and(|port| {
+                listener::has_port(port)
+                    && bans::is_banned(&ends.source)
+                    && listener::is_at(frame, &ends, port)
+            })
         }
         _ => false,
     }
@@ -159,9 +161,10 @@ struct Ends {
     ipv6: bool,
 }
 
-/// Whether a packet with this content is for a listener. What cannot be read is judged by its address.
+/// The port that a packet with this content is for: 0 if it cannot be read, so that the address alone decides; `None` for what no ban
+/// concerns. `LEN` is the length of an IP header without options.
 #[inline(always)]
-fn to_listener<F: Frame, const IP: usize>(frame: &F, content: Content, ends: &Ends) -> bool {
+fn port<F: Frame, const IP: usize, const LEN: usize>(frame: &F, content: Content) -> Option<u16> {
     let mut content = content;
     if F::READS_ALL {
         for _ in 0..MAX_EXTENSIONS {
@@ -172,16 +175,15 @@ fn to_listener<F: Frame, const IP: usize>(frame: &F, content: Content, ends: &En
             };
         }
     }
-    let port = match content {
-        Content::Tcp(at) => match frame.port::<IP>(at) {
-            Some(port) => u16::from_be(port),
-            None if F::READS_ALL => 0,
-            None => return false,
+    match content {
+        Content::Tcp(at) => match frame.port::<IP, LEN>(at) {
+            Some(port) => Some(u16::from_be(port)),
+            None if F::READS_ALL => Some(0),
+            None => None,
         },
-        Content::Portless => 0,
+        Content::Portless => Some(0),
         // More than senders have.
-        Content::Extension(..) if F::READS_ALL => 0,
-        Content::Extension(..) | Content::Other => return false,
-    };
-    listener::is_at(frame, ends, port)
+        Content::Extension(..) if F::READS_ALL => Some(0),
+        Content::Extension(..) | Content::Other => None,
+    }
 }

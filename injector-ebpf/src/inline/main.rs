@@ -10,6 +10,7 @@
 #![expect(internal_features, reason = "atomic instructions have no other name on this target")]
 
 #[path = "../bans.rs"]
+#[expect(dead_code, reason = "the guard's programs use the rest")]
 mod bans;
 #[path = "../fib.rs"]
 #[expect(dead_code, reason = "the guard's programs use the rest")]

@@ -16,7 +16,7 @@ use aya::{
     maps::{Map, MapData, PerCpuArray},
 };
 use injector_common::{
-    guard::{Ban, Counter, Settings},
+    guard::{Ban, Counter, PORT_WORDS, Settings, port_bit},
     inline::Address,
 };
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -35,6 +35,7 @@ pub(super) const ADDRESSES: &str = "BANNED_ADDRESSES";
 const NETWORKS: &str = "BANNED_NETWORKS";
 const ALLOWED: &str = "GUARD_ALLOWED";
 const GUARDED: &str = "GUARDED";
+const PORTS: &str = "GUARDED_PORTS";
 const SETTINGS: &str = "GUARD_SETTINGS";
 const DEVICES: &str = "GUARD_DEVICES";
 
@@ -49,7 +50,7 @@ pub(super) struct Maps {
     /// One writer at a time: what it has written last is what `GUARD_SETTINGS` tells of.
     bans: Mutex<Bans>,
     allowed: Mutex<ByteMap>,
-    guarded: Mutex<ByteMap>,
+    guarded: Mutex<Guarded>,
     devices: Mutex<ByteMap>,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -67,6 +68,12 @@ struct Bans {
     settings: ByteMap,
 }
 
+/// What is guarded.
+struct Guarded {
+    addresses: ByteMap,
+    ports: ByteMap,
+}
+
 /// Has the programs use the maps that are pinned there, or makes and pins them. Maps of another size than
 /// `max_bans` are set aside: [`Maps::take_over`] moves their bans.
 pub(super) fn prepare(loader: &mut EbpfLoader<'_>, pins: &Path, max_bans: u32) -> io::Result<()> {
@@ -82,7 +89,7 @@ pub(super) fn prepare(loader: &mut EbpfLoader<'_>, pins: &Path, max_bans: u32) -
             fs::rename(&pin, &aside)?;
         }
     }
-    for name in SHARED.into_iter().chain([GUARDED]) {
+    for name in SHARED.into_iter().chain([GUARDED, PORTS]) {
         loader.map_pin_path(name, pins.join(name));
     }
     Ok(())
@@ -103,7 +110,8 @@ impl Maps {
     pub(super) fn take(programs: &mut Ebpf) -> Result<Self, LoadError> {
         let open = |map| byte_map(programs, map);
         let bans = Bans { addresses: open(ADDRESSES)?, networks: open(NETWORKS)?, settings: open(SETTINGS)? };
-        let [allowed, guarded, devices] = [open(ALLOWED)?, open(GUARDED)?, open(DEVICES)?].map(Mutex::new);
+        let guarded = Mutex::new(Guarded { addresses: open(GUARDED)?, ports: open(PORTS)? });
+        let [allowed, devices] = [open(ALLOWED)?, open(DEVICES)?].map(Mutex::new);
         let counters = take_map(programs, "GUARD_COUNTERS")?;
         Ok(Self { bans: Mutex::new(bans), allowed, guarded, devices, counters })
     }
@@ -227,13 +235,26 @@ impl BanMaps for Maps {
         let hosts = addresses.iter().map(|address| SocketAddr::new(address.ip(), 0));
         let key =
             |address: SocketAddr| Address::new(mapped(address.ip()), address.port()).as_bytes().to_vec();
-        let wanted = addresses.iter().copied().chain(hosts).map(key).collect();
-        replace(&lock(&self.guarded), &wanted).context("writing the addresses of the listeners")
+        let all: Vec<_> = addresses.iter().copied().chain(hosts).collect();
+        let guarded = lock(&self.guarded);
+        replace(&guarded.addresses, &all.iter().copied().map(key).collect())
+            .and_then(|()| write_ports(&guarded.ports, all.iter().map(SocketAddr::port)))
+            .context("writing the addresses of the listeners")
     }
 
     fn dropped(&self, by: Counter) -> u64 {
         self.counters.get(&(by as u32), 0).map_or(0, |values| values.iter().sum())
     }
+}
+
+/// Makes these all ports of `GUARDED_PORTS`.
+fn write_ports(map: &ByteMap, ports: impl Iterator<Item = u16>) -> io::Result<()> {
+    let mut words = [0_u64; PORT_WORDS];
+    for (word, bit) in ports.map(port_bit) {
+        words[word as usize] |= bit;
+    }
+    let keys: Vec<u8> = (0_u32..).take(PORT_WORDS).flat_map(u32::to_ne_bytes).collect();
+    map.insert_all(&keys, words.as_bytes())
 }
 
 /// Makes these all keys of a map.

@@ -70,15 +70,18 @@ pub struct PacketCost {
     pub nanos: f64,
 }
 
-/// Whose packets are measured: a client without a ban, and the first banned address and network of
-/// the list.
-fn sources(count: u32) -> Vec<(&'static str, Ipv4Addr)> {
-    let mut sources = vec![("not banned", CLIENT.v4)];
+/// A port that no listener has: most packets are for such a port, those from backends among them.
+const OTHER_PORT: u16 = 40_001;
+
+/// Whose packets are measured, and to which port: a client without a ban, and the first banned address
+/// and network of the list.
+fn packets_of(count: u32) -> Vec<(&'static str, Ipv4Addr, u16)> {
+    let mut packets = vec![("another port", CLIENT.v4, OTHER_PORT), ("not banned", CLIENT.v4, SHORT.port)];
     let network = bans::first(|ban| ban.contains('/').then(|| bans::address(ban)).flatten(), count);
     let address = bans::first(|ban| ban.parse().ok(), count);
-    sources.extend(address.map(|address| ("a banned address", address)));
-    sources.extend(network.map(|address| ("in a banned network", address)));
-    sources
+    packets.extend(address.map(|address| ("a banned address", address, SHORT.port)));
+    packets.extend(network.map(|address| ("in a banned network", address, SHORT.port)));
+    packets
 }
 
 /// Measures each number of bans, and calls `on_cost` with each result.
@@ -128,7 +131,7 @@ fn drop_in_force(daemon: u32, listener: Ipv4Addr, left: &mut Vec<Ipv4Addr>) -> a
     }
     let program = Program::of(daemon, INGRESS)?;
     while let Some(address) = left.last() {
-        if program.test_run(&syn(*address, listener)?, 1)?.answer != TC_DROP {
+        if program.test_run(&syn(*address, listener, SHORT.port)?, 1)?.answer != TC_DROP {
             break;
         }
         left.pop();
@@ -161,8 +164,8 @@ fn packets(daemon: u32, count: u32) -> anyhow::Result<Vec<PacketCost>> {
     DaemonMap::of(daemon, "GUARD_DEVICES")?.set(&LOOPBACK.to_ne_bytes(), &[0; 8])?;
     for name in PROGRAMS {
         let program = Program::of(daemon, name)?;
-        for (source, address) in sources(count) {
-            let packet = syn(address, VIP_RELAY.v4)?;
+        for (source, address, port) in packets_of(count) {
+            let packet = syn(address, VIP_RELAY.v4, port)?;
             let mut times = Vec::with_capacity(REPEATS);
             let mut answer = 0;
             for _ in 0..REPEATS {
@@ -194,13 +197,13 @@ fn nanos(duration: Duration) -> f64 {
     duration.as_nanos() as f64
 }
 
-fn syn(source: Ipv4Addr, listener: Ipv4Addr) -> anyhow::Result<Vec<u8>> {
+fn syn(source: Ipv4Addr, listener: Ipv4Addr, port: u16) -> anyhow::Result<Vec<u8>> {
     /// The loopback device's.
     const TO: [u8; 6] = [0; 6];
     const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
     let builder = PacketBuilder::ethernet2(FROM, TO)
         .ipv4(source.octets(), listener.octets(), 60)
-        .tcp(40_000, SHORT.port, 1, 64_240)
+        .tcp(40_000, port, 1, 64_240)
         .syn();
     let mut frame = Vec::new();
     builder.write(&mut frame, &[])?;
@@ -228,7 +231,7 @@ fn configuration(count: u32, pin: &Path, list: &Path) -> String {
 pub fn table(costs: &[BanCost]) -> String {
     let columns: Vec<_> = PROGRAMS
         .iter()
-        .flat_map(|program| sources(u32::MAX).into_iter().map(move |(source, _)| (*program, source)))
+        .flat_map(|program| packets_of(u32::MAX).into_iter().map(move |(source, ..)| (*program, source)))
         .collect();
     let mut head = ["bans", "s until in force", "MiB, daemon", "MiB, maps"].map(str::to_owned).to_vec();
     head.extend(columns.iter().map(|(program, source)| format!("ns, {program}, {source}")));
@@ -256,12 +259,14 @@ mod tests {
     #[test]
     fn a_source_of_each_kind_is_found_in_the_list() {
         let list = bans::list(1000);
-        let [(_, client), (_, address), (_, inside)] = sources(1000)[..] else { panic!("three sources") };
+        let [_, (_, client, _), (_, address, _), (_, inside, _)] = packets_of(1000)[..] else {
+            panic!("four packets")
+        };
         assert!(!list.contains(&client.to_string()));
         assert!(list.lines().any(|ban| ban == address.to_string()));
         let [a, b, c, _] = inside.octets();
         assert!(list.lines().any(|ban| ban == format!("{a}.{b}.{c}.0/24")));
-        assert_eq!(sources(0).len(), 1);
+        assert_eq!(packets_of(0).len(), 2);
     }
 
     #[test]
@@ -281,8 +286,8 @@ mod tests {
         };
         let table = table(&[cost]);
         let row = table.lines().last().unwrap().split('|').map(str::trim).collect::<Vec<_>>();
-        assert_eq!(row[1..7], ["1,000,000", "1.50", "100", "50.0", "80.0", ""], "{table}");
-        assert_eq!(row[9], "60.0", "{table}");
+        assert_eq!(row[1..8], ["1,000,000", "1.50", "100", "50.0", "", "80.0", ""], "{table}");
+        assert_eq!(row[11], "60.0", "{table}");
     }
 
     #[test]

@@ -181,6 +181,7 @@ fn parse(text: &str) -> Result<Vec<Network>, Vec<(usize, String)>> {
     }
     networks.sort_unstable();
     networks.dedup();
+    networks.shrink_to_fit();
     Ok(networks)
 }
 

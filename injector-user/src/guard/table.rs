@@ -21,16 +21,20 @@ pub(super) struct Table {
     networks: usize,
     /// How many bans each origin wants.
     counts: [usize; Origin::ALL.len()],
-    reasons: HashSet<Arc<str>>,
+    reasons: HashSet<Reason>,
     /// How many reasons there were when the unused ones were last dropped.
     reasons_kept: usize,
 }
 
+/// What an origin wants of a network. Small, because there may be a million.
 #[derive(Debug)]
 struct Want {
     until_ns: u64,
-    reason: Arc<str>,
+    reason: Reason,
 }
+
+/// A pointer of one word; one to a `str` has two.
+type Reason = Arc<Arc<str>>;
 
 /// What became of a ban that an origin wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +168,7 @@ impl Table {
     }
 
     /// The same text for equal reasons, so that a million bans of a list have one.
-    fn intern(&mut self, reason: Arc<str>) -> Arc<str> {
+    fn intern(&mut self, reason: Arc<str>) -> Reason {
         if let Some(known) = self.reasons.get(&reason) {
             return Arc::clone(known);
         }
@@ -172,13 +176,14 @@ impl Table {
             self.reasons.retain(|reason| Arc::strong_count(reason) > 1);
             self.reasons_kept = self.reasons.len();
         }
+        let reason = Arc::new(reason);
         self.reasons.insert(Arc::clone(&reason));
         reason
     }
 }
 
 fn listed((network, origin, want): (Network, Origin, &Want)) -> ListedBan {
-    let ban = WantedBan { network, until_ns: want.until_ns, reason: Arc::clone(&want.reason) };
+    let ban = WantedBan { network, until_ns: want.until_ns, reason: Arc::clone(&*want.reason) };
     ListedBan { origin, ban }
 }
 
@@ -217,6 +222,11 @@ mod tests {
         assert_eq!(table.insert(Origin::List, ban("192.0.2.2", 5), 1), Inserted::Full);
         assert!(table.remove(Origin::Command, "192.0.2.1".parse().unwrap()));
         assert_eq!(table.insert(Origin::List, ban("192.0.2.2", 5), 1), Inserted::Added);
+    }
+
+    #[test]
+    fn a_million_bans_have_no_more_than_they_need() {
+        assert_eq!(size_of::<Want>(), 16);
     }
 
     #[test]

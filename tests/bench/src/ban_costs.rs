@@ -15,7 +15,7 @@ use injector_testbed::bpf::{DaemonMap, Program, map_memory};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{GUARD_BANS, Injector};
 use injector_testbed::netns::{CLIENT, Netns, VIP_RELAY, scratch_dir};
-use injector_testbed::resource_usage::Memory;
+use injector_testbed::resource_usage::{Memory, peak_memory};
 
 use super::bans;
 use super::report::table::align;
@@ -28,6 +28,9 @@ pub const COUNTS: [&str; 4] = ["0", "1000", "100000", "1000000"];
 
 /// How long the daemon may take until all bans are in force.
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// After this, the allocator has given back what loading has used.
+const SETTLE: Duration = Duration::from_secs(4);
 
 /// Runs of a program for one time, in one system call, and how often that is repeated; the median
 /// counts.
@@ -49,8 +52,10 @@ pub struct BanCost {
     pub bans: u32,
     /// Seconds from the start of the daemon until all are in force.
     pub seconds: f64,
-    /// Memory of the daemon when all are in force (`VmRSS`), in bytes.
+    /// Memory of the daemon once it has loaded them (`VmRSS`), in bytes.
     pub daemon: u64,
+    /// The most memory that it had until then (`VmHWM`), in bytes.
+    pub peak: u64,
     /// Memory of its BPF maps, as the kernel reports it, in bytes.
     pub maps: u64,
     /// Time per packet.
@@ -149,11 +154,13 @@ fn measure(count: u32) -> anyhow::Result<BanCost> {
     let injector = Injector::start(&testbed.topology.edge, &configuration(count, bpffs.path(), &list))?;
     await_in_force(&injector, &testbed.topology.edge, VIP_RELAY.v4, count)?;
     let seconds = begun.elapsed().as_secs_f64();
-    let (daemon, maps) = (Memory::now(injector.pid()).daemon, map_memory(injector.pid())?);
+    thread::sleep(SETTLE);
+    let (daemon, peak) = (Memory::now(injector.pid()).daemon, peak_memory(injector.pid()));
+    let maps = map_memory(injector.pid())?;
     let packets = testbed.topology.edge.run(|| packets(injector.pid(), count))??;
     let (status, log) = injector.stop()?;
     ensure!(status.success(), "the injector ended with {status} and logged:\n{log}");
-    Ok(BanCost { bans: count, seconds, daemon, maps, packets })
+    Ok(BanCost { bans: count, seconds, daemon, peak, maps, packets })
 }
 
 /// In the edge's namespace, where the programs find the listener.
@@ -233,12 +240,14 @@ pub fn table(costs: &[BanCost]) -> String {
         .iter()
         .flat_map(|program| packets_of(u32::MAX).into_iter().map(move |(source, ..)| (*program, source)))
         .collect();
-    let mut head = ["bans", "s until in force", "MiB, daemon", "MiB, maps"].map(str::to_owned).to_vec();
+    let mut head =
+        ["bans", "s until in force", "MiB, daemon", "MiB, at most", "MiB, maps"].map(str::to_owned).to_vec();
     head.extend(columns.iter().map(|(program, source)| format!("ns, {program}, {source}")));
     let mebibytes = |bytes: u64| digits(f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)) / 1024.0);
     let row = |cost: &BanCost| {
-        let mut words =
-            vec![whole(cost.bans), digits(cost.seconds), mebibytes(cost.daemon), mebibytes(cost.maps)];
+        let memory = [cost.daemon, cost.peak, cost.maps].map(mebibytes);
+        let mut words = vec![whole(cost.bans), digits(cost.seconds)];
+        words.extend(memory);
         words.extend(columns.iter().map(|(program, source)| {
             let found = cost.packets.iter().find(|it| it.program == *program && it.source == *source);
             found.map(|found| digits(found.nanos)).unwrap_or_default()
@@ -281,13 +290,14 @@ mod tests {
             bans: 1_000_000,
             seconds: 1.5,
             daemon: 100 << 20,
+            peak: 200 << 20,
             maps: 50 << 20,
             packets: vec![packet("guard", "not banned", 80.0), packet("guard_xdp", "a banned address", 60.0)],
         };
         let table = table(&[cost]);
         let row = table.lines().last().unwrap().split('|').map(str::trim).collect::<Vec<_>>();
-        assert_eq!(row[1..8], ["1,000,000", "1.50", "100", "50.0", "", "80.0", ""], "{table}");
-        assert_eq!(row[11], "60.0", "{table}");
+        assert_eq!(row[1..9], ["1,000,000", "1.50", "100", "200", "50.0", "", "80.0", ""], "{table}");
+        assert_eq!(row[12], "60.0", "{table}");
     }
 
     #[test]

@@ -44,6 +44,13 @@ impl Memory {
     }
 }
 
+/// The most memory that this process has had (`VmHWM`), in bytes.
+#[must_use]
+pub fn peak_memory(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    kibibytes(&status, "VmHWM:")
+}
+
 /// Reads memory until asked for the extremes.
 #[derive(Debug)]
 pub struct MemoryWatch {

@@ -8,6 +8,7 @@ use super::{
     network::{self, Network},
     parse::section::{Section, Spanned},
     source_addresses::{self, Loopback},
+    with_services::{self, WithServices},
 };
 
 /// `[inline]`
@@ -26,8 +27,9 @@ pub struct Inline {
     pub pin: PathBuf,
     /// How programs are attached.
     pub attachment: Attachment,
-    /// Networks of other edges and injectors, whose connections to the backends pass this host.
-    pub peers: Vec<Network>,
+    /// Networks of other edges and injectors, whose connections to the backends pass this host. Services
+    /// add the addresses of their endpoints.
+    pub peers: WithServices<Network>,
 }
 
 impl Default for Inline {
@@ -39,7 +41,7 @@ impl Default for Inline {
             flows: 65_536,
             pin: PathBuf::from("/sys/fs/bpf/injector"),
             attachment: Attachment::default(),
-            peers: Vec::new(),
+            peers: WithServices::default(),
         }
     }
 }
@@ -84,7 +86,7 @@ pub(super) fn read(section: Section<'_>) -> Inline {
         inline.source_addresses = source_addresses(&section, inline.source, &addresses);
     }
     inline.devices = device_names(&section);
-    inline.peers = network::read(&section, "peers").into_iter().map(|(_, network)| network).collect();
+    inline.peers = peers(&section);
     if let Some(pin) = section.path("pin") {
         inline.pin = pin;
     }
@@ -159,6 +161,13 @@ fn source_addresses(section: &Section<'_>, source: Source, texts: &[Spanned<&str
         );
     }
     source_addresses::read(section, texts, Loopback::Refused)
+}
+
+fn peers(section: &Section<'_>) -> WithServices<Network> {
+    const FIELD: &str = "peers";
+    let (texts, services) = with_services::read(section, FIELD);
+    let networks = network::parse(section, FIELD, texts);
+    WithServices { listed: networks.into_iter().map(|(_, network)| network).collect(), services }
 }
 
 /// The field `devices`.

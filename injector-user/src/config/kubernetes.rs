@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::{destination::Destination, listener::Listener, parse::section::Section, service::ServiceRef};
+use super::{
+    destination::Destination, inline::Inline, listener::Listener, parse::section::Section,
+    service::ServiceRef,
+};
 
 /// `[kubernetes]`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,15 +44,15 @@ pub(super) fn read(section: Section<'_>) -> Kubernetes {
     kubernetes
 }
 
-/// The Services that the listeners name, each once.
-pub(super) fn services(listeners: &[Listener]) -> Vec<&ServiceRef> {
+/// The Services that these settings name, each once.
+pub(super) fn services<'s>(listeners: &'s [Listener], inline: &'s Inline) -> Vec<&'s ServiceRef> {
     let backends = listeners.iter().flat_map(|listener| &listener.backends);
-    let mut services: Vec<_> = backends
-        .filter_map(|backend| match &backend.destination {
-            Destination::Service { service, .. } => Some(service),
-            Destination::Address(_) | Destination::Name { .. } => None,
-        })
-        .collect();
+    let of_backends = backends.filter_map(|backend| match &backend.destination {
+        Destination::Service { service, .. } => Some(service),
+        Destination::Address(_) | Destination::Name { .. } => None,
+    });
+    let of_addresses = listeners.iter().flat_map(|listener| &listener.virtual_addresses.services);
+    let mut services: Vec<_> = of_backends.chain(of_addresses).chain(&inline.peers.services).collect();
     services.sort_unstable();
     services.dedup();
     services

@@ -20,6 +20,7 @@ use super::{
     source_addresses::{self, Loopback},
     timeouts::{self, Timeouts},
     virtual_addresses,
+    with_services::{self, WithServices},
 };
 use crate::protocol::{FirstSpeaker, Protocol};
 
@@ -78,7 +79,8 @@ pub struct Listener {
     pub bind: Vec<SocketAddr>,
     /// Addresses that are not this host's and whose packets come here, such as a load balancer's. No
     /// socket has them: engine inline and the guard take packets to them with the ports of `bind`.
-    pub virtual_addresses: Vec<IpAddr>,
+    /// Services add the addresses of their load balancers.
+    pub virtual_addresses: WithServices<IpAddr>,
     /// Networks of addresses that translation on the way here puts in place of the client's. Their
     /// connections are refused.
     pub translated_sources: Vec<Network>,
@@ -117,9 +119,9 @@ impl Listener {
         inline_obstacle(self.balance, &self.backends, &self.receiver)
     }
 
-    /// This virtual address with each port that the listener takes in its family.
-    pub fn virtual_sockets(&self, address: IpAddr) -> impl Iterator<Item = SocketAddr> {
-        virtual_addresses::sockets(&self.bind, address)
+    /// These virtual addresses, each with every port that the listener takes in its family.
+    pub fn virtual_sockets(&self, addresses: &[IpAddr]) -> impl Iterator<Item = SocketAddr> {
+        addresses.iter().flat_map(|address| virtual_addresses::sockets(&self.bind, *address))
     }
 
     /// Whether engine inline sends the header together with the client's first bytes. It does if
@@ -283,8 +285,12 @@ fn binds(section: &Section<'_>, protocol: Option<Protocol>, bound: &mut Vec<Boun
 }
 
 /// Reads `virtual_addresses`. With a port, each belongs to one listener.
-fn virtual_addresses(section: &Section<'_>, bind: &[SocketAddr], bound: &mut Vec<Bound>) -> Vec<IpAddr> {
-    let texts = section.strings(virtual_addresses::FIELD).unwrap_or_default();
+fn virtual_addresses(
+    section: &Section<'_>,
+    bind: &[SocketAddr],
+    bound: &mut Vec<Bound>,
+) -> WithServices<IpAddr> {
+    let (texts, services) = with_services::read(section, virtual_addresses::FIELD);
     let read = virtual_addresses::read(section, &texts, bind);
     for (at, ip) in &read {
         for address in virtual_addresses::sockets(bind, *ip) {
@@ -302,7 +308,7 @@ fn virtual_addresses(section: &Section<'_>, bind: &[SocketAddr], bound: &mut Vec
             bound.push(Bound { at: *at, address, owner: format!("listener {:?}", section.listener()) });
         }
     }
-    read.into_iter().map(|(_, ip)| ip).collect()
+    WithServices { listed: read.into_iter().map(|(_, ip)| ip).collect(), services }
 }
 
 /// Reads `translated_sources`.

@@ -29,6 +29,7 @@ mod summary;
 mod tests;
 mod timeouts;
 mod virtual_addresses;
+mod with_services;
 
 use std::{fs, path::Path};
 
@@ -64,6 +65,7 @@ pub use self::{
     stop::Stop,
     summary::summary,
     timeouts::Timeouts,
+    with_services::WithServices,
 };
 
 /// A minimal complete configuration, with the names that the documentation uses.
@@ -120,7 +122,7 @@ impl Config {
     /// The Services of Kubernetes that are followed, each once.
     #[must_use]
     pub fn services(&self) -> Vec<&ServiceRef> {
-        kubernetes::services(&self.listeners)
+        kubernetes::services(&self.listeners, &self.inline)
     }
 
     /// Checks the text of a file. `file_name` only appears in messages.

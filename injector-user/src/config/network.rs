@@ -76,14 +76,29 @@ impl Network {
 
 /// Reads a list of networks. Each invalid one is reported.
 pub(super) fn read(section: &Section<'_>, field: &'static str) -> Vec<Spanned<Network>> {
+    parse(section, field, section.strings(field).unwrap_or_default())
+}
+
+/// Parses networks of a list. Each invalid one is reported.
+pub(super) fn parse(
+    section: &Section<'_>,
+    field: &'static str,
+    texts: Vec<Spanned<&str>>,
+) -> Vec<Spanned<Network>> {
     let mut networks = Vec::new();
-    for (at, text) in section.strings(field).unwrap_or_default() {
+    for (at, text) in texts {
         match text.parse::<Network>() {
             Ok(network) => networks.push((at, network)),
             Err(advice) => section.report_field(at, field, &format!(" {text:?}: {advice}")),
         }
     }
     networks
+}
+
+impl From<IpAddr> for Network {
+    fn from(address: IpAddr) -> Self {
+        Self::host(address)
+    }
 }
 
 impl FromStr for Network {

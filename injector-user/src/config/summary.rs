@@ -54,7 +54,7 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
     let bind: Vec<_> = listener.bind.iter().map(|address| bind(*address)).collect();
     writeln!(out, "  listens on   {}", bind.join(", "))?;
     if !listener.virtual_addresses.is_empty() {
-        writeln!(out, "  virtual      {}", join(&listener.virtual_addresses))?;
+        writeln!(out, "  virtual      {}", listener.virtual_addresses)?;
     }
     if !listener.translated_sources.is_empty() {
         writeln!(out, "  refuses      {} (translated sources)", join(&listener.translated_sources))?;
@@ -117,7 +117,7 @@ fn write_inline(out: &mut String, inline: &Inline) -> fmt::Result {
     if inline.peers.is_empty() {
         return Ok(());
     }
-    writeln!(out, "inline: {} may connect to backends through this host", join(&inline.peers))
+    writeln!(out, "inline: {} may connect to backends through this host", inline.peers)
 }
 
 fn bind(address: SocketAddr) -> String {

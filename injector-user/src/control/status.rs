@@ -67,7 +67,7 @@ fn listener_status(active: &ActiveListener) -> ListenerStatus {
         protocol: active.settings.protocol.name().to_owned(),
         engine: active.selection.label(),
         bind: active.settings.bind.clone(),
-        virtual_addresses: active.settings.virtual_addresses.clone(),
+        virtual_addresses: active.virtual_addresses.current(),
         draining: active.drain.is_some(),
         abort_in_ms: active
             .drain

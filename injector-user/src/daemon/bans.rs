@@ -10,6 +10,7 @@ use crate::{
     control::Control,
     engine::kernel::KernelGuard,
     guard::{Guard, Service},
+    kubernetes::Followed,
 };
 
 /// How often the addresses of the backends are looked at.
@@ -28,8 +29,10 @@ pub(super) fn start(
     Service::start(guard, settings, peers, attachment).context("starting the thread of the guard")
 }
 
-/// Ends the sessions of sources that are banned from now on, and protects the backends' addresses.
-pub(super) async fn follow(control: Control, bans: Service) {
+/// Ends the sessions of sources that are banned from now on, and protects the addresses of backends and
+/// peers.
+pub(super) async fn follow(control: Control, bans: Service, mut peers: Followed<Network>) {
+    bans.set_peers(peers.current());
     let mut changes = bans.guard().changes();
     let mut backends = tokio::time::interval(BACKENDS_INTERVAL);
     backends.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -41,6 +44,7 @@ pub(super) async fn follow(control: Control, bans: Service) {
                 }
                 control.end_banned_sessions().await;
             }
+            () = peers.changed() => bans.set_peers(peers.current()),
             _ = backends.tick() => bans.set_backends(control.backend_addresses().await),
         }
     }

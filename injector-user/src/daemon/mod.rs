@@ -27,7 +27,7 @@ use crate::{
         select,
     },
     guard,
-    kubernetes::Watcher,
+    kubernetes::{Followed, Watcher},
     listener,
     os::systemd,
     server::{ListenerSetup, Server, StartupSettings, StartupState},
@@ -78,8 +78,10 @@ pub fn run(config: Config, file: PathBuf, source: ConfigSource, logging: &Loggin
         guard.as_ref(),
     );
     let _log_thread = logging.start_thread().context("starting the thread that writes the log")?;
-    let bans =
-        guard.as_ref().map(|guard| bans::start(guard, kernel_guard.as_ref(), &inline.peers)).transpose()?;
+    let bans = guard
+        .as_ref()
+        .map(|guard| bans::start(guard, kernel_guard.as_ref(), &inline.peers.listed))
+        .transpose()?;
 
     let listeners = listeners.into_iter().zip(selections?).zip(sockets);
     let setup = |((settings, selection), sockets)| ListenerSetup { settings, selection, sockets };
@@ -162,11 +164,12 @@ async fn serve(
     }
 
     let guard_settings = startup.guard.clone();
+    let peers = Followed::endpoints(&startup.settings.inline.peers, &startup.watcher);
     metrics.watch_services(Arc::new(startup.watcher.clone()));
     let server = Server::start(startup, &metrics, &backlog_total)?;
     if let Some(inline_engine) = inline_engine {
         let (listeners, health) = server.inline_updates();
-        inline_engine.spawn_tasks(&metrics, listeners, health);
+        inline_engine.spawn_tasks(&metrics, listeners, health, peers.clone());
     }
     if let Some(guard) = kernel_guard {
         guard.spawn_tasks(server.listen_addresses());
@@ -182,7 +185,7 @@ async fn serve(
 
     let control = Control::new((server, bans.clone()), file, source, metrics, log, ready);
     if let Some(bans) = bans {
-        tokio::spawn(bans::follow(control.clone(), bans));
+        tokio::spawn(bans::follow(control.clone(), bans, peers));
     }
     if let Some(socket) = operator.control {
         tokio::spawn(serve_control(socket, control.clone()));

@@ -215,6 +215,13 @@ impl Service {
         Some(self.0.attachment.as_ref()?.borrow().clone())
     }
 
+    /// Sets the networks of `inline.peers`, which are protected.
+    pub fn set_peers(&self, networks: Vec<Network>) {
+        if self.inputs().peers != networks {
+            self.update(|inputs| inputs.peers = networks);
+        }
+    }
+
     /// The state of the list files.
     #[must_use]
     pub fn lists(&self) -> Vec<ListStatus> {

@@ -10,6 +10,7 @@
 //! nothing: [`crate::config::Config::load`] refuses files that name a Service.
 
 mod endpoints;
+mod followed;
 
 #[cfg(feature = "kubernetes")]
 mod api_error;
@@ -37,6 +38,7 @@ mod watcher;
 
 pub use self::{
     endpoints::{Endpoint, Endpoints, NoAddress, Place, Readiness},
+    followed::Followed,
     watch_state::{WatchState, WatchedService},
     watcher::Watcher,
 };

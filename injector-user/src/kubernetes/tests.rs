@@ -6,10 +6,10 @@ use serde_json::json;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Endpoints, Readiness, WatchState, Watcher,
+    Endpoints, Followed, Readiness, WatchState, Watcher,
     stub_api::{LIMITS, StubApi, slice},
 };
-use crate::config::{Kubernetes, ServiceRef};
+use crate::config::{Kubernetes, Network, ServiceRef, WithServices};
 
 /// The longest that anything takes, failures with their pauses included.
 const SOON: Duration = Duration::from_secs(15);
@@ -316,4 +316,25 @@ async fn missing_credentials_are_explained_and_looked_for_again() {
     let watcher = Watcher::with_limits(settings, LIMITS);
     let _endpoints = watcher.endpoints(&service());
     fails(&watcher, "the injector may start none").await;
+}
+
+#[tokio::test]
+async fn lists_of_the_configuration_follow_services() {
+    let api = StubApi::start().await;
+    let watcher = api.watcher();
+    let listed: Vec<Network> = vec!["10.1.0.0/16".parse().unwrap()];
+    let configured = WithServices { listed, services: vec![service()] };
+    let mut peers = Followed::endpoints(&configured, &watcher);
+    assert!(!peers.is_complete());
+    for hosts in [&["10.0.0.1", "10.0.0.2"][..], &["10.0.0.2"], &[]] {
+        api.set("a", slice(hosts));
+        let expected: Vec<Network> =
+            [&["10.1.0.0/16"], hosts].concat().iter().map(|it| it.parse().unwrap()).collect();
+        let became = async {
+            while !peers.is_complete() || peers.current() != expected {
+                peers.changed().await;
+            }
+        };
+        assert!(timeout(SOON, became).await.is_ok(), "{:?}, not {expected:?}", peers.current());
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, OnceLock},
     time::Instant,
 };
@@ -14,6 +14,7 @@ use crate::{
     backend::Backends,
     config::Listener,
     engine::{select::EngineSelection, usage::UsageCounts},
+    kubernetes::Followed,
     listener::{AdmissionPolicy, ConnectionLimit, SocketOwner, SourceLimit},
     telemetry::metrics::{ListenerMetrics, ListenerSnapshot},
 };
@@ -37,6 +38,8 @@ pub struct ListenerSetup {
 pub struct ActiveListener {
     /// The settings in effect.
     pub settings: Listener,
+    /// Its virtual addresses.
+    pub virtual_addresses: Followed<IpAddr>,
     /// Its engines.
     pub selection: EngineSelection,
     /// Its backends with their health.

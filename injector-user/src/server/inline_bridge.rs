@@ -1,12 +1,20 @@
 //! Publishes to the programs which listeners there are: to the inline engine those that it serves, to the
 //! guard the addresses of all.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
+use futures_util::future::select_all;
 use tokio::sync::{Notify, watch};
 
 use super::{active_listener::ActiveListener, state::Server};
-use crate::{config::accepted, engine::served_listener::ServedListener};
+use crate::{
+    config::{Listener, accepted},
+    engine::served_listener::ServedListener,
+    kubernetes::Followed,
+};
 
 impl Server {
     /// The listeners of the inline engine with every later change, and a notification when other
@@ -21,6 +29,7 @@ impl Server {
     pub(super) fn publish_to_inline(&self) {
         let served = |active: &ActiveListener| ServedListener {
             listener: active.settings.clone(),
+            virtual_addresses: active.virtual_addresses.clone(),
             backends: Arc::clone(&active.backends),
             draining: active.drain.is_some() || !active.selection.inline,
         };
@@ -39,15 +48,36 @@ impl Server {
         self.listen_addresses.subscribe()
     }
 
-    /// Publishes them.
-    pub(super) fn publish_addresses(&self) {
-        let addresses = |active: &ActiveListener| {
-            let settings = &active.settings;
-            let of_virtual = settings.virtual_addresses.iter().flat_map(|ip| settings.virtual_sockets(*ip));
-            settings.bind.iter().flat_map(|bound| accepted(*bound)).chain(of_virtual).collect::<Vec<_>>()
+    /// Publishes them, and follows the virtual ones until the next call. The inline engine is notified of
+    /// their changes.
+    pub(super) fn publish_addresses(&mut self) {
+        let mut all: Vec<_> = self
+            .listeners
+            .iter()
+            .map(|active| (active.settings.clone(), active.virtual_addresses.clone()))
+            .collect();
+        self.listen_addresses.send_replace(addresses(&all));
+        self.stop_following_addresses.cancel();
+        self.stop_following_addresses = self.shared.stop_accepting.child_token();
+        let (stop, published) = (self.stop_following_addresses.clone(), self.listen_addresses.clone());
+        let changed = Arc::clone(&self.backends_changed);
+        let follow = async move {
+            loop {
+                select_all(all.iter_mut().map(|(_, followed)| Box::pin(followed.changed()))).await;
+                published.send_replace(addresses(&all));
+                changed.notify_one();
+            }
         };
-        self.listen_addresses.send_replace(self.listeners.iter().flat_map(addresses).collect());
+        tokio::spawn(async move { stop.run_until_cancelled(follow).await });
     }
+}
+
+fn addresses(listeners: &[(Listener, Followed<IpAddr>)]) -> Vec<SocketAddr> {
+    let of = |(settings, followed): &(Listener, Followed<IpAddr>)| {
+        let bound = settings.bind.iter().flat_map(|bound| accepted(*bound));
+        bound.chain(settings.virtual_sockets(&followed.current())).collect::<Vec<_>>()
+    };
+    listeners.iter().flat_map(of).collect()
 }
 
 /// Whether it is a listener of the inline engine, or was one.

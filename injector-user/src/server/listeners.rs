@@ -11,6 +11,7 @@ use super::{
 use crate::{
     backend::Backends,
     engine::usage::UsageCounts,
+    kubernetes::Followed,
     listener::{AdmissionPolicy, ConnectionLimit, SourceLimit, SourceRules},
     protocol::FirstSpeaker,
     session::Context,
@@ -26,6 +27,7 @@ impl Server {
         self.shared.metrics.set_draining(&settings.name, false);
         let abort = self.shared.abort_sessions.child_token();
         let mut active = ActiveListener {
+            virtual_addresses: Followed::load_balancers(&settings.virtual_addresses, &self.watcher),
             backends: Arc::new(Backends::new(&settings, None, Arc::clone(&self.backends_changed))),
             connection_limit: ConnectionLimit::new(settings.max_connections, inline_counts.clone()),
             source_limit: SourceLimit::new(
@@ -136,6 +138,7 @@ impl Server {
         active.backends =
             Arc::new(Backends::new(&settings, Some(&active.backends), Arc::clone(&self.backends_changed)));
         active.connection_limit.resize(settings.max_connections);
+        active.virtual_addresses = Followed::load_balancers(&settings.virtual_addresses, &self.watcher);
         (active.settings, active.selection) = (settings, selection);
         self.spawn_health_tasks(active);
         self.watch_inline(active);

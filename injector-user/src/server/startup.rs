@@ -124,6 +124,7 @@ impl Server {
             inline_usage,
             inline_listeners: watch::Sender::default(),
             listen_addresses: watch::Sender::default(),
+            stop_following_addresses: CancellationToken::new(),
         };
         server.listeners = listeners.into_iter().map(|setup| server.start_listener(setup)).collect();
         server.publish_limits();

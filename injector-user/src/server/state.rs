@@ -64,6 +64,8 @@ pub struct Server {
     pub(super) inline_listeners: watch::Sender<Vec<ServedListener>>,
     /// The addresses of all listeners.
     pub(super) listen_addresses: watch::Sender<Vec<SocketAddr>>,
+    /// Ends the task that follows the virtual ones.
+    pub(super) stop_following_addresses: CancellationToken,
 }
 
 /// What all listeners share.

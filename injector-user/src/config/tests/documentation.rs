@@ -71,7 +71,13 @@ fn the_documented_example_parses_and_sets_every_field() {
     assert_ne!(listener.engine, EngineChoice::default());
     assert_ne!(listener.resolve_interval, Duration::from_secs(15));
     assert!(!listener.source_addresses.is_empty());
-    assert!(!listener.virtual_addresses.is_empty() && !listener.translated_sources.is_empty());
+    for (listed, services) in [
+        (listener.virtual_addresses.listed.len(), listener.virtual_addresses.services.len()),
+        (config.inline.peers.listed.len(), config.inline.peers.services.len()),
+    ] {
+        assert_eq!((listed, services), (1, 1));
+    }
+    assert!(!listener.translated_sources.is_empty());
     assert!(listener.max_connections.is_some());
     assert!(is_limited(listener.per_source));
     assert!(listener.backends.iter().any(|backend| backend.weight != 1));

@@ -159,7 +159,7 @@ fn a_virtual_address_belongs_to_one_listener() {
     let config = Config::parse(&second(other_port), "f.toml").unwrap();
     let sockets = |index: usize| -> Vec<String> {
         let listener = &config.listeners[index];
-        let all = listener.virtual_addresses.iter().flat_map(|ip| listener.virtual_sockets(*ip));
+        let all = listener.virtual_sockets(&listener.virtual_addresses.listed);
         all.map(|socket| socket.to_string()).collect()
     };
     assert_eq!(sockets(0), ["198.51.100.1:25"]);

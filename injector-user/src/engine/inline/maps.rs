@@ -147,12 +147,13 @@ impl Maps {
         u32::try_from(self.connections.count()).unwrap_or(u32::MAX)
     }
 
-    /// Makes these the networks that may connect to PROXY ports through this host.
-    pub(super) fn set_peers(&self, networks: &[Network]) -> Result<(), LoadError> {
+    /// Adds networks that may connect to PROXY ports through this host. If they are `complete`, all
+    /// others may not.
+    pub(super) fn set_peers(&self, networks: &[Network], complete: bool) -> Result<(), LoadError> {
         let mut peers = lock(&self.peers);
         let wanted = networks.iter().map(|network| trie_prefix(*network)).collect();
         extend_trie(&mut peers, "PEERS", &wanted)?;
-        keep_in_trie(&mut peers, "PEERS", &wanted)
+        if complete { keep_in_trie(&mut peers, "PEERS", &wanted) } else { Ok(()) }
     }
 
     /// Writes the headers of a place, which no connection has.

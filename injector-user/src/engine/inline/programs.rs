@@ -24,7 +24,7 @@ use super::{
     service::{self, TowardsBackend},
 };
 use crate::{
-    config::{Inline as Settings, Listener, ProxyVersion, Receiver},
+    config::{Inline as Settings, Listener, Network, ProxyVersion, Receiver},
     engine::{
         bpf::{self, lock, reports},
         check::ProgramReport,
@@ -101,7 +101,8 @@ impl InlinePrograms {
             let flows = maps.slots().saturating_sub(1);
             tracing::warn!(target: target::ENGINE_INLINE, flows, configured = settings.flows, "the maps of an earlier daemon stay in use, with room for another number of connections; inline.flows takes effect after `injector inline detach`, which ends inline connections");
         }
-        maps.set_peers(&settings.peers)?;
+        // Those that an earlier daemon learned from Services stay until the API names them again.
+        maps.set_peers(&settings.peers.listed, settings.peers.services.is_empty())?;
         let listeners = Listeners {
             places: Places::new(maps.places()),
             counted: BTreeMap::new(),
@@ -125,6 +126,14 @@ impl InlinePrograms {
         let slots = self.maps.slots();
         let settings = inline::Settings { ports: ports()?, max_pending: (slots / 4).max(1), slots };
         Ok(self.maps.set_settings(&settings)?)
+    }
+
+    /// Has these networks reach PROXY ports through this host. Others too, unless these are `complete`.
+    ///
+    /// # Errors
+    /// When the map does not take them.
+    pub(super) fn set_peers(&self, networks: &[Network], complete: bool) -> Result<(), LoadError> {
+        Ok(self.maps.set_peers(networks, complete)?)
     }
 
     /// Gives the programs these listeners, with their backends. Established connections continue

@@ -30,13 +30,14 @@ use super::{
 };
 use crate::{
     backend::Backend,
-    config::{Inline as Settings, Listener},
+    config::{Inline as Settings, Listener, Network},
     engine::{
         attach::{self, Attached, routes::Changes},
         bpf::lock,
         served_listener::ServedListener,
         usage::InlineUsage,
     },
+    kubernetes::Followed,
     telemetry::{log::target, metrics::Metrics},
 };
 
@@ -176,7 +177,23 @@ impl InlineEngine {
         self.migration.serve(|| serve(&self.inline, served, &self.sources))
     }
 
-    /// Follows devices, routes, the configuration and the backends' health until the runtime ends.
+    /// Tells the program the peers, if they are others than those that were written last. A failure is
+    /// logged; the next call tries again.
+    fn write_peers(&self, peers: &Followed<Network>, written: &mut Option<(Vec<Network>, bool)>) {
+        let (networks, complete) = (peers.current(), peers.is_complete());
+        if written.as_ref().is_some_and(|it| (&it.0, it.1) == (&networks, complete)) {
+            return;
+        }
+        match self.inline.set_peers(&networks, complete) {
+            Ok(()) => *written = Some((networks, complete)),
+            Err(error) => {
+                tracing::error!(target: target::ENGINE_INLINE, %error, count = networks.len(), "inline does not know all peers: it drops what those that are missing send to PROXY ports through this host; it is tried again every few seconds");
+            }
+        }
+    }
+
+    /// Follows devices, routes, the configuration, the backends' health and the peers until the runtime
+    /// ends.
     ///
     /// # Errors
     /// When the kernel sends no notifications of changes any more.
@@ -184,7 +201,9 @@ impl InlineEngine {
         mut self,
         mut served: watch::Receiver<Vec<ServedListener>>,
         health: Arc<Notify>,
+        mut peers: Followed<Network>,
     ) -> anyhow::Result<()> {
+        let mut written_peers = None;
         let mut changes = Changes::watch().context("listening to rtnetlink")?;
         let mut refresh = tokio::time::interval(REFRESH);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -198,6 +217,7 @@ impl InlineEngine {
             }
             failing = error;
             *lock(&self.served) = now;
+            self.write_peers(&peers, &mut written_peers);
             tokio::select! {
                 changed = changes.next() => {
                     changed?;
@@ -218,6 +238,7 @@ impl InlineEngine {
                 () = health.notified() => {}
                 () = self.ejected.notified() => {}
                 Ok(()) = served.changed() => {}
+                () = peers.changed() => {}
             }
         }
     }

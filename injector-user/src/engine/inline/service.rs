@@ -34,7 +34,7 @@ pub(super) fn service(
     served: &ServedListener,
     towards: &impl Fn(SocketAddr) -> TowardsBackend,
 ) -> Service {
-    let ServedListener { listener, backends, draining } = served;
+    let ServedListener { listener, virtual_addresses, backends, draining } = served;
     let all = backends.all().iter().flat_map(Backend::addresses);
     let mut destinations = Vec::new();
     if !draining {
@@ -57,11 +57,7 @@ pub(super) fn service(
     Service {
         id,
         bind: listener.bind.clone(),
-        virtual_addresses: listener
-            .virtual_addresses
-            .iter()
-            .flat_map(|ip| listener.virtual_sockets(*ip))
-            .collect(),
+        virtual_addresses: listener.virtual_sockets(&virtual_addresses.current()).collect(),
         translated_sources: listener.translated_sources.clone(),
         timeouts: timeouts(listener),
         destinations,
@@ -103,6 +99,7 @@ mod tests {
     use crate::{
         backend::{AdminState, Backends},
         config::Config,
+        kubernetes::Followed,
     };
 
     fn served(backends: &str) -> ServedListener {
@@ -112,7 +109,12 @@ mod tests {
         );
         let listener = Config::parse(&text, "test.toml").unwrap().listeners.remove(0);
         let backends = Arc::new(Backends::new(&listener, None, Arc::default()));
-        ServedListener { listener, backends, draining: false }
+        ServedListener {
+            virtual_addresses: Followed::listed(Vec::new()),
+            listener,
+            backends,
+            draining: false,
+        }
     }
 
     fn towards(backend: SocketAddr) -> TowardsBackend {

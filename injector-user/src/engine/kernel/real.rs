@@ -11,7 +11,7 @@ use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Watermarks},
+    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Network, Watermarks},
     engine::{
         Engine,
         bans::BanMaps,
@@ -26,6 +26,7 @@ use crate::{
         splice::{Splice, selftest as splice_selftest},
         usage::InlineUsage,
     },
+    kubernetes::Followed,
     os::poll,
     telemetry::{
         log::target,
@@ -241,12 +242,13 @@ impl InlineEngine {
     }
 
     /// Serves the listeners, and starts the tasks that follow its connections, the devices and
-    /// routes, `listeners` and the backends' `health`. The kernel forwards packets without them.
+    /// routes, `listeners`, the backends' `health` and `peers`. The kernel forwards packets without them.
     pub fn spawn_tasks(
         self,
         metrics: &Metrics,
         listeners: watch::Receiver<Vec<ServedListener>>,
         health: Arc<Notify>,
+        peers: Followed<Network>,
     ) {
         let Self(mut running) = self;
         metrics.set_inline_max_flows(running.inline.max_flows());
@@ -261,7 +263,7 @@ impl InlineEngine {
             }
         });
         tokio::spawn(async move {
-            if let Err(error) = running.run(listeners, health).await {
+            if let Err(error) = running.run(listeners, health, peers).await {
                 tracing::error!(target: target::ENGINE_INLINE, error = format!("{error:#}"), "device monitor failed; until a restart, programs are not attached to new devices, and inline does not follow health, drains and reloads");
             }
         });

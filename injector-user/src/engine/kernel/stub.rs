@@ -11,11 +11,12 @@ use caps::Capability;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Watermarks},
+    config::{Attachment, Guard as GuardSettings, Inline as InlineSettings, Listener, Network, Watermarks},
     engine::{
         Engine, bans::BanMaps, check::SelfTestReport, guarded_device::GuardAttachment,
         served_listener::ServedListener, usage::InlineUsage,
     },
+    kubernetes::Followed,
     telemetry::{log::target, metrics::Metrics},
 };
 
@@ -182,6 +183,7 @@ impl InlineEngine {
         _metrics: &Metrics,
         _listeners: watch::Receiver<Vec<ServedListener>>,
         _health: Arc<Notify>,
+        _peers: Followed<Network>,
     ) {
         match self {}
     }

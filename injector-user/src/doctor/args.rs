@@ -15,6 +15,9 @@ Examples:
   On any other host: does a mail server trust headers from there?
     $ injector doctor --config injector.toml --untrusted
 
+  On an edge node of a cluster: who reaches the PROXY ports, and for which addresses to open them
+    $ injector doctor --config injector.toml --kubernetes
+
 Verdicts, and what the doctor sends to a server, are described in docs/doctor.md.";
 
 /// Arguments of `injector doctor`.
@@ -40,4 +43,9 @@ pub struct DoctorArgs {
     /// whether they relay mail for it
     #[arg(long, env = "INJECTOR_UNTRUSTED")]
     pub untrusted: bool,
+
+    /// Examine no server, but the Services of Kubernetes that the configuration names: who reaches
+    /// them, and from which addresses this host connects to their endpoints
+    #[arg(long, env = "INJECTOR_KUBERNETES", conflicts_with = "untrusted")]
+    pub kubernetes: bool,
 }

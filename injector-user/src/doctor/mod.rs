@@ -14,6 +14,7 @@ mod exchange;
 mod fixtures;
 mod guard;
 mod header_addresses;
+mod kubernetes;
 pub mod observation;
 mod observe;
 pub mod plan;
@@ -42,7 +43,10 @@ use self::{
     observe::Timeouts,
     report::{AddressReport, BackendReport, ListenerReport, Report},
 };
-use crate::config::{Backend, Config, Destination, EngineChoice, Inline, Listener, Source};
+use crate::{
+    config::{Backend, Config, Destination, EngineChoice, Inline, Listener, Source},
+    kubernetes::Watcher,
+};
 
 /// Everything is fine.
 const EXIT_OK: u8 = 0;
@@ -59,12 +63,11 @@ const MAX_OTHER_SOURCES: usize = 3;
 #[must_use]
 pub fn run(args: &DoctorArgs) -> ExitCode {
     match report(args) {
-        Ok(report) => {
-            let text = if args.json { format!("{:#}\n", report.json()) } else { report.text() };
+        Ok((text, faults)) => {
             // A reader that closed the pipe, as `head` does, wants no more; the exit code still
             // counts.
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::from(if report.faults() == 0 { EXIT_OK } else { EXIT_FAULTS })
+            ExitCode::from(if faults == 0 { EXIT_OK } else { EXIT_FAULTS })
         }
         Err(error) => {
             eprintln!("injector: {error:#}");
@@ -73,7 +76,8 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     }
 }
 
-fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
+/// The report in the form that is asked for, and how many faults it has.
+fn report(args: &DoctorArgs) -> anyhow::Result<(String, usize)> {
     let mut config = Config::load(&args.config)?;
     if let Some(name) = &args.listener {
         let names: Vec<_> = config.listeners.iter().map(|listener| listener.name.clone()).collect();
@@ -90,7 +94,18 @@ fn report(args: &DoctorArgs) -> anyhow::Result<Report> {
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    let report = runtime.block_on(examine(config, args));
+    let report = runtime.block_on(async {
+        let written = |json: serde_json::Value, text: String| {
+            if args.json { format!("{json:#}\n") } else { text }
+        };
+        if args.kubernetes {
+            let local = local_addresses().context("cannot list this host's addresses")?;
+            let report = kubernetes::examine(&config, &local, args.timeout, source_for).await?;
+            return Ok((written(report.json(), report.text()), report.faults()));
+        }
+        let report = examine(config, args).await?;
+        Ok((written(report.json(), report.text()), report.faults()))
+    });
     // Do not wait for a resolver thread that still waits for its answer.
     runtime.shutdown_background();
     report
@@ -167,8 +182,10 @@ async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeM
     let backends = config.listeners.iter().flat_map(|listener| &listener.backends);
     let distinct: BTreeMap<_, _> = backends.map(|backend| (backend.to_string(), backend.clone())).collect();
     let mut tasks = JoinSet::new();
+    let watcher = Watcher::new(config.kubernetes.clone());
     for (name, backend) in distinct {
-        tasks.spawn(async move { (name, resolve(&backend, within).await) });
+        let watcher = watcher.clone();
+        tasks.spawn(async move { (name, resolve(&backend, &watcher, within).await) });
     }
     let mut addresses = BTreeMap::new();
     while let Some(resolved) = tasks.join_next().await {
@@ -177,11 +194,15 @@ async fn resolve_all(config: &Config, within: Duration) -> anyhow::Result<BTreeM
     Ok(addresses)
 }
 
-async fn resolve(backend: &Backend, within: Duration) -> Resolved {
+async fn resolve(backend: &Backend, watcher: &Watcher, within: Duration) -> Resolved {
     let (name, port) = match &backend.destination {
         Destination::Address(address) => return Ok(vec![*address]),
         Destination::Name { name, port } => (name, *port),
-        Destination::Service { .. } => return Err("services of Kubernetes are not followed".to_owned()),
+        Destination::Service { service, port } => {
+            let endpoints = kubernetes::endpoints(watcher, service, within).await?;
+            let place = watcher.place().borrow().clone();
+            return endpoints.choose(port, &place).map_err(|error| error.to_string());
+        }
     };
     match tokio::time::timeout(within, tokio::net::lookup_host((name.as_str(), port))).await {
         Ok(Ok(found)) => {

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 
 use serde::Deserialize;
 
-use super::resource::{Metadata, Resource, Selector};
+use super::{
+    exposure::Exposure,
+    resource::{Metadata, Resource, Selector},
+};
 use crate::config::ServiceRef;
 
 /// A Service, in what its load balancer says of it.
@@ -12,7 +15,32 @@ use crate::config::ServiceRef;
 pub(super) struct Service {
     metadata: Metadata,
     #[serde(default)]
+    spec: ServiceSpec,
+    #[serde(default)]
     status: ServiceStatus,
+}
+
+/// The fields that say who reaches it. Their defaults are the API's.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ServiceSpec {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<String>,
+    external_traffic_policy: Option<String>,
+}
+
+impl Service {
+    /// How clients reach it.
+    pub(super) fn exposure(&self) -> Exposure {
+        let ServiceSpec { kind, cluster_ip, external_traffic_policy } = &self.spec;
+        Exposure {
+            kind: kind.clone().unwrap_or_else(|| "ClusterIP".to_owned()),
+            headless: cluster_ip.as_deref() == Some("None"),
+            keeps_clients_address: external_traffic_policy.as_deref() == Some("Local"),
+        }
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]

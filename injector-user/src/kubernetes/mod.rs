@@ -10,6 +10,7 @@
 //! nothing: [`crate::config::Config::load`] refuses files that name a Service.
 
 mod endpoints;
+mod exposure;
 mod followed;
 
 #[cfg(feature = "kubernetes")]
@@ -38,6 +39,7 @@ mod watcher;
 
 pub use self::{
     endpoints::{Endpoint, Endpoints, NoAddress, Place, Readiness},
+    exposure::Exposure,
     followed::Followed,
     watch_state::{WatchState, WatchedService},
     watcher::Watcher,

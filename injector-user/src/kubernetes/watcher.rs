@@ -11,11 +11,13 @@ use std::{
 use tokio::{sync::watch, time::sleep};
 
 use super::{
+    api_error::ApiError,
     connection::{self, Connection},
     endpoints::{Endpoints, Place},
+    exposure::Exposure,
     follower::{Follower, Health, Limits},
     load_balancer::Service,
-    resource::Resource,
+    resource::{Page, Resource, list_request},
     slice::EndpointSlice,
     watch_state::WatchedService,
 };
@@ -91,6 +93,25 @@ impl Watcher {
     #[must_use]
     pub fn load_balancer_addresses(&self, service: &ServiceRef) -> watch::Receiver<Option<Arc<Vec<IpAddr>>>> {
         self.follow(|shared| &shared.services, service, |_, _| ())
+    }
+
+    /// How clients reach a Service, asked for once; `None` if there is no such Service.
+    ///
+    /// # Errors
+    /// When the API cannot be asked, or does not answer.
+    pub async fn exposure(&self, service: &ServiceRef) -> Result<Option<Exposure>, String> {
+        let ask = async {
+            let (_, client) = self.0.connection.client().await?;
+            let version = Service::VERSIONS.first().copied().unwrap_or_default();
+            let request = list_request::<Service>(service, version, "")
+                .map_err(|error| ApiError::Malformed(error.to_string()))?;
+            let page: Page<Service> = client
+                .request(request)
+                .await
+                .map_err(|error| ApiError::of_client::<Service>(service, &error))?;
+            Ok::<_, ApiError>(page.items.first().map(Service::exposure))
+        };
+        ask.await.map_err(|error| error.to_string())
     }
 
     /// Where the injector runs, as far as it is known. Its zone may become known later.

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::{
     endpoints::{Endpoints, Place},
+    exposure::Exposure,
     watch_state::WatchedService,
 };
 use crate::config::{Kubernetes, ServiceRef};
@@ -41,6 +42,14 @@ impl Watcher {
         _service: &ServiceRef,
     ) -> watch::Receiver<Option<Arc<Vec<IpAddr>>>> {
         watch::channel(None).1
+    }
+
+    /// Never known.
+    ///
+    /// # Errors
+    /// Always.
+    pub async fn exposure(&self, _service: &ServiceRef) -> Result<Option<Exposure>, String> {
+        Err("this injector was built without the feature `kubernetes`".to_owned())
     }
 
     /// Not known.

@@ -1,7 +1,7 @@
 //! A LAPI of the test, which may answer anything.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -27,7 +27,7 @@ pub(crate) struct Stub {
 impl Stub {
     pub(crate) fn start(netns: &Netns, good: Answer, changes: &'static [Answer]) -> anyhow::Result<Self> {
         let address: SocketAddr = ADDRESS.parse()?;
-        let listener = netns.run(|| TcpListener::bind(address))??;
+        let listener = netns.listen(address)?;
         listener.set_nonblocking(true)?;
         let (ended, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let (stop, count) = (Arc::clone(&ended), Arc::clone(&answered));

@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{ADMIN, Injector};
 use injector_testbed::netns::{Family, MAIL, Netns, Topology, VIP_RELAY};
@@ -21,10 +21,10 @@ const PORT: u16 = 2500;
 /// Where the server expects the header.
 const BACKEND_PORT: u16 = 12500;
 
-/// How long a session may take before it counts as refused.
+/// How long an answer to a SYN may take before a session counts as refused.
 const REFUSED_AFTER: Duration = Duration::from_millis(700);
 
-/// The namespaces, shared by all trials.
+/// The namespaces, shared by all trials of a group.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -33,8 +33,8 @@ pub(crate) struct Testbed {
 }
 
 impl Testbed {
-    pub(crate) fn new() -> anyhow::Result<Self> {
-        let topology = Topology::new()?;
+    pub(crate) fn new(group: &str) -> anyhow::Result<Self> {
+        let topology = Topology::named(group)?;
         let server = Server::start(&topology.mail)?;
         Ok(Self { topology, _bpffs: BpfFs::mount()?, _server: server })
     }
@@ -102,7 +102,7 @@ pub(crate) fn config(top: &str) -> String {
     )
 }
 
-/// Whether the server's banner arrives in time.
+/// Whether a client is accepted in time, and gets the server's banner.
 fn session(address: SocketAddr, limit: Duration) -> anyhow::Result<bool> {
     let refused = |kind| {
         let by_kernel = [ErrorKind::TimedOut, ErrorKind::WouldBlock];
@@ -114,7 +114,8 @@ fn session(address: SocketAddr, limit: Duration) -> anyhow::Result<bool> {
         Err(error) if refused(error.kind()) => return Ok(false),
         Err(error) => bail!("{address}: {error}"),
     };
-    stream.set_read_timeout(Some(limit))?;
+    // Once it is accepted, a server may be slow: a ban ends the session.
+    stream.set_read_timeout(Some(LIMIT))?;
     let mut banner = [0; 4];
     match stream.read_exact(&mut banner) {
         // A ban that came after the accept ends the session by the protocol's words.
@@ -147,7 +148,7 @@ struct Server {
 impl Server {
     fn start(netns: &Netns) -> anyhow::Result<Self> {
         let address = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), BACKEND_PORT);
-        let listener = netns.run(|| TcpListener::bind(address))?.with_context(|| format!("{address}"))?;
+        let listener = netns.listen(address)?;
         listener.set_nonblocking(true)?;
         let ended = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&ended);

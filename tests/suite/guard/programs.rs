@@ -116,7 +116,7 @@ fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
         let config = testbed.config(&RELAY, &format!("xdp = \"{xdp}\""));
         let [relay] = listeners(&RELAY, Family::V4)[..] else { bail!("one listener") };
         let config = config.replace(&relay.to_string(), &format!("0.0.0.0:{ANY_PORT}"));
-        let _injector = Injector::start(&testbed.topology.edge, &config)?;
+        let injector = Injector::start(&testbed.topology.edge, &config)?;
         let own = SocketAddr::new(unused(Family::V4), ANY_PORT);
         let behind = SocketAddr::new(MAIL.of(Family::V4), ANY_PORT);
         testbed.ban(client(Family::V4), 32, OVER)?;
@@ -129,6 +129,9 @@ fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
             seen == [Answer::Dropped, Answer::Accepted],
             "xdp {xdp}: this host and the one behind it are {seen:?}"
         );
+        // The next daemon would take the ban over, and reset the client's connections.
+        drop(injector);
+        testbed.detach()?;
     }
     Ok(())
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use injector_testbed::bpf::{self, DaemonMap};
 use injector_testbed::bpffs::BpfFs;
-use injector_testbed::daemon::{self, Injector};
+use injector_testbed::daemon::{self, ADMIN, Injector};
 use injector_testbed::netns::{
-    CLIENT, EDGE_OUTSIDE, Family, HostAddresses, MAIL, Netns, Topology, VIP_HAPROXY, VIP_INLINE, VIP_RELAY,
+    CLIENT, EDGE_OUTSIDE, Family, HostAddresses, MAIL, Topology, VIP_HAPROXY, VIP_INLINE, VIP_RELAY,
     VIP_SPLICE,
 };
 
@@ -36,7 +36,7 @@ const ALL: [(&str, HostAddresses); 3] =
 /// How long what the daemon does by itself may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The namespaces, shared by all trials.
+/// The namespaces, shared by all trials of a group.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -59,18 +59,15 @@ pub(crate) const FOREVER: u64 = u64::MAX;
 pub(crate) const OVER: u64 = 1;
 
 impl Testbed {
-    pub(crate) fn new() -> anyhow::Result<Self> {
-        let topology = Topology::new()?;
+    pub(crate) fn new(group: &str) -> anyhow::Result<Self> {
+        let topology = Topology::named(group)?;
         // To hosts behind the edge.
         let edge = EDGE_OUTSIDE.of(Family::V4).to_string();
         topology.client.ip(&["route", "add", &format!("{}/32", MAIL.of(Family::V4)), "via", &edge])?;
-        let listen = |netns: &Netns, address: SocketAddr| {
-            netns.run(|| TcpListener::bind(address))?.with_context(|| address.to_string())
-        };
-        let backend = |family| listen(&topology.mail, SocketAddr::new(MAIL.of(family), BACKEND_PORT));
-        let other = |family| listen(&topology.edge, SocketAddr::new(VIP_RELAY.of(family), OTHER_PORT));
+        let backend = |family| topology.mail.listen(SocketAddr::new(MAIL.of(family), BACKEND_PORT));
+        let other = |family| topology.edge.listen(SocketAddr::new(VIP_RELAY.of(family), OTHER_PORT));
         let mut backends = Family::ALL.into_iter().map(backend).collect::<anyhow::Result<Vec<_>>>()?;
-        backends.push(listen(&topology.mail, SocketAddr::new(MAIL.of(Family::V4), ANY_PORT))?);
+        backends.push(topology.mail.listen(SocketAddr::new(MAIL.of(Family::V4), ANY_PORT))?);
         let others = Family::ALL.into_iter().map(other).collect::<anyhow::Result<_>>()?;
         Ok(Self { topology, bpffs: BpfFs::mount()?, _backends: backends, _others: others })
     }
@@ -83,7 +80,7 @@ impl Testbed {
     /// A configuration with listeners of these engines, and with these lines of `[guard]`.
     pub(crate) fn config(&self, engines: &[&str], guard: &str) -> String {
         let mut text = format!(
-            "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n[inline]\npin = \"{}\"\n\n[guard]\npin = \"{}\"\n{guard}\n",
+            "[metrics]\nlisten = \"127.0.0.1:9145\"\n\n{ADMIN}\n[inline]\npin = \"{}\"\n\n[guard]\npin = \"{}\"\n{guard}\n",
             self.bpffs.path().join("inline").display(),
             self.pin().display()
         );

@@ -28,116 +28,124 @@ mod topology;
 mod wire;
 mod wire_testbed;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::ExitCode;
 
-use injector_testbed::netns::{self, Family};
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use injector_testbed::group::{self, Group};
+use injector_testbed::netns::Family;
+use libtest_mimic::Trial;
 
 use testbed::Testbed;
 use wire::Layer;
 use wire_testbed::WireTestbed;
 
-fn main() {
-    let mut arguments = Arguments::from_args();
-    // Trials share addresses.
-    arguments.test_threads.get_or_insert(1);
-    let shared = Arc::new(Mutex::new(Shared::default()));
-    let mut trials = Vec::new();
-    for family in Family::ALL {
-        for (name, run) in basics::TRIALS
-            .iter()
-            .chain(lifecycle::TRIALS)
-            .chain(attachment::TRIALS)
-            .chain(offloads::TRIALS)
-            .chain(first_bytes::ON_DEVICES)
-        {
-            trials.push(trial(&shared, format!("inline/{}/{name}", family.name()), move |shared| {
-                run(&*shared.testbed()?, family)
-            }));
-        }
-        for (area, of_area) in [
-            ("accelerator", accelerator::TRIALS),
-            ("accelerator", source_ports::TRIALS),
-            ("accelerator", source_limits::TRIALS),
-            ("reload", reload::TRIALS),
-            ("timeouts", timeouts::EACH),
-        ] {
-            for (name, run) in of_area {
-                let name = format!("{area}/{}/{name}", family.name());
-                trials.push(trial(&shared, name, move |shared| run(&*shared.testbed()?, family)));
-            }
-        }
-    }
-    for (name, run) in accelerator::SLOW_TRIALS {
-        let name = format!("accelerator/ipv4/{name}");
-        trials.push(trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)));
-    }
-    let (name, run) = source_limits::ABANDONED;
-    let name = format!("accelerator/ipv4/{name}");
-    trials.push(trial(&shared, name, move |shared| run(&*shared.testbed()?, Family::V4)));
-    for (name, run) in source_limits::SLOW_TRIALS {
-        let name = format!("accelerator/ipv4/{name}");
-        trials.push(
-            trial(&shared, name, |shared| run(&*shared.testbed()?, Family::V4)).with_ignored_flag(true),
-        );
-    }
-    for (name, run) in timeouts::TRIALS {
-        trials.push(trial(&shared, format!("timeouts/{name}"), |shared| run(&*shared.testbed()?)));
-    }
-    for (area, of_area) in [("topology", topology::TRIALS), ("edges", edges::TRIALS)] {
-        for (name, run) in of_area {
-            trials.push(trial(&shared, format!("{area}/{name}"), |_| run()));
-        }
-    }
+fn main() -> ExitCode {
+    group::run(vec![
+        of_family(Family::V4),
+        of_family(Family::V6),
+        timeouts(),
+        topologies(),
+        on_ethernet(),
+        without_headers(),
+    ])
+}
+
+/// Plain sockets on both sides, for one address family.
+fn of_family(family: Family) -> Vec<Trial> {
+    let group = Group::new(family.name(), Testbed::new);
+    let each = |area: &str, name: &str, run: Run| {
+        group.trial(format!("{area}/{}/{name}", family.name()), move |testbed| run(testbed, family))
+    };
     let areas = [
-        ("losses", losses::TRIALS),
-        ("identity", identity::TRIALS),
-        ("identity", cookies::TRIALS),
-        ("packets", packets::TRIALS),
-        ("tcp", tcp::TRIALS),
-        ("first bytes", first_bytes::TRIALS),
+        ("inline", basics::TRIALS),
+        ("inline", lifecycle::TRIALS),
+        ("inline", attachment::TRIALS),
+        ("inline", offloads::TRIALS),
+        ("inline", first_bytes::ON_DEVICES),
+        ("accelerator", accelerator::TRIALS),
+        ("accelerator", source_ports::TRIALS),
+        ("accelerator", source_limits::TRIALS),
+        ("reload", reload::TRIALS),
     ];
-    for (area, of_area) in areas {
+    let of_area = areas.into_iter().flat_map(|(area, trials)| trials.iter().map(move |trial| (area, *trial)));
+    let mut trials: Vec<_> = of_area.map(|(area, (name, run))| each(area, name, run)).collect();
+    if family == Family::V4 {
+        let slow = accelerator::SLOW_TRIALS.iter().chain([&source_limits::ABANDONED]);
+        trials.extend(slow.map(|(name, run)| each("accelerator", name, *run)));
+        let slower = source_limits::SLOW_TRIALS.iter();
+        trials.extend(slower.map(|(name, run)| each("accelerator", name, *run).with_ignored_flag(true)));
+    }
+    let on_request: [(&str, &str, Run); 3] = [
+        ("inline", "survives/daemon killed and upgraded during 2 GiB", |testbed, family| {
+            lifecycle::killed_and_upgraded(testbed, family, 2 << 30)
+        }),
+        ("tcp", "more than 5 GiB each way", tcp::five_gibibytes),
+        ("tcp", "more than 5 GiB each way, offloads off", offloads::five_gibibytes),
+    ];
+    trials.extend(on_request.map(|(area, name, run)| each(area, name, run).with_ignored_flag(true)));
+    trials
+}
+
+fn timeouts() -> Vec<Trial> {
+    let group = Group::new("timeouts", Testbed::new);
+    let mut trials: Vec<_> =
+        timeouts::TRIALS.iter().map(|(name, run)| group.trial(format!("timeouts/{name}"), run)).collect();
+    for family in Family::ALL {
+        trials.extend(timeouts::EACH.iter().map(|(name, run)| {
+            let name = format!("timeouts/{}/{name}", family.name());
+            group.trial(name, move |testbed| run(testbed, family))
+        }));
+    }
+    trials
+}
+
+/// Each trial has namespaces of its own, whose names others have as well.
+fn topologies() -> Vec<Trial> {
+    let group = Group::new("topology", |_| Ok(()));
+    let of_area = |(area, trials): (&'static str, &'static [(&str, SiteRun)])| {
+        let group = &group;
+        trials.iter().map(move |(name, run)| group.trial(format!("{area}/{name}"), move |()| run()))
+    };
+    [("topology", topology::TRIALS), ("edges", edges::TRIALS)].into_iter().flat_map(of_area).collect()
+}
+
+/// Trials with links that the test controls.
+const ON_WIRE: [(&str, &[(&str, WireRun)]); 6] = [
+    ("losses", losses::TRIALS),
+    ("identity", identity::TRIALS),
+    ("identity", cookies::TRIALS),
+    ("packets", packets::TRIALS),
+    ("tcp", tcp::TRIALS),
+    ("first bytes", first_bytes::TRIALS),
+];
+
+fn on_ethernet() -> Vec<Trial> {
+    let group = Group::new("ethernet", |group| WireTestbed::new(group, Layer::Ethernet));
+    let mut trials = Vec::new();
+    for (area, of_area) in ON_WIRE {
         for (family, (name, run)) in each(of_area) {
-            let name = format!("{area}/{}/{name}", family.name());
-            trials.push(trial(&shared, name, move |shared| {
-                on_wire(shared.wire_testbed(Layer::Ethernet)?, family, run)
-            }));
+            trials.push(on_wire(&group, format!("{area}/{}/{name}", family.name()), family, run));
         }
     }
     for (times, slow) in [(2, false), (5, true)] {
         let name = format!("losses/header lost {times} times, server first");
-        let run = move |shared: &mut Shared| {
-            losses::header_lost_server_first(shared.wire_testbed(Layer::Ethernet)?, times)
-        };
-        trials.push(trial(&shared, name, run).with_ignored_flag(slow));
+        let run = move |testbed: &WireTestbed| losses::header_lost_server_first(testbed, times);
+        trials.push(group.trial(name, run).with_ignored_flag(slow));
     }
-    trials.extend(arbitrary(&shared, "identity", Layer::Ethernet, 1600));
-    // Different programs, for packets that begin with the IP header.
-    for (family, (name, run)) in areas.into_iter().flat_map(|(_, of_area)| each(of_area)) {
-        if HEADERLESS.contains(&name) {
-            let name = format!("headerless/{}/{name}", family.name());
-            trials.push(trial(&shared, name, move |shared| {
-                on_wire(shared.wire_testbed(Layer::Ip)?, family, run)
-            }));
-        }
-    }
-    trials.extend(arbitrary(&shared, "headerless", Layer::Ip, 448));
-    for family in Family::ALL {
-        let name = format!("inline/{}/survives/daemon killed and upgraded during 2 GiB", family.name());
-        let run =
-            move |shared: &mut Shared| lifecycle::killed_and_upgraded(&*shared.testbed()?, family, 2 << 30);
-        trials.push(trial(&shared, name, run).with_ignored_flag(true));
-        let name = format!("tcp/{}/more than 5 GiB each way", family.name());
-        let run = move |shared: &mut Shared| tcp::five_gibibytes(&*shared.testbed()?, family);
-        trials.push(trial(&shared, name, run).with_ignored_flag(true));
-        let name = format!("tcp/{}/more than 5 GiB each way, offloads off", family.name());
-        let run = move |shared: &mut Shared| offloads::five_gibibytes(&*shared.testbed()?, family);
-        trials.push(trial(&shared, name, run).with_ignored_flag(true));
-    }
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(shared);
-    conclusion.exit();
+    trials.extend(arbitrary(&group, "identity", 1600));
+    trials
+}
+
+/// Different programs, for packets that begin with the IP header.
+fn without_headers() -> Vec<Trial> {
+    let group = Group::new("headerless", |group| WireTestbed::new(group, Layer::Ip));
+    let of_all = ON_WIRE.into_iter().flat_map(|(_, of_area)| each(of_area));
+    let chosen = of_all.filter(|(_, (name, _))| HEADERLESS.contains(name));
+    let trial = |(family, (name, run)): (Family, (&str, WireRun))| {
+        on_wire(&group, format!("headerless/{}/{name}", family.name()), family, run)
+    };
+    let mut trials: Vec<_> = chosen.map(trial).collect();
+    trials.extend(arbitrary(&group, "headerless", 448));
+    trials
 }
 
 /// A trial for an address family.
@@ -179,71 +187,26 @@ const HEADERLESS: &[&str] = &[
 ];
 
 /// Every packet's checksums must be correct, and a failure includes the last packets and the counters.
-fn on_wire(testbed: &WireTestbed, family: Family, run: WireRun) -> anyhow::Result<()> {
-    checked(testbed, run(testbed, family))
-}
-
-fn checked(testbed: &WireTestbed, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
-    outcome.and_then(|()| testbed.wire.sums().map(drop)).map_err(|error| {
-        let events = site::events(&testbed.injector).unwrap_or_default();
-        error.context(format!("last packets:\n{}\nevents: {events}\n", testbed.wire.trace()))
-    })
-}
-
-/// Arbitrary segments of a number of clients, for both families.
-fn arbitrary(shared: &Arc<Mutex<Shared>>, area: &str, layer: Layer, clients: usize) -> [Trial; 2] {
-    Family::ALL.map(|family| {
-        let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
-        trial(shared, name, move |shared| {
-            let testbed = shared.wire_testbed(layer)?;
-            checked(testbed, arbitrary::segments(testbed, family, clients))
+fn on_wire(
+    group: &Group<WireTestbed>,
+    name: String,
+    family: Family,
+    run: impl FnOnce(&WireTestbed, Family) -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    group.trial(name, move |testbed| {
+        let outcome = run(testbed, family).and_then(|()| testbed.wire.sums().map(drop));
+        outcome.map_err(|error| {
+            let events = site::events(&testbed.injector).unwrap_or_default();
+            error.context(format!("last packets:\n{}\nevents: {events}\n", testbed.wire.trace()))
         })
     })
 }
 
-/// What trials share, created when first needed.
-#[derive(Default)]
-struct Shared {
-    // Dropped in this order.
-    wire_testbed: Option<WireTestbed>,
-    testbed: Option<Arc<Testbed>>,
-}
-
-impl Shared {
-    fn testbed(&mut self) -> anyhow::Result<Arc<Testbed>> {
-        let testbed = match &self.testbed {
-            Some(testbed) => Arc::clone(testbed),
-            None => Arc::new(Testbed::new()?),
-        };
-        self.testbed = Some(Arc::clone(&testbed));
-        Ok(testbed)
-    }
-
-    fn wire_testbed(&mut self, layer: Layer) -> anyhow::Result<&WireTestbed> {
-        let testbed = self.testbed()?;
-        if self.wire_testbed.as_ref().is_none_or(|testbed| testbed.layer != layer) {
-            // The namespaces have the same names.
-            self.wire_testbed = None;
-            self.wire_testbed = Some(WireTestbed::new(&testbed.bpffs, layer)?);
-        }
-        self.wire_testbed.as_ref().ok_or_else(|| anyhow::anyhow!("just made"))
-    }
-}
-
-fn trial(
-    shared: &Arc<Mutex<Shared>>,
-    name: String,
-    run: impl Fn(&mut Shared) -> anyhow::Result<()> + Send + 'static,
-) -> Trial {
-    let shared = Arc::clone(shared);
-    Trial::ignorable_test(name, move || {
-        if let Some(reason) = netns::unavailable() {
-            return Ok(Completion::ignored_with(reason));
-        }
-        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        match run(&mut shared) {
-            Ok(()) => Ok(Completion::Completed),
-            Err(error) => Err(Failed::from(format!("{error:#}"))),
-        }
+/// Arbitrary segments of a number of clients, for both families.
+fn arbitrary(group: &Group<WireTestbed>, area: &str, clients: usize) -> [Trial; 2] {
+    Family::ALL.map(|family| {
+        let name = format!("{area}/{}/arbitrary segments of {clients} clients", family.name());
+        let run = move |testbed: &WireTestbed, family| arbitrary::segments(testbed, family, clients);
+        on_wire(group, name, family, run)
     })
 }

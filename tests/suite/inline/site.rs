@@ -150,7 +150,7 @@ pub(crate) fn vip(family: Family) -> SocketAddr {
 
 pub(crate) fn listen(netns: &Netns, ip: IpAddr) -> anyhow::Result<TcpListener> {
     let address = SocketAddr::new(ip, BACKEND_PORT);
-    netns.run(|| TcpListener::bind(address))?.with_context(|| format!("{address}"))
+    netns.listen(address)
 }
 
 /// A veth pair; the first end is host 2 of the link, the second host 1.

@@ -60,7 +60,7 @@ fn source_ports(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
 /// configuration for it.
 fn own_backend(testbed: &Testbed, family: Family, port: u16) -> anyhow::Result<(TcpListener, String)> {
     let address = SocketAddr::new(MAIL.of(family), port);
-    let backend = testbed.topology.mail.run(|| TcpListener::bind(address))??;
+    let backend = testbed.topology.mail.listen(address)?;
     Ok((backend, testbed.config_with("", "smtp", &format!("backends = [\"{address}\"]\n"))))
 }
 

@@ -20,7 +20,7 @@ pub(crate) const TLS_PORT: u16 = 2501;
 /// Where the backend listens.
 pub(crate) const BACKEND_PORT: u16 = 12500;
 
-/// The namespaces, shared by all trials.
+/// The namespaces, shared by all trials of a group.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -28,8 +28,8 @@ pub(crate) struct Testbed {
 }
 
 impl Testbed {
-    pub(crate) fn new() -> anyhow::Result<Self> {
-        let topology = Topology::new()?;
+    pub(crate) fn new(group: &str) -> anyhow::Result<Self> {
+        let topology = Topology::named(group)?;
         topology.edge.sysctl("net/ipv4/ip_forward", "0")?;
         topology.edge.sysctl("net/ipv6/conf/all/forwarding", "0")?;
         Ok(Self { topology, bpffs: BpfFs::mount()? })
@@ -73,7 +73,7 @@ impl Testbed {
 
     /// A backend that listens at [`BACKEND_PORT`].
     pub(crate) fn backend(&self, family: Family) -> anyhow::Result<TcpListener> {
-        self.topology.mail.run(|| TcpListener::bind(backend_address(family)))?.context("backend")
+        self.topology.mail.listen(backend_address(family)).context("backend")
     }
 
     /// A client's connection to the public address.

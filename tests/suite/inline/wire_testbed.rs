@@ -40,12 +40,13 @@ pub(crate) struct WireTestbed {
     client: Netns,
     edge: Netns,
     mail: Netns,
+    _bpffs: BpfFs,
 }
 
 impl WireTestbed {
-    pub(crate) fn new(bpffs: &BpfFs, layer: Layer) -> anyhow::Result<Self> {
-        let (client, edge, mail) =
-            (Netns::new("wire-client")?, Netns::new("wire-edge")?, Netns::new("wire-mail")?);
+    pub(crate) fn new(group: &str, layer: Layer) -> anyhow::Result<Self> {
+        let netns = |role: &str| Netns::new(&format!("{role}-{group}"));
+        let (client, edge, mail) = (netns("client")?, netns("edge")?, netns("mail")?);
         let ends = [(&client, "wire"), (&edge, "wire-outside"), (&edge, "wire-inside"), (&mail, "wire")];
         let wire = Wire::new(ends, layer)?;
         for ((netns, device), place) in ends.into_iter().zip([CLIENT, OUTSIDE, INSIDE, BACKEND]) {
@@ -73,6 +74,7 @@ impl WireTestbed {
         for via in [INSIDE.v4.to_string(), INSIDE.v6.to_string()] {
             mail.ip(&["route", "add", "default", "via", &via])?;
         }
+        let bpffs = BpfFs::mount()?;
         let pin = bpffs.path().join("wire");
         let attached = DetachOnDrop { edge: edge.handle(), pin: pin.clone() };
         let mut config = format!(
@@ -92,7 +94,7 @@ impl WireTestbed {
             )?;
         }
         let injector = Injector::start(&edge, &config)?;
-        Ok(Self { injector, attached, wire, layer, client, edge, mail })
+        Ok(Self { injector, attached, wire, layer, client, edge, mail, _bpffs: bpffs })
     }
 
     /// The directory of what is pinned.
@@ -114,7 +116,7 @@ impl WireTestbed {
 
     /// A backend that listens.
     pub(crate) fn backend(&self, family: Family) -> anyhow::Result<TcpListener> {
-        self.backend_side().run(|| TcpListener::bind(backend(family)))?.context("backend")
+        self.backend_side().listen(backend(family)).context("backend")
     }
 
     /// A client's connection to the public address.

@@ -11,67 +11,45 @@ mod reload;
 mod systemd;
 mod testbed;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::ExitCode;
 
-use injector_testbed::netns;
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use injector_testbed::group::{self, Group};
+use libtest_mimic::Trial;
 
 use testbed::Testbed;
-
-/// The engines for every trial that does not name its own.
-const ENGINES: [&str; 2] = ["splice", "relay"];
 
 /// What a trial does with an engine.
 type Run = fn(&Testbed, &str) -> anyhow::Result<()>;
 
-fn main() {
-    let mut arguments = Arguments::from_args();
-    // Trials share addresses.
-    arguments.test_threads.get_or_insert(1);
-    let testbed = Arc::new(Mutex::new(None));
-    let mut trials = Vec::new();
-    for engine in ENGINES {
-        let each = reload::TRIALS.iter().chain(drain::TRIALS).chain(backends::TRIALS).chain(load::TRIALS);
-        let each = each.chain(bans::TRIALS);
-        for (name, run) in each {
-            trials.push(trial(&testbed, format!("{engine}/{name}"), move |testbed| run(testbed, engine)));
-        }
-    }
-    for (name, run) in backends::INLINE_TRIALS {
-        trials.push(trial(&testbed, format!("inline/{name}"), |testbed| run(testbed, "inline")));
-    }
-    for (name, run) in names::TRIALS {
-        trials.push(trial(&testbed, format!("names/{name}"), |testbed| run(testbed, "relay")));
-    }
-    for (name, run) in bans::RELAY_TRIALS {
-        trials.push(trial(&testbed, format!("bans/{name}"), |testbed| run(testbed, "relay")));
-    }
-    for (name, run) in bind::TRIALS {
-        trials.push(trial(&testbed, format!("bind/{name}"), |testbed| run(testbed, "relay")));
-    }
-    for (name, run) in systemd::TRIALS {
-        trials.push(trial(&testbed, format!("systemd/{name}"), |testbed| run(testbed, "relay")));
-    }
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(testbed);
-    conclusion.exit();
+fn main() -> ExitCode {
+    group::run(vec![of_engine("splice"), of_engine("relay"), others()])
 }
 
-fn trial(
-    testbed: &Arc<Mutex<Option<Testbed>>>,
-    name: String,
-    run: impl Fn(&Testbed) -> anyhow::Result<()> + Send + 'static,
-) -> Trial {
-    let testbed = Arc::clone(testbed);
-    Trial::ignorable_test(name, move || {
-        if let Some(why) = netns::unavailable() {
-            return Ok(Completion::ignored_with(why));
+fn of_engine(engine: &'static str) -> Vec<Trial> {
+    let group = Group::new(engine, Testbed::new);
+    let areas = [reload::TRIALS, drain::TRIALS, backends::TRIALS, load::TRIALS, bans::TRIALS];
+    let trial = |(name, run): &(&str, Run)| {
+        let run = *run;
+        group.trial(format!("{engine}/{name}"), move |testbed| run(testbed, engine))
+    };
+    areas.into_iter().flatten().map(trial).collect()
+}
+
+/// Each with one engine.
+fn others() -> Vec<Trial> {
+    let group = Group::new("others", Testbed::new);
+    let areas = [
+        ("inline", "inline", backends::INLINE_TRIALS),
+        ("names", "relay", names::TRIALS),
+        ("bans", "relay", bans::RELAY_TRIALS),
+        ("bind", "relay", bind::TRIALS),
+        ("systemd", "relay", systemd::TRIALS),
+    ];
+    let mut trials = Vec::new();
+    for (area, engine, of_area) in areas {
+        for (name, run) in of_area {
+            trials.push(group.trial(format!("{area}/{name}"), move |testbed| run(testbed, engine)));
         }
-        let mut testbed = testbed.lock().unwrap_or_else(PoisonError::into_inner);
-        if testbed.is_none() {
-            *testbed = Some(Testbed::new().map_err(|error| Failed::from(format!("{error:#}")))?);
-        }
-        let Some(testbed) = &*testbed else { return Err("no testbed".into()) };
-        run(testbed).map(|()| Completion::Completed).map_err(|error| format!("{error:#}").into())
-    })
+    }
+    trials
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -19,7 +19,7 @@ pub(crate) const PORT: u16 = 2500;
 /// Ports of the backends that require a header, in the order of their numbers.
 pub(crate) const BACKEND_PORTS: [u16; 3] = [12500, 12501, 12502];
 
-/// The namespaces, shared by all trials.
+/// The namespaces, shared by all trials of a group.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     pub(crate) topology: Topology,
@@ -27,8 +27,8 @@ pub(crate) struct Testbed {
 }
 
 impl Testbed {
-    pub(crate) fn new() -> anyhow::Result<Self> {
-        let topology = Topology::new()?;
+    pub(crate) fn new(group: &str) -> anyhow::Result<Self> {
+        let topology = Topology::named(group)?;
         // All public addresses must exist for inline, too.
         Ok(Self { topology, bpffs: BpfFs::mount()? })
     }
@@ -132,7 +132,7 @@ pub(crate) struct Server {
 impl Server {
     fn start(netns: &Netns, port: u16, number: usize, header: bool) -> anyhow::Result<Self> {
         let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
-        let listener = netns.run(|| TcpListener::bind(address))?.with_context(|| format!("{address}"))?;
+        let listener = netns.listen(address)?;
         listener.set_nonblocking(true)?;
         let ended = Arc::new(AtomicBool::new(false));
         let (sessions, broken) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));

@@ -16,6 +16,7 @@ pub mod documentation;
 pub mod dovecot;
 pub mod fail2ban;
 pub mod forward;
+pub mod group;
 pub mod haproxy;
 pub mod kube_proxy;
 pub mod log_file;

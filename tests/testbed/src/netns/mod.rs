@@ -18,6 +18,7 @@ mod topology;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -37,6 +38,7 @@ use self::ip::{NETNS_DIR, PREFIX, ip};
 pub(crate) use self::spawn::die_with_parent;
 use self::spawn::spawn_on_lasting_thread;
 pub use self::topology::Topology;
+use crate::wait::wait_until;
 
 /// How long `ip netns exec` may take to enter a namespace, on a busy machine.
 const ENTRY_LIMIT: Duration = Duration::from_secs(10);
@@ -89,6 +91,22 @@ impl Netns {
     /// When the namespace cannot be entered or `f` panics. The result of `f` is returned unchanged.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         self.handle().run(f)
+    }
+
+    /// A listener inside.
+    ///
+    /// A child of this process that has not called execve(2) yet has the descriptors of all threads: an
+    /// earlier listener may keep the address for a moment after it was dropped.
+    ///
+    /// # Errors
+    /// As bind(2), if the address stays in use.
+    pub fn listen(&self, address: SocketAddr) -> anyhow::Result<TcpListener> {
+        let bind = || self.run(|| TcpListener::bind(address));
+        let is_final = |outcome: &io::Result<TcpListener>| match outcome {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::AddrInUse,
+        };
+        wait_until("binding", bind, is_final)?.with_context(|| address.to_string())
     }
 
     /// A handle that does not keep the namespace alive.

@@ -1,6 +1,8 @@
 //! The guard's programs in front of the listeners of every engine. Clients are plain sockets, in the three
 //! namespaces.
 
+mod attachment;
+mod forged;
 mod programs;
 mod testbed;
 
@@ -14,7 +16,11 @@ use testbed::Testbed;
 type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() -> ExitCode {
-    group::run(vec![trials("programs", programs::TRIALS)])
+    group::run(vec![
+        trials("programs", programs::TRIALS),
+        trials("attachment", attachment::TRIALS),
+        trials("limits", forged::TRIALS),
+    ])
 }
 
 fn trials(area: &'static str, trials: &[(&str, Run)]) -> Vec<Trial> {

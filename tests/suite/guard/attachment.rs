@@ -1,0 +1,191 @@
+//! How the programs are attached, beside those of others, and what `injector status` and `injector
+//! doctor` say of it.
+
+use std::fs;
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use injector_testbed::daemon::{self, Injector};
+use injector_testbed::netns::Family;
+use serde_json::{Value, json};
+
+use crate::Run;
+use crate::testbed::{Answer, FOREVER, Testbed, client, listeners, wait_for};
+
+pub(crate) const TRIALS: &[(&str, Run)] = &[
+    ("clsact, behind inline and beside another program's filter", clsact),
+    ("clsact, a filter in front that accepts packets: the second gate", second_gate),
+    ("status and doctor name what is missing", missing),
+];
+
+const ENGINES: [&str; 3] = ["splice", "relay", "inline"];
+const RELAY: [&str; 1] = ["relay"];
+
+/// Matches no packet: the next filter runs.
+const PASSES_ON: [&str; 6] = ["match", "u32", "0xffffffff", "0xffffffff", "at", "16"];
+/// Matches every packet: `TC_ACT_OK`, and no other filter runs.
+const ACCEPTS: [&str; 6] = ["match", "u32", "0", "0", "at", "0"];
+
+/// A filter of another program at the ingress of `outside`, removed on drop with the qdisc.
+struct Foreign<'a>(&'a Testbed);
+
+impl<'a> Foreign<'a> {
+    /// At the second priority, with these words of tc-u32(8).
+    fn new(testbed: &'a Testbed, matches: &[&str]) -> anyhow::Result<Self> {
+        tc(testbed, &["qdisc", "add", "dev", "outside", "clsact"])?;
+        let foreign = Self(testbed);
+        let filter = ["filter", "add", "dev", "outside", "ingress", "pref", "2", "protocol", "all", "u32"];
+        tc(testbed, &[&filter, matches, &["classid", "1:1"]].concat())?;
+        Ok(foreign)
+    }
+}
+
+impl Drop for Foreign<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = tc(self.0, &["qdisc", "del", "dev", "outside", "clsact"]) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn tc(testbed: &Testbed, words: &[&str]) -> anyhow::Result<String> {
+    let output = testbed.topology.edge.command("tc").args(words).output()?;
+    ensure!(output.status.success(), "tc {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Whose filters run at the ingress of `outside`, in their order.
+fn filters(testbed: &Testbed) -> anyhow::Result<Vec<&'static str>> {
+    let shown = tc(testbed, &["filter", "show", "dev", "outside", "ingress"])?;
+    // `… handle 0x… inline direct-action …`, and `… fh 800::800 … classid 1:1 …` (or flowid).
+    let owner = |line: &str| match line {
+        line if line.contains(" inline ") => Some("inline"),
+        line if line.contains(" guard ") => Some("guard"),
+        line if line.contains("800::800") => Some("foreign"),
+        _ => None,
+    };
+    Ok(shown.lines().filter_map(owner).collect())
+}
+
+fn with_clsact(config: &str) -> String {
+    config.replacen("[inline]\n", "[inline]\nattachment = \"clsact\"\n", 1)
+}
+
+fn clsact(testbed: &Testbed) -> anyhow::Result<()> {
+    let foreign = Foreign::new(testbed, &PASSES_ON)?;
+    let config = testbed.config(&ENGINES, "");
+    let edge = &testbed.topology.edge;
+    let injector = Injector::start(edge, &with_clsact(&config))?;
+    ensure!(filters(testbed)? == ["inline", "foreign", "guard"], "filters: {:?}", filters(testbed)?);
+    ensure!(testbed.programs("outside")? == 0, "tcx programs beside the filters");
+    let device = &injector.status()?["guard"]["devices"][0];
+    ensure!(device["ingress"] == "clsact", "status: {device}");
+    for family in Family::ALL {
+        let listeners = listeners(&ENGINES, family);
+        testbed.expect("no ban", &listeners, Answer::Accepted)?;
+        testbed.ban(client(family), if family == Family::V4 { 32 } else { 128 }, FOREVER)?;
+        let before = testbed.dropped()?;
+        testbed.expect("an address", &listeners, Answer::Dropped)?;
+        let after = testbed.dropped()?;
+        ensure!(after[1] >= before[1] + 2, "the ingress dropped {before:?} and {after:?}");
+        ensure!(after[2] > before[2], "inline dropped {before:?} and {after:?}");
+    }
+    let banned = listeners(&ENGINES, Family::V4);
+    drop(injector);
+    testbed.expect("filters without a daemon", &banned, Answer::Dropped)?;
+    // The next daemon takes tcx: its filters go, and the other program's stays.
+    let injector = Injector::start_next(edge, &config)?;
+    ensure!(filters(testbed)? == ["foreign"], "filters beside tcx: {:?}", filters(testbed)?);
+    ensure!(testbed.programs("outside")? == 2, "tcx has no programs");
+    testbed.expect("tcx after clsact", &banned, Answer::Dropped)?;
+    drop(injector);
+    let injector = Injector::start_next(edge, &with_clsact(&config))?;
+    ensure!(filters(testbed)? == ["inline", "foreign", "guard"], "filters: {:?}", filters(testbed)?);
+    testbed.expect("clsact after tcx", &banned, Answer::Dropped)?;
+    drop(injector);
+    testbed.detach()?;
+    ensure!(filters(testbed)? == ["inline", "foreign"], "filters after detach: {:?}", filters(testbed)?);
+    drop(foreign);
+    Ok(())
+}
+
+/// The guard's filter is behind another one that accepts all packets. The daemon resets the connections.
+fn second_gate(testbed: &Testbed) -> anyhow::Result<()> {
+    let _foreign = Foreign::new(testbed, &ACCEPTS)?;
+    let injector = Injector::start(&testbed.topology.edge, &with_clsact(&testbed.config(&RELAY, "")))?;
+    let address = client(Family::V4);
+    let [listener] = listeners(&RELAY, Family::V4)[..] else { bail!("one listener") };
+    // The reset may come before connect(2) returns.
+    let read = || {
+        let mut stream = TcpStream::connect_timeout(&listener, Duration::from_secs(3))?;
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        stream.read(&mut [0; 1])
+    };
+    injector.command(&["ban", &address.to_string()])?;
+    let before = testbed.dropped()?;
+    let seen = testbed.topology.client.run(read)?;
+    ensure!(
+        seen.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+        "a banned client read {seen:?}"
+    );
+    ensure!(
+        testbed.dropped()? == before,
+        "the guard's filter dropped packets, although another accepts them"
+    );
+    let rejected = || {
+        injector.metrics().map(|all| all.sum("injector_connections_rejected_total", &[("reason", "banned")]))
+    };
+    wait_for("the count of rejected connections", || Ok(rejected()? >= 1.0))
+}
+
+fn missing(testbed: &Testbed) -> anyhow::Result<()> {
+    let guard = "xdp = \"generic\"\ndevices = [\"outside\", \"nonexistent\"]";
+    let injector = testbed.start(&RELAY, guard)?;
+    let attached = json!({ "name": "outside", "ingress": "tcx", "ingress_error": null, "xdp": "generic", "xdp_error": null });
+    let absent = json!({ "name": "nonexistent", "ingress": null, "ingress_error": "it does not exist", "xdp": null, "xdp_error": null });
+    let status = || Ok::<_, anyhow::Error>(injector.status()?["guard"].clone());
+    ensure!(status()?["devices"] == json!([attached, absent]), "{:#}", status()?);
+    ensure!(
+        faults(testbed, &injector)? == ["nonexistent: no program at the ingress: it does not exist"],
+        "doctor"
+    );
+    let pin = testbed.pin().join("layout1/maps/GUARDED");
+    fs::remove_file(&pin)?;
+    // A notification of the kernel has the daemon look at once.
+    testbed.topology.edge.ip(&["link", "set", "dev", "inside", "alias", "seen"])?;
+    wait_for("the missing pin", || Ok(status()?["missing_pins"] == json!([pin])))?;
+    let faults = faults(testbed, &injector)?;
+    ensure!(faults.len() == 2 && faults[1].ends_with("GUARDED was removed"), "doctor: {faults:?}");
+    let page = injector.command(&["status"])?;
+    ensure!(page.contains("  programs on outside (tcx, XDP generic)\n"), "{page}");
+    let log = injector.log();
+    ensure!(log.contains("pins of the guard's maps were removed"), "{log}");
+    Ok(())
+}
+
+/// What `injector doctor` finds of the guard, up to the consequence.
+fn faults(testbed: &Testbed, injector: &Injector) -> anyhow::Result<Vec<String>> {
+    let file = injector.admin_socket().with_file_name("injector.toml");
+    let mut command = testbed.topology.edge.command(daemon::binary()?);
+    command.args(["doctor", "--json", "--timeout", "100ms", "--config"]).arg(file);
+    let output = command.output()?;
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let findings = report["guard"].as_array().context("no findings")?;
+    let of_guard = |finding: &Value| finding["verdict"] == "guard_incomplete" && finding["fault"] == true;
+    ensure!(findings.iter().all(of_guard), "{findings:?}");
+    let message = |finding: &Value| {
+        let message = finding["message"].as_str().unwrap_or_default();
+        message
+            .split([';'])
+            .next()
+            .unwrap_or_default()
+            .split(": the bans in it")
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    Ok(findings.iter().map(message).collect())
+}

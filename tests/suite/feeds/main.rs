@@ -18,11 +18,14 @@ use testbed::Testbed;
 type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() -> ExitCode {
-    group::run(vec![
-        trials("crowdsec", crowdsec::TRIALS),
-        trials("nonsense", nonsense::TRIALS),
-        trials("fail2ban", fail2ban::TRIALS),
-    ])
+    group::run(
+        Vec::new(),
+        vec![
+            trials("crowdsec", crowdsec::TRIALS),
+            trials("nonsense", nonsense::TRIALS),
+            trials("fail2ban", fail2ban::TRIALS),
+        ],
+    )
 }
 
 fn trials(group: &'static str, trials: &[(&str, Run)]) -> Vec<Trial> {

@@ -16,11 +16,14 @@ use testbed::Testbed;
 type Run = fn(&Testbed) -> anyhow::Result<()>;
 
 fn main() -> ExitCode {
-    group::run(vec![
-        trials("programs", programs::TRIALS),
-        trials("attachment", attachment::TRIALS),
-        trials("limits", forged::TRIALS),
-    ])
+    group::run(
+        Vec::new(),
+        vec![
+            trials("programs", programs::TRIALS),
+            trials("attachment", attachment::TRIALS),
+            trials("limits", forged::TRIALS),
+        ],
+    )
 }
 
 fn trials(area: &'static str, trials: &[(&str, Run)]) -> Vec<Trial> {

@@ -39,14 +39,10 @@ use wire::Layer;
 use wire_testbed::WireTestbed;
 
 fn main() -> ExitCode {
-    group::run(vec![
-        of_family(Family::V4),
-        of_family(Family::V6),
-        timeouts(),
-        topologies(),
-        on_ethernet(),
-        without_headers(),
-    ])
+    group::run(
+        vec![on_ethernet(), without_headers()],
+        vec![of_family(Family::V4), of_family(Family::V6), timeouts(), topologies()],
+    )
 }
 
 /// Plain sockets on both sides, for one address family.

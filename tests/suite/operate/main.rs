@@ -22,7 +22,7 @@ use testbed::Testbed;
 type Run = fn(&Testbed, &str) -> anyhow::Result<()>;
 
 fn main() -> ExitCode {
-    group::run(vec![of_engine("splice"), of_engine("relay"), others()])
+    group::run(Vec::new(), vec![of_engine("splice"), of_engine("relay"), others()])
 }
 
 fn of_engine(engine: &'static str) -> Vec<Trial> {

@@ -50,14 +50,22 @@ impl<T: Send + 'static> Group<T> {
     }
 }
 
-/// Runs the trials of all groups.
+/// Runs the trials of these groups, first those that run `alone`, one by one: those that count single packets,
+/// or measure short times.
 #[must_use]
-pub fn run(groups: Vec<Vec<Trial>>) -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    let trials = in_turn(groups);
+pub fn run(alone: Vec<Vec<Trial>>, together: Vec<Vec<Trial>>) -> ExitCode {
+    let arguments = Arguments::from_args();
+    let have_failed = |trials: Vec<Trial>, threads: usize| {
+        let mut arguments = arguments.clone();
+        arguments.test_threads.get_or_insert(threads.max(1));
+        libtest_mimic::run(&arguments, trials).has_failed()
+    };
+    let mut failed = !alone.is_empty() && have_failed(alone.into_iter().flatten().collect(), 1);
+    let together = in_turn(together);
     // Trials that wait for their group cost nothing, and must not keep another group idle.
-    arguments.test_threads.get_or_insert(trials.len().max(1));
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let threads = together.len();
+    failed |= have_failed(together, threads);
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 /// One of each group after another, so that all groups are busy from the beginning.

@@ -18,7 +18,6 @@ use super::{
     health::AdminState,
     lookup::lookup,
     queue::Queue,
-    service,
     source::SourceAddresses,
     state::{Backend, BackendState, BackendStats},
 };
@@ -31,6 +30,9 @@ use crate::{
         rate_limit::RateLimit,
     },
 };
+
+/// How long [`try_once`] waits for the Kubernetes API.
+const API_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The backends of one listener.
 #[derive(Debug)]
@@ -298,8 +300,7 @@ impl Backends {
 /// listener says; without health checks, whether it accepts a connection.
 ///
 /// # Errors
-/// When its name cannot be resolved, or its Service has no endpoint for connections. Waits for the
-/// Kubernetes API without end.
+/// When its name cannot be resolved, or its Service has no endpoint for connections.
 pub async fn try_once(
     listener: &Listener,
     configured: &config::Backend,
@@ -309,7 +310,9 @@ pub async fn try_once(
     let addresses = match &configured.destination {
         Destination::Address(address) => vec![*address],
         Destination::Name { name, port } => lookup(name, *port).await?,
-        Destination::Service { service, port } => service::endpoints_now(watcher, service, port).await?,
+        Destination::Service { service, port } => {
+            watcher.addresses_within(service, port, API_TIMEOUT).await.map_err(io::Error::other)?
+        }
     };
     Ok(join_all(addresses.into_iter().map(|address| check_address(address, &plan))).await)
 }

@@ -1,7 +1,6 @@
 //! Gives the backends that are Services of Kubernetes the addresses of their endpoints.
 
 use std::{
-    io,
     net::SocketAddr,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -12,7 +11,7 @@ use tokio::{sync::watch, time::sleep};
 
 use super::{addresses::Resolved, pool::Backends, state::Backend};
 use crate::{
-    config::{Destination, ServicePort, ServiceRef},
+    config::{Destination, ServicePort},
     kubernetes::{Endpoints, NoAddress, Place, Watcher},
     telemetry::log::target,
 };
@@ -83,18 +82,6 @@ impl Backends {
             tracing::warn!(target: target::RESOLVER, listener, backend = %name, %error, "the service has no endpoint for connections; the backend gets none until there is one");
         }
     }
-}
-
-/// The addresses that a Service has now, as soon as the API has answered.
-pub(super) async fn endpoints_now(
-    watcher: &Watcher,
-    service: &ServiceRef,
-    port: &ServicePort,
-) -> io::Result<Vec<SocketAddr>> {
-    let mut endpoints = watcher.endpoints(service);
-    let known = endpoints.wait_for(Option::is_some).await.map_err(io::Error::other)?.clone();
-    let place = watcher.place().borrow().clone();
-    known.unwrap_or_default().choose(port, &place).map_err(io::Error::other)
 }
 
 #[cfg(feature = "kubernetes")]

@@ -1,12 +1,13 @@
 //! What is valid and probably a mistake. Pure.
 
-use super::{Config, Listener};
+use super::{Config, Destination, Listener, ServicePort};
 use crate::protocol::Protocol;
 
 /// What probably is a mistake, one line each. `injector check` prints it, and the daemon logs it.
 #[must_use]
 pub fn remarks(config: &Config) -> Vec<String> {
-    config.listeners.iter().flat_map(standard_ports).chain(crowdsec(config)).collect()
+    let of_listener = |listener| standard_ports(listener).into_iter().chain(numbered_ports(listener));
+    config.listeners.iter().flat_map(of_listener).chain(crowdsec(config)).collect()
 }
 
 /// A CrowdSec API key that others on the network can read.
@@ -34,6 +35,20 @@ fn standard_ports(listener: &Listener) -> Vec<String> {
             port,
             proxy_port(port),
         ))
+    };
+    listener.backends.iter().filter_map(remark).collect()
+}
+
+/// Services with the number of a port: pods that have it under another number get no connections.
+fn numbered_ports(listener: &Listener) -> Vec<String> {
+    let remark = |backend: &super::Backend| match &backend.destination {
+        Destination::Service { service, port: ServicePort::Number(port) } => Some(format!(
+            "listener {:?}: backends {:?}: {port} is a number of the pods, whatever ports the service {service} has; \
+             write the name of the service's port, which follows its targetPort",
+            listener.name,
+            backend.to_string(),
+        )),
+        _ => None,
     };
     listener.backends.iter().filter_map(remark).collect()
 }
@@ -77,6 +92,23 @@ mod tests {
         }
         assert_eq!(remarks_on("mail.internal:2525"), [""; 0]);
         assert_eq!(remarks_on("mail.internal:10993"), [""; 0]);
+    }
+
+    #[test]
+    fn the_number_of_a_services_port_is_remarked_on() {
+        let remarks_on_port = |port: &str| {
+            let backend = format!("{{ service = \"mail/mailserver\", port = {port} }}");
+            let text = EXAMPLE.replace("\"mail.internal:2525\"", &backend);
+            remarks(&Config::parse(&text, "f.toml").unwrap())
+        };
+        assert_eq!(
+            remarks_on_port("2525"),
+            [
+                "listener \"smtp\": backends \"mail/mailserver:2525\": 2525 is a number of the pods, whatever ports \
+              the service mail/mailserver has; write the name of the service's port, which follows its targetPort"
+            ]
+        );
+        assert_eq!(remarks_on_port("\"smtp\""), [""; 0]);
     }
 
     #[test]

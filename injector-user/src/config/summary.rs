@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    Backend, CheckHeader, Config, Destination, Health, Inline, Limits, Listener, ProxyVersion, Receiver,
-    Source,
+    Backend, CheckHeader, Config, Destination, Health, Inline, Kubernetes, Limits, Listener, ProxyVersion,
+    Receiver, Source,
 };
 use crate::protocol::FirstSpeaker;
 
@@ -36,6 +36,9 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     if config.listeners.iter().any(|listener| listener.engine.may_be_inline()) {
         write_inline(out, &config.inline)?;
     }
+    if !config.services().is_empty() {
+        write_kubernetes(out, &config.kubernetes)?;
+    }
     match config.metrics {
         Some(metrics) => writeln!(out, "metrics on http://{}/metrics", metrics.listen)?,
         None => writeln!(out, "no metrics (add [metrics] listen)")?,
@@ -63,8 +66,11 @@ fn write_listener(out: &mut String, listener: &Listener) -> fmt::Result {
         listener.backends.iter().any(|backend| matches!(backend.destination, Destination::Name { .. }));
     let interval = humantime::format_duration(listener.resolve_interval);
     let resolves = if resolves { format!(" (names resolved every {interval})") } else { String::new() };
+    let is_service = |backend: &Backend| matches!(backend.destination, Destination::Service { .. });
+    let follows =
+        if listener.backends.iter().any(is_service) { " (endpoints of services followed)" } else { "" };
     let backends: Vec<_> = listener.backends.iter().map(backend).collect();
-    writeln!(out, "  backends     {}{resolves}", backends.join(", "))?;
+    writeln!(out, "  backends     {}{resolves}{follows}", backends.join(", "))?;
     if !listener.source_addresses.is_empty() {
         writeln!(out, "  connects by  {}", join(&listener.source_addresses))?;
     }
@@ -118,6 +124,17 @@ fn write_inline(out: &mut String, inline: &Inline) -> fmt::Result {
         return Ok(());
     }
     writeln!(out, "inline: {} may connect to backends through this host", inline.peers)
+}
+
+fn write_kubernetes(out: &mut String, kubernetes: &Kubernetes) -> fmt::Result {
+    let credentials = match (&kubernetes.kubeconfig, &kubernetes.context) {
+        (None, _) => "the pod's service account".to_owned(),
+        (Some(file), None) => file.display().to_string(),
+        (Some(file), Some(context)) => format!("context {context} of {}", file.display()),
+    };
+    let or_none = |name: &Option<String>| name.clone().unwrap_or_else(|| "not set".to_owned());
+    let (node, zone) = (or_none(&kubernetes.node), or_none(&kubernetes.zone));
+    writeln!(out, "kubernetes: API by {credentials}, node {node}, zone {zone}")
 }
 
 fn bind(address: SocketAddr) -> String {

@@ -1,8 +1,8 @@
 //! Answers of a daemon, for tests.
 
 use super::wire::{
-    BackendStatus, ConfigStatus, EngineStatus, GuardDeviceStatus, GuardStatus, ListenerStatus, SessionRow,
-    Sessions, Status,
+    BackendStatus, ConfigStatus, EngineStatus, GuardDeviceStatus, GuardStatus, ListenerStatus, ServiceStatus,
+    SessionRow, Sessions, Status,
 };
 use crate::backend::HealthState;
 
@@ -55,6 +55,21 @@ pub(super) fn status() -> Status {
         inline_connections: 1,
         max_connections: 10_000,
         backlog_bytes: 0,
+        services: vec![ServiceStatus {
+            service: "mail/mailserver".to_owned(),
+            resource: "endpointslices".to_owned(),
+            endpoints: Some(
+                [
+                    ("ready", vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]),
+                    ("terminating", (2..8_u8).map(|host| [10, 0, 0, host].into()).collect()),
+                    ("not_ready", Vec::new()),
+                ]
+                .map(|(state, addresses)| (state.to_owned(), addresses))
+                .into(),
+            ),
+            answered_ms_ago: Some(12_000),
+            error: None,
+        }],
         guard: Some(GuardStatus {
             list: 1900,
             command: 3,

@@ -2,14 +2,19 @@
 
 use std::{
     fmt::{self, Write as _},
+    net::IpAddr,
     time::{Duration, UNIX_EPOCH},
 };
 
 use super::{
     bans, dry_run, guard,
     text::{age, bytes, write_more, write_table},
-    wire::{Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, SessionRow, Sessions, Status},
+    wire::{
+        Answer, BackendStatus, ConfigStatus, ListenerStatus, Reloaded, ServiceStatus, SessionRow, Sessions,
+        Status,
+    },
 };
+use crate::kubernetes::Readiness;
 
 /// The answer as text, with a line end.
 #[must_use]
@@ -67,6 +72,9 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
     if let Some(guard) = &status.guard {
         guard::write_status(out, guard)?;
     }
+    for service in &status.services {
+        write_service(out, service)?;
+    }
     for listener in &status.listeners {
         writeln!(out)?;
         write_listener(out, listener)?;
@@ -81,6 +89,38 @@ fn write_status(out: &mut String, status: &Status) -> fmt::Result {
         )?;
     }
     Ok(())
+}
+
+fn write_service(out: &mut String, status: &ServiceStatus) -> fmt::Result {
+    let ServiceStatus { service, resource, endpoints, answered_ms_ago, error } = status;
+    write!(out, "service {service}: ")?;
+    match endpoints {
+        Some(endpoints) => {
+            for state in Readiness::ALL.map(Readiness::name) {
+                let addresses = endpoints.get(state).map(Vec::as_slice).unwrap_or_default();
+                write!(out, "{} {}{}, ", addresses.len(), state.replace('_', " "), some_of(addresses))?;
+            }
+        }
+        None => write!(out, "{resource}, ")?,
+    }
+    match answered_ms_ago {
+        Some(ago) => writeln!(out, "the API answered {} ago", age(*ago))?,
+        None => writeln!(out, "the API has not answered yet")?,
+    }
+    match error {
+        Some(error) => writeln!(out, "  {error}"),
+        None => Ok(()),
+    }
+}
+
+/// The first of the addresses, in parentheses.
+fn some_of(addresses: &[IpAddr]) -> String {
+    const MOST: usize = 4;
+    let some: Vec<_> = addresses.iter().take(MOST).map(ToString::to_string).collect();
+    match (some.as_slice(), addresses.len() > MOST) {
+        ([], _) => String::new(),
+        (some, more) => format!(" ({}{})", some.join(", "), if more { ", ..." } else { "" }),
+    }
 }
 
 fn write_listener(out: &mut String, listener: &ListenerStatus) -> fmt::Result {
@@ -209,6 +249,13 @@ mod tests {
         status.engines.push(EngineStatus {
             name: "inline".to_owned(),
             failure: Some("not used by any listener".to_owned()),
+        });
+        status.services.push(ServiceStatus {
+            service: "injector/injector".to_owned(),
+            resource: "services".to_owned(),
+            endpoints: None,
+            answered_ms_ago: None,
+            error: Some("no answer from the API server: connection refused".to_owned()),
         });
         status.removed_listeners.push(RemovedListenerStatus {
             name: "pop3".to_owned(),

@@ -1,19 +1,23 @@
 //! What the daemon answers to `status` and `sessions`.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 
 use super::{
     target::{SessionId, SessionTarget},
     wire::{
-        BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, RemovedListenerStatus, SessionRow,
-        Sessions, Status,
+        BackendStatus, ConfigStatus, EngineStatus, ListenerStatus, RemovedListenerStatus, ServiceStatus,
+        SessionRow, Sessions, Status,
     },
 };
 use crate::{
     backend::Backend,
     engine::usage::InlineConnection,
+    kubernetes::{Endpoints, Readiness, WatchState, WatchedService},
     server::{ActiveListener, Server},
     session::registry::Snapshot,
     telemetry::log::target,
@@ -55,6 +59,7 @@ pub(super) fn status(
             engine("relay", None),
         ],
         guard: None,
+        services: server.watcher().watched().into_iter().map(service_status).collect(),
         listeners: server.listeners().iter().map(listener_status).collect(),
         removed_listeners,
     }
@@ -100,6 +105,20 @@ fn backend_status(backend: &Backend) -> BackendStatus {
         ejections: stats.ejections,
         headers_misread: stats.misread,
         misreads_header: backend.misreads_header(),
+    }
+}
+
+fn service_status(watched: WatchedService) -> ServiceStatus {
+    let WatchState { last_answer, error, .. } = watched.state;
+    let by_state = |endpoints: Arc<Endpoints>| {
+        Readiness::ALL.map(|it| (it.name().to_owned(), endpoints.with(it))).into()
+    };
+    ServiceStatus {
+        service: watched.service.to_string(),
+        resource: watched.resource.to_owned(),
+        endpoints: watched.endpoints.map(by_state),
+        answered_ms_ago: last_answer.map(|at| millis(at.elapsed().unwrap_or_default())),
+        error,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Requests and replies on the control socket, in JSON.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
@@ -311,10 +312,28 @@ pub struct Status {
     /// Bans, if there is a `[guard]`.
     #[serde(default)]
     pub guard: Option<GuardStatus>,
+    /// The Services of Kubernetes that are followed.
+    #[serde(default)]
+    pub services: Vec<ServiceStatus>,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// Listeners that are no longer configured, with sessions left.
     pub removed_listeners: Vec<RemovedListenerStatus>,
+}
+
+/// A Service of Kubernetes that is followed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its namespace and name.
+    pub service: String,
+    /// The kind of objects that are watched: `endpointslices` or `services`.
+    pub resource: String,
+    /// The endpoints by their state, once they are known: `ready`, `terminating`, `not_ready`.
+    pub endpoints: Option<BTreeMap<String, Vec<IpAddr>>>,
+    /// How long ago the API last answered. `None`: it never did.
+    pub answered_ms_ago: Option<u64>,
+    /// Why the last request failed, if it did.
+    pub error: Option<String>,
 }
 
 /// Bans.

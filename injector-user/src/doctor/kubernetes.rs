@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     fmt::{self, Write as _},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -159,23 +160,8 @@ async fn look(watcher: &Watcher, service: &ServiceRef, within: Duration) -> Seen
     let exposure = timeout(within, watcher.exposure(service)).await;
     Seen {
         exposure: exposure.unwrap_or_else(|_elapsed| Err(late(within))),
-        endpoints: endpoints(watcher, service, within).await,
+        endpoints: watcher.endpoints_within(service, within).await.map(Arc::unwrap_or_clone),
     }
-}
-
-/// The endpoints of a Service, or why the API does not say them.
-pub(super) async fn endpoints(
-    watcher: &Watcher,
-    service: &ServiceRef,
-    within: Duration,
-) -> Result<Endpoints, String> {
-    let mut endpoints = watcher.endpoints(service);
-    let known = timeout(within, endpoints.wait_for(Option::is_some)).await;
-    let known = known.ok().and_then(Result::ok).and_then(|known| known.as_deref().cloned());
-    known.ok_or_else(|| {
-        let watched = watcher.watched().into_iter().find(|it| it.service == *service);
-        watched.and_then(|it| it.state.error).unwrap_or_else(|| late(within))
-    })
 }
 
 fn late(within: Duration) -> String {
@@ -234,7 +220,8 @@ fn report(
     if config.inline.peers.services.contains(service) {
         used_by.push("inline.peers".to_owned());
     }
-    let counts = seen.endpoints.as_ref().ok().map(|endpoints| Readiness::ALL.map(|it| endpoints.count(it)));
+    let counts =
+        seen.endpoints.as_ref().ok().map(|endpoints| Readiness::ALL.map(|it| endpoints.with(it).len()));
     let endpoints = chosen.into_iter().map(|address| (address, source_for(address))).collect();
     ServiceReport { service: service.clone(), used_by, counts, endpoints, faults }
 }

@@ -199,9 +199,7 @@ async fn resolve(backend: &Backend, watcher: &Watcher, within: Duration) -> Reso
         Destination::Address(address) => return Ok(vec![*address]),
         Destination::Name { name, port } => (name, *port),
         Destination::Service { service, port } => {
-            let endpoints = kubernetes::endpoints(watcher, service, within).await?;
-            let place = watcher.place().borrow().clone();
-            return endpoints.choose(port, &place).map_err(|error| error.to_string());
+            return watcher.addresses_within(service, port, within).await;
         }
     };
     match tokio::time::timeout(within, tokio::net::lookup_host((name.as_str(), port))).await {

@@ -30,8 +30,8 @@ const MAX_OBJECTS: usize = 1000;
 pub(super) struct Limits {
     /// From a request to its answer, and from one part of a list to the end of it.
     pub(super) answer: Duration,
-    /// How long one watch lasts. A short one, because nothing else shows that an API server has
-    /// vanished without closing the connection.
+    /// How long one watch lasts. A short one, because nothing else shows that an API server is gone
+    /// without closing the connection.
     pub(super) watch: Duration,
     /// How much longer than it should a watch may last.
     pub(super) late: Duration,
@@ -41,7 +41,7 @@ pub(super) struct Limits {
     pub(super) pause: Duration,
     /// The longest part of a list, or event, in bytes.
     pub(super) bytes: u64,
-    /// How long a watch goes on that nobody reads: a reload drops its readers before there are new ones.
+    /// How long a watch without readers goes on: a reload drops them before there are new ones.
     pub(super) linger: Duration,
 }
 

@@ -23,6 +23,8 @@ mod connection;
 mod follower;
 #[cfg(feature = "kubernetes")]
 mod load_balancer;
+mod metrics;
+mod once;
 #[cfg(feature = "kubernetes")]
 mod resource;
 #[cfg(feature = "kubernetes")]

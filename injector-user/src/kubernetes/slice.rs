@@ -102,7 +102,7 @@ impl EndpointSlice {
             })
     }
 
-    /// An address to which connections may go. Whoever may write slices must not lead them to a daemon
+    /// An address to which connections may go. A user who may write slices must not lead them to a daemon
     /// on the loopback device of this host, which would take them for local.
     fn address(&self, text: &str) -> Option<IpAddr> {
         let address: IpAddr = text.parse().ok()?;

@@ -9,7 +9,7 @@ use super::{
     Endpoints, Followed, Readiness, WatchState, Watcher,
     stub_api::{LIMITS, StubApi, slice},
 };
-use crate::config::{Kubernetes, Network, ServiceRef, WithServices};
+use crate::config::{Kubernetes, Network, ServicePort, ServiceRef, WithServices};
 
 /// The longest that anything takes, failures with their pauses included.
 const SOON: Duration = Duration::from_secs(15);
@@ -132,7 +132,7 @@ async fn a_version_that_is_too_old_is_listed_again_and_is_no_failure() {
     let watcher = api.watcher();
     let mut endpoints = watcher.endpoints(&service());
     becomes(&mut endpoints, &["10.0.0.1", "10.0.0.2"]).await;
-    // While the watch between two of them is away, a slice goes, and nobody will say so.
+    // While the watch between two of them is away, a slice goes, and no event will say so.
     api.set_silent(true);
     api.delete("a");
     api.compact();
@@ -306,7 +306,7 @@ async fn missing_credentials_are_explained_and_looked_for_again() {
     let text = text.replace("\"ca.crt\"", &format!("{authority:?}"));
     std::fs::write(&file, &text).unwrap();
     becomes(&mut endpoints, &[]).await;
-    assert_eq!(endpoints.borrow().as_ref().map(|it| it.count(Readiness::Ready)), Some(0));
+    assert_eq!(endpoints.borrow().as_ref().map(|it| it.with(Readiness::Ready)), Some(Vec::new()));
     let folders = Watcher::directories(&Kubernetes { kubeconfig: Some(file), ..Kubernetes::default() });
     assert!(folders.iter().any(|it| it == authority.parent().unwrap()), "{folders:?}");
 
@@ -337,4 +337,20 @@ async fn lists_of_the_configuration_follow_services() {
         };
         assert!(timeout(SOON, became).await.is_ok(), "{:?}, not {expected:?}", peers.current());
     }
+}
+
+#[tokio::test]
+async fn a_command_gets_the_addresses_once_or_the_reason() {
+    let mut api = StubApi::start().await;
+    api.set("a", slice(&["10.0.0.1"]));
+    let watcher = api.watcher();
+    let now = async |port: ServicePort, within| watcher.addresses_within(&service(), &port, within).await;
+    let smtp = ServicePort::Name("smtp".to_owned());
+    assert_eq!(now(smtp.clone(), SOON).await, Ok(vec!["10.0.0.1:2525".parse().unwrap()]));
+    let error = now(ServicePort::Name("pop3".to_owned()), SOON).await.unwrap_err();
+    assert!(error.contains("no port named \"pop3\""), "{error}");
+    api.down().await;
+    let watcher = api.watcher();
+    let error = watcher.addresses_within(&service(), &smtp, Duration::from_millis(500)).await.unwrap_err();
+    assert!(error.starts_with("no answer from the API server"), "{error}");
 }

@@ -2,14 +2,8 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use super::{
-    endpoints::{Endpoints, Readiness},
-    watcher::Watcher,
-};
-use crate::{
-    config::ServiceRef,
-    telemetry::metrics::{ServiceSample, ServiceSource},
-};
+use super::endpoints::Endpoints;
+use crate::config::ServiceRef;
 
 /// The state of a watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,20 +27,4 @@ pub struct WatchedService {
     pub state: WatchState,
     /// The endpoints, once they are known.
     pub endpoints: Option<Arc<Endpoints>>,
-}
-
-impl ServiceSource for Watcher {
-    fn sample(&self) -> Vec<ServiceSample> {
-        let sample = |watched: WatchedService| ServiceSample {
-            service: watched.service.to_string(),
-            resource: watched.resource,
-            up: watched.state.error.is_none() && watched.state.last_answer.is_some(),
-            last_answer: watched.state.last_answer,
-            failures: watched.state.failures,
-            endpoints: watched
-                .endpoints
-                .map(|endpoints| Readiness::ALL.map(|it| (it.name(), endpoints.count(it)))),
-        };
-        self.watched().into_iter().map(sample).collect()
-    }
 }

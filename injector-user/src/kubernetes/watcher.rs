@@ -192,7 +192,7 @@ impl Watcher {
     }
 }
 
-/// Waits until nobody has read the watch for a while, and removes it.
+/// Waits until the watch has had no reader for a while, and removes it.
 async fn until_unread<R: Resource>(
     watches: &Watches<R>,
     service: &ServiceRef,

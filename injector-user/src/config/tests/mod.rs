@@ -129,7 +129,8 @@ fn the_summary_shows_the_effective_configuration() {
          [listener.receiver]\n\
          crc32c = true\nunique_id = true\n\
          [[listener]]\nname = \"packets\"\nbind = [\"192.0.2.11:465\"]\nprotocol = \"submissions\"\nengine = \"inline\"\n\
-         backends = [\"192.0.2.20:4465\"]\nmax_connections = 50\nvirtual_addresses = [\"198.51.100.1\", { service = \"injector/injector\" }]\n\
+         backends = [\"192.0.2.20:4465\", { service = \"mail/mailserver\", port = \"submissions\" }]\n\
+         max_connections = 50\nvirtual_addresses = [\"198.51.100.1\", { service = \"injector/injector\" }]\n\
          translated_sources = [\"10.0.0.0/24\", \"10.0.1.1\"]\n",
     );
     let mut config = Config::parse(&text, "f.toml").unwrap();

@@ -55,6 +55,7 @@ impl View {
             backlog_bytes,
             config,
             guard,
+            services,
             ..
         } = &self.now.status;
         let color = if readiness == "ready" { Color::Green } else { Color::Yellow };
@@ -70,10 +71,14 @@ impl View {
             guard.as_ref().map(bans_part).unwrap_or_default(),
             config.file.display()
         ));
-        let third = match (&self.error, &config.reload_error) {
-            (Some(error), _) => Line::from(error.clone().red()),
-            (None, Some(reason)) => Line::from(format!("last reload failed: {reason}").yellow()),
-            (None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
+        let failing = services.iter().find_map(|it| Some((&it.service, it.error.as_ref()?)));
+        let third = match (&self.error, &config.reload_error, failing) {
+            (Some(error), ..) => Line::from(error.clone().red()),
+            (None, Some(reason), _) => Line::from(format!("last reload failed: {reason}").yellow()),
+            (None, None, Some((service, error))) => {
+                Line::from(format!("service {service}: {error}").yellow())
+            }
+            (None, None, None) => Line::from("q quits, ↑ ↓ choose whose sessions are listed".dark_gray()),
         };
         Paragraph::new(vec![first, second, third])
     }

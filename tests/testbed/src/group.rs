@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lanes_take_turns() {
+    fn groups_take_turns() {
         assert_eq!(in_turn(vec![vec![1, 2, 3], vec![], vec![10], vec![20, 21]]), [1, 10, 20, 2, 21, 3]);
         assert!(in_turn::<u8>(Vec::new()).is_empty());
     }

@@ -129,6 +129,8 @@ fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
             seen == [Answer::Dropped, Answer::Accepted],
             "xdp {xdp}: this host and the one behind it are {seen:?}"
         );
+        // Or the next daemon would take the ban over, and reset the connections without one.
+        testbed.ban(client(Family::V4), 32, OVER)?;
         // The next daemon would take the ban over, and reset the client's connections.
         drop(injector);
         testbed.detach()?;

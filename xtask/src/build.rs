@@ -14,11 +14,14 @@ pub(crate) struct BuildArgs {
     /// Build with optimisation, as for an installation; compiles much longer
     #[arg(long, short)]
     release: bool,
+    /// Build as for the image: it follows Services of Kubernetes
+    #[arg(long)]
+    image: bool,
 }
 
 pub(crate) fn run(args: &BuildArgs) -> Result<()> {
     setup::ensure(&[setup::Group::Bpf])?;
-    let path = daemon(args.release)?;
+    let path = if args.image { image_daemon(args.release)? } else { daemon(args.release)? };
     println!("{}", path.display());
     Ok(())
 }
@@ -28,8 +31,23 @@ pub(crate) fn run(args: &BuildArgs) -> Result<()> {
 /// # Errors
 /// When it doesn't compile.
 pub(crate) fn daemon(release: bool) -> Result<PathBuf> {
+    with_features(release, &[])
+}
+
+/// The same for the image, whose daemon follows Services of Kubernetes.
+///
+/// # Errors
+/// When it doesn't compile.
+pub(crate) fn image_daemon(release: bool) -> Result<PathBuf> {
+    with_features(release, &["--features", IMAGE_FEATURES])
+}
+
+/// Features of the image's daemon besides the default ones.
+const IMAGE_FEATURES: &str = "injector-user/kubernetes";
+
+fn with_features(release: bool, features: &[&str]) -> Result<PathBuf> {
     let mut command = cargo::cargo();
-    command.arg("build").args(cargo::HOST_PACKAGES).args(["--bin", "injector"]);
+    command.arg("build").args(features).args(cargo::HOST_PACKAGES).args(["--bin", "injector"]);
     if release {
         command.arg("--release");
     }

@@ -40,7 +40,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<()> {
     // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
     ensure!(unsafe { libc::geteuid() } == 0, "unpacking Debian's packages with their owners needs root");
     setup::ensure(groups)?;
-    let binary = build::daemon(true)?;
+    let binary = build::image_daemon(true)?;
     let out = args.out.clone().unwrap_or_else(|| workspace().join("target/image"));
     let scratch = tempfile::Builder::new().prefix("inj-image-").tempdir()?;
     make(&out, &binary, scratch.path())?;

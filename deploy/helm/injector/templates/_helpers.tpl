@@ -28,8 +28,94 @@ app.kubernetes.io/name: {{ include "injector.fullname" . }}
 app.kubernetes.io/component: edge
 {{- end -}}
 
+{{/* A Role with which the injector reads endpoints and Services of one namespace, and its binding. */}}
+{{- define "injector.reader" }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  name: {{ .name }}
+  namespace: {{ .namespace }}
+  labels: {{- include "injector.labels" .root | nindent 4 }}
+rules:
+  - apiGroups: ["discovery.k8s.io"]
+    resources: ["endpointslices"]
+    verbs: ["get", "list", "watch"]
+  - apiGroups: [""]
+    resources: ["services"]
+    verbs: {{ toJson .services }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: {{ .name }}
+  namespace: {{ .namespace }}
+  labels: {{- include "injector.labels" .root | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: Role
+  name: {{ .name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "injector.fullname" .root }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end }}
+
+{{/* The pod that sends a message through the edge, for the CronJob and for `helm test`. */}}
+{{- define "injector.probePod" -}}
+restartPolicy: Never
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  fsGroup: 65532
+  seccompProfile:
+    type: RuntimeDefault
+containers:
+  - name: probe
+    image: {{ include "injector.image" . }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    command: ["injector"]
+    args:
+      - probe
+      - --smtp={{ .Values.probe.smtp }}
+      - --imap={{ .Values.probe.imap }}
+      - --tls-name={{ .Values.probe.tlsName }}
+      - --user={{ .Values.probe.user }}
+      - --password-file=/etc/injector-probe/password
+      - --from={{ .Values.probe.from }}
+      - --to={{ .Values.probe.to }}
+      {{- with .Values.probe.pushgateway }}
+      - --pushgateway={{ . }}
+      {{- end }}
+      {{- range .Values.probe.extraArgs }}
+      - {{ . | quote }}
+      {{- end }}
+    securityContext:
+      privileged: false
+      allowPrivilegeEscalation: false
+      readOnlyRootFilesystem: true
+      capabilities:
+        drop: ["ALL"]
+    resources: {{- toYaml .Values.probe.resources | nindent 6 }}
+    volumeMounts:
+      - { name: password, mountPath: /etc/injector-probe, readOnly: true }
+volumes:
+  - name: password
+    secret:
+      secretName: {{ .Values.probe.secretName }}
+      defaultMode: 288 # 0440
+{{- end -}}
+
 {{- define "injector.labels" -}}
 app.kubernetes.io/name: {{ include "injector.fullname" . }}
+{{ include "injector.releaseLabels" . }}
+{{- end -}}
+
+{{/* For objects that are not the injector's own. */}}
+{{- define "injector.releaseLabels" -}}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}

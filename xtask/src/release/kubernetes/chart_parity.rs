@@ -32,10 +32,29 @@ pub(super) fn between(kustomize: &[Object], chart: &[Object]) -> Vec<String> {
     found
 }
 
+/// `helm test` runs what the CronJob runs: every difference, and a test that is missing.
+pub(super) fn tests(tests: &[Object], chart: &[Object]) -> Vec<String> {
+    let jobs: Vec<_> = chart.iter().filter(|object| object.kind() == "CronJob").collect();
+    if tests.len() != jobs.len() {
+        return vec![format!("the chart has {} CronJobs and {} tests", jobs.len(), tests.len())];
+    }
+    let mut found = Vec::new();
+    for (job, test) in jobs.iter().zip(tests) {
+        let pod = &job.0["spec"]["jobTemplate"]["spec"]["template"]["spec"];
+        compare(&format!("{} .spec", test.id()), pod, &test.0["spec"], &mut found);
+    }
+    found
+}
+
 fn without_labels_of_helm(object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(labels) = object["metadata"]["labels"].as_object_mut() {
         labels.retain(|name, _| !OF_HELM.contains(&name.as_str()));
+        if labels.is_empty()
+            && let Some(metadata) = object["metadata"].as_object_mut()
+        {
+            metadata.remove("labels");
+        }
     }
     object
 }
@@ -83,6 +102,18 @@ mod tests {
         let namespace = format!("{OBJECTS}---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: n}}\n");
         assert_eq!(between(&objects(&namespace), &objects(OBJECTS)), [""; 0]);
         assert_eq!(differences(&namespace), ["Namespace n: only in the chart"]);
+    }
+
+    #[test]
+    fn a_test_runs_what_the_cron_job_runs() {
+        let job = "apiVersion: batch/v1\nkind: CronJob\nmetadata: {name: a}\n\
+            spec: {jobTemplate: {spec: {template: {spec: {image: i}}}}}\n";
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: a, annotations: {helm.sh/hook: test}}\nspec: {image: i}\n";
+        let of = |pod: &str| tests(&objects(pod), &objects(job));
+        assert!(objects(pod)[0].is_helm_test() && !objects(job)[0].is_helm_test());
+        assert_eq!(of(pod), [""; 0]);
+        assert_eq!(of(&pod.replace("image: i", "image: j")).len(), 1);
+        assert_eq!(of(""), ["the chart has 1 CronJobs and 0 tests"]);
     }
 
     #[test]

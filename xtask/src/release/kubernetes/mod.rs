@@ -31,10 +31,17 @@ use crate::{
 };
 
 /// Below `deploy/kubernetes/overlays`; for each the chart has `ci/NAME-values.yaml`.
-const OVERLAYS: [&str; 4] = ["least-privilege", "privileged", "inline", "edge-metallb"];
+const OVERLAYS: [&str; 5] =
+    ["least-privilege", "privileged", "inline", "edge-metallb", "edge-metallb-cluster"];
 
-/// The mail server's side of the example, which has no chart.
+/// The mail server's side of the example.
 const MAIL: &str = "mail";
+
+/// The overlay whose values render the mail server's side too.
+const CHART_WITH_MAIL: &str = "edge-metallb";
+
+/// The Job that cleans up a node, which has no chart.
+const DETACH: &str = "detach";
 
 /// The release name of the chart, which is also the name of the objects in kustomize.
 const RELEASE: &str = "injector";
@@ -71,14 +78,15 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
     let daemon = daemon()?;
     eprintln!("{}\n", validator.versions()?);
     let renderings = validator.kustomize()?;
-    let mail = renderings.iter().find(|it| it.name == MAIL).context("no mail server")?;
+    let (overlays, others) = renderings.split_at(OVERLAYS.len());
+    let [mail, _] = others else { bail!("no mail server") };
     validator.check_validators(&renderings)?;
     let mut faults = Vec::new();
     let mut verdicts: Vec<Verdicts> = renderings.iter().map(|_| Verdicts::default()).collect();
     validator.schemas(&renderings, &mut verdicts, &mut faults)?;
     validator.scans(&renderings, &mut verdicts, &mut faults)?;
-    for (rendering, verdicts) in renderings.iter().zip(&mut verdicts).filter(|(it, _)| it.name != MAIL) {
-        let mut found = validator.chart(rendering)?;
+    for (rendering, verdicts) in overlays.iter().zip(&mut verdicts) {
+        let mut found = validator.chart(rendering, &mail.objects)?;
         verdicts.chart = if found.is_empty() { "same".into() } else { format!("{} DIFFER", found.len()) };
         found.extend(consistency::faults(&rendering.objects, &mail.objects)?);
         match validator.check(&daemon, rendering)? {
@@ -106,7 +114,15 @@ fn daemon() -> Result<PathBuf> {
         return Ok(given.into());
     }
     let mut command = cargo::cargo();
-    command.args(["build", "--package", "injector-user", "--no-default-features", "--bin", "injector"]);
+    command.args([
+        "build",
+        "--package",
+        "injector-user",
+        "--no-default-features",
+        "--features",
+        "kubernetes",
+    ]);
+    command.args(["--bin", "injector"]);
     let made = cargo::executables(&mut command)?.into_iter().find(|made| made.target == "injector");
     Ok(made.context("cargo built no program `injector`")?.path)
 }
@@ -157,8 +173,8 @@ impl Validator {
 
     fn kustomize(&self) -> Result<Vec<Rendering>> {
         let overlays = OVERLAYS.map(|name| (name, self.kubernetes.join("overlays").join(name)));
-        let mail = (MAIL, self.kubernetes.join(MAIL));
-        overlays.into_iter().chain([mail]).map(|(name, source)| self.kustomize_one(name, &source)).collect()
+        let others = [MAIL, DETACH].map(|name| (name, self.kubernetes.join(name)));
+        overlays.into_iter().chain(others).map(|(name, source)| self.kustomize_one(name, &source)).collect()
     }
 
     fn kustomize_one(&self, name: &'static str, source: &Path) -> Result<Rendering> {
@@ -175,7 +191,8 @@ impl Validator {
     fn check_validators(&self, renderings: &[Rendering]) -> Result<()> {
         let mut wrong = Vec::new();
         let all = renderings.iter().flat_map(|rendering| &rendering.objects);
-        let validated = ["DaemonSet", "Service", "PodMonitor", "CronJob", "NetworkPolicy"];
+        let validated =
+            ["DaemonSet", "Service", "PodMonitor", "CronJob", "NetworkPolicy", "PodDisruptionBudget", "Job"];
         for kind in validated {
             let object = all.clone().find(|object| object.kind() == kind);
             let mut object = object.with_context(|| format!("no overlay has a {kind}"))?.0.clone();
@@ -249,25 +266,41 @@ impl Validator {
 
     /// Lints and renders the chart with this overlay's values, for each version, and compares the
     /// objects.
-    fn chart(&self, rendering: &Rendering) -> Result<Vec<String>> {
-        let values = self.chart.join(format!("ci/{}-values.yaml", rendering.name));
+    fn chart(&self, rendering: &Rendering, mail: &[Object]) -> Result<Vec<String>> {
+        let mut expected = rendering.objects.clone();
+        if rendering.name == CHART_WITH_MAIL {
+            expected.extend_from_slice(mail);
+        }
         let mut found = Vec::new();
         for version in schema::VERSIONS {
             let mut lint = self.helm();
             lint.args(["lint", "--strict", "--quiet", "--kube-version", version]).arg(&self.chart);
-            output(lint.arg("--values").arg(&values))?;
+            output(self.with_values(&mut lint, rendering.name))?;
             let mut template = self.helm();
             template.args(["template", RELEASE]).arg(&self.chart).args(["--namespace", RELEASE]);
-            template.args(["--kube-version", version]).arg("--values").arg(&values);
-            let text = output(&mut template)?;
+            template.args(["--kube-version", version]);
+            let text = output(self.with_values(&mut template, rendering.name))?;
             fs::write(self.folder.join(format!("{}.chart.yaml", rendering.name)), &text)?;
-            for difference in chart_parity::between(&rendering.objects, &Object::parse(&text)?) {
+            let (tests, objects) =
+                Object::parse(&text)?.into_iter().partition::<Vec<_>, _>(Object::is_helm_test);
+            let differences = chart_parity::between(&expected, &objects);
+            for difference in differences.into_iter().chain(chart_parity::tests(&tests, &objects)) {
                 if !found.contains(&difference) {
                     found.push(difference);
                 }
             }
         }
         Ok(found)
+    }
+
+    /// Adds the values of an overlay: those of the chart's `ci`, and the overlay's own configuration.
+    fn with_values<'a>(&self, helm: &'a mut Command, overlay: &str) -> &'a mut Command {
+        helm.arg("--values").arg(self.chart.join(format!("ci/{overlay}-values.yaml")));
+        let config = self.kubernetes.join("overlays").join(overlay).join(consistency::CONFIG);
+        if config.is_file() {
+            helm.arg("--set-file").arg(format!("config={}", config.display()));
+        }
+        helm
     }
 
     /// Has the daemon check every configuration in an overlay. Returns the number of listeners, or
@@ -300,7 +333,7 @@ fn configurations(objects: &[Object]) -> BTreeMap<String, String> {
 }
 
 fn table(renderings: &[Rendering], verdicts: &[Verdicts]) -> String {
-    const FIRST: usize = 16;
+    const FIRST: usize = 20;
     let mut text = format!("{:FIRST$}  objects valid, by version of Kubernetes\n{:FIRST$}", "", "");
     for version in schema::VERSIONS {
         text += &format!("  {version:6}");
@@ -351,7 +384,8 @@ mod tests {
         let mut overlays = OVERLAYS.map(str::to_owned);
         overlays.sort();
         assert_eq!(files(&deploy.join("kubernetes/overlays")), overlays);
-        let values = overlays.map(|name| format!("{name}-values.yaml"));
+        let mut values = overlays.map(|name| format!("{name}-values.yaml"));
+        values.sort();
         assert_eq!(files(&deploy.join("helm/injector/ci")), values);
     }
 
@@ -359,6 +393,67 @@ mod tests {
     fn every_supported_version_is_validated() {
         let chart = fs::read_to_string(cargo::workspace().join("deploy/helm/injector/Chart.yaml")).unwrap();
         assert!(chart.contains(&format!("kubeVersion: \">={}.0-0\"", schema::VERSIONS[0])), "{chart}");
+    }
+
+    /// Otherwise a misspelt value would be accepted, and have no effect.
+    #[test]
+    fn the_schema_describes_every_value_and_no_other() {
+        let chart = cargo::workspace().join("deploy/helm/injector");
+        let read = |file| fs::read_to_string(chart.join(file)).unwrap();
+        let schema: Value = serde_json::from_str(&read("values.schema.json")).unwrap();
+        let values: Value = serde_saphyr::from_str(&read("values.yaml")).unwrap();
+        let mut differences = Vec::new();
+        compare("values", &values, &schema, &mut differences);
+        // Helm passes it to every chart.
+        assert_eq!(differences, ["values.global: no default"]);
+    }
+
+    fn compare(path: &str, value: &Value, schema: &Value, differences: &mut Vec<String>) {
+        let (Some(values), Some(properties)) = (value.as_object(), schema["properties"].as_object()) else {
+            return;
+        };
+        if schema["additionalProperties"] != false {
+            differences.push(format!("{path}: other values are accepted"));
+        }
+        for name in properties.keys().filter(|name| !values.contains_key(*name)) {
+            differences.push(format!("{path}.{name}: no default"));
+        }
+        for (name, value) in values {
+            match properties.get(name) {
+                Some(schema) => compare(&format!("{path}.{name}"), value, schema, differences),
+                None => differences.push(format!("{path}.{name}: not in the schema")),
+            }
+        }
+    }
+
+    /// The policy, the chart and Dovecot must trust the same addresses.
+    #[test]
+    fn the_edge_nodes_addresses_are_the_same_everywhere() {
+        let workspace = cargo::workspace();
+        let read = |file: &str| fs::read_to_string(workspace.join(file)).unwrap();
+        let policy = Object::parse(&read("deploy/kubernetes/mail/networkpolicy.yaml")).unwrap();
+        let addresses: Vec<_> =
+            consistency::edge_addresses(&policy).iter().map(ToString::to_string).collect();
+        assert!(!addresses.is_empty());
+        let page = read("docs/kubernetes.md");
+        let dovecot = page.lines().find_map(|line| line.trim().strip_prefix("haproxy_trusted_networks = "));
+        assert_eq!(dovecot, Some(addresses.join(" ").as_str()));
+    }
+
+    /// Operators plan with these times.
+    #[test]
+    fn the_documented_times_of_a_shutdown_are_those_of_the_pod() {
+        let workspace = cargo::workspace();
+        let read = |file: &str| fs::read_to_string(workspace.join(file)).unwrap();
+        let daemons = Object::parse(&read("deploy/kubernetes/base/daemonset.yaml")).unwrap();
+        let pod = &daemons[0].0["spec"]["template"]["spec"];
+        let injector = &pod["containers"][0];
+        let drain =
+            text(injector["lifecycle"]["preStop"]["exec"]["command"].as_array().unwrap().last().unwrap());
+        let page = read("docs/kubernetes.md");
+        assert!(page.contains(&format!("`injector drain --wait --deadline {drain}`")), "{drain}");
+        let grace = pod["terminationGracePeriodSeconds"].to_string();
+        assert!(page.contains(&format!("SIGKILL {grace} s after")), "{grace}");
     }
 
     #[test]

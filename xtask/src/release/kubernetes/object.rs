@@ -38,6 +38,11 @@ impl Object {
         text(&self.0["metadata"]["namespace"])
     }
 
+    /// Whether it is no part of the release, but a pod of `helm test`.
+    pub(super) fn is_helm_test(&self) -> bool {
+        self.0["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    }
+
     /// `DaemonSet injector/injector`, or without a namespace `Namespace injector`.
     pub(crate) fn id(&self) -> String {
         let namespace = self.namespace();

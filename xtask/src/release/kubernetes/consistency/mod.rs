@@ -1,6 +1,7 @@
 //! Checks that the objects and the configuration in them agree with each other. A schema cannot
 //! check this; on a cluster the fault would show as pods that do not start, or as missing mail.
 
+mod access;
 mod backends;
 mod config;
 mod deadlines;
@@ -15,6 +16,8 @@ mod tests;
 
 use anyhow::{Context as _, Result};
 
+#[cfg(test)]
+pub(super) use self::backends::edge_addresses;
 use self::config::Config;
 use super::object::{Object, container, text};
 
@@ -41,11 +44,21 @@ pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>>
     faults.extend(ports::check(daemon, &config));
     faults.extend(operator_ports::check(pod, daemon));
     faults.extend(deadlines::check(pod, daemon, &config));
-    faults.extend(rollout::check(&daemons.0));
+    faults.extend(rollout::check(objects, daemons));
     faults.extend(reload::check(pod, &config));
-    faults.extend(services::check(objects, daemons));
+    faults.extend(access::check(objects, daemons, &config));
+    faults.extend(services::check(objects, daemons, &config));
     faults.extend(backends::check(&config, mail));
+    let proxy_ports = backends::proxy_ports(&config, mail);
+    faults.extend(services::check_proxy_ports(objects.iter().chain(mail), &proxy_ports));
     Ok(faults)
+}
+
+/// The Service called `NAMESPACE/NAME`.
+fn find_service<'a>(objects: &'a [Object], called: &str) -> Option<&'a Object> {
+    let (namespace, name) = called.split_once('/')?;
+    let mut services = objects.iter().filter(|object| object.kind() == "Service");
+    services.find(|service| service.namespace() == namespace && service.name() == name)
 }
 
 fn find<'a>(objects: &'a [Object], kind: &str) -> Option<&'a Object> {

@@ -13,7 +13,7 @@ use super::{
 /// What every container that reads the API server mounts the token at (client libraries, as
 /// `rest.InClusterConfig` of Kubernetes' own, expect it there).
 const TOKEN_FOLDER: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-const READING: [&str; 3] = ["get", "list", "watch"];
+const READING: [&str; 2] = ["list", "watch"];
 /// API group and resource.
 const ENDPOINTS: (&str, &str) = ("discovery.k8s.io", "endpointslices");
 const SERVICES: (&str, &str) = ("", "services");
@@ -23,13 +23,11 @@ pub(super) fn check(objects: &[Object], daemons: &Object, config: &Config) -> Ve
     let mut faults = least_privilege(objects);
     let account = (daemons.namespace(), text(&daemons.0["spec"]["template"]["spec"]["serviceAccountName"]));
     let mut needed: BTreeSet<(&str, (&str, &str), &str)> = BTreeSet::new();
-    for service in config.backend_services() {
-        needed.extend(READING.map(|verb| (namespace(service), ENDPOINTS, verb)));
-        needed.insert((namespace(service), SERVICES, "get"));
-    }
-    for service in config.own_services() {
-        needed.extend(READING.map(|verb| (namespace(service), ENDPOINTS, verb)));
-        needed.extend(READING.map(|verb| (namespace(service), SERVICES, verb)));
+    // `injector doctor --kubernetes` reads the Services of backends, too.
+    for service in config.backend_services().chain(config.own_services()) {
+        for resource in [ENDPOINTS, SERVICES] {
+            needed.extend(READING.map(|verb| (namespace(service), resource, verb)));
+        }
     }
     let granted = granted(objects, account);
     for (namespace, (group, resource), verb) in &needed {

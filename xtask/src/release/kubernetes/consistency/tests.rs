@@ -25,8 +25,8 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {name: own, namespace: edge}
 rules:
-  - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
-  - {apiGroups: [""], resources: [services], verbs: [get, list, watch]}
+  - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+  - {apiGroups: [""], resources: [services], verbs: [list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -38,8 +38,8 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {name: backends, namespace: mail}
 rules:
-  - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
-  - {apiGroups: [""], resources: [services], verbs: [get]}
+  - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+  - {apiGroups: [""], resources: [services], verbs: [list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -236,26 +236,18 @@ fn translated_clients_are_refused_or_kept() {
 
 #[test]
 fn the_injector_may_read_what_it_follows_and_nothing_else() {
-    let verbs = "resources: [endpointslices], verbs: [get, list, watch]";
+    let verbs = "resources: [endpointslices], verbs: [list, watch]";
     for (from, to, expected) in [
-        (verbs, "resources: [endpointslices], verbs: [get, list]", "lets the injector watch endpointslices"),
-        (
-            verbs,
-            "resources: [endpointslices], verbs: [get, list, watch, patch]",
-            "it lets the injector patch",
-        ),
+        (verbs, "resources: [endpointslices], verbs: [list]", "lets the injector watch endpointslices"),
+        (verbs, "resources: [endpointslices], verbs: [list, watch, patch]", "it lets the injector patch"),
         (verbs, "resources: [secrets], verbs: [get]", "it lets the injector get secrets"),
         (verbs, "resources: ['*'], verbs: ['*']", "it lets the injector * *"),
         (
-            "services], verbs: [get]}",
-            "services], verbs: [get, list]}",
-            "list services, which it does not need",
+            r#"{ service = "mail/proxied", port = "smtp" }"#,
+            "\"10.9.9.9:2525\"",
+            "namespace mail lets the injector list endpointslices, which it does not need",
         ),
-        (
-            "services], verbs: [get]}",
-            "services], verbs: [list]}",
-            "namespace mail lets the injector get services",
-        ),
+        ("services], verbs: [list, watch]}", "services], verbs: [list]}", "lets the injector watch services"),
         ("kind: Role\n", "kind: ClusterRole\n", "it would hold in the whole cluster"),
         ("kind: RoleBinding", "kind: ClusterRoleBinding", "it would hold in the whole cluster"),
         ("kind: Role, name: backends", "kind: Role, name: own", "namespace mail lets the injector watch"),

@@ -20,6 +20,7 @@ use injector_testbed::{
 };
 
 use super::{
+    deploy,
     machines::Cluster,
     mail,
     plan::{CLIENT, client_netns},
@@ -35,12 +36,13 @@ pub(super) fn namespace() -> NetnsHandle {
 }
 
 /// Uses all four ports at this address, and ensures that the mail server logged the client's own
-/// address on its alternative ports. Returns what it logged, in short.
+/// address on its alternative ports, and that this engine served. Returns what was logged, in short.
 ///
 /// # Errors
-/// When a port does not work, or the mail server logged another address.
-pub(super) fn check_address(cluster: &Cluster, to: Ipv4Addr) -> Result<String> {
+/// When a port does not work, the mail server logged another address, or another engine served.
+pub(super) fn check_address(cluster: &Cluster, to: Ipv4Addr, engine: &str) -> Result<String> {
     let authority = mail::authority(cluster)?;
+    let before = deploy::connections_by(cluster, engine);
     let mut seen = Vec::new();
     for service in MATRIX {
         let found = logged_address(cluster, to, service, &authority)
@@ -52,7 +54,12 @@ pub(super) fn check_address(cluster: &Cluster, to: Ipv4Addr) -> Result<String> {
         );
         seen.push(service.standard.to_string());
     }
-    Ok(format!("{CLIENT} on {}", seen.join(", ")))
+    // Inline logs a connection when both sides have ended it.
+    wait(&format!("{} more connections that {engine} has served", MATRIX.len()), TIMEOUT * 2, || {
+        let more = deploy::connections_by(cluster, engine).saturating_sub(before);
+        Ok((more >= MATRIX.len()).then_some(()))
+    })?;
+    Ok(format!("{CLIENT} on {}, by {engine}", seen.join(", ")))
 }
 
 /// Sends a message, or logs in, and reads from the mail server's log who that was.
@@ -229,17 +236,18 @@ pub(super) struct LoadReport {
 }
 
 impl Load {
-    /// Starts `open` sessions, which must be greeted, and `rate` short ones in a second.
+    /// Starts `open` sessions, which must be greeted and then last as long as `lasting`, and `rate`
+    /// short ones in a second.
     ///
     /// # Errors
     /// When an open session is not greeted.
-    pub(super) fn start(to: Ipv4Addr, rate: u32, open: usize) -> Result<Self> {
+    pub(super) fn start(to: Ipv4Addr, rate: u32, open: usize, lasting: Duration) -> Result<Self> {
         const THREADS: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
         let sessions = (0..open).map(|_| Session::open(to, 25, b"")).collect::<Result<Vec<_>>>()?;
         let open = sessions.into_iter().map(|session| {
             let stop = Arc::clone(&stop);
-            thread::spawn(move || hold(session, &stop))
+            thread::spawn(move || hold(session, lasting, &stop))
         });
         let open = open.collect();
         let threads = THREADS.min(rate);
@@ -286,10 +294,10 @@ impl std::fmt::Display for LoadReport {
     }
 }
 
-/// Uses a session until it ends, and returns why, or until the load ends.
-fn hold(mut session: Session, stop: &AtomicBool) -> Option<String> {
+/// Uses a session for a time, or until the load ends. Returns why it ended before.
+fn hold(mut session: Session, lasting: Duration, stop: &AtomicBool) -> Option<String> {
     let begun = Instant::now();
-    while !stop.load(Ordering::Relaxed) {
+    while !stop.load(Ordering::Relaxed) && begun.elapsed() < lasting {
         if let Err(error) = session.noop() {
             return Some(format!("after {:.1} s: {error:#}", begun.elapsed().as_secs_f32()));
         }

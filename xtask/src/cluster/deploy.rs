@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     image,
     machines::Cluster,
-    plan::{Node, VIP},
+    plan::{CLIENT, Node, VIP},
     wait::wait,
 };
 use crate::{
@@ -180,6 +180,13 @@ pub(super) fn pod(cluster: &Cluster, node: Node) -> Result<String> {
     let pods = cluster.get(&["-n", "injector", "pods"])?;
     let pod = list(&pods["items"]).iter().find(|pod| node_of(pod) == Some(node) && is_ready(pod));
     Ok(text(&pod.with_context(|| format!("no injector is ready on {node}"))?["metadata"]["name"]).to_owned())
+}
+
+/// How many of the client's connections the injectors have logged with this engine.
+pub(super) fn connections_by(cluster: &Cluster, engine: &str) -> usize {
+    let parts =
+        ["connection closed", &format!("\"engine\":\"{engine}\""), &format!("\"client\":\"{CLIENT}:")];
+    cluster.state.pod_log("injector_injector-", "injector", &parts).len()
 }
 
 #[cfg(test)]

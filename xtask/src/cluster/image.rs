@@ -34,7 +34,7 @@ pub(super) fn daemon(args: &DaemonArgs) -> Result<PathBuf> {
             ensure!(binary.is_file(), "{} is not a file", binary.display());
             Ok(binary.clone())
         }
-        None => build::daemon(!args.debug),
+        None => build::image_daemon(!args.debug),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The mail server in the cluster: its pod, where it runs, and its log.
 
-use std::{fs, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{fs, net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use injector_testbed::{
@@ -122,17 +122,9 @@ pub(super) fn ensure_never_client(cluster: &Cluster, addresses: &[Ipv4Addr]) -> 
     Ok(())
 }
 
-/// The log lines of all its pods that have each of these texts. The kubelet writes them on the
-/// nodes, so they are found while the API server is away too.
+/// The log lines of all its pods that have each of these texts.
 pub(super) fn log(cluster: &Cluster, parts: &[&str]) -> Vec<String> {
-    let files = Node::KUBELETS.into_iter().flat_map(|node| {
-        let pods = cluster.state.node(node).join("upper/var/log/pods");
-        entries(pods).into_iter().filter(|path| path.to_string_lossy().contains("/mail_mailserver-"))
-    });
-    let logs = files.flat_map(|pod| entries(pod.join("mail")));
-    let texts = logs.filter_map(|log| fs::read_to_string(log).ok());
-    let wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
-    texts.flat_map(|text| text.lines().filter(wanted).map(str::to_owned).collect::<Vec<_>>()).collect()
+    cluster.state.pod_log("mail_mailserver-", "mail", parts)
 }
 
 /// The first such line, which may be written within five seconds.
@@ -143,8 +135,4 @@ pub(super) fn wait_log(cluster: &Cluster, parts: &[&str]) -> Result<String> {
     wait(&format!("a line with {parts:?} in the mail server's log"), Duration::from_secs(5), || {
         Ok(log(cluster, parts).into_iter().next())
     })
-}
-
-fn entries(folder: PathBuf) -> Vec<PathBuf> {
-    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }

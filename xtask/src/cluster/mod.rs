@@ -124,11 +124,11 @@ fn run_trials(args: &ClusterArgs) -> Result<()> {
     let _lock = state::lock()?;
     let _signals = Signals::take();
     let begun = Instant::now();
-    let daemon = image::daemon(&args.daemon)?;
     let (cluster, _end) = if State::existing(setup::cluster_tools()?).is_some() {
         println!("in the cluster that runs already; it stays, and so does the last injector");
         (running()?, None)
     } else {
+        let daemon = image::daemon(&args.daemon)?;
         start(args.settings, &daemon).map(|(cluster, end)| (cluster, Some(end)))?
     };
     let passed = trials::run(&cluster, &args.trial)?;

@@ -56,6 +56,22 @@ impl State {
         self.folder.join(node.name())
     }
 
+    /// The log lines of a container that have each of these texts, of all pods whose namespace and name
+    /// begin so. The kubelet writes them on the nodes, so they are found while the API server is away
+    /// too.
+    pub(super) fn pod_log(&self, pods: &str, container: &str, parts: &[&str]) -> Vec<String> {
+        let found = Node::KUBELETS.into_iter().flat_map(|node| {
+            let folder = entries(self.node(node).join("upper/var/log/pods"));
+            folder
+                .into_iter()
+                .filter(|path| path.file_name().is_some_and(|it| it.to_string_lossy().starts_with(pods)))
+        });
+        let logs = found.flat_map(|pod| entries(pod.join(container)));
+        let texts = logs.filter_map(|log| fs::read_to_string(log).ok());
+        let wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
+        texts.flat_map(|text| text.lines().filter(wanted).map(str::to_owned).collect::<Vec<_>>()).collect()
+    }
+
     pub(super) fn pki(&self) -> PathBuf {
         self.folder.join("pki")
     }
@@ -67,6 +83,10 @@ impl State {
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
+}
+
+fn entries(folder: PathBuf) -> Vec<PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 /// Removes the folder.

@@ -36,7 +36,7 @@ fn address(testbed: &Testbed<'_>, edge: Edge, node: Node) -> Result<String> {
         return refused();
     }
     client::wait_served(VIP, super::RECOVERY)?;
-    client::check_address(testbed.cluster, VIP)
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)
 }
 
 /// Whether kube-proxy replaces the client's address before the sockets see the connection. Inline
@@ -66,7 +66,7 @@ fn two_edges(testbed: &Testbed<'_>) -> Result<String> {
             network::announce(edge)?;
             let context = || format!("public address at {edge}, mail server on {node}");
             client::wait_served(VIP, super::RECOVERY).with_context(context)?;
-            seen = client::check_address(testbed.cluster, VIP).with_context(context)?;
+            seen = client::check_address(testbed.cluster, VIP, testbed.edge.engine).with_context(context)?;
         }
     }
     network::announce(Node::Edge1)?;

@@ -21,6 +21,9 @@ const RATE: u32 = 20;
 /// Sessions that stay open during a disturbance.
 const OPEN: usize = 10;
 
+/// How long they last where a pod waits for its sessions.
+const SESSION: Duration = Duration::from_secs(15);
+
 pub(super) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for edge in [Edge::SPLICE, Edge::INLINE] {
@@ -51,13 +54,13 @@ fn settle(testbed: &Testbed<'_>, mail_server: Node) -> Result<()> {
 /// The mail server's pod ends on one node, and another one starts elsewhere.
 fn mail_server_moves(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     pause(Duration::from_secs(2))?;
     mail::place(testbed.cluster, Node::Edge2)?;
     let after = client::wait_served(VIP, RECOVERY)?;
     pause(Duration::from_secs(2))?;
     let report = load.finish();
-    client::check_address(testbed.cluster, VIP)?;
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)?;
     Ok(format!("mail {:.1} s after the new pod was ready; {report}", after.as_secs_f32()))
 }
 
@@ -67,7 +70,7 @@ fn mail_server_leaves(testbed: &Testbed<'_>) -> Result<String> {
     let cluster = testbed.cluster;
     settle(testbed, Node::Worker)?;
     let (_, old, _) = mail::pod(cluster)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     pause(Duration::from_secs(1))?;
     let outcome = (|| {
         cluster.kubectl(&["-n", "mail", "label", "pod", &old, "app.kubernetes.io/name-"])?;
@@ -85,13 +88,13 @@ fn mail_server_leaves(testbed: &Testbed<'_>) -> Result<String> {
 /// As MetalLB does when it no longer finds a node.
 fn address_moves(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     pause(Duration::from_secs(2))?;
     network::announce(Node::Edge2)?;
     let after = client::wait_served(VIP, RECOVERY)?;
     pause(Duration::from_secs(7))?;
     let report = load.finish();
-    client::check_address(testbed.cluster, VIP)?;
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)?;
     network::announce(Node::Edge1)?;
     ensure!(report.failures.len() < 5, "new sessions failed: {report}");
     Ok(format!("mail after {:.1} s; {report}", after.as_secs_f32()))
@@ -100,7 +103,7 @@ fn address_moves(testbed: &Testbed<'_>) -> Result<String> {
 /// The daemon gets SIGKILL; the kubelet starts it again.
 fn killed(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     pause(Duration::from_secs(2))?;
     let machine = testbed.cluster.machine(Node::Edge1);
     machine.run(&["pkill", "-KILL", "-f", "-x", "injector run"])?;
@@ -110,7 +113,7 @@ fn killed(testbed: &Testbed<'_>) -> Result<String> {
     pause(Duration::from_secs(2))?;
     let report = load.finish();
     ensure_inline_kept(testbed, &report)?;
-    client::check_address(testbed.cluster, VIP)?;
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)?;
     Ok(format!("mail {:.1} s after the pod was ready again; {report}", after.as_secs_f32()))
 }
 
@@ -125,7 +128,7 @@ fn ensure_inline_kept(testbed: &Testbed<'_>, report: &LoadReport) -> Result<()> 
 fn deleted(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
     let speaker = Speaker::start(testbed.cluster);
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, SESSION)?;
     pause(Duration::from_secs(2))?;
     let outcome = (|| {
         let pod = deploy::pod(testbed.cluster, Node::Edge1)?;
@@ -136,14 +139,14 @@ fn deleted(testbed: &Testbed<'_>) -> Result<String> {
     let report = load.finish();
     let moves = speaker.finish();
     outcome?;
-    client::check_address(testbed.cluster, VIP)?;
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)?;
     Ok(format!("{report}; {moves}"))
 }
 
 fn rolled_out(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
     let speaker = Speaker::start(testbed.cluster);
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, SESSION)?;
     let outcome = (|| {
         let daemonset = ["-n", "injector", "rollout"];
         testbed.cluster.kubectl(&[&daemonset[..], &["restart", "daemonset/injector"]].concat())?;
@@ -154,7 +157,7 @@ fn rolled_out(testbed: &Testbed<'_>) -> Result<String> {
     let report = load.finish();
     let moves = speaker.finish();
     outcome?;
-    client::check_address(testbed.cluster, VIP)?;
+    client::check_address(testbed.cluster, VIP, testbed.edge.engine)?;
     Ok(format!("{report}; {moves}"))
 }
 
@@ -162,7 +165,7 @@ fn rolled_out(testbed: &Testbed<'_>) -> Result<String> {
 fn api_server_away(testbed: &Testbed<'_>) -> Result<String> {
     let cluster = testbed.cluster;
     settle(testbed, Node::Worker)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     cluster.stop_api_server()?;
     let outcome = pause(Duration::from_secs(60));
     let report = load.finish();
@@ -171,7 +174,7 @@ fn api_server_away(testbed: &Testbed<'_>) -> Result<String> {
     ensure!(report.failures.is_empty() && report.lost.is_empty(), "clients noticed it: {report}");
     mail::place(cluster, Node::Edge2).context("after the API server's return")?;
     let after = client::wait_served(VIP, RECOVERY)?;
-    client::check_address(cluster, VIP)?;
+    client::check_address(cluster, VIP, testbed.edge.engine)?;
     Ok(format!("for 60 s: {report}; a later move was followed after {:.1} s", after.as_secs_f32()))
 }
 
@@ -195,7 +198,7 @@ fn endpoints_change(testbed: &Testbed<'_>) -> Result<String> {
         })
     };
     cluster.apply(&slice(true).to_string())?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     let outcome = cluster.with_api(|api| {
         let url = format!("{api}/apis/discovery.k8s.io/v1beta1/namespaces/mail/endpointslices/changing");
         for change in 0..CHANGES {
@@ -210,7 +213,7 @@ fn endpoints_change(testbed: &Testbed<'_>) -> Result<String> {
     cluster.kubectl(&["-n", "mail", "delete", "endpointslice", "changing"])?;
     outcome?;
     ensure!(report.failures.is_empty() && report.lost.is_empty(), "clients noticed it: {report}");
-    client::check_address(cluster, VIP)?;
+    client::check_address(cluster, VIP, testbed.edge.engine)?;
     Ok(format!("{CHANGES} changes; {report}"))
 }
 
@@ -225,7 +228,7 @@ fn node_drained(testbed: &Testbed<'_>) -> Result<String> {
     cluster.kubectl(&["uncordon", "worker"])?;
     prepared?;
     client::wait_served(VIP, RECOVERY)?;
-    let load = Load::start(VIP, RATE, OPEN)?;
+    let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     let drained = drain(cluster, Node::Edge1);
     let served = client::wait_served(VIP, RECOVERY);
     let report = load.finish();
@@ -234,7 +237,7 @@ fn node_drained(testbed: &Testbed<'_>) -> Result<String> {
     served?;
     let (node, ..) = mail::pod(cluster)?;
     ensure!(node == Node::Worker, "the mail server runs on {node}");
-    client::check_address(cluster, VIP)?;
+    client::check_address(cluster, VIP, testbed.edge.engine)?;
     Ok(report.to_string())
 }
 

@@ -34,7 +34,7 @@ fn usage(testbed: &Testbed<'_>) -> Result<String> {
     client::wait_served(VIP, RECOVERY)?;
     let machine = testbed.cluster.machine(Node::Edge1);
     let idle = measure(machine)?;
-    let load = Load::start(VIP, RATE, 0)?;
+    let load = Load::start(VIP, RATE, 0, PERIOD)?;
     let busy = measure(machine);
     let report = load.finish();
     ensure!(report.failures.is_empty(), "{report}");

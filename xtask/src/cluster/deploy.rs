@@ -107,7 +107,31 @@ pub(super) fn deploy(cluster: &Cluster, edge: Edge) -> Result<()> {
     if !before.is_empty() {
         cluster.kubectl(&[&["-n", "injector", "delete", "--timeout=120s"], &before[..]].concat())?;
     }
-    wait_ready(cluster)
+    wait_ready(cluster)?;
+    if edge.engine == "inline" { Ok(()) } else { detach(cluster) }
+}
+
+/// Removes what inline has left in the kernel of the edge nodes, as `deploy/kubernetes/detach` says: it
+/// would go on with the mail server's addresses of then.
+fn detach(cluster: &Cluster) -> Result<()> {
+    let job = cluster.kustomize(&cargo::workspace().join("deploy/kubernetes/detach"))?;
+    for node in Node::EDGES {
+        let mut objects = Object::parse(&job.replace("NODE", node.name()))?;
+        for Object(job) in &mut objects {
+            for kind in ["initContainers", "containers"] {
+                let containers = job["spec"]["template"]["spec"][kind].as_array_mut();
+                containers.into_iter().flatten().for_each(|it| it["image"] = json!(image::name()));
+            }
+        }
+        let documents: Vec<_> = objects.iter().map(|object| object.0.to_string()).collect();
+        cluster.apply(&documents.join("\n---\n"))?;
+        let job = format!("job/injector-detach-{node}");
+        let kube_system = |words: &[&str]| cluster.kubectl(&[&["-n", "kube-system"], words].concat());
+        kube_system(&["wait", "--for=condition=complete", &job, "--timeout=60s"])
+            .with_context(|| kube_system(&["logs", &job, "--all-containers"]).unwrap_or_default())?;
+        kube_system(&["delete", &job])?;
+    }
+    Ok(())
 }
 
 /// Renders the overlay from a folder of the cluster's. kustomize takes no absolute paths.
@@ -182,10 +206,10 @@ pub(super) fn pod(cluster: &Cluster, node: Node) -> Result<String> {
     Ok(text(&pod.with_context(|| format!("no injector is ready on {node}"))?["metadata"]["name"]).to_owned())
 }
 
-/// How many of the client's connections the injectors have logged with this engine.
+/// How many of the client's connections the injectors have logged with this engine. A socket of `[::]`
+/// has its address in IPv6's form.
 pub(super) fn connections_by(cluster: &Cluster, engine: &str) -> usize {
-    let parts =
-        ["connection closed", &format!("\"engine\":\"{engine}\""), &format!("\"client\":\"{CLIENT}:")];
+    let parts = ["connection closed", &format!("\"engine\":\"{engine}\""), &CLIENT.to_string()];
     cluster.state.pod_log("injector_injector-", "injector", &parts).len()
 }
 

@@ -105,7 +105,9 @@ pub(super) fn deploy(cluster: &Cluster, edge: Edge) -> Result<()> {
     // The kubelet may take a minute to show pods a new configuration; new ones have it.
     let before: Vec<_> = before.split_whitespace().collect();
     if !before.is_empty() {
-        cluster.kubectl(&[&["-n", "injector", "delete", "--timeout=120s"], &before[..]].concat())?;
+        // Sessions of an earlier trial may be open for as long as a drain takes; nothing waits for them.
+        let delete = ["-n", "injector", "delete", "--grace-period=1", "--timeout=120s"];
+        cluster.kubectl(&[&delete[..], &before[..]].concat())?;
     }
     wait_ready(cluster)?;
     if edge.engine == "inline" { Ok(()) } else { detach(cluster) }

@@ -124,7 +124,8 @@ fn ensure_inline_kept(testbed: &Testbed<'_>, report: &LoadReport) -> Result<()> 
     Ok(())
 }
 
-/// As an eviction: the pod ends in order, the address moves to the other edge, and comes back.
+/// As an eviction: the pod ends in order, and the address moves to the other edge. The old pod waits for
+/// sessions whose packets no longer reach it, until its drain has a deadline (240 s).
 fn deleted(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
     let speaker = Speaker::start(testbed.cluster);
@@ -132,7 +133,7 @@ fn deleted(testbed: &Testbed<'_>) -> Result<String> {
     pause(Duration::from_secs(2))?;
     let outcome = (|| {
         let pod = deploy::pod(testbed.cluster, Node::Edge1)?;
-        testbed.cluster.kubectl(&["-n", "injector", "delete", "pod", &pod, "--timeout=120s"])?;
+        testbed.cluster.kubectl(&["-n", "injector", "delete", "pod", &pod, "--timeout=300s"])?;
         deploy::wait_ready(testbed.cluster)?;
         pause(Duration::from_secs(2))
     })();
@@ -150,7 +151,7 @@ fn rolled_out(testbed: &Testbed<'_>) -> Result<String> {
     let outcome = (|| {
         let daemonset = ["-n", "injector", "rollout"];
         testbed.cluster.kubectl(&[&daemonset[..], &["restart", "daemonset/injector"]].concat())?;
-        let status = ["status", "daemonset/injector", "--timeout=240s"];
+        let status = ["status", "daemonset/injector", "--timeout=600s"];
         testbed.cluster.kubectl(&[&daemonset[..], &status].concat())?;
         deploy::wait_ready(testbed.cluster)
     })();

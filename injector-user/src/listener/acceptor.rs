@@ -20,7 +20,7 @@ use super::{
 use crate::{
     config::Network,
     guard::Guard,
-    net::socket::Endpoint,
+    net::{canonical, socket::Endpoint},
     os::{clock, poll},
     protocol::Rejection,
     session::{self, Context},
@@ -202,12 +202,13 @@ async fn accept(socket: &AsyncFd<Socket>) -> io::Result<Accepted> {
 fn accept_now(socket: &Socket) -> io::Result<Accepted> {
     let (client, peer) = acceptfrom_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok()).ok_or(io::ErrorKind::InvalidData)?;
-    Ok(Accepted { socket: client.into(), peer })
+    Ok(Accepted { socket: client.into(), peer: canonical(peer) })
 }
 
 /// An accepted connection.
 #[derive(Debug)]
 struct Accepted {
     socket: Socket,
+    /// The client's address, in its own family.
     peer: SocketAddr,
 }

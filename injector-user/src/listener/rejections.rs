@@ -11,6 +11,7 @@ use socket2::Socket;
 use super::source_limit::SourceRefusal;
 use crate::{
     config::Network,
+    net::canonical,
     protocol::Rejection,
     session::{Context, registry::SessionRegistry},
     telemetry::{log::target, metrics::RejectReason, rate_limit::RateLimit},
@@ -68,7 +69,7 @@ impl RejectionLog {
     /// Logs a client at debug. At a limit also warns, with limited frequency.
     pub(super) fn log(&self, context: &Context, client: SocketAddr, socket: &Socket, refusal: Refusal) {
         let reason = refusal.reason;
-        let local = socket.local_addr().ok().and_then(|address| address.as_socket());
+        let local = socket.local_addr().ok().and_then(|address| address.as_socket()).map(canonical);
         let listener = &*context.listener;
         tracing::debug!(
             target: target::ACCESS,

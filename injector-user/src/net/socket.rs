@@ -22,6 +22,7 @@ use tokio::io::{Interest as Readiness, Ready, unix::AsyncFd};
 
 use crate::{
     net::{
+        canonical,
         hangup::{HangupMonitor, HangupRegistration},
         options, source,
         syn::{ObserveSyn, parse_isn},
@@ -168,12 +169,14 @@ impl Endpoint {
         self.peer_isn.or_else(|| sockopt::saved_syn(&self.socket).ok().and_then(|syn| parse_isn(&syn)))
     }
 
-    /// The local address. For a client's socket: the address to which the client connected.
+    /// The local address, in its own family. For a client's socket: the address to which the client
+    /// connected.
     ///
     /// # Errors
     /// As getsockname(2).
     pub fn local(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+        let local = self.socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(canonical(local))
     }
 
     /// Sets the events to wait for. If user space does not read the socket, `monitor` reports only

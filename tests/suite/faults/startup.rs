@@ -150,10 +150,10 @@ fn few_descriptors(testbed: &Testbed) -> anyhow::Result<()> {
         &config("relay", "smtp", ""),
         &["open-file limit (100)", "LimitNOFILE"],
     )?;
-    // 204 descriptors allow two connections; the third is rejected.
+    // 220 descriptors allow two connections; the third is rejected.
     let backend = testbed.backend()?;
     let injector = testbed
-        .injector_by(&["prlimit", "--nofile=204:204", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
+        .injector_by(&["prlimit", "--nofile=220:220", "sh", "-c"], &config("relay", "smtp", ONE_WORKER))?;
     ensure!(injector.log().contains("allows fewer connections"), "{}", injector.log());
     let mut open = Vec::new();
     for _ in 0..2 {

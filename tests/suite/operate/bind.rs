@@ -60,9 +60,19 @@ fn served(testbed: &Testbed, address: SocketAddr) -> anyhow::Result<()> {
 fn sysctl(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _server = testbed.backend(0)?;
     let _set = BindV6Only::set(testbed)?;
-    let _injector = testbed.start(&wildcard(engine))?;
+    let injector = testbed.start(&wildcard(engine))?;
     served(testbed, v6())?;
-    served(testbed, v4())
+    served(testbed, v4())?;
+    // The socket has IPv4 addresses as `::ffff:192.0.2.10`.
+    let sessions = injector.sessions_within(2)?;
+    for address in [v6(), v4()] {
+        let logged = sessions.iter().any(|session| {
+            session.field("local") == Some(address.to_string())
+                && session.client().is_some_and(|client| client.is_ipv4() == address.is_ipv4())
+        });
+        ensure!(logged, "no session of {address} in its own family: {}", injector.log());
+    }
+    Ok(())
 }
 
 fn complemented(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {

@@ -182,17 +182,21 @@ pub(super) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The folders of all hierarchies of control groups (version 1).
+/// The folders of all hierarchies of control groups.
 fn hierarchies() -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(CGROUPS).context(CGROUPS)?;
-    let folders = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir());
-    Ok(folders.filter(|path| !path.ends_with("unified")).collect())
+    Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect())
+}
+
+/// Those of version 1, in which the nodes have groups. Programs in a node make some in the other one.
+fn hierarchies_v1() -> Result<Vec<PathBuf>> {
+    Ok(hierarchies()?.into_iter().filter(|path| !path.ends_with("unified")).collect())
 }
 
 /// Creates the node's control groups. The kubelet makes none above its own, and a group of
 /// `cpuset` is empty at first.
 fn control_groups(node: Node) -> Result<()> {
-    for hierarchy in hierarchies()? {
+    for hierarchy in hierarchies_v1()? {
         let mut group = hierarchy;
         for name in [PREFIX, node.name()] {
             let parent = group.clone();

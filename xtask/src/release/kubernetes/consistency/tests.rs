@@ -126,6 +126,16 @@ fn faults_of(edge: &str, mail: &str) -> Vec<String> {
     faults(&Object::parse(edge).unwrap(), &Object::parse(mail).unwrap()).unwrap()
 }
 
+/// The objects with one text replaced, which they must have.
+fn changed(objects: &str, from: &str, to: &str) -> String {
+    assert!(objects.contains(from), "{from}");
+    objects.replace(from, to)
+}
+
+fn assert_reported(expected: &str, faults: &[String]) {
+    assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+}
+
 #[test]
 fn consistent_objects_have_no_faults() {
     assert_eq!(faults_of(EDGE, MAIL), [""; 0]);
@@ -174,9 +184,7 @@ fn every_inconsistency_is_reported() {
         ("port = \"smtp\"", "port = \"imap\"", "Service mail/proxied has no port Name(\"imap\")"),
         ("[{ service = \"mail/proxied\", port = \"smtp\" }]", "[\"mail.svc:2525\"]", "name the Service"),
     ] {
-        assert!(EDGE.contains(from), "{from}");
-        let faults = faults_of(&EDGE.replace(from, to), MAIL);
-        assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+        assert_reported(expected, &faults_of(&changed(EDGE, from, to), MAIL));
     }
 }
 
@@ -202,9 +210,7 @@ fn a_proxy_port_that_others_reach_is_reported() {
         ("targetPort: 25}", "targetPort: 2525}", "Service mail/standard: kube-proxy leads"),
         ("port: 25, targetPort: 25}", "port: 2525}", "Service mail/standard: kube-proxy leads"),
     ] {
-        assert!(MAIL.contains(from), "{from}");
-        let faults = faults_of(EDGE, &MAIL.replace(from, to));
-        assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+        assert_reported(expected, &faults_of(EDGE, &changed(MAIL, from, to)));
     }
 }
 
@@ -261,9 +267,7 @@ fn the_injector_may_read_what_it_follows_and_nothing_else() {
             "container \"reload\" has the token",
         ),
     ] {
-        assert!(EDGE.contains(from), "{from}");
-        let faults = faults_of(&EDGE.replace(from, to), MAIL);
-        assert!(faults.iter().any(|fault| fault.contains(expected)), "{expected}: {faults:?}");
+        assert_reported(expected, &faults_of(&changed(EDGE, from, to), MAIL));
     }
 }
 

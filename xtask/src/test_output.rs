@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// How many lines of a failed test's report are kept.
+const KEPT: usize = 12;
+
 /// The results of one test program, taken from its own output; libtest and libtest-mimic print the
 /// same.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -11,7 +14,10 @@ pub(crate) struct Output {
     /// Ignored tests, which reported that they can't run here.
     pub(crate) skipped: usize,
     pub(crate) took: Duration,
+    /// The names of failed tests, and below each the first lines of its report.
     failures: Vec<String>,
+    /// The lines of the report that is being read: `None` outside of one.
+    report: Option<usize>,
     /// A fault of the program itself; counts as one failure.
     fault: Option<String>,
     /// The number of `test result:` lines; documentation tests print one for each package.
@@ -39,6 +45,16 @@ impl Output {
             self.skipped += count(result, "ignored");
         } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix("FAILED")) {
             self.failures.push(name.trim_end_matches([' ', '.']).to_owned());
+        } else if let Some(name) = report_of(line) {
+            self.report = self.failures.iter().position(|failure| failure == name);
+        } else if line == "failures:" {
+            self.report = None;
+        } else if let Some(failure) = self.report.and_then(|index| self.failures.get_mut(index))
+            && !line.trim().is_empty()
+            && failure.lines().count() <= KEPT
+        {
+            failure.push_str("\n  | ");
+            failure.push_str(line);
         }
     }
 
@@ -64,6 +80,12 @@ impl Output {
     pub(crate) fn failed_in_all(&self) -> usize {
         self.failed + usize::from(self.fault.is_some())
     }
+}
+
+/// The test whose report begins here: `---- NAME ----` (libtest-mimic), `---- NAME stdout ----` (libtest).
+fn report_of(line: &str) -> Option<&str> {
+    let name = line.strip_prefix("---- ")?.strip_suffix(" ----")?;
+    Some(name.strip_suffix(" stdout").unwrap_or(name))
 }
 
 /// The number before a word: `ok. 5 passed; 0 failed; …`.
@@ -95,5 +117,17 @@ mod tests {
         assert_eq!(both.failures, ["smtp::ipv4"]);
         assert!(both.is_complete() && both.has_failures());
         assert!(!output(&["running 0 tests"]).is_complete());
+    }
+
+    #[test]
+    fn a_failure_has_the_start_of_its_report() {
+        let reports =
+            ["failures:", "", "---- a ----", "still 3", "", "---- b stdout ----", "panicked", "at b.rs"];
+        let names = ["", "failures:", "    a", "    b", "", BAD];
+        let failed = ["test a ... FAILED", "test b ... FAILED"];
+        let lines: Vec<_> = failed.into_iter().chain(reports).chain(names).collect();
+        assert_eq!(output(&lines).failures, ["a\n  | still 3", "b\n  | panicked\n  | at b.rs"]);
+        let long: Vec<_> = ["test a ... FAILED", "---- a ----"].into_iter().chain([".."; 99]).collect();
+        assert_eq!(output(&long).failures[0].lines().count(), 1 + KEPT);
     }
 }

@@ -278,8 +278,9 @@ fn detached(testbed: &Testbed, family: Family, way: Way) -> anyhow::Result<()> {
             }
         }
     }
-    // By whichever engine: the daemon may have been fast.
-    drop(testbed.joined(family, &backend)?);
+    // By whichever engine: the daemon may have been fast. The kernel detaches a program some time after its
+    // last pin is gone (bpf_link_put_deferred, kernel/bpf/syscall.c): a connection may begin before it.
+    wait_until("a session", || testbed.joined(family, &backend).map(drop), |()| true)?;
     wait_until("the program", || is_inline(&testbed.joined(family, &backend)?.1), |inline| *inline)?;
     if way == Way::Link {
         ensure!(injector.log().contains("another program had detached inline"), "{}", injector.log());

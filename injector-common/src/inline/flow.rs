@@ -265,6 +265,13 @@ impl Flow {
             && self.beyond(segment.acknowledgement) == 0
     }
 
+    /// Whether the packet with this sequence number, which could not reach the backend, is the SYN, and nothing has answered it yet.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_unreachable_by(&self, sequence: SeqNumber) -> bool {
+        !self.is(Flag::Accepted) && self.beyond(sequence + 1) == 0
+    }
+
     /// Whether this SYN-ACK of the backend's is this connection's own, sent again. Where the header was acknowledged it can only
     /// be another connection's, which the backend began behind the back of this one.
     #[must_use]

@@ -233,6 +233,16 @@ fn a_refusal_acknowledges_the_syn() {
 }
 
 #[test]
+fn an_error_about_the_syn_refuses_it_until_it_is_answered() {
+    let pending = Flow { offset: 100, ..flow(&[]) };
+    assert!(pending.is_unreachable_by(FIRST + 99));
+    for other in [FIRST + 98, FIRST + 100] {
+        assert!(!pending.is_unreachable_by(other));
+    }
+    assert!(!Flow { offset: 100, ..flow(&[Flag::Accepted]) }.is_unreachable_by(FIRST + 99));
+}
+
+#[test]
 fn the_header_is_acknowledged_once() {
     assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN, 0)));
     assert!(acknowledges(&flow(&[Flag::Sent]), &from_backend(ACK, FIRST + LEN + 10_000, 0)));

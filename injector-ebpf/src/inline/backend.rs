@@ -4,13 +4,11 @@
 use aya_ebpf::programs::TcContext;
 use injector_common::{
     SeqNumber,
-    inline::{
-        ACK, Counter, Entry, Event, Flag, Flow, OnSynAck, RST, ToClient, acknowledges, on_syn_ack, to_client,
-    },
+    inline::{ACK, Counter, Entry, Flag, Flow, OnSynAck, RST, ToClient, acknowledges, on_syn_ack, to_client},
 };
 
 use super::{
-    DROP, NEXT, established, forward, header, icmp, maps, options,
+    DROP, NEXT, established, forward, header, icmp, maps, open, options,
     packet::{Failed, Link, Packet},
     route, source,
 };
@@ -23,7 +21,7 @@ pub(super) fn receive<L: Link>(skb: &TcContext, packet: &mut Packet, entry: &mut
         && flow.is_refused_by(&packet.segment)
         && !is_forged(skb, packet, flow)
     {
-        return refuse(entry.pending, flow);
+        return open::refuse(entry.pending, flow);
     }
     let slot = entry.established;
     if let Some(flow) = maps::connection(slot) {
@@ -103,17 +101,6 @@ pub(super) fn answer_to_syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry
     let rewritten = narrowed.and_then(|()| options::rewrite(skb, packet, mtu));
     let acknowledgement = packet.segment.acknowledgement - flow.offset;
     to_its_client::<L>(skb, packet, flow, acknowledgement, rewritten)
-}
-
-/// The backend refuses the SYN. The client does not see it: its next SYN goes to the host's socket, where another backend is tried.
-#[inline(always)]
-fn refuse(slot: u32, flow: &mut Flow) -> i32 {
-    if !flow.is(Flag::Refused) {
-        flow.set(Flag::Refused);
-        maps::count(Counter::Refused);
-        maps::emit_event(Event::REFUSED, slot, flow);
-    }
-    DROP
 }
 
 /// Sends the packet to the client, unless rewriting it has failed.

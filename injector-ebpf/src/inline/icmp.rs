@@ -17,7 +17,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use seq_macro::seq;
 
 use super::{
-    DROP, NEXT, maps, mem,
+    DROP, NEXT, maps, mem, open,
     packet::{CHECKSUM, Failed, IPV4_ADDRESSES, IPV6_ADDRESSES, Link, Packet, SEQUENCE, TCP},
     route,
 };
@@ -29,10 +29,20 @@ const QUOTE: usize = 8;
 /// `BPF_F_PSEUDO_HDR`
 const PSEUDO_HEADER: u64 = 1 << 4;
 
-/// An ICMP message. If it is an error that quotes a packet of a connection, it goes to that packet's sender.
+/// An ICMP message. If it is an error that quotes a packet of a connection, it goes to that packet's sender. One about a SYN is a
+/// refusal: a client's TCP ends its attempt with it (tcp_v4_err, net/ipv4/tcp_ipv4.c).
 #[inline(never)]
 pub(super) fn error<L: Link>(skb: &TcContext, packet: &mut Packet) -> i32 {
-    let Some((flow, from_client, sequence)) = quoted(skb, packet) else { return NEXT };
+    let Some((entry, sequence)) = quoted(skb, packet) else { return NEXT };
+    let from_client = entry.origin == Entry::FROM_BACKEND;
+    if from_client
+        && let Some(flow) = maps::connection(entry.pending)
+        && flow.is_unreachable_by(sequence)
+    {
+        return open::refuse(entry.pending, flow);
+    }
+    let slot = if entry.established == 0 { entry.pending } else { entry.established };
+    let Some(flow) = maps::connection(slot) else { return NEXT };
     let translated = if from_client {
         // The client's packet, as it went to the backend.
         let first = to_clients_number(flow, sequence);
@@ -55,9 +65,9 @@ pub(super) fn error<L: Link>(skb: &TcContext, packet: &mut Packet) -> i32 {
     }
 }
 
-/// The connection that an error is about, whether the quoted packet was the client's, and its sequence number.
+/// The entry of an answer to the packet that an error quotes, and that packet's sequence number.
 #[inline(always)]
-fn quoted(skb: &TcContext, packet: &mut Packet) -> Option<(&'static mut Flow, bool, SeqNumber)> {
+fn quoted(skb: &TcContext, packet: &mut Packet) -> Option<(&'static mut Entry, SeqNumber)> {
     /// Destination unreachable (too big among them), time exceeded, parameter problem.
     const ERRORS: [u8; 3] = [3, 11, 12];
     const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
@@ -90,9 +100,7 @@ fn quoted(skb: &TcContext, packet: &mut Packet) -> Option<(&'static mut Flow, bo
     let [ports, sequence] = skb.load::<[u32; 2]>(tcp).ok()?;
     let ports = u32::from_be(ports);
     (key.destination.port, key.source.port) = ((ports >> 16) as u16, ports as u16);
-    let entry = maps::entry(key)?;
-    let flow = maps::connection(if entry.established == 0 { entry.pending } else { entry.established })?;
-    Some((flow, entry.origin == Entry::FROM_BACKEND, SeqNumber(u32::from_be(sequence))))
+    Some((maps::entry(key)?, SeqNumber(u32::from_be(sequence))))
 }
 
 /// The number that the client knows a byte by. It takes an error with any other for forged (tcp_v4_err, net/ipv4/tcp_ipv4.c).

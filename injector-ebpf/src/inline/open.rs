@@ -9,8 +9,8 @@ use aya_ebpf::{
 use injector_common::{
     guard,
     inline::{
-        Backend, Counter, Entry, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Template, Tuple, Usage,
-        mix, on_syn, port_hash, port_probe,
+        Backend, Counter, Entry, Event, Flag, Flow, Key, Listener, OnSyn, Phase, PortRange, Template, Tuple,
+        Usage, mix, on_syn, port_hash, port_probe,
     },
 };
 
@@ -369,4 +369,16 @@ fn send<L: Link>(skb: &TcContext, packet: &mut Packet, flow: &mut Flow) -> i32 {
         maps::count(counter);
         DROP
     })
+}
+
+/// The backend refuses the SYN, or cannot be reached. The client does not see it: its next SYN goes to the host's socket, where another
+/// backend is tried.
+#[inline(always)]
+pub(super) fn refuse(slot: u32, flow: &mut Flow) -> i32 {
+    if !flow.is(Flag::Refused) {
+        flow.set(Flag::Refused);
+        maps::count(Counter::Refused);
+        maps::emit_event(Event::REFUSED, slot, flow);
+    }
+    DROP
 }

@@ -23,6 +23,7 @@ use crate::wire_testbed::Forwarding;
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("no backend is up", no_backend),
     ("one of two backends refuses", one_refuses),
+    ("one of two backends is unreachable", one_unreachable),
     ("drain and resume", drain),
     ("a drain without time, and connections after it", drain_at_once),
     ("limit of the listener, both engines together", |testbed, family| limit(testbed, family, false)),
@@ -109,6 +110,23 @@ fn one_refuses(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     let (refused, left) = (counted(&injector, "refused")?, counted(&injector, "to_socket_unanswered")?);
     ensure!(refused > 0 && refused == left, "{refused} refused, {left} left to the socket");
     Ok(())
+}
+
+/// The same, where a router says that there is no way to one of them.
+fn one_unreachable(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let mail = &testbed.topology.mail;
+    // An answer for each client: by default a host sends one a second to another.
+    mail.sysctl("net/ipv4/icmp_ratelimit", "0")?;
+    mail.sysctl("net/ipv6/icmp/ratelimit", "0")?;
+    mail.nft(&format!(
+        "add table inet unreachable; \
+         add chain inet unreachable input {{ type filter hook input priority 0; }}; \
+         add rule inet unreachable input tcp dport {} reject with icmpx type host-unreachable",
+        second_backend(family).port()
+    ))?;
+    let outcome = one_refuses(testbed, family);
+    mail.nft("delete table inet unreachable")?;
+    outcome
 }
 
 /// The client's third SYN, after two or three seconds, goes to the socket.

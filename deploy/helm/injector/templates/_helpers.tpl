@@ -1,8 +1,9 @@
+{{/* At most 46 characters: a CronJob's name, with its suffix, may have 52. */}}
 {{- define "injector.fullname" -}}
 {{- if contains .Chart.Name .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 46 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 46 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -20,6 +21,22 @@
 {{- else -}}
 {{- .Values.priorityClass.name -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The edge nodes. A value replaces the default: Helm would merge two maps. */}}
+{{- define "injector.nodeSelector" -}}
+{{- toYaml (.Values.nodeSelector | default (dict "kubernetes.io/os" "linux" "node-role.kubernetes.io/edge" "")) -}}
+{{- end -}}
+
+{{/* A duration of the configuration, such as `1m 30s`, in seconds. */}}
+{{- define "injector.seconds" -}}
+{{- $seconds := 0 -}}
+{{- range regexFindAll "[0-9]+(ms|s|m|h)" . -1 -}}
+{{- $number := regexFind "^[0-9]+" . | int -}}
+{{- $unit := regexFind "[a-z]+$" . -}}
+{{- $seconds = add $seconds (div (mul $number (get (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000) $unit)) 1000) -}}
+{{- end -}}
+{{- $seconds -}}
 {{- end -}}
 
 {{/* What pods are selected by. */}}
@@ -66,6 +83,9 @@ subjects:
 restartPolicy: Never
 automountServiceAccountToken: false
 enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
 securityContext:
   runAsNonRoot: true
   runAsUser: 65532
@@ -80,7 +100,7 @@ containers:
     command: ["injector"]
     args:
       - probe
-      - --smtp={{ .Values.probe.smtp }}
+      - --smtp={{ .Values.probe.smtp | default (printf "%s.%s.svc.cluster.local:25" (include "injector.fullname" .) .Release.Namespace) }}
       - --imap={{ .Values.probe.imap }}
       - --tls-name={{ .Values.probe.tlsName }}
       - --user={{ .Values.probe.user }}

@@ -2,6 +2,7 @@
 //! but without a cluster.
 
 mod chart_parity;
+mod chart_values;
 mod consistency;
 pub(crate) mod object;
 mod scan;
@@ -98,8 +99,10 @@ pub(crate) fn run(args: &KubernetesArgs) -> Result<()> {
         }
         faults.extend(found.into_iter().map(|fault| format!("{}: {fault}", rendering.name)));
     }
+    faults.extend(chart_values::faults(&validator, &daemon)?);
     print!("{}", table(&renderings, &verdicts));
     if faults.is_empty() {
+        println!("{}", chart_values::summary());
         println!("\nno faults; nothing ran on a cluster");
         return Ok(());
     }

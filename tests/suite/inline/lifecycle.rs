@@ -12,7 +12,7 @@ use injector_testbed::sockets::LIMIT;
 
 use crate::Run;
 use crate::site::events;
-use crate::testbed::{Testbed, accept, expect, own_header, pass};
+use crate::testbed::{Testbed, accept, expect, is_inline, own_header, pass, works};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("close/both sides at once", both_at_once),
@@ -21,6 +21,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("survives/daemon killed during a transfer", killed_in_transfer),
     ("survives/daemon killed during short sessions", killed_in_sessions),
     ("survives/pins moved to another place", pins_moved),
+    ("survives/the next daemon has another engine", other_engine),
 ];
 
 /// FINs that cross, each on its own processor: the program that comes second must see what the
@@ -210,6 +211,34 @@ fn pins_moved(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
     drop(injector);
     drop(Injector::start(&testbed.topology.edge, &config(testbed))?);
     pass(&mut client, &mut server, b"QUIT\r\n")
+}
+
+/// The program goes on with its own connections and opens no new ones: it would send them to the
+/// backends of then. A daemon that sees neither the pins nor what the program is says so.
+fn other_engine(testbed: &Testbed, family: Family) -> anyhow::Result<()> {
+    let backend = testbed.backend(family)?;
+    let _detached = Detached::new(testbed)?;
+    drop(Injector::start(&testbed.topology.edge, &config(testbed))?);
+    let (mut client, mut server) = testbed.inlined(family, &backend)?;
+    let splice = config(testbed).replace("engine = \"inline\"", "engine = \"splice\"");
+    let hidden = format!(
+        "umount {}; exec setpriv --bounding-set=-sys_admin sh -c \"$0\"",
+        testbed.bpffs.path().display()
+    );
+    let blind = Injector::start_by(
+        &testbed.topology.edge,
+        &["unshare", "--mount", "--propagation=private", "sh", "-c", &hidden],
+        &splice,
+    )?;
+    ensure!(blind.log().contains("in Kubernetes with deploy/kubernetes/detach"), "{}", blind.log());
+    drop(testbed.inlined(family, &backend).context("nothing could stop it")?);
+    drop(blind);
+    let injector = Injector::start(&testbed.topology.edge, &splice)?;
+    ensure!(injector.log().contains("inline is not used"), "{}", injector.log());
+    ensure!(!injector.log().contains("may not read what they are"), "{}", injector.log());
+    let (_later, second) = testbed.joined(family, &backend)?;
+    ensure!(!is_inline(&second)?, "the earlier daemon's program has opened a connection");
+    works(&mut client, &mut server)
 }
 
 /// No client of many sees an error while the daemon is killed and restarted.

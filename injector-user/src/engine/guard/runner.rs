@@ -122,6 +122,12 @@ impl Guard {
         &self.pins.maps
     }
 
+    /// Where the links to devices are pinned.
+    #[must_use]
+    pub fn link_pins(&self) -> &Path {
+        &self.pins.links
+    }
+
     /// The directories in which it makes and removes files while it runs.
     #[must_use]
     pub fn directories(&self) -> Vec<PathBuf> {

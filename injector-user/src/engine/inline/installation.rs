@@ -169,8 +169,16 @@ impl Installation {
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) installations: Vec<Installation>,
-    /// The devices with tcx programs of which this process may not know what they are.
-    pub(super) unreadable: Vec<String>,
+    /// The tcx programs of which this process may not know what they are.
+    pub(super) unreadable: Vec<Unreadable>,
+}
+
+/// A tcx program that only CAP_SYS_ADMIN can identify.
+#[derive(Debug)]
+pub(super) struct Unreadable {
+    pub(super) device_name: String,
+    /// The id of its link.
+    pub(super) link: u32,
 }
 
 /// Finds what daemons left: all that is pinned under `configured`, and what else is attached to
@@ -271,14 +279,16 @@ fn read(folder: &Path, tcx: &mut Vec<Tcx>, filters: &mut Vec<FoundFilter>) -> io
 }
 
 /// Finds out by the ids of programs and maps whose the rest is, which needs CAP_SYS_ADMIN. What is
-/// not ours stays out. Returns the devices with programs that cannot be opened.
-fn by_id(found: &mut Vec<Installation>, tcx: Vec<Tcx>, filters: &mut Vec<FoundFilter>) -> Vec<String> {
+/// not ours stays out. Returns the programs that cannot be opened.
+fn by_id(found: &mut Vec<Installation>, tcx: Vec<Tcx>, filters: &mut Vec<FoundFilter>) -> Vec<Unreadable> {
     let mut unreadable = Vec::new();
     for tcx in tcx {
         let known = maps_of(tcx.program).and_then(|maps| Ok((maps, bpf::link_by_id(tcx.link)?)));
         match known {
             Ok((Some((layout, maps)), link)) => owner(found, layout, maps).links.push(tcx.found(link)),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => unreadable.push(tcx.device_name),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                unreadable.push(Unreadable { device_name: tcx.device_name, link: tcx.link });
+            }
             // Another software's, or gone by now.
             _ => {}
         }

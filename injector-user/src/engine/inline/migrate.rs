@@ -22,11 +22,15 @@ use thiserror::Error;
 use zerocopy::FromBytes as _;
 
 use super::{
-    installation::{self, Installation, Layout},
+    installation::{self, Found, Installation, Layout},
     nat_rules::{self, NatError},
-    pins::{LOCK, PinPaths},
+    pins::{LOCK, PinPaths, warn_of_unreadable},
 };
-use crate::{engine::attach::lock::Lock, os::bpf::ByteMap, telemetry::log::target};
+use crate::{
+    engine::attach::lock::Lock,
+    os::bpf::{self, ByteMap, Object},
+    telemetry::log::target,
+};
 
 /// How often [`Migration::advance`] should be called.
 pub const INTERVAL: Duration = Duration::from_secs(5);
@@ -121,14 +125,20 @@ pub fn begin(pins: &mut PinPaths) -> Result<Migration, MigrateError> {
 
 /// Has the programs of earlier daemons open no new connections, for a daemon that does not use the
 /// engine: new connections go to its sockets. Returns where those programs are pinned; none if
-/// another daemon uses them.
+/// another daemon uses them. Warns of programs that may be such ones, except those whose links are
+/// pinned in the folder `others`.
 ///
 /// # Errors
 /// [`MigrateError`].
-pub fn stop_opening(pin: &Path) -> Result<Vec<String>, MigrateError> {
+pub fn stop_opening(pin: &Path, others: Option<&Path>) -> Result<Vec<String>, MigrateError> {
     let failed = |error| MigrateError::Old { place: pin.display().to_string(), error };
     let mut stopped = Vec::new();
-    let found = installation::find(pin).map_err(failed)?.installations;
+    let Found { installations: found, mut unreadable } = installation::find(pin).map_err(failed)?;
+    if !unreadable.is_empty() {
+        let known = others.map(pinned_links).transpose().map_err(failed)?.unwrap_or_default();
+        unreadable.retain(|program| !known.contains(&program.link));
+        warn_of_unreadable(&unreadable);
+    }
     if !found.iter().any(Installation::is_attached) {
         return Ok(stopped);
     }
@@ -139,6 +149,18 @@ pub fn stop_opening(pin: &Path) -> Result<Vec<String>, MigrateError> {
         stopped.push(place);
     }
     Ok(stopped)
+}
+
+/// The ids of the links that are pinned in a folder.
+fn pinned_links(folder: &Path) -> io::Result<HashSet<u32>> {
+    let mut ids = HashSet::new();
+    for entry in installation::entries(folder)? {
+        let Ok(object) = bpf::open_pin(&entry.path()) else { continue };
+        if bpf::object(object.as_fd())? == Some(Object::Link) {
+            ids.extend(bpf::link_info(object.as_fd())?.map(|info| info.id));
+        }
+    }
+    Ok(ids)
 }
 
 impl Migration {

@@ -1,6 +1,7 @@
 //! Where maps and links are pinned, and who may use them.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -9,7 +10,7 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    installation::{self, Installation, Layout, VERSION},
+    installation::{self, Installation, Layout, Unreadable, VERSION},
     maps::PINNED,
 };
 use crate::{
@@ -111,9 +112,8 @@ pub fn prepare(settings: &Settings) -> Result<PinPaths, PinError> {
     let mut others = Vec::new();
     let mut has_maps = fs::read_dir(&maps).is_ok_and(|mut maps| maps.next().is_some());
     let found = installation::find(&settings.pin).map_err(PinError::Read)?;
-    if !has_maps && !found.unreadable.is_empty() {
-        let devices = found.unreadable.join(", ");
-        tracing::warn!(target: target::ENGINE_INLINE, devices, "other BPF programs are attached, and this process may not read what they are (CAP_SYS_ADMIN). If they are an injector's whose pins were elsewhere, they may still open connections: remove them with `injector inline detach` as root");
+    if !has_maps {
+        warn_of_unreadable(&found.unreadable);
     }
     for found in found.installations {
         if found.folder.as_ref() == Some(&own) {
@@ -137,6 +137,16 @@ pub fn prepare(settings: &Settings) -> Result<PinPaths, PinError> {
         }
     }
     Ok(PinPaths { maps, links, others, _lock: lock })
+}
+
+/// Warns of programs that may be an earlier injector's, whose pins this process does not see.
+pub(super) fn warn_of_unreadable(programs: &[Unreadable]) {
+    let devices: BTreeSet<_> = programs.iter().map(|program| program.device_name.as_str()).collect();
+    if devices.is_empty() {
+        return;
+    }
+    let devices = devices.into_iter().collect::<Vec<_>>().join(", ");
+    tracing::warn!(target: target::ENGINE_INLINE, devices, "other BPF programs are attached, and this process may not read what they are (CAP_SYS_ADMIN). If they are an injector's whose pins were elsewhere, they may still open connections: remove them with `injector inline detach` as root, in Kubernetes with deploy/kubernetes/detach");
 }
 
 /// Why an installation without maps cannot stay.

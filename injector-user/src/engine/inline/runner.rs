@@ -69,6 +69,15 @@ pub struct InlineEngine {
     reset_requests: Mutex<Option<UnboundedReceiver<ResetRequest>>>,
 }
 
+/// The folders of the guard's pins.
+#[derive(Clone, Copy, Debug)]
+pub struct GuardPins<'a> {
+    /// Of its maps.
+    pub maps: &'a Path,
+    /// Of its links.
+    pub links: &'a Path,
+}
+
 /// Why the engine cannot serve this listener on any host; `None` if it can.
 #[must_use]
 pub fn ineligibility(listener: &Listener) -> Option<String> {
@@ -76,23 +85,23 @@ pub fn ineligibility(listener: &Listener) -> Option<String> {
 }
 
 /// Loads the programs and attaches them to the devices. `None` if there are no listeners: then, and
-/// on an error, the connections of an earlier daemon go on, and its programs open no new ones. `bans`
-/// are the pins of the guard's maps.
+/// on an error, the connections of an earlier daemon go on, and its programs open no new ones.
 ///
 /// # Errors
 /// When it cannot run here; each says what to do.
 pub fn start(
     settings: &Settings,
     listeners: &[&Listener],
-    bans: Option<&Path>,
+    guard: Option<GuardPins<'_>>,
 ) -> anyhow::Result<Option<InlineEngine>> {
+    let links = guard.as_ref().map(|guard| guard.links);
     if listeners.is_empty() {
-        stop_opening(settings);
+        stop_opening(settings, links);
         return Ok(None);
     }
-    let started = start_engine(settings, bans).context("engine \"inline\"");
+    let started = start_engine(settings, guard.map(|guard| guard.maps)).context("engine \"inline\"");
     if started.is_err() {
-        stop_opening(settings);
+        stop_opening(settings, links);
     }
     started.map(Some)
 }
@@ -123,8 +132,8 @@ fn start_engine(settings: &Settings, bans: Option<&Path>) -> anyhow::Result<Inli
 }
 
 /// Sends new connections to the sockets, if programs of an earlier daemon are still attached.
-fn stop_opening(settings: &Settings) {
-    match migrate::stop_opening(&settings.pin) {
+fn stop_opening(settings: &Settings, guard_links: Option<&Path>) {
+    match migrate::stop_opening(&settings.pin, guard_links) {
         Ok(places) if places.is_empty() => {}
         Ok(places) => {
             let places = places.join(", ");

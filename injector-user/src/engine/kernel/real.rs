@@ -19,7 +19,7 @@ use crate::{
         guard::{detach, runner as guard_runner, selftest as guard_selftest},
         guarded_device::GuardAttachment,
         inline::{
-            runner::{self, InlineEngine as Runner},
+            runner::{self, GuardPins, InlineEngine as Runner},
             selftest as inline_selftest,
         },
         served_listener::ServedListener,
@@ -134,8 +134,8 @@ pub fn start_inline(
     listeners: &[&Listener],
     guard: Option<&KernelGuard>,
 ) -> anyhow::Result<Option<InlineEngine>> {
-    let bans = guard.map(|guard| guard.0.map_pins());
-    Ok(runner::start(settings, listeners, bans)?.map(InlineEngine))
+    let pins = guard.map(|KernelGuard(guard)| GuardPins { maps: guard.map_pins(), links: guard.link_pins() });
+    Ok(runner::start(settings, listeners, pins)?.map(InlineEngine))
 }
 
 /// Removes everything that the inline engine left in the kernel, and returns what that was.

@@ -43,7 +43,7 @@ pub(super) fn faults(objects: &[Object], mail: &[Object]) -> Result<Vec<String>>
     }
     faults.extend(ports::check(daemon, &config));
     faults.extend(operator_ports::check(pod, daemon));
-    faults.extend(deadlines::check(pod, daemon, &config));
+    faults.extend(deadlines::check(pod, daemon, &config, objects));
     faults.extend(rollout::check(objects, daemons));
     faults.extend(reload::check(pod, &config));
     faults.extend(access::check(objects, daemons, &config));

@@ -87,7 +87,7 @@ spec:
           ports: [{name: smtp, containerPort: 25}, {name: metrics, containerPort: 9145}, {name: health, containerPort: 9146}]
           startupProbe: {httpGet: {port: health}}
           livenessProbe: {httpGet: {port: health}}
-          readinessProbe: {httpGet: {port: health}}
+          readinessProbe: {httpGet: {port: health}, periodSeconds: 10, failureThreshold: 25}
           lifecycle: {preStop: {exec: {command: [injector, drain, --deadline, 240s]}}}
           volumeMounts:
             - {name: c, mountPath: /etc/injector}
@@ -157,7 +157,8 @@ fn every_inconsistency_is_reported() {
             "INJECTOR_METRICS_LISTEN has [$(NODE_ADDRESS)]:9145",
         ),
         ("prometheus.io/port: \"9145\"", "prometheus.io/port: \"80\"", "prometheus.io/port is \"80\""),
-        ("readinessProbe: {httpGet: {port: health}}", "", "readinessProbe does not use"),
+        ("readinessProbe: {httpGet: {port: health}", "readinessProbe: {a: {}", "readinessProbe does not use"),
+        ("Threshold: 25", "Threshold: 24", "the drain takes 240s, but the pod may be unready after 230s"),
         (
             "Seconds: 300",
             "Seconds: 270",

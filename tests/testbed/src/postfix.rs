@@ -221,7 +221,7 @@ fn master_cf() -> anyhow::Result<String> {
 }
 
 /// Postfix's own services (the list of its `master.cf`, unchrooted).
-const OWN_SERVICES: &str = "dnsblog unix - - n - 0 dnsblog
+pub const OWN_SERVICES: &str = "dnsblog unix - - n - 0 dnsblog
 tlsproxy unix - - n - 0 tlsproxy
 pickup unix n - n 60 1 pickup
 cleanup unix n - n - 0 cleanup

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The mail server's pod: Postfix and Dovecot, both on standard and on alternative ports. Both log to
 # the container's output. The environment has DOMAIN, NAME (the servers' own) and PASSWORD (of any
-# user); /tls has the certificate.
+# user); /tls has the certificate; /config has this file, and Postfix's own services.
 set -e
 mkdir -p /t/postfix /t/queue /t/data /t/dovecot/run /t/dovecot/state /t/mail
 chown postfix /t/data
@@ -43,27 +43,8 @@ cat > /t/postfix/master.cf <<END
 587     inet  n - n - - smtpd
 5587    inet  n - n - - smtpd
   -o syslog_name=postfix/proxied587 -o smtpd_upstream_proxy_protocol=haproxy -o smtpd_upstream_proxy_timeout=5s
-pickup  unix n - n 60 1 pickup
-cleanup unix n - n - 0 cleanup
-qmgr    unix n - n 300 1 qmgr
-tlsmgr  unix - - n 1000? 1 tlsmgr
-rewrite unix - - n - - trivial-rewrite
-bounce  unix - - n - 0 bounce
-defer   unix - - n - 0 bounce
-trace   unix - - n - 0 bounce
-verify  unix - - n - 1 verify
-flush   unix n - n 1000? 0 flush
-proxymap unix - - n - - proxymap
-proxywrite unix - - n - 1 proxymap
-smtp    unix - - n - - smtp
-lmtp    unix - - n - - lmtp
-error   unix - - n - - error
-retry   unix - - n - - error
-discard unix - - n - - discard
-anvil   unix - - n - 1 anvil
-scache  unix - - n - 1 scache
-postlog unix-dgram n - n - 1 postlogd
 END
+cat /config/own-services.cf >> /t/postfix/master.cf
 cat > /t/dovecot/dovecot.conf <<END
 base_dir = /t/dovecot/run
 state_dir = /t/dovecot/state

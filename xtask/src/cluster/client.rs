@@ -97,7 +97,7 @@ fn rip(line: &str) -> Option<Ipv4Addr> {
 }
 
 /// A name that no other step of any run has.
-fn unique(kind: &str) -> String {
+pub(super) fn unique(kind: &str) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{kind}-{}", now.as_nanos())
 }

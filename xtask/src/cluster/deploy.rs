@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// How long a rollout may take.
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// Which of the injector's configurations is deployed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,12 @@ pub(super) struct Edge {
 impl Edge {
     pub(super) const SPLICE: Self = Self { engine: "splice", policy: "Local" };
     pub(super) const INLINE: Self = Self { engine: "inline", policy: "Local" };
+    pub(super) const ALL: [Self; 4] = [
+        Self::SPLICE,
+        Self::INLINE,
+        Self { engine: "splice", policy: "Cluster" },
+        Self { engine: "inline", policy: "Cluster" },
+    ];
 
     /// An operator's own overlay on top of those of `deploy/kubernetes`, whose folder is `deploy`.
     fn kustomization(self, deploy: &str) -> String {

@@ -7,6 +7,7 @@ use injector_testbed::{
     certificate::{Certificate, MAIL_NAME},
     dovecot::PASSWORD,
     message::DOMAIN,
+    postfix::OWN_SERVICES,
 };
 use serde_json::{Value, json};
 
@@ -20,10 +21,13 @@ use crate::{
 /// How long a pod may take to be ready.
 const LIMIT: Duration = Duration::from_secs(90);
 
+/// Pods with a webmail, in the namespace `default`: on the second edge node, and on the worker.
+pub(super) const WEBMAILS: [&str; 2] = ["webmail", "webmail-worker"];
+
 /// The name of the file with the certificate's authority.
 const AUTHORITY: &str = "authority.pem";
 
-/// Starts the mail server on the node `worker`, its Services, and a webmail.
+/// Starts the mail server on the node `worker`, its Services, and the webmails.
 ///
 /// # Errors
 /// When a pod is not ready in time.
@@ -39,7 +43,7 @@ pub(super) fn start(cluster: &Cluster) -> Result<()> {
     let named = |name: &str| json!({ "name": name, "namespace": "mail" });
     let objects = [
         json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": named("mailserver-start"),
-            "data": { "mail.sh": include_str!("mail.sh") } }),
+            "data": { "mail.sh": include_str!("mail.sh"), "own-services.cf": OWN_SERVICES } }),
         json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": named("mailserver"),
             "data": { "DOMAIN": DOMAIN, "NAME": MAIL_NAME, "PASSWORD": PASSWORD } }),
         json!({ "apiVersion": "v1", "kind": "Secret", "metadata": named("mailserver-tls"), "stringData": {
@@ -50,7 +54,9 @@ pub(super) fn start(cluster: &Cluster) -> Result<()> {
     cluster.apply(&include_str!("mail.yaml").replace("MAIL_IMAGE", &format!("{MAIL_IMAGE}:{IMAGE_TAG}")))?;
     cluster.apply(&cluster.kustomize(&workspace().join("deploy/kubernetes/mail"))?)?;
     wait_ready(cluster)?;
-    cluster.kubectl(&["wait", "--for=condition=Ready", "pod/webmail", "--timeout=60s"]).map(drop)
+    let webmails = WEBMAILS.map(|pod| format!("pod/{pod}"));
+    let wait = ["wait", "--for=condition=Ready", "--timeout=60s", &webmails[0], &webmails[1]];
+    cluster.kubectl(&wait).map(drop)
 }
 
 /// Waits until the mail server's only pod is the newest one, and ready.

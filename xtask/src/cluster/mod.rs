@@ -180,6 +180,8 @@ fn start(settings: SettingsArgs, daemon: &std::path::Path) -> Result<(Cluster, E
 
 fn down() -> Result<()> {
     let _lock = state::lock()?;
+    // Ended half-way, it would leave the rest.
+    let _signals = Signals::take();
     machines::end()
 }
 

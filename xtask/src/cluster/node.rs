@@ -4,12 +4,14 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use super::{
     init::{self, IMAGES, PROGRAMS},
@@ -18,7 +20,7 @@ use super::{
     state::State,
     wait::wait,
 };
-use crate::cargo;
+use crate::{cargo, interruption::is_interrupted};
 
 /// How long a program of a node may take to start.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -167,9 +169,27 @@ impl Machine {
     }
 }
 
-/// The output of a command.
+/// The output of a command. An interruption ends it, unless there was one already when it was started:
+/// then it undoes something.
 pub(super) fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
+    let undoes = is_interrupted();
+    // In a group of its own, so that a terminal interrupts this program alone.
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).spawn();
+    let child = child.with_context(|| format!("cannot start `{}`", cargo::line(command)))?;
+    let group = child.id().cast_signed();
+    let output = thread::scope(|scope| {
+        let waiting = scope.spawn(|| child.wait_with_output());
+        while !waiting.is_finished() {
+            if !undoes && is_interrupted() {
+                // SAFETY: kill touches no memory; the group's first process was not waited for before.
+                unsafe { libc::kill(-group, libc::SIGKILL) };
+                break;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        waiting.join().map_err(|_| anyhow!("a thread panicked"))
+    })??;
+    ensure!(undoes || !is_interrupted(), "interrupted");
     if !output.status.success() {
         let printed = [output.stdout, output.stderr].concat();
         bail!(

@@ -1,8 +1,13 @@
 //! Where a running cluster keeps its files.
 
 use std::{
-    fs::{self, File, TryLockError},
+    fs, io,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixListener},
+    },
     path::{Path, PathBuf},
+    thread,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -15,8 +20,8 @@ use crate::setup::ClusterTools;
 /// in `/tmp`, which may be in memory, and not on an overlay, which could not carry the nodes' own.
 const FOLDER: &str = "/var/tmp/inj-cluster";
 
-/// Held while a verb changes the cluster.
-const LOCK: &str = "/var/tmp/inj-cluster.lock";
+/// The abstract socket that a verb holds while it changes the cluster; it ends with its process.
+const LOCK: &str = "injector/cluster";
 
 /// What a cluster was started with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,28 +94,39 @@ fn entries(folder: PathBuf) -> Vec<PathBuf> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
-/// Removes the folder.
+/// Removes the folder. The nodes have tens of thousands of files, each removal waits for the disk, so
+/// what is of different nodes and programs goes at the same time.
 ///
 /// # Errors
 /// When something in it is still mounted, for example.
 pub(super) fn remove() -> Result<()> {
+    let parts = entries(FOLDER.into()).into_iter().flat_map(|node| {
+        let inside = if node.is_dir() { entries(node.clone()) } else { Vec::new() };
+        inside.into_iter().filter(|path| path.is_dir() && !path.is_symlink())
+    });
+    thread::scope(|scope| {
+        for part in parts {
+            // What stays is found below.
+            scope.spawn(move || drop(fs::remove_dir_all(part)));
+        }
+    });
     match fs::remove_dir_all(FOLDER) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {FOLDER}"))
         }
         _ => Ok(()),
     }
 }
 
-/// Locks the cluster until the file is dropped.
+/// Locks the cluster until the socket is dropped.
 ///
 /// # Errors
 /// When another process holds the lock.
-pub(super) fn lock() -> Result<File> {
-    let file = File::create(LOCK).with_context(|| format!("cannot write {LOCK}"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another `cargo xtask cluster` is running"),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {LOCK}")),
+pub(super) fn lock() -> Result<UnixListener> {
+    match UnixListener::bind_addr(&SocketAddr::from_abstract_name(LOCK)?) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            bail!("another `cargo xtask cluster` is running")
+        }
+        locked => locked.context("cannot lock the cluster"),
     }
 }

@@ -16,13 +16,11 @@ const PLACES: [(Node, &str); 3] =
 
 pub(super) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for policy in ["Local", "Cluster"] {
-        for engine in ["splice", "inline"] {
-            for (node, place) in PLACES {
-                let edge = Edge { engine, policy };
-                let name = format!("address/{engine}/{policy}/mail server {place}");
-                trials.push(trial(name, edge, move |testbed| address(testbed, edge, node)));
-            }
+    for edge in Edge::ALL {
+        let Edge { engine, policy } = edge;
+        for (node, place) in PLACES {
+            let name = format!("address/{engine}/{policy}/mail server {place}");
+            trials.push(trial(name, edge, move |testbed| address(testbed, edge, node)));
         }
     }
     trials.push(trial("address/two edges, one pod", Edge::INLINE, two_edges));

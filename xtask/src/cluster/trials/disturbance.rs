@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{RECOVERY, Testbed, Trial, speaker::Speaker, trial};
 use crate::cluster::{
-    client::{self, Load, LoadReport},
+    client::{self, Load, LoadReport, Session},
     deploy::{self, Edge},
     machines::Cluster,
     mail, network,
@@ -38,6 +38,7 @@ pub(super) fn trials() -> Vec<Trial> {
         add("injector pod deleted", deleted);
         add("injector rolled out", rolled_out);
         add("API server away", api_server_away);
+        add("injector killed, API server away", killed_without_api);
         add("endpoints change", endpoints_change);
         add("node drained", node_drained);
     }
@@ -100,13 +101,12 @@ fn address_moves(testbed: &Testbed<'_>) -> Result<String> {
     Ok(format!("mail after {:.1} s; {report}", after.as_secs_f32()))
 }
 
-/// The daemon gets SIGKILL; the kubelet starts it again.
+/// The daemon ends without notice.
 fn killed(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
     let load = Load::start(VIP, RATE, OPEN, Duration::MAX)?;
     pause(Duration::from_secs(2))?;
-    let machine = testbed.cluster.machine(Node::Edge1);
-    machine.run(&["pkill", "-KILL", "-f", "-x", "injector run"])?;
+    kill_daemon(testbed.cluster)?;
     pause(Duration::from_secs(1))?;
     deploy::wait_ready(testbed.cluster)?;
     let after = client::wait_served(VIP, RECOVERY)?;
@@ -124,8 +124,8 @@ fn ensure_inline_kept(testbed: &Testbed<'_>, report: &LoadReport) -> Result<()> 
     Ok(())
 }
 
-/// As an eviction: the pod ends in order, and the address moves to the other edge. The old pod waits for
-/// sessions whose packets no longer reach it, until its drain has a deadline (240 s).
+/// As an eviction: the pod ends in order, and the address moves to the other edge at once: this version's
+/// Service leads to no pod that is ending. Without inline, the old pod drains for 18 s.
 fn deleted(testbed: &Testbed<'_>) -> Result<String> {
     settle(testbed, Node::Worker)?;
     let speaker = Speaker::start(testbed.cluster);
@@ -177,6 +177,49 @@ fn api_server_away(testbed: &Testbed<'_>) -> Result<String> {
     let after = client::wait_served(VIP, RECOVERY)?;
     client::check_address(cluster, VIP, testbed.edge.engine)?;
     Ok(format!("for 60 s: {report}; a later move was followed after {:.1} s", after.as_secs_f32()))
+}
+
+/// The next daemon knows no pod of the mail server, and tells clients to come again later. Connections of
+/// inline go on.
+fn killed_without_api(testbed: &Testbed<'_>) -> Result<String> {
+    const TRIES: usize = 20;
+    let cluster = testbed.cluster;
+    settle(testbed, Node::Worker)?;
+    let load = Load::start(VIP, 1, OPEN, Duration::MAX)?;
+    cluster.stop_api_server()?;
+    let outcome = (|| -> Result<()> {
+        kill_daemon(cluster)?;
+        // At first no daemon listens, and inline leads to the pods of before.
+        wait("a daemon that knows no backend", deploy::LIMIT, || Ok(is_put_off().then_some(())))?;
+        for _ in 0..TRIES {
+            ensure!(is_put_off(), "a daemon that knows no backend has served");
+        }
+        Ok(())
+    })();
+    let outcome = outcome.and(cluster.start_api_server());
+    let after = outcome.and_then(|()| client::wait_served(VIP, RECOVERY));
+    let report = load.finish();
+    let after = after?;
+    ensure_inline_kept(testbed, &report)?;
+    client::check_address(cluster, VIP, testbed.edge.engine)?;
+    deploy::wait_ready(cluster)?;
+    let lost = report.lost.len();
+    Ok(format!(
+        "{TRIES} of {TRIES} put off with 421; mail {:.1} s after the API server was ready again; {lost} of {OPEN} open \
+         sessions lost",
+        after.as_secs_f32()
+    ))
+}
+
+/// Whether a client is greeted with 421.
+fn is_put_off() -> bool {
+    let greeting = Session::connect(VIP, 25, b"").and_then(|mut session| session.line());
+    greeting.is_ok_and(|line| line.starts_with("421"))
+}
+
+/// SIGKILL to the daemon on the first edge node; the kubelet starts it again.
+fn kill_daemon(cluster: &Cluster) -> Result<()> {
+    cluster.machine(Node::Edge1).run(&["pkill", "-KILL", "-f", "-x", "injector run"]).map(drop)
 }
 
 /// A second slice of the Service changes ten times a second: an endpoint that is ready and is not.

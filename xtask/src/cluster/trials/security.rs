@@ -7,9 +7,9 @@ use injector_common::proxy::{Addresses, Command, v2};
 
 use super::{Testbed, Trial, trial};
 use crate::cluster::{
-    client::Session,
+    client::{self, Session},
     deploy::{self, Edge},
-    mail,
+    mail, network,
     plan::{Node, VIP},
     wait::wait,
 };
@@ -18,12 +18,20 @@ use crate::cluster::{
 const FORGED: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 66);
 
 pub(super) fn trials() -> Vec<Trial> {
-    vec![
-        trial("security/header of a client's own", Edge::SPLICE, own_header),
+    let mut trials = vec![
         trial("security/no injector on any node", Edge::SPLICE, no_injector),
         trial("security/webmail on the standard ports", Edge::SPLICE, webmail),
         trial("security/roles as rendered", Edge::SPLICE, roles),
-    ]
+    ];
+    for edge in Edge::ALL {
+        let Edge { engine, policy } = edge;
+        let name = |what: &str| format!("security/{engine}/{policy}/{what}");
+        trials.push(trial(name("pods at the public address"), edge, pods_outside));
+        if policy == "Local" {
+            trials.push(trial(name("header of a client's own"), edge, own_header));
+        }
+    }
+    trials
 }
 
 /// A PROXY header, version 2, as a client would forge it, and a message behind it.
@@ -49,6 +57,8 @@ fn forge(to: Ipv4Addr, port: u16) -> Result<String> {
 
 /// With an injector, the client's header is payload behind the true one.
 fn own_header(testbed: &Testbed<'_>) -> Result<String> {
+    network::announce(Node::Edge1)?;
+    client::wait_served(VIP, super::RECOVERY)?;
     let reply = forge(VIP, 25)?;
     mail::ensure_never_client(testbed.cluster, &[FORGED])?;
     Ok(format!("not believed; the client read at last: {reply}"))
@@ -105,13 +115,60 @@ fn webmail(testbed: &Testbed<'_>) -> Result<String> {
     Ok(format!("{greeting}; logged: {logged}"))
 }
 
+/// Pods that take the way of clients outside are logged with their own address, or refused where
+/// kube-proxy has replaced it: policy Cluster, and a node without inline.
+fn pods_outside(testbed: &Testbed<'_>) -> Result<String> {
+    network::announce(Node::Edge1)?;
+    mail::place(testbed.cluster, Node::Worker)?;
+    if testbed.edge.policy == "Local" || testbed.edge.engine == "inline" {
+        client::wait_served(VIP, super::RECOVERY)?;
+    }
+    let mut seen = Vec::new();
+    for pod in mail::WEBMAILS {
+        for (to, what) in [(VIP, "public address"), (Node::Edge1.address(), "edge node")] {
+            let outcome = pod_outside(testbed, pod, to).with_context(|| format!("{pod} to {to}"))?;
+            seen.push(format!("{pod} to the {what}: {outcome}"));
+        }
+    }
+    Ok(seen.join("; "))
+}
+
+/// One of them; whether it was logged or refused.
+fn pod_outside(testbed: &Testbed<'_>, pod: &str, to: Ipv4Addr) -> Result<&'static str> {
+    let cluster = testbed.cluster;
+    let sender = client::unique(pod);
+    let talk = format!(
+        "exec 3<>/dev/tcp/{to}/25; hear() {{ while read -r -t 5 line <&3; do echo \"$line\"; \
+         [ \"${{line:3:1}}\" = - ] || break; done; }}; hear; \
+         for words in 'EHLO pod' 'MAIL FROM:<{sender}@pod.test>' 'RCPT TO:<a@elsewhere.test>' QUIT; do \
+         printf '%s\\r\\n' \"$words\" >&3; hear; done"
+    );
+    let said = cluster
+        .kubectl(&["exec", pod, "--", "/bin/bash", "-c", &talk])
+        .unwrap_or_else(|error| format!("{error:#}"));
+    let greeting = said.lines().next().unwrap_or_default();
+    if greeting.starts_with("421") && to == VIP && testbed.edge.policy == "Cluster" {
+        return Ok("refused with 421");
+    }
+    ensure!(greeting.starts_with("220"), "greeted with: {said}");
+    // It relays for no client, and says in one line whom it has refused.
+    let line = mail::wait_log(cluster, &["postfix/proxied25", "reject: RCPT from", &sender])?;
+    let found = cluster.get(&["pod", pod])?;
+    let own = found["status"]["podIP"].as_str().context("the pod has no address")?;
+    ensure!(
+        line.contains(&format!("unknown[{own}]")),
+        "the pod is {own}, and the mail server logged: {line}"
+    );
+    Ok("its own address")
+}
+
 /// The service account may read what it follows, and no more.
 fn roles(testbed: &Testbed<'_>) -> Result<String> {
     const ACCOUNT: &str = "--as=system:serviceaccount:injector:injector";
     let cluster = testbed.cluster;
     let may =
         |words: &[&str]| -> bool { cluster.kubectl(&[&["auth", "can-i", ACCOUNT], words].concat()).is_ok() };
-    for verb in ["get", "list", "watch"] {
+    for verb in ["list", "watch"] {
         let words = [verb, "endpointslices.discovery.k8s.io", "-n", "mail"];
         ensure!(may(&words), "it may not {}", words.join(" "));
     }
@@ -120,7 +177,7 @@ fn roles(testbed: &Testbed<'_>) -> Result<String> {
             let words = ["get", what, "-n", namespace];
             ensure!(!may(&words), "it may {}", words.join(" "));
         }
-        for verb in ["create", "update", "patch", "delete"] {
+        for verb in ["get", "create", "update", "patch", "delete"] {
             let words = [verb, "endpointslices.discovery.k8s.io", "-n", namespace];
             ensure!(!may(&words), "it may {}", words.join(" "));
         }
@@ -130,5 +187,5 @@ fn roles(testbed: &Testbed<'_>) -> Result<String> {
     let listed = cluster.kubectl(&["auth", "can-i", "--list", ACCOUNT, "-n", "mail"])?;
     let own = listed.lines().filter(|line| !line.contains("selfsubject") && !line.starts_with(' '));
     println!("{}", own.map(|line| format!("      {line}\n")).collect::<String>().trim_end());
-    Ok("reads EndpointSlices in the mail server's namespace, changes none, and reads no Secrets, ConfigMaps or Pods".into())
+    Ok("lists and watches EndpointSlices in the mail server's namespace, changes none, and reads no Secrets, ConfigMaps or Pods".into())
 }

@@ -23,7 +23,7 @@ pub(crate) struct PackageArgs {
 }
 
 /// Files that the package must contain, below the root.
-const EXPECTED: [&str; 11] = [
+const EXPECTED: [&str; 14] = [
     "etc/injector/injector.toml",
     "usr/bin/injector",
     "usr/lib/systemd/system/injector.service",
@@ -34,6 +34,9 @@ const EXPECTED: [&str; 11] = [
     "usr/share/doc/injector/copyright",
     "usr/share/doc/injector/fail2ban/action.d/injector.conf",
     "usr/share/doc/injector/fail2ban/jail.d/injector.conf",
+    "usr/share/doc/injector/probe/injector-probe.service",
+    "usr/share/doc/injector/probe/injector-probe.timer",
+    "usr/share/doc/injector/prometheus/injector.rules.yml",
     "usr/share/man/man1/injector-run.1.gz",
 ];
 
@@ -104,7 +107,8 @@ fn dpkg_deb(argument: &str, package: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A script that installs and purges the package in a copy of this system, kept in memory.
+/// A script that installs, upgrades, removes and purges the package in a copy of this system, kept in
+/// memory.
 const COPY: &str = r#"
 set -eu
 mount --make-rprivate /
@@ -116,7 +120,7 @@ mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
 mount --rbind /dev "$root/dev"
-rm -rf "$root/etc/injector"
+rm -rf "$root/etc/injector" "$root/var/lib/injector"
 cp "$2" "$root/injector.deb"
 exec chroot "$root" sh -eu -c '
     export DEBIAN_FRONTEND=noninteractive LC_ALL=C
@@ -125,18 +129,23 @@ exec chroot "$root" sh -eu -c '
     injector check --config /etc/injector/injector.toml > /dev/null
     id injector
     bash -n /usr/share/bash-completion/completions/injector
-    systemd-analyze verify --man=no injector.service
+    systemd-analyze verify --man=no injector.service injector.socket
+    for page in /usr/share/man/man1/injector*.1.gz; do man --warnings --local-file "$page" > /dev/null; done
+    mkdir /var/lib/injector && touch /var/lib/injector/bans
+    printf "\n# of the operator\n" >> /etc/injector/injector.toml
+    dpkg --install /injector.deb
+    grep -q "^. of the operator$" /etc/injector/injector.toml
     dpkg --remove injector
-    [ -f /etc/injector/injector.toml ] && [ ! -e /usr/bin/injector ]
+    [ -f /etc/injector/injector.toml ] && [ -f /var/lib/injector/bans ] && [ ! -e /usr/bin/injector ]
     dpkg --purge injector
-    [ ! -e /etc/injector ]
+    [ ! -e /etc/injector ] && [ ! -e /var/lib/injector ]
 '
 "#;
 
 /// Installs, removes and purges the package with dpkg, which runs its scripts.
 fn install_in_a_copy(package: &Path) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("inj-package-").tempdir()?;
-    println!("\ninstalled by dpkg into a copy of this system, removed and purged:");
+    println!("\ninstalled by dpkg into a copy of this system, upgraded, removed and purged:");
     let mut command = Command::new("unshare");
     command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", COPY, "copy"]);
     let status = command.arg(scratch.path()).arg(package).status().context("cannot run unshare")?;
@@ -162,6 +171,7 @@ fn try_out(package: &Path) -> Result<()> {
         ("postinst", "systemd-tmpfiles"),
         ("prerm", "guard detach"),
         ("prerm", "inline detach"),
+        ("postrm", "/var/lib/injector"),
     ] {
         ensure!(script(name).contains(part), "{name} has no {part}:\n{}", script(name));
     }

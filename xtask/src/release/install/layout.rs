@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 /// The configuration's path, with any prefix.
 pub(crate) const CONFIG: &str = "/etc/injector/injector.toml";
 
+/// The unit's `StateDirectory=`, which systemd makes.
+pub(crate) const STATE: &str = "/var/lib/injector";
+
 /// Folders as the installed system sees them; a `--destdir` is put in front of them later.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Layout {

@@ -51,7 +51,7 @@ pub(crate) struct UninstallArgs {
     /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Remove the configuration too
+    /// Remove the configuration and the bans in /var/lib/injector too
     #[arg(long)]
     purge: bool,
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    layout::{CONFIG, Layout},
+    layout::{CONFIG, Layout, STATE},
     manifest::Manifest,
 };
 
@@ -189,6 +189,9 @@ pub(crate) fn uninstall(
         let made = ["/sys/fs/bpf/injector", "/run/injector-bpf/injector", "/run/injector-bpf"];
         steps.push(try_to(&[&["rmdir", "--ignore-fail-on-non-empty"], &made[..]].concat()));
     }
+    if purge && system != System::Tree {
+        steps.push(run(&["rm", "-rf", STATE]));
+    }
     let configs = manifest.configs.iter();
     steps.extend(
         configs
@@ -339,6 +342,17 @@ mod tests {
             ]
         );
         assert_eq!(steps(true)[0], "remove         /etc/injector/injector.toml");
+    }
+
+    #[test]
+    fn purging_removes_the_state_of_this_host() {
+        let steps = |system, purge| {
+            lines(&uninstall(&layout(), &Manifest::default(), &|_| There::Nothing, system, purge))
+        };
+        let removes =
+            |system, purge| steps(system, purge).iter().any(|line| line.contains("rm -rf /var/lib/injector"));
+        assert!(removes(System::Idle, true));
+        assert!(!removes(System::Idle, false) && !removes(System::Tree, true));
     }
 
     #[test]

@@ -50,3 +50,16 @@ pub const ALL: [&str; 15] = [
     METRICS,
     DAEMON,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_every_target() {
+        let page = include_str!("../../../docs/config.md");
+        for target in ALL {
+            assert!(page.contains(&format!("`{target}`")), "{target}");
+        }
+    }
+}

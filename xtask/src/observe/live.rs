@@ -33,7 +33,7 @@ const STEP: u32 = 2;
 pub(super) fn run() -> Result<()> {
     let start = Instant::now();
     if env::var_os(BINARY_VARIABLE).is_none() {
-        let daemon = build::daemon(false)?;
+        let daemon = build::image_daemon(false)?;
         // SAFETY: this is the only thread: those of setup and build have ended, and the testbed
         // starts its own below.
         unsafe { env::set_var(BINARY_VARIABLE, daemon) };
@@ -41,7 +41,7 @@ pub(super) fn run() -> Result<()> {
     let began = Instant::now();
     let testbed = Testbed::new()?;
     println!(
-        "live: injector, Postfix, Dovecot, Prometheus, node_exporter and Pushgateway run; {TRAFFIC:?} of traffic"
+        "live: injector, Postfix, Dovecot, CrowdSec, Prometheus, node_exporter and Pushgateway run; {TRAFFIC:?} of traffic"
     );
     let from = now()?;
     testbed.with_traffic(|| watch(&testbed))?;

@@ -4,6 +4,7 @@
 mod answer;
 mod dashboard;
 mod draw;
+mod feeds;
 mod live;
 mod panels;
 mod prometheus;

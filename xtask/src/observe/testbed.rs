@@ -23,13 +23,19 @@ use injector_testbed::{
     mail_client::{self, Server},
     mail_host::MailHost,
     message::{DOMAIN, Message},
-    netns::{self, Family, HostAddresses, MAIL, Netns, Topology, VIP_INLINE, VIP_RELAY, VIP_SPLICE},
+    netns::{
+        self, Family, HostAddresses, MAIL, Netns, Topology, VIP_HAPROXY, VIP_INLINE, VIP_RELAY, VIP_SPLICE,
+    },
     process::Process,
     service::{IMAPS, SMTP, SUBMISSION, Service},
 };
 use tempfile::TempDir;
+use tokio::net::TcpSocket;
 
-use super::prometheus::Api;
+use super::{
+    feeds::{self, Feeds},
+    prometheus::Api,
+};
 use crate::cargo;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -50,6 +56,7 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 pub(super) struct Testbed {
     _watchers: Vec<Process>,
     injector: Injector,
+    _feeds: Feeds,
     host: MailHost,
     folder: TempDir,
     _bpffs: BpfFs,
@@ -63,13 +70,16 @@ impl Testbed {
         let topology = Topology::new().context("cannot create the network namespaces")?;
         let host = MailHost::start(&topology.mail)?;
         let bpffs = BpfFs::mount()?;
-        let injector = Injector::start(&topology.edge, &configuration(bpffs.path()))?;
         let folder = netns::scratch_dir("observe")?;
+        let feeds = Feeds::start(&topology.edge, folder.path())?;
+        let injector = Injector::start(&topology.edge, &configuration(bpffs.path(), folder.path()))?;
+        topology.client.ip(&["address", "add", &format!("{}/32", feeds::BANNED), "dev", "eth0"])?;
         let watchers = watchers(&topology.edge, folder.path())?;
         fs::write(folder.path().join("ca.pem"), &host.certificate.authority_pem)?;
         Ok(Self {
             _watchers: watchers,
             injector,
+            _feeds: feeds,
             host,
             folder,
             _bpffs: bpffs,
@@ -99,8 +109,9 @@ impl Testbed {
                 scope.spawn(move || self.knock(port, run));
             }
             scope.spawn(|| self.forge(run));
+            scope.spawn(|| self.try_banned(run));
             scope.spawn(|| self.flood(run));
-            let mail = [(VIP_SPLICE, SMTP), (VIP_RELAY, SUBMISSION), (VIP_INLINE, SMTP)];
+            let mail = [(VIP_SPLICE, SMTP), (VIP_RELAY, SUBMISSION), (VIP_INLINE, SMTP), (VIP_HAPROXY, SMTP)];
             let mail = mail.map(|(vip, service)| scope.spawn(move || self.mail(vip, service, run)));
             let outcome = meanwhile();
             over.store(true, Ordering::Relaxed);
@@ -193,6 +204,24 @@ impl Testbed {
         }
     }
 
+    /// A client that is banned.
+    fn try_banned(&self, run: Running<'_>) {
+        while run.on() {
+            let _ = self.topology.client.run(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                runtime.block_on(async {
+                    let socket = TcpSocket::new_v4()?;
+                    socket.bind((feeds::BANNED, 0).into())?;
+                    let smtp = SocketAddr::new(VIP_SPLICE.v4.into(), SMTP.standard);
+                    let connect = socket.connect(smtp);
+                    tokio::time::timeout(Duration::from_millis(500), connect).await??;
+                    anyhow::Ok(())
+                })
+            });
+            run.pause(Duration::from_millis(500));
+        }
+    }
+
     /// A client that sends faster than its backend reads, so that the kernel's backlog grows and
     /// the direction is paused.
     fn flood(&self, run: Running<'_>) {
@@ -276,28 +305,33 @@ fn read_slowly(listener: &TcpListener, run: Running<'_>) {
     }
 }
 
-/// The configuration: all three engines in one daemon.
-fn configuration(pin: &Path) -> String {
-    let mail = |service: Service| SocketAddr::new(MAIL.v4.into(), service.proxied);
-    let other = |port: u16| SocketAddr::new(MAIL.v4.into(), port);
+/// The configuration: all three engines in one daemon, and what it follows.
+fn configuration(pin: &Path, folder: &Path) -> String {
+    let other = |port: u16| format!("\"{}\"", SocketAddr::new(MAIL.v4.into(), port));
+    let mail = |service: Service| other(service.proxied);
+    let service = format!("{{ service = \"{}\", port = \"smtp\" }}", feeds::SERVICE);
     let listeners = [
         ("smtp", "smtp", "splice", VIP_SPLICE, SMTP.standard, mail(SMTP)),
         ("imaps", "imaps", "splice", VIP_SPLICE, IMAPS.standard, mail(IMAPS)),
         ("submission", "submission", "relay", VIP_RELAY, SUBMISSION.standard, mail(SUBMISSION)),
         ("smtp-inline", "smtp", "inline", VIP_INLINE, SMTP.standard, mail(SMTP)),
+        ("smtp-pods", "smtp", "splice", VIP_HAPROXY, SMTP.standard, service),
         // No server listens there.
         ("dead", "smtp", "splice", VIP_SPLICE, DEAD, other(DEAD)),
         ("mute", "smtp", "splice", VIP_SPLICE, MUTE, other(MUTE)),
         ("slow", "plain", "splice", VIP_SPLICE, SLOW, other(SLOW)),
     ];
-    let mut text =
-        format!("[metrics]\nlisten = \"{METRICS}\"\n\n{EAGER}\n[inline]\npin = \"{}\"\n", pin.display());
+    let mut text = format!(
+        "[metrics]\nlisten = \"{METRICS}\"\n\n{EAGER}\n[inline]\npin = \"{}/inline\"\n",
+        pin.display()
+    );
+    text.push_str(&feeds::tables(folder, pin));
     for (name, protocol, engine, vip, port, backend) in listeners {
         // Writing to a String cannot fail.
         let _ = write!(
             text,
             "\n[[listener]]\nname = \"{name}\"\nbind = [\"{}:{port}\"]\nprotocol = \"{protocol}\"\n\
-             engine = \"{engine}\"\nbackends = [\"{backend}\"]\n",
+             engine = \"{engine}\"\nbackends = [{backend}]\n",
             vip.v4
         );
     }

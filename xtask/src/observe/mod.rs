@@ -65,3 +65,25 @@ fn dashboard(write: bool) -> Result<()> {
     println!("the dashboard agrees with its {} panels", page.panels().count());
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_lists_every_alert() {
+        let workspace = cargo::workspace();
+        let read = |file: &str| fs::read_to_string(workspace.join(file)).unwrap();
+        let (rules, page) = (read("deploy/prometheus/injector.rules.yml"), read("docs/observability.md"));
+        let named = |kind: &str| -> Vec<String> {
+            let names = rules.lines().filter_map(|line| line.trim().strip_prefix("- ")?.strip_prefix(kind));
+            names.map(|name| name.trim_start_matches(": ").to_owned()).collect()
+        };
+        let alerts = named("alert");
+        for alert in &alerts {
+            assert!(page.contains(&format!("| `{alert}` |")), "{alert}");
+        }
+        let counts = format!("{} recording rules and {} alerts", named("record").len(), alerts.len());
+        assert!(page.contains(&counts), "{counts}");
+    }
+}

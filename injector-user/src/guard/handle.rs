@@ -138,7 +138,7 @@ impl Guard {
     #[must_use]
     pub fn is_banned(&self, source: IpAddr) -> bool {
         self.0.has_bans.load(Ordering::Relaxed)
-            && self.table().bans(source, clock::boottime_ns())
+            && self.table().bans(source, clock::boottime_ns)
             && !self.is_allowed(source)
     }
 

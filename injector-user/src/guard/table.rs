@@ -69,9 +69,11 @@ impl Table {
         self.bans.of(network).next().is_some()
     }
 
-    /// Whether the address is banned now.
-    pub(super) fn bans(&self, address: IpAddr, now_ns: u64) -> bool {
-        self.bans.containing(address).any(|(.., want)| now_ns < want.until_ns)
+    /// Whether the address is banned now. Asks for the time only if the table has a network with it; for
+    /// most clients it has none.
+    pub(super) fn bans(&self, address: IpAddr, now_ns: impl FnOnce() -> u64) -> bool {
+        let until_ns = self.bans.containing(address).map(|(.., want)| want.until_ns).max();
+        until_ns.is_some_and(|until_ns| now_ns() < until_ns)
     }
 
     /// Adds a ban or gives it another end, unless it is of a network more than `max`.

@@ -130,7 +130,9 @@ exec chroot "$root" sh -eu -c '
     id injector
     bash -n /usr/share/bash-completion/completions/injector
     systemd-analyze verify --man=no injector.service injector.socket
-    for page in /usr/share/man/man1/injector*.1.gz; do man --warnings --local-file "$page" > /dev/null; done
+    for page in /usr/share/man/man1/injector*.1.gz; do
+        if LC_ALL=C.UTF-8 man --warnings --local-file "$page" 2>&1 > /dev/null | grep .; then exit 1; fi
+    done
     mkdir /var/lib/injector && touch /var/lib/injector/bans
     printf "\n# of the operator\n" >> /etc/injector/injector.toml
     dpkg --install /injector.deb

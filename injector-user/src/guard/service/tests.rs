@@ -1,6 +1,6 @@
 use std::{fs, time::Instant};
 
-use super::*;
+use super::{follower::own_addresses, *};
 
 fn service(settings: &config::Guard) -> Service {
     let max_bans = usize::try_from(settings.max_bans).unwrap();

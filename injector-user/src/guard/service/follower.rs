@@ -1,0 +1,172 @@
+//! The thread that reads the list files, protects addresses, and removes bans that are over.
+
+use std::{
+    fmt, io,
+    path::PathBuf,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use injector_common::guard::Ban;
+
+use super::{Lists, Service};
+use crate::{
+    config::Network,
+    guard::{
+        handle::Protection,
+        lists::FollowedFile,
+        origin::{Origin, WantedBan},
+    },
+    os::gateways,
+    telemetry::log::target,
+};
+
+/// How often files, addresses and ends are looked at.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// The thread's own state.
+pub(super) struct Follower {
+    service: Service,
+    deny: Vec<FollowedFile>,
+    allow: Vec<FollowedFile>,
+    /// The lists whose bans are in the table.
+    applied: Option<Lists>,
+    /// What is protected, as the guard has it.
+    protected: Vec<(Network, Protection)>,
+}
+
+impl fmt::Debug for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Follower").finish_non_exhaustive()
+    }
+}
+
+impl Follower {
+    pub(super) fn new(service: Service) -> Self {
+        Self { service, deny: Vec::new(), allow: Vec::new(), applied: None, protected: Vec::new() }
+    }
+
+    pub(super) fn run(mut self) {
+        loop {
+            self.protect();
+            self.apply_deny();
+            self.publish();
+            self.service.guard().maintain();
+            self.service.save_state();
+            let inputs = self.service.inputs();
+            let waited = self.service.0.wake.wait_timeout_while(inputs, INTERVAL, |inputs| !inputs.is_new);
+            let (mut inputs, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            inputs.is_new = false;
+            if inputs.is_stopped {
+                return;
+            }
+        }
+    }
+
+    /// Brings up to date what may not be banned.
+    pub(super) fn protect(&mut self) {
+        let (lists, mut protected) = {
+            let inputs = self.service.inputs();
+            let hosts = inputs.backends.iter().map(|address| (Network::host(*address), Protection::Backend));
+            let peers = inputs.peers.iter().map(|network| (*network, Protection::InlinePeer));
+            (inputs.lists.clone(), hosts.chain(peers).collect::<Vec<_>>())
+        };
+        follow(&mut self.allow, &lists.allow_files);
+        for file in &mut self.allow {
+            refresh(file, "guard.allow_files");
+        }
+        let files = self.allow.iter().filter_map(FollowedFile::networks).flatten();
+        protected.extend(lists.allow.iter().chain(files).map(|network| (*network, Protection::Allow)));
+        let own = if_addrs::get_if_addrs().map(|own| own.iter().map(|it| Network::host(it.ip())).collect());
+        protected.extend(own_addresses(own, &self.protected));
+        protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
+        protected.sort_unstable();
+        protected.dedup_by_key(|(network, _)| *network);
+        if protected != self.protected {
+            self.service.guard().set_protected(&protected);
+            self.protected = protected;
+        }
+    }
+
+    /// Brings the bans of the lists up to date.
+    fn apply_deny(&mut self) {
+        let lists = self.service.inputs().lists.clone();
+        follow(&mut self.deny, &lists.deny_files);
+        let mut changed = false;
+        for file in &mut self.deny {
+            changed |= refresh(file, "guard.deny_files");
+        }
+        if !changed && self.applied.as_ref() == Some(&lists) {
+            return;
+        }
+        let ban = |reason: &Arc<str>, network: &Network| WantedBan {
+            network: *network,
+            until_ns: Ban::FOREVER,
+            reason: Arc::clone(reason),
+        };
+        let reason: Arc<str> = "guard.deny".into();
+        let mut bans: Vec<_> = lists.deny.iter().map(|network| ban(&reason, network)).collect();
+        for file in &self.deny {
+            let reason: Arc<str> = file.path().display().to_string().into();
+            bans.extend(file.networks().unwrap_or_default().iter().map(|network| ban(&reason, network)));
+        }
+        let guard = self.service.guard();
+        let is_complete = self.deny.iter().all(|file| file.networks().is_some());
+        let applied = if is_complete {
+            guard.replace(Origin::List, bans)
+        } else {
+            // What an earlier daemon read from a file that cannot be read now stays.
+            guard.change(Origin::List, bans, Vec::new())
+        };
+        self.applied = Some(lists);
+        tracing::info!(target: target::GUARD, added = applied.added, removed = applied.removed, protected = applied.protected, "lists of bans applied");
+        if applied.full > 0 {
+            tracing::error!(target: target::GUARD, count = applied.full, max_bans = self.service.max_bans(), "networks of the lists are not banned, because guard.max_bans is reached: raise it and restart the injector");
+        }
+    }
+
+    fn publish(&self) {
+        let files = self.deny.iter().chain(&self.allow).map(FollowedFile::status).collect();
+        *self.service.0.files.lock().unwrap_or_else(PoisonError::into_inner) = files;
+    }
+}
+
+/// The addresses of this host, as found, or as they were protected before if they cannot be listed now.
+pub(super) fn own_addresses(
+    found: io::Result<Vec<Network>>,
+    before: &[(Network, Protection)],
+) -> Vec<(Network, Protection)> {
+    let is_own = |(_, protection): &&(Network, Protection)| *protection == Protection::OwnAddress;
+    match found {
+        Ok(own) => own.into_iter().map(|network| (network, Protection::OwnAddress)).collect(),
+        Err(_) => before.iter().filter(is_own).copied().collect(),
+    }
+}
+
+/// Makes `files` those of the configuration. Files that stay keep what is known of them.
+fn follow(files: &mut Vec<FollowedFile>, paths: &[PathBuf]) {
+    let mut before = std::mem::take(files);
+    for path in paths {
+        let known = before.iter().position(|file| file.path() == path);
+        files.push(known.map_or_else(|| FollowedFile::new(path.clone()), |at| before.swap_remove(at)));
+    }
+}
+
+/// Reads a file if it has changed, and logs what became of it. Whether other networks are in effect.
+fn refresh(file: &mut FollowedFile, list: &str) -> bool {
+    let (networks, error) = (file.networks().map(<[_]>::len), file.error().map(str::to_owned));
+    if !file.refresh() {
+        return false;
+    }
+    let path = file.path().display();
+    match file.error() {
+        Some(error) => {
+            tracing::error!(target: target::GUARD, list, file = %path, error, in_effect = networks.unwrap_or(0), "a list cannot be read; what it said before stays in effect");
+        }
+        None => {
+            let networks = file.networks().map_or(0, <[_]>::len);
+            tracing::info!(target: target::GUARD, list, file = %path, networks, was_unreadable = error.is_some(), "list read");
+        }
+    }
+    file.error().is_none()
+}

@@ -1,11 +1,13 @@
 //! The guard: banned sources and limits on each source, in front of every engine.
 
+mod chunk_map;
 #[cfg_attr(not(feature = "crowdsec"), path = "crowdsec_stub.rs")]
 pub mod crowdsec;
 mod handle;
 pub mod lists;
 pub mod origin;
 mod prefix_map;
+mod reasons;
 mod service;
 mod state;
 mod table;

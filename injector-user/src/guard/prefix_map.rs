@@ -1,10 +1,8 @@
 //! Values by network, found by an address that is in it.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::net::{IpAddr, Ipv4Addr};
 
+use super::chunk_map::ChunkMap;
 use crate::config::Network;
 
 /// Tells apart the values of one network.
@@ -19,14 +17,12 @@ impl Tag for () {
 
 /// Values by network and tag, in the order of addresses: first a network, then the networks in it.
 ///
-/// Trees, because no insertion into one takes long; a hash table of a million entries stops for tens
-/// of milliseconds when it grows. IPv4 has its own, whose keys take 8 bytes instead of 19: most bans are
-/// of IPv4 addresses.
+/// IPv4 has a map of its own, whose keys take 8 bytes instead of 19: most bans are of IPv4 addresses.
 #[derive(Clone, Debug)]
 pub(super) struct PrefixMap<T, V> {
     /// By address, length of the prefix, and tag.
-    ipv4: BTreeMap<(u32, u8, T), V>,
-    ipv6: BTreeMap<(Network, T), V>,
+    ipv4: ChunkMap<(u32, u8, T), V>,
+    ipv6: ChunkMap<(Network, T), V>,
     lengths: Lengths,
 }
 
@@ -40,7 +36,7 @@ struct Lengths {
 impl<T: Tag, V> Default for PrefixMap<T, V> {
     fn default() -> Self {
         let lengths = Lengths { ipv4: [0; 33], ipv6: [0; 129] };
-        Self { ipv4: BTreeMap::new(), ipv6: BTreeMap::new(), lengths }
+        Self { ipv4: ChunkMap::default(), ipv6: ChunkMap::default(), lengths }
     }
 }
 
@@ -91,9 +87,9 @@ impl<T: Tag, V> PrefixMap<T, V> {
     pub(super) fn within(&self, network: Network) -> impl Iterator<Item = (Network, T, &V)> {
         let (ipv4, ipv6) = match network.address() {
             IpAddr::V4(address) => {
-                (Some(self.ipv4.range((address.to_bits(), network.prefix(), T::FIRST)..)), None)
+                (Some(self.ipv4.from((address.to_bits(), network.prefix(), T::FIRST))), None)
             }
-            IpAddr::V6(_) => (None, Some(self.ipv6.range((network, T::FIRST)..))),
+            IpAddr::V6(_) => (None, Some(self.ipv6.from((network, T::FIRST)))),
         };
         let ipv4 = ipv4.into_iter().flatten().map(ipv4_entry);
         ipv4.chain(ipv6.into_iter().flatten().map(ipv6_entry))
@@ -123,13 +119,11 @@ impl Lengths {
     }
 }
 
-fn ipv4_entry<'a, T: Copy, V>(
-    ((address, prefix, tag), value): (&'a (u32, u8, T), &'a V),
-) -> (Network, T, &'a V) {
+fn ipv4_entry<T: Copy, V>(((address, prefix, tag), value): &((u32, u8, T), V)) -> (Network, T, &V) {
     (Network::around(Ipv4Addr::from_bits(*address).into(), *prefix), *tag, value)
 }
 
-fn ipv6_entry<'a, T: Copy, V>(((network, tag), value): (&'a (Network, T), &'a V)) -> (Network, T, &'a V) {
+fn ipv6_entry<T: Copy, V>(((network, tag), value): &((Network, T), V)) -> (Network, T, &V) {
     (*network, *tag, value)
 }
 

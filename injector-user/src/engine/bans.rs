@@ -23,12 +23,12 @@ pub trait BanMaps: Debug + Send + Sync {
     /// When a map is full or the kernel refuses; what was written before stays.
     fn write(&self, changes: &[BanChange]) -> anyhow::Result<()>;
 
-    /// What the maps contain: bans of an earlier daemon. Those that are over are in it as well, because
-    /// the kernel's lookup finds them in place of a larger network's.
+    /// Calls `each` with all that the maps contain: bans of an earlier daemon. Those that are over are
+    /// in it as well, because the kernel's lookup finds them in place of a larger network's.
     ///
     /// # Errors
     /// As bpf(2).
-    fn read(&self) -> anyhow::Result<Vec<(Network, Ban)>>;
+    fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()>;
 
     /// Replaces the networks that are never dropped.
     ///

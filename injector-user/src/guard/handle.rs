@@ -159,15 +159,29 @@ impl Guard {
         // Of several bans of one network, the latest end.
         bans.sort_unstable_by(|a, b| a.network.cmp(&b.network).then(b.until_ns.cmp(&a.until_ns)));
         bans.dedup_by_key(|ban| ban.network);
+        self.replace_sorted(origin, bans.iter().cloned())
+    }
+
+    /// The same with bans in the order of their networks, one of each.
+    pub fn replace_sorted(&self, origin: Origin, bans: impl Iterator<Item = WantedBan> + Clone) -> Applied {
         let mut writer = self.writer();
-        let is_wanted = |network| bans.binary_search_by_key(&network, |ban| ban.network).is_ok();
-        let gone: Vec<_> = self.table().networks_of(origin).filter(|network| !is_wanted(*network)).collect();
+        let mut wanted = bans.clone().map(|ban| ban.network).peekable();
+        let is_gone = |network: &Network| {
+            while wanted.next_if(|wanted| wanted < network).is_some() {}
+            wanted.peek() != Some(network)
+        };
+        let gone = self.table().networks_of(origin).filter(is_gone).collect();
         self.apply(&mut writer, origin, bans, gone)
     }
 
     /// Adds and removes bans of an origin. A ban that is there gets the new end and reason. May take
     /// seconds: not for a worker thread or a task.
-    pub fn change(&self, origin: Origin, set: Vec<WantedBan>, remove: Vec<Network>) -> Applied {
+    pub fn change(
+        &self,
+        origin: Origin,
+        set: impl IntoIterator<Item = WantedBan>,
+        remove: Vec<Network>,
+    ) -> Applied {
         self.apply(&mut self.writer(), origin, set, remove)
     }
 
@@ -196,7 +210,7 @@ impl Guard {
             writer.next_end_ns = next_end_ns;
             for origin in Origin::ALL {
                 let gone = expired.iter().filter(|(by, _)| *by == origin).map(|(_, network)| *network);
-                self.apply(&mut writer, origin, Vec::new(), gone.collect());
+                self.apply(&mut writer, origin, [], gone.collect());
             }
         }
         if self.0.behind.load(Ordering::Relaxed) {
@@ -256,56 +270,68 @@ impl Guard {
         self.0.changed.subscribe()
     }
 
+    /// Makes a change in parts: no part of a long list is more than once in memory.
     fn apply(
         &self,
         writer: &mut Writer,
         origin: Origin,
-        set: Vec<WantedBan>,
+        set: impl IntoIterator<Item = WantedBan>,
         remove: Vec<Network>,
     ) -> Applied {
-        let mut applied = Applied::default();
-        let mut changed = Vec::with_capacity(set.len() + remove.len());
+        let (mut applied, mut written) = (Applied::default(), Ok(()));
+        let mut write = |changed: Vec<Network>| {
+            if written.is_ok() {
+                written = self.write_affected(changed);
+            }
+        };
         // First, because it makes room.
-        for networks in remove.chunks(CHANGES_AT_ONCE) {
-            self.edit(|table| {
-                changed.extend(networks.iter().copied().filter(|network| table.remove(origin, *network)));
-            });
-        }
-        applied.removed = changed.len();
-        {
-            let protected = self.protected();
-            let is_protected = |ban: &&WantedBan| protected.around(ban.network).next().is_some();
-            applied.protected =
-                if protected.is_empty() { 0 } else { set.iter().filter(is_protected).count() };
+        for networks in remove.chunks(WRITTEN_AT_ONCE) {
+            let mut changed = Vec::with_capacity(networks.len());
+            for networks in networks.chunks(CHANGES_AT_ONCE) {
+                self.edit(|table| {
+                    let removed = networks.iter().copied().filter(|network| table.remove(origin, *network));
+                    changed.extend(removed);
+                });
+            }
+            applied.removed += changed.len();
+            write(changed);
         }
         let mut set = set.into_iter().peekable();
         while set.peek().is_some() {
-            self.edit(|table| {
-                for ban in set.by_ref().take(CHANGES_AT_ONCE) {
-                    let (network, until_ns) = (ban.network, ban.until_ns);
-                    match table.insert(origin, ban, self.0.max_bans) {
-                        Inserted::Unchanged => {}
-                        Inserted::Full => applied.full += 1,
-                        Inserted::Added | Inserted::Renewed => {
-                            changed.push(network);
-                            applied.added += 1;
-                            writer.next_end_ns = writer.next_end_ns.min(until_ns);
+            let mut changed = Vec::new();
+            while set.peek().is_some() && changed.len() < WRITTEN_AT_ONCE {
+                let bans: Vec<_> = set.by_ref().take(CHANGES_AT_ONCE).collect();
+                applied.protected += self.count_protected(&bans);
+                self.edit(|table| {
+                    for ban in bans {
+                        let (network, until_ns) = (ban.network, ban.until_ns);
+                        match table.insert(origin, ban, self.0.max_bans) {
+                            Inserted::Unchanged => {}
+                            Inserted::Full => applied.full += 1,
+                            Inserted::Added | Inserted::Renewed => {
+                                changed.push(network);
+                                writer.next_end_ns = writer.next_end_ns.min(until_ns);
+                            }
                         }
                     }
-                }
-            });
+                });
+            }
+            applied.added += changed.len();
+            write(changed);
         }
         self.0.has_bans.store(!self.table().is_empty(), Ordering::Relaxed);
         self.0.rejected_full.fetch_add(applied.full, Ordering::Relaxed);
-        if let Some(maps) = &self.0.maps {
-            let affected = self.table().affected(changed);
-            self.note(self.write(maps.as_ref(), &affected));
-        }
+        self.note(written);
         // Who gives a command ends the sessions.
         if applied.added > 0 && origin != Origin::Command {
             self.0.changed.send_modify(|count| *count += 1);
         }
         applied
+    }
+
+    fn count_protected(&self, bans: &[WantedBan]) -> usize {
+        let protected = self.protected();
+        bans.iter().filter(|ban| protected.around(ban.network).next().is_some()).count()
     }
 
     /// Changes the table a little; `change` makes [`CHANGES_AT_ONCE`] at most.
@@ -316,6 +342,13 @@ impl Guard {
         change(&mut table);
         drop(table);
         thread::sleep(LEFT_TO_WORKERS);
+    }
+
+    /// Gives the kernel what has changed with these networks.
+    fn write_affected(&self, changed: Vec<Network>) -> anyhow::Result<()> {
+        let Some(maps) = &self.0.maps else { return Ok(()) };
+        let affected = self.table().affected(changed);
+        self.write(maps.as_ref(), &affected)
     }
 
     fn write(&self, maps: &dyn BanMaps, networks: &[Network]) -> anyhow::Result<()> {
@@ -337,11 +370,16 @@ impl Guard {
     fn rewrite(&self) {
         let Some(maps) = &self.0.maps else { return };
         let written = || -> anyhow::Result<()> {
-            let mut networks = self.table().networks();
-            networks.extend(maps.read()?.into_iter().map(|(network, _)| network));
-            networks.sort_unstable();
-            networks.dedup();
-            self.write(maps.as_ref(), &networks)?;
+            let mut unwanted = Vec::new();
+            maps.read(&mut |network, _| {
+                if !self.table().has_any(network) {
+                    unwanted.push(network);
+                }
+            })?;
+            // First, because it makes room.
+            self.write(maps.as_ref(), &unwanted)?;
+            let wanted = self.table().networks();
+            self.write(maps.as_ref(), &wanted)?;
             let allowed: Vec<_> = self.protected().iter().map(|(network, ..)| network).collect();
             maps.set_allowed(&allowed)
         }();
@@ -362,17 +400,13 @@ impl Guard {
     /// Takes over what an earlier daemon has left in the kernel, by the origins that wanted it.
     fn restore(&self) {
         let Some(maps) = &self.0.maps else { return };
-        let left = match maps.read() {
-            Ok(left) => left,
-            Err(error) => return self.note(Err(error)),
-        };
         let reason: Arc<str> = "from before the restart".into();
         let now_ns = clock::boottime_ns();
         let mut writer = self.writer();
         let mut unwanted = Vec::new();
-        {
+        let read = {
             let mut table = self.table_mut();
-            for (network, ban) in left {
+            maps.read(&mut |network, ban| {
                 let wanted = WantedBan { network, until_ns: ban.until_ns, reason: Arc::clone(&reason) };
                 let wants_it = |origin: &Origin| ban.holds(now_ns) && ban.origins & origin.bit() != 0;
                 for origin in Origin::ALL.into_iter().filter(wants_it) {
@@ -383,10 +417,10 @@ impl Guard {
                     unwanted.push(network);
                 }
                 writer.next_end_ns = writer.next_end_ns.min(ban.until_ns);
-            }
-        }
+            })
+        };
         self.0.has_bans.store(!self.table().is_empty(), Ordering::Relaxed);
-        self.note(self.write(maps.as_ref(), &unwanted));
+        self.note(read.and_then(|()| self.write(maps.as_ref(), &unwanted)));
     }
 
     fn table(&self) -> RwLockReadGuard<'_, Table> {

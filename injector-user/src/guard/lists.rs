@@ -2,12 +2,13 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, Read as _},
+    io::{self, BufRead, BufReader, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
+use super::network_list::NetworkList;
 use crate::config::Network;
 
 /// The largest file: some four million networks.
@@ -27,7 +28,7 @@ pub(super) struct FollowedFile {
     /// What the file looked like when it was last read.
     seen: Option<Signature>,
     /// Its networks when it was last valid; `None` if it never was.
-    networks: Option<Vec<Network>>,
+    networks: Option<NetworkList>,
     /// When it was last valid and read.
     read_at: Option<SystemTime>,
     error: Option<String>,
@@ -68,8 +69,8 @@ impl FollowedFile {
     }
 
     /// Its networks when it was last valid; `None` if it never was.
-    pub(super) fn networks(&self) -> Option<&[Network]> {
-        self.networks.as_deref()
+    pub(super) const fn networks(&self) -> Option<&NetworkList> {
+        self.networks.as_ref()
     }
 
     pub(super) fn error(&self) -> Option<&str> {
@@ -79,7 +80,7 @@ impl FollowedFile {
     pub(super) fn status(&self) -> ListStatus {
         ListStatus {
             file: self.path.clone(),
-            networks: self.networks.as_ref().map_or(0, Vec::len),
+            networks: self.networks.as_ref().map_or(0, NetworkList::len),
             read_at: self.read_at,
             error: self.error.clone(),
         }
@@ -88,7 +89,7 @@ impl FollowedFile {
     /// Reads the file if it has changed. Whether other networks or another error are in effect now.
     pub(super) fn refresh(&mut self) -> bool {
         let signature = Signature::of(&self.path).ok();
-        if signature.is_some_and(|now| !now.is_fresh) && signature == self.seen {
+        if !may_differ(self.seen, signature) {
             return false;
         }
         let (networks, error) = match read(&self.path) {
@@ -119,70 +120,100 @@ impl Signature {
     }
 }
 
-/// The networks of a file, in order and each once.
+/// Whether a file may have changed between these two looks at it; `None` if it could not be looked at.
+fn may_differ(seen: Option<Signature>, now: Option<Signature>) -> bool {
+    seen != now || now.is_none_or(|now| now.is_fresh)
+}
+
+/// The networks of a file.
 ///
 /// # Errors
 /// Names the file and what is wrong with it.
-pub fn read(path: &Path) -> Result<Vec<Network>, String> {
-    let text = contents(path).map_err(|error| match error.kind() {
+pub fn read(path: &Path) -> Result<NetworkList, String> {
+    let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::PermissionDenied => format!(
             "{}: {error}: the injector reads files in /etc and in the directories that its configuration named when it \
              started, and only as the user that it runs as",
             path.display()
         ),
         _ => format!("{}: {error}", path.display()),
-    })?;
-    parse(&text).map_err(|bad| {
-        let named: Vec<_> = bad
-            .iter()
-            .take(MAX_NAMED_LINES)
-            .map(|(line, what)| format!("{}:{line}: {what}", path.display()))
-            .collect();
-        let more = bad.len().saturating_sub(MAX_NAMED_LINES);
-        let more = if more > 0 { format!("\nand {more} more lines") } else { String::new() };
-        format!("{}{more}", named.join("\n"))
-    })
+    };
+    let mut entries = Entries::new(BufReader::new(open(path).map_err(failed)?.take(MAX_BYTES + 1)));
+    let networks = entries.by_ref().collect();
+    if let Some(error) = entries.error {
+        return Err(failed(error));
+    }
+    if entries.reader.get_ref().limit() == 0 {
+        return Err(failed(io::Error::other(format!("larger than {} MiB", MAX_BYTES >> 20))));
+    }
+    if entries.bad == 0 {
+        return Ok(networks);
+    }
+    let named = entries.named.iter().map(|(line, what)| format!("{}:{line}: {what}", path.display()));
+    let named = named.collect::<Vec<_>>().join("\n");
+    let more = entries.bad - entries.named.len();
+    let more = if more > 0 { format!("\nand {more} more lines") } else { String::new() };
+    Err(format!("{named}{more}"))
 }
 
-fn contents(path: &Path) -> io::Result<String> {
+fn open(path: &Path) -> io::Result<File> {
     // A pipe would be waited for.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("not a file"));
-    }
-    let mut bytes = Vec::new();
-    File::take(file, MAX_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(io::Error::other(format!("larger than {} MiB", MAX_BYTES >> 20)));
-    }
-    // Comments may be in any encoding.
-    Ok(String::from_utf8(bytes)
-        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a file")) }
 }
 
-/// One network a line; `#` and `;` begin comments. All bad lines, with their numbers.
-fn parse(text: &str) -> Result<Vec<Network>, Vec<(usize, String)>> {
-    let (mut networks, mut bad) = (Vec::new(), Vec::new());
-    for (number, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
-        let entry = line.split(['#', ';']).next().unwrap_or_default().trim();
-        if entry.is_empty() {
-            continue;
-        }
-        match entry.parse::<Network>().and_then(check_width) {
-            Ok(network) => networks.push(network),
-            Err(advice) => {
-                let entry: String = entry.chars().take(60).collect();
-                bad.push((number + 1, format!("{entry:?}: {advice}")));
+/// The networks of a text: one a line; `#` and `;` begin comments. It has one line in memory at a time.
+struct Entries<R> {
+    reader: R,
+    line: Vec<u8>,
+    /// Lines that were read.
+    count: usize,
+    /// Lines that are no networks; the first of them with their numbers, and what is wrong.
+    bad: usize,
+    named: Vec<(usize, String)>,
+    /// Why it cannot be read further.
+    error: Option<io::Error>,
+}
+
+impl<R: BufRead> Entries<R> {
+    const fn new(reader: R) -> Self {
+        Self { reader, line: Vec::new(), count: 0, bad: 0, named: Vec::new(), error: None }
+    }
+}
+
+impl<R: BufRead> Iterator for Entries<R> {
+    type Item = Network;
+
+    fn next(&mut self) -> Option<Network> {
+        loop {
+            self.line.clear();
+            match self.reader.read_until(b'\n', &mut self.line) {
+                Ok(0) => return None,
+                Ok(_) => self.count += 1,
+                Err(error) => {
+                    self.error = Some(error);
+                    return None;
+                }
+            }
+            // Comments may be in any encoding.
+            let line = String::from_utf8_lossy(&self.line);
+            let line = if self.count == 1 { line.trim_start_matches('\u{feff}') } else { &line };
+            let entry = line.split(['#', ';']).next().unwrap_or_default().trim();
+            if entry.is_empty() {
+                continue;
+            }
+            match entry.parse::<Network>().and_then(check_width) {
+                Ok(network) => return Some(network),
+                Err(advice) => {
+                    self.bad += 1;
+                    if self.named.len() < MAX_NAMED_LINES {
+                        let entry: String = entry.chars().take(60).collect();
+                        self.named.push((self.count, format!("{entry:?}: {advice}")));
+                    }
+                }
             }
         }
     }
-    if !bad.is_empty() {
-        return Err(bad);
-    }
-    networks.sort_unstable();
-    networks.dedup();
-    networks.shrink_to_fit();
-    Ok(networks)
 }
 
 fn check_width(network: Network) -> Result<Network, String> {
@@ -195,22 +226,30 @@ fn check_width(network: Network) -> Result<Network, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, sync::mpsc, thread, time::Duration};
 
     use super::*;
+
+    /// The networks and the bad lines of a text.
+    fn parse(text: &str) -> (NetworkList, Vec<(usize, String)>) {
+        let mut entries = Entries::new(text.as_bytes());
+        (entries.by_ref().collect(), entries.named)
+    }
 
     #[test]
     fn a_list_has_one_network_a_line_and_comments() {
         let text = "\u{feff}; Spamhaus DROP List\r\n192.0.2.0/24 ; SBL1\r\n\n  198.51.100.7 # a host\n2001:DB8::/32;SBL2\n192.0.2.0/24\n";
-        let networks: Vec<_> = parse(text).unwrap().iter().map(ToString::to_string).collect();
+        let (networks, bad) = parse(text);
+        let networks: Vec<_> = networks.iter().map(|network| network.to_string()).collect();
         assert_eq!(networks, ["192.0.2.0/24", "198.51.100.7/32", "2001:db8::/32"]);
-        assert_eq!(parse("# nothing\n"), Ok(Vec::new()));
+        assert_eq!(bad, []);
+        assert_eq!(parse("# nothing\n"), (NetworkList::default(), Vec::new()));
     }
 
     #[test]
     fn every_bad_line_is_named() {
         let text = "192.0.2.0/24\n192.0.2.7/24\nmail.example\n0.0.0.0/0\n2001::/8\n192.0.2.1 192.0.2.2\n";
-        let bad = parse(text).unwrap_err();
+        let (_, bad) = parse(text);
         let lines: Vec<_> = bad.iter().map(|(line, _)| *line).collect();
         assert_eq!(lines, [2, 3, 4, 5, 6]);
         assert!(bad[0].1.contains("write \"192.0.2.0/24\""), "{bad:?}");
@@ -227,7 +266,7 @@ mod tests {
         assert!(!file.refresh(), "the same error is not news");
         fs::write(&path, "192.0.2.1\n").unwrap();
         assert!(file.refresh() && file.error().is_none());
-        let before = file.networks().unwrap().to_vec();
+        let before = file.networks().unwrap().clone();
         // In the same moment, with the same length.
         fs::write(&path, "192.0.2.x\n").unwrap();
         assert!(file.refresh());
@@ -236,25 +275,44 @@ mod tests {
             error.contains(&format!("{}:1: \"192.0.2.x\": must be a network", path.display())),
             "{error}"
         );
-        assert_eq!(file.networks().unwrap(), before);
+        assert_eq!(*file.networks().unwrap(), before);
         assert_eq!(file.status().networks, 1);
         // Replaced by renaming, as tools do.
         fs::write(dir.path().join("new"), "192.0.2.2\n".repeat(3)).unwrap();
         fs::rename(dir.path().join("new"), &path).unwrap();
         assert!(file.refresh() && file.error().is_none());
-        assert_eq!(file.networks().unwrap(), ["192.0.2.2/32".parse().unwrap()]);
+        assert!(file.networks().unwrap().iter().eq(["192.0.2.2/32".parse().unwrap()]));
         fs::remove_file(&path).unwrap();
         assert!(file.refresh());
         assert_eq!(file.status().networks, 1);
     }
 
     #[test]
+    fn a_file_is_read_again_when_it_may_have_changed() {
+        let old = Signature { device: 1, inode: 2, size: 3, times: [4; 4], is_fresh: false };
+        assert!(!may_differ(Some(old), Some(old)));
+        assert!(may_differ(None, Some(old)) && may_differ(Some(old), None) && may_differ(None, None));
+        for new in [
+            Signature { device: 9, ..old },
+            Signature { inode: 9, ..old },
+            Signature { size: 9, ..old },
+            Signature { times: [4, 4, 4, 9], ..old },
+        ] {
+            assert!(may_differ(Some(old), Some(new)), "{new:?}");
+        }
+        // Another change at the same moment leaves no trace.
+        let fresh = Signature { is_fresh: true, ..old };
+        assert!(may_differ(Some(fresh), Some(fresh)) && may_differ(Some(fresh), Some(old)));
+    }
+
+    #[test]
     fn a_message_names_twenty_lines_at_most() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny.txt");
-        fs::write(&path, "x\n".repeat(25)).unwrap();
+        fs::write(&path, format!("{}\n", "x".repeat(1000)).repeat(25)).unwrap();
         let error = read(&path).unwrap_err();
         assert_eq!(error.lines().count(), 21);
+        assert!(error.lines().all(|line| line.len() < 300), "{error}");
         assert!(error.ends_with("and 5 more lines"), "{error}");
     }
 
@@ -266,5 +324,12 @@ mod tests {
         let path = dir.path().join("large");
         File::create(&path).unwrap().set_len(MAX_BYTES + 1).unwrap();
         assert!(read(&path).unwrap_err().contains("larger than 64 MiB"));
+        let path = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+            .unwrap();
+        let (sender, read_at_once) = mpsc::channel();
+        thread::spawn(move || sender.send(read(&path)).unwrap());
+        let error = read_at_once.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+        assert!(error.contains("not a file"), "{error}");
     }
 }

@@ -5,6 +5,7 @@ mod chunk_map;
 pub mod crowdsec;
 mod handle;
 pub mod lists;
+mod network_list;
 pub mod origin;
 mod prefix_map;
 mod reasons;

@@ -151,12 +151,10 @@ fn move_bans(aside: &Path, to: &ByteMap) -> io::Result<()> {
         map => ByteMap::new(map?)?,
     };
     let (mut keys, mut values) = (Vec::new(), Vec::new());
-    for key in from.keys()? {
-        if let Some(value) = from.get(&key)? {
-            keys.extend(key);
-            values.extend(value);
-        }
-    }
+    from.for_each(|key, value| {
+        keys.extend_from_slice(key);
+        values.extend_from_slice(value);
+    })?;
     let moved = to.insert_all(&keys, &values);
     fs::remove_file(aside)?;
     moved
@@ -209,20 +207,18 @@ impl BanMaps for Maps {
         bans.tell_programs(false).context(SETTINGS)
     }
 
-    fn read(&self) -> anyhow::Result<Vec<(Network, Ban)>> {
+    fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()> {
         let bans = lock(&self.bans);
-        let mut found = Vec::new();
         for map in [&bans.addresses, &bans.networks] {
-            for key in map.keys()? {
-                let Some(value) = map.get(&key)? else { continue };
-                match (network(&key), Ban::read_from_bytes(&value)) {
-                    (Some(network), Ok(ban)) => found.push((network, ban)),
-                    // It would hide the ban of a larger network.
-                    _ => map.remove(&key)?,
-                }
-            }
+            let mut unknown = Vec::new();
+            map.for_each(|key, value| match (network(key), Ban::read_from_bytes(value)) {
+                (Some(network), Ok(ban)) => each(network, ban),
+                _ => unknown.push(key.to_vec()),
+            })?;
+            // They would hide the bans of larger networks.
+            unknown.iter().try_for_each(|key| map.remove(key))?;
         }
-        Ok(found)
+        Ok(())
     }
 
     fn set_allowed(&self, networks: &[Network]) -> anyhow::Result<()> {

@@ -17,6 +17,8 @@ struct FakeMaps {
     allowed: Mutex<Vec<Network>>,
     refuses: AtomicBool,
     written: AtomicU64,
+    /// How many bans fit.
+    room: Option<usize>,
 }
 
 impl FakeMaps {
@@ -44,7 +46,11 @@ impl BanMaps for FakeMaps {
         self.written.fetch_add(changes.len() as u64, Ordering::Relaxed);
         let mut bans = self.bans.lock().unwrap();
         for change in changes {
+            let is_full = self.room.is_some_and(|room| bans.len() >= room);
             match *change {
+                BanChange::Set(network, _) if is_full && !bans.contains_key(&network) => {
+                    anyhow::bail!("no room for {network}")
+                }
                 BanChange::Set(network, ban) => bans.insert(network, ban),
                 BanChange::Remove(network) => bans.remove(&network),
             };
@@ -52,9 +58,10 @@ impl BanMaps for FakeMaps {
         Ok(())
     }
 
-    fn read(&self) -> anyhow::Result<Vec<(Network, Ban)>> {
+    fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()> {
         self.check()?;
-        Ok(self.bans.lock().unwrap().iter().map(|(network, ban)| (*network, *ban)).collect())
+        self.bans.lock().unwrap().iter().for_each(|(network, ban)| each(*network, *ban));
+        Ok(())
     }
 
     fn set_allowed(&self, networks: &[Network]) -> anyhow::Result<()> {
@@ -224,6 +231,10 @@ fn each_change_that_bans_is_announced() {
     changes.mark_unchanged();
     guard.change(Origin::List, vec![forever("192.0.2.1")], vec![network("192.0.2.9")]);
     assert!(!changes.has_changed().unwrap(), "banned before");
+    guard.change(Origin::Command, vec![forever("192.0.2.2")], Vec::new());
+    assert!(!changes.has_changed().unwrap(), "who gives the command ends the sessions");
+    guard.set_protected(&[]);
+    assert!(changes.has_changed().unwrap(), "what was protected may be banned");
 }
 
 /// One step of a history.
@@ -386,6 +397,64 @@ fn a_ban_that_is_over_hides_no_other_after_a_restart() {
     let over = clock::boottime_ns() - 1;
     guard(&maps).change(Origin::List, vec![wanted(network("2001:db8::/33"), over)], Vec::new());
     let second = guard(&maps);
+    assert_eq!(second.count(Origin::List), 0);
     second.change(Origin::List, vec![forever("2001:db8::/32")], Vec::new());
     assert!(maps.looks_up(ip("2001:db8::")).is_banned(over));
+}
+
+#[test]
+fn a_ban_of_an_earlier_daemon_is_removed_at_its_end() {
+    let maps = Arc::new(FakeMaps::default());
+    let end = clock::boottime_ns() + 20_000_000;
+    guard(&maps).change(Origin::CrowdSec, vec![wanted(network("192.0.2.7"), end)], Vec::new());
+    let second = guard(&maps);
+    while second.is_banned(ip("192.0.2.7")) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    second.maintain();
+    assert!(clock::boottime_ns() >= end && maps.bans.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_full_kernel_gets_another_list_because_the_old_one_goes_first() {
+    const COUNT: u32 = 16_385;
+    const { assert!(COUNT as usize > WRITTEN_AT_ONCE) };
+    let maps = Arc::new(FakeMaps { room: Some(COUNT as usize), ..FakeMaps::default() });
+    let guard = Guard::new(Some(Arc::clone(&maps) as Arc<dyn BanMaps>), COUNT as usize);
+    let list = |first: u32| {
+        (first..first + COUNT)
+            .map(|bits| wanted(Network::host(Ipv4Addr::from_bits(bits).into()), Ban::FOREVER))
+    };
+    let is_banned = |bits| maps.looks_up(Ipv4Addr::from_bits(bits).into()).is_banned(0);
+    guard.replace_sorted(Origin::List, list(2 * COUNT));
+    // All of its addresses stand before those of the old one.
+    guard.replace_sorted(Origin::List, list(COUNT));
+    assert!(!guard.is_behind());
+    assert!(is_banned(COUNT) && is_banned(2 * COUNT - 1) && !is_banned(2 * COUNT));
+    // The same after the kernel refused for a while.
+    maps.refuses.store(true, Ordering::Relaxed);
+    guard.replace_sorted(Origin::List, list(0));
+    assert!(guard.is_behind());
+    maps.refuses.store(false, Ordering::Relaxed);
+    guard.maintain();
+    assert!(!guard.is_behind() && is_banned(0) && is_banned(COUNT - 1) && !is_banned(COUNT));
+}
+
+/// How often this thread has given up the processor by itself.
+fn pauses() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let pauses = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    pauses.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn the_table_is_left_to_the_workers_again_and_again() {
+    const COUNT: u32 = 20_000;
+    let guard = Guard::new(None, COUNT as usize);
+    let networks: Vec<_> = (0..COUNT).map(|bits| Network::host(Ipv4Addr::from_bits(bits).into())).collect();
+    let before = pauses();
+    guard.change(Origin::List, networks.iter().map(|it| wanted(*it, Ban::FOREVER)), Vec::new());
+    guard.change(Origin::List, Vec::new(), networks);
+    let parts = 2 * COUNT as usize / CHANGES_AT_ONCE;
+    assert!(pauses() - before >= parts as u64, "{} pauses in {parts} parts", pauses() - before);
 }

@@ -1,7 +1,7 @@
 //! The thread that reads the list files, protects addresses, and removes bans that are over.
 
 use std::{
-    fmt, io,
+    fmt, io, iter,
     path::PathBuf,
     sync::{Arc, PoisonError},
     time::Duration,
@@ -15,6 +15,7 @@ use crate::{
     guard::{
         handle::Protection,
         lists::FollowedFile,
+        network_list::NetworkList,
         origin::{Origin, WantedBan},
     },
     os::gateways,
@@ -75,8 +76,9 @@ impl Follower {
         for file in &mut self.allow {
             refresh(file, "guard.allow_files");
         }
-        let files = self.allow.iter().filter_map(FollowedFile::networks).flatten();
-        protected.extend(lists.allow.iter().chain(files).map(|network| (*network, Protection::Allow)));
+        let files = self.allow.iter().filter_map(FollowedFile::networks).flat_map(NetworkList::iter);
+        protected
+            .extend(lists.allow.iter().copied().chain(files).map(|network| (network, Protection::Allow)));
         let own = if_addrs::get_if_addrs().map(|own| own.iter().map(|it| Network::host(it.ip())).collect());
         protected.extend(own_addresses(own, &self.protected));
         protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
@@ -99,21 +101,17 @@ impl Follower {
         if !changed && self.applied.as_ref() == Some(&lists) {
             return;
         }
-        let ban = |reason: &Arc<str>, network: &Network| WantedBan {
-            network: *network,
-            until_ns: Ban::FOREVER,
-            reason: Arc::clone(reason),
-        };
-        let reason: Arc<str> = "guard.deny".into();
-        let mut bans: Vec<_> = lists.deny.iter().map(|network| ban(&reason, network)).collect();
-        for file in &self.deny {
+        let configured: NetworkList = lists.deny.iter().copied().collect();
+        let files = self.deny.iter().filter_map(|file| {
             let reason: Arc<str> = file.path().display().to_string().into();
-            bans.extend(file.networks().unwrap_or_default().iter().map(|network| ban(&reason, network)));
-        }
+            Some((reason, file.networks()?))
+        });
+        let all = NetworkList::union(iter::once(("guard.deny".into(), &configured)).chain(files));
+        let bans = all.map(|(network, reason)| WantedBan { network, until_ns: Ban::FOREVER, reason });
         let guard = self.service.guard();
         let is_complete = self.deny.iter().all(|file| file.networks().is_some());
         let applied = if is_complete {
-            guard.replace(Origin::List, bans)
+            guard.replace_sorted(Origin::List, bans)
         } else {
             // What an earlier daemon read from a file that cannot be read now stays.
             guard.change(Origin::List, bans, Vec::new())
@@ -154,7 +152,7 @@ fn follow(files: &mut Vec<FollowedFile>, paths: &[PathBuf]) {
 
 /// Reads a file if it has changed, and logs what became of it. Whether other networks are in effect.
 fn refresh(file: &mut FollowedFile, list: &str) -> bool {
-    let (networks, error) = (file.networks().map(<[_]>::len), file.error().map(str::to_owned));
+    let (networks, error) = (file.networks().map(NetworkList::len), file.error().map(str::to_owned));
     if !file.refresh() {
         return false;
     }
@@ -164,7 +162,7 @@ fn refresh(file: &mut FollowedFile, list: &str) -> bool {
             tracing::error!(target: target::GUARD, list, file = %path, error, in_effect = networks.unwrap_or(0), "a list cannot be read; what it said before stays in effect");
         }
         None => {
-            let networks = file.networks().map_or(0, <[_]>::len);
+            let networks = file.networks().map_or(0, NetworkList::len);
             tracing::info!(target: target::GUARD, list, file = %path, networks, was_unreadable = error.is_some(), "list read");
         }
     }

@@ -45,6 +45,24 @@ impl ByteMap {
         Ok(keys.into_iter().collect())
     }
 
+    /// Calls `each` with all entries. With entries that come or go meanwhile, some may be missing or come
+    /// more than once.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+        let mut key = self.next_key(None)?;
+        // As in `keys`.
+        for _ in 0..u64::from(self.info.max_entries).saturating_mul(4).max(64) {
+            let Some(this) = key else { break };
+            if let Some(value) = self.get(&this)? {
+                each(&this, &value);
+            }
+            key = self.next_key(Some(&this))?;
+        }
+        Ok(())
+    }
+
     fn next_key(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
         let mut next = vec![0_u8; self.info.key_size];
         let mut attr = Attr::new();

@@ -2,16 +2,16 @@
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
-    collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Unit,
 };
+
+use super::source::Sampled;
 
 /// The values at a scrape.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,21 +49,9 @@ pub trait GuardSource: fmt::Debug + Send + Sync {
     fn sample(&self) -> GuardSample;
 }
 
-/// Collects them. Without a guard there are none.
-#[derive(Debug, Default)]
-pub(super) struct GuardCollector(OnceLock<Arc<dyn GuardSource>>);
-
-impl GuardCollector {
-    pub(super) fn watch(&self, source: Arc<dyn GuardSource>) {
-        // A process has one guard.
-        let _ = self.0.set(source);
-    }
-}
-
-impl Collector for GuardCollector {
+impl Sampled for dyn GuardSource {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let Some(source) = self.0.get() else { return Ok(()) };
-        let GuardSample { bans, max_bans, dropped, rejected_full, is_behind, lists } = source.sample();
+        let GuardSample { bans, max_bans, dropped, rejected_full, is_behind, lists } = self.sample();
         let help = "Bans, by who wants them";
         let mut family = encoder.encode_descriptor("guard_bans", help, None, MetricType::Gauge)?;
         for (origin, count) in bans {

@@ -18,6 +18,7 @@ mod log;
 mod observability;
 mod registry;
 mod services;
+mod source;
 #[cfg(test)]
 mod tests;
 

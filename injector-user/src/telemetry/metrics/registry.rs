@@ -18,11 +18,12 @@ use super::{
     connections::{ConnectionCounts, ConnectionSources},
     crowdsec::CrowdSecMetrics,
     families::Families,
-    guard::{GuardCollector, GuardSource},
+    guard::GuardSource,
     labels::{CheckLabels, EngineLabels, ListenerLabels, ResultLabels},
     listener::ListenerMetrics,
     log::LogCollector,
-    services::{ServiceCollector, ServiceSource},
+    services::ServiceSource,
+    source::SourceCollector,
 };
 use crate::telemetry::{backlog::BacklogTotal, log::Logging};
 
@@ -38,8 +39,8 @@ struct Inner {
     backends: Arc<BackendCollector>,
     log: Arc<LogCollector>,
     crowdsec: CrowdSecMetrics,
-    guard: Arc<GuardCollector>,
-    services: Arc<ServiceCollector>,
+    guard: Arc<SourceCollector<dyn GuardSource>>,
+    services: Arc<SourceCollector<dyn ServiceSource>>,
     connections: ConnectionSources,
     draining: Family<ListenerLabels, Gauge>,
     reloads: [(bool, Counter); 2],
@@ -131,9 +132,9 @@ impl Metrics {
         injector.register_collector(Box::new(Arc::clone(&log)));
         let crowdsec = CrowdSecMetrics::default();
         injector.register_collector(Box::new(crowdsec.clone()));
-        let guard = Arc::new(GuardCollector::default());
+        let guard = Arc::new(SourceCollector::default());
         injector.register_collector(Box::new(Arc::clone(&guard)));
-        let services = Arc::new(ServiceCollector::default());
+        let services = Arc::new(SourceCollector::default());
         injector.register_collector(Box::new(Arc::clone(&services)));
         let bpf = Arc::new(BpfCollector::default());
         injector.register_collector(Box::new(Arc::clone(&bpf)));

@@ -2,16 +2,16 @@
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
-    collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Unit,
 };
+
+use super::source::Sampled;
 
 /// The values of one Service at a scrape.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,20 +36,9 @@ pub trait ServiceSource: fmt::Debug + Send + Sync {
     fn sample(&self) -> Vec<ServiceSample>;
 }
 
-/// Collects them. Without a Service there are none.
-#[derive(Debug, Default)]
-pub(super) struct ServiceCollector(OnceLock<Arc<dyn ServiceSource>>);
-
-impl ServiceCollector {
-    pub(super) fn watch(&self, source: Arc<dyn ServiceSource>) {
-        // A process has one source.
-        let _ = self.0.set(source);
-    }
-}
-
-impl Collector for ServiceCollector {
+impl Sampled for dyn ServiceSource {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let samples = self.0.get().map(|source| source.sample()).unwrap_or_default();
+        let samples = self.sample();
         if samples.is_empty() {
             return Ok(());
         }

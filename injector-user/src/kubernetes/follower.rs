@@ -15,15 +15,17 @@ use tokio::{
 
 use super::{
     api_error::ApiError,
-    backoff::Backoff,
     connection::Connection,
     resource::{Event, Objects, Page, Resource, list_request, watch_request},
     watch_state::WatchState,
 };
-use crate::{config::ServiceRef, telemetry::log::target};
+use crate::{config::ServiceRef, net::backoff::Backoff, telemetry::log::target};
 
 /// Objects of one Service. A slice has up to 100 endpoints by default, and at most 1000.
 const MAX_OBJECTS: usize = 1000;
+
+/// The longest pause after a failure. A short one: when the API is back, mail should follow its pods soon.
+const MAX_RETRY: Duration = Duration::from_secs(4);
 
 /// The limits of requests.
 #[derive(Clone, Copy, Debug)]
@@ -96,7 +98,7 @@ impl<R: Resource> Follower<R> {
             learn,
             objects: Objects::new(),
             version: 0,
-            backoff: Backoff::new(limits.retry),
+            backoff: Backoff::new(limits.retry, MAX_RETRY),
             failing: None,
         }
     }
@@ -109,7 +111,8 @@ impl<R: Resource> Follower<R> {
             } else {
                 self.note_failure(error);
             }
-            sleep(self.backoff.after_failure(fastrand::f64())).await;
+            self.backoff.failed();
+            sleep(self.backoff.wait(fastrand::f64()).unwrap_or_default()).await;
         }
     }
 

@@ -16,8 +16,6 @@ mod followed;
 #[cfg(feature = "kubernetes")]
 mod api_error;
 #[cfg(feature = "kubernetes")]
-mod backoff;
-#[cfg(feature = "kubernetes")]
 mod connection;
 #[cfg(feature = "kubernetes")]
 mod follower;

@@ -1,5 +1,7 @@
-//! TCP sockets, pipes for splice(2), peer-close monitoring, and TLS for health checks.
+//! TCP sockets, pipes for splice(2), peer-close monitoring, TLS for health checks, and pauses after failed
+//! requests.
 
+pub mod backoff;
 pub mod hangup;
 pub mod options;
 pub mod socket;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::net::backoff::Backoff;
+
 /// The longest time between two attempts while the LAPI is away.
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
 /// The first attempt after a failure.
@@ -14,15 +16,15 @@ const RESYNC: Duration = Duration::from_secs(6 * 3600);
 #[derive(Debug)]
 pub(super) struct Schedule {
     interval: Duration,
-    /// Failures since the last success.
-    failures: u32,
+    /// The pauses after failures.
+    backoff: Backoff,
     /// When all decisions were read last; `None` if what came since then may be incomplete.
     complete: Option<Duration>,
 }
 
 impl Schedule {
     pub(super) const fn new(interval: Duration) -> Self {
-        Self { interval, failures: 0, complete: None }
+        Self { interval, backoff: Backoff::new(MIN_BACKOFF, MAX_BACKOFF), complete: None }
     }
 
     /// Whether to ask for all decisions, at this time since the start.
@@ -35,7 +37,7 @@ impl Schedule {
 
     /// An answer was applied.
     pub(super) const fn succeeded(&mut self, all: bool, now: Duration) {
-        self.failures = 0;
+        self.backoff.reset();
         if all {
             self.complete = Some(now);
         }
@@ -43,20 +45,18 @@ impl Schedule {
 
     /// No answer was applied.
     pub(super) const fn failed(&mut self) {
-        self.failures = self.failures.saturating_add(1);
+        self.backoff.failed();
         self.complete = None;
     }
 
     /// Whether the last attempt failed.
     pub(super) const fn is_failing(&self) -> bool {
-        self.failures > 0
+        self.backoff.is_failing()
     }
 
-    /// How long to wait. `jitter` is from 0 to 1; it spreads attempts of many edges by a quarter.
-    pub(super) fn delay(&self, jitter: f64) -> Duration {
-        let Some(doublings) = self.failures.checked_sub(1) else { return self.interval };
-        let delay = MIN_BACKOFF.saturating_mul(1 << doublings.min(16)).min(MAX_BACKOFF);
-        delay.mul_f64(0.75 + jitter.clamp(0.0, 1.0) / 4.0)
+    /// How long to wait. `random` is as in [`Backoff::wait`].
+    pub(super) fn delay(&self, random: f64) -> Duration {
+        self.backoff.wait(random).unwrap_or(self.interval)
     }
 }
 
@@ -88,8 +88,7 @@ mod tests {
         let mut delays = Vec::new();
         for _ in 0..40 {
             schedule.failed();
-            assert!(schedule.delay(0.0) >= schedule.delay(1.0).mul_f64(0.74));
-            delays.push(schedule.delay(1.0).as_secs());
+            delays.push(schedule.delay(0.0).as_secs());
         }
         assert_eq!(delays[..10], [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]);
         assert!(delays[10..].iter().all(|delay| *delay == 300));

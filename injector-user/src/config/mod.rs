@@ -108,12 +108,17 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads and checks a file.
+    /// Reads and checks a file. Refuses one that names a Service of Kubernetes if this build cannot follow
+    /// it.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::load_for(path, cfg!(feature = "kubernetes"))
+    }
+
+    fn load_for(path: &Path, follows_services: bool) -> Result<Self, ConfigError> {
         let text =
             fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
         let config = Self::parse(&text, &path.display().to_string())?;
-        if let (Some(service), false) = (config.services().first(), cfg!(feature = "kubernetes")) {
+        if let (Some(service), false) = (config.services().first(), follows_services) {
             return Err(ConfigError::NotBuilt { path: path.to_owned(), service: (*service).clone() });
         }
         Ok(config)

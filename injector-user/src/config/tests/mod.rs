@@ -121,6 +121,29 @@ fn a_file_is_loaded() {
 }
 
 #[test]
+fn a_build_without_kubernetes_refuses_services_and_says_which_feature_it_lacks() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for (name, replacement) in [
+        ("mail/mailserver", "[{ service = \"mail/mailserver\", port = \"smtp\" }]"),
+        (
+            "injector/injector",
+            "[\"mail.internal:2525\"]\nvirtual_addresses = [{ service = \"injector/injector\" }]",
+        ),
+    ] {
+        let text = LISTENER.replace("[\"mail.internal:2525\"]", replacement);
+        fs::write(file.path(), &text).unwrap();
+        let config = Config::parse(&text, "").unwrap();
+        assert_eq!(Config::load_for(file.path(), true).unwrap(), config);
+        let error = Config::load_for(file.path(), false).unwrap_err().to_string();
+        assert!(error.contains(&format!("the service {name} cannot be followed")), "{error}");
+        assert!(error.contains("built without the feature `kubernetes`"), "{error}");
+        assert_eq!(Config::load(file.path()).is_ok(), cfg!(feature = "kubernetes"));
+    }
+    fs::write(file.path(), LISTENER).unwrap();
+    assert!(Config::load_for(file.path(), false).is_ok());
+}
+
+#[test]
 fn the_summary_shows_the_effective_configuration() {
     let text = and(
         "[[listener]]\nname = \"imaps\"\nbind = [\"[::]:993\"]\nprotocol = \"imaps\"\nengine = \"relay\"\n\

@@ -43,7 +43,7 @@ const VLAN: [u16; 2] = [0x8100_u16.to_be(), 0x88A8_u16.to_be()];
 /// The length of a VLAN's tag.
 const TAG: usize = 4;
 
-/// 1 in the self-test, whose packets belong to no device. Set by the loader.
+/// 1 in the self-test, whose packets without an Ethernet header belong to no device. Set by the loader.
 #[unsafe(no_mangle)]
 static SELF_TEST: u32 = 0;
 
@@ -104,8 +104,9 @@ fn at_ingress<const IP: usize>(skb: &TcContext) -> i32 {
         let skb = &*skb.skb.skb;
         (skb.pkt_type, skb.vlan_present, skb.vlan_tci, skb.protocol as u16)
     };
+    let is_ours = to == FOR_THIS_DEVICE || (IP == 0 && is_self_test());
     // A tagged packet is that of the VLAN's device; without a number the tag is a priority only.
-    if (to != FOR_THIS_DEVICE && !is_self_test()) || (tagged != 0 && tag & VLAN_NUMBER != 0) {
+    if !is_ours || (tagged != 0 && tag & VLAN_NUMBER != 0) {
         return NEXT;
     }
     if is_banned::<_, IP>(skb, kind) {

@@ -12,7 +12,7 @@ use aya::{
     Ebpf, EbpfLoader,
     programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
 };
-use injector_common::guard::{Ban, Counter};
+use injector_common::guard::{Ban, Counter, packet::MAX_EXTENSIONS};
 
 use super::{maps::Maps, programs};
 use crate::{
@@ -108,15 +108,25 @@ struct Packet {
     options: u8,
     fragment: u16,
     /// Only of IPv6: kinds and first four bytes of extension headers of eight bytes.
-    extension: Option<(u8, [u8; 4])>,
+    extensions: &'static [(u8, [u8; 4])],
+    /// How many bytes are missing at its end.
+    missing: usize,
     /// How many VLAN tags it has.
     tags: usize,
     /// The Ethernet address that it is sent to.
     to: [u8; 6],
 }
 
-const SEGMENT: Packet =
-    Packet { port: PORT, protocol: TCP, options: 0, fragment: 0, extension: None, tags: 0, to: OWN };
+const SEGMENT: Packet = Packet {
+    port: PORT,
+    protocol: TCP,
+    options: 0,
+    fragment: 0,
+    extensions: &[],
+    missing: 0,
+    tags: 0,
+    to: OWN,
+};
 
 /// The device of a test run is the loopback device.
 const DEVICE: u32 = 1;
@@ -238,11 +248,11 @@ impl Case<'_> {
                 bytes.extend(vec![1; usize::from(packet.options) * 4]);
             }
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                let next = packet.extension.map_or(packet.protocol, |(kind, _)| kind);
+                let next = packet.extensions.first().map_or(packet.protocol, |(kind, _)| *kind);
                 bytes.extend([0x60, 0, 0, 0, 0, 28, next, 64]);
                 bytes.extend(source.octets());
                 bytes.extend(destination.octets());
-                if let Some((_, header)) = packet.extension {
+                for (_, header) in packet.extensions {
                     bytes.extend(header);
                     bytes.extend([0; 4]);
                 }
@@ -252,6 +262,7 @@ impl Case<'_> {
         bytes.extend(40_000_u16.to_be_bytes());
         bytes.extend(packet.port.to_be_bytes());
         bytes.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x02, 0xFF, 0xFF, 0, 0, 0, 0]);
+        bytes.truncate(bytes.len().saturating_sub(packet.missing));
         bytes
     }
 }
@@ -279,7 +290,7 @@ fn others_pass(case: &Case<'_>) -> Result<(), String> {
     case.ban(case.network(8)?, Ban::FOREVER)?;
     case.expect("another port", case.source(), Packet { port: PORT + 1, ..SEGMENT }, false)?;
     case.expect("UDP", case.source(), Packet { protocol: UDP, ..SEGMENT }, false)?;
-    if case.hook == Hook::Driver {
+    if case.hook != Hook::RawIngress {
         // A container's, or a virtual machine's.
         case.expect("a frame for another device", case.source(), Packet { to: ANOTHER, ..SEGMENT }, false)?;
     }
@@ -318,13 +329,20 @@ fn no_way_around(case: &Case<'_>) -> Result<(), String> {
     // What is not in one piece is left to the program at the ingress.
     let read = case.hook != Hook::Driver;
     if case.ipv6 {
-        let extended = |kind, header| Packet { extension: Some((kind, header)), ..SEGMENT };
-        case.expect("TCP behind options", case.source(), extended(60, [TCP, 0, 1, 4]), read)?;
-        case.expect("a first fragment", case.source(), extended(44, [TCP, 0, 0, 1]), read)?;
-        case.expect("a later fragment", case.source(), extended(44, [TCP, 0, 0, 8]), read)?;
-        case.expect("a fragment of UDP", case.source(), extended(44, [UDP, 0, 0, 8]), false)
+        let extended = |extensions| Packet { extensions, ..SEGMENT };
+        case.expect("TCP behind options", case.source(), extended(&[(60, [TCP, 0, 1, 4])]), read)?;
+        case.expect("a first fragment", case.source(), extended(&[(44, [TCP, 0, 0, 1])]), read)?;
+        case.expect("a later fragment", case.source(), extended(&[(44, [TCP, 0, 0, 8])]), read)?;
+        case.expect("a fragment of UDP", case.source(), extended(&[(44, [UDP, 0, 0, 8])]), false)?;
+        let many = extended(&[(60, [60, 0, 1, 4]); MAX_EXTENSIONS as usize + 1]);
+        case.expect("more extension headers than are read", case.source(), many, read)?;
+        // Headers of 2,048 bytes, which the packet does not have.
+        case.expect("TCP beyond the end", case.source(), extended(&[(60, [TCP, 255, 1, 4])]), read)?;
+        case.expect("a header beyond the end", case.source(), extended(&[(60, [60, 255, 1, 4])]), read)
     } else {
         case.expect("TCP behind options", case.source(), Packet { options: 1, ..SEGMENT }, read)?;
+        let short = Packet { options: 10, missing: 40, ..SEGMENT };
+        case.expect("TCP beyond the end", case.source(), short, read)?;
         case.expect("a first fragment", case.source(), Packet { fragment: 0x2000, ..SEGMENT }, true)?;
         case.expect("a later fragment", case.source(), Packet { fragment: 8, port: 99, ..SEGMENT }, true)?;
         let udp = Packet { fragment: 8, protocol: UDP, ..SEGMENT };

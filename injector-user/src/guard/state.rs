@@ -111,8 +111,13 @@ mod tests {
             ban("192.0.2.8", 5010 * SECOND, "over by then"),
             ban("2001:db8::/64", Ban::FOREVER, ""),
         ];
+        // Of a daemon that was killed.
+        fs::write(path.with_extension("new"), "x".repeat(10_000)).unwrap();
         save(&path, &bans, before).unwrap();
+        let replaced = fs::File::open(&path).unwrap();
         save(&path, &bans, before).unwrap();
+        let inode = |file: &fs::File| std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());
+        assert_ne!(inode(&replaced), inode(&fs::File::open(&path).unwrap()), "a crash leaves one of them");
         let after = Now { wall: wall + Duration::from_secs(60), boottime_ns: 3 * SECOND };
         let (loaded, bad) = load(&path, after).unwrap().unwrap();
         assert_eq!(loaded, [ban("192.0.2.7", 43 * SECOND, "fail2ban postfix-sasl"), bans[2].clone()]);

@@ -201,6 +201,13 @@ mod tests {
         assert_eq!(effective("192.0.2.7"), ban(100, 0), "only the network around it wants it until then");
         assert_eq!(effective("192.0.2.8"), ban(200, Origin::CrowdSec.bit()));
         assert_eq!(effective("192.0.2.9"), None);
+        // What is over is not listed.
+        let networks = |bans: &mut dyn Iterator<Item = ListedBan>| -> Vec<_> {
+            bans.map(|listed| (listed.ban.network.to_string(), listed.ban.until_ns)).collect()
+        };
+        let listed = networks(&mut table.list(100));
+        assert_eq!(listed, [("192.0.2.8/32".to_owned(), 150), ("192.0.2.8/32".to_owned(), 200)]);
+        assert_eq!(networks(&mut table.around("192.0.2.8".parse().unwrap(), 150)), listed[1..]);
     }
 
     #[test]

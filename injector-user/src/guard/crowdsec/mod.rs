@@ -123,13 +123,7 @@ impl Follower {
         tracing::info!(target: target::GUARD, url = %settings.url, "following the decisions of CrowdSec");
         loop {
             let all = schedule.asks_for_all(started.elapsed());
-            let rules = Rules {
-                full: all,
-                captcha: settings.captcha,
-                max_kept: self.max_bans,
-                max_entries: self.max_bans.saturating_mul(2).saturating_add(MORE_ENTRIES),
-                now_ns: clock::boottime_ns(),
-            };
+            let rules = self.rules(settings, all);
             let answer = Client::new(settings, self.timeouts).and_then(|client| client.decisions(&rules));
             // What the old settings brought is not wanted any more.
             match inbox.try_recv() {
@@ -163,6 +157,16 @@ impl Follower {
                 Err(RecvTimeoutError::Disconnected) => return Next::End,
                 Err(RecvTimeoutError::Timeout) => {}
             }
+        }
+    }
+
+    fn rules(&self, settings: &CrowdSec, full: bool) -> Rules {
+        Rules {
+            full,
+            captcha: settings.captcha,
+            max_kept: self.max_bans,
+            max_entries: self.max_bans.saturating_mul(2).saturating_add(MORE_ENTRIES),
+            now_ns: clock::boottime_ns(),
         }
     }
 

@@ -131,11 +131,9 @@ impl Bench {
             usage_metrics: false,
         };
         change(&mut settings);
-        let table = Guard::new(None, 100);
         let metrics = crate::telemetry::metrics::Metrics::new();
-        let timeouts = Timeouts { resolve: LIMIT, connect: LIMIT, head: limit, body: limit };
-        let follower =
-            Follower { table: table.clone(), max_bans: 100, metrics: metrics.crowdsec(), timeouts };
+        let follower = follower(metrics.crowdsec(), limit);
+        let table = follower.table.clone();
         let feed = Feed::start_with(Some(settings.clone()), follower).unwrap();
         Self { table, metrics, feed, settings, directory }
     }
@@ -155,6 +153,12 @@ impl Bench {
     fn failures(&self) -> f64 {
         self.sample("injector_guard_crowdsec_failures_total")
     }
+}
+
+/// With a limit for each answer.
+fn follower(metrics: CrowdSecMetrics, limit: Duration) -> Follower {
+    let timeouts = Timeouts { resolve: LIMIT, connect: LIMIT, head: limit, body: limit };
+    Follower { table: Guard::new(None, 100), max_bans: 100, metrics, timeouts }
 }
 
 #[track_caller]
@@ -366,6 +370,11 @@ fn errors_say_what_to_do() {
             error("a\nb", None, &url),
             "DIR/key must contain one line, the API key that `cscli bouncers add` printed",
         ),
+        (
+            // A key is not looked for without end.
+            error(&format!("{}key", " ".repeat(1 << 20)), None, &url),
+            "DIR/key must contain one line, the API key that `cscli bouncers add` printed",
+        ),
         (error("k", Some("x"), &url), "DIR/ca contains no certificate in PEM"),
         (
             error("403", None, &url),
@@ -445,4 +454,47 @@ fn usage_metrics_are_sent_to_a_lapi_that_knows_them() {
         assert!(items.iter().all(|item| item["name"] == "active_decisions" && item["value"] == 1));
         assert_eq!(bench.failures(), 0.0, "{arrives}");
     }
+}
+
+#[test]
+fn usage_metrics_end_with_a_lapi_that_does_not_know_them() {
+    let lapi = Lapi::start(|_, _, stream| respond(stream, "404 Not Found", ""));
+    let bench = Bench::start(&lapi, |settings| settings.interval = LIMIT);
+    let mut usage = Usage::new(true, 0, 0);
+    assert!(usage.is_due(Duration::MAX));
+    follower(CrowdSecMetrics::default(), LIMIT).report(&bench.settings, &mut usage, Duration::ZERO);
+    assert!(!usage.is_due(Duration::MAX));
+}
+
+#[test]
+fn what_is_read_of_an_answer_depends_on_the_room_for_bans() {
+    let lapi = Lapi::start(|_, _, stream| respond(stream, "503 Status", ""));
+    let bench = Bench::start(&lapi, |settings| settings.interval = LIMIT);
+    let rules = follower(CrowdSecMetrics::default(), LIMIT).rules(&bench.settings, true);
+    assert_eq!((rules.max_kept, rules.max_entries), (100, 200 + MORE_ENTRIES));
+}
+
+/// Entries are limited one by one, and answers by their number.
+#[test]
+fn an_answer_of_twelve_megabytes_is_read() {
+    let addresses: Vec<_> = (0..200).map(|host| format!("192.0.2.{host}")).collect();
+    let new = list("new", &addresses.iter().map(String::as_str).collect::<Vec<_>>());
+    let new = new.replace(r#""origin""#, &format!(r#""uuid":"{}","origin""#, "x".repeat(60_000)));
+    let lapi = Lapi::start(move |_, _, stream| respond(stream, "200 OK", &format!("{{{new}}}")));
+    let bench = Bench::start_within(&lapi, LIMIT, |settings| settings.interval = LIMIT);
+    wait("all bans that there is room for", || bench.bans().len() == 100);
+}
+
+#[test]
+fn decisions_without_room_are_counted() {
+    let lapi = Lapi::start(|number, _, stream| {
+        let new = list("new", &[&format!("192.0.2.{}", number % 250)]);
+        respond(stream, "200 OK", &format!("{{{new}}}"));
+    });
+    let bench = Bench::start(&lapi, |_| {});
+    let others = (0..100).map(|host| format!("198.51.100.{host}").parse().unwrap());
+    let ban = |network| WantedBan { network, until_ns: u64::MAX, reason: "".into() };
+    bench.table.change(Origin::List, others.map(ban), Vec::new());
+    let full = "injector_guard_crowdsec_ignored_total{reason=\"full\"}";
+    wait("a decision without room", || bench.sample(full) >= 1.0);
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fmt, io, iter,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, PoisonError},
     time::Duration,
@@ -66,24 +67,23 @@ impl Follower {
 
     /// Brings up to date what may not be banned.
     pub(super) fn protect(&mut self) {
-        let (lists, mut protected) = {
+        let (lists, peers, backends) = {
             let inputs = self.service.inputs();
-            let hosts = inputs.backends.iter().map(|address| (Network::host(*address), Protection::Backend));
-            let peers = inputs.peers.iter().map(|network| (*network, Protection::InlinePeer));
-            (inputs.lists.clone(), hosts.chain(peers).collect::<Vec<_>>())
+            (inputs.lists.clone(), inputs.peers.clone(), inputs.backends.clone())
         };
         follow(&mut self.allow, &lists.allow_files);
         for file in &mut self.allow {
             refresh(file, "guard.allow_files");
         }
         let files = self.allow.iter().filter_map(FollowedFile::networks).flat_map(NetworkList::iter);
-        protected
-            .extend(lists.allow.iter().copied().chain(files).map(|network| (network, Protection::Allow)));
-        let own = if_addrs::get_if_addrs().map(|own| own.iter().map(|it| Network::host(it.ip())).collect());
-        protected.extend(own_addresses(own, &self.protected));
-        protected.extend(gateways::gateways().into_iter().map(|ip| (Network::host(ip), Protection::Gateway)));
-        protected.sort_unstable();
-        protected.dedup_by_key(|(network, _)| *network);
+        let own = if_addrs::get_if_addrs().map(|own| own.iter().map(|it| it.ip()).collect());
+        let protected = ordered([
+            (Protection::Allow, lists.allow.into_iter().chain(files).collect()),
+            (Protection::Backend, hosts(backends)),
+            (Protection::OwnAddress, own_addresses(own, &self.protected)),
+            (Protection::Gateway, hosts(gateways::gateways())),
+            (Protection::InlinePeer, peers),
+        ]);
         if protected != self.protected {
             self.service.guard().set_protected(&protected);
             self.protected = protected;
@@ -129,16 +129,29 @@ impl Follower {
     }
 }
 
+fn hosts(addresses: impl IntoIterator<Item = IpAddr>) -> Vec<Network> {
+    addresses.into_iter().map(Network::host).collect()
+}
+
+/// Each network once, with the first of its reasons.
+pub(super) fn ordered(
+    reasons: impl IntoIterator<Item = (Protection, Vec<Network>)>,
+) -> Vec<(Network, Protection)> {
+    let all = reasons.into_iter().flat_map(|(why, networks)| networks.into_iter().map(move |it| (it, why)));
+    let mut all: Vec<_> = all.collect();
+    all.sort_unstable();
+    all.dedup_by_key(|(network, _)| *network);
+    all
+}
+
 /// The addresses of this host, as found, or as they were protected before if they cannot be listed now.
 pub(super) fn own_addresses(
-    found: io::Result<Vec<Network>>,
+    found: io::Result<Vec<IpAddr>>,
     before: &[(Network, Protection)],
-) -> Vec<(Network, Protection)> {
-    let is_own = |(_, protection): &&(Network, Protection)| *protection == Protection::OwnAddress;
-    match found {
-        Ok(own) => own.into_iter().map(|network| (network, Protection::OwnAddress)).collect(),
-        Err(_) => before.iter().filter(is_own).copied().collect(),
-    }
+) -> Vec<Network> {
+    let was_own =
+        |(network, why): &(Network, Protection)| (*why == Protection::OwnAddress).then_some(*network);
+    found.map_or_else(|_| before.iter().filter_map(was_own).collect(), hosts)
 }
 
 /// Makes `files` those of the configuration. Files that stay keep what is known of them.

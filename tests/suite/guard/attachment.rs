@@ -12,7 +12,7 @@ use injector_testbed::netns::Family;
 use serde_json::{Value, json};
 
 use crate::Run;
-use crate::testbed::{Answer, FOREVER, Testbed, client, listeners, wait_for};
+use crate::testbed::{Answer, Testbed, client, listeners, wait_for};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("clsact, behind inline and beside another program's filter", clsact),
@@ -83,14 +83,8 @@ fn clsact(testbed: &Testbed) -> anyhow::Result<()> {
     let device = &injector.status()?["guard"]["devices"][0];
     ensure!(device["ingress"] == "clsact", "status: {device}");
     for family in Family::ALL {
-        let listeners = listeners(&ENGINES, family);
-        testbed.expect("no ban", &listeners, Answer::Accepted)?;
-        testbed.ban(client(family), if family == Family::V4 { 32 } else { 128 }, FOREVER)?;
-        let before = testbed.dropped()?;
-        testbed.expect("an address", &listeners, Answer::Dropped)?;
-        let after = testbed.dropped()?;
-        ensure!(after[1] >= before[1] + 2, "the ingress dropped {before:?} and {after:?}");
-        ensure!(after[2] > before[2], "inline dropped {before:?} and {after:?}");
+        let [_, ingress, inline] = testbed.dropped_by_ban(&ENGINES, family)?;
+        ensure!(ingress >= 2 && inline > 0, "the ingress dropped {ingress}, and inline {inline}");
     }
     let banned = listeners(&ENGINES, Family::V4);
     drop(injector);

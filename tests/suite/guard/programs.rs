@@ -1,6 +1,6 @@
 //! What the programs drop, with and without a daemon, and what is left of them.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use anyhow::{bail, ensure};
 use injector_testbed::bpf::ForeignProgram;
@@ -9,10 +9,14 @@ use injector_testbed::netns::{Family, MAIL};
 use injector_user::os::clock::boottime_ns;
 
 use crate::Run;
-use crate::testbed::{ANY_PORT, Answer, FOREVER, OVER, Testbed, client, listeners, unused, wait_for};
+use crate::testbed::{
+    ANY_PORT, Answer, FOREVER, OVER, PORT, Testbed, client, client_network, listeners, unused, wait_for,
+    whole,
+};
 
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a ban drops SYNs of all engines' listeners, and nothing else", banned),
+    ("what cannot be banned is not looked up", looked_up),
     ("bans hold and end without the daemon", without_daemon),
     ("XDP, generic", |testbed| xdp(testbed, "generic", "xdpgeneric")),
     ("XDP, native", |testbed| xdp(testbed, "native", "xdp")),
@@ -32,29 +36,41 @@ const RELAY: [&str; 1] = ["relay"];
 fn banned(testbed: &Testbed) -> anyhow::Result<()> {
     let _injector = testbed.start(&ENGINES, "")?;
     for family in Family::ALL {
-        let listeners = listeners(&ENGINES, family);
-        let (address, whole) = (client(family), if family == Family::V4 { 32 } else { 128 });
-        testbed.expect("no ban", &listeners, Answer::Accepted)?;
-        let before = testbed.dropped()?;
-        testbed.ban(address, whole, FOREVER)?;
-        testbed.expect("an address", &listeners, Answer::Dropped)?;
-        let after = testbed.dropped()?;
+        let (listeners, address) = (listeners(&ENGINES, family), client(family));
+        let [driver, ingress, inline] = testbed.dropped_by_ban(&ENGINES, family)?;
         // One SYN, or its repetition, to each.
-        ensure!(after[0] == before[0], "XDP dropped, although auto does not use it on veth");
-        ensure!(after[1] >= before[1] + 2, "the ingress dropped {before:?} and {after:?}");
-        ensure!(after[2] > before[2], "inline dropped {before:?} and {after:?}");
-        testbed.ban(address, whole, OVER)?;
+        ensure!(driver == 0, "XDP dropped {driver}, although auto does not use it on veth");
+        ensure!(ingress >= 2 && inline > 0, "the ingress dropped {ingress}, and inline {inline}");
+        testbed.ban(address, whole(family), OVER)?;
         testbed.expect("a ban that is over", &listeners, Answer::Accepted)?;
-        let network = match address {
-            IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & !0xFF).into(),
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-        };
-        testbed.ban(network, if family == Family::V4 { 24 } else { 64 }, FOREVER)?;
+        let (network, prefix) = client_network(family);
+        testbed.ban(network, prefix, FOREVER)?;
         testbed.expect("a network", &listeners, Answer::Dropped)?;
         testbed.allow(address)?;
         testbed.expect("allowed in a banned network", &listeners, Answer::Accepted)?;
     }
     Ok(())
+}
+
+/// The programs skip maps without bans, and packets for ports without a listener.
+fn looked_up(testbed: &Testbed) -> anyhow::Result<()> {
+    let _injector = testbed.start(&ENGINES, "")?;
+    let listeners = listeners(&ENGINES, Family::V4);
+    let (network, prefix) = client_network(Family::V4);
+    testbed.ban(network, prefix, FOREVER)?;
+    testbed.set_looked_up(false, true)?;
+    testbed.expect("a network, without the bit for networks", &listeners, Answer::Accepted)?;
+    testbed.set_looked_up(true, false)?;
+    testbed.expect("a network, with the bit for networks", &listeners, Answer::Dropped)?;
+    testbed.ban(network, prefix, OVER)?;
+    testbed.ban(client(Family::V4), 32, FOREVER)?;
+    testbed.set_looked_up(true, false)?;
+    testbed.expect("an address, without the bit for addresses", &listeners, Answer::Accepted)?;
+    testbed.set_looked_up(false, true)?;
+    testbed.expect("an address, with the bit for addresses", &listeners, Answer::Dropped)?;
+    testbed.forget_port(PORT)?;
+    // Engine inline knows its listeners by itself.
+    testbed.expect("a port that no listener has", &listeners[..2], Answer::Accepted)
 }
 
 fn without_daemon(testbed: &Testbed) -> anyhow::Result<()> {
@@ -78,14 +94,8 @@ fn xdp(testbed: &Testbed, setting: &str, shown: &str) -> anyhow::Result<()> {
     let link = testbed.link("outside")?;
     ensure!(link.contains(&format!(" {shown} ")), "ip link: {link}\n{}", injector.log());
     for family in Family::ALL {
-        let listeners = listeners(&ENGINES, family);
-        testbed.expect("no ban", &listeners, Answer::Accepted)?;
-        testbed.ban(client(family), if family == Family::V4 { 32 } else { 128 }, FOREVER)?;
-        let before = testbed.dropped()?;
-        testbed.expect("an address", &listeners, Answer::Dropped)?;
-        let after = testbed.dropped()?;
-        ensure!(after[0] >= before[0] + 3, "XDP dropped {before:?} and {after:?}");
-        ensure!(after[1..] == before[1..], "packets came past XDP: {before:?} and {after:?}");
+        let [driver, others @ ..] = testbed.dropped_by_ban(&ENGINES, family)?;
+        ensure!(driver >= 3 && others == [0; 2], "XDP dropped {driver}, and others behind it {others:?}");
     }
     // Once it is no longer configured, it goes.
     drop(injector);
@@ -100,22 +110,19 @@ fn xdp_taken(testbed: &Testbed) -> anyhow::Result<()> {
     let injector = testbed.start(&RELAY, "xdp = \"generic\"")?;
     let log = injector.log();
     ensure!(log.contains("another XDP program is attached to it: id"), "{log}");
-    testbed.ban(client(Family::V4), 32, FOREVER)?;
-    let before = testbed.dropped()?;
-    testbed.expect("an address", &listeners(&RELAY, Family::V4), Answer::Dropped)?;
-    let after = testbed.dropped()?;
-    ensure!(after[0] == before[0] && after[1] > before[1], "dropped {before:?} and {after:?}");
+    let [driver, ingress, _] = testbed.dropped_by_ban(&RELAY, Family::V4)?;
+    ensure!(driver == 0 && ingress > 0, "XDP dropped {driver}, and the ingress {ingress}");
     drop(foreign);
     drop(injector);
     Ok(())
 }
 
-/// `0.0.0.0` stands for the addresses of this host, not for those of hosts behind it.
+/// `0.0.0.0` and `[::]` stand for the IPv4 addresses of this host, not for those of hosts behind it.
 fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
-    for xdp in ["off", "generic"] {
+    for (xdp, bind) in [("off", "[::]"), ("generic", "0.0.0.0")] {
         let config = testbed.config(&RELAY, &format!("xdp = \"{xdp}\""));
         let [relay] = listeners(&RELAY, Family::V4)[..] else { bail!("one listener") };
-        let config = config.replace(&relay.to_string(), &format!("0.0.0.0:{ANY_PORT}"));
+        let config = config.replace(&relay.to_string(), &format!("{bind}:{ANY_PORT}"));
         let injector = Injector::start(&testbed.topology.edge, &config)?;
         let own = SocketAddr::new(unused(Family::V4), ANY_PORT);
         let behind = SocketAddr::new(MAIL.of(Family::V4), ANY_PORT);
@@ -127,7 +134,7 @@ fn unspecified(testbed: &Testbed) -> anyhow::Result<()> {
         let seen = testbed.answers(&[(own, Answer::Dropped), (behind, Answer::Accepted)])?;
         ensure!(
             seen == [Answer::Dropped, Answer::Accepted],
-            "xdp {xdp}: this host and the one behind it are {seen:?}"
+            "{bind}, xdp {xdp}: this host and the one behind it are {seen:?}"
         );
         // Or the next daemon would take the ban over, and reset the connections without one.
         testbed.ban(client(Family::V4), 32, OVER)?;

@@ -1,11 +1,12 @@
 //! The three namespaces, an injector with a listener of each engine, and the guard's maps.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use injector_common::guard::port_bit;
 use injector_testbed::bpf::{self, DaemonMap};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{self, ADMIN, Injector};
@@ -106,8 +107,7 @@ impl Testbed {
         const COMMAND: u32 = 2;
         let ban = [until_ns.to_ne_bytes(), u64::from(COMMAND).to_ne_bytes()].concat();
         let whole = prefix == if address.is_ipv4() { 32 } else { 128 };
-        // Both kinds are looked up.
-        self.map("GUARD_SETTINGS")?.set(&0_u32.to_ne_bytes(), &[1; 8])?;
+        self.set_looked_up(true, true)?;
         if whole {
             self.map("BANNED_ADDRESSES")?.set(&mapped(address), &ban)
         } else {
@@ -176,6 +176,30 @@ impl Testbed {
         Ok(())
     }
 
+    /// Bans the client's address, and checks that its SYNs to these engines' listeners are dropped from
+    /// then on. Returns how many packets each hook dropped, as [`Self::dropped`].
+    pub(crate) fn dropped_by_ban(&self, engines: &[&str], family: Family) -> anyhow::Result<[u64; 3]> {
+        let listeners = listeners(engines, family);
+        self.expect("no ban", &listeners, Answer::Accepted)?;
+        self.ban(client(family), whole(family), FOREVER)?;
+        let before = self.dropped()?;
+        self.expect("an address", &listeners, Answer::Dropped)?;
+        let after = self.dropped()?;
+        Ok(std::array::from_fn(|hook| after[hook] - before[hook]))
+    }
+
+    /// Tells the programs whether they need to look for networks and for addresses.
+    pub(crate) fn set_looked_up(&self, networks: bool, addresses: bool) -> anyhow::Result<()> {
+        let words = [networks, addresses].map(|looked_up| u32::from(looked_up).to_ne_bytes());
+        self.map("GUARD_SETTINGS")?.set(&0_u32.to_ne_bytes(), &words.concat())
+    }
+
+    /// Tells the programs that no listener has this port.
+    pub(crate) fn forget_port(&self, port: u16) -> anyhow::Result<()> {
+        let (word, _) = port_bit(port);
+        self.map("GUARDED_PORTS")?.set(&word.to_ne_bytes(), &[0; 8])
+    }
+
     /// Runs `injector guard detach`, and returns what it printed.
     pub(crate) fn detach(&self) -> anyhow::Result<String> {
         let mut command = self.topology.edge.command(daemon::binary()?);
@@ -219,9 +243,25 @@ pub(crate) fn listeners(engines: &[&str], family: Family) -> Vec<SocketAddr> {
     of_these.map(|(_, vip)| SocketAddr::new(vip.of(family), PORT)).collect()
 }
 
+/// How many bits an address has.
+pub(crate) const fn whole(family: Family) -> u8 {
+    match family {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    }
+}
+
 /// The client's address.
 pub(crate) fn client(family: Family) -> IpAddr {
     CLIENT.of(family)
+}
+
+/// The network that the client is in, and its prefix.
+pub(crate) fn client_network(family: Family) -> (IpAddr, u8) {
+    match client(family) {
+        IpAddr::V4(address) => (Ipv4Addr::from_bits(address.to_bits() & !0xFF).into(), 24),
+        IpAddr::V6(address) => (Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(), 64),
+    }
 }
 
 /// An address of the edge that no listener has.

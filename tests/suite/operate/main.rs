@@ -1,6 +1,7 @@
 //! Operator commands on a running injector, and backend health: reload, drain, disabling a backend,
 //! checks, ejection, and the protocols of systemd. Real sockets at both ends, in namespaces.
 
+mod api_stub;
 mod backends;
 mod bans;
 mod bind;
@@ -8,6 +9,7 @@ mod drain;
 mod load;
 mod names;
 mod reload;
+mod services;
 mod systemd;
 mod testbed;
 
@@ -41,6 +43,7 @@ fn others() -> Vec<Trial> {
     let areas = [
         ("inline", "inline", backends::INLINE_TRIALS),
         ("names", "relay", names::TRIALS),
+        ("services", "relay", services::TRIALS),
         ("bans", "relay", bans::RELAY_TRIALS),
         ("bind", "relay", bind::TRIALS),
         ("systemd", "relay", systemd::TRIALS),

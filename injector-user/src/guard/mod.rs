@@ -3,6 +3,7 @@
 mod chunk_map;
 #[cfg_attr(not(feature = "crowdsec"), path = "crowdsec_stub.rs")]
 pub mod crowdsec;
+mod follower;
 mod handle;
 pub mod lists;
 mod network_list;
@@ -10,6 +11,7 @@ pub mod origin;
 mod prefix_map;
 mod reasons;
 mod service;
+mod shared;
 mod state;
 mod table;
 

@@ -1,37 +1,31 @@
 //! What keeps the table of bans up to date: list files, the addresses that are protected, the state
 //! file, and the operator's commands. One thread does the slow work, off the workers and the runtime.
 
-mod follower;
-
 use std::{
     collections::BTreeSet,
     io,
     net::IpAddr,
-    path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use injector_common::guard::{Ban, Counter};
 use tokio::sync::watch;
 
-use self::follower::Follower;
 use super::{
     crowdsec::Feed,
+    follower::Follower,
     handle::{Guard, Protection},
     lists::ListStatus,
     origin::{ListedBan, Origin, WantedBan},
-    state::{self, Now},
+    shared::{Inputs, Lists, Shared},
 };
 use crate::{
     config::{self, Network},
     engine::guarded_device::GuardAttachment,
     os::clock,
-    telemetry::{
-        log::target,
-        metrics::{CrowdSecMetrics, GuardSample, GuardSource, ListSample},
-    },
+    telemetry::metrics::{CrowdSecMetrics, GuardSample, GuardSource, ListSample},
 };
 
 /// The shortest prefixes that `injector ban` takes without `--force`.
@@ -47,51 +41,6 @@ const MAX_REASON: usize = 200;
 /// The guard at work. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Service(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    guard: Guard,
-    max_bans: u32,
-    state: Option<PathBuf>,
-    inputs: Mutex<Inputs>,
-    /// Wakes the thread before its time.
-    wake: Condvar,
-    files: Mutex<Vec<ListStatus>>,
-    /// Held while the state file is written: the exit waits for that.
-    saving: Mutex<()>,
-    crowdsec: OnceLock<Feed>,
-    /// `None` if bans are not in the kernel.
-    attachment: Option<watch::Receiver<GuardAttachment>>,
-}
-
-/// What the thread works from.
-#[derive(Debug, Default)]
-struct Inputs {
-    lists: Lists,
-    peers: Vec<Network>,
-    backends: BTreeSet<IpAddr>,
-    /// The thread is to look at once.
-    is_new: bool,
-    /// Commands have changed bans that the state file has not got.
-    is_unsaved: bool,
-    is_stopped: bool,
-}
-
-/// The lists of the configuration.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Lists {
-    deny: Vec<Network>,
-    deny_files: Vec<PathBuf>,
-    allow: Vec<Network>,
-    allow_files: Vec<PathBuf>,
-}
-
-impl Lists {
-    fn of(settings: &config::Guard) -> Self {
-        let config::Guard { deny, deny_files, allow, allow_files, .. } = settings.clone();
-        Self { deny, deny_files, allow, allow_files }
-    }
-}
 
 /// A ban by command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,8 +110,8 @@ impl Service {
             crowdsec: OnceLock::new(),
             attachment,
         }));
-        service.load_state();
-        let mut follower = Follower::new(service.clone());
+        service.0.load_state();
+        let mut follower = Follower::new(Arc::clone(&service.0));
         // Before the first connection, because bans of an earlier daemon are in effect.
         follower.protect();
         thread::Builder::new().name("guard".to_owned()).spawn(move || follower.run())?;
@@ -196,7 +145,7 @@ impl Service {
 
     /// Follows the lists and the LAPI of a new configuration from now on.
     pub fn set_lists(&self, settings: &config::Guard) {
-        self.update(|inputs| inputs.lists = Lists::of(settings));
+        self.0.update(|inputs| inputs.lists = Lists::of(settings));
         if let Some(feed) = self.0.crowdsec.get() {
             feed.configure(settings.crowdsec.clone());
         }
@@ -204,8 +153,8 @@ impl Service {
 
     /// Sets the addresses of the backends, which are protected.
     pub fn set_backends(&self, addresses: BTreeSet<IpAddr>) {
-        if self.inputs().backends != addresses {
-            self.update(|inputs| inputs.backends = addresses);
+        if self.0.inputs().backends != addresses {
+            self.0.update(|inputs| inputs.backends = addresses);
         }
     }
 
@@ -217,8 +166,8 @@ impl Service {
 
     /// Sets the networks of `inline.peers`, which are protected.
     pub fn set_peers(&self, networks: Vec<Network>) {
-        if self.inputs().peers != networks {
-            self.update(|inputs| inputs.peers = networks);
+        if self.0.inputs().peers != networks {
+            self.0.update(|inputs| inputs.peers = networks);
         }
     }
 
@@ -256,7 +205,7 @@ impl Service {
         if guard.change(Origin::Command, vec![ban], Vec::new()).full > 0 {
             return Err(BanError::Full(self.0.max_bans));
         }
-        self.update(|inputs| inputs.is_unsaved = true);
+        self.0.update(|inputs| inputs.is_unsaved = true);
         Ok(was_banned)
     }
 
@@ -264,57 +213,15 @@ impl Service {
     pub fn unban(&self, network: Network) -> Unbanned {
         let was_banned = self.guard().change(Origin::Command, Vec::new(), vec![network]).removed > 0;
         if was_banned {
-            self.update(|inputs| inputs.is_unsaved = true);
+            self.0.update(|inputs| inputs.is_unsaved = true);
         }
         Unbanned { was_banned, remaining: self.guard().bans_around(network) }
     }
 
     /// Ends the thread, and saves the bans of commands. For the daemon's exit.
     pub fn stop(&self) {
-        self.update(|inputs| inputs.is_stopped = true);
-        self.save_state();
-    }
-
-    fn inputs(&self) -> MutexGuard<'_, Inputs> {
-        self.0.inputs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Inputs)) {
-        let mut inputs = self.inputs();
-        change(&mut inputs);
-        inputs.is_new = true;
-        self.0.wake.notify_one();
-    }
-
-    fn load_state(&self) {
-        let Some(path) = &self.0.state else { return };
-        match state::load(path, now()) {
-            Ok(Some((bans, bad))) => {
-                let count = bans.len();
-                self.guard().replace(Origin::Command, bans);
-                tracing::info!(target: target::GUARD, file = %path.display(), count, "bans of commands continue");
-                if bad > 0 {
-                    tracing::warn!(target: target::GUARD, file = %path.display(), bad, "lines of the state file are not bans, and are dropped");
-                }
-            }
-            Ok(None) => self.inputs().is_unsaved = true,
-            Err(error) => {
-                tracing::error!(target: target::GUARD, file = %path.display(), %error, "the state file cannot be read; of the bans by command, those that are still in the kernel continue");
-            }
-        }
-    }
-
-    fn save_state(&self) {
-        let Some(path) = &self.0.state else { return };
-        let _saving = self.0.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::take(&mut self.inputs().is_unsaved) {
-            return;
-        }
-        let bans = self.guard().snapshot(Some(Origin::Command), usize::MAX).bans;
-        let bans: Vec<_> = bans.into_iter().map(|listed| listed.ban).collect();
-        if let Err(error) = state::save(path, &bans, now()) {
-            tracing::error!(target: target::GUARD, file = %path.display(), %error, "the state file cannot be written; bans by command are lost when the host restarts");
-        }
+        self.0.update(|inputs| inputs.is_stopped = true);
+        self.0.save_state();
     }
 }
 
@@ -342,10 +249,6 @@ impl GuardSource for Service {
 #[must_use]
 pub fn dropped(guard: &Guard) -> Vec<(&'static str, u64)> {
     Counter::ALL.into_iter().filter_map(|by| Some((by.label(), guard.dropped(by)?))).collect()
-}
-
-fn now() -> Now {
-    Now { wall: SystemTime::now(), boottime_ns: clock::boottime_ns() }
 }
 
 #[cfg(test)]

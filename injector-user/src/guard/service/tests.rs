@@ -1,9 +1,7 @@
 use std::{fs, time::Instant};
 
-use super::{
-    follower::{ordered, own_addresses},
-    *,
-};
+use super::*;
+use crate::guard::follower::{ordered, own_addresses};
 
 fn service(settings: &config::Guard) -> Service {
     let max_bans = usize::try_from(settings.max_bans).unwrap();

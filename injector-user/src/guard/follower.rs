@@ -10,25 +10,21 @@ use std::{
 
 use injector_common::guard::Ban;
 
-use super::{Lists, Service};
-use crate::{
-    config::Network,
-    guard::{
-        handle::Protection,
-        lists::FollowedFile,
-        network_list::NetworkList,
-        origin::{Origin, WantedBan},
-    },
-    os::gateways,
-    telemetry::log::target,
+use super::{
+    handle::Protection,
+    lists::FollowedFile,
+    network_list::NetworkList,
+    origin::{Origin, WantedBan},
+    shared::{Lists, Shared},
 };
+use crate::{config::Network, os::gateways, telemetry::log::target};
 
 /// How often files, addresses and ends are looked at.
 const INTERVAL: Duration = Duration::from_secs(2);
 
 /// The thread's own state.
 pub(super) struct Follower {
-    service: Service,
+    shared: Arc<Shared>,
     deny: Vec<FollowedFile>,
     allow: Vec<FollowedFile>,
     /// The lists whose bans are in the table.
@@ -44,8 +40,8 @@ impl fmt::Debug for Follower {
 }
 
 impl Follower {
-    pub(super) fn new(service: Service) -> Self {
-        Self { service, deny: Vec::new(), allow: Vec::new(), applied: None, protected: Vec::new() }
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, deny: Vec::new(), allow: Vec::new(), applied: None, protected: Vec::new() }
     }
 
     pub(super) fn run(mut self) {
@@ -53,10 +49,10 @@ impl Follower {
             self.protect();
             self.apply_deny();
             self.publish();
-            self.service.guard().maintain();
-            self.service.save_state();
-            let inputs = self.service.inputs();
-            let waited = self.service.0.wake.wait_timeout_while(inputs, INTERVAL, |inputs| !inputs.is_new);
+            self.shared.guard.maintain();
+            self.shared.save_state();
+            let inputs = self.shared.inputs();
+            let waited = self.shared.wake.wait_timeout_while(inputs, INTERVAL, |inputs| !inputs.is_new);
             let (mut inputs, _) = waited.unwrap_or_else(PoisonError::into_inner);
             inputs.is_new = false;
             if inputs.is_stopped {
@@ -68,7 +64,7 @@ impl Follower {
     /// Brings up to date what may not be banned.
     pub(super) fn protect(&mut self) {
         let (lists, peers, backends) = {
-            let inputs = self.service.inputs();
+            let inputs = self.shared.inputs();
             (inputs.lists.clone(), inputs.peers.clone(), inputs.backends.clone())
         };
         follow(&mut self.allow, &lists.allow_files);
@@ -85,14 +81,14 @@ impl Follower {
             (Protection::InlinePeer, peers),
         ]);
         if protected != self.protected {
-            self.service.guard().set_protected(&protected);
+            self.shared.guard.set_protected(&protected);
             self.protected = protected;
         }
     }
 
     /// Brings the bans of the lists up to date.
     fn apply_deny(&mut self) {
-        let lists = self.service.inputs().lists.clone();
+        let lists = self.shared.inputs().lists.clone();
         follow(&mut self.deny, &lists.deny_files);
         let mut changed = false;
         for file in &mut self.deny {
@@ -108,7 +104,7 @@ impl Follower {
         });
         let all = NetworkList::union(iter::once(("guard.deny".into(), &configured)).chain(files));
         let bans = all.map(|(network, reason)| WantedBan { network, until_ns: Ban::FOREVER, reason });
-        let guard = self.service.guard();
+        let guard = &self.shared.guard;
         let is_complete = self.deny.iter().all(|file| file.networks().is_some());
         let applied = if is_complete {
             guard.replace_sorted(Origin::List, bans)
@@ -119,13 +115,13 @@ impl Follower {
         self.applied = Some(lists);
         tracing::info!(target: target::GUARD, added = applied.added, removed = applied.removed, protected = applied.protected, "lists of bans applied");
         if applied.full > 0 {
-            tracing::error!(target: target::GUARD, count = applied.full, max_bans = self.service.max_bans(), "networks of the lists are not banned, because guard.max_bans is reached: raise it and restart the injector");
+            tracing::error!(target: target::GUARD, count = applied.full, max_bans = self.shared.max_bans, "networks of the lists are not banned, because guard.max_bans is reached: raise it and restart the injector");
         }
     }
 
     fn publish(&self) {
         let files = self.deny.iter().chain(&self.allow).map(FollowedFile::status).collect();
-        *self.service.0.files.lock().unwrap_or_else(PoisonError::into_inner) = files;
+        *self.shared.files.lock().unwrap_or_else(PoisonError::into_inner) = files;
     }
 }
 

@@ -1,9 +1,11 @@
 //! What the programs drop, with and without a daemon, and what is left of them.
 
-use std::net::SocketAddr;
+use std::io::{ErrorKind, Read as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use anyhow::{bail, ensure};
-use injector_testbed::bpf::ForeignProgram;
+use injector_testbed::bpf::{DaemonMap, ForeignProgram};
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{Family, MAIL};
 use injector_user::os::clock::boottime_ns;
@@ -17,6 +19,7 @@ use crate::testbed::{
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a ban drops SYNs of all engines' listeners, and nothing else", banned),
     ("what cannot be banned is not looked up", looked_up),
+    ("a ban by command ends the connections of every engine", ends_connections),
     ("bans hold and end without the daemon", without_daemon),
     ("XDP, generic", |testbed| xdp(testbed, "generic", "xdpgeneric")),
     ("XDP, native", |testbed| xdp(testbed, "native", "xdp")),
@@ -71,6 +74,31 @@ fn looked_up(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.forget_port(PORT)?;
     // Engine inline knows its listeners by itself.
     testbed.expect("a port that no listener has", &listeners[..2], Answer::Accepted)
+}
+
+fn ends_connections(testbed: &Testbed) -> anyhow::Result<()> {
+    /// Of this trial's own backend: the others' are full of connections that they do not accept.
+    const BACKEND_PORT: u16 = 12601;
+    let _backend = testbed.topology.mail.listen(SocketAddr::new(MAIL.of(Family::V4), BACKEND_PORT))?;
+    let config = testbed.config(&ENGINES, "").replace(":12500\"", &format!(":{BACKEND_PORT}\""));
+    let injector = Injector::start(&testbed.topology.edge, &config)?;
+    let connect = || listeners(&ENGINES, Family::V4).into_iter().map(TcpStream::connect).collect();
+    let open: std::io::Result<Vec<_>> = testbed.topology.client.run(connect)?;
+    let count = || -> anyhow::Result<_> {
+        let listed: serde_json::Value = serde_json::from_str(&injector.command(&["sessions", "--json"])?)?;
+        Ok(listed["sessions"]["count"].as_u64())
+    };
+    wait_for("a connection of each engine", || Ok(count()? == Some(3)))?;
+    let printed = injector.command(&["ban", &client(Family::V4).to_string()])?;
+    ensure!(printed.ends_with("; 3 sessions ended\n"), "{printed}");
+    for mut stream in open? {
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        // Where the daemon forwards, it says why.
+        let end = stream.read_to_end(&mut Vec::new());
+        let goes_on = end.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        ensure!(!goes_on, "{} goes on", stream.peer_addr()?);
+    }
+    Ok(())
 }
 
 fn without_daemon(testbed: &Testbed) -> anyhow::Result<()> {
@@ -184,6 +212,8 @@ fn resized(testbed: &Testbed) -> anyhow::Result<()> {
     testbed.expect("a ban of the smaller map", &listeners(&RELAY, Family::V4), Answer::Dropped)?;
     let maps = testbed.pin().join("layout1/maps");
     ensure!(!maps.join("BANNED_ADDRESSES-old").exists(), "the former map is left");
+    let capacity = DaemonMap::pinned(&maps.join("BANNED_ADDRESSES"))?.capacity()?;
+    ensure!(capacity == 2000, "the map has room for {capacity}");
     Ok(())
 }
 

@@ -73,6 +73,14 @@ impl DaemonMap {
         self.count(&self.info()?)
     }
 
+    /// How many keys it has room for.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn capacity(&self) -> anyhow::Result<usize> {
+        Ok(self.info()?.most)
+    }
+
     fn open(id: u32) -> anyhow::Result<Self> {
         let map = descriptor(BPF_MAP_GET_FD_BY_ID, &mut Attributes::new().u32(0, id));
         Ok(Self(map.with_context(|| format!("opening BPF map {id}"))?))

@@ -20,7 +20,7 @@ use tokio::{
 use zerocopy::FromBytes as _;
 
 use super::{
-    maps::{backend_of, endpoints},
+    maps::{backend_of, endpoints, is_open},
     programs::InlinePrograms,
     reset::{self, End},
     usage::ResetRequest,
@@ -371,11 +371,6 @@ fn name(inline: &InlinePrograms, flow: &Flow) -> Option<String> {
 /// Whether a request to reset the connections of these places is for this one.
 fn is_due(flow: &Flow, places: &[u32], opened_before_ns: u64) -> bool {
     places.contains(&flow.listener) && flow.created_ns < opened_before_ns && is_open(flow)
-}
-
-/// Whether it has neither ended nor been given up.
-fn is_open(flow: &Flow) -> bool {
-    !flow.closed() && !flow.is(Flag::Superseded)
 }
 
 /// When it ended: with its last packet, unless the daemon has ended it now.

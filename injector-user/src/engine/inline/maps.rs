@@ -389,6 +389,11 @@ pub(super) fn tuple(tuple: &Tuple) -> (SocketAddr, SocketAddr) {
     (socket_address(&source), socket_address(&destination))
 }
 
+/// Whether it has neither ended nor been given up.
+pub(super) fn is_open(flow: &Flow) -> bool {
+    !flow.closed() && !flow.is(Flag::Superseded)
+}
+
 /// The backend of a connection.
 pub(super) fn backend_of(flow: &Flow) -> SocketAddr {
     tuple(&flow.backend_side.tuple).1

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
     counts::{ListenerCounts, TotalCounts},
-    maps::{backend_of, endpoints},
+    maps::{backend_of, endpoints, is_open},
     programs::InlinePrograms,
 };
 use crate::{
@@ -87,7 +87,7 @@ impl InlineUsage for EngineUsage {
                 to_client: flow.to_client.bytes,
             })
         };
-        let open = self.inline.maps.flows_in(Phase::Established).filter(|(_, flow)| !flow.closed());
+        let open = self.inline.maps.flows_in(Phase::Established).filter(|(_, flow)| is_open(flow));
         open.filter_map(connection).collect()
     }
 }

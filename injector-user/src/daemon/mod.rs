@@ -29,7 +29,7 @@ use crate::{
     guard,
     kubernetes::{Followed, Watcher},
     listener,
-    os::systemd,
+    os::{allocator, systemd},
     server::{ListenerSetup, Server, StartupSettings, StartupState},
     telemetry::{
         backlog::BacklogTotal,
@@ -191,6 +191,8 @@ async fn serve(
         tokio::spawn(serve_control(socket, control.clone()));
     }
     tokio::spawn(watchdog::feed_watchdog(control.clone()));
+    // On the thread of the self-tests, which used much that nothing after them needs.
+    allocator::release_unused();
     systemd::ready("serving");
 
     while signals.next().await == Event::Reload {

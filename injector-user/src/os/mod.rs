@@ -1,5 +1,6 @@
 //! The operating system: system calls, capabilities, systemd. The daemon's `unsafe` code is here.
 
+pub mod allocator;
 #[cfg(feature = "bpf")]
 pub mod bpf;
 #[cfg(feature = "bpf")]

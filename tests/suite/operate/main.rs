@@ -1,7 +1,6 @@
 //! Operator commands on a running injector, and backend health: reload, drain, disabling a backend,
 //! checks, ejection, and the protocols of systemd. Real sockets at both ends, in namespaces.
 
-mod api_stub;
 mod backends;
 mod bans;
 mod bind;

@@ -5,12 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::ensure;
 use injector_testbed::daemon::Injector;
+use injector_testbed::kubernetes_api::ApiStub;
 use injector_testbed::netns::MAIL;
 use injector_testbed::wait::wait_until;
 use tempfile::TempDir;
 
 use crate::Run;
-use crate::api_stub::ApiStub;
 use crate::testbed::{BACKEND_PORTS, Config, Testbed};
 
 pub(crate) const TRIALS: &[(&str, Run)] =
@@ -29,7 +29,7 @@ fn is_up(injector: &Injector) -> anyhow::Result<bool> {
 fn followed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     let _servers = [testbed.backend(0)?, testbed.backend(1)?];
     let mut api = ApiStub::start(&testbed.topology.edge)?;
-    api.add("first", endpoint(0));
+    api.add("first", endpoint(0), true);
     let dir = TempDir::new()?;
     let kubeconfig = dir.path().join("kubeconfig");
     fs::write(&kubeconfig, ApiStub::kubeconfig())?;
@@ -43,7 +43,7 @@ fn followed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     answers(0)?;
     let mut session = testbed.client()?;
     session.greeted()?;
-    api.add("second", endpoint(1));
+    api.add("second", endpoint(1), true);
     api.remove("first");
     answers(1)?;
     // Its endpoint has left, and has not ended.
@@ -57,9 +57,9 @@ fn followed(testbed: &Testbed, engine: &str) -> anyhow::Result<()> {
     session.talk()?;
 
     // What happens meanwhile is known once it is back.
-    api.add("first", endpoint(0));
+    api.add("first", endpoint(0), true);
     api.remove("second");
-    api.up()?;
+    api.up(&testbed.topology.edge)?;
     answers(0)?;
     ensure!(is_up(&injector)?, "the API answers, and the metric says otherwise");
     session.talk()?;

@@ -19,6 +19,7 @@ pub mod forward;
 pub mod group;
 pub mod haproxy;
 pub mod kube_proxy;
+pub mod kubernetes_api;
 pub mod log_file;
 pub mod mail_client;
 pub mod mail_host;

@@ -3,24 +3,17 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use injector_testbed::{
     crowdsec::{CrowdSec, LAPI},
+    kubernetes_api::ApiStub,
     netns::{MAIL, Netns},
     service::SMTP,
 };
-use serde_json::json;
 
 /// A client that is banned by the list.
 pub(super) const BANNED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 66);
@@ -28,15 +21,10 @@ pub(super) const BANNED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 66);
 /// The Service that a listener's backend names.
 pub(super) const SERVICE: &str = "mail/mailserver-proxy";
 
-const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8001);
-
-/// How long the API may need to notice its end, or a new client.
-const POLL: Duration = Duration::from_millis(20);
-
 /// They run until drop.
 pub(super) struct Feeds {
     _crowdsec: CrowdSec,
-    _api: Api,
+    _api: ApiStub,
 }
 
 impl Feeds {
@@ -53,17 +41,16 @@ impl Feeds {
             crowdsec.cscli(&[&["decisions", "add", "--duration", "4h"][..], decision].concat())?;
         }
         fs::write(folder.join("deny.txt"), format!("{BANNED}\n203.0.113.0/24\n"))?;
-        let kubeconfig = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "live",
-            "contexts": [{ "name": "live", "context": { "cluster": "live", "user": "injector" } }],
-            "clusters": [{ "name": "live", "cluster": { "server": format!("http://{API}") } }],
-            "users": [{ "name": "injector", "user": { "token": "any" } }],
-        });
+        let api = ApiStub::start(edge)?;
+        api.add("mailserver-proxy-1", SocketAddr::new(MAIL.v4.into(), SMTP.proxied), true);
+        api.add(
+            "mailserver-proxy-2",
+            SocketAddr::new(Ipv4Addr::new(10, 25, 0, 3).into(), SMTP.proxied),
+            false,
+        );
         // JSON is YAML.
-        fs::write(folder.join("kubeconfig"), kubeconfig.to_string())?;
-        Ok(Self { _crowdsec: crowdsec, _api: Api::start(edge)? })
+        fs::write(folder.join("kubeconfig"), ApiStub::kubeconfig())?;
+        Ok(Self { _crowdsec: crowdsec, _api: api })
     }
 }
 
@@ -75,90 +62,4 @@ pub(super) fn tables(folder: &Path, pin: &Path) -> String {
          [guard.crowdsec]\nurl = \"http://{LAPI}\"\napi_key_file = \"{folder}/crowdsec.key\"\n\
          interval = \"1s\"\n\n[kubernetes]\nkubeconfig = \"{folder}/kubeconfig\"\n"
     )
-}
-
-/// The API. Nothing changes there, so a watch says nothing.
-struct Api {
-    ended: Arc<AtomicBool>,
-    accepting: Option<JoinHandle<()>>,
-}
-
-impl Api {
-    fn start(edge: &Netns) -> Result<Self> {
-        let listener = edge.listen(API).context("the API of Kubernetes")?;
-        listener.set_nonblocking(true)?;
-        let ended = Arc::new(AtomicBool::new(false));
-        let accepting = Some(thread::spawn({
-            let ended = Arc::clone(&ended);
-            move || accept(&listener, &ended)
-        }));
-        Ok(Self { ended, accepting })
-    }
-}
-
-impl Drop for Api {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::Relaxed);
-        if let Some(accepting) = self.accepting.take() {
-            let _ = accepting.join();
-        }
-    }
-}
-
-fn accept(listener: &TcpListener, ended: &AtomicBool) {
-    thread::scope(|scope| {
-        while !ended.load(Ordering::Relaxed) {
-            match listener.accept() {
-                // The client may have gone.
-                Ok((stream, _)) => drop(scope.spawn(move || drop(answer(stream, ended)))),
-                Err(_) => thread::sleep(POLL),
-            }
-        }
-    });
-}
-
-fn answer(mut stream: TcpStream, ended: &AtomicBool) -> std::io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let request = request(&stream)?;
-    if !request.contains("watch=true") {
-        let body = slices().to_string();
-        return write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-            body.len()
-        );
-    }
-    stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n")?;
-    let seconds = request.split("timeoutSeconds=").nth(1).unwrap_or_default();
-    let seconds = seconds.split(|it: char| !it.is_ascii_digit()).next().unwrap_or_default();
-    let end = Instant::now() + Duration::from_secs(seconds.parse().unwrap_or(60));
-    while Instant::now() < end && !ended.load(Ordering::Relaxed) {
-        thread::sleep(POLL);
-    }
-    stream.write_all(b"0\r\n\r\n")
-}
-
-/// The first line of a request, whose head is read.
-fn request(stream: &TcpStream) -> std::io::Result<String> {
-    let mut lines = BufReader::new(stream.take(64 << 10)).lines();
-    let first = lines.next().transpose()?.unwrap_or_default();
-    for line in lines {
-        if line?.is_empty() {
-            break;
-        }
-    }
-    Ok(first)
-}
-
-/// One pod that is ready, and one that is not.
-fn slices() -> serde_json::Value {
-    let endpoint =
-        |address: &str, ready: bool| json!({ "addresses": [address], "conditions": { "ready": ready } });
-    json!({ "kind": "EndpointSliceList", "metadata": { "resourceVersion": "1" }, "items": [{
-        "metadata": { "name": "mailserver-proxy-1", "resourceVersion": "1" },
-        "addressType": "IPv4",
-        "endpoints": [endpoint(&MAIL.v4.to_string(), true), endpoint("10.25.0.3", false)],
-        "ports": [{ "name": "smtp", "port": SMTP.proxied, "protocol": "TCP" }],
-    }] })
 }

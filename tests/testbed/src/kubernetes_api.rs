@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use injector_testbed::netns::Netns;
-use injector_testbed::sockets::patient;
 use serde_json::{Value, json};
+
+use crate::{netns::Netns, sockets::patient};
 
 /// Where it listens, on the edge.
 const ADDRESS: &str = "127.0.0.1:8082";
@@ -20,8 +20,7 @@ const TICK: Duration = Duration::from_millis(5);
 
 /// The API server.
 #[derive(Debug)]
-pub(crate) struct ApiStub<'a> {
-    netns: &'a Netns,
+pub struct ApiStub {
     model: Arc<Mutex<Model>>,
     /// Ends the connections of the time in which it is up.
     down: Arc<AtomicBool>,
@@ -35,15 +34,20 @@ struct Model {
     events: Vec<Value>,
 }
 
-impl<'a> ApiStub<'a> {
-    pub(crate) fn start(netns: &'a Netns) -> anyhow::Result<Self> {
-        let mut stub = Self { netns, model: Arc::default(), down: Arc::default(), accepting: None };
-        stub.up()?;
+impl ApiStub {
+    /// Starts it in a namespace.
+    ///
+    /// # Errors
+    /// When its port is taken.
+    pub fn start(netns: &Netns) -> anyhow::Result<Self> {
+        let mut stub = Self { model: Arc::default(), down: Arc::default(), accepting: None };
+        stub.up(netns)?;
         Ok(stub)
     }
 
     /// A kubeconfig for it.
-    pub(crate) fn kubeconfig() -> String {
+    #[must_use]
+    pub fn kubeconfig() -> String {
         json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -55,12 +59,12 @@ impl<'a> ApiStub<'a> {
         .to_string()
     }
 
-    /// A slice has one endpoint, which is ready, and its port is called `smtp`.
-    pub(crate) fn add(&self, name: &str, endpoint: SocketAddr) {
+    /// Adds a slice with one endpoint, whose port is called `smtp`.
+    pub fn add(&self, name: &str, endpoint: SocketAddr, ready: bool) {
         let slice = json!({
             "metadata": { "name": name },
             "addressType": "IPv4",
-            "endpoints": [{ "addresses": [endpoint.ip()], "conditions": { "ready": true } }],
+            "endpoints": [{ "addresses": [endpoint.ip()], "conditions": { "ready": ready } }],
             "ports": [{ "name": "smtp", "port": endpoint.port(), "protocol": "TCP" }],
         });
         let mut model = lock(&self.model);
@@ -68,7 +72,8 @@ impl<'a> ApiStub<'a> {
         model.slices.insert(name.to_owned(), slice);
     }
 
-    pub(crate) fn remove(&self, name: &str) {
+    /// Removes a slice.
+    pub fn remove(&self, name: &str) {
         let mut model = lock(&self.model);
         if let Some(slice) = model.slices.remove(name) {
             model.change("DELETED", slice);
@@ -76,8 +81,11 @@ impl<'a> ApiStub<'a> {
     }
 
     /// Listens.
-    pub(crate) fn up(&mut self) -> anyhow::Result<()> {
-        let listener = self.netns.listen(ADDRESS.parse()?)?;
+    ///
+    /// # Errors
+    /// When its port is taken.
+    pub fn up(&mut self, netns: &Netns) -> anyhow::Result<()> {
+        let listener = netns.listen(ADDRESS.parse()?)?;
         listener.set_nonblocking(true)?;
         self.down = Arc::default();
         let (model, down) = (Arc::clone(&self.model), Arc::clone(&self.down));
@@ -86,7 +94,7 @@ impl<'a> ApiStub<'a> {
     }
 
     /// Closes its port and all connections.
-    pub(crate) fn go_down(&mut self) {
+    pub fn go_down(&mut self) {
         self.down.store(true, Ordering::Relaxed);
         if let Some(accepting) = self.accepting.take() {
             // A panic of the thread has been printed.
@@ -95,7 +103,7 @@ impl<'a> ApiStub<'a> {
     }
 }
 
-impl Drop for ApiStub<'_> {
+impl Drop for ApiStub {
     fn drop(&mut self) {
         self.go_down();
     }

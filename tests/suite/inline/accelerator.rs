@@ -283,11 +283,10 @@ fn detached(testbed: &Testbed, family: Family, way: Way) -> anyhow::Result<()> {
     let injector = testbed.injector("smtp", &format!("attachment = \"{attachment}\""))?;
     drop(testbed.inlined(family, &backend)?);
     let edge = &testbed.topology.edge;
+    let links = || edge.run(|| anyhow::Ok([bpf::tcx_links("outside")?, bpf::tcx_links("inside")?].concat()))?;
+    let attached = links()?;
     match way {
-        Way::Link => edge.run(|| {
-            let links = ["outside", "inside"].map(bpf::tcx_links).into_iter();
-            links.collect::<anyhow::Result<Vec<_>>>()?.concat().into_iter().try_for_each(bpf::detach_link)
-        })??,
+        Way::Link => edge.run(|| attached.iter().copied().try_for_each(bpf::detach_link))??,
         Way::Pins => std::fs::remove_dir_all(testbed.bpffs.path().join("v7"))?,
         Way::Qdisc => {
             for device in ["outside", "inside"] {
@@ -296,9 +295,11 @@ fn detached(testbed: &Testbed, family: Family, way: Way) -> anyhow::Result<()> {
             }
         }
     }
-    // By whichever engine: the daemon may have been fast. The kernel detaches a program some time after its
-    // last pin is gone (bpf_link_put_deferred, kernel/bpf/syscall.c): a connection may begin before it.
-    wait_until("a session", || testbed.joined(family, &backend).map(drop), |()| true)?;
+    // The kernel detaches a program some time after its last pin is gone (bpf_link_put_deferred,
+    // kernel/bpf/syscall.c): a connection that begins before it never gets its answer.
+    wait_until("the detached links", links, |now| !now.iter().any(|link| attached.contains(link)))?;
+    // By whichever engine: the daemon may have been fast.
+    drop(testbed.joined(family, &backend)?);
     wait_until("the program", || is_inline(&testbed.joined(family, &backend)?.1), |inline| *inline)?;
     if way == Way::Link {
         ensure!(injector.log().contains("another program had detached inline"), "{}", injector.log());

@@ -11,7 +11,15 @@ const CHUNK: usize = 512;
 #[derive(Clone, Debug)]
 pub(super) struct ChunkMap<K, V> {
     /// In order. None is empty.
-    chunks: Vec<Vec<(K, V)>>,
+    chunks: Vec<Chunk<K, V>>,
+}
+
+#[derive(Clone, Debug)]
+struct Chunk<K, V> {
+    /// No entry has a lower key, and those of the chunk before have. It is here so that a search need not
+    /// look into each chunk that it compares with.
+    from: K,
+    entries: Vec<(K, V)>,
 }
 
 impl<K, V> Default for ChunkMap<K, V> {
@@ -27,29 +35,29 @@ impl<K: Copy + Ord, V> ChunkMap<K, V> {
 
     pub(super) fn get(&self, key: &K) -> Option<&V> {
         let chunk = self.chunks.get(self.chunk_of(key))?;
-        let at = chunk.binary_search_by_key(key, |(key, _)| *key).ok()?;
-        chunk.get(at).map(|(_, value)| value)
+        let at = chunk.find(key).ok()?;
+        chunk.entries.get(at).map(|(_, value)| value)
     }
 
     /// Returns the value that was there.
     pub(super) fn insert(&mut self, key: K, value: V) -> Option<V> {
         let number = self.chunk_of(&key);
         let Some(chunk) = self.chunks.get_mut(number) else {
-            self.chunks.push(with_room([(key, value)]));
+            self.chunks.push(Chunk::new(key, [(key, value)]));
             return None;
         };
-        match chunk.binary_search_by_key(&key, |(key, _)| *key) {
-            Ok(at) => return chunk.get_mut(at).map(|(_, there)| std::mem::replace(there, value)),
-            Err(at) if chunk.len() < CHUNK => chunk.insert(at, (key, value)),
+        match chunk.find(&key) {
+            Ok(at) => return chunk.entries.get_mut(at).map(|(_, there)| std::mem::replace(there, value)),
+            Err(at) if chunk.entries.len() < CHUNK => {
+                chunk.from = chunk.from.min(key);
+                chunk.entries.insert(at, (key, value));
+            }
             // Entries that come in order leave full chunks behind.
-            Err(CHUNK..) => self.chunks.insert(number + 1, with_room([(key, value)])),
-            Err(at) => {
-                let mut right = with_room(chunk.drain(CHUNK / 2..));
-                match at.checked_sub(CHUNK / 2) {
-                    Some(at) => right.insert(at, (key, value)),
-                    None => chunk.insert(at, (key, value)),
-                }
+            Err(CHUNK..) => self.chunks.insert(number + 1, Chunk::new(key, [(key, value)])),
+            Err(_) => {
+                let right = chunk.split();
                 self.chunks.insert(number + 1, right);
+                return self.insert(key, value);
             }
         }
         None
@@ -58,9 +66,9 @@ impl<K: Copy + Ord, V> ChunkMap<K, V> {
     pub(super) fn remove(&mut self, key: &K) -> Option<V> {
         let number = self.chunk_of(key);
         let chunk = self.chunks.get_mut(number)?;
-        let at = chunk.binary_search_by_key(key, |(key, _)| *key).ok()?;
-        let (_, value) = chunk.remove(at);
-        if chunk.is_empty() {
+        let at = chunk.find(key).ok()?;
+        let (_, value) = chunk.entries.remove(at);
+        if chunk.entries.is_empty() {
             self.chunks.remove(number);
         } else {
             self.join_with_next(number);
@@ -70,40 +78,52 @@ impl<K: Copy + Ord, V> ChunkMap<K, V> {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &(K, V)> {
-        self.chunks.iter().flatten()
+        self.chunks.iter().flat_map(|chunk| &chunk.entries)
     }
 
     /// The entries with this key or a later one.
     pub(super) fn from(&self, key: K) -> impl Iterator<Item = &(K, V)> {
         let number = self.chunk_of(&key);
         let (first, others) = self.chunks.get(number..).and_then(<[_]>::split_first).unzip();
-        let first = first.map_or(&[][..], Vec::as_slice);
+        let first = first.map_or(&[][..], |chunk| chunk.entries.as_slice());
         let after = first.get(first.partition_point(|(other, _)| *other < key)..).unwrap_or_default();
-        after.iter().chain(others.into_iter().flatten().flatten())
+        after.iter().chain(others.into_iter().flatten().flat_map(|chunk| &chunk.entries))
     }
 
     /// The chunk that has this key, or would get it.
     fn chunk_of(&self, key: &K) -> usize {
-        let begins_after = |chunk: &Vec<(K, V)>| chunk.first().is_some_and(|(first, _)| first <= key);
-        self.chunks.partition_point(begins_after).saturating_sub(1)
+        self.chunks.partition_point(|chunk| chunk.from <= *key).saturating_sub(1)
     }
 
     /// Makes one chunk of this one and the next if both together are half a chunk at most.
     fn join_with_next(&mut self, number: usize) {
-        let fits = |both: &[Vec<(K, V)>]| both.iter().map(Vec::len).sum::<usize>() <= CHUNK / 2;
+        let fits =
+            |both: &[Chunk<K, V>]| both.iter().map(|chunk| chunk.entries.len()).sum::<usize>() <= CHUNK / 2;
         if self.chunks.get(number..number + 2).is_some_and(fits) {
             let mut next = self.chunks.remove(number + 1);
             if let Some(chunk) = self.chunks.get_mut(number) {
-                chunk.append(&mut next);
+                chunk.entries.append(&mut next.entries);
             }
         }
     }
 }
 
-fn with_room<T>(entries: impl IntoIterator<Item = T>) -> Vec<T> {
-    let mut chunk = Vec::with_capacity(CHUNK);
-    chunk.extend(entries);
-    chunk
+impl<K: Copy + Ord, V> Chunk<K, V> {
+    fn new(from: K, entries: impl IntoIterator<Item = (K, V)>) -> Self {
+        let mut room = Vec::with_capacity(CHUNK);
+        room.extend(entries);
+        Self { from, entries: room }
+    }
+
+    fn find(&self, key: &K) -> Result<usize, usize> {
+        self.entries.binary_search_by_key(key, |(key, _)| *key)
+    }
+
+    /// Leaves the first half here.
+    fn split(&mut self) -> Self {
+        let middle = self.entries.get(CHUNK / 2).map_or(self.from, |(key, _)| *key);
+        Self::new(middle, self.entries.drain(CHUNK / 2..))
+    }
 }
 
 #[cfg(test)]
@@ -115,7 +135,7 @@ mod tests {
     use super::*;
 
     fn capacity(map: &ChunkMap<usize, usize>) -> usize {
-        map.chunks.iter().map(Vec::capacity).sum()
+        map.chunks.iter().map(|chunk| chunk.entries.capacity()).sum()
     }
 
     #[test]
@@ -186,7 +206,7 @@ mod tests {
                     }
                 }
                 prop_assert!(map.iter().map(|(key, value)| (key, value)).eq(&oracle));
-                prop_assert!(map.chunks.iter().all(|chunk| (1..=CHUNK).contains(&chunk.len())));
+                prop_assert!(map.chunks.iter().all(|chunk| (1..=CHUNK).contains(&chunk.entries.len())));
                 prop_assert_eq!(map.is_empty(), oracle.is_empty());
                 for key in &keys {
                     prop_assert_eq!(map.get(key), oracle.get(key));

@@ -60,6 +60,13 @@ pub(super) fn is_any() -> bool {
     GUARD_SETTINGS.get(0).is_some_and(Settings::has_bans)
 }
 
+/// Of which bans a lookup tells ([`Settings::generation`]).
+#[inline(always)]
+pub(super) fn generation() -> u64 {
+    // SAFETY: a value of the map. The daemon may write it between two reads.
+    GUARD_SETTINGS.get_ptr(0).map_or(0, |settings| unsafe { settings.read_volatile() }.generation())
+}
+
 /// Whether nothing of this source may pass.
 #[inline(always)]
 pub(super) fn is_banned(source: &[u32; 4]) -> bool {
@@ -87,13 +94,13 @@ unsafe extern "C" fn guard_is_banned(source: *const [u32; 4]) -> i64 {
 fn look_up(source: &[u32; 4]) -> bool {
     let Some(settings) = GUARD_SETTINGS.get(0) else { return false };
     let mut listed = Listed::default();
-    if settings.addresses != 0
+    if settings.has_addresses()
         && let Some(ban) = BANNED_ADDRESSES.get_ptr(source)
     {
         // SAFETY: a word of a map value.
         listed.address_until_ns = unsafe { (*ban).until_ns };
     }
-    if settings.networks != 0
+    if settings.has_networks()
         && let Some(ban) = BANNED_NETWORKS.get(&lpm_trie::Key::new(128, *source))
     {
         listed.network_until_ns = ban.until_ns;

@@ -4,6 +4,8 @@
 //! banned sources itself. `guard_xdp` runs before them, at the driver; what it cannot read in one piece it leaves to them.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "atomic instructions have no other name on this target")]
 
 #[path = "../bans.rs"]
 mod bans;
@@ -15,6 +17,7 @@ mod listener;
 #[path = "../mem.rs"]
 #[expect(dead_code, reason = "the other programs use the rest")]
 mod mem;
+mod not_banned;
 #[path = "../object.rs"]
 mod object;
 
@@ -136,7 +139,7 @@ fn is_banned<F: Frame, const IP: usize>(frame: &F, kind: u16) -> bool {
             let ends = Ends { source: [source, 0, 0, 0], destination: [destination, 0, 0, 0], ipv6: false };
             port::<F, IP, { packet::IPV4_LEN }>(frame, content).is_some_and(|port| {
                 listener::has_port(port)
-                    && bans::is_banned(&bans::mapped(source))
+                    && not_banned::is_banned(&bans::mapped(source))
                     && listener::is_at(frame, &ends, port)
             })
         }
@@ -147,7 +150,7 @@ fn is_banned<F: Frame, const IP: usize>(frame: &F, kind: u16) -> bool {
             let ends = Ends { source: [s0, s1, s2, s3], destination: [d0, d1, d2, d3], ipv6: true };
             port::<F, IP, { packet::IPV6_LEN }>(frame, content).is_some_and(|port| {
                 listener::has_port(port)
-                    && bans::is_banned(&ends.source)
+                    && not_banned::is_banned(&ends.source)
                     && listener::is_at(frame, &ends, port)
             })
         }

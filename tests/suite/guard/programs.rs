@@ -258,6 +258,6 @@ fn self_test(testbed: &Testbed) -> anyhow::Result<()> {
     let guard = &report["guard"];
     ensure!(guard["failure"].is_null(), "{guard:#}");
     let count = |what: &str| guard[what].as_array().map_or(0, Vec::len);
-    ensure!((count("checks"), count("programs")) == (6, 3), "{guard:#}");
+    ensure!((count("checks"), count("programs")) == (7, 3), "{guard:#}");
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use injector_common::guard::port_bit;
+use injector_common::guard::{Settings, port_bit};
 use injector_testbed::bpf::{self, DaemonMap};
 use injector_testbed::bpffs::BpfFs;
 use injector_testbed::daemon::{self, ADMIN, Injector};
@@ -107,18 +107,19 @@ impl Testbed {
         const COMMAND: u32 = 2;
         let ban = [until_ns.to_ne_bytes(), u64::from(COMMAND).to_ne_bytes()].concat();
         let whole = prefix == if address.is_ipv4() { 32 } else { 128 };
-        self.set_looked_up(true, true)?;
         if whole {
-            self.map("BANNED_ADDRESSES")?.set(&mapped(address), &ban)
+            self.map("BANNED_ADDRESSES")?.set(&mapped(address), &ban)?;
         } else {
-            self.map("BANNED_NETWORKS")?.set(&trie_key(address, prefix), &ban)
+            self.map("BANNED_NETWORKS")?.set(&trie_key(address, prefix), &ban)?;
         }
+        self.set_looked_up(true, true)
     }
 
     /// Has no ban concern an address.
     pub(crate) fn allow(&self, address: IpAddr) -> anyhow::Result<()> {
         let prefix = if address.is_ipv4() { 32 } else { 128 };
-        self.map("GUARD_ALLOWED")?.set(&trie_key(address, prefix), &1_u32.to_ne_bytes())
+        self.map("GUARD_ALLOWED")?.set(&trie_key(address, prefix), &1_u32.to_ne_bytes())?;
+        self.set_looked_up(true, true)
     }
 
     fn map(&self, name: &str) -> anyhow::Result<DaemonMap> {
@@ -188,10 +189,16 @@ impl Testbed {
         Ok(std::array::from_fn(|hook| after[hook] - before[hook]))
     }
 
-    /// Tells the programs whether they need to look for networks and for addresses.
+    /// Tells the programs whether they need to look for networks and for addresses, and that something has
+    /// changed.
     pub(crate) fn set_looked_up(&self, networks: bool, addresses: bool) -> anyhow::Result<()> {
-        let words = [networks, addresses].map(|looked_up| u32::from(looked_up).to_ne_bytes());
-        self.map("GUARD_SETTINGS")?.set(&0_u32.to_ne_bytes(), &words.concat())
+        let map = self.map("GUARD_SETTINGS")?;
+        let (key, before) = map.pairs(8)?.pop().context("the map is empty")?;
+        let word = |at: usize| before.get(at..at + 4).and_then(|word| word.try_into().ok());
+        let word = |at| word(at).map(u32::from_ne_bytes).context("a short value");
+        let before = Settings { networks: word(0)?, addresses: word(4)? };
+        let Settings { networks, addresses } = before.after(networks, addresses);
+        map.set(&key, &[networks, addresses].map(u32::to_ne_bytes).concat())
     }
 
     /// Tells the programs that no listener has this port.

@@ -283,7 +283,8 @@ fn detached(testbed: &Testbed, family: Family, way: Way) -> anyhow::Result<()> {
     let injector = testbed.injector("smtp", &format!("attachment = \"{attachment}\""))?;
     drop(testbed.inlined(family, &backend)?);
     let edge = &testbed.topology.edge;
-    let links = || edge.run(|| anyhow::Ok([bpf::tcx_links("outside")?, bpf::tcx_links("inside")?].concat()))?;
+    let links =
+        || edge.run(|| anyhow::Ok([bpf::tcx_links("outside")?, bpf::tcx_links("inside")?].concat()))?;
     let attached = links()?;
     match way {
         Way::Link => edge.run(|| attached.iter().copied().try_for_each(bpf::detach_link))??,

@@ -31,11 +31,11 @@ impl BpfToolchain {
         self.core == Core::Built
     }
 
-    /// The crates that a stable compiler allows to use unstable features: `inline` uses atomic intrinsics,
+    /// The crates that a stable compiler allows to use unstable features: `guard` and `inline` use atomic intrinsics,
     /// which `core` gives no other name on this target. The value `1` would make aya-build pass `-Z
     /// build-std`, which needs a source that this compiler lacks.
     fn bootstrap(&self) -> Option<&'static str> {
-        (self.core == Core::Prebuilt).then_some("aya_ebpf,inline")
+        (self.core == Core::Prebuilt).then_some("aya_ebpf,guard,inline")
     }
 
     /// The lines that injector-user's build script reads.
@@ -61,7 +61,7 @@ mod tests {
         assert!(
             toolchain
                 .record()
-                .ends_with("TOOLCHAIN=bpf\nRUSTC_BOOTSTRAP=aya_ebpf,inline\nBPF_LINKER_DIR=/t/bin\n")
+                .ends_with("TOOLCHAIN=bpf\nRUSTC_BOOTSTRAP=aya_ebpf,guard,inline\nBPF_LINKER_DIR=/t/bin\n")
         );
         toolchain.core = Core::Built;
         assert!(toolchain.record().contains("\nRUSTC_BOOTSTRAP=\n"), "a nightly needs none");

@@ -39,6 +39,9 @@ const PORTS: &str = "GUARDED_PORTS";
 const SETTINGS: &str = "GUARD_SETTINGS";
 const DEVICES: &str = "GUARD_DEVICES";
 
+/// The only key of [`SETTINGS`].
+const SETTINGS_KEY: [u8; 4] = [0; 4];
+
 /// Those that engine inline's programs use, too.
 pub(in crate::engine) const SHARED: [&str; 5] = [ADDRESSES, NETWORKS, ALLOWED, SETTINGS, "GUARD_COUNTERS"];
 
@@ -161,11 +164,14 @@ fn move_bans(aside: &Path, to: &ByteMap) -> io::Result<()> {
 }
 
 impl Bans {
-    /// Has the programs look up what there is, and what is about to be (`soon`).
+    /// Has the programs look up what there is, and what is about to be (`soon`), and look up again what they
+    /// have looked up before.
     fn tell_programs(&self, soon: bool) -> io::Result<()> {
-        let of = |map: &ByteMap| Ok::<_, io::Error>(u32::from(soon || map.has_entries()?));
-        let settings = Settings { networks: of(&self.networks)?, addresses: of(&self.addresses)? };
-        self.settings.insert(&0_u32.to_ne_bytes(), settings.as_bytes())
+        let has = |map: &ByteMap| Ok::<_, io::Error>(soon || map.has_entries()?);
+        let before = self.settings.get(&SETTINGS_KEY)?;
+        let before = before.and_then(|value| Settings::read_from_bytes(&value).ok()).unwrap_or_default();
+        let after = before.after(has(&self.networks)?, has(&self.addresses)?);
+        self.settings.insert(&SETTINGS_KEY, after.as_bytes())
     }
 
     fn map(&self, network: Network) -> &ByteMap {
@@ -188,7 +194,7 @@ impl BanMaps for Maps {
             bans.map(network).remove(&key(network)).context("removing a ban from the kernel's maps")?;
         }
         bans.tell_programs(last.values().any(Option::is_some)).context(SETTINGS)?;
-        for (name, addresses) in [(ADDRESSES, true), (NETWORKS, false)] {
+        let insert = |(name, addresses): (&str, bool)| {
             let (mut keys, mut values) = (Vec::new(), Vec::new());
             for (network, ban) in last.iter().filter(|(network, _)| is_address(**network) == addresses) {
                 if let Some(ban) = ban {
@@ -202,9 +208,12 @@ impl BanMaps for Maps {
                     "writing bans to {name}, which has room for {} (guard.max_bans)",
                     map.info().max_entries
                 )
-            })?;
-        }
-        bans.tell_programs(false).context(SETTINGS)
+            })
+        };
+        let inserted = [(ADDRESSES, true), (NETWORKS, false)].into_iter().try_for_each(insert);
+        // Also of those that were inserted before an error.
+        let looked_up = bans.tell_programs(false).context(SETTINGS);
+        inserted.and(looked_up)
     }
 
     fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()> {
@@ -223,7 +232,8 @@ impl BanMaps for Maps {
 
     fn set_allowed(&self, networks: &[Network]) -> anyhow::Result<()> {
         let wanted = networks.iter().map(|network| trie_key(*network)).collect();
-        replace(&lock(&self.allowed), &wanted).context("writing the networks that are never dropped")
+        replace(&lock(&self.allowed), &wanted).context("writing the networks that are never dropped")?;
+        lock(&self.bans).tell_programs(false).context(SETTINGS)
     }
 
     fn set_guarded(&self, addresses: &[SocketAddr]) -> anyhow::Result<()> {

@@ -60,10 +60,11 @@ pub fn run() -> (Vec<Check>, Vec<ProgramReport>) {
     };
     let seen = "programs verified, maps created".to_owned();
     let mut checks = vec![Check { name: "load", result: Ok(seen), took: start.elapsed() }];
-    let tests: [(&'static str, Test, &str); 5] = [
+    let tests: [(&'static str, Test, &str); 6] = [
         ("banned_dropped", banned_dropped, "packets of banned addresses and networks, for a listener"),
         ("others_pass", others_pass, "other sources, other ports and other protocols"),
         ("allowed_passes", allowed_passes, "what is allowed, although it is banned as well"),
+        ("later_bans", later_bans, "bans of sources whose packets have passed before"),
         ("bans_end", bans_end, "at their time, and when they are lifted"),
         (
             "no_way_around",
@@ -309,6 +310,37 @@ fn allowed_passes(case: &Case<'_>) -> Result<(), String> {
     case.expect("an allowed source", case.source(), SEGMENT, false)?;
     case.allow(&[])?;
     case.expect("a source that is not allowed any more", case.source(), SEGMENT, true)
+}
+
+/// The programs remember which sources they have looked up.
+fn later_bans(case: &Case<'_>) -> Result<(), String> {
+    let (address, network) = (case.network(0)?, case.network(8)?);
+    // Something is banned all the time, or nothing is looked up.
+    case.ban(Network::around(case.listener(), 128), Ban::FOREVER)?;
+    for _ in 0..3 {
+        for banned in [address, network] {
+            for _ in 0..2 {
+                case.expect("a source without a ban", case.source(), SEGMENT, false)?;
+            }
+            case.ban(banned, Ban::FOREVER)?;
+            case.expect("a source that is banned now", case.source(), SEGMENT, true)?;
+            case.allow(&[network])?;
+            case.expect("a source that is allowed now", case.source(), SEGMENT, false)?;
+            case.allow(&[])?;
+            case.expect("a source that is not allowed any more", case.source(), SEGMENT, true)?;
+            case.lift(banned)?;
+        }
+    }
+    // There is no room for all, and an error: those that were written are in force.
+    case.expect("a source without a ban", case.source(), SEGMENT, false)?;
+    let ban = Ban { until_ns: Ban::FOREVER, ..Ban::default() };
+    let others = (0..2 * ROOM).map(|number| Network::around(Ipv4Addr::from_bits(number << 8).into(), 24));
+    let changes: Vec<_> =
+        [address].into_iter().chain(others).map(|network| BanChange::Set(network, ban)).collect();
+    if case.maps.write(&changes).is_ok() {
+        return Err(format!("{} bans fitted into a map for {ROOM}", changes.len()));
+    }
+    case.expect("a source that was banned before an error", case.source(), SEGMENT, true)
 }
 
 fn bans_end(case: &Case<'_>) -> Result<(), String> {

@@ -46,3 +46,34 @@ impl Listed {
         !self.allowed && (now_ns < self.address_until_ns || now_ns < self.network_until_ns)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Moments, some of them the same.
+    fn moment() -> impl Strategy<Value = u64> {
+        prop_oneof![0_u64..4, Just(Ban::FOREVER), any::<u64>()]
+    }
+
+    proptest! {
+        #[test]
+        fn a_ban_holds_until_its_end(until_ns in moment(), now_ns in moment()) {
+            let ban = Ban { until_ns, ..Ban::default() };
+            prop_assert_eq!(ban.holds(now_ns), now_ns < until_ns);
+        }
+
+        #[test]
+        fn a_source_is_banned_while_one_ban_holds_and_none_while_it_is_allowed(
+            address_until_ns in moment(), network_until_ns in moment(), now_ns in moment(),
+        ) {
+            let listed = Listed { allowed: false, address_until_ns, network_until_ns };
+            let holds = |until_ns| Ban { until_ns, ..Ban::default() }.holds(now_ns);
+            prop_assert_eq!(listed.is_banned(now_ns), holds(address_until_ns) || holds(network_until_ns));
+            let allowed = Listed { allowed: true, ..listed }.is_banned(now_ns);
+            prop_assert!(!allowed);
+        }
+    }
+}

@@ -189,7 +189,13 @@ impl CountWord {
 
 #[cfg(test)]
 mod tests {
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    extern crate std;
 
     const KEY: SourceKey = SourceKey { ip: [0, 0, 0xFFFF_u32.to_be(), 1], listener: 3 };
 
@@ -241,5 +247,28 @@ mod tests {
         assert_ne!(two.enter(own, Counted::Pending, 3), Enter::Full);
         let most = CountWord(own.0 | u64::from(CountWord::MAX));
         assert_eq!(most.enter(own, Counted::Established, u32::MAX), Enter::Full);
+    }
+
+    proptest! {
+        /// Whatever its address hashes to: a dead word would be removed under those that it counts.
+        #[test]
+        fn no_source_has_the_dead_word(ip: [u32; 4], listener: u32, hashes_to_zero: bool) {
+            let [w0, rest @ ..] = ip;
+            let w0 = if hashes_to_zero { rest.iter().rev().fold(mix(listener), |hash, word| mix(word ^ hash)) } else { w0 };
+            let own = CountWord::of(&SourceKey { ip: [w0, rest[0], rest[1], rest[2]], listener });
+            prop_assert_ne!(own, CountWord::DEAD);
+            prop_assert_eq!((own.pending(), own.established()), (0, 0));
+        }
+
+        /// Words of 23 bits: of a hundred sources, hardly two have the same.
+        #[test]
+        fn sources_have_words_of_their_own(ip: [u32; 4]) {
+            let [w0, w1, w2, w3] = ip;
+            let key = |host: u32| SourceKey { ip: [w0, w1, w2, w3.wrapping_add(host)], listener: 1 };
+            let mut words: Vec<_> = (0..100).map(|host| CountWord::of(&key(host)).0).collect();
+            words.sort_unstable();
+            words.dedup();
+            prop_assert!(words.len() >= 98, "{}", words.len());
+        }
     }
 }

@@ -82,9 +82,13 @@ fn after_header(next: u8, at: usize) -> Content {
 
 #[cfg(test)]
 mod tests {
+    use std::vec::Vec;
+
     use proptest::prelude::*;
 
     use super::*;
+
+    extern crate std;
 
     #[test]
     fn ipv4_is_tcp_with_ports_a_part_of_it_or_nothing_to_ban() {
@@ -118,7 +122,49 @@ mod tests {
         assert_eq!(extension(FRAGMENT, 40, [17, 0, 0, 8]), Content::Other);
     }
 
+    /// An extension header of a chain: its kind, its bytes, and which next header it names at its start.
+    fn header(kind: u8, len: u8, next: u8) -> Vec<u8> {
+        let (len, size) = match kind {
+            // RFC 8200, section 4.5: always eight bytes, here of the first fragment.
+            44 => (0, 8),
+            // RFC 4302, section 2.2: in units of four bytes, less two.
+            51 => (len.max(1), (usize::from(len.max(1)) + 2) * 4),
+            _ => (len, (usize::from(len) + 1) * 8),
+        };
+        // Options may look like anything; in a fragment header they are its offset.
+        let mut header = std::vec![if kind == 44 { 0 } else { 0xA5 }; size];
+        header[..2].copy_from_slice(&[next, len]);
+        header
+    }
+
     proptest! {
+        /// The kinds are those of the registry "IPv6 Extension Header Types", without ESP (50), which hides what is behind it, and
+        /// those for experiments.
+        #[test]
+        fn a_kind_is_tcp_an_extension_header_or_nothing_to_ban(kind: u8) {
+            let expected = match kind {
+                6 => Content::Tcp(40),
+                0 | 43 | 44 | 51 | 60 | 135 | 139 | 140 => Content::Extension(kind, 40),
+                _ => Content::Other,
+            };
+            prop_assert_eq!(ipv6(kind), expected);
+        }
+
+        #[test]
+        fn tcp_is_found_behind_any_chain(
+            chain in prop::collection::vec((prop::sample::select(&[0, 43, 44, 51, 60, 135, 139, 140][..]), 0..6_u8), 0..5),
+        ) {
+            let kinds: Vec<u8> = chain.iter().map(|(kind, _)| *kind).chain([6]).collect();
+            let mut packet = std::vec![0; 40];
+            for ((kind, len), next) in chain.iter().zip(&kinds[1..]) {
+                packet.extend(header(*kind, *len, *next));
+            }
+            let mut content = ipv6(kinds[0]);
+            while let Content::Extension(kind, at) = content {
+                content = extension(kind, at, packet[at..at + 4].try_into().unwrap());
+            }
+            prop_assert_eq!(content, Content::Tcp(packet.len()));
+        }
         /// So that a walk along the headers comes to an end.
         #[test]
         fn each_header_leads_further(kind: u8, at in 40_usize..4096, header: [u8; 4]) {

@@ -78,7 +78,7 @@ mod tests {
         assert_eq!(last.after(false, true), Settings { networks: 0, addresses: 1 });
     }
 
-    /// Daemons before 2026-12 wrote 0 and 1.
+    /// It wrote 0 and 1.
     #[test]
     fn what_an_earlier_daemon_wrote_is_understood() {
         let earlier = Settings { networks: 0, addresses: 1 };

@@ -142,6 +142,8 @@ pub const fn admit(limits: &SourceLimits, counts: &SourceCounts, rate: Rate, now
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -198,5 +200,68 @@ mod tests {
         let open = |established, sessions| SourceCounts { pending: 0, established, sessions };
         assert_eq!(admit(&limits, &open(1, 0), Rate::default(), 0), Verdict::Pass);
         assert_eq!(admit(&limits, &open(1, 1), Rate::default(), 0), Verdict::TooManyConnections);
+    }
+
+    /// Limits as a configuration makes them: an interval of up to a second.
+    fn limits() -> impl Strategy<Value = SourceLimits> {
+        (0..4_u32, prop_oneof![0..4_u32, Just(u32::MAX)], prop_oneof![1..20_u64, Just(1_000_000_000)])
+            .prop_map(|(connections, burst, interval_ns)| SourceLimits { connections, burst, interval_ns })
+    }
+
+    /// Moments, many of them close to each other, and to the end of all time.
+    fn moment() -> impl Strategy<Value = u64> {
+        prop_oneof![0..40_u64, u64::MAX - 40..=u64::MAX, any::<u64>()]
+    }
+
+    fn count() -> impl Strategy<Value = u32> {
+        prop_oneof![0..3_u32, Just(u32::MAX)]
+    }
+
+    proptest! {
+        #[test]
+        fn a_mask_keeps_the_first_bits(ip: u128, prefix in 0..=128_u8) {
+            let words = |ip: u128| {
+                let bytes = ip.to_be_bytes();
+                [0, 4, 8, 12].map(|at| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()))
+            };
+            let first = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            prop_assert_eq!(mask(words(ip), prefix), words(ip & first));
+        }
+
+        /// The same in numbers that cannot overflow, as ITU-T I.371 has it.
+        #[test]
+        fn a_rate_is_that_of_the_algorithm(limits in limits(), arrival_ns in moment(), now_ns in moment(), handshakes in count()) {
+            let wide = |number: u64| u128::from(number);
+            let from = wide(arrival_ns.max(now_ns));
+            let interval = wide(limits.interval_ns);
+            let is_early = |from: u128| {
+                limits.burst > 0 && from - wide(now_ns) > interval * (u128::from(limits.burst) - 1)
+            };
+            let after = Rate { arrival_ns: u64::try_from(from + interval).unwrap_or(u64::MAX) };
+            let rate = Rate { arrival_ns };
+            let expected = if is_early(from) { None } else if limits.burst == 0 { Some(rate) } else { Some(after) };
+            prop_assert_eq!(rate.take(&limits, now_ns), expected);
+            prop_assert_eq!(rate.used(&limits, now_ns), after);
+            // Time ends at `u64::MAX`.
+            let under_way = (from + interval * u128::from(handshakes)).min(wide(u64::MAX));
+            prop_assert_eq!(rate.is_exceeded(&limits, handshakes, now_ns), is_early(under_way));
+        }
+
+        #[test]
+        fn a_source_has_as_many_connections_as_it_may(
+            limits in limits(), (pending, established, sessions) in (count(), count(), count()), rate in moment(), now_ns in moment(),
+        ) {
+            let (counts, rate) = (SourceCounts { pending, established, sessions }, Rate { arrival_ns: rate });
+            let open = [pending, established, sessions].map(u64::from).iter().sum::<u64>();
+            let expected = if limits.connections > 0 && open >= u64::from(limits.connections) {
+                Verdict::TooManyConnections
+            } else if rate.take(&limits, now_ns).is_none() {
+                Verdict::TooFast
+            } else {
+                Verdict::Pass
+            };
+            prop_assert_eq!(admit(&limits, &counts, rate, now_ns), expected);
+            prop_assert_eq!(limits.is_set(), limits.connections > 0 || limits.burst > 0);
+        }
     }
 }

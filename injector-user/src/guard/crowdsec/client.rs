@@ -27,6 +27,7 @@ const MAX_FILE: u64 = 1 << 20;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timeouts {
     pub(super) resolve: Duration,
+    /// With the handshake of TLS. As long for each request that has a body, until it is sent.
     pub(super) connect: Duration,
     /// From the request to the head of the answer: the LAPI asks its database first.
     pub(super) head: Duration,
@@ -69,7 +70,7 @@ pub(super) enum RequestError {
     Stream(#[from] StreamError),
 }
 
-/// A LAPI, for one or two requests.
+/// A LAPI, for one request.
 #[derive(Debug)]
 pub(super) struct Client<'a> {
     settings: &'a CrowdSec,
@@ -89,10 +90,8 @@ impl<'a> Client<'a> {
             // The key is for this LAPI alone.
             .max_redirects(0)
             .proxy(None)
-            .max_idle_connections(0)
             .timeout_resolve(Some(timeouts.resolve))
             .timeout_connect(Some(timeouts.connect))
-            .timeout_send_request(Some(timeouts.connect))
             .timeout_send_body(Some(timeouts.connect))
             .timeout_recv_response(Some(timeouts.head))
             .timeout_recv_body(Some(timeouts.body))
@@ -102,7 +101,7 @@ impl<'a> Client<'a> {
     }
 
     /// Asks for all decisions, or for what changed since the last request of this API key.
-    pub(super) fn decisions(&self, rules: &Rules) -> Result<Answer, RequestError> {
+    pub(super) fn decisions(self, rules: &Rules) -> Result<Answer, RequestError> {
         let url = self.url("/v1/decisions/stream");
         let mut request = self
             .agent
@@ -125,7 +124,7 @@ impl<'a> Client<'a> {
     }
 
     /// Sends usage metrics. `false` if the LAPI does not know them: it is older than 1.6.3.
-    pub(super) fn usage(&self, payload: &serde_json::Value) -> Result<bool, RequestError> {
+    pub(super) fn usage(self, payload: &serde_json::Value) -> Result<bool, RequestError> {
         let url = self.url("/v1/usage-metrics");
         let request = self.agent.post(&url).header("X-Api-Key", &self.key).content_type("application/json");
         match self.check(url, request.send(payload.to_string())) {
@@ -192,3 +191,6 @@ fn roots(path: &Path) -> Result<RootCerts, RequestError> {
     }
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }
+
+#[cfg(test)]
+mod tests;

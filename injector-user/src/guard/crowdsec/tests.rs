@@ -13,11 +13,11 @@ use super::*;
 use crate::config::Captcha;
 
 /// Longer than anything here takes.
-const LIMIT: Duration = Duration::from_secs(20);
+pub(super) const LIMIT: Duration = Duration::from_secs(20);
 
 /// A request as the LAPI sees it.
 #[derive(Clone, Debug)]
-struct Request {
+pub(super) struct Request {
     /// Method and target.
     line: String,
     /// In lower case.
@@ -50,19 +50,19 @@ impl Request {
         self.line.contains("startup=true")
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find_map(|header| header.strip_prefix(&format!("{name}: ")))
     }
 }
 
 /// A LAPI; `answer` gets the number of the request, from 0.
-struct Lapi {
-    address: std::net::SocketAddr,
+pub(super) struct Lapi {
+    pub(super) address: std::net::SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Lapi {
-    fn start(answer: impl Fn(usize, &Request, &mut TcpStream) + Send + 'static) -> Self {
+    pub(super) fn start(answer: impl Fn(usize, &Request, &mut TcpStream) + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -86,7 +86,7 @@ impl Lapi {
 /// Writes an answer.
 type Response = Box<dyn Fn(&mut TcpStream) + Send>;
 
-fn respond(stream: &mut TcpStream, status: &str, body: &str) {
+pub(super) fn respond(stream: &mut TcpStream, status: &str, body: &str) {
     let length = body.len();
     // The client may have gone.
     let _ =
@@ -333,71 +333,18 @@ fn the_same_settings_again_need_no_full_answer() {
     assert_eq!(bench.bans(), ["192.0.2.1"]);
 }
 
+/// Threads with mail come first.
 #[test]
-fn errors_say_what_to_do() {
-    let directory = tempfile::tempdir().unwrap();
-    let file = |name: &str, text: &str| {
-        let path = directory.path().join(name);
-        fs::write(&path, text).unwrap();
-        path
-    };
-    let lapi = Lapi::start(|_, request, stream| {
-        let status = request.header("x-api-key").unwrap().to_owned();
-        respond(stream, &format!("{status} Status"), "");
+fn only_the_thread_of_the_feed_has_a_low_priority() {
+    let niceness = || rustix::process::getpriority_process(None).unwrap();
+    let before = niceness();
+    let thread = thread::spawn(move || {
+        let (_, inbox) = mpsc::channel();
+        follower(CrowdSecMetrics::default(), LIMIT).run(None, &inbox);
+        niceness()
     });
-    let error = |key: &str, ca: Option<&str>, url: &str| {
-        let settings = CrowdSec {
-            url: url.to_owned(),
-            api_key_file: file("key", key),
-            ca_file: ca.map(|ca| file("ca", ca)),
-            interval: LIMIT,
-            captcha: Captcha::Ban,
-            origins: Vec::new(),
-            scenarios_containing: Vec::new(),
-            usage_metrics: false,
-        };
-        let rules = Rules { full: true, captcha: Captcha::Ban, max_kept: 1, max_entries: 1, now_ns: 0 };
-        let answer = Client::new(&settings, Timeouts::default()).and_then(|client| client.decisions(&rules));
-        answer.unwrap_err().to_string().replace(directory.path().to_str().unwrap(), "DIR")
-    };
-    let url = format!("http://{}", lapi.address);
-    for (got, expected) in [
-        (
-            error("", None, &url),
-            "DIR/key must contain one line, the API key that `cscli bouncers add` printed",
-        ),
-        (
-            error("a\nb", None, &url),
-            "DIR/key must contain one line, the API key that `cscli bouncers add` printed",
-        ),
-        (
-            // A key is not looked for without end.
-            error(&format!("{}key", " ".repeat(1 << 20)), None, &url),
-            "DIR/key must contain one line, the API key that `cscli bouncers add` printed",
-        ),
-        (error("k", Some("x"), &url), "DIR/ca contains no certificate in PEM"),
-        (
-            error("403", None, &url),
-            "the LAPI rejected the API key with status 403: make one with `cscli bouncers add injector`, and write it to DIR/key",
-        ),
-        (error("503", None, &url), "the LAPI answered with status 503"),
-        (
-            error("404", None, &url),
-            &format!(
-                "the LAPI has nothing at {url}/v1/decisions/stream (status 404): check guard.crowdsec.url"
-            ),
-        ),
-        (
-            error("200", None, &url),
-            "the answer is not a list of decisions: EOF while parsing a value at line 1 column 0",
-        ),
-        (
-            error("k", None, "http://127.0.0.1:1"),
-            "no answer from the LAPI: io: Connection refused (os error 111)",
-        ),
-    ] {
-        assert_eq!(got, expected);
-    }
+    assert_eq!(thread.join().unwrap(), NICENESS);
+    assert!(before == niceness() && before < NICENESS);
 }
 
 #[test]

@@ -177,3 +177,48 @@ fn refresh(file: &mut FollowedFile, list: &str) -> bool {
     }
     file.error().is_none()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FILES: usize = 5;
+
+    /// Files of a configuration, by their numbers.
+    fn files() -> impl Strategy<Value = Vec<usize>> {
+        prop::sample::subsequence((0..FILES).collect::<Vec<_>>(), 0..=FILES).prop_shuffle()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Also in another order, and while they are broken. Files that were not followed before have none.
+        #[test]
+        fn files_that_stay_keep_their_networks(before in files(), after in files()) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |file: &usize| dir.path().join(file.to_string());
+            let network = |file: &usize| format!("192.0.2.{file}").parse::<Network>().unwrap();
+            for file in 0..FILES {
+                fs::write(path(&file), network(&file).to_string()).unwrap();
+            }
+            let mut followed = Vec::new();
+            for numbers in [&before, &after] {
+                follow(&mut followed, &numbers.iter().map(path).collect::<Vec<_>>());
+                for file in &mut followed {
+                    file.refresh();
+                }
+                (0..FILES).for_each(|file| fs::write(path(&file), "nonsense").unwrap());
+            }
+            prop_assert!(followed.iter().map(FollowedFile::path).eq(after.iter().map(path)));
+            for (file, number) in followed.iter().zip(&after) {
+                let networks = file.networks().map(|networks| networks.iter().collect::<Vec<_>>());
+                prop_assert_eq!(networks, before.contains(number).then(|| vec![network(number)]));
+                prop_assert!(file.error().is_some());
+            }
+        }
+    }
+}

@@ -114,6 +114,7 @@ mod tests {
         // Of a daemon that was killed.
         fs::write(path.with_extension("new"), "x".repeat(10_000)).unwrap();
         save(&path, &bans, before).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format(&bans, before), "something of it is left");
         let replaced = fs::File::open(&path).unwrap();
         save(&path, &bans, before).unwrap();
         let inode = |file: &fs::File| std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());

@@ -125,27 +125,36 @@ fn a_protected_network_has_its_first_reason() {
 #[test]
 fn a_file_that_cannot_be_read_keeps_what_it_said_before() {
     let dir = tempfile::tempdir().unwrap();
-    let (deny, later) = (dir.path().join("deny"), dir.path().join("later"));
+    let [deny, later, allow] = ["deny", "later", "allow"].map(|name| dir.path().join(name));
     fs::write(&deny, "192.0.2.1\n").unwrap();
+    fs::write(&allow, "192.0.2.128/25\n").unwrap();
     let network = |text: &str| -> Network { text.parse().unwrap() };
     // What an earlier daemon read from a file that is not there now.
     let guard = Guard::new(None, 10);
     let left = WantedBan { network: network("192.0.2.9"), until_ns: Ban::FOREVER, reason: "".into() };
     guard.change(Origin::List, [left], Vec::new());
-    let settings =
-        config::Guard { deny_files: vec![deny.clone(), later.clone()], ..config::Guard::default() };
+    let settings = config::Guard {
+        deny: vec![network("203.0.113.0/24")],
+        deny_files: vec![deny.clone(), later.clone()],
+        allow_files: vec![allow.clone()],
+        ..config::Guard::default()
+    };
     let service = Service::start(guard, &settings, &[], None).unwrap();
     let is_listed = |text: &str| service.guard().has(Origin::List, network(text));
     wait("the file is not read", || is_listed("192.0.2.1"));
     assert!(is_listed("192.0.2.9"));
     fs::write(&later, "192.0.2.2\n").unwrap();
     wait("the other file is not read", || is_listed("192.0.2.2") && !is_listed("192.0.2.9"));
-    // A reload keeps it, too.
+    // A reload keeps it, too. Only what the configuration itself said before ends.
     fs::write(&deny, "nonsense\n").unwrap();
-    wait("the error is not seen", || service.lists()[0].error.is_some());
+    fs::write(&allow, "nonsense\n").unwrap();
+    wait("the errors are not seen", || {
+        service.lists().iter().filter(|list| list.error.is_some()).count() == 2
+    });
     service.set_lists(&config::Guard { deny: vec![network("198.51.100.0/24")], ..settings });
     wait("the other list is not applied", || is_listed("198.51.100.0/24"));
-    assert!(is_listed("192.0.2.1") && is_listed("192.0.2.2"));
+    assert!(is_listed("192.0.2.1") && is_listed("192.0.2.2") && !is_listed("203.0.113.0/24"));
+    assert_eq!(service.guard().protection(network("192.0.2.200")), Some(Protection::Allow));
     service.stop();
 }
 

@@ -51,3 +51,36 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, hint, thread};
+
+    use injector_user::os::allocator;
+
+    /// What the process has in memory, in KiB.
+    fn resident() -> usize {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    fn use_64_mib() {
+        let blocks: Vec<_> = (0..8192).map(|_| vec![1_u8; 8192]).collect();
+        hint::black_box(&blocks);
+    }
+
+    /// What was used on this thread, and on one that has ended.
+    #[test]
+    fn unused_memory_is_given_back() {
+        const MIB: usize = 1 << 10;
+        let before = resident();
+        thread::spawn(use_64_mib).join().unwrap();
+        use_64_mib();
+        let kept = resident() - before;
+        assert!(kept > 32 * MIB, "the allocator keeps {kept} KiB, so nothing is to be given back");
+        allocator::release_unused();
+        let left = resident().saturating_sub(before);
+        assert!(left < 8 * MIB, "{left} KiB of {kept} are left");
+    }
+}

@@ -18,6 +18,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("clsact, behind inline and beside another program's filter", clsact),
     ("clsact, a filter in front that accepts packets: the second gate", second_gate),
     ("status and doctor name what is missing", missing),
+    ("a daemon that may not read programs knows its own by their pins", unreadable),
 ];
 
 const ENGINES: [&str; 3] = ["splice", "relay", "inline"];
@@ -132,6 +133,27 @@ fn second_gate(testbed: &Testbed) -> anyhow::Result<()> {
         injector.metrics().map(|all| all.sum("injector_connections_rejected_total", &[("reason", "banned")]))
     };
     wait_for("the count of rejected connections", || Ok(rejected()? >= 1.0))
+}
+
+/// Programs that it may not read may be an earlier injector's of engine inline, of which the daemon warns. Those
+/// of the guard are not.
+fn unreadable(testbed: &Testbed) -> anyhow::Result<()> {
+    const WARNING: &str = "this process may not read what they are";
+    let start = |config: &str| {
+        let by = ["setpriv", "--bounding-set=-sys_admin", "sh", "-c"];
+        Injector::start_by(&testbed.topology.edge, &by, config)
+    };
+    let config = testbed.config(&RELAY, "");
+    // The second one finds the programs of the first.
+    for daemon in ["first", "second"] {
+        let injector = start(&config)?;
+        ensure!(
+            injector.status()?["guard"]["devices"][0]["ingress"] == "tcx",
+            "the {daemon} has no programs"
+        );
+        ensure!(!injector.log().contains(WARNING), "the {daemon}: {}", injector.log());
+    }
+    Ok(())
 }
 
 fn missing(testbed: &Testbed) -> anyhow::Result<()> {

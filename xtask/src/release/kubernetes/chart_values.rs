@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::{
-    Rendering, Validator, consistency,
+    Rendering, Validator, chart_schema, consistency,
     object::{Object, text},
     schema,
 };
@@ -153,14 +153,9 @@ probe: { enabled: true }
 const DAEMONS: &str = "DaemonSet injector/injector";
 const PROBE: &str = "CronJob injector/injector-probe";
 
-/// Values that the chart must refuse, and a part of the message.
-const REFUSED: [(&str, &str); 11] = [
-    ("noSuchValue: 1", "noSuchValue"),
-    ("image: { digest: latest }", "digest"),
-    ("seccompProfile: { profile: bpf.json }", "seccompProfile"),
-    ("config: ''", "config"),
+/// Values that a template of the chart must refuse, and a part of the message.
+const REFUSED: [(&str, &str); 8] = [
     ("mail: { create: true }", "mail.selector must have the labels"),
-    ("{ mail: { create: true, selector: { app: mail } }, edgeAddresses: [] }", "edgeAddresses"),
     (
         "{ mail: { create: true, selector: { app: mail } }, edgeAddresses: null }",
         "would open the PROXY ports to all",
@@ -172,9 +167,17 @@ const REFUSED: [(&str, &str); 11] = [
         "config: '[[listener]] virtual_addresses = [{ service = \"injector/injector\" }]'",
         "the release's own Services are injector/injector and injector/injector-peers",
     ),
+    (
+        "{ ownServices: { enabled: true }, config: '[[listener]] backends = [{ service = \"injector/other\" }]' }",
+        "\"injector/other\", and the injector has no right to read it",
+    ),
+    (
+        "{ drain: { deadline: 4m 59s 1000ms }, terminationGracePeriodSeconds: 300 }",
+        "terminationGracePeriodSeconds (300) must be more than drain.deadline (4m 59s 1000ms)",
+    ),
 ];
 
-/// Renders and validates [`ACCEPTED`], and renders [`REFUSED`]. Returns the faults.
+/// Renders and validates [`ACCEPTED`], and tries the values that must be refused. Returns the faults.
 ///
 /// # Errors
 /// When a tool cannot be started, or renders something that is not objects.
@@ -200,21 +203,40 @@ pub(super) fn faults(validator: &Validator, daemon: &Path) -> Result<Vec<String>
         files.push(file);
     }
     found.extend(schema::ask(&validator.tools.python, &files)?.iter().filter_map(schema::Answer::fault));
-    for (values, expected) in REFUSED {
+    found.extend(refusal_faults(validator)?);
+    Ok(found)
+}
+
+/// Renders [`REFUSED`] and [`chart_schema::REFUSED`]. Returns what is not refused, or with another message.
+fn refusal_faults(validator: &Validator) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut refuse = |values: &str, expected: &str, is_expected: &dyn Fn(&str) -> bool| -> Result<()> {
         match render(validator, super::RELEASE, super::RELEASE, values)? {
             Ok(_) => found.push(format!("the chart accepts values `{values}`")),
-            Err(why) if !why.contains(expected) => {
+            Err(why) if !is_expected(&why) => {
                 found.push(format!("the chart refuses values `{values}` without `{expected}`: {why}"));
             }
             Err(_) => {}
         }
+        Ok(())
+    };
+    for (values, expected) in REFUSED {
+        refuse(values, expected, &|why| why.contains(expected))?;
+    }
+    for (values, place, constraint) in chart_schema::REFUSED {
+        let expected = format!("{place}: {constraint}");
+        refuse(values, &expected, &|why| chart_schema::is_named(why, place, constraint))?;
     }
     Ok(found)
 }
 
 /// What was tried, for the result.
 pub(super) fn summary() -> String {
-    format!("values: {} combinations rendered and valid, {} refused", ACCEPTED.len(), REFUSED.len())
+    format!(
+        "values: {} combinations rendered and valid, {} refused",
+        ACCEPTED.len(),
+        REFUSED.len() + chart_schema::REFUSED.len()
+    )
 }
 
 /// The objects as text, or why helm refuses the values.

@@ -2,6 +2,7 @@
 //! but without a cluster.
 
 mod chart_parity;
+mod chart_schema;
 mod chart_values;
 mod consistency;
 pub(crate) mod object;

@@ -61,3 +61,15 @@ pub struct ListedBan {
     /// Whom, until when and why.
     pub ban: WantedBan,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel's maps have them, also from an earlier version.
+    #[test]
+    fn the_bits_of_origins_are_those_of_earlier_daemons() {
+        assert_eq!(Origin::ALL.map(Origin::bit), [0b001, 0b010, 0b100]);
+        assert_eq!(Origin::ALL.map(Origin::name), ["list", "command", "crowdsec"]);
+    }
+}

@@ -90,6 +90,8 @@ fn parse_line(line: &str, now: Now) -> Option<WantedBan> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -130,9 +132,44 @@ mod tests {
     #[test]
     fn lines_that_are_no_bans_are_counted() {
         let now = Now { wall: SystemTime::UNIX_EPOCH, boottime_ns: 0 };
-        let (bans, bad) = parse("# title\n192.0.2.7/32 never a b  c\nx never y\n192.0.2.7/32 soon\n\n", now);
-        assert_eq!(bans.len(), 1);
+        let text = "# title\n192.0.2.7/32 never a b  c\nx never y\n192.0.2.7/32 soon\n\n192.0.2.8/32 9999-01-01T00:00:00Z\n";
+        let (bans, bad) = parse(text, Now { boottime_ns: 1, ..now });
+        assert_eq!(bans.len(), 2);
+        assert_eq!(bans[1].until_ns, u64::MAX, "an end that no clock reaches");
         assert_eq!(&*bans[0].reason, "a b  c");
         assert_eq!(bad, 3);
+    }
+
+    proptest! {
+        /// Ends are kept in milliseconds. A ban that is over does not come back.
+        #[test]
+        fn bans_are_read_as_they_were_written(
+            ends in prop::collection::vec(prop_oneof![0..200 * SECOND, Just(u64::MAX - 1), Just(Ban::FOREVER)], 0..5),
+            (written, passed) in (0..100 * SECOND, 0..100 * SECOND),
+        ) {
+            let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+            let before = Now { wall, boottime_ns: written };
+            let after = Now { wall: wall + Duration::from_nanos(passed), boottime_ns: written + passed };
+            let ban = |(host, until_ns)| WantedBan {
+                network: format!("192.0.2.{host}").parse().unwrap(),
+                until_ns,
+                reason: "a b".into(),
+            };
+            let bans: Vec<_> = ends.into_iter().enumerate().map(ban).collect();
+            let (read, bad) = parse(&format(&bans, before), after);
+            prop_assert_eq!(bad, 0);
+            const MS: u64 = 1_000_000;
+            for ban in &bans {
+                let left = ban.until_ns.saturating_sub(after.boottime_ns);
+                match read.iter().find(|read| read.network == ban.network) {
+                    Some(read) if ban.until_ns == Ban::FOREVER => prop_assert_eq!(read, ban),
+                    Some(read) => {
+                        prop_assert!(read.until_ns <= ban.until_ns && ban.until_ns - read.until_ns < MS);
+                        prop_assert_eq!(&read.reason, &ban.reason);
+                    }
+                    None => prop_assert!(left < MS, "{left}"),
+                }
+            }
+        }
     }
 }

@@ -169,7 +169,8 @@ mod tests {
             ("Range", "ban", "0.0.0.0/0", Err(Ignored::TooLarge)),
             ("Range", "ban", "10.0.0.0/7", Err(Ignored::TooLarge)),
             ("Range", "ban", "10.0.0.0/8", Ok(("10.0.0.0/8", Ban))),
-            ("Range", "ban", "2001::/16", Err(Ignored::TooLarge)),
+            ("Range", "ban", "2001::/18", Err(Ignored::TooLarge)),
+            ("Range", "ban", "2001::/19", Ok(("2001::/19", Ban))),
         ] {
             let got = decision(scope, kind, value).target(Captcha::Ban);
             let got = got.map(|(network, remediation)| (network.to_string(), remediation));

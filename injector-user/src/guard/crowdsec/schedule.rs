@@ -73,8 +73,9 @@ mod tests {
         schedule.succeeded(true, SECOND);
         assert!(!schedule.asks_for_all(SECOND * 11));
         schedule.succeeded(false, SECOND * 11);
-        assert!(!schedule.asks_for_all(RESYNC));
-        assert!(schedule.asks_for_all(RESYNC + SECOND));
+        let six_hours = SECOND * 6 * 3600;
+        assert!(!schedule.asks_for_all(six_hours));
+        assert!(schedule.asks_for_all(six_hours + SECOND));
         schedule.failed();
         assert!(schedule.asks_for_all(SECOND * 12) && schedule.is_failing());
         schedule.succeeded(true, SECOND * 12);

@@ -248,10 +248,10 @@ mod tests {
 
     #[test]
     fn every_bad_line_is_named() {
-        let text = "192.0.2.0/24\n192.0.2.7/24\nmail.example\n0.0.0.0/0\n2001::/8\n192.0.2.1 192.0.2.2\n";
+        let text = "192.0.2.0/24\n192.0.2.7/24\nmail.example\n0.0.0.0/0\n2000::/15\n192.0.2.1 192.0.2.2\n2000::/16\n10.0.0.0/8\n10.0.0.0/7\n";
         let (_, bad) = parse(text);
         let lines: Vec<_> = bad.iter().map(|(line, _)| *line).collect();
-        assert_eq!(lines, [2, 3, 4, 5, 6]);
+        assert_eq!(lines, [2, 3, 4, 5, 6, 9]);
         assert!(bad[0].1.contains("write \"192.0.2.0/24\""), "{bad:?}");
         assert!(bad[2].1.contains("larger than /8"), "{bad:?}");
     }
@@ -263,6 +263,7 @@ mod tests {
         let mut file = FollowedFile::new(path.clone());
         assert!(file.refresh());
         assert!(file.error().unwrap().contains("No such file") && file.networks().is_none());
+        assert_eq!(file.status().networks, 0);
         assert!(!file.refresh(), "the same error is not news");
         fs::write(&path, "192.0.2.1\n").unwrap();
         assert!(file.refresh() && file.error().is_none());
@@ -306,14 +307,41 @@ mod tests {
     }
 
     #[test]
+    fn other_networks_are_news_and_the_same_ones_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = FollowedFile::new(dir.path().join("deny.txt"));
+        for (text, is_news) in
+            [("192.0.2.1\n", true), ("192.0.2.2\n", true), ("# the same\n192.0.2.2\n", false), ("", true)]
+        {
+            fs::write(file.path(), text).unwrap();
+            assert_eq!(file.refresh(), is_news, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_fresh_for_two_seconds() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let is_fresh = |modified| {
+            file.as_file().set_modified(modified).unwrap();
+            Signature::of(file.path()).unwrap().is_fresh
+        };
+        let now = SystemTime::now();
+        // Also if the clock was set back.
+        assert!(is_fresh(now + Duration::from_secs(60)));
+        assert!(!is_fresh(now - Duration::from_millis(2500)));
+    }
+
+    #[test]
     fn a_message_names_twenty_lines_at_most() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny.txt");
-        fs::write(&path, format!("{}\n", "x".repeat(1000)).repeat(25)).unwrap();
-        let error = read(&path).unwrap_err();
-        assert_eq!(error.lines().count(), 21);
-        assert!(error.lines().all(|line| line.len() < 300), "{error}");
-        assert!(error.ends_with("and 5 more lines"), "{error}");
+        for (bad, end) in [(20, None), (21, Some("and 1 more lines")), (25, Some("and 5 more lines"))] {
+            fs::write(&path, format!("{}\n", "x".repeat(1000)).repeat(bad)).unwrap();
+            let error = read(&path).unwrap_err();
+            assert!(error.lines().all(|line| line.len() < 300), "{error}");
+            assert_eq!(error.lines().nth(20), end);
+            assert_eq!(error.lines().count(), bad.min(21));
+        }
     }
 
     #[test]

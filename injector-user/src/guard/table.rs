@@ -210,6 +210,22 @@ mod tests {
         assert_eq!(networks(&mut table.around("192.0.2.8".parse().unwrap(), 150)), listed[1..]);
     }
 
+    /// The kernel's programs and the daemon agree about the moment of the end: then it is over.
+    #[test]
+    fn a_ban_is_over_at_its_end() {
+        let mut table = Table::default();
+        table.insert(Origin::Command, ban("192.0.2.7", 50), 10);
+        table.insert(Origin::List, ban("192.0.2.8", 51), 10);
+        let [address, network] = ["192.0.2.7", "192.0.2.7/32"];
+        for now_ns in [0, 49, 50, 51] {
+            let holds = Ban { until_ns: 50, ..Ban::default() }.holds(now_ns);
+            assert_eq!(table.bans(address.parse().unwrap(), || now_ns), holds, "{now_ns}");
+            let (expired, _) = table.expired(now_ns);
+            assert_eq!(expired.contains(&(Origin::Command, network.parse().unwrap())), !holds, "{now_ns}");
+        }
+        assert_eq!([0, 50, 51].map(|now_ns| table.expired(now_ns).1), [50, 51, Ban::FOREVER]);
+    }
+
     #[test]
     fn a_full_table_takes_no_other_network_and_renews_those_that_it_has() {
         let mut table = Table::default();

@@ -72,10 +72,8 @@ pub(super) fn answer_to_syn<L: Link>(skb: &TcContext, packet: &mut Packet, entry
                 if let Some(earlier) = established {
                     // The backend has forgotten it.
                     entry.established = 0;
-                    earlier.set(Flag::Superseded);
                     earlier.set(Flag::Replaced);
-                    maps::count(Counter::Superseded);
-                    established::emit_end(slot, earlier);
+                    established::supersede(slot, earlier);
                 }
                 flow
             }

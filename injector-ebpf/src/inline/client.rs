@@ -58,16 +58,16 @@ fn establish(entry: &mut Entry, slot: u32, flow: &mut Flow) -> bool {
     entry.established = slot;
     entry.pending = 0;
     if let Some(earlier_flow) = maps::connection(earlier) {
-        earlier_flow.set(Flag::Superseded);
-        maps::count(Counter::Superseded);
-        established::emit_end(earlier, earlier_flow);
+        established::supersede(earlier, earlier_flow);
     }
     let mut key = MaybeUninit::<Key>::uninit();
     let key = maps::reversed_key(&flow.backend_side.tuple, &mut key);
     if let Some(entry) = maps::entry(key) {
-        if let Some(earlier) = maps::connection(entry.established) {
-            earlier.set(Flag::Superseded);
-            earlier.set(Flag::Replaced);
+        // One of another listener, with the client's own port as well.
+        let earlier = entry.established;
+        if let Some(earlier_flow) = maps::connection(earlier) {
+            earlier_flow.set(Flag::Replaced);
+            established::supersede(earlier, earlier_flow);
         }
         entry.established = slot;
         entry.pending = 0;

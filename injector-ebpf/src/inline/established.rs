@@ -37,3 +37,13 @@ pub(super) fn emit_end(slot: u32, flow: &mut Flow) {
         maps::emit_event(Event::ENDED, slot, flow);
     }
 }
+
+/// Another connection has taken its place: nothing that its client still sends goes to the backend.
+#[inline(always)]
+pub(super) fn supersede(slot: u32, flow: &mut Flow) {
+    if !flow.is(Flag::Superseded) {
+        flow.set(Flag::Superseded);
+        maps::count(Counter::Superseded);
+    }
+    emit_end(slot, flow);
+}

@@ -40,24 +40,30 @@ pub(crate) struct Client {
 
 /// The client has the backend's answer to its SYN.
 pub(crate) fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow::Result<Client> {
-    let first: u32 = 0x1000_0000 + u32::from(port);
     let ip: IpAddr = match family {
         Family::V4 => Ipv4Addr::new(203, 0, 113, 99).into(),
         Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, 99).into(),
     };
-    let frame =
-        Frame { source: SocketAddr::new(ip, port), sequence: first, ..Frame::of_a_client(testbed, family)? };
+    let sequence = 0x1000_0000 + u32::from(port);
+    let source = SocketAddr::new(ip, port);
+    opening(testbed, Frame { source, sequence, ..Frame::of_a_client(testbed, family)? })
+}
+
+/// The same of the client whose first byte such a frame would have.
+pub(crate) fn opening(testbed: &WireTestbed, frame: Frame) -> anyhow::Result<Client> {
+    let (first, [from, to]) = (frame.sequence, [frame.source, frame.destination]);
     let (sender, answers) = mpsc::channel();
     let _watching = testbed.wire.faults(move |seen| {
         if seen.at(Side::Client, Direction::ToClient)
             && seen.is_syn_ack()
-            && seen.tcp.destination_port() == port
+            && seen.source() == to
+            && seen.tcp.destination_port() == from.port()
         {
             let _ = sender.send(seen.tcp.sequence_number().wrapping_add(1));
         }
         Fate::Pass
     });
-    testbed.wire.watch(port);
+    testbed.wire.watch(from.port());
     let sequence = first.wrapping_sub(1);
     let syn = Frame { flags: SYN, sequence, options: vec![2, 4, 5, 0xA0], ..frame.clone() };
     testbed.wire.inject(Side::Client, Direction::ToBackend, &syn.whole())?;
@@ -65,7 +71,7 @@ pub(crate) fn client(testbed: &WireTestbed, family: Family, port: u16) -> anyhow
     Ok(Client { frame, first, answered })
 }
 
-fn with_cookies<'a>(
+pub(crate) fn with_cookies<'a>(
     testbed: &'a WireTestbed,
     family: Family,
 ) -> anyhow::Result<(SysctlGuard<'a>, TcpListener)> {

@@ -17,6 +17,7 @@ mod losses;
 mod offloads;
 mod packets;
 mod reload;
+mod replaced;
 mod site;
 mod source_limits;
 mod source_ports;
@@ -40,7 +41,7 @@ use wire_testbed::WireTestbed;
 
 fn main() -> ExitCode {
     group::run(
-        vec![on_ethernet(), without_headers()],
+        vec![on_ethernet(), without_headers(), as_client()],
         vec![of_family(Family::V4), of_family(Family::V6), timeouts(), topologies()],
     )
 }
@@ -105,10 +106,11 @@ fn topologies() -> Vec<Trial> {
 }
 
 /// Trials with links that the test controls.
-const ON_WIRE: [(&str, &[(&str, WireRun)]); 6] = [
+const ON_WIRE: [(&str, &[(&str, WireRun)]); 7] = [
     ("losses", losses::TRIALS),
     ("identity", identity::TRIALS),
     ("identity", cookies::TRIALS),
+    ("identity", replaced::TRIALS),
     ("packets", packets::TRIALS),
     ("tcp", tcp::TRIALS),
     ("first bytes", first_bytes::TRIALS),
@@ -142,6 +144,16 @@ fn without_headers() -> Vec<Trial> {
     let mut trials: Vec<_> = chosen.map(trial).collect();
     trials.extend(arbitrary(&group, "headerless", 448));
     trials
+}
+
+/// Connections to backends come from the client's own address and port.
+fn as_client() -> Vec<Trial> {
+    let group =
+        Group::new("as-client", |group| WireTestbed::with(group, Layer::Ethernet, "source = \"client\""));
+    let trial = |(family, (name, run)): (Family, (&str, WireRun))| {
+        on_wire(&group, format!("identity/{}/{name}", family.name()), family, run)
+    };
+    each(replaced::AS_CLIENT).map(trial).collect()
 }
 
 /// A trial for an address family.

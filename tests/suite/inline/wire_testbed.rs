@@ -45,6 +45,11 @@ pub(crate) struct WireTestbed {
 
 impl WireTestbed {
     pub(crate) fn new(group: &str, layer: Layer) -> anyhow::Result<Self> {
+        Self::with(group, layer, "")
+    }
+
+    /// With these lines of `[inline]`.
+    pub(crate) fn with(group: &str, layer: Layer, lines: &str) -> anyhow::Result<Self> {
         let netns = |role: &str| Netns::new(&format!("{role}-{group}"));
         let (client, edge, mail) = (netns("client")?, netns("edge")?, netns("mail")?);
         let ends = [(&client, "wire"), (&edge, "wire-outside"), (&edge, "wire-inside"), (&mail, "wire")];
@@ -79,7 +84,7 @@ impl WireTestbed {
         let attached = DetachOnDrop { edge: edge.handle(), pin: pin.clone() };
         let mut config = format!(
             "[metrics]\nlisten = \"127.0.0.1:9146\"\n\n[inline]\npin = \"{}\"\n\
-             devices = [\"wire-outside\", \"wire-inside\"]\n\n\
+             devices = [\"wire-outside\", \"wire-inside\"]\n{lines}\n\
              [guard]\nmax_connections_per_source = 1000000\nmax_rate_per_source = 1000000\n\n",
             pin.display()
         );

@@ -141,8 +141,9 @@ impl Drivers {
         let pin = folder.join(pin_name(self.namespace, device.index));
         let live = bpf::open_pin(&pin).ok().and_then(|link| {
             let info = bpf::xdp_link_info(link.as_fd()).ok()??;
-            // The link of a device that is gone has no index.
-            (info.device == device.index).then_some((link, info))
+            // The link of a device that is gone has no index, and that of one which was moved to another network
+            // namespace may have the same.
+            (info.device == device.index && device.xdp == Some(info.program)).then_some((link, info))
         });
         match live {
             Some((_, info)) if info.program == program.info()?.id() => Ok(()),

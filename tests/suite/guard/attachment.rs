@@ -4,11 +4,13 @@
 use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use injector_testbed::bpf;
 use injector_testbed::daemon::{self, Injector};
-use injector_testbed::netns::Family;
+use injector_testbed::netns::{Family, Netns};
 use serde_json::{Value, json};
 
 use crate::Run;
@@ -19,6 +21,7 @@ pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("clsact, a filter in front that accepts packets: the second gate", second_gate),
     ("status and doctor name what is missing", missing),
     ("a daemon that may not read programs knows its own by their pins", unreadable),
+    ("devices in other network namespaces, with the same index", other_namespace),
 ];
 
 const ENGINES: [&str; 3] = ["splice", "relay", "inline"];
@@ -179,6 +182,60 @@ fn missing(testbed: &Testbed) -> anyhow::Result<()> {
     let log = injector.log();
     ensure!(log.contains("pins of the guard's maps were removed"), "{log}");
     Ok(())
+}
+
+/// A device that was moved to another network namespace keeps its programs. They are not those of the device that has
+/// its index here, and a daemon leaves alone what it does not find in its own namespace.
+fn other_namespace(testbed: &Testbed) -> anyhow::Result<()> {
+    const INDEX: &str = "4711";
+    const OTHER_INDEX: &str = "4712";
+    let (edge, elsewhere) = (&testbed.topology.edge, Netns::new("elsewhere-guard")?);
+    let add = |peer_index: &str| {
+        let device = ["link", "add", "moved", "index", INDEX, "type", "veth"];
+        edge.ip(&[&device[..], &["peer", "name", "peer", "index", peer_index]].concat())?;
+        ["moved", "peer"].iter().try_for_each(|device| edge.ip(&["link", "set", device, "up"]))
+    };
+    let both = |programs: usize, link: &str| programs == 2 && link.contains("xdpgeneric");
+    let here = || Ok(both(testbed.programs("moved")?, &testbed.link("moved")?));
+    let there = |device: &str| {
+        let link = elsewhere.command("ip").args(["-details", "link", "show", "dev", device]).output()?;
+        let programs = elsewhere.run(|| bpf::tcx_links(device))??.len();
+        anyhow::Ok(both(programs, &String::from_utf8_lossy(&link.stdout)))
+    };
+    let config = testbed.config(&ENGINES, "xdp = \"generic\"");
+    add(OTHER_INDEX)?;
+    let injector = Injector::start(edge, &config)?;
+    wait_for("the programs of a device", here)?;
+    drop(injector);
+    for device in ["moved", "peer"] {
+        edge.ip(&["link", "set", device, "netns", elsewhere.name()])?;
+        elsewhere.ip(&["link", "set", device, "up"])?;
+        ensure!(there(device)?, "{device} has lost its programs");
+    }
+    // As the pins of the other namespace's daemons are named.
+    let (own, other) = (edge.run(inode)??, elsewhere.run(inode)??);
+    let parts = ["guard/layout1/links", "guard/layout1/xdp-generic", "inline/v7/links"];
+    let pins = parts.map(|part| testbed.pin().with_file_name(part));
+    for part in &pins {
+        let [from, to] = [own, other].map(|namespace| part.join(format!("{namespace}-{OTHER_INDEX}")));
+        fs::rename(from, to)?;
+    }
+    add("4713")?;
+    let injector = Injector::start(edge, &config)?;
+    wait_for("the programs of a device with the same index", here)?;
+    for part in &pins {
+        let pin = part.join(format!("{other}-{OTHER_INDEX}"));
+        ensure!(pin.exists(), "{} was removed", pin.display());
+    }
+    ensure!(there("peer")?, "the device in the other namespace has lost its programs");
+    edge.ip(&["link", "del", "moved"])?;
+    drop(injector);
+    Ok(())
+}
+
+/// The inode of this thread's network namespace.
+fn inode() -> std::io::Result<u64> {
+    Ok(fs::metadata("/proc/thread-self/ns/net")?.ino())
 }
 
 /// What `injector doctor` finds of the guard, up to the consequence.

@@ -3,6 +3,7 @@
 
 mod attachment;
 mod forged;
+mod frames;
 mod programs;
 mod testbed;
 
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         Vec::new(),
         vec![
             trials("programs", programs::TRIALS),
+            trials("frames", frames::TRIALS),
             trials("attachment", attachment::TRIALS),
             trials("limits", forged::TRIALS),
         ],

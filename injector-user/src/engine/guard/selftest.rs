@@ -112,8 +112,8 @@ struct Packet {
     extensions: &'static [(u8, [u8; 4])],
     /// How many bytes are missing at its end.
     missing: usize,
-    /// How many VLAN tags it has.
-    tags: usize,
+    /// The protocols of its VLAN tags.
+    tags: &'static [u16],
     /// The Ethernet address that it is sent to.
     to: [u8; 6],
 }
@@ -125,7 +125,7 @@ const SEGMENT: Packet = Packet {
     fragment: 0,
     extensions: &[],
     missing: 0,
-    tags: 0,
+    tags: &[],
     to: OWN,
 };
 
@@ -234,8 +234,9 @@ impl Case<'_> {
         if self.hook != Hook::RawIngress {
             bytes.extend(packet.to);
             bytes.extend(OWN);
-            for _ in 0..packet.tags {
-                bytes.extend([0x81, 0x00, 0, 7]);
+            for protocol in packet.tags {
+                bytes.extend(protocol.to_be_bytes());
+                bytes.extend([0, 7]);
             }
             bytes.extend(if self.ipv6 { [0x86, 0xDD] } else { [0x08, 0x00] });
         }
@@ -277,8 +278,16 @@ fn banned_dropped(case: &Case<'_>) -> Result<(), String> {
     case.ban(network, Ban::FOREVER)?;
     case.expect("an address of a banned network", case.neighbour(), SEGMENT, true)?;
     if case.hook == Hook::Driver {
-        for tags in [1, 2] {
-            case.expect("a packet of a VLAN", case.source(), Packet { tags, ..SEGMENT }, true)?;
+        // IEEE 802.1Q and 802.1ad.
+        const TAGS: [u16; 2] = [0x8100, 0x88A8];
+        for (tags, read) in [
+            (&TAGS[..1], true),
+            (&TAGS[1..], true),
+            (&[TAGS[1], TAGS[0]], true),
+            (&[TAGS[0], TAGS[0]], true),
+            (&[TAGS[1], TAGS[0], TAGS[0]], false),
+        ] {
+            case.expect(&format!("VLANs {tags:x?}"), case.source(), Packet { tags, ..SEGMENT }, read)?;
         }
     }
     // Of networks one inside the other, the smallest alone decides.

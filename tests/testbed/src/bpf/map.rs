@@ -2,38 +2,29 @@
 //! them, for real failures of the real mechanism without a hook in the daemon, and counting their
 //! entries.
 
-use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
+
+use super::fdinfo::{descriptors_with, field};
+use super::program;
+use super::syscall::{Attributes, call, descriptor};
 
 /// Commands of bpf(2), include/uapi/linux/bpf.h.
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_ATTACH: libc::c_long = 8;
-const BPF_PROG_TEST_RUN: libc::c_long = 10;
-const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_FREEZE: libc::c_long = 22;
-const BPF_LINK_CREATE: libc::c_long = 28;
-const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
-const BPF_LINK_DETACH: libc::c_long = 34;
 
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_SOCKHASH: u32 = 18;
-const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_SK_MSG: u32 = 16;
-const BPF_TCX_INGRESS: u32 = 46;
 const BPF_SK_MSG_VERDICT: u32 = 7;
 
 /// A map of a running process.
@@ -114,7 +105,7 @@ impl DaemonMap {
     }
 
     fn answer_messages(&self, action: u64) -> anyhow::Result<()> {
-        let program = program(BPF_PROG_TYPE_SK_MSG, BPF_SK_MSG_VERDICT, action)?;
+        let program = program::answering(BPF_PROG_TYPE_SK_MSG, BPF_SK_MSG_VERDICT, action)?;
         let mut attach = Attributes::new().fd(0, &self.0).fd(4, &program).u32(8, BPF_SK_MSG_VERDICT);
         call(BPF_PROG_ATTACH, &mut attach).context("attaching a program of our own")?;
         Ok(())
@@ -225,87 +216,6 @@ pub fn map_memory(pid: u32) -> anyhow::Result<u64> {
     Ok(descriptors_with(pid, "map_id")?.values().filter_map(|info| field(info, "memlock")).sum())
 }
 
-/// The BPF objects that a process has open, by the id in this field of their description in
-/// `/proc/PID/fdinfo`.
-fn descriptors_with(pid: u32, id: &str) -> anyhow::Result<BTreeMap<u32, String>> {
-    let mut found = BTreeMap::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // A descriptor may have been closed meanwhile.
-        let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
-        if let Some(id) = field(&info, id) {
-            found.insert(u32::try_from(id)?, info);
-        }
-    }
-    Ok(found)
-}
-
-/// The number in a line `NAME: NUMBER`.
-fn field(info: &str, name: &str) -> Option<u64> {
-    let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim().parse().ok()
-}
-
-/// A program of a running process.
-#[derive(Debug)]
-pub struct Program(OwnedFd);
-
-/// What running a program gave.
-#[derive(Clone, Copy, Debug)]
-pub struct Ran {
-    /// What it returned.
-    pub answer: u32,
-    /// The mean time of one run.
-    pub duration: Duration,
-}
-
-impl Program {
-    /// The program called `name` that the process `pid` has open, or has attached by a link.
-    ///
-    /// # Errors
-    /// When it has none.
-    pub fn of(pid: u32, name: &str) -> anyhow::Result<Self> {
-        for id in descriptors_with(pid, "prog_id")?.into_keys() {
-            let program = descriptor(BPF_PROG_GET_FD_BY_ID, &mut Attributes::new().u32(0, id));
-            let program = Self(program.with_context(|| format!("opening BPF program {id}"))?);
-            if program.name()? == name {
-                return Ok(program);
-            }
-        }
-        bail!("process {pid} has no program {name}")
-    }
-
-    fn name(&self) -> anyhow::Result<String> {
-        /// Size of `struct bpf_prog_info` up to and including the name, and its offset.
-        const INFO: u32 = 80;
-        const NAME: usize = 64;
-        let mut info = [0_u8; INFO as usize];
-        let mut query =
-            Attributes::new().fd(0, &self.0).u32(4, INFO).pointer(8, info.as_mut_ptr().cast_const());
-        call(BPF_OBJ_GET_INFO_BY_FD, &mut query).context("asking about a program")?;
-        let name = info.get(NAME..).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
-        Ok(String::from_utf8_lossy(name).into_owned())
-    }
-
-    /// Runs it this often with a packet, which belongs to the loopback device of the calling
-    /// thread's namespace.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn test_run(&self, packet: &[u8], times: u32) -> anyhow::Result<Ran> {
-        let mut run = Attributes::new()
-            .fd(0, &self.0)
-            .u32(8, u32::try_from(packet.len())?)
-            .pointer(16, packet.as_ptr())
-            .u32(32, times);
-        call(BPF_PROG_TEST_RUN, &mut run).context("running a program")?;
-        let [answer, nanos] = [4, 36].map(|at| {
-            let bytes = run.0.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-            bytes.map_or(0, u32::from_ne_bytes)
-        });
-        Ok(Ran { answer, duration: Duration::from_nanos(nanos.into()) })
-    }
-}
-
 /// Whether a map with this id still exists, whatever holds it.
 ///
 /// # Errors
@@ -332,150 +242,6 @@ pub fn map_entries(pid: u32) -> anyhow::Result<Vec<(String, usize)>> {
         }
     }
     Ok(entries)
-}
-
-/// A program that always returns this.
-fn program(kind: u32, attach_type: u32, answer: u64) -> anyhow::Result<OwnedFd> {
-    // r0 = answer; exit
-    let program: [u64; 2] = [answer << 32 | 0x00b7, 0x0095];
-    let licence = c"GPL";
-    let mut load = Attributes::new()
-        .u32(0, kind)
-        .u32(4, 2)
-        .pointer(8, program.as_ptr().cast())
-        .pointer(16, licence.as_ptr().cast())
-        .u32(68, attach_type);
-    descriptor(BPF_PROG_LOAD, &mut load).context("loading a program of our own")
-}
-
-/// A program of another tool at the tcx ingress of a device, in front of all others; detached on
-/// drop.
-#[derive(Debug)]
-pub struct ForeignProgram {
-    _link: OwnedFd,
-}
-
-impl ForeignProgram {
-    /// Attaches one that accepts every packet (`TC_ACT_OK`). Call it in the device's namespace.
-    ///
-    /// # Errors
-    /// As bpf(2), and when there is no such device.
-    pub fn accepting(device: &str) -> anyhow::Result<Self> {
-        const BPF_F_BEFORE: u32 = 1 << 3;
-        const TC_ACT_OK: u64 = 0;
-        let program = program(BPF_PROG_TYPE_SCHED_CLS, BPF_TCX_INGRESS, TC_ACT_OK)?;
-        let mut create = Attributes::new()
-            .fd(0, &program)
-            .u32(4, index(device)?)
-            .u32(8, BPF_TCX_INGRESS)
-            .u32(12, BPF_F_BEFORE);
-        let link = descriptor(BPF_LINK_CREATE, &mut create).context("attaching a program of our own")?;
-        Ok(Self { _link: link })
-    }
-
-    /// Attaches an XDP program that passes every packet. Call it in the device's namespace.
-    ///
-    /// # Errors
-    /// As bpf(2), and when there is no such device.
-    pub fn passing_xdp(device: &str) -> anyhow::Result<Self> {
-        const BPF_PROG_TYPE_XDP: u32 = 6;
-        const BPF_XDP: u32 = 37;
-        const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
-        const XDP_PASS: u64 = 2;
-        let program = program(BPF_PROG_TYPE_XDP, BPF_XDP, XDP_PASS)?;
-        let mut create = Attributes::new()
-            .fd(0, &program)
-            .u32(4, index(device)?)
-            .u32(8, BPF_XDP)
-            .u32(12, XDP_FLAGS_SKB_MODE);
-        let link = descriptor(BPF_LINK_CREATE, &mut create).context("attaching a program of our own")?;
-        Ok(Self { _link: link })
-    }
-}
-
-/// The ids of the links at the tcx ingress of a device, in the order in which their programs run.
-/// Call it in the device's namespace.
-///
-/// # Errors
-/// As bpf(2), and when there is no such device.
-pub fn tcx_links(device: &str) -> anyhow::Result<Vec<u32>> {
-    const MOST: usize = 64;
-    let (mut programs, mut links) = ([0_u32; MOST], [0_u32; MOST]);
-    let mut query = Attributes::new()
-        .u32(0, index(device)?)
-        .u32(4, BPF_TCX_INGRESS)
-        .pointer(16, programs.as_mut_ptr().cast_const().cast())
-        .u32(24, u32::try_from(MOST)?)
-        .pointer(40, links.as_mut_ptr().cast_const().cast());
-    match call(BPF_PROG_QUERY, &mut query) {
-        Ok(_) => {}
-        // Nothing was ever attached there.
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
-        Err(error) => return Err(error).context("asking about tcx"),
-    }
-    let count = query.0.get(24..28).and_then(|count| count.try_into().ok()).map_or(0, u32::from_ne_bytes);
-    Ok(links.into_iter().take(usize::try_from(count)?).collect())
-}
-
-/// Detaches a link, as an administrator does.
-///
-/// # Errors
-/// As bpf(2).
-pub fn detach_link(id: u32) -> anyhow::Result<()> {
-    let link =
-        descriptor(BPF_LINK_GET_FD_BY_ID, &mut Attributes::new().u32(0, id)).context("opening a link")?;
-    call(BPF_LINK_DETACH, &mut Attributes::new().fd(0, &link)).context("detaching a link")?;
-    Ok(())
-}
-
-fn index(device: &str) -> anyhow::Result<u32> {
-    let name = CString::new(device)?;
-    // SAFETY: a string that outlives the call.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    anyhow::ensure!(index != 0, "no device {device}: {}", io::Error::last_os_error());
-    Ok(index)
-}
-
-/// `union bpf_attr`.
-struct Attributes([u8; 128]);
-
-impl Attributes {
-    fn new() -> Self {
-        Self([0; 128])
-    }
-
-    fn put(mut self, at: usize, bytes: &[u8]) -> Self {
-        if let Some(place) = self.0.get_mut(at..at + bytes.len()) {
-            place.copy_from_slice(bytes);
-        }
-        self
-    }
-
-    fn u32(self, at: usize, value: u32) -> Self {
-        self.put(at, &value.to_ne_bytes())
-    }
-
-    fn fd(self, at: usize, fd: &OwnedFd) -> Self {
-        self.put(at, &fd.as_raw_fd().to_ne_bytes())
-    }
-
-    fn pointer(self, at: usize, pointer: *const u8) -> Self {
-        self.put(at, &(pointer as u64).to_ne_bytes())
-    }
-}
-
-fn call(command: libc::c_long, attributes: &mut Attributes) -> io::Result<i32> {
-    let pointer = attributes.0.as_mut_ptr();
-    // SAFETY: the attributes are a complete bpf_attr as far as this kernel reads (unknown bytes are
-    // zero), and what they point to outlives the call in every caller.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, attributes.0.len()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
-}
-
-fn descriptor(command: libc::c_long, attributes: &mut Attributes) -> io::Result<OwnedFd> {
-    let fd = call(command, attributes)?;
-    // SAFETY: these commands return a descriptor that this process owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]
@@ -507,19 +273,5 @@ mod tests {
         assert!(map_ids(own).unwrap().into_iter().all(|id| map_exists(id).unwrap()));
         assert!(!map_exists(u32::MAX).unwrap());
         assert!(map_memory(own).unwrap() > 0);
-    }
-
-    #[test]
-    fn a_program_of_this_process_is_run() {
-        const BPF_PROG_TYPE_XDP: u32 = 6;
-        const XDP_DROP: u64 = 1;
-        let Ok(_program) = program(BPF_PROG_TYPE_XDP, 0, XDP_DROP) else {
-            eprintln!("skipped: may not load BPF programs");
-            return;
-        };
-        // It has no name.
-        let found = Program::of(std::process::id(), "").unwrap();
-        assert_eq!(found.test_run(&[0; 64], 10).unwrap().answer, 1);
-        assert!(Program::of(std::process::id(), "guard").is_err());
     }
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use anyhow::ensure;
+use injector_testbed::process::bind_thread;
 
 /// The threads; ended on drop.
 #[derive(Debug)]
@@ -55,13 +56,7 @@ impl Drop for Spinners {
 
 /// Binds the calling thread to a processor, at the lowest priority.
 fn lower(processor: usize) -> anyhow::Result<()> {
-    // SAFETY: all zeroes is a valid, empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the number of a processor of this machine is less than CPU_SETSIZE.
-    unsafe { libc::CPU_SET(processor, &mut set) };
-    // SAFETY: 0 is the calling thread, and the size is that of the set.
-    let bound = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
-    ensure!(bound == 0, "cannot bind a spinner: {}", io::Error::last_os_error());
+    bind_thread(processor)?;
     // SAFETY: 0 is the calling thread: on Linux priorities are each thread's own.
     let nice = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
     ensure!(nice == 0, "cannot lower a spinner: {}", io::Error::last_os_error());

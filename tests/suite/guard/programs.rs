@@ -1,13 +1,17 @@
 //! What the programs drop, with and without a daemon, and what is left of them.
 
 use std::io::{ErrorKind, Read as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
-use injector_testbed::bpf::{DaemonMap, ForeignProgram};
+use anyhow::{Context as _, anyhow, bail, ensure};
+use etherparse::PacketBuilder;
+use injector_testbed::bpf::{DaemonMap, ForeignProgram, Program};
 use injector_testbed::daemon::Injector;
 use injector_testbed::netns::{Family, MAIL};
+use injector_testbed::process::bind_thread;
 use injector_user::os::clock::boottime_ns;
 
 use crate::Run;
@@ -19,6 +23,7 @@ use crate::testbed::{
 pub(crate) const TRIALS: &[(&str, Run)] = &[
     ("a ban drops SYNs of all engines' listeners, and nothing else", banned),
     ("what cannot be banned is not looked up", looked_up),
+    ("a ban holds once it is printed, also of a source that sends all the time", at_once),
     ("a ban by command ends the connections of every engine", ends_connections),
     ("bans hold and end without the daemon", without_daemon),
     ("XDP, generic", |testbed| xdp(testbed, "generic", "xdpgeneric")),
@@ -106,6 +111,64 @@ fn ends_connections(testbed: &Testbed) -> anyhow::Result<()> {
         ensure!(!goes_on, "{} goes on", stream.peer_addr()?);
     }
     wait_for("the end of all connections", || Ok(count()? == 0))
+}
+
+/// The programs remember which sources are not banned, and their processor asks at any moment of a change.
+fn at_once(testbed: &Testbed) -> anyhow::Result<()> {
+    const ROUNDS: usize = 10;
+    /// `TC_ACT_SHOT`.
+    const DROP: u32 = 2;
+    const SOURCE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
+
+    let injector = testbed.start(&RELAY, "")?;
+    // Without any ban, nothing is looked up.
+    injector.command(&["ban", "203.0.113.1"])?;
+    let [SocketAddr::V4(listener)] = listeners(&RELAY, Family::V4)[..] else { bail!("another listener") };
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6])
+        .ipv4(SOURCE.octets(), listener.ip().octets(), 64)
+        .tcp(40_000, listener.port(), 1, 64_240)
+        .syn();
+    let mut packet = Vec::new();
+    builder.write(&mut packet, &[])?;
+    let program = Program::of(injector.pid(), "guard")?;
+    let (is_banned, is_over, passed) = (AtomicBool::new(false), AtomicBool::new(false), AtomicUsize::new(0));
+    let send = |processor: usize| -> anyhow::Result<()> {
+        bind_thread(processor)?;
+        while !is_over.load(Ordering::Acquire) {
+            let banned = is_banned.load(Ordering::Acquire);
+            let answer = program.test_run(&packet, 100)?.answer;
+            // What was asked before the end of a ban says nothing.
+            if banned && is_banned.load(Ordering::Acquire) && answer != DROP {
+                passed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    };
+    let send = &send;
+    let change = || -> anyhow::Result<()> {
+        for _ in 0..ROUNDS {
+            injector.command(&["ban", &SOURCE.to_string()])?;
+            is_banned.store(true, Ordering::Release);
+            thread::sleep(Duration::from_millis(5));
+            is_banned.store(false, Ordering::Release);
+            injector.command(&["unban", &SOURCE.to_string()])?;
+        }
+        Ok(())
+    };
+    let outcome = testbed.topology.edge.run(|| {
+        thread::scope(|scope| {
+            let processors = thread::available_parallelism()?.get();
+            let senders: Vec<_> = (0..processors).map(|it| scope.spawn(move || send(it))).collect();
+            let outcome = change();
+            is_over.store(true, Ordering::Release);
+            let sent = senders.into_iter().map(|sender| sender.join().map_err(|_| anyhow!("panicked"))?);
+            sent.collect::<anyhow::Result<()>>().and(outcome)
+        })
+    })?;
+    outcome?;
+    let passed = passed.into_inner();
+    ensure!(passed == 0, "of {ROUNDS} bans, packets passed {passed} times after it was printed");
+    Ok(())
 }
 
 fn without_daemon(testbed: &Testbed) -> anyhow::Result<()> {

@@ -167,6 +167,21 @@ fn parse_listening(line: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
+/// Has the calling thread run on this processor only.
+///
+/// # Errors
+/// As sched_setaffinity(2).
+pub fn bind_thread(processor: usize) -> anyhow::Result<()> {
+    // SAFETY: all zeroes is a valid, empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the number of a processor of this machine is less than CPU_SETSIZE.
+    unsafe { libc::CPU_SET(processor, &mut set) };
+    // SAFETY: 0 is the calling thread, and the size is that of the set.
+    let bound = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
+    ensure!(bound == 0, "cannot bind a thread to processor {processor}: {}", io::Error::last_os_error());
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

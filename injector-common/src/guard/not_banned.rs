@@ -14,7 +14,7 @@ const SLOT_BITS: u32 = 8;
 pub struct NotBanned {
     /// The halves of the address.
     pub source: [u64; 2],
-    /// [`mix`] of them and the generation of the bans ([`Settings::generation`](super::Settings::generation)), in one.
+    /// A number of them and of the generation of the bans ([`Settings::generation`](super::Settings::generation)).
     pub tag: u64,
 }
 

@@ -20,12 +20,13 @@ pub(super) fn is_banned(source: &[u32; 4]) -> bool {
     if unsafe { entry.read_volatile() }.holds(halves, generation) {
         return false;
     }
-    // Orders memory: the tables are not read before the generation. If a ban is written after they were, its generation is another one.
+    // Orders memory: the tables are not read before the generation. A ban that is written after they were has another one.
     // SAFETY: a value of the map.
     unsafe { atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(&raw mut (*entry).tag, 0) };
     if bans::is_banned(source) {
         return true;
     }
+    // The first time, half of it may have been written.
     if bans::generation() == generation {
         // SAFETY: a value of the map.
         unsafe { entry.write_volatile(NotBanned::new(halves, generation)) };

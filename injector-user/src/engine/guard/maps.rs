@@ -164,12 +164,15 @@ fn move_bans(aside: &Path, to: &ByteMap) -> io::Result<()> {
 }
 
 impl Bans {
-    /// Has the programs look up what there is, and what is about to be (`soon`), and look up again what they
-    /// have looked up before.
+    /// Has the programs look up what there is, and again what they have looked up before. With `soon`, has
+    /// them look up what is about to be.
     fn tell_programs(&self, soon: bool) -> io::Result<()> {
         let has = |map: &ByteMap| Ok::<_, io::Error>(soon || map.has_entries()?);
         let before = self.settings.get(&SETTINGS_KEY)?;
         let before = before.and_then(|value| Settings::read_from_bytes(&value).ok()).unwrap_or_default();
+        if soon && before.has_networks() && before.has_addresses() {
+            return Ok(());
+        }
         let after = before.after(has(&self.networks)?, has(&self.addresses)?);
         self.settings.insert(&SETTINGS_KEY, after.as_bytes())
     }

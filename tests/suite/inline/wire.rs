@@ -173,8 +173,8 @@ struct State {
     trace: VecDeque<Line>,
     wrong_sums: Vec<String>,
     segments: u64,
-    /// The sequence numbers in ICMP errors to the client and to the backend, and the link.
-    quoted: Vec<(Side, u32)>,
+    /// What ICMP errors to the client and to the backend quote, and the link.
+    quoted: Vec<(Side, Quote)>,
 }
 
 struct Shared {
@@ -248,10 +248,12 @@ impl Wire {
     }
 
     /// The sequence numbers of the segments that ICMP errors to the host of this link have quoted
-    /// since the faults began.
+    /// since the faults began. Those of other connections, that earlier trials left, do not count.
     pub(crate) fn quoted(&self, link: Side) -> Vec<u32> {
         let state = self.shared.state();
-        state.quoted.iter().filter(|(side, _)| *side == link).map(|(_, number)| *number).collect()
+        let is_watched = |quote: &Quote| quote.ports.iter().all(|port| state.born.contains(port));
+        let quoted = state.quoted.iter().filter(|(side, quote)| *side == link && is_watched(quote));
+        quoted.map(|(_, quote)| quote.sequence).collect()
     }
 
     /// The last packets, and their fates.
@@ -414,7 +416,7 @@ fn judge(shared: &Shared, side: Side, direction: Direction, frame: &[u8]) -> Fat
                 (Side::Client, Direction::ToClient) | (Side::Backend, Direction::ToBackend)
             ) =>
         {
-            shared.state().quoted.extend(quoted(other).map(|number| (side, number)));
+            shared.state().quoted.extend(quoted(other).map(|quote| (side, quote)));
             return Fate::Pass;
         }
         _ => return Fate::Pass,
@@ -450,8 +452,13 @@ fn judge(shared: &Shared, side: Side, direction: Direction, frame: &[u8]) -> Fat
     fate
 }
 
-/// The sequence number of a TCP segment that an ICMP error quotes.
-fn quoted(transport: &TransportSlice<'_>) -> Option<u32> {
+/// The TCP segment that an ICMP error quotes.
+struct Quote {
+    ports: [u16; 2],
+    sequence: u32,
+}
+
+fn quoted(transport: &TransportSlice<'_>) -> Option<Quote> {
     let quote = match transport {
         TransportSlice::Icmpv4(icmp) => icmp.payload(),
         TransportSlice::Icmpv6(icmp) => icmp.payload(),
@@ -460,7 +467,10 @@ fn quoted(transport: &TransportSlice<'_>) -> Option<u32> {
     // The quote may be truncated.
     let packet = LaxSlicedPacket::from_ip(quote).ok()?;
     match packet.transport {
-        Some(TransportSlice::Tcp(tcp)) => Some(tcp.sequence_number()),
+        Some(TransportSlice::Tcp(tcp)) => Some(Quote {
+            ports: [tcp.source_port(), tcp.destination_port()],
+            sequence: tcp.sequence_number(),
+        }),
         _ => None,
     }
 }

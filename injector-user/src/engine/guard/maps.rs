@@ -177,8 +177,31 @@ impl Bans {
         self.settings.insert(&SETTINGS_KEY, after.as_bytes())
     }
 
-    fn map(&self, network: Network) -> &ByteMap {
-        if is_address(network) { &self.addresses } else { &self.networks }
+    /// Writes the bans of these networks, and removes those that have none.
+    fn write(&self, bans: &HashMap<Network, Option<Ban>>) -> anyhow::Result<()> {
+        // First, so that there is room.
+        for network in bans.iter().filter_map(|(network, ban)| ban.is_none().then_some(*network)) {
+            let map = if is_address(network) { &self.addresses } else { &self.networks };
+            map.remove(&key(network)).context("removing a ban from the kernel's maps")?;
+        }
+        self.tell_programs(bans.values().any(Option::is_some)).context(SETTINGS)?;
+        for (name, map, addresses) in [(ADDRESSES, &self.addresses, true), (NETWORKS, &self.networks, false)]
+        {
+            let (mut keys, mut values) = (Vec::new(), Vec::new());
+            for (network, ban) in bans.iter().filter(|(network, _)| is_address(**network) == addresses) {
+                if let Some(ban) = ban {
+                    keys.extend(key(*network));
+                    values.extend(ban.as_bytes());
+                }
+            }
+            map.insert_all(&keys, &values).with_context(|| {
+                format!(
+                    "writing bans to {name}, which has room for {} (guard.max_bans)",
+                    map.info().max_entries
+                )
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -192,31 +215,10 @@ impl BanMaps for Maps {
             })
             .collect();
         let bans = lock(&self.bans);
-        // First, so that there is room.
-        for network in last.iter().filter_map(|(network, ban)| ban.is_none().then_some(*network)) {
-            bans.map(network).remove(&key(network)).context("removing a ban from the kernel's maps")?;
-        }
-        bans.tell_programs(last.values().any(Option::is_some)).context(SETTINGS)?;
-        let insert = |(name, addresses): (&str, bool)| {
-            let (mut keys, mut values) = (Vec::new(), Vec::new());
-            for (network, ban) in last.iter().filter(|(network, _)| is_address(**network) == addresses) {
-                if let Some(ban) = ban {
-                    keys.extend(key(*network));
-                    values.extend(ban.as_bytes());
-                }
-            }
-            let map = if addresses { &bans.addresses } else { &bans.networks };
-            map.insert_all(&keys, &values).with_context(|| {
-                format!(
-                    "writing bans to {name}, which has room for {} (guard.max_bans)",
-                    map.info().max_entries
-                )
-            })
-        };
-        let inserted = [(ADDRESSES, true), (NETWORKS, false)].into_iter().try_for_each(insert);
-        // Also of those that were inserted before an error.
+        let written = bans.write(&last);
+        // Also of what was written before an error.
         let looked_up = bans.tell_programs(false).context(SETTINGS);
-        inserted.and(looked_up)
+        written.and(looked_up)
     }
 
     fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()> {
@@ -230,13 +232,14 @@ impl BanMaps for Maps {
             // They would hide the bans of larger networks.
             unknown.iter().try_for_each(|key| map.remove(key))?;
         }
-        Ok(())
+        bans.tell_programs(false).context(SETTINGS)
     }
 
     fn set_allowed(&self, networks: &[Network]) -> anyhow::Result<()> {
         let wanted = networks.iter().map(|network| trie_key(*network)).collect();
-        replace(&lock(&self.allowed), &wanted).context("writing the networks that are never dropped")?;
-        lock(&self.bans).tell_programs(false).context(SETTINGS)
+        let written = replace(&lock(&self.allowed), &wanted);
+        let looked_up = lock(&self.bans).tell_programs(false).context(SETTINGS);
+        written.context("writing the networks that are never dropped").and(looked_up)
     }
 
     fn set_guarded(&self, addresses: &[SocketAddr]) -> anyhow::Result<()> {

@@ -77,6 +77,14 @@ mod tests {
             prop_assert_eq!(entry.holds(asked, now), (of, generation) == (asked, now));
         }
 
+        /// A generation in which the numbers of both are the same.
+        #[test]
+        fn addresses_are_compared_and_not_their_numbers_alone(of in source(), other in half(), generation in half(), low: bool) {
+            let asked = if low { [of[0], other] } else { [other, of[1]] };
+            let now = generation ^ mix(of) ^ mix(asked);
+            prop_assert_eq!(NotBanned::new(of, generation).holds(asked, now), asked == of);
+        }
+
         #[test]
         fn a_mixture_of_two_entries_says_nothing_of_a_third_source(
             one in source(), other in source(), asked in source(), generation in half(), from in [any::<bool>(); 3],

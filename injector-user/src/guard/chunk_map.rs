@@ -90,6 +90,15 @@ impl<K: Copy + Ord, V> ChunkMap<K, V> {
         after.iter().chain(others.into_iter().flatten().flat_map(|chunk| &chunk.entries))
     }
 
+    /// The first of them.
+    pub(super) fn first_from(&self, key: &K) -> Option<&(K, V)> {
+        let number = self.chunk_of(key);
+        let entries = &self.chunks.get(number)?.entries;
+        let at = entries.partition_point(|(other, _)| other < key);
+        // Behind the last entry of a chunk stands the next chunk's first.
+        entries.get(at).or_else(|| self.chunks.get(number + 1)?.entries.first())
+    }
+
     /// The chunk that has this key, or would get it.
     fn chunk_of(&self, key: &K) -> usize {
         self.chunks.partition_point(|chunk| chunk.from <= *key).saturating_sub(1)
@@ -211,6 +220,7 @@ mod tests {
                 for key in &keys {
                     prop_assert_eq!(map.get(key), oracle.get(key));
                     prop_assert!(map.from(*key).map(|(key, value)| (key, value)).eq(oracle.range(key..)));
+                    prop_assert_eq!(map.first_from(key), map.from(*key).next());
                 }
             }
         }

@@ -145,7 +145,7 @@ impl Guard {
     /// Whether the source may not be banned.
     #[must_use]
     pub fn is_allowed(&self, source: IpAddr) -> bool {
-        self.protected().containing(source).next().is_some()
+        self.protected().contains(source)
     }
 
     /// Why no ban of this network has an effect; `None` if it has.

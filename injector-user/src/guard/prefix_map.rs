@@ -26,17 +26,16 @@ pub(super) struct PrefixMap<T, V> {
     lengths: Lengths,
 }
 
-/// How many entries have a prefix of this length, by family.
-#[derive(Clone, Debug)]
+/// The lengths of prefixes that entries have, and how many entries have each; by family, the longest first.
+#[derive(Clone, Debug, Default)]
 struct Lengths {
-    ipv4: [u32; 33],
-    ipv6: [u32; 129],
+    ipv4: Vec<(u8, u32)>,
+    ipv6: Vec<(u8, u32)>,
 }
 
 impl<T: Tag, V> Default for PrefixMap<T, V> {
     fn default() -> Self {
-        let lengths = Lengths { ipv4: [0; 33], ipv6: [0; 129] };
-        Self { ipv4: ChunkMap::default(), ipv6: ChunkMap::default(), lengths }
+        Self { ipv4: ChunkMap::default(), ipv6: ChunkMap::default(), lengths: Lengths::default() }
     }
 }
 
@@ -58,7 +57,7 @@ impl<T: Tag, V> PrefixMap<T, V> {
             IpAddr::V6(_) => self.ipv6.insert((network, tag), value),
         };
         if before.is_none() {
-            *self.lengths.of(network) += 1;
+            self.lengths.add(network);
         }
         before
     }
@@ -69,7 +68,7 @@ impl<T: Tag, V> PrefixMap<T, V> {
             IpAddr::V6(_) => self.ipv6.remove(&(network, tag)),
         };
         if before.is_some() {
-            *self.lengths.of(network) -= 1;
+            self.lengths.remove(network);
         }
         before
     }
@@ -99,10 +98,9 @@ impl<T: Tag, V> PrefixMap<T, V> {
     /// The entries of all networks that contain this one, the smallest first.
     pub(super) fn around(&self, network: Network) -> impl Iterator<Item = (Network, T, &V)> {
         let address = network.address();
-        let lengths = if address.is_ipv4() { &self.lengths.ipv4[..] } else { &self.lengths.ipv6[..] };
-        (0..=network.prefix())
-            .rev()
-            .filter(|prefix| lengths[usize::from(*prefix)] > 0)
+        let lengths = self.lengths.of(address).iter().map(|(prefix, _)| *prefix);
+        lengths
+            .filter(move |prefix| *prefix <= network.prefix())
             .flat_map(move |prefix| self.of(Network::around(address, prefix)))
     }
 
@@ -110,12 +108,55 @@ impl<T: Tag, V> PrefixMap<T, V> {
     pub(super) fn containing(&self, address: IpAddr) -> impl Iterator<Item = (Network, T, &V)> {
         self.around(Network::host(address.to_canonical()))
     }
+
+    /// Whether a network has the address in it. The question of every client, which most are in none for;
+    /// [`Self::containing`] takes several times as long.
+    pub(super) fn contains(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.lengths.of(address).iter().any(|(prefix, _)| {
+            let network = Network::around(address, *prefix);
+            match network.address() {
+                IpAddr::V4(first) => {
+                    let first = first.to_bits();
+                    let found = self.ipv4.first_from(&(first, *prefix, T::FIRST));
+                    found.is_some_and(|((other, other_prefix, _), _)| {
+                        (*other, *other_prefix) == (first, *prefix)
+                    })
+                }
+                IpAddr::V6(_) => self
+                    .ipv6
+                    .first_from(&(network, T::FIRST))
+                    .is_some_and(|((other, _), _)| *other == network),
+            }
+        })
+    }
 }
 
 impl Lengths {
-    fn of(&mut self, network: Network) -> &mut u32 {
-        let prefix = usize::from(network.prefix());
-        if network.address().is_ipv4() { &mut self.ipv4[prefix] } else { &mut self.ipv6[prefix] }
+    fn of(&self, address: IpAddr) -> &[(u8, u32)] {
+        if address.is_ipv4() { &self.ipv4 } else { &self.ipv6 }
+    }
+
+    /// The lengths of the network's family, and where its own is, or would be.
+    fn find(&mut self, network: Network) -> (&mut Vec<(u8, u32)>, Result<usize, usize>) {
+        let lengths = if network.address().is_ipv4() { &mut self.ipv4 } else { &mut self.ipv6 };
+        let found = lengths.binary_search_by(|(prefix, _)| network.prefix().cmp(prefix));
+        (lengths, found)
+    }
+
+    fn add(&mut self, network: Network) {
+        match self.find(network) {
+            (lengths, Ok(at)) => lengths[at].1 += 1,
+            (lengths, Err(at)) => lengths.insert(at, (network.prefix(), 1)),
+        }
+    }
+
+    fn remove(&mut self, network: Network) {
+        let (lengths, Ok(at)) = self.find(network) else { return };
+        lengths[at].1 -= 1;
+        if lengths[at].1 == 0 {
+            lengths.remove(at);
+        }
     }
 }
 
@@ -129,8 +170,69 @@ fn ipv6_entry<T: Copy, V>(((network, tag), value): &((Network, T), V)) -> (Netwo
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::guard::origin::Origin;
+
+    impl Tag for bool {
+        const FIRST: Self = false;
+    }
+
+    /// Few bits differ, so that many networks are in others.
+    fn address() -> impl Strategy<Value = IpAddr> {
+        let bits = (0..4_u8, 0..4_u8, 0..4_u8);
+        (any::<bool>(), bits).prop_map(|(ipv6, (high, middle, low))| {
+            let ipv4 = Ipv4Addr::new(high << 6, 0, middle, low);
+            let [a, b, c, d] = ipv4.octets().map(u16::from);
+            if ipv6 { std::net::Ipv6Addr::new(a << 8, b, 0, c << 8, 0, 0, 0, d).into() } else { ipv4.into() }
+        })
+    }
+
+    fn network() -> impl Strategy<Value = Network> {
+        let prefix = prop_oneof![
+            Just(0_u8),
+            Just(1),
+            Just(2),
+            Just(24),
+            Just(31),
+            Just(32),
+            Just(64),
+            Just(128),
+            0..=128_u8
+        ];
+        (address(), prefix).prop_map(|(address, prefix)| Network::around(address, prefix))
+    }
+
+    proptest! {
+        #[test]
+        fn an_address_is_in_the_networks_that_contain_it(
+            steps in proptest::collection::vec((network(), any::<bool>(), 0..3_u8), 0..60),
+            addresses in proptest::collection::vec(address(), 20),
+        ) {
+            let (mut map, mut oracle) = (PrefixMap::default(), BTreeMap::new());
+            for (network, tag, value) in steps {
+                // One of three removes, most often something that is there.
+                if value == 0 {
+                    let network = oracle.keys().nth(oracle.len() / 2).map_or(network, |(network, _)| *network);
+                    prop_assert_eq!(map.remove(network, tag), oracle.remove(&(network, tag)));
+                } else {
+                    prop_assert_eq!(map.insert(network, tag, value), oracle.insert((network, tag), value));
+                }
+                for address in &addresses {
+                    let mut around: Vec<_> = oracle.keys().filter(|(network, _)| network.contains(*address)).collect();
+                    around.sort_by_key(|(network, tag)| (std::cmp::Reverse(network.prefix()), *tag));
+                    prop_assert_eq!(map.contains(*address), !around.is_empty());
+                    prop_assert!(map.containing(*address).map(|(network, tag, _)| (network, tag)).eq(around.into_iter().copied()));
+                    if let IpAddr::V4(ipv4) = address {
+                        prop_assert_eq!(map.contains(ipv4.to_ipv6_mapped().into()), map.contains(*address));
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn a_key_of_ipv4_has_eight_bytes() {

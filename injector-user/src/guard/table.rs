@@ -67,6 +67,9 @@ impl Table {
     /// Whether the address is banned now. Asks for the time only if the table has a network with it; for
     /// most clients it has none.
     pub(super) fn bans(&self, address: IpAddr, now_ns: impl FnOnce() -> u64) -> bool {
+        if !self.bans.contains(address) {
+            return false;
+        }
         let until_ns = self.bans.containing(address).map(|(.., want)| want.until_ns).max();
         until_ns.is_some_and(|until_ns| now_ns() < until_ns)
     }

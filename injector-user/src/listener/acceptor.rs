@@ -1,6 +1,7 @@
 //! The accept loop of a listening socket.
 
 use std::{
+    cell::LazyCell,
     io::{self, Read as _},
     net::{IpAddr, Shutdown, SocketAddr},
     sync::{Arc, atomic::Ordering},
@@ -132,9 +133,11 @@ impl Acceptor {
         policy: &AdmissionPolicy,
         client: IpAddr,
     ) -> Result<ConnectionPermits, Refusal> {
-        let is_allowed = |client| self.limit.0.bans.as_ref().is_some_and(|bans| bans.is_allowed(client));
-        let own_source = policy.source_limit.try_acquire(client, is_allowed, clock::monotonic_ns)?;
-        let source = self.limit.0.sources.try_acquire(client, is_allowed, clock::monotonic_ns)?;
+        // For both limits, and only if there is one.
+        let is_allowed =
+            LazyCell::new(|| self.limit.0.bans.as_ref().is_some_and(|bans| bans.is_allowed(client)));
+        let own_source = policy.source_limit.try_acquire(client, || *is_allowed, clock::monotonic_ns)?;
+        let source = self.limit.0.sources.try_acquire(client, || *is_allowed, clock::monotonic_ns)?;
         let own = policy.listener_limit.try_acquire().ok_or(RejectReason::TooManyConnections)?;
         let total = self.limit.0.connections.try_acquire().ok_or_else(|| self.limit.reason())?;
         Ok(ConnectionPermits { _total: total, _own: own, _source: [own_source, source] })

@@ -90,13 +90,15 @@ impl<K: Copy + Ord, V> ChunkMap<K, V> {
         after.iter().chain(others.into_iter().flatten().flat_map(|chunk| &chunk.entries))
     }
 
-    /// The first of them.
-    pub(super) fn first_from(&self, key: &K) -> Option<&(K, V)> {
-        let number = self.chunk_of(key);
-        let entries = &self.chunks.get(number)?.entries;
-        let at = entries.partition_point(|(other, _)| other < key);
-        // Behind the last entry of a chunk stands the next chunk's first.
-        entries.get(at).or_else(|| self.chunks.get(number + 1)?.entries.first())
+    /// The last entry with such a key. All keys before one of them are such keys, too.
+    pub(super) fn last_where(&self, is_such: impl Fn(&K) -> bool) -> Option<&(K, V)> {
+        let chunks = self.chunks.get(..self.chunks.partition_point(|chunk| is_such(&chunk.from)))?;
+        let (last, before) = chunks.split_last()?;
+        match last.entries.partition_point(|(key, _)| is_such(key)) {
+            // Its first entry was removed.
+            0 => before.last()?.entries.last(),
+            count => last.entries.get(count - 1),
+        }
     }
 
     /// The chunk that has this key, or would get it.
@@ -220,7 +222,8 @@ mod tests {
                 for key in &keys {
                     prop_assert_eq!(map.get(key), oracle.get(key));
                     prop_assert!(map.from(*key).map(|(key, value)| (key, value)).eq(oracle.range(key..)));
-                    prop_assert_eq!(map.first_from(key), map.from(*key).next());
+                    let last = map.last_where(|other| other <= key).map(|(key, value)| (key, value));
+                    prop_assert_eq!(last, oracle.range(..=key).next_back());
                 }
             }
         }

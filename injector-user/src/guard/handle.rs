@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -45,6 +45,8 @@ struct Shared {
     table: RwLock<Table>,
     /// Whether the table has bans: without any, no connection waits for its lock.
     has_bans: AtomicBool,
+    /// Another number after each change after which other sources are banned.
+    generation: AtomicU64,
     protected: RwLock<PrefixMap<(), Protection>>,
     max_bans: usize,
     /// Held during a change, and until the kernel has it.
@@ -122,6 +124,8 @@ impl Guard {
         let guard = Self(Arc::new(Shared {
             table: RwLock::default(),
             has_bans: AtomicBool::new(false),
+            // Not 0, which nothing that is remembered has.
+            generation: AtomicU64::new(1),
             protected: RwLock::default(),
             max_bans,
             writer: Mutex::new(Writer { next_end_ns: Ban::FOREVER }),
@@ -140,6 +144,17 @@ impl Guard {
         self.0.has_bans.load(Ordering::Relaxed)
             && self.table().bans(source, clock::boottime_ns)
             && !self.is_allowed(source)
+    }
+
+    /// The number of the bans and of what may not be banned. After a change it is another one.
+    #[must_use]
+    pub(super) fn generation(&self) -> u64 {
+        self.0.generation.load(Ordering::Acquire)
+    }
+
+    /// To be called after a change, and before the lock is released in which it was made.
+    fn next_generation(&self) {
+        self.0.generation.fetch_add(1, Ordering::Release);
     }
 
     /// Whether the source may not be banned.
@@ -192,7 +207,11 @@ impl Guard {
         for (network, protection) in networks {
             protected.insert(*network, (), *protection);
         }
-        *self.0.protected.write().unwrap_or_else(PoisonError::into_inner) = protected;
+        {
+            let mut present = self.0.protected.write().unwrap_or_else(PoisonError::into_inner);
+            *present = protected;
+            self.next_generation();
+        }
         self.0.changed.send_modify(|count| *count += 1);
         if let Some(maps) = &self.0.maps {
             let networks: Vec<_> = networks.iter().map(|(network, _)| *network).collect();
@@ -340,6 +359,7 @@ impl Guard {
         // From the first of them on, workers ask.
         self.0.has_bans.store(true, Ordering::Relaxed);
         change(&mut table);
+        self.next_generation();
         drop(table);
         thread::sleep(LEFT_TO_WORKERS);
     }

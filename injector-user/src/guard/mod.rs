@@ -7,6 +7,7 @@ mod follower;
 mod handle;
 pub mod lists;
 mod network_list;
+mod not_banned;
 pub mod origin;
 mod prefix_map;
 mod reasons;
@@ -17,5 +18,6 @@ mod table;
 
 pub use handle::{Applied, Guard, Protection, Snapshot};
 pub use lists::ListStatus;
+pub use not_banned::NotBannedSources;
 pub use origin::{ListedBan, Origin, WantedBan};
 pub use service::{BanCommand, BanError, MAX_BAN, Service, Unbanned, dropped};

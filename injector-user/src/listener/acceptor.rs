@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     config::Network,
-    guard::Guard,
+    guard::{Guard, NotBannedSources},
     net::{canonical, socket::Endpoint},
     os::{clock, poll},
     protocol::Rejection,
@@ -62,6 +62,7 @@ impl Acceptor {
             }
         };
         let mut reserve = ReserveFd::new(socket.get_ref());
+        let mut not_banned = NotBannedSources::default();
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -69,7 +70,7 @@ impl Acceptor {
                 accepted = accept(&socket) => accepted,
             };
             match accepted {
-                Ok(client) if reserve.refill(socket.get_ref()) => self.admit(client),
+                Ok(client) if reserve.refill(socket.get_ref()) => self.admit(client, &mut not_banned),
                 Ok(client) => {
                     let context = self.owner.policy().context();
                     self.limit.0.exhaustion_warning.log(&context.listener, address);
@@ -103,11 +104,11 @@ impl Acceptor {
         }
     }
 
-    fn admit(&self, client: Accepted) {
+    fn admit(&self, client: Accepted, not_banned: &mut NotBannedSources) {
         let policy = self.owner.policy();
         let context = policy.context();
         context.metrics.accepted();
-        let is_banned = |bans: &Guard| bans.is_banned(client.peer.ip());
+        let is_banned = |bans: &Guard| not_banned.is_banned(bans, client.peer.ip());
         if self.limit.0.bans.as_ref().is_some_and(is_banned) {
             return self.reset(&context, &client, RejectReason::Banned);
         }

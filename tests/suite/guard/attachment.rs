@@ -1,10 +1,12 @@
 //! How the programs are attached, beside those of others, and what `injector status` and `injector
 //! doctor` say of it.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::{ErrorKind, Read as _};
+use std::io::{self, ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -170,13 +172,18 @@ fn missing(testbed: &Testbed) -> anyhow::Result<()> {
         faults(testbed, &injector)? == ["nonexistent: no program at the ingress: it does not exist"],
         "doctor"
     );
-    let pin = testbed.pin().join("layout1/maps/GUARDED");
-    fs::remove_file(&pin)?;
+    let pins = fs::read_dir(testbed.pin().join("layout1/maps"))?.map(|pin| Ok(pin?.path()));
+    let pins = pins.collect::<io::Result<BTreeSet<_>>>()?;
+    ensure!(pins.len() > 5, "{pins:?}");
+    pins.iter().try_for_each(fs::remove_file)?;
     // A notification of the kernel has the daemon look at once.
     testbed.topology.edge.ip(&["link", "set", "dev", "inside", "alias", "seen"])?;
-    wait_for("the missing pin", || Ok(status()?["missing_pins"] == json!([pin])))?;
+    wait_for("the missing pins", || {
+        Ok(serde_json::from_value::<BTreeSet<PathBuf>>(status()?["missing_pins"].clone())? == pins)
+    })?;
     let faults = faults(testbed, &injector)?;
-    ensure!(faults.len() == 2 && faults[1].ends_with("GUARDED was removed"), "doctor: {faults:?}");
+    ensure!(faults.len() == 1 + pins.len(), "doctor: {faults:?}");
+    ensure!(faults[1..].iter().all(|fault| fault.ends_with(" was removed")), "doctor: {faults:?}");
     let page = injector.command(&["status"])?;
     ensure!(page.contains("  programs on outside (tcx, XDP generic)\n"), "{page}");
     let log = injector.log();

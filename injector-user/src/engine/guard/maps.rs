@@ -92,7 +92,7 @@ pub(super) fn prepare(loader: &mut EbpfLoader<'_>, pins: &Path, max_bans: u32) -
             fs::rename(&pin, &aside)?;
         }
     }
-    for name in SHARED.into_iter().chain([GUARDED, PORTS]) {
+    for name in pinned() {
         loader.map_pin_path(name, pins.join(name));
     }
     Ok(())
@@ -100,8 +100,11 @@ pub(super) fn prepare(loader: &mut EbpfLoader<'_>, pins: &Path, max_bans: u32) -
 
 /// The pins that are missing of those that [`prepare`] made.
 pub(super) fn missing_pins(pins: &Path) -> Vec<PathBuf> {
-    let all = SHARED.into_iter().chain([GUARDED]).map(|name| pins.join(name));
-    all.filter(|pin| !pin.exists()).collect()
+    pinned().map(|name| pins.join(name)).filter(|pin| !pin.exists()).collect()
+}
+
+fn pinned() -> impl Iterator<Item = &'static str> {
+    SHARED.into_iter().chain([GUARDED, PORTS])
 }
 
 fn set_aside(pins: &Path, name: &str) -> PathBuf {
@@ -223,16 +226,18 @@ impl BanMaps for Maps {
 
     fn read(&self, each: &mut dyn FnMut(Network, Ban)) -> anyhow::Result<()> {
         let bans = lock(&self.bans);
-        for map in [&bans.addresses, &bans.networks] {
+        let read = [&bans.addresses, &bans.networks].into_iter().try_for_each(|map| {
             let mut unknown = Vec::new();
             map.for_each(|key, value| match (network(key), Ban::read_from_bytes(value)) {
                 (Some(network), Ok(ban)) => each(network, ban),
                 _ => unknown.push(key.to_vec()),
             })?;
             // They would hide the bans of larger networks.
-            unknown.iter().try_for_each(|key| map.remove(key))?;
-        }
-        bans.tell_programs(false).context(SETTINGS)
+            unknown.iter().try_for_each(|key| map.remove(key))
+        });
+        // Also of what was removed before an error.
+        let looked_up = bans.tell_programs(false).context(SETTINGS);
+        read.context("reading the bans in the kernel's maps").and(looked_up)
     }
 
     fn set_allowed(&self, networks: &[Network]) -> anyhow::Result<()> {

@@ -28,14 +28,11 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, ensure};
 use injector_load::cpu::{Cpu, background};
 
-use self::record::{Machine, Measurement, Record, Settings, SystemInfo, WorkloadInfo};
+use self::record::{MAX_BACKGROUND, Machine, Measurement, Record, Settings, SystemInfo, WorkloadInfo};
 use self::spinners::Spinners;
-use self::systems::{Programs, System};
+use self::systems::{Programs, RunningSystem, System};
 use self::testbed::Testbed;
 use self::workloads::{MeasurementContext, Workload};
-
-/// The share of the machine that others may use before a run.
-const MAX_BACKGROUND: f64 = 0.05;
 
 /// How long the machine is watched before a run.
 const WATCH: Duration = Duration::from_secs(2);
@@ -55,8 +52,7 @@ pub struct Options {
     pub repeats: usize,
     /// Length of a measurement, in seconds.
     pub seconds: f64,
-    /// Run on a machine that others use; the figures are worth little then, and the record notes
-    /// it.
+    /// Run also on a machine that others use; the figures are worth little then, and the report says so.
     pub noisy: bool,
     /// Keep the processors out of idle states.
     pub spinners: bool,
@@ -206,7 +202,6 @@ fn begin(options: &Options, systems: &[System], workloads: &[Box<dyn Workload>],
             repeats: options.repeats,
             seconds: options.seconds,
             spinners: options.spinners,
-            noisy: options.noisy,
             background: others.load(),
             background_steal: others.stolen(),
             background_after: 0.0,
@@ -221,30 +216,51 @@ fn note(workload: &dyn Workload) -> WorkloadInfo {
     WorkloadInfo { name: workload.name(), about: workload.about(), figures: workload.figures() }
 }
 
-/// One measurement, from creating the testbed to removing it.
+/// One measurement. With a baseline, both are started first in one half of it each.
+///
+/// The kernel puts the code of BPF programs where it has room, and the functions of one program far apart where
+/// that is in pieces: of two equal engines, the one that is started first can be two percent slower.
+fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64) -> Measurement {
+    let measure = |order, seconds| measure_once(system, workload, (repeat, order), seconds);
+    if system.baseline.is_none() {
+        return measure(Order::SystemFirst, seconds);
+    }
+    let half = seconds / 2.0;
+    measure(Order::SystemFirst, half).joined_with(measure(Order::BaselineFirst, half))
+}
+
+/// What is started first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    SystemFirst,
+    BaselineFirst,
+}
+
+/// A measurement or half of one, from creating the testbed to removing it.
 ///
 /// Each measurement has its own testbed: otherwise, connections of one system that the server still
 /// remembers (TIME_WAIT) would meet those of the next under the same addresses with timestamps of
 /// another clock, and would get a challenge ACK.
-fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64) -> Measurement {
+fn measure_once(
+    system: &System,
+    workload: &dyn Workload,
+    (repeat, order): (usize, Order),
+    seconds: f64,
+) -> Measurement {
     let mut measurement = Measurement {
         repeat,
         workload: workload.name(),
         system: system.name.clone(),
         ..Measurement::default()
     };
-    let started = Testbed::new().and_then(|mut testbed| {
-        workload.prepare(&mut testbed)?;
-        Ok((system.start(&testbed)?, testbed))
-    });
-    // The system is dropped before its testbed.
-    let (mut testbed, mut running) = match started {
-        Ok((running, testbed)) => (testbed, running),
+    let (mut started, mut baseline) = match start(system, workload, order) {
+        Ok(started) => started,
         Err(error) => return Measurement { failed: Some(format!("{error:#}")), ..measurement },
     };
     thread::sleep(SETTLE);
-    let mut context =
-        MeasurementContext { testbed: &mut testbed, system, running: running.as_mut(), seconds };
+    let Started { running, testbed } = &mut started;
+    let baseline = baseline.as_mut().map(|started| &mut started.testbed);
+    let mut context = MeasurementContext { testbed, baseline, system, running: running.as_mut(), seconds };
     let measured = workload.measure(&mut context).and_then(|measured| Ok((measured, running.counters()?)));
     match measured {
         Ok((measured, counters)) => {
@@ -255,6 +271,37 @@ fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64
             measurement
         }
     }
+}
+
+/// A system in a testbed of its own, which is dropped after it.
+struct Started {
+    running: Box<dyn RunningSystem>,
+    testbed: Testbed,
+}
+
+/// Starts a system and its baseline, if it has one.
+fn start(
+    system: &System,
+    workload: &dyn Workload,
+    order: Order,
+) -> anyhow::Result<(Started, Option<Started>)> {
+    let start_system = || {
+        let mut testbed = Testbed::new()?;
+        workload.prepare(&mut testbed)?;
+        Ok::<_, anyhow::Error>(Started { running: system.start(&testbed)?, testbed })
+    };
+    let start_baseline = || {
+        let Some(baseline) = &system.baseline else { return Ok(None) };
+        let testbed = Testbed::second()?;
+        Ok::<_, anyhow::Error>(Some(Started { running: baseline.start(&testbed)?, testbed }))
+    };
+    Ok(match order {
+        Order::SystemFirst => (start_system()?, start_baseline()?),
+        Order::BaselineFirst => {
+            let baseline = start_baseline()?;
+            (start_system()?, baseline)
+        }
+    })
 }
 
 /// The last lines of a system's log, set off.

@@ -8,6 +8,9 @@ use injector_load::cpu::Cpu;
 
 use super::stats::Sample;
 
+/// The share of the machine that others may use before a run.
+pub const MAX_BACKGROUND: f64 = 0.05;
+
 /// One run.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Record {
@@ -53,14 +56,20 @@ pub struct Settings {
     pub seconds: f64,
     /// Whether low-priority spinners kept the processors awake.
     pub spinners: bool,
-    /// Whether a busy machine was accepted.
-    pub noisy: bool,
     /// Share of the processors' time that others used before the run, 0 to 1.
     pub background: f64,
     /// The same after the run: a machine that was quiet at first may have become busy.
     pub background_after: f64,
     /// The part of it that the hypervisor took before the run, 0 to 1.
     pub background_steal: f64,
+}
+
+impl Settings {
+    /// Whether others used more of the machine before the run than is good for figures.
+    #[must_use]
+    pub fn was_busy(&self) -> bool {
+        self.background > MAX_BACKGROUND
+    }
 }
 
 /// A system in the report.
@@ -120,6 +129,25 @@ pub struct Measurement {
     pub failed: Option<String>,
 }
 
+impl Measurement {
+    /// One measurement of two that are equally long: the means of their figures.
+    #[must_use]
+    pub(crate) fn joined_with(mut self, other: Self) -> Self {
+        for (key, value) in &mut self.figures {
+            *value = f64::midpoint(*value, other.figures.get(key).copied().unwrap_or(f64::NAN));
+        }
+        for (key, value) in other.counters {
+            *self.counters.entry(key).or_default() += value;
+        }
+        self.cpu = self.cpu + other.cpu;
+        self.failed = self.failed.or(other.failed);
+        if self.failed.is_some() {
+            self.figures.clear();
+        }
+        self
+    }
+}
+
 impl Record {
     /// A figure of a system, in every repeat that has it.
     #[must_use]
@@ -166,4 +194,32 @@ pub fn first_line(command: &mut Command) -> Option<String> {
     let output = command.output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines().next().map(str::trim).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn half(rate: f64, cpu: Cpu) -> Measurement {
+        let of = |key: &str, value| BTreeMap::from([(key.to_owned(), value)]);
+        Measurement { figures: of("rate", rate), counters: of("sent", rate), cpu, ..Measurement::default() }
+    }
+
+    #[test]
+    fn two_halves_are_one_measurement() {
+        let cpu = Cpu { elapsed: 2.0, steal: 1.0, ..Cpu::default() };
+        let joined = half(10.0, cpu).joined_with(half(20.0, cpu));
+        assert_eq!((joined.figures["rate"], joined.counters["sent"]), (15.0, 30.0));
+        assert_eq!((joined.cpu.elapsed, joined.cpu.stolen()), (4.0, 0.5));
+    }
+
+    #[test]
+    fn a_measurement_of_which_a_half_failed_has_no_figures() {
+        let failed = || Measurement { failed: Some("why".to_owned()), ..Measurement::default() };
+        let good = || half(10.0, Cpu::default());
+        for joined in [good().joined_with(failed()), failed().joined_with(good())] {
+            assert_eq!(joined.failed.as_deref(), Some("why"));
+            assert!(joined.figures.is_empty());
+        }
+    }
 }

@@ -11,7 +11,7 @@
 //! These columns are kept to show where time went.
 
 use std::fs;
-use std::ops::Sub;
+use std::ops::{Add, Sub};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -90,6 +90,22 @@ impl Cpu {
 
     fn share(&self, part: f64) -> f64 {
         if self.elapsed > 0.0 { part / self.elapsed } else { 0.0 }
+    }
+}
+
+impl Add for Cpu {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            elapsed: self.elapsed + other.elapsed,
+            user: self.user + other.user,
+            nice: self.nice + other.nice,
+            system: self.system + other.system,
+            interrupts: self.interrupts + other.interrupts,
+            idle: self.idle + other.idle,
+            steal: self.steal + other.steal,
+        }
     }
 }
 

@@ -99,8 +99,11 @@ fn properties(record: &Record) -> String {
     row("injector", format!("{}, built by {}", machine.injector, machine.rustc));
     row("repeats", format!("{} of {} s each, interleaved", settings.repeats, settings.seconds));
     row("spinners", if settings.spinners { "on every processor".into() } else { "none".into() });
-    let noise =
-        if settings.noisy { "; **a busy machine was accepted: the figures are worth little**" } else { "" };
+    let noise = if settings.was_busy() {
+        "; **a busy machine was accepted: the figures are worth little**"
+    } else {
+        ""
+    };
     row(
         "other processes",
         format!(

@@ -11,7 +11,7 @@ use crate::record::Record;
 #[must_use]
 pub fn heading(record: &Record) -> String {
     let settings = &record.settings;
-    let noise = if settings.noisy { "; A BUSY MACHINE WAS ACCEPTED" } else { "" };
+    let noise = if settings.was_busy() { "; A BUSY MACHINE WAS ACCEPTED" } else { "" };
     format!(
         "{} repeats of {} s, {}; other processes used {:.1} % of the machine before and {:.1} % after{noise}",
         settings.repeats,

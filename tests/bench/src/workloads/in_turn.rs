@@ -13,11 +13,10 @@ use injector_load::cpu::Cpu;
 use injector_load::job::{Job, Load, ServerCounts};
 use injector_load::service::SHORT;
 
-use super::{Measured, MeasurementContext, SETTLE, Workload, figure, float, measured};
+use super::{Measured, MeasurementContext, Workload, figure, float, measured};
 use crate::load_process::{LoadClient, LoadServer};
 use crate::record::Figure;
 use crate::stats::Spread;
-use crate::testbed::Testbed;
 
 /// Clients of each.
 const CLIENTS: usize = 32;
@@ -60,10 +59,7 @@ impl Workload for InTurn {
 
     fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
         let baseline = context.system.baseline.as_deref().context("it has no baseline to take turns with")?;
-        let mut second = Testbed::second()?;
-        // Dropped before its testbed.
-        let _running = baseline.start(&second)?;
-        thread::sleep(SETTLE);
+        let second = context.baseline.as_mut().context("its baseline is not started")?;
         let job = |target| Job {
             target,
             load: Load::Closed { service: SHORT.name.to_owned(), connections: CLIENTS },

@@ -53,6 +53,8 @@ pub trait Workload {
 pub struct MeasurementContext<'a> {
     /// The testbed.
     pub testbed: &'a mut Testbed,
+    /// That of the system's baseline, which is started.
+    pub baseline: Option<&'a mut Testbed>,
     /// The system under test.
     pub system: &'a System,
     /// The same, started.

@@ -120,6 +120,8 @@ mod tests {
     #[test]
     fn an_unused_place_says_nothing_of_a_source() {
         let guard = Guard::new(None, 100);
+        // Also not of bans that an earlier daemon left, before any change.
+        assert!(!NotBanned::default().holds([0, 0], guard.generation()));
         let network: Network = "::/0".parse().unwrap();
         guard.change(
             Origin::Command,

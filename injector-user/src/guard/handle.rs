@@ -124,7 +124,7 @@ impl Guard {
         let guard = Self(Arc::new(Shared {
             table: RwLock::default(),
             has_bans: AtomicBool::new(false),
-            // Not 0, which nothing that is remembered has.
+            // Not 0, which is that of a place where nothing is remembered.
             generation: AtomicU64::new(1),
             protected: RwLock::default(),
             max_bans,

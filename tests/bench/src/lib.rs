@@ -216,13 +216,13 @@ fn note(workload: &dyn Workload) -> WorkloadInfo {
     WorkloadInfo { name: workload.name(), about: workload.about(), figures: workload.figures() }
 }
 
-/// One measurement. With a baseline, both are started first in one half of it each.
+/// One measurement. If a system and its baseline take turns, both are started first in one half of it each.
 ///
 /// The kernel puts the code of BPF programs where it has room, and the functions of one program far apart where
 /// that is in pieces: of two equal engines, the one that is started first can be two percent slower.
 fn measure(system: &System, workload: &dyn Workload, repeat: usize, seconds: f64) -> Measurement {
     let measure = |order, seconds| measure_once(system, workload, (repeat, order), seconds);
-    if system.baseline.is_none() {
+    if !workload.takes_turns() {
         return measure(Order::SystemFirst, seconds);
     }
     let half = seconds / 2.0;
@@ -259,7 +259,7 @@ fn measure_once(
     };
     thread::sleep(SETTLE);
     let Started { running, testbed } = &mut started;
-    let baseline = baseline.as_mut().map(|started| &mut started.testbed);
+    let baseline = system.baseline.as_deref().zip(baseline.as_mut().map(|started| &mut started.testbed));
     let mut context = MeasurementContext { testbed, baseline, system, running: running.as_mut(), seconds };
     let measured = workload.measure(&mut context).and_then(|measured| Ok((measured, running.counters()?)));
     match measured {
@@ -279,7 +279,7 @@ struct Started {
     testbed: Testbed,
 }
 
-/// Starts a system and its baseline, if it has one.
+/// Starts a system, and its baseline if they take turns.
 fn start(
     system: &System,
     workload: &dyn Workload,
@@ -291,7 +291,9 @@ fn start(
         Ok::<_, anyhow::Error>(Started { running: system.start(&testbed)?, testbed })
     };
     let start_baseline = || {
-        let Some(baseline) = &system.baseline else { return Ok(None) };
+        let Some(baseline) = system.baseline.as_deref().filter(|_| workload.takes_turns()) else {
+            return Ok(None);
+        };
         let testbed = Testbed::second()?;
         Ok::<_, anyhow::Error>(Some(Started { running: baseline.start(&testbed)?, testbed }))
     };

@@ -57,9 +57,13 @@ impl Workload for InTurn {
         ]
     }
 
+    fn takes_turns(&self) -> bool {
+        true
+    }
+
     fn measure(&self, context: &mut MeasurementContext<'_>) -> anyhow::Result<Measured> {
-        let baseline = context.system.baseline.as_deref().context("it has no baseline to take turns with")?;
-        let second = context.baseline.as_mut().context("its baseline is not started")?;
+        let (baseline, second) =
+            context.baseline.as_mut().context("it has no baseline to take turns with")?;
         let job = |target| Job {
             target,
             load: Load::Closed { service: SHORT.name.to_owned(), connections: CLIENTS },

@@ -41,6 +41,11 @@ pub trait Workload {
         Ok(())
     }
 
+    /// Whether it runs a system and its baseline in turn.
+    fn takes_turns(&self) -> bool {
+        false
+    }
+
     /// Runs it once.
     ///
     /// # Errors
@@ -53,8 +58,8 @@ pub trait Workload {
 pub struct MeasurementContext<'a> {
     /// The testbed.
     pub testbed: &'a mut Testbed,
-    /// That of the system's baseline, which is started.
-    pub baseline: Option<&'a mut Testbed>,
+    /// The system's baseline, started in a testbed of its own, for a workload that takes turns.
+    pub baseline: Option<(&'a System, &'a mut Testbed)>,
     /// The system under test.
     pub system: &'a System,
     /// The same, started.
